@@ -1,0 +1,16 @@
+from .calibration import calibration_tokens, text_windows
+from .checkpoint import EMBEDDED, load, save
+from .family import FAMILIES, Family, family_of
+from .huggingface import HuggingFaceModel
+
+__all__ = [
+    "EMBEDDED",
+    "FAMILIES",
+    "Family",
+    "HuggingFaceModel",
+    "calibration_tokens",
+    "family_of",
+    "load",
+    "save",
+    "text_windows",
+]

@@ -1,0 +1,192 @@
+"""Calibration tokens: whatever the user has, as disjoint windows of token ids, with nothing cut off in silence."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from convexprune.errors import CalibrationError, unknown
+
+from .corpora import CORPORA, Split, hub_text
+from .huggingface import HuggingFaceModel
+from .sampling import sampled_windows
+from .text_files import TEXT_FILES, read_text
+
+DEFAULT_LENGTH = 2048
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
+ACCEPTED = (
+    '"self" (text sampled from the model), '
+    f"{', '.join(repr(name) for name in CORPORA)}, another data set of the hub as 'organisation/name', "
+    "a path to a .txt or .jsonl file, a list of texts, token ids as a tensor [windows tokens] or [tokens], "
+    "a list of such tensors, or a DataLoader that yields token ids"
+)
+
+
+def calibration_tokens(
+    dataset: Any,
+    model: HuggingFaceModel,
+    *,
+    num_samples: int | None,
+    max_seq_length: int | None,
+    seed: int,
+    split: Split = "calibration",
+) -> Tensor:
+    """Token ids [num_samples length], int64, on the CPU.
+
+    Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is not used. When there
+    are more windows than asked for, a permutation drawn from `seed` chooses: the two splits choose from its two ends,
+    so that with one data set and one seed they stay apart as long as it has windows for both. Token ids that already
+    have rows are taken row by row.
+
+    `max_seq_length` of None means the rows' own length, or for text the shorter of 2048 and what the model can see.
+    `num_samples` of None means all that there are.
+
+    Raises:
+        CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
+            vocabulary; or the windows are longer than the model can see.
+        DependencyError: a data set of the hub needs a package that is missing.
+    """
+    _check_request(num_samples, max_seq_length, model)
+    length = max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
+    if isinstance(dataset, str) and dataset == "self":
+        if num_samples is None:
+            raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
+        return sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
+    windows = _valid(_windows(dataset, model, num_samples, max_seq_length, length, split), model)
+    return _choose(windows, num_samples, seed, split)
+
+
+def text_windows(text: str | Path, model: HuggingFaceModel, window: int) -> Tensor:
+    """All disjoint windows [windows window] of a text, in order, to evaluate on; a shorter rest is not used.
+
+    `text` is the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one.
+
+    Raises:
+        CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
+    """
+    _check_request(None, window, model)
+    is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
+    windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
+    return _choose(_valid(windows, model), None, 0, "evaluation")
+
+
+def _windows(
+    dataset: Any,
+    model: HuggingFaceModel,
+    num_samples: int | None,
+    max_seq_length: int | None,
+    length: int,
+    split: Split,
+) -> Tensor:
+    """All windows of a data set, or as many as are sure to be enough."""
+    match dataset:
+        case str() | Path():
+            characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN
+            return _cut(_tokenise(_text_of(dataset, split, characters), model), length)
+        case list() | tuple() if dataset and all(isinstance(item, str) for item in dataset):
+            return _cut(_tokenise("\n\n".join(dataset), model), length)
+        case Tensor() if dataset.dim() == 1:
+            return _cut(dataset, length)
+        case Tensor() | DataLoader() | list() | tuple():
+            return _rows(dataset, num_samples, max_seq_length)
+    raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
+
+
+def _check_request(num_samples: int | None, length: int | None, model: HuggingFaceModel) -> None:
+    if num_samples is not None and num_samples < 1:
+        raise CalibrationError(f"num_samples={num_samples}: at least 1 is needed.")
+    if length is not None and not 1 <= length <= model.max_positions:
+        raise CalibrationError(
+            f"max_seq_length={length}: {model.name} can see from 1 to {model.max_positions} tokens. "
+            "Leave it out to use as many as are sensible."
+        )
+
+
+def _text_of(source: str | Path, split: Split, characters: int | None) -> str:
+    if isinstance(source, Path) or source.endswith(TEXT_FILES):
+        return read_text(Path(source))
+    if source in CORPORA or source.count("/") == 1:
+        return hub_text(source, split, characters)
+    raise CalibrationError(f"{unknown('data set', source, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+
+
+def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
+    """All token ids [tokens] of a text, begun as the tokenizer begins any text."""
+    if model.tokenizer is None:
+        raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
+    # Not verbose: a text longer than the model can see is no mistake here, it is cut into windows next.
+    return torch.tensor(model.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _cut(tokens: Tensor, length: int) -> Tensor:
+    """Disjoint windows [windows length] of a stream [tokens]."""
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _rows(dataset: Iterable[Any], num_samples: int | None, length: int | None) -> Tensor:
+    """Rows [windows length] that come as such; a loader is read no further than needed, as it may have no end."""
+    limit = num_samples if isinstance(dataset, DataLoader) else None
+    rows: list[Tensor] = []
+    for item in [dataset] if isinstance(dataset, Tensor) else dataset:
+        ids = _ids(item)
+        rows.extend(ids.reshape(-1, ids.shape[-1]))
+        if limit is not None and len(rows) >= limit:
+            break
+    if not rows:
+        raise CalibrationError(f"The data set is empty. Accepted: {ACCEPTED}.")
+    shortest, longest = min(len(row) for row in rows), max(len(row) for row in rows)
+    if not shortest == longest == (length or longest):
+        raise CalibrationError(
+            f"The rows have {shortest} to {longest} tokens; all need {length or 'the same length'}. "
+            "Change max_seq_length, or join them into one tensor [tokens] to be cut."
+        )
+    return torch.stack(rows[:limit])
+
+
+def _ids(item: Any) -> Tensor:
+    """The token ids of what a loader yields: a tensor, a mapping with "input_ids", or a tuple that begins with one."""
+    if isinstance(item, Mapping):
+        mask = item.get("attention_mask")
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            raise CalibrationError("The batches are padded, and padding would be calibrated on. Give full windows.")
+        item = item.get("input_ids")
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
+        item = item[0]
+    if not isinstance(item, Tensor) or item.dim() not in (1, 2):
+        raise CalibrationError(f"Token ids cannot be read from a {type(item).__name__}. Accepted: {ACCEPTED}.")
+    return item
+
+
+def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
+    """The windows as int64 on the CPU, if the model can read them."""
+    if windows.dtype not in INTEGERS:
+        raise CalibrationError(f"Token ids are integers; got {windows.dtype}. Give what the tokenizer returned.")
+    windows = windows.to("cpu", torch.int64)
+    if windows.shape[1] > model.max_positions:
+        raise CalibrationError(
+            f"Windows of {windows.shape[1]} tokens; {model.name} sees {model.max_positions} at most. Cut them shorter."
+        )
+    if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < model.vocab_size:
+        raise CalibrationError(
+            f"Token ids from {int(windows.min())} to {int(windows.max())}; {model.name} knows 0 to "
+            f"{model.vocab_size - 1}. Is it another model's tokenizer?"
+        )
+    return windows
+
+
+def _choose(windows: Tensor, num_samples: int | None, seed: int, split: Split) -> Tensor:
+    count, length = windows.shape
+    wanted = max(1, count if num_samples is None else num_samples)
+    if count < wanted:
+        raise CalibrationError(
+            f"The data set holds {count} full windows of {length} tokens; {wanted} were asked for. Give more text, or "
+            "lower num_samples or max_seq_length."
+        )
+    if count == wanted:
+        return windows
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return windows[order[:wanted] if split == "calibration" else order[-wanted:]]

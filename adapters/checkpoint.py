@@ -1,0 +1,156 @@
+"""From files to a model and back. Only safetensors are read, unless the caller trusts the pickles."""
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from convexprune.errors import DependencyError, ModelError
+
+from .admission import refuse_offloaded, refuse_quantised
+from .family import family_of
+from .huggingface import HuggingFaceModel
+
+EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
+"""The folder of the small OPT model that comes with convexprune (float16)."""
+
+# transformers invents an empty tokenizer for a folder that has none; so look before asking it.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+) -> HuggingFaceModel:
+    """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
+
+    A model that is already loaded is used and moved in place, not copied. `dtype` is the checkpoint's own unless
+    given. A folder without a tokenizer is fine as long as it is calibrated with token ids.
+
+    Raises:
+        ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
+            that `HuggingFaceModel` refuses.
+        DependencyError: a .gguf file was given and the package that reads it is missing.
+    """
+    if isinstance(source, PreTrainedModel):
+        model, name = source, None
+        refuse_quantised(model.config)
+    else:
+        place = _place(source, allow_pickle) | {"revision": revision or "main"}
+        place["trust_remote_code"] = trust_remote_code
+        model, name = _read(str(source), place, dtype, allow_pickle), str(source)
+        tokenizer = tokenizer or _read_tokenizer(str(source), place)
+    refuse_offloaded(model)
+    model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+    return HuggingFaceModel(model, tokenizer, name=name, targets=targets, ignore=ignore)
+
+
+def save(model: HuggingFaceModel, folder: str | Path) -> None:
+    """Write the model, and its tokenizer if it has one, as a folder that transformers loads."""
+    inner = model.model
+    # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(inner):
+            delattr(inner, attribute)
+    if "quantization_config" in vars(inner.config):
+        delattr(inner.config, "quantization_config")
+    if inner.generation_config is not None:
+        try:
+            inner.generation_config.validate(strict=True)
+        except ValueError as cause:
+            # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
+            logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
+            inner.generation_config.do_sample = True
+    inner.save_pretrained(folder)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
+    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path, allow_pickle)
+        return {"pretrained_model_name_or_path": str(path)}
+    if isinstance(source, Path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source}: no such folder. Give a folder that has a config.json, or a name on the hub.")
+    return {"pretrained_model_name_or_path": source}
+
+
+def _check_folder(folder: Path, allow_pickle: bool) -> None:
+    """Name the file that is at fault, which transformers does not."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if not weights and pickles and not allow_pickle:
+        raise ModelError(
+            f"{folder}: holds its weights only as pickles ({', '.join(pickles)}), which can run code when they are "
+            "read. Convert them to safetensors, or pass allow_pickle=True if you trust them."
+        )
+    for path in weights:
+        try:
+            safe_open(path, "pt").__enter__().__exit__(None, None, None)
+        except SafetensorError as cause:
+            raise ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.") from cause
+
+
+def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
+    config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
+    family_of(config)
+    refuse_quantised(config)
+    if "gguf_file" not in place:
+        # With pickles allowed, safetensors are still preferred where both are there.
+        place = place | {"use_safetensors": None if allow_pickle else True}
+    options = place | {"dtype": dtype or "auto", "output_loading_info": True}
+    model, info = _ask(source, lambda: AutoModelForCausalLM.from_pretrained(**options))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
+            "they would be random. Copy or download it again, or correct its config.json."
+        )
+    return model
+
+
+def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    folder = Path(place["pretrained_model_name_or_path"])
+    if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return _ask(f"{source} (tokenizer)", lambda: AutoTokenizer.from_pretrained(**place))
+
+
+def _ask(source: str, read: Callable[[], Any]) -> Any:
+    """What transformers reads, with its many kinds of failure made one."""
+    try:
+        return read()
+    except ImportError as cause:
+        raise DependencyError(f"{source}: {cause} For GGUF files: pip install 'convexprune[gguf]'") from cause
+    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+        raise ModelError(
+            f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "
+            "downloaded, and are the weights safetensors? Pickles need allow_pickle=True."
+        ) from cause

@@ -1,0 +1,75 @@
+"""Text that a model writes itself: calibration without any data, network or licence."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from convexprune.errors import CalibrationError
+
+from .corpora import Split
+from .huggingface import HuggingFaceModel
+
+BATCH_TOKENS = (
+    16384  # sampled side by side; a constant, because the batch decides which sample gets which random number
+)
+
+
+def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: Split) -> Tensor:
+    """Windows [num_samples length] drawn from the model's own distribution, int64, on the CPU.
+
+    Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
+    which the model goes on as it did in training. Reproducible for a seed on one machine; the two splits never share
+    a random stream, whatever their seeds.
+
+    Raises:
+        CalibrationError: `length` leaves nothing to sample.
+    """
+    if length < 2:
+        raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
+    stream = 2 * seed + (split == "evaluation")
+    device = model.model.device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
+        torch.manual_seed(stream)
+        start = _first_token(model)
+        rows = max(1, BATCH_TOKENS // length)
+        sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
+        return torch.cat([_sample(model, start, size, length) for size in sizes])
+
+
+def _sample(model: HuggingFaceModel, start: int, rows: int, length: int) -> Tensor:
+    inner: Any = model.model  # typed, transformers says of none of its own models that it can generate
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=length - 1,
+        max_new_tokens=length - 1,
+        pad_token_id=start,  # never used, but asked for
+    )
+    prompt = torch.full((rows, 1), start, device=inner.device)
+    # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu()
+    finally:
+        inner.generation_config = own
+
+
+def _first_token(model: HuggingFaceModel) -> int:
+    """The token that starts a text, else the one that ends it, else a random one.
+
+    A model has to be given something; where it has no such token, any other is as good, and the seed decides.
+    """
+    for token in (model.model.config.bos_token_id, model.model.config.eos_token_id):
+        if isinstance(token, list):
+            token = token[0]
+        if token is not None and 0 <= token < model.vocab_size:
+            return token
+    return int(torch.randint(model.vocab_size, ()))
+
+
+def _rng_type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type

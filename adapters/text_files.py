@@ -1,0 +1,36 @@
+"""Text out of files."""
+
+import json
+from pathlib import Path
+
+from convexprune.errors import CalibrationError
+
+TEXT_FILES = (".txt", ".jsonl")
+
+
+def read_text(path: Path) -> str:
+    """A .txt file as it stands; of a .jsonl file, the field "text" of every line.
+
+    Raises:
+        CalibrationError: the file is missing, is not UTF-8, is of another kind, or a line has no text.
+    """
+    if path.suffix not in TEXT_FILES:
+        raise CalibrationError(f"{path}: files of text end in {' or '.join(TEXT_FILES)}.")
+    try:
+        content = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}).") from cause
+    if path.suffix == ".txt":
+        return content
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    return "\n\n".join(_json_text(path, number, line) for number, line in lines)
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as cause:
+        raise CalibrationError(f"{path}, line {number}: not JSON ({cause}).") from cause
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise CalibrationError(f'{path}, line {number}: needs an object with a field "text" that holds text.')
+    return row["text"]

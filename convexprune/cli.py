@@ -1,0 +1,115 @@
+"""The command line: `convexprune prune` and `convexprune eval`, thin over `convexprune.prune`."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from convexprune.errors import ConvexpruneError
+from convexprune.report import OperatorReport
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prune language models by convex optimization.")
+console = Console()
+
+
+@app.callback()
+def _main() -> None:
+    """Prune language models by convex optimization, every solve certified by a duality gap."""
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")] = None,
+    solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, cvxpy, scipy.")] = "fista",
+    method: Annotated[str, typer.Option(help="convex, or a baseline: magnitude, wanda, sparsegpt.")] = "convex",
+    preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
+    quota: Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")] = "matrix",
+    dataset: Annotated[str, typer.Option(help="self, c4, wikitext2, ptb, or a .txt or .jsonl file.")] = "self",
+    num_calibration_samples: Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")] = 128,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    targets: Annotated[list[str], typer.Option(help="Operators to prune; repeat it for more.")] = ["Linear"],  # noqa: B006
+    ignore: Annotated[list[str], typer.Option(help="Operators to leave alone; repeat it for more.")] = [],  # noqa: B006
+    error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
+    damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")] = Path("pruned"),
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
+) -> None:
+    """Prune a model and write it as an ordinary Hugging Face folder."""
+    settings = dict(locals())
+    from convexprune import api
+
+    settings["output_dir"] = settings.pop("output")
+    settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
+    with _progress() as progress:
+        result = api.prune(**settings, progress=lambda total: _follow(progress, total))
+    report = result.report
+    console.print(report.table())
+    for name, p in report.perplexity.items():
+        console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
+    if report.largest_gap is not None:
+        console.print(f"largest relative duality gap of a final solve: {report.largest_gap:.1e}")
+    console.print(f"pruned model: {output.resolve()}  ({sum(report.seconds.values()):.0f} s)", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub name.")],
+    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file.")],
+    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Perplexity of a model on a text, with all that the number depends on."""
+    from convexprune.adapters import load, text_windows
+    from convexprune.api import default_device
+    from convexprune.validation import perplexity
+
+    loaded = load(model, device=default_device(device))
+    p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
+    console.print(
+        f"perplexity {p.value:.3f}  ({p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride})"
+    )
+
+
+def main() -> None:
+    """Run the command line; an error that is the user's to mend is one message and exit status 2."""
+    warnings.simplefilter("default")
+    try:
+        app(standalone_mode=True)
+    except ConvexpruneError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _follow(progress: Progress, total: int) -> Callable[[OperatorReport], None]:
+    task = progress.add_task("pruning", total=total)
+
+    def tell(o: OperatorReport) -> None:
+        gap = "" if o.gap is None else f"  gap {o.gap:.0e}"
+        progress.update(task, advance=1, description=f"{o.name}  error {o.relative_error:.1e}{gap}  {o.seconds:.1f} s")
+
+    return tell

@@ -1,0 +1,189 @@
+"""Sparsity patterns: scores in, an exact mask of what is kept out."""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import PatternError
+
+
+class AbstractPattern(ABC):
+    """A rule for which entries of a weight [m n] may be non-zero. Ties go to the lower index."""
+
+    @abstractmethod
+    def check(self, rows: int, columns: int) -> None:
+        """Refuse a weight that the pattern does not fit.
+
+        Raises:
+            PatternError: the pattern does not fit a weight [rows columns].
+        """
+
+    @abstractmethod
+    def zeros(self, rows: int, columns: int) -> int:
+        """The exact number of zeros in a weight [rows columns]."""
+
+    @abstractmethod
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        """True for what is kept [m n]: the entries with the largest scores [m n] (non-negative).
+
+        A weight may be decided in blocks of columns: `first` is where the block begins, and the blocks' counts add up
+        to the exact count of the whole.
+        """
+
+    @abstractmethod
+    def threshold(self, scores: Tensor) -> Tensor:
+        """The least score that is kept, of the matrix, of each row or of each group; broadcasts to [m n]."""
+
+
+@dataclass(frozen=True)
+class Unstructured(AbstractPattern):
+    """A share of zeros anywhere in the matrix, or the same share in every row: round(sparsity * size) zeros.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1), or an unknown `quota`.
+    """
+
+    sparsity: float
+    quota: Literal["matrix", "row"] = "matrix"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise PatternError(f"Sparsity {self.sparsity} is outside [0, 1): it is the share of zeros, 0.5 for half.")
+        if self.quota not in ("matrix", "row"):
+            raise PatternError(f"Unknown quota {self.quota!r}. Known: matrix, row.")
+
+    def check(self, rows: int, columns: int) -> None:
+        """Any weight fits, as long as something is left of it."""
+        if self.zeros(rows, columns) >= rows * columns:
+            raise PatternError(f"Sparsity {self.sparsity} leaves nothing of a weight [{rows} {columns}].")
+
+    def zeros(self, rows: int, columns: int) -> int:
+        if self.quota == "row":
+            return rows * round(self.sparsity * columns)
+        return round(self.sparsity * rows * columns)
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        rows, columns = scores.shape
+        zeros = self.zeros(rows, first + columns) - self.zeros(rows, first)
+        lines = self._lines(scores)
+        return keep_largest(lines, lines.shape[1] - zeros // lines.shape[0]).view_as(scores)
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        lines = self._lines(scores)
+        zeros = self.zeros(*scores.shape) // lines.shape[0]
+        return lines.kthvalue(zeros + 1, dim=1, keepdim=True).values
+
+    def _lines(self, scores: Tensor) -> Tensor:
+        return scores if self.quota == "row" else scores.reshape(1, -1)
+
+    def __str__(self) -> str:
+        return f"unstructured {self.sparsity:.0%} per {self.quota}"
+
+
+@dataclass(frozen=True)
+class SemiStructured(AbstractPattern):
+    """N non-zeros in every group of M consecutive inputs of a row (NVIDIA's convention; 2:4 keeps two of four).
+
+    Raises:
+        PatternError: not 1 <= kept < group.
+    """
+
+    kept: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept < self.group:
+            raise PatternError(f"Pattern {self} is no pattern: N:M keeps N of every M inputs, 1 <= N < M.")
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return 1 - self.kept / self.group
+
+    def check(self, rows: int, columns: int) -> None:
+        if columns % self.group:
+            raise PatternError(
+                f"Pattern {self} does not fit a weight [{rows} {columns}]: {columns} inputs are no multiple of "
+                f"{self.group}. Leave the operator out (ignore=) or take another pattern."
+            )
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return rows * columns // self.group * (self.group - self.kept)
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        groups = self._groups(scores)
+        kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept]
+        mask = torch.zeros_like(groups, dtype=torch.bool)
+        return mask.scatter_(-1, kept, True).view_as(scores)
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        groups = self._groups(scores)
+        least = groups.kthvalue(self.group - self.kept + 1, dim=-1, keepdim=True).values
+        return least.expand_as(groups).reshape(scores.shape)
+
+    def _groups(self, scores: Tensor) -> Tensor:
+        self.check(*scores.shape)
+        return scores.reshape(scores.shape[0], -1, self.group)
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+
+@dataclass(frozen=True)
+class Stacked(AbstractPattern):
+    """One pattern applied to each operator of a stack: operators that share an input are solved as one problem."""
+
+    pattern: AbstractPattern
+    heights: tuple[int, ...]
+
+    def check(self, rows: int, columns: int) -> None:
+        assert rows == sum(self.heights), f"a stack of {self.heights} rows got {rows}"
+        for height in self.heights:
+            self.pattern.check(height, columns)
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return sum(self.pattern.zeros(height, columns) for height in self.heights)
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        return torch.cat([self.pattern.mask(part, first) for part in scores.split(self.heights)])
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        parts = scores.split(self.heights)
+        return torch.cat([self.pattern.threshold(p).expand(p.shape[0], -1) for p in parts])
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Mask of exactly `count` largest scores of every row [m n]; of equal scores the earlier are kept."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+    above = scores > least
+    missing = count - above.sum(1, keepdim=True)
+    ties = scores == least
+    return above | (ties & (ties.cumsum(1) <= missing))
+
+
+def parse_pattern(
+    pattern: str, sparsity: float | None = None, quota: Literal["matrix", "row"] = "matrix"
+) -> AbstractPattern:
+    """The pattern of a name: "unstructured" (with `sparsity` and `quota`) or "N:M" (which fixes the sparsity).
+
+    Raises:
+        PatternError: the name is unknown, or N:M contradicts `sparsity`.
+    """
+    if pattern == "unstructured":
+        return Unstructured(0.5 if sparsity is None else sparsity, quota)
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if match is None:
+        raise PatternError(f"Unknown pattern {pattern!r}. Known: 'unstructured', and 'N:M' for N non-zeros in M.")
+    parsed = SemiStructured(int(match[1]), int(match[2]))
+    if sparsity is not None and abs(parsed.sparsity - sparsity) > 1e-9:
+        raise PatternError(
+            f"Pattern {parsed} has sparsity {parsed.sparsity:g}, but {sparsity:g} was asked. Leave the sparsity out, "
+            f"or take a pattern that has it (N:M means N non-zeros in M)."
+        )
+    return parsed

@@ -1,0 +1,126 @@
+"""The penalties: each owns all the mathematics of its term, so that solvers and certificates know only these verbs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import inf
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import ProblemError
+
+
+class AbstractPenalty(ABC):
+    """A closed convex function of the weight V [m n], separable over its entries, with p(V) >= p(0) = 0."""
+
+    @abstractmethod
+    def values(self, weight: Tensor) -> Tensor:
+        """p of each row [m]."""
+
+    @abstractmethod
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """argmin_U 1/2 |U - V|^2 + step p(U), written into `out` if given (which may be `weight` itself)."""
+
+    @abstractmethod
+    def conjugate(self, slope: Tensor) -> Tensor:
+        """p*(S) = max_V <S, V> - p(V) of each row [m], for slopes in its domain."""
+
+    @abstractmethod
+    def project(self, slope: Tensor) -> Tensor:
+        """The point nearest to S [m n] where the conjugate is finite."""
+
+    @abstractmethod
+    def dual_scale(self, slope: Tensor) -> Tensor:
+        """The largest s_i for which the conjugate of each row s_i S_i is finite [m]; may be inf."""
+
+    @abstractmethod
+    def scaled(self, scale: Tensor) -> "AbstractPenalty":
+        """The same function of U = V * scale, scale [n] positive."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same function for weights of another dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class L1(AbstractPenalty):
+    """sum_ij strength_ij |V_ij| with non-negative strengths that broadcast to [m n].
+
+    `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs. A strength of zero leaves
+    an entry free.
+
+    Raises:
+        ProblemError: a strength is negative or not finite.
+    """
+
+    strength: float | Tensor
+
+    def __post_init__(self) -> None:
+        strength = torch.as_tensor(self.strength)
+        if not bool(((strength >= 0) & (strength < inf)).all()):
+            raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
+
+    def values(self, weight: Tensor) -> Tensor:
+        return (weight.abs() * self.strength).sum(1)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """Soft thresholding, V - clip(V, +- step strength)."""
+        threshold = self._like(weight) * step
+        return torch.sub(weight, torch.clamp(weight, -threshold, threshold), out=out)
+
+    def conjugate(self, slope: Tensor) -> Tensor:
+        """Zero on its domain, the box |S_ij| <= strength_ij."""
+        return slope.new_zeros(slope.shape[0])
+
+    def project(self, slope: Tensor) -> Tensor:
+        return torch.clamp(slope, -self._like(slope), self._like(slope))
+
+    def dual_scale(self, slope: Tensor) -> Tensor:
+        ratio = torch.where(slope == 0, inf, self._like(slope) / slope.abs())
+        return ratio.amin(1)
+
+    def scaled(self, scale: Tensor) -> "L1":
+        return L1(self.strength / scale)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.strength.to(dtype)) if isinstance(self.strength, Tensor) else self
+
+    def _like(self, slope: Tensor) -> Tensor:
+        return torch.as_tensor(self.strength, dtype=slope.dtype, device=slope.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Support(AbstractPenalty):
+    """Infinite for a non-zero outside `mask` [m n], else zero: the values are free, their places are fixed."""
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:
+            raise ProblemError(f"The mask of a support is {self.mask.dtype}; it must be boolean, true where V is free.")
+
+    def values(self, weight: Tensor) -> Tensor:
+        outside = ((weight != 0) & ~self.mask).any(1)
+        return torch.where(outside, inf, 0.0).to(weight.dtype)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """V on the support, zero elsewhere."""
+        return torch.mul(weight, self.mask, out=out)
+
+    def conjugate(self, slope: Tensor) -> Tensor:
+        """Zero on its domain: slopes that vanish on the support."""
+        return slope.new_zeros(slope.shape[0])
+
+    def project(self, slope: Tensor) -> Tensor:
+        return slope * ~self.mask
+
+    def dual_scale(self, slope: Tensor) -> Tensor:
+        inside = ((slope != 0) & self.mask).any(1)
+        return torch.where(inside, 0.0, inf).to(slope.dtype)
+
+    def scaled(self, scale: Tensor) -> "Support":
+        return self
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return self

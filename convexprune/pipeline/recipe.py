@@ -1,0 +1,110 @@
+"""The recipe: every setting of a run, checked before any work and saved beside the result."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from convexprune.errors import RecipeError, unknown
+from convexprune.pattern import AbstractPattern, parse_pattern
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex
+from convexprune.solvers import AbstractSolver, solver_names
+
+PRESETS = ("fistapruner",)
+
+
+class Recipe(BaseModel):
+    """What to prune, how, and on which tokens. Unknown settings are refused.
+
+    `error_correction` in [0, 1] (true is 1): how much of the error that the operators before it inside the decoder
+    layer have made does an operator correct. `damping` is the pull towards the dense weight, relative to the diagonal
+    of the Gram matrix; None estimates it from the sampling noise of the calibration tokens. `method_args` are settings
+    of the pruner (see `convexprune.pruners`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: str = "convex"
+    solver: str = "fista"
+    preset: str | None = None
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    quota: Literal["matrix", "row"] = "matrix"
+    error_correction: float = Field(1.0, ge=0, le=1)
+    damping: float | None = Field(None, ge=0)
+    method_args: dict[str, Any] = {}
+    dataset: str = "self"
+    num_calibration_samples: int = Field(128, ge=1)
+    max_seq_length: int | None = Field(None, ge=2)
+    batch_size: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @field_validator("error_correction", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _names(self) -> "Recipe":
+        if self.method not in PRUNERS:
+            raise RecipeError(unknown("method", self.method, PRUNERS))
+        if self.preset is not None and self.preset not in PRESETS:
+            raise RecipeError(unknown("preset", self.preset, PRESETS))
+        self.build_pattern()
+        return self
+
+    def build_pattern(self) -> AbstractPattern:
+        """The pattern that `sparsity`, `pattern` and `quota` name.
+
+        Raises:
+            PatternError: they name none.
+        """
+        return parse_pattern(self.pattern, self.sparsity, self.quota)
+
+    def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
+        """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.
+
+        Raises:
+            RecipeError: an unknown name, or settings that the method does not have.
+        """
+        if self.preset == "fistapruner":
+            return _make("fistapruner", self.method_args)
+        if self.method != "convex":
+            if self.damping is not None:
+                raise RecipeError(f"damping is a setting of method='convex'; {self.method!r} does not take it.")
+            return _make(self.method, self.method_args)
+        if solver is None and self.solver not in solver_names():
+            raise RecipeError(unknown("solver", self.solver, solver_names()))
+        own = {"solver": solver if solver is not None else Convex.solver_for(self.solver), "damping": self.damping}
+        return _make("convex", own | self.method_args)
+
+
+def make_recipe(**settings: Any) -> Recipe:
+    """A recipe from keyword settings, with one readable error for all that is wrong.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+        PatternError: sparsity and pattern name no pattern.
+    """
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            name = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden":
+                lines.append(unknown("setting", name, Recipe.model_fields))
+            else:
+                lines.append(f"{name}={fault['input']!r}: {fault['msg']}.")
+        raise RecipeError(" ".join(lines)) from error
+
+
+def _make(method: str, settings: dict[str, Any]) -> AbstractPruner:
+    try:
+        return PRUNERS[method](**settings)
+    except TypeError as error:
+        raise RecipeError(f"Settings {settings} do not fit the method {method!r}: {error}.") from error

@@ -1,0 +1,28 @@
+"""Pruners by name. To add one: a file here and a line in `PRUNERS`."""
+
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.convex import Convex
+from convexprune.pruners.fistapruner import FISTAPruner
+from convexprune.pruners.magnitude import Magnitude
+from convexprune.pruners.sparsegpt import SparseGPT
+from convexprune.pruners.wanda import Wanda
+
+PRUNERS: dict[str, type[AbstractPruner]] = {
+    "convex": Convex,
+    "fistapruner": FISTAPruner,
+    "magnitude": Magnitude,
+    "sparsegpt": SparseGPT,
+    "wanda": Wanda,
+}
+
+__all__ = [
+    "PRUNERS",
+    "AbstractPruner",
+    "Convex",
+    "FISTAPruner",
+    "Magnitude",
+    "Pruned",
+    "PruningProblem",
+    "SparseGPT",
+    "Wanda",
+]

@@ -1,0 +1,71 @@
+"""What every pruner promises: a weight, its moments and a pattern in; a weight in the pattern out."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from convexprune.moments import Moments
+from convexprune.pattern import AbstractPattern, Stacked
+from convexprune.quadratic import Quadratic
+from convexprune.solvers import Solution
+
+
+@dataclass(frozen=True, eq=False)
+class PruningProblem:
+    """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
+
+    `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
+    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens.
+    """
+
+    weight: Tensor
+    moments: Moments
+    pattern: AbstractPattern
+    correction: float = 1.0
+    folds: tuple[Moments, ...] = ()
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The reconstruction error, undamped: what is reported, whatever the pruner minimised."""
+        return self.moments.reconstruction(self.weight, self.correction)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """mean |W x|^2 of each row [m]."""
+        return self.moments.energy(self.weight)
+
+    def squared_error(self, weight: Tensor) -> Tensor:
+        """mean |V x* - target|^2 of each row [m]; over `energy` it is the relative error."""
+        return 2 * self.quadratic.values(weight)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """sqrt(H_jj) [n]; |W| * scale are Wanda's scores."""
+        return self.quadratic.scale()
+
+    def operators(self) -> list["PruningProblem"]:
+        """One problem for each operator of the stack."""
+        if not isinstance(self.pattern, Stacked):
+            return [self]
+        weights, pattern = self.weight.split(self.pattern.heights), self.pattern.pattern
+        return [PruningProblem(w, self.moments, pattern, self.correction, self.folds) for w in weights]
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A weight [m n] in the pattern, the mask of what it keeps, and every convex solve behind it, the last one last."""
+
+    weight: Tensor
+    mask: Tensor
+    solutions: tuple[Solution, ...] = ()
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+class AbstractPruner(ABC):
+    """Settings of a pruner."""
+
+    @abstractmethod
+    def prune(self, problem: PruningProblem) -> Pruned:
+        """A weight in the pattern."""

@@ -1,0 +1,20 @@
+"""Wanda: keep the weights that carry the largest inputs."""
+
+from dataclasses import dataclass
+
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+
+
+@dataclass(frozen=True)
+class Wanda(AbstractPruner):
+    """Score |W_ij| |X_j|_2; kept weights do not change (Sun et al., arXiv 2306.11695, Eq. 1; locuslab/wanda lib/prune.py).
+
+    Differences to the authors' code: |X_j|_2 is taken over all tokens at once; the quota is the pattern's (the paper
+    prunes per output: ask for quota="row"); ties are exact; inputs come from the pipeline's convention (dense before
+    the layer, pruned inside it), not from a pruned prefix.
+    """
+
+    def prune(self, problem: PruningProblem) -> Pruned:
+        """See `AbstractPruner.prune`."""
+        mask = problem.pattern.mask(problem.weight.abs() * problem.scale)
+        return Pruned(problem.weight * mask, mask)

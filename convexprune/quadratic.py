@@ -1,0 +1,148 @@
+"""The one smooth term: a convex quadratic of the weight whose Gram matrix is shared by all rows."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import ProblemError
+
+POWER_ITERATIONS = 100
+LIPSCHITZ_MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """A sum of squares of the weight V [m n], written about an anchor A [m n].
+
+    With D = V - A, gram H [n n] (symmetric, positive semidefinite), cross G [m n] and energy e [m]:
+
+        q(V) = 1/2 tr(D H D') - tr(D G') + 1/2 sum(e)
+
+    Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
+    The anchor is the point near which the solution is expected (the dense weight; None is zero): everything is then
+    computed from the small D, and nothing cancels. Quadratics are closed under addition and non-negative scaling.
+
+    Raises:
+        ProblemError: the shapes do not fit, or a tensor is not floating point.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    anchor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        m, n = self.shape
+        expected = {"gram": (n, n), "cross": (m, n), "energy": (m,), "anchor": (m, n)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise ProblemError(
+                    f"`{name}` is {tensor.dtype} {list(tensor.shape)}; a quadratic of a weight {[m, n]} "
+                    f"needs floating point {list(shape)}."
+                )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs of the operator."""
+        if self.cross.ndim != 2:
+            raise ProblemError(f"`cross` has {self.cross.ndim} axes; it must be [outputs inputs].")
+        return self.cross.shape[0], self.cross.shape[1]
+
+    @classmethod
+    def least_squares(cls, inputs: Tensor, targets: Tensor) -> Self:
+        """Mean squared error 1/2 mean_t |targets_t - V inputs_t|^2, inputs [tokens n], targets [tokens m]."""
+        tokens = inputs.shape[0]
+        cross = targets.T @ inputs / tokens
+        return cls(inputs.T @ inputs / tokens, cross, targets.square().sum(0) / tokens)
+
+    @classmethod
+    def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
+        """A pull towards `anchor` [m n]: 1/2 sum_ij strength_j (V_ij - A_ij)^2, strength [n] non-negative."""
+        if bool((strength < 0).any()):
+            raise ProblemError(f"Damping must not be negative; the least entry is {float(strength.min()):.3g}.")
+        zero = torch.zeros_like(anchor)
+        return cls(torch.diag(strength), zero, zero[:, 0], anchor)
+
+    def displacement(self, weight: Tensor) -> Tensor:
+        """D = V - A [m n]."""
+        return weight if self.anchor is None else weight - self.anchor
+
+    def residual(self, weight: Tensor) -> Tensor:
+        """The negative gradient K = G - D H [m n]: what is left of the target, seen through the inputs."""
+        return self.cross - self.displacement(weight) @ self.gram
+
+    def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """q of each row [m]; give the `residual` at `weight` if it is known, and no product is needed."""
+        residual = self.residual(weight) if residual is None else residual
+        values = self.energy - (self.displacement(weight) * (self.cross + residual)).sum(1)
+        return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
+
+    @cached_property
+    def lipschitz(self) -> float:
+        """An upper estimate of the largest eigenvalue of H, by the power method with a margin of 1 %."""
+        vector = self.gram.abs().sum(1)
+        for _ in range(POWER_ITERATIONS):
+            vector = self.gram @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
+        return LIPSCHITZ_MARGIN * float(vector.norm())
+
+    def scale(self) -> Tensor:
+        """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
+        diagonal = self.gram.diagonal()
+        return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+
+    def scaled(self, scale: Tensor) -> Self:
+        """The same function of U = V * scale, scale [n] positive."""
+        if bool((scale == 1).all()):
+            return self  # and what is cached stays
+        return type(self)(
+            self.gram / scale / scale[:, None],
+            self.cross / scale,
+            self.energy,
+            None if self.anchor is None else self.anchor * scale,
+        )
+
+    @cached_property
+    def double(self) -> "Quadratic":
+        """The same function in float64, for certificates."""
+        if self.gram.dtype == torch.float64:
+            return self
+        anchor = None if self.anchor is None else self.anchor.double()
+        return Quadratic(self.gram.double(), self.cross.double(), self.energy.double(), anchor)
+
+    @cached_property
+    def factor(self) -> Tensor | None:
+        """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
+
+        The little that is taken from the diagonal (n rounding errors of the largest entry) covers the factorisation's
+        own error, so that |F^-1 k|^2 >= k H^-1 k holds and not only nearly.
+        """
+        margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(self.gram.diagonal().max())
+        shifted = self.gram - margin * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        return factor if int(info) == 0 else None
+
+    def at(self, anchor: Tensor | None) -> Self:
+        """The same function written about another anchor."""
+        if anchor is self.anchor:
+            return self
+        point = torch.zeros_like(self.cross) if anchor is None else anchor
+        residual = self.residual(point)
+        return type(self)(self.gram, residual, 2 * self.values(point, residual), anchor)
+
+    def __add__(self, other: Self) -> Self:
+        other = other.at(self.anchor)
+        energy = self.energy + other.energy
+        return type(self)(self.gram + other.gram, self.cross + other.cross, energy, self.anchor)
+
+    def __mul__(self, factor: float) -> Self:
+        if factor < 0:
+            raise ProblemError(f"A quadratic times {factor} is not a sum of squares; the factor must be >= 0.")
+        return type(self)(self.gram * factor, self.cross * factor, self.energy * factor, self.anchor)
+
+    __rmul__ = __mul__

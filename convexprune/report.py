@@ -1,0 +1,100 @@
+"""What happened, per operator: plain data, as JSON and as a table."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored (after the cast).
+
+    `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens. Operators that share an
+    input are solved as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the
+    last solve (the refit), `largest_gap` of any (the path that chooses the support stops early on purpose).
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    zeros: int
+    expected_zeros: int
+    relative_error: float
+    gap: float | None
+    largest_gap: float | None
+    kkt_residual: float | None
+    status: str | None
+    solves: int
+    products: int
+    facts: dict[str, float]
+    tokens: int
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / (self.outputs * self.inputs)
+
+
+@dataclass
+class Report:
+    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran."""
+
+    recipe: dict[str, Any]
+    operators: list[OperatorReport] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in all pruned operators together."""
+        return sum(o.zeros for o in self.operators) / max(1, sum(o.outputs * o.inputs for o in self.operators))
+
+    @property
+    def largest_gap(self) -> float | None:
+        """The largest relative duality gap of any final solve; None if nothing convex was solved."""
+        gaps = [o.gap for o in self.operators if o.gap is not None]
+        return max(gaps) if gaps else None
+
+    def to_json(self) -> str:
+        """The whole report as JSON; numbers that are not finite are written as text."""
+        whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
+        return json.dumps(_finite(whole), indent=2, allow_nan=False)
+
+    def table(self) -> Table:
+        """One line per operator, for a terminal."""
+        table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators")
+        table.add_column("operator")
+        for name in ("shape", "sparsity", "rel. error", "gap", "solves", "products", "damping", "seconds"):
+            table.add_column(name, justify="right")
+        for o in self.operators:
+            table.add_row(*_cells(o))
+        return table
+
+
+def _cells(o: OperatorReport) -> Iterable[str]:
+    yield o.name
+    yield f"{o.outputs}x{o.inputs}"
+    yield f"{o.sparsity:.2%}"
+    yield f"{o.relative_error:.2e}"
+    yield "-" if o.gap is None else f"{o.gap:.0e}"
+    yield str(o.solves)
+    yield str(o.products)
+    yield f"{o.facts['damping']:.3f}" if "damping" in o.facts else "-"
+    yield f"{o.seconds:.2f}"
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with inf and nan as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value

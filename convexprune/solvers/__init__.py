@@ -1,0 +1,38 @@
+"""Solvers by name. To add one: a file here, a line in `_PLACES`, a line in the table of tests/test_solvers.py."""
+
+from importlib import import_module
+from typing import Any
+
+from convexprune.errors import RecipeError, unknown
+from convexprune.solvers.base import AbstractSolver, Solution, Status
+
+_PLACES = {
+    "cg": ("cg", "ConjugateGradient"),
+    "cvxpy": ("cvxpy_", "CVXPY"),
+    "fista": ("fista", "FISTA"),
+    "scipy": ("scipy_", "SciPy"),
+}
+
+
+def solver_names() -> list[str]:
+    """The names that `make_solver` knows."""
+    return sorted(_PLACES)
+
+
+def make_solver(name: str, **settings: Any) -> AbstractSolver:
+    """The solver of that name; its module (and a foreign library behind it) is imported only now.
+
+    Raises:
+        RecipeError: unknown name or setting.
+    """
+    if name not in _PLACES:
+        raise RecipeError(unknown("solver", name, _PLACES))
+    module, cls = _PLACES[name]
+    solver = getattr(import_module(f"convexprune.solvers.{module}"), cls)
+    try:
+        return solver(**settings)
+    except TypeError as error:
+        raise RecipeError(f"Settings {settings} do not fit the solver {name!r}: {error}.") from error
+
+
+__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solver_names"]

@@ -1,0 +1,86 @@
+"""What every solver promises: a convex problem in, a certified solution out."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from torch import Tensor
+
+from convexprune.errors import UnsupportedError
+from convexprune.penalty import AbstractPenalty
+from convexprune.problem import Certificate, Problem
+
+
+class Status(Enum):
+    """How a solve ended, as a sentence."""
+
+    SOLVED = "The certificate meets the tolerance."
+    ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
+    NON_FINITE = "The iterates are no longer finite: the problem has non-finite data, or the step is too long."
+    FAILED = "The back-end gave no answer."
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A weight [m n], how the solve ended, and a certificate that does not depend on the solver.
+
+    `products` counts matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
+    `build_seconds` is spent on translating the problem to the back-end's form, `solve_seconds` in the back-end.
+    """
+
+    weight: Tensor
+    status: Status
+    certificate: Certificate
+    iterations: int
+    products: int
+    solve_seconds: float
+    build_seconds: float = 0.0
+
+
+class AbstractSolver(ABC):
+    """Settings of a solver; a user's own solver is a subclass with these two members."""
+
+    @property
+    @abstractmethod
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """The penalties that this solver takes."""
+
+    @abstractmethod
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """Minimise the problem from `start` [m n] (the anchor, or zero, if None).
+
+        Raises:
+            UnsupportedError: the penalty is not one of `penalties`.
+            ProblemError: `start` is not shaped like the problem.
+        """
+
+
+def require_penalty(solver: AbstractSolver, problem: Problem) -> None:
+    """Refuse a penalty that the solver does not take, before it works.
+
+    Raises:
+        UnsupportedError: naming the penalty, the solver, and what the solver takes.
+    """
+    if not isinstance(problem.penalty, solver.penalties):
+        takes = ", ".join(p.__name__ for p in solver.penalties)
+        raise UnsupportedError(
+            f"{type(solver).__name__} does not take the penalty {type(problem.penalty).__name__}; it takes: {takes}."
+        )
+
+
+def initial(problem: Problem, start: Tensor | None) -> Tensor:
+    """Where a solver begins: `start`, else the anchor, else zero."""
+    if start is not None:
+        problem.check(start)
+        return start
+    anchor = problem.quadratic.anchor
+    return problem.quadratic.cross.new_zeros(problem.shape) if anchor is None else anchor
+
+
+def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F [rank n] with H = F' F and its pseudo-inverse [n rank], for back-ends that want a sum of squares."""
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > values.max(initial=0) * len(values) * np.finfo(float).eps
+    root = np.sqrt(values[keep])
+    return root[:, None] * vectors[:, keep].T, vectors[:, keep] / root

@@ -1,0 +1,89 @@
+"""The ground truth: the same problem, handed to CVXPY row by row."""
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexprune.penalty import L1, AbstractPenalty, Support
+from convexprune.problem import Problem, certify
+from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
+
+TIGHT: dict[str, dict[str, Any]] = {
+    "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True, "adaptive_rho_interval": 50},
+    "CLARABEL": {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-12},
+    "SCS": {"eps_abs": 1e-10, "eps_rel": 1e-10, "max_iters": 200_000},
+}
+STATUS = {
+    cp.OPTIMAL: Status.SOLVED,
+    cp.OPTIMAL_INACCURATE: Status.ITERATION_LIMIT,
+    cp.USER_LIMIT: Status.ITERATION_LIMIT,
+}
+
+
+@dataclass(frozen=True)
+class CVXPY(AbstractSolver):
+    """CVXPY with one of three engines, set to oracle accuracy; for small problems.
+
+    Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
+    eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
+    the problem unbounded below and cannot come from data.
+    """
+
+    engine: Literal["OSQP", "CLARABEL", "SCS"] = "CLARABEL"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """What is stated in CVXPY's atoms below."""
+        return (L1, Support)
+
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """See `AbstractSolver.solve`."""
+        require_penalty(self, problem)
+        began = time.perf_counter()
+        initial(problem, start)  # checks the shape; the engines are started by themselves
+        statements = [self._row(problem, i) for i in range(problem.shape[0])]
+        built = time.perf_counter()
+        rows, statuses = [], []
+        for variable, statement in statements:
+            value, status = self._solve_row(variable, statement)
+            rows.append(value)
+            statuses.append(status)
+        solved = time.perf_counter()
+        displacement = torch.from_numpy(np.stack(rows)).to(problem.quadratic.cross)
+        anchor = problem.quadratic.anchor
+        weight = displacement if anchor is None else displacement + anchor
+        worst = max(statuses, key=list(Status).index)
+        if isinstance(problem.penalty, Support):
+            weight = weight * problem.penalty.mask
+        certificate = certify(problem, weight)
+        return Solution(weight, worst, certificate, 0, 0, solved - built, built - began)
+
+    def _solve_row(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate" is the status that we return
+            statement.solve(solver=self.engine, **{**TIGHT[self.engine], **self.options})
+        if variable.value is None:
+            return np.full(variable.shape, np.nan), Status.FAILED
+        return variable.value, STATUS.get(statement.status, Status.FAILED)
+
+    def _row(self, problem: Problem, i: int) -> tuple[cp.Variable, cp.Problem]:
+        q = problem.quadratic.double
+        gram, cross = q.gram.cpu().numpy(), q.cross[i].cpu().numpy()
+        anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy()
+        factor, inverse = square_root(gram)
+        target = cross @ inverse
+        d = cp.Variable(len(cross))
+        smooth = cp.sum_squares(factor @ d - target) / 2
+        if isinstance(problem.penalty, Support):
+            outside = np.flatnonzero(~problem.penalty.mask[i].cpu().numpy())
+            return d, cp.Problem(cp.Minimize(smooth), [d[outside] == -anchor[outside]] if len(outside) else [])
+        assert isinstance(problem.penalty, L1)
+        strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
+        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.abs(d + anchor)))

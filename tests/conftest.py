@@ -1,0 +1,99 @@
+"""Small models for all tests. Nothing here or in any test needs a network or a GPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from convexprune.adapters import EMBEDDED, HuggingFaceModel
+
+torch.set_num_threads(1)
+
+VOCABULARY = 4096  # the bundled tokenizer's, so that the tiny models can read text
+POSITIONS = 64
+SPREAD = 0.2  # initial weights ten times the usual, so that layers do something
+
+
+def _opt() -> PreTrainedModel:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=POSITIONS,
+            init_std=SPREAD,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def _llama(tied: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=POSITIONS,
+            initializer_range=SPREAD,
+            tie_word_embeddings=tied,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+TINY: dict[str, Callable[[], PreTrainedModel]] = {
+    "opt": _opt,
+    "llama": lambda: _llama(tied=False),
+    "llama-tied": lambda: _llama(tied=True),
+    "opt-bf16": lambda: _opt().to(torch.bfloat16),  # pyright: ignore[reportArgumentType]
+    "llama-bf16": lambda: _llama(tied=False).to(torch.bfloat16),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.fixture
+def build() -> Callable[[str], PreTrainedModel]:
+    """Builds a tiny random model by its name in TINY: always the same weights, always a new model."""
+
+    def built(name: str) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TINY[name]().eval()
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture
+def tiny_opt(build: Callable[[str], PreTrainedModel], tokenizer: Tokenizer) -> HuggingFaceModel:
+    return HuggingFaceModel(build("opt"), tokenizer, name="tiny-opt")
+
+
+@pytest.fixture
+def tiny_llama(build: Callable[[str], PreTrainedModel], tokenizer: Tokenizer) -> HuggingFaceModel:
+    return HuggingFaceModel(build("llama"), tokenizer, name="tiny-llama")
+
+
+@pytest.fixture(params=TINY)
+def tiny(
+    request: pytest.FixtureRequest, build: Callable[[str], PreTrainedModel], tokenizer: Tokenizer
+) -> HuggingFaceModel:
+    """Each tiny model in turn."""
+    return HuggingFaceModel(build(request.param), tokenizer, name=f"tiny-{request.param}")

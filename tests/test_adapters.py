@@ -1,0 +1,371 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel, PreTrainedConfig
+
+from convexprune.adapters import EMBEDDED, FAMILIES, HuggingFaceModel, family_of, load, save
+from convexprune.errors import ModelError, RecipeError
+
+BATCH = torch.arange(3, 45).reshape(2, 21) * 31 % 4096
+MERGED = {"opt": "self_attn.out_proj", "llama": "self_attn.o_proj"}
+
+
+def operators(model):
+    return [f"{layer.name}.{name}" for layer in model.layers for stage in layer.stages for name in stage]
+
+
+def linears(model):
+    return [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def own_layer_outputs(model, batch):
+    outputs = []
+    hooks = [layer.module.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in model.layers]
+    with torch.no_grad():
+        model.model(batch)
+    for hook in hooks:
+        hook.remove()
+    return [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]
+
+
+# ---- capture and replay
+
+
+@torch.no_grad()
+def test_layers_replayed_one_by_one_give_the_models_own_outputs_bit_for_bit(tiny):
+    hidden = tiny.first_inputs(BATCH)
+    expected = own_layer_outputs(tiny, BATCH)
+    calls = tiny.calls(BATCH)
+    assert len(calls) == len(tiny.layers) == 2
+    for layer, call, output in zip(tiny.layers, calls, expected, strict=True):
+        hidden = call(layer.module, hidden)
+        assert torch.equal(hidden, output)
+
+
+@torch.no_grad()
+def test_a_recorded_call_serves_other_batches_of_the_same_shape(tiny):
+    calls = tiny.calls(BATCH)
+    hidden = tiny.first_inputs(BATCH.flip(0, 1))
+    for layer, call in zip(tiny.layers, calls, strict=True):
+        hidden = call(layer.module, hidden)
+    assert torch.equal(hidden, own_layer_outputs(tiny, BATCH.flip(0, 1))[-1])
+
+
+@torch.no_grad()
+def test_replaying_twice_gives_the_same(tiny_llama):
+    (call, _), hidden = tiny_llama.calls(BATCH), tiny_llama.first_inputs(BATCH)
+    module = tiny_llama.layers[0].module
+    assert torch.equal(call(module, hidden), call(module, hidden))
+
+
+def test_first_inputs_are_what_the_first_layer_sees_and_need_no_gradient(tiny):
+    with torch.no_grad():
+        expected = tiny.model(BATCH, output_hidden_states=True).hidden_states[0]
+    inputs = tiny.first_inputs(BATCH)
+    assert torch.equal(inputs, expected)
+    assert not inputs.requires_grad
+
+
+def test_first_inputs_run_no_decoder_layer(tiny_opt, monkeypatch):
+    def refuse(*_: Any, **__: Any):
+        raise AssertionError("a decoder layer ran")
+
+    monkeypatch.setattr(tiny_opt.layers[0].module, "forward", refuse)
+    assert tiny_opt.first_inputs(BATCH).shape == (2, 21, 32)
+
+
+@torch.no_grad()
+def test_hidden_states_may_come_by_name(tiny_llama, monkeypatch):
+    inner = tiny_llama.model.base_model
+    expected, inputs = own_layer_outputs(tiny_llama, BATCH), tiny_llama.first_inputs(BATCH)
+
+    def forward(input_ids, **_: Any):
+        hidden = inner.embed_tokens(input_ids)
+        rotary = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+        for layer in inner.layers:
+            hidden = layer(hidden_states=hidden, position_embeddings=rotary)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    hidden = tiny_llama.first_inputs(BATCH)
+    assert torch.equal(hidden, inputs)
+    for layer, call in zip(tiny_llama.layers, tiny_llama.calls(BATCH), strict=True):
+        hidden = call(layer.module, hidden)
+    assert torch.equal(hidden, expected[-1])
+
+
+def test_no_hook_is_left_behind_even_after_a_failure(tiny_opt):
+    tiny_opt.calls(BATCH)
+    tiny_opt.first_inputs(BATCH)
+    for record in (tiny_opt.calls, tiny_opt.first_inputs):
+        with pytest.raises(IndexError):
+            record(BATCH + 10_000)
+    assert not any(module._forward_pre_hooks for module in tiny_opt.model.modules())
+
+
+# ---- which operators
+
+
+def test_every_linear_is_either_in_one_stage_or_left_alone(tiny):
+    alone = [name for name, _ in tiny.left_alone]
+    assert sorted(operators(tiny) + alone) == sorted(linears(tiny))
+
+
+def test_stages_are_those_of_the_family(tiny):
+    family = FAMILIES[tiny.model.config.model_type]
+    assert [layer.stages for layer in tiny.layers] == [family.stages] * 2
+    assert [layer.name for layer in tiny.layers] == [f"{family.layers}.{index}" for index in range(2)]
+    assert tiny.layers[1].operator(MERGED[family.model_type]) is tiny.model.get_submodule(
+        f"{family.layers}.1.{MERGED[family.model_type]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("opt", "tied to model.decoder.embed_tokens.weight"),
+        ("llama-tied", "tied to model.embed_tokens.weight"),
+        ("llama", "not inside a decoder layer"),
+    ],
+)
+def test_the_head_is_left_alone_for_the_right_reason(build, name, reason):
+    assert HuggingFaceModel(build(name)).left_alone == [("lm_head", reason)]
+
+
+def test_an_operator_whose_memory_another_layer_uses_is_left_alone(build):
+    model = build("llama")
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = nn.Parameter(first.weight.data[:, :])  # another parameter on the same memory
+    left = dict(HuggingFaceModel(model).left_alone)
+    assert left["model.layers.0.mlp.up_proj"] == "tied to model.layers.1.mlp.up_proj.weight"
+    assert left["model.layers.1.mlp.up_proj"] == "tied to model.layers.0.mlp.up_proj.weight"
+
+
+def test_separate_pieces_of_one_storage_are_not_tied(build):
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    together = torch.cat([attention.k_proj.weight.data, attention.v_proj.weight.data])
+    attention.k_proj.weight, attention.v_proj.weight = (nn.Parameter(half) for half in together.chunk(2))
+    assert [name for name, _ in HuggingFaceModel(model).left_alone] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        (["Linear"], [], 12),
+        (["fc1"], [], 2),
+        (["self_attn.q_proj", "fc2"], [], 4),
+        (["model.decoder.layers.1.fc1"], [], 1),
+        (["re:.*_proj$"], [], 8),
+        (["re:self_attn"], ["re:.*k_proj"], 6),
+        (["Linear"], ["fc1", "fc2"], 8),
+        (["Linear"], ["re:model.decoder.layers.0"], 6),
+        (["Linear"], ["lm_head"], 12),
+    ],
+)
+def test_targets_and_ignore_choose_operators(build, targets, ignore, expected):
+    model = HuggingFaceModel(build("opt"), targets=targets, ignore=ignore)
+    assert len(operators(model)) == expected
+    assert len(operators(model)) + len(model.left_alone) == len(linears(model))
+
+
+def test_layers_without_operators_stay_and_empty_stages_go(build):
+    model = HuggingFaceModel(build("opt"), targets=["model.decoder.layers.1.fc1"])
+    assert [layer.stages for layer in model.layers] == [(), (("fc1",),)]
+
+
+def test_the_recipes_reasons_are_kept(build):
+    model = HuggingFaceModel(build("opt"), targets=["fc1", "fc2"], ignore=["model.decoder.layers.0.fc2"])
+    left = dict(model.left_alone)
+    assert left["model.decoder.layers.0.fc2"] == "ignored by the recipe"
+    assert left["model.decoder.layers.0.self_attn.q_proj"] == "not among the targets of the recipe"
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "message"),
+    [
+        ({"targets": ["q_porj"]}, ModelError, "Unknown operator 'q_porj'. Did you mean 'q_proj'"),
+        ({"ignore": ["lm_haed"]}, ModelError, "Did you mean 'lm_head'"),
+        ({"ignore": ["Linear"]}, ModelError, "leave no operator to prune.*fc1"),
+        ({"targets": ["lm_head"]}, ModelError, "leave no operator to prune.*tied to"),
+        ({"targets": []}, ModelError, "leave no operator to prune"),
+        ({"targets": ["re:("]}, RecipeError, r"'re:\(' is not a regular expression"),
+        ({"targets": "fc1"}, RecipeError, r"Write \['fc1'\]"),
+    ],
+)
+def test_a_choice_that_cannot_be_meant_is_refused(build, choice, error, message):
+    with pytest.raises(error, match=message):
+        HuggingFaceModel(build("opt"), **choice)
+
+
+# ---- which models
+
+
+def test_an_unknown_family_is_refused_with_what_is_known_and_near():
+    class Misspelt(PreTrainedConfig):
+        model_type = "lama"
+
+    with pytest.raises(ModelError, match=r"'lama'. Did you mean 'llama'\? Known: llama, opt"):
+        family_of(Misspelt())
+    with pytest.raises(ModelError, match="Unknown model family 'gpt2'"):
+        HuggingFaceModel(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(build, value):
+    model = build("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 3] = value
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 of 1,536"):
+        HuggingFaceModel(model)
+
+
+def test_offloaded_weights_are_refused_whichever_way_they_come(build):
+    model = build("llama").to("meta")
+    with pytest.raises(ModelError, match="meta device"):
+        HuggingFaceModel(model)
+    with pytest.raises(ModelError, match="meta device"):
+        load(model, device="cpu")
+
+
+def test_quantised_models_are_refused_and_dequantised_ones_are_not(build):
+    model = build("llama")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert len(HuggingFaceModel(model).layers) == 2
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ModelError, match=r"quantised \(bitsandbytes\)"):
+        HuggingFaceModel(model)
+
+
+def test_operators_that_are_not_plain_floating_linears_are_refused(build):
+    model = build("llama")
+    model.model.layers[1].self_attn.q_proj = nn.Identity()
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj is a Identity.*Merge adapters"):
+        HuggingFaceModel(model)
+    model = build("llama")
+    codes = torch.zeros(32, 32, dtype=torch.int8)
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
+    with pytest.raises(ModelError, match=r"weights of type torch\.int8"):
+        HuggingFaceModel(model)
+
+
+def test_a_model_without_its_head_is_refused(build):
+    with pytest.raises(ModelError, match=r"LlamaModel has no model\.layers"):
+        HuggingFaceModel(LlamaModel(build("llama").config))
+
+
+# ---- files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+
+
+def test_the_embedded_model_loads_in_its_own_precision_or_the_one_asked_for():
+    model = load(EMBEDDED, device="cpu")
+    assert model.model.dtype == torch.float16
+    assert (model.name, model.vocab_size, model.max_positions) == (str(EMBEDDED), 4096, 512)
+    assert model.tokenizer is not None
+    assert not model.model.training
+    assert load(str(EMBEDDED), device="cpu", dtype=torch.float32).model.dtype == torch.float32
+
+
+def test_a_loaded_model_is_used_in_place(build, tokenizer):
+    inner = build("llama")
+    model = load(inner, device="cpu", dtype=torch.bfloat16, tokenizer=tokenizer, ignore=["down_proj"])
+    assert model.model is inner
+    assert inner.dtype == torch.bfloat16
+    assert model.tokenizer is tokenizer
+    assert len(operators(model)) == 12
+
+
+def test_a_folder_without_a_tokenizer_has_none(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert load(folder, device="cpu").tokenizer is None
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0001])
+def test_a_truncated_checkpoint_is_named(folder, keep):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(ModelError, match=r"model\.safetensors: damaged or cut short") as caught:
+        load(folder, device="cpu")
+    assert caught.value.__cause__ is not None
+
+
+def test_tensors_that_the_checkpoint_lacks_are_not_made_up(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.decoder.layers.0.fc1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors.*layers\.0\.fc1\.weight"):
+        load(folder, device="cpu")
+
+
+def test_pickles_are_read_only_when_they_are_trusted(folder):
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*allow_pickle=True"):
+        load(folder, device="cpu")
+    weight = load(folder, device="cpu", allow_pickle=True).model.get_input_embeddings().weight
+    assert torch.equal(weight, tensors["model.decoder.embed_tokens.weight"])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "Unknown model family 'gpt2'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read.*model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), r"\(tokenizer\): cannot be read"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_a_damaged_folder_is_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        load(folder, device="cpu")
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused():
+    with pytest.raises(ModelError, match="nobody/nothing: cannot be read"):
+        load("nobody/nothing", device="cpu")
+
+
+def test_saving_and_loading_keeps_every_bit_and_the_tokenizer(tiny, tmp_path):
+    tiny.layers[0].operator(tiny.layers[0].stages[-1][0]).weight.data[:, ::2] = 0
+    save(tiny, tmp_path)
+    again = load(tmp_path, device="cpu")
+    expected = dict(tiny.model.named_parameters())
+    assert again.model.dtype == tiny.model.dtype
+    assert again.left_alone == tiny.left_alone
+    assert all(torch.equal(value, expected[name]) for name, value in again.model.named_parameters())
+    assert again.tokenizer is not None
+    assert again.tokenizer("one text") == tiny.tokenizer("one text")
+
+
+def test_what_a_gguf_file_leaves_behind_does_not_stop_saving(tiny_llama, tmp_path):
+    class Leftover:
+        is_serializable = False
+        quantization_config = None
+
+    tiny_llama.model.hf_quantizer = Leftover()  # pyright: ignore[reportAttributeAccessIssue]
+    tiny_llama.model.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]
+    tiny_llama.model.config.quantization_config = {"quant_method": "gguf"}
+    save(tiny_llama, tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    assert len(load(tmp_path, device="cpu").layers) == 2
+
+
+def test_generation_settings_that_contradict_themselves_do_not_lose_the_weights(tiny_llama, tmp_path):
+    tiny_llama.model.generation_config.temperature = 0.9
+    tiny_llama.model.generation_config.do_sample = False
+    save(tiny_llama, tmp_path)
+    assert load(tmp_path, device="cpu").model.generation_config.temperature == 0.9

@@ -1,0 +1,274 @@
+import itertools
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from convexprune.adapters import HuggingFaceModel, calibration_tokens, text_windows
+from convexprune.adapters.corpora import CORPORA
+from convexprune.errors import CalibrationError, DependencyError
+
+STREAM = torch.arange(4000)  # every token once, so that windows which overlap would repeat one
+PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n" * 40
+
+
+def calibrate(dataset, model, num_samples: int | None = 4, max_seq_length: int | None = 16, seed=0, **options):
+    return calibration_tokens(
+        dataset, model, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed, **options
+    )
+
+
+# ---- windows
+
+
+def test_windows_are_disjoint_pieces_of_the_stream(tiny_opt):
+    windows = calibrate(STREAM, tiny_opt, num_samples=100)
+    assert windows.shape == (100, 16)
+    assert windows.dtype == torch.int64
+    assert len(windows.unique()) == windows.numel()
+    assert torch.equal(windows - windows[:, :1], torch.arange(16).expand(100, 16))
+    assert not (windows[:, 0] % 16).any()
+
+
+def test_the_seed_decides_which_windows(tiny_opt):
+    first, again, other = (calibrate(STREAM, tiny_opt, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_two_splits_of_one_data_set_share_no_window(tiny_opt):
+    calibration = calibrate(STREAM, tiny_opt, num_samples=125)
+    evaluation = calibrate(STREAM, tiny_opt, num_samples=125, split="evaluation")
+    assert len(torch.cat([calibration, evaluation]).unique()) == 250 * 16
+
+
+def test_all_windows_are_in_order_when_all_are_wanted(tiny_opt):
+    for num_samples in (250, None):
+        assert torch.equal(calibrate(STREAM, tiny_opt, num_samples=num_samples).flatten(), STREAM)
+
+
+def test_text_windows_are_all_there_are_in_order(tiny_opt, tmp_path):
+    ids = tiny_opt.tokenizer(PROSE)["input_ids"]
+    windows = text_windows(PROSE, tiny_opt, 16)
+    assert windows.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE)
+    assert torch.equal(text_windows(path, tiny_opt, 16), windows)
+    assert torch.equal(text_windows(str(path), tiny_opt, 16), windows)
+
+
+def test_without_a_length_windows_are_as_long_as_the_model_sees(tiny_opt):
+    assert calibrate(STREAM, tiny_opt, max_seq_length=None).shape == (4, 64)
+
+
+# ---- kinds of data set
+
+
+def test_the_same_text_in_any_kind_gives_the_same_windows(tiny_opt, tmp_path):
+    texts = [PROSE, PROSE.upper()]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ids = torch.tensor(tiny_opt.tokenizer("\n\n".join(texts))["input_ids"])
+    expected = calibrate(ids, tiny_opt)
+    for dataset in (texts, tuple(texts), tmp_path / "a.txt", str(tmp_path / "a.txt"), tmp_path / "a.jsonl"):
+        assert torch.equal(calibrate(dataset, tiny_opt), expected)
+
+
+def test_the_same_rows_in_any_kind_give_the_same_windows(tiny_opt):
+    rows = STREAM[:64].reshape(4, 16)
+    dictionaries = [{"input_ids": row, "attention_mask": torch.ones(16)} for row in rows]
+    for dataset in (
+        rows,
+        rows.to(torch.int32),
+        list(rows),
+        list(rows.split(2)),
+        [(row[None], row[None]) for row in rows],
+        dictionaries,
+        DataLoader(list(rows), batch_size=3),  # pyright: ignore[reportArgumentType]
+        DataLoader(TensorDataset(rows), batch_size=2),
+        DataLoader(dictionaries, batch_size=2),  # pyright: ignore[reportArgumentType]
+    ):
+        assert torch.equal(calibrate(dataset, tiny_opt), rows)
+        assert torch.equal(calibrate(dataset, tiny_opt, max_seq_length=None), rows)
+
+
+def test_a_loader_without_end_is_read_only_as_far_as_needed(tiny_opt):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return (torch.full((16,), count) for count in itertools.count())
+
+    assert calibrate(DataLoader(Endless(), batch_size=3), tiny_opt)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (STREAM[:70], {}, r"holds 4 full windows of 16 tokens; 5 were asked for"),
+        (STREAM[:5], {"num_samples": None}, r"holds 0 full windows of 16 tokens; 1 were asked for"),
+        (torch.zeros(3, 16, dtype=torch.int64), {}, "holds 3 full windows"),
+        (STREAM + 97, {}, r"Token ids from 97 to 4096; tiny-opt knows 0 to 4095"),
+        (STREAM - 1, {}, "Token ids from -1 to"),
+        (STREAM.float(), {}, r"Token ids are integers; got torch\.float32"),
+        (STREAM, {"max_seq_length": 65}, r"max_seq_length=65: tiny-opt can see from 1 to 64"),
+        (STREAM, {"max_seq_length": 0}, "max_seq_length=0"),
+        (STREAM, {"num_samples": 0}, "num_samples=0"),
+        (STREAM.reshape(50, 80), {"max_seq_length": None}, "Windows of 80 tokens; tiny-opt sees 64"),
+        (STREAM.reshape(80, 50), {}, "rows have 50 to 50 tokens; all need 16"),
+        ([STREAM[:16], STREAM[:12]], {"max_seq_length": None}, "rows have 12 to 16 tokens; all need the same length"),
+        ([{"input_ids": STREAM[:16], "attention_mask": STREAM[:16] > 2}], {}, "padded"),
+        ([], {}, "empty"),
+        ([3, 4], {}, "Token ids cannot be read from a int"),
+        ({"text": "no"}, {}, "type dict cannot calibrate. Accepted: \"self\""),
+        ("wikitext", {}, "Unknown data set 'wikitext'. Did you mean 'wikitext2'"),
+        ("nowhere/at/all.txt", {}, r"nowhere/at/all\.txt: cannot be read"),
+        ("self", {"num_samples": None}, "say how many samples"),
+        ("self", {"max_seq_length": 1}, "needs 2 or more"),
+    ],
+)  # fmt: skip
+def test_a_data_set_that_cannot_calibrate_is_refused(tiny_opt, dataset, options, message):
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(dataset, tiny_opt, **({"num_samples": 5} | options))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 2: not JSON"), ('{"words": "a"}', 'line 2: needs an object with a field "text"'), ("[]", "line 2")],
+)
+def test_a_bad_line_is_named(tiny_opt, tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(path, tiny_opt)
+
+
+def test_text_needs_a_tokenizer(build):
+    with pytest.raises(CalibrationError, match="has no tokenizer"):
+        calibrate([PROSE], HuggingFaceModel(build("opt")))
+
+
+def test_a_long_text_is_no_reason_for_a_warning(tiny_opt, capfd, monkeypatch):
+    monkeypatch.setattr(tiny_opt.tokenizer, "model_max_length", 64)
+    calibrate([PROSE], tiny_opt)
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- text that the model writes itself
+
+
+def test_sampled_text_is_the_same_for_a_seed_and_other_for_another(tiny_opt):
+    first, again, other = (calibrate("self", tiny_opt, seed=seed) for seed in (3, 3, 4))
+    assert first.shape == (4, 16)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_evaluation_is_sampled_from_a_stream_that_no_calibration_uses(tiny_opt):
+    evaluation = calibrate("self", tiny_opt, split="evaluation", seed=0)
+    for seed in range(4):
+        calibration = calibrate("self", tiny_opt, seed=seed)
+        assert not any(torch.equal(a, b) for a in calibration for b in evaluation)
+
+
+def test_sampling_leaves_the_callers_random_numbers_and_the_models_settings_alone(tiny_opt):
+    state, settings = torch.get_rng_state(), tiny_opt.model.generation_config
+    calibrate("self", tiny_opt)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tiny_opt.model.generation_config is settings
+
+
+def test_sampled_text_starts_as_texts_start(tiny_llama):
+    for start, end, expected in ((7, 5, 7), (None, 5, 5), (None, [6, 5], 6)):
+        tiny_llama.model.config.bos_token_id, tiny_llama.model.config.eos_token_id = start, end
+        assert calibrate("self", tiny_llama)[:, 0].tolist() == [expected] * 4
+
+
+def test_a_model_without_special_tokens_starts_from_a_random_one(tiny_llama):
+    tiny_llama.model.config.bos_token_id = tiny_llama.model.config.eos_token_id = None
+    starts = {int(calibrate("self", tiny_llama, seed=seed)[0, 0]) for seed in range(3)}
+    assert len(starts) > 1
+
+
+def test_sampled_text_follows_the_models_distribution_whatever_its_generation_settings(tiny_opt):
+    # A model whose logits do not depend on its input draws each token alike, its end token 0 among them.
+    wanted = torch.tensor([0.5, 0.25, 0.25])
+    embedding = tiny_opt.model.get_input_embeddings().weight
+    norm = tiny_opt.model.get_submodule("model.decoder.final_layer_norm")
+    embedding.data.zero_()
+    embedding.data[:, 0] = -1e4
+    embedding.data[:3, 0] = wanted.log()
+    norm.weight.data.zero_()
+    norm.bias.data.copy_(torch.eye(32)[0])
+    tiny_opt.model.generation_config.update(repetition_penalty=5.0, eos_token_id=0, suppress_tokens=[1], top_k=1)
+    drawn = calibrate("self", tiny_opt, num_samples=64, max_seq_length=33)[:, 1:]
+    shares = drawn.flatten().bincount(minlength=3) / drawn.numel()
+    assert drawn.max() <= 2
+    torch.testing.assert_close(shares, wanted, atol=0.05, rtol=0)  # four standard deviations of 2048 draws
+
+
+def test_more_samples_than_one_batch_are_all_different(tiny_opt, monkeypatch):
+    monkeypatch.setattr("convexprune.adapters.sampling.BATCH_TOKENS", 48)
+    windows = calibrate("self", tiny_opt, num_samples=7)
+    assert len(windows.unique(dim=0)) == 7
+
+
+# ---- the hub
+
+
+class Rows(list):
+    features: ClassVar = {"label": SimpleNamespace(dtype="int64"), "text": SimpleNamespace(dtype="string")}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package `datasets` that records what it was asked for."""
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        rows = Rows({"label": 1, "text": PROSE, "sentence": PROSE} for _ in range(50))
+        return rows if options else {"train": rows, "test": Rows(rows[:1])}
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return asked
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_short_names_are_read_from_a_fixed_revision(tiny_opt, hub, name):
+    assert calibrate(name, tiny_opt).shape == (4, 16)
+    assert calibrate(name, tiny_opt, split="evaluation").shape == (4, 16)
+    (repository, first), (_, second) = hub
+    assert repository == CORPORA[name].repository
+    assert first["revision"] == CORPORA[name].revision != "main"
+    assert first["data_files"] != second["data_files"]
+
+
+def test_other_names_of_the_hub_are_read_by_their_text_column(tiny_opt, hub):
+    windows = calibrate("someone/something", tiny_opt, num_samples=4)
+    assert hub == [("someone/something", {})]
+    assert tiny_opt.tokenizer.decode(windows[0]).strip() in PROSE.replace("\n", " ") + PROSE
+    with pytest.raises(CalibrationError, match="full windows"):
+        calibrate("someone/something", tiny_opt, num_samples=100, split="evaluation")
+
+
+def test_a_missing_package_says_what_to_install(tiny_opt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DependencyError, match=r"pip install 'convexprune\[hub\]'"):
+        calibrate("c4", tiny_opt)
+
+
+def test_a_data_set_out_of_reach_is_said_to_be(tiny_opt, hub, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", fail)
+    with pytest.raises(CalibrationError, match=r'c4: the data set cannot be loaded .*no network.*dataset="self"'):
+        calibrate("c4", tiny_opt)

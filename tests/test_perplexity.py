@@ -1,0 +1,98 @@
+import math
+
+import pytest
+import torch
+
+from convexprune.adapters import EMBEDDED, load, text_windows
+from convexprune.errors import CalibrationError
+from convexprune.validation import perplexity
+
+WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
+
+AUSTEN = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want
+of a wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this
+truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful property of some
+one or other of their daughters. "My dear Mr. Bennet," said his lady to him one day, "have you heard that Netherfield
+Park is let at last?" Mr. Bennet replied that he had not. "But it is," returned she; "for Mrs. Long has just been here,
+and she told me all about it." Mr. Bennet made no answer. "Do not you want to know who has taken it?" cried his wife,
+impatiently. "You want to tell me, and I have no objection to hearing it." This was invitation enough."""
+
+
+def test_a_model_that_knows_nothing_has_the_size_of_its_vocabulary(tiny_llama):
+    tiny_llama.model.get_submodule("lm_head").weight.data.zero_()
+    assert perplexity(tiny_llama.model, WINDOWS).value == pytest.approx(4096, rel=1e-5)
+
+
+def test_it_is_the_exponential_of_the_models_own_loss(tiny):
+    with torch.no_grad():
+        losses = [tiny.model(row[None], labels=row[None]).loss.double() for row in WINDOWS]
+    result = perplexity(tiny.model, WINDOWS, batch_size=1)
+    assert result.nll == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert result.value == pytest.approx(math.exp(result.nll), rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 100])
+def test_the_batch_size_does_not_change_it(tiny_opt, batch_size):
+    one = perplexity(tiny_opt.model, WINDOWS, batch_size=1)
+    assert perplexity(tiny_opt.model, WINDOWS, batch_size).nll == pytest.approx(one.nll, rel=1e-6)
+
+
+def test_the_order_of_the_windows_does_not_change_it(tiny_opt):
+    one = perplexity(tiny_opt.model, WINDOWS)
+    assert perplexity(tiny_opt.model, WINDOWS.flip(0)).nll == pytest.approx(one.nll, rel=1e-12)
+
+
+def test_it_says_what_was_counted(tiny_opt):
+    result = perplexity(tiny_opt.model, WINDOWS, batch_size=2)
+    assert (result.tokens, result.windows, result.window, result.stride) == (5 * 31, 5, 32, 32)
+
+
+def test_each_window_is_predicted_from_itself_alone(tiny_opt):
+    alone = [perplexity(tiny_opt.model, row[None]).nll for row in WINDOWS]
+    assert perplexity(tiny_opt.model, WINDOWS).nll == pytest.approx(sum(alone) / 5, rel=1e-6)
+
+
+def test_a_broken_model_is_shown_and_not_hidden(tiny_llama):
+    head = tiny_llama.model.get_submodule("lm_head")
+    head.weight.data.mul_(1e6)
+    assert perplexity(tiny_llama.model, WINDOWS).value == math.inf
+    head.weight.data[0, 0] = math.nan
+    assert math.isnan(perplexity(tiny_llama.model, WINDOWS).value)
+
+
+def test_logits_in_half_precision_are_widened_before_anything_is_summed(build):
+    model = build("llama-bf16")
+    with torch.no_grad():
+        logits = torch.stack([model(row[None]).logits[0, :-1] for row in WINDOWS]).double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), WINDOWS[:, 1:].flatten())
+    assert perplexity(model, WINDOWS).nll == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dropout_is_off_and_the_mode_is_given_back(build):
+    model = build("opt").train()
+    model.config.dropout = 0.5
+    first, second = perplexity(model, WINDOWS), perplexity(model, WINDOWS)
+    assert first == second
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch_size", "message"),
+    [
+        (WINDOWS[:0], 1, r"2 or more tokens .*got \[0, 32\]"),
+        (WINDOWS[:, :1], 1, r"got \[5, 1\]"),
+        (WINDOWS[0], 1, r"got \[32\]"),
+        (WINDOWS, 0, "batch_size=0"),
+    ],
+)
+def test_nothing_to_predict_is_refused(tiny_opt, tokens, batch_size, message):
+    with pytest.raises(CalibrationError, match=message):
+        perplexity(tiny_opt.model, tokens, batch_size)
+
+
+def test_the_embedded_model_reads_english():
+    model = load(EMBEDDED, device="cpu", dtype=torch.float32)
+    prose = text_windows(AUSTEN.replace("\n", " "), model, 128)
+    words = AUSTEN.split()
+    shuffled = text_windows(" ".join(sorted(words)), model, 128)
+    assert perplexity(model.model, prose).value < 100 < perplexity(model.model, shuffled).value

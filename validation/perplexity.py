@@ -1,0 +1,65 @@
+"""Perplexity on fixed windows of text, as the pruning literature reports it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convexprune.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text, and everything that the number depends on.
+
+    `value` is exp(`nll`), `nll` the mean negative log-likelihood in nats of the `tokens` that were predicted: each
+    token after the first of each of the `windows`, from those before it in its own window of `window` tokens. Windows
+    start `stride` tokens apart. A model that is broken has a `value` of infinity or NaN, and shows it.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
+    """The perplexity of a causal language model on disjoint windows `tokens` [windows window] of token ids.
+
+    Logits are widened to float32 one window at a time, and summed in float64. The model is evaluated without dropout
+    and left in the mode that it was in.
+
+    Raises:
+        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+    """
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise CalibrationError(
+            f"Perplexity needs windows of 2 or more tokens [windows window]; got {list(tokens.shape)}."
+        )
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
+    windows, window = tokens.shape
+    training = model.training
+    model.eval()
+    try:
+        total = sum(_batch_nll(model, batch.to(model.device)) for batch in tokens.split(batch_size))
+    finally:
+        model.train(training)
+    count = windows * (window - 1)
+    nll = torch.as_tensor(total, dtype=torch.float64) / count
+    # torch's exponential, because Python's raises where the answer is infinity.
+    return Perplexity(nll.exp().item(), nll.item(), tokens=count, windows=windows, window=window, stride=window)
+
+
+def _batch_nll(model: PreTrainedModel, batch: Tensor) -> float:
+    """The summed negative log-likelihood of a batch [windows window]."""
+    logits = model(input_ids=batch, use_cache=False).logits
+    each = (
+        nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double().sum()
+        for row, ids in zip(logits, batch, strict=True)
+    )
+    return sum(loss.item() for loss in each)
