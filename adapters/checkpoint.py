@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -122,10 +123,13 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
     family_of(config)
     refuse_quantised(config)
+    options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
-        place = place | {"use_safetensors": None if allow_pickle else True}
-    options = place | {"dtype": dtype or "auto", "output_loading_info": True}
+        options["use_safetensors"] = None if allow_pickle else True
+    elif "GgufConfig" in dir(transformers):
+        # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = _ask(source, lambda: AutoModelForCausalLM.from_pretrained(**options))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

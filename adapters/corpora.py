@@ -65,21 +65,21 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
         DependencyError: the package `datasets` is missing.
         CalibrationError: the data set cannot be reached or read, or holds no text.
     """
-    load_dataset = _loader()
+    datasets = _package()
     corpus = CORPORA.get(name)
     try:
         if corpus is None:
-            rows = _split_of(load_dataset(name), split)
+            rows = _split_of(datasets.load_dataset(name), split)
         else:
             # The card's own counts are of whole splits, not of the one file that is read.
-            rows = load_dataset(
+            rows = datasets.load_dataset(
                 corpus.repository,
                 revision=corpus.revision,
                 data_files={"train": corpus.file(split)},
                 split="train",
                 verification_mode="no_checks",
             )
-    except (OSError, ValueError, RuntimeError) as cause:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as cause:
         raise CalibrationError(
             f"{name}: the data set cannot be loaded ({type(cause).__name__}: {cause}). Is the name right and the hub "
             'within reach? dataset="self", a text file or token ids need no network.'
@@ -88,12 +88,12 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
     return _beginning((row[column] for row in rows), "\n\n" if corpus is None else corpus.separator, characters)
 
 
-def _loader() -> Any:
+def _package() -> Any:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as cause:
         raise DependencyError("Data sets on the hub need: pip install 'convexprune[hub]'") from cause
-    return load_dataset
+    return datasets
 
 
 def _split_of(splits: Mapping[str, Any], split: Split) -> Any:

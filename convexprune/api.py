@@ -28,6 +28,7 @@ from convexprune.solvers import AbstractSolver
 from convexprune.validation import perplexity
 
 Tell = Callable[[OperatorReport], None]
+EMBEDDED_WINDOW = 256  # the tokens that the bundled model was trained on at once
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 
@@ -124,9 +125,9 @@ def prune(
         check_output(folder)
     clock = _Clock()
     loaded = load(
-        EMBEDDED if model is None else model,
+        source,
         device=default_device(device),
-        dtype=torch.float32 if model is None and dtype is None else getattr(torch, dtype) if dtype else None,
+        dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
@@ -136,7 +137,7 @@ def prune(
     check_patterns(loaded, layer_settings)
     clock.lap("load")
     tokens = calibration_tokens(
-        dataset, loaded, num_samples=num_calibration_samples, max_seq_length=max_seq_length, seed=seed
+        dataset, loaded, num_samples=num_calibration_samples, max_seq_length=recipe.max_seq_length, seed=seed
     )
     clock.lap("calibration data")
     report = Report(
@@ -146,8 +147,12 @@ def prune(
     _evaluate(loaded, windows, report, "dense", clock)
     operators = sum(len(stage) for layer in loaded.layers for stage in layer.stages)
     tell = progress(operators) if progress is not None else lambda _: None
-    tokens = tokens.to(loaded.model.device)
-    prune_layers(loaded, tokens, batch_size, layer_settings, lambda o: (report.operators.append(o), tell(o)) and None)
+
+    def record(operator: OperatorReport) -> None:
+        report.operators.append(operator)
+        tell(operator)
+
+    prune_layers(loaded, tokens.to(loaded.model.device), batch_size, layer_settings, record)
     clock.lap("prune")
     _evaluate(loaded, windows, report, "pruned", clock)
     report.seconds = clock.laps

@@ -49,8 +49,11 @@ def prune(
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face folder."""
     settings = dict(locals())
+    from transformers.utils.logging import disable_progress_bar
+
     from convexprune import api
 
+    disable_progress_bar()  # ours says more
     settings["output_dir"] = settings.pop("output")
     settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
     with _progress() as progress:
@@ -79,9 +82,8 @@ def evaluate(
 
     loaded = load(model, device=default_device(device))
     p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
-    console.print(
-        f"perplexity {p.value:.3f}  ({p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride})"
-    )
+    counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
+    console.print(f"perplexity {p.value:.3f}  ({counted})")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class AbstractPattern(ABC):
 
     @abstractmethod
     def threshold(self, scores: Tensor) -> Tensor:
-        """The least score that is kept, of the matrix, of each row or of each group; broadcasts to [m n]."""
+        """What separates the kept scores from the others, in the matrix, row or group; broadcasts to [m n]."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class SemiStructured(AbstractPattern):
 
     def threshold(self, scores: Tensor) -> Tensor:
         groups = self._groups(scores)
-        least = groups.kthvalue(self.group - self.kept + 1, dim=-1, keepdim=True).values
-        return least.expand_as(groups).reshape(scores.shape)
+        ordered = groups.sort(dim=-1, descending=True).values
+        middle = (ordered[..., self.kept - 1, None] + ordered[..., self.kept, None]) / 2  # in so few, it matters
+        return middle.expand_as(groups).reshape(scores.shape)
 
     def _groups(self, scores: Tensor) -> Tensor:
         self.check(*scores.shape)

@@ -91,12 +91,12 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
 
 
 @torch.no_grad()
-def certify(problem: Problem, weight: Tensor) -> Certificate:
+def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certificate:
     """Bound how far `weight` [m n] is from optimal, whoever found it.
 
-    Only gram, cross and energy (about the anchor) are used, in float64: neither the calibration inputs nor the solver
-    have to be trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the proximal gradient
-    step, in coordinates U = V sqrt(H_jj), where L is at least 1, in units of the whole target |Z|,
+    Only gram, cross and energy (about the anchor) are used, in float64 if `precise`: neither the calibration inputs
+    nor the solver have to be trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the
+    proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
 
@@ -104,8 +104,8 @@ def certify(problem: Problem, weight: Tensor) -> Certificate:
         ProblemError: `weight` is not shaped like the problem.
     """
     problem.check(weight)
-    problem = Problem(problem.quadratic.double, problem.penalty.to(torch.float64))
-    weight = weight.double()
+    if precise:
+        problem, weight = Problem(problem.quadratic.double, problem.penalty.to(torch.float64)), weight.double()
     residual = problem.quadratic.residual(weight)
     values = problem.quadratic.values(weight, residual)
     primal = values + problem.penalty.values(weight)

@@ -127,6 +127,26 @@ class Quadratic:
         factor, info = torch.linalg.cholesky_ex(shifted)
         return factor if int(info) == 0 else None
 
+    def envelope(self, stiffness: float) -> Self:
+        """The relaxed function  min_U q(U) + stiffness/2 |U - V|^2  (Moreau envelope), again a quadratic of V.
+
+        With R = (H + stiffness I)^-1:  gram s - s^2 R,  cross s G R,  energy e - diag(G R G').  Its eigenvalues lie
+        below both H's and `stiffness`, so few iterations solve it; the inner U is V + residual(V) / stiffness.
+        Splitting the weight like this is the relaxation of Zheng et al. (arXiv 1807.05411, SR3).
+
+        Raises:
+            ProblemError: H + stiffness I is not positive definite.
+        """
+        identity = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        factor, info = torch.linalg.cholesky_ex(self.gram + stiffness * identity)
+        if int(info):
+            raise ProblemError(f"The Gram matrix plus {stiffness} is not positive definite; it is no Gram matrix.")
+        inverse = torch.cholesky_inverse(factor)
+        image = self.cross @ inverse
+        energy = self.energy - (image * self.cross).sum(1)
+        gram = stiffness * identity - stiffness**2 * inverse
+        return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor)
+
     def at(self, anchor: Tensor | None) -> Self:
         """The same function written about another anchor."""
         if anchor is self.anchor:

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored (after the cast).
+    """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored.
 
     `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens. Operators that share an
     input are solved as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the
@@ -44,9 +45,9 @@ class Report:
     """All operators of a run, its recipe, what was left alone and why, and where and how long it ran."""
 
     recipe: dict[str, Any]
+    left_alone: dict[str, str]
+    environment: dict[str, Any]
     operators: list[OperatorReport] = field(default_factory=list)
-    left_alone: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -68,10 +69,10 @@ class Report:
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
-        table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators")
-        table.add_column("operator")
-        for name in ("shape", "sparsity", "rel. error", "gap", "solves", "products", "damping", "seconds"):
-            table.add_column(name, justify="right")
+        table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators", box=SIMPLE_HEAD)
+        table.add_column("operator", no_wrap=True)
+        for name in ("shape", "zeros", "error", "gap", "solves", "damping", "s"):
+            table.add_column(name, justify="right", no_wrap=True)
         for o in self.operators:
             table.add_row(*_cells(o))
         return table
@@ -80,13 +81,12 @@ class Report:
 def _cells(o: OperatorReport) -> Iterable[str]:
     yield o.name
     yield f"{o.outputs}x{o.inputs}"
-    yield f"{o.sparsity:.2%}"
+    yield f"{o.sparsity:.1%}"
     yield f"{o.relative_error:.2e}"
     yield "-" if o.gap is None else f"{o.gap:.0e}"
     yield str(o.solves)
-    yield str(o.products)
-    yield f"{o.facts['damping']:.3f}" if "damping" in o.facts else "-"
-    yield f"{o.seconds:.2f}"
+    yield f"{o.facts['damping']:.2f}" if "damping" in o.facts else "-"
+    yield f"{o.seconds:.1f}"
 
 
 def _finite(value: Any) -> Any:

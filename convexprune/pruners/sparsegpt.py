@@ -19,10 +19,9 @@ class SparseGPT(AbstractPruner):
     For n:m the scores of a group are taken when its first column is reached.
 
     Differences to the authors' code: exact counts (the code's `<=` overshoots on ties); with a whole-matrix quota each
-    block of columns of each operator holds the same share of it, as in the code; a dead input keeps its weight until
-    its score, zero, prunes it. With error correction the sweep starts at the weight that reproduces the dense output
-    best, W + (gradient) (H + damping)^-1, instead of W, so that all methods can share one target; with correction=0 it is
-    the published method.
+    block of columns holds the same share of it, as in the code; a dead input keeps its weight until its score, zero,
+    prunes it. With error correction the sweep starts at the damped minimiser W + G (H + damping)^-1 instead of W, so
+    that all methods can share one target; with correction=0 it is the published method.
     """
 
     block: int = 128

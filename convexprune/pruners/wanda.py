@@ -7,7 +7,7 @@ from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 
 @dataclass(frozen=True)
 class Wanda(AbstractPruner):
-    """Score |W_ij| |X_j|_2; kept weights do not change (Sun et al., arXiv 2306.11695, Eq. 1; locuslab/wanda lib/prune.py).
+    """Score |W_ij| |X_j|_2; kept weights do not change (Sun et al., arXiv 2306.11695, Eq. 1; locuslab/wanda).
 
     Differences to the authors' code: |X_j|_2 is taken over all tokens at once; the quota is the pattern's (the paper
     prunes per output: ask for quota="row"); ties are exact; inputs come from the pipeline's convention (dense before

@@ -24,6 +24,8 @@ class FISTA(AbstractSolver):
     forget the momentum of a row (t = 1) when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes
     2015, gradient scheme).
 
+    `precise`: the final certificate is computed in float64; else in the problem's own dtype, three times cheaper.
+
     Stops when gap <= tolerance * objective, tested every `check_every` iterations, or after `max_iterations`.
     """
 
@@ -32,6 +34,7 @@ class FISTA(AbstractSolver):
     check_every: int = 20
     scale: bool = True
     restart: bool = True
+    precise: bool = True
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
@@ -48,7 +51,7 @@ class FISTA(AbstractSolver):
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         weight, status, iterations, products = self._iterate(inner, weight * scale)
         weight = weight / scale
-        certificate = certify(problem, weight)
+        certificate = certify(problem, weight, precise=self.precise)
         if status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
             status = Status.SOLVED
         return Solution(weight, status, certificate, iterations, products + 1, time.perf_counter() - began)
