@@ -107,10 +107,11 @@ def prune(
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
     settings = dict(locals())
+    source = EMBEDDED if model is None else model
+    if model is None:
+        settings |= {"dtype": dtype or "float32", "max_seq_length": max_seq_length or EMBEDDED_WINDOW}
     recipe = make_recipe(
-        model=str(
-            model if isinstance(model, str | Path) else model.name_or_path if model is not None else EMBEDDED.name
-        ),
+        model=str(source if isinstance(source, str | Path) else source.name_or_path),
         solver=solver if isinstance(solver, str) else type(solver).__name__,
         dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
         targets=tuple(targets),

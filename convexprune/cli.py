@@ -13,7 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from convexprune.errors import ConvexpruneError
 from convexprune.report import OperatorReport
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prune language models by convex optimization.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune language models by convex optimization.",
+)
 console = Console()
 
 

@@ -72,7 +72,8 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
-        return bool(self._gram.diagonal().isfinite().all())
+        sums = [self._gram] if self._change is None else [self._gram, self._change]
+        return all(bool(total.diagonal().isfinite().all()) for total in sums)
 
     def energy(self, weight: Tensor) -> Tensor:
         """mean |W x|^2 of each row [m]: the dense output's energy, the unit of relative errors."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from convexprune.errors import ProblemError
 
 POWER_ITERATIONS = 100
+POWER_STARTS = 8
 LIPSCHITZ_MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
 
 
@@ -86,10 +87,11 @@ class Quadratic:
     @cached_property
     def lipschitz(self) -> float:
         """An upper estimate of the largest eigenvalue of H, by the power method with a margin of 1 %."""
-        vector = self.gram.abs().sum(1)
+        generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
+        vectors = torch.randn(len(self.gram), POWER_STARTS, generator=generator).to(self.gram)
         for _ in range(POWER_ITERATIONS):
-            vector = self.gram @ (vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny))
-        return LIPSCHITZ_MARGIN * float(vector.norm())
+            vectors = self.gram @ (vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny))
+        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=0).max())
 
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -97,3 +98,8 @@ def tiny(
 ) -> HuggingFaceModel:
     """Each tiny model in turn."""
     return HuggingFaceModel(build(request.param), tokenizer, name=f"tiny-{request.param}")
+
+
+# Always the same examples, so that a failure in CI is a failure here; no deadline, because machines are shared.
+settings.register_profile("convexprune", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("convexprune")

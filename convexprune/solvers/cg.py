@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -57,6 +58,6 @@ class ConjugateGradient(AbstractSolver):
         weight = weight / scale
         certificate = certify(problem, weight)
         status = Status.ITERATION_LIMIT if bool((energy > goal).any()) else Status.SOLVED
-        if not bool(weight.isfinite().all()):
+        if not isfinite(certificate.primal):
             status = Status.NON_FINITE
         return Solution(weight, status, certificate, iterations, iterations + 2, time.perf_counter() - began)

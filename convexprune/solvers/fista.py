@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class FISTA(AbstractSolver):
         weight, status, iterations, products = self._iterate(inner, weight * scale)
         weight = weight / scale
         certificate = certify(problem, weight, precise=self.precise)
-        if status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
+        if not isfinite(certificate.primal):
+            status = Status.NON_FINITE
+        elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
             status = Status.SOLVED
         return Solution(weight, status, certificate, iterations, products + 1, time.perf_counter() - began)
 
@@ -60,7 +63,7 @@ class FISTA(AbstractSolver):
         """The loop: (weight, status, iterations, products). All but the product is element-wise and in place."""
         q = problem.quadratic
         lipschitz = q.lipschitz
-        if not lipschitz > 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
+        if lipschitz == 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
             return torch.zeros_like(weight), Status.SOLVED, 0, 0
         # With D = V - anchor, D - (D H - G) / L = D (I - H / L) + G / L: the gradient step is one product.
         step = torch.eye(q.shape[1], dtype=q.gram.dtype, device=q.gram.device).sub_(q.gram, alpha=1 / lipschitz)

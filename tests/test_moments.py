@@ -1,0 +1,176 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import corrections, layers, make_layer, random, seeds
+
+from convexprune.errors import ProblemError
+from convexprune.moments import Moments, sampling_noise
+
+ROUNDING = 1e-12  # float64 sums of a few dozen tokens, relative to the largest entry
+SINGLE = 1e-5  # the same in float32
+
+
+def close(actual, expected, relative=ROUNDING):
+    assert (actual is None) == (expected is None)
+    if actual is not None:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=relative * max(float(expected.abs().max()), 1e-300))
+
+
+def assert_same(first, second, relative=ROUNDING):
+    assert first.tokens == second.tokens
+    for name in ("gram", "cross", "change"):
+        close(getattr(first, name), getattr(second, name), relative)
+
+
+@given(layers)
+def test_moments_are_means_over_the_tokens(layer):
+    x, change, moments = layer.pruned, layer.dense - layer.pruned, layer.moments
+    close(moments.gram, x.T @ x / len(x))
+    if layer.dense is not layer.pruned:
+        close(moments.cross, change.T @ x / len(x))
+        close(moments.change, change.T @ change / len(x))
+
+
+def test_equal_inputs_have_no_change():
+    moments = make_layer("full rank", 1, 3, seed=0, change=0).moments
+    assert moments.cross is None
+    assert moments.change is None
+
+
+@given(layers, st.lists(st.integers(1, 7), max_size=5))
+def test_any_split_into_batches_gives_the_same_moments(layer, batches):
+    moments, at = Moments(layer.weight.shape[1], torch.float64), 0
+    for size in [*batches, len(layer.pruned)]:
+        part = slice(at, at + size)
+        moments.add(layer.pruned[part], None if layer.dense is layer.pruned else layer.dense[part])
+        at += size
+    assert_same(moments, layer.moments)
+
+
+def test_a_batch_of_sequences_counts_every_token():
+    layer = make_layer("full rank", 2, 3, seed=0, tokens=24)
+    moments = Moments(3, torch.float64)
+    moments.add(layer.pruned.view(2, 12, 3), layer.dense.view(2, 12, 3))
+    assert_same(moments, layer.moments)
+
+
+def test_batches_without_a_change_count_as_unchanged():
+    layer = make_layer("full rank", 2, 3, seed=0)
+    some = Moments(3, torch.float64)
+    some.add(layer.pruned)
+    some.add(layer.pruned, layer.dense)
+    every = Moments(3, torch.float64)
+    every.add(layer.pruned, layer.pruned)
+    every.add(layer.pruned, layer.dense)
+    assert_same(some, every)
+
+
+@given(layers, st.integers(0, 30))
+def test_the_sum_of_folds_is_the_whole(layer, at):
+    folds = Moments(layer.weight.shape[1], torch.float64), Moments(layer.weight.shape[1], torch.float64)
+    for fold, part in zip(folds, (slice(None, at), slice(at, None)), strict=True):
+        fold.add(layer.pruned[part], None if layer.dense is layer.pruned else layer.dense[part])
+    assert_same(folds[0] + folds[1], layer.moments)
+
+
+@given(layers)
+def test_the_energy_is_that_of_the_dense_output(layer):
+    expected = (layer.dense @ layer.weight.T).square().mean(0)
+    torch.testing.assert_close(layer.moments.energy(layer.weight), expected, rtol=1e-9, atol=0)
+
+
+@given(layers, corrections, seeds)
+def test_the_reconstruction_is_the_loss_on_the_tokens(layer, correction, seed):
+    weight = random(seed, *layer.weight.shape)
+    quadratic = layer.moments.reconstruction(layer.weight, correction)
+    torch.testing.assert_close(quadratic.values(weight), layer.loss(weight, correction), rtol=1e-9, atol=1e-20)
+
+
+def test_the_dtype_is_that_of_the_accumulation_not_of_the_tokens():
+    layer = make_layer("full rank", 2, 3, seed=0)
+    for dtype, relative in ((torch.float64, SINGLE), (torch.float32, SINGLE)):
+        moments = Moments(3, dtype)
+        moments.add(layer.pruned.float(), layer.dense.float())
+        assert moments.gram.dtype == dtype
+        close(moments.gram.double(), layer.moments.gram, relative)
+
+
+def test_float64_sums_what_float32_loses():
+    # A million added once and then ones: float32 stops at 2^24 and forgets the ones.
+    tokens = torch.ones(64, 1)
+    sums = {}
+    for dtype in (torch.float32, torch.float64):
+        moments = Moments(1, dtype)
+        moments.add(torch.full((1, 1), 2.0**14))
+        for token in tokens:
+            moments.add(token[None])
+        sums[dtype] = float(moments.gram * moments.tokens)
+    assert sums[torch.float64] == pytest.approx(2.0**28 + 64, abs=1e-6)
+    assert abs(sums[torch.float32] - (2.0**28 + 64)) > 1
+
+
+def test_moments_without_tokens_are_refused():
+    with pytest.raises(ProblemError, match="no token"):
+        Moments(3).reconstruction(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(("pruned", "dense"), [((5, 2), None), ((5, 3), (4, 3))])
+def test_inputs_of_another_shape_are_refused(pruned, dense):
+    with pytest.raises(ProblemError, match="3 wide"):
+        Moments(3).add(torch.zeros(pruned), None if dense is None else torch.zeros(dense))
+
+
+@pytest.mark.parametrize("where", ["pruned", "dense"])
+def test_an_input_that_is_not_finite_is_noticed(where):
+    inputs = {"pruned": torch.ones(2, 3), "dense": torch.ones(2, 3)}
+    inputs[where][1, 2] = float("inf")
+    moments = Moments(3)
+    moments.add(**inputs)
+    assert not moments.is_finite()
+
+
+def noise(tokens, seed=0):
+    inputs = random(seed, tokens, 6) @ random(100, 6, 6)
+    folds = Moments(6, torch.float64), Moments(6, torch.float64)
+    for fold, part in zip(folds, inputs.chunk(2), strict=True):
+        fold.add(part)
+    return sampling_noise(folds)
+
+
+@given(st.integers(2, 40), seeds)
+def test_sampling_noise_is_a_share(tokens, seed):
+    assert 0 <= noise(tokens, seed) < 1
+
+
+def test_equal_halves_have_no_sampling_noise():
+    moments = make_layer("full rank", 1, 6, seed=0).moments
+    assert sampling_noise((moments, moments)) == 0
+
+
+def test_sampling_noise_falls_with_the_number_of_tokens():
+    few, more, many = (sum(noise(tokens, seed) for seed in range(10)) for tokens in (40, 400, 4000))
+    assert few > 3 * more > 9 * many  # the variance of a mean falls tenfold each time
+
+
+def test_sampling_noise_does_not_depend_on_the_scale_of_the_inputs():
+    inputs, scale = random(0, 20, 6), random(1, 6).exp() * 1e3
+    both = []
+    for tokens in (inputs, inputs * scale):
+        folds = Moments(6, torch.float64), Moments(6, torch.float64)
+        for fold, part in zip(folds, tokens.chunk(2), strict=True):
+            fold.add(part)
+        both.append(sampling_noise(folds))
+    assert both[0] == pytest.approx(both[1])
+
+
+def test_a_single_input_has_no_correlations_to_be_noisy():
+    first, second = Moments(1), Moments(1)
+    first.add(torch.ones(3, 1))
+    second.add(torch.zeros(3, 1))
+    assert sampling_noise((first, second)) == 0
+
+
+def test_sampling_noise_needs_two_folds():
+    with pytest.raises(ProblemError, match="two folds"):
+        sampling_noise([make_layer("full rank", 1, 3, seed=0).moments])
