@@ -57,9 +57,10 @@ class Unstructured(AbstractPattern):
             raise PatternError(f"Unknown quota {self.quota!r}. Known: matrix, row.")
 
     def check(self, rows: int, columns: int) -> None:
-        """Any weight fits, as long as something is left of it."""
-        if self.zeros(rows, columns) >= rows * columns:
-            raise PatternError(f"Sparsity {self.sparsity} leaves nothing of a weight [{rows} {columns}].")
+        """Any weight fits, as long as something is pruned of it and something is left."""
+        zeros = self.zeros(rows, columns)
+        if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
+            raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
 
     def zeros(self, rows: int, columns: int) -> int:
         if self.quota == "row":

@@ -114,7 +114,6 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certifica
     scale = problem.quadratic.scale()
     point = weight * scale
     step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
-    energy = float(2 * problem.quadratic.values(torch.zeros_like(weight)).sum())
-    largest = float(step.max())
+    largest, energy = float(step.max()), problem.quadratic.target_energy
     kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
     return Certificate(float(primal.sum()), float(row_gaps(problem, weight, residual, values).sum()), kkt)

@@ -24,7 +24,8 @@ class Quadratic:
 
     Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
     The anchor is the point near which the solution is expected (the dense weight; None is zero): everything is then
-    computed from the small D, and nothing cancels. Quadratics are closed under addition and non-negative scaling.
+    computed from the small D, and nothing cancels. `bound` is an upper bound on H's eigenvalues, if one is known.
+    Quadratics are closed under addition and non-negative scaling.
 
     Raises:
         ProblemError: the shapes do not fit, or a tensor is not floating point.
@@ -34,6 +35,7 @@ class Quadratic:
     cross: Tensor
     energy: Tensor
     anchor: Tensor | None = None
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         m, n = self.shape
@@ -110,6 +112,11 @@ class Quadratic:
         )
 
     @cached_property
+    def target_energy(self) -> float:
+        """The sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
+        return float(2 * self.values(torch.zeros_like(self.cross)).sum())
+
+    @cached_property
     def double(self) -> "Quadratic":
         """The same function in float64, for certificates."""
         if self.gram.dtype == torch.float64:
@@ -147,7 +154,7 @@ class Quadratic:
         image = self.cross @ inverse
         energy = self.energy - (image * self.cross).sum(1)
         gram = stiffness * identity - stiffness**2 * inverse
-        return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor)
+        return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor, bound=stiffness)
 
     def at(self, anchor: Tensor | None) -> Self:
         """The same function written about another anchor."""

@@ -67,6 +67,14 @@ def make_layer(
     return Layer(random(seed + 4, m, n), inputs, dense)
 
 
+def make_chain(m: int, n: int, seed: int, correlation: float, tokens: int) -> Layer:
+    """A layer whose inputs are correlated with their neighbours, `correlation` to the power of the distance."""
+    place = torch.arange(n, dtype=torch.float64)
+    covariance = correlation ** (place[:, None] - place).abs()
+    inputs = random(seed, tokens, n) @ torch.linalg.cholesky(covariance).T
+    return Layer(random(seed + 4, m, n), inputs, inputs)
+
+
 def make_penalty(name: str, quadratic: Quadratic, seed: int, strength: float = 0.1) -> AbstractPenalty:
     """A penalty that matters to the problem."""
     m, n = quadratic.shape

@@ -77,7 +77,11 @@ def test_the_kkt_residual_is_large_away_from_the_solution(m, n, seed):
     assert certify(problem, moved).kkt_residual == pytest.approx(0.1)  # a unit Gram: one step undoes the move
 
 
-@given(st.builds(make_problem, st.just("full rank"), st.sampled_from(PENALTIES), sizes, sizes, seeds, st.just(0.0), st.just(0.3)))
+@given(
+    st.builds(
+        make_problem, st.just("full rank"), st.sampled_from(PENALTIES), sizes, sizes, seeds, st.just(0.0), st.just(0.3)
+    )
+)
 def test_without_a_penalty_the_gap_is_the_excess_itself(case):
     layer, problem = case
     problem = Problem(problem.quadratic, L1(0.0))

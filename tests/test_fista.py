@@ -69,7 +69,9 @@ def published(t, t_next):
 
 def nearest(iterates):
     """Whether three iterates are the golden ones."""
-    return all(abs(a - b) <= LONG for row, gold in zip(iterates, GOLDEN, strict=True) for a, b in zip(row, gold, strict=True))
+    return all(
+        abs(a - b) <= LONG for row, gold in zip(iterates, GOLDEN, strict=True) for a, b in zip(row, gold, strict=True)
+    )
 
 
 def test_the_golden_lipschitz_constant_is_the_one_in_use():

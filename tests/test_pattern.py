@@ -138,9 +138,10 @@ def test_a_width_that_is_no_multiple_of_the_group_is_refused(pattern):
         pattern.check(2, 10)
 
 
-def test_a_sparsity_that_leaves_nothing_is_refused():
-    with pytest.raises(PatternError, match="leaves nothing"):
-        Unstructured(0.9).check(1, 2)
+@pytest.mark.parametrize(("sparsity", "m", "n"), [(0.9, 1, 2), (0.01, 2, 3)])
+def test_a_sparsity_that_rounds_to_all_or_nothing_is_refused(sparsity, m, n):
+    with pytest.raises(PatternError, match=rf"Sparsity {sparsity} .*\[{m} {n}\]"):
+        Unstructured(sparsity).check(m, n)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])

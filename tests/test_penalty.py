@@ -14,7 +14,8 @@ GRID = torch.linspace(-6, 6, 2401, dtype=torch.float64)  # wider than any entry 
 STRENGTHS = ("scalar", "column", "row", "entry", "zero")
 
 
-def make(name, m, n, seed):
+def make(name, shape, seed):
+    m, n = shape
     strengths = {
         "scalar": lambda: 0.7,
         "column": lambda: random(seed, n).abs(),
@@ -47,9 +48,11 @@ def slow_prox(value, threshold):
 
 @given(names, shapes, seeds, steps)
 def test_the_prox_is_the_scalar_one_entry_by_entry(name, shape, seed, step):
-    penalty, weight = make(name, *shape, seed), 2 * random(seed + 1, *shape)
+    penalty, weight = make(name, shape, seed), 2 * random(seed + 1, *shape)
     strengths = strengths_of(penalty, *shape)
-    expected = [[slow_prox(v, step * s) for v, s in zip(*row, strict=True)] for row in zip(weight, strengths, strict=True)]
+    expected = [
+        [slow_prox(v, step * s) for v, s in zip(*row, strict=True)] for row in zip(weight, strengths, strict=True)
+    ]
     torch.testing.assert_close(
         penalty.prox(weight, step), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=ROUNDING
     )
@@ -57,7 +60,7 @@ def test_the_prox_is_the_scalar_one_entry_by_entry(name, shape, seed, step):
 
 @given(names, shapes, seeds, steps)
 def test_the_prox_minimises_its_objective(name, shape, seed, step):
-    penalty, weight = make(name, *shape, seed), random(seed + 1, *shape).clamp(-5, 5)
+    penalty, weight = make(name, shape, seed), random(seed + 1, *shape).clamp(-5, 5)
 
     def objective(point):
         return (point - weight).square().sum(1) / 2 + step * penalty.values(point)
@@ -72,20 +75,20 @@ def test_the_prox_minimises_its_objective(name, shape, seed, step):
 
 @given(names, shapes, seeds, steps)
 def test_the_prox_is_firmly_non_expansive(name, shape, seed, step):
-    penalty, first, second = make(name, *shape, seed), random(seed + 1, *shape), random(seed + 2, *shape)
+    penalty, first, second = make(name, shape, seed), random(seed + 1, *shape), random(seed + 2, *shape)
     change = penalty.prox(first, step) - penalty.prox(second, step)
     assert change.square().sum() <= (change * (first - second)).sum() + ROUNDING
 
 
 @given(names, shapes, seeds)
 def test_prox_and_projection_add_up_to_the_point(name, shape, seed):
-    penalty, point = make(name, *shape, seed), 2 * random(seed + 1, *shape)
+    penalty, point = make(name, shape, seed), 2 * random(seed + 1, *shape)
     torch.testing.assert_close(penalty.prox(point, 1.0) + penalty.project(point), point, rtol=0, atol=ROUNDING)
 
 
 @given(names, shapes, seeds)
 def test_the_prox_may_overwrite_its_argument(name, shape, seed):
-    penalty, weight = make(name, *shape, seed), random(seed + 1, *shape)
+    penalty, weight = make(name, shape, seed), random(seed + 1, *shape)
     expected = penalty.prox(weight.clone(), 0.3)
     assert penalty.prox(weight, 0.3, out=weight) is weight
     assert torch.equal(weight, expected)
@@ -93,7 +96,7 @@ def test_the_prox_may_overwrite_its_argument(name, shape, seed):
 
 @given(names, shapes, seeds)
 def test_values_are_the_scalar_ones_added_up(name, shape, seed):
-    penalty, weight = make(name, *shape, seed), random(seed + 1, *shape)
+    penalty, weight = make(name, shape, seed), random(seed + 1, *shape)
     strengths = strengths_of(penalty, *shape)
     expected = [sum(s * abs(v) for v, s in zip(*r, strict=True)) for r in zip(weight.tolist(), strengths, strict=True)]
     torch.testing.assert_close(penalty.values(weight), torch.tensor(expected, dtype=torch.float64))
@@ -101,14 +104,14 @@ def test_values_are_the_scalar_ones_added_up(name, shape, seed):
 
 @given(names, shapes, seeds)
 def test_fenchel_young_holds_for_any_pair(name, shape, seed):
-    penalty, weight, slope = make(name, *shape, seed), random(seed + 1, *shape), random(seed + 2, *shape)
+    penalty, weight, slope = make(name, shape, seed), random(seed + 1, *shape), random(seed + 2, *shape)
     slope = penalty.project(slope)
     assert ((slope * weight).sum(1) <= penalty.values(weight) + penalty.conjugate(slope) + ROUNDING).all()
 
 
 @given(names, shapes, seeds)
 def test_fenchel_young_is_an_equality_at_a_prox(name, shape, seed):
-    penalty, point = make(name, *shape, seed), 2 * random(seed + 1, *shape)
+    penalty, point = make(name, shape, seed), 2 * random(seed + 1, *shape)
     weight = penalty.prox(point, 1.0)
     slope = point - weight
     torch.testing.assert_close((slope * weight).sum(1), penalty.values(weight) + penalty.conjugate(slope))
@@ -116,14 +119,14 @@ def test_fenchel_young_is_an_equality_at_a_prox(name, shape, seed):
 
 @given(names, shapes, seeds)
 def test_a_projected_slope_stays_where_it_is(name, shape, seed):
-    penalty, slope = make(name, *shape, seed), 2 * random(seed + 1, *shape)
+    penalty, slope = make(name, shape, seed), 2 * random(seed + 1, *shape)
     once = penalty.project(slope)
     assert torch.equal(penalty.project(once), once)
 
 
 @given(names, shapes, seeds)
 def test_the_dual_scale_is_the_largest_that_needs_no_projection(name, shape, seed):
-    penalty, slope = make(name, *shape, seed), random(seed + 1, *shape)
+    penalty, slope = make(name, shape, seed), random(seed + 1, *shape)
     for i, s in enumerate(penalty.dual_scale(slope).tolist()):
         inside = (1e6 if isinf(s) else s) * slope
         torch.testing.assert_close(penalty.project(inside)[i], inside[i])
@@ -139,7 +142,7 @@ def test_a_zero_slope_may_be_scaled_without_end():
 
 @given(names, shapes, seeds)
 def test_a_scaled_penalty_is_the_same_function_of_the_scaled_weight(name, shape, seed):
-    penalty, weight, scale = make(name, *shape, seed), random(seed + 1, *shape), random(seed + 2, shape[1]).exp()
+    penalty, weight, scale = make(name, shape, seed), random(seed + 1, *shape), random(seed + 2, shape[1]).exp()
     torch.testing.assert_close(penalty.scaled(scale).values(weight * scale), penalty.values(weight))
 
 

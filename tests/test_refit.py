@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_a_full_support_gives_the_minimiser(layer):
 
 
 def test_an_empty_row_stays_empty_and_leaves_the_others_alone():
-    layer, problem = make_problem("full rank", "Support", 3, 6, 0, 0.1, 0.3)
+    _, problem = make_problem("full rank", "Support", 3, 6, 0, 0.1, 0.3)
     mask = random(1, 3, 6) > 0
     mask[1] = False
     found = TIGHT.solve(Problem(problem.quadratic, Support(mask))).weight
@@ -69,7 +71,7 @@ def test_an_empty_row_stays_empty_and_leaves_the_others_alone():
 
 
 def test_an_empty_support_is_zero_and_needs_no_iteration():
-    layer, problem = make_problem("full rank", "Support", 3, 6, 0, 0.1, 0.3)
+    _, problem = make_problem("full rank", "Support", 3, 6, 0, 0.1, 0.3)
     solution = TIGHT.solve(Problem(problem.quadratic, Support(torch.zeros(3, 6, dtype=torch.bool))))
     assert not solution.weight.any()
     assert (solution.iterations, solution.status) == (0, Status.SOLVED)
@@ -102,7 +104,7 @@ def test_nothing_outside_the_support_moves_from_zero(case):
 def test_more_iterations_are_never_worse(case):
     _, problem = case
     values = [problem.value(ConjugateGradient(0, k).solve(problem).weight) for k in range(6)]
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         assert after <= before * (1 + 1e-9)
 
 

@@ -200,7 +200,7 @@ class GradientDescent(AbstractSolver):
         return (L1,)
 
     def solve(self, problem, start=None):
-        weight, step = problem.quadratic.anchor, 1 / problem.quadratic.lipschitz
+        weight, step = torch.zeros(problem.shape, dtype=torch.float64), 1 / problem.quadratic.lipschitz
         for _ in range(self.steps):
             weight = problem.penalty.prox(weight + step * problem.quadratic.residual(weight), step)
         return Solution(weight, Status.SOLVED, certify(problem, weight), self.steps, self.steps, 0.0)
@@ -221,7 +221,7 @@ def test_an_unknown_solver_is_refused_with_a_guess():
 
 
 def test_an_unknown_setting_is_refused_with_its_name():
-    with pytest.raises(RecipeError, match="'fista'.*tolerence"):
+    with pytest.raises(RecipeError, match=r"'fista'.*tolerence"):
         make_solver("fista", tolerence=1)
 
 

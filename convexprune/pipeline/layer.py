@@ -1,6 +1,5 @@
 """One decoder layer: watch its inputs, prune its operators stage by stage, hand its dense output on."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,44 +36,44 @@ def prune_layer(
     """Prune the operators of `layer` in place; return its dense outputs, the inputs of the next layer.
 
     `hidden` are the batches [batch tokens width] that enter the layer in the dense network, `calls` gives the other
-    arguments for a batch. The operators of the first stage see the dense input x; those of a later stage see x*, what
-    the already pruned stages make of it, while x is taken from a copy of the layer that stays dense (arXiv 2408.03728,
-    section 3.3: error correction inside the layer, layers independent of each other).
+    arguments for a batch. One dense pass records what every stage sees, x; then, stage by stage, x* is what the already
+    pruned stages make of it (arXiv 2408.03728, section 3.3: error correction inside the layer, layers independent of
+    each other). The recorded inputs stay on the CPU: tokens times the widths of the stages, for one layer.
 
     Raises:
         ModelError: an activation is not finite; the operator is named.
         PruningError: the pruned weight is not what was asked; the operator is named.
     """
-    dense = copy.deepcopy(layer.module)
-    outputs = [calls(batch)(dense, batch) for batch in hidden]
+    outputs, inputs = _dense_pass(layer, calls, hidden)
     for number, names in enumerate(layer.stages):
         began = time.perf_counter()
-        corrects = number > 0 and settings.correction > 0
-        folds = _watch(layer, dense if corrects else None, names[0], calls, hidden)
+        folds = _new_folds(layer, names[0])
+        for batch, dense in zip(hidden, inputs.pop(names[0]), strict=True):
+            x = dense.to(batch.device)
+            corrects = number > 0 and settings.correction > 0
+            pruned = operator_input(layer.module, names[0], calls(batch), batch) if number else x
+            _deal(folds, pruned, x if corrects else None)
+        _require_finite(folds, f"{layer.name}.{names[0]}")
         _prune_stage(layer, names, folds, settings, tell, began)
     return outputs
 
 
-def _watch(
-    layer: DecoderLayer, dense: nn.Module | None, name: str, calls: Callable[[Tensor], Call], hidden: Sequence[Tensor]
-) -> tuple[Moments, Moments]:
-    """The moments of an operator's input, samples dealt in turn to two folds."""
-    weight = layer.operator(name).weight
-    folds = (Moments(weight.shape[1], device=weight.device), Moments(weight.shape[1], device=weight.device))
-    sample = 0
+def _dense_pass(
+    layer: DecoderLayer, calls: Callable[[Tensor], Call], hidden: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """The layer's outputs, and for the first operator of each stage its inputs [batch tokens n] on the CPU."""
+    inputs: dict[str, list[Tensor]] = {names[0]: [] for names in layer.stages}
+
+    def keep(name: str, batch: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: inputs[name].append(args[0].reshape(batch, -1, args[0].shape[-1]).cpu())
+
+    outputs = []
     for batch in hidden:
-        call = calls(batch)
-        pruned = operator_input(layer.module, name, call, batch)
-        x = None if dense is None else operator_input(dense, name, call, batch)
-        for i in range(len(batch)):
-            folds[sample % 2].add(pruned[i], None if x is None else x[i])
-            sample += 1
-    if not all(f.is_finite() for f in folds):
-        raise ModelError(
-            f"The input of {layer.name}.{name} is not finite on the calibration tokens. "
-            f"Load the model in a wider dtype (dtype='float32'), or look for a damaged weight before it."
-        )
-    return folds
+        hooks = [layer.operator(name).register_forward_pre_hook(keep(name, len(batch))) for name in inputs]
+        outputs.append(calls(batch)(layer.module, batch))
+        for hook in hooks:
+            hook.remove()
+    return outputs, inputs
 
 
 def operator_input(module: nn.Module, name: str, call: Call, batch: Tensor) -> Tensor:
@@ -85,14 +84,33 @@ def operator_input(module: nn.Module, name: str, call: Call, batch: Tensor) -> T
         seen.append(args[0])
         raise _Reached
 
-    hook = module.get_submodule(name).register_forward_pre_hook(stop)
-    with hook, suppress(_Reached):
+    with module.get_submodule(name).register_forward_pre_hook(stop), suppress(_Reached):
         call(module, batch)
     return seen[0].reshape(len(batch), -1, seen[0].shape[-1])
 
 
 class _Reached(Exception):
     """Ends a forward pass."""
+
+
+def _new_folds(layer: DecoderLayer, name: str) -> tuple[Moments, Moments]:
+    weight = layer.operator(name).weight
+    return Moments(weight.shape[1], device=weight.device), Moments(weight.shape[1], device=weight.device)
+
+
+def _deal(folds: tuple[Moments, Moments], pruned: Tensor, dense: Tensor | None) -> None:
+    """Give each sample of a batch, in turn, to one of the two folds: the one that has seen less."""
+    for i in range(len(pruned)):
+        fold = folds[0] if folds[0].tokens <= folds[1].tokens else folds[1]
+        fold.add(pruned[i], None if dense is None else dense[i])
+
+
+def _require_finite(folds: tuple[Moments, Moments], name: str) -> None:
+    if not all(fold.is_finite() for fold in folds):
+        raise ModelError(
+            f"The input of {name} is not finite on the calibration tokens. "
+            f"Load the model in a wider dtype (dtype='float32'), or look for a damaged weight before it."
+        )
 
 
 def _prune_stage(
@@ -111,7 +129,10 @@ def _prune_stage(
     pattern = Stacked(settings.pattern, heights)
     halves = folds if all(f.tokens for f in folds) else ()
     problem = PruningProblem(stack, moments, pattern, settings.correction, halves)
-    pruned = settings.pruner.prune(problem)
+    if pattern.zeros(*stack.shape):
+        pruned = settings.pruner.prune(problem)
+    else:  # nothing was asked, so nothing is touched
+        pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer.name}.{names[0]}: the pruned weight is not finite. Raise the damping.")
     for operator, weight in zip(operators, pruned.weight.split(heights), strict=True):

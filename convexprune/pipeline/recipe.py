@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from convexprune.errors import RecipeError, unknown
+from convexprune.errors import ConvexpruneError, RecipeError, unknown
 from convexprune.pattern import AbstractPattern, parse_pattern
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex
 from convexprune.solvers import AbstractSolver, solver_names
@@ -95,6 +95,9 @@ def make_recipe(**settings: Any) -> Recipe:
     except ValidationError as error:
         lines = []
         for fault in error.errors():
+            cause = fault.get("ctx", {}).get("error")
+            if isinstance(cause, ConvexpruneError):
+                raise cause from None  # it is ours and says it all
             name = ".".join(str(part) for part in fault["loc"])
             if fault["type"] == "extra_forbidden":
                 lines.append(unknown("setting", name, Recipe.model_fields))

@@ -28,23 +28,23 @@ class Convex(AbstractPruner):
 
             min_V envelope(V) + sum_ij c t exp(-(|S_ij| / t)^2) |V_ij|
 
-        is solved from where the last two rounds point to, V + (V - V_before). S is the weight as last repaired (the
-        inner minimiser of the envelope) and t the pattern's threshold on |S|, so what is clearly kept is hardly
-        penalised; the strength c grows geometrically from `first_strength` to `last_strength`. Each problem majorises
-        a concave penalty, which grows with c: a few iterations each are enough, and the certificates say how good.
+        is solved from where the last two rounds point to, V + (V - V_before). The scores S are the weight after a long
+        gradient step, V + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is
+        hardly penalised. The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a
+        bounded concave penalty: a few iterations each are enough, and the certificates say how good they were.
     4.  The pattern keeps the largest |S|; the refit is least squares on that support, damped like the path.
 
-    `repair` is the stiffness of the envelope, `solver` solves the path, `refit` the values (None: keep S on the
-    support). The constants were chosen on layer problems of SmolLM2-135M at 50 % and checked on others:
-    docs/benchmarks.md.
+    `solver` solves the path, `refit` the values (None: keep S on the support). The constants were chosen on layer
+    problems of SmolLM2-135M at 50 % and checked on others: docs/benchmarks.md.
     """
 
     solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
     refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
-    rounds: int = 25
-    first_strength: float = 0.1
-    last_strength: float = 1.0
-    repair: float = 3.0
+    rounds: int = 20
+    strengths: tuple[float, float] = (0.1, 1.0)
+    stiffnesses: tuple[float, float] = (0.3, 3.0)
+    envelopes: int = 5
+    reach: float = 3.0
     damping: float | None = None
     least_damping: float = 0.03
 
@@ -56,7 +56,7 @@ class Convex(AbstractPruner):
             RecipeError: unknown name.
         """
         if name == "fista":
-            return make_solver("fista", max_iterations=5, check_every=6, scale=False, restart=False, precise=False)
+            return make_solver("fista", max_iterations=3, check_every=4, scale=False, restart=False, precise=False)
         return make_solver(name)
 
     @torch.no_grad()
@@ -69,9 +69,9 @@ class Convex(AbstractPruner):
         """
         damping = self._damping(problem)
         quadratic, scale = _damped(problem, damping)
-        weight, solutions = self._path(quadratic, problem.pattern)
-        mask = problem.pattern.mask(weight.abs())
-        weight = weight * mask
+        scores, solutions = self._path(quadratic, problem.pattern)
+        mask = problem.pattern.mask(scores.abs())
+        weight = scores * mask
         if self.refit is not None:
             solution = self.refit.solve(Problem(quadratic, Support(mask)), weight)
             weight = solution.weight
@@ -79,21 +79,22 @@ class Convex(AbstractPruner):
         return Pruned(weight / scale, mask, tuple(solutions), {"damping": damping})
 
     def _path(self, quadratic: Quadratic, pattern: AbstractPattern) -> tuple[Tensor, list[Solution]]:
-        """The repaired weight at the end of the path, and every solve on the way."""
-        relaxed = quadratic.envelope(self.repair)
-        assert relaxed.anchor is not None
-        before = weight = repaired = relaxed.anchor
+        """The scores at the end of the path, and every solve on the way."""
+        assert quadratic.anchor is not None
+        before = weight = scores = quadratic.anchor
         solutions: list[Solution] = []
-        growth = (self.last_strength / self.first_strength) ** (1 / max(1, self.rounds - 1))
-        for number in range(self.rounds):
-            strength = self.first_strength * growth**number
-            threshold = pattern.threshold(repaired.abs()).clamp_min(torch.finfo(weight.dtype).tiny)
-            strengths = strength * threshold * torch.exp(-(repaired / threshold).square())
-            solution = self.solver.solve(Problem(relaxed, L1(strengths)), 2 * weight - before)
-            before, weight = weight, solution.weight
-            repaired = weight + relaxed.residual(weight) / self.repair
-            solutions.append(solution)
-        return repaired, solutions
+        for numbers in torch.arange(self.rounds).chunk(self.envelopes):
+            stiffness = _between(self.stiffnesses, int(numbers[0]) / (self.rounds - len(numbers) or 1))
+            relaxed = quadratic.envelope(stiffness)
+            for number in numbers.tolist():
+                threshold = pattern.threshold(scores.abs()).clamp_min(torch.finfo(weight.dtype).tiny)
+                strength = _between(self.strengths, number / (self.rounds - 1 or 1))
+                penalty = L1(strength * threshold * torch.exp(-(scores / threshold).square()))
+                solution = self.solver.solve(Problem(relaxed, penalty), 2 * weight - before)
+                before, weight = weight, solution.weight
+                scores = weight + self.reach / stiffness * relaxed.residual(weight)
+                solutions.append(solution)
+        return scores, solutions
 
     def _damping(self, problem: PruningProblem) -> float:
         if self.damping is not None:
@@ -102,6 +103,11 @@ class Convex(AbstractPruner):
             return 2 * self.least_damping  # one sample, nothing to compare it with
         noise = sampling_noise(problem.folds)
         return max(self.least_damping, noise / (1 - noise))
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    """The geometric way from one end (share 0) to the other (share 1)."""
+    return ends[0] * (ends[1] / ends[0]) ** share
 
 
 def _damped(problem: PruningProblem, damping: float) -> tuple[Quadratic, Tensor]:

@@ -23,7 +23,7 @@ class ConjugateGradient(AbstractSolver):
     `max_iterations`: on a damped problem ten are plenty, and the certificate says what is left.
     """
 
-    tolerance: float = 1e-4
+    tolerance: float = 1e-3
     max_iterations: int = 30
 
     @property

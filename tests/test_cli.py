@@ -1,0 +1,63 @@
+"""The command line says what it did, and what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from convexprune import cli
+from convexprune.adapters import HuggingFaceModel
+
+TEXT = "It was the best of times, it was the worst of times. " * 200
+
+
+@pytest.fixture
+def folder(tiny_opt: HuggingFaceModel, tmp_path: Path) -> Path:
+    tiny_opt.model.save_pretrained(tmp_path / "model")
+    tiny_opt.tokenizer.save_pretrained(tmp_path / "model")  # type: ignore[union-attr]
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(*arguments: object):
+    return CliRunner(env={"COLUMNS": "140"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_prune_prints_the_table_and_where_the_model_lies(folder: Path):
+    options = ["--pattern", "2:4", "--nsamples", 8, "--seqlen", 32, "--output", folder / "out"]
+    text = folder / "text.txt"
+    result = run("prune", folder / "model", "--dataset", text, "--eval-text", text, *options)
+    assert result.exit_code == 0, result.output
+    assert "model.decoder.layers.1.fc2" in result.output and "50.0%" in result.output
+    assert "perplexity dense" in result.output and "perplexity pruned" in result.output
+    assert str(folder / "out") in result.output
+    assert {"recipe.yaml", "report.json", "model.safetensors"} <= {p.name for p in (folder / "out").iterdir()}
+
+
+def test_eval_states_what_the_number_depends_on(folder: Path):
+    result = run("eval", folder / "model", "--text", folder / "text.txt", "--window", 32, "--max-windows", 2)
+    assert result.exit_code == 0, result.output
+    assert "62 tokens predicted in 2 windows of 32, stride 32" in result.output
+
+
+def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsys):
+    arguments = ["convexprune", "prune", str(folder / "model"), "--method", "wando", "--output", str(folder / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "RecipeError: Unknown method 'wando'. Did you mean 'wanda'?" in capsys.readouterr().err
+
+
+def test_help_is_quick_because_torch_is_all_it_needs():
+    code = "import sys, convexprune.cli; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_threads_are_left_as_the_user_set_them(folder: Path):
+    threads = torch.get_num_threads()
+    run("eval", folder / "model", "--text", folder / "text.txt", "--window", 32, "--max-windows", 1)
+    assert torch.get_num_threads() == threads
