@@ -88,7 +88,9 @@ class Quadratic:
 
     @cached_property
     def lipschitz(self) -> float:
-        """An upper estimate of the largest eigenvalue of H, by the power method with a margin of 1 %."""
+        """An upper estimate of H's largest eigenvalue: the bound, or the power method with a margin of 1 %."""
+        if self.bound is not None:
+            return self.bound
         generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
         vectors = torch.randn(len(self.gram), POWER_STARTS, generator=generator).to(self.gram)
         for _ in range(POWER_ITERATIONS):

@@ -28,6 +28,7 @@ from convexprune.solvers.fista import FISTA
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
 REFITTED = 1e-3  # conjugate gradients stop at gradients of 1e-4 of those at the start
 NEAR_OPTIMAL = 1.10  # the convex path is a heuristic for a combinatorial problem: this near to the best support
+STIFFNESS = 2.0  # of the envelope, in the tests of the path
 CORRELATED = 2.0  # the mixing that makes neighbours matter
 
 PATTERNS = {
@@ -414,36 +415,69 @@ def test_each_problem_of_the_path_is_started_where_the_last_two_rounds_point():
         torch.testing.assert_close(start, 2 * weights[k + 1] - weights[k], rtol=0, atol=ROUNDING)
 
 
-def test_the_strengths_of_the_path_follow_the_formula_at_the_repaired_weight():
-    recorder, pattern = Recorder(), Unstructured(0.5)
-    Convex(solver=recorder, rounds=4, first_strength=0.2, last_strength=1.6, repair=2.0).prune(
-        layer_problem(correlated(0), pattern)
+def scores_after(call, reach):
+    """The weight after a long gradient step on the envelope, whose stiffness is its bound."""
+    problem, _, solution = call
+    return solution.weight + reach / STIFFNESS * problem.quadratic.residual(solution.weight)
+
+
+def one_envelope(solver, reach=3.0):
+    """The path with a single, known envelope."""
+    return Convex(
+        solver=solver, rounds=4, strengths=(0.2, 1.6), stiffnesses=(STIFFNESS, STIFFNESS), envelopes=1, reach=reach
     )
-    saliency = recorder.calls[0][0].quadratic.anchor
-    assert saliency is not None
-    for strength, (problem, _, solution) in zip((0.2, 0.4, 0.8, 1.6), recorder.calls, strict=True):
-        threshold = saliency.abs().flatten().sort().values[saliency.numel() // 2]
-        assert isinstance(problem.penalty, L1)
-        expected = strength * threshold * torch.exp(-((saliency / threshold) ** 2))
-        torch.testing.assert_close(problem.penalty.strength, expected, rtol=ROUNDING, atol=0)
-        saliency = solution.weight + problem.quadratic.residual(solution.weight) / 2.0
 
 
-def test_convex_keeps_the_largest_repaired_weights():
+def test_the_strengths_of_the_path_follow_the_formula_at_the_scores():
+    recorder = Recorder()
+    one_envelope(recorder).prune(layer_problem(correlated(0), Unstructured(0.5)))
+    scores = recorder.calls[0][0].quadratic.anchor
+    assert scores is not None
+    for strength, call in zip((0.2, 0.4, 0.8, 1.6), recorder.calls, strict=True):
+        threshold = scores.abs().flatten().sort().values[scores.numel() // 2]
+        assert isinstance(call[0].penalty, L1)
+        expected = strength * threshold * torch.exp(-((scores / threshold) ** 2))
+        torch.testing.assert_close(call[0].penalty.strength, expected, rtol=ROUNDING, atol=0)
+        scores = scores_after(call, reach=3.0)
+
+
+def test_convex_keeps_the_largest_scores():
     recorder, pattern = Recorder(), Unstructured(0.5)
-    mask = Convex(solver=recorder).prune(layer_problem(correlated(0), pattern)).mask
-    problem, _, solution = recorder.calls[-1]
-    repaired = solution.weight + problem.quadratic.residual(solution.weight) / Convex().repair
-    assert torch.equal(mask, pattern.mask(repaired.abs()))
+    mask = one_envelope(recorder).prune(layer_problem(correlated(0), pattern)).mask
+    assert torch.equal(mask, pattern.mask(scores_after(recorder.calls[-1], reach=3.0).abs()))
+
+
+def test_without_a_refit_convex_returns_the_scores_it_keeps():
+    problem = layer_problem(correlated(0), Unstructured(0.5))
+    first, second = Recorder(), Recorder()
+    refitted = one_envelope(first).prune(problem)
+    scored = replace(one_envelope(second), refit=None).prune(problem)
+    scores = scores_after(second.calls[-1], reach=3.0) * scored.mask
+    assert torch.equal(scored.mask, refitted.mask)
+    # In the path's coordinates the columns are only scaled.
+    ratio = (scored.weight / scores)[scored.mask]
+    columns = torch.where(scored.mask, scored.weight / scores, -torch.inf).amax(0).expand(8, 16)[scored.mask]
+    torch.testing.assert_close(ratio, columns, rtol=ROUNDING, atol=0)
 
 
 def test_the_path_is_in_coordinates_where_the_inverse_gram_has_a_constant_diagonal():
     recorder = Recorder()
-    Convex(solver=recorder, repair=2.0).prune(layer_problem(correlated(0), Unstructured(0.5)))
-    # The envelope's Gram matrix is  s - s^2 (H + s)^-1 , so that  H = s G (s - G)^-1  and  H^-1 = G^-1 - 1 / s.
+    one_envelope(recorder).prune(layer_problem(correlated(0), Unstructured(0.5)))
+    # The envelope's Gram matrix is  s - s^2 (H + s)^-1 , so that  H^-1 = envelope^-1 - 1 / s.
     relaxed = recorder.calls[0][0].quadratic.gram
-    diagonal = (torch.linalg.inv(relaxed) - torch.eye(16) / 2.0).diagonal()
+    diagonal = torch.linalg.inv(relaxed).diagonal() - 1 / STIFFNESS
     torch.testing.assert_close(diagonal, diagonal.mean().expand(16), rtol=1e-6, atol=0)
+
+
+def test_the_envelopes_of_the_path_stiffen_from_one_end_to_the_other():
+    recorder = Recorder()
+    Convex(solver=recorder, rounds=6, stiffnesses=(0.5, 2.0), envelopes=3).prune(
+        layer_problem(correlated(0), Unstructured(0.5))
+    )
+    # The largest eigenvalue of an envelope is s H / (H + s), so  1 / (1 / it - 1 / s)  is H's, the same for all.
+    largest = [float(torch.linalg.eigvalsh(problem.quadratic.gram).max()) for problem, _, _ in recorder.calls]
+    expected = [1 / (1 / x - 1 / s) for x, s in zip(largest, (0.5, 0.5, 1.0, 1.0, 2.0, 2.0), strict=True)]
+    assert expected == pytest.approx([expected[0]] * 6, rel=1e-6)
 
 
 def test_every_solve_of_convex_is_kept_the_refit_last():

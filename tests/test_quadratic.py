@@ -150,6 +150,15 @@ def test_the_lipschitz_estimate_is_above_the_largest_eigenvalue_and_near_it(laye
     assert largest * (1 - ROUNDING) <= quadratic.lipschitz <= TIGHT * largest
 
 
+@given(st.builds(make_layer, st.sampled_from(("full rank", "rank deficient")), sizes, sizes, seeds), st.floats(0.1, 10))
+def test_the_lipschitz_estimate_holds_for_an_envelope_and_what_is_made_of_it(layer, stiffness):
+    envelope = layer.quadratic().envelope(stiffness)
+    scale = random(0, layer.weight.shape[1]).exp()
+    made = (envelope, envelope * 3.0, envelope + layer.quadratic(), envelope.scaled(scale), envelope.at(None))
+    for quadratic in (*made, *(q.double for q in made)):
+        assert quadratic.lipschitz >= float(torch.linalg.eigvalsh(quadratic.gram).max()) * (1 - ROUNDING)
+
+
 def test_the_lipschitz_estimate_sees_an_eigenvector_of_mixed_signs():
     # The largest eigenvalue, 1.5, belongs to (1, -1), which is orthogonal to every vector of row sums.
     gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])

@@ -13,6 +13,7 @@ from convexprune.problem import Problem
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, make_solver
+from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient
 
 
@@ -36,6 +37,9 @@ class Convex(AbstractPruner):
 
     `solver` solves the path, `refit` the values (None: keep S on the support). The constants were chosen on layer
     problems of SmolLM2-135M at 50 % and checked on others: docs/benchmarks.md.
+
+    Raises:
+        UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
     solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
@@ -47,6 +51,11 @@ class Convex(AbstractPruner):
     reach: float = 3.0
     damping: float | None = None
     least_damping: float = 0.03
+
+    def __post_init__(self) -> None:
+        require_penalty(self.solver, L1)
+        if self.refit is not None:
+            require_penalty(self.refit, Support)
 
     @staticmethod
     def solver_for(name: str) -> AbstractSolver:
@@ -65,7 +74,6 @@ class Convex(AbstractPruner):
 
         Raises:
             PruningError: the damped Gram matrix is not positive definite.
-            UnsupportedError: the solver does not take an L1 penalty.
         """
         damping = self._damping(problem)
         quadratic, scale = _damped(problem, damping)

@@ -56,16 +56,16 @@ class AbstractSolver(ABC):
         """
 
 
-def require_penalty(solver: AbstractSolver, problem: Problem) -> None:
+def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
     """Refuse a penalty that the solver does not take, before it works.
 
     Raises:
         UnsupportedError: naming the penalty, the solver, and what the solver takes.
     """
-    if not isinstance(problem.penalty, solver.penalties):
+    if not issubclass(penalty, solver.penalties):
         takes = ", ".join(p.__name__ for p in solver.penalties)
         raise UnsupportedError(
-            f"{type(solver).__name__} does not take the penalty {type(problem.penalty).__name__}; it takes: {takes}."
+            f"{type(solver).__name__} does not take the penalty {penalty.__name__}; it takes: {takes}."
         )
 
 

@@ -34,7 +34,7 @@ class ConjugateGradient(AbstractSolver):
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
-        require_penalty(self, problem)
+        require_penalty(self, type(problem.penalty))
         assert isinstance(problem.penalty, Support)
         began = time.perf_counter()
         mask = problem.penalty.mask

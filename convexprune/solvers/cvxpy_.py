@@ -45,7 +45,7 @@ class CVXPY(AbstractSolver):
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
-        require_penalty(self, problem)
+        require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)  # checks the shape; the engines are started by themselves
         statements = [self._row(problem, i) for i in range(problem.shape[0])]

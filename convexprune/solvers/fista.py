@@ -45,7 +45,7 @@ class FISTA(AbstractSolver):
     @torch.no_grad()
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
-        require_penalty(self, problem)
+        require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         weight = initial(problem, start)
         scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])

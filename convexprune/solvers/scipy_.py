@@ -35,7 +35,7 @@ class SciPy(AbstractSolver):
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`; `start` is not used but for its shape."""
-        require_penalty(self, problem)
+        require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)
         scale = problem.quadratic.double.scale()
