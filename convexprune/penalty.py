@@ -65,9 +65,9 @@ class L1(AbstractPenalty):
         return (weight.abs() * self.strength).sum(1)
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
-        """Soft thresholding, V - clip(V, +- step strength)."""
-        threshold = self._like(weight) * step
-        return torch.sub(weight, torch.clamp(weight, -threshold, threshold), out=out)
+        """Soft thresholding, sign(V) (|V| - step strength)_+."""
+        shrunk = weight.abs().sub_(self._like(weight), alpha=step).clamp_min_(0)
+        return torch.copysign(shrunk, weight, out=out)
 
     def conjugate(self, slope: Tensor) -> Tensor:
         """Zero on its domain, the box |S_ij| <= strength_ij."""

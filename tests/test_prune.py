@@ -35,6 +35,7 @@ def test_every_operator_of_every_model_has_the_exact_count(tiny: HuggingFaceMode
     weights = state(tiny)
     for o in result.report.operators:
         weight = weights[f"{o.name}.weight"]
+        assert not torch.signbit(weight[weight == 0]).any()
         assert int((weight == 0).sum()) == o.zeros == o.expected_zeros == weight.numel() // 2
         if pattern == "2:4":
             assert ((weight.view(weight.shape[0], -1, 4) != 0).sum(-1) == 2).all()

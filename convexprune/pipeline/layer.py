@@ -135,7 +135,8 @@ def _prune_stage(
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer.name}.{names[0]}: the pruned weight is not finite. Raise the damping.")
-    for operator, weight in zip(operators, pruned.weight.split(heights), strict=True):
+    clean = pruned.weight.masked_fill(~pruned.mask, 0)  # no negative zeros in the file
+    for operator, weight in zip(operators, clean.split(heights), strict=True):
         operator.weight.copy_(weight)
     stored = torch.cat([o.weight.float() for o in operators])
     errors = problem.squared_error(stored).split(heights)

@@ -109,5 +109,7 @@ def make_recipe(**settings: Any) -> Recipe:
 def _make(method: str, settings: dict[str, Any]) -> AbstractPruner:
     try:
         return PRUNERS[method](**settings)
+    except ConvexpruneError:
+        raise
     except TypeError as error:
         raise RecipeError(f"Settings {settings} do not fit the method {method!r}: {error}.") from error

@@ -65,32 +65,32 @@ class FISTA(AbstractSolver):
         lipschitz = q.lipschitz
         if lipschitz == 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
             return torch.zeros_like(weight), Status.SOLVED, 0, 0
-        # With D = V - anchor, D - (D H - G) / L = D (I - H / L) + G / L: the gradient step is one product.
+        # In D = V - anchor a gradient step is one product: D - (D H - G) / L = D (I - H / L) + G / L.
         step = torch.eye(q.shape[1], dtype=q.gram.dtype, device=q.gram.device).sub_(q.gram, alpha=1 / lipschitz)
         shift = q.cross / lipschitz
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
-        old, new, point = weight.clone(), torch.empty_like(weight), q.displacement(weight).clone()
+        old = weight - anchor
+        new, move, point = torch.empty_like(old), torch.empty_like(old), old.clone()
         t = torch.ones(q.shape[0], 1, dtype=weight.dtype, device=weight.device)
         products = 0
         for iteration in range(1, self.max_iterations + 1):
             torch.addmm(shift, point, step, out=new)
             new.add_(anchor)
-            problem.penalty.prox(new, 1 / lipschitz, out=new)
+            problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
             products += 1
-            point.add_(anchor)
+            torch.sub(new, old, out=move)
             if self.restart:
-                uphill = torch.linalg.vecdot(point - new, new - old)[:, None] > 0
+                uphill = torch.linalg.vecdot(point.sub_(new), move)[:, None] > 0
                 t.masked_fill_(uphill, 1.0)
             t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
-            torch.lerp(old, new, 1 + (t - 1) / t_next, out=point)
-            point.sub_(anchor)
+            torch.addcmul(new, (t - 1) / t_next, move, out=point)
             t, old, new = t_next, new, old
             if iteration % self.check_every == 0:
                 products += 1
-                status = self._status(problem, old)
+                status = self._status(problem, old + anchor)
                 if status is not None:
-                    return old, status, iteration, products
-        return old, Status.ITERATION_LIMIT, self.max_iterations, products
+                    return old + anchor, status, iteration, products
+        return old + anchor, Status.ITERATION_LIMIT, self.max_iterations, products
 
     def _status(self, problem: Problem, weight: Tensor) -> Status | None:
         """How the solve ends at `weight`, or None if it goes on."""
