@@ -1,0 +1,37 @@
+"""Layer problems and patterns that the tests of all pruners share."""
+
+from strategies import Layer, make_layer
+
+from convexprune.moments import Moments
+from convexprune.pattern import AbstractPattern, SemiStructured, Stacked, Unstructured
+from convexprune.pruners import (
+    AbstractPruner,
+    PruningProblem,
+)
+
+CORRELATED = 2.0  # the mixing that makes neighbours matter
+
+PATTERNS = {
+    "matrix": Unstructured(0.5),
+    "row": Unstructured(0.5, "row"),
+    "2:4": SemiStructured(2, 4),
+    "3:8": SemiStructured(3, 8),
+    "stack": Stacked(Unstructured(0.65), (2, 3, 1)),
+    "stack of rows": Stacked(Unstructured(0.65, "row"), (2, 3, 1)),
+    "stack of 2:4": Stacked(SemiStructured(2, 4), (2, 3, 1)),
+}
+
+
+def layer_problem(
+    layer: Layer, pattern: AbstractPattern, correction: float = 1.0, folds: tuple[Moments, ...] = ()
+) -> PruningProblem:
+    return PruningProblem(layer.weight, layer.moments, pattern, correction, folds)
+
+
+def correlated(seed: int, m: int = 8, n: int = 16, change: float = 0.0, tokens: int | None = None) -> Layer:
+    return make_layer("full rank", m, n, seed, change, tokens, mixing=CORRELATED)
+
+
+def error(problem: PruningProblem, pruner: AbstractPruner) -> float:
+    """mean |V x* - target|^2, from the moments: they equal the tokens by test_moments.py."""
+    return float(problem.squared_error(pruner.prune(problem).weight).sum())
