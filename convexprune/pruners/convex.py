@@ -22,7 +22,8 @@ class Convex(AbstractPruner):
     """Iteratively reweighted L1 on a damped, relaxed quadratic, rounding, and a refit on the support.
 
     1.  Damping: r/2 sum_ij H_jj (V_ij - W_ij)^2 is added, r = `damping`; if None, noise / (1 - noise) of the
-        calibration sample, at least `least_damping`. Without it an exact solver fits the noise of the tokens.
+        calibration sample, at least `least_damping` (twice that for a single sample, which has nothing to be compared
+        with). Without it an exact solver fits the noise of the tokens.
     2.  Coordinates in which the inverse of the Gram matrix has a constant diagonal: there |V_ij| is the saliency of
         Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj).
     3.  The path: round by round, the convex problem
@@ -108,7 +109,7 @@ class Convex(AbstractPruner):
         if self.damping is not None:
             return self.damping
         if not problem.folds:
-            return 2 * self.least_damping  # one sample, nothing to compare it with
+            return 2 * self.least_damping
         noise = sampling_noise(problem.folds)
         return max(self.least_damping, noise / (1 - noise))
 
