@@ -41,8 +41,10 @@ def prune(
     max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
-    targets: Annotated[list[str], typer.Option(help="Operators to prune; repeat it for more.")] = ["Linear"],  # noqa: B006
-    ignore: Annotated[list[str], typer.Option(help="Operators to leave alone; repeat it for more.")] = [],  # noqa: B006
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Operators to prune, all unless given; repeat it for more.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Operators to leave alone; repeat it for more.")] = None,
     error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
     damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -59,6 +61,7 @@ def prune(
     from convexprune import api
 
     disable_progress_bar()  # ours says more
+    settings |= {"targets": targets or ["Linear"], "ignore": ignore or []}
     settings["output_dir"] = settings.pop("output")
     settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
     with _progress() as progress:

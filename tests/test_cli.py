@@ -17,7 +17,8 @@ TEXT = "It was the best of times, it was the worst of times. " * 200
 @pytest.fixture
 def folder(tiny_opt: HuggingFaceModel, tmp_path: Path) -> Path:
     tiny_opt.model.save_pretrained(tmp_path / "model")
-    tiny_opt.tokenizer.save_pretrained(tmp_path / "model")  # type: ignore[union-attr]
+    assert tiny_opt.tokenizer is not None
+    tiny_opt.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
 

@@ -135,7 +135,8 @@ def test_the_ground_truth_solver_prunes_a_tiny_operator(tiny_opt: HuggingFaceMod
 
 def test_the_output_is_an_ordinary_folder_that_transformers_loads(tiny_llama: HuggingFaceModel, tmp_path: Path):
     tiny_llama.model.save_pretrained(tmp_path / "dense")
-    tiny_llama.tokenizer.save_pretrained(tmp_path / "dense")  # type: ignore[union-attr]
+    assert tiny_llama.tokenizer is not None
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "dense")
     result = convexprune.prune(tmp_path / "dense", pattern="2:4", output_dir=tmp_path / "pruned", **SMALL)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     with torch.no_grad():
@@ -167,6 +168,8 @@ BAD = {
     "method": ({"method": "wando"}, errors.RecipeError, "Did you mean 'wanda'"),
     "preset": ({"preset": "fistaprune"}, errors.RecipeError, "Did you mean 'fistapruner'"),
     "damping of another method": ({"method": "wanda", "damping": 0.1}, errors.RecipeError, "does not take it"),
+    "damping of a preset": ({"preset": "fistapruner", "damping": 0.1}, errors.RecipeError, "does not take it"),
+    "preset and method": ({"preset": "fistapruner", "method": "wanda"}, errors.RecipeError, "names its own method"),
     "method settings": ({"method_args": {"round": 3}}, errors.RecipeError, "do not fit the method 'convex'"),
     "quota": ({"quota": "column"}, errors.RecipeError, "quota='column'"),
     "error_correction": ({"error_correction": 2.0}, errors.RecipeError, "error_correction=2.0"),

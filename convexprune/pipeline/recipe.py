@@ -71,12 +71,13 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: an unknown name, or settings that the method does not have.
         """
-        if self.preset == "fistapruner":
-            return _make("fistapruner", self.method_args)
-        if self.method != "convex":
+        if self.preset is not None and self.method != "convex":
+            raise RecipeError(f"preset={self.preset!r} names its own method; leave method={self.method!r} out.")
+        method = self.preset or self.method  # a preset is the method of that name
+        if method != "convex":
             if self.damping is not None:
-                raise RecipeError(f"damping is a setting of method='convex'; {self.method!r} does not take it.")
-            return _make(self.method, self.method_args)
+                raise RecipeError(f"damping is a setting of method='convex'; {method!r} does not take it.")
+            return _make(method, self.method_args)
         if solver is None and self.solver not in solver_names():
             raise RecipeError(unknown("solver", self.solver, solver_names()))
         own = {"solver": solver if solver is not None else Convex.solver_for(self.solver), "damping": self.damping}
