@@ -1,4 +1,4 @@
-from .calibration import calibration_tokens, text_windows
+from .calibration import calibration_and_held_out, calibration_tokens, text_windows
 from .checkpoint import EMBEDDED, load, save
 from .family import FAMILIES, Family, family_of
 from .huggingface import HuggingFaceModel
@@ -8,6 +8,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "HuggingFaceModel",
+    "calibration_and_held_out",
     "calibration_tokens",
     "family_of",
     "load",

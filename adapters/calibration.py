@@ -50,14 +50,37 @@ def calibration_tokens(
             vocabulary; or the windows are longer than the model can see.
         DependencyError: a data set of the hub needs a package that is missing.
     """
+    settings = {"max_seq_length": max_seq_length, "seed": seed, "split": split}
+    return calibration_and_held_out(dataset, model, num_samples=num_samples, spare=0, **settings)[0]
+
+
+def calibration_and_held_out(
+    dataset: Any,
+    model: HuggingFaceModel,
+    *,
+    num_samples: int | None,
+    spare: int,
+    max_seq_length: int | None,
+    seed: int,
+    split: Split = "calibration",
+) -> tuple[Tensor, Tensor]:
+    """`calibration_tokens`, and up to `spare` windows more that are none of them: what the data set has left.
+
+    Raises:
+        CalibrationError, DependencyError: see `calibration_tokens`.
+    """
     _check_request(num_samples, max_seq_length, model)
     length = max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
     if isinstance(dataset, str) and dataset == "self":
         if num_samples is None:
             raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
-        return sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
-    windows = _valid(_windows(dataset, model, num_samples, max_seq_length, length, split), model)
-    return _choose(windows, num_samples, seed, split)
+        calibration = sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
+        if spare == 0:
+            return calibration, calibration[:0]
+        return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
+    wanted = None if num_samples is None else num_samples + spare
+    windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
+    return _choose(windows, num_samples, spare, seed, split)
 
 
 def text_windows(text: str | Path, model: HuggingFaceModel, window: int) -> Tensor:
@@ -71,7 +94,7 @@ def text_windows(text: str | Path, model: HuggingFaceModel, window: int) -> Tens
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
     windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
-    return _choose(_valid(windows, model), None, 0, "evaluation")
+    return _choose(_valid(windows, model), None, 0, 0, "evaluation")[0]
 
 
 def _windows(
@@ -178,7 +201,7 @@ def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
     return windows
 
 
-def _choose(windows: Tensor, num_samples: int | None, seed: int, split: Split) -> Tensor:
+def _choose(windows: Tensor, num_samples: int | None, spare: int, seed: int, split: Split) -> tuple[Tensor, Tensor]:
     count, length = windows.shape
     wanted = max(1, count if num_samples is None else num_samples)
     if count < wanted:
@@ -187,6 +210,7 @@ def _choose(windows: Tensor, num_samples: int | None, seed: int, split: Split) -
             "lower num_samples or max_seq_length."
         )
     if count == wanted:
-        return windows
+        return windows, windows[:0]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return windows[order[:wanted] if split == "calibration" else order[-wanted:]]
+    order = order if split == "calibration" else order.flip(0)
+    return windows[order[:wanted]], windows[order[wanted : wanted + spare]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.model import AbstractModel, Call, DecoderLayer
+from convexprune.model import AbstractModel, Call, DecoderLayer, Group, LinearOperator, ModuleInput
 
 from .admission import refuse_foreign_operators, refuse_non_finite, refuse_offloaded, refuse_quantised
 from .family import Family, family_of
@@ -122,11 +122,12 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ca
 
 def _decoder_layers(model: PreTrainedModel, family: Family, reasons: Mapping[str, str]) -> list[DecoderLayer]:
     """Every decoder layer, with the stages that have something to prune."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    kept = linears - set(reasons)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = []
     for index, module in enumerate(model.get_submodule(family.layers).children()):
         name = f"{family.layers}.{index}"
-        stages = (tuple(operator for operator in stage if f"{name}.{operator}" in kept) for stage in family.stages)
-        layers.append(DecoderLayer(name, module, tuple(stage for stage in stages if stage)))
+        kept = {n: linears[f"{name}.{n}"] for stage in family.stages for n in stage if f"{name}.{n}" not in reasons}
+        stages = ([LinearOperator(n, kept[n]) for n in stage if n in kept] for stage in family.stages)
+        groups = (Group(tuple(stage), ModuleInput(stage[0].module)) for stage in stages if stage)
+        layers.append(DecoderLayer(name, module, tuple((group,) for group in groups)))
     return layers

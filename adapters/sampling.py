@@ -1,6 +1,6 @@
 """Text that a model writes itself: calibration without any data, network or licence."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,24 +11,26 @@ from convexprune.errors import CalibrationError
 from .corpora import Split
 from .huggingface import HuggingFaceModel
 
+Stream = Split | Literal["held-out"]
+
 BATCH_TOKENS = (
     16384  # sampled side by side; a constant, because the batch decides which sample gets which random number
 )
 
 
-def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: Split) -> Tensor:
+def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: Stream) -> Tensor:
     """Windows [num_samples length] drawn from the model's own distribution, int64, on the CPU.
 
     Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
-    which the model goes on as it did in training. Reproducible for a seed on one machine; the two splits never share
-    a random stream, whatever their seeds.
+    which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share a
+    random stream, whatever their seeds.
 
     Raises:
         CalibrationError: `length` leaves nothing to sample.
     """
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
-    stream = 2 * seed + (split == "evaluation")
+    stream = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
     device = model.model.device
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
         torch.manual_seed(stream)

@@ -13,7 +13,16 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_tokens, load, save, text_windows
+from convexprune.adapters import (
+    EMBEDDED,
+    HuggingFaceModel,
+    calibration_and_held_out,
+    calibration_tokens,
+    load,
+    save,
+    text_windows,
+)
+from convexprune.errors import CalibrationError
 from convexprune.pipeline import (
     LayerSettings,
     Recipe,
@@ -55,12 +64,14 @@ def prune(
     dataset: Any = "self",
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_calibration_samples: int = 128,
+    held_out_samples: int | None = None,
     max_seq_length: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
     error_correction: float | bool = True,
+    prefix: str = "dense",
     damping: float | None = None,
     method_args: dict[str, Any] | None = None,
     device: str = "auto",
@@ -87,11 +98,14 @@ def prune(
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.
         num_calibration_samples: windows of `max_seq_length` tokens (None: 2048, or the model's limit if less).
+        held_out_samples: windows more, on which errors are measured and nothing is fitted; None: an eighth as many,
+            or what the data set has left.
         batch_size: windows in one forward pass.
         seed: of the choice of windows and of "self" sampling.
         targets: operators to prune: names, their endings, "re:" patterns, or "Linear".
         ignore: operators not to prune, as `targets`.
         error_correction: how much an operator makes up for the operators pruned before it in its layer, 0 to 1.
+        prefix: which network feeds a decoder layer while it is pruned: the "dense" one, or the one "pruned" so far.
         damping: pull to the dense weight relative to the Gram matrix's diagonal; None: from the sampling noise.
         method_args: further settings of the method's class in `convexprune.pruners`.
         device: "auto" is the GPU if there is one.
@@ -120,7 +134,7 @@ def prune(
         **{name: settings[name] for name in _PLAIN},
     )
     pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
-    layer_settings = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction)
+    layer_settings = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         check_output(folder)
@@ -137,23 +151,22 @@ def prune(
     )
     check_patterns(loaded, layer_settings)
     clock.lap("load")
-    tokens = calibration_tokens(
-        dataset, loaded, num_samples=num_calibration_samples, max_seq_length=recipe.max_seq_length, seed=seed
-    )
+    tokens, held_out = _calibration(dataset, loaded, recipe)
     clock.lap("calibration data")
     report = Report(
         recipe.model_dump(mode="json"), left_alone=dict(loaded.left_alone), environment=_environment(loaded)
     )
     windows = _evaluation_windows(evaluation, loaded, tokens.shape[1], seed)
     _evaluate(loaded, windows, report, "dense", clock)
-    operators = sum(len(stage) for layer in loaded.layers for stage in layer.stages)
+    operators = sum(len(layer.operators) for layer in loaded.layers)
     tell = progress(operators) if progress is not None else lambda _: None
 
     def record(operator: OperatorReport) -> None:
         report.operators.append(operator)
         tell(operator)
 
-    prune_layers(loaded, tokens.to(loaded.model.device), batch_size, layer_settings, record)
+    place = loaded.model.device
+    prune_layers(loaded, tokens.to(place), held_out.to(place), batch_size, layer_settings, record)
     clock.lap("prune")
     _evaluate(loaded, windows, report, "pruned", clock)
     report.seconds = clock.laps
@@ -163,8 +176,8 @@ def prune(
 
 
 _PLAIN = (
-    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "damping", "num_calibration_samples",
-    "max_seq_length", "batch_size", "seed", "device", "dtype",
+    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping",
+    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype",
 )  # fmt: skip
 
 
@@ -191,6 +204,28 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def _calibration(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The windows to fit and those held out.
+
+    Raises:
+        CalibrationError: the data set is too small for the samples asked.
+    """
+    tokens, held_out = calibration_and_held_out(
+        dataset,
+        model,
+        num_samples=recipe.num_calibration_samples,
+        spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    if len(held_out) < (recipe.held_out_samples or 0):
+        raise CalibrationError(
+            f"The data set has {len(held_out)} windows left after {len(tokens)} for calibration; "
+            f"held_out_samples={recipe.held_out_samples} were asked for. Ask for fewer, or leave it out."
+        )
+    return tokens, held_out
 
 
 def _evaluation_windows(

@@ -1,10 +1,12 @@
 """All that the pipeline may ask of a language model; it knows neither transformers nor any architecture."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,23 +26,94 @@ class Call:
         return output if isinstance(output, Tensor) else output[0]
 
 
+class AbstractOperator(ABC):
+    """One linear map y = W x of a decoder layer, however its weight is stored; `name` is relative to the layer."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """W [m n] as it is stored, in its dtype and on its device; not to be written to."""
+
+    @abstractmethod
+    def write(self, weight: Tensor) -> None:
+        """Store `weight` [m n], rounded to the dtype of the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOperator(AbstractOperator):
+    """An `nn.Linear`."""
+
+    name: str
+    module: nn.Linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    def read(self) -> Tensor:
+        return self.module.weight.detach()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        self.module.weight.copy_(weight)
+
+
+Tap = Callable[[Callable[[Tensor], None]], AbstractContextManager[None]]
+"""Inside the context of tap(tell), tell(inputs [... n]) is called with what reaches the operators."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleInput:
+    """The tap of a module's first argument."""
+
+    module: nn.Module
+
+    @contextmanager
+    def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
+        with self.module.register_forward_pre_hook(lambda _, args: tell(args[0])):
+            yield
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Operators that share an input: one Gram matrix, one stacked problem.
+
+    `paired`: the dense and the pruned layer send the same tokens here, so that an operator can make up for earlier
+    errors token by token. Not so behind a router.
+    """
+
+    operators: tuple[AbstractOperator, ...]
+    tap: Tap
+    paired: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
     """One decoder layer and its operators in the order of execution.
 
-    `stages` groups the names of the operators (relative to `module`) that share an input: what one stage outputs,
-    a later stage sees. For LLaMA: q, k, v | o | gate, up | down.
+    What one stage outputs, a later stage may see; the groups of one stage do not see each other. For LLaMA, with one
+    group a stage: q, k, v | o | gate, up | down.
     """
 
     name: str
     module: nn.Module
-    stages: tuple[tuple[str, ...], ...]
+    stages: tuple[tuple[Group, ...], ...]
 
-    def operator(self, name: str) -> nn.Linear:
-        """The operator of that (relative) name."""
-        module = self.module.get_submodule(name)
-        assert isinstance(module, nn.Linear), f"{self.name}.{name} is a {type(module).__name__}"
-        return module
+    @property
+    def groups(self) -> list[Group]:
+        """All groups in the order of execution."""
+        return [group for stage in self.stages for group in stage]
+
+    @property
+    def operators(self) -> list[AbstractOperator]:
+        """All operators in the order of execution."""
+        return [operator for group in self.groups for operator in group.operators]
 
 
 class AbstractModel(ABC):

@@ -13,9 +13,10 @@ from rich.table import Table
 class OperatorReport:
     """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored.
 
-    `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens. Operators that share an
-    input are solved as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the
-    last solve (the refit), `largest_gap` of any (the path that chooses the support stops early on purpose).
+    `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens, `held_out_error` the same
+    on tokens that no method saw (None if there are none): the one to judge by. Operators that share an input are solved
+    as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the last solve (the
+    refit), `largest_gap` of any (the path that chooses the support stops early on purpose).
     """
 
     name: str
@@ -24,6 +25,7 @@ class OperatorReport:
     zeros: int
     expected_zeros: int
     relative_error: float
+    held_out_error: float | None
     gap: float | None
     largest_gap: float | None
     kkt_residual: float | None
@@ -32,6 +34,7 @@ class OperatorReport:
     products: int
     facts: dict[str, float]
     tokens: int
+    held_out_tokens: int
     seconds: float
 
     @property
@@ -71,7 +74,7 @@ class Report:
         """One line per operator, for a terminal."""
         table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators", box=SIMPLE_HEAD)
         table.add_column("operator", no_wrap=True)
-        for name in ("shape", "zeros", "error", "gap", "solves", "damping", "s"):
+        for name in ("shape", "zeros", "error", "held-out", "gap", "solves", "damping", "s"):
             table.add_column(name, justify="right", no_wrap=True)
         for o in self.operators:
             table.add_row(*_cells(o))
@@ -83,6 +86,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield f"{o.outputs}x{o.inputs}"
     yield f"{o.sparsity:.1%}"
     yield f"{o.relative_error:.2e}"
+    yield "-" if o.held_out_error is None else f"{o.held_out_error:.2e}"
     yield "-" if o.gap is None else f"{o.gap:.0e}"
     yield str(o.solves)
     yield f"{o.facts['damping']:.2f}" if "damping" in o.facts else "-"

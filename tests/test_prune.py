@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convexprune
@@ -17,7 +18,7 @@ from convexprune.pruners import PRUNERS
 from convexprune.solvers.fista import FISTA
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
-SMALL = {"dataset": TOKENS, "num_calibration_samples": 6}
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 6}
 
 
 def state(model: HuggingFaceModel) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def state(model: HuggingFaceModel) -> dict[str, Tensor]:
 
 
 def operator_names(model: HuggingFaceModel) -> set[str]:
-    return {f"{layer.name}.{name}.weight" for layer in model.layers for stage in layer.stages for name in stage}
+    return {f"{layer.name}.{operator.name}.weight" for layer in model.layers for operator in layer.operators}
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -71,22 +72,92 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     from convexprune.pipeline import layer as room
 
     seen = {}
-    monkeypatch.setattr(room, "_prune_stage", lambda layer, names, folds, *_: (
-        seen.__setitem__(names[0], folds[0] + folds[1]), layer.operator(names[0]).weight.mul_(0.5)))  # fmt: skip
+
+    def halve(layer, group, folds, *_):
+        first = group.operators[0]
+        seen[first.name] = folds.total
+        first.write(first.read() / 2)
+
+    monkeypatch.setattr(room, "_prune_group", halve)
     dense = copy.deepcopy(tiny_llama)
     convexprune.prune(tiny_llama.model, **SMALL)
     layer, call, hidden = dense.layers[-1], dense.calls(TOKENS[:1])[-1], None
     hidden = [dense.first_inputs(TOKENS[i : i + 1]) for i in range(6)]
     first_call = dense.calls(TOKENS[:1])[0]
     hidden = [first_call(dense.layers[0].module, h) for h in hidden]
-    pruned = copy.deepcopy(layer.module)
-    pruned.get_parameter("self_attn.q_proj.weight").mul_(0.5)
-    x = torch.cat([room.operator_input(layer.module, "self_attn.o_proj", call, h)[0] for h in hidden])
-    y = torch.cat([room.operator_input(pruned, "self_attn.o_proj", call, h)[0] for h in hidden])
+    (group,) = layer.stages[1]
+    x = torch.cat([room.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
+    layer.operators[0].write(layer.operators[0].read() / 2)
+    y = torch.cat([room.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
     moments = seen["self_attn.o_proj"]
     torch.testing.assert_close(moments.gram, y.T @ y / len(y))
     torch.testing.assert_close(moments.cross, (x - y).T @ y / len(y), atol=1e-6, rtol=1e-4)
     assert seen["self_attn.q_proj"].cross is None
+
+
+def test_held_out_windows_judge_and_change_nothing(build):
+    weights, errors_of = [], []
+    for held_out in (0, 2):
+        model = build("llama")
+        settings: dict[str, Any] = SMALL | {"num_calibration_samples": 4, "held_out_samples": held_out}
+        report = convexprune.prune(model, **settings).report
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+        errors_of.append([o.held_out_error for o in report.operators])
+        assert {o.held_out_tokens for o in report.operators} == {24 * held_out}
+    assert torch.equal(*weights)
+    assert errors_of[0] == [None] * 14 and all(e > 0 for e in errors_of[1])
+
+
+def test_the_held_out_error_is_the_error_on_those_windows(build, tokenizer):
+    model = HuggingFaceModel(build("llama"), tokenizer)
+    name, q = "model.layers.0.self_attn.q_proj", model.model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(q, nn.Linear)
+    windows, dense = [], q.weight.clone()
+    watch = q.register_forward_pre_hook(lambda _, args: windows.append(args[0]))
+    settings: dict[str, Any] = SMALL | {"num_calibration_samples": 4, "held_out_samples": 2}
+    report = convexprune.prune(model.model, **settings).report
+    watch.remove()
+    x = torch.cat([w[0] for w in windows[-6:]])[-48:]  # the dense pass over 4 + 2 windows: the last two are held out
+    expected = ((x @ (q.weight - dense).T).square().sum() / (x @ dense.T).square().sum()).item()
+    (found,) = [o.held_out_error for o in report.operators if o.name == name]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_by_default_an_eighth_is_held_out_if_there_is_so_much(tiny_opt: HuggingFaceModel):
+    for samples, tokens in ((5, 24), (6, 0)):
+        report = convexprune.prune(
+            tiny_opt.model, **SMALL | {"num_calibration_samples": samples, "sparsity": 0.1}
+        ).report
+        assert {o.held_out_tokens for o in report.operators} == {tokens}
+
+
+def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_llama: HuggingFaceModel, monkeypatch):
+    from convexprune.pipeline import layer as room
+
+    seen = {}
+
+    def halve(layer, group, folds, *_):
+        seen[f"{layer}.{group.operators[0].name}"] = folds.total
+        for operator in group.operators:
+            operator.write(operator.read() / 2)
+
+    def inputs(name):
+        kept = []
+        hook = tiny_llama.model.get_submodule(name).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        with torch.no_grad():
+            tiny_llama.model(TOKENS)
+        hook.remove()
+        return kept[0].flatten(0, 1)
+
+    name = "model.layers.1.self_attn.q_proj"
+    x = inputs(name)
+    monkeypatch.setattr(room, "_prune_group", halve)
+    convexprune.prune(tiny_llama.model, prefix="pruned", **SMALL)
+    y = inputs(name)
+    torch.testing.assert_close(seen[name].gram, y.T @ y / len(y))
+    torch.testing.assert_close(seen[name].cross, (x - y).T @ y / len(y), atol=1e-6, rtol=1e-4)
+    first = seen["model.layers.0.self_attn.q_proj"]
+    assert first.cross is not None and not first.cross.any()  # before the first layer nothing is pruned
 
 
 def test_correction_lowers_the_error_of_the_layer_output(build, tokenizer):
@@ -173,6 +244,8 @@ BAD = {
     "method settings": ({"method_args": {"round": 3}}, errors.RecipeError, "do not fit the method 'convex'"),
     "quota": ({"quota": "column"}, errors.RecipeError, "quota='column'"),
     "error_correction": ({"error_correction": 2.0}, errors.RecipeError, "error_correction=2.0"),
+    "prefix": ({"prefix": "sparse"}, errors.RecipeError, "prefix='sparse'"),
+    "too few held out": ({"held_out_samples": 1}, errors.CalibrationError, "0 windows left after 6"),
     "too few samples": ({"num_calibration_samples": 7}, errors.CalibrationError, "7"),
     "token out of range": ({"dataset": TOKENS + 4000}, errors.CalibrationError, "knows 0 to 4095"),
     "no operator": ({"targets": ["nothing"]}, errors.ModelError, "Unknown operator 'nothing'"),

@@ -1,176 +1,215 @@
-"""One decoder layer: watch its inputs, prune its operators stage by stage, hand its dense output on."""
+"""One decoder layer: watch its inputs, prune its operators stage by stage, hand its output on."""
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convexprune.errors import ModelError, PruningError
-from convexprune.model import Call, DecoderLayer
-from convexprune.moments import Moments
+from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pattern import AbstractPattern, Stacked
+from convexprune.pipeline.folds import Folds
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
+
+Tell = Callable[[OperatorReport], None]
+Calls = Callable[[Tensor], Call]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSettings:
-    """How every layer of a run is pruned."""
+    """How every layer of a run is pruned: by what, to what, and what its operators see and aim at.
+
+    `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
+    (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
+    W (x* + a (x - x*)) with a = `correction`, where x is what the dense network sees (arXiv 2408.03728, section 3.3).
+    """
 
     pruner: AbstractPruner
     pattern: AbstractPattern
     correction: float = 1.0
+    prefix: Literal["dense", "pruned"] = "dense"
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
+
+    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned.
+    """
+
+    dense: Sequence[Tensor]
+    fed: Sequence[Tensor]
+    held_out: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the dense decoder layer makes of each batch: its outputs, and each paired group's inputs on the CPU."""
+
+    outputs: list[Tensor]
+    inputs: dict[Group, list[Tensor]]
 
 
 @torch.no_grad()
 def prune_layer(
-    layer: DecoderLayer,
-    calls: Callable[[Tensor], Call],
-    hidden: Sequence[Tensor],
-    settings: LayerSettings,
-    tell: Callable[[OperatorReport], None],
-) -> list[Tensor]:
-    """Prune the operators of `layer` in place; return its dense outputs, the inputs of the next layer.
+    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings, tell: Tell
+) -> HiddenStates:
+    """Prune the operators of `layer` in place; return what enters the next layer.
 
-    `hidden` are the batches [batch tokens width] that enter the layer in the dense network, `calls` gives the other
-    arguments for a batch. One dense pass records what every stage sees, x; then, stage by stage, x* is what the already
-    pruned stages make of it (arXiv 2408.03728, section 3.3: error correction inside the layer, layers independent of
-    each other). The recorded inputs stay on the CPU: tokens times the widths of the stages, for one layer.
+    `calls` gives the other arguments for a batch. The recorded inputs stay on the CPU: tokens times the widths of the
+    stages, for one layer.
 
     Raises:
         ModelError: an activation is not finite; the operator is named.
         PruningError: the pruned weight is not what was asked; the operator is named.
     """
-    outputs, inputs = _dense_pass(layer, calls, hidden)
-    for number, names in enumerate(layer.stages):
-        began = time.perf_counter()
-        folds = _new_folds(layer, names[0])
-        for batch, dense in zip(hidden, inputs.pop(names[0]), strict=True):
-            x = dense.to(batch.device)
-            corrects = number > 0 and settings.correction > 0
-            pruned = operator_input(layer.module, names[0], calls(batch), batch) if number else x
-            _deal(folds, pruned, x if corrects else None)
-        _require_finite(folds, f"{layer.name}.{names[0]}")
-        _prune_stage(layer, names, folds, settings, tell, began)
-    return outputs
+    observed = observe(layer, calls, hidden.dense)
+    prune_observed(layer, calls, hidden, observed, settings, tell)
+    if settings.prefix == "dense":
+        return HiddenStates(observed.outputs, observed.outputs, hidden.held_out)
+    return HiddenStates(observed.outputs, [calls(b)(layer.module, b) for b in hidden.fed], hidden.held_out)
 
 
-def _dense_pass(
-    layer: DecoderLayer, calls: Callable[[Tensor], Call], hidden: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """The layer's outputs, and for the first operator of each stage its inputs [batch tokens n] on the CPU."""
-    inputs: dict[str, list[Tensor]] = {names[0]: [] for names in layer.stages}
-
-    def keep(name: str, batch: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: inputs[name].append(args[0].reshape(batch, -1, args[0].shape[-1]).cpu())
-
+@torch.no_grad()
+def observe(layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor]) -> Observed:
+    """One pass of the dense layer over all batches."""
+    inputs: dict[Group, list[Tensor]] = {group: [] for group in layer.groups if group.paired}
     outputs = []
-    for batch in hidden:
-        hooks = [layer.operator(name).register_forward_pre_hook(keep(name, len(batch))) for name in inputs]
-        outputs.append(calls(batch)(layer.module, batch))
-        for hook in hooks:
-            hook.remove()
-    return outputs, inputs
+    for batch in batches:
+        with ExitStack() as taps:
+            for group, seen in inputs.items():
+
+                def keep(x: Tensor, seen: list[Tensor] = seen, samples: int = len(batch)) -> None:
+                    seen.append(_by_sample(x, samples).cpu())
+
+                taps.enter_context(group.tap(keep))
+            outputs.append(calls(batch)(layer.module, batch))
+    return Observed(outputs, inputs)
 
 
-def operator_input(module: nn.Module, name: str, call: Call, batch: Tensor) -> Tensor:
-    """What the operator `name` of `module` sees [batch tokens n]; the layer is run no further than that."""
-    seen: list[Tensor] = []
+@torch.no_grad()
+def prune_observed(
+    layer: DecoderLayer,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    settings: LayerSettings,
+    tell: Tell,
+) -> None:
+    """Prune stage by stage: x* is what the already pruned stages make of what the layer is fed with."""
+    for number, stage in enumerate(layer.stages):
+        began = time.perf_counter()
+        folds = {group: Folds(group.operators[0].shape[1], group.operators[0].read().device) for group in stage}
+        sees_dense = number == 0 and settings.prefix == "dense"
+        for i, batch in enumerate(hidden.fed):
+            seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
+            for group in stage:
+                dense = observed.inputs[group][i].to(batch.device) if group.paired else None
+                corrects = not sees_dense and settings.correction > 0
+                x = dense if sees_dense else seen.get(group)
+                if x is not None:  # an expert to which no token of the batch was sent has no input
+                    folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
+        for group in stage:
+            _require_finite(folds[group], f"{layer.name}.{group.operators[0].name}")
+            _prune_group(layer.name, group, folds[group], settings, tell, began)
+            began = time.perf_counter()
 
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _Reached
 
-    with module.get_submodule(name).register_forward_pre_hook(stop), suppress(_Reached):
-        call(module, batch)
-    return seen[0].reshape(len(batch), -1, seen[0].shape[-1])
+def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
+    """What the groups of a stage see [samples tokens n]; the layer is run no further than that.
+
+    Of a group that is not paired all tokens count as one sample; one that no token reaches is left out.
+    """
+    seen: dict[Group, Tensor] = {}
+    with ExitStack() as taps:
+        for group in stage:
+
+            def keep(x: Tensor, group: Group = group) -> None:
+                seen[group] = _by_sample(x, len(batch) if group.paired else 1)
+                if len(seen) == len(stage):
+                    raise _Reached
+
+            taps.enter_context(group.tap(keep))
+        with suppress(_Reached):
+            call(layer.module, batch)
+    return seen
 
 
 class _Reached(Exception):
     """Ends a forward pass."""
 
 
-def _new_folds(layer: DecoderLayer, name: str) -> tuple[Moments, Moments]:
-    weight = layer.operator(name).weight
-    return Moments(weight.shape[1], device=weight.device), Moments(weight.shape[1], device=weight.device)
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    return x.reshape(samples, -1, x.shape[-1])
 
 
-def _deal(folds: tuple[Moments, Moments], pruned: Tensor, dense: Tensor | None) -> None:
-    """Give each sample of a batch, in turn, to one of the two folds: the one that has seen less."""
-    for i in range(len(pruned)):
-        fold = folds[0] if folds[0].tokens <= folds[1].tokens else folds[1]
-        fold.add(pruned[i], None if dense is None else dense[i])
-
-
-def _require_finite(folds: tuple[Moments, Moments], name: str) -> None:
-    if not all(fold.is_finite() for fold in folds):
+def _require_finite(folds: Folds, name: str) -> None:
+    if not folds.is_finite():
         raise ModelError(
             f"The input of {name} is not finite on the calibration tokens. "
             f"Load the model in a wider dtype (dtype='float32'), or look for a damaged weight before it."
         )
 
 
-def _prune_stage(
-    layer: DecoderLayer,
-    names: Sequence[str],
-    folds: tuple[Moments, Moments],
-    settings: LayerSettings,
-    tell: Callable[[OperatorReport], None],
-    began: float,
-) -> None:
+def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings, tell: Tell, began: float) -> None:
     """Operators that share an input are one stack of rows, solved as one problem."""
-    operators = [layer.operator(name) for name in names]
-    heights = tuple(o.weight.shape[0] for o in operators)
-    stack = torch.cat([o.weight.float() for o in operators])
-    moments = folds[0] + folds[1]
+    heights = tuple(operator.shape[0] for operator in group.operators)
+    stack = torch.cat([operator.read().float() for operator in group.operators])
     pattern = Stacked(settings.pattern, heights)
-    halves = folds if all(f.tokens for f in folds) else ()
-    problem = PruningProblem(stack, moments, pattern, settings.correction, halves)
+    halves = folds.halves if all(half.tokens for half in folds.halves) else ()
+    problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
     if pattern.zeros(*stack.shape):
         pruned = settings.pruner.prune(problem)
     else:  # nothing was asked, so nothing is touched
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
-        raise PruningError(f"{layer.name}.{names[0]}: the pruned weight is not finite. Raise the damping.")
+        raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
     clean = pruned.weight.masked_fill(~pruned.mask, 0)  # no negative zeros in the file
-    for operator, weight in zip(operators, clean.split(heights), strict=True):
-        operator.weight.copy_(weight)
-    stored = torch.cat([o.weight.float() for o in operators])
-    errors = problem.squared_error(stored).split(heights)
-    energies = problem.energy.split(heights)
-    for i, (name, part) in enumerate(zip(names, stored.split(heights), strict=True)):
-        expected = settings.pattern.zeros(*part.shape)
-        zeros = int((part == 0).sum())
+    for operator, weight in zip(group.operators, clean.split(heights), strict=True):
+        operator.write(weight)
+    stored = torch.cat([operator.read().float() for operator in group.operators])
+    errors = _relative_errors(problem, stored, heights)
+    held_out: list[float] | list[None] = [None] * len(heights)
+    if folds.held_out.tokens:
+        unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
+        held_out = _relative_errors(unseen, stored, heights)
+    for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
+        expected = settings.pattern.zeros(*operator.shape)
+        zeros = int((weight == 0).sum())
         if zeros < expected:
             raise PruningError(
-                f"{layer.name}.{name}: {zeros} zeros where the pattern {settings.pattern} asks {expected}."
+                f"{layer}.{operator.name}: {zeros} zeros where the pattern {settings.pattern} asks {expected}."
             )
-        error = float(errors[i].sum() / energies[i].sum())
-        tell(_report(f"{layer.name}.{name}", part, zeros, expected, error, pruned, moments.tokens, began))
+        certificates = [s.certificate for s in pruned.solutions]
+        last = pruned.solutions[-1] if pruned.solutions else None
+        report = OperatorReport(
+            name=f"{layer}.{operator.name}",
+            outputs=operator.shape[0],
+            inputs=operator.shape[1],
+            zeros=zeros,
+            expected_zeros=expected,
+            relative_error=errors[i],
+            held_out_error=held_out[i],
+            gap=last.certificate.relative_gap if last else None,
+            largest_gap=max((c.relative_gap for c in certificates), default=None),
+            kkt_residual=last.certificate.kkt_residual if last else None,
+            status=last.status.name if last else None,
+            solves=len(certificates),
+            products=sum(s.products for s in pruned.solutions),
+            facts=dict(pruned.facts),
+            tokens=problem.moments.tokens,
+            held_out_tokens=folds.held_out.tokens,
+            seconds=time.perf_counter() - began,
+        )
+        tell(report)
 
 
-def _report(
-    name: str, weight: Tensor, zeros: int, expected: int, error: float, pruned: Pruned, tokens: int, began: float
-) -> OperatorReport:
-    certificates = [s.certificate for s in pruned.solutions]
-    last = pruned.solutions[-1] if pruned.solutions else None
-    return OperatorReport(
-        name=name,
-        outputs=weight.shape[0],
-        inputs=weight.shape[1],
-        zeros=zeros,
-        expected_zeros=expected,
-        relative_error=error,
-        gap=last.certificate.relative_gap if last else None,
-        largest_gap=max((c.relative_gap for c in certificates), default=None),
-        kkt_residual=last.certificate.kkt_residual if last else None,
-        status=last.status.name if last else None,
-        solves=len(certificates),
-        products=sum(s.products for s in pruned.solutions),
-        facts=dict(pruned.facts),
-        tokens=tokens,
-        seconds=time.perf_counter() - began,
-    )
+def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack."""
+    errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
+    return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]

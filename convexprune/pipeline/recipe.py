@@ -16,9 +16,11 @@ class Recipe(BaseModel):
     """What to prune, how, and on which tokens. Unknown settings are refused.
 
     `error_correction` in [0, 1] (true is 1): how much of the error that the operators before it inside the decoder
-    layer have made does an operator correct. `damping` is the pull towards the dense weight, relative to the diagonal
-    of the Gram matrix; None estimates it from the sampling noise of the calibration tokens. `method_args` are settings
-    of the pruner (see `convexprune.pruners`).
+    layer have made does an operator correct. `prefix` says which network feeds a decoder layer: the "dense" one, so
+    that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are drawn, never fitted,
+    and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
+    `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
+    the sampling noise of the calibration tokens. `method_args` are settings of the pruner (see `convexprune.pruners`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,10 +33,12 @@ class Recipe(BaseModel):
     pattern: str = "unstructured"
     quota: Literal["matrix", "row"] = "matrix"
     error_correction: float = Field(1.0, ge=0, le=1)
+    prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
     method_args: dict[str, Any] = {}
     dataset: str = "self"
     num_calibration_samples: int = Field(128, ge=1)
+    held_out_samples: int | None = Field(None, ge=0)
     max_seq_length: int | None = Field(None, ge=2)
     batch_size: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
@@ -64,6 +68,13 @@ class Recipe(BaseModel):
             PatternError: they name none.
         """
         return parse_pattern(self.pattern, self.sparsity, self.quota)
+
+    @property
+    def spare_samples(self) -> int:
+        """How many windows to hold out, if the data set has them."""
+        if self.held_out_samples is not None:
+            return self.held_out_samples
+        return max(1, self.num_calibration_samples // 8)
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
         """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.

@@ -1,14 +1,11 @@
 """The loop over decoder layers; it exists once, for every model and every method."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from convexprune.errors import PatternError
 from convexprune.model import AbstractModel, Call
-from convexprune.pipeline.layer import LayerSettings, prune_layer
-from convexprune.report import OperatorReport
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_layer
 
 
 def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
@@ -18,29 +15,26 @@ def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
         PatternError: the operator is named.
     """
     for layer in model.layers:
-        for name in (name for stage in layer.stages for name in stage):
-            rows, columns = layer.operator(name).weight.shape
+        for operator in layer.operators:
             try:
-                settings.pattern.check(rows, columns)
+                settings.pattern.check(*operator.shape)
             except PatternError as error:
-                raise PatternError(f"{layer.name}.{name}: {error}") from error
+                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
 
 
 @torch.no_grad()
 def prune_layers(
-    model: AbstractModel,
-    tokens: Tensor,
-    batch_size: int,
-    settings: LayerSettings,
-    tell: Callable[[OperatorReport], None],
+    model: AbstractModel, tokens: Tensor, held_out: Tensor, batch_size: int, settings: LayerSettings, tell: Tell
 ) -> None:
     """Prune every decoder layer in place on `tokens` [samples length]; `tell` hears of each operator as it is done.
 
-    Each layer is fed by the dense network, so only the dense hidden states are carried along.
+    The errors of the result are measured on `held_out` [samples length] as well, which may be empty.
     """
-    batches = list(tokens.split(batch_size))
+    judges = list(held_out.split(batch_size)) if len(held_out) else []
+    batches = [*tokens.split(batch_size), *judges]
     recorded = {len(batch): model.calls(batch) for batch in {len(b): b for b in batches}.values()}
-    hidden = [model.first_inputs(batch) for batch in batches]
+    first = [model.first_inputs(batch) for batch in batches]
+    hidden = HiddenStates(first, first, len(judges))
     for number, layer in enumerate(model.layers):
 
         def calls(batch: Tensor, number: int = number) -> Call:
