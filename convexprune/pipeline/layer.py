@@ -169,19 +169,15 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
-    clean = pruned.weight.masked_fill(~pruned.mask, 0)  # no negative zeros in the file
-    for operator, weight in zip(group.operators, clean.split(heights), strict=True):
-        operator.write(weight)
-    stored = torch.cat([operator.read().float() for operator in group.operators])
+    stored = _store(group, pruned, stack)
     errors = _relative_errors(problem, stored, heights)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
-        expected = settings.pattern.zeros(*operator.shape)
-        zeros = int((weight == 0).sum())
-        if zeros < expected:
+        expected, zeros = settings.pattern.zeros(*operator.shape), int((weight == 0).sum())
+        if zeros < expected:  # more are only what was zero before
             raise PruningError(
                 f"{layer}.{operator.name}: {zeros} zeros where the pattern {settings.pattern} asks {expected}."
             )
@@ -207,6 +203,25 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             seconds=time.perf_counter() - began,
         )
         tell(report)
+
+
+def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
+    """Write the stack's weights and return them [m n] as stored, float32.
+
+    A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
+    """
+    stored = []
+    heights = [operator.shape[0] for operator in group.operators]
+    parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), dense.split(heights), strict=True)
+    for operator, (weight, mask, before) in zip(group.operators, parts, strict=True):
+        dtype = operator.read().dtype
+        rounded = weight.to(dtype)
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        vanished = mask & (rounded == 0) & (before != 0)
+        rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
+        operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
+        stored.append(operator.read().float())
+    return torch.cat(stored)
 
 
 def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
