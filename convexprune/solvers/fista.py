@@ -52,12 +52,14 @@ class FISTA(AbstractSolver):
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         weight, status, iterations, products = self._iterate(inner, weight * scale)
         weight = weight / scale
-        certificate = certify(problem, weight, precise=self.precise)
+        residual = None if self.precise else problem.quadratic.residual(weight)
+        certificate = certify(problem, weight, self.precise, residual)
         if not isfinite(certificate.primal):
             status = Status.NON_FINITE
         elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
             status = Status.SOLVED
-        return Solution(weight, status, certificate, iterations, products + 1, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
 
     def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
         """The loop: (weight, status, iterations, products). All but the product is element-wise and in place."""
