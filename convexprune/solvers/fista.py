@@ -18,8 +18,8 @@ class FISTA(AbstractIterative):
         t_k+1 = (1 + sqrt(1 + 4 t_k^2)) / 2
         Y_k+1 = Z_k+1 + (t_k - 1) / t_k+1 (Z_k+1 - Z_k)
 
-    Two additions, each a setting: `scale` (see `AbstractIterative`), and `restart`: forget the momentum of a row (t = 1)
-    when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes 2015, gradient scheme).
+    Two additions, each a setting: `scale` (see `AbstractIterative`), and `restart`: forget the momentum of a row
+    (t = 1) when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes 2015, gradient scheme).
     """
 
     restart: bool = True
