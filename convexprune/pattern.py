@@ -163,9 +163,12 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     least = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+    kept = scores >= least
+    if int(kept.sum()) == count * len(scores):
+        return kept
     above = scores > least
     missing = count - above.sum(1, keepdim=True)
-    ties = scores == least
+    ties = kept ^ above
     return above | (ties & (ties.cumsum(1) <= missing))
 
 

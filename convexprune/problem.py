@@ -91,12 +91,13 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
 
 
 @torch.no_grad()
-def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certificate:
+def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None) -> Certificate:
     """Bound how far `weight` [m n] is from optimal, whoever found it.
 
     Only gram, cross and energy (about the anchor) are used, in float64 if `precise`: neither the calibration inputs
-    nor the solver have to be trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the
-    proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+    nor the solver have to be trusted. If not `precise`, the `residual` at `weight` saves a product where it is known.
+    See `row_gaps` for the gap. The KKT residual is the largest entry of the proximal gradient step of length 1, in
+    coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
 
@@ -106,7 +107,8 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certifica
     problem.check(weight)
     if precise:
         problem, weight = Problem(problem.quadratic.double, problem.penalty.to(torch.float64)), weight.double()
-    residual = problem.quadratic.residual(weight)
+    if precise or residual is None:
+        residual = problem.quadratic.residual(weight)
     values = problem.quadratic.values(weight, residual)
     primal = values + problem.penalty.values(weight)
     if not bool(primal.isfinite().all()):

@@ -149,14 +149,24 @@ class Quadratic:
             ProblemError: H + stiffness I is not positive definite.
         """
         identity = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        factor, info = torch.linalg.cholesky_ex(self.gram + stiffness * identity)
-        if int(info):
-            raise ProblemError(f"The Gram matrix plus {stiffness} is not positive definite; it is no Gram matrix.")
-        inverse = torch.cholesky_inverse(factor)
+        inverse = self.shifted_inverse(stiffness)
         image = self.cross @ inverse
         energy = self.energy - (image * self.cross).sum(1)
         gram = stiffness * identity - stiffness**2 * inverse
         return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor, bound=stiffness)
+
+    def shifted_inverse(self, shift: float) -> Tensor:
+        """(H + shift I)^-1 [n n], by a Cholesky factor.
+
+        Raises:
+            ProblemError: H + shift I is not positive definite.
+        """
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise ProblemError(f"The Gram matrix plus {shift} is not positive definite; it is no Gram matrix.")
+        return torch.cholesky_inverse(factor)
 
     def at(self, anchor: Tensor | None) -> Self:
         """The same function written about another anchor."""

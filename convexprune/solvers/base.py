@@ -27,6 +27,7 @@ class Solution:
 
     `products` counts matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
     `build_seconds` is spent on translating the problem to the back-end's form, `solve_seconds` in the back-end.
+    `residual` is the quadratic's residual at the weight [m n], for who goes on from there, if the solver knows it.
     """
 
     weight: Tensor
@@ -36,6 +37,7 @@ class Solution:
     products: int
     solve_seconds: float
     build_seconds: float = 0.0
+    residual: Tensor | None = None
 
 
 class AbstractSolver(ABC):

@@ -1,63 +1,28 @@
 """FISTA, the production solver: one matrix product per iteration, in place, certified by its duality gap."""
 
-import time
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
-from convexprune.penalty import AbstractPenalty
-from convexprune.problem import Problem, certify, row_gaps
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.problem import Problem
+from convexprune.solvers.base import Status
+from convexprune.solvers.iterative import AbstractIterative
 
 
 @dataclass(frozen=True)
-class FISTA(AbstractSolver):
+class FISTA(AbstractIterative):
     """Accelerated proximal gradient (Beck and Teboulle 2009, FISTA with constant step), all rows at once.
 
         Z_k+1 = prox_{p/L}(Y_k - gradient(Y_k) / L)
         t_k+1 = (1 + sqrt(1 + 4 t_k^2)) / 2
         Y_k+1 = Z_k+1 + (t_k - 1) / t_k+1 (Z_k+1 - Z_k)
 
-    Two additions, each a setting. `scale`: iterate in coordinates where the Gram matrix has a unit diagonal; the
-    penalties are separable, so this is the same problem, up to four orders of magnitude better conditioned. `restart`:
-    forget the momentum of a row (t = 1) when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes
-    2015, gradient scheme).
-
-    `precise`: the final certificate is computed in float64; else in the problem's own dtype, three times cheaper.
-
-    Stops when gap <= tolerance * objective, tested every `check_every` iterations, or after `max_iterations`.
+    Two additions, each a setting: `scale` (see `AbstractIterative`), and `restart`: forget the momentum of a row
+    (t = 1) when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes 2015, gradient scheme).
     """
 
-    tolerance: float = 1e-4
-    max_iterations: int = 2000
-    check_every: int = 20
-    scale: bool = True
     restart: bool = True
-    precise: bool = True
-
-    @property
-    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """Every penalty has a prox."""
-        return (AbstractPenalty,)
-
-    @torch.no_grad()
-    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
-        """See `AbstractSolver.solve`."""
-        require_penalty(self, type(problem.penalty))
-        began = time.perf_counter()
-        weight = initial(problem, start)
-        scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])
-        inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
-        weight, status, iterations, products = self._iterate(inner, weight * scale)
-        weight = weight / scale
-        certificate = certify(problem, weight, precise=self.precise)
-        if not isfinite(certificate.primal):
-            status = Status.NON_FINITE
-        elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
-            status = Status.SOLVED
-        return Solution(weight, status, certificate, iterations, products + 1, time.perf_counter() - began)
 
     def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
         """The loop: (weight, status, iterations, products). All but the product is element-wise and in place."""
@@ -91,13 +56,3 @@ class FISTA(AbstractSolver):
                 if status is not None:
                     return old + anchor, status, iteration, products
         return old + anchor, Status.ITERATION_LIMIT, self.max_iterations, products
-
-    def _status(self, problem: Problem, weight: Tensor) -> Status | None:
-        """How the solve ends at `weight`, or None if it goes on."""
-        residual = problem.quadratic.residual(weight)
-        values = problem.quadratic.values(weight, residual)
-        primal = float((values + problem.penalty.values(weight)).sum())
-        gap = float(row_gaps(problem, weight, residual, values).sum())
-        if primal != primal or primal == float("inf"):
-            return Status.NON_FINITE
-        return Status.SOLVED if gap <= self.tolerance * primal else None
