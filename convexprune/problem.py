@@ -42,7 +42,7 @@ class Certificate:
     """How far a weight is from optimal: `primal` - `gap` <= min_V q + p <= `primal`.
 
     `kkt_residual` is the largest violation of the optimality conditions, free of units (see `certify`). What is not
-    defined is inf.
+    defined or, in a certificate that is not precise, not computed is inf.
     """
 
     primal: float
@@ -113,9 +113,12 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Te
     primal = values + problem.penalty.values(weight)
     if not bool(primal.isfinite().all()):
         return Certificate(inf, inf, inf)
+    gap = float(row_gaps(problem, weight, residual, values).sum())
+    if not precise:
+        return Certificate(float(primal.sum()), gap, inf)
     scale = problem.quadratic.scale()
     point = weight * scale
     step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
     largest, energy = float(step.max()), problem.quadratic.target_energy
     kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
-    return Certificate(float(primal.sum()), float(row_gaps(problem, weight, residual, values).sum()), kkt)
+    return Certificate(float(primal.sum()), gap, kkt)

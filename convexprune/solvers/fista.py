@@ -31,18 +31,30 @@ class FISTA(AbstractIterative):
         if lipschitz == 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
             return torch.zeros_like(weight), Status.SOLVED, 0, 0
         # In D = V - anchor a gradient step is one product: D - (D H - G) / L = D (I - H / L) + G / L.
-        step = torch.eye(q.shape[1], dtype=q.gram.dtype, device=q.gram.device).sub_(q.gram, alpha=1 / lipschitz)
         shift = q.cross / lipschitz
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
         old = weight - anchor
+        known = not bool(old.any())  # at the anchor the gradient is G: the first step needs no product
+        step = None
         new, move, point = torch.empty_like(old), torch.empty_like(old), old.clone()
         t = torch.ones(q.shape[0], 1, dtype=weight.dtype, device=weight.device)
         products = 0
         for iteration in range(1, self.max_iterations + 1):
-            torch.addmm(shift, point, step, out=new)
+            if known and iteration == 1:
+                new.copy_(shift)
+            else:
+                step = _gradient_step(q.gram, lipschitz) if step is None else step
+                torch.addmm(shift, point, step, out=new)
+                products += 1
             new.add_(anchor)
             problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
-            products += 1
+            if iteration % self.check_every == 0:
+                products += 1
+                status = self._status(problem, new + anchor)
+                if status is not None:
+                    return new + anchor, status, iteration, products
+            if iteration == self.max_iterations:
+                break
             torch.sub(new, old, out=move)
             if self.restart:
                 uphill = torch.linalg.vecdot(point.sub_(new), move)[:, None] > 0
@@ -50,9 +62,10 @@ class FISTA(AbstractIterative):
             t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
             torch.addcmul(new, (t - 1) / t_next, move, out=point)
             t, old, new = t_next, new, old
-            if iteration % self.check_every == 0:
-                products += 1
-                status = self._status(problem, old + anchor)
-                if status is not None:
-                    return old + anchor, status, iteration, products
-        return old + anchor, Status.ITERATION_LIMIT, self.max_iterations, products
+        return new.add_(anchor), Status.ITERATION_LIMIT, self.max_iterations, products
+
+
+def _gradient_step(gram: Tensor, lipschitz: float) -> Tensor:
+    """I - H / L [n n]."""
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return identity.sub_(gram, alpha=1 / lipschitz)
