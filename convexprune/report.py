@@ -68,7 +68,7 @@ class Report:
     def to_json(self) -> str:
         """The whole report as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
-        return json.dumps(_finite(whole), indent=2, allow_nan=False)
+        return json.dumps(finite(whole), indent=2, allow_nan=False)
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
@@ -93,12 +93,12 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield f"{o.seconds:.1f}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with inf and nan as text, which JSON has no numbers for."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value

@@ -1,3 +1,4 @@
+from .compare import compare
 from .perplexity import Perplexity, perplexity
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "compare", "perplexity"]

@@ -1,7 +1,7 @@
 """One decoder layer: watch its inputs, prune its operators stage by stage, hand its output on."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -100,24 +100,44 @@ def prune_observed(
     observed: Observed,
     settings: LayerSettings,
     tell: Tell,
+    first: Mapping[Group, Folds] | None = None,
 ) -> None:
-    """Prune stage by stage: x* is what the already pruned stages make of what the layer is fed with."""
+    """Prune stage by stage: x* is what the already pruned stages make of what the layer is fed with.
+
+    `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them.
+    """
     for number, stage in enumerate(layer.stages):
         began = time.perf_counter()
-        folds = {group: Folds(group.operators[0].shape[1], group.operators[0].read().device) for group in stage}
-        sees_dense = number == 0 and settings.prefix == "dense"
-        for i, batch in enumerate(hidden.fed):
-            seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
-            for group in stage:
-                dense = observed.inputs[group][i].to(batch.device) if group.paired else None
-                corrects = not sees_dense and settings.correction > 0
-                x = dense if sees_dense else seen.get(group)
-                if x is not None:  # an expert to which no token of the batch was sent has no input
-                    folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
+        known = first if number == 0 else None
+        folds = stage_folds(layer, number, calls, hidden, observed, settings) if known is None else known
         for group in stage:
             _require_finite(folds[group], f"{layer.name}.{group.operators[0].name}")
             _prune_group(layer.name, group, folds[group], settings, tell, began)
             began = time.perf_counter()
+
+
+@torch.no_grad()
+def stage_folds(
+    layer: DecoderLayer,
+    number: int,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    settings: LayerSettings,
+) -> dict[Group, Folds]:
+    """The moments of every group of a stage, with the stages before it as they are by now."""
+    stage = layer.stages[number]
+    folds = {group: Folds(group.operators[0].shape[1], group.operators[0].read().device) for group in stage}
+    sees_dense = number == 0 and settings.prefix == "dense"
+    for i, batch in enumerate(hidden.fed):
+        seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
+        for group in stage:
+            dense = observed.inputs[group][i].to(batch.device) if group.paired else None
+            corrects = not sees_dense and settings.correction > 0
+            x = dense if sees_dense else seen.get(group)
+            if x is not None:  # an expert to which no token of the batch was sent has no input
+                folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
+    return folds
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
