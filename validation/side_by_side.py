@@ -126,7 +126,9 @@ class Comparison:
             settings = self._variants[name]
             if settings.prefix == "dense" and not first and layer.stages:
                 states = HiddenStates(hidden, hidden, self._held_out)
-                first = stage_folds(layer, 0, calls, states, observed, settings)
+                first = {
+                    g: f for part in stage_folds(layer, 0, calls, states, observed, settings) for g, f in part.items()
+                }
             with _put_back(layer):
                 record = self._prune(number, name, observed, first)
                 for stream in self._advanced(name):
