@@ -1,7 +1,7 @@
 """One decoder layer: watch its inputs, prune its operators stage by stage, hand its output on."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -106,7 +106,7 @@ def prune_observed(
 
     `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them.
     """
-    for number, stage in enumerate(layer.stages):
+    for number in range(len(layer.stages)):
         began = time.perf_counter()
         known = first if number == 0 else None
         parts = stage_folds(layer, number, calls, hidden, observed, settings) if known is None else [known]
