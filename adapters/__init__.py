@@ -1,5 +1,5 @@
 from .calibration import calibration_and_held_out, calibration_tokens, text_windows
-from .checkpoint import EMBEDDED, load, save
+from .checkpoint import EMBEDDED, load, save, save_from_store
 from .family import FAMILIES, Family, family_of
 from .huggingface import HuggingFaceModel
 
@@ -13,5 +13,6 @@ __all__ = [
     "family_of",
     "load",
     "save",
+    "save_from_store",
     "text_windows",
 ]

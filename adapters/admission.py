@@ -46,13 +46,15 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
             )
 
 
-def refuse_non_finite(model: PreTrainedModel) -> None:
-    """Refuse NaN and infinity in any parameter: one of them spoils every activation behind it.
+def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
+    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it.
 
     Raises:
         ModelError: a parameter holds a value that is not finite; the message names it and counts them.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters(prefix.removesuffix(".")):
+        if parameter.is_meta:
+            continue
         broken = parameter.numel() - int(torch.isfinite(parameter).sum())
         if broken:
             raise ModelError(

@@ -1,7 +1,7 @@
 """A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.model import AbstractModel, Call, DecoderLayer, Group, LinearOperator, ModuleInput
+from convexprune.pipeline import checksum
 
 from .admission import refuse_foreign_operators, refuse_non_finite, refuse_offloaded, refuse_quantised
 from .family import Family, family_of
 from .selection import left_alone
+from .shards import Shards
 
 
 class HuggingFaceModel(AbstractModel):
-    """A loaded causal language model and, to read text, its tokenizer.
+    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of `shards`.
 
     The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients.
     `layers` holds every decoder layer; the stages of each hold only the operators to be pruned. `left_alone` lists
@@ -42,10 +44,15 @@ class HuggingFaceModel(AbstractModel):
         name: str | None = None,
         targets: Sequence[str] = ("Linear",),
         ignore: Sequence[str] = (),
+        shards: Shards | None = None,
+        whole_because: str = "it was given loaded",
     ) -> None:
         family = family_of(model.config)
         refuse_quantised(model.config)
-        refuse_offloaded(model)
+        self.shards = shards
+        self.whole_because = whole_because
+        if shards is None:
+            refuse_offloaded(model)
         refuse_foreign_operators(model, family)
         refuse_non_finite(model)
         reasons = left_alone(model, family, targets, ignore)
@@ -67,6 +74,24 @@ class HuggingFaceModel(AbstractModel):
         """The most tokens that the model can see at once."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    def checksums(self) -> dict[str, str]:
+        """What tells this model from any other: of its files if it streams, else of its tensors."""
+        if self.shards is not None:
+            return self.shards.checksums()
+        return {name: checksum(tensor) for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def streams(self) -> bool:
+        return self.shards is not None
+
+    def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """See `AbstractModel.resident`; of a loaded model everything always is."""
+        return nullcontext() if self.shards is None else self.shards.resident(layer)
+
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
@@ -86,27 +111,63 @@ class HuggingFaceModel(AbstractModel):
 
     @torch.no_grad()
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a batch of this shape; recorded on one real forward pass.
+        """How each decoder layer is called for a batch of this shape; recorded on a forward pass.
 
-        Layer by layer, because some families give each layer its own mask or rotary table.
+        Layer by layer, because some families give each layer its own mask or rotary table. Only the first layer
+        computes; the others hand on what they get in the form that it returns, so that their weights are not needed.
         """
         recorded: list[Call] = []
+        self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recorded.append(_split(args, kwargs)[1])
+            self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
 
-        hooks = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        def bridge(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            recorded.append(call)
+            return self._returned(hidden)
+
+        hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
         try:
-            self._forward(batch)
+            with self.resident(self.layers[0]), _forwards(self.layers[1:], bridge):
+                self._forward(batch)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         assert len(recorded) == len(self.layers)
         return recorded
 
+    @torch.no_grad()
+    def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
+
+        `calls` has to have seen a batch before.
+        """
+        with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
+            return self.model(input_ids=batch.to(self.device), use_cache=False).logits
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return hidden if self._beside is None else (hidden, *self._beside)
+
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
-        self.model.base_model(input_ids=batch.to(self.model.device), use_cache=False)
+        self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+
+
+@contextmanager
+def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the layers compute `forward` in place of their own."""
+    before = [vars(layer.module).get("forward") for layer in layers]  # hooks of other libraries may stand there
+    for layer in layers:
+        layer.module.forward = forward
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.module.forward
+            else:
+                layer.module.forward = own
 
 
 class _Reached(Exception):

@@ -58,6 +58,7 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     spans = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, name)
         for name, p in model.named_parameters(remove_duplicate=False)
+        if not p.is_meta  # of a model that is streamed, only what is outside of its decoder layers has memory
     )
     partners: dict[str, str] = {}
     holder = ("", 0, 0, "")  # of the spans so far, the one that reaches farthest

@@ -45,7 +45,10 @@ class OperatorReport:
 
 @dataclass
 class Report:
-    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran."""
+    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
+
+    `identity` are the checksums and versions that the bits of the result depend on, if it was written to a folder.
+    """
 
     recipe: dict[str, Any]
     left_alone: dict[str, str]
@@ -53,6 +56,7 @@ class Report:
     operators: list[OperatorReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -69,6 +73,15 @@ class Report:
         """The whole report as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
         return json.dumps(_finite(whole), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote."""
+        whole = json.loads(text, object_hook=_numbers)
+        operators = [OperatorReport(**o) for o in whole.pop("operators")]
+        return cls(
+            **{name: whole[name] for name in whole if name not in ("sparsity", "largest_gap")}, operators=operators
+        )
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
@@ -102,3 +115,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value
+
+
+def _numbers(value: dict[str, Any]) -> dict[str, Any]:
+    """The same with the text that `_finite` wrote as numbers again."""
+    return {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in value.items()}

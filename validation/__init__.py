@@ -1,3 +1,3 @@
-from .perplexity import Perplexity, perplexity
+from .perplexity import Perplexity, perplexity, perplexity_of
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "perplexity", "perplexity_of"]

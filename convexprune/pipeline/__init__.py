@@ -1,18 +1,30 @@
-"""From a recipe to pruned decoder layers; knows no architecture and no file format."""
+"""From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
-from convexprune.pipeline.layer import LayerSettings, prune_layer
-from convexprune.pipeline.output import check_output, whole_folder
+from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
+from convexprune.pipeline.layer import LayerSettings
+from convexprune.pipeline.output import RunFolder
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
-from convexprune.pipeline.run import check_patterns, prune_layers
+from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
+from convexprune.pipeline.store import FolderStore
+from convexprune.pipeline.task import RecordedCalls, Work, carried
 
 __all__ = [
     "PRESETS",
+    "AbstractExecutor",
+    "FolderStore",
+    "Job",
     "LayerSettings",
     "Recipe",
-    "check_output",
+    "RecordedCalls",
+    "RunFolder",
+    "Work",
+    "carried",
     "check_patterns",
+    "checksum",
+    "identity",
+    "make_executor",
     "make_recipe",
-    "prune_layer",
-    "prune_layers",
-    "whole_folder",
+    "prune_in_folder",
+    "prune_in_place",
+    "threads",
 ]
