@@ -1,4 +1,4 @@
 from .compare import compare
-from .perplexity import Perplexity, perplexity
+from .perplexity import Perplexity, perplexity, perplexity_of
 
-__all__ = ["Perplexity", "compare", "perplexity"]
+__all__ = ["Perplexity", "compare", "perplexity", "perplexity_of"]
