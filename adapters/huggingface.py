@@ -20,6 +20,7 @@ from .admission import (
 )
 from .discovery import Layout, discover, signature
 from .family import decoder_layers
+from .operators import computes_on
 from .selection import left_alone
 
 PROBE_TOKENS = 16
@@ -74,6 +75,12 @@ class HuggingFaceModel(AbstractModel):
         reasons = left_alone(model, layouts, targets, ignore)
         self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go; of an offloaded model, where accelerate computes."""
+        own = self.model.device
+        return next(device for m in self.model.modules() if (device := computes_on(m))) if own.type == "meta" else own
 
     @property
     def vocab_size(self) -> int:
@@ -158,7 +165,7 @@ class HuggingFaceModel(AbstractModel):
     def _probe(self) -> Tensor:
         """Token ids [1 tokens], all different."""
         length = min(PROBE_TOKENS, self.max_positions)
-        return torch.linspace(0, self.vocab_size - 1, length, device=self.model.device).long()[None]
+        return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
     def _layouts(self) -> dict[str, Layout]:
         """The layout of each layer by its name; equal layers are watched once."""
@@ -181,7 +188,7 @@ class HuggingFaceModel(AbstractModel):
 
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
-        self.model.base_model(input_ids=batch.to(self.model.device), use_cache=False)
+        self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
 
 
 class _Reached(Exception):

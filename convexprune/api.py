@@ -165,7 +165,7 @@ def prune(
         report.operators.append(operator)
         tell(operator)
 
-    place = loaded.model.device
+    place = loaded.device
     prune_layers(loaded, tokens.to(place), held_out.to(place), batch_size, layer_settings, record)
     clock.lap("prune")
     _evaluate(loaded, windows, report, "pruned", clock)
@@ -258,6 +258,6 @@ def _environment(model: HuggingFaceModel) -> dict[str, Any]:
     return packages | {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "device": str(model.model.device),
+        "device": str(model.device),
         "dtype": str(model.model.dtype).removeprefix("torch."),
     }
