@@ -90,6 +90,10 @@ def load(
                 because = str(cause)
                 logger.warning("%s is loaded whole: %s", name, because)
         model = _read(name, place, dtype, allow_pickle)
+        if "gguf_file" in place:
+            logger.warning(
+                "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
+            )
         tokenizer = tokenizer or _read_tokenizer(name, place)
     refuse_unloaded(model)
     if not _is_offloaded(model):
@@ -255,7 +259,7 @@ def _ask(source: str, read: Callable[[], Any]) -> Any:
         return read()
     except ImportError as cause:
         raise DependencyError(f"{source}: {cause} For GGUF files: pip install 'convexprune[gguf]'") from cause
-    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ModelError(
             f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "
             "downloaded, and are the weights safetensors? Pickles need allow_pickle=True."
