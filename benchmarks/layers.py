@@ -1,71 +1,145 @@
-"""Layer errors of the pruners on real layer problems (x* = x), relative to SparseGPT, on calibration and held-out tokens.
+"""Layer errors of all methods relative to SparseGPT, x* = x, on several operators of a real model.
 
-python benchmarks/layers.py MODEL --dataset valid.txt --held-out test.txt --operators model.layers.1.self_attn.q_proj,...
+    python benchmarks/layers.py MODEL --dataset valid.txt --held-out test.txt --windows 8,32 --output layers.json
+
+One row for each number of calibration windows, pattern and method: the geometric means over the operators of the
+calibration and of the held-out error over SparseGPT's, the calibration error of each operator, the matrix products of
+the dearest operator, and the seconds of all. The last lines compare the held-out error of the default with that of
+every published method, operator by operator.
 """
 
 import argparse
 import json
 import math
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from solver import watch
 
-from convexprune import parse_pattern
-from convexprune.adapters import calibration_tokens, load, text_windows
-from convexprune.pruners import Convex, FISTAPruner, PruningProblem, SparseGPT, Wanda
+from convexprune import Moments, parse_pattern
+from convexprune.adapters import load, text_windows
+from convexprune.pruners import (
+    ADMM,
+    ALPS,
+    AbstractPruner,
+    Convex,
+    FISTAPruner,
+    PruningProblem,
+    Refitted,
+    SparseGPT,
+    Wanda,
+)
+from convexprune.solvers import make_solver
 
-PRUNERS = {
+OPERATORS = (
+    "model.layers.1.self_attn.q_proj,model.layers.15.self_attn.q_proj,model.layers.29.self_attn.q_proj,"
+    "model.layers.15.self_attn.o_proj,model.layers.15.mlp.gate_proj,model.layers.15.mlp.down_proj"
+)
+TEN = make_solver("cg", max_iterations=10)
+ADMM_PATH = Convex.solver_for("admm")
+PRUNERS: dict[str, AbstractPruner] = {
     "sparsegpt": SparseGPT(),
     "wanda": Wanda(),
     "fistapruner": FISTAPruner(),
-    "convex": Convex(damping=1e-3),
-    "convex, r = .03": Convex(damping=0.03),
-    "convex, r = .1": Convex(damping=0.1),
+    "alps": ALPS(),
+    "sparsegpt + refit": Refitted(SparseGPT(), damping=0.0),
+    "fistapruner + refit": Refitted(FISTAPruner(), damping=0.0),
+    # The least damping: how well the calibration error is minimised.
+    "admm, r = .001, 50 products": ADMM(damping=1e-3, iterations=38, refit=TEN),
+    "admm, r = .001": ADMM(damping=1e-3),
+    "fista, r = .001, 50 products": Convex(damping=1e-3, rounds=28, refit=TEN),
+    "fista, r = .001": Convex(damping=1e-3),
+    "fista, r = .001, 150 products": Convex(damping=1e-3, rounds=108),
+    "convex by admm, r = .001": Convex(damping=1e-3, solver=ADMM_PATH),
+    # As they are used: damping by the sample's noise.
+    "admm": ADMM(),
+    "fista (default)": Convex(),
 }
+PUBLISHED = ("sparsegpt", "fistapruner", "alps")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one operator: errors are relative to the dense output."""
+
+    windows: int
+    pattern: str
+    method: str
+    operator: str
+    calibration: float
+    held_out: float
+    products: int
+    seconds: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--dataset", required=True, type=Path)
     parser.add_argument("--held-out", required=True, type=Path)
-    parser.add_argument("--operators", required=True)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--operators", default=OPERATORS)
+    parser.add_argument("--windows", default="8,32", help="calibration windows, the first of the text; ascending")
+    parser.add_argument("--patterns", default="0.5,0.7,2:4")
+    parser.add_argument("--methods", default=";".join(PRUNERS), help="separated by semicolons")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model = load(args.model, device="cpu", dtype=torch.float32)
-    weights = {name: model.model.get_parameter(f"{name}.weight") for name in args.operators.split(",")}
-    tokens = calibration_tokens(args.dataset, model, num_samples=args.samples, max_seq_length=args.length, seed=0)
-    seen = watch(model, weights, tokens)
-    held = watch(model, weights, text_windows(args.held_out, model, args.length)[20:32])
-    rows = []
-    for pattern in (parse_pattern("unstructured", 0.5), parse_pattern("unstructured", 0.7), parse_pattern("2:4")):
-        errors: dict[str, list[tuple[float, float]]] = {name: [] for name in PRUNERS}
-        for name, weight in weights.items():
-            problem = PruningProblem(weight.double(), seen[name], pattern)
-            unseen = PruningProblem(weight.double(), held[name], pattern)
-            for method, pruner in PRUNERS.items():
-                pruned = pruner.prune(problem).weight
-                pair = [float(p.squared_error(pruned).sum() / p.energy.sum()) for p in (problem, unseen)]
-                errors[method].append((pair[0], pair[1]))
-        for method, pairs in errors.items():
-            ratios = [
-                [p / q for p, q in zip(a, b, strict=True)] for a, b in zip(pairs, errors["sparsegpt"], strict=True)
-            ]
-            row = {"pattern": str(pattern), "method": method, "calibration": mean([r[0] for r in ratios])}
-            row |= {"held_out": mean([r[1] for r in ratios]), "by_operator": [round(r[0], 3) for r in ratios]}
-            rows.append(row)
-            print(row, flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(rows, indent=2))
+    weights = {name: model.model.get_parameter(f"{name}.weight").detach() for name in args.operators.split(",")}
+    held = watch(model, weights, text_windows(args.held_out, model, args.length)[20:32], torch.float32)
+    calibration = text_windows(args.dataset, model, args.length)
+    folds: list[dict[str, Moments]] = []
+    rows: list[Row] = []
+    last = 0
+    for count in map(int, args.windows.split(",")):
+        new = [watch(model, weights, calibration[last + k : count : 2], torch.float32) for k in (0, 1)]
+        folds = [{n: old[n] + add[n] for n in weights} for old, add in zip(folds, new, strict=True)] if folds else new
+        last = count
+        for text in args.patterns.split(","):
+            pattern = parse_pattern(text) if ":" in text else parse_pattern("unstructured", float(text))
+            for operator, weight in weights.items():
+                halves = (folds[0][operator], folds[1][operator])
+                problem = PruningProblem(weight, halves[0] + halves[1], pattern, folds=halves)
+                unseen = PruningProblem(weight, held[operator], pattern)
+                for method in args.methods.split(";"):
+                    began = time.perf_counter()
+                    pruned = PRUNERS[method].prune(problem)
+                    seconds = time.perf_counter() - began
+                    errors = [float(p.squared_error(pruned.weight).sum() / p.energy.sum()) for p in (problem, unseen)]
+                    rows.append(Row(count, text, method, operator, errors[0], errors[1], pruned.products, seconds))
+                if args.output:
+                    args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            show([row for row in rows if (row.windows, row.pattern) == (count, text)])
+
+
+def show(rows: list[Row]) -> None:
+    """The table of one pattern."""
+    base = {row.operator: row for row in rows if row.method == "sparsegpt"}
+    print(f"\n{rows[0].windows} windows, {rows[0].pattern}\n")
+    print(
+        "| method | calibration | held-out | calibration by operator | products | seconds |\n|---|---|---|---|---|---|"
+    )
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        seen = [row.calibration / base[row.operator].calibration for row in own]
+        held = [row.held_out / base[row.operator].held_out for row in own]
+        each = " ".join(f"{ratio:.3f}" for ratio in seen)
+        products, seconds = max(row.products for row in own), sum(row.seconds for row in own)
+        print(f"| {method} | {mean(seen):.3f} | {mean(held):.3f} | {each} | {products} | {seconds:.1f} |", flush=True)
+    for own in (row for row in rows if row.method == "fista (default)"):
+        best = min((r for r in rows if r.method in PUBLISHED and r.operator == own.operator), key=lambda r: r.held_out)
+        word = "not above" if own.held_out <= best.held_out else "ABOVE"
+        print(
+            f"{own.operator}: held-out {own.held_out:.5f}, {word} the best published, {best.method} {best.held_out:.5f}"
+        )
 
 
 def mean(values: list[float]) -> float:
     """The geometric mean."""
-    return round(math.exp(sum(map(math.log, values)) / len(values)), 4)
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 if __name__ == "__main__":
