@@ -108,36 +108,21 @@ def prune_observed(
     """
     for number, stage in enumerate(layer.stages):
         began = time.perf_counter()
-        known = first if number == 0 else None
-        folds = stage_folds(layer, number, calls, hidden, observed, settings) if known is None else known
+        known = first if number == 0 and first is not None else {}
+        folds = {g: known.get(g) or Folds(g.operators[0].shape[1], g.operators[0].read().device) for g in stage}
+        sees_dense = number == 0 and settings.prefix == "dense"
+        for i, batch in enumerate([] if known else hidden.fed):
+            seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
+            for group in stage:
+                dense = observed.inputs[group][i].to(batch.device) if group.paired else None
+                corrects = not sees_dense and settings.correction > 0
+                x = dense if sees_dense else seen.get(group)
+                if x is not None:  # an expert to which no token of the batch was sent has no input
+                    folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
         for group in stage:
             _require_finite(folds[group], f"{layer.name}.{group.operators[0].name}")
             _prune_group(layer.name, group, folds[group], settings, tell, began)
             began = time.perf_counter()
-
-
-@torch.no_grad()
-def stage_folds(
-    layer: DecoderLayer,
-    number: int,
-    calls: Calls,
-    hidden: HiddenStates,
-    observed: Observed,
-    settings: LayerSettings,
-) -> dict[Group, Folds]:
-    """The moments of every group of a stage, with the stages before it as they are by now."""
-    stage = layer.stages[number]
-    folds = {group: Folds(group.operators[0].shape[1], group.operators[0].read().device) for group in stage}
-    sees_dense = number == 0 and settings.prefix == "dense"
-    for i, batch in enumerate(hidden.fed):
-        seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
-        for group in stage:
-            dense = observed.inputs[group][i].to(batch.device) if group.paired else None
-            corrects = not sees_dense and settings.correction > 0
-            x = dense if sees_dense else seen.get(group)
-            if x is not None:  # an expert to which no token of the batch was sent has no input
-                folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
-    return folds
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
