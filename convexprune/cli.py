@@ -148,7 +148,7 @@ def compare(
         settings["eval_texts"] = texts
     with _progress() as progress:
         result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
-    Console(width=max(console.width, 200)).print(table(result))
+    console.print(table(result))
     console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
 
 

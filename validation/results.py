@@ -77,14 +77,15 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One line a variant, for a terminal."""
+    """One line a variant, for a terminal: the main columns of the report's table."""
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
     shown = Table(title=title, box=SIMPLE_HEAD)
     header, lines = cells(result)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
+    for i in columns:
+        shown.add_column(header[i], justify="left" if i < 3 else "right", no_wrap=True)
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*(line[i] for i in columns))
     return shown
 
 
