@@ -9,19 +9,24 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from convexprune.errors import DependencyError, ModelError
 
-from .admission import refuse_offloaded, refuse_quantised
-from .family import family_of
+from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .huggingface import HuggingFaceModel
+from .operators import held, offloaded
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
@@ -54,16 +59,25 @@ def load(
             that `HuggingFaceModel` refuses.
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
+    refuse_adapters(source)
     if isinstance(source, PreTrainedModel):
         model, name = source, None
         refuse_quantised(model.config)
+    elif isinstance(source, nn.Module):
+        raise ModelError(
+            f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
+            "file, or a name on the hub."
+        )
     else:
         place = _place(source, allow_pickle) | {"revision": revision or "main"}
         place["trust_remote_code"] = trust_remote_code
         model, name = _read(str(source), place, dtype, allow_pickle), str(source)
         tokenizer = tokenizer or _read_tokenizer(str(source), place)
-    refuse_offloaded(model)
-    model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+    refuse_unloaded(model)
+    if not _is_offloaded(model):
+        model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+    elif dtype not in (None, model.dtype):
+        raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
     return HuggingFaceModel(model, tokenizer, name=name, targets=targets, ignore=ignore)
 
 
@@ -83,7 +97,9 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
             # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
             logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
             inner.generation_config.do_sample = True
-    inner.save_pretrained(folder)
+    # What is offloaded is on the meta device in the model's own state.
+    whole = {name: _held_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 
@@ -121,8 +137,8 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
     config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
-    family_of(config)
     refuse_quantised(config)
+    reader = _reader(source, config)
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
@@ -130,7 +146,7 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     elif "GgufConfig" in dir(transformers):
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = _ask(source, lambda: AutoModelForCausalLM.from_pretrained(**options))
+    model, info = _ask(source, lambda: reader.from_pretrained(**options))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -138,6 +154,28 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
             "they would be random. Copy or download it again, or correct its config.json."
         )
     return model
+
+
+def _reader(source: str, config: PretrainedConfig) -> Any:
+    """The class of transformers that reads a language model with this configuration, wrapped or not."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
+        "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."
+    )
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return any(offloaded(module) is not None for module in model.modules())
+
+
+def _held_at(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return held(module, last) if last in module._parameters else module.get_buffer(last)
 
 
 def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:

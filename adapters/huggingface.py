@@ -1,18 +1,33 @@
 """A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.model import AbstractModel, Call, DecoderLayer, Group, LinearOperator, ModuleInput
+from convexprune.errors import ModelError
+from convexprune.model import AbstractModel, Call, DecoderLayer
 
-from .admission import refuse_foreign_operators, refuse_non_finite, refuse_offloaded, refuse_quantised
-from .family import Family, family_of
+from .admission import (
+    refuse_adapters,
+    refuse_non_finite,
+    refuse_other_dtypes,
+    refuse_quantised,
+    refuse_unloaded,
+)
+from .discovery import Layout, discover, signature
+from .family import decoder_layers
 from .selection import left_alone
+
+PROBE_TOKENS = 16
+"""How many tokens are sent through the model to see what its layers do."""
+REPLAY_TOLERANCE = 1e-3
+"""Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
+NO_LIMIT = 2**31
+"""The positions of a model that has no table of them (ALiBi) and names no limit."""
 
 
 class HuggingFaceModel(AbstractModel):
@@ -20,11 +35,12 @@ class HuggingFaceModel(AbstractModel):
 
     The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients.
     `layers` holds every decoder layer; the stages of each hold only the operators to be pruned. `left_alone` lists
-    every other `nn.Linear` of the model with the reason.
+    every other linear map of the model, and every other matrix of its decoder layers, with the reason.
 
     Raises:
-        ModelError: the family is unknown; the model is quantised, offloaded, not finite or has other operators than
-            its family; `targets` or `ignore` name what does not exist or leave nothing to prune.
+        ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
+            not to be found, or do not give its own outputs when they are called one by one; `targets` or `ignore`
+            name what does not exist or leave nothing to prune.
         RecipeError: `targets` or `ignore` hold a bad regular expression.
     """
 
@@ -43,16 +59,20 @@ class HuggingFaceModel(AbstractModel):
         targets: Sequence[str] = ("Linear",),
         ignore: Sequence[str] = (),
     ) -> None:
-        family = family_of(model.config)
+        refuse_adapters(model)
         refuse_quantised(model.config)
-        refuse_offloaded(model)
-        refuse_foreign_operators(model, family)
+        path, layers = decoder_layers(model)
+        refuse_unloaded(model)
+        refuse_other_dtypes(layers)
         refuse_non_finite(model)
-        reasons = left_alone(model, family, targets, ignore)
         self.name = name or model.name_or_path or type(model).__name__
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.layers = _decoder_layers(model, family, reasons)
+        self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
+        self._refuse_other_replays()
+        layouts = self._layouts()
+        reasons = left_alone(model, layouts, targets, ignore)
+        self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
 
     @property
@@ -65,7 +85,10 @@ class HuggingFaceModel(AbstractModel):
     @property
     def max_positions(self) -> int:
         """The most tokens that the model can see at once."""
-        return self.model.config.max_position_embeddings
+        config = self.model.config.get_text_config()
+        names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+        limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
+        return limits[0] if limits else NO_LIMIT
 
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:
@@ -104,6 +127,58 @@ class HuggingFaceModel(AbstractModel):
         assert len(recorded) == len(self.layers)
         return recorded
 
+    @torch.no_grad()
+    def replay_error(self, batch: Tensor) -> float:
+        """|replayed - own| / |own| of the last layer's outputs on `batch`, replayed with the calls of another batch.
+
+        Zero where the decoder layers, one after the other, are the model: nothing happens between them, and what
+        they are called with depends on the shape of a batch only.
+        """
+        own: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            own.append(output if isinstance(output, Tensor) else output[0])
+
+        with self.layers[-1].module.register_forward_hook(keep):
+            self._forward(batch)
+        hidden = self.first_inputs(batch)
+        for layer, call in zip(self.layers, self.calls(batch.flip(-1)), strict=True):
+            hidden = call(layer.module, hidden)
+        return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
+
+    def _refuse_other_replays(self) -> None:
+        error = self.replay_error(self._probe())
+        if not error <= REPLAY_TOLERANCE:
+            raise ModelError(
+                f"{self.name}: its decoder layers, called one by one, do not give what the model gives (relative "
+                f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
+                "tokens; such a model cannot be pruned layer by layer."
+            )
+
+    def _probe(self) -> Tensor:
+        """Token ids [1 tokens], all different."""
+        length = min(PROBE_TOKENS, self.max_positions)
+        return torch.linspace(0, self.vocab_size - 1, length, device=self.model.device).long()[None]
+
+    def _layouts(self) -> dict[str, Layout]:
+        """The layout of each layer by its name; equal layers are watched once."""
+        batch = self._probe()
+        hidden, calls = self.first_inputs(batch), self.calls(batch)
+        known: dict[Any, Layout] = {}
+        layouts = {}
+        for layer, call in zip(self.layers, calls, strict=True):
+            key = signature(layer.module)
+            if key not in known:
+                with self.resident(layer):
+                    known[key] = discover(layer.module, call, hidden)
+            layouts[layer.name] = known[key]
+        return layouts
+
+    @contextmanager
+    def resident(self, layer: DecoderLayer) -> Iterator[None]:
+        """In this context the weights of `layer` are in memory; here they always are."""
+        yield
+
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.model.device), use_cache=False)
@@ -120,14 +195,5 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ca
     return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})
 
 
-def _decoder_layers(model: PreTrainedModel, family: Family, reasons: Mapping[str, str]) -> list[DecoderLayer]:
-    """Every decoder layer, with the stages that have something to prune."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers = []
-    for index, module in enumerate(model.get_submodule(family.layers).children()):
-        name = f"{family.layers}.{index}"
-        kept = {n: linears[f"{name}.{n}"] for stage in family.stages for n in stage if f"{name}.{n}" not in reasons}
-        stages = ([LinearOperator(n, kept[n]) for n in stage if n in kept] for stage in family.stages)
-        groups = (Group(tuple(stage), ModuleInput(stage[0].module)) for stage in stages if stage)
-        layers.append(DecoderLayer(name, module, tuple((group,) for group in groups)))
-    return layers
+def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:
+    return layout.bind(layer.name, layer.module, lambda place: f"{layer.name}.{place.name}" not in reasons)

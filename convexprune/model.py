@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -43,25 +42,6 @@ class AbstractOperator(ABC):
     @abstractmethod
     def write(self, weight: Tensor) -> None:
         """Store `weight` [m n], rounded to the dtype of the model."""
-
-
-@dataclass(frozen=True, eq=False)
-class LinearOperator(AbstractOperator):
-    """An `nn.Linear`."""
-
-    name: str
-    module: nn.Linear
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
-
-    def read(self) -> Tensor:
-        return self.module.weight.detach()
-
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        self.module.weight.copy_(weight)
 
 
 Tap = Callable[[Callable[[Tensor], None]], AbstractContextManager[None]]

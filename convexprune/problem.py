@@ -42,7 +42,7 @@ class Certificate:
     """How far a weight is from optimal: `primal` - `gap` <= min_V q + p <= `primal`.
 
     `kkt_residual` is the largest violation of the optimality conditions, free of units (see `certify`). What is not
-    defined is inf.
+    defined or, in a certificate that is not precise, not computed is inf.
     """
 
     primal: float
@@ -91,12 +91,13 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
 
 
 @torch.no_grad()
-def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certificate:
+def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None) -> Certificate:
     """Bound how far `weight` [m n] is from optimal, whoever found it.
 
     Only gram, cross and energy (about the anchor) are used, in float64 if `precise`: neither the calibration inputs
-    nor the solver have to be trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the
-    proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+    nor the solver have to be trusted. If not `precise`, the `residual` at `weight` saves a product where it is known.
+    See `row_gaps` for the gap. The KKT residual is the largest entry of the proximal gradient step of length 1, in
+    coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
 
@@ -106,14 +107,18 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certifica
     problem.check(weight)
     if precise:
         problem, weight = Problem(problem.quadratic.double, problem.penalty.to(torch.float64)), weight.double()
-    residual = problem.quadratic.residual(weight)
+    if precise or residual is None:
+        residual = problem.quadratic.residual(weight)
     values = problem.quadratic.values(weight, residual)
     primal = values + problem.penalty.values(weight)
     if not bool(primal.isfinite().all()):
         return Certificate(inf, inf, inf)
+    gap = float(row_gaps(problem, weight, residual, values).sum())
+    if not precise:
+        return Certificate(float(primal.sum()), gap, inf)
     scale = problem.quadratic.scale()
     point = weight * scale
     step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
     largest, energy = float(step.max()), problem.quadratic.target_energy
     kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
-    return Certificate(float(primal.sum()), float(row_gaps(problem, weight, residual, values).sum()), kkt)
+    return Certificate(float(primal.sum()), gap, kkt)

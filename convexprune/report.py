@@ -65,9 +65,15 @@ class Report:
         gaps = [o.gap for o in self.operators if o.gap is not None]
         return max(gaps) if gaps else None
 
+    @property
+    def short_of_tokens(self) -> dict[str, int]:
+        """The experts that were sent fewer tokens than they have inputs, and how many; they borrowed the others'."""
+        return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
+
     def to_json(self) -> str:
         """The whole report as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
+        whole["short_of_tokens"] = self.short_of_tokens
         return json.dumps(finite(whole), indent=2, allow_nan=False)
 
     def table(self) -> Table:

@@ -17,7 +17,7 @@ from torch import Tensor
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.logits import Head
 from convexprune.model import Call, DecoderLayer, Group
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.layer import Observed
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
@@ -125,7 +125,10 @@ class Comparison:
                 continue
             settings = self._variants[name]
             if settings.prefix == "dense" and not first and layer.stages:
-                first = self._first_moments(layer, observed)
+                states = HiddenStates(hidden, hidden, self._held_out)
+                first = {
+                    g: f for part in stage_folds(layer, 0, calls, states, observed, settings) for g, f in part.items()
+                }
             with _put_back(layer):
                 record = self._prune(number, name, observed, first)
                 for stream in self._advanced(name):
@@ -133,16 +136,6 @@ class Comparison:
                     self._store.write_states(name, number + 1, stream, batches, len(self._tokens.streams[stream]))
             self._store.record(name, number + 1, record)
             tell(f"layer {number}, {name}")
-
-    def _first_moments(self, layer: DecoderLayer, observed: Observed) -> dict[Group, Folds]:
-        """The moments of the first stage, which are the same whoever prunes, as long as the prefix is dense."""
-        groups = layer.stages[0]
-        folds = {g: Folds(g.operators[0].shape[1], g.operators[0].read().device) for g in groups}
-        for group in groups:
-            batches = observed.inputs[group]
-            for i, x in enumerate(batches):
-                folds[group].add(x.to(self._device), None, i >= len(batches) - self._held_out)
-        return folds
 
     def _prune(self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]) -> dict[str, Any]:
         """Prune one layer by one variant; what came of it."""

@@ -1,13 +1,18 @@
 """Pruners by name. To add one: a file here and a line in `PRUNERS`."""
 
+from convexprune.pruners.admm import ADMM
+from convexprune.pruners.alps import ALPS
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.convex import Convex
 from convexprune.pruners.fistapruner import FISTAPruner
 from convexprune.pruners.magnitude import Magnitude
+from convexprune.pruners.refit import Refitted
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
 
 PRUNERS: dict[str, type[AbstractPruner]] = {
+    "admm": ADMM,
+    "alps": ALPS,
     "convex": Convex,
     "fistapruner": FISTAPruner,
     "magnitude": Magnitude,
@@ -16,6 +21,8 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
 }
 
 __all__ = [
+    "ADMM",
+    "ALPS",
     "PRUNERS",
     "AbstractPruner",
     "Convex",
@@ -23,6 +30,7 @@ __all__ = [
     "Magnitude",
     "Pruned",
     "PruningProblem",
+    "Refitted",
     "SparseGPT",
     "Wanda",
 ]
