@@ -258,7 +258,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             kkt_residual=last.certificate.kkt_residual if last else None,
             status=last.status.name if last else None,
             solves=len(certificates),
-            products=sum(s.products for s in pruned.solutions),
+            products=pruned.products,
             facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
