@@ -119,7 +119,7 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
         f"# {result['card']['model']}: methods side by side",
         "\n".join("| " + " | ".join(row) + " |" for row in rows),
         f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}",
-        f"Shared by all, in no row: {shared['dense']:.0f} s of dense passes, {shared['evaluation']:.0f} s of logits.",
+        f"Shared by all, in no row: {', '.join(f'{seconds:.0f} s {name}' for name, seconds in shared.items())}.",
         *(f"![{name}]({name})" for name in plots),
         "## Reproduce",
         f"```sh\n{result['card']['command']}\n```",
