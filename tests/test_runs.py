@@ -226,7 +226,7 @@ def _patch_write(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
 def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(dense, tmp_path, expected, monkeypatch):
     total = _count_writes(dense, tmp_path / "peace", monkeypatch)
     write = files.write
-    for last in (0, 1, 2, *random.Random(0).sample(range(3, total), 9), total - 1):
+    for last in (0, 1, 2, *random.Random(0).sample(range(3, total), 5), total - 1):
         count = 0
 
         def filling(file, data, last=last):
@@ -276,7 +276,7 @@ def _killed_at_writes(dense: Path, folder: Path, expected, monkeypatch, moments:
 
 def test_killed_in_the_middle_of_any_write(dense, tmp_path, expected, monkeypatch):
     total = _count_writes(dense, tmp_path / "peace", monkeypatch)
-    _killed_at_writes(dense, tmp_path, expected, monkeypatch, [0, *random.Random(1).sample(range(1, total), 7)])
+    _killed_at_writes(dense, tmp_path, expected, monkeypatch, [0, *random.Random(1).sample(range(1, total), 5)])
 
 
 @pytest.mark.slow
@@ -306,14 +306,14 @@ def test_killed_at_twenty_random_moments(dense: Path, tmp_path: Path, expected: 
 
 
 def test_killed_again_and_again_it_still_gets_there(dense: Path, tmp_path: Path, expected, monkeypatch):
-    """Each life survives thirty writes only; none of them begins from the start."""
+    """Each life survives 45 writes only; none of them begins from the start."""
     write, out, lives = files.write, tmp_path / "out", 0
     count = 0
 
     def deadly(file, data):
         nonlocal count
         count += 1
-        if count > 30:
+        if count > 45:
             os.kill(os.getpid(), signal.SIGKILL)
         write(file, data)
 
@@ -321,7 +321,7 @@ def test_killed_again_and_again_it_still_gets_there(dense: Path, tmp_path: Path,
         _patch_write(patch, deadly)
         while killed(lambda: convexprune.prune(dense, output_dir=out, resume=True, **SETTINGS)) != 0:
             lives += 1
-            assert lives < 20
+            assert lives < 10
     assert lives > 1 and checksums(out) == expected
 
 
@@ -448,6 +448,7 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_comes_out_of_the_pool(dense: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     shutil.copytree(dense, broken)
@@ -530,7 +531,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"executor": "pol"}, "Unknown executor 'pol'. Did you mean 'pool'"),
     "no folder": ({"executor": "pool", "output_dir": None}, "meet in the output folder"),
     "sequential": ({"executor": "pool", "prefix": "pruned"}, "waits for the one before it"),
-    "no launcher": ({"executor": "ranks"}, "neither RANK nor SLURM_PROCID"),
+    "no launcher": ({"executor": "ranks"}, "RANK or SLURM_PROCID is not set"),
     "no threads": ({"threads": 0}, "threads=0"),
 }
 
