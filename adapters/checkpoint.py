@@ -80,7 +80,9 @@ def load(
         model = _read(name, place, dtype, allow_pickle)
         tokenizer = tokenizer or _read_tokenizer(name, place)
     refuse_offloaded(model)
-    model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+    # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
+    cast = dtype if isinstance(source, PreTrainedModel) else None
+    model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
     return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
 
 
