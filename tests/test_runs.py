@@ -383,7 +383,7 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
 
 @pytest.mark.parametrize("file", ["hidden/00002.fed.bin", "hidden/*", "layers/00001.safetensors"])
 def test_a_pruned_prefix_is_resumed_bit_for_bit(dense: Path, tmp_path: Path, file: str):
-    settings = SETTINGS | {"prefix": "pruned"}
+    settings: dict[str, Any] = SETTINGS | {"prefix": "pruned"}
     convexprune.prune(dense, output_dir=tmp_path / "peace", **settings)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -542,7 +542,8 @@ def test_what_cannot_be_spread_is_refused(dense: Path, tmp_path: Path, case: str
         monkeypatch.delenv(name, raising=False)
     settings, message = REFUSED[case]
     with pytest.raises(errors.RecipeError, match=message):
-        convexprune.prune(dense, **{"output_dir": tmp_path / "out", **SETTINGS, **settings})
+        given: dict[str, Any] = {"output_dir": tmp_path / "out", **SETTINGS, **settings}
+        convexprune.prune(dense, **given)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,9 +121,10 @@ def test_a_checkpoint_that_cannot_be_streamed_is_loaded_whole_and_the_report_say
 
 
 def test_names_that_transformers_converts_are_not_streamed(llama: Path):
-    from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
 
-    rename = [WeightRenaming("model.layers.0.mlp", "model.layers.0.mlp")]
+    rename: list[Any] = [WeightRenaming("model.layers.0.mlp", "model.layers.0.mlp")]
     register_checkpoint_conversion_mapping("LlamaForCausalLM", rename, overwrite=True)
     try:
         model = load(llama, device="cpu", stream=True)
@@ -184,7 +185,7 @@ def test_a_tuple_that_a_layer_returns_is_handed_on(tiny_llama: HuggingFaceModel,
         unwrapped.append(beside)
         return hidden, *args[1:]
 
-    for module in (second, tiny_llama.model.base_model.norm):  # as the families do that return tuples
+    for module in (second, tiny_llama.model.get_submodule("model.norm")):  # as the families do that return tuples
         module.register_forward_pre_hook(unwrap)
     found = tiny_llama.calls(TOKENS[:1])
     assert unwrapped == ["beside"] * 2 and len(found) == len(expected)
