@@ -6,7 +6,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
 
-from .family import Family
+from .experts import piles
+from .operators import LINEAR_MODULES, held, offloaded
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,18 +33,30 @@ def refuse_quantised(config: PretrainedConfig) -> None:
         )
 
 
-def refuse_offloaded(model: PreTrainedModel) -> None:
-    """Refuse weights that are not in memory: what is written to them is lost without a word.
+def refuse_adapters(model: object) -> None:
+    """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs.
 
     Raises:
-        ModelError: a parameter is on the meta device.
+        ModelError: the model is wrapped by peft, or carries an adapter.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device: it was offloaded or never loaded, so it can be neither read nor "
-                "written. Load the whole model onto one device, without device_map or with enough memory for it."
-            )
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if type(module).__module__.split(".")[0] == "peft":
+                raise ModelError(
+                    f"{name or 'The model'} is a {type(module).__name__} of peft. Merge the adapter first "
+                    "(model = model.merge_and_unload()), prune the result, and train a new adapter on it."
+                )
+
+
+def refuse_unloaded(model: PreTrainedModel) -> None:
+    """Refuse weights that are nowhere. Those that accelerate has offloaded are read and written where it keeps them.
+
+    Raises:
+        ModelError: a parameter was never loaded.
+    """
+    for module in model.modules():
+        for name, _ in module.named_parameters(recurse=False):
+            held(module, name)
 
 
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
@@ -52,41 +65,30 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
     Raises:
         ModelError: a parameter holds a value that is not finite; the message names it and counts them.
     """
-    for name, parameter in module.named_parameters(prefix.removesuffix(".")):
-        if parameter.is_meta:
-            continue
-        broken = parameter.numel() - int(torch.isfinite(parameter).sum())
-        if broken:
-            raise ModelError(
-                f"{name} holds {broken:,} of {parameter.numel():,} values that are NaN or infinite. "
-                "Repair or download the checkpoint again; float16 checkpoints may overflow, bfloat16 ones do not."
-            )
+    for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta and offloaded(part) is None:
+                continue
+            value = held(part, name)
+            broken = value.numel() - int(torch.isfinite(value).sum())
+            if broken:
+                raise ModelError(
+                    f"{path}.{name} holds {broken:,} of {value.numel():,} values that are NaN or infinite. "
+                    "Repair or download the checkpoint again; float16 checkpoints may overflow, bfloat16 ones do not."
+                )
 
 
-def refuse_foreign_operators(model: PreTrainedModel, family: Family) -> None:
-    """Refuse a model whose operators are not plain linear maps with floating-point weights.
+def refuse_other_dtypes(layers: nn.ModuleList) -> None:
+    """Refuse linear maps whose weights are no floating-point numbers.
 
     Raises:
-        ModelError: an operator of the family is missing, is not an `nn.Linear` or has weights of another type; or
-            the model has no decoder layers where its family has them.
+        ModelError: the first of them is named.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if family.layers not in modules:
-        raise ModelError(
-            f"A {type(model).__name__} has no {family.layers}. Load the model with AutoModelForCausalLM, unwrapped."
-        )
-    for index, _ in enumerate(modules[family.layers].children()):
-        for relative in (name for stage in family.stages for name in stage):
-            name = f"{family.layers}.{index}.{relative}"
-            found = modules.get(name)
-            if not isinstance(found, nn.Linear):
-                kind = "missing" if found is None else f"a {type(found).__name__}"
+    for name, module in layers.named_modules():
+        for parameter in [*piles(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
+            dtype = module.get_parameter(parameter).dtype
+            if dtype not in WEIGHT_DTYPES:
                 raise ModelError(
-                    f"{name} is {kind}; the {family.model_type} family needs an nn.Linear there. "
-                    "Merge adapters into the model, or load the unmodified checkpoint."
-                )
-            if found.weight.dtype not in WEIGHT_DTYPES:
-                raise ModelError(
-                    f"{name} has weights of type {found.weight.dtype}; accepted: "
+                    f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
                     f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantised checkpoint."
                 )

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,9 +26,10 @@ from convexprune.errors import DependencyError, ModelError
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import publish, writing
 
-from .admission import refuse_offloaded, refuse_quantised
-from .family import family_of
+from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
+from .family import decoder_layers
 from .huggingface import HuggingFaceModel
+from .operators import held, offloaded
 from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, stored_dtype
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
@@ -61,10 +67,16 @@ def load(
             that `HuggingFaceModel` refuses.
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
+    refuse_adapters(source)
     options: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
         model, name, because = source, None, "it was given loaded"
         refuse_quantised(model.config)
+    elif isinstance(source, nn.Module):
+        raise ModelError(
+            f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
+            "file, or a name on the hub."
+        )
     else:
         place = _place(source, allow_pickle) | {"revision": revision or "main"}
         place["trust_remote_code"] = trust_remote_code
@@ -79,10 +91,13 @@ def load(
                 logger.warning("%s is loaded whole: %s", name, because)
         model = _read(name, place, dtype, allow_pickle)
         tokenizer = tokenizer or _read_tokenizer(name, place)
-    refuse_offloaded(model)
+    refuse_unloaded(model)
     # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
     cast = dtype if isinstance(source, PreTrainedModel) else None
-    model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
+    if not _is_offloaded(model):
+        model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
+    elif dtype not in (None, model.dtype):
+        raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
     return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
 
 
@@ -102,7 +117,9 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
             # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
             logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
             inner.generation_config.do_sample = True
-    inner.save_pretrained(folder)
+    # What is offloaded is on the meta device in the model's own state.
+    whole = {name: _held_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 
@@ -165,8 +182,8 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
     config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
-    family_of(config)
     refuse_quantised(config)
+    reader = _reader(source, config)
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
@@ -174,7 +191,7 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     elif "GgufConfig" in dir(transformers):
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = _ask(source, lambda: AutoModelForCausalLM.from_pretrained(**options))
+    model, info = _ask(source, lambda: reader.from_pretrained(**options))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -182,6 +199,28 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
             "they would be random. Copy or download it again, or correct its config.json."
         )
     return model
+
+
+def _reader(source: str, config: PretrainedConfig) -> Any:
+    """The class of transformers that reads a language model with this configuration, wrapped or not."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
+        "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."
+    )
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return any(offloaded(module) is not None for module in model.modules())
+
+
+def _held_at(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return held(module, last) if last in module._parameters else module.get_buffer(last)
 
 
 def _stream(
@@ -195,14 +234,14 @@ def _stream(
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
     config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
-    family = family_of(config)
+    reader = _reader(source, config)
     refuse_quantised(config)
     folder = _ask(source, lambda: local_folder(place["pretrained_model_name_or_path"], place["revision"]))
     remote = {"trust_remote_code": place["trust_remote_code"]}
     stored = getattr(config, "dtype", None) or _ask(source, lambda: stored_dtype(folder))
     with parameters_on_meta():
-        model = _ask(source, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype or stored, **remote))
-    return model, Shards(folder, model, device, family.layers)
+        model = _ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
+    return model, Shards(folder, model, device, decoder_layers(model)[0])
 
 
 def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:

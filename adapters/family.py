@@ -1,58 +1,70 @@
-"""What convexprune knows of an architecture: where its decoder layers are and what runs in them, as data."""
+"""Where a model of transformers keeps its decoder layers; and the families that the tests go through."""
 
-from dataclasses import dataclass
+from torch import nn
+from transformers import PreTrainedModel
 
-from transformers import PretrainedConfig
+from convexprune.errors import ModelError
 
-from convexprune.errors import ModelError, unknown
+from .experts import piles
+from .operators import LINEAR_MODULES
 
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture.
-
-    `layers` is the dotted path from the model to its list of decoder layers. `stages` groups the names of a layer's
-    operators, relative to the layer and in order of execution, by the input that they share.
-    """
-
-    model_type: str
-    layers: str
-    stages: tuple[tuple[str, ...], ...]
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="opt",
-            layers="model.decoder.layers",
-            stages=(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("self_attn.out_proj",),
-                ("fc1",),
-                ("fc2",),
-            ),
-        ),
-        Family(
-            model_type="llama",
-            layers="model.layers",
-            stages=(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("self_attn.o_proj",),
-                ("mlp.gate_proj", "mlp.up_proj"),
-                ("mlp.down_proj",),
-            ),
-        ),
-    )
+TESTED = {
+    "bloom": "BLOOM",
+    "deepseek_v2": "DeepSeek-V2",
+    "falcon": "Falcon",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3, with its vision tower",
+    "gemma3_text": "Gemma 3",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "gpt_oss": "GPT-OSS",
+    "llama": "LLaMA 1, 2, 3",
+    "llava": "LLaVA",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "olmo2": "OLMo 2",
+    "opt": "OPT",
+    "phi3": "Phi-3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3-MoE",
+    "smollm3": "SmolLM3",
+    "stablelm": "StableLM",
 }
+"""The families that the tests prune, save and load, by the `model_type` of their configuration. Nothing depends on it:
+whatever the layers of another decoder do is found in the same way, by watching them."""
 
 
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model with this configuration.
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers of a language model, or of the one inside a wrapper, and the path to it.
+
+    It is the list of modules with linear maps that is not inside another such list, belongs to what transformers
+    calls the decoder, and is as long as the configuration says.
 
     Raises:
-        ModelError: the model type belongs to no family that is known; the message lists those that are.
+        ModelError: there is no such list, or more than one; or the model also has an encoder.
     """
-    if config.model_type not in FAMILIES:
-        raise ModelError(unknown("model family", config.model_type, FAMILIES))
-    return FAMILIES[config.model_type]
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"A {type(model).__name__} has an encoder beside its decoder; convexprune prunes models that only decode."
+        )
+    decoder = model.get_decoder()
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and _holds_operators(m)}
+    outermost = {p: m for p, m in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}
+    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    found = {p: m for p, m in outermost.items() if id(m) in inside} or outermost
+    length = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = {p: m for p, m in found.items() if len(m) == length} or found
+    if len(found) != 1:
+        listed = ", ".join(f"{path} ({len(m)} modules)" for path, m in found.items()) or "none"
+        raise ModelError(
+            f"Which are the decoder layers of a {type(model).__name__}? Lists of modules with linear maps: {listed}. "
+            f"One of {length}, as many as num_hidden_layers in its configuration, is needed."
+        )
+    return next(iter(found.items()))
+
+
+def _holds_operators(layers: nn.ModuleList) -> bool:
+    return len(layers) > 0 and all(
+        any(isinstance(m, LINEAR_MODULES) or piles(m) for m in layer.modules()) for layer in layers
+    )

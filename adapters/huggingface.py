@@ -2,19 +2,36 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.model import AbstractModel, Call, DecoderLayer, Group, LinearOperator, ModuleInput
+from convexprune.errors import ModelError
+from convexprune.model import AbstractModel, Call, DecoderLayer
 from convexprune.pipeline import checksum
 
-from .admission import refuse_foreign_operators, refuse_non_finite, refuse_offloaded, refuse_quantised
-from .family import Family, family_of
+from .admission import (
+    refuse_adapters,
+    refuse_non_finite,
+    refuse_other_dtypes,
+    refuse_quantised,
+    refuse_unloaded,
+)
+from .discovery import Layout, discover, signature
+from .family import decoder_layers
 from .selection import left_alone
 from .shards import Shards
+
+PROBE_TOKENS = 16
+"""How many tokens are sent through the model to see what its layers do."""
+REPLAY_TOLERANCE = 1e-3
+"""Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
+NO_LIMIT = 2**31
+"""The positions of a model that has no table of them (ALiBi) and names no limit."""
 
 
 class HuggingFaceModel(AbstractModel):
@@ -22,11 +39,12 @@ class HuggingFaceModel(AbstractModel):
 
     The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients.
     `layers` holds every decoder layer; the stages of each hold only the operators to be pruned. `left_alone` lists
-    every other `nn.Linear` of the model with the reason.
+    every other linear map of the model, and every other matrix of its decoder layers, with the reason.
 
     Raises:
-        ModelError: the family is unknown; the model is quantised, offloaded, not finite or has other operators than
-            its family; `targets` or `ignore` name what does not exist or leave nothing to prune.
+        ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
+            not to be found, or do not give its own outputs when they are called one by one; `targets` or `ignore`
+            name what does not exist or leave nothing to prune.
         RecipeError: `targets` or `ignore` hold a bad regular expression.
     """
 
@@ -47,19 +65,23 @@ class HuggingFaceModel(AbstractModel):
         shards: Shards | None = None,
         whole_because: str = "it was given loaded",
     ) -> None:
-        family = family_of(model.config)
+        refuse_adapters(model)
         refuse_quantised(model.config)
+        path, layers = decoder_layers(model)
         self.shards = shards
         self.whole_because = whole_because
         if shards is None:
-            refuse_offloaded(model)
-        refuse_foreign_operators(model, family)
+            refuse_unloaded(model)
+        refuse_other_dtypes(layers)
         refuse_non_finite(model)
-        reasons = left_alone(model, family, targets, ignore)
         self.name = name or model.name_or_path or type(model).__name__
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.layers = _decoder_layers(model, family, reasons)
+        self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
+        self._refuse_other_replays()
+        layouts = self._layouts()
+        reasons = left_alone(model, layouts, targets, ignore)
+        self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
 
     @property
@@ -72,7 +94,10 @@ class HuggingFaceModel(AbstractModel):
     @property
     def max_positions(self) -> int:
         """The most tokens that the model can see at once."""
-        return self.model.config.max_position_embeddings
+        config = self.model.config.get_text_config()
+        names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+        limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
+        return limits[0] if limits else NO_LIMIT
 
     @property
     def device(self) -> torch.device:
@@ -117,15 +142,22 @@ class HuggingFaceModel(AbstractModel):
         computes; the others hand on what they get in the form that it returns, so that their weights are not needed.
         """
         recorded: list[Call] = []
+        handed: list[Tensor] = []
         self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
         def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recorded.append(_split(args, kwargs)[1])
             self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
+            handed.append(output if isinstance(output, Tensor) else output[0])
 
         def bridge(*args: Any, **kwargs: Any) -> Any:
             hidden, call = _split(args, kwargs)
             recorded.append(call)
+            if not torch.equal(hidden, handed[0]):
+                raise ModelError(
+                    f"{self.name}: something happens between its decoder layers, so that they are not the model when "
+                    "they are called one by one; such a model cannot be pruned layer by layer."
+                )
             return self._returned(hidden)
 
         hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
@@ -136,6 +168,58 @@ class HuggingFaceModel(AbstractModel):
             hook.remove()
         assert len(recorded) == len(self.layers)
         return recorded
+
+    @torch.no_grad()
+    def replay_error(self, batch: Tensor) -> float:
+        """|replayed - own| / |own| of the last layer's outputs on `batch`, replayed with the calls of another batch.
+
+        Zero where the decoder layers, one after the other, are the model: nothing happens between them, and what
+        they are called with depends on the shape of a batch only.
+        """
+        own: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            own.append(output if isinstance(output, Tensor) else output[0])
+
+        with self.layers[-1].module.register_forward_hook(keep):
+            self._forward(batch)
+        hidden = self.first_inputs(batch)
+        for layer, call in zip(self.layers, self.calls(batch.flip(-1)), strict=True):
+            hidden = call(layer.module, hidden)
+        return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
+
+    def _refuse_other_replays(self) -> None:
+        """Of a streamed model, whose layers are not all in memory, the calls alone have to be the same."""
+        batch = self._probe()
+        if self.streams:
+            error = 0.0 if _same(self.calls(batch), self.calls(batch.flip(-1))) else inf
+        else:
+            error = self.replay_error(batch)
+        if not error <= REPLAY_TOLERANCE:
+            raise ModelError(
+                f"{self.name}: its decoder layers, called one by one, do not give what the model gives (relative "
+                f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
+                "tokens; such a model cannot be pruned layer by layer."
+            )
+
+    def _probe(self) -> Tensor:
+        """Token ids [1 tokens], all different."""
+        length = min(PROBE_TOKENS, self.max_positions)
+        return torch.linspace(0, self.vocab_size - 1, length, device=self.model.device).long()[None]
+
+    def _layouts(self) -> dict[str, Layout]:
+        """The layout of each layer by its name; equal layers are watched once."""
+        batch = self._probe()
+        hidden, calls = self.first_inputs(batch), self.calls(batch)
+        known: dict[Any, Layout] = {}
+        layouts = {}
+        for layer, call in zip(self.layers, calls, strict=True):
+            key = signature(layer.module)
+            if key not in known:
+                with self.resident(layer):
+                    known[key] = discover(layer.module, call, hidden)
+            layouts[layer.name] = known[key]
+        return layouts
 
     @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
@@ -174,6 +258,11 @@ class _Reached(Exception):
     """Ends a forward pass at the first decoder layer."""
 
 
+def _same(first: Sequence[Call], second: Sequence[Call]) -> bool:
+    pairs = zip(tree_leaves([vars(c) for c in first]), tree_leaves([vars(c) for c in second]), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
     """The hidden states, and all the other arguments of a decoder layer."""
     if args:
@@ -181,14 +270,5 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ca
     return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})
 
 
-def _decoder_layers(model: PreTrainedModel, family: Family, reasons: Mapping[str, str]) -> list[DecoderLayer]:
-    """Every decoder layer, with the stages that have something to prune."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers = []
-    for index, module in enumerate(model.get_submodule(family.layers).children()):
-        name = f"{family.layers}.{index}"
-        kept = {n: linears[f"{name}.{n}"] for stage in family.stages for n in stage if f"{name}.{n}" not in reasons}
-        stages = ([LinearOperator(n, kept[n]) for n in stage if n in kept] for stage in family.stages)
-        groups = (Group(tuple(stage), ModuleInput(stage[0].module)) for stage in stages if stage)
-        layers.append(DecoderLayer(name, module, tuple((group,) for group in groups)))
-    return layers
+def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:
+    return layout.bind(layer.name, layer.module, lambda place: f"{layer.name}.{place.name}" not in reasons)

@@ -1,50 +1,63 @@
 """Which operators of a model are pruned, and the reason for each linear map that is left alone."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, RecipeError, unknown
 
-from .family import Family
+from .discovery import Layout
+from .operators import LINEAR_MODULES
 
 
-def left_alone(model: PreTrainedModel, family: Family, targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]:
-    """The reason, by name, for every `nn.Linear` of the model that is not to be pruned.
+def left_alone(
+    model: PreTrainedModel, layouts: Mapping[str, Layout], targets: Sequence[str], ignore: Sequence[str]
+) -> dict[str, str]:
+    """The reason, by name, for every matrix of the model that is not to be pruned; `layouts` are the layers' by name.
 
     A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or
-    only its last part ("q_proj"); a class ("Linear"); or "re:" and a regular expression that matches one of these
-    names from its beginning.
+    only its last part ("q_proj"; "down_proj" also for each of the experts "mlp.experts.down_proj.0" and so on); a
+    class ("Linear" is every linear map); or "re:" and a regular expression that matches the beginning of one of these.
 
     Raises:
         ModelError: a pattern matches no linear map, or no operator is left to prune.
         RecipeError: a regular expression is not one.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = {name: _names(name, module, family) for name, module in linears.items()}
-    targeted, ignored = _matches(targets, names), _matches(ignore, names)
     shared = ties(model)
-    reasons = {}
-    for name in linears:
-        _, relative, _, _ = names[name]
-        if f"{name}.weight" in shared:
-            reasons[name] = f"tied to {shared[f'{name}.weight']}"
-        elif relative == name:
-            reasons[name] = "not inside a decoder layer"
-        elif not any(relative in stage for stage in family.stages):
-            reasons[name] = f"not an operator of the {family.model_type} family"
-        elif name in ignored:
-            reasons[name] = "ignored by the recipe"
+    names: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR_MODULES) and not any(name.startswith(f"{layer}.") for layer in layouts):
+            names[name] = name, name.rpartition(".")[2], type(module).__name__
+            tied = shared.get(f"{name}.weight")
+            reasons[name] = f"tied to {tied}" if tied else "not inside a decoder layer"
+    operators = []
+    for layer, layout in layouts.items():
+        for relative, reason in layout.left_alone.items():
+            reasons[f"{layer}.{relative}"] = reason
+            names[f"{layer}.{relative}"] = f"{layer}.{relative}", relative, relative.rpartition(".")[2]
+        for place in layout.places:
+            operators.append(f"{layer}.{place.name}")
+            parameter = f"{layer}.{place.path}"
+            last = place.name if place.index is None else place.path
+            kind = type(model.get_submodule(f"{layer}.{place.module}".removesuffix("."))).__name__
+            names[operators[-1]] = operators[-1], place.name, last, last.rpartition(".")[2], kind, "Linear"
+            if parameter in shared:
+                reasons[operators[-1]] = f"tied to {shared[parameter]}"
+    targeted, ignored = _matches(targets, names), _matches(ignore, names)
+    for name in operators:
+        if name in ignored:
+            reasons.setdefault(name, "ignored by the recipe")
         elif name not in targeted:
-            reasons[name] = "not among the targets of the recipe"
-    if len(reasons) == len(linears):
+            reasons.setdefault(name, "not among the targets of the recipe")
+    if not any(name not in reasons for name in operators):
         examples = {reason: name for name, reason in reasons.items()}
         listed = "; ".join(f"{name}: {reason}" for reason, name in examples.items())
+        known = dict.fromkeys(place.name for layout in layouts.values() for place in layout.places)
         raise ModelError(
             f"targets={list(targets)} and ignore={list(ignore)} leave no operator to prune ({listed}). "
-            f"Operators of a decoder layer: {', '.join(name for stage in family.stages for name in stage)}."
+            f"Operators of a decoder layer: {', '.join(known) or 'none'}."
         )
     return reasons
 
@@ -58,7 +71,7 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     spans = sorted(
         (str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, name)
         for name, p in model.named_parameters(remove_duplicate=False)
-        if not p.is_meta  # of a model that is streamed, only what is outside of its decoder layers has memory
+        if not p.is_meta  # what is not in memory shares none
     )
     partners: dict[str, str] = {}
     holder = ("", 0, 0, "")  # of the spans so far, the one that reaches farthest
@@ -70,12 +83,6 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
         if device != holder[0] or end > holder[2]:
             holder = span
     return partners
-
-
-def _names(name: str, module: nn.Module, family: Family) -> tuple[str, str, str, str]:
-    """All that a pattern may call it: whole name, relative to its decoder layer (if it is in one), last part, class."""
-    relative = re.sub(rf"^{re.escape(family.layers)}\.\d+\.", "", name)
-    return name, relative, name.rpartition(".")[2], type(module).__name__
 
 
 def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:

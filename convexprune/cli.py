@@ -1,5 +1,6 @@
-"""The command line: `convexprune prune` and `convexprune eval`, thin over `convexprune.prune`."""
+"""The command line: `convexprune prune`, `eval` and `compare`, thin over the functions of those names."""
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from convexprune.errors import ConvexpruneError
+from convexprune.errors import ConvexpruneError, PatternError
 from convexprune.report import OperatorReport
 
 app = typer.Typer(
@@ -106,6 +107,61 @@ def evaluate(
     console.print(f"perplexity {p.value:.3f}  ({counted})")
 
 
+@app.command()
+def compare(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, or solvers of the convex method; settings as in sparsegpt:damping=0.1.")
+    ] = "fista,sparsegpt,wanda,magnitude",
+    sparsity: Annotated[str, typer.Option(help="Shares of zeros, for unstructured.")] = "0.5",
+    pattern: Annotated[str, typer.Option(help="unstructured, N:M.")] = "unstructured",
+    convention: Annotated[
+        str,
+        typer.Option(help="own, dense, dense-half, dense-none, pruned-own, pruned-half, pruned-dense."),
+    ] = "own",
+    quota: Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")] = "matrix",
+    dataset: Annotated[str, typer.Option(help="self, c4, wikitext2, ptb, or a .txt or .jsonl file.")] = "self",
+    num_calibration_samples: Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")] = 64,
+    held_out_samples: Annotated[int | None, typer.Option(help="Samples to judge by only; an eighth as many.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    eval_text: Annotated[
+        list[str] | None, typer.Option(help="A file, python-docs or licences; repeat it for more.")
+    ] = None,
+    eval_window: Annotated[int | None, typer.Option(help="Tokens a window; 1024, or the model's limit.")] = None,
+    eval_windows: Annotated[int, typer.Option(help="The first so many windows of each text; 0: all.")] = 20,
+    targets: Annotated[list[str] | None, typer.Option(help="Operators to prune; repeat it for more.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Operators to leave alone; repeat it for more.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    output: Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")] = Path("compared"),
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted comparison.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the results (needs convexprune[plot]).")] = True,
+) -> None:
+    """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
+    settings = dict(locals())
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune.api import default_device
+    from convexprune.validation import compare as compare_methods
+    from convexprune.validation.results import table
+
+    disable_progress_bar()
+    lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
+    settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
+    settings["sparsities"] = [_share(text) for text in settings["sparsities"]]
+    settings |= {"targets": targets or ["Linear"], "ignore": ignore or [], "device": default_device(device)}
+    settings |= {"eval_windows": eval_windows or None, "command": shlex.join(["convexprune", *sys.argv[1:]])}
+    texts = settings.pop("eval_text")
+    if texts:
+        settings["eval_texts"] = texts
+    with _progress() as progress:
+        result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
+    Console(width=max(console.width, 200)).print(table(result))
+    console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line; an error that is the user's to mend is one message and exit status 2."""
     warnings.simplefilter("default")
@@ -125,6 +181,18 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console, transient=True)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PatternError(f"Sparsity {text!r} is no number: it is the share of zeros, 0.5 for half.") from None
+
+
+def _steps(progress: Progress, total: int) -> Callable[[str], None]:
+    task = progress.add_task("comparing", total=total)
+    return lambda step: progress.update(task, advance=1, description=step)
 
 
 def _follow(progress: Progress, total: int) -> Callable[[OperatorReport], None]:

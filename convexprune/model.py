@@ -45,25 +45,6 @@ class AbstractOperator(ABC):
         """Store `weight` [m n], rounded to the dtype of the model."""
 
 
-@dataclass(frozen=True, eq=False)
-class LinearOperator(AbstractOperator):
-    """An `nn.Linear`."""
-
-    name: str
-    module: nn.Linear
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.module.out_features, self.module.in_features
-
-    def read(self) -> Tensor:
-        return self.module.weight.detach()
-
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        self.module.weight.copy_(weight)
-
-
 Tap = Callable[[Callable[[Tensor], None]], AbstractContextManager[None]]
 """Inside the context of tap(tell), tell(inputs [... n]) is called with what reaches the operators."""
 

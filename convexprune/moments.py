@@ -95,6 +95,21 @@ class Moments:
         energy = correction**2 * _row_form(weight, self.change)
         return Quadratic(self.gram, correction * weight @ self.cross, energy, weight)
 
+    def counted_as(self, tokens: int) -> "Moments":
+        """The same means, with the weight of `tokens` tokens in a sum.
+
+        Raises:
+            ProblemError: no token was seen.
+        """
+        self._require_tokens()
+        share = tokens / self.tokens
+        scaled = Moments(0, self._gram.dtype, self._gram.device)
+        scaled.tokens = tokens
+        scaled._gram = share * self._gram
+        scaled._cross = None if self._cross is None else share * self._cross
+        scaled._change = None if self._change is None else share * self._change
+        return scaled
+
     def __add__(self, other: "Moments") -> "Moments":
         total = Moments(self.width, self._gram.dtype, self._gram.device)
         total.tokens = self.tokens + other.tokens

@@ -42,7 +42,7 @@ class Certificate:
     """How far a weight is from optimal: `primal` - `gap` <= min_V q + p <= `primal`.
 
     `kkt_residual` is the largest violation of the optimality conditions, free of units (see `certify`). What is not
-    defined is inf.
+    defined or, in a certificate that is not precise, not computed is inf.
     """
 
     primal: float
@@ -72,7 +72,8 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
     Two choices of S are tried, and for each row the smaller bound stands:
 
         scaling   S = s K,        c = (1 - s)^2 q              (the residual scaled into the dual ball, as celer does)
-        clipping  S = project(K), c = 1/2 (K - S) H^-1 (K - S)'  (only if H is positive definite; the tighter one)
+        clipping  S = project(K), c = 1/2 (K - S) H^-1 (K - S)'  (the tighter one; only if H is positive definite or
+                  K is in the domain anyway)
 
     All terms are non-negative sums, so nothing cancels near the optimum.
     """
@@ -82,21 +83,25 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
     best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
     gaps = (1 - s).square() * values + slack + penalty.conjugate(s[:, None] * residual) - s * overlap
+    slope = penalty.project(residual)
+    excess = residual - slope
     if quadratic.factor is not None:
-        slope = penalty.project(residual)
-        excess = torch.linalg.solve_triangular(quadratic.factor, (residual - slope).T, upper=False)
-        clipping = excess.square().sum(0) / 2 + slack + penalty.conjugate(slope) - (slope * weight).sum(1)
-        gaps = torch.minimum(gaps, clipping)
+        price = torch.linalg.solve_triangular(quadratic.factor, excess.T, upper=False).square().sum(0) / 2
+    else:
+        price = torch.where((excess == 0).all(1), 0.0, inf)
+    clipping = price + slack + penalty.conjugate(slope) - (slope * weight).sum(1)
+    gaps = torch.minimum(gaps, clipping)
     return gaps.clamp_min(0)
 
 
 @torch.no_grad()
-def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certificate:
+def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None) -> Certificate:
     """Bound how far `weight` [m n] is from optimal, whoever found it.
 
     Only gram, cross and energy (about the anchor) are used, in float64 if `precise`: neither the calibration inputs
-    nor the solver have to be trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the
-    proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+    nor the solver have to be trusted. If not `precise`, the `residual` at `weight` saves a product where it is known.
+    See `row_gaps` for the gap. The KKT residual is the largest entry of the proximal gradient step of length 1, in
+    coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
 
@@ -106,14 +111,18 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True) -> Certifica
     problem.check(weight)
     if precise:
         problem, weight = Problem(problem.quadratic.double, problem.penalty.to(torch.float64)), weight.double()
-    residual = problem.quadratic.residual(weight)
+    if precise or residual is None:
+        residual = problem.quadratic.residual(weight)
     values = problem.quadratic.values(weight, residual)
     primal = values + problem.penalty.values(weight)
     if not bool(primal.isfinite().all()):
         return Certificate(inf, inf, inf)
+    gap = float(row_gaps(problem, weight, residual, values).sum())
+    if not precise:
+        return Certificate(float(primal.sum()), gap, inf)
     scale = problem.quadratic.scale()
     point = weight * scale
     step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
     largest, energy = float(step.max()), problem.quadratic.target_energy
     kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
-    return Certificate(float(primal.sum()), float(row_gaps(problem, weight, residual, values).sum()), kkt)
+    return Certificate(float(primal.sum()), gap, kkt)

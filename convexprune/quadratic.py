@@ -1,8 +1,8 @@
 """The one smooth term: a convex quadratic of the weight whose Gram matrix is shared by all rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Quadratic:
     Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
     The anchor is the point near which the solution is expected (the dense weight; None is zero): everything is then
     computed from the small D, and nothing cancels. `bound` is an upper bound on H's eigenvalues, if one is known.
-    Quadratics are closed under addition and non-negative scaling.
+    Quadratics are closed under addition and non-negative scaling. `known` keeps what has been computed of the
+    function, for all quadratics that write it about other anchors.
 
     Raises:
         ProblemError: the shapes do not fit, or a tensor is not floating point.
@@ -36,6 +37,7 @@ class Quadratic:
     energy: Tensor
     anchor: Tensor | None = None
     bound: float | None = None
+    known: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         m, n = self.shape
@@ -86,11 +88,16 @@ class Quadratic:
         values = self.energy - (self.displacement(weight) * (self.cross + residual)).sum(1)
         return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
 
-    @cached_property
+    @property
     def lipschitz(self) -> float:
         """An upper estimate of H's largest eigenvalue: the bound, or the power method with a margin of 1 %."""
         if self.bound is not None:
             return self.bound
+        if "lipschitz" not in self.known:
+            self.known["lipschitz"] = self._power_method()
+        return self.known["lipschitz"]
+
+    def _power_method(self) -> float:
         generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
         vectors = torch.randn(len(self.gram), POWER_STARTS, generator=generator).to(self.gram)
         for _ in range(POWER_ITERATIONS):
@@ -113,10 +120,12 @@ class Quadratic:
             None if self.anchor is None else self.anchor * scale,
         )
 
-    @cached_property
+    @property
     def target_energy(self) -> float:
         """The sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
-        return float(2 * self.values(torch.zeros_like(self.cross)).sum())
+        if "target_energy" not in self.known:
+            self.known["target_energy"] = float(2 * self.values(torch.zeros_like(self.cross)).sum())
+        return self.known["target_energy"]
 
     @cached_property
     def double(self) -> "Quadratic":
@@ -126,13 +135,18 @@ class Quadratic:
         anchor = None if self.anchor is None else self.anchor.double()
         return Quadratic(self.gram.double(), self.cross.double(), self.energy.double(), anchor)
 
-    @cached_property
+    @property
     def factor(self) -> Tensor | None:
         """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
 
         The little that is taken from the diagonal (n rounding errors of the largest entry) covers the factorisation's
         own error, so that |F^-1 k|^2 >= k H^-1 k holds and not only nearly.
         """
+        if "factor" not in self.known:
+            self.known["factor"] = self._cholesky()
+        return self.known["factor"]
+
+    def _cholesky(self) -> Tensor | None:
         margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(self.gram.diagonal().max())
         shifted = self.gram - margin * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         factor, info = torch.linalg.cholesky_ex(shifted)
@@ -149,22 +163,33 @@ class Quadratic:
             ProblemError: H + stiffness I is not positive definite.
         """
         identity = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        factor, info = torch.linalg.cholesky_ex(self.gram + stiffness * identity)
-        if int(info):
-            raise ProblemError(f"The Gram matrix plus {stiffness} is not positive definite; it is no Gram matrix.")
-        inverse = torch.cholesky_inverse(factor)
+        inverse = self.shifted_inverse(stiffness)
         image = self.cross @ inverse
         energy = self.energy - (image * self.cross).sum(1)
         gram = stiffness * identity - stiffness**2 * inverse
         return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor, bound=stiffness)
 
-    def at(self, anchor: Tensor | None) -> Self:
-        """The same function written about another anchor."""
+    def shifted_inverse(self, shift: float) -> Tensor:
+        """(H + shift I)^-1 [n n], by a Cholesky factor.
+
+        Raises:
+            ProblemError: H + shift I is not positive definite.
+        """
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info):
+            raise ProblemError(f"The Gram matrix plus {shift} is not positive definite; it is no Gram matrix.")
+        return torch.cholesky_inverse(factor)
+
+    def at(self, anchor: Tensor | None, residual: Tensor | None = None) -> Self:
+        """The same function written about another anchor; no product is needed if the `residual` there is known."""
         if anchor is self.anchor:
             return self
         point = torch.zeros_like(self.cross) if anchor is None else anchor
-        residual = self.residual(point)
-        return type(self)(self.gram, residual, 2 * self.values(point, residual), anchor)
+        residual = self.residual(point) if residual is None else residual
+        energy = 2 * self.values(point, residual)
+        return type(self)(self.gram, residual, energy, anchor, self.bound, self.known)
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)

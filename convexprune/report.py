@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -69,19 +69,24 @@ class Report:
         gaps = [o.gap for o in self.operators if o.gap is not None]
         return max(gaps) if gaps else None
 
+    @property
+    def short_of_tokens(self) -> dict[str, int]:
+        """The experts that were sent fewer tokens than they have inputs, and how many; they borrowed the others'."""
+        return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
+
     def to_json(self) -> str:
         """The whole report as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
-        return json.dumps(_finite(whole), indent=2, allow_nan=False)
+        whole["short_of_tokens"] = self.short_of_tokens
+        return json.dumps(finite(whole), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The report that `to_json` wrote."""
         whole = json.loads(text, object_hook=_numbers)
         operators = [OperatorReport(**o) for o in whole.pop("operators")]
-        return cls(
-            **{name: whole[name] for name in whole if name not in ("sparsity", "largest_gap")}, operators=operators
-        )
+        own = {f.name for f in fields(cls)}  # what is derived is derived again
+        return cls(**{name: value for name, value in whole.items() if name in own}, operators=operators)
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
@@ -106,12 +111,12 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield f"{o.seconds:.1f}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same structure with inf and nan as text, which JSON has no numbers for."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value

@@ -71,7 +71,8 @@ def test_pickles_are_read_only_when_they_are_trusted(folder):
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "Unknown model family 'gpt2'"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "no model of type 't5' that only"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "lama"}'), "cannot be read.*lama"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read.*model.safetensors"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), r"\(tokenizer\): cannot be read"),
         (shutil.rmtree, "no such folder"),

@@ -141,10 +141,14 @@ def test_each_problem_of_the_path_is_started_where_the_last_two_rounds_point():
         torch.testing.assert_close(start, 2 * weights[k + 1] - weights[k], rtol=0, atol=ROUNDING)
 
 
+def scores_at(problem, weight, reach):
+    """The weight after a long gradient step on the envelope."""
+    return weight + reach / STIFFNESS * problem.quadratic.residual(weight)
+
+
 def scores_after(call, reach):
-    """The weight after a long gradient step on the envelope, whose stiffness is its bound."""
     problem, _, solution = call
-    return solution.weight + reach / STIFFNESS * problem.quadratic.residual(solution.weight)
+    return scores_at(problem, solution.weight, reach)
 
 
 def one_envelope(solver, reach=3.0):
@@ -157,14 +161,12 @@ def one_envelope(solver, reach=3.0):
 def test_the_strengths_of_the_path_follow_the_formula_at_the_scores():
     recorder = Recorder()
     one_envelope(recorder).prune(layer_problem(correlated(0), Unstructured(0.5)))
-    scores = recorder.calls[0][0].quadratic.anchor
-    assert scores is not None
     for strength, call in zip((0.2, 0.4, 0.8, 1.6), recorder.calls, strict=True):
+        scores = scores_at(call[0], call[1], reach=3.0)
         threshold = scores.abs().flatten().sort().values[scores.numel() // 2]
         assert isinstance(call[0].penalty, L1)
         expected = strength * threshold * torch.exp(-((scores / threshold) ** 2))
         torch.testing.assert_close(call[0].penalty.strength, expected, rtol=ROUNDING, atol=0)
-        scores = scores_after(call, reach=3.0)
 
 
 def test_convex_keeps_the_largest_scores():

@@ -225,8 +225,9 @@ def test_the_loop_stops_at_the_first_check_that_meets_the_tolerance():
 
 def test_products_count_one_an_iteration_one_a_check_and_one_certificate():
     _, problem = make_problem("full rank", "L1", 2, 6, 3, 0.1, 0.3)
-    solution = FISTA(tolerance=0, max_iterations=10, check_every=5).solve(problem)
-    assert solution.products == 10 + 2 + 1
+    solver = FISTA(tolerance=0, max_iterations=10, check_every=5)
+    assert solver.solve(problem, torch.zeros(2, 6, dtype=torch.float64)).products == 10 + 2 + 1
+    assert solver.solve(problem).products == 9 + 2 + 1  # at the anchor, the gradient is known
 
 
 @FEW

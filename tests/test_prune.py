@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune import errors
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
-from convexprune.pruners import PRUNERS
+from convexprune.pipeline import Recipe
+from convexprune.pruners import PRUNERS, AbstractPruner, Pruned
 from convexprune.solvers.fista import FISTA
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -60,7 +61,7 @@ def test_sparsity_zero_changes_nothing_bit_for_bit(tiny_opt: HuggingFaceModel, m
 
 def test_every_convex_solve_carries_a_certificate(tiny_llama: HuggingFaceModel):
     report = convexprune.prune(tiny_llama.model, **SMALL).report
-    assert all(o.solves == 21 and o.gap is not None and o.largest_gap is not None for o in report.operators)
+    assert all(o.solves == 41 and o.gap is not None and o.largest_gap is not None for o in report.operators)
     assert report.largest_gap is not None and report.largest_gap < 1e-2
 
 
@@ -159,6 +160,30 @@ def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_
     assert first.cross is not None and not first.cross.any()  # before the first layer nothing is pruned
 
 
+def test_a_kept_weight_too_small_for_the_dtype_is_stored_as_the_smallest_number(build):
+    model = build("llama").to(torch.float16)
+    q = model.model.layers[0].self_attn.q_proj.weight
+    q.data[:, :8] *= 2e-4  # many of these round to zero once halved, and a quarter of them is kept
+
+    class Shrink(AbstractPruner):
+        def prune(self, problem):
+            return Pruned(problem.weight * 2.0**-14, problem.pattern.mask(torch.rand(problem.weight.shape)))
+
+    settings: dict[str, Any] = SMALL | {"targets": ["model.layers.0.self_attn.q_proj"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "build_pruner", lambda *_: Shrink())
+        (report,) = convexprune.prune(model, dtype="float16", **settings).report.operators
+    assert report.zeros == report.expected_zeros == 512
+    assert (q.abs() == 2.0**-24).any()
+
+
+def test_zeros_of_the_dense_weight_that_are_kept_are_counted_and_no_error(build):
+    model = build("llama")
+    model.model.layers[0].self_attn.q_proj.weight.data[:20] = 0
+    report = convexprune.prune(model, method="magnitude", **SMALL).report
+    assert report.operators[0].zeros == 20 * 32 > report.operators[0].expected_zeros == 512
+
+
 def test_correction_lowers_the_error_of_the_layer_output(build, tokenizer):
     outputs = {}
     for correction in (None, 0.0, 1.0):
@@ -190,7 +215,7 @@ def test_a_users_own_solver_is_used_and_named(tiny_opt: HuggingFaceModel):
             return super().solve(problem, start)
 
     report = convexprune.prune(tiny_opt.model, solver=Mine(max_iterations=3), **SMALL).report
-    assert Mine.solved == 20 * 8 and report.recipe["solver"] == "Mine"
+    assert Mine.solved == 40 * 8 and report.recipe["solver"] == "Mine"
 
 
 def test_the_ground_truth_solver_prunes_a_tiny_operator(tiny_opt: HuggingFaceModel):

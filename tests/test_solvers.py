@@ -14,9 +14,10 @@ from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, s
 
 L1S = PENALTIES[:3]
 # Name and settings, the penalties tested, and the relative error promised: a new solver is tested by adding a line.
-# FISTA stops at a certified gap of 1e-8; conjugate gradients at gradients of 1e-10 of those at the start.
+# FISTA and ADMM stop at a certified gap of 1e-8; conjugate gradients at gradients of 1e-10 of those at the start.
 TABLE = {
     "fista": ({"tolerance": 1e-8, "max_iterations": 20_000}, L1S),
+    "admm": ({"tolerance": 1e-8, "max_iterations": 20_000}, L1S),
     "cvxpy": ({"engine": "CLARABEL"}, PENALTIES),
     "scipy": ({}, PENALTIES),
     "cg": ({"tolerance": 1e-10, "max_iterations": 200}, ("Support",)),
@@ -53,7 +54,7 @@ def test_every_solver_finds_the_objective_that_cvxpy_finds(name, penalty, kind, 
     assert abs(found - expected) <= tolerance(layer, expected)
 
 
-@pytest.mark.parametrize("name", ["fista", "scipy"])
+@pytest.mark.parametrize("name", ["fista", "admm", "scipy"])
 @FEW
 @given(data=st.data())
 def test_entries_without_a_penalty_are_solved_too(name, data):
@@ -75,7 +76,7 @@ def test_fista_finds_the_objective_on_a_support(kind, data):
 
 
 @pytest.mark.parametrize("penalty", L1S)
-@pytest.mark.parametrize("name", ["fista", "scipy"])
+@pytest.mark.parametrize("name", ["fista", "admm", "scipy"])
 @FEW
 @given(data=st.data())
 def test_a_solver_that_says_solved_has_the_certificate_to_show(name, penalty, data):
@@ -136,7 +137,7 @@ def test_a_problem_without_data_is_solved_by_zero(name, penalty):
     assert problem.value(make(name).solve(problem).weight) <= NEGLIGIBLE**2  # an interior point is never quite there
 
 
-@given(draw(("full rank",), "L1"), st.sampled_from(("fista", "scipy")))
+@given(draw(("full rank",), "L1"), st.sampled_from(("fista", "admm", "scipy")))
 @FEW
 def test_a_penalty_stronger_than_every_slope_is_solved_by_zero(case, name):
     _, problem = case
@@ -230,7 +231,7 @@ def test_an_iteration_limit_is_a_status_not_an_error():
     assert make_solver("fista", tolerance=1e-12, max_iterations=2).solve(problem).status is Status.ITERATION_LIMIT
 
 
-@pytest.mark.parametrize("name", ["scipy", "fista"])
+@pytest.mark.parametrize("name", ["scipy", "fista", "admm"])
 def test_a_singular_problem_has_many_solutions_and_one_value(name):
     layer, problem = make_problem("rank deficient", "L1", 2, 6, 3, STRENGTHS[1], 0.3)
     start = 10 * layer.weight

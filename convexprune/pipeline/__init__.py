@@ -1,8 +1,8 @@
 """From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
 from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
-from convexprune.pipeline.layer import LayerSettings
-from convexprune.pipeline.output import RunFolder
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
+from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
 from convexprune.pipeline.store import FolderStore
@@ -12,6 +12,7 @@ __all__ = [
     "PRESETS",
     "AbstractExecutor",
     "FolderStore",
+    "HiddenStates",
     "Job",
     "LayerSettings",
     "Recipe",
@@ -19,12 +20,16 @@ __all__ = [
     "RunFolder",
     "Work",
     "carried",
+    "check_output",
     "check_patterns",
     "checksum",
     "identity",
     "make_executor",
     "make_recipe",
+    "observe",
     "prune_in_folder",
     "prune_in_place",
+    "prune_observed",
+    "stage_folds",
     "threads",
 ]

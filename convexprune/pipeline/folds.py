@@ -12,6 +12,12 @@ class Folds:
     def __init__(self, width: int, device: torch.device) -> None:
         self.halves = (Moments(width, device=device), Moments(width, device=device))
         self.held_out = Moments(width, device=device)
+        self.borrowed = 0
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """How much memory three Gram matrices take; as many again if they hold corrections."""
+        return 3 * 4 * width * width
 
     def add(self, pruned: Tensor, dense: Tensor | None, held_out: bool) -> None:
         """Count x* [samples tokens n]; each sample goes whole to one half, the one that has seen less.
@@ -22,6 +28,28 @@ class Folds:
             first, second = self.halves
             fold = self.held_out if held_out else first if first.tokens <= second.tokens else second
             fold.add(pruned[i], None if dense is None else dense[i])
+
+    def borrow(self, others: "Folds") -> None:
+        """Make up for tokens that an expert did not get with what all experts got.
+
+        With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
+        moments of `others` are added, with the weight of as many tokens as are lacking to one for each input.
+        """
+        lacking = self.halves[0].width - self.tokens
+        if lacking <= 0 or not others.tokens:
+            return
+        first, second = self.halves
+        shared = others.total
+        self.borrowed = lacking
+        self.halves = (
+            first + shared.counted_as(lacking - lacking // 2),
+            second + shared.counted_as(lacking // 2),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """How many calibration tokens were counted, without the borrowed ones."""
+        return sum(half.tokens for half in self.halves) - self.borrowed
 
     @property
     def total(self) -> Moments:

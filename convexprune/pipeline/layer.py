@@ -1,7 +1,7 @@
 """One decoder layer: watch its inputs, prune its operators stage by stage, hand its output on."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -87,29 +87,83 @@ def prune_observed(
     observed: Observed,
     settings: LayerSettings,
     tell: Tell,
+    first: Mapping[Group, Folds] | None = None,
 ) -> None:
     """Prune the operators of `layer` in place, stage by stage: x* is what the pruned stages make of what feeds it.
+
+    `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them.
 
     Raises:
         ModelError: an activation is not finite; the operator is named.
         PruningError: the pruned weight is not what was asked; the operator is named.
     """
-    for number, stage in enumerate(layer.stages):
+    for number in range(len(layer.stages)):
         began = time.perf_counter()
-        folds = {group: Folds(group.operators[0].shape[1], group.operators[0].read().device) for group in stage}
-        sees_dense = number == 0 and settings.prefix == "dense"
+        known = first if number == 0 else None
+        parts = stage_folds(layer, number, calls, hidden, observed, settings) if known is None else [known]
+        for folds in parts:
+            for group, fold in folds.items():
+                _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
+                _prune_group(layer.name, group, fold, settings, tell, began)
+                began = time.perf_counter()
+
+
+@torch.no_grad()
+def stage_folds(
+    layer: DecoderLayer, number: int, calls: Calls, hidden: HiddenStates, observed: Observed, settings: LayerSettings
+) -> Iterator[dict[Group, Folds]]:
+    """The moments of the groups of a stage, with the stages before it as they are by now, in parts.
+
+    The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
+    than it has inputs borrows from what all of them were sent (`Folds.borrow`); its report says so.
+    """
+    stage = layer.stages[number]
+    sees_dense = number == 0 and settings.prefix == "dense"
+    shared = {_width(group): _folds(group) for group in stage if not group.paired}
+    for part_number, part in enumerate(_parts(stage)):
+        watched = part if part_number else stage  # the first pass is for what the experts share, too
+        folds = {group: _folds(group) for group in part}
         for i, batch in enumerate(hidden.fed):
-            seen = {} if sees_dense else stage_inputs(layer, stage, calls(batch), batch)
-            for group in stage:
-                dense = observed.inputs[group][i].to(batch.device) if group.paired else None
-                corrects = not sees_dense and settings.correction > 0
-                x = dense if sees_dense else seen.get(group)
-                if x is not None:  # an expert to which no token of the batch was sent has no input
-                    folds[group].add(x, dense if corrects else None, i >= len(hidden.fed) - hidden.held_out)
-        for group in stage:
-            _require_finite(folds[group], f"{layer.name}.{group.operators[0].name}")
-            _prune_group(layer.name, group, folds[group], settings, tell, began)
-            began = time.perf_counter()
+            held_out = i >= len(hidden.fed) - hidden.held_out
+            dense = {g: observed.inputs[g][i].to(batch.device) for g in part if g.paired}
+            known = dense if sees_dense else {}
+            seen = known | stage_inputs(layer, [g for g in watched if g not in known], calls(batch), batch)
+            for group, x in seen.items():
+                if group in folds:
+                    corrects = not sees_dense and settings.correction > 0
+                    folds[group].add(x, dense.get(group) if corrects else None, held_out)
+                if not group.paired and watched is stage:
+                    shared[_width(group)].add(x, None, held_out)
+        for group in part:
+            if not group.paired:
+                folds[group].borrow(shared[_width(group)])
+        yield folds
+
+
+ROOM = 4 << 30
+"""Bytes for the moments of the experts that are pruned side by side."""
+
+
+def _parts(stage: Sequence[Group]) -> list[list[Group]]:
+    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room."""
+    parts = [[group for group in stage if group.paired]]
+    room = ROOM
+    for group in stage:
+        if not group.paired:
+            room -= Folds.bytes(_width(group))
+            if room < 0 and parts[-1]:
+                parts.append([])
+                room = ROOM - Folds.bytes(_width(group))
+            parts[-1].append(group)
+    return [part for part in parts if part]
+
+
+def _width(group: Group) -> int:
+    return group.operators[0].shape[1]
+
+
+def _folds(group: Group) -> Folds:
+    return Folds(_width(group), group.operators[0].read().device)
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
@@ -118,6 +172,8 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
     Of a group that is not paired all tokens count as one sample; one that no token reaches is left out.
     """
     seen: dict[Group, Tensor] = {}
+    if not stage:
+        return seen
     with ExitStack() as taps:
         for group in stage:
 
@@ -140,7 +196,12 @@ def _by_sample(x: Tensor, samples: int) -> Tensor:
     return x.reshape(samples, -1, x.shape[-1])
 
 
-def _require_finite(folds: Folds, name: str) -> None:
+def _require_usable(folds: Folds, name: str) -> None:
+    if not folds.total.tokens:
+        raise ModelError(
+            f"No calibration token was sent to {name}, nor to another expert beside it. Calibrate with more tokens, "
+            "or leave these operators out (ignore=)."
+        )
     if not folds.is_finite():
         raise ModelError(
             f"The input of {name} is not finite on the calibration tokens. "
@@ -161,19 +222,15 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
-    clean = pruned.weight.masked_fill(~pruned.mask, 0)  # no negative zeros in the file
-    for operator, weight in zip(group.operators, clean.split(heights), strict=True):
-        operator.write(weight)
-    stored = torch.cat([operator.read().float() for operator in group.operators])
+    stored = _store(group, pruned, stack)
     errors = _relative_errors(problem, stored, heights)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
-        expected = settings.pattern.zeros(*operator.shape)
-        zeros = int((weight == 0).sum())
-        if zeros < expected:
+        expected, zeros = settings.pattern.zeros(*operator.shape), int((weight == 0).sum())
+        if zeros < expected:  # more are only what was zero before
             raise PruningError(
                 f"{layer}.{operator.name}: {zeros} zeros where the pattern {settings.pattern} asks {expected}."
             )
@@ -193,12 +250,31 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             status=last.status.name if last else None,
             solves=len(certificates),
             products=sum(s.products for s in pruned.solutions),
-            facts=dict(pruned.facts),
-            tokens=problem.moments.tokens,
+            facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
+            tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
             seconds=time.perf_counter() - began,
         )
         tell(report)
+
+
+def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
+    """Write the stack's weights and return them [m n] as stored, float32.
+
+    A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
+    """
+    stored = []
+    heights = [operator.shape[0] for operator in group.operators]
+    parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), dense.split(heights), strict=True)
+    for operator, (weight, mask, before) in zip(group.operators, parts, strict=True):
+        dtype = operator.read().dtype
+        rounded = weight.to(dtype)
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        vanished = mask & (rounded == 0) & (before != 0)
+        rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
+        operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
+        stored.append(operator.read().float())
+    return torch.cat(stored)
 
 
 def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:

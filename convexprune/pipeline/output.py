@@ -21,6 +21,16 @@ POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
 
 
+def check_output(folder: Path) -> None:
+    """Refuse, before any work, a folder that holds something.
+
+    Raises:
+        OutputError: the folder is not empty, or is a file.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise OutputError(f"{folder} already holds something. Give another output folder, or remove this one first.")
+
+
 class RunFolder:
     """The output folder of a run and what it says of itself; `work` is for what is between the layers."""
 
@@ -44,10 +54,8 @@ class RunFolder:
         Raises:
             OutputError: it holds something else, or an unfinished run that is not to be resumed.
         """
-        if self.folder.is_file() or (self.folder.is_dir() and not self._is_ours()):
-            raise OutputError(
-                f"{self.folder} already holds something. Give another output folder, or remove this one first."
-            )
+        if not self.folder.is_dir() or not self._is_ours():
+            check_output(self.folder)
         if not resume and self.is_finished:
             raise OutputError(f"{self.folder} already holds something: a finished run. Give another output folder.")
         if not resume and self.is_unfinished:

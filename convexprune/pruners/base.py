@@ -55,12 +55,21 @@ class PruningProblem:
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A weight [m n] in the pattern, the mask of what it keeps, and every convex solve behind it, the last one last."""
+    """A weight [m n] in the pattern, the mask of what it keeps, and every convex solve behind it, the last one last.
+
+    `other_products` are the matrix products [m n] x [n n] that were computed outside of these solves.
+    """
 
     weight: Tensor
     mask: Tensor
     solutions: tuple[Solution, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
+    other_products: int = 0
+
+    @property
+    def products(self) -> int:
+        """All matrix products [m n] x [n n], the unit of cost."""
+        return self.other_products + sum(solution.products for solution in self.solutions)
 
 
 class AbstractPruner(ABC):

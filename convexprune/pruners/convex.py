@@ -1,134 +1,148 @@
 """The convex pruner: a path of certified convex problems finds the support, a certified refit the values."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from convexprune.errors import PruningError
-from convexprune.moments import sampling_noise
-from convexprune.pattern import AbstractPattern
-from convexprune.penalty import L1, Support
+from convexprune.errors import PatternError, RecipeError, unknown
+from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
+from convexprune.penalty import L1, AbstractPenalty, GroupProducts
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.admm import between
+from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers.base import require_penalty
-from convexprune.solvers.cg import ConjugateGradient
+
+Penalty = Literal["reweighted-l1", "weighted-l1", "l1", "group-products"]
+PLAIN = ("weighted-l1", "l1")
+NEAR = 0.005  # of the wanted zeros: a bisection that comes so near ends, and the rounding does the rest
 
 
 @dataclass(frozen=True)
-class Convex(AbstractPruner):
-    """Iteratively reweighted L1 on a damped, relaxed quadratic, rounding, and a refit on the support.
+class Convex(AbstractSearch):
+    """Scores from penalised problems, solved by any solver that takes their penalty, each with its certificate.
 
-    1.  Damping: r/2 sum_ij H_jj (V_ij - W_ij)^2 is added, r = `damping`; if None, noise / (1 - noise) of the
-        calibration sample, at least `least_damping` (twice that for a single sample, which has nothing to be compared
-        with). Without it an exact solver fits the noise of the tokens.
-    2.  Coordinates in which the inverse of the Gram matrix has a constant diagonal: there |V_ij| is the saliency of
-        Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj).
-    3.  The path: round by round, the convex problem
+    `penalty="reweighted-l1"`, the default, follows a path in the coordinates of `AbstractSearch`: round by round, the
+    convex problem
 
-            min_V envelope(V) + sum_ij c t exp(-(|S_ij| / t)^2) |V_ij|
+        min_V envelope(V) + sum_ij c t exp(-(|S_ij| / t)^2) |V_ij|
 
-        is solved from where the last two rounds point to, V + (V - V_before). The scores S are the weight after a long
-        gradient step, V + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is
-        hardly penalised. The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a
-        bounded concave penalty: a few iterations each are enough, and the certificates say how good they were.
-    4.  The pattern keeps the largest |S|; the refit is least squares on that support, damped like the path.
+    is solved from where the last two rounds point to, P = V + (V - V_before). The scores S are P after a long gradient
+    step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is hardly penalised.
+    The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a bounded concave
+    penalty: one iteration of FISTA each is enough, and the certificates say how good it was. As the residual is affine,
+    that of P is known from the rounds before: a round costs one product, with its certificate.
 
-    `solver` solves the path, `refit` the values (None: keep S on the support). The constants were chosen on layer
-    problems of SmolLM2-135M at 50 % and checked on others: docs/benchmarks.md.
+    `"l1"`, strength |V_ij|, and `"weighted-l1"`, strength sqrt(H_jj) |V_ij|, are plain LASSO problems, on the damped
+    quadratic itself: the strength is bisected, at most `rounds` times, until the solution has the pattern's number of
+    zeros, or a little less. The scores are V + K / H_jj, of which V is the shrunk. They are for comparison: shrinkage
+    and correlated columns make them poor pruners.
+
+    `"group-products"`, for n:m only, follows the path with the penalty of Kuebler et al. and the strength
+    c stiffness / mean(t). It is not convex (see `GroupProducts`): no certificate can show a solve to be near optimal.
+
+    `solver` solves these problems (None: FISTA as `solver_for` sets it). The constants were chosen on layer problems of
+    SmolLM2-135M at 50 % and checked on others: docs/benchmarks.md.
 
     Raises:
-        UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
+        RecipeError: an unknown `penalty`.
+        UnsupportedError: `solver` does not take the penalty, or `refit` a support.
     """
 
-    solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
-    refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
-    rounds: int = 20
+    solver: AbstractSolver | None = None
+    penalty: Penalty = "reweighted-l1"
+    rounds: int = 40
     strengths: tuple[float, float] = (0.1, 1.0)
     stiffnesses: tuple[float, float] = (0.3, 3.0)
     envelopes: int = 5
     reach: float = 3.0
-    damping: float | None = None
-    least_damping: float = 0.03
 
     def __post_init__(self) -> None:
-        require_penalty(self.solver, L1)
-        if self.refit is not None:
-            require_penalty(self.refit, Support)
+        AbstractSearch.__post_init__(self)
+        if self.penalty not in get_args(Penalty):
+            raise RecipeError(unknown("penalty", self.penalty, get_args(Penalty)))
+        require_penalty(self._solver, GroupProducts if self.penalty == "group-products" else L1)
+
+    @property
+    def _solver(self) -> AbstractSolver:
+        return self.solver or Convex.solver_for("fista", self.penalty)
 
     @staticmethod
-    def solver_for(name: str) -> AbstractSolver:
-        """The solver of that name, set for the path: FISTA stops early, an oracle cannot.
+    def solver_for(name: str, penalty: Penalty = "reweighted-l1") -> AbstractSolver:
+        """The solver of that name, set for the penalty: on a path ours stop early, an oracle cannot.
 
         Raises:
             RecipeError: unknown name.
         """
-        if name == "fista":
-            return make_solver("fista", max_iterations=3, check_every=4, scale=False, restart=False, precise=False)
-        return make_solver(name)
+        if name not in ("fista", "admm"):
+            return make_solver(name)
+        if penalty in PLAIN:
+            return make_solver(name, tolerance=1e-2, max_iterations=300, precise=False)
+        early = {"fista": {"max_iterations": 1, "restart": False}, "admm": {"max_iterations": 2, "rho": 1.0}}[name]
+        return make_solver(name, check_every=10, scale=False, precise=False, **early)
 
-    @torch.no_grad()
-    def prune(self, problem: PruningProblem) -> Pruned:
-        """See `AbstractPruner.prune`.
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
+        """See `AbstractSearch.search`."""
+        if self.penalty in PLAIN:
+            unit = 1 / scale if self.penalty == "l1" else quadratic.scale()
+            return self._bisection(quadratic, unit, pattern)
+        return self._path(quadratic, pattern)
 
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
-        damping = self._damping(problem)
-        quadratic, scale = _damped(problem, damping)
-        scores, solutions = self._path(quadratic, problem.pattern)
-        mask = problem.pattern.mask(scores.abs())
-        weight = scores * mask
-        if self.refit is not None:
-            solution = self.refit.solve(Problem(quadratic, Support(mask)), weight)
-            weight = solution.weight
-            solutions.append(solution)
-        return Pruned(weight / scale, mask, tuple(solutions), {"damping": damping})
-
-    def _path(self, quadratic: Quadratic, pattern: AbstractPattern) -> tuple[Tensor, list[Solution]]:
-        """The scores at the end of the path, and every solve on the way."""
+    def _path(self, quadratic: Quadratic, pattern: AbstractPattern) -> Found:
+        """The scores at the end of the path."""
         assert quadratic.anchor is not None
         before = weight = scores = quadratic.anchor
         solutions: list[Solution] = []
+        products = 0
         for numbers in torch.arange(self.rounds).chunk(self.envelopes):
-            stiffness = _between(self.stiffnesses, int(numbers[0]) / (self.rounds - len(numbers) or 1))
+            stiffness = between(self.stiffnesses, int(numbers[0]) / (self.rounds - len(numbers) or 1))
             relaxed = quadratic.envelope(stiffness)
+            slope, slope_before = relaxed.residual(weight), relaxed.residual(before)
+            products += 2
             for number in numbers.tolist():
-                threshold = pattern.threshold(scores.abs()).clamp_min(torch.finfo(weight.dtype).tiny)
-                strength = _between(self.strengths, number / (self.rounds - 1 or 1))
-                penalty = L1(strength * threshold * torch.exp(-(scores / threshold).square()))
-                solution = self.solver.solve(Problem(relaxed, penalty), 2 * weight - before)
-                before, weight = weight, solution.weight
-                scores = weight + self.reach / stiffness * relaxed.residual(weight)
-                solutions.append(solution)
-        return scores, solutions
+                start, slope_start = before.lerp(weight, 2.0), slope_before.lerp(slope, 2.0)  # the residual is affine
+                scores = torch.add(start, slope_start, alpha=self.reach / stiffness)
+                strength = between(self.strengths, number / (self.rounds - 1 or 1))
+                penalty = self._penalty(scores, pattern, strength, stiffness)
+                solution = self._solver.solve(Problem(relaxed.at(start, slope_start), penalty), start)
+                before, weight, slope_before, slope = weight, solution.weight, slope, solution.residual
+                if slope is None:
+                    slope, products = relaxed.residual(weight), products + 1
+                scores = torch.add(weight, slope, alpha=self.reach / stiffness)
+                solutions.append(solution.record())
+        return Found(scores, tuple(solutions), products)
 
-    def _damping(self, problem: PruningProblem) -> float:
-        if self.damping is not None:
-            return self.damping
-        if not problem.folds:
-            return 2 * self.least_damping
-        noise = sampling_noise(problem.folds)
-        return max(self.least_damping, noise / (1 - noise))
+    def _penalty(self, scores: Tensor, pattern: AbstractPattern, strength: float, stiffness: float) -> AbstractPenalty:
+        threshold = pattern.threshold(scores.abs()).clamp_min(torch.finfo(scores.dtype).tiny)
+        if self.penalty == "reweighted-l1":
+            return L1((scores / threshold).square_().neg_().exp_().mul_(strength * threshold))
+        groups = pattern.pattern if isinstance(pattern, Stacked) else pattern
+        if not isinstance(groups, SemiStructured):
+            raise PatternError(f"The penalty 'group-products' is for patterns N:M, not for {groups}.")
+        return GroupProducts(groups.kept, groups.group, strength * stiffness / float(threshold.mean()))
 
-
-def _between(ends: tuple[float, float], share: float) -> float:
-    """The geometric way from one end (share 0) to the other (share 1)."""
-    return ends[0] * (ends[1] / ends[0]) ** share
-
-
-def _damped(problem: PruningProblem, damping: float) -> tuple[Quadratic, Tensor]:
-    """The damped quadratic in coordinates V * scale where [H^-1]_jj is constant, and that scale [n]."""
-    diagonal = problem.scale.square()
-    quadratic = (problem.quadratic + Quadratic.damping(problem.weight, damping * diagonal)).scaled(problem.scale)
-    factor, info = torch.linalg.cholesky_ex(quadratic.gram)
-    if int(info):
-        raise PruningError(
-            f"The Gram matrix is not positive definite with damping {damping}: raise the damping, or calibrate on more "
-            f"tokens than the {problem.moments.tokens} seen."
-        )
-    metric = torch.cholesky_inverse(factor).diagonal().rsqrt()
-    metric = metric / metric.square().mean().sqrt()
-    return quadratic.scaled(metric), problem.scale * metric
+    def _bisection(self, quadratic: Quadratic, unit: Tensor, pattern: AbstractPattern) -> Found:
+        """The scores of the LASSO whose solution has the pattern's number of zeros, or the nearest below."""
+        wanted = pattern.zeros(*quadratic.shape)
+        low, high = 0.0, float((quadratic.at(None).cross.abs() / unit).max())  # here the solution is zero
+        weight = best = quadratic.cross if quadratic.anchor is None else quadratic.anchor
+        slope = quadratic.residual(best)
+        solutions: list[Solution] = []
+        products = 2
+        while len(solutions) < self.rounds:
+            strength = (low * high) ** 0.5 if low else high / 1000
+            solution = self._solver.solve(Problem(quadratic, L1(strength * unit)), weight)
+            solutions.append(solution.record())
+            weight, zeros = solution.weight, int((solution.weight == 0).sum())
+            if zeros > wanted:
+                high = strength
+                continue
+            low, best, slope = strength, weight, solution.residual
+            if wanted - zeros <= NEAR * wanted:
+                break
+        if slope is None:
+            slope, products = quadratic.residual(best), products + 1
+        return Found(best + slope / quadratic.gram.diagonal(), tuple(solutions), products)

@@ -7,6 +7,7 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.solvers.base import AbstractSolver, Solution, Status
 
 _PLACES = {
+    "admm": ("admm", "ADMM"),
     "cg": ("cg", "ConjugateGradient"),
     "cvxpy": ("cvxpy_", "CVXPY"),
     "fista": ("fista", "FISTA"),

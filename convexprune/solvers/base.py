@@ -1,7 +1,7 @@
 """What every solver promises: a convex problem in, a certified solution out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -27,6 +27,7 @@ class Solution:
 
     `products` counts matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
     `build_seconds` is spent on translating the problem to the back-end's form, `solve_seconds` in the back-end.
+    `residual` is the quadratic's residual at the weight [m n], for who goes on from there, if the solver knows it.
     """
 
     weight: Tensor
@@ -36,6 +37,11 @@ class Solution:
     products: int
     solve_seconds: float
     build_seconds: float = 0.0
+    residual: Tensor | None = None
+
+    def record(self) -> "Solution":
+        """What is to be reported, without the tensors, which are as large as the operator."""
+        return replace(self, weight=self.weight.new_empty(0, self.weight.shape[1]), residual=None)
 
 
 class AbstractSolver(ABC):

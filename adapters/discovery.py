@@ -1,0 +1,287 @@
+"""What runs inside a decoder layer, found by watching it run: no architecture is known here.
+
+An operator is a linear map that a forward pass calls once. Operators that are given the same tensor form a group; the
+stages of the groups follow from experiments: what changes when a group's outputs are changed depends on it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from posixpath import commonpath, dirname
+
+import torch
+from torch import Tensor, nn
+
+from convexprune.model import Call, DecoderLayer, Group, ModuleInput
+
+from .experts import Pile, Product, Slice, SliceInput, piles
+from .operators import LINEAR_MODULES, ParameterOperator, Place
+
+
+@dataclass(frozen=True)
+class Party:
+    """The places of a group, in order of execution; `paired` as in `Group`."""
+
+    places: tuple[Place, ...]
+    paired: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stages of every decoder layer that is built the same; and the reason for each matrix that is no operator."""
+
+    stages: tuple[tuple[Party, ...], ...]
+    left_alone: Mapping[str, str]
+
+    @property
+    def places(self) -> list[Place]:
+        """All places in the order of execution."""
+        return [place for stage in self.stages for party in stage for place in party.places]
+
+    def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
+        """The decoder layer `module` with those of its operators that are wanted."""
+        watched = {path: Pile(inner) for path, inner in module.named_modules() if piles(inner)}
+
+        def group(party: Party, kept: tuple[Place, ...]) -> Group:
+            operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
+            if kept[0].index is None:
+                return Group(operators, ModuleInput(operators[0].module), party.paired)
+            tap = SliceInput(watched[kept[0].module], Slice(kept[0].parameter, kept[0].index))
+            return Group(operators, tap, party.paired)
+
+        stages = []
+        for stage in self.stages:
+            kept = [(party, tuple(place for place in party.places if wanted(place))) for party in stage]
+            stages.append(tuple(group(party, places) for party, places in kept if places))
+        return DecoderLayer(name, module, tuple(stage for stage in stages if stage))
+
+
+def signature(layer: nn.Module) -> tuple[object, ...]:
+    """Equal for layers that are built the same: their class and the names and shapes of their parameters."""
+    return type(layer), *((name, tuple(p.shape)) for name, p in layer.named_parameters())
+
+
+@torch.no_grad()
+def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
+    """The layout of `layer`, whose weights are in memory, from a few forward passes with `hidden` [batch tokens n].
+
+    1.  Which linear maps are called, how often, in which order, and with which tensor.
+    2.  Experts are alike: one that no token reached is laid out as its siblings. An expert gets some of the tokens
+        only, so its group is not paired. What sits beside experts and is as narrow as they are many routes.
+    3.  With the outputs of a group changed, whose inputs change? The experts' groups of one make are tried as one.
+    """
+    seen = _watch(layer, call, hidden)
+    every = _every_place(layer, seen)
+    reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
+    kinds = _kinds(layer, every, seen, hidden[..., 0].numel(), reasons)
+    reasons |= _routers(layer, kinds)
+    kinds = [kind for kind in (_without(kind, reasons) for kind in kinds) if kind]
+    stages = _stages(kinds, seen, lambda changed: _watch(layer, call, hidden, changed))
+    placed = {place.name for stage in stages for party in stage for place in party.places}
+    for place in every:
+        if place.name not in placed:
+            reasons.setdefault(place.name, "not called in a forward pass")
+    return Layout(stages, reasons | _strangers(layer, kinds, every))
+
+
+# ---- watching
+
+
+@dataclass
+class _Seen:
+    """What a forward pass called, in order: the inputs of each place, which tensor they were, and how often."""
+
+    inputs: dict[Place, Tensor] = field(default_factory=dict)
+    tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
+    times: Counter[Place] = field(default_factory=Counter)
+
+    def add(self, place: Place, x: Tensor) -> None:
+        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory."""
+        if x.numel():  # an expert that is called without a token is not called
+            self.inputs.setdefault(place, x)
+            self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
+            self.times[place] += 1
+
+
+def _watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> _Seen:
+    """One forward pass; the outputs of the places in `changed` are made others."""
+    seen = _Seen()
+    with ExitStack() as hooks:
+        for path, module in layer.named_modules():
+            if isinstance(module, LINEAR_MODULES):
+                hooks.enter_context(_watch_module(module, _place(path, module), seen, changed))
+            elif piles(module):
+
+                def hear(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
+                    place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
+                    seen.add(place, product.inputs)
+                    return _other if place in changed else None
+
+                hooks.enter_context(Pile(module).listen(hear))
+        call(layer, hidden)
+    return seen
+
+
+@contextmanager
+def _watch_module(module: nn.Module, place: Place, seen: _Seen, changed: frozenset[Place]) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args:  # the taps read the first argument, so an input that comes by name is none
+            seen.add(place, args[0])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return _other(output) if place in changed else None
+
+    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
+        yield
+
+
+def _other(output: Tensor) -> Tensor:
+    """Other outputs: the order differs, which no norm hides, and so does the sum."""
+    return output.roll(1, -1) + 1
+
+
+def _place(path: str, module: nn.Module) -> Place:
+    return Place(path, transposed=not isinstance(module, nn.Linear))
+
+
+def _every_place(layer: nn.Module, seen: _Seen) -> list[Place]:
+    """All linear maps of the layer, called or not; of a pile that was multiplied with, all its matrices."""
+    every = [_place(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
+    used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
+    for path, parameter, transposed in used:
+        number = len(layer.get_submodule(path).get_parameter(parameter))
+        every += [Place(path, parameter, index, transposed) for index in range(number)]
+    return every
+
+
+# ---- groups
+
+_Kind = tuple[Party, ...]
+"""The groups of one make: one for each expert; of what is not in experts, a single one."""
+
+
+def _kinds(layer: nn.Module, every: list[Place], seen: _Seen, tokens: int, reasons: Mapping[str, str]) -> list[_Kind]:
+    """The groups in the order of their first calls, those of equal experts together."""
+    together: dict[tuple[object, ...], list[Place]] = {}
+    for place, tensor in seen.tensors.items():
+        if place.name not in reasons:
+            together.setdefault(tensor, []).append(place)
+    named = {place: _make(layer, place) for place in every}
+    found: dict[tuple[str, ...], dict[str, tuple[Place, ...]]] = {}
+    for group in together.values():
+        makes = tuple(named[place][0] for place in group)
+        numbers = {named[place][1] for place in group}
+        # Experts that all get one tensor are one group; it is of no make but its own.
+        key = makes if len(numbers) == 1 else tuple(place.name for place in group)
+        found.setdefault(key, {})[min(numbers)] = tuple(group)
+    for makes, groups in found.items():
+        siblings = {number: p for p, (make, number) in named.items() if make == makes[0]}
+        for number in siblings.keys() - groups.keys():
+            places = tuple(p for make in makes for p, n in named.items() if n == (make, number))
+            if not any(place in seen.inputs for place in places):
+                groups[number] = places
+
+    def whole(places: tuple[Place, ...]) -> bool:
+        x = seen.inputs.get(places[0])
+        return x is not None and x.numel() == tokens * x.shape[-1] and places[0].index is None
+
+    kinds = []
+    for groups in found.values():
+        paired = all(whole(places) for places in groups.values())
+        kinds.append(tuple(Party(groups[number], paired) for number in sorted(groups, key=_numerically)))
+    return kinds
+
+
+def _make(layer: nn.Module, place: Place) -> tuple[str, str]:
+    """The name of a place without the numbers of equal modules in a list, and these numbers."""
+    parts, numbers, module = [], [], layer
+    for part in place.module.split("."):
+        alike = isinstance(module, nn.ModuleList) and len({signature(child) for child in module}) == 1
+        numbers += [part] if alike else []
+        parts.append("*" if alike else part)
+        module = module.get_submodule(part)
+    if place.index is not None:
+        return ".".join([*parts, place.parameter]), str(place.index)
+    return ".".join(parts), ".".join(numbers)
+
+
+def _numerically(number: str) -> list[int]:
+    return [int(part) for part in number.split(".") if part]
+
+
+def _blocks(kinds: list[_Kind]) -> dict[str, int]:
+    """For each module that holds routed experts, how many there are."""
+    blocks = {}
+    for kind in kinds:
+        if len(kind) > 1 and not kind[0].paired:
+            experts = commonpath([party.places[0].module.replace(".", "/") for party in kind])
+            blocks[dirname(experts).replace("/", ".")] = len(kind)
+    return blocks
+
+
+def _routers(layer: nn.Module, kinds: list[_Kind]) -> dict[str, str]:
+    """The linear maps that choose experts: beside them, and no wider than they are many."""
+    found = {}
+    for block, number in _blocks(kinds).items():
+        for kind in kinds:
+            for place in kind[0].places:
+                rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
+                if len(kind) == 1 and _inside(place.module, block) and rows <= number:
+                    found[place.name] = "routes tokens to experts"
+    return found
+
+
+def _strangers(layer: nn.Module, kinds: list[_Kind], every: list[Place]) -> dict[str, str]:
+    """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
+    known = {place.path for place in every}
+    blocks = _blocks(kinds)
+    found = {}
+    for path, module in layer.named_modules():
+        for parameter, value in module.named_parameters(recurse=False):
+            name = f"{path}.{parameter}".removeprefix(".")
+            if value.dim() < 2 or name in known or "bias" in parameter:
+                continue
+            routes = any(_inside(path, block) and value.shape[0] <= number for block, number in blocks.items())
+            found[name] = "routes tokens to experts" if routes else f"in a {type(module).__name__}, no known linear map"
+    return found
+
+
+def _inside(path: str, block: str) -> bool:
+    return not block or path.startswith(f"{block}.")
+
+
+def _without(kind: _Kind, reasons: Mapping[str, str]) -> _Kind:
+    kept = (Party(tuple(p for p in party.places if p.name not in reasons), party.paired) for party in kind)
+    return tuple(party for party in kept if party.places)
+
+
+# ---- stages
+
+
+def _stages(kinds: list[_Kind], seen: _Seen, watch: Callable[[frozenset[Place]], _Seen]) -> tuple[_Kind, ...]:
+    """As few stages as the dependencies allow, which a pass for each kind shows."""
+    levels = [0] * len(kinds)
+    for i, kind in enumerate(kinds):
+        now = watch(frozenset(place for party in kind for place in party.places))
+        moved = [any(_differ(seen, now, party.places[0]) for party in other) for other in kinds]
+        if any(moved[: i + 1]) and any(len(k) > 1 for k in kinds):
+            # These "experts" feed each other: take each group by itself, in the order of the calls.
+            order = {place: number for number, place in enumerate(seen.inputs)}
+            parties = [party for k in kinds for party in k if party.places[0] in order]
+            single = [(party,) for party in sorted(parties, key=lambda party: order[party.places[0]])]
+            return _stages(single, seen, watch)
+        for j in range(i + 1, len(kinds)):
+            if moved[j]:
+                levels[j] = max(levels[j], levels[i] + 1)
+    stages = []
+    for level in sorted(set(levels)):
+        stages.append(tuple(party for kind, own in zip(kinds, levels, strict=True) if own == level for party in kind))
+    return tuple(stages)
+
+
+def _differ(first: _Seen, second: _Seen, place: Place) -> bool:
+    a, b = first.inputs.get(place), second.inputs.get(place)
+    if a is None or b is None:
+        return a is not b
+    return a.shape != b.shape or not torch.equal(a, b)

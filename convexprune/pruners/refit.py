@@ -1,0 +1,55 @@
+"""The refit: the values of least squares on a support that some pruner has found."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from convexprune.penalty import Support
+from convexprune.problem import Problem
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.damped import choose_damping, damped
+from convexprune.quadratic import Quadratic
+from convexprune.solvers import AbstractSolver, Solution
+from convexprune.solvers.base import require_penalty
+from convexprune.solvers.cg import ConjugateGradient
+
+
+@dataclass(frozen=True)
+class Refitted(AbstractPruner):
+    """Another pruner's support, with the values that are best on it.
+
+    `damping` is that of the refit alone, the pruner has its own: 0 is plain least squares, None is estimated from the
+    sample (`choose_damping`).
+
+    Raises:
+        UnsupportedError: `refit` does not take a support.
+    """
+
+    pruner: AbstractPruner
+    refit: AbstractSolver = field(default_factory=ConjugateGradient)
+    damping: float | None = None
+    least_damping: float = 0.03
+
+    def __post_init__(self) -> None:
+        require_penalty(self.refit, Support)
+
+    @torch.no_grad()
+    def prune(self, problem: PruningProblem) -> Pruned:
+        """See `AbstractPruner.prune`."""
+        pruned = self.pruner.prune(problem)
+        damping = choose_damping(problem, self.damping, self.least_damping)
+        weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
+        facts = pruned.facts | {"refit_damping": damping}
+        return replace(pruned, weight=weight, solutions=pruned.solutions + refits, facts=facts)
+
+
+def refitted(
+    quadratic: Quadratic, mask: Tensor, start: Tensor, refit: AbstractSolver | None
+) -> tuple[Tensor, tuple[Solution, ...]]:
+    """The values on `mask` [m n] that `refit` finds from `start` [m n], and its solution; `start` if there is none."""
+    start = start * mask
+    if refit is None:
+        return start, ()
+    solution = refit.solve(Problem(quadratic, Support(mask)), start)
+    return solution.weight, (solution,)

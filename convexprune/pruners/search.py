@@ -1,0 +1,65 @@
+"""What the pruners that search a support have in common: damping, coordinates, rounding, refit."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from convexprune.pattern import AbstractPattern
+from convexprune.penalty import Support
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.damped import choose_damping, saliency_coordinates
+from convexprune.pruners.refit import refitted
+from convexprune.quadratic import Quadratic
+from convexprune.solvers import AbstractSolver, Solution
+from convexprune.solvers.base import require_penalty
+from convexprune.solvers.cg import ConjugateGradient
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search ends with: scores [m n], the convex solves behind them, and the products outside of these."""
+
+    scores: Tensor
+    solutions: tuple[Solution, ...] = ()
+    products: int = 0
+
+
+@dataclass(frozen=True)
+class AbstractSearch(AbstractPruner):
+    """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
+
+    The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
+    estimated from the sample and at least `least_damping` if None (`choose_damping`), in the search and in the refit.
+    `refit` is the solver of the values; None keeps the scores on the support.
+
+    Raises:
+        UnsupportedError: `refit` does not take a support.
+    """
+
+    refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
+    damping: float | None = None
+    least_damping: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.refit is not None:
+            require_penalty(self.refit, Support)
+
+    @abstractmethod
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
+        """Scores [m n] whose largest are worth keeping: a weight times `scale` [n] near the optimum of `quadratic`."""
+
+    @torch.no_grad()
+    def prune(self, problem: PruningProblem) -> Pruned:
+        """See `AbstractPruner.prune`.
+
+        Raises:
+            PruningError: the damped Gram matrix is not positive definite.
+        """
+        damping = choose_damping(problem, self.damping, self.least_damping)
+        quadratic, scale = saliency_coordinates(problem, damping)
+        found = self.search(quadratic, scale, problem.pattern)
+        mask = problem.pattern.mask(found.scores.abs())
+        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
+        return Pruned(weight / scale, mask, found.solutions + refits, {"damping": damping}, found.products)

@@ -1,0 +1,68 @@
+"""What our iterative solvers of any penalty have in common: coordinates, the test of the gap, the certificate."""
+
+import time
+from abc import abstractmethod
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from convexprune.penalty import AbstractPenalty
+from convexprune.problem import Problem, certify, row_gaps
+from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty
+
+
+@dataclass(frozen=True)
+class AbstractIterative(AbstractSolver):
+    """Iterates all rows at once, and stops when gap <= tolerance * objective or after `max_iterations`.
+
+    `check_every`: the gap is tested every so many iterations. `scale`: iterate in coordinates where the Gram matrix has
+    a unit diagonal; the penalties are separable, so this is the same problem, up to four orders of magnitude better
+    conditioned. `precise`: the final certificate is computed in float64; else in the problem's own dtype, three times
+    cheaper.
+    """
+
+    tolerance: float = 1e-4
+    max_iterations: int = 2000
+    check_every: int = 20
+    scale: bool = True
+    precise: bool = True
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """Every penalty has a prox."""
+        return (AbstractPenalty,)
+
+    @torch.no_grad()
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """See `AbstractSolver.solve`."""
+        require_penalty(self, type(problem.penalty))
+        began = time.perf_counter()
+        weight = initial(problem, start)
+        scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])
+        inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
+        weight, status, iterations, products = self._iterate(inner, weight * scale)
+        weight = weight / scale
+        residual = None if self.precise else problem.quadratic.residual(weight)
+        certificate = certify(problem, weight, self.precise, residual)
+        if not isfinite(certificate.primal):
+            status = Status.NON_FINITE
+        elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
+            status = Status.SOLVED
+        seconds = time.perf_counter() - began
+        return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
+
+    @abstractmethod
+    def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
+        """The loop: (weight, status, iterations, products)."""
+
+    def _status(self, problem: Problem, weight: Tensor) -> Status | None:
+        """How the solve ends at `weight`, or None if it goes on. One product."""
+        residual = problem.quadratic.residual(weight)
+        values = problem.quadratic.values(weight, residual)
+        primal = float((values + problem.penalty.values(weight)).sum())
+        gap = float(row_gaps(problem, weight, residual, values).sum())
+        if primal != primal or primal == float("inf"):
+            return Status.NON_FINITE
+        return Status.SOLVED if gap <= self.tolerance * primal else None

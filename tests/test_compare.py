@@ -1,0 +1,185 @@
+"""A comparison says what pruning each method by itself would have said, and can be interrupted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import convexprune
+from convexprune import errors
+from convexprune.adapters import HuggingFaceModel, load, text_windows
+from convexprune.adapters.logits import Head
+from convexprune.validation import compare, perplexity
+from convexprune.validation.side_by_side import Comparison
+from convexprune.validation.variants import CONVENTIONS, make_variants
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60
+OTHER = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 60
+TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
+CALIBRATION: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 1}
+TIMES = {"solve_seconds", "seconds", "shared_seconds", "peak_bytes", "more_bytes"}
+
+
+@pytest.fixture
+def folder(tiny_llama: HuggingFaceModel, tmp_path: Path) -> Path:
+    return saved(tiny_llama, tmp_path)
+
+
+def saved(model: HuggingFaceModel, tmp_path: Path) -> Path:
+    model.model.save_pretrained(tmp_path / "model")
+    assert model.tokenizer is not None
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(OTHER)
+    return tmp_path
+
+
+def compared(folder: Path, **settings: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "methods": ["fista"],
+        "sparsities": [0.5],
+        "patterns": ["unstructured"],
+        "conventions": ["own"],
+        "eval_texts": [str(folder / "text.txt"), str(folder / "other.txt")],
+        "eval_window": 16,
+        "eval_windows": 3,
+        "plots": False,
+    }
+    return compare(folder / "model", output=folder / "out", **plain | CALIBRATION | settings)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_perplexities_and_errors_are_those_of_prune(
+    build: Callable[[str], PreTrainedModel], tokenizer, tmp_path: Path, family: str
+):
+    folder = saved(HuggingFaceModel(build(family), tokenizer), tmp_path)
+    conventions = ["dense", "dense-none", "pruned-half"]
+    result = compared(folder, methods=["fista", "sparsegpt"], conventions=conventions, batch_size=2)
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        prefix, correction = CONVENTIONS[row["convention"]]
+        model = load(folder / "model", device="cpu")
+        method = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
+        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "batch_size": 2}
+        pruned = convexprune.prune(model.model, **settings)
+        for name in ("text", "other"):
+            expected = perplexity(model.model, text_windows(folder / f"{name}.txt", model, 16)[:3])
+            assert row["texts"][name]["perplexity"] == pytest.approx(expected.value, rel=1e-5)
+        assert [o["relative_error"] for o in row["operators"]] == pytest.approx(
+            [o.relative_error for o in pruned.report.operators], rel=1e-4
+        )
+        assert row["sparsity"] == pruned.report.sparsity == 0.5
+
+
+def test_the_dense_models_numbers_are_its_own_and_its_kl_to_itself_is_zero(folder: Path):
+    result = compared(folder, methods=["magnitude"])
+    model = load(folder / "model", device="cpu")
+    windows = text_windows(folder / "text.txt", model, 16)[:3]
+    dense = result["dense"]["texts"]["text"]
+    assert dense["perplexity"] == pytest.approx(perplexity(model.model, windows).value, rel=1e-6)
+    assert dense["kl"] == dense["excess"] == 0 and set(dense["kl_by_window"]) == {0.0}
+    (row,) = result["rows"]
+    with torch.no_grad():
+        before = model.model(windows).logits[:, :-1].double().log_softmax(-1)
+        convexprune.prune(model.model, method="magnitude", **CALIBRATION)
+        after = model.model(windows).logits[:, :-1].double().log_softmax(-1)
+    expected = (before.exp() * (before - after)).sum(-1).mean()
+    assert row["texts"]["text"]["kl"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_head_is_the_models_own_whatever_the_family(tiny: HuggingFaceModel):
+    windows = TOKENS[:2]
+    last = tiny.layers[-1].module
+    kept: list[Any] = []
+    hook = last.register_forward_hook(lambda _, __, output: kept.append(output))
+    with torch.no_grad():
+        expected = tiny.model(windows).logits
+    hook.remove()
+    hidden = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
+    assert torch.equal(Head(tiny).logits(windows, hidden), expected)
+    with torch.no_grad():
+        assert torch.equal(tiny.model(windows).logits, expected)  # and the model is what it was
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monkeypatch):
+    settings: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "conventions": ["dense", "pruned-own"]}
+    whole = compared(folder, **settings)
+    (folder / "out").rename(folder / "whole")
+    advance, steps = Comparison._through, iter(range(100))
+
+    def breaks(self, *args):
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+        return advance(self, *args)
+
+    monkeypatch.setattr(Comparison, "_through", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        compared(folder, **settings)
+    assert not (folder / "out" / "compare.json").exists()
+    with pytest.raises(errors.RecipeError, match=r"another comparison: recipes differ"):
+        compared(folder, **settings | {"sparsities": [0.6]}, resume=True)
+    with pytest.raises(errors.OutputError, match="already holds something"):
+        compared(folder, **settings)
+    told: list[str] = []
+    assert without_times(compared(folder, **settings, resume=True, progress=lambda _: told.append)) == without_times(
+        whole
+    )
+    assert any("was done" in step for step in told) and len(told) == 2 * 5
+    texts = [without_times(json.loads((folder / f / "compare.json").read_text())) for f in ("out", "whole")]
+    assert texts[0] == texts[1]
+    assert {p.name for p in (folder / "out").iterdir()} == {"compare.json", "report.md"}
+
+
+def test_report_and_plots_are_drawn(folder: Path):
+    result = compared(folder, methods=["wanda", "fista"], patterns=["unstructured", "2:4"], plots=True)
+    report = (folder / "out" / "report.md").read_text()
+    assert "| wanda | 2:4 | pruned-own |" in report and "| fista | 50.0% | dense |" in report
+    drawn = {p.name for p in (folder / "out").glob("*.png")}
+    assert len(drawn) == 6 and all(name in report for name in drawn)
+    assert result["card"]["hashes"]["model"] in report
+    wanda, fista = (row for row in result["rows"] if row["pattern"] == "2:4")
+    assert wanda["products"] == 0 < fista["products"]
+    assert fista["largest_gap"] < 1e-2 and wanda["largest_gap"] is None
+
+
+BAD = {
+    "method": ({"methods": ["fista", "wando"]}, errors.RecipeError, "Did you mean 'wanda'"),
+    "convention": ({"conventions": ["densely"]}, errors.RecipeError, "Did you mean 'dense'"),
+    "pattern": ({"patterns": ["2-4"]}, errors.PatternError, "Unknown pattern '2-4'"),
+    "sparsity": ({"sparsities": [1.5]}, errors.PatternError, "outside"),
+    "setting": ({"methods": ["sparsegpt:dampin=1"]}, errors.RecipeError, "dampin"),
+    "text": ({"eval_texts": ["python-doc"]}, errors.CalibrationError, "Did you mean 'python-docs'"),
+    "texts": ({"eval_texts": ["a/python-docs", "b/python-docs"]}, errors.CalibrationError, "Unknown text"),
+    "nothing": ({"methods": []}, errors.RecipeError, "nothing to compare"),
+    "resume": ({"resume": True}, errors.OutputError, "nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_work(tmp_path: Path, case: str):
+    settings, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        compared(tmp_path, **{"eval_texts": ["licences"], **settings})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_stand_for_methods_solvers_and_settings():
+    variants = make_variants(["fista", "sparsegpt:damping=0.1"], [0.5, 0.7], ["unstructured", "2:4"], ["own", "dense"])
+    assert [v.name for v in variants if v.pattern == "2:4"] == [
+        "fista 2:4 dense",
+        "sparsegpt:damping=0.1 2:4 pruned-own",
+        "sparsegpt:damping=0.1 2:4 dense",
+    ]
+    assert len(variants) == 9
+    pruner = variants[-1].layer_settings().pruner
+    assert isinstance(pruner, convexprune.pruners.SparseGPT) and pruner.damping == 0.1

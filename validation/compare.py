@@ -1,0 +1,185 @@
+"""The door to comparisons: from names and a folder to `compare.json`, `report.md` and plots, resumable."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load, text_windows
+from convexprune.errors import OutputError, RecipeError
+from convexprune.pipeline import check_output, check_patterns
+from convexprune.report import finite
+
+from .plots import check_plots, draw
+from .results import make_row, markdown, text_result
+from .side_by_side import DENSE, Comparison, Tokens
+from .states import Store, write_json
+from .texts import text_of
+from .variants import make_variants
+
+PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
+EMBEDDED_WINDOW = 256
+EVALUATION_WINDOW = 1024
+
+
+def compare(
+    model: str | Path | None,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    patterns: Sequence[str],
+    conventions: Sequence[str],
+    output: Path,
+    *,
+    quota: str = "matrix",
+    dataset: Any = "self",
+    num_calibration_samples: int = 64,
+    held_out_samples: int | None = None,
+    max_seq_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    eval_texts: Sequence[str] = ("python-docs", "licences"),
+    eval_window: int | None = None,
+    eval_windows: int | None = 20,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str | None = "float32",
+    resume: bool = False,
+    plots: bool = True,
+    command: str = "",
+    progress: Callable[[int], Callable[[str], None]] | None = None,
+) -> dict[str, Any]:
+    """Compare methods on the same tokens; the result is what `compare.json` in `output` holds.
+
+    Args:
+        model: a folder or a name on the hub; None is the small OPT that is bundled.
+        methods, sparsities, patterns, conventions: see `make_variants`.
+        output: the folder for the result; must be empty, unless `resume`. Beside the result it holds `work` meanwhile.
+        quota, dataset, num_calibration_samples, held_out_samples, max_seq_length, batch_size, seed, targets, ignore,
+            device, dtype: see `convexprune.prune`.
+        eval_texts: .txt or .jsonl files, or the names of texts that installations carry (`validation.texts.TEXTS`).
+        eval_window: tokens of an evaluation window (None: 1024, or the model's limit if less).
+        eval_windows: how many windows of each text, from its beginning; None: all.
+        resume: go on with an interrupted comparison; its settings must be the same.
+        plots: draw them (needs matplotlib).
+        command: what to state as the way to reproduce the result.
+        progress: called with the number of steps, returns what is called with a description of each step done.
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    variants = make_variants(methods, sparsities, patterns, conventions, quota)
+    if plots:
+        check_plots()
+    work = output / "work"
+    if resume and not (work / "identity.json").is_file():
+        raise OutputError(f"{output} holds no comparison that was interrupted, so there is nothing to resume.")
+    if not resume:
+        check_output(output)
+    texts = _texts(eval_texts)
+    began = time.perf_counter()
+    loaded = load(
+        EMBEDDED if model is None else model,
+        device=device,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        targets=targets,
+        ignore=ignore,
+    )
+    settings = {variant.name: variant.layer_settings() for variant in variants}
+    for each in settings.values():
+        check_patterns(loaded, each)
+    length = max_seq_length or (EMBEDDED_WINDOW if model is None else None)
+    spare = max(1, num_calibration_samples // 8) if held_out_samples is None else held_out_samples
+    calibration, held_out = calibration_and_held_out(
+        dataset, loaded, num_samples=num_calibration_samples, spare=spare, max_seq_length=length, seed=seed
+    )
+    window = eval_window or min(EVALUATION_WINDOW, loaded.max_positions)
+    windows = {name: text_windows(text, loaded, window)[:eval_windows] for name, text in texts.items()}
+    tokens = Tokens(calibration, held_out, windows)
+    card = {
+        "command": command,
+        "model": "the bundled OPT" if model is None else Path(model).name,
+        "seed": seed,
+        "batch size": batch_size,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
+        "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
+        "hashes": {"model": _model_hash(loaded)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+    }
+    identity = {key: value for key, value in card.items() if key != "command"}
+    identity["recipes"] = {v.name: v.recipe().model_dump(mode="json") for v in variants}
+    _claim(work / "identity.json", json.loads(json.dumps(identity)), resume)
+    comparison = Comparison(loaded, tokens, settings, Store(work), batch_size)
+    comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
+    middle = time.perf_counter()
+    found = comparison.likelihoods()
+    dense = comparison.records(DENSE)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {loaded.model.device}"
+    result = {
+        "card": card | {"machine": machine},
+        "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
+        "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
+        "shared_seconds": {
+            "dense": sum(record["seconds"] for record in dense),
+            "evaluation": time.perf_counter() - middle,
+            "this process": time.perf_counter() - began,
+        },
+    }
+    drawn = draw(result, output) if plots else []
+    (output / "report.md").write_text(markdown(result, drawn))
+    write_json(output / "compare.json", finite(result))
+    shutil.rmtree(work)
+    return result
+
+
+def _texts(sources: Sequence[str]) -> dict[str, str]:
+    """The texts by a short name.
+
+    Raises:
+        RecipeError: there is none, or two have one name.
+    """
+    texts = {Path(source).stem: text_of(source) for source in sources}
+    if not 0 < len(texts) == len(sources):
+        raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
+    return texts
+
+
+def _claim(path: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Write down what is compared; or, to resume, see that it is the same.
+
+    Raises:
+        RecipeError: it is another comparison.
+    """
+    if not resume:
+        write_json(path, identity)
+        return
+    before = json.loads(path.read_text())
+    differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+    if differing:
+        raise RecipeError(
+            f"{path.parent.parent} holds another comparison: {', '.join(differing)} differ. Give the settings that it "
+            "began with, or another output folder."
+        )
+
+
+def _model_hash(model: HuggingFaceModel) -> str:
+    """Of all parameters, by name, as they are in memory."""
+    total = hashlib.sha256()
+    for name, parameter in model.model.named_parameters():
+        total.update(name.encode())
+        total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(ids.contiguous().numpy().data).hexdigest()

@@ -1,0 +1,110 @@
+"""Pictures of a comparison (matplotlib, an optional package)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from convexprune.errors import DependencyError
+
+Row = Mapping[str, Any]
+
+
+def check_plots() -> None:
+    """Refuse, before any work, if there is nothing to draw with.
+
+    Raises:
+        DependencyError: matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise DependencyError("Plots need matplotlib: pip install 'convexprune[plot]', or ask for no plots.")
+
+
+def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write the pictures to `folder`; returns their file names.
+
+    Error and held-out error by decoder layer, one panel for each pattern; error against matrix products; error and
+    perplexity against sparsity, one line for each method and convention.
+    """
+    rows, texts = result["rows"], list(result["dense"]["texts"])
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(_target(row), []).append(row)
+    names = [
+        _by_layer(folder, panels, "error_by_layer", "relative error, calibration tokens"),
+        _by_layer(folder, panels, "held_out_error_by_layer", "relative error, held-out tokens"),
+        _products(folder, panels),
+        _by_sparsity(folder, rows, "error", "relative error, held-out tokens", lambda row: _error(row)),
+    ]
+    for text in texts:
+
+        def perplexity(row: Row, text: str = text) -> float:
+            return row["texts"][text]["perplexity"]
+
+        names.append(_by_sparsity(folder, rows, f"perplexity-{text}", f"perplexity, {text}", perplexity))
+    return names
+
+
+def _by_layer(folder: Path, panels: Mapping[str, Sequence[Row]], key: str, label: str) -> str:
+    figure, axes = _figure(len(panels))
+    for axis, (target, rows) in zip(axes, panels.items(), strict=True):
+        for row in rows:
+            values = [float("nan") if value is None else value for value in row[key]]
+            axis.plot(range(len(values)), values, label=_label(row), linewidth=1)
+        axis.set(title=target, xlabel="decoder layer", ylabel=label, yscale="log")
+        axis.legend(fontsize=6)
+    return _save(figure, folder, f"{key.replace('_', '-')}.png")
+
+
+def _products(folder: Path, panels: Mapping[str, Sequence[Row]]) -> str:
+    figure, axes = _figure(len(panels))
+    for axis, (target, rows) in zip(axes, panels.items(), strict=True):
+        for row in rows:
+            axis.plot([row["products"]], [_error(row)], "o", label=_label(row))
+        axis.set(title=target, xlabel="matrix products a group", ylabel="relative error, held-out tokens")
+        axis.set_xscale("symlog", linthresh=10)
+        axis.legend(fontsize=6)
+    return _save(figure, folder, "error-against-products.png")
+
+
+def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, label: str, value: Callable[[Row], float]) -> str:
+    figure, (axis,) = _figure(1)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        kind = "" if row["pattern"] == "unstructured" else " N:M"
+        lines.setdefault(_label(row) + kind, []).append(row)
+    for line, members in lines.items():
+        points = sorted((row["sparsity"], value(row)) for row in members)
+        axis.plot(*zip(*points, strict=True), "o-", label=line, linewidth=1, markersize=3)
+    axis.set(xlabel="sparsity", ylabel=label, yscale="log")
+    axis.legend(fontsize=6)
+    return _save(figure, folder, f"{name}-against-sparsity.png")
+
+
+def _error(row: Row) -> float:
+    """The mean error on held-out tokens, or on calibration tokens if none were held out."""
+    held_out = row["held_out_error"]["mean"]
+    return row["error"]["mean"] if held_out is None else held_out
+
+
+def _target(row: Row) -> str:
+    return f"{row['asked_sparsity']:.0%}" if row["pattern"] == "unstructured" else row["pattern"]
+
+
+def _label(row: Row) -> str:
+    words = [row["method"], row["convention"], *([] if row["allocation"] == "uniform" else [row["allocation"]])]
+    return " ".join(words)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 5 * panels, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _save(figure: Any, folder: Path, name: str) -> str:
+    figure.savefig(folder / name, dpi=120)
+    return name

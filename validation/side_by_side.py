@@ -1,0 +1,246 @@
+"""Methods side by side on the same tokens: decoder layers outermost, so that what methods share is computed once.
+
+Of each layer, one dense pass serves every variant, and one set of moments of the first stage all that have a dense
+prefix. Then each variant prunes the layer, sends its own evaluation text through it, and the dense weights are put
+back: no pruned model is ever kept, and one problem is in memory at a time.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.logits import Head
+from convexprune.model import Call, DecoderLayer, Group
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
+from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.layer import Observed
+from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
+from convexprune.report import OperatorReport
+
+from .likelihood import Likelihood, likelihoods
+from .memory import peak_memory
+from .states import Batches, Store
+
+DENSE = "dense"
+FITTED = ("calibration", "held-out")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Token ids: calibration windows to fit, held-out windows to judge by, and texts to evaluate on, by name.
+
+    All are [windows length]; the held-out windows may be none.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    texts: Mapping[str, Tensor]
+
+    @property
+    def streams(self) -> dict[str, Tensor]:
+        """Everything that goes through the network, by the name of its states on disk."""
+        streams = {FITTED[0]: self.calibration, FITTED[1]: self.held_out}
+        streams |= {_stream(name): windows for name, windows in self.texts.items()}
+        return {name: windows for name, windows in streams.items() if len(windows)}
+
+
+class Comparison:
+    """The loop over decoder layers and variants; what is recorded in `store` is not done again."""
+
+    def __init__(
+        self,
+        model: HuggingFaceModel,
+        tokens: Tokens,
+        variants: Mapping[str, LayerSettings],
+        store: Store,
+        batch_size: int = 1,
+    ) -> None:
+        self._model, self._tokens, self._variants, self._store = model, tokens, variants, store
+        self._batch_size, self._device = batch_size, model.model.device
+        self._networks = (DENSE, *variants)
+        self._recorded: dict[torch.Size, list[Call]] = {}
+
+    @property
+    def units(self) -> int:
+        """How often `run` tells of progress."""
+        return len(self._model.layers) * len(self._networks)
+
+    @torch.no_grad()
+    def run(self, tell: Callable[[str], None]) -> None:
+        """Prune every decoder layer by every variant; `tell` hears of each."""
+        for windows in self._tokens.streams.values():
+            for ids in windows.split(self._batch_size):
+                if ids.shape not in self._recorded:
+                    self._recorded[ids.shape] = self._model.calls(ids)
+        if self._store.recorded(DENSE, 0) is None:
+            for stream, windows in self._tokens.streams.items():
+                batches = map(self._model.first_inputs, windows.split(self._batch_size))
+                self._store.write_states(DENSE, 0, stream, batches, len(windows))
+            self._store.record(DENSE, 0, {})
+        for number in range(len(self._model.layers)):
+            todo = [name for name in self._networks if self._store.recorded(name, number + 1) is None]
+            if todo:
+                self._layer(number, todo, tell)
+            for name in self._networks:
+                self._store.drop_states(name, number)
+                if name not in todo:
+                    tell(f"layer {number}, {name}: was done")
+
+    @torch.no_grad()
+    def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
+        """For each text, of the dense model and of each variant; to be asked once `run` is through."""
+        head, last, found = Head(self._model), len(self._model.layers), {}
+        for name, windows in self._tokens.texts.items():
+            states = {network: self._store.states(network, last, _stream(name)) for network in self._networks}
+            found[name] = likelihoods(head, windows, states.pop(DENSE), states)
+        return found
+
+    def records(self, network: str) -> list[dict[str, Any]]:
+        """What was recorded of a network, decoder layer by decoder layer."""
+        return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
+
+    def _layer(self, number: int, todo: Sequence[str], tell: Callable[[str], None]) -> None:
+        """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
+        layer, began = self._model.layers[number], time.perf_counter()
+        calls = self._calls(number)
+        hidden = self._fitted(DENSE, number)
+        observed = observe(layer, calls, hidden)
+        if DENSE in todo:
+            count = len(self._tokens.calibration.split(self._batch_size))
+            outputs = {FITTED[0]: observed.outputs[:count], FITTED[1]: observed.outputs[count:]}
+            for stream, windows in self._tokens.streams.items():
+                batches = outputs.get(stream) or self._through(number, DENSE, stream)
+                self._store.write_states(DENSE, number + 1, stream, batches, len(windows))
+            self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
+            tell(f"layer {number}, dense")
+        first: dict[Group, Folds] = {}
+        for name in todo:
+            if name == DENSE:
+                continue
+            settings = self._variants[name]
+            if settings.prefix == "dense" and not first and layer.stages:
+                states = HiddenStates(hidden, hidden, self._held_out)
+                first = {
+                    g: f for part in stage_folds(layer, 0, calls, states, observed, settings) for g, f in part.items()
+                }
+            with _put_back(layer):
+                record = self._prune(number, name, observed, first)
+                for stream in self._advanced(name):
+                    batches = self._through(number, name, stream)
+                    self._store.write_states(name, number + 1, stream, batches, len(self._tokens.streams[stream]))
+            self._store.record(name, number + 1, record)
+            tell(f"layer {number}, {name}")
+
+    def _prune(self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]) -> dict[str, Any]:
+        """Prune one layer by one variant; what came of it."""
+        layer, settings = self._model.layers[number], self._variants[name]
+        dense = self._fitted(DENSE, number)
+        fed = dense if settings.prefix == "dense" else self._fitted(name, number)
+        hidden = HiddenStates(dense, fed, self._held_out)
+        watched, reports = Watched(settings.pruner), []
+        began = time.perf_counter()
+        with peak_memory(self._device) as peak:
+            prune_observed(
+                layer,
+                self._calls(number),
+                hidden,
+                observed,
+                replace(settings, pruner=watched),
+                reports.append,
+                first if settings.prefix == "dense" else None,
+            )
+        seconds = time.perf_counter() - began
+        return {
+            "operators": [asdict(report) for report in reports],
+            "output_error": self._output_error(number, dense, observed),
+            "products": watched.products(layer, reports),
+            "solve_seconds": watched.seconds,
+            "seconds": seconds,
+            "peak_bytes": peak.total,
+            "more_bytes": peak.more,
+        }
+
+    def _output_error(self, number: int, dense: Sequence[Tensor], observed: Observed) -> float | None:
+        """Median over the held-out tokens of |y* - y|^2 / |y - x|^2: dense input x, dense and pruned output y, y*."""
+        ratios = []
+        for i in range(len(dense) - self._held_out, len(dense)):
+            x, y = dense[i], observed.outputs[i]
+            wrong = self._calls(number)(x)(self._model.layers[number].module, x) - y
+            ratios.append((wrong.float().square().sum(-1) / (y - x).float().square().sum(-1)).flatten())
+        return float(torch.cat(ratios).median()) if ratios else None
+
+    @property
+    def _held_out(self) -> int:
+        """How many batches are held out."""
+        return -(-len(self._tokens.held_out) // self._batch_size)
+
+    def _calls(self, number: int) -> Callable[[Tensor], Call]:
+        return lambda batch: self._recorded[batch.shape[:2]][number]
+
+    def _batches(self, name: str, number: int, streams: Iterable[str]) -> Batches:
+        """What enters a decoder layer; before the first, nothing is pruned yet."""
+        network = name if number else DENSE
+        parts = [self._store.states(network, number, s) for s in streams if s in self._tokens.streams]
+        return Batches(parts, self._batch_size, self._device)
+
+    def _fitted(self, name: str, number: int) -> Batches:
+        return self._batches(name, number, FITTED)
+
+    def _through(self, number: int, name: str, stream: str) -> Iterator[Tensor]:
+        """What the layer, as it is by now, makes of a stream."""
+        calls, module = self._calls(number), self._model.layers[number].module
+        return (calls(batch)(module, batch) for batch in self._batches(name, number, [stream]))
+
+    def _advanced(self, name: str) -> list[str]:
+        """The streams that a variant has states of its own for."""
+        own = FITTED if self._variants[name].prefix == "pruned" else ()
+        return [stream for stream in self._tokens.streams if stream in own or stream not in FITTED]
+
+
+@dataclass
+class Watched(AbstractPruner):
+    """A pruner whose seconds are taken, and whose matrix products are counted."""
+
+    pruner: AbstractPruner
+    seconds: float = 0.0
+    surplus: float = 0.0
+
+    def prune(self, problem: PruningProblem) -> Pruned:
+        """See `AbstractPruner.prune`."""
+        began = time.perf_counter()
+        pruned = self.pruner.prune(problem)
+        if pruned.weight.is_cuda:
+            torch.cuda.synchronize(pruned.weight.device)
+        self.seconds += time.perf_counter() - began
+        for solution in pruned.solutions:
+            self.surplus += solution.products * (1 - len(solution.weight) / len(pruned.weight))
+        return pruned
+
+    def products(self, layer: DecoderLayer, reports: Iterable[OperatorReport]) -> float:
+        """Products [m n] x [n n] of whole stacks, mean over the layer's groups.
+
+        Each report of a group counts the group's products; a product of one operator of a stack is a part of one.
+        """
+        leaders = {f"{layer.name}.{group.operators[0].name}" for group in layer.groups}
+        return (sum(r.products for r in reports if r.name in leaders) - self.surplus) / max(1, len(leaders))
+
+
+@contextmanager
+def _put_back(layer: DecoderLayer) -> Iterator[None]:
+    """The weights of the layer are afterwards what they were."""
+    before = {operator: operator.read().clone() for operator in layer.operators}
+    try:
+        yield
+    finally:
+        for operator, weight in before.items():
+            operator.write(weight)
+
+
+def _stream(text: str) -> str:
+    return f"text {text}"

@@ -1,0 +1,150 @@
+"""What is compared: every method, sparsity, pattern and convention by name, and what the names stand for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from convexprune.errors import RecipeError, unknown
+from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pruners import PRUNERS
+from convexprune.solvers import solver_names
+
+CONVENTIONS: dict[str, tuple[str, float]] = {
+    "dense": ("dense", 1.0),
+    "dense-half": ("dense", 0.5),
+    "dense-none": ("dense", 0.0),
+    "pruned-own": ("pruned", 0.0),
+    "pruned-half": ("pruned", 0.5),
+    "pruned-dense": ("pruned", 1.0),
+}
+"""Which network feeds a decoder layer, and how much of earlier errors an operator corrects (a in docs/method.md)."""
+
+OWN = {
+    "alps": "pruned-own",
+    "fistapruner": "dense",
+    "magnitude": "dense-none",
+    "sparsegpt": "pruned-own",
+    "wanda": "pruned-own",
+}
+"""What each method's paper or code does; of ours, the recipe's default."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method at one pattern under one convention; `sparsity` is None where the pattern fixes it."""
+
+    method: str
+    pattern: str
+    sparsity: float | None
+    convention: str
+    quota: str = "matrix"
+    allocation: str = "uniform"
+
+    @property
+    def name(self) -> str:
+        """Of the variant among others, and of its folder."""
+        name = f"{self.method} {self.target} {self.convention}"
+        return name if self.allocation == "uniform" else f"{name} {self.allocation}"
+
+    @property
+    def target(self) -> str:
+        """The pattern as one reads it."""
+        return self.pattern if self.sparsity is None else f"{self.sparsity:.3g}"
+
+    @property
+    def zeros(self) -> float:
+        """The share of zeros that is asked for."""
+        kept, _, group = self.pattern.partition(":")
+        return self.sparsity if self.sparsity is not None else 1 - int(kept) / int(group)
+
+    @property
+    def prefix(self) -> str:
+        """Which network feeds a decoder layer."""
+        return CONVENTIONS[self.convention][0]
+
+    def recipe(self) -> Recipe:
+        """The recipe whose method, pattern and convention these are.
+
+        Raises:
+            RecipeError: an unknown method or setting.
+            PatternError: no such pattern or sparsity.
+        """
+        prefix, correction = CONVENTIONS[self.convention]
+        return make_recipe(
+            model="",
+            **_method(self.method),
+            pattern=self.pattern,
+            sparsity=self.sparsity,
+            quota=self.quota,
+            prefix=prefix,
+            error_correction=correction,
+        )
+
+    def layer_settings(self) -> LayerSettings:
+        """What `prune_layer` takes."""
+        recipe = self.recipe()
+        return LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+
+
+def make_variants(
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    patterns: Sequence[str],
+    conventions: Sequence[str],
+    quota: str = "matrix",
+) -> list[Variant]:
+    """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
+
+    A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
+    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+
+    Raises:
+        RecipeError: an unknown method, setting or convention, or nothing to compare.
+        PatternError: no such pattern or sparsity.
+    """
+    for convention in conventions:
+        if convention not in ("own", *CONVENTIONS):
+            raise RecipeError(unknown("convention", convention, ["own", *CONVENTIONS]))
+    variants = {
+        Variant(method, pattern, sparsity, _own(method) if convention == "own" else convention, quota): None
+        for method in methods
+        for pattern in patterns
+        for sparsity in (sparsities if pattern == "unstructured" else [None])
+        for convention in conventions
+    }
+    for variant in variants:
+        variant.layer_settings()
+    if not variants:
+        raise RecipeError("There is nothing to compare: name at least one method, sparsity, pattern and convention.")
+    return list(variants)
+
+
+def _method(text: str) -> dict[str, Any]:
+    """The recipe's settings of a method named as in `make_variants`."""
+    name, *pairs = text.split(":")
+    if name not in PRUNERS and name not in solver_names():
+        raise RecipeError(unknown("method", name, _known()))
+    settings: dict[str, Any] = {"method": name} if name in PRUNERS else {"method": "convex", "solver": name}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
+        settings.setdefault("method_args", {})[key] = yaml.safe_load(value)
+    return settings
+
+
+def _own(method: str) -> str:
+    """The convention of the method's paper; for ours, of the recipe's defaults."""
+    name = method.partition(":")[0]
+    if name in OWN:
+        return OWN[name]
+    fields = Recipe.model_fields
+    default = (fields["prefix"].default, fields["error_correction"].default)
+    (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
+    return convention
+
+
+def _known() -> Iterable[str]:
+    return sorted({*PRUNERS, *solver_names()})
