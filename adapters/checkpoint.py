@@ -96,8 +96,10 @@ def load(
             )
         tokenizer = tokenizer or _read_tokenizer(name, place)
     refuse_unloaded(model)
+    # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
+    cast = dtype if isinstance(source, PreTrainedModel) else None
     if not _is_offloaded(model):
-        model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+        model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
         raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
     return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
