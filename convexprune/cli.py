@@ -32,7 +32,9 @@ def _main() -> None:
 def prune(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")] = None,
     solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, cvxpy, scipy.")] = "fista",
-    method: Annotated[str, typer.Option(help="convex, or a baseline: magnitude, wanda, sparsegpt.")] = "convex",
+    method: Annotated[
+        str, typer.Option(help="convex, admm, or a baseline: alps, sparsegpt, wanda, magnitude.")
+    ] = "convex",
     preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
@@ -50,6 +52,9 @@ def prune(
     error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
     damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option(help="Least squares on the support, for any method or for none.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,

@@ -193,7 +193,7 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
 
 
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
-    every = [f"{layer.name}.{name}" for layer in model.layers for stage in layer.stages for name in stage]
+    every = [f"{layer.name}.{operator.name}" for layer in model.layers for operator in layer.operators]
     for name in operators:
         if name not in every:
             raise RecipeError(unknown("operator", name, every))
