@@ -35,7 +35,11 @@ def main() -> None:
     operators = list(operator_problems(model, tokens, settings, names))
     pruners = {name: cls() for name, cls in PRUNERS.items()}
     pruners |= {"convex": Convex(damping=1e-4), "perspective": Perspective(damping=1e-4)}
-    for pattern in (parse_pattern("unstructured", 0.5), parse_pattern("unstructured", 0.5, "row"), parse_pattern("2:4")):
+    for pattern in (
+        parse_pattern("unstructured", 0.5),
+        parse_pattern("unstructured", 0.5, "row"),
+        parse_pattern("2:4"),
+    ):
         ratios: dict[str, list[float]] = {name: [] for name in (*pruners, "lower bound")}
         for number, operator in enumerate(operators):
             problem = small(operator.dense, operator.moments, args.rows, args.columns, pattern, number)

@@ -20,7 +20,6 @@ import test_penalty
 import test_perspective
 import test_quadratic
 import test_refit
-
 from hypothesis import Phase, settings
 
 from convexprune import bound, pattern, problem
@@ -31,7 +30,6 @@ from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.solvers.cg import ConjugateGradient
 from convexprune.solvers.fista import FISTA
-
 
 FAILURES = (AssertionError, ConvexpruneError, ExceptionGroup, RuntimeError)
 

@@ -34,9 +34,7 @@ def slow_value(v, curvature, price):
 def test_the_value_is_the_least_over_fractions_of_a_non_zero(seed):
     penalty, weight = make((2, 3), seed), 2 * random(seed + 2, 2, 3)
     curvature, price = penalty.curvature.expand(2, 3), penalty.price
-    expected = [
-        sum(slow_value(float(weight[i, j]), curvature[i, j], price[i, j]) for j in range(3)) for i in range(2)
-    ]
+    expected = [sum(slow_value(float(weight[i, j]), curvature[i, j], price[i, j]) for j in range(3)) for i in range(2)]
     torch.testing.assert_close(penalty.values(weight), weight.new_tensor(expected), rtol=1e-3, atol=1e-3)
 
 

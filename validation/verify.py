@@ -54,7 +54,9 @@ class Verification:
     def faults(self) -> list[str]:
         """What missed a tolerance; empty if all is well."""
         found = [
-            f"{c.operator} [{c.penalty}] {text}" for c in self.comparisons for text in c.faults(self.tolerance, self.gap)
+            f"{c.operator} [{c.penalty}] {text}"
+            for c in self.comparisons
+            for text in c.faults(self.tolerance, self.gap)
         ]
         found += [
             f"{b.operator}: the error {b.error:.3e} is below the bound {b.lower:.3e}, which no weight can be"
@@ -166,9 +168,7 @@ def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generato
     problem, achieved = operator.rows(rows, generator)
     n = problem.weight.shape[1]
     found = LowerBound(per_row=n <= WIDE and rows is not None).of(problem.quadratic, problem.pattern, achieved)
-    return BoundReport(
-        operator.name, found.rows, found.error, found.lower, found.ratio, time.perf_counter() - began
-    )
+    return BoundReport(operator.name, found.rows, found.error, found.lower, found.ratio, time.perf_counter() - began)
 
 
 def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Recipe, Path | None]:
@@ -183,7 +183,7 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
             raise RecipeError(f"{source} is a finished run with its own recipe; leave out: {', '.join(settings)}.")
         recipe = make_recipe(**yaml.safe_load(file.read_text()))
         if recipe.dataset.endswith(" given by the caller"):
-            raise RecipeError(f"The tokens of this run were a {recipe.dataset}; only named data sets can be read again.")
+            raise RecipeError(f"This run's tokens were a {recipe.dataset}; only named data sets can be read again.")
         return recipe, Path(source)
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
@@ -208,9 +208,7 @@ def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, name
             raise ModelError(f"{name} is {shapes[0]} in the dense model and {shapes[1]} in the run: not of one model.")
 
 
-def _compare(
-    operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator
-) -> list[Comparison]:
+def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[Comparison]:
     problem, achieved = operator.rows(rows, generator)
     quadratic, chosen = block(problem, columns, generator)
     problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
