@@ -26,7 +26,7 @@ from convexprune.errors import DependencyError, ModelError
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .huggingface import HuggingFaceModel
-from .operators import held, offloaded
+from .operators import computes_on, held, offloaded
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
@@ -51,7 +51,8 @@ def load(
 ) -> HuggingFaceModel:
     """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
 
-    A model that is already loaded is used and moved in place, not copied. `dtype` is the checkpoint's own unless
+    A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
+    is. `dtype` is the checkpoint's own unless
     given. A folder without a tokenizer is fine as long as it is calibrated with token ids.
 
     Raises:
@@ -78,10 +79,13 @@ def load(
             )
         tokenizer = tokenizer or _read_tokenizer(str(source), place)
     refuse_unloaded(model)
-    if not _is_offloaded(model):
+    if all(computes_on(module) is None for module in model.modules()):
         model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
-        raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
+        raise ModelError(
+            f"accelerate has placed the model, so it keeps its dtype, {model.dtype}. "
+            f"Load it as {dtype}, or leave dtype out."
+        )
     return HuggingFaceModel(model, tokenizer, name=name, targets=targets, ignore=ignore)
 
 
