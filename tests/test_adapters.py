@@ -385,11 +385,8 @@ def test_taps_of_a_pile_hear_their_own_slice_and_leave_nothing_behind_when_a_pas
         raise ValueError("enough")
 
     pile = Pile(bank)
-    with (
-        pytest.raises(StopIteration),
-        SliceInput(pile, Slice("plain", 0))(tell),
-        SliceInput(pile, Slice("plain", 1))(tell),
-    ):
+    first, second = (SliceInput(pile, Slice("plain", i)) for i in (0, 1))
+    with pytest.raises(ValueError, match="enough"), first(tell), second(tell):
         bank(x)
     bank(x)
     assert len(heard) == 1 and not pile.listeners
