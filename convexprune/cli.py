@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from convexprune.errors import ConvexpruneError, PatternError
 from convexprune.report import OperatorReport
@@ -86,6 +87,10 @@ def prune(
         raise typer.Exit(130) from None
     report = result.report
     console.print(report.table())
+    if report.short_of_tokens:
+        console.print(
+            f"{len(report.short_of_tokens)} operators of experts got fewer tokens than inputs: see the report"
+        )
     for name, p in report.perplexity.items():
         console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
     if report.largest_gap is not None:
@@ -234,6 +239,24 @@ def verify(
                       f"{result.seconds:.0f} s")  # fmt: skip
     if not result.passed:
         raise typer.Exit(1)
+
+
+@app.command("list")
+def names() -> None:
+    """The families, solvers, methods, presets and patterns that there are."""
+    from convexprune.adapters import TESTED
+    from convexprune.pipeline import PRESETS
+    from convexprune.pruners import PRUNERS
+    from convexprune.solvers import solver_names
+
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    families = ", ".join(TESTED.values())
+    table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
+    table.add_row("solvers", ", ".join(solver_names()))
+    table.add_row("methods", ", ".join(sorted(PRUNERS)))
+    table.add_row("presets", ", ".join(PRESETS))
+    table.add_row("patterns", "unstructured (quota: matrix, row), N:M for N non-zeros in every M inputs, as 2:4")
+    console.print(table)
 
 
 def main() -> None:
