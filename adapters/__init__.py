@@ -1,5 +1,5 @@
 from .calibration import calibration_and_held_out, calibration_tokens, text_windows
-from .checkpoint import EMBEDDED, load, save
+from .checkpoint import EMBEDDED, load, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 
@@ -11,5 +11,6 @@ __all__ = [
     "calibration_tokens",
     "load",
     "save",
+    "save_from_store",
     "text_windows",
 ]

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from convexprune.errors import ModelError
 
 from .experts import piles
-from .operators import LINEAR_MODULES, held
+from .operators import LINEAR_MODULES, held, offloaded
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -59,15 +59,17 @@ def refuse_unloaded(model: PreTrainedModel) -> None:
             held(module, name)
 
 
-def refuse_non_finite(model: PreTrainedModel) -> None:
-    """Refuse NaN and infinity in any parameter: one of them spoils every activation behind it.
+def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
+    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it.
 
     Raises:
         ModelError: a parameter holds a value that is not finite; the message names it and counts them.
     """
-    for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            value = held(module, name)
+    for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta and offloaded(part) is None:
+                continue
+            value = held(part, name)
             broken = value.numel() - int(torch.isfinite(value).sum())
             if broken:
                 raise ModelError(

@@ -23,10 +23,14 @@ from transformers import (
 )
 
 from convexprune.errors import DependencyError, ModelError
+from convexprune.pipeline import FolderStore
+from convexprune.pipeline.files import publish, writing
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
+from .family import decoder_layers
 from .huggingface import HuggingFaceModel
 from .operators import held, offloaded
+from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, stored_dtype
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
@@ -48,11 +52,15 @@ def load(
     revision: str | None = None,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
+    stream: bool = False,
 ) -> HuggingFaceModel:
     """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
 
     A model that is already loaded is used and moved in place, not copied. `dtype` is the checkpoint's own unless
     given. A folder without a tokenizer is fine as long as it is calibrated with token ids.
+
+    With `stream` the decoder layers stay on the disk until each is asked for, if the checkpoint allows it: safetensors
+    whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says why.
 
     Raises:
         ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
@@ -60,8 +68,9 @@ def load(
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
     refuse_adapters(source)
+    options: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
-        model, name = source, None
+        model, name, because = source, None, "it was given loaded"
         refuse_quantised(model.config)
     elif isinstance(source, nn.Module):
         raise ModelError(
@@ -71,14 +80,23 @@ def load(
     else:
         place = _place(source, allow_pickle) | {"revision": revision or "main"}
         place["trust_remote_code"] = trust_remote_code
-        model, name = _read(str(source), place, dtype, allow_pickle), str(source)
-        tokenizer = tokenizer or _read_tokenizer(str(source), place)
+        name, because = str(source), "that was asked for"
+        if stream:
+            try:
+                model, shards = _stream(name, place, dtype, device)
+                tokenizer = tokenizer or _read_tokenizer(name, place)
+                return HuggingFaceModel(model, tokenizer, name=name, shards=shards, **options)
+            except NotStreamable as cause:
+                because = str(cause)
+                logger.warning("%s is loaded whole: %s", name, because)
+        model = _read(name, place, dtype, allow_pickle)
+        tokenizer = tokenizer or _read_tokenizer(name, place)
     refuse_unloaded(model)
     if not _is_offloaded(model):
         model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
         raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
-    return HuggingFaceModel(model, tokenizer, name=name, targets=targets, ignore=ignore)
+    return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
 
 
 def save(model: HuggingFaceModel, folder: str | Path) -> None:
@@ -102,6 +120,31 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
     inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+def save_from_store(
+    model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
+
+    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
+    `tokenizer` is the caller's own, if it is not the one beside the checkpoint.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    if model.shards is None:
+        with writing(folder), store.scratch_folder(store.count) as place:
+            save(model, place)
+            for path in sorted(place.iterdir(), key=lambda path: path.name == "config.json"):
+                publish(path, folder / path.name)
+        return
+    layers = enumerate(model.layers)
+    pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
+    model.shards.assemble(folder, pruned)
+    if tokenizer is not None:
+        with writing(folder):
+            tokenizer.save_pretrained(folder)
 
 
 def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
@@ -176,6 +219,27 @@ def _held_at(model: PreTrainedModel, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     return held(module, last) if last in module._parameters else module.get_buffer(last)
+
+
+def _stream(
+    source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
+) -> tuple[PreTrainedModel, Shards]:
+    """The model with its decoder layers left on the disk.
+
+    Raises:
+        NotStreamable: they cannot be.
+    """
+    if "gguf_file" in place:
+        raise NotStreamable("a GGUF file is unpacked whole")
+    config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
+    reader = _reader(source, config)
+    refuse_quantised(config)
+    folder = _ask(source, lambda: local_folder(place["pretrained_model_name_or_path"], place["revision"]))
+    remote = {"trust_remote_code": place["trust_remote_code"]}
+    stored = getattr(config, "dtype", None) or _ask(source, lambda: stored_dtype(folder))
+    with parameters_on_meta():
+        model = _ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
+    return model, Shards(folder, model, device, decoder_layers(model)[0])
 
 
 def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -1,15 +1,18 @@
 """A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.errors import ModelError
 from convexprune.model import AbstractModel, Call, DecoderLayer
+from convexprune.pipeline import checksum
 
 from .admission import (
     refuse_adapters,
@@ -21,6 +24,7 @@ from .admission import (
 from .discovery import Layout, discover, signature
 from .family import decoder_layers
 from .selection import left_alone
+from .shards import Shards
 
 PROBE_TOKENS = 16
 """How many tokens are sent through the model to see what its layers do."""
@@ -31,7 +35,7 @@ NO_LIMIT = 2**31
 
 
 class HuggingFaceModel(AbstractModel):
-    """A loaded causal language model and, to read text, its tokenizer.
+    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of `shards`.
 
     The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients.
     `layers` holds every decoder layer; the stages of each hold only the operators to be pruned. `left_alone` lists
@@ -58,11 +62,16 @@ class HuggingFaceModel(AbstractModel):
         name: str | None = None,
         targets: Sequence[str] = ("Linear",),
         ignore: Sequence[str] = (),
+        shards: Shards | None = None,
+        whole_because: str = "it was given loaded",
     ) -> None:
         refuse_adapters(model)
         refuse_quantised(model.config)
         path, layers = decoder_layers(model)
-        refuse_unloaded(model)
+        self.shards = shards
+        self.whole_because = whole_because
+        if shards is None:
+            refuse_unloaded(model)
         refuse_other_dtypes(layers)
         refuse_non_finite(model)
         self.name = name or model.name_or_path or type(model).__name__
@@ -90,6 +99,24 @@ class HuggingFaceModel(AbstractModel):
         limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
         return limits[0] if limits else NO_LIMIT
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    def checksums(self) -> dict[str, str]:
+        """What tells this model from any other: of its files if it streams, else of its tensors."""
+        if self.shards is not None:
+            return self.shards.checksums()
+        return {name: checksum(tensor) for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def streams(self) -> bool:
+        return self.shards is not None
+
+    def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """See `AbstractModel.resident`; of a loaded model everything always is."""
+        return nullcontext() if self.shards is None else self.shards.resident(layer)
+
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
@@ -109,21 +136,36 @@ class HuggingFaceModel(AbstractModel):
 
     @torch.no_grad()
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a batch of this shape; recorded on one real forward pass.
+        """How each decoder layer is called for a batch of this shape; recorded on a forward pass.
 
-        Layer by layer, because some families give each layer its own mask or rotary table.
+        Layer by layer, because some families give each layer its own mask or rotary table. Only the first layer
+        computes; the others hand on what they get in the form that it returns, so that their weights are not needed.
         """
         recorded: list[Call] = []
+        handed: list[Tensor] = []
+        self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             recorded.append(_split(args, kwargs)[1])
+            self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
+            handed.append(output if isinstance(output, Tensor) else output[0])
 
-        hooks = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        def bridge(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            recorded.append(call)
+            if not torch.equal(hidden, handed[0]):
+                raise ModelError(
+                    f"{self.name}: something happens between its decoder layers, so that they are not the model when "
+                    "they are called one by one; such a model cannot be pruned layer by layer."
+                )
+            return self._returned(hidden)
+
+        hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
         try:
-            self._forward(batch)
+            with self.resident(self.layers[0]), _forwards(self.layers[1:], bridge):
+                self._forward(batch)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         assert len(recorded) == len(self.layers)
         return recorded
 
@@ -147,7 +189,12 @@ class HuggingFaceModel(AbstractModel):
         return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
 
     def _refuse_other_replays(self) -> None:
-        error = self.replay_error(self._probe())
+        """Of a streamed model, whose layers are not all in memory, the calls alone have to be the same."""
+        batch = self._probe()
+        if self.streams:
+            error = 0.0 if _same(self.calls(batch), self.calls(batch.flip(-1))) else inf
+        else:
+            error = self.replay_error(batch)
         if not error <= REPLAY_TOLERANCE:
             raise ModelError(
                 f"{self.name}: its decoder layers, called one by one, do not give what the model gives (relative "
@@ -174,18 +221,46 @@ class HuggingFaceModel(AbstractModel):
             layouts[layer.name] = known[key]
         return layouts
 
-    @contextmanager
-    def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """In this context the weights of `layer` are in memory; here they always are."""
-        yield
+    @torch.no_grad()
+    def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
+
+        `calls` has to have seen a batch before.
+        """
+        with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
+            return self.model(input_ids=batch.to(self.device), use_cache=False).logits
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return hidden if self._beside is None else (hidden, *self._beside)
 
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
-        self.model.base_model(input_ids=batch.to(self.model.device), use_cache=False)
+        self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+
+
+@contextmanager
+def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the layers compute `forward` in place of their own."""
+    before = [vars(layer.module).get("forward") for layer in layers]  # hooks of other libraries may stand there
+    for layer in layers:
+        layer.module.forward = forward
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.module.forward
+            else:
+                layer.module.forward = own
 
 
 class _Reached(Exception):
     """Ends a forward pass at the first decoder layer."""
+
+
+def _same(first: Sequence[Call], second: Sequence[Call]) -> bool:
+    pairs = zip(tree_leaves([vars(c) for c in first]), tree_leaves([vars(c) for c in second]), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:

@@ -75,8 +75,8 @@ def convexprune(model: str, folder: Path) -> dict[str, float]:
 
 def llmcompressor(model: str, folder: Path) -> dict[str, float]:
     from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import SparseGPTModifier
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers.pruning import SparseGPTModifier  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     windows = torch.load(folder / "tokens.pt")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convexprune.moments import Moments
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
-from convexprune.penalty import L1, AbstractPenalty, Support
+from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
 from convexprune.problem import Certificate, Problem, certify
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Moments", "Problem", "PruneResult", "Quadratic",
-    "SemiStructured", "Solution", "Status", "Support", "Unstructured", "certify", "make_solver", "parse_pattern",
-    "prune", "solver_names",
+    "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "certify", "make_solver",
+    "parse_pattern", "prune", "solver_names",
 ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """The user's door: `prune`."""
 
+import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,35 @@ from convexprune.adapters import (
     calibration_and_held_out,
     calibration_tokens,
     load,
-    save,
+    save_from_store,
     text_windows,
 )
-from convexprune.errors import CalibrationError
+from convexprune.errors import CalibrationError, RecipeError
 from convexprune.pipeline import (
+    FolderStore,
+    Job,
     LayerSettings,
     Recipe,
-    check_output,
+    RecordedCalls,
+    RunFolder,
+    Work,
+    carried,
     check_patterns,
+    identity,
+    make_executor,
     make_recipe,
-    prune_layers,
-    whole_folder,
+    prune_in_folder,
+    prune_in_place,
 )
+from convexprune.pipeline import threads as use_threads
+from convexprune.pipeline.files import appearing, write
 from convexprune.report import OperatorReport, Report
 from convexprune.solvers import AbstractSolver
-from convexprune.validation import perplexity
+from convexprune.validation import perplexity, perplexity_of
 
 Tell = Callable[[OperatorReport], None]
+Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
+FITTED = ("calibration", "held_out")
 EMBEDDED_WINDOW = 256  # the tokens that the bundled model was trained on at once
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
@@ -44,12 +57,17 @@ PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 
 @dataclass(frozen=True, eq=False)
 class PruneResult:
-    """The pruned model (the very one that was given, if it was loaded), its report, and where it was written."""
+    """What a run gave: its report, and where the pruned model was written, if anywhere."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
     report: Report
+    tokenizer: PreTrainedTokenizerBase | None
     output_dir: Path | None
+    _model: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The pruned model: the very one that was given if it was loaded, else read from `output_dir` now."""
+        return self._model()
 
 
 def prune(
@@ -79,6 +97,10 @@ def prune(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     output_dir: str | Path | None = None,
+    resume: bool = False,
+    executor: str = "serial",
+    workers: int | None = None,
+    threads: int | None = None,
     evaluation: str | Path | Tensor | None = None,
     progress: Callable[[int], Tell] | None = None,
 ) -> PruneResult:
@@ -112,7 +134,14 @@ def prune(
         dtype: "float32", "bfloat16", "float16"; None is the checkpoint's.
         trust_remote_code: let transformers run code that a checkpoint brings.
         allow_pickle: read checkpoints that are pickles, which can run code.
-        output_dir: where to write the model, `recipe.yaml` and `report.json`, whole or not at all; must be empty.
+        output_dir: where to write the model, `recipe.yaml` and `report.json`; must be empty. The model is then never
+            whole in memory, if its checkpoint allows it (see docs/runs.md), and the run can be interrupted.
+        resume: go on with the unfinished run in `output_dir`, if there is one; a finished one is handed back.
+        executor: who prunes: "serial" (this process), "pool" (processes on this machine, one for each GPU), "ranks"
+            (of torchrun or SLURM, all started with this same call), or "ray" (needs convexprune[ray]). All but the
+            first need an `output_dir` that all of them see, and a model that can be opened there.
+        workers: how many, for "pool" and "ray"; None: one for each GPU, or as many as the cores have room for.
+        threads: that a layer is pruned on; None: what torch has, divided by the workers. The bits depend on it.
         evaluation: what to measure perplexity on, before and after: "self" (sampled from the dense model, apart from
             the calibration stream), a text file, or token windows [windows window]. None: not measured.
         progress: called with the number of operators, returns what is called with each operator's report.
@@ -121,76 +150,191 @@ def prune(
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
     settings = dict(locals())
-    source = EMBEDDED if model is None else model
     if model is None:
-        settings |= {"dtype": dtype or "float32", "max_seq_length": max_seq_length or EMBEDDED_WINDOW}
-    recipe = make_recipe(
-        model=str(source if isinstance(source, str | Path) else source.name_or_path),
-        solver=solver if isinstance(solver, str) else type(solver).__name__,
-        dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
-        targets=tuple(targets),
-        ignore=tuple(ignore),
-        method_args=method_args or {},
-        **{name: settings[name] for name in _PLAIN},
-    )
-    pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
-    layer_settings = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        check_output(folder)
-    clock = _Clock()
-    loaded = load(
-        source,
-        device=default_device(device),
-        dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        targets=targets,
-        ignore=ignore,
-    )
-    check_patterns(loaded, layer_settings)
-    clock.lap("load")
-    tokens, held_out = _calibration(dataset, loaded, recipe)
-    clock.lap("calibration data")
-    report = Report(
-        recipe.model_dump(mode="json"), left_alone=dict(loaded.left_alone), environment=_environment(loaded)
-    )
-    windows = _evaluation_windows(evaluation, loaded, tokens.shape[1], seed)
-    _evaluate(loaded, windows, report, "dense", clock)
-    operators = sum(len(layer.operators) for layer in loaded.layers)
-    tell = progress(operators) if progress is not None else lambda _: None
+        settings |= {"model": EMBEDDED, "dtype": dtype or "float32"}
+        settings |= {"max_seq_length": max_seq_length or EMBEDDED_WINDOW}
+    request = _Request(settings)
+    return request.in_memory() if output_dir is None else request.in_folder(Path(output_dir), resume)
 
-    def record(operator: OperatorReport) -> None:
-        report.operators.append(operator)
-        tell(operator)
 
-    place = loaded.model.device
-    prune_layers(loaded, tokens.to(place), held_out.to(place), batch_size, layer_settings, record)
-    clock.lap("prune")
-    _evaluate(loaded, windows, report, "pruned", clock)
-    report.seconds = clock.laps
-    if folder is not None:
-        write_result(folder, loaded, recipe, report)
-    return PruneResult(loaded.model, loaded.tokenizer, report, folder)
+class _Request:
+    """A call of `prune`, checked: its recipe, and how to open its model."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.source, solver = settings["model"], settings["solver"]
+        dataset = settings["dataset"]
+        self.recipe = make_recipe(
+            model=str(self.source if isinstance(self.source, str | Path) else self.source.name_or_path),
+            solver=solver if isinstance(solver, str) else type(solver).__name__,
+            dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
+            targets=tuple(settings["targets"]),
+            ignore=tuple(settings["ignore"]),
+            method_args=settings["method_args"] or {},
+            **{name: settings[name] for name in _PLAIN},
+        )
+        recipe = self.recipe
+        pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
+        self.layers = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+        self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
+        self.device = default_device(recipe.device)
+        workers = settings["workers"] or default_workers(self.device, recipe.threads)
+        self.executor = make_executor(settings["executor"], workers, self.device)
+        if settings["executor"] != "serial":
+            _check_spread(settings)
+        if self.executor.rank is not None and self.device == "cuda":
+            self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
+        self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
+        self.given_tokenizer = settings["tokenizer"]
+        self.open = partial(
+            load,
+            self.source,
+            dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
+            **{
+                name: settings[name] for name in ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
+            },
+        )
+        self.clock = _Clock()
+
+    def in_memory(self) -> PruneResult:
+        """Prune the loaded model in place."""
+        loaded = self.open(device=self.device)
+        check_patterns(loaded, self.layers)
+        self.clock.lap("load")
+        windows = self._windows(loaded, {})
+        report = self._report(loaded)
+        self._evaluate(report, "dense", loaded, windows)
+        tell = self._tell(loaded)
+
+        def record(operator: OperatorReport) -> None:
+            report.operators.append(operator)
+            tell(operator)
+
+        with use_threads(self.threads):
+            prune_in_place(loaded, self._work(windows), record)
+        self.clock.lap("prune")
+        self._evaluate(report, "pruned", loaded, windows)
+        report.seconds = self.clock.laps
+        return PruneResult(report, loaded.tokenizer, None, lambda: loaded.model)
+
+    def in_folder(self, path: Path, resume: bool) -> PruneResult:
+        """Prune layer by layer from files to files, or what of it is still to do."""
+        folder = RunFolder(path)
+        folder.check(resume or self.executor.rank is not None)
+        loaded = self.open(device=self.device, stream=True)
+        check_patterns(loaded, self.layers)
+        self.clock.lap("load")
+        sampled = folder.tokens() if resume and folder.is_unfinished else {}
+        windows = self._windows(loaded, sampled)
+        report = self._report(loaded)
+        report.identity = identity(
+            self.recipe,
+            self.layers,
+            loaded.checksums(),
+            {name: windows[name] for name in FITTED},
+            device=torch.device(self.device).type,
+            dtype=report.environment["dtype"],
+            threads=self.threads,
+        )
+        with folder.opened(report.identity, windows, self.executor.rank):
+            if not folder.is_finished:
+                self._run(folder, loaded, windows, report)
+        model = partial(_read, path, self.device) if loaded.streams else lambda: loaded.model
+        return PruneResult(folder.report(), loaded.tokenizer, path, model)
+
+    def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> None:
+        if not loaded.streams:  # once it is pruned in place, it is too late
+            self._evaluate(report, "dense", loaded, windows)
+        store = FolderStore(folder.work, len(loaded.layers), self.device)
+        job = Job(folder.work, self._work(windows), partial(self.open, stream=True), self.threads)
+        prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
+        self.clock.lap("prune")
+        with folder.alone() as unfinished:
+            if unfinished:
+                self._write(folder, loaded, store, windows, report)
+
+    def _write(
+        self, folder: RunFolder, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report
+    ) -> None:
+        """Assemble the result from the finished layers."""
+        store.require_whole()
+        report.operators = [o for number in range(store.count) for o in store.reports(number)]
+        if loaded.streams:
+            self._evaluate_streamed(report, "dense", loaded, windows, store, None)
+            self._evaluate_streamed(report, "pruned", loaded, windows, store, store)
+        else:
+            store.restore(loaded)
+            self._evaluate(report, "pruned", loaded, windows)
+        save_from_store(loaded, store, folder.folder, self.given_tokenizer)
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        with appearing(folder.folder / "recipe.yaml") as file:
+            write(file, text.encode())
+        self.clock.lap("write")
+        report.seconds = self.clock.laps
+        folder.finish(report)
+
+    def _work(self, windows: Windows) -> Work:
+        return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)
+
+    def _windows(self, model: HuggingFaceModel, sampled: Windows) -> Windows:
+        """The windows to fit, those held out, and those to evaluate on; what was `sampled` before is not again.
+
+        A model has to be whole in memory to sample text: it is then loaded for that, and let go.
+        """
+        windows = dict(sampled) if is_self(self.dataset) else {}
+        samples = [is_self(self.dataset) and not windows, is_self(self.evaluation) and "evaluation" not in sampled]
+        sampler = self.open(device=self.device) if model.streams and any(samples) else model
+        if "calibration" not in windows:
+            windows["calibration"], windows["held_out"] = _calibration(self.dataset, sampler, self.recipe)
+        self.clock.lap("calibration data")
+        if self.evaluation is not None:
+            length = windows["calibration"].shape[1]
+            if is_self(self.evaluation) and "evaluation" in sampled:
+                windows["evaluation"] = sampled["evaluation"]
+            else:
+                windows["evaluation"] = _evaluation_windows(self.evaluation, sampler, length, self.recipe.seed)
+        return windows
+
+    def _report(self, loaded: HuggingFaceModel) -> Report:
+        environment = _environment(loaded) | {"threads": self.threads}
+        return Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
+
+    def _tell(self, loaded: HuggingFaceModel) -> Tell:
+        operators = sum(len(layer.operators) for layer in loaded.layers)
+        return self.progress(operators) if self.progress is not None else lambda _: None
+
+    def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
+        if "evaluation" in windows:
+            report.perplexity[name] = vars(perplexity(loaded.model, windows["evaluation"]))
+            self.clock.lap("evaluation")
+
+    def _evaluate_streamed(
+        self,
+        report: Report,
+        name: str,
+        loaded: HuggingFaceModel,
+        windows: Windows,
+        store: FolderStore,
+        pruned: FolderStore | None,
+    ) -> None:
+        """The same, layer by layer."""
+        if "evaluation" not in windows:
+            return
+        batches = list(windows["evaluation"].split(1))
+        calls = RecordedCalls(loaded, batches)
+        with store.scratch(store.count) as record:
+            first = record()
+            for batch in batches:
+                first.append(loaded.first_inputs(batch))
+            last = iter(carried(loaded, calls, first, range(store.count), record, pruned))
+            found = perplexity_of(lambda batch: loaded.logits(batch, next(last)), windows["evaluation"])
+        report.perplexity[name] = vars(found)
+        self.clock.lap("evaluation")
 
 
 _PLAIN = (
     "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping",
-    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype",
+    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype", "threads",
 )  # fmt: skip
-
-
-def write_result(folder: Path, model: HuggingFaceModel, recipe: Recipe, report: Report) -> None:
-    """Write model, tokenizer, `recipe.yaml` and `report.json` to `folder`, whole or not at all.
-
-    Raises:
-        OutputError: the folder is not empty.
-    """
-    with whole_folder(folder) as temporary:
-        save(model, temporary)
-        (temporary / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        (temporary / "report.json").write_text(report.to_json())
 
 
 class _Clock:
@@ -228,10 +372,8 @@ def _calibration(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple
     return tokens, held_out
 
 
-def _evaluation_windows(
-    evaluation: str | Path | Tensor | None, model: HuggingFaceModel, window: int, seed: int
-) -> Tensor | None:
-    if evaluation is None or isinstance(evaluation, Tensor):
+def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel, window: int, seed: int) -> Tensor:
+    if isinstance(evaluation, Tensor):
         return evaluation
     if evaluation == "self":
         settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": seed}
@@ -239,10 +381,32 @@ def _evaluation_windows(
     return text_windows(Path(evaluation), model, window)
 
 
-def _evaluate(model: HuggingFaceModel, windows: Tensor | None, report: Report, name: str, clock: _Clock) -> None:
-    if windows is not None:
-        report.perplexity[name] = vars(perplexity(model.model, windows))
-        clock.lap("evaluation")
+def is_self(text: Any) -> bool:
+    """Whether it asks for text that the model samples itself."""
+    return isinstance(text, str) and text == "self"
+
+
+def _check_spread(settings: dict[str, Any]) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Raises:
+        RecipeError: the run has no folder to meet in, or its layers are pruned one after another, or its model is in
+            the memory of this process.
+    """
+    name = settings["executor"]
+    if settings["output_dir"] is None:
+        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
+    if settings["prefix"] == "pruned":
+        raise RecipeError(
+            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so they "
+            "cannot be spread. Use executor='serial', or prefix='dense'."
+        )
+    if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
+        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
+
+
+def _read(folder: Path, device: str) -> PreTrainedModel:
+    return load(folder, device=device, allow_pickle=False).model
 
 
 def default_device(name: str) -> str:
@@ -252,12 +416,20 @@ def default_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_workers(device: str, threads: int | None) -> int:
+    """One for each GPU, or as many as the cores have room for."""
+    if device == "cuda":
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // (threads or 1))
+
+
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:
     """What the result depends on besides the recipe."""
     packages = {name: version(name) for name in PACKAGES}
     return packages | {
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "device": str(model.model.device),
+        "machine": platform.machine(),
+        "device": str(model.device),
         "dtype": str(model.model.dtype).removeprefix("torch."),
+        "loading": "layer by layer" if model.streams else f"whole: {model.whole_because}",
     }

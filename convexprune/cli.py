@@ -54,6 +54,12 @@ def prune(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")] = Path("pruned"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the folder.")] = False,
+    executor: Annotated[str, typer.Option(help="Who prunes: serial, pool, ranks (torchrun, srun) or ray.")] = "serial",
+    workers: Annotated[
+        int | None, typer.Option(help="Of pool and ray. Left out: one a GPU, or as cores allow.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="That a layer is pruned on; the last bits depend on it.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
 ) -> None:
@@ -67,8 +73,12 @@ def prune(
     settings |= {"targets": targets or ["Linear"], "ignore": ignore or []}
     settings["output_dir"] = settings.pop("output")
     settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
-    with _progress() as progress:
-        result = api.prune(**settings, progress=lambda total: _follow(progress, total))
+    try:
+        with _progress() as progress:
+            result = api.prune(**settings, progress=lambda total: _follow(progress, total))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what is finished is kept in {output}: go on with the same command and --resume")
+        raise typer.Exit(130) from None
     report = result.report
     console.print(report.table())
     for name, p in report.perplexity.items():

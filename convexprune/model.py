@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -102,10 +103,27 @@ class AbstractModel(ABC):
     name: str
     layers: Sequence[DecoderLayer]
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the hidden states are computed."""
+
+    @property
+    @abstractmethod
+    def streams(self) -> bool:
+        """Whether the weights of a decoder layer are in memory only inside of `resident`."""
+
+    @abstractmethod
+    def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """Inside, the weights of `layer` are in memory.
+
+        If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
+        """
+
     @abstractmethod
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
 
     @abstractmethod
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a batch of this shape; recorded on one real forward pass."""
+        """How each decoder layer is called for a batch of this shape."""

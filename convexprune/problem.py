@@ -72,7 +72,8 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
     Two choices of S are tried, and for each row the smaller bound stands:
 
         scaling   S = s K,        c = (1 - s)^2 q              (the residual scaled into the dual ball, as celer does)
-        clipping  S = project(K), c = 1/2 (K - S) H^-1 (K - S)'  (only if H is positive definite; the tighter one)
+        clipping  S = project(K), c = 1/2 (K - S) H^-1 (K - S)'  (the tighter one; only if H is positive definite or
+                  K is in the domain anyway)
 
     All terms are non-negative sums, so nothing cancels near the optimum.
     """
@@ -82,11 +83,14 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
     best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
     gaps = (1 - s).square() * values + slack + penalty.conjugate(s[:, None] * residual) - s * overlap
+    slope = penalty.project(residual)
+    excess = residual - slope
     if quadratic.factor is not None:
-        slope = penalty.project(residual)
-        excess = torch.linalg.solve_triangular(quadratic.factor, (residual - slope).T, upper=False)
-        clipping = excess.square().sum(0) / 2 + slack + penalty.conjugate(slope) - (slope * weight).sum(1)
-        gaps = torch.minimum(gaps, clipping)
+        price = torch.linalg.solve_triangular(quadratic.factor, excess.T, upper=False).square().sum(0) / 2
+    else:
+        price = torch.where((excess == 0).all(1), 0.0, inf)
+    clipping = price + slack + penalty.conjugate(slope) - (slope * weight).sum(1)
+    gaps = torch.minimum(gaps, clipping)
     return gaps.clamp_min(0)
 
 

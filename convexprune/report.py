@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -45,7 +45,10 @@ class OperatorReport:
 
 @dataclass
 class Report:
-    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran."""
+    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
+
+    `identity` are the checksums and versions that the bits of the result depend on, if it was written to a folder.
+    """
 
     recipe: dict[str, Any]
     left_alone: dict[str, str]
@@ -53,6 +56,7 @@ class Report:
     operators: list[OperatorReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -75,6 +79,14 @@ class Report:
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
         whole["short_of_tokens"] = self.short_of_tokens
         return json.dumps(finite(whole), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The report that `to_json` wrote."""
+        whole = json.loads(text, object_hook=_numbers)
+        operators = [OperatorReport(**o) for o in whole.pop("operators")]
+        own = {f.name for f in fields(cls)}  # what is derived is derived again
+        return cls(**{name: value for name, value in whole.items() if name in own}, operators=operators)
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
@@ -108,3 +120,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     return value
+
+
+def _numbers(value: dict[str, Any]) -> dict[str, Any]:
+    """The same with the text that `_finite` wrote as numbers again."""
+    return {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in value.items()}

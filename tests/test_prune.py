@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune import errors
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
-from convexprune.pipeline import Recipe, whole_folder
+from convexprune.pipeline import Recipe
 from convexprune.pruners import PRUNERS, AbstractPruner, Pruned
 from convexprune.solvers.fista import FISTA
 
@@ -305,16 +305,6 @@ def test_a_non_finite_activation_is_named(tiny_opt: HuggingFaceModel):
         tiny_opt.model.model.decoder.layers[1].fc1.weight.mul_(1e38)
     with pytest.raises(errors.ModelError, match=r"input of model\.decoder\.layers\.1\.fc2 is not finite"):
         convexprune.prune(tiny_opt.model, **SMALL)
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="half way"), whole_folder(tmp_path / "out") as folder:
-        (folder / "part").write_text("x")
-        raise RuntimeError("half way")
-    assert list(tmp_path.iterdir()) == []
-    with whole_folder(tmp_path / "out") as folder:
-        (folder / "part").write_text("x")
-    assert (tmp_path / "out" / "part").read_text() == "x"
 
 
 def test_the_embedded_default_is_the_bundled_model():

@@ -126,3 +126,13 @@ def test_data_that_is_not_finite_is_a_status():
     cross = torch.tensor([[float("nan"), 1.0]])
     problem = Problem(Quadratic(torch.eye(2), cross, torch.ones(1)), Support(torch.ones(1, 2, dtype=torch.bool)))
     assert ConjugateGradient().solve(problem).status is Status.NON_FINITE
+
+
+@given(problems(("full rank",), ("Support",)), st.sampled_from((1e-2, 1e-4, 1e-6)))
+def test_a_refit_stops_at_the_gap_that_it_promises_and_not_much_later(case, tolerance):
+    _, problem = case
+    solution = ConjugateGradient(tolerance, check_every=1).solve(problem)
+    assert solution.status is Status.SOLVED and solution.certificate.relative_gap <= 1.01 * tolerance
+    if solution.iterations > 0:
+        before = ConjugateGradient(0, solution.iterations - 1).solve(problem)
+        assert before.certificate.relative_gap > 0.99 * tolerance

@@ -1,4 +1,16 @@
+from .brute_force import best_pruning, excess
 from .compare import compare
-from .perplexity import Perplexity, perplexity
+from .perplexity import Perplexity, perplexity, perplexity_of
+from .verify import BoundReport, Verification, verify
 
-__all__ = ["Perplexity", "compare", "perplexity"]
+__all__ = [
+    "BoundReport",
+    "Perplexity",
+    "Verification",
+    "best_pruning",
+    "compare",
+    "excess",
+    "perplexity",
+    "perplexity_of",
+    "verify",
+]

@@ -1,5 +1,6 @@
 """Perplexity on fixed windows of text, as the pruning literature reports it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,29 @@ class Perplexity:
     stride: int
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
     """The perplexity of a causal language model on disjoint windows `tokens` [windows window] of token ids.
 
-    Logits are widened to float32 one window at a time, and summed in float64. The model is evaluated without dropout
-    and left in the mode that it was in.
+    The model is evaluated without dropout and left in the mode that it was in.
+
+    Raises:
+        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return perplexity_of(
+            lambda ids: model(input_ids=ids.to(model.device), use_cache=False).logits, tokens, batch_size
+        )
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def perplexity_of(logits: Callable[[Tensor], Tensor], tokens: Tensor, batch_size: int = 1) -> Perplexity:
+    """The perplexity of whatever gives the `logits` [batch window vocabulary] of a batch [batch window] of `tokens`.
+
+    Logits are widened to float32 one window at a time, and summed in float64; batches come in their order, each once.
 
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
@@ -43,23 +61,17 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
     if batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
     windows, window = tokens.shape
-    training = model.training
-    model.eval()
-    try:
-        total = sum(_batch_nll(model, batch.to(model.device)) for batch in tokens.split(batch_size))
-    finally:
-        model.train(training)
+    total = sum(_batch_nll(logits(batch), batch) for batch in tokens.split(batch_size))
     count = windows * (window - 1)
     nll = torch.as_tensor(total, dtype=torch.float64) / count
     # torch's exponential, because Python's raises where the answer is infinity.
     return Perplexity(nll.exp().item(), nll.item(), tokens=count, windows=windows, window=window, stride=window)
 
 
-def _batch_nll(model: PreTrainedModel, batch: Tensor) -> float:
+def _batch_nll(logits: Tensor, batch: Tensor) -> float:
     """The summed negative log-likelihood of a batch [windows window]."""
-    logits = model(input_ids=batch, use_cache=False).logits
     each = (
         nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double().sum()
-        for row, ids in zip(logits, batch, strict=True)
+        for row, ids in zip(logits, batch.to(logits.device), strict=True)
     )
     return sum(loss.item() for loss in each)

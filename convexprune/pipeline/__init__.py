@@ -1,22 +1,35 @@
-"""From a recipe to pruned decoder layers; knows no architecture and no file format."""
+"""From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, observe, prune_layer, prune_observed, stage_folds
-from convexprune.pipeline.output import check_output, whole_folder
+from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
+from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
-from convexprune.pipeline.run import check_patterns, prune_layers
+from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
+from convexprune.pipeline.store import FolderStore
+from convexprune.pipeline.task import RecordedCalls, Work, carried
 
 __all__ = [
     "PRESETS",
+    "AbstractExecutor",
+    "FolderStore",
     "HiddenStates",
+    "Job",
     "LayerSettings",
     "Recipe",
+    "RecordedCalls",
+    "RunFolder",
+    "Work",
+    "carried",
     "check_output",
     "check_patterns",
+    "checksum",
+    "identity",
+    "make_executor",
     "make_recipe",
     "observe",
-    "prune_layer",
-    "prune_layers",
+    "prune_in_folder",
+    "prune_in_place",
     "prune_observed",
     "stage_folds",
-    "whole_folder",
+    "threads",
 ]

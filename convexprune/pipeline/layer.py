@@ -13,11 +13,13 @@ from convexprune.errors import ModelError, PruningError
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
 
 Tell = Callable[[OperatorReport], None]
 Calls = Callable[[Tensor], Call]
+Recorded = list[Tensor] | Batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,40 +59,25 @@ class HiddenStates:
 class Observed:
     """What the dense decoder layer makes of each batch: its outputs, and each paired group's inputs on the CPU."""
 
-    outputs: list[Tensor]
-    inputs: dict[Group, list[Tensor]]
+    outputs: Recorded
+    inputs: Mapping[Group, Recorded]
 
 
 @torch.no_grad()
-def prune_layer(
-    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings, tell: Tell
-) -> HiddenStates:
-    """Prune the operators of `layer` in place; return what enters the next layer.
+def observe(
+    layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor], record: Callable[[], Recorded] = list
+) -> Observed:
+    """One pass of the dense layer over all batches; `record` makes a place to keep them, in memory or on disk.
 
-    `calls` gives the other arguments for a batch. The recorded inputs stay on the CPU: tokens times the widths of the
-    stages, for one layer.
-
-    Raises:
-        ModelError: an activation is not finite; the operator is named.
-        PruningError: the pruned weight is not what was asked; the operator is named.
+    `calls` gives the other arguments for a batch. What is recorded: tokens times the widths of the stages.
     """
-    observed = observe(layer, calls, hidden.dense)
-    prune_observed(layer, calls, hidden, observed, settings, tell)
-    if settings.prefix == "dense":
-        return HiddenStates(observed.outputs, observed.outputs, hidden.held_out)
-    return HiddenStates(observed.outputs, [calls(b)(layer.module, b) for b in hidden.fed], hidden.held_out)
-
-
-@torch.no_grad()
-def observe(layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor]) -> Observed:
-    """One pass of the dense layer over all batches."""
-    inputs: dict[Group, list[Tensor]] = {group: [] for group in layer.groups if group.paired}
-    outputs = []
+    inputs = {group: record() for group in layer.groups if group.paired}
+    outputs = record()
     for batch in batches:
         with ExitStack() as taps:
             for group, seen in inputs.items():
 
-                def keep(x: Tensor, seen: list[Tensor] = seen, samples: int = len(batch)) -> None:
+                def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
                     seen.append(_by_sample(x, samples).cpu())
 
                 taps.enter_context(group.tap(keep))
@@ -108,9 +95,13 @@ def prune_observed(
     tell: Tell,
     first: Mapping[Group, Folds] | None = None,
 ) -> None:
-    """Prune stage by stage: x* is what the already pruned stages make of what the layer is fed with.
+    """Prune the operators of `layer` in place, stage by stage: x* is what the pruned stages make of what feeds it.
 
     `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them.
+
+    Raises:
+        ModelError: an activation is not finite; the operator is named.
+        PruningError: the pruned weight is not what was asked; the operator is named.
     """
     for number in range(len(layer.stages)):
         began = time.perf_counter()

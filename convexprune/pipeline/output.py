@@ -1,13 +1,24 @@
-"""Result folders: written whole or not at all, never over another result."""
+"""The folder of a run: empty, unfinished (it holds run.json) or finished; refused if it is another run's."""
 
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from convexprune.errors import OutputError
+from convexprune.pipeline.files import appearing, locked, publish, read_json, write, write_json, writing
+from convexprune.report import Report
+
+RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
+POLL = 0.05  # seconds between two looks at what other processes have done
+PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
 
 
 def check_output(folder: Path) -> None:
@@ -20,29 +31,139 @@ def check_output(folder: Path) -> None:
         raise OutputError(f"{folder} already holds something. Give another output folder, or remove this one first.")
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that becomes `folder` if the block ends well, and vanishes if not.
+class RunFolder:
+    """The output folder of a run and what it says of itself; `work` is for what is between the layers."""
 
-    Raises:
-        OutputError: the folder is not empty.
-    """
-    check_output(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _flush(path)
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.work = folder / WORK
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run began here and did not end."""
+        return (self.folder / RUN).is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a result lies here."""
+        return not self.is_unfinished and (self.folder / REPORT).is_file()
+
+    def check(self, resume: bool) -> None:
+        """Refuse, before any work, a folder that holds what would be lost.
+
+        Raises:
+            OutputError: it holds something else, or an unfinished run that is not to be resumed.
+        """
+        if not self.folder.is_dir() or not self._is_ours():
+            check_output(self.folder)
+        if not resume and self.is_finished:
+            raise OutputError(f"{self.folder} already holds something: a finished run. Give another output folder.")
+        if not resume and self.is_unfinished:
+            done = len(list((self.work / "layers").glob("*.json")))
+            raise OutputError(
+                f"{self.folder} holds an unfinished run, {done} of its layers finished. Go on with resume=True "
+                "(--resume), or remove the folder to begin again."
+            )
+
+    @contextmanager
+    def opened(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor], rank: int | None) -> Iterator[None]:
+        """Begin the run, or go on with it if it is the same; meanwhile no other process can.
+
+        `rank` is the process's number if several open the folder on purpose: the first begins, the others wait for it.
+
+        Raises:
+            OutputError: another process works on the folder, or the run in it differs; what differs is named.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / LOCK, shared=rank is not None) as mine:
+            if not mine:
+                raise OutputError(
+                    f"Another process works on {self.folder} ({(self.folder / LOCK).read_text().strip()}). "
+                    "Wait for it, or give another output folder."
+                )
+            if rank is None:
+                (self.folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+            if rank:
+                self._wait()
+            elif not self.is_unfinished and not self.is_finished:
+                self._begin(identity, tokens)
+            self._require_same(identity)
+            yield
+        with locked(self.folder / LOCK) as last:
+            if last and self.is_finished:
+                shutil.rmtree(self.work, ignore_errors=True)
+                for name in (FINISH, LOCK):
+                    (self.folder / name).unlink(missing_ok=True)
+
+    def tokens(self) -> dict[str, Tensor]:
+        """The windows that the run began with."""
+        return load_file(self.work / "tokens.safetensors")
+
+    def report(self) -> Report:
+        """That of a finished run."""
+        return Report.from_json((self.folder / REPORT).read_text())
+
+    def finish(self, report: Report) -> None:
+        """Write the report, and let go of all that was only for the run.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        with appearing(self.folder / REPORT) as file:
+            write(file, report.to_json().encode())
+        os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Inside, this process is the only one to finish the run; false if another one has."""
+        while self.is_unfinished:
+            with locked(self.folder / FINISH) as mine:
+                if mine and self.is_unfinished:
+                    yield True
+                    return
+            time.sleep(POLL)
+        yield False
+
+    def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        path = self.work / "tokens.safetensors"
+        with writing(path):
+            self.work.mkdir()
+            save_file(dict(tokens), path.with_suffix(".part"))
+            publish(path.with_suffix(".part"), path)
+        write_json(self.folder / RUN, identity)
+
+    def _wait(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while not self.is_unfinished and not self.is_finished:
+            if time.monotonic() > until:
+                raise OutputError(f"{self.folder}: the first process has not begun the run. Did it fail?")
+            time.sleep(POLL)
+
+    def _require_same(self, identity: Mapping[str, Any]) -> None:
+        then = read_json(self.folder / RUN) if self.is_unfinished else self.report().identity
+        differing = differences(then or {}, json.loads(json.dumps(identity)))
+        if differing:
+            raise OutputError(
+                f"{self.folder} holds another run; it differs in {'; '.join(differing)}. Go on with what it began "
+                "with, or give another output folder."
+            )
+
+    def _is_ours(self) -> bool:
+        names = {path.name for path in self.folder.iterdir()}
+        return self.is_unfinished or self.is_finished or names <= {WORK, LOCK, FINISH}
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def differences(then: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two structures of JSON, each as "its name: then, now"."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [*then, *(key for key in now if key not in then)]
+        parts = (differences(then.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys)
+        return [line for part in parts for line in part]
+    return [] if then == now else [f"{name}: {_short(then)} then, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."

@@ -20,7 +20,9 @@ class Recipe(BaseModel):
     that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are drawn, never fitted,
     and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
     `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
-    the sampling noise of the calibration tokens. `method_args` are settings of the pruner (see `convexprune.pruners`).
+    the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
+    of sums and so the last bits; None is what torch has, divided by the workers. `method_args` are settings of the
+    pruner (see `convexprune.pruners`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +47,7 @@ class Recipe(BaseModel):
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     device: str = "auto"
+    threads: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @field_validator("error_correction", mode="before")

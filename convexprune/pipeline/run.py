@@ -1,11 +1,24 @@
-"""The loop over decoder layers; it exists once, for every model and every method."""
+"""From a model and its tokens to pruned layers, in memory or in a folder; and what makes a run the same run."""
 
-import torch
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
 from torch import Tensor
 
 from convexprune.errors import PatternError
-from convexprune.model import AbstractModel, Call
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_layer
+from convexprune.model import AbstractModel
+from convexprune.pipeline.executors import AbstractExecutor, Job
+from convexprune.pipeline.layer import LayerSettings, Tell
+from convexprune.pipeline.recipe import Recipe
+from convexprune.pipeline.store import FolderStore, MemoryStore
+from convexprune.pipeline.task import Work, prune_claimed
+from convexprune.pipeline.tensors import raw
+
+UNSEEN = ("model", "device")  # settings of a recipe that two runs may differ in: names of what is compared itself
 
 
 def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
@@ -22,22 +35,51 @@ def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
                 raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
 
 
-@torch.no_grad()
-def prune_layers(
-    model: AbstractModel, tokens: Tensor, held_out: Tensor, batch_size: int, settings: LayerSettings, tell: Tell
-) -> None:
-    """Prune every decoder layer in place on `tokens` [samples length]; `tell` hears of each operator as it is done.
+def prune_in_place(model: AbstractModel, work: Work, tell: Tell) -> None:
+    """Prune every decoder layer of a model in memory; `tell` hears of each operator as it is done."""
+    prune_claimed(model, MemoryStore(len(model.layers)), work, tell)
 
-    The errors of the result are measured on `held_out` [samples length] as well, which may be empty.
+
+def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    """Prune every decoder layer that the store does not have yet; `tell` hears first of those that it has.
+
+    Raises:
+        OutputError: the disk is full or fails.
     """
-    judges = list(held_out.split(batch_size)) if len(held_out) else []
-    batches = [*tokens.split(batch_size), *judges]
-    recorded = {len(batch): model.calls(batch) for batch in {len(b): b for b in batches}.values()}
-    first = [model.first_inputs(batch) for batch in batches]
-    hidden = HiddenStates(first, first, len(judges))
-    for number, layer in enumerate(model.layers):
+    store.discard_damaged()
+    for number in range(store.count):
+        if store.is_finished(number):
+            for report in store.reports(number):
+                tell(report)
+    executor.run(job, model, store, tell)
 
-        def calls(batch: Tensor, number: int = number) -> Call:
-            return recorded[len(batch)][number]
 
-        hidden = prune_layer(layer, calls, hidden, settings, tell)
+def identity(
+    recipe: Recipe, settings: LayerSettings, weights: Mapping[str, str], tokens: Mapping[str, Tensor], **numerics: Any
+) -> dict[str, Any]:
+    """All that the bits of a result depend on: a run is gone on with only if this is the same.
+
+    `weights` are checksums by name, `numerics` what the arithmetic depends on besides: device, dtype, threads.
+    """
+    plain = recipe.model_dump(mode="json", exclude=set(UNSEEN))
+    pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
+    return {
+        "recipe": plain | {"pruner": pruner},
+        "weights": dict(weights),
+        "tokens": {name: checksum(t) for name, t in tokens.items()},
+        "code": _code(),
+        "numerics": numerics | {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def checksum(tensor: Tensor) -> str:
+    """The sha256 of a tensor's bytes."""
+    return hashlib.sha256(raw(tensor)).hexdigest()
+
+
+def _code() -> str:
+    """The checksum of this package's own code."""
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
+        total.update(path.read_bytes())
+    return total.hexdigest()

@@ -6,6 +6,7 @@ from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.convex import Convex
 from convexprune.pruners.fistapruner import FISTAPruner
 from convexprune.pruners.magnitude import Magnitude
+from convexprune.pruners.perspective import Perspective
 from convexprune.pruners.refit import Refitted
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
@@ -16,6 +17,7 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
     "convex": Convex,
     "fistapruner": FISTAPruner,
     "magnitude": Magnitude,
+    "perspective": Perspective,
     "sparsegpt": SparseGPT,
     "wanda": Wanda,
 }
@@ -28,6 +30,7 @@ __all__ = [
     "Convex",
     "FISTAPruner",
     "Magnitude",
+    "Perspective",
     "Pruned",
     "PruningProblem",
     "Refitted",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune.penalty import L1, AbstractPenalty, Support
+from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
 from convexprune.problem import Problem, certify
 from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 
@@ -41,7 +41,7 @@ class CVXPY(AbstractSolver):
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """What is stated in CVXPY's atoms below."""
-        return (L1, Support)
+        return (L1, ReverseHuber, Support)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
@@ -84,6 +84,12 @@ class CVXPY(AbstractSolver):
         if isinstance(problem.penalty, Support):
             outside = np.flatnonzero(~problem.penalty.mask[i].cpu().numpy())
             return d, cp.Problem(cp.Minimize(smooth), [d[outside] == -anchor[outside]] if len(outside) else [])
+        if isinstance(problem.penalty, ReverseHuber):
+            penalty = problem.penalty.to(torch.float64)
+            curvature, slope = (t.expand(problem.shape)[i].cpu().numpy() for t in (penalty.curvature, penalty.slope))
+            size = cp.abs(d + anchor)
+            parabola = curvature / 2 @ cp.square(cp.pos(size - slope / curvature))
+            return d, cp.Problem(cp.Minimize(smooth + slope @ size + parabola))
         assert isinstance(problem.penalty, L1)
         strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
         return d, cp.Problem(cp.Minimize(smooth + strength @ cp.abs(d + anchor)))

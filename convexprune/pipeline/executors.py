@@ -1,0 +1,289 @@
+"""Who works on the layers of a run: this process, a pool of them, the ranks of a launcher, or a Ray cluster.
+
+They differ in nothing but who calls `prune_claimed`: the queue is the run's folder, where a layer is claimed by a lock.
+"""
+
+import multiprocessing
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, unknown
+from convexprune.model import AbstractModel
+from convexprune.pipeline.layer import Tell
+from convexprune.pipeline.store import FolderStore
+from convexprune.pipeline.task import Work, prune_claimed
+from convexprune.report import OperatorReport
+
+RETRIES = 3  # workers started again, for each that there is, before a run is given up
+POLL = 0.2  # seconds between two looks at the workers
+RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What another process needs to work on a run: its folder, the work, the model, and on how many threads."""
+
+    folder: Path
+    work: Work
+    open_model: Callable[..., AbstractModel]  # with the keyword "device"
+    threads: int
+
+    def do(self, device: str) -> None:
+        """Prune layers until none is left."""
+
+        def go_on(_: OperatorReport) -> None:
+            parent = multiprocessing.parent_process()
+            if parent is not None and not parent.is_alive():
+                raise SystemExit("the process that started this worker is gone")
+
+        with threads(self.threads):
+            model = self.open_model(device=device)
+            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, go_on)
+
+
+class AbstractExecutor(ABC):
+    """Sees to it that all layers of a run get finished."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """The number of this process, if several open the run's folder on purpose."""
+
+    @property
+    @abstractmethod
+    def processes(self) -> int:
+        """How many share the threads of this one."""
+
+    @abstractmethod
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        """Return when all layers are finished; `model` and `store` are those of this process."""
+
+
+class Serial(AbstractExecutor):
+    """Only this process, layer by layer."""
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def processes(self) -> int:
+        return 1
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        with threads(job.threads):
+            prune_claimed(model, store, job.work, tell)
+
+
+@dataclass(frozen=True)
+class Ranks(AbstractExecutor):
+    """One of the processes that torchrun or srun started with the same command; they meet in the run's folder only."""
+
+    number: int
+
+    @classmethod
+    def here(cls) -> "Ranks":
+        """The rank that the launcher has given this process.
+
+        Raises:
+            RecipeError: no launcher has.
+        """
+        for rank, size in RANKS:
+            if rank in os.environ and size in os.environ:
+                return cls(int(os.environ[rank]))
+        raise RecipeError(
+            "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
+        )
+
+    @property
+    def rank(self) -> int | None:
+        return self.number
+
+    @property
+    def processes(self) -> int:
+        return 1  # launchers divide the threads themselves
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        with threads(job.threads):
+            prune_claimed(model, store, job.work, tell)
+
+
+@dataclass(frozen=True)
+class Pool(AbstractExecutor):
+    """Processes on this machine, one for each of `devices`; one that is lost is started again."""
+
+    devices: Sequence[str]
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def processes(self) -> int:
+        return len(self.devices)
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        """See `AbstractExecutor.run`.
+
+        Raises:
+            ConvexpruneError: what a worker raised.
+            PruningError: workers were lost again and again.
+        """
+        watch = _Watch(store, tell)
+        workers, lost = [_Worker(job, device) for device in self.devices], 0
+        try:
+            while not watch.all_finished():
+                time.sleep(POLL)
+                for i, worker in enumerate(workers):
+                    if worker.is_lost():
+                        lost += 1
+                        if lost > RETRIES * len(self.devices):
+                            raise PruningError(
+                                f"Workers were lost {lost} times; the last ended with {worker.exit_code}. Is memory "
+                                "short? What is finished is kept: go on with resume=True (--resume)."
+                            )
+                        workers[i] = _Worker(job, worker.device)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+@dataclass(frozen=True)
+class OnRay(AbstractExecutor):
+    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost."""
+
+    workers: int
+
+    @property
+    def rank(self) -> int | None:
+        return None
+
+    @property
+    def processes(self) -> int:
+        return self.workers
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        import ray  # pyright: ignore[reportMissingImports]
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        on_gpu = model.device.type == "cuda"
+        task = ray.remote(num_cpus=job.threads, num_gpus=int(on_gpu), max_retries=RETRIES)(_do)
+        watch = _Watch(store, tell)
+        waiting = [task.remote(job, "cuda" if on_gpu else "cpu") for _ in range(self.workers)]
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=POLL)
+                ray.get(done)
+                watch.all_finished()
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        finally:
+            for one in waiting:
+                ray.cancel(one, force=True)
+
+
+EXECUTORS = ("serial", "pool", "ranks", "ray")
+
+
+def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
+    """The executor of that name.
+
+    Raises:
+        RecipeError: there is none, or it does not fit where we are.
+        DependencyError: Ray is missing.
+    """
+    match name:
+        case "serial":
+            return Serial()
+        case "ranks":
+            return Ranks.here()
+        case "pool":
+            gpus = [f"cuda:{i % torch.cuda.device_count()}" for i in range(workers)] if device == "cuda" else []
+            return Pool(tuple(gpus) or (device,) * workers)
+        case "ray":
+            if find_spec("ray") is None:
+                raise DependencyError("executor='ray' needs Ray: pip install 'convexprune[ray]'")
+            return OnRay(workers)
+    raise RecipeError(unknown("executor", name, EXECUTORS))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads: sums are the same bits only on equally many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Watch:
+    """Tells of the operators of each layer that appears as finished."""
+
+    def __init__(self, store: FolderStore, tell: Tell) -> None:
+        self._store, self._tell = store, tell
+        self._told = {n for n in range(store.count) if store.is_finished(n)}
+
+    def all_finished(self) -> bool:
+        for n in range(self._store.count):
+            if n not in self._told and self._store.is_finished(n):
+                self._told.add(n)
+                for report in self._store.reports(n):
+                    self._tell(report)
+        return len(self._told) == self._store.count
+
+
+class _Worker:
+    """A process that works on a job."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.device = device
+        context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
+        self._errors, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_do_and_tell, args=(job, device, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.exitcode
+
+    def is_lost(self) -> bool:
+        """Whether it ended before the work did.
+
+        Raises:
+            ConvexpruneError: what it raised.
+        """
+        if self._process.is_alive() or self._process.exitcode == 0:
+            return False
+        try:
+            raise self._errors.recv()
+        except EOFError:
+            return True
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _do_and_tell(job: Job, device: str, errors: Connection) -> None:
+    try:
+        job.do(device)
+    except ConvexpruneError as error:
+        errors.send(error)
+        raise SystemExit(1) from error
+
+
+def _do(job: Job, device: str) -> None:
+    job.do(device)

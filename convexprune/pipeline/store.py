@@ -1,0 +1,221 @@
+"""Where a run keeps what is between its layers: in memory, or in a folder that survives whatever ends the process."""
+
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from convexprune.errors import OutputError
+from convexprune.model import AbstractModel
+from convexprune.pipeline.files import locked, publish, read_json, sha256, write_json, writing
+from convexprune.pipeline.layer import Recorded
+from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
+from convexprune.report import OperatorReport
+
+Stream = Literal["dense", "fed"]
+POLL = 0.05  # seconds between two looks at what the other workers have published
+
+
+class AbstractStore(ABC):
+    """The hidden states that enter each layer, and the layers that are finished."""
+
+    @abstractmethod
+    def claim(self) -> AbstractContextManager[int | None]:
+        """The number of a layer that is now this worker's, as long as the block lasts; None once all are finished."""
+
+    @abstractmethod
+    def is_finished(self, number: int) -> bool:
+        """Whether the layer is."""
+
+    @abstractmethod
+    def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
+        """Inside, the function makes room to record tensors in, which is gone afterwards unless it was put away."""
+
+    @abstractmethod
+    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+        """The batches that enter a layer; None if they are not there or are damaged."""
+
+    @abstractmethod
+    def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
+        """Keep what enters layer `number` until that layer is finished."""
+
+    @abstractmethod
+    def layer(self, number: int) -> Mapping[str, Tensor]:
+        """The state of a finished layer."""
+
+    @abstractmethod
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        """Keep the pruned layer for good."""
+
+
+class MemoryStore(AbstractStore):
+    """Of a model in memory that is pruned in place by one worker."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._next = 0
+        self._hidden: dict[tuple[int, Stream], Recorded] = {}
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        yield self._next if self._next < self.count else None
+
+    def is_finished(self, number: int) -> bool:
+        return number < self._next
+
+    @contextmanager
+    def scratch(self, number: int) -> Iterator[Callable[[], Recorded]]:
+        yield list
+
+    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+        return self._hidden.get((number, stream))
+
+    def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
+        self._hidden[number, stream] = batches
+
+    def layer(self, number: int) -> Mapping[str, Tensor]:
+        raise AssertionError("a layer that is pruned in place is in the model")
+
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        self._next = number + 1
+        self._hidden = {key: batches for key, batches in self._hidden.items() if key[0] > number}
+
+
+class FolderStore(AbstractStore):
+    """The folder `work` of a run; any number of processes may share it.
+
+    A layer is claimed by a lock that vanishes with its process, so a killed worker's layer is free at once. Every file
+    appears whole, and its checksum stands in a JSON file beside it, which is written last: what it names is there.
+    """
+
+    def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.count = count
+        self.pruned_here: set[int] = set()
+        self._device = device
+        self._finished: set[int] = set()
+        with writing(folder):
+            for name in ("hidden", "layers", "claims", "scratch"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        while pending := [n for n in range(self.count) if not self.is_finished(n)]:
+            for n in pending:
+                # The lowest can always be worked on: what enters it is there, or has to be computed again.
+                if n != pending[0] and not self._notes("hidden", f"{n:05d}.dense").exists():
+                    continue
+                with locked(self.folder / "claims" / f"{n:05d}.lock") as mine:
+                    if mine and not self.is_finished(n):
+                        yield n
+                        return
+            time.sleep(POLL)
+        yield None
+
+    def is_finished(self, number: int) -> bool:
+        if number not in self._finished and self._notes("layers", f"{number:05d}").exists():
+            self._finished.add(number)
+        return number in self._finished
+
+    @contextmanager
+    def scratch(self, number: int) -> Iterator[Callable[[], Recorded]]:
+        with self.scratch_folder(number) as place:
+            yield lambda: Batches(place / f"{uuid4().hex}.bin", device=self._device)
+
+    @contextmanager
+    def scratch_folder(self, number: int) -> Iterator[Path]:
+        """An empty folder for whoever has claimed the layer; gone afterwards."""
+        place = self.folder / "scratch" / f"{number:05d}"
+        shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
+        with writing(place):
+            place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+        notes = read_json(self._notes("hidden", f"{number:05d}.{stream}"))
+        path = self.folder / "hidden" / f"{number:05d}.{stream}.bin"
+        if notes is not None and sha256(path) == notes["sha256"]:
+            return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
+        self._forget_hidden(number, stream)
+        return None
+
+    def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
+        assert isinstance(batches, Batches) and batches.dtype is not None
+        path = self.folder / "hidden" / f"{number:05d}.{stream}.bin"
+        notes = {"dtype": CODES[batches.dtype], "shapes": batches.shapes, "sha256": sha256(batches.path)}
+        with writing(path):
+            publish(batches.path, path)
+        batches.path = path
+        write_json(self._notes("hidden", f"{number:05d}.{stream}"), notes)
+
+    def layer(self, number: int) -> Mapping[str, Tensor]:
+        return load_file(self._shard(number))
+
+    def entries(self, number: int) -> dict[str, Entry]:
+        """Where the tensors of a finished layer lie."""
+        return entries(self._shard(number))[0]
+
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        path = self._shard(number)
+        write_tensors(path, {name: Spec.of(t) for name, t in state.items()}, state.__getitem__, {"format": "pt"})
+        write_json(
+            self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
+        )
+        self.pruned_here.add(number)
+        self._forget_hidden(number, "dense")
+        self._forget_hidden(number, "fed")
+
+    def reports(self, number: int) -> list[OperatorReport]:
+        """What was reported of a finished layer."""
+        return [OperatorReport(**o) for o in read_json(self._notes("layers", f"{number:05d}"))["operators"]]
+
+    def restore(self, model: AbstractModel) -> None:
+        """Put into a model in memory what others, or an earlier process, have pruned."""
+        for number in set(range(self.count)) - self.pruned_here:
+            model.layers[number].module.load_state_dict(self.layer(number))
+
+    def require_whole(self) -> None:
+        """See that every layer is on the disk as it was written.
+
+        Raises:
+            OutputError: a layer is not.
+        """
+        if damaged := self.discard_damaged():
+            raise OutputError(
+                f"{self.folder}: the disk does not hold what was written to it (layers {damaged}). Mend it, then go on "
+                "with resume=True (--resume)."
+            )
+
+    def discard_damaged(self) -> list[int]:
+        """Forget every finished layer whose file is not what was written, and name them."""
+        damaged = []
+        for notes_path in sorted((self.folder / "layers").glob("*.json")):
+            notes = read_json(notes_path)
+            if notes is None or sha256(notes_path.with_suffix(".safetensors")) != notes["sha256"]:
+                notes_path.unlink(missing_ok=True)
+                self._finished.discard(int(notes_path.stem))
+                damaged.append(int(notes_path.stem))
+        return damaged
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / "layers" / f"{number:05d}.safetensors"
+
+    def _notes(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.json"
+
+    def _forget_hidden(self, number: int, stream: Stream) -> None:
+        path = self._notes("hidden", f"{number:05d}.{stream}")
+        path.unlink(missing_ok=True)
+        path.with_suffix(".bin").unlink(missing_ok=True)

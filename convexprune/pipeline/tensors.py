@@ -1,0 +1,187 @@
+"""Tensors on disk, one at a time: safetensors files, and batches that are recorded and mapped back into memory."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy
+import torch
+from torch import Tensor
+
+from convexprune.errors import ModelError
+from convexprune.pipeline.files import appearing, write, writing
+
+# The codes of the safetensors format for the types that a language model is stored in.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        """The spec of a tensor as it would be stored."""
+        return cls(CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file, and where its bytes begin."""
+
+    path: Path
+    spec: Spec
+    begin: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            ModelError: its type is none that a weight can have, or the file ends before it.
+        """
+        if self.spec.code not in DTYPES:
+            raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
+        dtype, data = DTYPES[self.spec.code], self.read_bytes()
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(self.spec.shape)
+
+    def read_bytes(self) -> bytearray:
+        """Its bytes.
+
+        Raises:
+            ModelError: the file ends before it.
+        """
+        data = bytearray(self.spec.nbytes)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin)
+            view = memoryview(data)
+            while view and (count := file.readinto(view)):  # the system reads 2 GiB at most at once
+                view = view[count:]
+        if view:
+            raise _damaged(self.path)
+        return data
+
+
+def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file holds, in the order of its bytes, and its metadata; only the header is read.
+
+    Raises:
+        ModelError: the file is not safetensors, or has not the length that its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(start - 8) if start <= size else b""
+    try:
+        header: dict[str, Any] = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        spans = sorted((*e["data_offsets"], name) for name, e in header.items())
+        found = {
+            name: Entry(path, Spec(header[name]["dtype"], tuple(header[name]["shape"]), end - begin), start + begin)
+            for begin, end, name in spans
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise _damaged(path) from cause
+    if size != start + max((end for _, end, _ in spans), default=0):
+        raise _damaged(path)
+    return found, metadata
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file of these `specs`; `read` is asked for one tensor (or its bytes) after another.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are to be aligned
+    with appearing(path) as file:
+        write(file, len(text).to_bytes(8, "little") + text)
+        for name in specs:
+            value = read(name)
+            write(file, raw(value) if isinstance(value, Tensor) else value)
+
+
+class Batches(Sequence[Tensor]):
+    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used."""
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        shapes: Iterable[Sequence[int]] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.shapes = [tuple(shape) for shape in shapes]
+        self._ends = [0]
+        for shape in self.shapes:
+            self._ends.append(self._ends[-1] + _size(shape, dtype))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        begin, end = self._ends[i : i + 2]
+        mapped = numpy.memmap(self.path, numpy.uint8, mode="c", offset=begin, shape=(end - begin,))
+        assert self.dtype is not None
+        return torch.from_numpy(mapped).view(self.dtype).reshape(self.shapes[i]).to(self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """How long the file should be."""
+        return self._ends[-1]
+
+    def append(self, batch: Tensor) -> None:
+        """Record one more.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        self.dtype = self.dtype or batch.dtype
+        assert batch.dtype == self.dtype
+        with writing(self.path), self.path.open("ab") as file:
+            write(file, raw(batch))
+        self.shapes.append(tuple(batch.shape))
+        self._ends.append(self._ends[-1] + _size(batch.shape, self.dtype))
+
+
+def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:
+    assert dtype is not None
+    return prod(shape) * dtype.itemsize
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(f"{path}: damaged or cut short. Copy or download it again.")

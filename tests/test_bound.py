@@ -1,0 +1,127 @@
+"""The lower bound is below the best pruning, whatever weight and split it is made of."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pruning_cases import layer_problem
+from strategies import KINDS, make_chain, make_layer, random, seeds
+
+from convexprune.bound import LowerBound, budget, first_split, lower_bound, without_dead_inputs
+from convexprune.errors import ProblemError
+from convexprune.pattern import SemiStructured, Stacked, Unstructured
+from convexprune.pruners import PRUNERS
+from convexprune.quadratic import Quadratic
+from convexprune.validation import best_pruning
+
+PATTERNS = {"matrix": Unstructured(0.5), "row": Unstructured(0.5, "row"), "2:4": SemiStructured(2, 4)}
+QUICK = LowerBound(rounds=4, iterations=30, last_iterations=60)
+SHARED = LowerBound(rounds=4, iterations=30, last_iterations=60, per_row=False)
+ROUNDING = 1e-9  # of the energy: what the optimum of an ill-conditioned problem is known to
+
+patterns = st.sampled_from(tuple(PATTERNS.values()))
+
+
+def case(kind, seed, change, n=8, m=2):
+    return make_layer(kind, m, n, seed, change)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(KINDS), patterns, seeds, st.sampled_from((0.0, 0.3)), st.booleans())
+def test_no_pruning_is_better_than_the_bound(kind, pattern, seed, change, per_row):
+    layer = case(kind, seed, change)
+    problem = layer_problem(layer, pattern)
+    best = best_pruning(problem)
+    bound = (QUICK if per_row else SHARED).of(problem.quadratic, pattern, best)
+    assert bound.error == pytest.approx(float(problem.squared_error(best).sum()))
+    assert 0 <= bound.lower <= bound.error + ROUNDING * layer.energy
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(KINDS), patterns, seeds, st.floats(0, 1), st.sampled_from((1e-3, 1.0, 30.0)))
+def test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound(kind, pattern, seed, share, radius):
+    layer = case(kind, seed, 0.3)
+    problem = layer_problem(layer, pattern)
+    best = best_pruning(problem)
+    split = first_split(problem.quadratic.gram)
+    if split is None:
+        return
+    lines, kept = budget(pattern, best)
+    anywhere = layer.weight + radius * random(seed, *layer.weight.shape)
+    bound = 2 * lower_bound(problem.quadratic, share * split.expand(2, 8), anywhere, lines, kept)
+    assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
+
+
+@settings(max_examples=4)
+@given(patterns, seeds)
+def test_the_bound_is_exact_where_inputs_do_not_correlate(pattern, seed):
+    # The quadratic is separable: the best pruning drops what costs least.
+    diagonal, weight = random(seed, 8).abs() + 0.1, random(seed + 1, 3, 8)
+    quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(3), weight)
+    kept = weight * pattern.mask(weight.square() * diagonal)
+    assert LowerBound().of(quadratic, pattern, kept).ratio == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_the_bound_is_near_what_pruners_reach_where_neighbours_correlate(pattern):
+    problem = layer_problem(make_chain(3, 24, 0, 0.5, tokens=400), pattern)
+    achieved = PRUNERS["convex"](damping=1e-3).prune(problem).weight
+    own, shared = (QUICK.of(problem.quadratic, pattern, achieved), SHARED.of(problem.quadratic, pattern, achieved))
+    assert own.ratio > 0.8
+    assert own.lower > shared.lower  # a split of its own for every row is tighter
+
+
+def test_a_constant_error_that_no_weight_can_change_is_part_of_the_bound():
+    layer = case("full rank", 5, 0.3)
+    problem = layer_problem(layer, PATTERNS["row"])
+    constant = 2 * float(problem.quadratic.values(layer.weight).sum())
+    shifted = Quadratic(problem.quadratic.gram, problem.quadratic.cross, problem.quadratic.energy + 10, layer.weight)
+    achieved = PRUNERS["wanda"]().prune(problem).weight
+    plain = QUICK.of(problem.quadratic, problem.pattern, achieved)
+    assert constant > 0
+    assert QUICK.of(shifted, problem.pattern, achieved).lower == pytest.approx(plain.lower + 20)
+
+
+def test_dead_inputs_do_not_spoil_the_bound():
+    layer = case("full rank", 6, 0.0)
+    layer.pruned[:, 3] = 0
+    problem = layer_problem(layer, PATTERNS["row"])
+    achieved = PRUNERS["convex"]().prune(problem).weight
+    bound = QUICK.of(problem.quadratic, problem.pattern, achieved)
+    assert 0.1 < bound.ratio <= 1
+    alive = without_dead_inputs(problem.quadratic)
+    torch.testing.assert_close(alive.values(achieved), problem.quadratic.values(achieved))
+
+
+def test_a_gram_matrix_of_too_few_tokens_has_no_bound_but_zero():
+    problem = layer_problem(case("rank deficient", 0, 0.0), PATTERNS["row"])
+    achieved = PRUNERS["wanda"]().prune(problem).weight
+    assert QUICK.of(problem.quadratic, problem.pattern, achieved).lower == 0
+
+
+def test_what_breaks_the_pattern_is_refused():
+    layer = case("full rank", 0, 0.0)
+    quadratic = layer.quadratic()
+    with pytest.raises(ProblemError, match="keeps up to 4 in a line of 4; 2:4 keeps 2"):
+        QUICK.of(quadratic, PATTERNS["2:4"], layer.weight)
+    with pytest.raises(ProblemError, match="one operator"):
+        QUICK.of(quadratic, Stacked(Unstructured(0.5), (1, 1)), layer.weight)
+    with pytest.raises(ProblemError, match=r"\[2, 3\]"):
+        QUICK.of(quadratic, PATTERNS["row"], layer.weight[:, :3])
+
+
+@settings(max_examples=5)
+@given(patterns, seeds)
+def test_the_best_pruning_is_the_best_of_all_supports(pattern, seed):
+    # A twin with no shared line: every support of every row (or of the matrix), each solved by lstsq on the tokens.
+    layer = make_layer("full rank", 1, 4, seed, 0.3)
+    problem = layer_problem(layer, pattern)
+    target = layer.targets()[:, 0]
+    least = min(
+        float((layer.pruned[:, list(s)] @ torch.linalg.lstsq(layer.pruned[:, list(s)], target).solution - target)
+              .square().mean())
+        for s in combinations(range(4), 2)
+    )  # fmt: skip
+    assert float(problem.squared_error(best_pruning(problem)).sum()) == pytest.approx(least)

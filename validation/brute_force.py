@@ -1,0 +1,96 @@
+"""The exact truth on small problems: every support is tried, so that a pruner's distance to the optimum is known."""
+
+from itertools import combinations, product
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import ProblemError
+from convexprune.pattern import SemiStructured, Unstructured
+from convexprune.pruners import AbstractPruner, PruningProblem
+from convexprune.quadratic import Quadratic
+
+LARGEST = 20  # columns: 184 756 supports of one half
+CHUNK = 20_000  # supports solved at once
+
+
+@torch.no_grad()
+def best_pruning(problem: PruningProblem) -> Tensor:
+    """A weight [m n] in the pattern with the least squared error, n <= 20, by enumeration of every row's supports.
+
+    Rows do not see each other, so with a quota of the whole matrix the best weight of each row is found for every
+    number of non-zeros, and the numbers are shared out by dynamic programming.
+
+    Raises:
+        ProblemError: more than 20 columns, or a pattern that is none of one operator.
+    """
+    quadratic, pattern = problem.quadratic.double, problem.pattern
+    m, n = quadratic.shape
+    if n > LARGEST:
+        raise ProblemError(f"All supports of {n} columns are too many; brute force takes at most {LARGEST}.")
+    if isinstance(pattern, SemiStructured):
+        pattern.check(m, n)
+        groups = [torch.tensor(list(combinations(range(j, j + pattern.group), pattern.kept))) for j in
+                  range(0, n, pattern.group)]  # fmt: skip
+        supports = torch.stack([torch.cat(parts) for parts in product(*groups)])
+        return _best(quadratic, supports)[0]
+    if not isinstance(pattern, Unstructured):
+        raise ProblemError(f"Brute force needs an unstructured or n:m pattern of one operator; this is {pattern}.")
+    if pattern.quota == "row":
+        kept = n - pattern.zeros(1, n)
+        return _best(quadratic, torch.tensor(list(combinations(range(n), kept)), dtype=torch.long))[0]
+    every = [_best(quadratic, torch.tensor(list(combinations(range(n), k)), dtype=torch.long)) for k in range(n + 1)]
+    costs = torch.stack([values for _, values in every])  # [n + 1, m]
+    counts = _share_out(costs.T, m * n - pattern.zeros(m, n))
+    return torch.stack([every[k][0][i] for i, k in enumerate(counts)])
+
+
+def excess(problem: PruningProblem, pruners: dict[str, AbstractPruner]) -> dict[str, float]:
+    """The squared error of each pruner over that of the best pruning: 1 is optimal."""
+    least = float(problem.squared_error(best_pruning(problem)).sum())
+    return {
+        name: float(problem.squared_error(pruner.prune(problem).weight).sum()) / least
+        for name, pruner in pruners.items()
+    }
+
+
+def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row the best weight [m n] on one of the `supports` [count kept], and its value [m]."""
+    q = q.at(None)
+    m, n = q.shape
+    best = q.energy / 2 if supports.shape[1] == 0 else torch.full_like(q.energy, float("inf"))
+    weight = torch.zeros_like(q.cross)
+    if supports.shape[1] == 0:
+        return weight, best
+    scale = q.scale()
+    gram, cross = q.gram / scale / scale[:, None], q.cross / scale
+    for chunk in supports.split(CHUNK):
+        inverse = torch.linalg.pinv(gram[chunk[:, :, None], chunk[:, None, :]], hermitian=True, rtol=1e-13)
+        part = cross[:, chunk]  # [m count kept]
+        solution = torch.einsum("cij,mcj->mci", inverse, part)
+        values, index = (q.energy[:, None] / 2 - (solution * part).sum(2) / 2).min(1)
+        for i in (values < best).nonzero()[:, 0].tolist():
+            best[i] = values[i]
+            weight[i] = 0
+            weight[i, chunk[index[i]]] = solution[i, index[i]] / scale[chunk[index[i]]]
+    return weight, best
+
+
+def _share_out(costs: Tensor, total: int) -> list[int]:
+    """How many non-zeros each row gets so that they sum to `total` and the costs [m n+1] to the least."""
+    m, options = costs.shape
+    least = [0.0] + [float("inf")] * total
+    choices: list[list[int]] = []
+    for row in costs.tolist():
+        following, chosen = [float("inf")] * (total + 1), [0] * (total + 1)
+        for used in range(total + 1):
+            for k in range(min(options - 1, used) + 1):
+                if least[used - k] + row[k] < following[used]:
+                    following[used], chosen[used] = least[used - k] + row[k], k
+        least = following
+        choices.append(chosen)
+    counts, left = [], total
+    for chosen in reversed(choices):
+        counts.append(chosen[left])
+        left -= chosen[left]
+    return counts[::-1]

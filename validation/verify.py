@@ -1,0 +1,217 @@
+"""Verify: the answers of the production solvers against oracles, and the pruning against a bound nobody can beat."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_tokens, load
+from convexprune.bound import LowerBound
+from convexprune.errors import ModelError, RecipeError, unknown
+from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+
+from .layer_problems import OperatorProblem, operator_problems
+from .oracles import Comparison, block, block_problems, compare
+
+AGREEMENT = 1e-6  # relative, of objectives
+GAP = 1e-4  # relative, of the production solvers at their defaults
+WIDE = 1024  # above, a split for every row costs too much: rows share one
+EMBEDDED_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """The squared error that was achieved on a sample of an operator's rows, and the bound on every pruning of them."""
+
+    operator: str
+    rows: int
+    error: float
+    lower: float
+    ratio: float
+    seconds: float
+
+
+@dataclass
+class Verification:
+    """Everything that was compared; `faults` says in words what missed its tolerance."""
+
+    source: str
+    settings: dict[str, Any]
+    tolerance: float = AGREEMENT
+    gap: float = GAP
+    comparisons: list[Comparison] = field(default_factory=list)
+    bounds: list[BoundReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def faults(self) -> list[str]:
+        """What missed a tolerance; empty if all is well."""
+        found = [
+            f"{c.operator} [{c.penalty}] {text}"
+            for c in self.comparisons
+            for text in c.faults(self.tolerance, self.gap)
+        ]
+        found += [
+            f"{b.operator}: the error {b.error:.3e} is below the bound {b.lower:.3e}, which no weight can be"
+            for b in self.bounds
+            if not b.lower <= b.error * (1 + self.tolerance)
+        ]
+        return found if self.comparisons else [*found, "nothing was compared"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tolerance was met."""
+        return not self.faults
+
+    @property
+    def median_ratio(self) -> float:
+        """The median over the operators of bound / error."""
+        return float(torch.tensor([b.ratio for b in self.bounds], dtype=torch.float64).quantile(0.5))
+
+    def to_json(self) -> str:
+        """All of it as JSON; numbers that are not finite are written as text."""
+        whole = asdict(self) | {"faults": self.faults, "passed": self.passed, "median_ratio": self.median_ratio}
+        return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
+
+    def tables(self) -> list[Table]:
+        """One line for each solve, and one for each bound."""
+        solves = Table(title="The same problem, several solvers", box=SIMPLE_HEAD)
+        solves.add_column("operator", no_wrap=True)
+        solves.add_column("problem", no_wrap=True)
+        for name in ("solver", "objective", "difference", "gap", "KKT", "s"):
+            solves.add_column(name, justify="right", no_wrap=True)
+        for c in self.comparisons:
+            for i, s in enumerate(c.solves):
+                head = ("", "") if i else (c.operator, f"{c.penalty} {c.rows}x{c.columns}")
+                figures = (f"{x:.0e}" for x in (s.difference, s.relative_gap, s.kkt_residual))
+                solves.add_row(*head, s.solver, f"{s.objective:.9e}", *figures, f"{s.seconds:.3f}")
+        bounds = Table(title="Squared error achieved, and what no pruning can beat", box=SIMPLE_HEAD)
+        bounds.add_column("operator", no_wrap=True)
+        for name in ("rows", "error", "lower bound", "ratio", "s"):
+            bounds.add_column(name, justify="right", no_wrap=True)
+        for b in self.bounds:
+            bounds.add_row(b.operator, str(b.rows), f"{b.error:.3e}", f"{b.lower:.3e}", f"{b.ratio:.3f}",
+                           f"{b.seconds:.1f}")  # fmt: skip
+        return [solves, bounds]
+
+
+def verify(
+    source: str | Path | None = None,
+    *,
+    operators: Sequence[str] = (),
+    sample: int | None = 4,
+    rows: int = 4,
+    columns: int = 32,
+    bound_rows: int = 4,
+    tolerance: float = AGREEMENT,
+    gap: float = GAP,
+    seed: int = 0,
+    device: str = "cpu",
+    tell: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> Verification:
+    """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
+
+    Args:
+        source: a model (folder or hub name), which is pruned in memory as `settings` say; or the folder of a finished
+            run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged.
+            None: the bundled model.
+        operators: names of operators; none: `sample` of them, drawn at random (None: all).
+        rows: rows of the block that the oracles solve.
+        columns: its columns; the others stay dense.
+        bound_rows: rows that the lower bound is for, drawn at random.
+        tolerance: the largest relative difference of objectives.
+        gap: the largest relative duality gap of a production solver at its default settings.
+        seed: of what is drawn here.
+        device: where the model runs.
+        tell: called with each operator's name as it is done.
+        settings: of the recipe, as for `convexprune.prune`: pattern, sparsity, dataset, num_calibration_samples, ...
+
+    Raises:
+        RecipeError: an unknown setting or operator, or settings given for a finished run, which has its own.
+        ModelError: the run's model is not shaped like its dense model.
+    """
+    began = time.perf_counter()
+    recipe, run = read_source(source, settings)
+    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+    choice = {"device": device, "targets": recipe.targets, "ignore": recipe.ignore}
+    dense = load(recipe.model, dtype=dtype, **choice)
+    pruned = None if run is None else load(run, dtype=dtype, **choice)
+    names = _choose(dense, operators, sample, seed)
+    if pruned is not None:
+        _require_same_shapes(dense, pruned, names)
+    tokens = calibration_tokens(
+        recipe.dataset, dense, num_samples=recipe.num_calibration_samples, max_seq_length=recipe.max_seq_length,
+        seed=recipe.seed,
+    )  # fmt: skip
+    layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction)
+    result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
+    generator = torch.Generator().manual_seed(seed)
+    for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size):
+        result.comparisons += _compare(operator, rows, columns, generator)
+        result.bounds.append(bound(operator, bound_rows, generator))
+        tell(operator.name)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
+    """The bound for `rows` rows of an operator drawn at random (None: all rows)."""
+    began = time.perf_counter()
+    problem, achieved = operator.rows(rows, generator)
+    n = problem.weight.shape[1]
+    found = LowerBound(per_row=n <= WIDE and rows is not None).of(problem.quadratic, problem.pattern, achieved)
+    return BoundReport(operator.name, found.rows, found.error, found.lower, found.ratio, time.perf_counter() - began)
+
+
+def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Recipe, Path | None]:
+    """The recipe, and the folder of the run if `source` is one.
+
+    Raises:
+        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object.
+    """
+    file = None if source is None else Path(source) / "recipe.yaml"
+    if source is not None and file is not None and file.is_file():
+        if settings:
+            raise RecipeError(f"{source} is a finished run with its own recipe; leave out: {', '.join(settings)}.")
+        recipe = make_recipe(**yaml.safe_load(file.read_text()))
+        if recipe.dataset.endswith(" given by the caller"):
+            raise RecipeError(
+                f"The tokens of this run were a {recipe.dataset}; only named data sets can be read again."
+            )
+        return recipe, Path(source)
+    if source is None:
+        settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
+    return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
+
+
+def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
+    every = [f"{layer.name}.{name}" for layer in model.layers for stage in layer.stages for name in stage]
+    for name in operators:
+        if name not in every:
+            raise RecipeError(unknown("operator", name, every))
+    if operators or sample is None or sample >= len(every):
+        return list(operators) or every
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:sample]
+    return [every[i] for i in drawn.sort().values.tolist()]
+
+
+def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, names: Sequence[str]) -> None:
+    for name in names:
+        shapes = [list(m.model.get_parameter(f"{name}.weight").shape) for m in (dense, pruned)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"{name} is {shapes[0]} in the dense model and {shapes[1]} in the run: not of one model.")
+
+
+def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[Comparison]:
+    problem, achieved = operator.rows(rows, generator)
+    quadratic, chosen = block(problem, columns, generator)
+    problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
+    return [compare(operator.name, penalty, p) for penalty, p in problems.items()]
