@@ -20,8 +20,11 @@ from convexprune.pipeline.tensors import CODES, DTYPES, Entry, Spec, entries, wr
 from .admission import refuse_non_finite
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format.
-WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format; and
+# what is said of the dense model.
+NOT_COPIED = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", "README.md",
+)  # fmt: skip
 
 
 class NotStreamable(Exception):
@@ -88,7 +91,7 @@ class Shards:
             write_tensors(target / path.name, specs, lambda n, casts=casts: casts[n][1](), self._metadata[path])
             total += sum(spec.nbytes for spec in specs.values())
         for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_FILES):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(NOT_COPIED):
                 with writing(target):
                     shutil.copyfile(path, target / path.name)
         if (self.folder / INDEX).is_file():

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 from convexprune.errors import DependencyError, OutputError
 
+PARTS = ".*.part"  # files that are being written, or were when their process was killed
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convexprune.errors import OutputError
-from convexprune.pipeline.files import appearing, locked, publish, read_json, write, write_json, writing
+from convexprune.pipeline.files import PARTS, appearing, locked, publish, read_json, write, write_json, writing
 from convexprune.report import Report
 
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
@@ -93,8 +93,8 @@ class RunFolder:
         with locked(self.folder / LOCK) as last:
             if last and self.is_finished:
                 shutil.rmtree(self.work, ignore_errors=True)
-                for name in (FINISH, LOCK):
-                    (self.folder / name).unlink(missing_ok=True)
+                for path in (*self.folder.glob(PARTS), self.folder / FINISH, self.folder / LOCK):
+                    path.unlink(missing_ok=True)
 
     def tokens(self) -> dict[str, Tensor]:
         """The windows that the run began with."""
@@ -151,7 +151,7 @@ class RunFolder:
             )
 
     def _is_ours(self) -> bool:
-        names = {path.name for path in self.folder.iterdir()}
+        names = {path.name for path in self.folder.iterdir()} - {path.name for path in self.folder.glob(PARTS)}
         return self.is_unfinished or self.is_finished or names <= {WORK, LOCK, FINISH}
 
 

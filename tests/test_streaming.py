@@ -1,0 +1,259 @@
+"""Layer by layer out of the shards is the same, bit for bit, as with the whole model in memory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel, load
+from convexprune.errors import ModelError
+from convexprune.pipeline import layer as room
+from convexprune.pipeline.tensors import DTYPES, Batches, Spec, entries, write_tensors
+
+TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
+SETTINGS: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 1, "threads": 1}
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.fixture
+def dense(tiny: HuggingFaceModel, tmp_path: Path) -> Path:
+    tiny.model.save_pretrained(tmp_path / "dense", max_shard_size="200KB")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def llama(tiny_llama: HuggingFaceModel, tmp_path: Path) -> Path:
+    tiny_llama.model.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_the_result_is_that_of_the_model_in_memory(dense: Path, tmp_path: Path):
+    whole = convexprune.prune(dense, evaluation=TOKENS, **SETTINGS)
+    result = convexprune.prune(dense, evaluation=TOKENS, output_dir=tmp_path / "out", **SETTINGS)
+    assert result.report.environment["loading"] == "layer by layer"
+    expected, found = whole.model.state_dict(), result.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[n], found[n]) and expected[n].dtype == found[n].dtype for n in expected)
+    assert state(dense).keys() == state(tmp_path / "out").keys()
+    assert result.report.perplexity == whole.report.perplexity
+    drop = {"seconds": 0.0}
+    assert [vars(o) | drop for o in result.report.operators] == [vars(o) | drop for o in whole.report.operators]
+
+
+def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path):
+    whole, streamed = load(dense, device="cpu"), load(dense, device="cpu", stream=True)
+    for (name, expected), (other, found) in zip(
+        whole.model.named_buffers(), streamed.model.named_buffers(), strict=True
+    ):
+        assert name == other and torch.equal(expected, found) and expected.dtype == found.dtype
+    hidden = whole.first_inputs(TOKENS)
+    assert torch.equal(hidden, streamed.first_inputs(TOKENS))
+    pairs = zip(whole.layers, streamed.layers, whole.calls(TOKENS), streamed.calls(TOKENS), strict=True)
+    with torch.no_grad():
+        for ours, theirs, call, same in pairs:
+            with streamed.resident(theirs):
+                found = same(theirs.module, hidden)
+            hidden = call(ours.module, hidden)
+            assert torch.equal(hidden, found)
+        assert torch.equal(whole.model(TOKENS).logits, streamed.logits(TOKENS, hidden))
+
+
+def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
+    opened: list[HuggingFaceModel] = []
+    monkeypatch.setattr(convexprune.api, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+    prune_group, resident = room._prune_group, []
+
+    def look(name, *rest):
+        for layer in opened[0].layers:
+            here = {not p.is_meta for p in layer.module.parameters()}
+            assert here == {layer.name == name}
+            resident.append(name)
+        prune_group(name, *rest)
+
+    monkeypatch.setattr(room, "_prune_group", look)
+    convexprune.prune(llama, output_dir=tmp_path / "out", **SETTINGS)
+    assert len(opened) == 1 and len(resident) == 2 * 2 * 4
+
+
+def test_another_dtype_is_that_of_the_whole_result(llama: Path, tmp_path: Path):
+    whole = convexprune.prune(llama, dtype="bfloat16", method="wanda", **SETTINGS)
+    convexprune.prune(llama, dtype="bfloat16", method="wanda", output_dir=tmp_path / "out", **SETTINGS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in whole.model.state_dict().items())
+
+
+def test_a_checkpoint_without_the_prefix_of_the_head_keeps_its_names(llama: Path, tmp_path: Path):
+    expected = state(llama)
+    (llama / "model.safetensors").unlink()
+    bare = {name.removeprefix("model."): t for name, t in expected.items()}
+    save_file(bare | {"beside": torch.arange(3)}, llama / "model.safetensors", metadata={"format": "pt"})
+    result = convexprune.prune(llama, method="wanda", output_dir=tmp_path / "out", **SETTINGS)
+    assert result.report.environment["loading"] == "layer by layer"
+    found = state(tmp_path / "out")
+    assert found.keys() == bare.keys() | {"beside"} and torch.equal(found["beside"], torch.arange(3))
+    assert int((found["layers.0.mlp.up_proj.weight"] == 0).sum()) == 768
+    assert torch.equal(found["embed_tokens.weight"], bare["embed_tokens.weight"])
+
+
+def test_a_checkpoint_that_cannot_be_streamed_is_loaded_whole_and_the_report_says_why(llama: Path, tmp_path: Path):
+    torch.save(state(llama), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    streamed = tmp_path / "out"
+    result = convexprune.prune(llama, method="wanda", allow_pickle=True, output_dir=streamed, **SETTINGS)
+    assert result.report.environment["loading"].startswith("whole: there is no model.safetensors")
+    whole = convexprune.prune(llama, method="wanda", allow_pickle=True, **SETTINGS)
+    loaded = AutoModelForCausalLM.from_pretrained(streamed)
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in whole.model.state_dict().items())
+
+
+def test_names_that_transformers_converts_are_not_streamed(llama: Path):
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rename: list[Any] = [WeightRenaming("model.layers.0.mlp", "model.layers.0.mlp")]
+    register_checkpoint_conversion_mapping("LlamaForCausalLM", rename, overwrite=True)
+    try:
+        model = load(llama, device="cpu", stream=True)
+    finally:
+        from transformers import conversion_mapping
+
+        del conversion_mapping._checkpoint_conversion_mapping_cache["LlamaForCausalLM"]
+        conversion_mapping.USER_REGISTERED_MAPPINGS.discard("LlamaForCausalLM")
+    assert not model.streams and "transformers converts model.layers.0.mlp" in model.whole_because
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(7)}), "cannot be read"),
+        (lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf), r"layers\.1\.mlp\.up_proj\.weight holds"),
+        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"model\.norm\.weight holds 32 of 32"),
+    ],
+)
+def test_a_checkpoint_that_is_not_right_is_refused(llama: Path, tmp_path: Path, change, message: str):
+    tensors = load_file(llama / "model.safetensors")
+    change(tensors)
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        convexprune.prune(llama, method="wanda", output_dir=tmp_path / "out", **SETTINGS)
+
+
+def test_a_shard_that_is_missing_is_named(dense: Path, tmp_path: Path):
+    path = max(dense.glob("model-*.safetensors"))
+    path.unlink()
+    with pytest.raises(ModelError, match=path.name):
+        convexprune.prune(dense, method="wanda", output_dir=tmp_path / "out", **SETTINGS)
+
+
+def test_a_name_on_the_hub_is_its_local_snapshot(llama: Path, tmp_path: Path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "abc"
+    shutil.copytree(llama, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    from convexprune.adapters.shards import local_folder
+
+    assert local_folder("someone/tiny", "main") == snapshot
+
+
+def test_a_tuple_that_a_layer_returns_is_handed_on(tiny_llama: HuggingFaceModel, monkeypatch):
+    """Some families return the hidden states inside a tuple: what stands in for a layer has to do so too."""
+    expected = tiny_llama.calls(TOKENS[:1])
+    first, second = (layer.module for layer in tiny_llama.layers)
+    own = first.forward
+    monkeypatch.setattr(first, "forward", lambda *a, **k: (own(*a, **k), "beside"))
+    unwrapped = []
+
+    def unwrap(_, args):
+        hidden, beside = args[0]
+        unwrapped.append(beside)
+        return hidden, *args[1:]
+
+    for module in (second, tiny_llama.model.get_submodule("model.norm")):  # as the families do that return tuples
+        module.register_forward_pre_hook(unwrap)
+    found = tiny_llama.calls(TOKENS[:1])
+    assert unwrapped == ["beside"] * 2 and len(found) == len(expected)
+    assert "forward" in vars(first) and "forward" not in vars(second)
+
+
+# Tensors on disk
+
+TENSORS = st.dictionaries(
+    st.text("abc.", min_size=1, max_size=8),
+    st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 2**31)),
+    max_size=6,
+)
+
+
+def _tensor(code: str, shape: list[int], seed: int) -> Tensor:
+    raw = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
+    return raw.to(DTYPES[code])
+
+
+@given(TENSORS)
+def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    tensors = {name: _tensor(*how) for name, how in recipe.items()}
+    write_tensors(path, {n: Spec.of(t) for n, t in tensors.items()}, tensors.__getitem__, {"format": "pt"})
+    for found in (load_file(path), {n: e.read() for n, e in entries(path)[0].items()}):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == entries(path)[1] == {"format": "pt"}
+
+
+@given(TENSORS)
+def test_what_safetensors_writes_is_read(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    tensors = {name: _tensor(*how) for name, how in recipe.items()}
+    save_file(tensors, path)
+    found = {n: e.read() for n, e in entries(path)[0].items()}
+    assert found.keys() == tensors.keys() and all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("length", [0, 4, 9, 60, -1])
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, length: int):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(4, 4)}, path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelError, match=r"x\.safetensors: damaged or cut short"):
+        entries(path)
+
+
+def test_a_file_that_is_cut_short_later_is_named(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(4, 4)}, path)
+    entry = entries(path)[0]["a"]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        entry.read()
+
+
+@given(st.sampled_from(["F32", "BF16", "F16"]), st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_batches_come_back_as_they_were(tmp_path_factory, code: str, sizes: list[int]):
+    batches = Batches(tmp_path_factory.mktemp("batches") / "x.bin")
+    given = [torch.randn(size, 3, 5).to(DTYPES[code]) for size in sizes]
+    for batch in given:
+        batches.append(batch)
+    again = Batches(batches.path, batches.dtype, json.loads(json.dumps(batches.shapes)))
+    for found in (list(batches), list(again), list(again[:]), [again[-1 - i] for i in range(len(again))][::-1]):
+        assert len(found) == len(given) and all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+    assert again.nbytes == batches.path.stat().st_size
+    with pytest.raises(IndexError):
+        again[len(again)]
