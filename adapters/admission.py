@@ -54,9 +54,13 @@ def refuse_unloaded(model: PreTrainedModel) -> None:
     Raises:
         ModelError: a parameter was never loaded.
     """
-    for module in model.modules():
-        for name, _ in module.named_parameters(recurse=False):
-            held(module, name)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and offloaded(module) is None:
+                raise ModelError(
+                    f"{path}.{name} is on the meta device and was never loaded, so there is nothing to prune. "
+                    "Load the model with its weights (from_pretrained, not from_config)."
+                )
 
 
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:

@@ -90,6 +90,10 @@ def load(
                 because = str(cause)
                 logger.warning("%s is loaded whole: %s", name, because)
         model = _read(name, place, dtype, allow_pickle)
+        if "gguf_file" in place:
+            logger.warning(
+                "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
+            )
         tokenizer = tokenizer or _read_tokenizer(name, place)
     refuse_unloaded(model)
     # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
@@ -257,7 +261,7 @@ def _ask(source: str, read: Callable[[], Any]) -> Any:
         return read()
     except ImportError as cause:
         raise DependencyError(f"{source}: {cause} For GGUF files: pip install 'convexprune[gguf]'") from cause
-    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ModelError(
             f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "
             "downloaded, and are the weights safetensors? Pickles need allow_pickle=True."

@@ -75,7 +75,7 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
     kinds = _kinds(layer, every, seen, hidden[..., 0].numel(), reasons)
-    reasons |= _routers(layer, kinds)
+    reasons |= _routers(layer, every, kinds)
     kinds = [kind for kind in (_without(kind, reasons) for kind in kinds) if kind]
     stages = _stages(kinds, seen, lambda changed: _watch(layer, call, hidden, changed))
     placed = {place.name for stage in stages for party in stage for place in party.places}
@@ -220,15 +220,15 @@ def _blocks(kinds: list[_Kind]) -> dict[str, int]:
     return blocks
 
 
-def _routers(layer: nn.Module, kinds: list[_Kind]) -> dict[str, str]:
+def _routers(layer: nn.Module, every: list[Place], kinds: list[_Kind]) -> dict[str, str]:
     """The linear maps that choose experts: beside them, and no wider than they are many."""
+    experts = {place for kind in kinds if len(kind) > 1 for party in kind for place in party.places}
     found = {}
     for block, number in _blocks(kinds).items():
-        for kind in kinds:
-            for place in kind[0].places:
-                rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
-                if len(kind) == 1 and _inside(place.module, block) and rows <= number:
-                    found[place.name] = "routes tokens to experts"
+        for place in every:
+            rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
+            if place not in experts and _inside(place.module, block) and rows <= number:
+                found[place.name] = "routes tokens to experts"
     return found
 
 

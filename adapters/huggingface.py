@@ -23,6 +23,7 @@ from .admission import (
 )
 from .discovery import Layout, discover, signature
 from .family import decoder_layers
+from .operators import computes_on, held
 from .selection import left_alone
 from .shards import Shards
 
@@ -85,6 +86,15 @@ class HuggingFaceModel(AbstractModel):
         self.left_alone = list(reasons.items())
 
     @property
+    def device(self) -> torch.device:
+        """Where token ids go; of an offloaded model, where accelerate computes."""
+        own = self.model.get_input_embeddings().weight
+        assert isinstance(own, Tensor)
+        if not own.is_meta:
+            return own.device
+        return next(device for m in self.model.modules() if (device := computes_on(m)))
+
+    @property
     def vocab_size(self) -> int:
         """Token ids run from 0 to one less than this."""
         embedding = self.model.get_input_embeddings()
@@ -99,15 +109,15 @@ class HuggingFaceModel(AbstractModel):
         limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
         return limits[0] if limits else NO_LIMIT
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
-
     def checksums(self) -> dict[str, str]:
         """What tells this model from any other: of its files if it streams, else of its tensors."""
         if self.shards is not None:
             return self.shards.checksums()
-        return {name: checksum(tensor) for name, tensor in self.model.state_dict().items()}
+        return {name: checksum(self._held(name, tensor)) for name, tensor in self.model.state_dict().items()}
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        path, _, last = name.rpartition(".")
+        return held(self.model.get_submodule(path), last) if tensor.is_meta else tensor
 
     @property
     def streams(self) -> bool:
@@ -205,7 +215,7 @@ class HuggingFaceModel(AbstractModel):
     def _probe(self) -> Tensor:
         """Token ids [1 tokens], all different."""
         length = min(PROBE_TOKENS, self.max_positions)
-        return torch.linspace(0, self.vocab_size - 1, length, device=self.model.device).long()[None]
+        return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
     def _layouts(self) -> dict[str, Layout]:
         """The layout of each layer by its name; equal layers are watched once."""

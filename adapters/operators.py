@@ -68,7 +68,7 @@ class ParameterOperator(AbstractOperator):
         whole = held(self.module, self.place.parameter)
         view = self._view(whole)
         view.copy_(weight)
-        if self.module.get_parameter(self.place.parameter).is_meta:
+        if offloaded(self.module) is not None:
             _hand_back(self.module, self.place.parameter, whole)
             if not torch.equal(self.read(), view):
                 raise ModelError(
@@ -81,31 +81,29 @@ class ParameterOperator(AbstractOperator):
 
 
 def held(module: nn.Module, parameter: str) -> Tensor:
-    """The values of a parameter, from where accelerate keeps them if they are offloaded.
-
-    Raises:
-        ModelError: they are nowhere.
-    """
-    value = module.get_parameter(parameter)
-    if not value.is_meta:
-        return value.detach()
+    """The values of a parameter, from where accelerate keeps them if they are offloaded."""
     kept = offloaded(module)
-    if kept is None or parameter not in kept:
-        raise ModelError(
-            f"{parameter} of a {type(module).__name__} is on the meta device and was never loaded. "
-            "Load the model with its weights."
-        )
-    return kept[parameter]
+    if kept is not None and parameter in kept:
+        return kept[parameter]  # a forward pass that was ended early leaves a copy behind, which is not to be used
+    return module.get_parameter(parameter).detach()
 
 
 def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
     """Where accelerate keeps the weights of a module that it has offloaded; None if it has not."""
+    kept = [getattr(hook, "weights_map", None) for hook in _hooks(module)]
+    return next((weights for weights in kept if weights is not None), None)
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a module, and what it is called with; None if it does neither."""
+    devices = [getattr(hook, "execution_device", None) for hook in _hooks(module)]
+    return next((torch.device(device) for device in devices if device is not None), None)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of accelerate; looked at and not imported, as most models are loaded without."""
     hook: Any = vars(module).get("_hf_hook")
-    for part in getattr(hook, "hooks", [hook]):
-        kept = getattr(part, "weights_map", None)
-        if kept is not None:
-            return kept
-    return None
+    return list(getattr(hook, "hooks", [hook]))
 
 
 def _hand_back(module: nn.Module, parameter: str, value: Tensor) -> None:

@@ -31,7 +31,7 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
     stream = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
-    device = model.model.device
+    device = model.device
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
         torch.manual_seed(stream)
         start = _first_token(model)
@@ -51,7 +51,7 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int) -> Tens
         max_new_tokens=length - 1,
         pad_token_id=start,  # never used, but asked for
     )
-    prompt = torch.full((rows, 1), start, device=inner.device)
+    prompt = torch.full((rows, 1), start, device=model.device)
     # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
     own, inner.generation_config = inner.generation_config, config
     try:

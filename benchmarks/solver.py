@@ -54,17 +54,20 @@ def main() -> None:
             args.output.write_text(json.dumps(rows, indent=2))
 
 
-def watch(model: HuggingFaceModel, weights: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Moments]:
+def watch(
+    model: HuggingFaceModel, weights: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype = torch.float64
+) -> dict[str, Moments]:
     """The dense moments of the operators of that name."""
-    moments = {name: Moments(weight.shape[1], torch.float64) for name, weight in weights.items()}
+    moments = {name: Moments(weight.shape[1], dtype) for name, weight in weights.items()}
 
     def keep(name: str):
         return lambda _, args: moments[name].add(args[0])
 
-    for name in weights:
-        model.model.get_submodule(name).register_forward_pre_hook(keep(name))
+    hooks = [model.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in weights]
     for batch in tokens.split(1):
         model.model.base_model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     return moments
 
 

@@ -119,6 +119,7 @@ def compare(
         str,
         typer.Option(help="own, dense, dense-half, dense-none, pruned-own, pruned-half, pruned-dense."),
     ] = "own",
+    allocation: Annotated[str, typer.Option(help="uniform, curve, owl, skewness.")] = "uniform",
     quota: Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")] = "matrix",
     dataset: Annotated[str, typer.Option(help="self, c4, wikitext2, ptb, or a .txt or .jsonl file.")] = "self",
     num_calibration_samples: Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")] = 64,
@@ -149,6 +150,7 @@ def compare(
 
     disable_progress_bar()
     lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
+    lists |= {"allocation": "allocations"}
     settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
     settings["sparsities"] = [_share(text) for text in settings["sparsities"]]
     settings |= {"targets": targets or ["Linear"], "ignore": ignore or [], "device": default_device(device)}
@@ -158,7 +160,7 @@ def compare(
         settings["eval_texts"] = texts
     with _progress() as progress:
         result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
-    Console(width=max(console.width, 200)).print(table(result))
+    console.print(table(result))
     console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
 
 

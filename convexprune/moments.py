@@ -8,6 +8,8 @@ from torch import Tensor
 from convexprune.errors import ProblemError
 from convexprune.quadratic import Quadratic
 
+STRIP = 256  # rows of a symmetric product that are computed at once
+
 
 class Moments:
     """Second moments, as means over tokens, of an operator's pruned input x* and of the change d = x - x*.
@@ -44,7 +46,7 @@ class Moments:
                 f"these moments take equal shapes, {self.width} wide."
             )
         x = pruned.reshape(-1, self.width).to(self._gram)
-        self._gram.addmm_(x.T, x)
+        _add_square(self._gram, x)
         self.tokens += x.shape[0]
         if dense is None:
             return
@@ -52,13 +54,13 @@ class Moments:
         if self._cross is None or self._change is None:
             self._cross, self._change = torch.zeros_like(self._gram), torch.zeros_like(self._gram)
         self._cross.addmm_(change.T, x)
-        self._change.addmm_(change.T, change)
+        _add_square(self._change, change)
 
     @property
     def gram(self) -> Tensor:
         """mean x* x*' [n n]."""
         self._require_tokens()
-        return self._gram / self.tokens
+        return _whole(self._gram / self.tokens)
 
     @property
     def cross(self) -> Tensor | None:
@@ -68,7 +70,7 @@ class Moments:
     @property
     def change(self) -> Tensor | None:
         """mean (x - x*) (x - x*)' [n n]; None if x = x* throughout."""
-        return None if self._change is None else self._change / self.tokens
+        return None if self._change is None else _whole(self._change / self.tokens)
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
@@ -121,6 +123,17 @@ class Moments:
     def _require_tokens(self) -> None:
         if self.tokens == 0:
             raise ProblemError("These moments have seen no token; call `add` first.")
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """total += x' x, but only on and above the diagonal: the rest is symmetric, and would cost as much again."""
+    for first in range(0, len(total), STRIP):
+        total[first : first + STRIP, first:].addmm_(x[:, first : first + STRIP].T, x[:, first:])
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """The symmetric matrix with that upper triangle."""
+    return upper.triu() + upper.triu(1).T
 
 
 def sampling_noise(folds: Sequence[Moments]) -> float:

@@ -188,7 +188,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
 def parse_pattern(
     pattern: str, sparsity: float | None = None, quota: Literal["matrix", "row"] = "matrix"
-) -> AbstractPattern:
+) -> Unstructured | SemiStructured:
     """The pattern of a name: "unstructured" (with `sparsity` and `quota`) or "N:M" (which fixes the sparsity).
 
     Raises:

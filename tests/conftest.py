@@ -4,15 +4,19 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.errors import ModelError
 
 torch.set_num_threads(1)
 
@@ -98,6 +102,21 @@ def tiny(
 ) -> HuggingFaceModel:
     """Each tiny model in turn."""
     return HuggingFaceModel(build(request.param), tokenizer, name=f"tiny-{request.param}")
+
+
+@pytest.fixture
+def refused(record_property: Callable[[str, Any], None]) -> Callable[[str, str], AbstractContextManager[None]]:
+    """`with refused(what, match)`: a ModelError is raised, and goes with its message into docs/models.md."""
+
+    @contextmanager
+    def block(what: str, match: str) -> Iterator[None]:
+        with pytest.raises(ModelError, match=match) as caught:
+            yield
+        record_property("transformers", transformers.__version__)
+        record_property("refused", what)
+        record_property("message", str(caught.value))
+
+    return block
 
 
 # Always the same examples, so that a failure in CI is a failure here; no deadline, because machines are shared.

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from pruning_cases import PATTERNS, correlated, error, layer_problem
 from strategies import Layer, make_chain, random, seeds
 
-from convexprune.errors import UnsupportedError
+from convexprune.errors import PatternError, RecipeError, UnsupportedError
 from convexprune.moments import Moments, sampling_noise
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.penalty import L1
+from convexprune.penalty import L1, GroupProducts
 from convexprune.problem import Problem
 from convexprune.pruners import (
     PRUNERS,
@@ -20,6 +20,7 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
+from convexprune.pruners.damped import saliency_coordinates
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
@@ -116,17 +117,18 @@ def test_the_refit_lowers_the_error_of_the_path():
 
 @dataclass(frozen=True)
 class Recorder(AbstractSolver):
-    """Solves as FISTA does on the path, and keeps what it was given and what it gave."""
+    """Solves as another does, and keeps what it was given and what it gave."""
 
+    solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
     calls: list[tuple[Problem, torch.Tensor, Solution]] = field(default_factory=list)
 
     @property
     def penalties(self):
-        return (L1,)
+        return self.solver.penalties
 
     def solve(self, problem, start=None):
         assert start is not None
-        solution = Convex.solver_for("fista").solve(problem, start)
+        solution = self.solver.solve(problem, start)
         self.calls.append((problem, start, solution))
         return solution
 
@@ -272,3 +274,56 @@ def test_the_scale_of_the_inputs_does_not_change_what_convex_keeps(name, seed):
     first, second = (Convex().prune(layer_problem(x, pattern)) for x in (layer, other))
     assert torch.equal(first.mask, second.mask)
     torch.testing.assert_close(second.weight * scale, first.weight, rtol=0, atol=1e-6)
+
+
+# The other penalties
+
+
+@pytest.mark.parametrize("solver", ["fista", "admm"])
+@pytest.mark.parametrize("penalty", ["l1", "weighted-l1"])
+def test_a_plain_penalty_is_bisected_to_the_zeros_of_the_pattern(penalty, solver):
+    problem = layer_problem(correlated(0, m=16, n=32, change=0.3), Unstructured(0.5))
+    recorder = Recorder(solver=Convex.solver_for(solver, penalty))
+    pruned = Convex(penalty=penalty, solver=recorder, refit=None, damping=0.05).prune(problem)
+    weights = [solution.weight for _, _, solution in recorder.calls]
+    zeros = [int((weight == 0).sum()) for weight in weights]
+    assert max(z for z in zeros if z <= 256) >= 250  # of 512, half are wanted
+    near = max((w for w, z in zip(weights, zeros, strict=True) if z <= 256), key=lambda w: int((w == 0).sum()))
+    assert not pruned.mask[near == 0].any()  # what is kept is what the LASSO leaves
+
+
+@pytest.mark.parametrize("penalty", ["l1", "weighted-l1"])
+def test_a_plain_penalty_has_the_units_that_its_name_says(penalty):
+    problem = layer_problem(correlated(0), Unstructured(0.5))
+    recorder = Recorder(solver=Convex.solver_for("fista", penalty))
+    Convex(penalty=penalty, solver=recorder, damping=0.1).prune(problem)
+    called = recorder.calls[0][0]
+    assert isinstance(called.penalty, L1)
+    _, scale = saliency_coordinates(problem, 0.1)
+    strength = called.penalty.strength * scale  # of the weight in its own coordinates
+    unit = problem.scale if penalty == "weighted-l1" else torch.ones(16, dtype=torch.float64)
+    torch.testing.assert_close(strength / strength[0], unit / unit[0])
+
+
+def test_the_penalty_for_groups_needs_groups_and_keeps_them():
+    with pytest.raises(PatternError, match="N:M"):
+        Convex(penalty="group-products").prune(layer_problem(correlated(0), Unstructured(0.5)))
+    for pattern in (SemiStructured(2, 4), PATTERNS["stack of 2:4"]):
+        problem = layer_problem(correlated(0, m=6), pattern)
+        recorder = Recorder()
+        pruned = Convex(penalty="group-products", solver=recorder).prune(problem)
+        assert (pruned.mask.view(-1, 4).sum(1) == 2).all()
+        assert {type(called.penalty) for called, _, _ in recorder.calls} == {GroupProducts}
+        assert error(problem, Convex(penalty="group-products")) < error(problem, Wanda())
+
+
+def test_an_unknown_penalty_is_refused_with_a_guess():
+    with pytest.raises(RecipeError, match="weighted-l1"):
+        Convex(penalty="weigthed-l1")  # pyright: ignore[reportArgumentType]
+
+
+def test_admm_may_solve_the_path_of_convex():
+    problem = layer_problem(correlated(0, m=16, n=32), Unstructured(0.5))
+    by_admm = error(problem, Convex(solver=Convex.solver_for("admm")))
+    assert by_admm < error(problem, SparseGPT())
+    assert by_admm == pytest.approx(error(problem, Convex()), rel=0.1)

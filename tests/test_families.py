@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, POSITIONS, VOCABULARY, build_family
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ def test_a_family_is_pruned_saved_and_loaded(family: str, pattern: str, tmp_path
     own, now = weights(dense), weights(loaded)
     untouched = {name for name, p in loaded.named_parameters() if p not in pruned}
     assert all(torch.equal(own[name], now[name]) for name in untouched)
+    record_property("transformers", transformers.__version__)
     record_property("family", family)
     record_property("pattern", pattern)
     record_property("operators", len(operators))
@@ -293,3 +295,62 @@ def test_a_model_that_was_pruned_in_place_runs_its_experts_as_before():
     convexprune.prune(model, method="wanda", **SMALL)
     assert getattr(model.config, "_experts_implementation", None) == own
     assert not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# ---- traps: what other pruners fell into
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_call_holds_no_cache_that_grows(family: str):
+    model = HuggingFaceModel(build_family(family))
+    hidden, calls = model.first_inputs(TOKENS), model.calls(TOKENS)
+    for layer, call in zip(model.layers, calls, strict=True):
+        first = call(layer.module, hidden)
+        assert torch.equal(call(layer.module, hidden), first)
+        hidden = first
+
+
+def test_each_layer_keeps_its_own_mask_and_rotary_table():
+    sliding, full = HuggingFaceModel(build_family("gemma3_text")).calls(TOKENS)
+    masks = [call.kwargs["attention_mask"] for call in (sliding, full)]
+    assert masks[0] is not None and (masks[1] is None or not torch.equal(masks[0], masks[1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bloom", "falcon", "opt", "gpt2"])
+def test_a_layers_output_is_its_hidden_states_whether_it_returns_a_tuple_or_not(family: str):
+    model = HuggingFaceModel(build_family(family))
+    call, hidden = model.calls(TOKENS)[0], model.first_inputs(TOKENS)
+    assert call(model.layers[0].module, hidden).shape == hidden.shape == (*TOKENS.shape, 32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral"])
+def test_counts_are_exact_in_the_checkpoints_own_precision(family: str, dtype: str, tmp_path: Path):
+    dense = build_family(family).to(getattr(torch, dtype))
+    dense.save_pretrained(tmp_path / "dense")
+    result = convexprune.prune(tmp_path / "dense", method="wanda", **SMALL, output_dir=tmp_path / "pruned")
+    assert result.report.environment["dtype"] == dtype
+    loaded = type(dense).from_pretrained(tmp_path / "pruned", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+    for layer in HuggingFaceModel(loaded).layers:
+        for operator in layer.operators:
+            assert int((operator.read() == 0).sum()) == operator.read().numel() // 2
+
+
+def test_a_sharded_checkpoint_is_read(tmp_path: Path):
+    dense = build_family("mixtral")
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    assert convexprune.prune(tmp_path / "dense", method="magnitude", **SMALL).report.sparsity == 0.5
+
+
+def test_a_module_is_never_put_in_a_layers_place():
+    model = build_family("gemma3_text")
+    layers = [type(layer) for layer in model.model.layers]
+    seen = []
+    hook = model.model.register_forward_hook(lambda *_: seen.append([type(layer) for layer in model.model.layers]))
+    convexprune.prune(model, method="wanda", **SMALL)
+    hook.remove()
+    assert all(now == layers for now in seen)

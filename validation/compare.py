@@ -17,8 +17,10 @@ from torch import Tensor
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load, text_windows
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import check_output, check_patterns
+from convexprune.pipeline.survey import Rule
 from convexprune.report import finite
 
+from .allocating import with_allocations
 from .plots import check_plots, draw
 from .results import make_row, markdown, text_result
 from .side_by_side import DENSE, Comparison, Tokens
@@ -39,6 +41,7 @@ def compare(
     conventions: Sequence[str],
     output: Path,
     *,
+    allocations: Sequence[Rule] = ("uniform",),
     quota: str = "matrix",
     dataset: Any = "self",
     num_calibration_samples: int = 64,
@@ -62,7 +65,7 @@ def compare(
 
     Args:
         model: a folder or a name on the hub; None is the small OPT that is bundled.
-        methods, sparsities, patterns, conventions: see `make_variants`.
+        methods, sparsities, patterns, conventions, allocations: see `make_variants`.
         output: the folder for the result; must be empty, unless `resume`. Beside the result it holds `work` meanwhile.
         quota, dataset, num_calibration_samples, held_out_samples, max_seq_length, batch_size, seed, targets, ignore,
             device, dtype: see `convexprune.prune`.
@@ -77,7 +80,7 @@ def compare(
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
-    variants = make_variants(methods, sparsities, patterns, conventions, quota)
+    variants = make_variants(methods, sparsities, patterns, conventions, quota, allocations)
     if plots:
         check_plots()
     work = output / "work"
@@ -117,8 +120,13 @@ def compare(
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
     identity = {key: value for key, value in card.items() if key != "command"}
-    identity["recipes"] = {v.name: v.recipe().model_dump(mode="json") for v in variants}
+    identity["recipes"] = {v.name: v.recipe().model_dump(mode="json") | {"allocation": v.allocation} for v in variants}
     _claim(work / "identity.json", json.loads(json.dumps(identity)), resume)
+    surveying = time.perf_counter()
+    settings = with_allocations(loaded, calibration, held_out, variants, settings, batch_size)
+    for each in settings.values():
+        check_patterns(loaded, each)
+    surveying = time.perf_counter() - surveying
     comparison = Comparison(loaded, tokens, settings, Store(work), batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
     middle = time.perf_counter()
@@ -131,13 +139,14 @@ def compare(
         "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
         "shared_seconds": {
             "dense": sum(record["seconds"] for record in dense),
+            "survey for allocations": surveying,
             "evaluation": time.perf_counter() - middle,
             "this process": time.perf_counter() - began,
         },
     }
+    write_json(output / "compare.json", finite(result))
     drawn = draw(result, output) if plots else []
     (output / "report.md").write_text(markdown(result, drawn))
-    write_json(output / "compare.json", finite(result))
     shutil.rmtree(work)
     return result
 

@@ -77,14 +77,15 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One line a variant, for a terminal."""
+    """One line a variant, for a terminal: the main columns of the report's table."""
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
     shown = Table(title=title, box=SIMPLE_HEAD)
     header, lines = cells(result)
-    for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i < 3 else "right", no_wrap=True)
+    columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
+    for i in columns:
+        shown.add_column(header[i], justify="left" if i < 3 else "right", no_wrap=True)
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*(line[i] for i in columns))
     return shown
 
 
@@ -118,7 +119,7 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
         f"# {result['card']['model']}: methods side by side",
         "\n".join("| " + " | ".join(row) + " |" for row in rows),
         f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}",
-        f"Shared by all, in no row: {shared['dense']:.0f} s of dense passes, {shared['evaluation']:.0f} s of logits.",
+        f"Shared by all, in no row: {', '.join(f'{seconds:.0f} s {name}' for name, seconds in shared.items())}.",
         *(f"![{name}]({name})" for name in plots),
         "## Reproduce",
         f"```sh\n{result['card']['command']}\n```",

@@ -8,6 +8,7 @@ import yaml
 
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline.survey import RULES, Rule
 from convexprune.pruners import PRUNERS
 from convexprune.solvers import solver_names
 
@@ -40,7 +41,7 @@ class Variant:
     sparsity: float | None
     convention: str
     quota: str = "matrix"
-    allocation: str = "uniform"
+    allocation: Rule = "uniform"
 
     @property
     def name(self) -> str:
@@ -94,11 +95,13 @@ def make_variants(
     patterns: Sequence[str],
     conventions: Sequence[str],
     quota: str = "matrix",
+    allocations: Sequence[Rule] = ("uniform",),
 ) -> list[Variant]:
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
     followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+    Allocations are the rules of `convexprune.pipeline.survey`.
 
     Raises:
         RecipeError: an unknown method, setting or convention, or nothing to compare.
@@ -107,15 +110,24 @@ def make_variants(
     for convention in conventions:
         if convention not in ("own", *CONVENTIONS):
             raise RecipeError(unknown("convention", convention, ["own", *CONVENTIONS]))
+    for allocation in allocations:
+        if allocation not in RULES:
+            raise RecipeError(unknown("allocation", allocation, RULES))
     variants = {
-        Variant(method, pattern, sparsity, _own(method) if convention == "own" else convention, quota): None
+        Variant(method, pattern, sparsity, _own(method) if convention == "own" else convention, quota, allocation): None
         for method in methods
         for pattern in patterns
         for sparsity in (sparsities if pattern == "unstructured" else [None])
         for convention in conventions
+        for allocation in allocations
     }
     for variant in variants:
         variant.layer_settings()
+        if variant.allocation in ("owl", "skewness") and variant.pattern != "unstructured":
+            raise RecipeError(
+                f"Allocation {variant.allocation!r} needs pattern unstructured, not {variant.pattern}: compare N:M "
+                "with the allocations uniform and curve."
+            )
     if not variants:
         raise RecipeError("There is nothing to compare: name at least one method, sparsity, pattern and convention.")
     return list(variants)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,12 +29,18 @@ class LayerSettings:
     `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
     (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
     W (x* + a (x - x*)) with a = `correction`, where x is what the dense network sees (arXiv 2408.03728, section 3.3).
+    `patterns` holds operators that differ in their pattern; those that share an input have one pattern.
     """
 
     pruner: AbstractPruner
     pattern: AbstractPattern
     correction: float = 1.0
     prefix: Literal["dense", "pruned"] = "dense"
+    patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
+
+    def pattern_of(self, operator: str) -> AbstractPattern:
+        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
+        return self.patterns.get(operator, self.pattern)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +219,8 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
     """Operators that share an input are one stack of rows, solved as one problem."""
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = torch.cat([operator.read().float() for operator in group.operators])
-    pattern = Stacked(settings.pattern, heights)
+    asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
+    pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
     if pattern.zeros(*stack.shape):
@@ -229,11 +236,9 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
-        expected, zeros = settings.pattern.zeros(*operator.shape), int((weight == 0).sum())
+        expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
-            raise PruningError(
-                f"{layer}.{operator.name}: {zeros} zeros where the pattern {settings.pattern} asks {expected}."
-            )
+            raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked} asks {expected}.")
         certificates = [s.certificate for s in pruned.solutions]
         last = pruned.solutions[-1] if pruned.solutions else None
         report = OperatorReport(
@@ -249,7 +254,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             kkt_residual=last.certificate.kkt_residual if last else None,
             status=last.status.name if last else None,
             solves=len(certificates),
-            products=sum(s.products for s in pruned.solutions),
+            products=pruned.products,
             facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,

@@ -30,7 +30,7 @@ def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
     for layer in model.layers:
         for operator in layer.operators:
             try:
-                settings.pattern.check(*operator.shape)
+                settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
             except PatternError as error:
                 raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
 

@@ -18,6 +18,7 @@ from convexprune.solvers.base import require_penalty
 
 Penalty = Literal["reweighted-l1", "weighted-l1", "l1", "group-products"]
 PLAIN = ("weighted-l1", "l1")
+LAST = 1e-9  # puts the zeros of a solution after its smallest entries
 NEAR = 0.005  # of the wanted zeros: a bisection that comes so near ends, and the rounding does the rest
 
 
@@ -38,8 +39,8 @@ class Convex(AbstractSearch):
 
     `"l1"`, strength |V_ij|, and `"weighted-l1"`, strength sqrt(H_jj) |V_ij|, are plain LASSO problems, on the damped
     quadratic itself: the strength is bisected, at most `rounds` times, until the solution has the pattern's number of
-    zeros, or a little less. The scores are V + K / H_jj, of which V is the shrunk. They are for comparison: shrinkage
-    and correlated columns make them poor pruners.
+    zeros, or a little less. The solution is the score, and where it is zero, after all others, its residual. They are
+    for comparison: shrinkage and correlated columns make them poor pruners.
 
     `"group-products"`, for n:m only, follows the path with the penalty of Kuebler et al. and the strength
     c stiffness / mean(t). It is not convex (see `GroupProducts`): no certificate can show a solve to be near optimal.
@@ -145,4 +146,5 @@ class Convex(AbstractSearch):
                 break
         if slope is None:
             slope, products = quadratic.residual(best), products + 1
-        return Found(best + slope / quadratic.gram.diagonal(), tuple(solutions), products)
+        scores = torch.where(best == 0, LAST * slope, best)
+        return Found(scores, tuple(solutions), products)

@@ -1,0 +1,100 @@
+"""Print docs/models.md from what the tests of the adapters recorded, one JUnit file for each release of transformers."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+Record = dict[str, str]
+
+HEAD = """# Models: what was tested, and what is refused
+
+Written by `.ci/matrix` from its test run; not by hand. Each family is a tiny random model built from its configuration: saved,
+pruned from that folder by Wanda, saved, loaded by plain transformers. The counts are those of the loaded weights and are exact; the
+logits are those of the pruned model bit for bit; every weight that is no operator is the dense one bit for bit; the tensors on disk
+have the names and shapes of the dense checkpoint. The replay error is that of the decoder layers called one by one against the
+model's own forward pass (relative, on other tokens than those that the calls were recorded with).
+
+Nothing here is described by hand: layers, operators, shared inputs, order, experts and routers are found by watching a few forward
+passes ([adapters/discovery.py](../adapters/discovery.py)), so an architecture that is not in this list works if its decoder layers,
+called one by one, are the model; if not, it is refused. A family costs no line of code in the package, one line in the list that
+`convexprune list` prints, and its configuration in [tests/families.py](../tests/families.py).
+"""
+
+EXPERTS = """
+## Experts
+
+An expert's operators are pruned on the tokens that are routed to it. Experts that transformers 5 keeps in one 3-D parameter are
+pruned one by one (gate and up are then one operator, as Phi-3's are); they are saved in the checkpoint's own form. What routes is
+never pruned. An expert that was sent fewer tokens than it has inputs borrows: the mean moments of all experts' inputs of its stage are
+added with the weight of the tokens that are lacking. Its `facts` in the report say how many (`borrowed_tokens`), the report's
+`short_of_tokens` lists all such experts, and its errors are those on the mixture. Errors of experts are not corrected for
+(`error_correction`), as the dense and the pruned network may send a token to different ones.
+"""
+
+OTHER = """
+## Other ways in
+
+| what | what happens |
+| --- | --- |
+| safetensors, sharded or not; float32, bfloat16, float16 | as they are |
+| GGUF | its blocks are unpacked, with a warning; what is saved is an ordinary folder |
+| offloaded by accelerate (`device_map`, `cpu_offload`) | pruned where accelerate keeps the weights, and read back to verify; a file of its own or of the checkpoint is never written to, so what is offloaded to disk is in memory once pruned |
+| text decoder inside a vision-language model | pruned; all around it is left alone and listed in the report |
+"""
+
+
+def main(paths: list[Path]) -> None:
+    records = [record for path in paths for record in read(path)]
+    versions = sorted({r["transformers"] for r in records if "family" in r}, key=as_numbers)
+    print(HEAD)
+    print("| family | transformers | operators | weights | zeros at 50 % | zeros at 2:4 | replay error |")
+    print("| --- | --- | --: | --: | --: | --: | --: |")
+    found = {(r["family"], r["transformers"], r["pattern"]): r for r in records if "family" in r}
+    families = list(dict.fromkeys(family for family, _, _ in found))
+    for family in families:
+        for version in versions:
+            half, semi = (found[family, version, pattern] for pattern in ("50 %", "2:4"))
+            counts = " | ".join(
+                f"{int(n):,}" for n in (half["operators"], half["weights"], half["zeros"], semi["zeros"])
+            )
+            print(f"| {family} | {version} | {counts} | {max(float(r['replay error']) for r in (half, semi)):g} |")
+    print(f"\n## Stages\n\nAs found on transformers {versions[-1]}, in the last layer; of experts, the first one.\n")
+    print("| family | stages |\n| --- | --- |")
+    for family in families:
+        stages = found[family, versions[-1], "2:4"]["stages"].replace(" | ", " → ")
+        print(f"| {family} | {stages} |")
+    print(EXPERTS + OTHER)
+    print("## What is refused\n\n| what | message |\n| --- | --- |")
+    refused = {r["refused"]: r["message"] for r in records if "refused" in r and r["transformers"] == versions[-1]}
+    for what, message in refused.items():
+        print(f"| {what} | {cell(message)} |")
+
+
+def read(path: Path) -> Iterator[Record]:
+    """What the tests of one run recorded.
+
+    Raises:
+        SystemExit: a test of the run failed.
+    """
+    root = ElementTree.parse(path).getroot()
+    if any(True for tag in ("failure", "error") for _ in root.iter(tag)):
+        sys.exit(f"{path}: a test failed; the page would not be true.")
+    for case in root.iter("testcase"):
+        record = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+        if record:
+            yield record
+
+
+def as_numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def cell(message: str) -> str:
+    """One line, without the folders of the machine that it was made on."""
+    return re.sub(r"(?<!\S)/\S*/", "", message).replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])

@@ -1,0 +1,121 @@
+"""How many zeros each part of a model gets, to a global share: an exact convex allocation, and a rule beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from convexprune.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What pruning one unit to each of some sparsities costs; `size` is the number of its weights.
+
+    `costs` are in units that can be added over units: errors weighted by how much they move the final loss.
+
+    Raises:
+        PatternError: not one cost for each sparsity, sparsities that do not ascend, or no weights.
+    """
+
+    size: int
+    sparsities: tuple[float, ...]
+    costs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in pairwise(self.sparsities))
+        if len(self.sparsities) != len(self.costs) or not self.sparsities or not ascending or self.size < 1:
+            raise PatternError(
+                f"A curve of {self.size} weights with sparsities {self.sparsities} and costs {self.costs}: it needs "
+                "one or more weights, ascending sparsities, and as many costs."
+            )
+
+    @property
+    def envelope(self) -> "Curve":
+        """The largest convex function below the points, by its corners (Andrew's monotone chain)."""
+        hull: list[tuple[float, float]] = []
+        for x, y in zip(self.sparsities, self.costs, strict=True):
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (x, y)):
+                hull.pop()
+            hull.append((x, y))
+        return Curve(self.size, tuple(x for x, _ in hull), tuple(y for _, y in hull))
+
+    def cost(self, sparsity: float) -> float:
+        """The cost at a sparsity, linear between two points."""
+        points = list(zip(self.sparsities, self.costs, strict=True))
+        for a, b in pairwise(points):
+            if sparsity <= b[0]:
+                return a[1] + _slope(a, b) * (sparsity - a[0])
+        return points[-1][1]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A sparsity for each unit, its `cost`, and the `gap`: cost - gap is a lower bound for any allocation."""
+
+    sparsities: tuple[float, ...]
+    cost: float
+    gap: float
+
+
+def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> Allocation:
+    """min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u, with c_u the curves' convex envelopes.
+
+    The envelopes are piecewise linear and convex, so the cheapest pieces per zero are taken first until there are
+    enough zeros; the slope of the last one is the multiplier l, and weak duality gives the gap:
+
+        min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
+
+    `whole` takes whole pieces only, so that every unit is at a corner of its envelope (an N:M pattern, say); the share
+    of zeros is then at least the one asked for, and the gap is measured at the share that results.
+
+    Raises:
+        PatternError: the curves do not reach that share of zeros.
+    """
+    envelopes = [curve.envelope for curve in curves]
+    found = [curve.sparsities[0] for curve in envelopes]
+    total = sum(curve.size for curve in envelopes)
+    least = sum(c.size * c.sparsities[0] for c in envelopes) / total
+    most = sum(c.size * c.sparsities[-1] for c in envelopes) / total
+    if not least - 1e-12 <= sparsity <= most + 1e-12:
+        raise PatternError(f"Sparsity {sparsity} cannot be allocated: the units reach from {least:.4f} to {most:.4f}.")
+    pieces = sorted(
+        (_slope((c.sparsities[i], c.costs[i]), (c.sparsities[i + 1], c.costs[i + 1])) / c.size, u, i)
+        for u, c in enumerate(envelopes)
+        for i in range(len(c.sparsities) - 1)
+    )
+    missing, multiplier = sparsity * total - least * total, 0.0
+    for slope, u, i in pieces:
+        if missing <= 1e-9 * total:
+            break
+        curve, multiplier = envelopes[u], slope
+        room = curve.size * (curve.sparsities[i + 1] - curve.sparsities[i])
+        found[u] = curve.sparsities[i + 1] if whole or room <= missing else found[u] + missing / curve.size
+        missing -= room
+    zeros = sum(c.size * s for c, s in zip(envelopes, found, strict=True))
+    cost = sum(c.cost(s) for c, s in zip(envelopes, found, strict=True))
+    bound = multiplier * zeros + sum(
+        min(cost - multiplier * c.size * s for s, cost in zip(c.sparsities, c.costs, strict=True)) for c in envelopes
+    )
+    return Allocation(tuple(found), cost, max(0.0, cost - bound))
+
+
+def spread(statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = 0.08) -> list[float]:
+    """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`, to a global share.
+
+    The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the share of outliers; here
+    the mean is weighted by the layers' sizes, so that the global share is exact.
+
+    Raises:
+        PatternError: a layer's sparsity is outside [0, 1).
+    """
+    low, high = min(statistics), max(statistics)
+    shifts = [2 * reach * (s - low) / (high - low) if high > low else 0.0 for s in statistics]
+    middle = sum(shift * size for shift, size in zip(shifts, sizes, strict=True)) / sum(sizes)
+    found = [sparsity - (shift - middle) for shift in shifts]
+    if not all(0 <= s < 1 for s in found):
+        raise PatternError(f"Sparsity {sparsity} with a reach of {reach} gives layers outside [0, 1): lower the reach.")
+    return found
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

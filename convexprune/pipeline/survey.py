@@ -1,0 +1,155 @@
+"""What pruning each part of a model to each pattern would cost: one pass over the dense model, which stays as it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from convexprune.allocation import Curve, allocate, spread
+from convexprune.errors import PatternError
+from convexprune.model import AbstractModel, DecoderLayer, Group
+from convexprune.pattern import SemiStructured, Stacked, Unstructured
+from convexprune.pipeline.layer import Calls, HiddenStates, LayerSettings, Observed, observe, stage_folds
+from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
+
+Pattern = Unstructured | SemiStructured
+Rule = Literal["uniform", "curve", "owl", "skewness"]
+RULES: tuple[Rule, ...] = ("uniform", "curve", "owl", "skewness")
+REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
+OUTLIER = 5  # times the mean score; OWL's M
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Operators that share an input, and so a pattern; `costs` are those of pruning them to each pattern surveyed.
+
+    `outliers` and `skewness` are those of Wanda's scores |W_ij| |x_j| in the whole decoder layer.
+    """
+
+    layer: str
+    names: tuple[str, ...]
+    size: int
+    costs: Mapping[Pattern, float]
+    outliers: float
+    skewness: float
+
+
+def candidates(pattern: Pattern) -> list[Pattern]:
+    """The patterns that a unit may get where `pattern` is asked for on the whole, the sparsest last.
+
+    For a share of zeros, shares around it; for N:M, every N of that M.
+    """
+    if isinstance(pattern, SemiStructured):
+        return [SemiStructured(kept, pattern.group) for kept in range(pattern.group - 1, 0, -1)]
+    steps = round(REACH / STEP)
+    shares = (round(pattern.sparsity + step * STEP, 6) for step in range(-steps, steps + 1))
+    return [Unstructured(share, pattern.quota) for share in shares if 0 <= share < 1]
+
+
+@torch.no_grad()
+def survey(
+    model: AbstractModel,
+    hidden: Sequence[Tensor],
+    held_out: int,
+    calls: Callable[[int], Calls],
+    patterns: Sequence[Pattern],
+    fisher: Mapping[str, Tensor],
+    pruner: AbstractPruner | None = None,
+) -> list[Unit]:
+    """Prune every unit of the dense model to every pattern, write nothing, and report the costs.
+
+    A cost is 1/2 sum_i f_i mean (delta y_i)^2: `fisher` holds f_i = mean (d loss / d y_i)^2 of each operator's outputs
+    [m], so this is the Gauss-Newton estimate of the loss with a diagonal metric, in nats a token, and comparable across
+    layers. It is taken on the last `held_out` of the batches `hidden`, or on all if none is held out. `pruner` gives
+    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick.
+    """
+    pruner, units = pruner or SparseGPT(), []
+    for number, layer in enumerate(model.layers):
+        observed = observe(layer, calls(number), hidden)
+        units += _units(
+            layer, calls(number), HiddenStates(hidden, hidden, held_out), observed, patterns, fisher, pruner
+        )
+        hidden = observed.outputs
+    return units
+
+
+def allocated(units: Sequence[Unit], rule: Rule, pattern: Pattern) -> dict[str, Pattern]:
+    """A pattern for each operator, by "layer.operator", with the zeros of `pattern` on the whole; none if uniform.
+
+    "curve" minimises the surveyed costs (`convexprune.allocation.allocate`). "owl" (arXiv 2310.05175) and "skewness"
+    give a layer whose scores have more outliers, or are more skewed, less sparsity (`allocation.spread`); the second is
+    the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula. Both need an unstructured pattern.
+
+    Raises:
+        PatternError: the share of zeros cannot be allocated so.
+    """
+    if rule == "uniform":
+        return {}
+    if rule == "curve":
+        choice = candidates(pattern)
+        curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
+        shares = allocate(curves, pattern.sparsity, whole=isinstance(pattern, SemiStructured)).sparsities
+    else:
+        statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
+        if isinstance(pattern, SemiStructured):
+            raise PatternError(f"Allocation by {rule!r} needs an unstructured pattern; got {pattern}. Take 'curve'.")
+        shares = spread(statistics, [u.size for u in units], pattern.sparsity)
+    return {name: _at(pattern, share) for unit, share in zip(units, shares, strict=True) for name in unit.names}
+
+
+def _units(
+    layer: DecoderLayer,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    patterns: Sequence[Pattern],
+    fisher: Mapping[str, Tensor],
+    pruner: AbstractPruner,
+) -> list[Unit]:
+    settings = LayerSettings(pruner, patterns[0], correction=0)
+    found: list[tuple[Group, dict[Pattern, float]]] = []
+    scores: list[Tensor] = []
+    for number in range(len(layer.stages)):
+        for part in stage_folds(layer, number, calls, hidden, observed, settings):
+            for group, folds in part.items():
+                heights = tuple(operator.shape[0] for operator in group.operators)
+                weight = torch.cat([operator.read().float() for operator in group.operators])
+                slopes = torch.cat([fisher[f"{layer.name}.{operator.name}"] for operator in group.operators])
+                judge = folds.held_out if folds.held_out.tokens else folds.total
+                costs = {}
+                for pattern in patterns:
+                    stack = Stacked(pattern, heights)
+                    pruned = pruner.prune(PruningProblem(weight, folds.total, stack, 0.0)).weight
+                    errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned)
+                    costs[pattern] = float(errors.double() @ slopes.to(errors.device).double()) / 2
+                found.append((group, costs))
+                scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
+    outliers, skewness = _shape(torch.cat(scores)) if scores else (0.0, 0.0)
+    return [
+        Unit(
+            layer.name,
+            tuple(f"{layer.name}.{operator.name}" for operator in group.operators),
+            sum(operator.shape[0] * operator.shape[1] for operator in group.operators),
+            costs,
+            outliers,
+            skewness,
+        )
+        for group, costs in found
+    ]
+
+
+def _shape(scores: Tensor) -> tuple[float, float]:
+    """The share of scores above `OUTLIER` times their mean, and their skewness."""
+    middle = scores.mean()
+    centred = (scores - middle).double()
+    skewness = centred.pow(3).mean() / centred.square().mean().pow(1.5)
+    return float((scores > OUTLIER * middle).float().mean()), float(skewness)
+
+
+def _at(pattern: Pattern, share: float) -> Pattern:
+    """The same kind of pattern with another share of zeros."""
+    if isinstance(pattern, SemiStructured):
+        return SemiStructured(round((1 - share) * pattern.group), pattern.group)
+    return Unstructured(round(share, 6), pattern.quota)

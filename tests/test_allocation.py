@@ -1,0 +1,86 @@
+"""The allocation is the optimum of a linear program, and its gap proves it."""
+
+from typing import Any
+
+import cvxpy as cp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convexprune.allocation import Curve, allocate, spread
+from convexprune.errors import PatternError
+
+GRID = (0.3, 0.4, 0.5, 0.6, 0.7)
+costs = st.lists(st.floats(0, 10), min_size=5, max_size=5).map(lambda c: tuple(sorted(c)))
+curves = st.lists(st.builds(lambda size, c: Curve(size, GRID, c), st.integers(1, 1000), costs), min_size=1, max_size=6)
+
+
+def oracle(units: list[Curve], sparsity: float) -> float:
+    """min over convex combinations of each curve's points: the same problem, with nothing of our code."""
+    shares = [cp.Variable(len(c.costs), nonneg=True) for c in units]
+    cost = sum(w @ list(c.costs) for w, c in zip(shares, units, strict=True))
+    zeros = sum(c.size * (w @ list(c.sparsities)) for w, c in zip(shares, units, strict=True))
+    total = sum(c.size for c in units)
+    rules: list[Any] = [cp.sum(w) == 1 for w in shares]
+    problem = cp.Problem(cp.Minimize(cost), [*rules, zeros / total == sparsity])  # pyright: ignore[reportArgumentType]
+    problem.solve(solver=cp.CLARABEL)
+    return float(problem.value)  # pyright: ignore[reportArgumentType]
+
+
+@given(curves, st.floats(0.31, 0.69))
+def test_it_is_the_optimum_of_the_linear_program(units: list[Curve], sparsity: float):
+    found = allocate(units, sparsity)
+    assert found.cost == pytest.approx(oracle(units, sparsity), rel=1e-6, abs=1e-6)
+    assert found.gap <= 1e-9 * max(1, found.cost)
+    total = sum(c.size for c in units)
+    assert sum(c.size * s for c, s in zip(units, found.sparsities, strict=True)) == pytest.approx(sparsity * total)
+
+
+@given(curves, st.floats(0.31, 0.69))
+def test_whole_pieces_end_at_points_and_the_gap_is_true(units: list[Curve], sparsity: float):
+    found = allocate(units, sparsity, whole=True)
+    total = sum(c.size for c in units)
+    share = sum(c.size * s for c, s in zip(units, found.sparsities, strict=True)) / total
+    assert set(found.sparsities) <= set(GRID) and share >= sparsity - 1e-8
+    assert found.cost - found.gap <= oracle(units, min(share, 0.7)) + 1e-5
+
+
+@given(costs)
+def test_the_envelope_is_convex_and_below(c: tuple[float, ...]):
+    curve = Curve(1, GRID, c)
+    hull = curve.envelope
+    assert all(hull.cost(s) <= cost + 1e-12 for s, cost in zip(GRID, c, strict=True))
+    slopes = [
+        (hull.costs[i + 1] - hull.costs[i]) / (hull.sparsities[i + 1] - hull.sparsities[i])
+        for i in range(len(hull.costs) - 1)
+    ]
+    assert slopes == sorted(slopes) and {hull.sparsities[0], hull.sparsities[-1]} == {0.3, 0.7}
+    assert set(zip(hull.sparsities, hull.costs, strict=True)) <= set(zip(GRID, c, strict=True))
+
+
+def test_what_is_cheap_to_prune_is_pruned_more():
+    cheap, dear = Curve(100, (0.3, 0.5, 0.7), (1, 2, 4)), Curve(100, (0.3, 0.5, 0.7), (10, 20, 40))
+    assert allocate([cheap, dear], 0.5).sparsities == pytest.approx((0.7, 0.3))
+    assert allocate([cheap, cheap], 0.5).sparsities == pytest.approx((0.5, 0.5))
+
+
+def test_owl_gives_layers_with_more_outliers_less_sparsity():
+    assert spread([0.1, 0.3, 0.2], [10, 10, 10], 0.7) == pytest.approx([0.78, 0.62, 0.70])
+    found = spread([1, 2, 5], [10, 30, 5], 0.6)
+    assert (10 * found[0] + 30 * found[1] + 5 * found[2]) / 45 == pytest.approx(0.6)
+    assert spread([1, 1], [3, 4], 0.5) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: allocate([Curve(5, GRID, (0, 1, 2, 3, 4))], 0.2),
+        lambda: allocate([Curve(5, GRID, (0, 1, 2, 3, 4))], 0.8),
+        lambda: Curve(5, (0.5, 0.4), (1, 2)),
+        lambda: Curve(0, (0.5,), (1,)),
+        lambda: spread([0, 1], [1, 1], 0.95, reach=0.2),
+    ],
+)
+def test_what_cannot_be_is_refused(bad):
+    with pytest.raises(PatternError):
+        bad()

@@ -1,0 +1,96 @@
+"""What is surveyed is what pruning costs, and what is allocated has the zeros that were asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.gradients import output_fisher
+from convexprune.errors import RecipeError
+from convexprune.pattern import SemiStructured, Unstructured
+from convexprune.pipeline.survey import Unit, allocated, candidates
+from convexprune.validation import compare
+from convexprune.validation.allocating import _survey
+from convexprune.validation.variants import make_variants
+
+TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
+HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)
+
+
+def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(tiny: HuggingFaceModel):
+    if tiny.model.dtype != torch.float32:
+        pytest.skip("differences need float32")
+    name, step, row = f"{tiny.layers[-1].name}.{tiny.layers[-1].operators[-1].name}", 1e-2, 3
+    found = output_fisher(tiny, TOKENS[:1])[name][row].item()
+    module, squares = tiny.model.get_submodule(name), 0.0
+    for token in range(24):
+        losses = []
+        for sign in (1, -1):
+
+            def push(_, __, output, sign=sign, token=token):
+                output.view(-1, output.shape[-1])[token, row] += sign * step
+                return output
+
+            hook = module.register_forward_hook(push)
+            with torch.no_grad():
+                logits = tiny.model(TOKENS[:1]).logits[0, :-1].double()
+            hook.remove()
+            losses.append(torch.nn.functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").item())
+        squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
+    assert found == pytest.approx(squares / 24, rel=2e-2)
+    assert all(p.grad is None for p in tiny.model.parameters())
+
+
+def surveyed(model: HuggingFaceModel) -> list[Unit]:
+    return _survey(model, TOKENS[:4], TOKENS[4:], [HALF, TWO_OF_FOUR], 1)
+
+
+def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFaceModel):
+    before = [p.clone() for p in tiny_llama.model.parameters()]
+    units = surveyed(tiny_llama)
+    assert [len(unit.names) for unit in units] == [3, 1, 2, 1] * 2
+    for unit in units:
+        for asked in (HALF, TWO_OF_FOUR):
+            costs = [unit.costs[pattern] for pattern in candidates(asked)]
+            assert costs == sorted(costs) and costs[0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_llama.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rule", ["curve", "owl", "skewness"])
+def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel, rule: Any):
+    units = surveyed(tiny_llama)
+    for asked in [HALF] if rule != "curve" else [HALF, TWO_OF_FOUR]:
+        patterns = allocated(units, rule, asked)
+        operators = {f"{la.name}.{o.name}": o.shape for la in tiny_llama.layers for o in la.operators}
+        assert patterns.keys() == operators.keys() and len(set(patterns.values())) > 1
+        zeros = sum(patterns[name].zeros(*shape) for name, shape in operators.items())
+        total = sum(m * n for m, n in operators.values())
+        assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
+    assert allocated(units, "uniform", HALF) == {}
+
+
+def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):
+    tiny_llama.model.save_pretrained(tmp_path / "model")
+    assert tiny_llama.tokenizer is not None
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
+    result = compare(
+        tmp_path / "model", ["wanda"], [0.5], ["unstructured"], ["dense"], tmp_path / "out", plots=False,
+        allocations=["uniform", "curve"], dataset=TOKENS, num_calibration_samples=4, held_out_samples=1,
+        eval_texts=[str(tmp_path / "text.txt")], eval_window=16, eval_windows=2,
+    )  # fmt: skip
+    uniform, curve = result["rows"]
+    assert (uniform["allocation"], curve["allocation"]) == ("uniform", "curve")
+    assert uniform["sparsity"] == 0.5 and curve["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    shares = {round(o["zeros"] / (o["outputs"] * o["inputs"]), 3) for o in curve["operators"]}
+    assert len(shares) > 1 and {o["zeros"] / (o["outputs"] * o["inputs"]) for o in uniform["operators"]} == {0.5}
+    assert "wanda, curve" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_what_cannot_be_allocated_is_refused():
+    with pytest.raises(RecipeError, match="needs pattern unstructured"):
+        make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owl"])
+    with pytest.raises(RecipeError, match="Did you mean 'owl'"):
+        make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])  # pyright: ignore[reportArgumentType]
