@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, build_family
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -51,6 +52,24 @@ def test_the_result_is_that_of_the_model_in_memory(dense: Path, tmp_path: Path):
     assert result.report.perplexity == whole.report.perplexity
     drop = {"seconds": 0.0}
     assert [vars(o) | drop for o in result.report.operators] == [vars(o) | drop for o in whole.report.operators]
+
+
+WHOLE = {  # what transformers converts while it loads
+    "deepseek_v2": "converts",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_layer_by_layer(family: str, tmp_path: Path):
+    build_family(family).save_pretrained(tmp_path / "dense")
+    settings: dict[str, Any] = SETTINGS | {"method": "wanda", "dataset": TOKENS % 128}
+    whole = convexprune.prune(tmp_path / "dense", **settings)
+    result = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **settings)
+    assert result.report.environment["loading"].startswith(
+        f"whole: transformers {WHOLE[family]}" if family in WHOLE else "layer by layer"
+    )
+    expected, found = whole.model.state_dict(), result.model.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
 
 def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path):
