@@ -42,9 +42,10 @@ def main(folder: Path) -> None:
             print(name, kind, certify(convex, solution))
             q, penalty = convex.quadratic, convex.penalty
             data = {"gram": q.gram, "cross": q.cross, "energy": q.energy, "solution": solution}
+            assert q.anchor is not None
             data |= {"anchor": q.anchor, "value": torch.tensor(convex.value(solution), dtype=torch.float64)}
             if isinstance(penalty, L1):
-                data["strength"] = penalty.strength
+                data["strength"] = torch.as_tensor(penalty.strength, dtype=torch.float64)
             elif isinstance(penalty, Support):
                 data["mask"] = penalty.mask
             path = folder / f"{name}-{kind.lower()}.safetensors"

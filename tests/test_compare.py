@@ -70,7 +70,9 @@ def test_perplexities_and_errors_are_those_of_prune(
         prefix, correction = CONVENTIONS[row["convention"]]
         model = load(folder / "model", device="cpu")
         method = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
-        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "batch_size": 2}
+        settings: dict[str, Any] = (
+            CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "batch_size": 2}
+        )
         pruned = convexprune.prune(model.model, **settings)
         for name in ("text", "other"):
             expected = perplexity(model.model, text_windows(folder / f"{name}.txt", model, 16)[:3])

@@ -79,10 +79,10 @@ class Perspective(AbstractPruner):
         start = weight * operator.pattern.mask(weight.abs())
         lines, kept = budget(operator.pattern, start)
         split = first
-        for number in range(self.rounds):
+        weight, share, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
+        for number in range(self.rounds - 1):
+            split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
             weight, share, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
-            if number < self.rounds - 1:
-                split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
         split = safe_split(q.gram, split[None])[0] * (1 - self.margin)
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
         solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
