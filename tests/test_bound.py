@@ -12,7 +12,7 @@ from strategies import KINDS, make_chain, make_layer, random, seeds
 from convexprune.bound import LowerBound, budget, first_split, lower_bound, without_dead_inputs
 from convexprune.errors import ProblemError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
-from convexprune.pruners import PRUNERS
+from convexprune.pruners import PRUNERS, Convex
 from convexprune.quadratic import Quadratic
 from convexprune.validation import best_pruning
 
@@ -67,7 +67,7 @@ def test_the_bound_is_exact_where_inputs_do_not_correlate(pattern, seed):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_the_bound_is_near_what_pruners_reach_where_neighbours_correlate(pattern):
     problem = layer_problem(make_chain(3, 24, 0, 0.5, tokens=400), pattern)
-    achieved = PRUNERS["convex"](damping=1e-3).prune(problem).weight
+    achieved = Convex(damping=1e-3).prune(problem).weight
     own, shared = (QUICK.of(problem.quadratic, pattern, achieved), SHARED.of(problem.quadratic, pattern, achieved))
     assert own.ratio > 0.8
     assert own.lower > shared.lower  # a split of its own for every row is tighter

@@ -27,8 +27,8 @@ class Perspective(AbstractPruner):
 
     which is convex. The pattern keeps the entries with the largest |V| / sqrt(2 mu / B), which is the share z of a
     non-zero where it is below one, and `refit` finds their values. `margin` is the share of the split that is given
-    back, so that H - B is well away from singular. Slower than method="convex" and worse by some percent; it is the convex problem
-    that is nearest to pruning itself.
+    back, so that H - B is well away from singular. Slower than method="convex" and worse by some percent; it is the
+    convex problem that is nearest to pruning itself.
 
     Raises:
         UnsupportedError: `solver` does not take the reverse Huber penalty, or `refit` a support.
@@ -37,7 +37,7 @@ class Perspective(AbstractPruner):
     solver: AbstractSolver = field(default_factory=lambda: make_solver("fista"))
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
     damping: float = 0.03
-    rounds: int = 6
+    rounds: int = 5
     iterations: int = 40
     margin: float = 0.1
 
@@ -80,10 +80,10 @@ class Perspective(AbstractPruner):
         lines, kept = budget(operator.pattern, start)
         split = first
         for number in range(self.rounds):
-            weight, share, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
-            if number < self.rounds - 1:
-                split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
+            weight, share, _ = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
+            split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
         split = safe_split(q.gram, split[None])[0] * (1 - self.margin)
+        weight, _, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
         solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
         share = solution.weight.abs() * (split / prices.clamp_min(torch.finfo(split.dtype).tiny)).sqrt()
