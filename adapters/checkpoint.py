@@ -29,7 +29,7 @@ from convexprune.pipeline.files import publish, writing
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
 from .huggingface import HuggingFaceModel
-from .operators import held, offloaded
+from .operators import computes_on, held, offloaded
 from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, stored_dtype
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
@@ -56,7 +56,8 @@ def load(
 ) -> HuggingFaceModel:
     """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
 
-    A model that is already loaded is used and moved in place, not copied. `dtype` is the checkpoint's own unless
+    A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
+    is. `dtype` is the checkpoint's own unless
     given. A folder without a tokenizer is fine as long as it is calibrated with token ids.
 
     With `stream` the decoder layers stay on the disk until each is asked for, if the checkpoint allows it: safetensors
@@ -98,10 +99,13 @@ def load(
     refuse_unloaded(model)
     # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
     cast = dtype if isinstance(source, PreTrainedModel) else None
-    if not _is_offloaded(model):
+    if all(computes_on(module) is None for module in model.modules()):
         model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
-        raise ModelError(f"An offloaded model keeps its dtype, {model.dtype}; load it as {dtype}, or leave dtype out.")
+        raise ModelError(
+            f"accelerate has placed the model, so it keeps its dtype, {model.dtype}. "
+            f"Load it as {dtype}, or leave dtype out."
+        )
     return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
 
 

@@ -91,6 +91,7 @@ def prune(
     error_correction: float | bool = True,
     prefix: str = "dense",
     damping: float | None = None,
+    refit: bool | None = None,
     method_args: dict[str, Any] | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -129,6 +130,7 @@ def prune(
         error_correction: how much an operator makes up for the operators pruned before it in its layer, 0 to 1.
         prefix: which network feeds a decoder layer while it is pruned: the "dense" one, or the one "pruned" so far.
         damping: pull to the dense weight relative to the Gram matrix's diagonal; None: from the sampling noise.
+        refit: least squares on the support that was found, for any method or for none; None: as the method has it.
         method_args: further settings of the method's class in `convexprune.pruners`.
         device: "auto" is the GPU if there is one.
         dtype: "float32", "bfloat16", "float16"; None is the checkpoint's.
@@ -332,7 +334,7 @@ class _Request:
 
 
 _PLAIN = (
-    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping",
+    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping", "refit",
     "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype", "threads",
 )  # fmt: skip
 

@@ -54,8 +54,8 @@ class LowerBound:
     """
 
     rounds: int = 12
-    iterations: int = 60
-    last_iterations: int = 300
+    iterations: int = 100
+    last_iterations: int = 1000
     barriers: tuple[float, float] = (0.1, 1e-3)
     per_row: bool = True
 

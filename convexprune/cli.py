@@ -1,4 +1,4 @@
-"""The command line: `convexprune prune`, `eval` and `compare`, thin over the functions of those names."""
+"""The command line, thin over the Python functions of the same names."""
 
 import shlex
 import sys
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from convexprune.errors import ConvexpruneError, PatternError
 from convexprune.report import OperatorReport
@@ -32,7 +33,9 @@ def _main() -> None:
 def prune(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")] = None,
     solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, cvxpy, scipy.")] = "fista",
-    method: Annotated[str, typer.Option(help="convex, or a baseline: magnitude, wanda, sparsegpt.")] = "convex",
+    method: Annotated[
+        str, typer.Option(help="convex, admm, or a baseline: alps, sparsegpt, wanda, magnitude.")
+    ] = "convex",
     preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
@@ -50,6 +53,9 @@ def prune(
     error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
     damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option(help="Least squares on the support, for any method or for none.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,
@@ -81,6 +87,10 @@ def prune(
         raise typer.Exit(130) from None
     report = result.report
     console.print(report.table())
+    if report.short_of_tokens:
+        console.print(
+            f"{len(report.short_of_tokens)} operators of experts got fewer tokens than inputs: see the report"
+        )
     for name, p in report.perplexity.items():
         console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
     if report.largest_gap is not None:
@@ -162,6 +172,91 @@ def compare(
         result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
     console.print(table(result))
     console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,
+    operators: Annotated[list[str] | None, typer.Option(help="Operators to verify; repeat it for more.")] = None,
+    sample: Annotated[int, typer.Option(help="Operators drawn if none is named; 0 is all.")] = 3,
+    rows: Annotated[int, typer.Option(help="Rows of the blocks that oracles solve.")] = 4,
+    columns: Annotated[int, typer.Option(help="Columns of the blocks that oracles solve.")] = 32,
+    bound_rows: Annotated[int, typer.Option(help="Rows of an operator that the lower bound is for.")] = 4,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference of objectives.")] = 1e-6,
+    gap: Annotated[float, typer.Option(help="Largest relative duality gap at default settings.")] = 1e-4,
+    method: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    quota: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    error_correction: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option("--num-calibration-samples", "--nsamples")] = None,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Check answers against three foreign solvers, and pruned weights against a bound that no pruning can beat.
+
+    Ends with exit status 1 if a tolerance is missed.
+    """
+    recipe = {
+        "method": method, "sparsity": sparsity, "pattern": pattern, "quota": quota, "dataset": dataset,
+        "error_correction": error_correction, "num_calibration_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length, "dtype": dtype,
+    }  # fmt: skip
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune import validation
+    from convexprune.api import default_device
+
+    disable_progress_bar()
+    with console.status("verifying") as status:
+        result = validation.verify(
+            source,
+            operators=operators or (),
+            sample=sample or None,
+            rows=rows,
+            columns=columns,
+            bound_rows=bound_rows,
+            tolerance=tolerance,
+            gap=gap,
+            seed=seed,
+            device=default_device(device),
+            tell=lambda name: status.update(f"verified {name}"),
+            **{name: value for name, value in recipe.items() if value is not None},
+        )
+    if as_json:
+        print(result.to_json())
+    else:
+        for table in result.tables():
+            console.print(table)
+        for fault in result.faults:
+            console.print(f"[bold red]missed[/]: {fault}", highlight=False, soft_wrap=True)
+        verdict = "[bold green]passed[/]" if result.passed else "[bold red]failed[/]"
+        console.print(f"{verdict}: {len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}; "
+                      f"{result.seconds:.0f} s")  # fmt: skip
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def names() -> None:
+    """The families, solvers, methods, presets and patterns that there are."""
+    from convexprune.adapters import TESTED
+    from convexprune.pipeline import PRESETS
+    from convexprune.pruners import PRUNERS
+    from convexprune.solvers import solver_names
+
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    families = ", ".join(TESTED.values())
+    table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
+    table.add_row("solvers", ", ".join(solver_names()))
+    table.add_row("methods", ", ".join(sorted(PRUNERS)))
+    table.add_row("presets", ", ".join(PRESETS))
+    table.add_row("patterns", "unstructured (quota: matrix, row), N:M for N non-zeros in every M inputs, as 2:4")
+    console.print(table)
 
 
 def main() -> None:

@@ -140,15 +140,18 @@ class Quadratic:
         """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
 
         The little that is taken from the diagonal (n rounding errors of the largest entry) covers the factorisation's
-        own error, so that |F^-1 k|^2 >= k H^-1 k holds and not only nearly.
+        own error, so that |F^-1 k|^2 >= k H^-1 k holds and not only nearly. Inputs that are always zero have no slope
+        and get a one on the diagonal: they change nothing and do not spoil the rest.
         """
         if "factor" not in self.known:
             self.known["factor"] = self._cholesky()
         return self.known["factor"]
 
     def _cholesky(self) -> Tensor | None:
-        margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(self.gram.diagonal().max())
-        shifted = self.gram - margin * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        diagonal = self.gram.diagonal()
+        margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(diagonal.max())
+        dead = (diagonal == 0) & (self.cross == 0).all(0)
+        shifted = self.gram + torch.where(dead, 1.0, -margin).to(diagonal).diag()
         factor, info = torch.linalg.cholesky_ex(shifted)
         return factor if int(info) == 0 else None
 

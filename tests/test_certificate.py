@@ -238,3 +238,17 @@ def test_a_weight_of_another_shape_is_refused():
     _, problem = make_problem(KINDS[0], "L1", 2, 4, seed=0, strength=0.1, change=0.3)
     with pytest.raises(ProblemError, match=r"\[4, 2\]"):
         certify(problem, torch.zeros(4, 2))
+
+
+@given(problems(("full rank",), ("L1", "Support")), seeds)
+def test_inputs_that_are_always_zero_do_not_spoil_the_certificate(case, seed):
+    _, problem = case
+    q, n = problem.quadratic, problem.shape[1]
+    assert q.anchor is not None
+    wider = [torch.nn.functional.pad(t, (0, 1)) for t in (q.cross, q.anchor)]
+    with_dead = Quadratic(torch.nn.functional.pad(q.gram, (0, 1, 0, 1)), wider[0], q.energy, wider[1])
+    penalty = L1(0.1) if isinstance(problem.penalty, L1) else Support(torch.ones(problem.shape[0], n + 1) > 0)
+    plain = L1(0.1) if isinstance(problem.penalty, L1) else Support(torch.ones(problem.shape) > 0)
+    weight = random(seed, *problem.shape)
+    alive = certify(Problem(q, plain), weight)
+    assert certify(Problem(with_dead, penalty), torch.nn.functional.pad(weight, (0, 1))).gap == pytest.approx(alive.gap)

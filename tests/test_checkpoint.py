@@ -232,8 +232,8 @@ def write_gguf(path: Path) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(chr(256 + i) for i in range(VOCABULARY - 1)), "Āā"])
-    writer.add_token_merges(["Ā ā"])
+    writer.add_token_list([*(chr(256 + i) for i in range(VOCABULARY - 2)), "Āā", "Ăă"])
+    writer.add_token_merges(["Ā ā", "Ă ă"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     shapes = {

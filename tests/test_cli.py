@@ -9,7 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from convexprune import cli
-from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters import TESTED, HuggingFaceModel
+from convexprune.pipeline import PRESETS
+from convexprune.pruners import PRUNERS
+from convexprune.solvers import solver_names
 
 TEXT = "It was the best of times, it was the worst of times. " * 200
 
@@ -25,6 +28,14 @@ def folder(tiny_opt: HuggingFaceModel, tmp_path: Path) -> Path:
 
 def run(*arguments: object):
     return CliRunner(env={"COLUMNS": "140"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_list_names_all_that_can_be_chosen():
+    result = run("list")
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.split())
+    for names in (TESTED.values(), PRUNERS, solver_names(), PRESETS, ("unstructured", "2:4")):
+        assert all(name in printed for name in names)
 
 
 def test_prune_prints_the_table_and_where_the_model_lies(folder: Path):

@@ -95,6 +95,23 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     assert seen["self_attn.q_proj"].cross is None
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "fistapruner"])
+def test_a_refit_is_added_to_a_method_that_has_none(build, method: str):
+    plain, refitted = (convexprune.prune(build("opt"), method=method, refit=r, **SMALL).report for r in (None, True))
+    first = [report.operators[0] for report in (plain, refitted)]
+    assert first[1].gap is not None and first[1].gap <= 1e-4 and first[1].status == "SOLVED"
+    assert first[1].solves == first[0].solves + 1
+    assert first[1].relative_error < 0.95 * first[0].relative_error
+
+
+@pytest.mark.parametrize("method", ["convex", "admm", "alps"])
+def test_a_refit_is_taken_from_a_method_that_has_one(build, method: str):
+    plain, bare = (convexprune.prune(build("opt"), method=method, refit=r, **SMALL).report for r in (True, False))
+    first = [report.operators[0] for report in (plain, bare)]
+    assert first[1].solves == first[0].solves - 1
+    assert first[0].zeros == first[1].zeros == 512
+
+
 def test_held_out_windows_judge_and_change_nothing(build):
     weights, errors_of = [], []
     for held_out in (0, 2):

@@ -57,7 +57,6 @@ def excess(problem: PruningProblem, pruners: dict[str, AbstractPruner]) -> dict[
 def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the best weight [m n] on one of the `supports` [count kept], and its value [m]."""
     q = q.at(None)
-    m, n = q.shape
     best = q.energy / 2 if supports.shape[1] == 0 else torch.full_like(q.energy, float("inf"))
     weight = torch.zeros_like(q.cross)
     if supports.shape[1] == 0:
@@ -78,7 +77,7 @@ def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
 
 def _share_out(costs: Tensor, total: int) -> list[int]:
     """How many non-zeros each row gets so that they sum to `total` and the costs [m n+1] to the least."""
-    m, options = costs.shape
+    options = costs.shape[1]
     least = [0.0] + [float("inf")] * total
     choices: list[list[int]] = []
     for row in costs.tolist():

@@ -1,16 +1,24 @@
 """The layer problems of a model: each operator's dense and pruned weight, and its moments in float64."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convexprune.model import AbstractModel, Call, DecoderLayer
+from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.moments import Moments
 from convexprune.pattern import AbstractPattern
-from convexprune.pipeline import LayerSettings, prune_layer
+from convexprune.pipeline import (
+    HiddenStates,
+    LayerSettings,
+    RecordedCalls,
+    observe,
+    prune_observed,
+    stage_inputs,
+)
+from convexprune.pipeline.layer import Calls
 from convexprune.pruners import PruningProblem
 
 
@@ -45,67 +53,61 @@ def operator_problems(
     """The problems of the operators `names` of the dense `model` on `tokens` [samples length], in order of execution.
 
     x is what an operator sees in the dense layer, x* what it sees in the layer pruned: that of the model `pruned`, or a
-    copy that is pruned here as `settings` say (only the layers that hold one of `names`). The model itself is not
-    changed.
+    copy that is pruned here as `settings` say; of a dense prefix only the layers that hold one of `names`. The model
+    itself is not changed. An expert to which no token is sent is left out.
     """
     batches = list(tokens.split(batch_size))
-    recorded = {len(b): model.calls(b) for b in {len(b): b for b in batches}.values()}
-    hidden = [model.first_inputs(batch) for batch in batches]
+    calls = RecordedCalls(model, batches)
+    dense = fed = [model.first_inputs(batch) for batch in batches]
     left = set(names)
     for number, layer in enumerate(model.layers):
-
-        def calls(batch: Tensor, number: int = number) -> Call:
-            return recorded[len(batch)][number]
-
-        wanted = [name for stage in layer.stages for name in stage if f"{layer.name}.{name}" in left]
-        if wanted:
-            if pruned is None:
-                sparse = replace(layer, module=deepcopy(layer.module))
-                prune_layer(sparse, calls, hidden, settings, lambda _: None)
-            else:
-                sparse = pruned.layers[number]
-            yield from _watch(layer, sparse, wanted, calls, hidden, settings)
-        left -= {f"{layer.name}.{name}" for name in wanted}
+        of = calls.of(number)
+        wanted = left & {f"{layer.name}.{operator.name}" for operator in layer.operators}
+        sparse = layer
+        if wanted or settings.prefix == "pruned":
+            sparse = pruned.layers[number] if pruned else _pruned(layer, of, HiddenStates(dense, fed), settings)
+        yield from _watch(layer, sparse, wanted, of, HiddenStates(dense, fed), settings)
+        left -= wanted
         if not left:
             return
-        hidden = [calls(batch)(layer.module, batch) for batch in hidden]
+        fed = [of(batch)(sparse.module, batch) for batch in fed] if settings.prefix == "pruned" else None
+        dense = [of(batch)(layer.module, batch) for batch in dense]
+        fed = dense if fed is None else fed
+
+
+def _pruned(layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings) -> DecoderLayer:
+    copy = deepcopy(layer)
+    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense), settings, lambda _: None)
+    return copy
 
 
 def _watch(
     dense: DecoderLayer,
     sparse: DecoderLayer,
-    names: Sequence[str],
-    calls: Callable[[Tensor], Call],
-    hidden: Sequence[Tensor],
+    wanted: Collection[str],
+    calls: Calls,
+    hidden: HiddenStates,
     settings: LayerSettings,
 ) -> Iterator[OperatorProblem]:
-    stages = [stage for stage in dense.stages if set(stage) & set(names)]
-    moments = {stage: Moments(dense.operator(stage[0]).weight.shape[1], torch.float64) for stage in stages}
-    for batch in hidden:
-        x, seen = (_inputs(layer, [s[0] for s in stages], calls(batch), batch) for layer in (dense, sparse))
-        for stage in stages:
-            corrects = stage != dense.stages[0] and settings.correction > 0
-            moments[stage].add(seen[stage[0]].cpu(), x[stage[0]].cpu() if corrects else None)
-    for stage in stages:
-        for name in (n for n in stage if n in names):
-            w, v = (layer.operator(name).weight.detach().cpu() for layer in (dense, sparse))
-            yield OperatorProblem(f"{dense.name}.{name}", w, v, moments[stage], settings.pattern, settings.correction)
-
-
-def _inputs(layer: DecoderLayer, names: Sequence[str], call: Call, batch: Tensor) -> dict[str, Tensor]:
-    """What each operator of a layer sees [tokens n]."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name] = args[0].flatten(0, -2)
-
-        return hook
-
-    hooks = [layer.operator(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        call(layer.module, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    pairs = [
+        (one, other)
+        for one, other in zip(dense.groups, sparse.groups, strict=True)
+        if any(f"{dense.name}.{operator.name}" in wanted for operator in one.operators)
+    ]
+    if not pairs:
+        return
+    moments = [Moments(one.operators[0].shape[1], torch.float64) for one, _ in pairs]
+    for own, given in zip(hidden.dense, hidden.fed, strict=True):
+        x = stage_inputs(dense, [one for one, _ in pairs], calls(own), own)
+        seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
+        for (one, other), total in zip(pairs, moments, strict=True):
+            first = one in dense.stages[0] and settings.prefix == "dense"
+            corrects = one.paired and not first and settings.correction > 0
+            if other in seen:
+                total.add(seen[other].cpu(), x[one].cpu() if corrects else None)
+    for (one, other), total in zip(pairs, moments, strict=True):
+        for w, v in zip(one.operators, other.operators, strict=True):
+            name = f"{dense.name}.{w.name}"
+            if name in wanted and total.tokens:
+                weights = w.read().cpu(), v.read().cpu()
+                yield OperatorProblem(name, *weights, total, settings.pattern_of(name), settings.correction)

@@ -12,7 +12,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_tokens, load
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
@@ -147,11 +147,11 @@ def verify(
     names = _choose(dense, operators, sample, seed)
     if pruned is not None:
         _require_same_shapes(dense, pruned, names)
-    tokens = calibration_tokens(
-        recipe.dataset, dense, num_samples=recipe.num_calibration_samples, max_seq_length=recipe.max_seq_length,
-        seed=recipe.seed,
+    tokens, _ = calibration_and_held_out(
+        recipe.dataset, dense, num_samples=recipe.num_calibration_samples, spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length, seed=recipe.seed,
     )  # fmt: skip
-    layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction)
+    layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     generator = torch.Generator().manual_seed(seed)
     for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size):
@@ -183,9 +183,7 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
             raise RecipeError(f"{source} is a finished run with its own recipe; leave out: {', '.join(settings)}.")
         recipe = make_recipe(**yaml.safe_load(file.read_text()))
         if recipe.dataset.endswith(" given by the caller"):
-            raise RecipeError(
-                f"The tokens of this run were a {recipe.dataset}; only named data sets can be read again."
-            )
+            raise RecipeError(f"This run's tokens were a {recipe.dataset}; only named data sets can be read again.")
         return recipe, Path(source)
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
@@ -193,7 +191,7 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
 
 
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
-    every = [f"{layer.name}.{name}" for layer in model.layers for stage in layer.stages for name in stage]
+    every = [f"{layer.name}.{operator.name}" for layer in model.layers for operator in layer.operators]
     for name in operators:
         if name not in every:
             raise RecipeError(unknown("operator", name, every))
@@ -204,10 +202,11 @@ def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | Non
 
 
 def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, names: Sequence[str]) -> None:
+    shapes = [{f"{y.name}.{o.name}": o.shape for y in m.layers for o in y.operators} for m in (dense, pruned)]
     for name in names:
-        shapes = [list(m.model.get_parameter(f"{name}.weight").shape) for m in (dense, pruned)]
-        if shapes[0] != shapes[1]:
-            raise ModelError(f"{name} is {shapes[0]} in the dense model and {shapes[1]} in the run: not of one model.")
+        here, there = shapes[0][name], shapes[1].get(name)
+        if here != there:
+            raise ModelError(f"{name} is {here} in the dense model and {there} in the run: not of one model.")
 
 
 def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[Comparison]:

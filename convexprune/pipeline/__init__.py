@@ -1,7 +1,7 @@
 """From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
 from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, observe, prune_observed, stage_folds, stage_inputs
 from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
@@ -31,5 +31,6 @@ __all__ = [
     "prune_in_place",
     "prune_observed",
     "stage_folds",
+    "stage_inputs",
     "threads",
 ]

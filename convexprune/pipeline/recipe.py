@@ -1,12 +1,14 @@
 """The recipe: every setting of a run, checked before any work and saved beside the result."""
 
+from inspect import signature
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
 from convexprune.pattern import AbstractPattern, parse_pattern
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
+from convexprune.pruners.search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
@@ -21,8 +23,9 @@ class Recipe(BaseModel):
     and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
     `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
     the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
-    of sums and so the last bits; None is what torch has, divided by the workers. `method_args` are settings of the
-    pruner (see `convexprune.pruners`).
+    of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least squares on the
+    support to a method that has none of its own, or takes it from one that has (None: as the method is). `method_args`
+    are settings of the pruner (see `convexprune.pruners`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +40,7 @@ class Recipe(BaseModel):
     error_correction: float = Field(1.0, ge=0, le=1)
     prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
+    refit: bool | None = None
     method_args: dict[str, Any] = {}
     dataset: str = "self"
     num_calibration_samples: int = Field(128, ge=1)
@@ -88,14 +92,26 @@ class Recipe(BaseModel):
         if self.preset is not None and self.method != "convex":
             raise RecipeError(f"preset={self.preset!r} names its own method; leave method={self.method!r} out.")
         method = self.preset or self.method  # a preset is the method of that name
-        if method != "convex":
-            if self.damping is not None:
-                raise RecipeError(f"damping is a setting of method='convex'; {method!r} does not take it.")
-            return _make(method, self.method_args)
-        if solver is None and self.solver not in solver_names():
+        own_refit = "refit" in signature(PRUNERS[method]).parameters
+        added = bool(self.refit) and not own_refit
+        settings: dict[str, Any] = {}
+        if issubclass(PRUNERS[method], AbstractSearch):
+            settings["damping"] = self.damping
+        elif self.damping is not None and not added:
+            raise RecipeError(
+                f"damping belongs to methods that search a support, or to refit=True; {method!r} does not take it."
+            )
+        if method == "convex":
+            settings["solver"] = self._solver() if solver is None else solver
+        if self.refit is False and own_refit:
+            settings["refit"] = None
+        pruner = _make(method, settings | self.method_args)
+        return Refitted(pruner, damping=self.damping) if added else pruner
+
+    def _solver(self) -> AbstractSolver:
+        if self.solver not in solver_names():
             raise RecipeError(unknown("solver", self.solver, solver_names()))
-        own = {"solver": solver if solver is not None else Convex.solver_for(self.solver), "damping": self.damping}
-        return _make("convex", own | self.method_args)
+        return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
 
 
 def make_recipe(**settings: Any) -> Recipe:

@@ -25,10 +25,10 @@ class Perspective(AbstractPruner):
 
         min_V  q(V) - 1/2 sum_ij B_ij V_ij^2 + ReverseHuber(B, mu)(V)
 
-    which is convex. The pattern keeps the entries whose removal from the separable parabola below q costs most,
-    (K + B V)^2 / 2 B, and `refit` finds their values. `margin` is the share of the split that is given back, so that
-    H - B is well away from singular. Slower than method="convex" and worse by some percent; it is the convex problem
-    that is nearest to pruning itself.
+    which is convex. The pattern keeps the entries with the largest |V| / sqrt(2 mu / B), which is the share z of a
+    non-zero where it is below one, and `refit` finds their values. `margin` is the share of the split that is given
+    back, so that H - B is well away from singular. Slower than method="convex" and worse by some percent; it is the
+    convex problem that is nearest to pruning itself.
 
     Raises:
         UnsupportedError: `solver` does not take the reverse Huber penalty, or `refit` a support.
@@ -86,8 +86,8 @@ class Perspective(AbstractPruner):
         split = safe_split(q.gram, split[None])[0] * (1 - self.margin)
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
         solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
-        score = (q.residual(solution.weight) + split * solution.weight).square() / split
-        return solution, operator.pattern.mask(score)
+        share = solution.weight.abs() * (split / prices.clamp_min(torch.finfo(split.dtype).tiny)).sqrt()
+        return solution, operator.pattern.mask(share)
 
 
 def separated(q: Quadratic, split: Tensor) -> Quadratic:

@@ -1,0 +1,55 @@
+"""Make the real problems of `convexprune.problems` from the bundled OPT: blocks of operators and their least values.
+
+python benchmarks/extract_problems.py convexprune/data/problems
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from convexprune.adapters import calibration_tokens, load
+from convexprune.penalty import L1, Support
+from convexprune.pipeline import LayerSettings, make_recipe
+from convexprune.problem import certify
+from convexprune.solvers import make_solver
+from convexprune.validation.layer_problems import operator_problems
+from convexprune.validation.oracles import block, block_problems
+from convexprune.validation.verify import EMBEDDED
+
+NAMES = {
+    "opt-query": "model.decoder.layers.1.self_attn.q_proj",
+    "opt-output": "model.decoder.layers.2.self_attn.out_proj",
+    "opt-down": "model.decoder.layers.3.fc2",
+}
+ROWS, COLUMNS = 4, 40
+
+
+def main(folder: Path) -> None:
+    recipe = make_recipe(model=str(EMBEDDED), sparsity=0.5)
+    model = load(EMBEDDED, device="cpu", dtype=torch.float32)
+    tokens = calibration_tokens("self", model, num_samples=32, max_seq_length=256, seed=0)
+    settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction)
+    found = {p.name: p for p in operator_problems(model, tokens, settings, NAMES.values())}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, operator in NAMES.items():
+        generator = torch.Generator().manual_seed(0)
+        problem, achieved = found[operator].rows(ROWS, generator)
+        quadratic, chosen = block(problem, COLUMNS, generator)
+        for kind, convex in block_problems(quadratic, problem, achieved[:, chosen] != 0).items():
+            solution = make_solver("scipy").solve(convex).weight
+            print(name, kind, certify(convex, solution))
+            q, penalty = convex.quadratic, convex.penalty
+            data = {"gram": q.gram, "cross": q.cross, "energy": q.energy, "solution": solution}
+            data |= {"anchor": q.anchor, "value": torch.tensor(convex.value(solution), dtype=torch.float64)}
+            if isinstance(penalty, L1):
+                data["strength"] = penalty.strength
+            elif isinstance(penalty, Support):
+                data["mask"] = penalty.mask
+            path = folder / f"{name}-{kind.lower()}.safetensors"
+            save_file({key: tensor.contiguous() for key, tensor in data.items()}, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""How far every pruner is from the true optimum: squared error / least squared error over all supports.
+
+python benchmarks/truth.py     blocks of 16 columns of real operators of the bundled OPT, one half pruned
+"""
+
+import argparse
+import math
+
+import torch
+
+from convexprune.adapters import calibration_tokens, load
+from convexprune.bound import LowerBound
+from convexprune.moments import Moments
+from convexprune.pattern import parse_pattern
+from convexprune.pipeline import LayerSettings, make_recipe
+from convexprune.pruners import PRUNERS, Convex, PruningProblem
+from convexprune.pruners.perspective import Perspective
+from convexprune.validation import best_pruning
+from convexprune.validation.layer_problems import operator_problems
+from convexprune.validation.verify import EMBEDDED
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--columns", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=16)
+    args = parser.parse_args()
+    recipe = make_recipe(model=str(EMBEDDED), method="magnitude", sparsity=0.5, error_correction=0)
+    model = load(EMBEDDED, device="cpu", dtype=torch.float32)
+    tokens = calibration_tokens("self", model, num_samples=args.samples, max_seq_length=256, seed=0)
+    settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), 0)
+    layer = model.layers[1]
+    names = [f"{layer.name}.{name}" for stage in layer.stages for name in stage]
+    operators = list(operator_problems(model, tokens, settings, names))
+    pruners = {name: cls() for name, cls in PRUNERS.items()}
+    pruners |= {"convex": Convex(damping=1e-4), "perspective": Perspective(damping=1e-4)}
+    for pattern in (
+        parse_pattern("unstructured", 0.5),
+        parse_pattern("unstructured", 0.5, "row"),
+        parse_pattern("2:4"),
+    ):
+        ratios: dict[str, list[float]] = {name: [] for name in (*pruners, "lower bound")}
+        for number, operator in enumerate(operators):
+            problem = small(operator.dense, operator.moments, args.rows, args.columns, pattern, number)
+            best = best_pruning(problem)
+            least = float(problem.squared_error(best).sum())
+            for name, pruner in pruners.items():
+                ratios[name].append(float(problem.squared_error(pruner.prune(problem).weight).sum()) / least)
+            ratios["lower bound"].append(LowerBound().of(problem.quadratic, pattern, best).lower / least)
+        for name, values in ratios.items():
+            mean = math.exp(sum(math.log(max(v, 1e-9)) for v in values) / len(values))
+            optimal = sum(abs(v - 1) < 1e-3 for v in values)
+            print(f"| {pattern} | {name} | {mean:.4f} | {max(values):.4f} | {optimal} of {len(values)} |", flush=True)
+
+
+def small(weight, moments: Moments, rows: int, columns: int, pattern, seed: int) -> PruningProblem:
+    """Some rows and columns of an operator as a pruning problem of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(weight.shape[1], generator=generator)[:columns].sort().values
+    drawn = torch.randperm(weight.shape[0], generator=generator)[:rows]
+    part = Moments(columns, torch.float64)
+    part.tokens = moments.tokens
+    part._gram = moments._gram[chosen][:, chosen]
+    return PruningProblem(weight[drawn][:, chosen].double(), part, pattern, 0.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Named problems with known least values, so that a new solver is tested in one line.
+
+    from convexprune import problems
+    assert all(result.passed for result in problems.check(my_solver))
+
+Some are solved by a formula; the others are blocks of real operators of the bundled OPT, whose values are certified.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from convexprune.errors import ProblemError, unknown
+from convexprune.penalty import L1, Support
+from convexprune.problem import Problem
+from convexprune.quadratic import Quadratic
+from convexprune.solvers import AbstractSolver
+
+FOLDER = Path(__file__).parent / "data" / "problems"
+AGREEMENT = 1e-6  # relative
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """A problem, its least value, and a weight [m n] that has it; `source` says how that is known."""
+
+    name: str
+    problem: Problem
+    value: float
+    solution: Tensor
+    source: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a solver made of a named problem: `excess` is its value over the least one, relative; `gap` is certified."""
+
+    name: str
+    excess: float
+    gap: float
+    passed: bool
+
+
+def names() -> list[str]:
+    """All named problems."""
+    return sorted([*_FORMULAS, *(path.stem for path in FOLDER.glob("*.safetensors"))])
+
+
+def load(name: str) -> Named:
+    """The problem of that name, in float64.
+
+    Raises:
+        ProblemError: there is none.
+    """
+    if name in _FORMULAS:
+        return _FORMULAS[name]()
+    if name not in names():
+        raise ProblemError(unknown("problem", name, names()))
+    data = load_file(FOLDER / f"{name}.safetensors")
+    quadratic = Quadratic(data["gram"], data["cross"], data["energy"], data["anchor"])
+    penalty = L1(data["strength"]) if "strength" in data else Support(data["mask"])
+    problem = Problem(quadratic, penalty)
+    return Named(name, problem, float(data["value"]), data["solution"], "a block of the bundled OPT, certified")
+
+
+def check(solver: AbstractSolver, tolerance: float = AGREEMENT) -> Iterator[Result]:
+    """Solve every named problem whose penalty the solver takes; passed is an excess of at most `tolerance`."""
+    for named in map(load, names()):
+        if isinstance(named.problem.penalty, solver.penalties):
+            solution = solver.solve(named.problem)
+            excess = (named.problem.value(solution.weight) - named.value) / max(named.value, 1e-300)
+            yield Result(named.name, excess, solution.certificate.relative_gap, abs(excess) <= tolerance)
+
+
+def _orthogonal_design() -> Named:
+    """H = c I: the soft threshold of the target, entry by entry."""
+    inputs = torch.linalg.qr(_normal(0, 40, 8)).Q * 3.0  # X'X = 9 I, mean over 40 tokens
+    targets = _normal(1, 40, 3)
+    quadratic, strength = Quadratic.least_squares(inputs, targets), 0.02
+    curvature = 9 / 40
+    solution = _soft(quadratic.cross / curvature, torch.tensor(strength / curvature, dtype=torch.float64))
+    value = float((targets - inputs @ solution.T).square().sum() / 80 + strength * solution.abs().sum())
+    return Named("orthogonal-design", Problem(quadratic, L1(strength)), value, solution, "soft threshold")
+
+
+def _single_column() -> Named:
+    """One input: the soft threshold of a scalar regression."""
+    x, y, strength = _normal(2, 30, 1), _normal(3, 30, 4), 0.05
+    quadratic = Quadratic.least_squares(x, y)
+    second = x.square().mean()
+    solution = _soft(quadratic.cross / second, strength / second)
+    value = float((y - x @ solution.T).square().sum() / 60 + strength * solution.abs().sum())
+    return Named("single-column", Problem(quadratic, L1(strength)), value, solution, "soft threshold")
+
+
+def _diagonal_gram() -> Named:
+    """Inputs of very different sizes that do not correlate, each with its own strength."""
+    diagonal, strength = torch.logspace(-3, 3, 12, dtype=torch.float64), torch.logspace(-3, 2, 12, dtype=torch.float64)
+    weight = _normal(4, 5, 12)
+    quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(5), weight)
+    solution = _soft(weight, strength / diagonal)
+    value = float(((solution - weight).square() * diagonal / 2 + strength * solution.abs()).sum())
+    return Named("diagonal-gram", Problem(quadratic, L1(strength)), value, solution, "soft threshold")
+
+
+def _all_zero() -> Named:
+    """A strength above every slope: zero is the solution, and half the energy its value."""
+    x, y = _normal(5, 50, 6), _normal(6, 50, 2)
+    quadratic = Quadratic.least_squares(x, y)
+    strength = 1.01 * float(quadratic.cross.abs().max())
+    return Named("all-zero", Problem(quadratic, L1(strength)), float(y.square().sum() / 100),
+                 torch.zeros(2, 6, dtype=torch.float64), "every slope is inside")  # fmt: skip
+
+
+def _diagonal_support() -> Named:
+    """A support over inputs that do not correlate: what is kept stays dense."""
+    diagonal, weight = torch.logspace(-2, 2, 10, dtype=torch.float64), _normal(7, 4, 10)
+    mask = _normal(8, 4, 10) > 0
+    quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(4), weight)
+    value = float(((weight * ~mask).square() * diagonal).sum() / 2)
+    return Named("diagonal-support", Problem(quadratic, Support(mask)), value, weight * mask, "separable")
+
+
+def _soft(target: Tensor, threshold: Tensor) -> Tensor:
+    return target.sign() * (target.abs() - threshold).clamp_min(0)
+
+
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+_FORMULAS: dict[str, Callable[[], Named]] = {
+    "all-zero": _all_zero,
+    "diagonal-gram": _diagonal_gram,
+    "diagonal-support": _diagonal_support,
+    "orthogonal-design": _orthogonal_design,
+    "single-column": _single_column,
+}

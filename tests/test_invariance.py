@@ -1,0 +1,87 @@
+"""What must not change an answer: units of inputs, order of rows, rotation of the tokens, batches, dtype."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Layer, make_layer, random, seeds
+
+from convexprune.moments import Moments
+from convexprune.pattern import SemiStructured, Unstructured
+from convexprune.penalty import L1
+from convexprune.problem import Problem
+from convexprune.pruners import Convex, PruningProblem
+from convexprune.solvers import make_solver
+
+SOLVER = make_solver("fista", tolerance=1e-10, max_iterations=20_000)
+SOLVED = 1e-5  # of the largest weight: a gap of 1e-10 leaves its root
+PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), SemiStructured(2, 4))
+few = settings(max_examples=6)
+
+
+def lasso(layer, strength, dtype=torch.float64):
+    q = layer.quadratic()
+    problem = Problem(q, L1(strength * q.scale()))
+    return SOLVER.solve(problem).weight.to(dtype)
+
+
+def prune(layer, pattern, dtype=torch.float64):
+    moments = Moments(layer.weight.shape[1], dtype)
+    moments.add(layer.pruned.to(dtype), layer.dense.to(dtype))
+    return Convex(damping=0.01).prune(PruningProblem(layer.weight.to(dtype), moments, pattern)).weight
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=SOLVED, atol=SOLVED * float(expected.abs().max()))
+
+
+def draw(seed):
+    return make_layer("full rank", 3, 8, seed)
+
+
+@few
+@given(seeds, st.sampled_from(PATTERNS))
+def test_units_of_the_inputs(seed, pattern):
+    layer, units = draw(seed), random(seed + 9, 8).exp()
+    other = Layer(layer.weight / units, layer.pruned * units, layer.dense * units)
+    close(lasso(other, 0.2) * units, lasso(layer, 0.2))
+    close(prune(other, pattern) * units, prune(layer, pattern))
+
+
+@few
+@given(seeds, st.sampled_from(PATTERNS))
+def test_the_order_of_the_rows(seed, pattern):
+    layer, order = draw(seed), torch.tensor([2, 0, 1])
+    other = Layer(layer.weight[order], layer.pruned, layer.dense)
+    close(lasso(other, 0.2), lasso(layer, 0.2)[order])
+    close(prune(other, pattern), prune(layer, pattern)[order])
+
+
+@few
+@given(seeds, st.sampled_from(PATTERNS))
+def test_an_orthogonal_change_of_the_tokens(seed, pattern):
+    layer = draw(seed)
+    turn = torch.linalg.qr(random(seed + 9, len(layer.pruned), len(layer.pruned))).Q
+    other = Layer(layer.weight, turn @ layer.pruned, turn @ layer.dense)
+    close(lasso(other, 0.2), lasso(layer, 0.2))
+    close(prune(other, pattern), prune(layer, pattern))
+
+
+@few
+@given(seeds, st.integers(1, 7))
+def test_how_the_tokens_are_split_into_batches(seed, size):
+    layer = draw(seed)
+    moments = Moments(8, torch.float64)
+    for x, dense in zip(layer.pruned.split(size), layer.dense.split(size), strict=True):
+        moments.add(x, dense)
+    torch.testing.assert_close(moments.gram, layer.moments.gram)
+    pruner = Convex(damping=0.01)
+    found = pruner.prune(PruningProblem(layer.weight, moments, PATTERNS[0])).weight
+    close(found, prune(layer, PATTERNS[0]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_dtype(pattern):
+    layer = draw(0)
+    single, double = prune(layer, pattern, torch.float32), prune(layer, pattern)
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * float(double.abs().max()))

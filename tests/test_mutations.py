@@ -1,0 +1,162 @@
+"""Planted faults: each must make a named test fail, so that the tests are known to see what they are there to see."""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import pytest
+import test_baselines
+import test_bound
+import test_certificate
+import test_fista
+import test_invariance
+import test_moments
+import test_pattern
+import test_penalty
+import test_perspective
+import test_quadratic
+import test_refit
+from hypothesis import Phase, settings
+
+from convexprune import bound, pattern, problem
+from convexprune.errors import ConvexpruneError
+from convexprune.moments import Moments
+from convexprune.penalty import L1, ReverseHuber
+from convexprune.pruners.wanda import Wanda
+from convexprune.quadratic import Quadratic
+from convexprune.solvers.cg import ConjugateGradient
+from convexprune.solvers.fista import FISTA
+
+FAILURES = (AssertionError, ConvexpruneError, ExceptionGroup, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` in the source of `place` is replaced by `new`; `test` with `arguments` must fail then."""
+
+    name: str
+    place: Callable[..., Any]
+    old: str
+    new: str
+    test: Callable[..., Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+FAULTS = (
+    Fault("the sign of the gradient", Quadratic.residual, "cross - ", "cross + ",
+          test_quadratic.test_the_residual_is_minus_the_gradient_of_the_loss_on_the_tokens),
+    Fault("the scale of the gradient", Quadratic.residual, "@ self.gram", "@ self.gram * 2",
+          test_quadratic.test_the_residual_is_minus_the_gradient_of_the_loss_on_the_tokens),
+    Fault("half of the value lost", Quadratic.values, "/ 2", "/ 1",
+          test_quadratic.test_values_are_the_loss_on_the_tokens),
+    Fault("the anchor forgotten", Quadratic.displacement, "weight - self.anchor", "weight",
+          test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
+    Fault("a step of half the length", FISTA._iterate, "alpha=1 / lipschitz", "alpha=0.5 / lipschitz",
+          test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 1}),
+    Fault("a step that is too long", FISTA._iterate, "lipschitz = q.lipschitz", "lipschitz = q.lipschitz / 2",
+          test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 2}),
+    Fault("momentum off by one", FISTA._iterate, "(t - 1) / t_next", "t / t_next",
+          test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 3}),
+    Fault("momentum that does not grow", FISTA._iterate, "1 + 4 * t.square()", "1 + 4 * t",
+          test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 3}),
+    Fault("a prox with the step forgotten", FISTA._iterate, "prox(new, 1 / lipschitz", "prox(new, 1.0",
+          test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 1}),
+    Fault("a prox off by a factor", L1.prox, "alpha=step", "alpha=2 * step",
+          test_penalty.test_the_prox_is_the_scalar_one_entry_by_entry),
+    Fault("a prox that does not clamp", L1.prox, ".clamp_min_(0)", "",
+          test_penalty.test_the_prox_is_the_scalar_one_entry_by_entry),
+    Fault("a strength that is not rescaled", L1.scaled, "self.strength / scale", "self.strength",
+          test_penalty.test_a_scaled_penalty_is_the_same_function_of_the_scaled_weight),
+    Fault("a reverse Huber prox with one branch", ReverseHuber.prox, "size.div_(1 + step * self.curvature)", "soft",
+          test_perspective.test_the_prox_minimises_its_objective),
+    Fault("a reverse Huber conjugate without its price", ReverseHuber.conjugate, " - self.price", "",
+          test_perspective.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
+    Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * values + slack", "slack",
+          test_certificate.test_no_known_solution_is_below_the_dual_bound),
+    Fault("a gap without the price of clipping", problem.row_gaps, "clipping = price + ", "clipping = ",
+          test_certificate.test_no_known_solution_is_below_the_dual_bound),
+    Fault("a gap without the penalty", problem.row_gaps, "slack = penalty.values(weight)", "slack = 0 * values",
+          test_certificate.test_the_bound_holds_near_the_solution_too),
+    Fault("a KKT residual of nothing", problem.certify, "point + residual / scale, 1.0", "point, 0.0",
+          test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),
+    Fault("a mask off by one", pattern.keep_largest, "- count + 1", "- count",
+          test_pattern.test_a_mask_has_exactly_the_promised_zeros),
+    Fault("a mask of the smallest", pattern.keep_largest, "above = scores > least", "above = scores < least",
+          test_pattern.test_the_largest_of_the_matrix_are_kept_and_of_equals_the_first),
+    Fault("a group that keeps one too few", pattern.SemiStructured.mask, ": self.kept]", ": self.kept - 1]",
+          test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
+    Fault("X and X* swapped", Moments.add, "change.T, x)", "x.T, change)",
+          test_moments.test_moments_are_means_over_the_tokens),
+    Fault("x* - x in place of x - x*", Moments.add, ".to(self._gram) - x", ".to(self._gram).neg() + x",
+          test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
+    Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
+          test_moments.test_moments_are_means_over_the_tokens),
+    Fault("a transposed weight", Moments.reconstruction, "correction * weight @ self.cross",
+          "correction * (self.cross @ weight.T).T",
+          test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
+    Fault("tokens that depend on the batch", Moments.add, "self.tokens += x.shape[0]", "self.tokens += 1",
+          test_invariance.test_how_the_tokens_are_split_into_batches),
+    Fault("Wanda without its inputs", Wanda.prune, "* problem.scale", "",
+          test_baselines.test_wanda_is_its_formula_by_hand),
+    Fault("a conjugate gradient that is steepest descent", ConjugateGradient.solve, "energy / previous", "0 * energy",
+          test_refit.test_as_many_iterations_as_inputs_are_enough_in_exact_arithmetic),
+    Fault("a refit that leaves its support", ConjugateGradient.solve, "(direction @ q.gram).mul_(mask)",
+          "direction @ q.gram", test_refit.test_nothing_outside_the_support_moves_from_zero),
+    Fault("a refit that stops at once", ConjugateGradient.solve, "<= self.tolerance * float", "<= 1e9 * float",
+          test_refit.test_a_refit_stops_at_the_gap_that_it_promises_and_not_much_later),
+    Fault("a bound that takes too few savings", bound.lower_bound, "(count - 1)", "(count - 2)",
+          test_bound.test_no_pruning_is_better_than_the_bound),
+    Fault("a bound that is twice the truth", bound.lower_bound, "bound if bound > 0", "2 * bound if bound > 0",
+          test_bound.test_no_pruning_is_better_than_the_bound),
+    Fault("a split that is not below the Gram matrix", bound.first_split, "* 0.99", "* 30",
+          test_bound.test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound),
+)  # fmt: skip
+
+
+@contextmanager
+def planted(fault: Fault) -> Iterator[None]:
+    """The fault in the code of the function itself, so that everyone who has imported it runs it."""
+    function = inspect.unwrap(fault.place)
+    assert isinstance(function, FunctionType)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert fault.old in source, f"{fault.old!r} is no longer in {function.__qualname__}"
+    source = source[source.index("def ") :].replace(fault.old, fault.new)  # without decorators
+    names: dict[str, Any] = {}
+    exec(compile(source, function.__code__.co_filename, "exec"), function.__globals__, names)
+    original = function.__code__
+    function.__code__ = names[function.__name__].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = original
+
+
+@contextmanager
+def unshrunk(test: Any) -> Iterator[None]:
+    """Without the search for the smallest failing example, which takes most of the time of a failing test."""
+    name = "_hypothesis_internal_use_settings"
+    before = getattr(test, name, None)
+    if before is None:
+        yield
+        return
+    setattr(test, name, settings(before, phases=[Phase.generate]))
+    try:
+        yield
+    finally:
+        setattr(test, name, before)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_makes_its_test_fail(fault):
+    with planted(fault), unshrunk(fault.test), pytest.raises(FAILURES):
+        fault.test(**fault.arguments)
+
+
+def test_the_fault_is_gone_afterwards():
+    with planted(FAULTS[0]):
+        pass
+    test_quadratic.test_the_residual_is_minus_the_gradient_of_the_loss_on_the_tokens()

@@ -1,0 +1,111 @@
+"""Verify: agrees on a right answer, says what is wrong with a wrong one, and reads a finished run again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import folder, run
+
+import convexprune
+from convexprune.errors import ProblemError, RecipeError
+from convexprune.pattern import SemiStructured
+from convexprune.pruners import PruningProblem
+from convexprune.solvers.fista import FISTA
+from convexprune.validation import best_pruning, verify
+from convexprune.validation.oracles import block
+
+__all__ = ["folder"]  # a fixture of test_cli
+
+OPERATOR = "model.decoder.layers.1.self_attn.v_proj"
+SMALL: dict[str, Any] = {"rows": 2, "columns": 8, "bound_rows": 2, "operators": [OPERATOR]}
+TOKENS: dict[str, Any] = {"num_calibration_samples": 8, "max_seq_length": 32}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_fresh_model_passes(folder: Path, pattern):
+    result = verify(folder / "model", dataset=str(folder / "text.txt"), pattern=pattern, **SMALL, **TOKENS)
+    assert result.passed, result.faults
+    assert [c.penalty for c in result.comparisons] == ["L1", "support"]
+    assert all(s.difference <= 1e-6 for c in result.comparisons for s in c.solves[1:])
+    assert [b.operator for b in result.bounds] == [OPERATOR]
+    assert json.loads(result.to_json())["passed"] is True
+
+
+def test_a_finished_run_is_read_again_and_judged_by_its_own_weights(folder: Path):
+    text = str(folder / "text.txt")
+    settings: dict[str, Any] = {"dataset": text, "pattern": "2:4", "num_calibration_samples": 8, "max_seq_length": 32}
+    convexprune.prune(folder / "model", output_dir=folder / "out", **settings)
+    result = verify(folder / "out", rows=2, columns=8, bound_rows=999, operators=[OPERATOR])
+    assert result.passed, result.faults
+    again = verify(folder / "model", rows=2, columns=8, bound_rows=999, operators=[OPERATOR], **settings)
+    assert again.bounds[0].error == pytest.approx(result.bounds[0].error, rel=1e-4)
+
+
+def test_weights_that_break_their_pattern_are_noticed(folder: Path):
+    text = str(folder / "text.txt")
+    convexprune.prune(folder / "model", output_dir=folder / "out", dataset=text, pattern="2:4", **TOKENS)
+    file = folder / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{OPERATOR}.weight"].fill_(1.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ProblemError, match="keeps up to 4 in a line of 4"):
+        verify(folder / "out", **SMALL)
+
+
+def test_a_solver_that_is_wrong_fails_the_verdict_and_the_command(folder: Path, monkeypatch):
+    solve = FISTA.solve
+
+    def halved(self, problem, start=None):
+        solution = solve(self, problem, start)
+        wrong = solution.weight / 2
+        certificate = convexprune.certify(problem, wrong)
+        return convexprune.Solution(wrong, solution.status, certificate, 1, 1, 0.0)
+
+    options = ["--dataset", folder / "text.txt", "--nsamples", 8, "--seqlen", 32, "--rows", 2, "--columns", 8]
+    arguments = ["verify", folder / "model", "--operators", OPERATOR, *options]
+    good = run(*arguments)
+    assert good.exit_code == 0, good.output
+    assert "passed" in good.output and "lower bound" in good.output
+    monkeypatch.setattr(FISTA, "solve", halved)
+    bad = run(*arguments, "--method", "wanda")
+    assert bad.exit_code == 1
+    assert "missed" in bad.output and "fista" in bad.output
+    as_json = run(*arguments, "--method", "wanda", "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout)["passed"] is False
+
+
+def test_settings_beside_a_run_and_unknown_operators_are_refused(folder: Path):
+    (folder / "model" / "recipe.yaml").write_text("model: x\n")
+    with pytest.raises(RecipeError, match="its own recipe; leave out: pattern"):
+        verify(folder / "model", pattern="2:4")
+    (folder / "model" / "recipe.yaml").write_text("model: x\ndataset: list given by the caller\n")
+    with pytest.raises(RecipeError, match="only named data sets"):
+        verify(folder / "model")
+    (folder / "model" / "recipe.yaml").unlink()
+    with pytest.raises(RecipeError, match="Unknown operator"):
+        verify(folder / "model", operators=["model.decoder.layers.9.fc1"], dataset=str(folder / "text.txt"))
+
+
+def test_a_block_moves_only_its_columns():
+    from strategies import make_layer
+
+    layer = make_layer("full rank", 3, 8, 0)
+    problem = PruningProblem(layer.weight, layer.moments, SemiStructured(2, 4))
+    quadratic, chosen = block(problem, 4, torch.Generator().manual_seed(0))
+    assert chosen.tolist() in ([0, 1, 2, 3], [4, 5, 6, 7])  # whole groups
+    moved = layer.weight.clone()
+    moved[:, chosen] = 0
+    zero = torch.zeros(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(quadratic.values(zero), problem.quadratic.values(moved))
+
+
+def test_brute_force_refuses_what_is_too_large():
+    from strategies import make_layer
+
+    layer = make_layer("full rank", 1, 24, 0)
+    with pytest.raises(ProblemError, match="at most 20"):
+        best_pruning(PruningProblem(layer.weight, layer.moments, SemiStructured(2, 4)))
