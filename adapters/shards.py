@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ class Shards:
         for path in self.files:
             found, self._metadata[path] = entries(path)
             self._stored |= found
-        _refuse_conversions(model, list(self._stored))
         self._names = _names(model, self._stored, inside)
         self._fill_fixed(model, inside)
 
@@ -191,19 +190,27 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _refuse_conversions(model: PreTrainedModel, keys: list[str]) -> None:
-    """Only tensors that transformers takes as they are can be read and written one by one."""
-    if model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None):
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The stored name by the name that transformers gives it while it loads; tensors that it changes are refused."""
+    if model.dtype in (torch.float16, torch.bfloat16) and (
+        model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None)
+    ):
         raise NotStreamable("some of its modules are kept in float32")
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
     except ImportError:  # before transformers 5 nothing was converted
-        return
-    for transform in get_model_conversion_mapping(model):
-        for key in keys:
-            renamed, converted = transform.rename_source_key(key)
-            if renamed != key or converted is not None:
+        return {key: key for key in keys}
+    transforms, names = get_model_conversion_mapping(model), {}
+    for key in keys:
+        name = key
+        for transform in transforms:
+            renamed, matched = transform.rename_source_key(name)
+            if isinstance(transform, WeightConverter) and matched is not None:
                 raise NotStreamable(f"transformers converts {key} while it loads")
+            name = renamed
+        names[name] = key
+    return names
 
 
 def _names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
@@ -211,13 +218,14 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> 
 
     Checkpoints of the model without its head lack the prefix that its tensors have with it.
     """
-    prefix = f"{model.base_model_prefix}."
+    prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names: dict[str, str] = {}
     filled: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
-        alias = next((a for a in (name, name.removeprefix(prefix), prefix + name) if a in stored), None)
-        if alias is not None:
+        known = next((a for a in (name, name.removeprefix(prefix), prefix + name) if a in renamed), None)
+        if known is not None:
+            alias = renamed[known]
             if stored[alias].spec.shape != tuple(tensor.shape):
                 raise NotStreamable(f"{alias} is {list(stored[alias].spec.shape)}, the model's {list(tensor.shape)}")
             names[name] = alias
