@@ -233,10 +233,7 @@ class HuggingFaceModel(AbstractModel):
 
     @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
-
-        `calls` has to have seen a batch before.
-        """
+        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to."""
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
             return self.model(input_ids=batch.to(self.device), use_cache=False).logits
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 import convexprune
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel, load, text_windows
-from convexprune.adapters.logits import Head
 from convexprune.pruners import SparseGPT
 from convexprune.validation import compare, perplexity
 from convexprune.validation.side_by_side import Comparison
@@ -98,7 +97,7 @@ def test_the_dense_models_numbers_are_its_own_and_its_kl_to_itself_is_zero(folde
     assert row["texts"]["text"]["kl"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_head_is_the_models_own_whatever_the_family(tiny: HuggingFaceModel):
+def test_logits_of_hidden_states_are_the_models_own_whatever_the_family(tiny: HuggingFaceModel):
     windows = TOKENS[:2]
     last = tiny.layers[-1].module
     kept: list[Any] = []
@@ -107,7 +106,7 @@ def test_the_head_is_the_models_own_whatever_the_family(tiny: HuggingFaceModel):
         expected = tiny.model(windows).logits
     hook.remove()
     hidden = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
-    assert torch.equal(Head(tiny).logits(windows, hidden), expected)
+    assert torch.equal(tiny.logits(windows, hidden), expected)
     with torch.no_grad():
         assert torch.equal(tiny.model(windows).logits, expected)  # and the model is what it was
 

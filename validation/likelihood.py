@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.adapters.logits import Head
+from convexprune.adapters import HuggingFaceModel
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Likelihood:
 
 
 @torch.no_grad()
-def likelihoods(head: Head, windows: Tensor, dense: Tensor, others: Mapping[str, Tensor]) -> dict[str, Likelihood]:
+def likelihoods(
+    model: HuggingFaceModel, windows: Tensor, dense: Tensor, others: Mapping[str, Tensor]
+) -> dict[str, Likelihood]:
     """The likelihood of `windows` [windows tokens] for the dense model, named "dense", and for each of the others.
 
     `dense` and each of `others` are the windows' final hidden states [windows tokens hidden]. The dense model's
@@ -32,7 +34,7 @@ def likelihoods(head: Head, windows: Tensor, dense: Tensor, others: Mapping[str,
     for i, ids in enumerate(windows):
 
         def logits(hidden: Tensor, ids: Tensor = ids) -> Tensor:
-            return head.logits(ids[None], hidden[None])[0, :-1].float()
+            return model.logits(ids[None], hidden[None].to(model.device))[0, :-1].float()
 
         reference = logits(dense[i])
         targets = ids[1:].to(reference.device)

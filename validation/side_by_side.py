@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters.logits import Head
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
 from convexprune.pipeline.folds import Folds
@@ -95,10 +94,10 @@ class Comparison:
     @torch.no_grad()
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
         """For each text, of the dense model and of each variant; to be asked once `run` is through."""
-        head, last, found = Head(self._model), len(self._model.layers), {}
+        last, found = len(self._model.layers), {}
         for name, windows in self._tokens.texts.items():
             states = {network: self._store.states(network, last, _stream(name)) for network in self._networks}
-            found[name] = likelihoods(head, windows, states.pop(DENSE), states)
+            found[name] = likelihoods(self._model, windows, states.pop(DENSE), states)
         return found
 
     def records(self, network: str) -> list[dict[str, Any]]:
