@@ -291,8 +291,14 @@ def test_the_experts_on_disk_are_as_the_checkpoint_had_them(tmp_path: Path):
 
 
 def test_experts_that_are_multiplied_all_at_once_are_left_alone_with_their_router():
-    common = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    common: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = Llama4TextConfig(**common, **heads, intermediate_size_mlp=24, num_local_experts=4, pad_token_id=None)
     model = HuggingFaceModel(AutoModelForCausalLM.from_config(config))
     alone = {n.removeprefix("model.layers.1.feed_forward."): r for n, r in model.left_alone if "layers.1" in n}
