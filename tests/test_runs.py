@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.adapters import EMBEDDED
 from convexprune.pipeline import executors, files, layer, output
 from convexprune.pipeline.files import locked
 from convexprune.pipeline.output import differences
@@ -182,7 +180,7 @@ def _empty(path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["layers/00000.safetensors", "layers/00001.json", "hidden/00002.dense.bin", "hidden/*"]
 )
-def test_damaged_files_are_found_and_done_again(dense: Path, stopped: Path, expected, damage, file: str):
+def test_damaged_files_are_found_and_done_again(dense: Path, stopped: Path, expected, file: str, damage):
     paths = sorted((stopped / "work").glob(file))
     assert paths
     for path in paths:
@@ -398,6 +396,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
+    monkeypatch.setattr("convexprune.api.EVALUATION_SAMPLES", 1)
     told = []
 
     def tell(report: OperatorReport) -> None:
@@ -410,6 +409,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     monkeypatch.setattr("convexprune.adapters.calibration.sampled_windows", lambda *_, **__: pytest.fail("sampled"))
     result = convexprune.prune(output_dir=tmp_path / "out", resume=True, **settings)
     assert set(result.report.perplexity) == {"dense", "pruned"}
+    assert result.report.environment["loading"] == "layer by layer"
 
 
 def test_differences_are_named_by_their_place():
@@ -557,11 +557,3 @@ def test_ray_is_asked_for_with_the_command_that_installs_it(dense: Path, tmp_pat
     monkeypatch.setattr(executors, "find_spec", lambda _: None)
     with pytest.raises(errors.DependencyError, match=r"pip install 'convexprune\[ray\]'"):
         convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", **SETTINGS)
-
-
-def test_the_bundled_model_streams(tmp_path: Path):
-    result = convexprune.prune(
-        EMBEDDED, method="magnitude", dataset=TOKENS, num_calibration_samples=4, output_dir=tmp_path / "out"
-    )
-    assert result.report.environment["loading"] == "layer by layer"
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["identity"]["weights"]
