@@ -79,8 +79,8 @@ def stopped(dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def killed(run: Callable[[], object], after: float | None = None) -> int:
-    """The exit status of a process that runs `run`, and is killed after so many seconds."""
+def forked(run: Callable[[], object]) -> int:
+    """The number of a process that runs `run`, and says on the way out whether it could."""
     child = os.fork()
     if child == 0:
         try:
@@ -89,6 +89,12 @@ def killed(run: Callable[[], object], after: float | None = None) -> int:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def killed(run: Callable[[], object], after: float | None = None) -> int:
+    """The exit status of a process that runs `run`, and is killed after so many seconds."""
+    child = forked(run)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -377,6 +383,9 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name])
     assert result.report.environment["loading"] == "whole: it was given loaded"
+    other = fresh()
+    convexprune.prune(other, output_dir=out, resume=True, **SETTINGS)  # it is finished, and the model is still dense
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("file", ["hidden/00002.fed.bin", "hidden/*", "layers/00001.safetensors"])
@@ -469,20 +478,24 @@ def test_ranks_meet_in_the_folder_and_give_the_same_bits(dense: Path, tmp_path: 
         result = convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
         assert len(result.report.operators) == 7 * LAYERS
 
-    children = []
-    for number in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                rank(number)
-            except BaseException as error:
-                os.write(2, f"{type(error).__name__}: {error}\n".encode())
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
+    children = [forked(lambda number=number: rank(number)) for number in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert checksums(out) == expected
     assert not (out / "work").exists() and not (out / "run.lock").exists()
+
+
+def test_ranks_that_load_the_model_themselves_all_end_with_it_pruned(dense: Path, tmp_path: Path, expected):
+    def rank(number: int) -> None:
+        os.environ |= {"SLURM_PROCID": str(number), "SLURM_NTASKS": "2"}
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        convexprune.prune(model, output_dir=tmp_path / "out", executor="ranks", **SETTINGS)
+        model.save_pretrained(tmp_path / f"rank-{number}")
+
+    os.environ.pop("RANK", None)
+    children = [forked(lambda number=number: rank(number)) for number in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    one, two, out = (checksums(tmp_path / name) for name in ("rank-0", "rank-1", "out"))
+    assert one == two == out
 
 
 def test_a_lost_rank_is_made_up_for(dense: Path, tmp_path: Path, expected, monkeypatch):
