@@ -210,9 +210,10 @@ def _numerically(number: str) -> list[int]:
     return [int(part) for part in number.split(".") if part]
 
 
-def _blocks(kinds: list[_Kind]) -> dict[str, int]:
-    """For each module that holds routed experts, how many there are."""
-    blocks = {}
+def _blocks(layer: nn.Module, kinds: list[_Kind]) -> dict[str, int]:
+    """For each module that holds experts, how many there are."""
+    held = {path: len(p) for path, module in layer.named_modules() for p in piles(module).values()}
+    blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
     for kind in kinds:
         if len(kind) > 1 and not kind[0].paired:
             experts = commonpath([party.places[0].module.replace(".", "/") for party in kind])
@@ -224,7 +225,7 @@ def _routers(layer: nn.Module, every: list[Place], kinds: list[_Kind]) -> dict[s
     """The linear maps that choose experts: beside them, and no wider than they are many."""
     experts = {place for kind in kinds if len(kind) > 1 for party in kind for place in party.places}
     found = {}
-    for block, number in _blocks(kinds).items():
+    for block, number in _blocks(layer, kinds).items():
         for place in every:
             rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
             if place not in experts and _inside(place.module, block) and rows <= number:
@@ -235,14 +236,15 @@ def _routers(layer: nn.Module, every: list[Place], kinds: list[_Kind]) -> dict[s
 def _strangers(layer: nn.Module, kinds: list[_Kind], every: list[Place]) -> dict[str, str]:
     """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
     known = {place.path for place in every}
-    blocks = _blocks(kinds)
+    blocks = _blocks(layer, kinds)
     found = {}
     for path, module in layer.named_modules():
         for parameter, value in module.named_parameters(recurse=False):
             name = f"{path}.{parameter}".removeprefix(".")
             if value.dim() < 2 or name in known or "bias" in parameter:
                 continue
-            routes = any(_inside(path, block) and value.shape[0] <= number for block, number in blocks.items())
+            narrow = [_inside(path, block) and value.shape[0] <= number for block, number in blocks.items()]
+            routes = value.dim() == 2 and any(narrow)
             found[name] = "routes tokens to experts" if routes else f"in a {type(module).__name__}, no known linear map"
     return found
 
@@ -261,6 +263,9 @@ def _without(kind: _Kind, reasons: Mapping[str, str]) -> _Kind:
 
 def _stages(kinds: list[_Kind], seen: _Seen, watch: Callable[[frozenset[Place]], _Seen]) -> tuple[_Kind, ...]:
     """As few stages as the dependencies allow, which a pass for each kind shows."""
+    again = watch(frozenset())
+    if any(_differ(seen, again, party.places[0]) for kind in kinds for party in kind):
+        return tuple(kinds)  # no pass is like another, so differences show nothing: one after the other, as called
     levels = [0] * len(kinds)
     for i, kind in enumerate(kinds):
         now = watch(frozenset(place for party in kind for place in party.places))

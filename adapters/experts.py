@@ -129,5 +129,7 @@ class _Products(TorchDispatchMode):
 
 def piles(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the module itself that are piles of matrices."""
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return {}  # a kernel
     own = module.named_parameters(recurse=False)
-    return {name: p for name, p in own if p.dim() == 3 and p.is_floating_point()}
+    return {name: p for name, p in own if p.dim() == 3 and p.is_floating_point() and min(p.shape) > 1}

@@ -41,10 +41,11 @@ def main(folder: Path) -> None:
             solution = make_solver("scipy").solve(convex).weight
             print(name, kind, certify(convex, solution))
             q, penalty = convex.quadratic, convex.penalty
-            data = {"gram": q.gram, "cross": q.cross, "energy": q.energy, "solution": solution}
-            data |= {"anchor": q.anchor, "value": torch.tensor(convex.value(solution), dtype=torch.float64)}
+            assert q.anchor is not None
+            data = {"gram": q.gram, "cross": q.cross, "energy": q.energy, "solution": solution, "anchor": q.anchor}
+            data["value"] = torch.tensor(convex.value(solution), dtype=torch.float64)
             if isinstance(penalty, L1):
-                data["strength"] = penalty.strength
+                data["strength"] = torch.as_tensor(penalty.strength)
             elif isinstance(penalty, Support):
                 data["mask"] = penalty.mask
             path = folder / f"{name}-{kind.lower()}.safetensors"

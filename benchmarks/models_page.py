@@ -27,7 +27,7 @@ EXPERTS = """
 
 An expert's operators are pruned on the tokens that are routed to it. Experts that transformers 5 keeps in one 3-D parameter are
 pruned one by one (gate and up are then one operator, as Phi-3's are); they are saved in the checkpoint's own form. What routes is
-never pruned. An expert that was sent fewer tokens than it has inputs borrows: the mean moments of all experts' inputs of its stage are
+never pruned. Experts that are multiplied all at once, as Llama 4's, are left alone and listed. An expert that was sent fewer tokens than it has inputs borrows: the mean moments of all experts' inputs of its stage are
 added with the weight of the tokens that are lacking. Its `facts` in the report say how many (`borrowed_tokens`), the report's
 `short_of_tokens` lists all such experts, and its errors are those on the mixture. Errors of experts are not corrected for
 (`error_correction`), as the dense and the pruned network may send a token to different ones.
@@ -60,11 +60,13 @@ def main(paths: list[Path]) -> None:
                 f"{int(n):,}" for n in (half["operators"], half["weights"], half["zeros"], semi["zeros"])
             )
             print(f"| {family} | {version} | {counts} | {max(float(r['replay error']) for r in (half, semi)):g} |")
-    print(f"\n## Stages\n\nAs found on transformers {versions[-1]}, in the last layer; of experts, the first one.\n")
+    print(
+        f"\n## Stages\n\nAs found on transformers {versions[-1]}, in the last layer; of experts, the first one. An arrow leads to the next "
+        "stage, a semicolon to the next input of the same stage; what stands together shares its input.\n"
+    )
     print("| family | stages |\n| --- | --- |")
     for family in families:
-        stages = found[family, versions[-1], "2:4"]["stages"].replace(" | ", " → ")
-        print(f"| {family} | {stages} |")
+        print(f"| {family} | {found[family, versions[-1], '2:4']['stages']} |")
     print(EXPERTS + OTHER)
     print("## What is refused\n\n| what | message |\n| --- | --- |")
     refused = {r["refused"]: r["message"] for r in records if "refused" in r and r["transformers"] == versions[-1]}
@@ -93,7 +95,7 @@ def as_numbers(version: str) -> list[int]:
 
 def cell(message: str) -> str:
     """One line, without the folders of the machine that it was made on."""
-    return re.sub(r"(?<!\S)/\S*/", "", message).replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"(?<![\w:/])/(?:[\w.<>-]+/)+", "", message).replace("|", "\\|").replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How far every pruner is from the true optimum: squared error / least squared error over all supports.
 
-python benchmarks/truth.py     blocks of 16 columns of real operators of the bundled OPT, one half pruned
+python benchmarks/truth.py     blocks of 12 columns (a multiple of 4) of real operators of the bundled OPT, one half pruned
 """
 
 import argparse
@@ -22,7 +22,7 @@ from convexprune.validation.verify import EMBEDDED
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--columns", type=int, default=16)
+    parser.add_argument("--columns", type=int, default=12)
     parser.add_argument("--rows", type=int, default=6)
     parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from strategies import KINDS, make_chain, make_layer, random, seeds
 from convexprune.bound import LowerBound, budget, first_split, lower_bound, without_dead_inputs
 from convexprune.errors import ProblemError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
-from convexprune.pruners import PRUNERS
+from convexprune.pruners import Convex, Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.validation import best_pruning
 
@@ -67,7 +67,7 @@ def test_the_bound_is_exact_where_inputs_do_not_correlate(pattern, seed):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_the_bound_is_near_what_pruners_reach_where_neighbours_correlate(pattern):
     problem = layer_problem(make_chain(3, 24, 0, 0.5, tokens=400), pattern)
-    achieved = PRUNERS["convex"](damping=1e-3).prune(problem).weight
+    achieved = Convex(damping=1e-3).prune(problem).weight
     own, shared = (QUICK.of(problem.quadratic, pattern, achieved), SHARED.of(problem.quadratic, pattern, achieved))
     assert own.ratio > 0.8
     assert own.lower > shared.lower  # a split of its own for every row is tighter
@@ -78,7 +78,7 @@ def test_a_constant_error_that_no_weight_can_change_is_part_of_the_bound():
     problem = layer_problem(layer, PATTERNS["row"])
     constant = 2 * float(problem.quadratic.values(layer.weight).sum())
     shifted = Quadratic(problem.quadratic.gram, problem.quadratic.cross, problem.quadratic.energy + 10, layer.weight)
-    achieved = PRUNERS["wanda"]().prune(problem).weight
+    achieved = Wanda().prune(problem).weight
     plain = QUICK.of(problem.quadratic, problem.pattern, achieved)
     assert constant > 0
     assert QUICK.of(shifted, problem.pattern, achieved).lower == pytest.approx(plain.lower + 20)
@@ -88,7 +88,7 @@ def test_dead_inputs_do_not_spoil_the_bound():
     layer = case("full rank", 6, 0.0)
     layer.pruned[:, 3] = 0
     problem = layer_problem(layer, PATTERNS["row"])
-    achieved = PRUNERS["convex"]().prune(problem).weight
+    achieved = Convex().prune(problem).weight
     bound = QUICK.of(problem.quadratic, problem.pattern, achieved)
     assert 0.1 < bound.ratio <= 1
     alive = without_dead_inputs(problem.quadratic)
@@ -97,7 +97,7 @@ def test_dead_inputs_do_not_spoil_the_bound():
 
 def test_a_gram_matrix_of_too_few_tokens_has_no_bound_but_zero():
     problem = layer_problem(case("rank deficient", 0, 0.0), PATTERNS["row"])
-    achieved = PRUNERS["wanda"]().prune(problem).weight
+    achieved = Wanda().prune(problem).weight
     assert QUICK.of(problem.quadratic, problem.pattern, achieved).lower == 0
 
 

@@ -13,6 +13,7 @@ import convexprune
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters.logits import Head
+from convexprune.pruners import SparseGPT
 from convexprune.validation import compare, perplexity
 from convexprune.validation.side_by_side import Comparison
 from convexprune.validation.variants import CONVENTIONS, make_variants
@@ -69,7 +70,7 @@ def test_perplexities_and_errors_are_those_of_prune(
     for row in result["rows"]:
         prefix, correction = CONVENTIONS[row["convention"]]
         model = load(folder / "model", device="cpu")
-        method = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
+        method: dict[str, Any] = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
         settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "batch_size": 2}
         pruned = convexprune.prune(model.model, **settings)
         for name in ("text", "other"):
@@ -182,4 +183,4 @@ def test_names_stand_for_methods_solvers_and_settings():
     ]
     assert len(variants) == 9
     pruner = variants[-1].layer_settings().pruner
-    assert isinstance(pruner, convexprune.pruners.SparseGPT) and pruner.damping == 0.1
+    assert isinstance(pruner, SparseGPT) and pruner.damping == 0.1

@@ -13,7 +13,7 @@ import transformers
 from families import FAMILIES, POSITIONS, VOCABULARY, build_family
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import convexprune
 from convexprune.adapters import TESTED, HuggingFaceModel
@@ -25,13 +25,14 @@ PATTERNS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 MOE = ["deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe"]
 
 
-def own_stages(model: HuggingFaceModel) -> list[list[str]]:
-    """The operators of the last layer by stage; experts by the first of them."""
+def own_stages(model: HuggingFaceModel) -> str:
+    """The operators of the last layer; of experts, those of the first."""
     stages = []
     for stage in model.layers[-1].stages:
-        names = [operator.name for group in stage for operator in group.operators]
-        stages.append([n for n in names if not any(f".{k}." in n or n.endswith(f".{k}") for k in "123")])
-    return stages
+        groups = [[operator.name for operator in group.operators] for group in stage]
+        firsts = [names for names in groups if not any(f".{k}" in names[0] for k in "123")]
+        stages.append("; ".join(" ".join(names) for names in firsts))
+    return " → ".join(stages)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +84,7 @@ def test_a_family_is_pruned_saved_and_loaded(family: str, pattern: str, tmp_path
     record_property("zeros", sum(o.zeros for o in result.report.operators))
     record_property("weights", sum(o.outputs * o.inputs for o in result.report.operators))
     record_property("replay error", replay)
-    record_property("stages", " | ".join(" ".join(stage) for stage in own_stages(model)))
+    record_property("stages", own_stages(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -287,6 +288,19 @@ def test_the_experts_on_disk_are_as_the_checkpoint_had_them(tmp_path: Path):
     }.items():
         convexprune.prune(build_family(family), method="magnitude", **SMALL, output_dir=tmp_path / family)
         assert set(names) <= on_disk(tmp_path / family).keys()
+
+
+def test_experts_that_are_multiplied_all_at_once_are_left_alone_with_their_router():
+    common = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = Llama4TextConfig(**common, **heads, intermediate_size_mlp=24, num_local_experts=4, pad_token_id=None)
+    model = HuggingFaceModel(AutoModelForCausalLM.from_config(config))
+    alone = {n.removeprefix("model.layers.1.feed_forward."): r for n, r in model.left_alone if "layers.1" in n}
+    assert alone.pop("router") == "routes tokens to experts"
+    assert alone == dict.fromkeys(
+        ("experts.gate_up_proj", "experts.down_proj"), "in a Llama4TextExperts, no known linear map"
+    )
+    assert [o.name for o in model.layers[1].operators][-1] == "feed_forward.shared_expert.down_proj"
 
 
 def test_a_model_that_was_pruned_in_place_runs_its_experts_as_before():

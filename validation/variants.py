@@ -143,7 +143,8 @@ def _method(text: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
-        settings.setdefault("method_args", {})[key] = yaml.safe_load(value)
+        place = settings if key == "refit" else settings.setdefault("method_args", {})
+        place[key] = yaml.safe_load(value)
     return settings
 
 

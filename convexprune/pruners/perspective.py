@@ -37,7 +37,7 @@ class Perspective(AbstractPruner):
     solver: AbstractSolver = field(default_factory=lambda: make_solver("fista"))
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
     damping: float = 0.03
-    rounds: int = 6
+    rounds: int = 5
     iterations: int = 40
     margin: float = 0.1
 
@@ -80,10 +80,10 @@ class Perspective(AbstractPruner):
         lines, kept = budget(operator.pattern, start)
         split = first
         for number in range(self.rounds):
-            weight, share, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
-            if number < self.rounds - 1:
-                split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
+            weight, share, _ = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
+            split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
         split = safe_split(q.gram, split[None])[0] * (1 - self.margin)
+        weight, _, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
         solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
         share = solution.weight.abs() * (split / prices.clamp_min(torch.finfo(split.dtype).tiny)).sqrt()
