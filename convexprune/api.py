@@ -26,6 +26,7 @@ from convexprune.adapters import (
 )
 from convexprune.errors import CalibrationError, RecipeError
 from convexprune.pipeline import (
+    AbstractExecutor,
     FolderStore,
     Job,
     LayerSettings,
@@ -179,10 +180,7 @@ class _Request:
         self.layers = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
         self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
         self.device = default_device(recipe.device)
-        workers = settings["workers"] or default_workers(self.device, recipe.threads)
-        self.executor = make_executor(settings["executor"], workers, self.device)
-        if settings["executor"] != "serial":
-            _check_spread(settings)
+        self.executor = _executor(settings, self.device, recipe.threads)
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
@@ -191,9 +189,7 @@ class _Request:
             load,
             self.source,
             dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
-            **{
-                name: settings[name] for name in ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
-            },
+            **{name: settings[name] for name in _OPENING},
         )
         self.clock = _Clock()
 
@@ -238,12 +234,14 @@ class _Request:
             threads=self.threads,
         )
         with folder.opened(report.identity, windows, self.executor.rank):
-            if not folder.is_finished:
-                self._run(folder, loaded, windows, report)
+            written = not folder.is_finished and self._run(folder, loaded, windows, report)
+        if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
+            loaded.model.load_state_dict(_read(path, self.device).state_dict())
         model = partial(_read, path, self.device) if loaded.streams else lambda: loaded.model
         return PruneResult(folder.report(), loaded.tokenizer, path, model)
 
-    def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> None:
+    def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
+        """Prune what is not yet, and write the result unless another rank does; whether this one has."""
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         store = FolderStore(folder.work, len(loaded.layers), self.device)
@@ -253,6 +251,7 @@ class _Request:
         with folder.alone() as unfinished:
             if unfinished:
                 self._write(folder, loaded, store, windows, report)
+        return unfinished
 
     def _write(
         self, folder: RunFolder, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report
@@ -333,6 +332,7 @@ class _Request:
         self.clock.lap("evaluation")
 
 
+_OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
 _PLAIN = (
     "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping", "refit",
     "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype", "threads",
@@ -386,6 +386,13 @@ def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel
 def is_self(text: Any) -> bool:
     """Whether it asks for text that the model samples itself."""
     return isinstance(text, str) and text == "self"
+
+
+def _executor(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
+    workers = settings["workers"] or default_workers(device, threads)
+    if settings["executor"] != "serial":
+        _check_spread(settings)
+    return make_executor(settings["executor"], workers, device)
 
 
 def _check_spread(settings: dict[str, Any]) -> None:

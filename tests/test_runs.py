@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.adapters import EMBEDDED
 from convexprune.pipeline import executors, files, layer, output
 from convexprune.pipeline.files import locked
 from convexprune.pipeline.output import differences
@@ -81,8 +79,8 @@ def stopped(dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def killed(run: Callable[[], object], after: float | None = None) -> int:
-    """The exit status of a process that runs `run`, and is killed after so many seconds."""
+def forked(run: Callable[[], object]) -> int:
+    """The number of a process that runs `run`, and says on the way out whether it could."""
     child = os.fork()
     if child == 0:
         try:
@@ -91,6 +89,12 @@ def killed(run: Callable[[], object], after: float | None = None) -> int:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(1)
         os._exit(0)
+    return child
+
+
+def killed(run: Callable[[], object], after: float | None = None) -> int:
+    """The exit status of a process that runs `run`, and is killed after so many seconds."""
+    child = forked(run)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -182,7 +186,7 @@ def _empty(path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["layers/00000.safetensors", "layers/00001.json", "hidden/00002.dense.bin", "hidden/*"]
 )
-def test_damaged_files_are_found_and_done_again(dense: Path, stopped: Path, expected, damage, file: str):
+def test_damaged_files_are_found_and_done_again(dense: Path, stopped: Path, expected, file: str, damage):
     paths = sorted((stopped / "work").glob(file))
     assert paths
     for path in paths:
@@ -379,6 +383,9 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, whole.model.state_dict()[name])
     assert result.report.environment["loading"] == "whole: it was given loaded"
+    other = fresh()
+    convexprune.prune(other, output_dir=out, resume=True, **SETTINGS)  # it is finished, and the model is still dense
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("file", ["hidden/00002.fed.bin", "hidden/*", "layers/00001.safetensors"])
@@ -398,6 +405,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
+    monkeypatch.setattr("convexprune.api.EVALUATION_SAMPLES", 1)
     told = []
 
     def tell(report: OperatorReport) -> None:
@@ -410,6 +418,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     monkeypatch.setattr("convexprune.adapters.calibration.sampled_windows", lambda *_, **__: pytest.fail("sampled"))
     result = convexprune.prune(output_dir=tmp_path / "out", resume=True, **settings)
     assert set(result.report.perplexity) == {"dense", "pruned"}
+    assert result.report.environment["loading"] == "layer by layer"
 
 
 def test_differences_are_named_by_their_place():
@@ -469,20 +478,24 @@ def test_ranks_meet_in_the_folder_and_give_the_same_bits(dense: Path, tmp_path: 
         result = convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
         assert len(result.report.operators) == 7 * LAYERS
 
-    children = []
-    for number in range(3):
-        child = os.fork()
-        if child == 0:
-            try:
-                rank(number)
-            except BaseException as error:
-                os.write(2, f"{type(error).__name__}: {error}\n".encode())
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
+    children = [forked(lambda number=number: rank(number)) for number in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert checksums(out) == expected
     assert not (out / "work").exists() and not (out / "run.lock").exists()
+
+
+def test_ranks_that_load_the_model_themselves_all_end_with_it_pruned(dense: Path, tmp_path: Path, expected):
+    def rank(number: int) -> None:
+        os.environ |= {"SLURM_PROCID": str(number), "SLURM_NTASKS": "2"}
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        convexprune.prune(model, output_dir=tmp_path / "out", executor="ranks", **SETTINGS)
+        model.save_pretrained(tmp_path / f"rank-{number}")
+
+    os.environ.pop("RANK", None)
+    children = [forked(lambda number=number: rank(number)) for number in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    one, two, out = (checksums(tmp_path / name) for name in ("rank-0", "rank-1", "out"))
+    assert one == two == out
 
 
 def test_a_lost_rank_is_made_up_for(dense: Path, tmp_path: Path, expected, monkeypatch):
@@ -557,11 +570,3 @@ def test_ray_is_asked_for_with_the_command_that_installs_it(dense: Path, tmp_pat
     monkeypatch.setattr(executors, "find_spec", lambda _: None)
     with pytest.raises(errors.DependencyError, match=r"pip install 'convexprune\[ray\]'"):
         convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", **SETTINGS)
-
-
-def test_the_bundled_model_streams(tmp_path: Path):
-    result = convexprune.prune(
-        EMBEDDED, method="magnitude", dataset=TOKENS, num_calibration_samples=4, output_dir=tmp_path / "out"
-    )
-    assert result.report.environment["loading"] == "layer by layer"
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["identity"]["weights"]

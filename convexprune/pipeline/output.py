@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from convexprune.errors import OutputError
-from convexprune.pipeline.files import PARTS, appearing, locked, publish, read_json, write, write_json, writing
+from convexprune.pipeline.files import PARTS, appearing, locked, read_json, write, write_json, writing
+from convexprune.pipeline.tensors import Spec, write_tensors
 from convexprune.report import Report
 
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
@@ -127,11 +128,10 @@ class RunFolder:
 
     def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
-        path = self.work / "tokens.safetensors"
-        with writing(path):
+        with writing(self.work):
             self.work.mkdir()
-            save_file(dict(tokens), path.with_suffix(".part"))
-            publish(path.with_suffix(".part"), path)
+        specs = {name: Spec.of(windows) for name, windows in tokens.items()}
+        write_tensors(self.work / "tokens.safetensors", specs, tokens.__getitem__, {})
         write_json(self.folder / RUN, identity)
 
     def _wait(self) -> None:
