@@ -23,7 +23,7 @@ from .admission import (
 )
 from .discovery import Layout, discover, signature
 from .family import decoder_layers
-from .operators import computes_on, held
+from .operators import computes_on, held, put
 from .selection import left_alone
 from .shards import Shards
 
@@ -126,6 +126,16 @@ class HuggingFaceModel(AbstractModel):
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
         """See `AbstractModel.resident`; of a loaded model everything always is."""
         return nullcontext() if self.shards is None else self.shards.resident(layer)
+
+    def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        """See `AbstractModel.state`; what is offloaded comes from where it is kept."""
+        return {n: self._held(f"{layer.name}.{n}", tensor) for n, tensor in layer.module.state_dict().items()}
+
+    def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
+        """See `AbstractModel.load_state`."""
+        for name, value in state.items():
+            path, _, last = name.rpartition(".")
+            put(layer.module.get_submodule(path), last, value)
 
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:

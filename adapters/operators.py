@@ -88,6 +88,16 @@ def held(module: nn.Module, parameter: str) -> Tensor:
     return module.get_parameter(parameter).detach()
 
 
+@torch.no_grad()
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer other values, in memory or where accelerate keeps it."""
+    kept = offloaded(module)
+    if kept is not None and name in kept:
+        _hand_back(module, name, value)
+    else:
+        (module.get_parameter if name in module._parameters else module.get_buffer)(name).copy_(value)
+
+
 def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
     """Where accelerate keeps the weights of a module that it has offloaded; None if it has not."""
     kept = [getattr(hook, "weights_map", None) for hook in _hooks(module)]

@@ -236,7 +236,9 @@ class _Request:
         with folder.opened(report.identity, windows, self.executor.rank):
             written = not folder.is_finished and self._run(folder, loaded, windows, report)
         if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
-            loaded.model.load_state_dict(_read(path, self.device).state_dict())
+            pruned = _read(path, self.device)
+            for layer in loaded.layers:
+                loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
         model = partial(_read, path, self.device) if loaded.streams else lambda: loaded.model
         return PruneResult(folder.report(), loaded.tokenizer, path, model)
 

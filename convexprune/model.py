@@ -121,6 +121,14 @@ class AbstractModel(ABC):
         """
 
     @abstractmethod
+    def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        """The tensors of a layer that is resident, by their names in it."""
+
+    @abstractmethod
+    def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
+        """Copy what `state` gave into a layer that is resident."""
+
+    @abstractmethod
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
 

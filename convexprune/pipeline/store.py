@@ -184,7 +184,7 @@ class FolderStore(AbstractStore):
     def restore(self, model: AbstractModel) -> None:
         """Put into a model in memory what others, or an earlier process, have pruned."""
         for number in set(range(self.count)) - self.pruned_here:
-            model.layers[number].module.load_state_dict(self.layer(number))
+            model.load_state(model.layers[number], self.layer(number))
 
     def require_whole(self) -> None:
         """See that every layer is on the disk as it was written.

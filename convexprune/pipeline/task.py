@@ -93,7 +93,7 @@ def prune_layer_task(
         prune_observed(layer, calls.of(number), hidden, observed, settings, report)
         if more and settings.prefix == "pruned":
             store.put_hidden(number + 1, "fed", _outputs(layer.module, calls.of(number), hidden.fed, record))
-        store.finish(number, layer.module.state_dict(), reports)
+        store.finish(number, model.state(layer), reports)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def carried(
         layer = model.layers[number]
         with model.resident(layer):
             if pruned is not None:
-                layer.module.load_state_dict(pruned.layer(number))
+                model.load_state(layer, pruned.layer(number))
             batches = _outputs(layer.module, calls.of(number), batches, record)
         if isinstance(last, Batches):
             last.path.unlink()
