@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune language models by convex optimization.",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file is not to be cut
 
 
 @app.callback()

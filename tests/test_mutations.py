@@ -28,6 +28,7 @@ from convexprune.moments import Moments
 from convexprune.penalty import L1, ReverseHuber
 from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
+from convexprune.solvers import fista
 from convexprune.solvers.cg import ConjugateGradient
 from convexprune.solvers.fista import FISTA
 
@@ -55,7 +56,7 @@ FAULTS = (
           test_quadratic.test_values_are_the_loss_on_the_tokens),
     Fault("the anchor forgotten", Quadratic.displacement, "weight - self.anchor", "weight",
           test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
-    Fault("a step of half the length", FISTA._iterate, "alpha=1 / lipschitz", "alpha=0.5 / lipschitz",
+    Fault("a step of half the length", fista._gradient_step, "alpha=1 / lipschitz", "alpha=0.5 / lipschitz",
           test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 1}),
     Fault("a step that is too long", FISTA._iterate, "lipschitz = q.lipschitz", "lipschitz = q.lipschitz / 2",
           test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 2}),
