@@ -189,9 +189,9 @@ def _check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
-    config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
+    config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantised(config)
-    reader = _reader(source, config)
+    reader = model_class(source, config)
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
@@ -199,7 +199,7 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     elif "GgufConfig" in dir(transformers):
         # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = _ask(source, lambda: reader.from_pretrained(**options))
+    model, info = ask(source, lambda: reader.from_pretrained(**options))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -209,7 +209,7 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     return model
 
 
-def _reader(source: str, config: PretrainedConfig) -> Any:
+def model_class(source: str, config: PretrainedConfig) -> Any:
     """The class of transformers that reads a language model with this configuration, wrapped or not."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
         return AutoModelForCausalLM
@@ -241,14 +241,14 @@ def _stream(
     """
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
-    config = _ask(source, lambda: AutoConfig.from_pretrained(**place))
-    reader = _reader(source, config)
+    config = ask(source, lambda: AutoConfig.from_pretrained(**place))
+    reader = model_class(source, config)
     refuse_quantised(config)
-    folder = _ask(source, lambda: local_folder(place["pretrained_model_name_or_path"], place["revision"]))
+    folder = ask(source, lambda: local_folder(place["pretrained_model_name_or_path"], place["revision"]))
     remote = {"trust_remote_code": place["trust_remote_code"]}
-    stored = getattr(config, "dtype", None) or _ask(source, lambda: stored_dtype(folder))
+    stored = getattr(config, "dtype", None) or ask(source, lambda: stored_dtype(folder))
     with parameters_on_meta():
-        model = _ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
+        model = ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
     return model, Shards(folder, model, device, decoder_layers(model)[0])
 
 
@@ -256,10 +256,10 @@ def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBa
     folder = Path(place["pretrained_model_name_or_path"])
     if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    return _ask(f"{source} (tokenizer)", lambda: AutoTokenizer.from_pretrained(**place))
+    return ask(f"{source} (tokenizer)", lambda: AutoTokenizer.from_pretrained(**place))
 
 
-def _ask(source: str, read: Callable[[], Any]) -> Any:
+def ask(source: str, read: Callable[[], Any]) -> Any:
     """What transformers reads, with its many kinds of failure made one."""
     try:
         return read()

@@ -27,6 +27,10 @@ class Party:
     paired: bool
 
 
+Kind = tuple[Party, ...]
+"""The groups of one make: one for each expert; of what is not in experts, a single one."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The stages of every decoder layer that is built the same; and the reason for each matrix that is no operator."""
@@ -72,12 +76,22 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
     3.  With the outputs of a group changed, whose inputs change? The experts' groups of one make are tried as one.
     """
     seen = _watch(layer, call, hidden)
+
+    def moved_by(kind: Kind) -> Callable[[Party], bool]:
+        now = _watch(layer, call, hidden, frozenset(place for party in kind for place in party.places))
+        return lambda party: _differ(seen, now, party.places[0])
+
+    return lay_out(layer, seen, hidden[..., 0].numel(), moved_by)
+
+
+def lay_out(layer: nn.Module, seen: "Seen", tokens: int, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> Layout:
+    """The layout of `layer` from what one pass of `tokens` tokens called; `moved_by` says what depends on a kind."""
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
-    kinds = _kinds(layer, every, seen, hidden[..., 0].numel(), reasons)
+    kinds = _kinds(layer, every, seen, tokens, reasons)
     reasons |= _routers(layer, every, kinds)
     kinds = [kind for kind in (_without(kind, reasons) for kind in kinds) if kind]
-    stages = _stages(kinds, seen, lambda changed: _watch(layer, call, hidden, changed))
+    stages = _stages(kinds, seen, moved_by)
     placed = {place.name for stage in stages for party in stage for place in party.places}
     for place in every:
         if place.name not in placed:
@@ -89,7 +103,7 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a forward pass called, in order: the inputs of each place, which tensor they were, and how often."""
 
     inputs: dict[Place, Tensor] = field(default_factory=dict)
@@ -104,9 +118,9 @@ class _Seen:
             self.times[place] += 1
 
 
-def _watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> _Seen:
+def _watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
     """One forward pass; the outputs of the places in `changed` are made others."""
-    seen = _Seen()
+    seen = Seen()
     with ExitStack() as hooks:
         for path, module in layer.named_modules():
             if isinstance(module, LINEAR_MODULES):
@@ -124,7 +138,7 @@ def _watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Plac
 
 
 @contextmanager
-def _watch_module(module: nn.Module, place: Place, seen: _Seen, changed: frozenset[Place]) -> Iterator[None]:
+def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozenset[Place]) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args:  # the taps read the first argument, so an input that comes by name is none
             seen.add(place, args[0])
@@ -145,7 +159,7 @@ def _place(path: str, module: nn.Module) -> Place:
     return Place(path, transposed=not isinstance(module, nn.Linear))
 
 
-def _every_place(layer: nn.Module, seen: _Seen) -> list[Place]:
+def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
     """All linear maps of the layer, called or not; of a pile that was multiplied with, all its matrices."""
     every = [_place(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
     used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
@@ -157,11 +171,8 @@ def _every_place(layer: nn.Module, seen: _Seen) -> list[Place]:
 
 # ---- groups
 
-_Kind = tuple[Party, ...]
-"""The groups of one make: one for each expert; of what is not in experts, a single one."""
 
-
-def _kinds(layer: nn.Module, every: list[Place], seen: _Seen, tokens: int, reasons: Mapping[str, str]) -> list[_Kind]:
+def _kinds(layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]) -> list[Kind]:
     """The groups in the order of their first calls, those of equal experts together."""
     together: dict[tuple[object, ...], list[Place]] = {}
     for place, tensor in seen.tensors.items():
@@ -210,7 +221,7 @@ def _numerically(number: str) -> list[int]:
     return [int(part) for part in number.split(".") if part]
 
 
-def _blocks(layer: nn.Module, kinds: list[_Kind]) -> dict[str, int]:
+def _blocks(layer: nn.Module, kinds: list[Kind]) -> dict[str, int]:
     """For each module that holds experts, how many there are."""
     held = {path: len(p) for path, module in layer.named_modules() for p in piles(module).values()}
     blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
@@ -221,7 +232,7 @@ def _blocks(layer: nn.Module, kinds: list[_Kind]) -> dict[str, int]:
     return blocks
 
 
-def _routers(layer: nn.Module, every: list[Place], kinds: list[_Kind]) -> dict[str, str]:
+def _routers(layer: nn.Module, every: list[Place], kinds: list[Kind]) -> dict[str, str]:
     """The linear maps that choose experts: beside them, and no wider than they are many."""
     experts = {place for kind in kinds if len(kind) > 1 for party in kind for place in party.places}
     found = {}
@@ -233,7 +244,7 @@ def _routers(layer: nn.Module, every: list[Place], kinds: list[_Kind]) -> dict[s
     return found
 
 
-def _strangers(layer: nn.Module, kinds: list[_Kind], every: list[Place]) -> dict[str, str]:
+def _strangers(layer: nn.Module, kinds: list[Kind], every: list[Place]) -> dict[str, str]:
     """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
     known = {place.path for place in every}
     blocks = _blocks(layer, kinds)
@@ -253,7 +264,7 @@ def _inside(path: str, block: str) -> bool:
     return not block or path.startswith(f"{block}.")
 
 
-def _without(kind: _Kind, reasons: Mapping[str, str]) -> _Kind:
+def _without(kind: Kind, reasons: Mapping[str, str]) -> Kind:
     kept = (Party(tuple(p for p in party.places if p.name not in reasons), party.paired) for party in kind)
     return tuple(party for party in kept if party.places)
 
@@ -261,21 +272,21 @@ def _without(kind: _Kind, reasons: Mapping[str, str]) -> _Kind:
 # ---- stages
 
 
-def _stages(kinds: list[_Kind], seen: _Seen, watch: Callable[[frozenset[Place]], _Seen]) -> tuple[_Kind, ...]:
-    """As few stages as the dependencies allow, which a pass for each kind shows."""
-    again = watch(frozenset())
-    if any(_differ(seen, again, party.places[0]) for kind in kinds for party in kind):
+def _stages(kinds: list[Kind], seen: Seen, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> tuple[Kind, ...]:
+    """As few stages as the dependencies allow."""
+    nothing = moved_by(())
+    if any(nothing(party) for kind in kinds for party in kind):
         return tuple(kinds)  # no pass is like another, so differences show nothing: one after the other, as called
     levels = [0] * len(kinds)
     for i, kind in enumerate(kinds):
-        now = watch(frozenset(place for party in kind for place in party.places))
-        moved = [any(_differ(seen, now, party.places[0]) for party in other) for other in kinds]
+        moves = moved_by(kind)
+        moved = [any(moves(party) for party in other) for other in kinds]
         if any(moved[: i + 1]) and any(len(k) > 1 for k in kinds):
             # These "experts" feed each other: take each group by itself, in the order of the calls.
             order = {place: number for number, place in enumerate(seen.inputs)}
             parties = [party for k in kinds for party in k if party.places[0] in order]
             single = [(party,) for party in sorted(parties, key=lambda party: order[party.places[0]])]
-            return _stages(single, seen, watch)
+            return _stages(single, seen, moved_by)
         for j in range(i + 1, len(kinds)):
             if moved[j]:
                 levels[j] = max(levels[j], levels[i] + 1)
@@ -285,7 +296,7 @@ def _stages(kinds: list[_Kind], seen: _Seen, watch: Callable[[frozenset[Place]],
     return tuple(stages)
 
 
-def _differ(first: _Seen, second: _Seen, place: Place) -> bool:
+def _differ(first: Seen, second: Seen, place: Place) -> bool:
     a, b = first.inputs.get(place), second.inputs.get(place)
     if a is None or b is None:
         return a is not b

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.errors import ModelError
 from convexprune.model import AbstractModel, Call, DecoderLayer
@@ -104,10 +104,7 @@ class HuggingFaceModel(AbstractModel):
     @property
     def max_positions(self) -> int:
         """The most tokens that the model can see at once."""
-        config = self.model.config.get_text_config()
-        names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-        limits = [limit for name in names if isinstance(limit := getattr(config, name, None), int) and limit > 0]
-        return limits[0] if limits else NO_LIMIT
+        return positions(self.model.config)
 
     def checksums(self) -> dict[str, str]:
         """What tells this model from any other: of its files if it streams, else of its tensors."""
@@ -253,6 +250,14 @@ class HuggingFaceModel(AbstractModel):
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+
+
+def positions(config: PretrainedConfig) -> int:
+    """The most tokens that a model with this configuration can see at once."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
+    return limits[0] if limits else NO_LIMIT
 
 
 @contextmanager

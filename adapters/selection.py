@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, RecipeError, unknown
@@ -66,13 +68,9 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     """For each parameter that shares memory with another, the name of one that it shares it with.
 
     By memory and not by name, because families differ in what they tie. Overlap is what counts: parameters that are
-    separate pieces of one storage are not tied.
+    separate pieces of one storage are not tied. What is not in memory shares only itself.
     """
-    spans = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, name)
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if not p.is_meta  # what is not in memory shares none
-    )
+    spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
     partners: dict[str, str] = {}
     holder = ("", 0, 0, "")  # of the spans so far, the one that reaches farthest
     for span in spans:
@@ -83,6 +81,13 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
         if device != holder[0] or end > holder[2]:
             holder = span
     return partners
+
+
+def _span(parameter: Tensor) -> tuple[str, int, int]:
+    """Where a parameter is, from and to."""
+    if parameter.is_meta or isinstance(parameter, FakeTensor):
+        return f"nowhere {id(parameter)}", 0, 1
+    return str(parameter.device), parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
 
 
 def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:

@@ -241,6 +241,60 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, config.json or hub name; only the configuration is read.")],
+    device_memory: Annotated[str | None, typer.Option(help="What has to be enough, as 24GiB.")] = None,
+    method: Annotated[str, typer.Option(help="As for prune, like all that follows.")] = "convex",
+    preset: Annotated[str | None, typer.Option()] = None,
+    sparsity: Annotated[float | None, typer.Option()] = None,
+    pattern: Annotated[str, typer.Option()] = "unstructured",
+    quota: Annotated[str, typer.Option()] = "matrix",
+    num_calibration_samples: Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")] = 128,
+    held_out_samples: Annotated[int | None, typer.Option()] = None,
+    max_seq_length: Annotated[int | None, typer.Option("--max-seq-length", "--seqlen")] = None,
+    batch_size: Annotated[int, typer.Option()] = 1,
+    targets: Annotated[list[str] | None, typer.Option()] = None,
+    ignore: Annotated[list[str] | None, typer.Option()] = None,
+    error_correction: Annotated[float, typer.Option()] = 1.0,
+    prefix: Annotated[str, typer.Option()] = "dense",
+    refit: Annotated[bool | None, typer.Option()] = None,
+    device: Annotated[str, typer.Option(help="Where products are timed, for the estimate.")] = "auto",
+    dtype: Annotated[str | None, typer.Option()] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """What pruning a model would do and need: operators, memory, an estimate of the time. No weight is read.
+
+    Ends with exit status 1 if the device memory is not enough.
+    """
+    settings = dict(locals())
+    from convexprune.adapters.inspection import inspect as inspect_model
+    from convexprune.api import default_device
+    from convexprune.pipeline.cost import parse_bytes
+
+    del settings["as_json"]
+    settings |= {
+        "targets": tuple(targets or ["Linear"]),
+        "ignore": tuple(ignore or []),
+        "source": settings.pop("model"),
+    }
+    settings |= {
+        "device": default_device(device),
+        "device_memory": parse_bytes(device_memory) if device_memory else None,
+    }
+    found = inspect_model(**settings)
+    if as_json:
+        print(found.to_json())
+    else:
+        for table in found.tables():
+            console.print(table)
+        for line in (*found.notes, *found.verdict()):
+            console.print(line, highlight=False, soft_wrap=True)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def names() -> None:
     """The families, solvers, methods, presets and patterns that there are."""

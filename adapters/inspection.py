@@ -1,0 +1,339 @@
+"""`inspect`: what a run on a model would do and need, from its configuration alone; no weight is read."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from convexprune.errors import CalibrationError, ModelError, PatternError
+from convexprune.model import DecoderLayer
+from convexprune.pipeline import Recipe, cost, make_recipe
+
+from .admission import refuse_other_dtypes, refuse_quantised
+from .calibration import DEFAULT_LENGTH
+from .checkpoint import ask, model_class
+from .experts import piles
+from .family import decoder_layers
+from .huggingface import positions
+from .selection import left_alone
+from .tracing import trace
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights: its operators by layer, what is left alone and why, its size.
+
+    `notes` are what could not be known, and what follows from it.
+    """
+
+    name: str
+    layers: tuple[DecoderLayer, ...]
+    left_alone: Mapping[str, str]
+    size: cost.ModelSize
+    dtype: torch.dtype
+    positions: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found: sizes, needs, an estimate of the time, and whether they fit into `device_memory` bytes."""
+
+    model: str
+    recipe: dict[str, Any]
+    operators: int
+    weights: int
+    zeros: int
+    left_alone: Mapping[str, str]
+    size: cost.ModelSize
+    memory: cost.Memory
+    work: cost.Work
+    seconds: Mapping[str, float]
+    device: str
+    device_memory: int | None
+    changes: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the device."""
+        return self.memory.device
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits; true if nobody said into what."""
+        return self.device_memory is None or self.needed <= self.device_memory
+
+    def verdict(self) -> Iterator[str]:
+        """Whether it fits, and if not what to change, as sentences."""
+        if self.device_memory is None:
+            return
+        room = _gib(self.device_memory)
+        if self.fits:
+            yield f"It fits: {_gib(self.needed)} of {room}."
+            return
+        yield f"It does not fit: {_gib(self.needed)} of {room}. What other settings need:"
+        for way, needed in self.changes.items():
+            yield f"  {way}: {_gib(needed)}, which {'fits' if needed <= self.device_memory else 'is too much as well'}"
+        widest = max(
+            (s for layer in self.size.layers for s in layer.stacks), key=lambda s: s.inputs * (s.inputs + s.outputs)
+        )
+        yield f"  --ignore {' --ignore '.join(dict.fromkeys(widest.names))}: leaves the largest problem out"
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        more = {"fits": self.fits, "device_bytes": self.memory.device, "cpu_bytes": self.memory.all}
+        return json.dumps(asdict(self) | more, indent=2)
+
+    def tables(self) -> Iterator[Table]:
+        """What is pruned, what is not, and what it takes, for a terminal."""
+        yield _problems(self)
+        if self.left_alone:
+            yield _left_alone(self.left_alone)
+        yield _needs(self)
+
+
+def inspect(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    device_memory: int | None = None,
+    trust_remote_code: bool = False,
+    **recipe: Any,
+) -> Inspection:
+    """What pruning the model of a folder, a hub name or a config.json would do and need.
+
+    `recipe` are settings of `Recipe`; only the configuration is read. Memory is by the formulas of `pipeline.cost`;
+    the time is an estimate from a product that is timed here, on `device`.
+
+    Raises:
+        ModelError: the configuration is missing, of no known model, or of one that is not pruned.
+        RecipeError, PatternError: settings that do not exist or do not fit.
+    """
+    checked = make_recipe(model=str(source), **recipe)
+    checked.build_pruner()
+    outline = read(source, checked, trust_remote_code)
+    length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
+    if length > outline.positions:
+        raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
+    name, refit = checked.preset or checked.method, bool(checked.refit)
+    setting = cost.Setting(
+        samples=checked.num_calibration_samples,
+        held_out=checked.spare_samples,
+        length=length,
+        batch=checked.batch_size,
+        method=cost.method_cost(name, refit),
+        correction=checked.error_correction > 0,
+        dense_prefix=checked.prefix == "dense",
+    )
+    if device != "cpu" and device_memory is None:
+        device_memory = torch.cuda.get_device_properties(device).total_memory
+    memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
+    changes = {way: cost.memory(outline.size, s).device for way, s in cost.cheaper(setting, refit).items()}
+    return Inspection(
+        model=outline.name,
+        recipe=checked.model_dump(mode="json") | {"max_seq_length": length},
+        operators=sum(len(layer.operators) for layer in outline.layers),
+        weights=sum(_weights(layer) for layer in outline.layers),
+        zeros=_zeros(outline.layers, checked),
+        left_alone=outline.left_alone,
+        size=outline.size,
+        memory=memory,
+        work=work,
+        seconds=cost.seconds(work, cost.measured_speed(device, outline.dtype), setting.method),
+        device=device,
+        device_memory=device_memory,
+        changes=changes,
+        notes=outline.notes,
+    )
+
+
+def read(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
+    """The outline of a model from its configuration: it is built of tensors that have shapes and no memory.
+
+    Raises:
+        ModelError: see `inspect`.
+    """
+    config = _config(source, trust_remote_code)
+    refuse_quantised(config)
+    reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else getattr(config, "dtype", None) or torch.float32
+    with FakeTensorMode(), no_initialisation():
+        model: PreTrainedModel = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote)).eval()
+        model.tie_weights()
+        path, modules = decoder_layers(model)
+        refuse_other_dtypes(modules)
+        named = {f"{path}.{i}": module for i, module in enumerate(modules)}
+        layouts, refused = trace(model, named)
+        reasons = left_alone(model, layouts, recipe.targets, recipe.ignore)
+        layers = tuple(
+            layouts[name].bind(name, module, lambda place, name=name: f"{name}.{place.name}" not in reasons)
+            for name, module in named.items()
+        )
+        whole = any(piles(module) for module in modules.modules())
+        size = _size(model, layers, config.get_text_config(), dtype, whole)
+    notes = [f"Each linear map counts as a problem of its own: {refused}."] if refused else []
+    if whole:
+        notes.append(
+            "Its experts are fused while transformers loads them, so the model is loaded whole. How many tokens each "
+            "expert is sent is known only in a run: an even share is assumed."
+        )
+    return Outline(str(source), layers, reasons, size, dtype, positions(config), tuple(notes))
+
+
+def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json, so it is not a model folder of transformers.")
+    if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
+        raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
+    remote = {"trust_remote_code": trust_remote_code}
+    return ask(str(source), lambda: AutoConfig.from_pretrained(path if path.exists() else str(source), **remote))
+
+
+def no_initialisation() -> Any:
+    """The context of transformers in which nothing is written to new weights."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import no_init_weights  # pyright: ignore[reportAttributeAccessIssue]
+    return no_init_weights()
+
+
+def _size(
+    model: PreTrainedModel, layers: Sequence[DecoderLayer], config: PretrainedConfig, dtype: torch.dtype, whole: bool
+) -> cost.ModelSize:
+    counted: Counter[tuple[Any, ...]] = Counter()
+    for layer in layers:
+        sizes = [p.numel() for p in layer.module.parameters()]
+        counted[_stages(layer, config), sum(sizes), max(sizes)] += 1
+    inside = {id(p) for layer in layers for p in layer.module.parameters()}
+    outside = [p.numel() for p in model.parameters() if id(p) not in inside]
+    return cost.ModelSize(
+        layers=tuple(cost.LayerSize(*facts, count=count) for facts, count in counted.items()),
+        fixed=sum(outside),
+        largest_fixed=max(outside, default=0),
+        hidden=config.hidden_size,
+        itemsize=dtype.itemsize,
+        whole=whole,
+    )
+
+
+def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
+    """The stacks of each stage; of experts each gets an even share of the tokens."""
+    number = max((len(pile) for module in layer.module.modules() for pile in piles(module).values()), default=1)
+    share = min(1.0, getattr(config, "num_experts_per_tok", 1) / number)
+    return tuple(
+        tuple(
+            cost.Stack(
+                tuple(operator.name for operator in group.operators),
+                tuple(operator.shape[0] for operator in group.operators),
+                group.operators[0].shape[1],
+                group.paired,
+                1.0 if group.paired else share,
+            )
+            for group in stage
+        )
+        for stage in layer.stages
+    )
+
+
+def _weights(layer: DecoderLayer) -> int:
+    return sum(operator.shape[0] * operator.shape[1] for operator in layer.operators)
+
+
+def _zeros(layers: Iterable[DecoderLayer], recipe: Recipe) -> int:
+    """How many zeros there will be.
+
+    Raises:
+        PatternError: the pattern does not fit an operator, which is named.
+    """
+    pattern, zeros = recipe.build_pattern(), 0
+    for layer in layers:
+        for operator in layer.operators:
+            try:
+                pattern.check(*operator.shape)
+            except PatternError as error:
+                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
+            zeros += pattern.zeros(*operator.shape)
+    return zeros
+
+
+# ---- tables
+
+
+def _problems(found: Inspection) -> Table:
+    title = f"{found.model}: {found.operators} operators, {found.weights:,} weights, {found.zeros:,} of them to be zero"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("operators of one problem")
+    for name in ("rows x width", "stage", "layers", "weight and Gram"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in found.size.layers:
+        for number, stage in enumerate(layer.stages):
+            alike = Counter((s.outputs, s.inputs, s.paired) for s in stage)
+            first = {(s.outputs, s.inputs, s.paired): s for s in reversed(stage)}
+            for key, count in alike.items():
+                names = ", ".join(first[key].names) + (f" and {count - 1} alike" if count > 1 else "")
+                heavy = count * 4 * (key[0] * key[1] + key[1] ** 2)
+                cells = f"{key[0]} x {key[1]}", str(number + 1), str(layer.count), _gib(heavy)
+                table.add_row(names, *cells)
+    return table
+
+
+def _left_alone(reasons: Mapping[str, str]) -> Table:
+    table = Table(title=f"Left alone: {len(reasons)}", box=SIMPLE_HEAD)
+    table.add_column("linear map")
+    table.add_column("why")
+    together: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        together.setdefault(reason, []).append(name)
+    for reason, names in together.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(names[0] + more, reason)
+    return table
+
+
+def _needs(found: Inspection) -> Table:
+    m, w = found.memory, found.work
+    table = Table(title="What it takes", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    parts = {"fixed": m.fixed, "layer": m.layer, "moments": m.moments, "method": m.method, "batch": m.batch}
+    table.add_row("device", _gib(m.device), " + ".join(f"{name} {_gib(part)}" for name, part in parts.items() if part))
+    table.add_row("host", _gib(m.host), f"beside a GPU; on a CPU all is in one memory: {_gib(m.all)}")
+    table.add_row("disk", _gib(m.disk), "finished layers, the result, hidden states, recorded inputs")
+    if found.recipe["dataset"] == "self":
+        table.add_row(
+            "", _gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)"
+        )
+    table.add_row("products", f"{w.products:,.0f}", f"rows x width times width x width, in {w.problems:,} problems")
+    flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve}
+    table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
+    laps = ", ".join(f"{name} {_time(lap)}" for name, lap in found.seconds.items())
+    total = _time(sum(found.seconds.values()))
+    table.add_row(
+        "time", total, f"an estimate on this machine ({found.device}): {laps}; layers can be spread over workers"
+    )
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _time(span: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if span >= 2 * length:
+            return f"{span / length:.1f} {unit}"
+    return f"{span:.1f} s"

@@ -1,0 +1,329 @@
+"""What a run will need, from sizes alone: memory, disk, arithmetic, and an estimate of the time."""
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import inf
+from typing import NamedTuple
+
+import torch
+
+from convexprune.errors import RecipeError
+from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.layer import ROOM
+
+FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
+LIBRARIES = 600 << 20  # bytes of Python, torch and transformers once they are imported
+SECONDS = 0.25  # that a matrix product is timed for, in each of two dtypes
+WIDTH = 1024  # of the product that is timed
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{letter}iB".upper(): 1 << (10 * power) for power, letter in enumerate("KMGT", 1)
+}
+
+
+class Method(NamedTuple):
+    """What a method needs for a stack [m n].
+
+    `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
+    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/test_cost.py).
+    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (docs/benchmarks.md);
+    `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
+    arithmetic at the rate of a bare product (benchmarks/layer.py).
+    """
+
+    squares: float
+    rectangles: float
+    products: float
+    factorisations: float
+    overhead: float
+    apart: float = 0.0
+
+
+METHODS = {
+    "admm": Method(8.7, 33.9, 180, 31, 4.0),
+    "alps": Method(10.8, 34.5, 45, 12, 4.0),
+    "convex": Method(8.7, 33.9, 112, 8, 5.0),
+    "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
+    "magnitude": Method(5.0, 7.9, 3, 0, 3.0),
+    "perspective": Method(15.9, 49.0, 90, 8, 8.0),
+    "sparsegpt": Method(5.0, 7.9, 4, 2, 8.0),
+    "wanda": Method(5.0, 7.9, 3, 0, 3.0),
+}
+REFIT = Method(8.7, 31.9, 60, 1, 3.0)
+
+
+def method_cost(name: str, refit: bool) -> Method:
+    """The needs of a method by name, with a refit added behind it if asked."""
+    own = METHODS[name]
+    if not refit:
+        return own
+    return Method(
+        max(own.squares, REFIT.squares),
+        max(own.rectangles, REFIT.rectangles),
+        own.products + REFIT.products,
+        own.factorisations + REFIT.factorisations,
+        max(own.overhead, REFIT.overhead),
+        own.apart,
+    )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Operators of some `heights` that share an input: one problem [m n]. `share` of the tokens reaches it."""
+
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+    inputs: int
+    paired: bool = True
+    share: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """m: those of all operators together."""
+        return sum(self.heights)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Equal decoder layers: their stages of stacks, their parameters, the largest one, and how many layers."""
+
+    stages: tuple[tuple[Stack, ...], ...]
+    parameters: int
+    largest: int
+    count: int
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """All of them, in the order of execution."""
+        return list(chain.from_iterable(self.stages))
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model in numbers; `fixed` parameters are outside of its decoder layers, `whole` if it cannot be streamed."""
+
+    layers: tuple[LayerSize, ...]
+    fixed: int
+    largest_fixed: int
+    hidden: int
+    itemsize: int
+    whole: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of the checkpoint."""
+        return self.itemsize * (self.fixed + sum(layer.count * layer.parameters for layer in self.layers))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How it will be pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding."""
+
+    samples: int
+    held_out: int
+    length: int
+    batch: int
+    method: Method
+    correction: bool = True
+    dense_prefix: bool = True
+    workers: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """That go through every layer."""
+        return (self.samples + self.held_out) * self.length
+
+    def corrects(self, stage: int, stack: Stack) -> bool:
+        """Whether the stack makes up for the operators before it."""
+        return self.correction and stack.paired and (stage > 0 or not self.dense_prefix)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by part; on a GPU all but the host's is there, on a CPU all of it is in one memory."""
+
+    fixed: int
+    layer: int
+    moments: int
+    method: int
+    batch: int
+    host: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        """Of the GPU."""
+        return self.fixed + self.layer + self.moments + self.method + self.batch
+
+    @property
+    def all(self) -> int:
+        """Of a process on a CPU."""
+        return self.device + LIBRARIES
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves."""
+
+    forward: float
+    gram: float
+    solve: float
+    problems: int
+    products: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations a second of matrix products: in float32, and in the model's dtype."""
+
+    single: float
+    forward: float
+
+
+def moments_bytes(stack: Stack, corrected: bool) -> int:
+    """Of the halves and the held-out windows: each the Gram matrix, with correction two more."""
+    return Folds.bytes(stack.inputs) * (3 if corrected else 1)
+
+
+def problem_bytes(stack: Stack, corrected: bool, method: Method) -> int:
+    """What solving a stack needs beside those: the moments of all windows, and the method's matrices."""
+    m, n = stack.outputs, stack.inputs
+    total = n * n * (3 if corrected else 1)
+    rows = method.rectangles * m + method.apart * max(stack.heights)
+    return round(FLOAT * (total + method.squares * n * n + rows * n))
+
+
+def memory(model: ModelSize, setting: Setting) -> Memory:
+    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest."""
+    method = setting.method
+    peaks = []
+    for layer in model.layers:
+        for number, stage in enumerate(layer.stages):
+            for part in _parts(stage):
+                moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
+                moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
+                solving = max(problem_bytes(s, setting.corrects(number, s), method) for s in part)
+                batch = _batch_bytes(model, layer, stage, setting)
+                peaks.append((moments + max(solving, batch), moments, solving, batch))
+    _, moments, solving, batch = max(peaks)
+    layers = model.itemsize * sum(layer.count * layer.parameters for layer in model.layers)
+    biggest = model.itemsize * max(layer.parameters for layer in model.layers)
+    tensor = model.itemsize * max(model.largest_fixed, *(layer.largest for layer in model.layers))
+    return Memory(
+        fixed=model.itemsize * model.fixed,
+        layer=layers if model.whole else biggest,
+        moments=moments,
+        method=solving if solving >= batch else 0,
+        batch=batch if batch > solving else 0,
+        host=LIBRARIES + (model.bytes if model.whole else 2 * tensor),
+        disk=_disk_bytes(model, setting, layers),
+    )
+
+
+def work(model: ModelSize, setting: Setting) -> Work:
+    """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products."""
+    method, tokens = setting.method, setting.tokens
+    forward = gram = solve = products = 0.0
+    problems = 0
+    for layer in model.layers:
+        weights = [2.0 * sum(s.share * s.outputs * s.inputs for s in stage) for stage in layer.stages]
+        attention = 4.0 * setting.length * model.hidden
+        passes = sum(weights) + attention
+        for number, stage in enumerate(layer.stages):
+            if number > 0:
+                passes += len(_parts(stage)) * (sum(weights[:number]) + attention)
+            for s in stage:
+                n2 = float(s.inputs) ** 2
+                gram += layer.count * tokens * s.share * n2 * (4 if setting.corrects(number, s) else 1)
+                operations = 2 * s.outputs * n2 * method.products + method.factorisations * n2 * s.inputs
+                solve += layer.count * operations
+                products += layer.count * method.products
+                problems += layer.count
+        if not setting.dense_prefix:
+            passes += sum(weights) + attention
+        forward += layer.count * tokens * passes
+    return Work(forward, gram, solve, problems, products)
+
+
+def seconds(work: Work, speed: Speed, method: Method) -> dict[str, float]:
+    """An estimate by phase, without reading and writing."""
+    return {
+        "forward": work.forward / speed.forward,
+        "gram": work.gram / speed.single,
+        "solve": method.overhead * work.solve / speed.single,
+    }
+
+
+def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
+    """Time a product in float32 and one in the model's dtype, about half a second in all."""
+    single = _rate(device, torch.float32)
+    return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "24GiB", "80 GB" or a plain number.
+
+    Raises:
+        RecipeError: it is no amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise RecipeError(f"Memory {text!r} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB.")
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """The best of the repeats, which is what the device can do when nobody else uses it."""
+    a = torch.full((WIDTH, WIDTH), 0.5, dtype=dtype, device=device)
+    best, end = inf, time.perf_counter() + SECONDS
+    while time.perf_counter() < end or best == inf:
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # which waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * WIDTH**3 / best
+
+
+def _parts(stage: Iterable[Stack]) -> list[list[Stack]]:
+    """The stacks whose moments are in memory together, as `stage_folds` takes them."""
+    parts, room = [[s for s in stage if s.paired]], ROOM
+    for s in stage:
+        if not s.paired:
+            room -= Folds.bytes(s.inputs)
+            if room < 0 and parts[-1]:
+                parts.append([])
+                room = ROOM - Folds.bytes(s.inputs)
+            parts[-1].append(s)
+    return [part for part in parts if part]
+
+
+def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], setting: Setting) -> int:
+    """A batch of hidden states, the layer's widest activations, and the inputs of a stage in float32, twice."""
+    tokens = setting.batch * setting.length
+    widest = max((s.outputs for s in layer.stacks), default=0)
+    inputs = max(s.inputs for s in stage)
+    return tokens * (model.itemsize * (4 * model.hidden + 3 * widest) + 3 * FLOAT * inputs)
+
+
+def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
+    """The finished layers and the result, what enters a layer, and what one layer's operators see."""
+    hidden = model.itemsize * setting.tokens * model.hidden * (1 if setting.dense_prefix else 2)
+    widths = max(sum(s.inputs for s in layer.stacks if s.paired) for layer in model.layers)
+    seen = model.itemsize * setting.tokens * widths
+    return layers + model.bytes + (setting.workers + 1) * hidden + setting.workers * seen
+
+
+def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
+    """What may be changed in place of the device, as it is written on the command line; the least loss first."""
+    ways: dict[str, Setting] = {}
+    if setting.batch > 1:
+        ways["--batch-size 1"] = replace(setting, batch=1)
+    if setting.correction:
+        ways["--error-correction 0"] = replace(setting, correction=False)
+    light = method_cost("sparsegpt", False)
+    if setting.method.rectangles > light.rectangles:
+        ways["--method sparsegpt" + (" --no-refit" if refit else "")] = replace(setting, method=light)
+        if setting.correction:
+            ways["--method sparsegpt --error-correction 0"] = replace(setting, method=light, correction=False)
+    return ways

@@ -1,0 +1,173 @@
+"""The formulas of memory against torch's own count of what it allocates, and their arithmetic by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from convexprune.errors import RecipeError
+from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
+from convexprune.pattern import Unstructured
+from convexprune.pipeline import HiddenStates, LayerSettings, cost, prune_observed
+from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.layer import Observed
+from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
+
+
+class Matrix(AbstractOperator):
+    """A weight on its own."""
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        self.name, self.weight = name, weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def read(self) -> Tensor:
+        return self.weight
+
+    def write(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+
+def allocated(work: Callable[[], Any]) -> int:
+    """The most bytes that were alive at once, beside those alive before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    now = most = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    return most
+
+
+SHAPES = [((384,), 384), ((512, 512), 256), ((192,), 512)]  # the heights of a stack, and its width
+METHODS: dict[str, AbstractPruner] = {
+    "convex": Convex(rounds=5),
+    "admm": ADMM(iterations=8),
+    "alps": ALPS(),
+    "fistapruner": FISTAPruner(),
+    "sparsegpt": SparseGPT(),
+    "wanda": Wanda(),
+    "wanda, refit": Refitted(Wanda()),
+}
+
+
+@pytest.mark.parametrize(("heights", "n"), SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[int, ...], n: int):
+    corrected = name in ("convex", "wanda")
+    random = torch.Generator().manual_seed(0)
+    operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
+    group = Group(operators, ModuleInput(nn.Identity()))
+    layer = DecoderLayer("layer", nn.Identity(), ((group,),))
+    folds = Folds(n, torch.device("cpu"))
+
+    def fill() -> None:
+        for i in range(3):
+            x = torch.randn(1, 2 * n, n, generator=random)
+            folds.add(x, x + torch.randn(x.shape, generator=random) / 10 if corrected else None, i == 2)
+
+    fill()
+    settings = LayerSettings(METHODS[name], Unstructured(0.5))
+    hidden, observed = HiddenStates((), ()), Observed([], {})
+    calls: Any = None  # the moments are known, so nothing is run
+
+    def prune() -> None:
+        prune_observed(layer, calls, hidden, observed, settings, lambda _: None, {group: folds})
+
+    measured = allocated(prune)
+    stack = cost.Stack(tuple(o.name for o in operators), heights, n)
+    predicted = cost.problem_bytes(stack, corrected, cost.method_cost(name.split(",")[0], "refit" in name))
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_memory_of_moments_is_what_torch_allocates(corrected: bool):
+    n, kept = 256, []
+
+    def fill() -> None:
+        folds = Folds(n, torch.device("cpu"))
+        for i in range(3):
+            folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, n) if corrected else None, i == 2)
+        kept.append(folds)
+
+    assert cost.moments_bytes(cost.Stack(("w",), (1,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
+
+
+def test_every_method_has_a_cost():
+    assert cost.METHODS.keys() == PRUNERS.keys()
+
+
+PLAIN = cost.ModelSize(
+    layers=(
+        cost.LayerSize(
+            stages=((cost.Stack(("q", "k"), (8, 4), 8),), (cost.Stack(("o",), (8,), 6),)),
+            parameters=150,
+            largest=96,
+            count=3,
+        ),
+    ),
+    fixed=100,
+    largest_fixed=80,
+    hidden=8,
+    itemsize=2,
+)
+SETTING = cost.Setting(samples=4, held_out=1, length=10, batch=1, method=cost.METHODS["convex"])
+
+
+def test_work_is_counted_by_hand():
+    found = cost.work(PLAIN, SETTING)
+    attention = 4 * 10 * 8
+    once, until_o = 2 * (96 + 48) + attention, 2 * 96 + attention
+    assert found.forward == 3 * 50 * (once + until_o)
+    assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
+    assert found.problems == 6 and found.products == 6 * 112
+    assert found.solve == 3 * (112 * 2 * (12 * 64 + 8 * 36) + 8 * (8**3 + 6**3))
+
+
+def test_disk_is_counted_by_hand():
+    found = cost.memory(PLAIN, SETTING)
+    layers, hidden, seen = 2 * 3 * 150, 2 * 50 * 8, 2 * 50 * (8 + 6)
+    assert found.disk == layers + PLAIN.bytes + 2 * hidden + seen
+    assert PLAIN.bytes == 2 * (100 + 450)
+    assert found.fixed == 200 and found.layer == 300
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 4))
+def test_experts_come_in_parts_that_fit(widths: int, experts: int, seed: int):
+    stage = [cost.Stack((str(i),), (8,), 2048 * widths, paired=False) for i in range(experts)]
+    parts = cost._parts([cost.Stack(("q",), (8,), 8), *stage])
+    assert [s for part in parts for s in part][1:] == stage and all(parts)
+    assert all(sum(Folds.bytes(s.inputs) for s in p if not s.paired) <= cost.ROOM or len(p) == 1 for p in parts[1:])
+
+
+def test_what_needs_less_is_offered():
+    found = {way: cost.memory(PLAIN, s).device for way, s in cost.cheaper(SETTING, refit=False).items()}
+    assert list(found) == ["--error-correction 0", "--method sparsegpt", "--method sparsegpt --error-correction 0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 << 30), ("80 GB", 80 * 10**9), ("512mib", 512 << 20), ("1.5kB", 1500), ("7", 7)]
+)
+def test_amounts_of_memory(text: str, size: int):
+    assert cost.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GiB", "3 XB"])
+def test_what_is_no_amount_of_memory_is_refused(text: str):
+    with pytest.raises(RecipeError, match="Write it as 24GiB"):
+        cost.parse_bytes(text)

@@ -1,0 +1,138 @@
+"""`inspect` knows from a configuration what a run finds with the weights."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build_family
+from torch._subclasses.fake_tensor import FakeTensorMode
+from typer.testing import CliRunner
+
+from convexprune import cli
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
+from convexprune.adapters.family import decoder_layers
+from convexprune.adapters.inspection import inspect, no_initialisation
+from convexprune.adapters.tracing import trace
+from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
+from convexprune.validation.memory import peak_memory
+
+LLAMA_2_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+GIB = 1 << 30
+
+
+@pytest.fixture
+def llama_70b(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_70B))
+    return tmp_path / "config.json"
+
+
+def run(*arguments: object):
+    return CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, ["inspect", *(str(a) for a in arguments)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_flow_of_data_shows_what_experiments_show(family: str):
+    model = build_family(family)
+    config = model.config
+    found = HuggingFaceModel(model)._layouts()
+    with FakeTensorMode(), no_initialisation():
+        fake = type(model)(config).eval()
+        path, layers = decoder_layers(fake)
+        layouts, refused = trace(fake, {f"{path}.{i}": layer for i, layer in enumerate(layers)})
+    assert refused is None
+    for name, layout in found.items():
+        assert layouts[name].stages == layout.stages
+        assert dict(layouts[name].left_alone) == dict(layout.left_alone)
+
+
+def test_the_bundled_model_is_as_when_it_is_loaded():
+    found, model = inspect(EMBEDDED, sparsity=0.5), load(EMBEDDED, device="cpu")
+    operators = [operator for layer in model.layers for operator in layer.operators]
+    assert found.operators == len(operators) == 24
+    assert found.weights == sum(o.shape[0] * o.shape[1] for o in operators)
+    assert found.zeros == sum(o.shape[0] * o.shape[1] for o in operators) // 2
+    assert dict(found.left_alone) == dict(model.left_alone)
+    assert found.size.bytes == sum(p.nbytes for p in model.model.parameters())
+    assert found.recipe["max_seq_length"] == model.max_positions
+    assert found.fits and not list(found.verdict())
+
+
+def test_llama_2_70b_is_answered_quickly_and_without_its_weights(llama_70b: Path):
+    began = time.perf_counter()
+    with peak_memory(torch.device("cpu")) as peak:
+        found = inspect(llama_70b, device_memory=80 * GIB, error_correction=0)
+    assert time.perf_counter() - began < 60  # seconds, on a machine that is shared
+    assert peak.more is None or peak.more < GIB / 2
+    assert found.operators == 560 and found.weights == 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    (layer,) = found.size.layers
+    assert layer.count == 80
+    shapes = [[(s.outputs, s.inputs) for s in stage] for stage in layer.stages]
+    assert shapes == [[(10240, 8192)], [(8192, 8192)], [(57344, 8192)], [(8192, 28672)]]
+    assert found.size.bytes == 2 * 68_976_648_192  # as its model card says
+    assert found.fits and 60 * GIB < found.memory.device < 80 * GIB
+    assert found.memory.host < 3 * GIB and found.work.problems == 320
+    assert found.memory.disk > 2 * 2 * found.weights and all(lap > 0 for lap in found.seconds.values())
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(llama_70b: Path):
+    result = run(llama_70b, "--device-memory", "80GiB")
+    assert result.exit_code == 1, result.output
+    printed = " ".join(result.output.split())
+    assert "560 operators" in printed and "It does not fit:" in printed and "of 80.00 GiB" in printed
+    assert "--error-correction 0: " in printed and "--ignore mlp.down_proj" in printed
+    assert run(llama_70b, "--device-memory", "80GiB", "--error-correction", 0).exit_code == 0
+    assert run(llama_70b, "--device-memory", "24GiB", "--method", "wanda").exit_code == 1
+
+
+def test_json_has_all_the_numbers(tiny_llama: HuggingFaceModel, tmp_path: Path):
+    tiny_llama.model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # weights are not needed
+    result = run(
+        tmp_path, "--json", "--pattern", "2:4", "--ignore", "q_proj", "--device-memory", "24GiB", "--nsamples", 8
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["operators"] == 12 and found["zeros"] == found["weights"] // 2 and found["fits"]
+    assert found["left_alone"]["model.layers.1.self_attn.q_proj"] == "ignored by the recipe"
+    assert found["recipe"]["num_calibration_samples"] == 8 and found["device_memory"] == 24 * GIB
+
+
+def test_experts_are_counted_each_and_the_model_is_whole(tmp_path: Path):
+    build_family("mixtral").config.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    layer = found.size.layers[0]
+    assert sum(not s.paired for s in layer.stacks) == 8 and {s.share for s in layer.stacks} == {0.5, 1.0}
+    assert found.size.whole and "loaded whole" in " ".join(found.notes)
+    assert found.memory.layer > found.size.itemsize * layer.parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "error", "message"),
+    [
+        ({"model_type": "nonsense"}, {}, ModelError, "nonsense"),
+        ({"model_type": "t5"}, {}, ModelError, "'t5' that only decodes"),
+        (LLAMA_2_70B | {"quantization_config": {"quant_method": "gptq"}}, {}, ModelError, "quantised"),
+        (LLAMA_2_70B, {"method": "wando"}, RecipeError, "Did you mean 'wanda'"),
+        (LLAMA_2_70B, {"pattern": "3:5"}, PatternError, "layers.0.self_attn.q_proj"),
+        (LLAMA_2_70B, {"targets": ("x_proj",)}, ModelError, "x_proj"),
+        (LLAMA_2_70B, {"max_seq_length": 5000}, CalibrationError, "4096"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(tmp_path: Path, config, settings, error: type[Exception], message: str):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        inspect(tmp_path, **settings)
+
+
+def test_a_place_without_a_configuration_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        inspect(tmp_path)
+    with pytest.raises(ModelError, match="no such folder"):
+        inspect(tmp_path / "missing")
