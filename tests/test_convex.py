@@ -237,21 +237,22 @@ def folds_of(layer: Layer) -> tuple[Moments, Moments]:
 
 def test_damping_falls_with_the_number_of_tokens_down_to_its_least():
     found = []
-    for tokens in (24, 200, 20_000):
+    for tokens in (24, 100, 20_000):
         layer = correlated(0, tokens=tokens)
         problem = layer_problem(layer, Unstructured(0.5), folds=folds_of(layer))
         found.append(Convex().prune(problem).facts["damping"])
     assert found[0] > found[1] > found[2] == Convex().least_damping
 
 
-@pytest.mark.parametrize("tokens", [24, 60])
-def test_damping_is_the_odds_of_noise_in_the_sample(tokens):
+@pytest.mark.parametrize("tokens", [24, 60, 120])
+def test_damping_is_the_odds_of_noise_and_less_where_there_is_little(tokens):
     layer = correlated(0, tokens=tokens)
     folds = folds_of(layer)
     noise = sampling_noise(folds)
-    assert noise > 2 * Convex().least_damping
     found = Convex().prune(layer_problem(layer, Unstructured(0.5), folds=folds)).facts["damping"]
-    assert found == pytest.approx(noise / (1 - noise))
+    odds = noise / (1 - noise)
+    assert found == pytest.approx(odds if odds >= 0.25 else 4 * odds**2)
+    assert found > Convex().least_damping
 
 
 def test_damping_helps_on_tokens_that_were_not_seen():

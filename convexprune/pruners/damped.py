@@ -8,19 +8,24 @@ from convexprune.moments import sampling_noise
 from convexprune.pruners.base import PruningProblem
 from convexprune.quadratic import Quadratic
 
+UNKNOWN = 0.06
+"""The damping for a single sample, which has nothing to be compared with."""
+
 
 def choose_damping(problem: PruningProblem, damping: float | None, least: float) -> float:
-    """`damping`, or if it is None noise / (1 - noise) of the calibration sample, at least `least`.
+    """`damping`, or if it is None what the noise of the calibration sample asks for, at least `least`.
 
-    It is twice `least` for a single sample, which has nothing to be compared with. Without damping an exact solver fits
-    the noise of the tokens.
+    With s = noise / (1 - noise), the ridge that shrinking the correlations by `noise` amounts to, it is
+    s min(1, 4 s): all of s only where a quarter of the correlations is noise. Without damping an exact solver fits the
+    noise of the tokens; with all of s it gives away more than that where there are many tokens (docs/benchmarks.md).
     """
     if damping is not None:
         return damping
     if not problem.folds:
-        return 2 * least
+        return UNKNOWN
     noise = sampling_noise(problem.folds)
-    return max(least, noise / (1 - noise))
+    share = noise / (1 - noise)
+    return max(least, share * min(1.0, 4 * share))
 
 
 def damped(problem: PruningProblem, damping: float) -> Quadratic:
