@@ -13,6 +13,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -29,7 +30,8 @@ def make(folder: Path, layers: int) -> None:
     from convexprune.pipeline.files import write_json
     from convexprune.pipeline.tensors import Spec, write_tensors
 
-    config = LlamaConfig(**CONFIG | {"num_hidden_layers": layers}, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    shape: dict[str, Any] = CONFIG | {"num_hidden_layers": layers}
+    config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     with parameters_on_meta():
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
