@@ -8,6 +8,7 @@ Beside it stands what `convexprune inspect` says of the same run: memory by form
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from phases import medians, phases, report
@@ -44,7 +45,7 @@ def main() -> None:
     report(rows, args.device, args.output, model=args.model, tokens=f"{args.samples} + 1 held out x {args.length}")
 
 
-def run(args: argparse.Namespace, recipe: dict[str, object]) -> dict[str, float]:
+def run(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         peak_memory(torch.device(args.device)) as peak,
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace, recipe: dict[str, object]) -> dict[str, float]
     ):
         convexprune.prune(
             args.model, dataset=args.dataset, device=args.device, output_dir=Path(folder) / "pruned", **recipe
-        )  # pyright: ignore[reportArgumentType]
+        )
     return seconds | {"peak GiB": (peak.total or 0) / 2**30}
 
 
