@@ -107,7 +107,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield "-" if o.held_out_error is None else f"{o.held_out_error:.2e}"
     yield "-" if o.gap is None else f"{o.gap:.0e}"
     yield str(o.solves)
-    yield f"{o.facts['damping']:.2f}" if "damping" in o.facts else "-"
+    yield f"{o.facts['damping']:.3f}" if "damping" in o.facts else "-"
     yield f"{o.seconds:.1f}"
 
 

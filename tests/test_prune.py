@@ -266,7 +266,7 @@ def test_the_bundled_model_is_pruned_with_little_loss_on_text_that_it_samples(tm
     dense, pruned = (result.report.perplexity[name]["value"] for name in ("dense", "pruned"))
     assert result.report.sparsity == 0.5
     assert dense < pruned < 1.10 * dense
-    assert result.report.largest_gap is not None and result.report.largest_gap < 1e-3
+    assert result.report.largest_gap is not None and result.report.largest_gap <= 1e-4
 
 
 BAD = {

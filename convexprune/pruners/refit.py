@@ -29,7 +29,7 @@ class Refitted(AbstractPruner):
     pruner: AbstractPruner
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
     damping: float | None = None
-    least_damping: float = 0.003
+    least_damping: float = 0.01
 
     def __post_init__(self) -> None:
         require_penalty(self.refit, Support)

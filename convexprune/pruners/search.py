@@ -40,7 +40,7 @@ class AbstractSearch(AbstractPruner):
 
     refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
     damping: float | None = None
-    least_damping: float = 0.003
+    least_damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.refit is not None:

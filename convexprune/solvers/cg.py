@@ -25,7 +25,7 @@ class ConjugateGradient(AbstractSolver):
     """
 
     tolerance: float = 1e-4
-    max_iterations: int = 100
+    max_iterations: int = 200
     check_every: int = 5
 
     @property
