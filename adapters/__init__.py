@@ -1,15 +1,17 @@
-from .calibration import calibration_and_held_out, calibration_tokens, text_windows
-from .checkpoint import EMBEDDED, load, save, save_from_store
+from .calibration import calibration_and_held_out, calibration_tokens, recipe_windows, text_windows
+from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 
 __all__ = [
     "EMBEDDED",
+    "EMBEDDED_WINDOW",
     "TESTED",
     "HuggingFaceModel",
     "calibration_and_held_out",
     "calibration_tokens",
     "load",
+    "recipe_windows",
     "save",
     "save_from_store",
     "text_windows",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convexprune.errors import CalibrationError, unknown
+from convexprune.pipeline import Recipe
 
 from .corpora import CORPORA, Split, hub_text
 from .huggingface import HuggingFaceModel
@@ -81,6 +82,28 @@ def calibration_and_held_out(
     wanted = None if num_samples is None else num_samples + spare
     windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
     return _choose(windows, num_samples, spare, seed, split)
+
+
+def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The windows of `dataset` that a recipe asks for: those to fit and those held out.
+
+    Raises:
+        CalibrationError: the data set is too small for the samples asked.
+    """
+    tokens, held_out = calibration_and_held_out(
+        dataset,
+        model,
+        num_samples=recipe.num_calibration_samples,
+        spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    if len(held_out) < (recipe.held_out_samples or 0):
+        raise CalibrationError(
+            f"The data set has {len(held_out)} windows left after {len(tokens)} for calibration; "
+            f"held_out_samples={recipe.held_out_samples} were asked for. Ask for fewer, or leave it out."
+        )
+    return tokens, held_out
 
 
 def text_windows(text: str | Path, model: HuggingFaceModel, window: int) -> Tensor:

@@ -34,6 +34,8 @@ from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, sto
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
+EMBEDDED_WINDOW = 256
+"""The tokens that it was trained on at once."""
 
 # transformers invents an empty tokenizer for a folder that has none; so look before asking it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")

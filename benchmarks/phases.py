@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from convexprune import api
+from convexprune import request
 from convexprune.pipeline import layer, task
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.store import FolderStore
@@ -24,7 +24,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(task, "observe"), (layer, "observe"), (layer, "stage_inputs")],
     "Gram": [(Folds, "add")],
     "solve": [(layer, "_prune_group")],
-    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (api, "save_from_store")],
+    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (request, "save_from_store")],
 }
 
 

@@ -108,7 +108,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on a text, with all that the number depends on."""
     from convexprune.adapters import load, text_windows
-    from convexprune.api import default_device
+    from convexprune.pipeline.machine import default_device
     from convexprune.validation import perplexity
 
     loaded = load(model, device=default_device(device))
@@ -154,7 +154,7 @@ def compare(
     settings = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
-    from convexprune.api import default_device
+    from convexprune.pipeline.machine import default_device
     from convexprune.validation import compare as compare_methods
     from convexprune.validation.results import table
 
@@ -209,7 +209,7 @@ def verify(
     from transformers.utils.logging import disable_progress_bar
 
     from convexprune import validation
-    from convexprune.api import default_device
+    from convexprune.pipeline.machine import default_device
 
     disable_progress_bar()
     with console.status("verifying") as status:
@@ -270,8 +270,8 @@ def inspect(
     """
     settings = dict(locals())
     from convexprune.adapters.inspection import inspect as inspect_model
-    from convexprune.api import default_device
     from convexprune.pipeline.cost import parse_bytes
+    from convexprune.pipeline.machine import default_device
 
     del settings["as_json"]
     settings |= {

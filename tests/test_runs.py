@@ -223,7 +223,7 @@ def _count_writes(dense: Path, folder: Path, monkeypatch) -> int:
 
 
 def _patch_write(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
-    for room in ("pipeline.files", "pipeline.tensors", "pipeline.output", "adapters.shards", "api"):
+    for room in ("pipeline.files", "pipeline.tensors", "pipeline.output", "adapters.shards", "request"):
         patch.setattr(f"convexprune.{room}.write", write)
 
 
@@ -405,7 +405,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
-    monkeypatch.setattr("convexprune.api.EVALUATION_SAMPLES", 1)
+    monkeypatch.setattr("convexprune.request.EVALUATION_SAMPLES", 1)
     told = []
 
     def tell(report: OperatorReport) -> None:

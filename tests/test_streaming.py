@@ -89,7 +89,7 @@ def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path)
 
 def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
     opened: list[HuggingFaceModel] = []
-    monkeypatch.setattr(convexprune.api, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+    monkeypatch.setattr(convexprune.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
     prune_group, resident = room._prune_group, []
 
     def look(name, *rest):

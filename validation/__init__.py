@@ -1,6 +1,6 @@
 from .brute_force import best_pruning, excess
 from .compare import compare
-from .perplexity import Perplexity, perplexity, perplexity_of
+from .perplexity import Perplexity, perplexity, perplexity_of, streamed_perplexity
 from .verify import BoundReport, Verification, verify
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "excess",
     "perplexity",
     "perplexity_of",
+    "streamed_perplexity",
     "verify",
 ]

@@ -7,16 +7,23 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load, text_windows
+from convexprune.adapters import (
+    EMBEDDED,
+    EMBEDDED_WINDOW,
+    HuggingFaceModel,
+    calibration_and_held_out,
+    load,
+    text_windows,
+)
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import check_output, check_patterns
+from convexprune.pipeline.machine import versions
 from convexprune.pipeline.survey import Rule
 from convexprune.report import finite
 
@@ -28,8 +35,6 @@ from .states import Store, write_json
 from .texts import text_of
 from .variants import make_variants
 
-PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
-EMBEDDED_WINDOW = 256
 EVALUATION_WINDOW = 1024
 
 
@@ -117,7 +122,7 @@ def compare(
         "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
         "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
         "hashes": {"model": _model_hash(loaded)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
     identity = {key: value for key, value in card.items() if key != "command"}
     identity["recipes"] = {v.name: v.recipe().model_dump(mode="json") | {"allocation": v.allocation} for v in variants}

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from convexprune.adapters import HuggingFaceModel
 from convexprune.errors import CalibrationError
+from convexprune.pipeline import FolderStore, RecordedCalls, carried
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,24 @@ def perplexity_of(logits: Callable[[Tensor], Tensor], tokens: Tensor, batch_size
     nll = torch.as_tensor(total, dtype=torch.float64) / count
     # torch's exponential, because Python's raises where the answer is infinity.
     return Perplexity(nll.exp().item(), nll.item(), tokens=count, windows=windows, window=window, stride=window)
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: HuggingFaceModel, tokens: Tensor, store: FolderStore, pruned: FolderStore | None
+) -> Perplexity:
+    """The perplexity of a model whose decoder layers are in memory one at a time, as they are or as `pruned` has them.
+
+    What is between the layers is kept in `store` meanwhile.
+    """
+    batches = list(tokens.split(1))
+    calls = RecordedCalls(model, batches)
+    with store.scratch(store.count) as record:
+        first = record()
+        for batch in batches:
+            first.append(model.first_inputs(batch))
+        last = iter(carried(model, calls, first, range(store.count), record, pruned))
+        return perplexity_of(lambda batch: model.logits(batch, next(last)), tokens)
 
 
 def _batch_nll(logits: Tensor, batch: Tensor) -> float:

@@ -12,7 +12,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, load, recipe_windows
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
@@ -23,7 +23,6 @@ from .oracles import Comparison, block, block_problems, compare
 AGREEMENT = 1e-6  # relative, of objectives
 GAP = 1e-4  # relative, of the production solvers at their defaults
 WIDE = 1024  # above, a split for every row costs too much: rows share one
-EMBEDDED_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,7 @@ def verify(
     names = _choose(dense, operators, sample, seed)
     if pruned is not None:
         _require_same_shapes(dense, pruned, names)
-    tokens, _ = calibration_and_held_out(
-        recipe.dataset, dense, num_samples=recipe.num_calibration_samples, spare=recipe.spare_samples,
-        max_seq_length=recipe.max_seq_length, seed=recipe.seed,
-    )  # fmt: skip
+    tokens, _ = recipe_windows(recipe.dataset, dense, recipe)
     layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,43 @@
+"""Where a run happens: its device, how many workers fit, the versions of what it depends on, and its seconds."""
+
+import os
+import platform
+import time
+from importlib.metadata import version
+
+import torch
+
+PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
+
+
+def default_device(name: str) -> str:
+    """The device of that name; "auto" is the GPU if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_workers(device: str, threads: int | None) -> int:
+    """One for each GPU, or as many as the cores have room for."""
+    if device == "cuda":
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // (threads or 1))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on, and of Python."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+class Clock:
+    """Seconds of each phase of a run."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add what has passed since the last lap to the phase `name`."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,277 @@
+"""What a call of `prune` does: opens the model, draws the tokens, prunes in memory or in a folder, and reports."""
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from convexprune.adapters import (
+    HuggingFaceModel,
+    calibration_tokens,
+    load,
+    recipe_windows,
+    save_from_store,
+    text_windows,
+)
+from convexprune.errors import RecipeError
+from convexprune.pipeline import (
+    AbstractExecutor,
+    FolderStore,
+    Job,
+    LayerSettings,
+    RunFolder,
+    Work,
+    check_patterns,
+    identity,
+    make_executor,
+    make_recipe,
+    prune_in_folder,
+    prune_in_place,
+)
+from convexprune.pipeline import threads as use_threads
+from convexprune.pipeline.files import appearing, write
+from convexprune.pipeline.layer import Tell
+from convexprune.pipeline.machine import Clock, default_device, default_workers, versions
+from convexprune.report import OperatorReport, Report
+from convexprune.validation import perplexity, streamed_perplexity
+
+Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
+FITTED = ("calibration", "held_out")
+EVALUATION_SAMPLES = 32  # of text that the model samples itself
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """What a run gave: its report, and where the pruned model was written, if anywhere."""
+
+    report: Report
+    tokenizer: PreTrainedTokenizerBase | None
+    output_dir: Path | None
+    _model: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The pruned model: the very one that was given if it was loaded, else read from `output_dir` now."""
+        return self._model()
+
+
+class Request:
+    """A call of `prune`, checked: its recipe, its executor, and how to open its model."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.source, solver = settings["model"], settings["solver"]
+        dataset = settings["dataset"]
+        self.recipe = make_recipe(
+            model=str(self.source if isinstance(self.source, str | Path) else self.source.name_or_path),
+            solver=solver if isinstance(solver, str) else type(solver).__name__,
+            dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
+            targets=tuple(settings["targets"]),
+            ignore=tuple(settings["ignore"]),
+            method_args=settings["method_args"] or {},
+            **{name: settings[name] for name in _PLAIN},
+        )
+        recipe = self.recipe
+        pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
+        self.layers = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+        self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
+        self.device = default_device(recipe.device)
+        self.executor = _executor(settings, self.device, recipe.threads)
+        if self.executor.rank is not None and self.device == "cuda":
+            self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
+        self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
+        self.given_tokenizer = settings["tokenizer"]
+        self.open = partial(
+            load,
+            self.source,
+            dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
+            **{name: settings[name] for name in _OPENING},
+        )
+        self.clock = Clock()
+
+    def in_memory(self) -> PruneResult:
+        """Prune the loaded model in place."""
+        loaded = self.open(device=self.device)
+        check_patterns(loaded, self.layers)
+        self.clock.lap("load")
+        windows = self._windows(loaded, {})
+        report = self._report(loaded)
+        self._evaluate(report, "dense", loaded, windows)
+        tell = self._tell(loaded)
+
+        def record(operator: OperatorReport) -> None:
+            report.operators.append(operator)
+            tell(operator)
+
+        with use_threads(self.threads):
+            prune_in_place(loaded, self._work(windows), record)
+        self.clock.lap("prune")
+        self._evaluate(report, "pruned", loaded, windows)
+        report.seconds = self.clock.laps
+        return PruneResult(report, loaded.tokenizer, None, lambda: loaded.model)
+
+    def in_folder(self, path: Path, resume: bool) -> PruneResult:
+        """Prune layer by layer from files to files, or what of it is still to do."""
+        folder = RunFolder(path)
+        folder.check(resume or self.executor.rank is not None)
+        loaded = self.open(device=self.device, stream=True)
+        check_patterns(loaded, self.layers)
+        self.clock.lap("load")
+        sampled = folder.tokens() if resume and folder.is_unfinished else {}
+        windows = self._windows(loaded, sampled)
+        report = self._report(loaded)
+        report.identity = identity(
+            self.recipe,
+            self.layers,
+            loaded.checksums(),
+            {name: windows[name] for name in FITTED},
+            device=torch.device(self.device).type,
+            dtype=report.environment["dtype"],
+            threads=self.threads,
+        )
+        with folder.opened(report.identity, windows, self.executor.rank):
+            written = not folder.is_finished and self._run(folder, loaded, windows, report)
+        if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
+            pruned = _read(path, self.device)
+            for layer in loaded.layers:
+                loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
+        model = partial(_read, path, self.device) if loaded.streams else lambda: loaded.model
+        return PruneResult(folder.report(), loaded.tokenizer, path, model)
+
+    def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
+        """Prune what is not yet, and write the result unless another rank does; whether this one has."""
+        if not loaded.streams:  # once it is pruned in place, it is too late
+            self._evaluate(report, "dense", loaded, windows)
+        store = FolderStore(folder.work, len(loaded.layers), self.device)
+        job = Job(folder.work, self._work(windows), partial(self.open, stream=True), self.threads)
+        prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
+        self.clock.lap("prune")
+        with folder.alone() as unfinished:
+            if unfinished:
+                self._write(folder, loaded, store, windows, report)
+        return unfinished
+
+    def _write(
+        self, folder: RunFolder, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report
+    ) -> None:
+        """Assemble the result from the finished layers."""
+        store.require_whole()
+        report.operators = [o for number in range(store.count) for o in store.reports(number)]
+        if loaded.streams:
+            for name, pruned in (("dense", None), ("pruned", store)):
+                if "evaluation" in windows:
+                    found = streamed_perplexity(loaded, windows["evaluation"], store, pruned)
+                    report.perplexity[name] = vars(found)
+                    self.clock.lap("evaluation")
+        else:
+            store.restore(loaded)
+            self._evaluate(report, "pruned", loaded, windows)
+        save_from_store(loaded, store, folder.folder, self.given_tokenizer)
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        with appearing(folder.folder / "recipe.yaml") as file:
+            write(file, text.encode())
+        self.clock.lap("write")
+        report.seconds = self.clock.laps
+        folder.finish(report)
+
+    def _work(self, windows: Windows) -> Work:
+        return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)
+
+    def _windows(self, model: HuggingFaceModel, sampled: Windows) -> Windows:
+        """The windows to fit, those held out, and those to evaluate on; what was `sampled` before is not again.
+
+        A model has to be whole in memory to sample text: it is then loaded for that, and let go.
+        """
+        windows = dict(sampled) if is_self(self.dataset) else {}
+        samples = [is_self(self.dataset) and not windows, is_self(self.evaluation) and "evaluation" not in sampled]
+        sampler = self.open(device=self.device) if model.streams and any(samples) else model
+        if "calibration" not in windows:
+            windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, self.recipe)
+        self.clock.lap("calibration data")
+        if self.evaluation is not None:
+            length = windows["calibration"].shape[1]
+            if is_self(self.evaluation) and "evaluation" in sampled:
+                windows["evaluation"] = sampled["evaluation"]
+            else:
+                windows["evaluation"] = _evaluation_windows(self.evaluation, sampler, length, self.recipe.seed)
+        return windows
+
+    def _report(self, loaded: HuggingFaceModel) -> Report:
+        environment = _environment(loaded) | {"threads": self.threads}
+        return Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
+
+    def _tell(self, loaded: HuggingFaceModel) -> Tell:
+        operators = sum(len(layer.operators) for layer in loaded.layers)
+        return self.progress(operators) if self.progress is not None else lambda _: None
+
+    def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
+        if "evaluation" in windows:
+            report.perplexity[name] = vars(perplexity(loaded.model, windows["evaluation"]))
+            self.clock.lap("evaluation")
+
+
+_OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
+_PLAIN = (
+    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping", "refit",
+    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype", "threads",
+)  # fmt: skip
+
+
+def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel, window: int, seed: int) -> Tensor:
+    if isinstance(evaluation, Tensor):
+        return evaluation
+    if evaluation == "self":
+        settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": seed}
+        return calibration_tokens("self", model, split="evaluation", **settings)
+    return text_windows(Path(evaluation), model, window)
+
+
+def is_self(text: Any) -> bool:
+    """Whether it asks for text that the model samples itself."""
+    return isinstance(text, str) and text == "self"
+
+
+def _executor(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
+    workers = settings["workers"] or default_workers(device, threads)
+    if settings["executor"] != "serial":
+        _check_spread(settings)
+    return make_executor(settings["executor"], workers, device)
+
+
+def _check_spread(settings: dict[str, Any]) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Raises:
+        RecipeError: the run has no folder to meet in, or its layers are pruned one after another, or its model is in
+            the memory of this process.
+    """
+    name = settings["executor"]
+    if settings["output_dir"] is None:
+        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
+    if settings["prefix"] == "pruned":
+        raise RecipeError(
+            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so they "
+            "cannot be spread. Use executor='serial', or prefix='dense'."
+        )
+    if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
+        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
+
+
+def _read(folder: Path, device: str) -> PreTrainedModel:
+    return load(folder, device=device, allow_pickle=False).model
+
+
+def _environment(model: HuggingFaceModel) -> dict[str, Any]:
+    """What the result depends on besides the recipe."""
+    return versions() | {
+        "machine": platform.machine(),
+        "device": str(model.device),
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "loading": "layer by layer" if model.streams else f"whole: {model.whole_because}",
+    }
