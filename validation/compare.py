@@ -5,8 +5,7 @@ import json
 import os
 import platform
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.errors import OutputError, RecipeError
-from convexprune.pipeline import check_output, check_patterns
-from convexprune.pipeline.machine import versions
+from convexprune.pipeline import LayerSettings, check_output, check_patterns
+from convexprune.pipeline.files import write_json
+from convexprune.pipeline.machine import Clock, versions
+from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.survey import Rule
 from convexprune.report import finite
 
@@ -31,9 +32,9 @@ from .allocating import with_allocations
 from .plots import check_plots, draw
 from .results import make_row, markdown, text_result
 from .side_by_side import DENSE, Comparison, Tokens
-from .states import Store, write_json
+from .states import Store
 from .texts import text_of
-from .variants import make_variants
+from .variants import Variant, make_variants
 
 EVALUATION_WINDOW = 1024
 
@@ -94,66 +95,73 @@ def compare(
     if not resume:
         check_output(output)
     texts = _texts(eval_texts)
-    began = time.perf_counter()
-    loaded = load(
-        EMBEDDED if model is None else model,
-        device=device,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        targets=targets,
-        ignore=ignore,
-    )
+    place = {"device": device, "dtype": None if dtype is None else getattr(torch, dtype)}
+    loaded = load(EMBEDDED if model is None else model, **place, targets=targets, ignore=ignore)
     settings = {variant.name: variant.layer_settings() for variant in variants}
-    for each in settings.values():
-        check_patterns(loaded, each)
+    _check(loaded, settings)
     length = max_seq_length or (EMBEDDED_WINDOW if model is None else None)
-    spare = max(1, num_calibration_samples // 8) if held_out_samples is None else held_out_samples
-    calibration, held_out = calibration_and_held_out(
+    spare = spare_samples(num_calibration_samples, held_out_samples)
+    fitted = calibration_and_held_out(
         dataset, loaded, num_samples=num_calibration_samples, spare=spare, max_seq_length=length, seed=seed
     )
     window = eval_window or min(EVALUATION_WINDOW, loaded.max_positions)
-    windows = {name: text_windows(text, loaded, window)[:eval_windows] for name, text in texts.items()}
-    tokens = Tokens(calibration, held_out, windows)
-    card = {
-        "command": command,
+    tokens = Tokens(*fitted, {name: text_windows(text, loaded, window)[:eval_windows] for name, text in texts.items()})
+    card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "seed": seed,
         "batch size": batch_size,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
-        "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
-        "hashes": {"model": _model_hash(loaded)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
-        "versions": versions(),
     }
-    identity = {key: value for key, value in card.items() if key != "command"}
-    identity["recipes"] = {v.name: v.recipe().model_dump(mode="json") | {"allocation": v.allocation} for v in variants}
-    _claim(work / "identity.json", json.loads(json.dumps(identity)), resume)
-    surveying = time.perf_counter()
-    settings = with_allocations(loaded, calibration, held_out, variants, settings, batch_size)
-    for each in settings.values():
-        check_patterns(loaded, each)
-    surveying = time.perf_counter() - surveying
-    comparison = Comparison(loaded, tokens, settings, Store(work), batch_size)
+    recipes = {v.name: v.recipe().model_dump(mode="json") | {"allocation": v.allocation} for v in variants}
+    _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), resume)
+    clock = Clock()
+    settings = with_allocations(loaded, *fitted, variants, settings, batch_size)
+    _check(loaded, settings)
+    clock.lap("survey for allocations")
+    comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
-    middle = time.perf_counter()
-    found = comparison.likelihoods()
-    dense = comparison.records(DENSE)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {loaded.model.device}"
-    result = {
-        "card": card | {"machine": machine},
-        "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
-        "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
-        "shared_seconds": {
-            "dense": sum(record["seconds"] for record in dense),
-            "survey for allocations": surveying,
-            "evaluation": time.perf_counter() - middle,
-            "this process": time.perf_counter() - began,
-        },
-    }
+    clock.lap("layers")
+    result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
     write_json(output / "compare.json", finite(result))
     drawn = draw(result, output) if plots else []
     (output / "report.md").write_text(markdown(result, drawn))
     shutil.rmtree(work)
     return result
+
+
+def _check(model: HuggingFaceModel, settings: Mapping[str, LayerSettings]) -> None:
+    for each in settings.values():
+        check_patterns(model, each)
+
+
+def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
+    """What a result depends on beside the settings: tokens, weights, versions."""
+    return {
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
+        "hashes": {"model": _model_hash(model)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
+        "versions": versions(),
+    }
+
+
+def _machine(model: HuggingFaceModel) -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {model.device}"
+
+
+def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    found = comparison.likelihoods()
+    clock.lap("evaluation")
+    return {
+        "card": card,
+        "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
+        "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
+        "shared_seconds": {
+            "dense": sum(record["seconds"] for record in comparison.records(DENSE)),
+            "survey for allocations": clock.laps["survey for allocations"],
+            "evaluation": clock.laps["evaluation"],
+            "this process": sum(clock.laps.values()),
+        },
+    }
 
 
 def _texts(sources: Sequence[str]) -> dict[str, str]:

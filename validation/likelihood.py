@@ -1,6 +1,6 @@
 """How well final hidden states predict a text, and how far from the dense model's predictions they are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,25 +23,27 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihoods(
-    model: HuggingFaceModel, windows: Tensor, dense: Tensor, others: Mapping[str, Tensor]
+    model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """The likelihood of `windows` [windows tokens] for the dense model, named "dense", and for each of the others.
+    """The likelihood of windows for the dense model, named "dense", and for each of the others.
 
-    `dense` and each of `others` are the windows' final hidden states [windows tokens hidden]. The dense model's
-    probabilities are computed once a window, for all.
+    `batches` [batch tokens] are the windows' token ids, `dense` and each of `others` their final hidden states
+    [batch tokens hidden]. The dense model's probabilities are computed once a window, for all.
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
-    for i, ids in enumerate(windows):
+    places = [(i, row) for i, batch in enumerate(batches) for row in range(len(batch))]
+    for i, row in places:
+        ids = batches[i][row]
 
-        def logits(hidden: Tensor, ids: Tensor = ids) -> Tensor:
-            return model.logits(ids[None], hidden[None].to(model.device))[0, :-1].float()
+        def logits(states: Sequence[Tensor], i: int = i, row: int = row, ids: Tensor = ids) -> Tensor:
+            return model.logits(ids[None], states[i][row][None])[0, :-1].float()
 
-        reference = logits(dense[i])
+        reference = logits(dense)
         targets = ids[1:].to(reference.device)
         probabilities = reference.softmax(-1)
         entropy = _cross_entropy(probabilities, reference)
         for name, (nll, kl) in found.items():
-            z = reference if name == "dense" else logits(others[name][i])
+            z = reference if name == "dense" else logits(others[name])
             chosen = z.gather(1, targets[:, None])[:, 0]
             nll.append((z.logsumexp(-1) - chosen).double().mean().item())
             kl.append((_cross_entropy(probabilities, z) - entropy).double().mean().item())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from convexprune.report import OperatorReport
 
 from .likelihood import Likelihood, likelihoods
 from .memory import peak_memory
-from .states import Batches, Store
+from .states import Store
 
 DENSE = "dense"
-FITTED = ("calibration", "held-out")
+FITTED = "fitted"  # the stream of the calibration batches, and of those held out after them
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,16 @@ class Tokens:
 
     @property
     def streams(self) -> dict[str, Tensor]:
-        """Everything that goes through the network, by the name of its states on disk."""
-        streams = {FITTED[0]: self.calibration, FITTED[1]: self.held_out}
+        """All windows, by what they are for."""
+        streams = {"calibration": self.calibration, "held-out": self.held_out}
         streams |= {_stream(name): windows for name, windows in self.texts.items()}
         return {name: windows for name, windows in streams.items() if len(windows)}
+
+    def batches(self, size: int) -> dict[str, list[Tensor]]:
+        """What goes through the network, batch by batch, by the name of its states on disk."""
+        judges = list(self.held_out.split(size)) if len(self.held_out) else []
+        fitted = {FITTED: [*self.calibration.split(size), *judges]}
+        return fitted | {_stream(name): list(windows.split(size)) for name, windows in self.texts.items()}
 
 
 class Comparison:
@@ -61,7 +68,8 @@ class Comparison:
         batch_size: int = 1,
     ) -> None:
         self._model, self._tokens, self._variants, self._store = model, tokens, variants, store
-        self._batch_size, self._device = batch_size, model.model.device
+        self._batches, self._device = tokens.batches(batch_size), model.device
+        self._held_out = -(-len(tokens.held_out) // batch_size)
         self._networks = (DENSE, *variants)
         self._recorded: dict[torch.Size, list[Call]] = {}
 
@@ -73,14 +81,12 @@ class Comparison:
     @torch.no_grad()
     def run(self, tell: Callable[[str], None]) -> None:
         """Prune every decoder layer by every variant; `tell` hears of each."""
-        for windows in self._tokens.streams.values():
-            for ids in windows.split(self._batch_size):
-                if ids.shape not in self._recorded:
-                    self._recorded[ids.shape] = self._model.calls(ids)
+        for ids in chain.from_iterable(self._batches.values()):
+            if ids.shape not in self._recorded:
+                self._recorded[ids.shape] = self._model.calls(ids)
         if self._store.recorded(DENSE, 0) is None:
-            for stream, windows in self._tokens.streams.items():
-                batches = map(self._model.first_inputs, windows.split(self._batch_size))
-                self._store.write_states(DENSE, 0, stream, batches, len(windows))
+            for stream, batches in self._batches.items():
+                self._store.write_states(DENSE, 0, stream, map(self._model.first_inputs, batches))
             self._store.record(DENSE, 0, {})
         for number in range(len(self._model.layers)):
             todo = [name for name in self._networks if self._store.recorded(name, number + 1) is None]
@@ -95,9 +101,9 @@ class Comparison:
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
         """For each text, of the dense model and of each variant; to be asked once `run` is through."""
         last, found = len(self._model.layers), {}
-        for name, windows in self._tokens.texts.items():
+        for name in self._tokens.texts:
             states = {network: self._store.states(network, last, _stream(name)) for network in self._networks}
-            found[name] = likelihoods(self._model, windows, states.pop(DENSE), states)
+            found[name] = likelihoods(self._model, self._batches[_stream(name)], states.pop(DENSE), states)
         return found
 
     def records(self, network: str) -> list[dict[str, Any]]:
@@ -108,14 +114,12 @@ class Comparison:
         """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
         layer, began = self._model.layers[number], time.perf_counter()
         calls = self._calls(number)
-        hidden = self._fitted(DENSE, number)
+        hidden = self._states(DENSE, number, FITTED)
         observed = observe(layer, calls, hidden)
         if DENSE in todo:
-            count = len(self._tokens.calibration.split(self._batch_size))
-            outputs = {FITTED[0]: observed.outputs[:count], FITTED[1]: observed.outputs[count:]}
-            for stream, windows in self._tokens.streams.items():
-                batches = outputs.get(stream) or self._through(number, DENSE, stream)
-                self._store.write_states(DENSE, number + 1, stream, batches, len(windows))
+            for stream in self._batches:
+                batches = observed.outputs if stream == FITTED else self._through(number, DENSE, stream)
+                self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
             tell(f"layer {number}, dense")
         first: dict[Group, Folds] = {}
@@ -131,16 +135,15 @@ class Comparison:
             with _put_back(layer):
                 record = self._prune(number, name, observed, first)
                 for stream in self._advanced(name):
-                    batches = self._through(number, name, stream)
-                    self._store.write_states(name, number + 1, stream, batches, len(self._tokens.streams[stream]))
+                    self._store.write_states(name, number + 1, stream, self._through(number, name, stream))
             self._store.record(name, number + 1, record)
             tell(f"layer {number}, {name}")
 
     def _prune(self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]) -> dict[str, Any]:
         """Prune one layer by one variant; what came of it."""
         layer, settings = self._model.layers[number], self._variants[name]
-        dense = self._fitted(DENSE, number)
-        fed = dense if settings.prefix == "dense" else self._fitted(name, number)
+        dense = self._states(DENSE, number, FITTED)
+        fed = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
         hidden = HiddenStates(dense, fed, self._held_out)
         watched, reports = Watched(settings.pruner), []
         began = time.perf_counter()
@@ -174,32 +177,21 @@ class Comparison:
             ratios.append((wrong.float().square().sum(-1) / (y - x).float().square().sum(-1)).flatten())
         return float(torch.cat(ratios).median()) if ratios else None
 
-    @property
-    def _held_out(self) -> int:
-        """How many batches are held out."""
-        return -(-len(self._tokens.held_out) // self._batch_size)
-
     def _calls(self, number: int) -> Callable[[Tensor], Call]:
         return lambda batch: self._recorded[batch.shape[:2]][number]
 
-    def _batches(self, name: str, number: int, streams: Iterable[str]) -> Batches:
+    def _states(self, name: str, number: int, stream: str) -> Sequence[Tensor]:
         """What enters a decoder layer; before the first, nothing is pruned yet."""
-        network = name if number else DENSE
-        parts = [self._store.states(network, number, s) for s in streams if s in self._tokens.streams]
-        return Batches(parts, self._batch_size, self._device)
-
-    def _fitted(self, name: str, number: int) -> Batches:
-        return self._batches(name, number, FITTED)
+        return self._store.states(name if number else DENSE, number, stream)
 
     def _through(self, number: int, name: str, stream: str) -> Iterator[Tensor]:
         """What the layer, as it is by now, makes of a stream."""
         calls, module = self._calls(number), self._model.layers[number].module
-        return (calls(batch)(module, batch) for batch in self._batches(name, number, [stream]))
+        return (calls(batch)(module, batch) for batch in self._states(name, number, stream))
 
     def _advanced(self, name: str) -> list[str]:
         """The streams that a variant has states of its own for."""
-        own = FITTED if self._variants[name].prefix == "pruned" else ()
-        return [stream for stream in self._tokens.streams if stream in own or stream not in FITTED]
+        return [s for s in self._batches if s != FITTED or self._variants[name].prefix == "pruned"]
 
 
 @dataclass

@@ -1,66 +1,51 @@
-"""Hidden states and records on disk: what lets a comparison hold one problem in memory, and go on where it stopped."""
+"""The working folder of a comparison: what lets it hold one problem in memory, and go on where it stopped."""
 
-import json
-import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Batches(Sequence[Tensor]):
-    """Windows [windows tokens hidden] of one or more files, as batches that come to `device` one at a time."""
-
-    def __init__(self, parts: Iterable[Tensor], batch_size: int, device: torch.device) -> None:
-        self._batches = [batch for part in parts for batch in part.split(batch_size)]
-        self._device = device
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [batch.to(self._device) for batch in self._batches[index]]
-        return self._batches[index].to(self._device)
+from convexprune.pipeline.files import publish, read_json, write_json, writing
+from convexprune.pipeline.tensors import CODES, DTYPES, Batches
 
 
 class Store:
-    """The working folder of a comparison: for each network (the dense one, each variant) hidden states and records.
+    """For each network (the dense one, each variant) hidden states and records.
 
-    Files are written beside their place and renamed, so that what is there is whole. Hidden states before decoder layer
-    k are kept until everything that reads them is recorded.
+    Files appear whole. Hidden states before decoder layer k are kept until everything that reads them is recorded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder = folder
+        self._device = device
 
-    def write_states(self, network: str, layer: int, stream: str, batches: Iterable[Tensor], windows: int) -> None:
-        """Keep the `windows` hidden states of a stream of windows before decoder layer `layer`, batch by batch."""
+    def write_states(self, network: str, layer: int, stream: str, batches: Iterable[Tensor]) -> None:
+        """Keep the hidden states [batch tokens hidden] of a stream of batches before decoder layer `layer`.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         path = self._states(network, layer, stream)
-        temporary = _beside(path)
-        whole, done = None, 0
+        temporary = path.with_suffix(".part")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+        recorded = Batches(temporary)
         for batch in batches:
-            if whole is None:
-                whole = _mapped(temporary, (windows, *batch.shape[1:]), batch.dtype, shared=True)
-            whole[done : done + len(batch)] = batch
-            done += len(batch)
-        assert whole is not None and done == windows
-        shape = {"shape": list(whole.shape), "dtype": str(whole.dtype).removeprefix("torch.")}
-        write_json(path.with_suffix(".json"), shape)
-        os.replace(temporary, path)
+            recorded.append(batch)
+        assert recorded.dtype is not None, "a stream without a batch"
+        write_json(path.with_suffix(".json"), {"dtype": CODES[recorded.dtype], "shapes": recorded.shapes})
+        with writing(path):
+            publish(temporary, path)
 
-    def states(self, network: str, layer: int, stream: str) -> Tensor:
-        """The hidden states [windows tokens hidden] of `write_states`, read from the file as they are used."""
+    def states(self, network: str, layer: int, stream: str) -> Batches:
+        """The hidden states of `write_states`, read from the file as they are used."""
         path = self._states(network, layer, stream)
-        shape = json.loads(path.with_suffix(".json").read_text())
-        return _mapped(path, tuple(shape["shape"]), getattr(torch, shape["dtype"]), shared=False)
+        notes = read_json(path.with_suffix(".json"))
+        return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
 
     def drop_states(self, network: str, layer: int) -> None:
         """Forget the states before decoder layer `layer`."""
@@ -72,8 +57,7 @@ class Store:
 
     def recorded(self, network: str, layer: int) -> Any:
         """What `record` wrote, or None."""
-        path = self._record(network, layer)
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(self._record(network, layer))
 
     def _states(self, network: str, layer: int, stream: str) -> Path:
         return self._folder / _safe(network) / f"states-{layer:03d}" / f"{stream}.bin"
@@ -85,22 +69,3 @@ class Store:
 def _safe(network: str) -> str:
     """A folder's name for a network's."""
     return "".join(c if c.isalnum() or c in ".=-" else "_" for c in network)
-
-
-def _beside(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    return temporary
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = _beside(path)
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Tensor:
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=shared, size=size, dtype=dtype).view(shape)

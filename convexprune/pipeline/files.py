@@ -35,12 +35,15 @@ def writing(path: Path) -> Iterator[None]:
 def appearing(path: Path) -> Iterator[BinaryIO]:
     """A new file, written under another name and flushed to the disk, that becomes `path` if the block ends well.
 
+    Its folder is made if need be.
+
     Raises:
         OutputError: the disk is full or fails; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 yield file
             publish(temporary, path)

@@ -79,9 +79,7 @@ class Recipe(BaseModel):
     @property
     def spare_samples(self) -> int:
         """How many windows to hold out, if the data set has them."""
-        if self.held_out_samples is not None:
-            return self.held_out_samples
-        return max(1, self.num_calibration_samples // 8)
+        return spare_samples(self.num_calibration_samples, self.held_out_samples)
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
         """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.
@@ -112,6 +110,11 @@ class Recipe(BaseModel):
         if self.solver not in solver_names():
             raise RecipeError(unknown("solver", self.solver, solver_names()))
         return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
+
+
+def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:
+    """How many windows to hold out: as asked, or an eighth of those for calibration."""
+    return max(1, num_calibration_samples // 8) if held_out_samples is None else held_out_samples
 
 
 def make_recipe(**settings: Any) -> Recipe:
