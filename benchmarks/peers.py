@@ -61,8 +61,7 @@ def tokens(model: str, dataset: str, samples: int, length: int) -> torch.Tensor:
 
 
 def convexprune(model: str, folder: Path) -> dict[str, float]:
-    import convexprune.api  # noqa: F401 (imports are not timed)
-    from convexprune import prune
+    from convexprune.api import prune
 
     windows = torch.load(folder / "tokens.pt")
     output = tempfile.mkdtemp(dir=folder)

@@ -43,7 +43,8 @@ def on_disk(folder: Path) -> dict[str, list[int]]:
     shapes = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            shapes |= {name: file.get_slice(name).get_shape() for name in names}
     return shapes
 
 

@@ -1,0 +1,22 @@
+"""The command line, thin over the Python functions of the same names: one file for each command."""
+
+import sys
+import warnings
+
+from rich.console import Console
+
+from convexprune.cli import compare, inspect, prune, verify
+from convexprune.cli.application import app
+from convexprune.errors import ConvexpruneError
+
+__all__ = ["app", "compare", "inspect", "main", "prune", "verify"]  # each file adds its commands to the application
+
+
+def main() -> None:
+    """Run the command line; an error that is the user's to mend is one message and exit status 2."""
+    warnings.simplefilter("default")
+    try:
+        app(standalone_mode=True)
+    except ConvexpruneError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,83 @@
+"""`convexprune compare`."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from convexprune.cli import options
+from convexprune.cli.application import app, console, progress_bar
+from convexprune.errors import PatternError
+
+
+@app.command()
+def compare(
+    model: options.Model = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, or solvers of the convex method; settings as in sparsegpt:damping=0.1.")
+    ] = "fista,sparsegpt,wanda,magnitude",
+    sparsity: Annotated[str, typer.Option(help="Shares of zeros, for unstructured.")] = "0.5",
+    pattern: Annotated[str, typer.Option(help="unstructured, N:M.")] = "unstructured",
+    convention: Annotated[
+        str,
+        typer.Option(help="own, dense, dense-half, dense-none, pruned-own, pruned-half, pruned-dense."),
+    ] = "own",
+    allocation: Annotated[str, typer.Option(help="uniform, curve, owl, skewness.")] = "uniform",
+    quota: options.Quota = "matrix",
+    dataset: options.Dataset = "self",
+    num_calibration_samples: options.Samples = 64,
+    held_out_samples: options.HeldOut = None,
+    max_seq_length: options.Length = None,
+    batch_size: options.BatchSize = 1,
+    seed: options.Seed = 0,
+    eval_text: Annotated[
+        list[str] | None, typer.Option(help="A file, python-docs or licences; repeat it for more.")
+    ] = None,
+    eval_window: Annotated[int | None, typer.Option(help="Tokens a window; 1024, or the model's limit.")] = None,
+    eval_windows: Annotated[int, typer.Option(help="The first so many windows of each text; 0: all.")] = 20,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    device: options.Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    output: options.Output = Path("compared"),
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted comparison.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the results (needs convexprune[plot]).")] = True,
+) -> None:
+    """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
+    settings = dict(locals())
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune.pipeline.machine import default_device
+    from convexprune.validation import compare as compare_methods
+    from convexprune.validation.results import table
+
+    disable_progress_bar()
+    lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
+    lists |= {"allocation": "allocations"}
+    settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
+    settings["sparsities"] = [_share(text) for text in settings["sparsities"]]
+    settings |= {"targets": targets or ["Linear"], "ignore": ignore or [], "device": default_device(device)}
+    settings |= {"eval_windows": eval_windows or None, "command": shlex.join(["convexprune", *sys.argv[1:]])}
+    texts = settings.pop("eval_text")
+    if texts:
+        settings["eval_texts"] = texts
+    with progress_bar() as progress:
+        result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
+    console.print(table(result))
+    console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise PatternError(f"Sparsity {text!r} is no number: it is the share of zeros, 0.5 for half.") from None
+
+
+def _steps(progress: Progress, total: int) -> Callable[[str], None]:
+    task = progress.add_task("comparing", total=total)
+    return lambda step: progress.update(task, advance=1, description=step)

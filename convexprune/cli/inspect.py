@@ -1,0 +1,81 @@
+"""`convexprune inspect` and `convexprune list`."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from convexprune.cli import options
+from convexprune.cli.application import app, console
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, config.json or hub name; only the configuration is read.")],
+    device_memory: Annotated[str | None, typer.Option(help="What has to be enough, as 24GiB.")] = None,
+    method: Annotated[str, typer.Option(help="As for prune, like all that follows.")] = "convex",
+    preset: Annotated[str | None, typer.Option()] = None,
+    sparsity: Annotated[float | None, typer.Option()] = None,
+    pattern: Annotated[str, typer.Option()] = "unstructured",
+    quota: Annotated[str, typer.Option()] = "matrix",
+    num_calibration_samples: options.Samples = 128,
+    held_out_samples: Annotated[int | None, typer.Option()] = None,
+    max_seq_length: options.Length = None,
+    batch_size: Annotated[int, typer.Option()] = 1,
+    targets: Annotated[list[str] | None, typer.Option()] = None,
+    ignore: Annotated[list[str] | None, typer.Option()] = None,
+    error_correction: Annotated[float, typer.Option()] = 1.0,
+    prefix: Annotated[str, typer.Option()] = "dense",
+    refit: Annotated[bool | None, typer.Option()] = None,
+    device: Annotated[str, typer.Option(help="Where products are timed, for the estimate.")] = "auto",
+    dtype: Annotated[str | None, typer.Option()] = None,
+    trust_remote_code: options.RemoteCode = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """What pruning a model would do and need: operators, memory, an estimate of the time. No weight is read.
+
+    Ends with exit status 1 if the device memory is not enough.
+    """
+    settings = dict(locals())
+    from convexprune.adapters.inspection import inspect as inspect_model
+    from convexprune.pipeline.cost import parse_bytes
+    from convexprune.pipeline.machine import default_device
+
+    del settings["as_json"]
+    settings |= {
+        "targets": tuple(targets or ["Linear"]),
+        "ignore": tuple(ignore or []),
+        "source": settings.pop("model"),
+    }
+    settings |= {
+        "device": default_device(device),
+        "device_memory": parse_bytes(device_memory) if device_memory else None,
+    }
+    found = inspect_model(**settings)
+    if as_json:
+        print(found.to_json())
+    else:
+        for table in found.tables():
+            console.print(table)
+        for line in (*found.notes, *found.verdict()):
+            console.print(line, highlight=False, soft_wrap=True)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def names() -> None:
+    """The families, solvers, methods, presets and patterns that there are."""
+    from convexprune.adapters import TESTED
+    from convexprune.pipeline import PRESETS
+    from convexprune.pruners import PRUNERS
+    from convexprune.solvers import solver_names
+
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    families = ", ".join(TESTED.values())
+    table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
+    table.add_row("solvers", ", ".join(solver_names()))
+    table.add_row("methods", ", ".join(sorted(PRUNERS)))
+    table.add_row("presets", ", ".join(PRESETS))
+    table.add_row("patterns", "unstructured (quota: matrix, row), N:M for N non-zeros in every M inputs, as 2:4")
+    console.print(table)

@@ -1,0 +1,22 @@
+"""The options that several commands have, with the same words for each."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")]
+Quota = Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")]
+Dataset = Annotated[str, typer.Option(help="self, c4, wikitext2, ptb, or a .txt or .jsonl file.")]
+Samples = Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")]
+SamplesOrNone = Annotated[int | None, typer.Option("--num-calibration-samples", "--nsamples")]
+HeldOut = Annotated[int | None, typer.Option(help="Samples to judge by only; an eighth as many.")]
+Length = Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")]
+BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
+Targets = Annotated[list[str] | None, typer.Option(help="Operators to prune, all unless given; repeat it for more.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Operators to leave alone; repeat it for more.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Output = Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")]
+RemoteCode = Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]

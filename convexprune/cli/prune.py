@@ -1,0 +1,108 @@
+"""`convexprune prune` and `convexprune eval`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from convexprune.cli import options
+from convexprune.cli.application import app, console, progress_bar
+from convexprune.report import OperatorReport
+
+
+@app.command()
+def prune(
+    model: options.Model = None,
+    solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, cvxpy, scipy.")] = "fista",
+    method: Annotated[
+        str, typer.Option(help="convex, admm, or a baseline: alps, sparsegpt, wanda, magnitude.")
+    ] = "convex",
+    preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
+    quota: options.Quota = "matrix",
+    dataset: options.Dataset = "self",
+    num_calibration_samples: options.Samples = 128,
+    held_out_samples: options.HeldOut = None,
+    max_seq_length: options.Length = None,
+    batch_size: options.BatchSize = 1,
+    seed: options.Seed = 0,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
+    prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
+    damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option(help="Least squares on the support, for any method or for none.")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,
+    output: options.Output = Path("pruned"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the folder.")] = False,
+    executor: Annotated[str, typer.Option(help="Who prunes: serial, pool, ranks (torchrun, srun) or ray.")] = "serial",
+    workers: Annotated[
+        int | None, typer.Option(help="Of pool and ray. Left out: one a GPU, or as cores allow.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="That a layer is pruned on; the last bits depend on it.")] = None,
+    trust_remote_code: options.RemoteCode = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
+) -> None:
+    """Prune a model and write it as an ordinary Hugging Face folder."""
+    settings = dict(locals())
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune import api
+
+    disable_progress_bar()  # ours says more
+    settings |= {"targets": targets or ["Linear"], "ignore": ignore or []}
+    settings["output_dir"] = settings.pop("output")
+    settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
+    try:
+        with progress_bar() as progress:
+            result = api.prune(**settings, progress=lambda total: _follow(progress, total))
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what is finished is kept in {output}: go on with the same command and --resume")
+        raise typer.Exit(130) from None
+    report = result.report
+    console.print(report.table())
+    if report.short_of_tokens:
+        console.print(
+            f"{len(report.short_of_tokens)} operators of experts got fewer tokens than inputs: see the report"
+        )
+    for name, p in report.perplexity.items():
+        console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
+    if report.largest_gap is not None:
+        console.print(f"largest relative duality gap of a final solve: {report.largest_gap:.1e}")
+    console.print(f"pruned model: {output.resolve()}  ({sum(report.seconds.values()):.0f} s)", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub name.")],
+    text: Annotated[Path, typer.Option(help="A .txt or .jsonl file.")],
+    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Perplexity of a model on a text, with all that the number depends on."""
+    from convexprune.adapters import load, text_windows
+    from convexprune.pipeline.machine import default_device
+    from convexprune.validation import perplexity
+
+    loaded = load(model, device=default_device(device))
+    p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
+    counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
+    console.print(f"perplexity {p.value:.3f}  ({counted})")
+
+
+def _follow(progress: Progress, total: int) -> Callable[[OperatorReport], None]:
+    task = progress.add_task("pruning", total=total)
+
+    def tell(o: OperatorReport) -> None:
+        gap = "" if o.gap is None else f"  gap {o.gap:.0e}"
+        progress.update(task, advance=1, description=f"{o.name}  error {o.relative_error:.1e}{gap}  {o.seconds:.1f} s")
+
+    return tell

@@ -1,0 +1,75 @@
+"""`convexprune verify`."""
+
+from typing import Annotated
+
+import typer
+
+from convexprune.cli import options
+from convexprune.cli.application import app, console
+
+
+@app.command()
+def verify(
+    source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,
+    operators: Annotated[list[str] | None, typer.Option(help="Operators to verify; repeat it for more.")] = None,
+    sample: Annotated[int, typer.Option(help="Operators drawn if none is named; 0 is all.")] = 3,
+    rows: Annotated[int, typer.Option(help="Rows of the blocks that oracles solve.")] = 4,
+    columns: Annotated[int, typer.Option(help="Columns of the blocks that oracles solve.")] = 32,
+    bound_rows: Annotated[int, typer.Option(help="Rows of an operator that the lower bound is for.")] = 4,
+    tolerance: Annotated[float, typer.Option(help="Largest relative difference of objectives.")] = 1e-6,
+    gap: Annotated[float, typer.Option(help="Largest relative duality gap at default settings.")] = 1e-4,
+    method: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    quota: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    error_correction: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    num_calibration_samples: options.SamplesOrNone = None,
+    max_seq_length: options.Length = None,
+    dtype: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Check answers against three foreign solvers, and pruned weights against a bound that no pruning can beat.
+
+    Ends with exit status 1 if a tolerance is missed.
+    """
+    recipe = {
+        "method": method, "sparsity": sparsity, "pattern": pattern, "quota": quota, "dataset": dataset,
+        "error_correction": error_correction, "num_calibration_samples": num_calibration_samples,
+        "max_seq_length": max_seq_length, "dtype": dtype,
+    }  # fmt: skip
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune import validation
+    from convexprune.pipeline.machine import default_device
+
+    disable_progress_bar()
+    with console.status("verifying") as status:
+        result = validation.verify(
+            source,
+            operators=operators or (),
+            sample=sample or None,
+            rows=rows,
+            columns=columns,
+            bound_rows=bound_rows,
+            tolerance=tolerance,
+            gap=gap,
+            seed=seed,
+            device=default_device(device),
+            tell=lambda name: status.update(f"verified {name}"),
+            **{name: value for name, value in recipe.items() if value is not None},
+        )
+    if as_json:
+        print(result.to_json())
+    else:
+        for table in result.tables():
+            console.print(table)
+        for fault in result.faults:
+            console.print(f"[bold red]missed[/]: {fault}", highlight=False, soft_wrap=True)
+        verdict = "[bold green]passed[/]" if result.passed else "[bold red]failed[/]"
+        console.print(f"{verdict}: {len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}; "
+                      f"{result.seconds:.0f} s")  # fmt: skip
+    if not result.passed:
+        raise typer.Exit(1)
