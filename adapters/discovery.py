@@ -4,10 +4,8 @@ An operator is a linear map that a forward pass calls once. Operators that are g
 stages of the groups follow from experiments: what changes when a group's outputs are changed depends on it.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from posixpath import commonpath, dirname
 
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor, nn
 
 from convexprune.model import Call, DecoderLayer, Group, ModuleInput
 
-from .experts import Pile, Product, Slice, SliceInput, piles
+from .experts import Pile, Slice, SliceInput, piles
 from .operators import LINEAR_MODULES, ParameterOperator, Place
+from .watching import Seen, place_of, watch
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,16 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
         only, so its group is not paired. What sits beside experts and is as narrow as they are many routes.
     3.  With the outputs of a group changed, whose inputs change? The experts' groups of one make are tried as one.
     """
-    seen = _watch(layer, call, hidden)
+    seen = watch(layer, call, hidden)
 
     def moved_by(kind: Kind) -> Callable[[Party], bool]:
-        now = _watch(layer, call, hidden, frozenset(place for party in kind for place in party.places))
+        now = watch(layer, call, hidden, frozenset(place for party in kind for place in party.places))
         return lambda party: _differ(seen, now, party.places[0])
 
     return lay_out(layer, seen, hidden[..., 0].numel(), moved_by)
 
 
-def lay_out(layer: nn.Module, seen: "Seen", tokens: int, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> Layout:
+def lay_out(layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> Layout:
     """The layout of `layer` from what one pass of `tokens` tokens called; `moved_by` says what depends on a kind."""
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
@@ -99,69 +98,9 @@ def lay_out(layer: nn.Module, seen: "Seen", tokens: int, moved_by: Callable[[Kin
     return Layout(stages, reasons | _strangers(layer, kinds, every))
 
 
-# ---- watching
-
-
-@dataclass
-class Seen:
-    """What a forward pass called, in order: the inputs of each place, which tensor they were, and how often."""
-
-    inputs: dict[Place, Tensor] = field(default_factory=dict)
-    tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
-    times: Counter[Place] = field(default_factory=Counter)
-
-    def add(self, place: Place, x: Tensor) -> None:
-        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory."""
-        if x.numel():  # an expert that is called without a token is not called
-            self.inputs.setdefault(place, x)
-            self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
-            self.times[place] += 1
-
-
-def _watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
-    """One forward pass; the outputs of the places in `changed` are made others."""
-    seen = Seen()
-    with ExitStack() as hooks:
-        for path, module in layer.named_modules():
-            if isinstance(module, LINEAR_MODULES):
-                hooks.enter_context(_watch_module(module, _place(path, module), seen, changed))
-            elif piles(module):
-
-                def hear(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
-                    place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
-                    seen.add(place, product.inputs)
-                    return _other if place in changed else None
-
-                hooks.enter_context(Pile(module).listen(hear))
-        call(layer, hidden)
-    return seen
-
-
-@contextmanager
-def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozenset[Place]) -> Iterator[None]:
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args:  # the taps read the first argument, so an input that comes by name is none
-            seen.add(place, args[0])
-
-    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return _other(output) if place in changed else None
-
-    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
-        yield
-
-
-def _other(output: Tensor) -> Tensor:
-    """Other outputs: the order differs, which no norm hides, and so does the sum."""
-    return output.roll(1, -1) + 1
-
-
-def _place(path: str, module: nn.Module) -> Place:
-    return Place(path, transposed=not isinstance(module, nn.Linear))
-
-
 def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
     """All linear maps of the layer, called or not; of a pile that was multiplied with, all its matrices."""
-    every = [_place(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
+    every = [place_of(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
     used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
     for path, parameter, transposed in used:
         number = len(layer.get_submodule(path).get_parameter(parameter))

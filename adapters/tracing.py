@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .discovery import Kind, Layout, Party, Seen, lay_out, signature
+from .discovery import Kind, Layout, Party, lay_out, signature
 from .experts import piles
 from .operators import LINEAR_MODULES, Place
+from .watching import Seen
 
 PROBE_TOKENS = 16
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from convexprune.adapters import HuggingFaceModel
 from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, prune_observed
-from convexprune.pipeline.cost import measured_speed
+from convexprune.pipeline.speed import measured_speed
 from convexprune.report import OperatorReport
 from convexprune.validation.memory import peak_memory
 

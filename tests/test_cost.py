@@ -17,7 +17,7 @@ from convexprune.errors import RecipeError
 from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune.pattern import Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, cost, prune_observed
-from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.folds import ROOM, Folds, in_parts
 from convexprune.pipeline.layer import Observed
 from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
 
@@ -150,9 +150,9 @@ def test_disk_is_counted_by_hand():
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 4))
 def test_experts_come_in_parts_that_fit(widths: int, experts: int, seed: int):
     stage = [cost.Stack((str(i),), (8,), 2048 * widths, paired=False) for i in range(experts)]
-    parts = cost._parts([cost.Stack(("q",), (8,), 8), *stage])
+    parts = in_parts([cost.Stack(("q",), (8,), 8), *stage], lambda s: s.inputs)
     assert [s for part in parts for s in part][1:] == stage and all(parts)
-    assert all(sum(Folds.bytes(s.inputs) for s in p if not s.paired) <= cost.ROOM or len(p) == 1 for p in parts[1:])
+    assert all(sum(Folds.bytes(s.inputs) for s in p if not s.paired) <= ROOM or len(p) == 1 for p in parts[1:])
 
 
 def test_what_needs_less_is_offered():

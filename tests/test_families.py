@@ -270,7 +270,7 @@ def test_borrowed_moments_are_the_mean_of_all_experts_tokens():
 
 
 def test_experts_are_pruned_alike_however_many_have_room(monkeypatch: pytest.MonkeyPatch):
-    from convexprune.pipeline import layer as room
+    from convexprune.pipeline import folds as room
 
     results = []
     for bytes_ in (4 << 30, 1):

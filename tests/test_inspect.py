@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from convexprune import cli
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters.family import decoder_layers
-from convexprune.adapters.inspection import inspect, no_initialisation
+from convexprune.adapters.inspection import inspect
+from convexprune.adapters.outline import no_initialisation
 from convexprune.adapters.tracing import trace
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.validation.memory import peak_memory

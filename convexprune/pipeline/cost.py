@@ -1,23 +1,16 @@
 """What a run will need, from sizes alone: memory, disk, arithmetic, and an estimate of the time."""
 
 import re
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import inf
 from typing import NamedTuple
 
-import torch
-
 from convexprune.errors import RecipeError
-from convexprune.pipeline.folds import Folds
-from convexprune.pipeline.layer import ROOM
+from convexprune.pipeline.folds import Folds, in_parts
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
 LIBRARIES = 460 << 20  # bytes of Python, torch and transformers once they are imported (measured, Linux, CPU)
-SECONDS = 0.25  # that a matrix product is timed for, in each of two dtypes
-WIDTH = 1024  # of the product that is timed
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     f"{letter}iB".upper(): 1 << (10 * power) for power, letter in enumerate("KMGT", 1)
 }
@@ -175,14 +168,6 @@ class Work:
     products: float
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Operations a second of matrix products: in float32, and in the model's dtype."""
-
-    single: float
-    forward: float
-
-
 def moments_bytes(stack: Stack, corrected: bool) -> int:
     """Of the halves and the held-out windows: each the Gram matrix, with correction two more."""
     return Folds.bytes(stack.inputs) * (3 if corrected else 1)
@@ -202,7 +187,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
     peaks = []
     for layer in model.layers:
         for number, stage in enumerate(layer.stages):
-            for part in _parts(stage):
+            for part in in_parts(stage, lambda s: s.inputs):
                 moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
                 moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
                 solving = max(problem_bytes(s, setting.corrects(number, s), method) for s in part)
@@ -234,7 +219,7 @@ def work(model: ModelSize, setting: Setting) -> Work:
         passes = sum(weights) + attention
         for number, stage in enumerate(layer.stages):
             if number > 0:
-                passes += len(_parts(stage)) * (sum(weights[:number]) + attention)
+                passes += len(in_parts(stage, lambda s: s.inputs)) * (sum(weights[:number]) + attention)
             for s in stage:
                 n2 = float(s.inputs) ** 2
                 gram += layer.count * tokens * s.share * n2 * (4 if setting.corrects(number, s) else 1)
@@ -248,21 +233,6 @@ def work(model: ModelSize, setting: Setting) -> Work:
     return Work(forward, gram, solve, problems, products)
 
 
-def seconds(work: Work, speed: Speed, method: Method) -> dict[str, float]:
-    """An estimate by phase, without reading and writing."""
-    return {
-        "forward": work.forward / speed.forward,
-        "gram": work.gram / speed.single,
-        "solve": method.overhead * work.solve / speed.single,
-    }
-
-
-def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and one in the model's dtype, about half a second in all."""
-    single = _rate(device, torch.float32)
-    return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
-
-
 def parse_bytes(text: str) -> int:
     """Bytes from "24GiB", "80 GB" or a plain number.
 
@@ -273,30 +243,6 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].upper() not in UNITS:
         raise RecipeError(f"Memory {text!r} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB.")
     return round(float(match[1]) * UNITS[match[2].upper()])
-
-
-def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The best of the repeats, which is what the device can do when nobody else uses it."""
-    a = torch.full((WIDTH, WIDTH), 0.5, dtype=dtype, device=device)
-    best, end = inf, time.perf_counter() + SECONDS
-    while time.perf_counter() < end or best == inf:
-        began = time.perf_counter()
-        float((a @ a)[0, 0])  # which waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * WIDTH**3 / best
-
-
-def _parts(stage: Iterable[Stack]) -> list[list[Stack]]:
-    """The stacks whose moments are in memory together, as `stage_folds` takes them."""
-    parts, room = [[s for s in stage if s.paired]], ROOM
-    for s in stage:
-        if not s.paired:
-            room -= Folds.bytes(s.inputs)
-            if room < 0 and parts[-1]:
-                parts.append([])
-                room = ROOM - Folds.bytes(s.inputs)
-            parts[-1].append(s)
-    return [part for part in parts if part]
 
 
 def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], setting: Setting) -> int:

@@ -1,9 +1,15 @@
 """The moments of one input in three disjoint parts: two halves that fit, and a part that judges."""
 
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
 import torch
 from torch import Tensor
 
 from convexprune.moments import Moments
+
+ROOM = 4 << 30
+"""Bytes for the moments of the experts that are pruned side by side."""
 
 
 class Folds:
@@ -59,3 +65,29 @@ class Folds:
     def is_finite(self) -> bool:
         """Whether every input was."""
         return all(fold.is_finite() for fold in (*self.halves, self.held_out))
+
+
+class Paired(Protocol):
+    """What has one input, which is that of every token or not (see `Group`)."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is."""
+        ...
+
+
+Item = TypeVar("Item", bound=Paired)
+
+
+def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
+    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room."""
+    groups = list(stage)
+    parts, room = [[group for group in groups if group.paired]], ROOM
+    for group in groups:
+        if not group.paired:
+            room -= Folds.bytes(width(group))
+            if room < 0 and parts[-1]:
+                parts.append([])
+                room = ROOM - Folds.bytes(width(group))
+            parts[-1].append(group)
+    return [part for part in parts if part]

@@ -12,7 +12,7 @@ from torch import Tensor
 from convexprune.errors import ModelError, PruningError
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pattern import AbstractPattern, Stacked
-from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
@@ -126,7 +126,7 @@ def stage_folds(
     stage = layer.stages[number]
     sees_dense = number == 0 and settings.prefix == "dense"
     shared = {_width(group): _folds(group) for group in stage if not group.paired}
-    for part_number, part in enumerate(_parts(stage)):
+    for part_number, part in enumerate(in_parts(stage, _width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         folds = {group: _folds(group) for group in part}
         for i, batch in enumerate(hidden.fed):
@@ -144,24 +144,6 @@ def stage_folds(
             if not group.paired:
                 folds[group].borrow(shared[_width(group)])
         yield folds
-
-
-ROOM = 4 << 30
-"""Bytes for the moments of the experts that are pruned side by side."""
-
-
-def _parts(stage: Sequence[Group]) -> list[list[Group]]:
-    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room."""
-    parts = [[group for group in stage if group.paired]]
-    room = ROOM
-    for group in stage:
-        if not group.paired:
-            room -= Folds.bytes(_width(group))
-            if room < 0 and parts[-1]:
-                parts.append([])
-                room = ROOM - Folds.bytes(_width(group))
-            parts[-1].append(group)
-    return [part for part in parts if part]
 
 
 def _width(group: Group) -> int:

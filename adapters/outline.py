@@ -1,0 +1,129 @@
+"""A model as its configuration tells it: its operators and their sizes, built of tensors without memory."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from convexprune.errors import ModelError
+from convexprune.model import DecoderLayer
+from convexprune.pipeline import Recipe, cost
+
+from .admission import refuse_other_dtypes, refuse_quantised
+from .checkpoint import ask, model_class
+from .experts import piles
+from .family import decoder_layers
+from .huggingface import positions
+from .selection import left_alone
+from .tracing import trace
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights: its operators by layer, what is left alone and why, its size.
+
+    `notes` are what could not be known, and what follows from it.
+    """
+
+    name: str
+    layers: tuple[DecoderLayer, ...]
+    left_alone: Mapping[str, str]
+    size: cost.ModelSize
+    dtype: torch.dtype
+    positions: int
+    notes: tuple[str, ...]
+
+
+def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
+    """The outline of a model from its configuration: it is built of tensors that have shapes and no memory.
+
+    Raises:
+        ModelError: the configuration is missing, of no known model, or of one that is not pruned.
+    """
+    config = _config(source, trust_remote_code)
+    refuse_quantised(config)
+    reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else getattr(config, "dtype", None) or torch.float32
+    with FakeTensorMode(), no_initialisation():
+        model: PreTrainedModel = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote)).eval()
+        model.tie_weights()
+        path, modules = decoder_layers(model)
+        refuse_other_dtypes(modules)
+        named = {f"{path}.{i}": module for i, module in enumerate(modules)}
+        layouts, refused = trace(model, named)
+        reasons = left_alone(model, layouts, recipe.targets, recipe.ignore)
+        layers = tuple(
+            layouts[name].bind(name, module, lambda place, name=name: f"{name}.{place.name}" not in reasons)
+            for name, module in named.items()
+        )
+        whole = any(piles(module) for module in modules.modules())
+        size = _size(model, layers, config.get_text_config(), dtype, whole)
+    notes = [f"Each linear map counts as a problem of its own: {refused}."] if refused else []
+    if whole:
+        notes.append(
+            "Its experts are fused while transformers loads them, so the model is loaded whole. How many tokens each "
+            "expert is sent is known only in a run: an even share is assumed."
+        )
+    return Outline(str(source), layers, reasons, size, dtype, positions(config), tuple(notes))
+
+
+def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json, so it is not a model folder of transformers.")
+    if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
+        raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
+    remote = {"trust_remote_code": trust_remote_code}
+    return ask(str(source), lambda: AutoConfig.from_pretrained(path if path.exists() else str(source), **remote))
+
+
+def no_initialisation() -> Any:
+    """The context of transformers in which nothing is written to new weights."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # before transformers 5
+        from transformers.modeling_utils import no_init_weights  # pyright: ignore[reportAttributeAccessIssue]
+    return no_init_weights()
+
+
+def _size(
+    model: PreTrainedModel, layers: Sequence[DecoderLayer], config: PretrainedConfig, dtype: torch.dtype, whole: bool
+) -> cost.ModelSize:
+    counted: Counter[tuple[Any, ...]] = Counter()
+    for layer in layers:
+        sizes = [p.numel() for p in layer.module.parameters()]
+        counted[_stages(layer, config), sum(sizes), max(sizes)] += 1
+    inside = {id(p) for layer in layers for p in layer.module.parameters()}
+    outside = [p.numel() for p in model.parameters() if id(p) not in inside]
+    return cost.ModelSize(
+        layers=tuple(cost.LayerSize(*facts, count=count) for facts, count in counted.items()),
+        fixed=sum(outside),
+        largest_fixed=max(outside, default=0),
+        hidden=config.hidden_size,
+        itemsize=dtype.itemsize,
+        whole=whole,
+    )
+
+
+def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
+    """The stacks of each stage; of experts each gets an even share of the tokens."""
+    number = max((len(pile) for module in layer.module.modules() for pile in piles(module).values()), default=1)
+    share = min(1.0, getattr(config, "num_experts_per_tok", 1) / number)
+    return tuple(
+        tuple(
+            cost.Stack(
+                tuple(operator.name for operator in group.operators),
+                tuple(operator.shape[0] for operator in group.operators),
+                group.operators[0].shape[1],
+                group.paired,
+                1.0 if group.paired else share,
+            )
+            for group in stage
+        )
+        for stage in layer.stages
+    )

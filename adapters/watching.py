@@ -1,0 +1,71 @@
+"""One forward pass of a decoder layer, watched: which linear maps it calls, in which order, and with what."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from convexprune.model import Call
+
+from .experts import Pile, Product, piles
+from .operators import LINEAR_MODULES, Place
+
+
+@dataclass
+class Seen:
+    """What a forward pass called, in order: the inputs of each place, which tensor they were, and how often."""
+
+    inputs: dict[Place, Tensor] = field(default_factory=dict)
+    tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
+    times: Counter[Place] = field(default_factory=Counter)
+
+    def add(self, place: Place, x: Tensor) -> None:
+        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory."""
+        if x.numel():  # an expert that is called without a token is not called
+            self.inputs.setdefault(place, x)
+            self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
+            self.times[place] += 1
+
+
+def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
+    """One forward pass; the outputs of the places in `changed` are made others."""
+    seen = Seen()
+    with ExitStack() as hooks:
+        for path, module in layer.named_modules():
+            if isinstance(module, LINEAR_MODULES):
+                hooks.enter_context(_watch_module(module, place_of(path, module), seen, changed))
+            elif piles(module):
+
+                def hear(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
+                    place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
+                    seen.add(place, product.inputs)
+                    return _other if place in changed else None
+
+                hooks.enter_context(Pile(module).listen(hear))
+        call(layer, hidden)
+    return seen
+
+
+@contextmanager
+def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozenset[Place]) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args:  # the taps read the first argument, so an input that comes by name is none
+            seen.add(place, args[0])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return _other(output) if place in changed else None
+
+    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
+        yield
+
+
+def _other(output: Tensor) -> Tensor:
+    """Other outputs: the order differs, which no norm hides, and so does the sum."""
+    return output.roll(1, -1) + 1
+
+
+def place_of(path: str, module: nn.Module) -> Place:
+    """The place of a module that is one linear map."""
+    return Place(path, transposed=not isinstance(module, nn.Linear))
