@@ -53,9 +53,10 @@ def prune(
     Args:
         model: a folder, a name on the hub, or a loaded model, which is then changed in place. None: the small OPT
             model that is bundled.
-        solver: "fista" (production), "cvxpy" or "scipy" (ground truth, for very small models), or your own
-            `AbstractSolver`. Used by method="convex".
-        method: "convex", or a baseline: "magnitude", "wanda", "sparsegpt", "fistapruner".
+        solver: of method="convex": "fista" (production), "admm", "cvxpy" or "scipy" (ground truth, for very small
+            models), or your own `AbstractSolver`.
+        method: "convex", "admm" (the pattern as a constraint), "perspective", or a baseline: "alps", "sparsegpt",
+            "wanda", "magnitude", "fistapruner".
         sparsity: share of zeros in every operator, in [0, 1); None is 0.5, or what an N:M pattern fixes.
         pattern: "unstructured", or "N:M" for N non-zeros in every M inputs ("2:4").
         preset: "fistapruner" is the algorithm of arXiv 2408.03728 as published, for comparison.

@@ -281,6 +281,11 @@ BAD = {
     "preset": ({"preset": "fistaprune"}, errors.RecipeError, "Did you mean 'fistapruner'"),
     "damping of another method": ({"method": "wanda", "damping": 0.1}, errors.RecipeError, "does not take it"),
     "damping of a preset": ({"preset": "fistapruner", "damping": 0.1}, errors.RecipeError, "does not take it"),
+    "solver of another method": (
+        {"solver": "cvxpy", "method": "wanda"},
+        errors.RecipeError,
+        "'wanda' does not take it",
+    ),
     "preset and method": ({"preset": "fistapruner", "method": "wanda"}, errors.RecipeError, "names its own method"),
     "method settings": ({"method_args": {"round": 3}}, errors.RecipeError, "do not fit the method 'convex'"),
     "quota": ({"quota": "column"}, errors.RecipeError, "quota='column'"),

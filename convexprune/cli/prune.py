@@ -15,7 +15,7 @@ from convexprune.report import OperatorReport
 @app.command()
 def prune(
     model: options.Model = None,
-    solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, cvxpy, scipy.")] = "fista",
+    solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, admm, cvxpy, scipy.")] = "fista",
     method: Annotated[
         str, typer.Option(help="convex, admm, or a baseline: alps, sparsegpt, wanda, magnitude.")
     ] = "convex",

@@ -101,6 +101,8 @@ class Recipe(BaseModel):
             )
         if method == "convex":
             settings["solver"] = self._solver() if solver is None else solver
+        elif solver is not None or self.solver != "fista":
+            raise RecipeError(f"solver belongs to method='convex'; {method!r} does not take it. Leave one of them out.")
         if self.refit is False and own_refit:
             settings["refit"] = None
         pruner = _make(method, settings | self.method_args)
