@@ -3,7 +3,7 @@
 python benchmarks/extract_problems.py convexprune/data/problems
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -53,4 +53,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where to write them")
+    main(parser.parse_args().folder)

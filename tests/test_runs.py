@@ -1,5 +1,6 @@
 """Runs in a folder: whatever ends one, nothing is lost or wrong, and the bits are those of a run left in peace."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from convexprune import errors
 from convexprune.pipeline import executors, files, layer, output
 from convexprune.pipeline.files import locked
 from convexprune.pipeline.output import differences
-from convexprune.report import OperatorReport
+from convexprune.report import OperatorReport, Report
 
 LAYERS = 4
 TOKENS = torch.randint(2, 500, (5, 16), generator=torch.Generator().manual_seed(3))
@@ -338,6 +340,38 @@ def test_two_processes_on_one_folder_are_one_too_many(dense: Path, stopped: Path
         convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
     convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
     assert checksums(stopped) == expected
+
+
+def test_a_rank_that_comes_while_another_tidies_up_waits_for_it(dense: Path, tmp_path: Path, expected, monkeypatch):
+    out, tidied = tmp_path / "out", []
+    convexprune.prune(dense, output_dir=out, **SETTINGS)
+
+    def done(seconds: float) -> None:
+        tidied.append(seconds)
+        tidying.close()
+
+    with contextlib.ExitStack() as tidying:
+        assert tidying.enter_context(locked(out / output.LOCK))
+        monkeypatch.setattr(output, "time", SimpleNamespace(sleep=done, monotonic=time.monotonic))
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS).report.operators
+    assert tidied == [output.POLL] and checksums(out) == expected
+
+
+def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(tmp_path: Path, monkeypatch):
+    folder, tokens = output.RunFolder(tmp_path), {"calibration": TOKENS}
+    with folder.opened({"a": 1}, tokens, 0):
+        report = Report({}, {}, {}, identity={"a": 1})
+
+    def finishing(path: Path):
+        if path.name == output.RUN and folder.is_unfinished:
+            folder.finish(report)
+        return files.read_json(path)
+
+    monkeypatch.setattr(output, "read_json", finishing)
+    with folder.opened({"a": 1}, tokens, 1):
+        assert folder.is_finished
 
 
 def test_a_lock_goes_with_its_process(tmp_path: Path):

@@ -77,12 +77,7 @@ class RunFolder:
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / LOCK, shared=rank is not None) as mine:
-            if not mine:
-                raise OutputError(
-                    f"Another process works on {self.folder} ({(self.folder / LOCK).read_text().strip()}). "
-                    "Wait for it, or give another output folder."
-                )
+        with self._held(shared=rank is not None):
             if rank is None:
                 (self.folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
             if rank:
@@ -126,6 +121,21 @@ class RunFolder:
             time.sleep(POLL)
         yield False
 
+    @contextmanager
+    def _held(self, shared: bool) -> Iterator[None]:
+        """The lock on the folder; who holds it in a finished run only tidies up, and is waited for."""
+        while True:
+            with locked(self.folder / LOCK, shared=shared) as mine:
+                if mine:
+                    yield
+                    return
+                if not self.is_finished:
+                    holder = (self.folder / LOCK).read_text().strip() or "a rank of a launcher"
+                    raise OutputError(
+                        f"Another process works on {self.folder} ({holder}). Wait for it, or give another folder."
+                    )
+            time.sleep(POLL)
+
     def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         with writing(self.work):
@@ -142,7 +152,9 @@ class RunFolder:
             time.sleep(POLL)
 
     def _require_same(self, identity: Mapping[str, Any]) -> None:
-        then = read_json(self.folder / RUN) if self.is_unfinished else self.report().identity
+        then = read_json(self.folder / RUN)
+        if then is None and self.is_finished:  # also if another rank has just finished it
+            then = self.report().identity
         differing = differences(then or {}, json.loads(json.dumps(identity)))
         if differing:
             raise OutputError(
@@ -151,7 +163,7 @@ class RunFolder:
             )
 
     def _is_ours(self) -> bool:
-        names = {path.name for path in self.folder.iterdir()} - {path.name for path in self.folder.glob(PARTS)}
+        names = {path.name for path in self.folder.iterdir() if not path.match(PARTS)}
         return self.is_unfinished or self.is_finished or names <= {WORK, LOCK, FINISH}
 
 
