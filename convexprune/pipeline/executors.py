@@ -173,6 +173,7 @@ class OnRay(AbstractExecutor):
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
         import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
 
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
@@ -185,7 +186,7 @@ class OnRay(AbstractExecutor):
                 done, waiting = ray.wait(waiting, timeout=POLL)
                 ray.get(done)
                 watch.all_finished()
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.as_instanceof_cause() from None
         finally:
             for one in waiting:
