@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 from pruning_cases import layer_problem
 from strategies import KINDS, make_chain, make_layer, random, seeds
 
-from convexprune.bound import LowerBound, budget, first_split, lower_bound, without_dead_inputs
+from convexprune.bound import LowerBound, budget, lower_bound, without_dead_inputs
 from convexprune.errors import ProblemError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pruners import Convex, Wanda
 from convexprune.quadratic import Quadratic
+from convexprune.relaxation import Relaxed, relax
+from convexprune.split import first_split, safe_split
 from convexprune.validation import best_pruning
 
 PATTERNS = {"matrix": Unstructured(0.5), "row": Unstructured(0.5, "row"), "2:4": SemiStructured(2, 4)}
-QUICK = LowerBound(rounds=4, iterations=30, last_iterations=60)
-SHARED = LowerBound(rounds=4, iterations=30, last_iterations=60, per_row=False)
+QUICK = LowerBound(rounds=4, iterations=20, last_iterations=40)
+SHARED = LowerBound(rounds=4, iterations=20, last_iterations=40, per_row=False)
 ROUNDING = 1e-9  # of the energy: what the optimum of an ill-conditioned problem is known to
 
 patterns = st.sampled_from(tuple(PATTERNS.values()))
@@ -45,13 +47,46 @@ def test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound(kind, patte
     layer = case(kind, seed, 0.3)
     problem = layer_problem(layer, pattern)
     best = best_pruning(problem)
-    split = first_split(problem.quadratic.gram)
-    if split is None:
+    first = first_split(problem.quadratic.gram)
+    if first is None:
         return
+    _, split = first
     lines, kept = budget(pattern, best)
     anywhere = layer.weight + radius * random(seed, *layer.weight.shape)
     bound = 2 * lower_bound(problem.quadratic, share * split.expand(2, 8), anywhere, lines, kept)
     assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
+
+
+@settings(max_examples=20)
+@given(patterns, seeds)
+def test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound(pattern, seed):
+    layer = case("full rank", seed, 0.3)
+    problem = layer_problem(layer, pattern)
+    best = best_pruning(problem)
+    lines, kept = budget(pattern, best)
+    gram, anywhere = problem.quadratic.gram, layer.weight + 30 * random(seed, *layer.weight.shape)
+    large = 30 * gram.diagonal().expand(2, 8)
+    bound = 2 * lower_bound(problem.quadratic, safe_split(gram, large), anywhere, lines, kept)
+    assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
+
+
+@settings(max_examples=10)
+@given(patterns, seeds)
+def test_the_relaxation_is_solved(pattern, seed):
+    # Its value and the bound at its solution are equal (strong duality), and every line keeps what it may.
+    layer = case("full rank", seed, 0.3)
+    problem = layer_problem(layer, pattern)
+    q, best = problem.quadratic, best_pruning(problem)
+    first = first_split(q.gram)
+    assert first is not None
+    inverse, split = first[0], (first[1] * 0.9).expand(2, 8)
+    lines, kept = budget(pattern, best)
+    found = relax(q, inverse, split, Relaxed.at(best), lines, kept, 500)
+    curved = torch.where(found.share > 0, split * found.weight.square() * (1 / found.share.clamp_min(1e-300) - 1), 0.0)
+    value = float(q.values(found.weight).sum() + curved.sum() / 2)
+    bound = lower_bound(q, split, found.point, lines, kept)
+    assert bound <= value <= bound + 1e-5 * layer.energy
+    assert bool((lines(found.share).sum(1, keepdim=True) <= kept + 1e-9).all())
 
 
 @settings(max_examples=4)

@@ -22,7 +22,7 @@ import test_quadratic
 import test_refit
 from hypothesis import Phase, settings
 
-from convexprune import bound, pattern, problem
+from convexprune import bound, pattern, problem, relaxation, split
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Moments
 from convexprune.penalty import L1, ReverseHuber
@@ -113,8 +113,10 @@ FAULTS = (
           test_bound.test_no_pruning_is_better_than_the_bound),
     Fault("a bound that is twice the truth", bound.lower_bound, "bound if bound > 0", "2 * bound if bound > 0",
           test_bound.test_no_pruning_is_better_than_the_bound),
-    Fault("a split that is not below the Gram matrix", bound.first_split, "* 0.99", "* 30",
-          test_bound.test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound),
+    Fault("a split that is not below the Gram matrix", split.safe_split, "not is_below(gram, row * shrink)", "False",
+          test_bound.test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound),
+    Fault("a relaxation whose prox is off", relaxation.relax, "share / (1 + share)", "share",
+          test_bound.test_the_relaxation_is_solved),
 )  # fmt: skip
 
 

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convexprune.bound import budget, first_split, fit_split, relax, safe_split, split_gain
+from convexprune.bound import budget
 from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.quadratic import Quadratic
+from convexprune.relaxation import Relaxed, relax
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient
+from convexprune.split import first_split, fit_split, safe_split
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Perspective(AbstractPruner):
         for operator in problem.operators():
             rows = slice(row, row := row + len(operator.weight))
             part = Quadratic(q.gram, q.cross[rows], q.energy[rows], q.anchor[rows])
-            solution, mask = self._support(part, operator, first)
+            solution, mask = self._support(part, operator, *first)
             solutions.append(solution)
             masks.append(mask)
         mask = torch.cat(masks)
@@ -72,18 +74,24 @@ class Perspective(AbstractPruner):
         weight = (solutions[-1].weight / problem.scale).to(problem.weight)
         return Pruned(weight, mask, tuple(solutions), {"damping": self.damping})
 
-    def _support(self, q: Quadratic, operator: PruningProblem, first: Tensor) -> tuple[Solution, Tensor]:
+    def _support(
+        self, q: Quadratic, operator: PruningProblem, inverse: Tensor, split: Tensor
+    ) -> tuple[Solution, Tensor]:
         """The certified relaxation, and the mask of what it keeps."""
         assert q.anchor is not None
-        weight = q.anchor
-        start = weight * operator.pattern.mask(weight.abs())
+        start = q.anchor * operator.pattern.mask(q.anchor.abs())
         lines, kept = budget(operator.pattern, start)
-        split = first
+        found = Relaxed.at(q.anchor)
         for number in range(self.rounds):
-            weight, share, _ = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
-            split = fit_split(q.gram, split, split_gain(weight, share).mean(0), 0.1 * 0.4**number)
-        split = safe_split(q.gram, split[None])[0] * (1 - self.margin)
-        weight, _, price = relax(q, split.expand(q.shape), weight, lines, kept, self.iterations)
+            before = split.expand(q.shape)
+            found = relax(q, inverse, before, found, lines, kept, self.iterations)
+            gain = found.gain.mean(0)
+            split = fit_split(q.gram, split, gain / gain.mean().clamp_min(1e-300), 0.1 * 0.4**number)
+            found = found.moved(before, split)
+        before, split = split, safe_split(q.gram, split[None])[0] * (1 - self.margin)
+        found = found.moved(before, split)
+        found = relax(q, inverse, split.expand(q.shape), found, lines, kept, self.iterations)
+        weight, price = found.weight, found.cost
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
         solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
         share = solution.weight.abs() * (split / prices.clamp_min(torch.finfo(split.dtype).tiny)).sqrt()

@@ -1,0 +1,72 @@
+"""A diagonal below the Gram matrix: the part of an error that is separable, one weight at a time."""
+
+import torch
+from torch import Tensor
+
+LEAST_LENGTH = 1e-6  # of a Newton step: shorter ones are not worth a factorisation
+POWER_ITERATIONS = 20
+POWER_STARTS = 4
+FLOOR = 0.1  # of the barrier that keeps a split positive, to the one that keeps it below
+
+
+def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
+    """H^-1 [n n], and a split [n] to begin with: 1 / [H^-1]_jj, shrunk until H - B is positive semidefinite.
+
+    None if H is not positive definite by more than rounding.
+    """
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(gram - rounding(gram) * identity)
+    if int(info):
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    root = inverse.diagonal().rsqrt()
+    scaled = inverse * root * root[:, None]  # its largest eigenvalue is what 1 / [H^-1]_jj is too large by
+    vectors = torch.randn(len(gram), POWER_STARTS, generator=torch.Generator().manual_seed(0)).to(gram)
+    for _ in range(POWER_ITERATIONS):
+        vectors = scaled @ (vectors / vectors.norm(dim=0))
+    split = safe_split(gram, 0.95 * root.square()[None] / float(vectors.norm(dim=0).max()))[0]
+    return (inverse, split) if bool((split > 0).all()) else None
+
+
+def safe_split(gram: Tensor, split: Tensor) -> Tensor:
+    """The split [m n] shrunk, row by row, until a Cholesky factorisation proves H - B positive semidefinite."""
+    distinct = split[:1] if split.stride(0) == 0 else split
+    rows = []
+    for row in distinct:
+        shrink = 1.0
+        while not is_below(gram, row * shrink):
+            shrink = shrink * 0.999 if shrink > 0.9 else shrink * 0.5 if shrink > 1e-9 else 0.0
+        rows.append(row * shrink)
+    return torch.stack(rows).expand(split.shape)
+
+
+def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
+    """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split [n]."""
+    factor, info = torch.linalg.cholesky_ex(gram - split.diag())
+    if int(info):
+        return split
+    inverse = torch.cholesky_inverse(factor)
+    slope = gain - barrier * inverse.diagonal() + FLOOR * barrier / split
+    hessian = barrier * (inverse.square() + (FLOOR / split.square()).diag())
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        return split
+    move = torch.cholesky_solve(slope[:, None], factor)[:, 0]
+    shrinking = move < 0
+    length = min(1.0, 0.9 * float((-split / move)[shrinking].min())) if bool(shrinking.any()) else 1.0
+    while length > LEAST_LENGTH:
+        if int(torch.linalg.cholesky_ex(gram - (split + length * move).diag())[1]) == 0:
+            return split + (length if length == 1 else 0.9 * length) * move
+        length *= 0.7
+    return split
+
+
+def rounding(gram: Tensor) -> float:
+    """What a Cholesky factorisation of H may be wrong by, as a multiple of the identity (Higham 2002, theorem 10.3)."""
+    n = len(gram)
+    return n * (n + 2) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
+
+
+def is_below(gram: Tensor, split: Tensor) -> bool:
+    """Whether a Cholesky factorisation proves H - B positive semidefinite."""
+    return int(torch.linalg.cholesky_ex(gram - (split + rounding(gram)).diag())[1]) == 0
