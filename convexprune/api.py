@@ -29,6 +29,7 @@ def prune(
     max_seq_length: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    bound_rows: int = 2,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
     error_correction: float | bool = True,
@@ -69,6 +70,8 @@ def prune(
             or what the data set has left.
         batch_size: windows in one forward pass.
         seed: of the choice of windows and of "self" sampling.
+        bound_rows: rows of every operator whose error the report compares with a certified lower bound on that of any
+            pruning (docs/certificates.md); 0: none.
         targets: operators to prune: names, their endings, "re:" patterns, or "Linear".
         ignore: operators not to prune, as `targets`.
         error_correction: how much an operator makes up for the operators pruned before it in its layer, 0 to 1.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -17,6 +18,10 @@ class OperatorReport:
     on tokens that no method saw (None if there are none): the one to judge by. Operators that share an input are solved
     as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the last solve (the
     refit), `largest_gap` of any (the path that chooses the support stops early on purpose).
+
+    `bound` is for a sample of the operator's `rows` (None: not asked, or the operator is too wide): no weight in the
+    pattern has a smaller `error` there than `lower`, and `ratio` is lower / error. That error is the one the pruner
+    minimises, with its `damping`: sum over the rows of mean |V x* - target|^2 + damping sum_j H_jj (V - W)_j^2.
     """
 
     name: str
@@ -36,6 +41,7 @@ class OperatorReport:
     tokens: int
     held_out_tokens: int
     seconds: float
+    bound: dict[str, float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -70,6 +76,12 @@ class Report:
         return max(gaps) if gaps else None
 
     @property
+    def median_bound_ratio(self) -> float | None:
+        """The median over the operators of lower bound / error; None if no bound was asked."""
+        ratios = [o.bound["ratio"] for o in self.operators if o.bound is not None]
+        return median(ratios) if ratios else None
+
+    @property
     def short_of_tokens(self) -> dict[str, int]:
         """The experts that were sent fewer tokens than they have inputs, and how many; they borrowed the others'."""
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
@@ -77,7 +89,7 @@ class Report:
     def to_json(self) -> str:
         """The whole report as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
-        whole["short_of_tokens"] = self.short_of_tokens
+        whole |= {"median_bound_ratio": self.median_bound_ratio, "short_of_tokens": self.short_of_tokens}
         return json.dumps(finite(whole), indent=2, allow_nan=False)
 
     @classmethod
@@ -92,7 +104,7 @@ class Report:
         """One line per operator, for a terminal."""
         table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators", box=SIMPLE_HEAD)
         table.add_column("operator", no_wrap=True)
-        for name in ("shape", "zeros", "error", "held-out", "gap", "solves", "damping", "s"):
+        for name in ("shape", "zeros", "error", "held-out", "gap", "bound", "solves", "damping", "s"):
             table.add_column(name, justify="right", no_wrap=True)
         for o in self.operators:
             table.add_row(*_cells(o))
@@ -106,6 +118,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield f"{o.relative_error:.2e}"
     yield "-" if o.held_out_error is None else f"{o.held_out_error:.2e}"
     yield "-" if o.gap is None else f"{o.gap:.0e}"
+    yield "-" if o.bound is None else f"{o.bound['ratio']:.2f}"
     yield str(o.solves)
     yield f"{o.facts['damping']:.3f}" if "damping" in o.facts else "-"
     yield f"{o.seconds:.1f}"

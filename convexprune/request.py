@@ -79,7 +79,9 @@ class Request:
         )
         recipe = self.recipe
         pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
-        self.layers = LayerSettings(pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+        self.layers = LayerSettings(
+            pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix, bound_rows=recipe.bound_rows
+        )
         self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
         self.device = default_device(recipe.device)
         self.executor = _executor(settings, self.device, recipe.threads)
@@ -219,7 +221,8 @@ class Request:
 _OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
 _PLAIN = (
     "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping", "refit",
-    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "device", "dtype", "threads",
+    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "bound_rows", "device",
+    "dtype", "threads",
 )  # fmt: skip
 
 

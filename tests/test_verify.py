@@ -13,6 +13,7 @@ import convexprune
 from convexprune.errors import ProblemError, RecipeError
 from convexprune.pattern import SemiStructured
 from convexprune.pruners import PruningProblem
+from convexprune.report import Report
 from convexprune.solvers.fista import FISTA
 from convexprune.validation import best_pruning, verify
 from convexprune.validation.oracles import block
@@ -30,7 +31,9 @@ def test_a_fresh_model_passes(folder: Path, pattern):
     assert result.passed, result.faults
     assert [c.penalty for c in result.comparisons] == ["L1", "support"]
     assert all(s.difference <= 1e-6 for c in result.comparisons for s in c.solves[1:])
-    assert [b.operator for b in result.bounds] == [OPERATOR]
+    (bound,) = result.bounds
+    assert bound.operator == OPERATOR and bound.damping > 0
+    assert bound.ratio > bound.plain_ratio >= 0  # the damped problem is better conditioned, and the one that was solved
     assert json.loads(result.to_json())["passed"] is True
 
 
@@ -41,7 +44,10 @@ def test_a_finished_run_is_read_again_and_judged_by_its_own_weights(folder: Path
     result = verify(folder / "out", rows=2, columns=8, bound_rows=999, operators=[OPERATOR])
     assert result.passed, result.faults
     again = verify(folder / "model", rows=2, columns=8, bound_rows=999, operators=[OPERATOR], **settings)
-    assert again.bounds[0].error == pytest.approx(result.bounds[0].error, rel=1e-4)
+    (judged,), (fresh,) = result.bounds, again.bounds
+    report = Report.from_json((folder / "out" / "report.json").read_text())
+    assert [o.facts["damping"] for o in report.operators if o.name == OPERATOR] == [judged.damping]
+    assert fresh.plain_error == pytest.approx(judged.plain_error, rel=1e-4)
 
 
 def test_weights_that_break_their_pattern_are_noticed(folder: Path):

@@ -1,6 +1,6 @@
 """The layer problems of a model: each operator's dense and pruned weight, and its moments in float64."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -18,13 +18,18 @@ from convexprune.pipeline import (
     prune_observed,
     stage_inputs,
 )
-from convexprune.pipeline.layer import Calls
+from convexprune.pipeline.bounding import drawn_rows, posed_damping
+from convexprune.pipeline.layer import Calls, Tell
 from convexprune.pruners import PruningProblem
+from convexprune.report import OperatorReport
 
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and what its inputs were."""
+    """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and what its inputs were.
+
+    `damping` is what its pruner was damped by, relative to the diagonal of the Gram matrix.
+    """
 
     name: str
     dense: Tensor
@@ -32,11 +37,11 @@ class OperatorProblem:
     moments: Moments
     pattern: AbstractPattern
     correction: float
+    damping: float
 
     def rows(self, count: int | None, generator: torch.Generator) -> tuple[PruningProblem, Tensor]:
         """The pruning problem of `count` rows drawn at random (None: all), and the pruned weight of these rows."""
-        m = len(self.dense)
-        chosen = torch.arange(m) if count is None or count >= m else torch.randperm(m, generator=generator)[:count]
+        chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
         return PruningProblem(dense, self.moments, self.pattern, self.correction), self.pruned[chosen].double()
 
@@ -49,24 +54,31 @@ def operator_problems(
     names: Collection[str],
     pruned: AbstractModel | None = None,
     batch_size: int = 1,
+    reports: Iterable[OperatorReport] = (),
 ) -> Iterator[OperatorProblem]:
     """The problems of the operators `names` of the dense `model` on `tokens` [samples length], in order of execution.
 
     x is what an operator sees in the dense layer, x* what it sees in the layer pruned: that of the model `pruned`, or a
     copy that is pruned here as `settings` say; of a dense prefix only the layers that hold one of `names`. The model
-    itself is not changed. An expert to which no token is sent is left out.
+    itself is not changed. An expert to which no token is sent is left out. `reports` are those of the run that wrote
+    `pruned`.
     """
     batches = list(tokens.split(batch_size))
     calls = RecordedCalls(model, batches)
     dense = fed = [model.first_inputs(batch) for batch in batches]
     left = set(names)
+    damping = {report.name: posed_damping(report.facts) for report in reports}
+
+    def tell(report: OperatorReport) -> None:
+        damping[report.name] = posed_damping(report.facts)
+
     for number, layer in enumerate(model.layers):
         of = calls.of(number)
         wanted = left & {f"{layer.name}.{operator.name}" for operator in layer.operators}
         sparse = layer
         if wanted or settings.prefix == "pruned":
-            sparse = pruned.layers[number] if pruned else _pruned(layer, of, HiddenStates(dense, fed), settings)
-        yield from _watch(layer, sparse, wanted, of, HiddenStates(dense, fed), settings)
+            sparse = pruned.layers[number] if pruned else _pruned(layer, of, HiddenStates(dense, fed), settings, tell)
+        yield from _watch(layer, sparse, wanted, of, HiddenStates(dense, fed), settings, damping)
         left -= wanted
         if not left:
             return
@@ -75,9 +87,11 @@ def operator_problems(
         fed = dense if fed is None else fed
 
 
-def _pruned(layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings) -> DecoderLayer:
+def _pruned(
+    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings, tell: Tell
+) -> DecoderLayer:
     copy = deepcopy(layer)
-    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense), settings, lambda _: None)
+    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense), settings, tell)
     return copy
 
 
@@ -88,6 +102,7 @@ def _watch(
     calls: Calls,
     hidden: HiddenStates,
     settings: LayerSettings,
+    damping: Mapping[str, float],
 ) -> Iterator[OperatorProblem]:
     pairs = [
         (one, other)
@@ -110,4 +125,5 @@ def _watch(
             name = f"{dense.name}.{w.name}"
             if name in wanted and total.tokens:
                 weights = w.read().cpu(), v.read().cpu()
-                yield OperatorProblem(name, *weights, total, settings.pattern_of(name), settings.correction)
+                asked = settings.pattern_of(name), settings.correction, damping.get(name, 0.0)
+                yield OperatorProblem(name, *weights, total, *asked)

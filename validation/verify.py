@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, lo
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pruners.damped import damped
+from convexprune.report import Report
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import Comparison, block, block_problems, compare
@@ -27,13 +29,21 @@ WIDE = 1024  # above, a split for every row costs too much: rows share one
 
 @dataclass(frozen=True)
 class BoundReport:
-    """The squared error that was achieved on a sample of an operator's rows, and the bound on every pruning of them."""
+    """What was achieved on a sample of an operator's rows, and the bound on every pruning of them.
+
+    `error` is mean |V x* - target|^2 plus the `damping` that the pruner added: what it was to minimise. `plain_error`
+    is without damping, on the calibration tokens alone.
+    """
 
     operator: str
     rows: int
+    damping: float
     error: float
     lower: float
     ratio: float
+    plain_error: float
+    plain_lower: float
+    plain_ratio: float
     seconds: float
 
 
@@ -60,7 +70,7 @@ class Verification:
         found += [
             f"{b.operator}: the error {b.error:.3e} is below the bound {b.lower:.3e}, which no weight can be"
             for b in self.bounds
-            if not b.lower <= b.error * (1 + self.tolerance)
+            if not (b.lower <= b.error * (1 + self.tolerance) and b.plain_lower <= b.plain_error * (1 + self.tolerance))
         ]
         return found if self.comparisons else [*found, "nothing was compared"]
 
@@ -72,11 +82,17 @@ class Verification:
     @property
     def median_ratio(self) -> float:
         """The median over the operators of bound / error."""
-        return float(torch.tensor([b.ratio for b in self.bounds], dtype=torch.float64).quantile(0.5))
+        return _median(b.ratio for b in self.bounds)
+
+    @property
+    def median_plain_ratio(self) -> float:
+        """The same without damping."""
+        return _median(b.plain_ratio for b in self.bounds)
 
     def to_json(self) -> str:
         """All of it as JSON; numbers that are not finite are written as text."""
         whole = asdict(self) | {"faults": self.faults, "passed": self.passed, "median_ratio": self.median_ratio}
+        whole["median_plain_ratio"] = self.median_plain_ratio
         return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
 
     def tables(self) -> list[Table]:
@@ -93,10 +109,11 @@ class Verification:
                 solves.add_row(*head, s.solver, f"{s.objective:.9e}", *figures, f"{s.seconds:.3f}")
         bounds = Table(title="Squared error achieved, and what no pruning can beat", box=SIMPLE_HEAD)
         bounds.add_column("operator", no_wrap=True)
-        for name in ("rows", "error", "lower bound", "ratio", "s"):
+        for name in ("rows", "damping", "error", "lower bound", "ratio", "undamped: error", "bound", "ratio", "s"):
             bounds.add_column(name, justify="right", no_wrap=True)
         for b in self.bounds:
-            bounds.add_row(b.operator, str(b.rows), f"{b.error:.3e}", f"{b.lower:.3e}", f"{b.ratio:.3f}",
+            bounds.add_row(b.operator, str(b.rows), f"{b.damping:.3f}", f"{b.error:.2e}", f"{b.lower:.2e}",
+                           f"{b.ratio:.3f}", f"{b.plain_error:.2e}", f"{b.plain_lower:.2e}", f"{b.plain_ratio:.3f}",
                            f"{b.seconds:.1f}")  # fmt: skip
         return [solves, bounds]
 
@@ -150,7 +167,8 @@ def verify(
     layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     generator = torch.Generator().manual_seed(seed)
-    for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size):
+    reports = [] if run is None else Report.from_json((run / "report.json").read_text()).operators
+    for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size, reports):
         result.comparisons += _compare(operator, rows, columns, generator)
         result.bounds.append(bound(operator, bound_rows, generator))
         tell(operator.name)
@@ -159,12 +177,15 @@ def verify(
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
-    """The bound for `rows` rows of an operator drawn at random (None: all rows)."""
+    """The bounds for `rows` rows of an operator drawn at random (None: all), with its pruner's damping and without."""
     began = time.perf_counter()
     problem, achieved = operator.rows(rows, generator)
-    n = problem.weight.shape[1]
-    found = LowerBound(per_row=n <= WIDE and rows is not None).of(problem.quadratic, problem.pattern, achieved)
-    return BoundReport(operator.name, found.rows, found.error, found.lower, found.ratio, time.perf_counter() - began)
+    method = LowerBound(per_row=problem.weight.shape[1] <= WIDE and rows is not None)
+    plain = method.of(problem.quadratic, problem.pattern, achieved)
+    r = operator.damping
+    posed = plain if r == 0 else method.of(damped(problem, r), problem.pattern, achieved)
+    figures = (x for b in (posed, plain) for x in (b.error, b.lower, b.ratio))
+    return BoundReport(operator.name, plain.rows, r, *figures, seconds=time.perf_counter() - began)
 
 
 def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Recipe, Path | None]:
@@ -184,6 +205,10 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
     return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
+
+
+def _median(ratios: Iterable[float]) -> float:
+    return float(torch.tensor(list(ratios), dtype=torch.float64).quantile(0.5))
 
 
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:

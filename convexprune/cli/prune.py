@@ -29,6 +29,7 @@ def prune(
     max_seq_length: options.Length = None,
     batch_size: options.BatchSize = 1,
     seed: options.Seed = 0,
+    bound_rows: Annotated[int, typer.Option(help="Rows an operator to bound the best pruning of, in the report.")] = 2,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
@@ -76,6 +77,8 @@ def prune(
         console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
     if report.largest_gap is not None:
         console.print(f"largest relative duality gap of a final solve: {report.largest_gap:.1e}")
+    if report.median_bound_ratio is not None:
+        console.print(f"least error that any pruning could have, over ours (median): {report.median_bound_ratio:.2f}")
     console.print(f"pruned model: {output.resolve()}  ({sum(report.seconds.values()):.0f} s)", soft_wrap=True)
 
 

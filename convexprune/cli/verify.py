@@ -69,7 +69,7 @@ def verify(
         for fault in result.faults:
             console.print(f"[bold red]missed[/]: {fault}", highlight=False, soft_wrap=True)
         verdict = "[bold green]passed[/]" if result.passed else "[bold red]failed[/]"
-        console.print(f"{verdict}: {len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}; "
-                      f"{result.seconds:.0f} s")  # fmt: skip
+        console.print(f"{verdict}: {len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}, "
+                      f"undamped {result.median_plain_ratio:.2f}; {result.seconds:.0f} s")  # fmt: skip
     if not result.passed:
         raise typer.Exit(1)

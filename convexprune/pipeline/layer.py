@@ -12,6 +12,7 @@ from torch import Tensor
 from convexprune.errors import ModelError, PruningError
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pattern import AbstractPattern, Stacked
+from convexprune.pipeline.bounding import posed_damping, sampled_bound
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
@@ -29,7 +30,8 @@ class LayerSettings:
     `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
     (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
     W (x* + a (x - x*)) with a = `correction`, where x is what the dense network sees (arXiv 2408.03728, section 3.3).
-    `patterns` holds operators that differ in their pattern; those that share an input have one pattern.
+    `patterns` holds operators that differ in their pattern; those that share an input have one pattern. `bound_rows`
+    of every operator are compared with what no pruning can beat; it changes no weight.
     """
 
     pruner: AbstractPruner
@@ -37,6 +39,7 @@ class LayerSettings:
     correction: float = 1.0
     prefix: Literal["dense", "pruned"] = "dense"
     patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
+    bound_rows: int = 0
 
     def pattern_of(self, operator: str) -> AbstractPattern:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
@@ -217,12 +220,14 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
-    for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
+    parts = zip(group.operators, problem.operators(), stored.split(heights), strict=True)
+    for i, (operator, part, weight) in enumerate(parts):
         expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
             raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked} asks {expected}.")
         certificates = [s.certificate for s in pruned.solutions]
         last = pruned.solutions[-1] if pruned.solutions else None
+        seconds = time.perf_counter() - began
         report = OperatorReport(
             name=f"{layer}.{operator.name}",
             outputs=operator.shape[0],
@@ -240,7 +245,8 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
+            bound=sampled_bound(part, weight, settings.bound_rows, posed_damping(pruned.facts)),
         )
         tell(report)
 

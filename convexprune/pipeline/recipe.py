@@ -25,7 +25,8 @@ class Recipe(BaseModel):
     the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
     of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least squares on the
     support to a method that has none of its own, or takes it from one that has (None: as the method is). `method_args`
-    are settings of the pruner (see `convexprune.pruners`).
+    are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in the report
+    with what no pruning can beat; it changes no weight, and 0 leaves it out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
     max_seq_length: int | None = Field(None, ge=2)
     batch_size: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
+    bound_rows: int = Field(2, ge=0)
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     device: str = "auto"

@@ -1,0 +1,83 @@
+"""The bound in a report: of the problem that was posed, on the same rows in every run, and no weight depends on it."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pruning_cases import layer_problem
+from strategies import make_layer, seeds
+
+import convexprune
+from convexprune.moments import Moments
+from convexprune.pattern import SemiStructured, Unstructured
+from convexprune.pipeline import bounding
+from convexprune.pipeline.bounding import posed_damping, sampled_bound
+from convexprune.pruners import ADMM, Convex, PruningProblem, Refitted, Wanda
+from convexprune.report import Report
+from convexprune.validation import best_pruning
+
+TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 6}
+PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), SemiStructured(2, 4))
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(PATTERNS), seeds, st.sampled_from((0.01, 0.1, 1.0)))
+def test_no_pruning_of_the_damped_problem_is_better_than_its_bound(pattern, seed, damping):
+    # Damping is as good as more tokens: one for each input, of length sqrt(damping * tokens * H_jj).
+    layer = make_layer("full rank", 2, 8, seed, 0.0)
+    problem = layer_problem(layer, pattern)
+    tokens = problem.moments.tokens
+    more = Moments(8, torch.float64)
+    more.add((damping * tokens * problem.moments.gram.diagonal()).sqrt().diag())
+    whole = PruningProblem(problem.weight, problem.moments + more, pattern)
+    best = best_pruning(whole)
+    least = float(whole.squared_error(best).sum()) * (tokens + 8) / tokens
+    bound = sampled_bound(problem, best, 2, damping)
+    assert bound is not None
+    assert bound["error"] == pytest.approx(least)
+    assert 0 < bound["lower"] <= least * (1 + 1e-9)
+    assert bound["ratio"] == bound["lower"] / bound["error"]
+
+
+def test_the_damping_of_the_problem_is_what_the_pruner_said():
+    problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
+    for pruner, damping in ((Convex(damping=0.2), 0.2), (ADMM(damping=0.3), 0.3), (Wanda(), 0.0),
+                            (Refitted(Wanda(), damping=0.1), 0.1)):  # fmt: skip
+        assert posed_damping(pruner.prune(problem).facts) == damping
+
+
+def test_what_is_too_wide_or_not_pruned_has_no_bound(monkeypatch):
+    problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
+    weight = Wanda().prune(problem).weight
+    assert sampled_bound(problem, weight, 0, 0.0) is None
+    nothing = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.0))
+    assert sampled_bound(nothing, weight, 2, 0.0) is None
+    fitted = sampled_bound(problem, weight, 3, 0.0)
+    monkeypatch.setattr(bounding, "WIDE", 7)  # the first split
+    first = sampled_bound(problem, weight, 3, 0.0)
+    assert fitted is not None and first is not None and 0 < first["lower"] != fitted["lower"] > 0
+    monkeypatch.setattr(bounding, "WIDEST", 7)
+    assert sampled_bound(problem, weight, 2, 0.0) is None
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_run_reports_bounds_and_its_weights_do_not_depend_on_them(tiny_opt, pattern):
+    dense = {name: p.detach().clone() for name, p in tiny_opt.model.named_parameters()}
+    with_bounds = convexprune.prune(tiny_opt.model, pattern=pattern, **SMALL).report
+    pruned = {name: p.detach().clone() for name, p in tiny_opt.model.named_parameters()}
+    for o in with_bounds.operators:
+        assert o.bound is not None
+        assert o.bound["rows"] == 2 and o.bound["damping"] == o.facts["damping"]
+        assert 0 <= o.bound["lower"] <= o.bound["error"]
+    tiny_opt.model.load_state_dict(dense, strict=False)
+    without = convexprune.prune(tiny_opt.model, pattern=pattern, bound_rows=0, **SMALL).report
+    assert all(torch.equal(p, pruned[name]) for name, p in tiny_opt.model.named_parameters())
+    assert all(o.bound is None for o in without.operators) and without.median_bound_ratio is None
+    ratios = sorted(o.bound["ratio"] for o in with_bounds.operators if o.bound)
+    assert with_bounds.median_bound_ratio is not None
+    assert ratios[0] <= with_bounds.median_bound_ratio <= ratios[-1]
+    again = Report.from_json(with_bounds.to_json())
+    assert again.operators == with_bounds.operators and "bound" in [c.header for c in again.table().columns]
