@@ -94,6 +94,14 @@ def test_settings_beside_a_run_and_unknown_operators_are_refused(folder: Path):
     (folder / "model" / "recipe.yaml").unlink()
     with pytest.raises(RecipeError, match="Unknown operator"):
         verify(folder / "model", operators=["model.decoder.layers.9.fc1"], dataset=str(folder / "text.txt"))
+    with pytest.raises(RecipeError, match="not a regular expression"):
+        verify(folder / "model", operators=["re:("], dataset=str(folder / "text.txt"))
+
+
+def test_operators_are_named_by_a_regular_expression(folder: Path):
+    asked = {"rows": 1, "columns": 4, "bound_rows": 1, "operators": [r"re:model.decoder.layers.1.*\.(q|v)_proj"]}
+    result = verify(folder / "model", dataset=str(folder / "text.txt"), **asked, **TOKENS)
+    assert [b.operator[-6:] for b in result.bounds] == ["q_proj", "v_proj"]
 
 
 def test_a_block_moves_only_its_columns():

@@ -1,6 +1,7 @@
 """Verify: the answers of the production solvers against oracles, and the pruning against a bound nobody can beat."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,8 @@ def verify(
         source: a model (folder or hub name), which is pruned in memory as `settings` say; or the folder of a finished
             run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged.
             None: the bundled model.
-        operators: names of operators; none: `sample` of them, drawn at random (None: all).
+        operators: names of operators, or "re:" and a regular expression that matches the beginning of some names;
+            none: `sample` of them, drawn at random (None: all).
         rows: rows of the block that the oracles solve.
         columns: its columns; the others stay dense.
         bound_rows: rows that the lower bound is for, drawn at random.
@@ -213,13 +215,26 @@ def _median(ratios: Iterable[float]) -> float:
 
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
     every = [f"{layer.name}.{operator.name}" for layer in model.layers for operator in layer.operators]
-    for name in operators:
-        if name not in every:
-            raise RecipeError(unknown("operator", name, every))
-    if operators or sample is None or sample >= len(every):
-        return list(operators) or every
+    if operators:
+        named = {asked: _named(asked, every) for asked in operators}
+        for asked, found in named.items():
+            if not found:
+                raise RecipeError(unknown("operator", asked, every))
+        return [name for name in every if any(name in found for found in named.values())]
+    if sample is None or sample >= len(every):
+        return every
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:sample]
     return [every[i] for i in drawn.sort().values.tolist()]
+
+
+def _named(asked: str, every: Sequence[str]) -> list[str]:
+    if not asked.startswith("re:"):
+        return [name for name in every if name == asked]
+    try:
+        expression = re.compile(asked.removeprefix("re:"))
+    except re.error as cause:
+        raise RecipeError(f"{asked!r} is not a regular expression: {cause}. See Python's re module.") from cause
+    return [name for name in every if expression.match(name)]
 
 
 def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, names: Sequence[str]) -> None:

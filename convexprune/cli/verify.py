@@ -11,7 +11,9 @@ from convexprune.cli.application import app, console
 @app.command()
 def verify(
     source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,
-    operators: Annotated[list[str] | None, typer.Option(help="Operators to verify; repeat it for more.")] = None,
+    operators: Annotated[
+        list[str] | None, typer.Option(help="Operators to verify, names or re:...; repeat it for more.")
+    ] = None,
     sample: Annotated[int, typer.Option(help="Operators drawn if none is named; 0 is all.")] = 3,
     rows: Annotated[int, typer.Option(help="Rows of the blocks that oracles solve.")] = 4,
     columns: Annotated[int, typer.Option(help="Columns of the blocks that oracles solve.")] = 32,
