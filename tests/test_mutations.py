@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import test_baselines
 import test_bound
+import test_bounding
 import test_certificate
 import test_fista
 import test_invariance
@@ -26,6 +27,7 @@ from convexprune import bound, pattern, problem, relaxation, split
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Moments
 from convexprune.penalty import L1, ReverseHuber
+from convexprune.pipeline import bounding
 from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import fista
@@ -117,6 +119,8 @@ FAULTS = (
           test_bound.test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound),
     Fault("a relaxation whose prox is off", relaxation.relax, "share / (1 + share)", "share",
           test_bound.test_the_relaxation_is_solved),
+    Fault("a bound that forgets the damping", bounding.sampled_bound, "damped(part, damping)", "part.quadratic",
+          test_bounding.test_no_pruning_of_the_damped_problem_is_better_than_its_bound),
 )  # fmt: skip
 
 
