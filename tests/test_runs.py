@@ -176,6 +176,10 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def _lie(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"zeros": ', b'"zeros": 1'))
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -208,6 +212,12 @@ def test_a_disk_that_does_not_keep_what_it_is_given_is_found(dense: Path, tmp_pa
     with pytest.raises(errors.OutputError, match=r"does not hold what was written to it \(layers \[1\]\)"):
         convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_report_that_is_not_what_was_written_is_done_again(dense: Path, stopped: Path):
+    _lie(stopped / "work" / "layers" / "00001.json")
+    result = convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
+    assert all(o.zeros == o.expected_zeros for o in result.report.operators)
 
 
 def _count_writes(dense: Path, folder: Path, monkeypatch) -> int:

@@ -1,5 +1,7 @@
 """Where a run keeps what is between its layers: in memory, or in a folder that survives whatever ends the process."""
 
+import hashlib
+import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -7,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -170,9 +172,9 @@ class FolderStore(AbstractStore):
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
         path = self._shard(number)
         write_tensors(path, {name: Spec.of(t) for name, t in state.items()}, state.__getitem__, {"format": "pt"})
-        write_json(
-            self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
-        )
+        operators = [asdict(report) for report in reports]
+        notes = {"sha256": sha256(path), "operators": operators, "operators_sha256": _checksum(operators)}
+        write_json(self._notes("layers", path.stem), notes)
         self.pruned_here.add(number)
         self._forget_hidden(number, "dense")
         self._forget_hidden(number, "fed")
@@ -199,11 +201,12 @@ class FolderStore(AbstractStore):
             )
 
     def discard_damaged(self) -> list[int]:
-        """Forget every finished layer whose file is not what was written, and name them."""
+        """Forget every finished layer whose file or report is not what was written, and name them."""
         damaged = []
         for notes_path in sorted((self.folder / "layers").glob("*.json")):
-            notes = read_json(notes_path)
-            if notes is None or sha256(notes_path.with_suffix(".safetensors")) != notes["sha256"]:
+            notes = read_json(notes_path) or {}
+            found = sha256(notes_path.with_suffix(".safetensors")), _checksum(notes.get("operators"))
+            if found != (notes.get("sha256"), notes.get("operators_sha256")):
                 notes_path.unlink(missing_ok=True)
                 self._finished.discard(int(notes_path.stem))
                 damaged.append(int(notes_path.stem))
@@ -219,3 +222,8 @@ class FolderStore(AbstractStore):
         path = self._notes("hidden", f"{number:05d}.{stream}")
         path.unlink(missing_ok=True)
         path.with_suffix(".bin").unlink(missing_ok=True)
+
+
+def _checksum(value: Any) -> str:
+    """The sha256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
