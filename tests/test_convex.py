@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import isfinite
 
 import pytest
 import torch
@@ -210,9 +211,18 @@ def test_the_envelopes_of_the_path_stiffen_from_one_end_to_the_other():
     assert expected == pytest.approx([expected[0]] * 6, rel=1e-6)
 
 
+def test_a_path_without_certificates_between_is_the_path_with_all_of_them():
+    problem = layer_problem(correlated(0), Unstructured(0.5))
+    recorder = Recorder()  # has no way to advance: it solves
+    certified = Convex(solver=recorder).prune(problem)
+    torch.testing.assert_close(Convex().prune(problem).weight, certified.weight, rtol=0, atol=ROUNDING)
+    assert len(recorder.calls) == Convex().rounds
+
+
 def test_every_solve_of_convex_is_kept_the_refit_last():
-    solutions = Convex(rounds=7).prune(layer_problem(correlated(0), Unstructured(0.5))).solutions
-    assert len(solutions) == 7 + 1
+    solutions = Convex(rounds=10).prune(layer_problem(correlated(0), Unstructured(0.5))).solutions
+    assert len(solutions) == 5 + 1  # the last problem of every envelope
+    assert all(isfinite(s.certificate.gap) for s in solutions)
     assert solutions[-1].status is Status.SOLVED
 
 

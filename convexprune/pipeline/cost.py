@@ -37,7 +37,7 @@ class Method(NamedTuple):
 METHODS = {
     "admm": Method(8.7, 33.9, 180, 31, 4.0),
     "alps": Method(10.8, 34.5, 45, 12, 4.0),
-    "convex": Method(8.7, 33.9, 112, 8, 5.0),
+    "convex": Method(8.7, 33.9, 75, 8, 2.5),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
     "perspective": Method(15.9, 49.0, 90, 8, 8.0),
