@@ -36,7 +36,9 @@ class ADMM(AbstractIterative):
     rho: float = 0.1
     relaxation: float = 1.6
 
-    def _iterate(self, problem: Problem, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Status, int, int]:
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
         q, rho = problem.quadratic, self.rho
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
         inverse = q.shifted_inverse(rho)

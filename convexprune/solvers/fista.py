@@ -24,7 +24,9 @@ class FISTA(AbstractIterative):
 
     restart: bool = True
 
-    def _iterate(self, problem: Problem, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Status, int, int]:
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
         """The first step from `weight`, and the loop: (weight, status, iterations, products)."""
         q = problem.quadratic
         lipschitz = q.lipschitz

@@ -68,7 +68,9 @@ class AbstractIterative(AbstractSolver):
         return weight / scale, status, iterations, products
 
     @abstractmethod
-    def _iterate(self, problem: Problem, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Status, int, int]:
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
         """The loop: (weight, status, iterations, products); `residual` is that at the `weight` it starts from."""
 
     def _status(self, problem: Problem, weight: Tensor) -> Status | None:
