@@ -92,7 +92,7 @@ FAULTS = (
           test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
     Fault("X and X* swapped", Moments.add, "change.T, x)", "x.T, change)",
           test_moments.test_moments_are_means_over_the_tokens),
-    Fault("x* - x in place of x - x*", Moments.add, ".to(self._gram) - x", ".to(self._gram).neg() + x",
+    Fault("x* - x in place of x - x*", Moments.add, ".to(self.sum) - x", ".to(self._gram).neg() + x",
           test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
     Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
           test_moments.test_moments_are_means_over_the_tokens),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convexprune.errors import ModelError, PruningError
 from convexprune.model import Call, DecoderLayer, Group
+from convexprune.moments import Correction
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.tensors import Batches
@@ -151,7 +152,15 @@ def _width(group: Group) -> int:
 
 
 def _folds(group: Group) -> Folds:
-    return Folds(_width(group), group.operators[0].read().device)
+    """To be filled, and to be read for the weights that the group has now, the dense ones."""
+    outputs = sum(operator.shape[0] for operator in group.operators)
+    known = _stack(group) if group.paired and Correction.pays(outputs, _width(group)) else None
+    return Folds(_width(group), group.operators[0].read().device, known)
+
+
+def _stack(group: Group) -> Tensor:
+    """The weights of operators that share an input [m n]: their rows, in float32."""
+    return torch.cat([operator.read().float() for operator in group.operators])
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
@@ -200,7 +209,7 @@ def _require_usable(folds: Folds, name: str) -> None:
 def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings, tell: Tell, began: float) -> None:
     """Operators that share an input are one stack of rows, solved as one problem."""
     heights = tuple(operator.shape[0] for operator in group.operators)
-    stack = torch.cat([operator.read().float() for operator in group.operators])
+    stack = _stack(group)
     asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
     pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
