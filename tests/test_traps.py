@@ -56,6 +56,19 @@ def test_a_model_in_the_middle_of_its_training_is_pruned_as_any(family: str):
     assert all(torch.equal(p, pruned[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_experts_are_heard_whichever_kernel_multiplies_them(family: str):
+    seen = []
+    for kernel in ("eager", "batched_mm", "grouped_mm"):
+        model = build_family(family)
+        choose = getattr(model, "set_experts_implementation", None)  # of transformers 5; before, each is a module
+        if choose is not None:
+            choose(kernel)
+        report = convexprune.prune(model, method="wanda", **SMALL).report
+        seen.append({o.name: o.tokens for o in report.operators if "experts" in o.name})
+    assert seen[0] and seen[0] == seen[1] == seen[2]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bloom", "falcon", "opt", "gpt2"])
 def test_a_layers_output_is_its_hidden_states_whether_it_returns_a_tuple_or_not(family: str):
