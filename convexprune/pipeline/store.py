@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -159,6 +159,16 @@ class FolderStore(AbstractStore):
             publish(batches.path, path)
         batches.path = path
         write_json(self._notes("hidden", f"{number:05d}.{stream}"), notes)
+
+    def agreed(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
+        path = self.folder / f"{name}.json"
+        while (value := read_json(path)) is None:
+            with locked(self.folder / f"{name}.lock") as mine:
+                if mine and read_json(path) is None:
+                    write_json(path, make())
+            time.sleep(POLL)
+        return value
 
     def layer(self, number: int) -> Mapping[str, Tensor]:
         return load_file(self._shard(number))
