@@ -240,9 +240,11 @@ class HuggingFaceModel(AbstractModel):
             layouts[layer.name] = known[key]
         return layouts
 
-    @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to."""
+        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
+
+        They have gradients if `hidden` has.
+        """
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
             return self.model(input_ids=batch.to(self.device), use_cache=False).logits
 

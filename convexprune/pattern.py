@@ -88,7 +88,7 @@ class Unstructured(AbstractPattern):
         return scores if self.quota == "row" else scores.reshape(1, -1)
 
     def __str__(self) -> str:
-        return f"unstructured {self.sparsity:.0%} per {self.quota}"
+        return f"unstructured {100 * self.sparsity:.6g}% per {self.quota}"
 
 
 @dataclass(frozen=True)

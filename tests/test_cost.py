@@ -139,7 +139,7 @@ def test_work_is_counted_by_hand():
     assert found.forward == 3 * 50 * (once + until_o)
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
     assert found.problems == 6 and found.products == 3 * (79 + 87)
-    assert found.solve == 3 * (2 * (79 * 12 * 64 + 87 * 8 * 36) + 8 * (8**3 + 6**3))
+    assert found.solve == 3 * (2 * (79 * 12 * 64 + 87 * 8 * 36) + 9 * (8**3 + 6**3))
 
 
 def test_disk_is_counted_by_hand():

@@ -242,9 +242,9 @@ def test_a_users_own_solver_is_used_and_named(tiny_opt: HuggingFaceModel):
 
 
 def test_the_ground_truth_solver_prunes_a_tiny_operator(tiny_opt: HuggingFaceModel):
-    settings = {"rounds": 2}
+    settings: dict[str, Any] = {"method_args": {"rounds": 2}, "damping": 0.5}
     targets = ["model.decoder.layers.0.self_attn.out_proj"]
-    report = convexprune.prune(tiny_opt.model, solver="cvxpy", targets=targets, method_args=settings, **SMALL).report
+    report = convexprune.prune(tiny_opt.model, solver="cvxpy", targets=targets, **settings, **SMALL).report
     assert report.operators[0].zeros == 512
     assert (
         report.operators[0].largest_gap is not None and report.operators[0].largest_gap < 1e-5

@@ -16,6 +16,8 @@ from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, lo
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline.survey import with_share
+from convexprune.report import Report
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import Comparison, block, block_problems, compare
@@ -147,7 +149,7 @@ def verify(
     if pruned is not None:
         _require_same_shapes(dense, pruned, names)
     tokens, _ = recipe_windows(recipe.dataset, dense, recipe)
-    layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+    layer = _layer_settings(recipe, run)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     generator = torch.Generator().manual_seed(seed)
     for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size):
@@ -156,6 +158,16 @@ def verify(
         tell(operator.name)
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _layer_settings(recipe: Recipe, run: Path | None) -> LayerSettings:
+    """Those of the recipe, with the patterns that the run's report says were asked for."""
+    pattern, patterns = recipe.build_pattern(), {}
+    if run is not None:
+        report = Report.from_json((run / "report.json").read_text())
+        shares = {o.name: o.expected_zeros / (o.outputs * o.inputs) for o in report.operators}
+        patterns = {name: with_share(pattern, share) for name, share in shares.items()}
+    return LayerSettings(recipe.build_pruner(), pattern, recipe.error_correction, recipe.prefix, patterns)
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
@@ -171,7 +183,8 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
     """The recipe, and the folder of the run if `source` is one.
 
     Raises:
-        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object.
+        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object; an
+            allocation for what is no run.
     """
     file = None if source is None else Path(source) / "recipe.yaml"
     if source is not None and file is not None and file.is_file():
@@ -183,6 +196,8 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
         return recipe, Path(source)
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
+    if settings.get("allocation", "uniform") != "uniform":
+        raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
     return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
 
 

@@ -238,6 +238,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             inputs=operator.shape[1],
             zeros=zeros,
             expected_zeros=expected,
+            pattern=str(asked),
             relative_error=errors[i],
             held_out_error=held_out[i],
             gap=last.certificate.relative_gap if last else None,
