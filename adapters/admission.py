@@ -1,7 +1,7 @@
 """Which models are refused before any work is done on them, and why."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
@@ -96,3 +96,16 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
                     f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
                     f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantised checkpoint."
                 )
+
+
+def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
+    """Refuse hidden states that are not one vector for each token of a batch [batch tokens]; Gemma 3n has four.
+
+    Raises:
+        ModelError: the shape is named.
+    """
+    if hidden.shape[:-1] != batch.shape:
+        raise ModelError(
+            f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
+            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
+        )

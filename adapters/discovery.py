@@ -117,7 +117,7 @@ def _kinds(layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reason
     for place, tensor in seen.tensors.items():
         if place.name not in reasons:
             together.setdefault(tensor, []).append(place)
-    named = {place: _make(layer, place) for place in every}
+    named = {place: make_of(layer, place) for place in every}
     found: dict[tuple[str, ...], dict[str, tuple[Place, ...]]] = {}
     for group in together.values():
         makes = tuple(named[place][0] for place in group)
@@ -143,7 +143,7 @@ def _kinds(layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reason
     return kinds
 
 
-def _make(layer: nn.Module, place: Place) -> tuple[str, str]:
+def make_of(layer: nn.Module, place: Place) -> tuple[str, str]:
     """The name of a place without the numbers of equal modules in a list, and these numbers."""
     parts, numbers, module = [], [], layer
     for part in place.module.split("."):

@@ -1,51 +1,107 @@
 """How much the outputs of each operator move the loss: a diagonal Fisher estimate on the calibration tokens."""
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from convexprune.errors import ModelError
+from convexprune.model import DecoderLayer
+from convexprune.pipeline import RecordedCalls
+from convexprune.pipeline.layer import Calls, Recorded
 
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES
 
 
-@torch.enable_grad()
-def output_fisher(model: HuggingFaceModel, tokens: Tensor, batch_size: int = 1) -> dict[str, Tensor]:
+def output_fisher(
+    model: HuggingFaceModel, tokens: Tensor, batch_size: int = 1, record: Callable[[], Recorded] = list
+) -> dict[str, Tensor]:
     """f_i = mean over tokens of (d loss / d y_i)^2 for the outputs y [m] of each operator, by "layer.operator".
 
     The loss is the summed negative log-likelihood of a window of `tokens` [windows length] (the empirical Fisher: the
-    labels are the text's own). The parameters ask for no gradients; the embeddings do, so that activations have them.
+    labels are the text's own). It is differentiated layer by layer, from the last to the first, so that a model that
+    streams has one decoder layer at a time in memory; what enters each of its layers is recorded meanwhile.
 
     Raises:
         ModelError: an operator is not a module of its own (experts that are slices of one parameter).
     """
-    inner, found, hooks = model.model, {}, []
+    found = {
+        name: torch.zeros(shape[0], dtype=torch.float64, device=model.device)
+        for layer in model.layers
+        for name, shape in _operators(layer).items()
+    }
+    batches = list(tokens.split(batch_size))
+    calls = RecordedCalls(model, batches)
+    for part in [batches] if model.streams else [[batch] for batch in batches]:  # of a streamed model, read layers once
+        entering = _forward(model, calls, part, record)
+        slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
+        for number in reversed(range(len(model.layers))):
+            slopes = _backward(model, model.layers[number], calls.of(number), entering.pop(), slopes, found)
+    return {name: (total / tokens.numel()).float() for name, total in found.items()}
 
-    def start(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        return output.detach().requires_grad_()
+
+def _operators(layer: DecoderLayer) -> dict[str, tuple[int, int]]:
+    """The shapes of the operators by "layer.operator", if each is a module whose outputs can be watched."""
+    modules = dict(layer.module.named_modules())
+    for operator in layer.operators:
+        if not isinstance(modules.get(operator.name), LINEAR_MODULES):
+            name = f"{layer.name}.{operator.name}"
+            raise ModelError(f"{name} is no module of its own, so the gradients of its outputs are not seen.")
+    return {f"{layer.name}.{operator.name}": operator.shape for operator in layer.operators}
+
+
+@torch.no_grad()
+def _forward(
+    model: HuggingFaceModel, calls: RecordedCalls, batches: Sequence[Tensor], record: Callable[[], Recorded]
+) -> list[Recorded]:
+    """What enters each layer, and last what leaves the last one."""
+    entering = [record()]
+    for batch in batches:
+        entering[0].append(model.first_inputs(batch))
+    for number, layer in enumerate(model.layers):
+        entering.append(record())
+        with model.resident(layer):
+            for hidden in entering[-2]:
+                entering[-1].append(calls.of(number)(hidden)(layer.module, hidden))
+    return entering
+
+
+@torch.enable_grad()
+def _loss_slope(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    hidden = hidden.detach().requires_grad_()
+    logits = model.logits(ids, hidden)[:, :-1].float()
+    labels = ids[:, 1:].to(logits.device)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    return torch.autograd.grad(loss, hidden)[0]
+
+
+@torch.enable_grad()
+def _backward(
+    model: HuggingFaceModel,
+    layer: DecoderLayer,
+    calls: Calls,
+    entering: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    found: dict[str, Tensor],
+) -> list[Tensor]:
+    """The slopes of what enters a layer, from those of what leaves it; its operators' squares are added to `found`."""
 
     def watch(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         output.register_hook(partial(add, name))
 
     def add(name: str, gradient: Tensor) -> None:
-        found[name] = found.get(name, 0) + gradient.double().square().flatten(0, -2).sum(0)
+        found[name] += gradient.double().square().flatten(0, -2).sum(0)
 
-    try:
-        hooks.append(inner.get_input_embeddings().register_forward_hook(start))
-        for layer in model.layers:
-            for operator in layer.operators:
-                name = f"{layer.name}.{operator.name}"
-                modules = dict(layer.module.named_modules())
-                if not isinstance(modules.get(operator.name), LINEAR_MODULES):
-                    raise ModelError(f"{name} is no module of its own, so the gradients of its outputs are not seen.")
-                hooks.append(modules[operator.name].register_forward_hook(partial(watch, name)))
-        for ids in tokens.split(batch_size):
-            logits = inner(input_ids=ids.to(inner.device), use_cache=False).logits[:, :-1].float()
-            labels = ids[:, 1:].to(logits.device)
-            nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: (total / tokens.numel()).float() for name, total in found.items()}
+    before: list[Tensor] = []
+    with model.resident(layer), ExitStack() as hooks:
+        for operator in layer.operators:
+            module = layer.module.get_submodule(operator.name)
+            hooks.enter_context(module.register_forward_hook(partial(watch, f"{layer.name}.{operator.name}")))
+        for hidden, slope in zip(entering, slopes, strict=True):
+            hidden = hidden.detach().requires_grad_()
+            output = calls(hidden)(layer.module, hidden)
+            before.append(torch.autograd.grad(output, hidden, slope)[0])
+    return before

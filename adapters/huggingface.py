@@ -18,6 +18,7 @@ from .admission import (
     refuse_adapters,
     refuse_non_finite,
     refuse_other_dtypes,
+    refuse_other_shapes,
     refuse_quantised,
     refuse_unloaded,
 )
@@ -208,6 +209,7 @@ class HuggingFaceModel(AbstractModel):
     def _refuse_other_replays(self) -> None:
         """Of a streamed model, whose layers are not all in memory, the calls alone have to be the same."""
         batch = self._probe()
+        refuse_other_shapes(batch, self.first_inputs(batch))
         if self.streams:
             error = 0.0 if _same(self.calls(batch), self.calls(batch.flip(-1))) else inf
         else:
@@ -238,9 +240,11 @@ class HuggingFaceModel(AbstractModel):
             layouts[layer.name] = known[key]
         return layouts
 
-    @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to."""
+        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
+
+        They have gradients if `hidden` has.
+        """
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
             return self.model(input_ids=batch.to(self.device), use_cache=False).logits
 

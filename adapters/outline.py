@@ -65,10 +65,9 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
         size = _size(model, layers, config.get_text_config(), dtype, whole)
     notes = [f"Each linear map counts as a problem of its own: {refused}."] if refused else []
     if whole:
-        notes.append(
-            "Its experts are fused while transformers loads them, so the model is loaded whole. How many tokens each "
-            "expert is sent is known only in a run: an even share is assumed."
-        )
+        notes.append("Its experts are fused while transformers loads them, so the model is loaded whole.")
+    if any(not group.paired for layer in layers for group in layer.groups):
+        notes.append("How many tokens each expert is sent is known only in a run: an even share is assumed.")
     return Outline(str(source), layers, reasons, size, dtype, positions(config), tuple(notes))
 
 
@@ -112,8 +111,8 @@ def _size(
 
 def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
     """The stacks of each stage; of experts each gets an even share of the tokens."""
-    number = max((len(pile) for module in layer.module.modules() for pile in piles(module).values()), default=1)
-    share = min(1.0, getattr(config, "num_experts_per_tok", 1) / number)
+    piled = max((len(pile) for module in layer.module.modules() for pile in piles(module).values()), default=0)
+    chosen = getattr(config, "num_experts_per_tok", 1)
     return tuple(
         tuple(
             cost.Stack(
@@ -121,7 +120,7 @@ def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.S
                 tuple(operator.shape[0] for operator in group.operators),
                 group.operators[0].shape[1],
                 group.paired,
-                1.0 if group.paired else share,
+                1.0 if group.paired else min(1.0, chosen / (piled or sum(not other.paired for other in stage))),
             )
             for group in stage
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .discovery import Kind, Layout, Party, lay_out, signature
+from .discovery import Kind, Layout, Party, lay_out, make_of, signature
 from .experts import piles
-from .operators import LINEAR_MODULES, Place
-from .watching import Seen
+from .operators import LINEAR_MODULES, ParameterOperator, Place
+from .watching import Seen, place_of
 
 PROBE_TOKENS = 16
 
@@ -27,6 +28,7 @@ def trace(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> tuple[dict
     Where a family looks at values to decide what to compute, as routers do, each linear map counts by itself, after
     all before it; the second result is then the reason, else None.
     """
+    model.set_attn_implementation("eager")  # which asks no mask for its values, as sdpa does in transformers 4
     flow = _Flow()
     first = {signature(layer): layer for layer in reversed(list(layers.values()))}  # one of each make
     found: dict[int, Seen] = {}
@@ -169,15 +171,33 @@ def _layout(layer: nn.Module, flow: _Flow, seen: Seen) -> Layout:
 
 
 def _one_by_one(layer: nn.Module) -> Layout:
-    stages = []
+    """Each linear map called once, with inputs of its own, after all before it; equal ones in a list are experts."""
+    seen, rank = Seen(), dict[str, int]()
+    for place in _places(layer):
+        make, number = make_of(layer, place)
+        rank.setdefault(make, len(rank))
+        width = ParameterOperator(layer.get_submodule(place.module), place).shape[1]
+        seen.inputs[place] = torch.empty(1 if number else PROBE_TOKENS, width)
+        seen.tensors[place] = (place,)
+        seen.times[place] += 1
+
+    def when(party: Party) -> int:
+        return rank[make_of(layer, party.places[0])[0]]
+
+    def moved_by(kind: Kind) -> Callable[[Party], bool]:
+        own = max(map(when, kind), default=len(rank))
+        return lambda party: when(party) > own
+
+    return lay_out(layer, seen, PROBE_TOKENS, moved_by)
+
+
+def _places(layer: nn.Module) -> Iterator[Place]:
     for path, module in layer.named_modules():
         if isinstance(module, LINEAR_MODULES):
-            stages.append((Party((Place(path, transposed=not isinstance(module, nn.Linear)),), True),))
+            yield place_of(path, module)
         elif piles(module):
             width = next(iter(piles(module).values())).shape[-1]
-            for places in _expert_places(module, path, width):
-                stages.append(tuple(Party((place,), False) for place in places))
-    return Layout(tuple(stages), {})
+            yield from chain(*_expert_places(module, path, width))
 
 
 class _Reached(Exception):

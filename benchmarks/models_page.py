@@ -1,5 +1,6 @@
 """Print docs/models.md from what the tests of the adapters recorded, one JUnit file for each release of transformers."""
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ HEAD = """# Models: what was tested, and what is refused
 Written by `.ci/matrix` from its test run; not by hand. Each family is a tiny random model built from its configuration: saved,
 pruned from that folder by Wanda, saved, loaded by plain transformers. The counts are those of the loaded weights and are exact; the
 logits are those of the pruned model bit for bit; every weight that is no operator is the dense one bit for bit; the tensors on disk
-have the names and shapes of the dense checkpoint. The replay error is that of the decoder layers called one by one against the
-model's own forward pass (relative, on other tokens than those that the calls were recorded with).
+have the names, shapes and types of the dense checkpoint, and at sparsity 0 its bits. The replay error is that of the decoder layers
+called one by one against the model's own forward pass (relative, on other tokens than those that the calls were recorded with).
 
 Nothing here is described by hand: layers, operators, shared inputs, order, experts and routers are found by watching a few forward
 passes ([adapters/discovery.py](../adapters/discovery.py)), so an architecture that is not in this list works if its decoder layers,
 called one by one, are the model; if not, it is refused. A family costs no line of code in the package, one line in the list that
-`convexprune list` prints, and its configuration in [tests/families.py](../tests/families.py).
+`convexprune list` prints, and its configuration in [tests/families.py](../tests/families.py), whose lines are counted
+[below](#stages). Real models are pruned in [benchmarks.md](benchmarks.md).
 """
 
 EXPERTS = """
@@ -62,16 +64,27 @@ def main(paths: list[Path]) -> None:
             print(f"| {family} | {version} | {counts} | {max(float(r['replay error']) for r in (half, semi)):g} |")
     print(
         f"\n## Stages\n\nAs found on transformers {versions[-1]}, in the last layer; of experts, the first one. An arrow leads to the next "
-        "stage, a semicolon to the next input of the same stage; what stands together shares its input.\n"
+        "stage, a semicolon to the next input of the same stage; what stands together shares its input. The lines are those of the "
+        "configuration, beside what families have in common.\n"
     )
-    print("| family | stages |\n| --- | --- |")
+    print("| family | stages | lines |\n| --- | --- | --: |")
+    lines = lines_of_configuration()
     for family in families:
-        print(f"| {family} | {found[family, versions[-1], '2:4']['stages']} |")
+        print(f"| {family} | {found[family, versions[-1], '2:4']['stages']} | {lines[family]} |")
     print(EXPERTS + OTHER)
     print("## What is refused\n\n| what | message |\n| --- | --- |")
     refused = {r["refused"]: r["message"] for r in records if "refused" in r and r["transformers"] == versions[-1]}
     for what, message in refused.items():
         print(f"| {what} | {cell(message)} |")
+
+
+def lines_of_configuration() -> dict[str, int]:
+    """How many lines each family takes in the table of tests/families.py."""
+    tree = ast.parse((Path(__file__).parent.parent / "tests" / "families.py").read_text())
+    table = next(n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "FAMILIES")
+    assert isinstance(table, ast.Dict)
+    pairs = zip(table.keys, table.values, strict=True)
+    return {ast.literal_eval(key): (value.end_lineno or 0) - key.lineno + 1 for key, value in pairs if key}
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -61,7 +61,7 @@ def small(weight, moments: Moments, rows: int, columns: int, pattern, seed: int)
     drawn = torch.randperm(weight.shape[0], generator=generator)[:rows]
     part = Moments(columns, torch.float64)
     part.tokens = moments.tokens
-    part._gram = moments._gram[chosen][:, chosen]
+    part.sum = moments.sum[chosen][:, chosen]
     return PruningProblem(weight[drawn][:, chosen].double(), part, pattern, 0.0)
 
 

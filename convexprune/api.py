@@ -22,6 +22,7 @@ def prune(
     *,
     preset: str | None = None,
     quota: str = "matrix",
+    allocation: str = "uniform",
     dataset: Any = "self",
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_calibration_samples: int = 128,
@@ -62,6 +63,9 @@ def prune(
         pattern: "unstructured", or "N:M" for N non-zeros in every M inputs ("2:4").
         preset: "fistapruner" is the algorithm of arXiv 2408.03728 as published, for comparison.
         quota: where the share of zeros holds: in each "matrix" or in each "row" of it.
+        allocation: how the zeros are spread over the operators: "uniform", the same share in each; "curve", least
+            predicted loss, from error curves weighted by gradients (a survey of the dense model first, which takes
+            about five times as long as SparseGPT); "owl" or "skewness", by the shape of each decoder layer's scores.
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.

@@ -11,6 +11,57 @@ from convexprune.quadratic import Quadratic
 STRIP = 256  # rows of a symmetric product that are computed at once
 
 
+class Correction:
+    """Second moments of the change d = x - x* and the input x* [n], as sums over tokens.
+
+    Without a `weight` they are sum d x*' and sum d d' [n n], and serve any weight. With the `weight` W [m n] they are
+    sum (W d) x*' [m n] and sum (W d)^2 [m], which is all that W needs: less to keep, and less to compute if 4 m < 3 n.
+    """
+
+    def __init__(self, cross: Tensor, change: Tensor, weight: Tensor | None = None) -> None:
+        self.cross, self.change, self._weight = cross, change, weight
+
+    @classmethod
+    def none(cls, gram: Tensor, weight: Tensor | None = None) -> "Correction":
+        """That of no token, for inputs whose second moments are `gram` [n n]."""
+        if weight is None:
+            return cls(torch.zeros_like(gram), torch.zeros_like(gram))
+        weight = weight.to(gram)
+        return cls(torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), weight)
+
+    @staticmethod
+    def pays(outputs: int, inputs: int) -> bool:
+        """Whether a weight [outputs inputs] had better be known."""
+        return 4 * outputs < 3 * inputs
+
+    def add(self, pruned: Tensor, dense: Tensor) -> None:
+        """Count x* and x [tokens n]."""
+        x = pruned.to(self.cross)
+        change = dense.to(self.cross) - x
+        if self._weight is None:
+            _add_square(self.change, change)
+        else:
+            change = change @ self._weight.T
+            self.change += change.square().sum(0)
+        self.cross.addmm_(change.T, x)
+
+    def through(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """sum (W d) x*' [m n] and sum (W d)^2 [m] for a weight W [m n], which has to be the one that is known."""
+        if self._weight is not None:
+            return self.cross.to(weight), self.change.to(weight)
+        weight = weight.to(self.cross)
+        return weight @ self.cross, _row_form(weight, _whole(self.change))
+
+    def rows(self, chosen: Tensor | slice) -> "Correction":
+        """For the rows `chosen` of the weight."""
+        if self._weight is None:
+            return self
+        return Correction(self.cross[chosen], self.change[chosen], self._weight[chosen])
+
+    def __add__(self, other: "Correction") -> "Correction":
+        return Correction(self.cross + other.cross, self.change + other.change, self._weight)
+
+
 class Moments:
     """Second moments, as means over tokens, of an operator's pruned input x* and of the change d = x - x*.
 
@@ -18,19 +69,26 @@ class Moments:
     it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
     means that error correction never subtracts two nearly equal matrices.
 
-    Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`.
+    Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`, and the
+    `weight` [m n] if no other will be asked about (see `Correction`).
     """
 
-    def __init__(self, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        weight: Tensor | None = None,
+    ) -> None:
         self.tokens = 0
-        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
-        self._cross: Tensor | None = None
-        self._change: Tensor | None = None
+        self.correction: Correction | None = None
+        self._weight = weight
+        self.sum = torch.zeros(width, width, dtype=dtype, device=device)  # of x* x*', its upper triangle
 
     @property
     def width(self) -> int:
         """n, the number of inputs of the operator."""
-        return self._gram.shape[0]
+        return self.sum.shape[0]
 
     @torch.no_grad()
     def add(self, pruned: Tensor, dense: Tensor | None = None) -> None:
@@ -39,49 +97,46 @@ class Moments:
         Raises:
             ProblemError: the inputs are not `width` wide, or dense and pruned differ in shape.
         """
-        if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
-            shape = None if dense is None else list(dense.shape)
-            raise ProblemError(
-                f"Inputs {list(pruned.shape)} and dense inputs {shape}; "
-                f"these moments take equal shapes, {self.width} wide."
-            )
-        x = pruned.reshape(-1, self.width).to(self._gram)
-        _add_square(self._gram, x)
+        x = self._tokens(pruned, dense)
+        _add_square(self.sum, x)
         self.tokens += x.shape[0]
-        if dense is None:
-            return
-        change = dense.reshape(-1, self.width).to(self._gram) - x
-        if self._cross is None or self._change is None:
-            self._cross, self._change = torch.zeros_like(self._gram), torch.zeros_like(self._gram)
-        self._cross.addmm_(change.T, x)
-        _add_square(self._change, change)
+        if dense is not None:
+            self.correction = self.correction or Correction.none(self.sum, self._weight)
+            self.correction.add(x, dense.reshape(-1, self.width))
 
     @property
     def gram(self) -> Tensor:
         """mean x* x*' [n n]."""
         self._require_tokens()
-        return _whole(self._gram / self.tokens)
+        return _whole(self.sum / self.tokens)
 
     @property
     def cross(self) -> Tensor | None:
-        """mean (x - x*) x*' [n n]; None if x = x* throughout."""
-        return None if self._cross is None else self._cross / self.tokens
+        """mean (x - x*) x*' [n n], or mean W (x - x*) x*' [m n] of the known weight; None if x = x* throughout."""
+        return None if self.correction is None else self.correction.cross / self.tokens
 
     @property
     def change(self) -> Tensor | None:
-        """mean (x - x*) (x - x*)' [n n]; None if x = x* throughout."""
-        return None if self._change is None else _whole(self._change / self.tokens)
+        """mean (x - x*) (x - x*)' [n n], or mean (W (x - x*))^2 [m]; None if x = x* throughout."""
+        if self.correction is None:
+            return None
+        change = self.correction.change / self.tokens
+        return change if change.ndim == 1 else _whole(change)
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
-        sums = [self._gram] if self._change is None else [self._gram, self._change]
-        return all(bool(total.diagonal().isfinite().all()) for total in sums)
+        finite = bool(self.sum.diagonal().isfinite().all())
+        if finite and self.correction is not None:
+            change = self.correction.change
+            finite = bool((change if change.ndim == 1 else change.diagonal()).isfinite().all())
+        return finite
 
     def energy(self, weight: Tensor) -> Tensor:
         """mean |W x|^2 of each row [m]: the dense output's energy, the unit of relative errors."""
         energy = _row_form(weight, self.gram)
-        if self.cross is not None and self.change is not None:
-            energy = energy + 2 * _row_form(weight, self.cross) + _row_form(weight, self.change)
+        if self.correction is not None:
+            cross, change = self.correction.through(weight)
+            energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
         return energy
 
     def reconstruction(self, weight: Tensor, correction: float = 1.0) -> Quadratic:
@@ -90,35 +145,50 @@ class Moments:
         a = 1 is error correction as in FISTAPruner (arXiv 2408.03728, Eq. 2): the target is the dense operator on the
         dense input. a = 0 asks only to reproduce the operator on its own, pruned input, as SparseGPT does.
         """
-        weight = weight.to(self._gram)
-        zero = torch.zeros_like(weight)
-        if self.cross is None or self.change is None or correction == 0:
+        weight = weight.to(self.sum)
+        if self.correction is None or correction == 0:
+            zero = torch.zeros_like(weight)
             return Quadratic(self.gram, zero, zero[:, 0], weight)
-        energy = correction**2 * _row_form(weight, self.change)
-        return Quadratic(self.gram, correction * weight @ self.cross, energy, weight)
+        cross, change = self.correction.through(weight)
+        share = correction / self.tokens
+        return Quadratic(self.gram, cross * share, change * (correction * share), weight)
+
+    def rows(self, chosen: Tensor | slice) -> "Moments":
+        """The same moments for the rows `chosen` of the weight."""
+        return self._with(self.tokens, self.sum, None if self.correction is None else self.correction.rows(chosen))
 
     def counted_as(self, tokens: int) -> "Moments":
-        """The same means, with the weight of `tokens` tokens in a sum.
+        """The mean x* x*' without its change, with the weight of `tokens` tokens in a sum.
 
         Raises:
             ProblemError: no token was seen.
         """
         self._require_tokens()
-        share = tokens / self.tokens
-        scaled = Moments(0, self._gram.dtype, self._gram.device)
-        scaled.tokens = tokens
-        scaled._gram = share * self._gram
-        scaled._cross = None if self._cross is None else share * self._cross
-        scaled._change = None if self._change is None else share * self._change
-        return scaled
+        return self._with(tokens, tokens / self.tokens * self.sum, None)
+
+    def corrected_by(self, correction: Correction | None) -> "Moments":
+        """These moments of x*, with the change of the same tokens."""
+        return self._with(self.tokens, self.sum, correction)
 
     def __add__(self, other: "Moments") -> "Moments":
-        total = Moments(self.width, self._gram.dtype, self._gram.device)
-        total.tokens = self.tokens + other.tokens
-        total._gram = self._gram + other._gram
-        total._cross = _sum(self._cross, other._cross)
-        total._change = _sum(self._change, other._change)
-        return total
+        corrections = [c for c in (self.correction, other.correction) if c is not None]
+        correction = corrections[0] + corrections[1] if len(corrections) == 2 else next(iter(corrections), None)
+        return self._with(self.tokens + other.tokens, self.sum + other.sum, correction)
+
+    def _with(self, tokens: int, gram: Tensor, correction: Correction | None) -> "Moments":
+        other = Moments(0, gram.dtype, gram.device, self._weight)
+        other.tokens, other.sum, other.correction = tokens, gram, correction
+        return other
+
+    def _tokens(self, pruned: Tensor, dense: Tensor | None) -> Tensor:
+        """x* as [tokens n]."""
+        if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
+            shape = None if dense is None else list(dense.shape)
+            raise ProblemError(
+                f"Inputs {list(pruned.shape)} and dense inputs {shape}; "
+                f"these moments take equal shapes, {self.width} wide."
+            )
+        return pruned.reshape(-1, self.width).to(self.sum)
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:
@@ -165,7 +235,3 @@ def _row_form(weight: Tensor, matrix: Tensor) -> Tensor:
     """diag(W M W') [m]."""
     weight = weight.to(matrix)
     return ((weight @ matrix) * weight).sum(1)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b

@@ -39,7 +39,7 @@ class AbstractPattern(ABC):
 
     @abstractmethod
     def threshold(self, scores: Tensor) -> Tensor:
-        """What separates the kept scores from the others, in the matrix, row or group; broadcasts to [m n].
+        """What separates the sizes of kept scores from the others, in the matrix, row or group; broadcasts to [m n].
 
         It is for weighing scores, not for choosing: of a large matrix it is estimated from a part of the entries.
         """
@@ -82,13 +82,13 @@ class Unstructured(AbstractPattern):
     def threshold(self, scores: Tensor) -> Tensor:
         lines = _sample(self._lines(scores), scores.shape[1])
         zeros = round(self.zeros(*scores.shape) / scores.numel() * lines.shape[1])
-        return lines.kthvalue(min(zeros + 1, lines.shape[1]), dim=1, keepdim=True).values
+        return lines.abs().kthvalue(min(zeros + 1, lines.shape[1]), dim=1, keepdim=True).values
 
     def _lines(self, scores: Tensor) -> Tensor:
         return scores if self.quota == "row" else scores.reshape(1, -1)
 
     def __str__(self) -> str:
-        return f"unstructured {self.sparsity:.0%} per {self.quota}"
+        return f"unstructured {100 * self.sparsity:.6g}% per {self.quota}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class SemiStructured(AbstractPattern):
 
     def threshold(self, scores: Tensor) -> Tensor:
         groups = self._groups(scores)
-        ordered = groups.sort(dim=-1, descending=True).values
+        ordered = groups.abs().sort(dim=-1, descending=True).values
         middle = (ordered[..., self.kept - 1, None] + ordered[..., self.kept, None]) / 2  # in so few, it matters
         return middle.expand_as(groups).reshape(scores.shape)
 

@@ -66,8 +66,8 @@ class L1(AbstractPenalty):
     strength: float | Tensor
 
     def __post_init__(self) -> None:
-        strength = torch.as_tensor(self.strength)
-        if not bool(((strength >= 0) & (strength < inf)).all()):
+        least, largest = torch.as_tensor(self.strength).aminmax()  # NaN if there is one
+        if not (least >= 0 and largest < inf):
             raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
 
     def values(self, weight: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class L1(AbstractPenalty):
         return torch.clamp(slope, -self._like(slope), self._like(slope))
 
     def dual_scale(self, slope: Tensor) -> Tensor:
-        ratio = torch.where(slope == 0, inf, self._like(slope) / slope.abs())
-        return ratio.amin(1)
+        ratio = self._like(slope) / slope.abs()
+        return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no slope is too large
 
     def scaled(self, scale: Tensor) -> "L1":
         return L1(self.strength / scale)

@@ -62,8 +62,8 @@ class Certificate:
         return self.gap / self.primal if self.primal > 0 and isfinite(self.primal) else inf
 
 
-def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor) -> Tensor:
-    """The duality gap of each row [m] from the residual K [m n] and the values q [m] at `weight`.
+def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor) -> Tensor:
+    """The duality gap of each row [m] from the residual K [m n], q [m] (`values`) and p [m] (`slack`) at `weight`.
 
     By Fenchel-Young, for any dual slope S where p* is finite, with c(S) the price of S not being K:
 
@@ -78,18 +78,17 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor)
     All terms are non-negative sums, so nothing cancels near the optimum.
     """
     quadratic, penalty = problem.quadratic, problem.penalty
-    slack = penalty.values(weight)
-    overlap = (residual * weight).sum(1)
+    overlap = torch.linalg.vecdot(residual, weight)
     best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
     gaps = (1 - s).square() * values + slack + penalty.conjugate(s[:, None] * residual) - s * overlap
     slope = penalty.project(residual)
     excess = residual - slope
     if quadratic.factor is not None:
-        price = torch.linalg.solve_triangular(quadratic.factor, excess.T, upper=False).square().sum(0) / 2
+        price = torch.linalg.solve_triangular(quadratic.factor, excess.T, upper=False).square_().sum(0) / 2
     else:
         price = torch.where((excess == 0).all(1), 0.0, inf)
-    clipping = price + slack + penalty.conjugate(slope) - (slope * weight).sum(1)
+    clipping = price + slack + penalty.conjugate(slope) - torch.linalg.vecdot(slope, weight)
     gaps = torch.minimum(gaps, clipping)
     return gaps.clamp_min(0)
 
@@ -114,10 +113,11 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Te
     if precise or residual is None:
         residual = problem.quadratic.residual(weight)
     values = problem.quadratic.values(weight, residual)
-    primal = values + problem.penalty.values(weight)
+    slack = problem.penalty.values(weight)
+    primal = values + slack
     if not bool(primal.isfinite().all()):
         return Certificate(inf, inf, inf)
-    gap = float(row_gaps(problem, weight, residual, values).sum())
+    gap = float(row_gaps(problem, weight, residual, values, slack).sum())
     if not precise:
         return Certificate(float(primal.sum()), gap, inf)
     scale = problem.quadratic.scale()

@@ -80,12 +80,12 @@ class Quadratic:
 
     def residual(self, weight: Tensor) -> Tensor:
         """The negative gradient K = G - D H [m n]: what is left of the target, seen through the inputs."""
-        return self.cross - self.displacement(weight) @ self.gram
+        return torch.addmm(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         """q of each row [m]; give the `residual` at `weight` if it is known, and no product is needed."""
         residual = self.residual(weight) if residual is None else residual
-        values = self.energy - (self.displacement(weight) * (self.cross + residual)).sum(1)
+        values = self.energy - torch.linalg.vecdot(self.displacement(weight), self.cross + residual)
         return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
 
     @property

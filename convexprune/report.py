@@ -14,14 +14,15 @@ from rich.table import Table
 class OperatorReport:
     """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored.
 
-    `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens, `held_out_error` the same
-    on tokens that no method saw (None if there are none): the one to judge by. Operators that share an input are solved
-    as one problem, so they share the facts of its solves: `gap` is the relative duality gap of the last solve (the
-    refit), `largest_gap` of any (the path that chooses the support stops early on purpose).
+    `pattern` is what was asked of it. `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration
+    tokens, `held_out_error` the same on tokens that no method saw (None if there are none): the one to judge by.
+    Operators that share an input are solved as one problem, so they share the facts of its solves: `gap` is the
+    relative duality gap of the last solve (the refit), `largest_gap` of any (the path that chooses the support stops
+    early on purpose).
 
     `bound` is for a sample of the operator's `rows` (None: not asked, or the operator is too wide): no weight in the
     pattern has a smaller `error` there than `lower`, and `ratio` is lower / error. That error is the one the pruner
-    minimises, with its `damping`: sum over the rows of mean |V x* - target|^2 + damping sum_j H_jj (V - W)_j^2.
+    minimises: the sum over the rows of mean |V x* - target|^2 and of its damping, whose strength is `damping`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class OperatorReport:
     inputs: int
     zeros: int
     expected_zeros: int
+    pattern: str
     relative_error: float
     held_out_error: float | None
     gap: float | None
@@ -53,7 +55,8 @@ class OperatorReport:
 class Report:
     """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
 
-    `identity` are the checksums and versions that the bits of the result depend on, if it was written to a folder.
+    `allocation` holds the `cost` and `gap` of its rule (`convexprune.pipeline.survey.Allotment`), `identity` the
+    checksums and versions that the bits of the result depend on, if it was written to a folder.
     """
 
     recipe: dict[str, Any]
@@ -62,6 +65,7 @@ class Report:
     operators: list[OperatorReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
 
     @property

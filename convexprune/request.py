@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from convexprune.adapters import (
     save_from_store,
     text_windows,
 )
+from convexprune.adapters.allocating import allotment
 from convexprune.errors import RecipeError
 from convexprune.pipeline import (
     AbstractExecutor,
@@ -112,6 +113,7 @@ class Request:
             tell(operator)
 
         with use_threads(self.threads):
+            self._allocate(loaded, windows, report)
             prune_in_place(loaded, self._work(windows), record)
         self.clock.lap("prune")
         self._evaluate(report, "pruned", loaded, windows)
@@ -151,6 +153,8 @@ class Request:
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         store = FolderStore(folder.work, len(loaded.layers), self.device)
+        with use_threads(self.threads):
+            self._allocate(loaded, windows, report, store)
         job = Job(folder.work, self._work(windows), partial(self.open, stream=True), self.threads)
         prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
         self.clock.lap("prune")
@@ -181,6 +185,17 @@ class Request:
         self.clock.lap("write")
         report.seconds = self.clock.laps
         folder.finish(report)
+
+    def _allocate(
+        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
+    ) -> None:
+        """Spread the zeros as the recipe says, or as they were spread when the run in the store began."""
+        if self.recipe.allocation != "uniform":
+            found = allotment(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
+            self.layers = replace(self.layers, patterns=found.patterns(self.recipe.build_pattern()))
+            check_patterns(loaded, self.layers)
+            report.allocation = {"cost": found.cost, "gap": found.gap}
+            self.clock.lap("allocation")
 
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)
@@ -220,7 +235,7 @@ class Request:
 
 _OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
 _PLAIN = (
-    "method", "preset", "sparsity", "pattern", "quota", "error_correction", "prefix", "damping", "refit",
+    "method", "preset", "sparsity", "pattern", "quota", "allocation", "error_correction", "prefix", "damping", "refit",
     "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "bound_rows", "device",
     "dtype", "threads",
 )  # fmt: skip

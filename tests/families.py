@@ -36,6 +36,13 @@ _OPT: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+_LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,  # shorter than what the tests read
+}
 _GEMMA: dict[str, Any] = _GROUPED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
 _GEMMA3: dict[str, Any] = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS: dict[str, Any] = _GROUPED | {"num_experts_per_tok": 2}
@@ -101,6 +108,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         t.GptOssConfig(**_EXPERTS, num_local_experts=4, head_dim=8, sliding_window=8)
     ),
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_GROUPED)),
+    "llama, 1": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_COMMON)),
+    "llama, 3.2": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(**_GROUPED | {"tie_word_embeddings": True, "rope_scaling": dict(_LLAMA3)})
+    ),
     "llava": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
             text_config=t.LlamaConfig(**_GROUPED),

@@ -323,6 +323,12 @@ def test_layers_whose_arguments_depend_on_the_tokens_are_refused(odd, refused):
         HuggingFaceModel(odd)
 
 
+def test_hidden_states_of_another_shape_are_refused(odd, refused):
+    odd.words.register_forward_hook(lambda *call: torch.stack([call[2]] * 3))  # several streams, as Gemma 3n has
+    with refused("hidden states that are not [batch tokens hidden]", r"states \[3, 1, 16, 8\] for \[1, 16\] tokens"):
+        HuggingFaceModel(odd)
+
+
 def test_a_model_whose_layers_are_not_to_be_found_is_refused(odd, refused):
     odd.config.num_hidden_layers = 3
     odd.tower = nn.ModuleList(Odd() for _ in range(4))

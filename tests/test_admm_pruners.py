@@ -12,7 +12,7 @@ from convexprune.errors import UnsupportedError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
-from convexprune.pruners.damped import saliency_coordinates
+from convexprune.pruners.damped import Damping, saliency_coordinates
 from convexprune.solvers import AbstractSolver, make_solver
 
 PLAIN_PATTERNS = (Unstructured(0.5), Unstructured(0.7, "row"), SemiStructured(2, 4))
@@ -37,7 +37,7 @@ def largest(scores: torch.Tensor, pattern) -> torch.Tensor:
 def slow_admm(problem: PruningProblem, pruner: ADMM) -> torch.Tensor:
     """Boyd et al. 2011, section 9.1, with the multiplier itself and every system solved as it comes."""
     assert pruner.damping is not None
-    quadratic, scale = saliency_coordinates(problem, pruner.damping)
+    quadratic, scale = saliency_coordinates(problem, Damping(pruner.damping))
     assert quadratic.anchor is not None
     slope = quadratic.cross + quadratic.anchor @ quadratic.gram  # H B = slope is the unconstrained optimum
     identity = torch.eye(len(scale), dtype=scale.dtype)

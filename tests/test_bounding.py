@@ -1,5 +1,6 @@
 """The bound in a report: of the problem that was posed, on the same rows in every run, and no weight depends on it."""
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import convexprune
 from convexprune.moments import Moments
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.pipeline import bounding
-from convexprune.pipeline.bounding import posed_damping, sampled_bound
+from convexprune.pipeline.bounding import sampled_bound
 from convexprune.pruners import ADMM, Convex, PruningProblem, Refitted, Wanda
+from convexprune.pruners.damped import Damping, damped
 from convexprune.report import Report
 from convexprune.validation import best_pruning
 
@@ -35,7 +37,7 @@ def test_no_pruning_of_the_damped_problem_is_better_than_its_bound(pattern, seed
     whole = PruningProblem(problem.weight, problem.moments + more, pattern)
     best = best_pruning(whole)
     least = float(whole.squared_error(best).sum()) * (tokens + 8) / tokens
-    bound = sampled_bound(problem, best, 2, damping)
+    bound = sampled_bound(problem, best, 2, Damping(damping))
     assert bound is not None
     assert bound["error"] == pytest.approx(least)
     assert 0 < bound["lower"] <= least * (1 + 1e-9)
@@ -46,21 +48,37 @@ def test_the_damping_of_the_problem_is_what_the_pruner_said():
     problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
     for pruner, damping in ((Convex(damping=0.2), 0.2), (ADMM(damping=0.3), 0.3), (Wanda(), 0.0),
                             (Refitted(Wanda(), damping=0.1), 0.1)):  # fmt: skip
-        assert posed_damping(pruner.prune(problem).facts) == damping
+        assert Damping.of(pruner.prune(problem).facts) == Damping(damping)
+
+
+def test_a_damping_that_saturates_is_read_back_from_a_report_and_bounded():
+    layer = make_layer("full rank", 2, 8, 3, 0.0)
+    problem, damping = layer_problem(layer, Unstructured(0.5, "row")), Damping(0.25, 0.5)
+    for name in ("damping", "refit_damping"):
+        assert Damping.of(damping.facts(name)) == damping
+    posed = damped(problem, damping)
+    bound = sampled_bound(problem, Convex().prune(problem).weight, 2, damping)
+    least = 0.0
+    for row in posed.at(None).cross:
+        supports = (torch.tensor(s) for s in combinations(range(8), 4))
+        gains = [row[s] @ torch.linalg.solve(posed.gram[s][:, s], row[s]) for s in supports]
+        least -= float(max(gains))
+    least += float(posed.at(None).energy.sum())
+    assert bound is not None and 0 < bound["lower"] <= least * (1 + 1e-9) <= bound["error"] * (1 + 1e-8)
 
 
 def test_what_is_too_wide_or_not_pruned_has_no_bound(monkeypatch):
     problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
     weight = Wanda().prune(problem).weight
-    assert sampled_bound(problem, weight, 0, 0.0) is None
+    assert sampled_bound(problem, weight, 0, Damping(0.0)) is None
     nothing = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.0))
-    assert sampled_bound(nothing, weight, 2, 0.0) is None
-    fitted = sampled_bound(problem, weight, 3, 0.0)
+    assert sampled_bound(nothing, weight, 2, Damping(0.0)) is None
+    fitted = sampled_bound(problem, weight, 3, Damping(0.0))
     monkeypatch.setattr(bounding, "WIDE", 7)  # the first split
-    first = sampled_bound(problem, weight, 3, 0.0)
+    first = sampled_bound(problem, weight, 3, Damping(0.0))
     assert fitted is not None and first is not None and 0 < first["lower"] != fitted["lower"] > 0
     monkeypatch.setattr(bounding, "WIDEST", 7)
-    assert sampled_bound(problem, weight, 2, 0.0) is None
+    assert sampled_bound(problem, weight, 2, Damping(0.0)) is None
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

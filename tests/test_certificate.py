@@ -25,7 +25,7 @@ radii = st.sampled_from((1e-3, 1.0, 30.0))
 def rows_of(problem, weight):
     quadratic = problem.quadratic
     residual = quadratic.residual(weight)
-    return row_gaps(problem, weight, residual, quadratic.values(weight, residual))
+    return row_gaps(problem, weight, residual, quadratic.values(weight, residual), problem.penalty.values(weight))
 
 
 def feasible(problem, weight):

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,16 @@ def test_generation_settings_that_contradict_themselves_do_not_lose_the_weights(
 
 
 # ---- other ways in
+
+
+@pytest.mark.parametrize("quantised", ["awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_quantised_folder_is_refused_by_its_configuration(folder, quantised: str, stream: bool):
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": quantised}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=rf"quantised \({quantised}\).*Prune the model that it was quantised from"):
+        load(folder, device="cpu", stream=stream)
 
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (4, 24), generator=torch.Generator().manual_seed(0))

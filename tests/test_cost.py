@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from convexprune.errors import RecipeError
 from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
+from convexprune.moments import Correction
 from convexprune.pattern import Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, cost, prune_observed
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
-from convexprune.pipeline.layer import Observed
+from convexprune.pipeline.layer import Observed, _folds
 from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
 
 
@@ -74,7 +75,7 @@ def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[i
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
     group = Group(operators, ModuleInput(nn.Identity()))
     layer = DecoderLayer("layer", nn.Identity(), ((group,),))
-    folds = Folds(n, torch.device("cpu"))
+    folds = _folds(group)
 
     def fill() -> None:
         for i in range(3):
@@ -95,17 +96,19 @@ def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[i
     assert predicted == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.parametrize("m", [64, 512])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_memory_of_moments_is_what_torch_allocates(corrected: bool):
+def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
     n, kept = 256, []
+    weight = torch.zeros(m, n) if Correction.pays(m, n) else None
 
     def fill() -> None:
-        folds = Folds(n, torch.device("cpu"))
+        folds = Folds(n, torch.device("cpu"), weight)
         for i in range(3):
             folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, n) if corrected else None, i == 2)
         kept.append(folds)
 
-    assert cost.moments_bytes(cost.Stack(("w",), (1,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
+    assert cost.moments_bytes(cost.Stack(("w",), (m,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
 
 
 def test_every_method_has_a_cost():
@@ -135,8 +138,8 @@ def test_work_is_counted_by_hand():
     once, until_o = 2 * (96 + 48) + attention, 2 * 96 + attention
     assert found.forward == 3 * 50 * (once + until_o)
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
-    assert found.problems == 6 and found.products == 3 * (116 + 124)
-    assert found.solve == 3 * (2 * (116 * 12 * 64 + 124 * 8 * 36) + 8 * (8**3 + 6**3))
+    assert found.problems == 6 and found.products == 3 * (79 + 87)
+    assert found.solve == 3 * (2 * (79 * 12 * 64 + 87 * 8 * 36) + 9 * (8**3 + 6**3))
 
 
 def test_disk_is_counted_by_hand():

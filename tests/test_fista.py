@@ -230,6 +230,19 @@ def test_products_count_one_an_iteration_one_a_check_and_one_certificate():
     assert solver.solve(problem).products == 9 + 2 + 1  # at the anchor, the gradient is known
 
 
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_to_advance_is_to_solve_without_a_certificate(scale, iterations):
+    _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
+    solver = FISTA(tolerance=0, max_iterations=iterations, scale=scale)
+    start = torch.ones(3, 6, dtype=torch.float64)
+    solution = solver.solve(problem, start)
+    weight, residual, products = solver.advance(problem, start, problem.quadratic.residual(start))
+    torch.testing.assert_close(weight, solution.weight)
+    torch.testing.assert_close(residual, problem.quadratic.residual(weight))
+    assert products == solution.products - 1  # that of the start is known
+
+
 @FEW
 @given(problems(("full rank",), L1S))
 def test_a_start_at_the_solution_stays_there(case):

@@ -174,3 +174,25 @@ def test_a_single_input_has_no_correlations_to_be_noisy():
 def test_sampling_noise_needs_two_folds():
     with pytest.raises(ProblemError, match="two folds"):
         sampling_noise([make_layer("full rank", 1, 3, seed=0).moments])
+
+
+@given(layers, corrections, seeds)
+def test_moments_of_a_known_weight_pose_the_same_problem(layer, correction, seed):
+    known = Moments(layer.weight.shape[1], torch.float64, weight=layer.weight)
+    for part in (slice(None, 5), slice(5, None)):
+        known.add(layer.pruned[part], None if layer.dense is layer.pruned else layer.dense[part])
+    weight = random(seed, *layer.weight.shape)
+    values = known.reconstruction(layer.weight, correction).values(weight)
+    torch.testing.assert_close(values, layer.loss(weight, correction), rtol=1e-9, atol=1e-20)
+    torch.testing.assert_close(known.energy(layer.weight), layer.moments.energy(layer.weight), rtol=1e-9, atol=0)
+    for chosen in (slice(0, 1), torch.tensor([0])):
+        first = known.rows(chosen).reconstruction(layer.weight[chosen], correction)
+        torch.testing.assert_close(first.values(weight[chosen]), values[:1], rtol=1e-9, atol=1e-20)
+
+
+def test_a_known_weight_takes_less_room_where_it_is_wide():
+    layer = make_layer("full rank", 2, 8, seed=0)
+    known = Moments(8, torch.float64, weight=layer.weight)
+    known.add(layer.pruned, layer.dense)
+    assert known.cross is not None and known.change is not None
+    assert (known.cross.shape, known.change.shape) == ((2, 8), (2,))

@@ -61,7 +61,7 @@ def test_sparsity_zero_changes_nothing_bit_for_bit(tiny_opt: HuggingFaceModel, m
 
 def test_every_convex_solve_carries_a_certificate(tiny_llama: HuggingFaceModel):
     report = convexprune.prune(tiny_llama.model, **SMALL).report
-    assert all(o.solves == 41 and o.gap is not None and o.largest_gap is not None for o in report.operators)
+    assert all(o.solves == 6 and o.gap is not None and o.largest_gap is not None for o in report.operators)
     assert report.largest_gap is not None and report.largest_gap < 1e-2
 
 
@@ -227,18 +227,24 @@ def test_a_users_own_solver_is_used_and_named(tiny_opt: HuggingFaceModel):
     class Mine(FISTA):
         solved = 0
 
+        advanced = 0
+
         def solve(self, problem, start=None):
             Mine.solved += 1
             return super().solve(problem, start)
 
+        def advance(self, problem, start, residual):
+            Mine.advanced += 1
+            return super().advance(problem, start, residual)
+
     report = convexprune.prune(tiny_opt.model, solver=Mine(max_iterations=3), **SMALL).report
-    assert Mine.solved == 40 * 8 and report.recipe["solver"] == "Mine"
+    assert (Mine.solved, Mine.advanced) == (5 * 8, 35 * 8) and report.recipe["solver"] == "Mine"
 
 
 def test_the_ground_truth_solver_prunes_a_tiny_operator(tiny_opt: HuggingFaceModel):
-    settings = {"rounds": 2}
+    settings: dict[str, Any] = {"method_args": {"rounds": 2}, "damping": 0.5}
     targets = ["model.decoder.layers.0.self_attn.out_proj"]
-    report = convexprune.prune(tiny_opt.model, solver="cvxpy", targets=targets, method_args=settings, **SMALL).report
+    report = convexprune.prune(tiny_opt.model, solver="cvxpy", targets=targets, **settings, **SMALL).report
     assert report.operators[0].zeros == 512
     assert (
         report.operators[0].largest_gap is not None and report.operators[0].largest_gap < 1e-5
@@ -324,7 +330,7 @@ def test_a_non_finite_weight_is_named(tiny_opt: HuggingFaceModel):
 
 def test_a_non_finite_activation_is_named(tiny_opt: HuggingFaceModel):
     with torch.no_grad():
-        tiny_opt.model.model.decoder.layers[1].fc1.weight.mul_(1e38)
+        tiny_opt.model.model.decoder.layers[1].fc1.weight.mul_(1e25)
     with pytest.raises(errors.ModelError, match=r"input of model\.decoder\.layers\.1\.fc2 is not finite"):
         convexprune.prune(tiny_opt.model, **SMALL)
 

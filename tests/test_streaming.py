@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, build_family
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,12 @@ def test_the_result_is_that_of_the_model_in_memory(dense: Path, tmp_path: Path):
     assert [vars(o) | drop for o in result.report.operators] == [vars(o) | drop for o in whole.report.operators]
 
 
-WHOLE = ("deepseek_v2", "mixtral", "qwen3_moe")  # transformers fuses their experts while it loads
+if transformers.__version__.startswith("4."):
+    WHOLE = ("gemma3", "llava")  # the names around their decoders are others on disk
+elif transformers.__version__.startswith("5.0."):
+    WHOLE = ("deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe")
+else:
+    WHOLE = ("deepseek_v2", "mixtral", "qwen3_moe")  # transformers fuses their experts while it loads
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,8 +69,8 @@ def test_every_family_gives_the_same_layer_by_layer(family: str, tmp_path: Path)
     settings: dict[str, Any] = SETTINGS | {"method": "wanda", "dataset": TOKENS % 128}
     whole = convexprune.prune(tmp_path / "dense", **settings)
     result = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **settings)
-    how = "whole: transformers converts" if family in WHOLE else "layer by layer"
-    assert result.report.environment["loading"].startswith(how)
+    how = result.report.environment["loading"]
+    assert how.startswith("whole: ") if family in WHOLE else how == "layer by layer"
     expected, found = whole.model.state_dict(), result.model.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
 
@@ -107,7 +113,7 @@ def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, m
 def test_another_dtype_is_that_of_the_whole_result(llama: Path, tmp_path: Path):
     whole = convexprune.prune(llama, dtype="bfloat16", method="wanda", **SETTINGS)
     convexprune.prune(llama, dtype="bfloat16", method="wanda", output_dir=tmp_path / "out", **SETTINGS)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in whole.model.state_dict().items())
 

@@ -1,5 +1,6 @@
 """What is surveyed is what pruning costs, and what is allocated has the zeros that were asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,17 @@ import pytest
 import torch
 from conftest import TINY
 
-from convexprune.adapters import HuggingFaceModel
+import convexprune
+from convexprune.adapters import HuggingFaceModel, allocating
 from convexprune.adapters.gradients import output_fisher
-from convexprune.errors import RecipeError
+from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.pipeline.survey import Unit, allocated, candidates
-from convexprune.validation import compare
-from convexprune.validation.allocating import _survey
+from convexprune.pipeline import RecordedCalls, make_recipe
+from convexprune.pipeline.survey import Unit, allot, candidates, survey
+from convexprune.report import Report
+from convexprune.validation import compare, verify
 from convexprune.validation.variants import make_variants
+from convexprune.validation.verify import _layer_settings
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)
@@ -45,7 +49,9 @@ def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(build, name: st
 
 
 def surveyed(model: HuggingFaceModel) -> list[Unit]:
-    return _survey(model, TOKENS[:4], TOKENS[4:], [HALF, TWO_OF_FOUR], 1)
+    hidden = [model.first_inputs(ids) for ids in TOKENS.split(1)]
+    calls, fisher = RecordedCalls(model, TOKENS.split(1)), output_fisher(model, TOKENS[:4])
+    return survey(model, hidden, 1, calls.of, [*candidates(HALF), *candidates(TWO_OF_FOUR)], fisher)
 
 
 def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFaceModel):
@@ -63,13 +69,15 @@ def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFac
 def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel, rule: Any):
     units = surveyed(tiny_llama)
     for asked in [HALF] if rule != "curve" else [HALF, TWO_OF_FOUR]:
-        patterns = allocated(units, rule, asked)
+        found = allot(units, rule, asked)
+        patterns = found.patterns(asked)
+        assert (found.gap is not None) == (rule == "curve") and (found.gap or 0) <= 1e-9
         operators = {f"{la.name}.{o.name}": o.shape for la in tiny_llama.layers for o in la.operators}
         assert patterns.keys() == operators.keys() and len(set(patterns.values())) > 1
         zeros = sum(patterns[name].zeros(*shape) for name, shape in operators.items())
         total = sum(m * n for m, n in operators.values())
         assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
-    assert allocated(units, "uniform", HALF) == {}
+    assert allot(units, "uniform", HALF).patterns(HALF) == {}
 
 
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):
@@ -94,4 +102,52 @@ def test_what_cannot_be_allocated_is_refused():
     with pytest.raises(RecipeError, match="needs pattern unstructured"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owl"])
     with pytest.raises(RecipeError, match="Did you mean 'owl'"):
-        make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])  # pyright: ignore[reportArgumentType]
+        make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])
+    with pytest.raises(RecipeError, match="needs pattern unstructured, not 2:4"):
+        convexprune.prune(allocation="skewness", pattern="2:4")
+
+
+def shares(report: Report) -> dict[str, float]:
+    return {o.name: o.expected_zeros / (o.outputs * o.inputs) for o in report.operators}
+
+
+SETTINGS: dict[str, Any] = {
+    "method": "sparsegpt", "dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 1, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["curve", "owl"])
+def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: HuggingFaceModel, tmp_path, rule: str):
+    dense = tmp_path / "dense"
+    tiny_llama.model.save_pretrained(dense, max_shard_size="40KB")
+    here = convexprune.prune(tiny_llama.model, allocation=rule, **SETTINGS).report
+    there = convexprune.prune(dense, allocation=rule, output_dir=tmp_path / "out", **SETTINGS).report
+    assert there.environment["loading"] == "layer by layer"
+    assert shares(here) == shares(there) and len(set(shares(here).values())) > 1
+    assert here.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert all(o.zeros == o.expected_zeros for o in there.operators)
+    assert len({o.pattern for o in there.operators}) > 1 and all("per matrix" in o.pattern for o in there.operators)
+    assert (there.allocation["gap"] is not None) == (rule == "curve") and there.allocation == here.allocation
+    recipe = make_recipe(**(there.recipe | {"model": "", "allocation": rule}))
+    judged = _layer_settings(recipe, there.operators)  # `verify` judges by what each operator was asked
+    assert all(judged.pattern_of(o.name).zeros(o.outputs, o.inputs) == o.expected_zeros for o in there.operators)
+    with pytest.raises(RecipeError, match="verify the folder"):
+        verify(dense, dataset=str(tmp_path), allocation=rule)
+
+
+def test_a_run_goes_on_with_the_allocation_that_it_began_with(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
+    dense = tmp_path / "dense"
+    tiny_llama.model.save_pretrained(dense)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"allocation": "owl", "output_dir": tmp_path / "out", **SETTINGS}
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(dense, progress=lambda _: stop, **settings)
+    began = json.loads((tmp_path / "out" / "work" / "allocation.json").read_text())["notes"]["shares"]
+    with pytest.raises(OutputError, match="differs in recipe"):
+        convexprune.prune(dense, resume=True, **{**settings, "allocation": "skewness"})
+    monkeypatch.setattr(allocating, "survey", stop)
+    report = convexprune.prune(dense, resume=True, **settings).report
+    assert shares(report) == pytest.approx(began, abs=1e-3)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ from convexprune.adapters import (
     load,
     text_windows,
 )
+from convexprune.adapters.allocating import allotments
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import LayerSettings, check_output, check_patterns
 from convexprune.pipeline.files import write_json
 from convexprune.pipeline.machine import Clock, versions
 from convexprune.pipeline.recipe import spare_samples
-from convexprune.pipeline.survey import Rule
 from convexprune.report import finite
 
-from .allocating import with_allocations
 from .plots import check_plots, draw
 from .results import make_row, markdown, text_result
 from .side_by_side import DENSE, Comparison, Tokens
@@ -47,7 +47,7 @@ def compare(
     conventions: Sequence[str],
     output: Path,
     *,
-    allocations: Sequence[Rule] = ("uniform",),
+    allocations: Sequence[str] = ("uniform",),
     quota: str = "matrix",
     dataset: Any = "self",
     num_calibration_samples: int = 64,
@@ -112,10 +112,13 @@ def compare(
         "batch size": batch_size,
         "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
     }
-    recipes = {v.name: v.recipe().model_dump(mode="json") | {"allocation": v.allocation} for v in variants}
+    recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
     _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), resume)
     clock = Clock()
-    settings = with_allocations(loaded, *fitted, variants, settings, batch_size)
+    asked = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
+    found = allotments(loaded, *fitted, list(asked.values()), batch_size)
+    for (name, (_, pattern)), allotment in zip(asked.items(), found, strict=True):
+        settings[name] = replace(settings[name], patterns=allotment.patterns(pattern))
     _check(loaded, settings)
     clock.lap("survey for allocations")
     comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), batch_size)

@@ -18,9 +18,10 @@ from convexprune.pipeline import (
     prune_observed,
     stage_inputs,
 )
-from convexprune.pipeline.bounding import drawn_rows, posed_damping
+from convexprune.pipeline.bounding import drawn_rows
 from convexprune.pipeline.layer import Calls, Tell
 from convexprune.pruners import PruningProblem
+from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
 
 
@@ -28,7 +29,7 @@ from convexprune.report import OperatorReport
 class OperatorProblem:
     """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and what its inputs were.
 
-    `damping` is what its pruner was damped by, relative to the diagonal of the Gram matrix.
+    `damping` is what its pruner was damped by.
     """
 
     name: str
@@ -37,7 +38,7 @@ class OperatorProblem:
     moments: Moments
     pattern: AbstractPattern
     correction: float
-    damping: float
+    damping: Damping
 
     def rows(self, count: int | None, generator: torch.Generator) -> tuple[PruningProblem, Tensor]:
         """The pruning problem of `count` rows drawn at random (None: all), and the pruned weight of these rows."""
@@ -67,10 +68,10 @@ def operator_problems(
     calls = RecordedCalls(model, batches)
     dense = fed = [model.first_inputs(batch) for batch in batches]
     left = set(names)
-    damping = {report.name: posed_damping(report.facts) for report in reports}
+    damping = {report.name: Damping.of(report.facts) for report in reports}
 
     def tell(report: OperatorReport) -> None:
-        damping[report.name] = posed_damping(report.facts)
+        damping[report.name] = Damping.of(report.facts)
 
     for number, layer in enumerate(model.layers):
         of = calls.of(number)
@@ -102,7 +103,7 @@ def _watch(
     calls: Calls,
     hidden: HiddenStates,
     settings: LayerSettings,
-    damping: Mapping[str, float],
+    damping: Mapping[str, Damping],
 ) -> Iterator[OperatorProblem]:
     pairs = [
         (one, other)
@@ -125,5 +126,5 @@ def _watch(
             name = f"{dense.name}.{w.name}"
             if name in wanted and total.tokens:
                 weights = w.read().cpu(), v.read().cpu()
-                asked = settings.pattern_of(name), settings.correction, damping.get(name, 0.0)
+                asked = settings.pattern_of(name), settings.correction, damping.get(name, Damping(0.0))
                 yield OperatorProblem(name, *weights, total, *asked)

@@ -8,7 +8,6 @@ import yaml
 
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
-from convexprune.pipeline.survey import RULES, Rule
 from convexprune.pruners import PRUNERS
 from convexprune.solvers import solver_names
 
@@ -41,7 +40,7 @@ class Variant:
     sparsity: float | None
     convention: str
     quota: str = "matrix"
-    allocation: Rule = "uniform"
+    allocation: str = "uniform"
 
     @property
     def name(self) -> str:
@@ -79,6 +78,7 @@ class Variant:
             pattern=self.pattern,
             sparsity=self.sparsity,
             quota=self.quota,
+            allocation=self.allocation,
             prefix=prefix,
             error_correction=correction,
         )
@@ -95,7 +95,7 @@ def make_variants(
     patterns: Sequence[str],
     conventions: Sequence[str],
     quota: str = "matrix",
-    allocations: Sequence[Rule] = ("uniform",),
+    allocations: Sequence[str] = ("uniform",),
 ) -> list[Variant]:
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
@@ -104,15 +104,12 @@ def make_variants(
     Allocations are the rules of `convexprune.pipeline.survey`.
 
     Raises:
-        RecipeError: an unknown method, setting or convention, or nothing to compare.
+        RecipeError: an unknown method, setting, convention or allocation, or nothing to compare.
         PatternError: no such pattern or sparsity.
     """
     for convention in conventions:
         if convention not in ("own", *CONVENTIONS):
             raise RecipeError(unknown("convention", convention, ["own", *CONVENTIONS]))
-    for allocation in allocations:
-        if allocation not in RULES:
-            raise RecipeError(unknown("allocation", allocation, RULES))
     variants = {
         Variant(method, pattern, sparsity, _own(method) if convention == "own" else convention, quota, allocation): None
         for method in methods
@@ -123,11 +120,6 @@ def make_variants(
     }
     for variant in variants:
         variant.layer_settings()
-        if variant.allocation in ("owl", "skewness") and variant.pattern != "unstructured":
-            raise RecipeError(
-                f"Allocation {variant.allocation!r} needs pattern unstructured, not {variant.pattern}: compare N:M "
-                "with the allocations uniform and curve."
-            )
     if not variants:
         raise RecipeError("There is nothing to compare: name at least one method, sparsity, pattern and convention.")
     return list(variants)

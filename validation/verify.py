@@ -17,8 +17,9 @@ from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, lo
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline.survey import with_share
 from convexprune.pruners.damped import damped
-from convexprune.report import Report
+from convexprune.report import OperatorReport, Report
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import Comparison, block, block_problems, compare
@@ -166,16 +167,24 @@ def verify(
     if pruned is not None:
         _require_same_shapes(dense, pruned, names)
     tokens, _ = recipe_windows(recipe.dataset, dense, recipe)
-    layer = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+    reports = [] if run is None else Report.from_json((run / "report.json").read_text()).operators
+    layer = _layer_settings(recipe, reports)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     generator = torch.Generator().manual_seed(seed)
-    reports = [] if run is None else Report.from_json((run / "report.json").read_text()).operators
     for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size, reports):
         result.comparisons += _compare(operator, rows, columns, generator)
         result.bounds.append(bound(operator, bound_rows, generator))
         tell(operator.name)
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
+    """Those of the recipe, with the patterns that the reports of a run say were asked for."""
+    pattern = recipe.build_pattern()
+    shares = {o.name: o.expected_zeros / (o.outputs * o.inputs) for o in reports}
+    patterns = {name: with_share(pattern, share) for name, share in shares.items()}
+    return LayerSettings(recipe.build_pruner(), pattern, recipe.error_correction, recipe.prefix, patterns)
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
@@ -185,16 +194,17 @@ def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generato
     method = LowerBound(per_row=problem.weight.shape[1] <= WIDE and rows is not None)
     plain = method.of(problem.quadratic, problem.pattern, achieved)
     r = operator.damping
-    posed = plain if r == 0 else method.of(damped(problem, r), problem.pattern, achieved)
+    posed = plain if r.strength == 0 else method.of(damped(problem, r), problem.pattern, achieved)
     figures = (x for b in (posed, plain) for x in (b.error, b.lower, b.ratio))
-    return BoundReport(operator.name, plain.rows, r, *figures, seconds=time.perf_counter() - began)
+    return BoundReport(operator.name, plain.rows, r.strength, *figures, seconds=time.perf_counter() - began)
 
 
 def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Recipe, Path | None]:
     """The recipe, and the folder of the run if `source` is one.
 
     Raises:
-        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object.
+        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object; an
+            allocation for what is no run.
     """
     file = None if source is None else Path(source) / "recipe.yaml"
     if source is not None and file is not None and file.is_file():
@@ -206,6 +216,8 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
         return recipe, Path(source)
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
+    if settings.get("allocation", "uniform") != "uniform":
+        raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
     return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
 
 

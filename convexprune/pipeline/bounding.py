@@ -1,6 +1,5 @@
 """How far a pruned operator is from the best possible, on a few of its rows."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from convexprune.bound import LowerBound
 from convexprune.pruners import PruningProblem
-from convexprune.pruners.damped import damped
+from convexprune.pruners.damped import Damping, damped
 
 QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)
 """For a report: it must cost little beside the pruning. `verify` takes its time."""
@@ -27,12 +26,7 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
     return torch.randperm(count, generator=generator)[:rows]
 
 
-def posed_damping(facts: Mapping[str, float]) -> float:
-    """The damping of the problem that a pruner was to solve, from `Pruned.facts`; 0 for one that has none."""
-    return facts.get("damping", facts.get("refit_damping", 0.0))
-
-
-def sampled_bound(problem: PruningProblem, weight: Tensor, rows: int, damping: float) -> dict[str, float] | None:
+def sampled_bound(problem: PruningProblem, weight: Tensor, rows: int, damping: Damping) -> dict[str, float] | None:
     """The quick bound for `rows` rows of a pruned operator [m n], the same ones in every run (see `OperatorReport`).
 
     The error is that of the problem that was posed: mean |V x* - target|^2 plus the `damping` that the pruner added.
@@ -42,8 +36,8 @@ def sampled_bound(problem: PruningProblem, weight: Tensor, rows: int, damping: f
     if rows == 0 or n > WIDEST or problem.pattern.zeros(m, n) == 0:
         return None
     chosen = drawn_rows(m, rows, torch.Generator().manual_seed(0)).to(weight.device)
-    part = PruningProblem(problem.weight[chosen], problem.moments, problem.pattern, problem.correction)
+    part = problem.rows(chosen, problem.pattern)
     method = replace(QUICK, rounds=0) if n > WIDE else QUICK
     found = method.of(damped(part, damping), part.pattern, weight[chosen])
-    facts = {"rows": found.rows, "damping": damping}
+    facts = {"rows": found.rows, "damping": damping.strength}
     return facts | {"error": found.error, "lower": found.lower, "ratio": found.ratio}

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from convexprune.errors import RecipeError
+from convexprune.moments import Correction
 from convexprune.pipeline.folds import Folds, in_parts
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
@@ -35,9 +36,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "admm": Method(8.7, 33.9, 180, 31, 4.0),
+    "admm": Method(8.7, 33.9, 180, 32, 4.0),
     "alps": Method(10.8, 34.5, 45, 12, 4.0),
-    "convex": Method(8.7, 33.9, 112, 8, 5.0),
+    "convex": Method(8.7, 33.9, 75, 9, 2.5),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
     "perspective": Method(15.9, 49.0, 90, 8, 8.0),
@@ -45,7 +46,7 @@ METHODS = {
     "wanda": Method(5.0, 7.9, 0, 0, 3.0),
 }
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
-REFIT = Method(8.7, 31.9, 60, 1, 3.0)
+REFIT = Method(8.7, 31.9, 60, 2, 3.0)
 
 
 def method_cost(name: str, refit: bool) -> Method:
@@ -169,16 +170,28 @@ class Work:
 
 
 def moments_bytes(stack: Stack, corrected: bool) -> int:
-    """Of the halves and the held-out windows: each the Gram matrix, with correction two more."""
-    return Folds.bytes(stack.inputs) * (3 if corrected else 1)
+    """Of the halves and the held-out windows the Gram matrices, and what is corrected: in these, and in the others."""
+    return Folds.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
+
+
+def _correction(stack: Stack) -> int:
+    """How many numbers the moments of a correction are (`Correction`)."""
+    m, n = stack.outputs, stack.inputs
+    return m * n + m if Correction.pays(m, n) else 2 * n * n
+
+
+def _correcting(stack: Stack) -> float:
+    """Operations a token for those."""
+    m, n = float(stack.outputs), float(stack.inputs)
+    return 4 * m * n if Correction.pays(stack.outputs, stack.inputs) else 3 * n * n
 
 
 def problem_bytes(stack: Stack, corrected: bool, method: Method) -> int:
     """What solving a stack needs beside those: the moments of all windows, and the method's matrices."""
     m, n = stack.outputs, stack.inputs
-    total = n * n * (3 if corrected else 1)
+    weight = m * n if corrected and Correction.pays(m, n) else 0
     rows = method.rectangles * m + method.apart * max(stack.heights)
-    return round(FLOAT * (total + method.squares * n * n + rows * n))
+    return round(FLOAT * (weight + (1 + method.squares) * n * n + rows * n))
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
@@ -222,7 +235,7 @@ def work(model: ModelSize, setting: Setting) -> Work:
                 passes += len(in_parts(stage, lambda s: s.inputs)) * (sum(weights[:number]) + attention)
             for s in stage:
                 n2 = float(s.inputs) ** 2
-                gram += layer.count * tokens * s.share * n2 * (4 if setting.corrects(number, s) else 1)
+                gram += layer.count * tokens * s.share * (n2 + (_correcting(s) if setting.corrects(number, s) else 0))
                 own = method.products + JUDGING + (CORRECTING if setting.corrects(number, s) else 0)
                 solve += layer.count * (2 * s.outputs * n2 * own + method.factorisations * n2 * s.inputs)
                 products += layer.count * own

@@ -81,6 +81,27 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def write_notes(path: Path, value: Any) -> None:
+    """Write a value as `write_json` does, with its checksum.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    write_json(path, {"checksum": _checksum(value), "notes": value})
+
+
+def read_notes(path: Path) -> Any:
+    """The value that `write_notes` wrote; None if it is missing or is not what was written."""
+    match read_json(path):
+        case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
+            return value
+    return None
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str | None:
     """The checksum of a file, which is never whole in memory; None if it is missing."""
     try:

@@ -6,23 +6,29 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from convexprune.moments import Moments
+from convexprune.moments import Correction, Moments
 
 ROOM = 4 << 30
 """Bytes for the moments of the experts that are pruned side by side."""
 
 
 class Folds:
-    """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart."""
+    """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is kept
+    for the one `weight` [m n] if that is given (see `Correction`).
+    """
+
+    def __init__(self, width: int, device: torch.device, weight: Tensor | None = None) -> None:
         self.halves = (Moments(width, device=device), Moments(width, device=device))
-        self.held_out = Moments(width, device=device)
+        self.held_out = Moments(width, device=device, weight=weight)
         self.borrowed = 0
+        self._change: Correction | None = None
+        self._weight = weight
 
     @staticmethod
     def bytes(width: int) -> int:
-        """How much memory three Gram matrices take; as many again if they hold corrections."""
+        """How much memory three Gram matrices take."""
         return 3 * 4 * width * width
 
     def add(self, pruned: Tensor, dense: Tensor | None, held_out: bool) -> None:
@@ -32,8 +38,13 @@ class Folds:
         """
         for i in range(len(pruned)):
             first, second = self.halves
-            fold = self.held_out if held_out else first if first.tokens <= second.tokens else second
-            fold.add(pruned[i], None if dense is None else dense[i])
+            if held_out:
+                self.held_out.add(pruned[i], None if dense is None else dense[i])
+                continue
+            (first if first.tokens <= second.tokens else second).add(pruned[i])
+            if dense is not None:
+                self._change = self._change or Correction.none(first.sum, self._weight)
+                self._change.add(pruned[i], dense[i])
 
     def borrow(self, others: "Folds") -> None:
         """Make up for tokens that an expert did not get with what all experts got.
@@ -60,11 +71,11 @@ class Folds:
     @property
     def total(self) -> Moments:
         """The moments of all calibration windows, without those held out."""
-        return self.halves[0] + self.halves[1]
+        return (self.halves[0] + self.halves[1]).corrected_by(self._change)
 
     def is_finite(self) -> bool:
         """Whether every input was."""
-        return all(fold.is_finite() for fold in (*self.halves, self.held_out))
+        return all(fold.is_finite() for fold in (*self.halves, self.held_out, self.total))
 
 
 class Paired(Protocol):

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from convexprune.errors import ModelError, PruningError
 from convexprune.model import Call, DecoderLayer, Group
+from convexprune.moments import Correction
 from convexprune.pattern import AbstractPattern, Stacked
-from convexprune.pipeline.bounding import posed_damping, sampled_bound
+from convexprune.pipeline.bounding import sampled_bound
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
 
 Tell = Callable[[OperatorReport], None]
@@ -154,7 +156,15 @@ def _width(group: Group) -> int:
 
 
 def _folds(group: Group) -> Folds:
-    return Folds(_width(group), group.operators[0].read().device)
+    """To be filled, and to be read for the weights that the group has now, the dense ones."""
+    outputs = sum(operator.shape[0] for operator in group.operators)
+    known = _stack(group) if group.paired and Correction.pays(outputs, _width(group)) else None
+    return Folds(_width(group), group.operators[0].read().device, known)
+
+
+def _stack(group: Group) -> Tensor:
+    """The weights of operators that share an input [m n]: their rows, in float32."""
+    return torch.cat([operator.read().float() for operator in group.operators])
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
@@ -203,7 +213,7 @@ def _require_usable(folds: Folds, name: str) -> None:
 def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings, tell: Tell, began: float) -> None:
     """Operators that share an input are one stack of rows, solved as one problem."""
     heights = tuple(operator.shape[0] for operator in group.operators)
-    stack = torch.cat([operator.read().float() for operator in group.operators])
+    stack = _stack(group)
     asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
     pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
@@ -234,6 +244,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             inputs=operator.shape[1],
             zeros=zeros,
             expected_zeros=expected,
+            pattern=str(asked),
             relative_error=errors[i],
             held_out_error=held_out[i],
             gap=last.certificate.relative_gap if last else None,
@@ -246,7 +257,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
             seconds=seconds,
-            bound=sampled_bound(part, weight, settings.bound_rows, posed_damping(pruned.facts)),
+            bound=sampled_bound(part, weight, settings.bound_rows, Damping.of(pruned.facts)),
         )
         tell(report)
 

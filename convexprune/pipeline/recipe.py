@@ -6,7 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
-from convexprune.pattern import AbstractPattern, parse_pattern
+from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
+from convexprune.pipeline.survey import check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
 from convexprune.pruners.search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
@@ -17,16 +18,17 @@ PRESETS = ("fistapruner",)
 class Recipe(BaseModel):
     """What to prune, how, and on which tokens. Unknown settings are refused.
 
-    `error_correction` in [0, 1] (true is 1): how much of the error that the operators before it inside the decoder
-    layer have made does an operator correct. `prefix` says which network feeds a decoder layer: the "dense" one, so
-    that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are drawn, never fitted,
-    and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
-    `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
-    the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
-    of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least squares on the
-    support to a method that has none of its own, or takes it from one that has (None: as the method is). `method_args`
-    are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in the report
-    with what no pruning can beat; it changes no weight, and 0 leaves it out.
+    `allocation` says how the zeros are spread over the operators (`convexprune.pipeline.survey.allot`); "uniform" asks
+    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that the operators before
+    it inside the decoder layer have made does an operator correct. `prefix` says which network feeds a decoder layer:
+    the "dense" one, so that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are
+    drawn, never fitted, and the errors on them reported; None is an eighth of the calibration samples, or what the
+    data set has left. `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None
+    estimates it from the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which
+    decide the order of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least
+    squares on the support to a method that has none of its own, or takes it from one that has (None: as the method is).
+    `method_args` are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in
+    the report with what no pruning can beat; it changes no weight, and 0 leaves it out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,7 @@ class Recipe(BaseModel):
     sparsity: float | None = None
     pattern: str = "unstructured"
     quota: Literal["matrix", "row"] = "matrix"
+    allocation: str = "uniform"
     error_correction: float = Field(1.0, ge=0, le=1)
     prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
@@ -67,10 +70,10 @@ class Recipe(BaseModel):
             raise RecipeError(unknown("method", self.method, PRUNERS))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
-        self.build_pattern()
+        check_rule(self.allocation, self.build_pattern())
         return self
 
-    def build_pattern(self) -> AbstractPattern:
+    def build_pattern(self) -> Unstructured | SemiStructured:
         """The pattern that `sparsity`, `pattern` and `quota` name.
 
         Raises:

@@ -1,7 +1,5 @@
 """Where a run keeps what is between its layers: in memory, or in a folder that survives whatever ends the process."""
 
-import hashlib
-import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from convexprune.errors import OutputError
 from convexprune.model import AbstractModel
-from convexprune.pipeline.files import locked, publish, read_json, sha256, write_json, writing
+from convexprune.pipeline.files import locked, publish, read_notes, sha256, write_notes, writing
 from convexprune.pipeline.layer import Recorded
 from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
 from convexprune.report import OperatorReport
@@ -146,7 +144,7 @@ class FolderStore(AbstractStore):
             shutil.rmtree(place, ignore_errors=True)
 
     def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
-        notes = read_json(self._notes("hidden", f"{number:05d}.{stream}"))
+        notes = read_notes(self._notes("hidden", f"{number:05d}.{stream}"))
         path = self.folder / "hidden" / f"{number:05d}.{stream}.bin"
         if notes is not None and sha256(path) == notes["sha256"]:
             return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
@@ -160,7 +158,17 @@ class FolderStore(AbstractStore):
         with writing(path):
             publish(batches.path, path)
         batches.path = path
-        write_json(self._notes("hidden", f"{number:05d}.{stream}"), notes)
+        write_notes(self._notes("hidden", f"{number:05d}.{stream}"), notes)
+
+    def agreed(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
+        path = self.folder / f"{name}.json"
+        while (value := read_notes(path)) is None:
+            with locked(self.folder / f"{name}.lock") as mine:
+                if mine and read_notes(path) is None:
+                    write_notes(path, make())
+            time.sleep(POLL)
+        return value
 
     def layer(self, number: int) -> Mapping[str, Tensor]:
         return load_file(self._shard(number))
@@ -172,16 +180,16 @@ class FolderStore(AbstractStore):
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
         path = self._shard(number)
         write_tensors(path, {name: Spec.of(t) for name, t in state.items()}, state.__getitem__, {"format": "pt"})
-        operators = [asdict(report) for report in reports]
-        notes = {"sha256": sha256(path), "operators": operators, "operators_sha256": _checksum(operators)}
-        write_json(self._notes("layers", path.stem), notes)
+        write_notes(
+            self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
+        )
         self.pruned_here.add(number)
         self._forget_hidden(number, "dense")
         self._forget_hidden(number, "fed")
 
     def reports(self, number: int) -> list[OperatorReport]:
         """What was reported of a finished layer."""
-        return [OperatorReport(**o) for o in read_json(self._notes("layers", f"{number:05d}"))["operators"]]
+        return [OperatorReport(**o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
 
     def restore(self, model: AbstractModel) -> None:
         """Put into a model in memory what others, or an earlier process, have pruned."""
@@ -204,9 +212,8 @@ class FolderStore(AbstractStore):
         """Forget every finished layer whose file or report is not what was written, and name them."""
         damaged = []
         for notes_path in sorted((self.folder / "layers").glob("*.json")):
-            notes = read_json(notes_path) or {}
-            found = sha256(notes_path.with_suffix(".safetensors")), _checksum(notes.get("operators"))
-            if found != (notes.get("sha256"), notes.get("operators_sha256")):
+            notes = read_notes(notes_path)
+            if notes is None or sha256(notes_path.with_suffix(".safetensors")) != notes["sha256"]:
                 notes_path.unlink(missing_ok=True)
                 self._finished.discard(int(notes_path.stem))
                 damaged.append(int(notes_path.stem))
@@ -222,8 +229,3 @@ class FolderStore(AbstractStore):
         path = self._notes("hidden", f"{number:05d}.{stream}")
         path.unlink(missing_ok=True)
         path.with_suffix(".bin").unlink(missing_ok=True)
-
-
-def _checksum(value: Any) -> str:
-    """The sha256 of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -2,23 +2,39 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from convexprune.allocation import Curve, allocate, spread
-from convexprune.errors import PatternError
+from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer, Group
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
-from convexprune.pipeline.layer import Calls, HiddenStates, LayerSettings, Observed, observe, stage_folds
+from convexprune.pipeline.layer import Calls, HiddenStates, LayerSettings, Observed, Recorded, observe, stage_folds
+from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
 Pattern = Unstructured | SemiStructured
-Rule = Literal["uniform", "curve", "owl", "skewness"]
-RULES: tuple[Rule, ...] = ("uniform", "curve", "owl", "skewness")
+RULES = ("uniform", "curve", "owl", "skewness")
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 OUTLIER = 5  # times the mean score; OWL's M
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
+
+    Of the rule "curve", `cost` is the loss that the curves predict, in nats a token, and `gap` how much less any other
+    allotment could cost at most, by the same curves.
+    """
+
+    shares: dict[str, float]
+    cost: float | None = None
+    gap: float | None = None
+
+    def patterns(self, pattern: Pattern) -> dict[str, Pattern]:
+        """The operators' patterns, each of the kind of `pattern`."""
+        return {name: with_share(pattern, share) for name, share in self.shares.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,46 +73,70 @@ def survey(
     patterns: Sequence[Pattern],
     fisher: Mapping[str, Tensor],
     pruner: AbstractPruner | None = None,
+    record: Callable[[], Recorded] = list,
 ) -> list[Unit]:
     """Prune every unit of the dense model to every pattern, write nothing, and report the costs.
+
+    One decoder layer at a time is in memory, and what enters and leaves it where `record` keeps it.
 
     A cost is 1/2 sum_i f_i mean (delta y_i)^2: `fisher` holds f_i = mean (d loss / d y_i)^2 of each operator's outputs
     [m], so this is the Gauss-Newton estimate of the loss with a diagonal metric, in nats a token, and comparable across
     layers. It is taken on the last `held_out` of the batches `hidden`, or on all if none is held out. `pruner` gives
-    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick.
+    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick. `hidden` is used up if it is
+    on disk.
     """
     pruner, units = pruner or SparseGPT(), []
     for number, layer in enumerate(model.layers):
-        observed = observe(layer, calls(number), hidden)
-        units += _units(
-            layer, calls(number), HiddenStates(hidden, hidden, held_out), observed, patterns, fisher, pruner
-        )
+        states = HiddenStates(hidden, hidden, held_out)
+        with model.resident(layer):
+            observed = observe(layer, calls(number), hidden, record)
+            units += _units(layer, calls(number), states, observed, patterns, fisher, pruner)
+        for used in (hidden, *observed.inputs.values()):
+            if isinstance(used, Batches):
+                used.path.unlink()
         hidden = observed.outputs
     return units
 
 
-def allocated(units: Sequence[Unit], rule: Rule, pattern: Pattern) -> dict[str, Pattern]:
-    """A pattern for each operator, by "layer.operator", with the zeros of `pattern` on the whole; none if uniform.
+def check_rule(rule: str, pattern: Pattern) -> None:
+    """Refuse, before any work, a rule that there is not, or that the pattern does not allow.
+
+    Raises:
+        RecipeError: it is such a rule.
+    """
+    if rule not in RULES:
+        raise RecipeError(unknown("allocation", rule, RULES))
+    if rule in ("owl", "skewness") and isinstance(pattern, SemiStructured):
+        raise RecipeError(
+            f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
+        )
+
+
+def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
+    """The zeros of `pattern` on the whole, spread over the operators by a rule.
 
     "curve" minimises the surveyed costs (`convexprune.allocation.allocate`). "owl" (arXiv 2310.05175) and "skewness"
     give a layer whose scores have more outliers, or are more skewed, less sparsity (`allocation.spread`); the second is
-    the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula. Both need an unstructured pattern.
+    the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula.
 
     Raises:
+        RecipeError: see `check_rule`.
         PatternError: the share of zeros cannot be allocated so.
     """
+    check_rule(rule, pattern)
     if rule == "uniform":
-        return {}
+        return Allotment({})
+    cost = gap = None
     if rule == "curve":
         choice = candidates(pattern)
         curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
-        shares = allocate(curves, pattern.sparsity, whole=isinstance(pattern, SemiStructured)).sparsities
+        found = allocate(curves, pattern.sparsity, whole=isinstance(pattern, SemiStructured))
+        shares, cost, gap = found.sparsities, found.cost, found.gap
     else:
         statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
-        if isinstance(pattern, SemiStructured):
-            raise PatternError(f"Allocation by {rule!r} needs an unstructured pattern; got {pattern}. Take 'curve'.")
         shares = spread(statistics, [u.size for u in units], pattern.sparsity)
-    return {name: _at(pattern, share) for unit, share in zip(units, shares, strict=True) for name in unit.names}
+    each = {name: round(share, 6) for unit, share in zip(units, shares, strict=True) for name in unit.names}
+    return Allotment(each, cost, gap)
 
 
 def _units(
@@ -108,7 +148,7 @@ def _units(
     fisher: Mapping[str, Tensor],
     pruner: AbstractPruner,
 ) -> list[Unit]:
-    settings = LayerSettings(pruner, patterns[0], correction=0)
+    settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
     found: list[tuple[Group, dict[Pattern, float]]] = []
     scores: list[Tensor] = []
     for number in range(len(layer.stages)):
@@ -116,10 +156,10 @@ def _units(
             for group, folds in part.items():
                 heights = tuple(operator.shape[0] for operator in group.operators)
                 weight = torch.cat([operator.read().float() for operator in group.operators])
-                slopes = torch.cat([fisher[f"{layer.name}.{operator.name}"] for operator in group.operators])
                 judge = folds.held_out if folds.held_out.tokens else folds.total
                 costs = {}
                 for pattern in patterns:
+                    slopes = torch.cat([fisher[f"{layer.name}.{operator.name}"] for operator in group.operators])
                     stack = Stacked(pattern, heights)
                     pruned = pruner.prune(PruningProblem(weight, folds.total, stack, 0.0)).weight
                     errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned)
@@ -148,8 +188,8 @@ def _shape(scores: Tensor) -> tuple[float, float]:
     return float((scores > OUTLIER * middle).float().mean()), float(skewness)
 
 
-def _at(pattern: Pattern, share: float) -> Pattern:
+def with_share(pattern: Pattern, share: float) -> Pattern:
     """The same kind of pattern with another share of zeros."""
     if isinstance(pattern, SemiStructured):
         return SemiStructured(round((1 - share) * pattern.group), pattern.group)
-    return Unstructured(round(share, 6), pattern.quota)
+    return Unstructured(share, pattern.quota)

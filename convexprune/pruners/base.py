@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -49,8 +50,13 @@ class PruningProblem:
         """One problem for each operator of the stack."""
         if not isinstance(self.pattern, Stacked):
             return [self]
-        weights, pattern = self.weight.split(self.pattern.heights), self.pattern.pattern
-        return [PruningProblem(w, self.moments, pattern, self.correction, self.folds) for w in weights]
+        ends = list(accumulate(self.pattern.heights, initial=0))
+        return [self.rows(slice(*pair), self.pattern.pattern) for pair in pairwise(ends)]
+
+    def rows(self, chosen: Tensor | slice, pattern: AbstractPattern) -> "PruningProblem":
+        """The problem of the rows `chosen`, to another pattern."""
+        moments = self.moments.rows(chosen)
+        return PruningProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
 
 
 @dataclass(frozen=True, eq=False)

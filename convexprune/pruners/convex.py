@@ -34,8 +34,8 @@ class Convex(AbstractSearch):
     is solved from where the last two rounds point to, P = V + (V - V_before). The scores S are P after a long gradient
     step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is hardly penalised.
     The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a bounded concave
-    penalty: one iteration of FISTA each is enough, and the certificates say how good it was. As the residual is affine,
-    that of P is known from the rounds before: a round costs one product, with its certificate.
+    penalty: one iteration of FISTA each is enough. As the residual is affine, that of P is known from the rounds
+    before: a round costs one product. The last problem of every envelope is certified, those before are on the way.
 
     `"l1"`, strength |V_ij|, and `"weighted-l1"`, strength sqrt(H_jj) |V_ij|, are plain LASSO problems, on the damped
     quadratic itself: the strength is bisected, at most `rounds` times, until the solution has the pattern's number of
@@ -108,18 +108,24 @@ class Convex(AbstractSearch):
                 scores = torch.add(start, slope_start, alpha=self.reach / stiffness)
                 strength = between(self.strengths, number / (self.rounds - 1 or 1))
                 penalty = self._penalty(scores, pattern, strength, stiffness)
-                solution = self._solver.solve(Problem(relaxed.at(start, slope_start), penalty), start)
-                before, weight, slope_before, slope = weight, solution.weight, slope, solution.residual
+                before, slope_before = weight, slope
+                if number < int(numbers[-1]):
+                    weight, slope, made = self._solver.advance(Problem(relaxed, penalty), start, slope_start)
+                    products += made
+                else:
+                    solution = self._solver.solve(Problem(relaxed.at(start, slope_start), penalty), start)
+                    weight, slope = solution.weight, solution.residual
+                    solutions.append(solution.record())
                 if slope is None:
                     slope, products = relaxed.residual(weight), products + 1
-                scores = torch.add(weight, slope, alpha=self.reach / stiffness)
-                solutions.append(solution.record())
+            scores = torch.add(weight, slope, alpha=self.reach / stiffness)
         return Found(scores, tuple(solutions), products)
 
     def _penalty(self, scores: Tensor, pattern: AbstractPattern, strength: float, stiffness: float) -> AbstractPenalty:
-        threshold = pattern.threshold(scores.abs()).clamp_min(torch.finfo(scores.dtype).tiny)
+        threshold = pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
         if self.penalty == "reweighted-l1":
-            return L1((scores / threshold).square_().neg_().exp_().mul_(strength * threshold))
+            weights = (scores / threshold).square_().neg_().exp_()
+            return L1(weights.mul_(strength * threshold))
         groups = pattern.pattern if isinstance(pattern, Stacked) else pattern
         if not isinstance(groups, SemiStructured):
             raise PatternError(f"The penalty 'group-products' is for patterns N:M, not for {groups}.")

@@ -1,5 +1,8 @@
 """The damped problem, in the coordinates of Optimal Brain Surgeon."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,32 +13,77 @@ from convexprune.quadratic import Quadratic
 
 UNKNOWN = 0.06
 """The damping for a single sample, which has nothing to be compared with."""
+KNEE = 0.1
+"""Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
+SATURATING, RIDGE = 3.0, 1 / 3
+"""What the sample's noise is multiplied with, for the two parts of the damping."""
 
 
-def choose_damping(problem: PruningProblem, damping: float | None, least: float) -> float:
-    """`damping`, or if it is None what the noise of the calibration sample asks for, at least `least`.
+@dataclass(frozen=True)
+class Damping:
+    """A pull towards the dense weight,  1/2 sum_i (V - W)_i S (ridge I + saturating P) S (V - W)_i',  S = sqrt(diag H).
 
-    With s = noise / (1 - noise), the ridge that shrinking the correlations by `noise` amounts to, it is
-    s min(1, 4 s): all of s only where a quarter of the correlations is noise. Without damping an exact solver fits the
-    noise of the tokens; with all of s it gives away more than that where there are many tokens (docs/benchmarks.md).
+    P = I - KNEE (C + KNEE I)^-1, with the correlations C = S^-1 H S^-1, is small where the sample shows little energy.
+    """
+
+    ridge: float
+    saturating: float = 0.0
+
+    @property
+    def strength(self) -> float:
+        """Of the pull in directions of much energy."""
+        return self.ridge + self.saturating
+
+    def facts(self, name: str = "damping") -> dict[str, float]:
+        """For a report: its strength, and how much of it saturates, if any."""
+        return {name: self.strength} | ({f"{name}_saturating": self.saturating} if self.saturating else {})
+
+    @classmethod
+    def of(cls, facts: Mapping[str, float]) -> "Damping":
+        """That of the problem which a pruner was to solve, by its facts or those of its refit; none without them."""
+        for name in ("damping", "refit_damping"):
+            if name in facts:
+                saturating = facts.get(f"{name}_saturating", 0.0)
+                return cls(facts[name] - saturating, saturating)
+        return cls(0.0)
+
+
+def choose_damping(problem: PruningProblem, damping: float | None, least: float) -> Damping:
+    """A ridge of strength `damping`, or if that is None what the calibration sample's noise asks for.
+
+    An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
+    texts. Half against half, an eigenvalue below `KNEE` is too small by about the same factor whatever its size, and by
+    more the more noise there is. A saturating pull makes up for that, a ridge does not; the ridge, at least `least`, is
+    for directions in which there is next to none (docs/benchmarks.md).
     """
     if damping is not None:
-        return damping
+        return Damping(damping)
     if not problem.folds:
-        return UNKNOWN
+        return Damping(UNKNOWN)
     noise = sampling_noise(problem.folds)
-    share = noise / (1 - noise)
-    return max(least, share * min(1.0, 4 * share))
+    return Damping(max(least, RIDGE * noise), SATURATING * noise)
 
 
-def damped(problem: PruningProblem, damping: float) -> Quadratic:
-    """The reconstruction error plus  damping/2 sum_ij H_jj (V_ij - W_ij)^2."""
-    if damping == 0:
-        return problem.quadratic
-    return problem.quadratic + Quadratic.damping(problem.weight, damping * problem.scale.square())
+def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
+    """The reconstruction error plus the damping, a quadratic about the dense weight.
+
+    Raises:
+        PruningError: the Gram matrix is not positive semi-definite.
+    """
+    quadratic, scale = problem.quadratic, problem.scale
+    if damping.strength == 0:
+        return quadratic
+    if not damping.saturating:
+        return quadratic + Quadratic.damping(problem.weight, damping.ridge * scale.square())
+    shifted = quadratic.gram / scale / scale[:, None]
+    shifted.diagonal().add_(KNEE)
+    pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * KNEE)
+    pull.diagonal().add_(damping.strength)
+    zero = torch.zeros_like(problem.weight)
+    return quadratic + Quadratic(pull.mul_(torch.outer(scale, scale)), zero, zero[:, 0], problem.weight)
 
 
-def saliency_coordinates(problem: PruningProblem, damping: float) -> tuple[Quadratic, Tensor]:
+def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Quadratic, Tensor]:
     """The damped quadratic of U = V * scale in which [H^-1]_jj is constant, and that scale [n].
 
     There |U_ij| is the saliency of Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj): the square root of the error that
@@ -46,12 +94,16 @@ def saliency_coordinates(problem: PruningProblem, damping: float) -> tuple[Quadr
         PruningError: the damped Gram matrix is not positive definite.
     """
     quadratic = damped(problem, damping).scaled(problem.scale)
-    factor, info = torch.linalg.cholesky_ex(quadratic.gram)
-    if int(info):
-        raise PruningError(
-            f"The Gram matrix is not positive definite with damping {damping}: raise the damping, or calibrate on more "
-            f"tokens than the {problem.moments.tokens} seen."
-        )
-    metric = torch.cholesky_inverse(factor).diagonal().rsqrt()
+    metric = _inverse(quadratic.gram, problem, damping).diagonal().rsqrt()
     metric = metric / metric.square().mean().sqrt()
     return quadratic.scaled(metric), problem.scale * metric
+
+
+def _inverse(gram: Tensor, problem: PruningProblem, damping: Damping) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        raise PruningError(
+            f"The Gram matrix is not positive definite with damping {damping.strength:.3g}: raise the damping, or "
+            f"calibrate on more tokens than the {problem.moments.tokens} seen."
+        )
+    return torch.cholesky_inverse(factor)

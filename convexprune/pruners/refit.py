@@ -19,8 +19,8 @@ from convexprune.solvers.cg import ConjugateGradient
 class Refitted(AbstractPruner):
     """Another pruner's support, with the values that are best on it.
 
-    `damping` is that of the refit alone, the pruner has its own: 0 is plain least squares, None is estimated from the
-    sample (`choose_damping`).
+    `damping` is that of the refit alone, the pruner has its own: 0 is plain least squares, None leaves it to the
+    sample's noise (`choose_damping`).
 
     Raises:
         UnsupportedError: `refit` does not take a support.
@@ -40,7 +40,7 @@ class Refitted(AbstractPruner):
         pruned = self.pruner.prune(problem)
         damping = choose_damping(problem, self.damping, self.least_damping)
         weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
-        facts = pruned.facts | {"refit_damping": damping}
+        facts = pruned.facts | damping.facts("refit_damping")
         return replace(pruned, weight=weight, solutions=pruned.solutions + refits, facts=facts)
 
 

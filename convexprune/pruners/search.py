@@ -31,7 +31,7 @@ class AbstractSearch(AbstractPruner):
     """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
 
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
-    estimated from the sample and at least `least_damping` if None (`choose_damping`), in the search and in the refit.
+    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`, at least `least_damping`).
     `refit` is the solver of the values; None keeps the scores on the support.
 
     Raises:
@@ -62,4 +62,4 @@ class AbstractSearch(AbstractPruner):
         found = self.search(quadratic, scale, problem.pattern)
         mask = problem.pattern.mask(found.scores.abs())
         weight, refits = refitted(quadratic, mask, found.scores, self.refit)
-        return Pruned(weight / scale, mask, found.solutions + refits, {"damping": damping}, found.products)
+        return Pruned(weight / scale, mask, found.solutions + refits, damping.facts(), found.products)

@@ -36,12 +36,14 @@ class ADMM(AbstractIterative):
     rho: float = 0.1
     relaxation: float = 1.6
 
-    def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
         q, rho = problem.quadratic, self.rho
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
         inverse = q.shifted_inverse(rho)
-        dual = problem.penalty.project(q.residual(weight)) / rho
-        products = 1
+        dual = problem.penalty.project(q.residual(weight) if residual is None else residual) / rho
+        products = 1 if residual is None else 0
         for iteration in range(1, self.max_iterations + 1):
             point = (weight - dual).sub_(anchor).mul_(rho).add_(q.cross)
             exact = torch.addmm(anchor, point, inverse)

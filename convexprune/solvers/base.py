@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -44,8 +45,16 @@ class Solution:
         return replace(self, weight=self.weight.new_empty(0, self.weight.shape[1]), residual=None)
 
 
+class Advance(NamedTuple):
+    """A weight [m n] on the way to a solution, the quadratic's residual there if it is known, and the products."""
+
+    weight: Tensor
+    residual: Tensor | None
+    products: int
+
+
 class AbstractSolver(ABC):
-    """Settings of a solver; a user's own solver is a subclass with these two members."""
+    """Settings of a solver; a user's own solver is a subclass with `penalties` and `solve`."""
 
     @property
     @abstractmethod
@@ -60,6 +69,14 @@ class AbstractSolver(ABC):
             UnsupportedError: the penalty is not one of `penalties`.
             ProblemError: `start` is not shaped like the problem.
         """
+
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor) -> Advance:
+        """Go from `start` [m n] towards the minimum, for who poses the next problem from there: without a certificate.
+
+        `residual` [m n] is the quadratic's at the start. A solver whose certificate is not worth saving just solves.
+        """
+        solution = self.solve(Problem(problem.quadratic.at(start, residual), problem.penalty), start)
+        return Advance(solution.weight, solution.residual, solution.products)
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:

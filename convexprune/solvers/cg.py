@@ -39,27 +39,27 @@ class ConjugateGradient(AbstractSolver):
         require_penalty(self, type(problem.penalty))
         assert isinstance(problem.penalty, Support)
         began = time.perf_counter()
-        mask = problem.penalty.mask
         scale = problem.quadratic.scale()
         q = problem.quadratic.scaled(scale)
+        mask = problem.penalty.mask.to(q.cross)  # a product with a boolean is slow on a CPU
         weight = initial(problem, start) * scale * mask
         residual = q.residual(weight)
         value = q.values(weight, residual)
         residual.mul_(mask)
         direction = residual.clone()
-        energy = residual.square().sum(1, keepdim=True)
+        energy = torch.linalg.vecdot(residual, residual)[:, None]
         least = torch.finfo(energy.dtype).eps ** 2 * energy
         iterations = 0
         while iterations < self.max_iterations and bool((energy > least).any()):
             if iterations % self.check_every == 0 and _gap(q, residual) <= self.tolerance * float(value.sum()):
                 break
             image = (direction @ q.gram).mul_(mask)
-            curvature = (direction * image).sum(1, keepdim=True)
+            curvature = torch.linalg.vecdot(direction, image)[:, None]
             length = torch.where(curvature > 0, energy / curvature, 0.0)
             weight.addcmul_(length, direction)
             residual.addcmul_(length, image, value=-1)
             value -= (length * energy)[:, 0] / 2  # what the step gains, exactly
-            previous, energy = energy, residual.square().sum(1, keepdim=True)
+            previous, energy = energy, torch.linalg.vecdot(residual, residual)[:, None]
             direction.mul_(torch.where(previous > 0, energy / previous, 0.0)).add_(residual)
             iterations += 1
         weight = weight / scale

@@ -24,30 +24,38 @@ class FISTA(AbstractIterative):
 
     restart: bool = True
 
-    def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
-        """The loop: (weight, status, iterations, products). All but the product is element-wise and in place."""
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The first step from `weight`, and the loop: (weight, status, iterations, products)."""
         q = problem.quadratic
         lipschitz = q.lipschitz
         if lipschitz == 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
             return torch.zeros_like(weight), Status.SOLVED, 0, 0
-        # In D = V - anchor a gradient step is one product: D - (D H - G) / L = D (I - H / L) + G / L.
-        shift = q.cross / lipschitz
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
-        old = weight - anchor
-        known = not bool(old.any())  # at the anchor the gradient is G: the first step needs no product
-        step = None
-        new, move, point = torch.empty_like(old), torch.empty_like(old), old.clone()
-        t = torch.ones(q.shape[0], 1, dtype=weight.dtype, device=weight.device)
-        products = 0
+        if residual is None and torch.equal(weight, anchor):
+            residual = q.cross
+        products = 1 if residual is None else 0
+        new = torch.add(weight, q.residual(weight) if residual is None else residual, alpha=1 / lipschitz)
+        problem.penalty.prox(new, 1 / lipschitz, out=new)
+        if self.max_iterations == 1 < self.check_every:
+            return new, Status.ITERATION_LIMIT, 1, products
+        return self._accelerate(problem, weight - anchor, new.sub_(anchor), products)
+
+    def _accelerate(self, problem: Problem, old: Tensor, new: Tensor, products: int) -> tuple[Tensor, Status, int, int]:
+        """From the first step `old` -> `new`, both less the anchor: one product an iteration, all else in place."""
+        q = problem.quadratic
+        lipschitz = q.lipschitz
+        anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
+        # In D = V - anchor a gradient step is one product: D - (D H - G) / L = D (I - H / L) + G / L.
+        step, shift = _gradient_step(q.gram, lipschitz), q.cross / lipschitz
+        move, point = torch.empty_like(old), old.clone()
+        t = old.new_ones(q.shape[0], 1)
         for iteration in range(1, self.max_iterations + 1):
-            if known and iteration == 1:
-                new.copy_(shift)
-            else:
-                step = _gradient_step(q.gram, lipschitz) if step is None else step
-                torch.addmm(shift, point, step, out=new)
+            if iteration > 1:
+                torch.addmm(shift, point, step, out=new).add_(anchor)
+                problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
                 products += 1
-            new.add_(anchor)
-            problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
             if iteration % self.check_every == 0:
                 products += 1
                 status = self._status(problem, new + anchor)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune.penalty import AbstractPenalty
 from convexprune.problem import Problem, certify, row_gaps
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.solvers.base import AbstractSolver, Advance, Solution, Status, initial, require_penalty
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class AbstractIterative(AbstractSolver):
         """See `AbstractSolver.solve`."""
         require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
-        weight = initial(problem, start)
-        scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])
-        inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
-        weight, status, iterations, products = self._iterate(inner, weight * scale)
-        weight = weight / scale
+        weight, status, iterations, products = self._from(problem, initial(problem, start))
         residual = None if self.precise else problem.quadratic.residual(weight)
         certificate = certify(problem, weight, self.precise, residual)
         if not isfinite(certificate.primal):
@@ -53,16 +49,37 @@ class AbstractIterative(AbstractSolver):
         seconds = time.perf_counter() - began
         return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
 
+    @torch.no_grad()
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor) -> Advance:
+        """See `AbstractSolver.advance`: the same iterations, and the residual for one product more."""
+        weight, _, _, products = self._from(problem, start, residual)
+        return Advance(weight, problem.quadratic.residual(weight), products + 1)
+
+    def _from(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The loop from `weight`, in the coordinates that are asked for."""
+        if not self.scale:
+            return self._iterate(problem, weight, residual)
+        scale = problem.quadratic.scale()
+        inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
+        residual = None if residual is None else residual / scale
+        weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
+        return weight / scale, status, iterations, products
+
     @abstractmethod
-    def _iterate(self, problem: Problem, weight: Tensor) -> tuple[Tensor, Status, int, int]:
-        """The loop: (weight, status, iterations, products)."""
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The loop: (weight, status, iterations, products); `residual` is that at the `weight` it starts from."""
 
     def _status(self, problem: Problem, weight: Tensor) -> Status | None:
         """How the solve ends at `weight`, or None if it goes on. One product."""
         residual = problem.quadratic.residual(weight)
         values = problem.quadratic.values(weight, residual)
-        primal = float((values + problem.penalty.values(weight)).sum())
-        gap = float(row_gaps(problem, weight, residual, values).sum())
+        slack = problem.penalty.values(weight)
+        primal = float((values + slack).sum())
+        gap = float(row_gaps(problem, weight, residual, values, slack).sum())
         if primal != primal or primal == float("inf"):
             return Status.NON_FINITE
         return Status.SOLVED if gap <= self.tolerance * primal else None

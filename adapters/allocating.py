@@ -1,0 +1,66 @@
+"""How the zeros of a model are spread over its operators: one survey of the dense model, layer by layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune.pipeline import FolderStore, Recipe, RecordedCalls
+from convexprune.pipeline.layer import Recorded
+from convexprune.pipeline.survey import Allotment, Pattern, allot, candidates, survey
+
+from .gradients import output_fisher
+from .huggingface import HuggingFaceModel
+
+FISHER_WINDOWS = 16  # a gradient costs four forward passes of the whole model
+
+
+@torch.no_grad()
+def allotments(
+    model: HuggingFaceModel,
+    calibration: Tensor,
+    held_out: Tensor,
+    asked: Sequence[tuple[str, Pattern]],
+    batch_size: int = 1,
+    record: Callable[[], Recorded] = list,
+) -> list[Allotment]:
+    """For each rule and pattern asked for, the share of zeros of each operator, from windows [windows length].
+
+    The dense model is surveyed once for all of them, with SparseGPT's weights, so that an allotment does not depend on
+    the method that uses it. Only "curve" prunes for that, and needs gradients; both go layer by layer.
+
+    Raises:
+        RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
+        ModelError: the gradients of an operator's outputs cannot be seen.
+    """
+    if all(rule == "uniform" for rule, _ in asked):
+        return [Allotment({}) for _ in asked]
+    judges = list(held_out.split(batch_size)) if len(held_out) else []
+    batches = [*calibration.split(batch_size), *judges]
+    calls = RecordedCalls(model, batches)
+    curves = [pattern for rule, pattern in asked if rule == "curve"]
+    fisher = output_fisher(model, calibration[:FISHER_WINDOWS], batch_size, record) if curves else {}
+    hidden = record()
+    for ids in batches:
+        hidden.append(model.first_inputs(ids))
+    patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
+    units = survey(model, hidden, len(judges), calls.of, patterns, fisher, record=record)
+    return [allot(units, rule, pattern) for rule, pattern in asked]
+
+
+def allotment(
+    model: HuggingFaceModel, calibration: Tensor, held_out: Tensor, recipe: Recipe, store: FolderStore | None
+) -> Allotment:
+    """That of a run, found once for all processes that share the store and for whoever goes on with it."""
+
+    def find(record: Callable[[], Recorded]) -> Allotment:
+        asked = [(recipe.allocation, recipe.build_pattern())]
+        return allotments(model, calibration, held_out, asked, recipe.batch_size, record)[0]
+
+    def keep(store: FolderStore) -> dict[str, Any]:
+        with store.scratch(0) as record:
+            return asdict(find(record))
+
+    return find(list) if store is None else Allotment(**store.agreed("allocation", lambda: keep(store)))

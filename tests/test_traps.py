@@ -1,0 +1,108 @@
+"""Traps of transformers that pruners fell into: caches, masks of each layer, tuples, precisions, shards, catchers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, VOCABULARY, build_family
+from torch import Tensor
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel
+
+TOKENS = torch.randint(2, VOCABULARY - 2, (4, 24), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_call_holds_no_cache_that_grows(family: str):
+    model = HuggingFaceModel(build_family(family))
+    hidden, calls = model.first_inputs(TOKENS), model.calls(TOKENS)
+    for layer, call in zip(model.layers, calls, strict=True):
+        first = call(layer.module, hidden)
+        assert torch.equal(call(layer.module, hidden), first)
+        hidden = first
+
+
+def test_each_layer_keeps_its_own_mask_and_rotary_table():
+    sliding, full = HuggingFaceModel(build_family("gemma3_text")).calls(TOKENS)
+    masks = [call.kwargs["attention_mask"] for call in (sliding, full)]
+    assert masks[0] is not None and (masks[1] is None or not torch.equal(masks[0], masks[1]))
+
+
+@pytest.mark.parametrize("family", ["falcon", "gemma3_text", "gpt2", "llama", "qwen3"])
+def test_a_mask_of_the_size_of_a_batch_is_recorded_for_each_size(family: str):
+    model = build_family(family)
+    model.set_attn_implementation("eager")  # a mask [batch 1 tokens tokens] where sdpa has none
+    call = HuggingFaceModel(model).calls(TOKENS[:3])[0]
+    masks = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor) and a.shape[-2:] == (24, 24)]
+    assert masks and HuggingFaceModel(model).replay_error(TOKENS[:3]) == 0
+    settings = SMALL | {"dataset": TOKENS[:3], "num_calibration_samples": 3}  # batches of two and of one
+    report = convexprune.prune(model, method="wanda", **settings).report
+    assert all(o.tokens == TOKENS[:3].numel() and o.zeros == o.expected_zeros for o in report.operators)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+def test_a_model_in_the_middle_of_its_training_is_pruned_as_any(family: str):
+    model, expected = build_family(family), build_family(family)
+    # The layers' forward is wrapped, and computed once more for the gradient.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    for each in (model, expected):
+        convexprune.prune(each, method="wanda", **SMALL)
+    pruned = dict(expected.named_parameters())
+    assert all(torch.equal(p, pruned[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_experts_are_heard_whichever_kernel_multiplies_them(family: str):
+    seen = []
+    for kernel in ("eager", "batched_mm", "grouped_mm"):
+        model = build_family(family)
+        choose = getattr(model, "set_experts_implementation", None)  # of transformers 5; before, each is a module
+        if choose is not None:
+            choose(kernel)
+        report = convexprune.prune(model, method="wanda", **SMALL).report
+        seen.append({o.name: o.tokens for o in report.operators if "experts" in o.name})
+    assert seen[0] and seen[0] == seen[1] == seen[2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bloom", "falcon", "opt", "gpt2"])
+def test_a_layers_output_is_its_hidden_states_whether_it_returns_a_tuple_or_not(family: str):
+    model = HuggingFaceModel(build_family(family))
+    call, hidden = model.calls(TOKENS)[0], model.first_inputs(TOKENS)
+    assert call(model.layers[0].module, hidden).shape == hidden.shape == (*TOKENS.shape, 32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral"])
+def test_counts_are_exact_in_the_checkpoints_own_precision(family: str, dtype: str, tmp_path: Path):
+    dense = build_family(family).to(getattr(torch, dtype))
+    dense.save_pretrained(tmp_path / "dense")
+    result = convexprune.prune(tmp_path / "dense", method="wanda", **SMALL, output_dir=tmp_path / "pruned")
+    assert result.report.environment["dtype"] == dtype
+    loaded = type(dense).from_pretrained(tmp_path / "pruned", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+    for layer in HuggingFaceModel(loaded).layers:
+        for operator in layer.operators:
+            assert int((operator.read() == 0).sum()) == operator.read().numel() // 2
+
+
+def test_a_sharded_checkpoint_is_read(tmp_path: Path):
+    dense = build_family("mixtral")
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    assert convexprune.prune(tmp_path / "dense", method="magnitude", **SMALL).report.sparsity == 0.5
+
+
+def test_a_module_is_never_put_in_a_layers_place():
+    model = build_family("gemma3_text")
+    layers = [type(layer) for layer in model.model.layers]
+    seen = []
+    hook = model.model.register_forward_hook(lambda *_: seen.append([type(layer) for layer in model.model.layers]))
+    convexprune.prune(model, method="wanda", **SMALL)
+    hook.remove()
+    assert all(now == layers for now in seen)
