@@ -52,6 +52,10 @@ class Correction:
         weight = weight.to(self.cross)
         return weight @ self.cross, _row_form(weight, _whole(self.change))
 
+    def is_finite(self) -> bool:
+        """Whether every change counted so far was finite."""
+        return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
+
     def rows(self, chosen: Tensor | slice) -> "Correction":
         """For the rows `chosen` of the weight."""
         if self._weight is None:
@@ -125,11 +129,8 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
-        finite = bool(self.sum.diagonal().isfinite().all())
-        if finite and self.correction is not None:
-            change = self.correction.change
-            finite = bool((change if change.ndim == 1 else change.diagonal()).isfinite().all())
-        return finite
+        own = bool(self.sum.diagonal().isfinite().all())
+        return own and (self.correction is None or self.correction.is_finite())
 
     def energy(self, weight: Tensor) -> Tensor:
         """mean |W x|^2 of each row [m]: the dense output's energy, the unit of relative errors."""

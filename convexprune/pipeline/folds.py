@@ -75,7 +75,7 @@ class Folds:
 
     def is_finite(self) -> bool:
         """Whether every input was."""
-        return all(fold.is_finite() for fold in (*self.halves, self.held_out, self.total))
+        return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
 
 
 class Paired(Protocol):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def _by_sample(x: Tensor, samples: int) -> Tensor:
 
 
 def _require_usable(folds: Folds, name: str) -> None:
-    if not folds.total.tokens:
+    if not any(half.tokens for half in folds.halves):
         raise ModelError(
             f"No calibration token was sent to {name}, nor to another expert beside it. Calibrate with more tokens, "
             "or leave these operators out (ignore=)."
@@ -235,8 +235,6 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
         expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
             raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked} asks {expected}.")
-        certificates = [s.certificate for s in pruned.solutions]
-        last = pruned.solutions[-1] if pruned.solutions else None
         seconds = time.perf_counter() - began
         report = OperatorReport(
             name=f"{layer}.{operator.name}",
@@ -247,12 +245,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             pattern=str(asked),
             relative_error=errors[i],
             held_out_error=held_out[i],
-            gap=last.certificate.relative_gap if last else None,
-            largest_gap=max((c.relative_gap for c in certificates), default=None),
-            kkt_residual=last.certificate.kkt_residual if last else None,
-            status=last.status.name if last else None,
-            solves=len(certificates),
-            products=pruned.products,
+            **_certified(pruned),
             facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
@@ -260,6 +253,20 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             bound=sampled_bound(part, weight, settings.bound_rows, Damping.of(pruned.facts)),
         )
         tell(report)
+
+
+def _certified(pruned: Pruned) -> dict[str, Any]:
+    """What an operator's report says of the convex solves behind its stack."""
+    certificates = [solution.certificate for solution in pruned.solutions]
+    last = pruned.solutions[-1] if pruned.solutions else None
+    return {
+        "gap": last.certificate.relative_gap if last else None,
+        "largest_gap": max((c.relative_gap for c in certificates), default=None),
+        "kkt_residual": last.certificate.kkt_residual if last else None,
+        "status": last.status.name if last else None,
+        "solves": len(certificates),
+        "products": pruned.products,
+    }
 
 
 def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
