@@ -1,7 +1,7 @@
 """Text to calibrate and evaluate with, from the hub: three corpora by short name, and any other by its own."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from convexprune.errors import CalibrationError, DependencyError
@@ -11,7 +11,10 @@ Split = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of a data set on the hub, fixed by a commit so that a run can be repeated."""
+    """Files of a data set on the hub, fixed by a commit so that a run can be repeated.
+
+    Where there is only a branch to name, `rows` are how many texts the files must have.
+    """
 
     repository: str
     revision: str
@@ -19,6 +22,7 @@ class Corpus:
     evaluation: str
     column: str
     separator: str
+    rows: Mapping[Split, int] = field(default_factory=dict)
 
     def file(self, split: Split) -> str:
         """The path inside the repository: no split is both calibrated and evaluated on."""
@@ -43,7 +47,7 @@ CORPORA = {
         separator="\n\n",
     ),
     # The repository itself is a script, which `datasets` no longer runs; this branch is the hub's own conversion of
-    # it, which the hub has stopped renewing.
+    # it, which the hub has stopped renewing; a branch can move, so what is in it is counted.
     "ptb": Corpus(
         repository="ptb-text-only/ptb_text_only",
         revision="refs/convert/parquet",
@@ -51,6 +55,7 @@ CORPORA = {
         evaluation="penn_treebank/test/0000.parquet",
         column="sentence",
         separator=" ",  # as in the published perplexities
+        rows={"calibration": 42068, "evaluation": 3761},  # as the card of the data set says
     ),
 }
 
@@ -79,6 +84,8 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
                 split="train",
                 verification_mode="no_checks",
             )
+            if len(rows) != corpus.rows.get(split, len(rows)):
+                raise ValueError(f"{len(rows)} texts where there were {corpus.rows[split]}: the files have changed")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as cause:
         raise CalibrationError(
             f"{name}: the data set cannot be loaded ({type(cause).__name__}: {cause}). Is the name right and the hub "

@@ -168,6 +168,9 @@ def test_a_long_text_is_no_reason_for_a_warning(tiny_opt, monkeypatch):
 # ---- the hub
 
 
+TEXTS = {"penn_treebank/train/0000.parquet": 42068, "penn_treebank/test/0000.parquet": 3761}
+
+
 class DatasetsError(Exception):
     """Stands for the error of the package, which is none of Python's."""
 
@@ -183,7 +186,8 @@ def hub(monkeypatch):
 
     def load_dataset(name, **options):
         asked.append((name, options))
-        rows = Rows({"label": 1, "text": PROSE, "sentence": PROSE} for _ in range(50))
+        count = TEXTS.get(options.get("data_files", {}).get("train"), 50)
+        rows = Rows([{"label": 1, "text": PROSE, "sentence": PROSE}] * count)
         return rows if options else {"train": rows, "test": Rows(rows[:1])}
 
     module = ModuleType("datasets")
@@ -200,6 +204,12 @@ def test_short_names_are_read_from_a_fixed_revision(tiny_opt, hub, name):
     assert repository == CORPORA[name].repository
     assert first["revision"] == CORPORA[name].revision != "main"
     assert first["data_files"] != second["data_files"]
+
+
+def test_a_branch_whose_files_have_changed_is_refused(tiny_opt, hub, monkeypatch):
+    monkeypatch.setitem(TEXTS, "penn_treebank/train/0000.parquet", 50)
+    with pytest.raises(CalibrationError, match="50 texts where there were 42068: the files have changed"):
+        calibrate("ptb", tiny_opt)
 
 
 def test_other_names_of_the_hub_are_read_by_their_text_column(tiny_opt, hub):
