@@ -7,6 +7,10 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, build_family
 from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
@@ -106,3 +110,12 @@ def test_a_module_is_never_put_in_a_layers_place():
     convexprune.prune(model, method="wanda", **SMALL)
     hook.remove()
     assert all(now == layers for now in seen)
+
+
+def test_torchs_format_for_2_4_holds_a_pruned_operator_without_loss():
+    targets = ["model.decoder.layers.0.fc1"]
+    model = convexprune.prune(method="wanda", pattern="2:4", targets=targets, max_seq_length=24, **SMALL).model
+    weight = model.get_submodule(targets[0]).get_parameter("weight").detach().half()
+    values, places = sparse_semi_structured_from_dense_cutlass(weight)  # what `to_sparse_semi_structured` stores
+    assert values.shape == (weight.shape[0], weight.shape[1] // 2)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), weight)
