@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.pipeline import FolderStore, Recipe, RecordedCalls
-from convexprune.pipeline.layer import Recorded
+from convexprune.pipeline.passes import Recorded
 from convexprune.pipeline.survey import Allotment, Pattern, allot, candidates, survey
 
 from .gradients import output_fisher

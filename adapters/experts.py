@@ -88,6 +88,11 @@ class SliceInput:
     pile: Pile
     slice: Slice
 
+    @property
+    def module(self) -> nn.Module:
+        """Where it listens."""
+        return self.pile.module
+
     @contextmanager
     def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
         """Inside this context, tell(inputs [tokens n]) hears what reaches the matrix."""

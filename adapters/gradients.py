@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import RecordedCalls
-from convexprune.pipeline.layer import Calls, Recorded
+from convexprune.pipeline.passes import Calls, Recorded
 
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES

@@ -1,7 +1,7 @@
 """A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import inf
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.errors import ModelError
-from convexprune.model import AbstractModel, Call, DecoderLayer
+from convexprune.model import AbstractModel, Call, DecoderLayer, computing
 from convexprune.pipeline import checksum
 
 from .admission import (
@@ -267,17 +267,10 @@ def positions(config: PretrainedConfig) -> int:
 @contextmanager
 def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, the layers compute `forward` in place of their own."""
-    before = [vars(layer.module).get("forward") for layer in layers]  # hooks of other libraries may stand there
-    for layer in layers:
-        layer.module.forward = forward
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(computing(layer.module, forward))
         yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            if own is None:
-                del layer.module.forward
-            else:
-                layer.module.forward = own
 
 
 class _Reached(Exception):

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from convexprune.model import computing
+
 from .discovery import Kind, Layout, Party, lay_out, make_of, signature
 from .experts import piles
 from .operators import LINEAR_MODULES, ParameterOperator, Place
@@ -123,7 +125,6 @@ def _watch_module(module: nn.Module, place: Place, flow: _Flow, seen: Seen) -> I
 @contextmanager
 def _in_place_of_experts(module: nn.Module, path: str, flow: _Flow, seen: Seen) -> Iterator[None]:
     """Who is sent where is not known without values: every expert counts as called, its matrices one after another."""
-    own = vars(module).get("forward")
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         behind = flow.of(hidden)
@@ -135,14 +136,8 @@ def _in_place_of_experts(module: nn.Module, path: str, flow: _Flow, seen: Seen) 
         flow.add(output, behind)
         return output
 
-    module.forward = forward
-    try:
+    with computing(module, forward):
         yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _expert_places(module: nn.Module, path: str, width: int) -> list[list[Place]]:

@@ -76,9 +76,9 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
 
 def timed_observe(*args):
     """`observe` as the phases see it: looked up when it is called."""
-    from convexprune.pipeline import layer
+    from convexprune.pipeline import passes
 
-    return layer.observe(*args)
+    return passes.observe(*args)
 
 
 def build(shape: str, length: int) -> LlamaForCausalLM:

@@ -15,13 +15,13 @@ from unittest.mock import patch
 import torch
 
 from convexprune import request
-from convexprune.pipeline import layer, task
+from convexprune.pipeline import layer, passes, task
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.store import FolderStore
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(task, "observe"), (layer, "observe"), (layer, "stage_inputs")],
+    "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
     "Gram": [(Folds, "add")],
     "solve": [(layer, "_prune_group")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (request, "save_from_store")],

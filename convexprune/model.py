@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,15 @@ class AbstractOperator(ABC):
         """Store `weight` [m n], rounded to the dtype of the model."""
 
 
-Tap = Callable[[Callable[[Tensor], None]], AbstractContextManager[None]]
-"""Inside the context of tap(tell), tell(inputs [... n]) is called with what reaches the operators."""
+class Tap(Protocol):
+    """Inside the context of tap(tell), tell(inputs [... n]) is called with what reaches the operators."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Where it listens."""
+        ...
+
+    def __call__(self, tell: Callable[[Tensor], None]) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,20 @@ class ModuleInput:
     def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
         with self.module.register_forward_pre_hook(lambda _, args: tell(args[0])):
             yield
+
+
+@contextmanager
+def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module computes `forward` in place of its own."""
+    own = vars(module).get("forward")  # hooks of other libraries may stand there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,8 @@ from convexprune.moments import Correction
 from convexprune.pattern import Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, cost, prune_observed
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
-from convexprune.pipeline.layer import Observed, _folds
+from convexprune.pipeline.layer import _folds
+from convexprune.pipeline.passes import Observed
 from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
 
 
@@ -140,6 +142,19 @@ def test_work_is_counted_by_hand():
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
     assert found.problems == 6 and found.products == 3 * (79 + 87)
     assert found.solve == 3 * (2 * (79 * 12 * 64 + 87 * 8 * 36) + 9 * (8**3 + 6**3))
+
+
+def test_what_comes_after_attention_does_not_run_it_again():
+    (layer,) = PLAIN.layers
+    after = (cost.Stack(("fc1",), (20,), 8),), (cost.Stack(("fc2",), (8,), 20),)
+    model = replace(PLAIN, layers=(replace(layer, stages=layer.stages + after),))
+    attention = 4 * 10 * 8
+    once, until_o, until_fc1, until_fc2 = 2 * (144 + 320) + attention, 2 * 96 + attention, 2 * 48, 2 * (48 + 160)
+    assert cost.work(model, SETTING).forward == 3 * 50 * (once + until_o + until_fc1 + until_fc2)
+    kept = 2 * 50 * (6 + 8)  # what o and fc1 see in the pruned layer
+    assert cost.memory(model, SETTING).disk == cost.memory(PLAIN, SETTING).disk + 2 * 50 * 28 + kept
+    fed = replace(SETTING, dense_prefix=False)
+    assert cost.work(model, fed).forward == 3 * 50 * (2 * once + until_o + until_fc1 + until_fc2)
 
 
 def test_disk_is_counted_by_hand():

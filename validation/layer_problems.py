@@ -19,7 +19,8 @@ from convexprune.pipeline import (
     stage_inputs,
 )
 from convexprune.pipeline.bounding import drawn_rows
-from convexprune.pipeline.layer import Calls, Tell
+from convexprune.pipeline.layer import Tell
+from convexprune.pipeline.passes import Calls
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport

@@ -19,7 +19,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
 from convexprune.pipeline.folds import Folds
-from convexprune.pipeline.layer import Observed
+from convexprune.pipeline.passes import Observed
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
 
@@ -129,9 +129,9 @@ class Comparison:
             settings = self._variants[name]
             if settings.prefix == "dense" and not first and layer.stages:
                 states = HiddenStates(hidden, hidden, self._held_out)
-                first = {
-                    g: f for part in stage_folds(layer, 0, calls, states, observed, settings) for g, f in part.items()
-                }
+                inputs = dict(observed.inputs)
+                parts = stage_folds(layer, 0, calls, states, observed, settings, inputs)
+                first = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
                 record = self._prune(number, name, observed, first)
                 for stream in self._advanced(name):

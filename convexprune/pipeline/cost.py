@@ -222,7 +222,11 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
 
 
 def work(model: ModelSize, setting: Setting) -> Work:
-    """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products."""
+    """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products.
+
+    Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
+    layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide.
+    """
     method, tokens = setting.method, setting.tokens
     forward = gram = solve = products = 0.0
     problems = 0
@@ -230,9 +234,12 @@ def work(model: ModelSize, setting: Setting) -> Work:
         weights = [2.0 * sum(s.share * s.outputs * s.inputs for s in stage) for stage in layer.stages]
         attention = 4.0 * setting.length * model.hidden
         passes = sum(weights) + attention
+        alone = [n for n, stage in enumerate(layer.stages) if n and [s.heights for s in stage] == [(model.hidden,)]]
+        end = min(alone, default=len(layer.stages))
         for number, stage in enumerate(layer.stages):
             if number > 0:
-                passes += len(in_parts(stage, lambda s: s.inputs)) * (sum(weights[:number]) + attention)
+                again = sum(weights[end:number]) if number > end else sum(weights[:number]) + attention
+                passes += len(in_parts(stage, lambda s: s.inputs)) * again
             for s in stage:
                 n2 = float(s.inputs) ** 2
                 gram += layer.count * tokens * s.share * (n2 + (_correcting(s) if setting.corrects(number, s) else 0))
@@ -267,10 +274,17 @@ def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], set
 
 
 def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
-    """The finished layers and the result, what enters a layer, and what one layer's operators see."""
+    """The finished layers and the result, what enters a layer, and what one layer's operators see.
+
+    Single operators may begin a shortcut for a later stage, so what the pruned layer shows them is kept as well.
+    """
     hidden = model.itemsize * setting.tokens * model.hidden * (1 if setting.dense_prefix else 2)
-    widths = max(sum(s.inputs for s in layer.stacks if s.paired) for layer in model.layers)
-    seen = model.itemsize * setting.tokens * widths
+    widths = []
+    for layer in model.layers:
+        kept = chain(*layer.stages[int(setting.dense_prefix) : -1])  # nothing changes a first stage that is fed densely
+        single = sum(s.inputs for s in kept if s.paired and len(s.heights) == 1)
+        widths.append(sum(s.inputs for s in layer.stacks if s.paired) + single)
+    seen = model.itemsize * setting.tokens * max(widths)
     return layers + model.bytes + (setting.workers + 1) * hidden + setting.workers * seen
 
 

@@ -1,28 +1,27 @@
-"""One decoder layer: watch its inputs, prune its operators stage by stage, hand its output on."""
+"""One decoder layer: its operators are pruned stage by stage, each on what the pruned stages before it make."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError, PruningError
-from convexprune.model import Call, DecoderLayer, Group
+from convexprune.model import DecoderLayer, Group
 from convexprune.moments import Correction
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.pipeline.bounding import sampled_bound
 from convexprune.pipeline.folds import Folds, in_parts
-from convexprune.pipeline.tensors import Batches
+from convexprune.pipeline.passes import Calls, Observed, Recorded, stage_inputs
+from convexprune.pipeline.shortcut import taking
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
 
 Tell = Callable[[OperatorReport], None]
-Calls = Callable[[Tensor], Call]
-Recorded = list[Tensor] | Batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,36 +59,6 @@ class HiddenStates:
     held_out: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """What the dense decoder layer makes of each batch: its outputs, and each paired group's inputs on the CPU."""
-
-    outputs: Recorded
-    inputs: Mapping[Group, Recorded]
-
-
-@torch.no_grad()
-def observe(
-    layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor], record: Callable[[], Recorded] = list
-) -> Observed:
-    """One pass of the dense layer over all batches; `record` makes a place to keep them, in memory or on disk.
-
-    `calls` gives the other arguments for a batch. What is recorded: tokens times the widths of the stages.
-    """
-    inputs = {group: record() for group in layer.groups if group.paired}
-    outputs = record()
-    for batch in batches:
-        with ExitStack() as taps:
-            for group, seen in inputs.items():
-
-                def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
-                    seen.append(_by_sample(x, samples).cpu())
-
-                taps.enter_context(group.tap(keep))
-            outputs.append(calls(batch)(layer.module, batch))
-    return Observed(outputs, inputs)
-
-
 @torch.no_grad()
 def prune_observed(
     layer: DecoderLayer,
@@ -99,20 +68,24 @@ def prune_observed(
     settings: LayerSettings,
     tell: Tell,
     first: Mapping[Group, Folds] | None = None,
+    record: Callable[[], Recorded] = list,
 ) -> None:
     """Prune the operators of `layer` in place, stage by stage: x* is what the pruned stages make of what feeds it.
 
-    `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them.
+    `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them. `record`
+    makes a place to keep what the shortcuts begin with: tokens times the widths of their operators.
 
     Raises:
         ModelError: an activation is not finite; the operator is named.
         PruningError: the pruned weight is not what was asked; the operator is named.
     """
+    inputs: dict[Group, Recorded] = {}
+    if settings.prefix == "dense":
+        inputs |= {g: observed.inputs[g] for g in chain(*layer.stages[:1]) if g in observed.inputs}
     for number in range(len(layer.stages)):
         began = time.perf_counter()
-        known = first if number == 0 else None
-        parts = stage_folds(layer, number, calls, hidden, observed, settings) if known is None else [known]
-        for folds in parts:
+        parts = [first] if number == 0 and first is not None else None
+        for folds in parts or stage_folds(layer, number, calls, hidden, observed, settings, inputs, record):
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 _prune_group(layer.name, group, fold, settings, tell, began)
@@ -121,34 +94,50 @@ def prune_observed(
 
 @torch.no_grad()
 def stage_folds(
-    layer: DecoderLayer, number: int, calls: Calls, hidden: HiddenStates, observed: Observed, settings: LayerSettings
+    layer: DecoderLayer,
+    number: int,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    settings: LayerSettings,
+    inputs: dict[Group, Recorded],
+    record: Callable[[], Recorded] = list,
 ) -> Iterator[dict[Group, Folds]]:
     """The moments of the groups of a stage, with the stages before it as they are by now, in parts.
+
+    `inputs` are the x* that are known already, of whichever groups: they need no pass through the layer, and where a
+    shortcut begins with them a pass takes it. Those of this stage are added, where `record` makes a place.
 
     The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
     than it has inputs borrows from what all of them were sent (`Folds.borrow`); its report says so.
     """
     stage = layer.stages[number]
-    sees_dense = number == 0 and settings.prefix == "dense"
+    before = [group for group in chain(*layer.stages[:number]) if group in observed.shortcuts and group in inputs]
+    kept = {group: record() for group in stage if group in observed.shortcuts and group not in inputs}
     shared = {_width(group): _folds(group) for group in stage if not group.paired}
     for part_number, part in enumerate(in_parts(stage, _width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         folds = {group: _folds(group) for group in part}
+        known = {group: inputs[group] for group in part if group in inputs}
+        changed = [g for g in part if g.paired and known.get(g) is not observed.inputs[g] and settings.correction > 0]
         for i, batch in enumerate(hidden.fed):
             held_out = i >= len(hidden.fed) - hidden.held_out
-            dense = {g: observed.inputs[g][i].to(batch.device) for g in part if g.paired}
-            known = dense if sees_dense else {}
-            seen = known | stage_inputs(layer, [g for g in watched if g not in known], calls(batch), batch)
+            dense = {g: observed.inputs[g][i].to(batch.device) for g in changed}
+            seen = {group: x[i].to(batch.device) for group, x in known.items()}
+            with taking({observed.shortcuts[g]: inputs[g][i].to(batch.device) for g in before}):
+                seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
             for group, x in seen.items():
                 if group in folds:
-                    corrects = not sees_dense and settings.correction > 0
-                    folds[group].add(x, dense.get(group) if corrects else None, held_out)
+                    folds[group].add(x, dense.get(group), held_out)
+                if group in kept:
+                    kept[group].append(x.cpu())
                 if not group.paired and watched is stage:
                     shared[_width(group)].add(x, None, held_out)
         for group in part:
             if not group.paired:
                 folds[group].borrow(shared[_width(group)])
         yield folds
+    inputs |= kept
 
 
 def _width(group: Group) -> int:
@@ -165,36 +154,6 @@ def _folds(group: Group) -> Folds:
 def _stack(group: Group) -> Tensor:
     """The weights of operators that share an input [m n]: their rows, in float32."""
     return torch.cat([operator.read().float() for operator in group.operators])
-
-
-def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """What the groups of a stage see [samples tokens n]; the layer is run no further than that.
-
-    Of a group that is not paired all tokens count as one sample; one that no token reaches is left out.
-    """
-    seen: dict[Group, Tensor] = {}
-    if not stage:
-        return seen
-    with ExitStack() as taps:
-        for group in stage:
-
-            def keep(x: Tensor, group: Group = group) -> None:
-                seen[group] = _by_sample(x, len(batch) if group.paired else 1)
-                if len(seen) == len(stage):
-                    raise _Reached
-
-            taps.enter_context(group.tap(keep))
-        with suppress(_Reached):
-            call(layer.module, batch)
-    return seen
-
-
-class _Reached(Exception):
-    """Ends a forward pass."""
-
-
-def _by_sample(x: Tensor, samples: int) -> Tensor:
-    return x.reshape(samples, -1, x.shape[-1])
 
 
 def _require_usable(folds: Folds, name: str) -> None:

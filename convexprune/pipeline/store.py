@@ -17,7 +17,7 @@ from torch import Tensor
 from convexprune.errors import OutputError
 from convexprune.model import AbstractModel
 from convexprune.pipeline.files import locked, publish, read_notes, sha256, write_notes, writing
-from convexprune.pipeline.layer import Recorded
+from convexprune.pipeline.passes import Recorded
 from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
 from convexprune.report import OperatorReport
 

@@ -10,7 +10,8 @@ from convexprune.allocation import Curve, allocate, spread
 from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer, Group
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
-from convexprune.pipeline.layer import Calls, HiddenStates, LayerSettings, Observed, Recorded, observe, stage_folds
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, stage_folds
+from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
@@ -152,7 +153,7 @@ def _units(
     found: list[tuple[Group, dict[Pattern, float]]] = []
     scores: list[Tensor] = []
     for number in range(len(layer.stages)):
-        for part in stage_folds(layer, number, calls, hidden, observed, settings):
+        for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
             for group, folds in part.items():
                 heights = tuple(operator.shape[0] for operator in group.operators)
                 weight = torch.cat([operator.read().float() for operator in group.operators])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from convexprune.errors import OutputError
 from convexprune.model import AbstractModel, Call
-from convexprune.pipeline.layer import Calls, HiddenStates, LayerSettings, Recorded, Tell, observe, prune_observed
+from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_observed
+from convexprune.pipeline.passes import Calls, Recorded, observe
 from convexprune.pipeline.store import AbstractStore, FolderStore, Stream
 from convexprune.pipeline.tensors import Batches
 from convexprune.report import OperatorReport
@@ -90,7 +91,7 @@ def prune_layer_task(
         observed = observe(layer, calls.of(number), hidden.dense, record)
         if more:
             store.put_hidden(number + 1, "dense", observed.outputs)
-        prune_observed(layer, calls.of(number), hidden, observed, settings, report)
+        prune_observed(layer, calls.of(number), hidden, observed, settings, report, record=record)
         if more and settings.prefix == "pruned":
             store.put_hidden(number + 1, "fed", _outputs(layer.module, calls.of(number), hidden.fed, record))
         store.finish(number, model.state(layer), reports)

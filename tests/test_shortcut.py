@@ -1,0 +1,158 @@
+"""What need not run again is found by watching, and leaving it out changes no bit."""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, build_family
+from torch import Tensor, nn
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.discovery import discover
+from convexprune.model import Call, DecoderLayer
+from convexprune.pattern import Unstructured
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, passes, prune_observed, survey
+from convexprune.pruners import SparseGPT
+
+TOKENS = torch.randint(2, VOCABULARY - 2, (5, 24), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {
+    "method": "sparsegpt", "dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 1, "batch_size": 2,
+}  # fmt: skip
+
+
+def shortcuts(model: HuggingFaceModel) -> list[str]:
+    """The names of the modules that need not run again, in the first layer."""
+    layer, call, hidden = model.layers[0], model.calls(TOKENS)[0], model.first_inputs(TOKENS)
+    found = observe(layer, lambda _: call, [hidden]).shortcuts.values()
+    return [name for name, module in layer.module.named_modules() for way in found if way.module is module]
+
+
+def pruned(model: Any, **settings: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    result = convexprune.prune(model, **SMALL | settings)
+    reports = [asdict(operator) | {"seconds": 0} for operator in result.report.operators]
+    return {name: p.clone() for name, p in result.model.named_parameters()}, reports
+
+
+def no_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "looking_for_shortcuts", lambda *_: nullcontext())
+
+
+def assert_same(first: Any, second: Any) -> None:
+    assert first[1] == second[1]
+    assert all(torch.equal(weight, second[0][name]) for name, weight in first[0].items())
+
+
+@pytest.mark.parametrize("prefix", ["dense", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "gpt2", "mixtral"])
+def test_shortcuts_change_no_bit(family: str, prefix: str, monkeypatch: pytest.MonkeyPatch):
+    assert shortcuts(HuggingFaceModel(build_family(family))) == ["attn" if family == "gpt2" else "self_attn"]
+    short = pruned(build_family(family), prefix=prefix)
+    no_shortcuts(monkeypatch)
+    assert_same(short, pruned(build_family(family), prefix=prefix))
+
+
+def test_shortcuts_change_no_bit_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    build_family("llama").save_pretrained(tmp_path / "dense")
+    short = pruned(tmp_path / "dense", output_dir=tmp_path / "short")
+    no_shortcuts(monkeypatch)
+    assert_same(short, pruned(tmp_path / "dense", output_dir=tmp_path / "long"))
+
+
+def test_attention_runs_twice_for_each_batch():
+    model, times = HuggingFaceModel(build_family("llama")), Counter[str]()
+    layer, batches = model.layers[0], [model.first_inputs(ids) for ids in TOKENS.split(1)]
+    for name, module in layer.module.named_modules():
+        module.register_forward_hook(lambda *_, name=name: times.update([name]))
+    call = model.calls(TOKENS[:1])[0]
+    times.clear()
+    observed = observe(layer, lambda _: call, batches)
+    settings = LayerSettings(SparseGPT(), Unstructured(0.5))
+    prune_observed(layer, lambda _: call, HiddenStates(batches, batches), observed, settings, lambda _: None)
+    assert times["self_attn.q_proj"] == 2 * 5  # dense, and for o
+    assert times["self_attn.o_proj"] == 3 * 5  # dense, and for gate and up, and for down
+    assert times["mlp.gate_proj"] == 2 * 5 and times["mlp.down_proj"] == 5
+    assert "forward" not in vars(layer.module.get_submodule("self_attn"))
+
+
+def _scaled(output: Tensor) -> Tensor:
+    return output * 2
+
+
+def _written_to(output: Tensor) -> Tensor:
+    return output.mul_(2)
+
+
+@pytest.mark.parametrize("change", [_scaled, _written_to])
+def test_what_is_done_after_the_operator_is_not_left_out(change: Any, monkeypatch: pytest.MonkeyPatch):
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    own = LlamaAttention.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output, *others = own(*args, **kwargs)
+        return change(output), *others
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    assert shortcuts(HuggingFaceModel(build_family("llama"))) == []
+    short = pruned(build_family("llama"))
+    no_shortcuts(monkeypatch)
+    assert_same(short, pruned(build_family("llama")))
+
+
+def test_attention_that_returns_its_weights_is_run_again():
+    model = build_family("llama")
+    model.set_attn_implementation("eager")
+    assert shortcuts(HuggingFaceModel(model)) == []
+
+
+class Deaf(nn.Module):
+    """Returns what `o` returns; but `later`, of a later stage, is in here, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o, self.later = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.o(x)
+        self.later(y)
+        return y
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(8, 8), Deaf()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.first(x))
+
+
+def test_no_operator_of_a_later_stage_is_left_out():
+    module, x = Layer().requires_grad_(False), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    layer: DecoderLayer = discover(module, Call(), x).bind("layer", module, lambda _: True)
+    assert [[g.operators[0].name for g in s] for s in layer.stages] == [["first"], ["inner.o"], ["inner.later"]]
+    assert observe(layer, lambda _: Call(), [x]).shortcuts == {}
+
+
+def test_a_survey_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch):
+    model, times = HuggingFaceModel(build_family("llama")), Counter[str]()
+    for layer in model.layers:
+        layer.module.register_forward_pre_hook(lambda *_, name=layer.name: times.update([name]))
+    calls, hidden = model.calls(TOKENS[:1]), [model.first_inputs(ids) for ids in TOKENS.split(1)]
+    fisher = {f"{la.name}.{o.name}": torch.ones(o.shape[0]) for la in model.layers for o in la.operators}
+
+    def surveyed() -> list[Any]:
+        found = survey.survey(model, hidden, 1, lambda n: lambda _: calls[n], [Unstructured(0.5)], fisher)
+        return [(unit.names, unit.costs, unit.outliers, unit.skewness) for unit in found]
+
+    times.clear()
+    once = surveyed()
+    assert set(times.values()) == {5}
+    own: Any = survey.stage_folds
+    monkeypatch.setattr(survey, "stage_folds", lambda *args: own(*args[:-1], {}))
+    assert once == surveyed() and max(times.values()) == 5 + 5 + 4 * 5  # and once for each stage
