@@ -225,7 +225,8 @@ def work(model: ModelSize, setting: Setting) -> Work:
     """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products.
 
     Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
-    layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide.
+    layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
+    too little for families without a shortcut (eager attention that returns its weights).
     """
     method, tokens = setting.method, setting.tokens
     forward = gram = solve = products = 0.0
