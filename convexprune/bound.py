@@ -1,5 +1,6 @@
 """How good could any pruning be? A certified lower bound on the error of the best weight in a pattern."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -67,19 +68,34 @@ class LowerBound:
             ProblemError: the weight is not shaped like the quadratic, or has more non-zeros than the pattern allows.
             PatternError: the pattern does not fit.
         """
+        return self.of_each(quadratic, pattern, [weight])[0]
+
+    @torch.no_grad()
+    def of_each(self, quadratic: Quadratic, pattern: AbstractPattern, weights: Sequence[Tensor]) -> list[PruningBound]:
+        """The bounds for operators that share their inputs; their rows, one after another, are the quadratic's.
+
+        Raises:
+            As `of`.
+        """
+        weight = torch.cat(list(weights))
         if tuple(weight.shape) != quadratic.shape:
             raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
-        lines, kept = budget(pattern, weight)
-        error = 2 * float(quadratic.double.values(weight.double()).sum())
+        budgets = [budget(pattern, part) for part in weights]
+        heights = [len(part) for part in weights]
+        errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
         q = without_dead_inputs(quadratic.double)
         scale = q.scale()
         q = q.scaled(scale)
         first = first_split(q.gram)
         if first is None:
-            return PruningBound(error, 0.0, len(weight))
-        split, point = self._ascend(q, *first, weight.double() * scale, lines, kept)
-        lower = lower_bound(q, safe_split(q.gram, split), point, lines, kept)
-        return PruningBound(error, 2 * lower, len(weight))
+            return [PruningBound(error, 0.0, rows) for error, rows in zip(errors, heights, strict=True)]
+        bounds = []
+        for rows, (lines, kept), error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True):
+            part = q.rows(rows)
+            split, point = self._ascend(part, *first, weight[rows].double() * scale, lines, kept)
+            lower = lower_bound(part, safe_split(part.gram, split), point, lines, kept)
+            bounds.append(PruningBound(error, 2 * lower, len(rows)))
+        return bounds
 
     def _ascend(
         self, q: Quadratic, inverse: Tensor, first: Tensor, weight: Tensor, lines: Lines, kept: Tensor

@@ -84,11 +84,7 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     gaps = (1 - s).square() * values + slack + penalty.conjugate(s[:, None] * residual) - s * overlap
     slope = penalty.project(residual)
     excess = residual - slope
-    if quadratic.factor is not None:
-        price = torch.linalg.solve_triangular(quadratic.factor, excess.T, upper=False).square_().sum(0) / 2
-    else:
-        price = torch.where((excess == 0).all(1), 0.0, inf)
-    clipping = price + slack + penalty.conjugate(slope) - torch.linalg.vecdot(slope, weight)
+    clipping = quadratic.inverse_form(excess) + slack + penalty.conjugate(slope) - torch.linalg.vecdot(slope, weight)
     gaps = torch.minimum(gaps, clipping)
     return gaps.clamp_min(0)
 
@@ -108,6 +104,7 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Te
         ProblemError: `weight` is not shaped like the problem.
     """
     problem.check(weight)
+    given = problem.quadratic
     if precise:
         problem, weight = Problem(problem.quadratic.double, problem.penalty.to(torch.float64)), weight.double()
     if precise or residual is None:
@@ -123,6 +120,6 @@ def certify(problem: Problem, weight: Tensor, precise: bool = True, residual: Te
     scale = problem.quadratic.scale()
     point = weight * scale
     step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
-    largest, energy = float(step.max()), problem.quadratic.target_energy
+    largest, energy = float(step.max()), given.target_energy  # only a unit
     kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
     return Certificate(float(primal.sum()), gap, kkt)

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from convexprune.device import has_bfloat16
 from convexprune.errors import ProblemError
 
 POWER_ITERATIONS = 100
@@ -82,6 +84,19 @@ class Quadratic:
         """The negative gradient K = G - D H [m n]: what is left of the target, seen through the inputs."""
         return torch.addmm(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
+    def residual_after(self, residual: Tensor, step: Tensor) -> Tensor:
+        """K - step H [m n]: the residual a `step` V - V_0 [m n] from where it was `residual`, on the way to an answer.
+
+        The product is in bfloat16 where that is the device's own (`has_bfloat16`): off by 2^-8 of the change at most,
+        which is small where the step is. Certificates and what is reported come from `residual`.
+        """
+        if "coarse" not in self.known:
+            coarse = self.gram.dtype == torch.float32 and has_bfloat16(self.gram.device)
+            self.known["coarse"] = self.gram.bfloat16() if coarse else self.gram
+        coarse = self.known["coarse"]
+        change = (step.to(coarse.dtype) @ coarse).to(residual.dtype)
+        return torch.sub(residual, change, out=change)
+
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         """q of each row [m]; give the `residual` at `weight` if it is known, and no product is needed."""
         residual = self.residual(weight) if residual is None else residual
@@ -155,6 +170,20 @@ class Quadratic:
         factor, info = torch.linalg.cholesky_ex(shifted)
         return factor if int(info) == 0 else None
 
+    def inverse_form(self, slope: Tensor) -> Tensor:
+        """At least 1/2 k H^-1 k' of each row k of `slope` [m n]: [m]. inf if H is not safely positive definite.
+
+        The conjugate of an envelope is that of the function it relaxes plus |k|^2 / (2 stiffness), so that one
+        factorisation serves all envelopes.
+        """
+        if "relaxes" in self.known:
+            stiffness, inner = self.known["relaxes"]
+            return inner.inverse_form(slope) + torch.linalg.vecdot(slope, slope) / (2 * stiffness)
+        if self.factor is None:
+            return torch.where((slope == 0).all(1), 0.0, inf)
+        solved = torch.linalg.solve_triangular(self.factor, slope.T, upper=False)
+        return solved.square_().sum(0) / 2
+
     def envelope(self, stiffness: float) -> Self:
         """The relaxed function  min_U q(U) + stiffness/2 |U - V|^2  (Moreau envelope), again a quadratic of V.
 
@@ -165,12 +194,13 @@ class Quadratic:
         Raises:
             ProblemError: H + stiffness I is not positive definite.
         """
-        identity = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
         inverse = self.shifted_inverse(stiffness)
         image = self.cross @ inverse
-        energy = self.energy - (image * self.cross).sum(1)
-        gram = stiffness * identity - stiffness**2 * inverse
-        return type(self)(gram, stiffness * image, energy.clamp_min(0), self.anchor, bound=stiffness)
+        energy = self.energy - torch.linalg.vecdot(image, self.cross)
+        gram = inverse.mul_(-(stiffness**2))
+        gram.diagonal().add_(stiffness)
+        known = {"relaxes": (stiffness, self)}
+        return type(self)(gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor, stiffness, known)
 
     def shifted_inverse(self, shift: float) -> Tensor:
         """(H + shift I)^-1 [n n], by a Cholesky factor.
@@ -193,6 +223,11 @@ class Quadratic:
         residual = self.residual(point) if residual is None else residual
         energy = 2 * self.values(point, residual)
         return type(self)(self.gram, residual, energy, anchor, self.bound, self.known)
+
+    def rows(self, chosen: Tensor | slice) -> Self:
+        """That of the rows `chosen` alone."""
+        anchor = None if self.anchor is None else self.anchor[chosen]
+        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound)
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)

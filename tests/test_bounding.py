@@ -12,9 +12,9 @@ from strategies import make_layer, seeds
 
 import convexprune
 from convexprune.moments import Moments
-from convexprune.pattern import SemiStructured, Unstructured
+from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pipeline import bounding
-from convexprune.pipeline.bounding import sampled_bound
+from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pruners import ADMM, Convex, PruningProblem, Refitted, Wanda
 from convexprune.pruners.damped import Damping, damped
 from convexprune.report import Report
@@ -37,7 +37,7 @@ def test_no_pruning_of_the_damped_problem_is_better_than_its_bound(pattern, seed
     whole = PruningProblem(problem.weight, problem.moments + more, pattern)
     best = best_pruning(whole)
     least = float(whole.squared_error(best).sum()) * (tokens + 8) / tokens
-    bound = sampled_bound(problem, best, 2, Damping(damping))
+    (bound,) = sampled_bounds(problem, best, 2, Damping(damping))
     assert bound is not None
     assert bound["error"] == pytest.approx(least)
     assert 0 < bound["lower"] <= least * (1 + 1e-9)
@@ -57,7 +57,7 @@ def test_a_damping_that_saturates_is_read_back_from_a_report_and_bounded():
     for name in ("damping", "refit_damping"):
         assert Damping.of(damping.facts(name)) == damping
     posed = damped(problem, damping)
-    bound = sampled_bound(problem, Convex().prune(problem).weight, 2, damping)
+    (bound,) = sampled_bounds(problem, Convex().prune(problem).weight, 2, damping)
     least = 0.0
     for row in posed.at(None).cross:
         supports = (torch.tensor(s) for s in combinations(range(8), 4))
@@ -70,15 +70,30 @@ def test_a_damping_that_saturates_is_read_back_from_a_report_and_bounded():
 def test_what_is_too_wide_or_not_pruned_has_no_bound(monkeypatch):
     problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
     weight = Wanda().prune(problem).weight
-    assert sampled_bound(problem, weight, 0, Damping(0.0)) is None
+    assert sampled_bounds(problem, weight, 0, Damping(0.0)) == [None]
     nothing = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.0))
-    assert sampled_bound(nothing, weight, 2, Damping(0.0)) is None
-    fitted = sampled_bound(problem, weight, 3, Damping(0.0))
+    assert sampled_bounds(nothing, weight, 2, Damping(0.0)) == [None]
+    (fitted,) = sampled_bounds(problem, weight, 3, Damping(0.0))
     monkeypatch.setattr(bounding, "WIDE", 7)  # the first split
-    first = sampled_bound(problem, weight, 3, Damping(0.0))
+    (first,) = sampled_bounds(problem, weight, 3, Damping(0.0))
     assert fitted is not None and first is not None and 0 < first["lower"] != fitted["lower"] > 0
     monkeypatch.setattr(bounding, "WIDEST", 7)
-    assert sampled_bound(problem, weight, 2, Damping(0.0)) is None
+    assert sampled_bounds(problem, weight, 2, Damping(0.0)) == [None]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rows", [2, 100])
+def test_operators_that_share_an_input_have_the_bounds_that_each_has_alone(pattern, rows):
+    layer = make_layer("full rank", 9, 8, 3, 0.1)
+    damping = Damping(0.1, 0.2)
+    problem = layer_problem(layer, Stacked(pattern, (4, 2, 3)))
+    weight = Wanda().prune(problem).weight
+    together = sampled_bounds(problem, weight, rows, damping)
+    parts = zip(problem.operators(), weight.split((4, 2, 3)), strict=True)
+    alone = [sampled_bounds(part, own, rows, damping) for part, own in parts]
+    for (own,), found in zip(alone, together, strict=True):
+        assert own is not None and found is not None
+        assert found == pytest.approx(own, rel=1e-6) and found["rows"] == own["rows"]
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import PENALTIES, make_problem, problems, random, seeds
 
 from convexprune.penalty import L1
-from convexprune.problem import Problem
+from convexprune.problem import Problem, certify
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 from convexprune.solvers.fista import FISTA
@@ -232,15 +232,34 @@ def test_products_count_one_an_iteration_one_a_check_and_one_certificate():
 
 @pytest.mark.parametrize("scale", [True, False])
 @pytest.mark.parametrize("iterations", [1, 4])
-def test_to_advance_is_to_solve_without_a_certificate(scale, iterations):
+def test_to_advance_is_to_solve_from_a_residual_that_is_known(scale, iterations):
     _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
-    solver = FISTA(tolerance=0, max_iterations=iterations, scale=scale)
+    solver = FISTA(tolerance=0, max_iterations=iterations, scale=scale, precise=False)
     start = torch.ones(3, 6, dtype=torch.float64)
     solution = solver.solve(problem, start)
-    weight, residual, products = solver.advance(problem, start, problem.quadratic.residual(start))
-    torch.testing.assert_close(weight, solution.weight)
-    torch.testing.assert_close(residual, problem.quadratic.residual(weight))
-    assert products == solution.products - 1  # that of the start is known
+    known = problem.quadratic.residual(start)
+    for certified in (False, True):
+        step = solver.advance(problem, start, known, certified)
+        torch.testing.assert_close(step.weight, solution.weight)
+        torch.testing.assert_close(step.residual, problem.quadratic.residual(step.weight))
+        assert step.products == solution.products - 1  # that of the start is known
+        if certified:
+            assert step.solution is not None and step.solution.certificate.gap == pytest.approx(
+                solution.certificate.gap, rel=1e-6
+            )
+        else:
+            assert step.solution is None
+
+
+def test_a_certificate_does_not_trust_the_residual_at_the_start():
+    _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
+    start = torch.ones(3, 6, dtype=torch.float64)
+    wrong = problem.quadratic.residual(start) + 1
+    found = FISTA(tolerance=0, max_iterations=3, precise=False).advance(problem, start, wrong, certified=True).solution
+    assert found is not None and found.residual is not None
+    torch.testing.assert_close(found.residual, problem.quadratic.residual(found.weight))
+    own = certify(problem, found.weight, precise=False)
+    assert (found.certificate.primal, found.certificate.gap) == pytest.approx((own.primal, own.gap))
 
 
 @FEW

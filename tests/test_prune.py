@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune import errors
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.penalty import L1
 from convexprune.pipeline import Recipe
 from convexprune.pruners import PRUNERS, AbstractPruner, Pruned
+from convexprune.solvers import AbstractSolver
 from convexprune.solvers.fista import FISTA
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -225,20 +227,32 @@ def test_batch_size_hardly_changes_the_result(build):
 
 def test_a_users_own_solver_is_used_and_named(tiny_opt: HuggingFaceModel):
     class Mine(FISTA):
-        solved = 0
+        certified, advanced = 0, 0
 
-        advanced = 0
-
-        def solve(self, problem, start=None):
-            Mine.solved += 1
-            return super().solve(problem, start)
-
-        def advance(self, problem, start, residual):
+        def advance(self, problem, start, residual, certified=True):
+            Mine.certified += certified
             Mine.advanced += 1
-            return super().advance(problem, start, residual)
+            return super().advance(problem, start, residual, certified)
 
     report = convexprune.prune(tiny_opt.model, solver=Mine(max_iterations=3), **SMALL).report
-    assert (Mine.solved, Mine.advanced) == (5 * 8, 35 * 8) and report.recipe["solver"] == "Mine"
+    assert (Mine.certified, Mine.advanced) == (5 * 8, 40 * 8) and report.recipe["solver"] == "Mine"
+    assert all(o.solves == 6 for o in report.operators)
+
+
+def test_a_users_solver_needs_only_to_solve(tiny_opt: HuggingFaceModel):
+    class Plain(AbstractSolver):
+        solved = 0
+
+        @property
+        def penalties(self):
+            return (L1,)
+
+        def solve(self, problem, start=None):
+            Plain.solved += 1
+            return FISTA(max_iterations=3, check_every=10).solve(problem, start)
+
+    report = convexprune.prune(tiny_opt.model, solver=Plain(), method_args={"rounds": 6}, **SMALL).report
+    assert Plain.solved == 6 * 8 and all(o.solves == 7 for o in report.operators)
 
 
 def test_the_ground_truth_solver_prunes_a_tiny_operator(tiny_opt: HuggingFaceModel):

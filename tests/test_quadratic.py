@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds, sizes
 
+from convexprune.device import has_bfloat16
 from convexprune.errors import ProblemError
 from convexprune.quadratic import Quadratic
 
@@ -117,6 +118,59 @@ def test_the_envelopes_residual_leads_to_the_inner_minimiser(layer, stiffness):
     quadratic, weight = layer.quadratic(), random(1, *layer.weight.shape)
     repaired = weight + quadratic.envelope(stiffness).residual(weight) / stiffness
     close(repaired, inner(quadratic, stiffness, weight), SOLVED)
+
+
+@given(st.builds(make_layer, st.just("full rank"), sizes, sizes, seeds), st.floats(0.1, 10))
+def test_the_inverse_form_of_an_envelope_is_that_of_its_own_gram_matrix(layer, stiffness):
+    relaxed, slope = layer.quadratic().envelope(stiffness), random(1, *layer.weight.shape)
+    plain = Quadratic(relaxed.gram, relaxed.cross, relaxed.energy)
+    expected = (slope * torch.linalg.solve(plain.gram, slope.T).T).sum(1) / 2
+    close(plain.inverse_form(slope), expected, SOLVED)
+    close(relaxed.inverse_form(slope), expected, SOLVED)
+
+
+def test_the_inverse_form_of_a_singular_matrix_is_infinite_but_at_zero():
+    quadratic = Quadratic(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
+    assert quadratic.inverse_form(torch.tensor([[0.0, 0.0], [1.0, 1.0]])).tolist() == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(monkeypatch, native):
+    monkeypatch.setattr("convexprune.quadratic.has_bfloat16", lambda device: native)
+    layer = make_layer("full rank", 6, 40, 0)
+    exactly = layer.quadratic()
+    q = Quadratic(exactly.gram.float(), exactly.cross.float(), exactly.energy.float())
+    weight, step = layer.weight.float(), random(1, *layer.weight.shape).float() / 100
+    found, exact = q.residual_after(q.residual(weight), step), q.residual(weight + step)
+    change = (step.abs() @ q.gram.abs()).max()  # of which bfloat16 rounds the factors and the sum
+    rounding = 1e-6 * float(exact.abs().max())
+    wrong = float((found - exact).abs().max())
+    assert rounding < wrong <= 3 * 2**-9 * float(change) if native else wrong <= rounding
+    assert found.dtype == torch.float32
+
+
+def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
+    monkeypatch.setattr("convexprune.quadratic.has_bfloat16", lambda device: True)
+    layer = make_layer("full rank", 3, 6, 0)
+    q, step = layer.quadratic(), random(1, *layer.weight.shape)
+    close(q.residual_after(q.residual(layer.weight), step), q.residual(layer.weight + step), SOLVED)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "instructions", "expected"),
+    [
+        ("cpu", None, {"avx512_bf16": True}, True),
+        ("cpu", None, {"amx_bf16": True, "avx512_bf16": False}, True),
+        ("cpu", None, {"avx512_f": True}, False),
+        ("cuda", (8, 0), {}, True),
+        ("cuda", (7, 5), {"avx512_bf16": True}, False),
+        ("mps", None, {}, False),
+    ],
+)
+def test_bfloat16_is_used_where_the_device_has_it(monkeypatch, device, capability, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_bfloat16.__wrapped__(torch.device(device)) is expected
 
 
 def test_the_envelope_refuses_a_matrix_that_is_no_gram_matrix():

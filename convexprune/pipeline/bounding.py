@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convexprune.bound import LowerBound
+from convexprune.bound import LowerBound, PruningBound
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping, damped
 
@@ -26,18 +26,31 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
     return torch.randperm(count, generator=generator)[:rows]
 
 
-def sampled_bound(problem: PruningProblem, weight: Tensor, rows: int, damping: Damping) -> dict[str, float] | None:
-    """The quick bound for `rows` rows of a pruned operator [m n], the same ones in every run (see `OperatorReport`).
+def sampled_bounds(
+    problem: PruningProblem, weight: Tensor, rows: int, damping: Damping
+) -> list[dict[str, float] | None]:
+    """The quick bound for `rows` rows of each operator of a pruned stack [m n], the same ones in every run.
 
-    The error is that of the problem that was posed: mean |V x* - target|^2 plus the `damping` that the pruner added.
-    None if no rows are asked, if nothing was to be pruned, or if the operator is too wide.
+    The error is that of the problem that was posed: mean |V x* - target|^2 plus the `damping` that the pruner added
+    (see `OperatorReport`). None if no rows are asked, if nothing was to be pruned, or if the operators are too wide.
     """
-    m, n = weight.shape
-    if rows == 0 or n > WIDEST or problem.pattern.zeros(m, n) == 0:
-        return None
-    chosen = drawn_rows(m, rows, torch.Generator().manual_seed(0)).to(weight.device)
-    part = problem.rows(chosen, problem.pattern)
+    parts, n = problem.operators(), weight.shape[1]
+    pruned = [part.pattern.zeros(*part.weight.shape) > 0 for part in parts]
+    if rows == 0 or n > WIDEST or not any(pruned):
+        return [None] * len(parts)
+    chosen, first = list[Tensor](), 0
+    for part, wanted in zip(parts, pruned, strict=True):
+        if wanted:
+            chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
+        first += len(part.weight)
+    everywhere = torch.cat(chosen).to(weight.device)
+    posed = damped(problem.rows(everywhere, problem.pattern), damping)
     method = replace(QUICK, rounds=0) if n > WIDE else QUICK
-    found = method.of(damped(part, damping), part.pattern, weight[chosen])
-    facts = {"rows": found.rows, "damping": damping.strength}
-    return facts | {"error": found.error, "lower": found.lower, "ratio": found.ratio}
+    weights = weight[everywhere].split([len(part) for part in chosen])
+    found = iter(method.of_each(posed, parts[0].pattern, weights))
+    return [_facts(next(found), damping) if wanted else None for wanted in pruned]
+
+
+def _facts(bound: PruningBound, damping: Damping) -> dict[str, float]:
+    facts = {"rows": bound.rows, "damping": damping.strength}
+    return facts | {"error": bound.error, "lower": bound.lower, "ratio": bound.ratio}

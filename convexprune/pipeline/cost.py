@@ -36,9 +36,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "admm": Method(8.7, 33.9, 180, 32, 4.0),
-    "alps": Method(10.8, 34.5, 45, 12, 4.0),
-    "convex": Method(8.7, 33.9, 75, 9, 2.5),
+    "admm": Method(7.3, 28.2, 180, 32, 4.0),
+    "alps": Method(10.5, 30.7, 45, 12, 4.0),
+    "convex": Method(6.9, 28.4, 70, 9, 2.5),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
     "perspective": Method(15.9, 49.0, 90, 8, 8.0),
@@ -46,7 +46,7 @@ METHODS = {
     "wanda": Method(5.0, 7.9, 0, 0, 3.0),
 }
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
-REFIT = Method(8.7, 31.9, 60, 2, 3.0)
+REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
 def method_cost(name: str, refit: bool) -> Method:

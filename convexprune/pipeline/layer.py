@@ -13,7 +13,7 @@ from convexprune.errors import ModelError, PruningError
 from convexprune.model import DecoderLayer, Group
 from convexprune.moments import Correction
 from convexprune.pattern import AbstractPattern, Stacked
-from convexprune.pipeline.bounding import sampled_bound
+from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.passes import Calls, Observed, Recorded, stage_inputs
 from convexprune.pipeline.shortcut import taking
@@ -189,8 +189,8 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
-    parts = zip(group.operators, problem.operators(), stored.split(heights), strict=True)
-    for i, (operator, part, weight) in enumerate(parts):
+    bounds = sampled_bounds(problem, stored, settings.bound_rows, Damping.of(pruned.facts))
+    for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
         expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
             raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked} asks {expected}.")
@@ -209,7 +209,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
             seconds=seconds,
-            bound=sampled_bound(part, weight, settings.bound_rows, Damping.of(pruned.facts)),
+            bound=bounds[i],
         )
         tell(report)
 

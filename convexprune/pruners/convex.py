@@ -101,21 +101,21 @@ class Convex(AbstractSearch):
         for numbers in torch.arange(self.rounds).chunk(self.envelopes):
             stiffness = between(self.stiffnesses, int(numbers[0]) / (self.rounds - len(numbers) or 1))
             relaxed = quadratic.envelope(stiffness)
-            slope, slope_before = relaxed.residual(weight), relaxed.residual(before)
+            slope = relaxed.residual(weight)
+            slope_before = relaxed.residual_after(slope, before - weight)
             products += 2
             for number in numbers.tolist():
                 start, slope_start = before.lerp(weight, 2.0), slope_before.lerp(slope, 2.0)  # the residual is affine
                 scores = torch.add(start, slope_start, alpha=self.reach / stiffness)
                 strength = between(self.strengths, number / (self.rounds - 1 or 1))
-                penalty = self._penalty(scores, pattern, strength, stiffness)
+                posed = Problem(relaxed, self._penalty(scores, pattern, strength, stiffness))
                 before, slope_before = weight, slope
-                if number < int(numbers[-1]):
-                    weight, slope, made = self._solver.advance(Problem(relaxed, penalty), start, slope_start)
-                    products += made
-                else:
-                    solution = self._solver.solve(Problem(relaxed.at(start, slope_start), penalty), start)
-                    weight, slope = solution.weight, solution.residual
+                last = number == int(numbers[-1])
+                weight, slope, made, solution = self._solver.advance(posed, start, slope_start, certified=last)
+                if solution is not None:
                     solutions.append(solution.record())
+                else:
+                    products += made
                 if slope is None:
                     slope, products = relaxed.residual(weight), products + 1
             scores = torch.add(weight, slope, alpha=self.reach / stiffness)

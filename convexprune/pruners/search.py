@@ -38,7 +38,7 @@ class AbstractSearch(AbstractPruner):
         UnsupportedError: `refit` does not take a support.
     """
 
-    refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
+    refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
     damping: float | None = None
     least_damping: float = 0.01
 

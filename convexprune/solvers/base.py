@@ -46,11 +46,15 @@ class Solution:
 
 
 class Advance(NamedTuple):
-    """A weight [m n] on the way to a solution, the quadratic's residual there if it is known, and the products."""
+    """A weight [m n] on the way to a solution, and the quadratic's residual there if it is known.
+
+    `products` are all that were needed; `solution` is the weight with its certificate, if there is one.
+    """
 
     weight: Tensor
     residual: Tensor | None
     products: int
+    solution: Solution | None = None
 
 
 class AbstractSolver(ABC):
@@ -70,13 +74,14 @@ class AbstractSolver(ABC):
             ProblemError: `start` is not shaped like the problem.
         """
 
-    def advance(self, problem: Problem, start: Tensor, residual: Tensor) -> Advance:
-        """Go from `start` [m n] towards the minimum, for who poses the next problem from there: without a certificate.
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> Advance:
+        """Go from `start` [m n] towards the minimum, for who poses the next problem from there.
 
-        `residual` [m n] is the quadratic's at the start. A solver whose certificate is not worth saving just solves.
+        `residual` [m n] is the quadratic's at the start. If not `certified` there need be no solution, nor an exact
+        residual; a solver whose certificate is not worth saving just solves.
         """
-        solution = self.solve(Problem(problem.quadratic.at(start, residual), problem.penalty), start)
-        return Advance(solution.weight, solution.residual, solution.products)
+        solution = self.solve(problem, start)
+        return Advance(solution.weight, solution.residual, solution.products, solution)
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:

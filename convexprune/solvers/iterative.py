@@ -38,8 +38,24 @@ class AbstractIterative(AbstractSolver):
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
         require_penalty(self, type(problem.penalty))
+        return self._solved(problem, initial(problem, start))
+
+    @torch.no_grad()
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> Advance:
+        """See `AbstractSolver.advance`: the same iterations, from a residual that need not be computed.
+
+        If not `certified` the residual at the end is what `Quadratic.residual_after` makes of it.
+        """
+        if certified:
+            solution = self._solved(problem, start, residual)
+            return Advance(solution.weight, solution.residual, solution.products, solution)
+        weight, _, _, products = self._from(problem, start, residual)
+        return Advance(weight, problem.quadratic.residual_after(residual, weight - start), products + 1)
+
+    def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
+        """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""
         began = time.perf_counter()
-        weight, status, iterations, products = self._from(problem, initial(problem, start))
+        weight, status, iterations, products = self._from(problem, start, residual)
         residual = None if self.precise else problem.quadratic.residual(weight)
         certificate = certify(problem, weight, self.precise, residual)
         if not isfinite(certificate.primal):
@@ -48,12 +64,6 @@ class AbstractIterative(AbstractSolver):
             status = Status.SOLVED
         seconds = time.perf_counter() - began
         return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
-
-    @torch.no_grad()
-    def advance(self, problem: Problem, start: Tensor, residual: Tensor) -> Advance:
-        """See `AbstractSolver.advance`: the same iterations, and the residual for one product more."""
-        weight, _, _, products = self._from(problem, start, residual)
-        return Advance(weight, problem.quadratic.residual(weight), products + 1)
 
     def _from(
         self, problem: Problem, weight: Tensor, residual: Tensor | None = None

@@ -1,0 +1,16 @@
+"""What a device can do."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16 by instructions of its own: at least twice as fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return False
