@@ -125,6 +125,11 @@ class HuggingFaceModel(AbstractModel):
         """See `AbstractModel.resident`; of a loaded model everything always is."""
         return nullcontext() if self.shards is None else self.shards.resident(layer)
 
+    def prefetch(self, layer: DecoderLayer) -> None:
+        """See `AbstractModel.prefetch`: of a streamed model, the shards are read into the system's cache."""
+        if self.shards is not None:
+            self.shards.prefetch(layer)
+
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
         """See `AbstractModel.state`; what is offloaded comes from where it is kept."""
         return {n: self._held(f"{layer.name}.{n}", tensor) for n, tensor in layer.module.state_dict().items()}

@@ -73,6 +73,11 @@ class Shards:
         finally:
             layer.module.load_state_dict(away, assign=True)
 
+    def prefetch(self, layer: DecoderLayer) -> None:
+        """Have the disk read the weights of `layer` while something else is computed."""
+        for name in layer.module.state_dict():
+            self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
+
     def assemble(self, target: Path, pruned: Mapping[str, Entry]) -> None:
         """Write the checkpoint with some tensors replaced, shard by shard and tensor by tensor; config.json comes last.
 

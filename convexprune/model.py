@@ -141,6 +141,9 @@ class AbstractModel(ABC):
         If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
         """
 
+    def prefetch(self, layer: DecoderLayer) -> None:  # noqa: B027
+        """A hint that `layer` will be resident soon: what is far away may come nearer meanwhile."""
+
     @abstractmethod
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
         """The tensors of a layer that is resident, by their names in it."""

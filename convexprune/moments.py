@@ -8,7 +8,7 @@ from torch import Tensor
 from convexprune.errors import ProblemError
 from convexprune.quadratic import Quadratic
 
-STRIP = 256  # rows of a symmetric product that are computed at once
+STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
 
 
 class Correction:
@@ -198,8 +198,9 @@ class Moments:
 
 def _add_square(total: Tensor, x: Tensor) -> None:
     """total += x' x, but only on and above the diagonal: the rest is symmetric, and would cost as much again."""
-    for first in range(0, len(total), STRIP):
-        total[first : first + STRIP, first:].addmm_(x[:, first : first + STRIP].T, x[:, first:])
+    rows = -(-len(total) // STRIPS)
+    for first in range(0, len(total), rows):
+        total[first : first + rows, first:].addmm_(x[:, first : first + rows].T, x[:, first:])
 
 
 def _whole(upper: Tensor) -> Tensor:

@@ -114,10 +114,11 @@ class Quadratic:
 
     def _power_method(self) -> float:
         generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
-        vectors = torch.randn(len(self.gram), POWER_STARTS, generator=generator).to(self.gram)
-        for _ in range(POWER_ITERATIONS):
-            vectors = self.gram @ (vectors / vectors.norm(dim=0).clamp_min(torch.finfo(vectors.dtype).tiny))
-        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=0).max())
+        vectors = torch.randn(POWER_STARTS, len(self.gram), generator=generator).to(self.gram)
+        for _ in range(POWER_ITERATIONS):  # on rows: thin columns are slow on a CPU
+            norms = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+            vectors = vectors / norms @ self.gram
+        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=1).max())
 
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""

@@ -20,11 +20,12 @@ def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     inverse = torch.cholesky_inverse(factor)
     root = inverse.diagonal().rsqrt()
-    scaled = inverse * root * root[:, None]  # its largest eigenvalue is what 1 / [H^-1]_jj is too large by
-    vectors = torch.randn(len(gram), POWER_STARTS, generator=torch.Generator().manual_seed(0)).to(gram)
+    # Its largest eigenvalue is what 1 / [H^-1]_jj is too large by; a guess, for `safe_split` to prove.
+    scaled = (inverse * torch.outer(root, root)).float()
+    vectors = torch.randn(POWER_STARTS, len(gram), generator=torch.Generator().manual_seed(0)).to(scaled)
     for _ in range(POWER_ITERATIONS):
-        vectors = scaled @ (vectors / vectors.norm(dim=0))
-    split = safe_split(gram, 0.95 * root.square()[None] / float(vectors.norm(dim=0).max()))[0]
+        vectors = vectors / vectors.norm(dim=1, keepdim=True) @ scaled  # rows: thin columns are slow on a CPU
+    split = safe_split(gram, 0.95 * root.square()[None] / float(vectors.norm(dim=1).max()))[0]
     return (inverse, split) if bool((split > 0).all()) else None
 
 

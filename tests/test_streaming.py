@@ -1,6 +1,7 @@
 """Layer by layer out of the shards is the same, bit for bit, as with the whole model in memory."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,30 @@ def test_batches_come_back_as_they_were(tmp_path_factory, code: str, sizes: list
     assert again.nbytes == batches.path.stat().st_size
     with pytest.raises(IndexError):
         again[len(again)]
+
+
+def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[str, int, int]] = []
+
+    def advise(descriptor: int, begin: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        asked.append((path.parent.name if path.suffix == ".bin" else path.name, begin, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with_hints = convexprune.prune(llama, output_dir=tmp_path / "a", **SETTINGS)
+    # Each layer: what enters it, four times; and what stages 2, 3 and 4 see, in files of scratch/00000, 00001.
+    assert [place for place, *_ in asked].count("hidden") == 2 * 4
+    assert sum(place.startswith("0000") for place, *_ in asked) == 2 * 3
+    stored = entries(llama / "model.safetensors")[0]
+    second = {(e.begin, e.spec.nbytes) for name, e in stored.items() if ".layers.1." in name}
+    assert {(begin, length) for place, begin, length in asked if place == "model.safetensors"} == second
+    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
+    without = convexprune.prune(llama, output_dir=tmp_path / "b", **SETTINGS)
+    assert all(
+        torch.equal(a, b) for a, b in zip(with_hints.model.parameters(), without.model.parameters(), strict=True)
+    )
+
+
+def test_a_hint_about_a_file_that_is_gone_is_no_error(tmp_path: Path):
+    Batches(tmp_path / "gone.bin").prefetch()

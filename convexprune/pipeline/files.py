@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,6 +109,16 @@ def sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
+
+
+def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
+    """Ask the system to bring bytes of a file, all from `begin` if `length` is 0, into its cache while others compute.
+
+    Only a hint: a system that takes none, or a file that is gone, is no error.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows
+        with suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
 
 
 @contextmanager

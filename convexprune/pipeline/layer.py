@@ -17,6 +17,7 @@ from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.passes import Calls, Observed, Recorded, stage_inputs
 from convexprune.pipeline.shortcut import taking
+from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
@@ -86,6 +87,7 @@ def prune_observed(
         began = time.perf_counter()
         parts = [first] if number == 0 and first is not None else None
         for folds in parts or stage_folds(layer, number, calls, hidden, observed, settings, inputs, record):
+            _prefetch(hidden.fed, *(observed.inputs.get(g, ()) for g in chain(*layer.stages[number + 1 : number + 2])))
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 _prune_group(layer.name, group, fold, settings, tell, began)
@@ -138,6 +140,13 @@ def stage_folds(
                 folds[group].borrow(shared[_width(group)])
         yield folds
     inputs |= kept
+
+
+def _prefetch(*wanted: Sequence[Tensor]) -> None:
+    """What the next stage reads comes from the disk while this one is solved."""
+    for batches in wanted:
+        if isinstance(batches, Batches):
+            batches.prefetch()
 
 
 def _width(group: Group) -> int:

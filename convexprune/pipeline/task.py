@@ -91,6 +91,7 @@ def prune_layer_task(
         observed = observe(layer, calls.of(number), hidden.dense, record)
         if more:
             store.put_hidden(number + 1, "dense", observed.outputs)
+            model.prefetch(model.layers[number + 1])
         prune_observed(layer, calls.of(number), hidden, observed, settings, report, record=record)
         if more and settings.prefix == "pruned":
             store.put_hidden(number + 1, "fed", _outputs(layer.module, calls.of(number), hidden.fed, record))

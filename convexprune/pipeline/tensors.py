@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError
-from convexprune.pipeline.files import appearing, write, writing
+from convexprune.pipeline.files import appearing, read_ahead, write, writing
 
 # The codes of the safetensors format for the types that a language model is stored in.
 DTYPES = {
@@ -54,6 +54,10 @@ class Entry:
         dtype, data = DTYPES[self.spec.code], self.read_bytes()
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return flat.reshape(self.spec.shape)
+
+    def prefetch(self) -> None:
+        """Have the disk read while something else is computed."""
+        read_ahead(self.path, self.begin, self.spec.nbytes)
 
     def read_bytes(self) -> bytearray:
         """Its bytes.
@@ -152,6 +156,10 @@ class Batches(Sequence[Tensor]):
         mapped = numpy.memmap(self.path, numpy.uint8, mode="c", offset=begin, shape=(end - begin,))
         assert self.dtype is not None
         return torch.from_numpy(mapped).view(self.dtype).reshape(self.shapes[i]).to(self.device)
+
+    def prefetch(self) -> None:
+        """Have the disk read while something else is computed."""
+        read_ahead(self.path)
 
     @property
     def nbytes(self) -> int:
