@@ -74,8 +74,10 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
             if parameter.is_meta and offloaded(part) is None:
                 continue
             value = held(part, name)
-            broken = value.numel() - int(torch.isfinite(value).sum())
-            if broken:
+            if not bool(value.sum().isfinite()):  # one pass; a sum may overflow where no value is broken
+                broken = value.numel() - int(torch.isfinite(value).sum())
+                if not broken:
+                    continue
                 raise ModelError(
                     f"{path}.{name} holds {broken:,} of {value.numel():,} values that are NaN or infinite. "
                     "Repair or download the checkpoint again; float16 checkpoints may overflow, bfloat16 ones do not."

@@ -1,6 +1,7 @@
 """What a device can do."""
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -14,3 +15,9 @@ def has_bfloat16(device: torch.device) -> bool:
         known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return False
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether torch.compile writes kernels for the device at once: on a GPU, with Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None

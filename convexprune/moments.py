@@ -226,10 +226,9 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
     first, second = folds[0].gram, folds[1].gram
     mean = (first + second) / 2
     scale = mean.diagonal().clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
-    outer = scale[:, None] * scale
-    off = ~torch.eye(len(mean), dtype=torch.bool, device=mean.device)
-    signal = (mean / outer)[off].square().sum()
-    noise = ((first - second) / outer)[off].square().sum() / 4
+    outer = torch.outer(scale, scale)
+    signal = mean.div_(outer).fill_diagonal_(0).square_().sum()
+    noise = first.sub_(second).div_(outer).fill_diagonal_(0).square_().sum() / 4
     return float((noise / signal).clamp(0, 0.99)) if signal > 0 else 0.0
 
 

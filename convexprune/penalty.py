@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from itertools import combinations
 from math import inf
 from typing import Self
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ProblemError
+from convexprune.fused import fused, number_like
 
 SWEEPS = 100  # of the cyclic updates in the prox for n:m, as in ProxSparse's code
 SWEPT = 1e-6  # an update smaller than this share of the largest entry ends them
@@ -57,15 +58,18 @@ class L1(AbstractPenalty):
     """sum_ij strength_ij |V_ij| with non-negative strengths that broadcast to [m n].
 
     `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs. A strength of zero leaves
-    an entry free.
+    an entry free. Not `checked` is for who makes strengths in a loop, where looking at them stops a GPU.
 
     Raises:
         ProblemError: a strength is negative or not finite.
     """
 
     strength: float | Tensor
+    checked: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
+        if not checked:
+            return
         least, largest = torch.as_tensor(self.strength).aminmax()  # NaN if there is one
         if not (least >= 0 and largest < inf):
             raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
@@ -75,8 +79,7 @@ class L1(AbstractPenalty):
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         """Soft thresholding, sign(V) (|V| - step strength)_+."""
-        shrunk = weight.abs().sub_(self._like(weight), alpha=step).clamp_min_(0)
-        return torch.copysign(shrunk, weight, out=out)
+        return _shrink(weight, self._like(weight), number_like(step, weight), out)
 
     def conjugate(self, slope: Tensor) -> Tensor:
         """Zero on its domain, the box |S_ij| <= strength_ij."""
@@ -90,13 +93,19 @@ class L1(AbstractPenalty):
         return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no slope is too large
 
     def scaled(self, scale: Tensor) -> "L1":
-        return L1(self.strength / scale)
+        return L1(self.strength / scale, checked=False)
 
     def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.strength.to(dtype)) if isinstance(self.strength, Tensor) else self
+        return type(self)(self.strength.to(dtype), False) if isinstance(self.strength, Tensor) else self
 
     def _like(self, slope: Tensor) -> Tensor:
         return torch.as_tensor(self.strength, dtype=slope.dtype, device=slope.device)
+
+
+@fused
+def _shrink(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) -> Tensor:
+    """sign(V) (|V| - step strength)_+."""
+    return torch.copysign(weight.abs().addcmul_(strength, step, value=-1).clamp_min_(0), weight, out=out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ import test_quadratic
 import test_refit
 from hypothesis import Phase, settings
 
-from convexprune import bound, pattern, problem, relaxation, split
+from convexprune import bound, pattern, penalty, problem, relaxation, split
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Correction, Moments
 from convexprune.penalty import L1, ReverseHuber
@@ -69,9 +69,9 @@ FAULTS = (
           test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 3}),
     Fault("a prox with the step forgotten", FISTA._iterate, "prox(new, 1 / lipschitz", "prox(new, 1.0",
           test_fista.test_the_first_iterates_are_those_of_the_textbook, {"iterations": 1}),
-    Fault("a prox off by a factor", L1.prox, "alpha=step", "alpha=2 * step",
+    Fault("a prox off by a factor", penalty._shrink, "value=-1", "value=-2",
           test_penalty.test_the_prox_is_the_scalar_one_entry_by_entry),
-    Fault("a prox that does not clamp", L1.prox, ".clamp_min_(0)", "",
+    Fault("a prox that does not clamp", penalty._shrink, ".clamp_min_(0)", "",
           test_penalty.test_the_prox_is_the_scalar_one_entry_by_entry),
     Fault("a strength that is not rescaled", L1.scaled, "self.strength / scale", "self.strength",
           test_penalty.test_a_scaled_penalty_is_the_same_function_of_the_scaled_weight),

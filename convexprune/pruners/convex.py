@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import PatternError, RecipeError, unknown
+from convexprune.fused import fused, number_like
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.penalty import L1, AbstractPenalty, GroupProducts
 from convexprune.problem import Problem
@@ -98,19 +99,20 @@ class Convex(AbstractSearch):
         before = weight = scores = quadratic.anchor
         solutions: list[Solution] = []
         products = 0
-        for numbers in torch.arange(self.rounds).chunk(self.envelopes):
-            stiffness = between(self.stiffnesses, int(numbers[0]) / (self.rounds - len(numbers) or 1))
+        for numbers in (chunk.tolist() for chunk in torch.arange(self.rounds).chunk(self.envelopes)):
+            stiffness = between(self.stiffnesses, numbers[0] / (self.rounds - len(numbers) or 1))
             relaxed = quadratic.envelope(stiffness)
             slope = relaxed.residual(weight)
             slope_before = relaxed.residual_after(slope, before - weight)
             products += 2
-            for number in numbers.tolist():
-                start, slope_start = before.lerp(weight, 2.0), slope_before.lerp(slope, 2.0)  # the residual is affine
-                scores = torch.add(start, slope_start, alpha=self.reach / stiffness)
+            for number in numbers:
+                start, slope_start, scores = _ahead(
+                    before, weight, slope_before, slope, number_like(self.reach / stiffness, weight)
+                )
                 strength = between(self.strengths, number / (self.rounds - 1 or 1))
                 posed = Problem(relaxed, self._penalty(scores, pattern, strength, stiffness))
                 before, slope_before = weight, slope
-                last = number == int(numbers[-1])
+                last = number == numbers[-1]
                 weight, slope, made, solution = self._solver.advance(posed, start, slope_start, certified=last)
                 if solution is not None:
                     solutions.append(solution.record())
@@ -124,8 +126,7 @@ class Convex(AbstractSearch):
     def _penalty(self, scores: Tensor, pattern: AbstractPattern, strength: float, stiffness: float) -> AbstractPenalty:
         threshold = pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
         if self.penalty == "reweighted-l1":
-            weights = (scores / threshold).square_().neg_().exp_()
-            return L1(weights.mul_(strength * threshold))
+            return L1(_strengths(scores, threshold, number_like(strength, scores)), checked=False)
         groups = pattern.pattern if isinstance(pattern, Stacked) else pattern
         if not isinstance(groups, SemiStructured):
             raise PatternError(f"The penalty 'group-products' is for patterns N:M, not for {groups}.")
@@ -154,3 +155,18 @@ class Convex(AbstractSearch):
             slope, products = quadratic.residual(best), products + 1
         scores = torch.where(best == 0, LAST * slope, best)
         return Found(scores, tuple(solutions), products)
+
+
+@fused
+def _ahead(
+    before: Tensor, weight: Tensor, slope_before: Tensor, slope: Tensor, reach: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P = V + (V - V_before), its residual, which is affine in the weight, and the scores P + reach K."""
+    start, slope_start = before.lerp(weight, 2.0), slope_before.lerp(slope, 2.0)
+    return start, slope_start, torch.addcmul(start, slope_start, reach)
+
+
+@fused
+def _strengths(scores: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
+    """c t exp(-(S / t)^2)."""
+    return (scores / threshold).square_().neg_().exp_().mul_(strength * threshold)

@@ -55,8 +55,10 @@ class ConjugateGradient(AbstractSolver):
         least = torch.finfo(energy.dtype).eps ** 2 * energy
         gain = torch.zeros_like(value)
         iterations = 0
-        while iterations < self.max_iterations and bool((energy > least).any()):
-            if iterations % self.check_every == 0 and self._near(q, residual, float(gain.sum()), float(value.sum())):
+        while iterations < self.max_iterations:
+            if iterations % self.check_every == 0 and (  # only here does a GPU wait
+                not bool((energy > least).any()) or self._near(q, residual, float(gain.sum()), float(value.sum()))
+            ):
                 break
             image = (direction @ q.gram).mul_(mask)
             curvature = torch.linalg.vecdot(direction, image)[:, None]

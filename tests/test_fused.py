@@ -1,0 +1,106 @@
+"""What is one kernel on a GPU gives on the CPU what it gives op by op; nothing in a loop makes a GPU wait."""
+
+import shutil
+from collections import Counter
+from unittest.mock import patch
+
+import pytest
+import torch
+from pruning_cases import correlated, layer_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convexprune import fused as room
+from convexprune.device import has_kernels
+from convexprune.fused import number_like
+from convexprune.pattern import Stacked, Unstructured
+from convexprune.penalty import L1
+from convexprune.pruners import Convex
+from convexprune.pruners.convex import _ahead, _strengths
+from convexprune.solvers.cg import ConjugateGradient
+
+ROUNDING = 1e-6  # float32, a few operations
+
+
+def work(m: int, n: int, step: float) -> list[torch.Tensor]:
+    """The elementwise work of a round of the path, for a weight [m n]."""
+    random = torch.Generator().manual_seed(m)
+    a, b, c, d = (torch.randn(m, n, generator=random) for _ in range(4))
+    start, slope, scores = _ahead(a, b, c, d, number_like(step, a))
+    strengths = _strengths(scores, scores.abs().mean(1, keepdim=True), number_like(step, a))
+    shrunk = L1(strengths).prox(start, step)
+    in_place = L1(0.5).prox(slope.clone(), step, out=torch.empty_like(slope))
+    return [start, slope, scores, strengths, shrunk, in_place]
+
+
+def compiled(backend: str):
+    """Compile as on a GPU, by another backend; functions that were compiled before are not forgotten."""
+    real = torch.compile
+    return (
+        patch.object(room, "has_kernels", lambda device: True),
+        patch.object(torch, "compile", lambda f, **settings: real(f, backend=backend, **settings)),
+    )
+
+
+def check(backend: str) -> None:
+    cases = [(6, 8, 0.3), (6, 8, 0.7), (12, 8, 0.2), (5, 16, 1.1), (7, 3, 0.9)]
+    expected = [work(*case) for case in cases]
+    kernels, compiler = compiled(backend)
+    torch._dynamo.reset()
+    with kernels, compiler, patch.object(torch._dynamo.config, "error_on_recompile", False):
+        work(*cases[0])
+        work(*cases[2])  # another shape, another number: from here on both are variables
+        with patch.object(torch._dynamo.config, "error_on_recompile", True):
+            found = [work(*case) for case in cases]
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_the_graph_of_a_round_is_whole_and_serves_every_shape_and_number():
+    check("aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_a_compiled_round_is_the_round():
+    check("inductor")
+
+
+def test_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch):
+    assert not has_kernels(torch.device("cpu"))
+    monkeypatch.setattr("convexprune.device.find_spec", lambda name: object())
+    assert has_kernels.__wrapped__(torch.device("cuda")) and not has_kernels.__wrapped__(torch.device("mps"))
+    monkeypatch.setattr("convexprune.device.find_spec", lambda name: None)
+    assert not has_kernels.__wrapped__(torch.device("cuda"))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a number that is read from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counted[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return sum(count for name, count in self.counted.items() if "_local_scalar_dense" in name or "nonzero" in name)
+
+
+def waits(pruner: Convex) -> int:
+    problem = layer_problem(correlated(0, 12, 16), Stacked(Unstructured(0.5), (8, 4)))
+    with Waits() as seen:
+        pruner.prune(problem)
+    return seen.total
+
+
+def test_the_host_waits_only_at_check_points():
+    # Rounds and iterations between two certificates or tests cost none: twice as many wait as often.
+    assert waits(Convex(rounds=10, refit=None)) == waits(Convex(rounds=40, refit=None))
+    few, many = (ConjugateGradient(0, 10, check_every=every) for every in (5, 1))
+    assert waits(Convex(refit=many)) > waits(Convex(refit=few))
+    assert waits(Convex(refit=few)) == waits(Convex(refit=ConjugateGradient(0, 20, check_every=10)))
