@@ -38,7 +38,6 @@ def inspect(
     """
     settings = dict(locals())
     from convexprune.adapters.inspection import inspect as inspect_model
-    from convexprune.pipeline.cost import parse_bytes
     from convexprune.pipeline.machine import default_device
 
     del settings["as_json"]
@@ -49,7 +48,7 @@ def inspect(
     }
     settings |= {
         "device": default_device(device),
-        "device_memory": parse_bytes(device_memory) if device_memory else None,
+        "device_memory": options.parse_bytes(device_memory) if device_memory else None,
     }
     found = inspect_model(**settings)
     if as_json:

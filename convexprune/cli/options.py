@@ -1,9 +1,16 @@
 """The options that several commands have, with the same words for each."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from convexprune.errors import RecipeError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{letter}iB".upper(): 1 << (10 * power) for power, letter in enumerate("KMGT", 1)
+}
 
 Model = Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")]
 Quota = Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")]
@@ -20,3 +27,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")]
 RemoteCode = Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "24GiB", "80 GB" or a plain number.
+
+    Raises:
+        RecipeError: it is no amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise RecipeError(f"Memory {text!r} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB.")
+    return round(float(match[1]) * UNITS[match[2].upper()])

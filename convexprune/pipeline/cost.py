@@ -1,20 +1,15 @@
 """What a run will need, from sizes alone: memory, disk, arithmetic, and an estimate of the time."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
-from convexprune.errors import RecipeError
 from convexprune.moments import Correction
 from convexprune.pipeline.folds import Folds, in_parts
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
 LIBRARIES = 460 << 20  # bytes of Python, torch and transformers once they are imported (measured, Linux, CPU)
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
-    f"{letter}iB".upper(): 1 << (10 * power) for power, letter in enumerate("KMGT", 1)
-}
 
 
 class Method(NamedTuple):
@@ -252,18 +247,6 @@ def work(model: ModelSize, setting: Setting) -> Work:
             passes += sum(weights) + attention
         forward += layer.count * tokens * passes
     return Work(forward, gram, solve, problems, products)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "24GiB", "80 GB" or a plain number.
-
-    Raises:
-        RecipeError: it is no amount of memory.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
-        raise RecipeError(f"Memory {text!r} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB.")
-    return round(float(match[1]) * UNITS[match[2].upper()])
 
 
 def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], setting: Setting) -> int:
