@@ -112,6 +112,7 @@ def inspect(
         method=cost.method_cost(name, refit),
         correction=checked.error_correction > 0,
         dense_prefix=checked.prefix == "dense",
+        bound=checked.bound_rows > 0,
     )
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory

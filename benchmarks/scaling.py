@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def main() -> None:
 def run(size: dict[str, int], args: argparse.Namespace) -> dict[str, float]:
     """Medians over new processes on one model."""
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder) / "model", size, args.length)
+        making = get_context("spawn").Process(target=build, args=(Path(folder) / "model", size, args.length))
+        making.start()  # not here: a process starts with its parent's peak of memory
+        making.join()
         samples = size["tokens"] // args.length
         measured = []
         for number in range(args.repeats):

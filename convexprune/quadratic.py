@@ -130,7 +130,7 @@ class Quadratic:
         if bool((scale == 1).all()):
             return self  # and what is cached stays
         return type(self)(
-            self.gram / scale / scale[:, None],
+            (self.gram / scale).div_(scale[:, None]),
             self.cross / scale,
             self.energy,
             None if self.anchor is None else self.anchor * scale,

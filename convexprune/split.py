@@ -14,14 +14,14 @@ def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 
     None if H is not positive definite by more than rounding.
     """
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram - rounding(gram) * identity)
+    factor, info = torch.linalg.cholesky_ex(_less(gram, torch.full_like(gram[0], rounding(gram))))
     if int(info):
         return None
     inverse = torch.cholesky_inverse(factor)
+    del factor
     root = inverse.diagonal().rsqrt()
     # Its largest eigenvalue is what 1 / [H^-1]_jj is too large by; a guess, for `safe_split` to prove.
-    scaled = (inverse * torch.outer(root, root)).float()
+    scaled = torch.outer(root, root).mul_(inverse).float()
     vectors = torch.randn(POWER_STARTS, len(gram), generator=torch.Generator().manual_seed(0)).to(scaled)
     for _ in range(POWER_ITERATIONS):
         vectors = vectors / vectors.norm(dim=1, keepdim=True) @ scaled  # rows: thin columns are slow on a CPU
@@ -43,12 +43,14 @@ def safe_split(gram: Tensor, split: Tensor) -> Tensor:
 
 def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
     """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split [n]."""
-    factor, info = torch.linalg.cholesky_ex(gram - split.diag())
+    factor, info = torch.linalg.cholesky_ex(_less(gram, split))
     if int(info):
         return split
     inverse = torch.cholesky_inverse(factor)
     slope = gain - barrier * inverse.diagonal() + FLOOR * barrier / split
-    hessian = barrier * (inverse.square() + (FLOOR / split.square()).diag())
+    del factor
+    hessian = inverse.square_().mul_(barrier)
+    hessian.diagonal().add_(barrier * FLOOR / split.square())
     factor, info = torch.linalg.cholesky_ex(hessian)
     if int(info):
         return split
@@ -56,7 +58,7 @@ def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tens
     shrinking = move < 0
     length = min(1.0, 0.9 * float((-split / move)[shrinking].min())) if bool(shrinking.any()) else 1.0
     while length > LEAST_LENGTH:
-        if int(torch.linalg.cholesky_ex(gram - (split + length * move).diag())[1]) == 0:
+        if int(torch.linalg.cholesky_ex(_less(gram, split + length * move))[1]) == 0:
             return split + (length if length == 1 else 0.9 * length) * move
         length *= 0.7
     return split
@@ -70,4 +72,11 @@ def rounding(gram: Tensor) -> float:
 
 def is_below(gram: Tensor, split: Tensor) -> bool:
     """Whether a Cholesky factorisation proves H - B positive semidefinite."""
-    return int(torch.linalg.cholesky_ex(gram - (split + rounding(gram)).diag())[1]) == 0
+    return int(torch.linalg.cholesky_ex(_less(gram, split + rounding(gram)))[1]) == 0
+
+
+def _less(gram: Tensor, diagonal: Tensor) -> Tensor:
+    """H - B [n n] for a diagonal B [n]."""
+    rest = gram.clone()
+    rest.diagonal().sub_(diagonal)
+    return rest

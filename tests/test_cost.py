@@ -19,7 +19,8 @@ from convexprune.errors import RecipeError
 from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune.moments import Correction
 from convexprune.pattern import Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, cost, prune_observed
+from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, prune_observed
+from convexprune.pipeline.bounding import WIDE
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
 from convexprune.pipeline.layer import _folds
 from convexprune.pipeline.passes import Observed
@@ -73,6 +74,21 @@ METHODS: dict[str, AbstractPruner] = {
 @pytest.mark.parametrize(("heights", "n"), SHAPES)
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[int, ...], n: int):
+    measured, predicted = memory(name, heights, n, bound=False)
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("wide", [512, 100])  # the inputs beyond which a split is not fitted
+@pytest.mark.parametrize("name", ["convex", "wanda"])
+def test_memory_of_a_bound_is_what_torch_allocates(name: str, wide: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bounding, "WIDE", wide)
+    monkeypatch.setattr(cost, "BOUND", {wide: cost.BOUND[WIDE], 4096: cost.BOUND[bounding.WIDEST]})
+    measured, predicted = memory(name, (64, 64), 512, bound=True)
+    assert predicted == pytest.approx(measured, rel=0.2)
+
+
+def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[int, int]:
+    """Bytes that are allocated to prune a stack, and those that the formula says."""
     corrected = name in ("convex", "wanda")
     random = torch.Generator().manual_seed(0)
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
@@ -86,7 +102,7 @@ def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[i
             folds.add(x, x + torch.randn(x.shape, generator=random) / 10 if corrected else None, i == 2)
 
     fill()
-    settings = LayerSettings(METHODS[name], Unstructured(0.5))
+    settings = LayerSettings(METHODS[name], Unstructured(0.5), bound_rows=2 if bound else 0)
     hidden, observed = HiddenStates((), ()), Observed([], {})
     calls: Any = None  # the moments are known, so nothing is run
 
@@ -95,8 +111,7 @@ def test_memory_of_a_problem_is_what_torch_allocates(name: str, heights: tuple[i
 
     measured = allocated(prune)
     stack = cost.Stack(tuple(o.name for o in operators), heights, n)
-    predicted = cost.problem_bytes(stack, corrected, cost.method_cost(name.split(",")[0], "refit" in name))
-    assert predicted == pytest.approx(measured, rel=0.2)
+    return measured, cost.problem_bytes(stack, corrected, cost.method_cost(name.split(",")[0], "refit" in name), bound)
 
 
 @pytest.mark.parametrize("m", [64, 512])

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from convexprune.moments import Correction
+from convexprune.pipeline.bounding import WIDE, WIDEST
 from convexprune.pipeline.folds import Folds, in_parts
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
@@ -33,13 +34,16 @@ class Method(NamedTuple):
 METHODS = {
     "admm": Method(7.3, 28.2, 180, 32, 4.0),
     "alps": Method(10.5, 30.7, 45, 12, 4.0),
-    "convex": Method(6.9, 28.4, 70, 9, 2.5),
+    "convex": Method(6.9, 28.4, 70, 9, 2.0),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
     "perspective": Method(15.9, 49.0, 90, 8, 8.0),
     "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
     "wanda": Method(5.0, 7.9, 0, 0, 3.0),
 }
+BOUND = {WIDE: 15.4, WIDEST: 12.3}
+"""Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
+HELD = 4.3  # matrices [m n] that are alive meanwhile
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
 REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
@@ -109,7 +113,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it will be pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding."""
+    """How it is pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding, bounds."""
 
     samples: int
     held_out: int
@@ -119,6 +123,7 @@ class Setting:
     correction: bool = True
     dense_prefix: bool = True
     workers: int = 1
+    bound: bool = False
 
     @property
     def tokens(self) -> int:
@@ -181,12 +186,14 @@ def _correcting(stack: Stack) -> float:
     return 4 * m * n if Correction.pays(stack.outputs, stack.inputs) else 3 * n * n
 
 
-def problem_bytes(stack: Stack, corrected: bool, method: Method) -> int:
-    """What solving a stack needs beside those: the moments of all windows, and the method's matrices."""
+def problem_bytes(stack: Stack, corrected: bool, method: Method, bound: bool = False) -> int:
+    """What a stack needs beside those: the moments of all windows, and the method's matrices or those of the bound."""
     m, n = stack.outputs, stack.inputs
     weight = m * n if corrected and Correction.pays(m, n) else 0
-    rows = method.rectangles * m + method.apart * max(stack.heights)
-    return round(FLOAT * (weight + (1 + method.squares) * n * n + rows * n))
+    solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
+    squares = next((squares for widest, squares in BOUND.items() if n <= widest), None)
+    bounding = (1 + squares) * n * n + HELD * m * n if bound and squares else 0
+    return round(FLOAT * (weight + n * n + max(solving, bounding)))
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
@@ -198,7 +205,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
             for part in in_parts(stage, lambda s: s.inputs):
                 moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
                 moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
-                solving = max(problem_bytes(s, setting.corrects(number, s), method) for s in part)
+                solving = max(problem_bytes(s, setting.corrects(number, s), method, setting.bound) for s in part)
                 batch = _batch_bytes(model, layer, stage, setting)
                 peaks.append((moments + max(solving, batch), moments, solving, batch))
     _, moments, solving, batch = max(peaks)
