@@ -28,5 +28,5 @@ def fused(function: Function) -> Function:
 
 
 def number_like(number: float, tensor: Tensor) -> Tensor:
-    """A number as a tensor without axes, in the host's memory: a kernel is not compiled anew for each value."""
-    return torch.tensor(number, dtype=tensor.dtype)
+    """A number as a tensor without axes beside another: no kernel is compiled for its value, and nothing waits."""
+    return tensor.new_full((), number)

@@ -28,8 +28,10 @@ def work(m: int, n: int, step: float) -> list[torch.Tensor]:
     start, slope, scores = _ahead(a, b, c, d, number_like(step, a))
     strengths = _strengths(scores, scores.abs().mean(1, keepdim=True), number_like(step, a))
     shrunk = L1(strengths).prox(start, step)
-    in_place = L1(0.5).prox(slope.clone(), step, out=torch.empty_like(slope))
-    return [start, slope, scores, strengths, shrunk, in_place]
+    elsewhere = L1(0.5).prox(slope, step, out=torch.empty_like(slope))
+    in_place = slope.clone()
+    L1(strengths).prox(in_place, step, out=in_place)  # as FISTA does
+    return [start, slope, scores, strengths, shrunk, elsewhere, in_place]
 
 
 def compiled(backend: str):
