@@ -141,7 +141,8 @@ class AbstractModel(ABC):
         If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
         """
 
-    def prefetch(self, layer: DecoderLayer) -> None:  # noqa: B027 (a hint: to do nothing is an answer)
+    @abstractmethod
+    def prefetch(self, layer: DecoderLayer) -> None:
         """A hint that `layer` will be resident soon: what is far away may come nearer meanwhile."""
 
     @abstractmethod

@@ -10,9 +10,10 @@ from pruning_cases import PATTERNS, correlated, error, layer_problem
 from strategies import Layer, make_chain, random, seeds
 
 from convexprune.errors import PatternError, RecipeError, UnsupportedError
+from convexprune.group_products import GroupProducts
 from convexprune.moments import Moments, sampling_noise
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.penalty import L1, GroupProducts
+from convexprune.penalty import L1
 from convexprune.problem import Problem
 from convexprune.pruners import (
     PRUNERS,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import make_layer, random, seeds
 
 from convexprune.errors import ProblemError
-from convexprune.penalty import GroupProducts
+from convexprune.group_products import GroupProducts
 from convexprune.problem import Problem, certify
 from convexprune.solvers import make_solver
 

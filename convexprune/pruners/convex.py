@@ -8,8 +8,9 @@ from torch import Tensor
 
 from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.fused import fused, number_like
+from convexprune.group_products import GroupProducts
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
-from convexprune.penalty import L1, AbstractPenalty, GroupProducts
+from convexprune.penalty import L1, AbstractPenalty
 from convexprune.problem import Problem
 from convexprune.pruners.admm import between
 from convexprune.pruners.search import AbstractSearch, Found
