@@ -39,7 +39,7 @@ from convexprune.pipeline import (
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.machine import Clock, default_device, default_workers, versions
+from convexprune.pipeline.machine import Clock, default_device, default_workers, steps, versions
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
 
@@ -138,6 +138,7 @@ class Request:
             device=torch.device(self.device).type,
             dtype=report.environment["dtype"],
             threads=self.threads,
+            steps=report.environment["steps"],
         )
         with folder.opened(report.identity, windows, self.executor.rank):
             written = not folder.is_finished and self._run(folder, loaded, windows, report)
@@ -291,5 +292,6 @@ def _environment(model: HuggingFaceModel) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": str(model.device),
         "dtype": str(model.model.dtype).removeprefix("torch."),
+        "steps": steps(model.device),
         "loading": "layer by layer" if model.streams else f"whole: {model.whole_because}",
     }

@@ -1,7 +1,10 @@
 """What is one kernel on a GPU gives on the CPU what it gives op by op; nothing in a loop makes a GPU wait."""
 
+import inspect
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -10,13 +13,15 @@ from pruning_cases import correlated, layer_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune import fused as room
+from convexprune import penalty
 from convexprune.device import has_kernels
 from convexprune.fused import number_like
 from convexprune.pattern import Stacked, Unstructured
 from convexprune.penalty import L1
-from convexprune.pruners import Convex
-from convexprune.pruners.convex import _ahead, _strengths
+from convexprune.problem import Problem
+from convexprune.pruners import Convex, convex
 from convexprune.solvers.cg import ConjugateGradient
+from convexprune.solvers.fista import FISTA
 
 ROUNDING = 1e-6  # float32, a few operations
 
@@ -25,8 +30,8 @@ def work(m: int, n: int, step: float) -> list[torch.Tensor]:
     """The elementwise work of a round of the path, for a weight [m n]."""
     random = torch.Generator().manual_seed(m)
     a, b, c, d = (torch.randn(m, n, generator=random) for _ in range(4))
-    start, slope, scores = _ahead(a, b, c, d, number_like(step, a))
-    strengths = _strengths(scores, scores.abs().mean(1, keepdim=True), number_like(step, a))
+    start, slope, scores = convex._ahead(a, b, c, d, number_like(step, a))
+    strengths = convex._strengths(scores, scores.abs().mean(1, keepdim=True), number_like(step, a))
     shrunk = L1(strengths).prox(start, step)
     elsewhere = L1(0.5).prox(slope, step, out=torch.empty_like(slope))
     in_place = slope.clone()
@@ -34,25 +39,34 @@ def work(m: int, n: int, step: float) -> list[torch.Tensor]:
     return [start, slope, scores, strengths, shrunk, elsewhere, in_place]
 
 
-def compiled(backend: str):
-    """Compile as on a GPU, by another backend; functions that were compiled before are not forgotten."""
-    real = torch.compile
-    return (
-        patch.object(room, "has_kernels", lambda device: True),
-        patch.object(torch, "compile", lambda f, **settings: real(f, backend=backend, **settings)),
-    )
+@contextmanager
+def compiled(backend: str) -> Iterator[list[str]]:
+    """Compile as on a GPU, by another backend; the names of the functions that were."""
+    real, seen = torch.compile, list[str]()
+
+    def compiling(function, **settings):
+        seen.append(function.__name__)
+        return real(function, backend=backend, **settings)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(room, "has_kernels", lambda device: True))
+        stack.enter_context(patch.object(torch, "compile", compiling))
+        for place, name in ((convex, "_ahead"), (convex, "_strengths"), (penalty, "_shrink")):
+            anew = room.fused(inspect.unwrap(getattr(place, name)))  # what was compiled before is kept for good
+            stack.enter_context(patch.object(place, name, anew))
+        torch._dynamo.reset()
+        yield seen
 
 
 def check(backend: str) -> None:
     cases = [(6, 8, 0.3), (6, 8, 0.7), (12, 8, 0.2), (5, 16, 1.1), (7, 3, 0.9)]
     expected = [work(*case) for case in cases]
-    kernels, compiler = compiled(backend)
-    torch._dynamo.reset()
-    with kernels, compiler, patch.object(torch._dynamo.config, "error_on_recompile", False):
+    with compiled(backend) as seen:
         work(*cases[0])
         work(*cases[2])  # another shape, another number: from here on both are variables
         with patch.object(torch._dynamo.config, "error_on_recompile", True):
             found = [work(*case) for case in cases]
+    assert seen == ["_ahead", "_strengths", "_shrink"]
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=ROUNDING, atol=ROUNDING)
@@ -93,16 +107,31 @@ class Waits(TorchDispatchMode):
         return sum(count for name, count in self.counted.items() if "_local_scalar_dense" in name or "nonzero" in name)
 
 
-def waits(pruner: Convex) -> int:
-    problem = layer_problem(correlated(0, 12, 16), Stacked(Unstructured(0.5), (8, 4)))
+def waits(work: Callable[[], object]) -> int:
     with Waits() as seen:
-        pruner.prune(problem)
+        work()
     return seen.total
+
+
+def pruned(**settings) -> int:
+    problem = layer_problem(correlated(0, 12, 16), Stacked(Unstructured(0.5), (8, 4)))
+    return waits(lambda: Convex(**settings).prune(problem))
 
 
 def test_the_host_waits_only_at_check_points():
     # Rounds and iterations between two certificates or tests cost none: twice as many wait as often.
-    assert waits(Convex(rounds=10, refit=None)) == waits(Convex(rounds=40, refit=None))
+    assert pruned(rounds=10, refit=None) == pruned(rounds=40, refit=None)
     few, many = (ConjugateGradient(0, 10, check_every=every) for every in (5, 1))
-    assert waits(Convex(refit=many)) > waits(Convex(refit=few))
-    assert waits(Convex(refit=few)) == waits(Convex(refit=ConjugateGradient(0, 20, check_every=10)))
+    assert pruned(refit=many) > pruned(refit=few)
+    assert pruned(refit=few) == pruned(refit=ConjugateGradient(0, 20, check_every=10))
+
+
+def test_fista_waits_only_where_it_tests_the_gap():
+    problem = Problem(layer_problem(correlated(0, 12, 16), Unstructured(0.5)).quadratic, L1(0.1))
+    FISTA(0, 1, scale=False).solve(problem)  # what is computed once is known from here on
+
+    def solved(iterations: int, check_every: int) -> int:
+        return waits(lambda: FISTA(0, iterations, check_every, scale=False).solve(problem))
+
+    assert solved(10, 1000) == solved(40, 1000)
+    assert solved(40, 10) > solved(40, 1000)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline import executors, files, layer, output
+from convexprune.pipeline import executors, files, layer, machine, output
 from convexprune.pipeline.files import locked
 from convexprune.pipeline.output import differences
 from convexprune.report import OperatorReport, Report
@@ -154,6 +154,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "threads": ({"threads": 2}, r"numerics\.threads: 1 then, 2 now"),
     "weights": ({}, r"weights\.model-\d+-of-\d+\.safetensors"),
     "code": ({}, "code"),
+    "processor": ({}, r'numerics\.steps: "(bfloat16|float32)" then, "(bfloat16|float32)" now'),
 }
 
 
@@ -164,6 +165,9 @@ def test_what_has_changed_is_named_and_refused(dense, stopped, expected, tmp_pat
     with monkeypatch.context() as patch:
         if change == "code":
             patch.setattr("convexprune.pipeline.run._code", lambda: "another")
+        if change == "processor":
+            here = machine.has_bfloat16(torch.device("cpu"))
+            patch.setattr(machine, "has_bfloat16", lambda device: not here)
         with pytest.raises(errors.OutputError, match=f"holds another run; it differs in.*{message}"):
             convexprune.prune(model, output_dir=stopped, resume=True, **SETTINGS | settings)
     convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, build_family
-from torch import Tensor
+from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -14,6 +14,9 @@ from torch.sparse._semi_structured_conversions import (
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.admission import refuse_non_finite
+from convexprune.errors import ModelError
+from convexprune.pipeline.machine import steps
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (4, 24), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2}
@@ -87,7 +90,9 @@ def test_counts_are_exact_in_the_checkpoints_own_precision(family: str, dtype: s
     dense = build_family(family).to(getattr(torch, dtype))
     dense.save_pretrained(tmp_path / "dense")
     result = convexprune.prune(tmp_path / "dense", method="wanda", **SMALL, output_dir=tmp_path / "pruned")
-    assert result.report.environment["dtype"] == dtype
+    environment = result.report.environment
+    assert environment["dtype"] == dtype
+    assert environment["steps"] == steps("cpu") in ("bfloat16", "float32")
     loaded = type(dense).from_pretrained(tmp_path / "pruned", dtype="auto")
     assert loaded.dtype == getattr(torch, dtype)
     for layer in HuggingFaceModel(loaded).layers:
@@ -119,3 +124,15 @@ def test_torchs_format_for_2_4_holds_a_pruned_operator_without_loss():
     values, places = sparse_semi_structured_from_dense_cutlass(weight)  # what `to_sparse_semi_structured` stores
     assert values.shape == (weight.shape[0], weight.shape[1] // 2)
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_whose_sum_overflows_are_finite_all_the_same(dtype: torch.dtype):
+    module = nn.Linear(64, 64).to(dtype)
+    nn.init.constant_(module.weight, torch.finfo(dtype).max)
+    refuse_non_finite(module)
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        with torch.no_grad():
+            module.weight[3, 5] = broken
+        with pytest.raises(ModelError, match=r"weight holds 1 of 4,096 values"):
+            refuse_non_finite(module)

@@ -25,7 +25,7 @@ from convexprune.adapters.allocating import allotments
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import LayerSettings, check_output, check_patterns
 from convexprune.pipeline.files import write_json
-from convexprune.pipeline.machine import Clock, versions
+from convexprune.pipeline.machine import Clock, steps, versions
 from convexprune.pipeline.recipe import spare_samples
 from convexprune.report import finite
 
@@ -143,6 +143,7 @@ def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
         "hashes": {"model": _model_hash(model)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
+        "steps": steps(model.device),
         "versions": versions(),
     }
 

@@ -7,6 +7,8 @@ from importlib.metadata import version
 
 import torch
 
+from convexprune.device import has_bfloat16
+
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 
 
@@ -27,6 +29,11 @@ def default_workers(device: str, threads: int | None) -> int:
 def versions() -> dict[str, str]:
     """Of the packages that a result depends on, and of Python."""
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def steps(device: torch.device | str) -> str:
+    """The number format of products between certificates (`Quadratic.residual_after`), on which a result depends."""
+    return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
 
 
 class Clock:

@@ -59,7 +59,7 @@ def identity(
 ) -> dict[str, Any]:
     """All that the bits of a result depend on: a run is gone on with only if this is the same.
 
-    `weights` are checksums by name, `numerics` what the arithmetic depends on besides: device, dtype, threads.
+    `weights` are checksums by name, `numerics` what the arithmetic depends on besides: device, dtype, threads, steps.
     """
     plain = recipe.model_dump(mode="json", exclude=set(UNSEEN))
     pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address

@@ -23,8 +23,9 @@ class ConjugateGradient(AbstractSolver):
     diagonal (`saliency_coordinates`) fewer iterations are needed as it is.
 
     Stops when gap <= tolerance * objective, tested every `check_every` iterations from what the recurrence carries (a
-    triangular solve, no product), when the gradients have shrunk to rounding errors, or after `max_iterations`. The gap
-    was larger than what the last iteration gained: while that is above the tolerance it is not tested.
+    triangular solve, no product), when the gradients have shrunk to rounding errors, or after `max_iterations`. While
+    an iteration still gains more than the tolerance the gap is not tested: it was larger than that gain just before. So
+    a solve whose gap falls at once ends one test late.
     """
 
     tolerance: float = 1e-4
