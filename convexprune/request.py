@@ -156,7 +156,8 @@ class Request:
         store = FolderStore(folder.work, len(loaded.layers), self.device)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
-        job = Job(folder.work, self._work(windows), partial(self.open, stream=True), self.threads)
+        opened = partial(self.open, stream=True)
+        job = Job(folder.work, self._work(windows), opened, self.threads, report.environment["steps"])
         prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
         self.clock.lap("prune")
         with folder.alone() as unfinished:

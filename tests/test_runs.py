@@ -505,6 +505,13 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
 
 
+def test_a_worker_whose_arithmetic_is_another_refuses(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = machine.has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: not here)  # not in the worker, a process of its own
+    with pytest.raises(errors.PruningError, match="the bits would differ"):
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="pool", workers=2, **SETTINGS)
+
+
 @pytest.mark.slow
 def test_what_a_worker_raises_comes_out_of_the_pool(dense: Path, tmp_path: Path):
     broken = tmp_path / "broken"

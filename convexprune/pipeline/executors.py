@@ -19,6 +19,7 @@ import torch
 from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, unknown
 from convexprune.model import AbstractModel
 from convexprune.pipeline.layer import Tell
+from convexprune.pipeline.machine import steps
 from convexprune.pipeline.store import FolderStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.report import OperatorReport
@@ -30,15 +31,21 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What another process needs to work on a run: its folder, the work, the model, and on how many threads."""
+    """What another process needs to work on a run: folder, work, model, how many threads, and the format of `steps`."""
 
     folder: Path
     work: Work
     open_model: Callable[..., AbstractModel]  # with the keyword "device"
     threads: int
+    steps: str
 
     def do(self, device: str) -> None:
-        """Prune layers until none is left."""
+        """Prune layers until none is left; PruningError if this machine's arithmetic is not the run's."""
+        if steps(device) != self.steps:
+            raise PruningError(
+                f"This worker's {device} takes steps in {steps(device)}, the run in {self.steps}: the bits would differ. "
+                "Spread it over machines that all have bfloat16 instructions, or that all have none."
+            )
 
         def go_on(_: OperatorReport) -> None:
             parent = multiprocessing.parent_process()
