@@ -43,7 +43,7 @@ class Job:
         """Prune layers until none is left; PruningError if this machine's arithmetic is not the run's."""
         if steps(device) != self.steps:
             raise PruningError(
-                f"This worker's {device} takes steps in {steps(device)}, the run in {self.steps}: the bits would differ. "
+                f"This worker's {device} steps in {steps(device)}, the run in {self.steps}: the bits would differ. "
                 "Spread it over machines that all have bfloat16 instructions, or that all have none."
             )
 
