@@ -34,6 +34,7 @@ def prune(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
     error_correction: float | bool = True,
+    correct: str | None = None,
     prefix: str = "dense",
     damping: float | None = None,
     refit: bool | None = None,
@@ -79,6 +80,9 @@ def prune(
         targets: operators to prune: names, their endings, "re:" patterns, or "Linear".
         ignore: operators not to prune, as `targets`.
         error_correction: how much an operator makes up for the operators pruned before it in its layer, 0 to 1.
+        correct: which error: of an "operator" what its own outputs lack, as published; or of the one whose outputs are
+            added last to those of the decoder "layer", all that these lack. None: the layer's, but for
+            preset="fistapruner".
         prefix: which network feeds a decoder layer while it is pruned: the "dense" one, or the one "pruned" so far.
         damping: pull to the dense weight relative to the Gram matrix's diagonal; None: from the sampling noise.
         refit: least squares on the support that was found, for any method or for none; None: as the method has it.

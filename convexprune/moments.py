@@ -12,42 +12,39 @@ STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the who
 
 
 class Correction:
-    """Second moments of the change d = x - x* and the input x* [n], as sums over tokens.
+    """Second moments of what is to be made up for, and the input x* [n], as sums over tokens.
 
-    Without a `weight` they are sum d x*' and sum d d' [n n], and serve any weight. With the `weight` W [m n] they are
-    sum (W d) x*' [m n] and sum (W d)^2 [m], which is all that W needs: less to keep, and less to compute if 4 m < 3 n.
+    Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of `outputs`, d [m] is what
+    those of one weight W [m n] lack, W (x - x*) or what the residual stream lacks: sum d x*' [m n] and sum d^2 [m].
+    That is less to keep, and less to compute if 4 m < 3 n.
     """
 
-    def __init__(self, cross: Tensor, change: Tensor, weight: Tensor | None = None) -> None:
-        self.cross, self.change, self._weight = cross, change, weight
+    def __init__(self, cross: Tensor, change: Tensor) -> None:
+        self.cross, self.change = cross, change
 
     @classmethod
-    def none(cls, gram: Tensor, weight: Tensor | None = None) -> "Correction":
+    def none(cls, gram: Tensor, outputs: int | None = None) -> "Correction":
         """That of no token, for inputs whose second moments are `gram` [n n]."""
-        if weight is None:
+        if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
-        weight = weight.to(gram)
-        return cls(torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), weight)
+        return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
 
     @staticmethod
     def pays(outputs: int, inputs: int) -> bool:
-        """Whether a weight [outputs inputs] had better be known."""
+        """Whether it is less to compute of the outputs of a weight [outputs inputs] than of its inputs."""
         return 4 * outputs < 3 * inputs
 
-    def add(self, pruned: Tensor, dense: Tensor) -> None:
-        """Count x* and x [tokens n]."""
-        x = pruned.to(self.cross)
-        change = dense.to(self.cross) - x
-        if self._weight is None:
-            _add_square(self.change, change)
+    def add(self, x: Tensor, lacking: Tensor) -> None:
+        """Count x* [tokens n] and d, [tokens n] or [tokens m]."""
+        if self.change.ndim == 2:
+            _add_square(self.change, lacking)
         else:
-            change = change @ self._weight.T
-            self.change += change.square().sum(0)
-        self.cross.addmm_(change.T, x)
+            self.change += lacking.square().sum(0)
+        self.cross.addmm_(lacking.T, x)
 
     def through(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """sum (W d) x*' [m n] and sum (W d)^2 [m] for a weight W [m n], which has to be the one that is known."""
-        if self._weight is not None:
+        """sum (W d) x*' [m n] and sum (W d)^2 [m] for a weight W [m n]; of outputs d is W d already."""
+        if self.change.ndim == 1:
             return self.cross.to(weight), self.change.to(weight)
         weight = weight.to(self.cross)
         return weight @ self.cross, _row_form(weight, _whole(self.change))
@@ -58,12 +55,10 @@ class Correction:
 
     def rows(self, chosen: Tensor | slice) -> "Correction":
         """For the rows `chosen` of the weight."""
-        if self._weight is None:
-            return self
-        return Correction(self.cross[chosen], self.change[chosen], self._weight[chosen])
+        return self if self.change.ndim == 2 else Correction(self.cross[chosen], self.change[chosen])
 
     def __add__(self, other: "Correction") -> "Correction":
-        return Correction(self.cross + other.cross, self.change + other.change, self._weight)
+        return Correction(self.cross + other.cross, self.change + other.change)
 
 
 class Moments:
@@ -73,8 +68,8 @@ class Moments:
     it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
     means that error correction never subtracts two nearly equal matrices.
 
-    Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`, and the
-    `weight` [m n] if no other will be asked about (see `Correction`).
+    Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`, and m =
+    `outputs` if what is to be made up for is told of the outputs of one weight [m n] (see `Correction`).
     """
 
     def __init__(
@@ -82,11 +77,11 @@ class Moments:
         width: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        weight: Tensor | None = None,
+        outputs: int | None = None,
     ) -> None:
         self.tokens = 0
         self.correction: Correction | None = None
-        self._weight = weight
+        self.outputs = outputs
         self.sum = torch.zeros(width, width, dtype=dtype, device=device)  # of x* x*', its upper triangle
 
     @property
@@ -105,8 +100,13 @@ class Moments:
         _add_square(self.sum, x)
         self.tokens += x.shape[0]
         if dense is not None:
-            self.correction = self.correction or Correction.none(self.sum, self._weight)
-            self.correction.add(x, dense.reshape(-1, self.width))
+            self.add_lacking(x, dense.reshape(x.shape).to(x) - x)
+
+    @torch.no_grad()
+    def add_lacking(self, x: Tensor, lacking: Tensor) -> None:
+        """Count, of inputs x* [tokens n] that are counted already, what to make up for: d [tokens n], or [tokens m]."""
+        self.correction = self.correction or Correction.none(self.sum, self.outputs)
+        self.correction.add(x.to(self.sum), lacking.to(self.sum))
 
     @property
     def gram(self) -> Tensor:
@@ -116,12 +116,12 @@ class Moments:
 
     @property
     def cross(self) -> Tensor | None:
-        """mean (x - x*) x*' [n n], or mean W (x - x*) x*' [m n] of the known weight; None if x = x* throughout."""
+        """mean (x - x*) x*' [n n], or mean d x*' [m n] of outputs; None if x = x* throughout."""
         return None if self.correction is None else self.correction.cross / self.tokens
 
     @property
     def change(self) -> Tensor | None:
-        """mean (x - x*) (x - x*)' [n n], or mean (W (x - x*))^2 [m]; None if x = x* throughout."""
+        """mean (x - x*) (x - x*)' [n n], or mean d^2 [m] of outputs; None if x = x* throughout."""
         if self.correction is None:
             return None
         change = self.correction.change / self.tokens
@@ -133,7 +133,7 @@ class Moments:
         return own and (self.correction is None or self.correction.is_finite())
 
     def energy(self, weight: Tensor) -> Tensor:
-        """mean |W x|^2 of each row [m]: the dense output's energy, the unit of relative errors."""
+        """mean |W x|^2 of each row [m], or of outputs mean |W x* + d|^2: the target's energy, the unit of errors."""
         energy = _row_form(weight, self.gram)
         if self.correction is not None:
             cross, change = self.correction.through(weight)
@@ -177,7 +177,7 @@ class Moments:
         return self._with(self.tokens + other.tokens, self.sum + other.sum, correction)
 
     def _with(self, tokens: int, gram: Tensor, correction: Correction | None) -> "Moments":
-        other = Moments(0, gram.dtype, gram.device, self._weight)
+        other = Moments(0, gram.dtype, gram.device, self.outputs)
         other.tokens, other.sum, other.correction = tokens, gram, correction
         return other
 

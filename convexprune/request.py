@@ -81,7 +81,12 @@ class Request:
         recipe = self.recipe
         pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
         self.layers = LayerSettings(
-            pruner, recipe.build_pattern(), recipe.error_correction, recipe.prefix, bound_rows=recipe.bound_rows
+            pruner,
+            recipe.build_pattern(),
+            recipe.error_correction,
+            recipe.prefix,
+            bound_rows=recipe.bound_rows,
+            correct=recipe.corrects,
         )
         self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
         self.device = default_device(recipe.device)
@@ -237,9 +242,9 @@ class Request:
 
 _OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
 _PLAIN = (
-    "method", "preset", "sparsity", "pattern", "quota", "allocation", "error_correction", "prefix", "damping", "refit",
-    "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed", "bound_rows", "device",
-    "dtype", "threads",
+    "method", "preset", "sparsity", "pattern", "quota", "allocation", "error_correction", "correct", "prefix",
+    "damping", "refit", "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed",
+    "bound_rows", "device", "dtype", "threads",
 )  # fmt: skip
 
 

@@ -63,14 +63,15 @@ def test_perplexities_and_errors_are_those_of_prune(
     build: Callable[[str], PreTrainedModel], tokenizer, tmp_path: Path, family: str
 ):
     folder = saved(HuggingFaceModel(build(family), tokenizer), tmp_path)
-    conventions = ["dense", "dense-none", "pruned-half"]
+    conventions = ["dense", "dense-none", "dense-layer", "pruned-layer"]
     result = compared(folder, methods=["fista", "sparsegpt"], conventions=conventions, batch_size=2)
-    assert len(result["rows"]) == 6
+    assert len(result["rows"]) == 8
     for row in result["rows"]:
-        prefix, correction = CONVENTIONS[row["convention"]]
+        prefix, correction, correct = CONVENTIONS[row["convention"]]
         model = load(folder / "model", device="cpu")
         method: dict[str, Any] = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
-        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "batch_size": 2}
+        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "correct": correct}
+        settings["batch_size"] = 2
         pruned = convexprune.prune(model.model, **settings)
         for name in ("text", "other"):
             expected = perplexity(model.model, text_windows(folder / f"{name}.txt", model, 16)[:3])
@@ -143,7 +144,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
 def test_report_and_plots_are_drawn(folder: Path):
     result = compared(folder, methods=["wanda", "fista"], patterns=["unstructured", "2:4"], plots=True)
     report = (folder / "out" / "report.md").read_text()
-    assert "| wanda | 2:4 | pruned-own |" in report and "| fista | 50.0% | dense |" in report
+    assert "| wanda | 2:4 | pruned-own |" in report and "| fista | 50.0% | dense-layer |" in report
     drawn = {p.name for p in (folder / "out").glob("*.png")}
     assert len(drawn) == 6 and all(name in report for name in drawn)
     assert result["card"]["hashes"]["model"] in report
@@ -176,10 +177,11 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path, case: str):
 def test_names_stand_for_methods_solvers_and_settings():
     variants = make_variants(["fista", "sparsegpt:damping=0.1"], [0.5, 0.7], ["unstructured", "2:4"], ["own", "dense"])
     assert [v.name for v in variants if v.pattern == "2:4"] == [
+        "fista 2:4 dense-layer",
         "fista 2:4 dense",
         "sparsegpt:damping=0.1 2:4 pruned-own",
         "sparsegpt:damping=0.1 2:4 dense",
     ]
-    assert len(variants) == 9
+    assert len(variants) == 12
     pruner = variants[-1].layer_settings().pruner
     assert isinstance(pruner, SparseGPT) and pruner.damping == 0.1

@@ -22,7 +22,6 @@ from convexprune.pattern import Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, prune_observed
 from convexprune.pipeline.bounding import WIDE
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
-from convexprune.pipeline.layer import _folds
 from convexprune.pipeline.passes import Observed
 from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
 
@@ -94,12 +93,13 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
     group = Group(operators, ModuleInput(nn.Identity()))
     layer = DecoderLayer("layer", nn.Identity(), ((group,),))
-    folds = _folds(group)
+    folds = Folds(n, torch.device("cpu"), sum(heights) if Correction.pays(sum(heights), n) else None)
 
     def fill() -> None:
         for i in range(3):
             x = torch.randn(1, 2 * n, n, generator=random)
-            folds.add(x, x + torch.randn(x.shape, generator=random) / 10 if corrected else None, i == 2)
+            lacking = torch.randn(1, 2 * n, folds.held_out.outputs or n, generator=random) / 10
+            folds.add(x, lacking if corrected else None, i == 2)
 
     fill()
     settings = LayerSettings(METHODS[name], Unstructured(0.5), bound_rows=2 if bound else 0)
@@ -111,19 +111,19 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
 
     measured = allocated(prune)
     stack = cost.Stack(tuple(o.name for o in operators), heights, n)
-    return measured, cost.problem_bytes(stack, corrected, cost.method_cost(name.split(",")[0], "refit" in name), bound)
+    return measured, cost.problem_bytes(stack, cost.method_cost(name.split(",")[0], "refit" in name), bound)
 
 
 @pytest.mark.parametrize("m", [64, 512])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
     n, kept = 256, []
-    weight = torch.zeros(m, n) if Correction.pays(m, n) else None
+    outputs = m if Correction.pays(m, n) else None
 
     def fill() -> None:
-        folds = Folds(n, torch.device("cpu"), weight)
+        folds = Folds(n, torch.device("cpu"), outputs)
         for i in range(3):
-            folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, n) if corrected else None, i == 2)
+            folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, outputs or n) if corrected else None, i == 2)
         kept.append(folds)
 
     assert cost.moments_bytes(cost.Stack(("w",), (m,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)

@@ -177,10 +177,12 @@ def test_sampling_noise_needs_two_folds():
 
 
 @given(layers, corrections, seeds)
-def test_moments_of_a_known_weight_pose_the_same_problem(layer, correction, seed):
-    known = Moments(layer.weight.shape[1], torch.float64, weight=layer.weight)
+def test_moments_of_outputs_pose_the_same_problem(layer, correction, seed):
+    known = Moments(layer.weight.shape[1], torch.float64, outputs=len(layer.weight))
     for part in (slice(None, 5), slice(5, None)):
-        known.add(layer.pruned[part], None if layer.dense is layer.pruned else layer.dense[part])
+        known.add(layer.pruned[part])
+        if layer.dense is not layer.pruned:
+            known.add_lacking(layer.pruned[part], (layer.dense[part] - layer.pruned[part]) @ layer.weight.T)
     weight = random(seed, *layer.weight.shape)
     values = known.reconstruction(layer.weight, correction).values(weight)
     torch.testing.assert_close(values, layer.loss(weight, correction), rtol=1e-9, atol=1e-20)
@@ -190,9 +192,10 @@ def test_moments_of_a_known_weight_pose_the_same_problem(layer, correction, seed
         torch.testing.assert_close(first.values(weight[chosen]), values[:1], rtol=1e-9, atol=1e-20)
 
 
-def test_a_known_weight_takes_less_room_where_it_is_wide():
+def test_moments_of_outputs_take_less_room_where_they_are_few():
     layer = make_layer("full rank", 2, 8, seed=0)
-    known = Moments(8, torch.float64, weight=layer.weight)
-    known.add(layer.pruned, layer.dense)
+    known = Moments(8, torch.float64, outputs=2)
+    known.add(layer.pruned)
+    known.add_lacking(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
     assert known.cross is not None and known.change is not None
     assert (known.cross.shape, known.change.shape) == ((2, 8), (2,))

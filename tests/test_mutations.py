@@ -13,6 +13,7 @@ import test_baselines
 import test_bound
 import test_bounding
 import test_certificate
+import test_closing
 import test_fista
 import test_invariance
 import test_moments
@@ -27,7 +28,8 @@ from convexprune import bound, pattern, penalty, problem, relaxation, split
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Correction, Moments
 from convexprune.penalty import L1, ReverseHuber
-from convexprune.pipeline import bounding
+from convexprune.pipeline import bounding, passes
+from convexprune.pipeline.lacking import Lacking
 from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import fista
@@ -104,10 +106,17 @@ FAULTS = (
           test_pattern.test_the_largest_of_the_matrix_are_kept_and_of_equals_the_first),
     Fault("a group that keeps one too few", pattern.SemiStructured.mask, ": self.kept]", ": self.kept - 1]",
           test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
-    Fault("X and X* swapped", Correction.add, "change.T, x)", "x.T, change)",
+    Fault("X and X* swapped", Correction.add, "lacking.T, x)", "x.T, lacking)",
           test_moments.test_moments_are_means_over_the_tokens),
-    Fault("x* - x in place of x - x*", Correction.add, "dense.to(self.cross) - x", "x - dense.to(self.cross)",
+    Fault("x* - x in place of x - x*", Moments.add, "dense.reshape(x.shape).to(x) - x",
+          "x - dense.reshape(x.shape).to(x)",
           test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
+    Fault("a layer's error with the wrong sign", Lacking.of, "- output.float()", "+ output.float()",
+          test_closing.test_its_error_is_that_of_the_layers_output,
+          {"family": "llama", "prefix": "dense", "correction": 1.0}),
+    Fault("an operator that closes a layer behind a norm", passes.closes,
+          "torch.equal(last.rest + last.own, call(layer.module, batch))", "True",
+          test_closing.test_who_closes_a_layer_is_found, {"family": "gemma3_text", "settings": {}, "name": None}),
     Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
           test_moments.test_moments_are_means_over_the_tokens),
     Fault("a transposed weight", Correction.through, "weight @ self.cross,", "(self.cross @ weight.T).T,",

@@ -276,9 +276,10 @@ def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     with_hints = convexprune.prune(llama, output_dir=tmp_path / "a", **SETTINGS)
-    # Each layer: what enters it, four times; and what stages 2, 3 and 4 see, in files of scratch/00000, 00001.
-    assert [place for place, *_ in asked].count("hidden") == 2 * 4
-    assert sum(place.startswith("0000") for place, *_ in asked) == 2 * 3
+    # Each layer: what enters it, four times; what stages 2 and 3 see, in files of scratch/00000, 00001; and what leaves
+    # it, which enters the next one.
+    assert [place for place, *_ in asked].count("hidden") == 2 * 4 + 1
+    assert sum(place.startswith("0000") for place, *_ in asked) == 2 * 2 + 1
     stored = entries(llama / "model.safetensors")[0]
     second = {(e.begin, e.spec.nbytes) for name, e in stored.items() if ".layers.1." in name}
     assert {(begin, length) for place, begin, length in asked if place == "model.safetensors"} == second

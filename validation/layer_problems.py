@@ -19,8 +19,9 @@ from convexprune.pipeline import (
     stage_inputs,
 )
 from convexprune.pipeline.bounding import drawn_rows
+from convexprune.pipeline.lacking import Lacking, height, width
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.passes import Calls
+from convexprune.pipeline.passes import Calls, closing_inputs
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
@@ -93,7 +94,7 @@ def _pruned(
     layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings, tell: Tell
 ) -> DecoderLayer:
     copy = deepcopy(layer)
-    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense), settings, tell)
+    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense, correct=(settings.correct,)), settings, tell)
     return copy
 
 
@@ -113,15 +114,26 @@ def _watch(
     ]
     if not pairs:
         return
-    moments = [Moments(one.operators[0].shape[1], torch.float64) for one, _ in pairs]
-    for own, given in zip(hidden.dense, hidden.fed, strict=True):
-        x = stage_inputs(dense, [one for one, _ in pairs], calls(own), own)
+    observed = observe(dense, calls, hidden.dense, correct=(settings.correct,))
+    same = dense.stages[0] if settings.prefix == "dense" else ()
+    wanting = [one for one, _ in pairs if one.paired and one not in same and settings.correction > 0]
+    lacking = Lacking(wanting, observed, settings.correct)
+    moments = [
+        Moments(width(one), torch.float64, outputs=height(one) if lacking.of_outputs(one) else None) for one, _ in pairs
+    ]
+    for i, given in enumerate(hidden.fed):
         seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
         for (one, other), total in zip(pairs, moments, strict=True):
-            first = one in dense.stages[0] and settings.prefix == "dense"
-            corrects = one.paired and not first and settings.correction > 0
-            if other in seen:
-                total.add(seen[other].cpu(), x[one].cpu() if corrects else None)
+            if other not in seen:
+                continue
+            x, output = seen[other].cpu(), None
+            if lacking.closes([one]):
+                rest = closing_inputs(sparse, other, calls(given), given).rest
+                output = rest + one.tap.module(seen[other]).reshape(rest.shape)
+            total.add(x)
+            d = lacking.of(one, i, seen[other], output)
+            if d is not None:
+                total.add_lacking(x.flatten(0, -2), d.flatten(0, -2).cpu())
     for (one, other), total in zip(pairs, moments, strict=True):
         for w, v in zip(one.operators, other.operators, strict=True):
             name = f"{dense.name}.{w.name}"

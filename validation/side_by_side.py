@@ -115,7 +115,7 @@ class Comparison:
         layer, began = self._model.layers[number], time.perf_counter()
         calls = self._calls(number)
         hidden = self._states(DENSE, number, FITTED)
-        observed = observe(layer, calls, hidden)
+        observed = observe(layer, calls, hidden, correct={each.correct for each in self._variants.values()})
         if DENSE in todo:
             for stream in self._batches:
                 batches = observed.outputs if stream == FITTED else self._through(number, DENSE, stream)

@@ -8,18 +8,21 @@ import yaml
 
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline.passes import Correct
 from convexprune.pruners import PRUNERS
 from convexprune.solvers import solver_names
 
-CONVENTIONS: dict[str, tuple[str, float]] = {
-    "dense": ("dense", 1.0),
-    "dense-half": ("dense", 0.5),
-    "dense-none": ("dense", 0.0),
-    "pruned-own": ("pruned", 0.0),
-    "pruned-half": ("pruned", 0.5),
-    "pruned-dense": ("pruned", 1.0),
+CONVENTIONS: dict[str, tuple[str, float, Correct]] = {
+    "dense": ("dense", 1.0, "operator"),
+    "dense-half": ("dense", 0.5, "operator"),
+    "dense-none": ("dense", 0.0, "operator"),
+    "dense-layer": ("dense", 1.0, "layer"),
+    "pruned-own": ("pruned", 0.0, "operator"),
+    "pruned-half": ("pruned", 0.5, "operator"),
+    "pruned-dense": ("pruned", 1.0, "operator"),
+    "pruned-layer": ("pruned", 0.5, "layer"),
 }
-"""Which network feeds a decoder layer, and how much of earlier errors an operator corrects (a in docs/method.md)."""
+"""Which network feeds a decoder layer, how much of earlier errors an operator corrects, and which (docs/method.md)."""
 
 OWN = {
     "alps": "pruned-own",
@@ -71,7 +74,7 @@ class Variant:
             RecipeError: an unknown method or setting.
             PatternError: no such pattern or sparsity.
         """
-        prefix, correction = CONVENTIONS[self.convention]
+        prefix, correction, correct = CONVENTIONS[self.convention]
         return make_recipe(
             model="",
             **_method(self.method),
@@ -81,12 +84,14 @@ class Variant:
             allocation=self.allocation,
             prefix=prefix,
             error_correction=correction,
+            correct=correct,
         )
 
     def layer_settings(self) -> LayerSettings:
         """What `prune_layer` takes."""
         recipe = self.recipe()
-        return LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction, recipe.prefix)
+        pruner, pattern = recipe.build_pruner(), recipe.build_pattern()
+        return LayerSettings(pruner, pattern, recipe.error_correction, recipe.prefix, correct=recipe.corrects)
 
 
 def make_variants(
@@ -145,8 +150,8 @@ def _own(method: str) -> str:
     name = method.partition(":")[0]
     if name in OWN:
         return OWN[name]
-    fields = Recipe.model_fields
-    default = (fields["prefix"].default, fields["error_correction"].default)
+    recipe = make_recipe(model="")
+    default = recipe.prefix, recipe.error_correction, recipe.corrects
     (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
     return convention
 

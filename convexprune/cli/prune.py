@@ -34,6 +34,7 @@ def prune(
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
+    correct: Annotated[str | None, typer.Option(help="Which errors: operator or layer. Left out: layer.")] = None,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
     damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
     refit: Annotated[

@@ -186,14 +186,13 @@ def _correcting(stack: Stack) -> float:
     return 4 * m * n if Correction.pays(stack.outputs, stack.inputs) else 3 * n * n
 
 
-def problem_bytes(stack: Stack, corrected: bool, method: Method, bound: bool = False) -> int:
+def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
     """What a stack needs beside those: the moments of all windows, and the method's matrices or those of the bound."""
     m, n = stack.outputs, stack.inputs
-    weight = m * n if corrected and Correction.pays(m, n) else 0
     solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
     squares = next((squares for widest, squares in BOUND.items() if n <= widest), None)
     bounding = (1 + squares) * n * n + HELD * m * n if bound and squares else 0
-    return round(FLOAT * (weight + n * n + max(solving, bounding)))
+    return round(FLOAT * (n * n + max(solving, bounding)))
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
@@ -205,7 +204,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
             for part in in_parts(stage, lambda s: s.inputs):
                 moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
                 moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
-                solving = max(problem_bytes(s, setting.corrects(number, s), method, setting.bound) for s in part)
+                solving = max(problem_bytes(s, method, setting.bound) for s in part)
                 batch = _batch_bytes(model, layer, stage, setting)
                 peaks.append((moments + max(solving, batch), moments, solving, batch))
     _, moments, solving, batch = max(peaks)
@@ -276,7 +275,7 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
         single = sum(s.inputs for s in kept if s.paired and len(s.heights) == 1)
         widths.append(sum(s.inputs for s in layer.stacks if s.paired) + single)
     seen = model.itemsize * setting.tokens * max(widths)
-    return layers + model.bytes + (setting.workers + 1) * hidden + setting.workers * seen
+    return layers + model.bytes + setting.workers * (2 * hidden + seen)
 
 
 def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:

@@ -15,36 +15,36 @@ ROOM = 4 << 30
 class Folds:
     """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
 
-    What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is kept
-    for the one `weight` [m n] if that is given (see `Correction`).
+    What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
+    of the outputs if it is given how many (see `Correction`).
     """
 
-    def __init__(self, width: int, device: torch.device, weight: Tensor | None = None) -> None:
+    def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
         self.halves = (Moments(width, device=device), Moments(width, device=device))
-        self.held_out = Moments(width, device=device, weight=weight)
+        self.held_out = Moments(width, device=device, outputs=outputs)
         self.borrowed = 0
         self._change: Correction | None = None
-        self._weight = weight
 
     @staticmethod
     def bytes(width: int) -> int:
         """How much memory three Gram matrices take."""
         return 3 * 4 * width * width
 
-    def add(self, pruned: Tensor, dense: Tensor | None, held_out: bool) -> None:
+    def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
         """Count x* [samples tokens n]; each sample goes whole to one half, the one that has seen less.
 
-        `dense` are the same tokens' x, if they differ and are to be corrected for.
+        `lacking` is what the same tokens are to be corrected for, if anything: x - x* or, told of outputs,
+        [samples tokens m].
         """
-        for i in range(len(pruned)):
+        for i in range(len(x)):
             first, second = self.halves
-            if held_out:
-                self.held_out.add(pruned[i], None if dense is None else dense[i])
-                continue
-            (first if first.tokens <= second.tokens else second).add(pruned[i])
-            if dense is not None:
-                self._change = self._change or Correction.none(first.sum, self._weight)
-                self._change.add(pruned[i], dense[i])
+            half = self.held_out if held_out else first if first.tokens <= second.tokens else second
+            half.add(x[i])
+            if lacking is not None and held_out:
+                half.add_lacking(x[i], lacking[i])
+            elif lacking is not None:
+                self._change = self._change or Correction.none(first.sum, self.held_out.outputs)
+                self._change.add(x[i].to(first.sum), lacking[i].to(first.sum))
 
     def borrow(self, others: "Folds") -> None:
         """Make up for tokens that an expert did not get with what all experts got.

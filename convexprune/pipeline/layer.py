@@ -11,11 +11,11 @@ from torch import Tensor
 
 from convexprune.errors import ModelError, PruningError
 from convexprune.model import DecoderLayer, Group
-from convexprune.moments import Correction
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds, in_parts
-from convexprune.pipeline.passes import Calls, Observed, Recorded, stage_inputs
+from convexprune.pipeline.lacking import Lacking, height, stack_of, width
+from convexprune.pipeline.passes import Calls, Correct, Observed, Recorded, closing_inputs, stage_inputs
 from convexprune.pipeline.shortcut import taking
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
@@ -31,7 +31,9 @@ class LayerSettings:
 
     `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
     (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
-    W (x* + a (x - x*)) with a = `correction`, where x is what the dense network sees (arXiv 2408.03728, section 3.3).
+    W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
+    the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
+    the decoder layer lack, for the operator that closes it (`passes.closes`): what reached them by other ways, too.
     `patterns` holds operators that differ in their pattern; those that share an input have one pattern. `bound_rows`
     of every operator are compared with what no pruning can beat; it changes no weight.
     """
@@ -42,6 +44,7 @@ class LayerSettings:
     prefix: Literal["dense", "pruned"] = "dense"
     patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
     bound_rows: int = 0
+    correct: Correct = "operator"
 
     def pattern_of(self, operator: str) -> AbstractPattern:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
@@ -87,7 +90,7 @@ def prune_observed(
         began = time.perf_counter()
         parts = [first] if number == 0 and first is not None else None
         for folds in parts or stage_folds(layer, number, calls, hidden, observed, settings, inputs, record):
-            _prefetch(hidden.fed, *(observed.inputs.get(g, ()) for g in chain(*layer.stages[number + 1 : number + 2])))
+            _prefetch(hidden.fed, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 _prune_group(layer.name, group, fold, settings, tell, began)
@@ -116,28 +119,35 @@ def stage_folds(
     stage = layer.stages[number]
     before = [group for group in chain(*layer.stages[:number]) if group in observed.shortcuts and group in inputs]
     kept = {group: record() for group in stage if group in observed.shortcuts and group not in inputs}
-    shared = {_width(group): _folds(group) for group in stage if not group.paired}
-    for part_number, part in enumerate(in_parts(stage, _width)):
+    shared = {width(group): _folds(group, False) for group in stage if not group.paired}
+    for part_number, part in enumerate(in_parts(stage, width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
-        folds = {group: _folds(group) for group in part}
         known = {group: inputs[group] for group in part if group in inputs}
-        changed = [g for g in part if g.paired and known.get(g) is not observed.inputs[g] and settings.correction > 0]
+        same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
+        wanting = [g for g in part if g.paired and g not in same] if settings.correction > 0 else []
+        lacking = Lacking(wanting, observed, settings.correct)
+        folds = {group: _folds(group, lacking.of_outputs(group)) for group in part}
         for i, batch in enumerate(hidden.fed):
             held_out = i >= len(hidden.fed) - hidden.held_out
-            dense = {g: observed.inputs[g][i].to(batch.device) for g in changed}
             seen = {group: x[i].to(batch.device) for group, x in known.items()}
+            output = None
             with taking({observed.shortcuts[g]: inputs[g][i].to(batch.device) for g in before}):
-                seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
+                if lacking.closes(part):
+                    last = closing_inputs(layer, part[0], calls(batch), batch)
+                    seen, output = {part[0]: last.x}, last.rest + last.own
+                else:
+                    seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
             for group, x in seen.items():
                 if group in folds:
-                    folds[group].add(x, dense.get(group), held_out)
+                    folds[group].add(x, lacking.of(group, i, x, output), held_out)
                 if group in kept:
                     kept[group].append(x.cpu())
                 if not group.paired and watched is stage:
-                    shared[_width(group)].add(x, None, held_out)
+                    shared[width(group)].add(x, None, held_out)
         for group in part:
             if not group.paired:
-                folds[group].borrow(shared[_width(group)])
+                folds[group].borrow(shared[width(group)])
+        del lacking  # it holds weights
         yield folds
     inputs |= kept
 
@@ -149,20 +159,9 @@ def _prefetch(*wanted: Sequence[Tensor]) -> None:
             batches.prefetch()
 
 
-def _width(group: Group) -> int:
-    return group.operators[0].shape[1]
-
-
-def _folds(group: Group) -> Folds:
-    """To be filled, and to be read for the weights that the group has now, the dense ones."""
-    outputs = sum(operator.shape[0] for operator in group.operators)
-    known = _stack(group) if group.paired and Correction.pays(outputs, _width(group)) else None
-    return Folds(_width(group), group.operators[0].read().device, known)
-
-
-def _stack(group: Group) -> Tensor:
-    """The weights of operators that share an input [m n]: their rows, in float32."""
-    return torch.cat([operator.read().float() for operator in group.operators])
+def _folds(group: Group, of_outputs: bool) -> Folds:
+    """To be filled."""
+    return Folds(width(group), group.operators[0].read().device, height(group) if of_outputs else None)
 
 
 def _require_usable(folds: Folds, name: str) -> None:
@@ -181,7 +180,7 @@ def _require_usable(folds: Folds, name: str) -> None:
 def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings, tell: Tell, began: float) -> None:
     """Operators that share an input are one stack of rows, solved as one problem."""
     heights = tuple(operator.shape[0] for operator in group.operators)
-    stack = _stack(group)
+    stack = stack_of(group)
     asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
     pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()

@@ -1,11 +1,12 @@
 """Passes through one decoder layer: what the dense one shows, and what the operators of a stage see."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pipeline.shortcut import Shortcut, looking_for_shortcuts
@@ -13,30 +14,44 @@ from convexprune.pipeline.tensors import Batches
 
 Calls = Callable[[Tensor], Call]
 Recorded = list[Tensor] | Batches
+Correct = Literal["layer", "operator"]
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What the dense decoder layer makes of each batch: its outputs, and each paired group's inputs on the CPU.
+    """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, on the CPU.
 
-    `shortcuts` are what later passes of the layer may leave out.
+    `shortcuts` are what later passes of the layer may leave out; `closing` is the group that closes the layer, if it
+    was looked for (see `closes`).
     """
 
     outputs: Recorded
     inputs: Mapping[Group, Recorded]
     shortcuts: Mapping[Group, Shortcut] = field(default_factory=dict)
+    closing: Group | None = None
+
+    def read_for(self, group: Group) -> Sequence[Tensor]:
+        """What of the dense layer the group is compared with, if anything."""
+        return self.inputs.get(group, self.outputs if group is self.closing else ())
 
 
 @torch.no_grad()
 def observe(
-    layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor], record: Callable[[], Recorded] = list
+    layer: DecoderLayer,
+    calls: Calls,
+    batches: Sequence[Tensor],
+    record: Callable[[], Recorded] = list,
+    correct: Collection[Correct] = ("operator",),
 ) -> Observed:
     """One pass of the dense layer over all batches; `record` makes a place to keep them, in memory or on disk.
 
-    `calls` gives the other arguments for a batch. What is recorded: tokens times the widths of the stages.
-    The first batch shows the shortcuts, too.
+    `calls` gives the other arguments for a batch. `correct` says what will be asked for (`LayerSettings.correct`): if
+    no more than the "layer", the inputs of the group that closes it are not kept. What is recorded: tokens times the
+    widths of the stages. The first batch shows the shortcuts, too.
     """
-    inputs = {group: record() for group in layer.groups if group.paired}
+    closing = next((g for g in layer.groups[-1:] if "layer" in correct and closes(layer, g, calls, batches)), None)
+    asked = [g for g in layer.groups if g.paired and (g is not closing or "operator" in correct)]
+    inputs = {group: record() for group in asked}
     outputs, shortcuts = record(), dict[Group, Shortcut]()
     for batch in batches:
         with ExitStack() as taps:
@@ -49,7 +64,41 @@ def observe(
 
                 taps.enter_context(group.tap(keep))
             outputs.append(calls(batch)(layer.module, batch))
-    return Observed(outputs, inputs, shortcuts)
+    return Observed(outputs, inputs, shortcuts, closing)
+
+
+def closes(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
+    """Whether the layer's output is that of `group`, a single operator and alone in the last stage, added to the rest.
+
+    Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
+    to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
+    """
+    if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.paired or not batches:
+        return False
+    call, batch = calls(batches[0]), batches[0]
+    last = closing_inputs(layer, group, call, batch)
+    return torch.equal(last.rest + last.own, call(layer.module, batch))
+
+
+class Closing(NamedTuple):
+    """What the closing group sees [samples tokens n], what it makes of that, and the layer's output without it."""
+
+    x: Tensor
+    own: Tensor
+    rest: Tensor
+
+
+def closing_inputs(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> Closing:
+    """One pass of the layer in which the group that closes it adds zeros."""
+    seen, made = list[Tensor](), list[Tensor]()
+
+    def silence(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        made.append(output)
+        return torch.zeros_like(output)
+
+    with group.tap(seen.append), group.tap.module.register_forward_hook(silence):
+        rest = call(layer.module, batch)
+    return Closing(_by_sample(seen[0], len(batch)), made[0].reshape(rest.shape), rest)
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:

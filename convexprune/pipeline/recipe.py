@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
+from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.survey import check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
 from convexprune.pruners.search import AbstractSearch
@@ -19,16 +20,18 @@ class Recipe(BaseModel):
     """What to prune, how, and on which tokens. Unknown settings are refused.
 
     `allocation` says how the zeros are spread over the operators (`convexprune.pipeline.survey.allot`); "uniform" asks
-    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that the operators before
-    it inside the decoder layer have made does an operator correct. `prefix` says which network feeds a decoder layer:
-    the "dense" one, so that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are
-    drawn, never fitted, and the errors on them reported; None is an eighth of the calibration samples, or what the
-    data set has left. `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None
-    estimates it from the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which
-    decide the order of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least
-    squares on the support to a method that has none of its own, or takes it from one that has (None: as the method is).
-    `method_args` are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in
-    the report with what no pruning can beat; it changes no weight, and 0 leaves it out.
+    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that the operators before it
+    inside the decoder layer have made does an operator correct. `correct` says which error: of its own outputs (the
+    "operator"), or, of the operator that closes a decoder layer, of the "layer"; None is the operator's for the method
+    "fistapruner", as published, else the layer's. `prefix` says which network feeds a decoder layer: the "dense" one,
+    so that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are drawn, never fitted,
+    and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
+    `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
+    the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
+    of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least squares on the
+    support to a method that has none of its own, or takes it from one that has (None: as the method is). `method_args`
+    are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in the report
+    with what no pruning can beat; it changes no weight, and 0 leaves it out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +45,7 @@ class Recipe(BaseModel):
     quota: Literal["matrix", "row"] = "matrix"
     allocation: str = "uniform"
     error_correction: float = Field(1.0, ge=0, le=1)
+    correct: Correct | None = None
     prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
     refit: bool | None = None
@@ -80,6 +84,12 @@ class Recipe(BaseModel):
             PatternError: they name none.
         """
         return parse_pattern(self.pattern, self.sparsity, self.quota)
+
+    @property
+    def corrects(self) -> Correct:
+        """`correct`, or what it is by default."""
+        published = "fistapruner" in (self.preset, self.method)
+        return self.correct or ("operator" if published else "layer")
 
     @property
     def spare_samples(self) -> int:

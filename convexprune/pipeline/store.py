@@ -184,8 +184,10 @@ class FolderStore(AbstractStore):
             self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
         )
         self.pruned_here.add(number)
-        self._forget_hidden(number, "dense")
-        self._forget_hidden(number, "fed")
+        for one in (number, number + 1):
+            if self._is_used_up(one):
+                self._forget_hidden(one, "dense")
+                self._forget_hidden(one, "fed")
 
     def reports(self, number: int) -> list[OperatorReport]:
         """What was reported of a finished layer."""
@@ -224,6 +226,10 @@ class FolderStore(AbstractStore):
 
     def _notes(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.json"
+
+    def _is_used_up(self, number: int) -> bool:
+        """What enters a layer is what leaves the one before it, which aims at it until it is finished, too."""
+        return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
         path = self._notes("hidden", f"{number:05d}.{stream}")

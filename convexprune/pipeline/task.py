@@ -88,7 +88,7 @@ def prune_layer_task(
 
     more = number + 1 < len(model.layers) and not store.is_finished(number + 1)
     with model.resident(layer), store.scratch(number) as record:
-        observed = observe(layer, calls.of(number), hidden.dense, record)
+        observed = observe(layer, calls.of(number), hidden.dense, record, (settings.correct,))
         if more:
             store.put_hidden(number + 1, "dense", observed.outputs)
             model.prefetch(model.layers[number + 1])

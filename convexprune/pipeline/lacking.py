@@ -1,0 +1,56 @@
+"""What operators are to make up for: what their outputs lack because of the operators that are pruned before them."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from convexprune.model import Group
+from convexprune.moments import Correction
+from convexprune.pipeline.passes import Correct, Observed
+
+
+class Lacking:
+    """What the groups `wanting` lack, batch by batch (see `LayerSettings.correct`).
+
+    `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
+    """
+
+    def __init__(self, wanting: Collection[Group], observed: Observed, correct: Correct) -> None:
+        self._closing = observed.closing if correct == "layer" and observed.closing in wanting else None
+        self._outputs = observed.outputs
+        self._inputs = {group: observed.inputs[group] for group in wanting if group is not self._closing}
+        self._weights = {g: stack_of(g) for g in self._inputs if Correction.pays(height(g), width(g))}
+
+    def of_outputs(self, group: Group) -> bool:
+        """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
+        return group is self._closing or group in self._weights
+
+    def closes(self, stage: Sequence[Group]) -> bool:
+        """Whether the pass of this stage is to be that of `closing_inputs`."""
+        return self._closing is not None and self._closing in stage
+
+    def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
+        """At x* [samples tokens n] of batch i, if anything lacks at all; `output` is the layer's with x* and W."""
+        if group is self._closing:
+            assert output is not None
+            return self._outputs[i].to(x.device).float() - output.float()
+        if group not in self._inputs:
+            return None
+        change = self._inputs[group][i].to(x.device).float() - x.float()
+        return change @ self._weights[group].T if group in self._weights else change
+
+
+def width(group: Group) -> int:
+    """n, its inputs."""
+    return group.operators[0].shape[1]
+
+
+def height(group: Group) -> int:
+    """m, the outputs of all its operators."""
+    return sum(operator.shape[0] for operator in group.operators)
+
+
+def stack_of(group: Group) -> Tensor:
+    """The weights of operators that share an input [m n]: their rows, in float32."""
+    return torch.cat([operator.read().float() for operator in group.operators])

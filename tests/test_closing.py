@@ -1,0 +1,152 @@
+"""The operator that closes a decoder layer is found by watching, and makes up for all that the layer's output lacks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, build_family
+from torch import Tensor
+
+from convexprune.adapters import HuggingFaceModel
+from convexprune.model import DecoderLayer
+from convexprune.pattern import Unstructured
+from convexprune.pipeline import (
+    FolderStore,
+    HiddenStates,
+    LayerSettings,
+    RecordedCalls,
+    Work,
+    observe,
+    prune_observed,
+)
+from convexprune.pipeline.passes import Calls, Observed
+from convexprune.pipeline.task import prune_layer_task
+from convexprune.pruners import SparseGPT
+from convexprune.report import OperatorReport
+
+TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().manual_seed(0))
+
+
+def layer_of(family: str, **settings: Any) -> tuple[DecoderLayer, Calls, list[Tensor]]:
+    model = HuggingFaceModel(build_family(family).eval(), **settings)
+    batches = list(TOKENS.split(2))
+    call = model.calls(batches[0])[0]
+    return model.layers[0], lambda _: call, [model.first_inputs(batch) for batch in batches]
+
+
+def prune(
+    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, observed: Observed, share: float = 0.5, **settings: Any
+) -> list[OperatorReport]:
+    reports: list[OperatorReport] = []
+    made = LayerSettings(SparseGPT(), Unstructured(share), **settings)
+    prune_observed(layer, calls, hidden, observed, made, reports.append)
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "name"),
+    [
+        ("llama", {}, "mlp.down_proj"),
+        ("llama", {"ignore": ["re:.*o_proj"]}, "mlp.down_proj"),
+        ("llama", {"ignore": ["re:.*down_proj"]}, None),
+        ("opt", {}, "fc2"),
+        ("gpt2", {}, "mlp.c_proj"),
+        ("gpt_neox, sequential", {}, "mlp.dense_4h_to_h"),
+        ("gpt_neox", {}, None),  # two of them, side by side
+        ("gemma3_text", {}, None),  # behind a norm
+        ("mixtral", {}, None),  # experts
+    ],
+)
+def test_who_closes_a_layer_is_found(family: str, settings: dict[str, Any], name: str | None):
+    layer, calls, hidden = layer_of(family, **settings)
+    observed = observe(layer, calls, hidden, correct=("layer",))
+    assert (observed.closing and observed.closing.operators[0].name) == name
+    paired = {group for group in layer.groups if group.paired}
+    assert set(observed.inputs) == paired - {observed.closing}, "what nobody asks for is not kept"
+    assert set(observe(layer, calls, hidden, correct=("layer", "operator")).inputs) == paired
+    assert observe(layer, calls, hidden).closing is None
+
+
+@pytest.mark.parametrize("correction", [0.5, 1.0])
+@pytest.mark.parametrize("prefix", ["dense", "pruned"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox, sequential"])
+def test_its_error_is_that_of_the_layers_output(family: str, prefix: Any, correction: float):
+    """Its target is y_W + a (y - y_W): y of the dense layer, y_W of the pruned one with its own weight dense."""
+    layer, calls, dense = layer_of(family)
+    noise = torch.Generator().manual_seed(1)
+    fed = dense if prefix == "dense" else [x + 0.1 * torch.randn(x.shape, generator=noise) for x in dense]
+    observed = observe(layer, calls, dense, correct=("layer",))
+    last = layer.groups[-1].operators[0]
+    before = last.read().clone()
+    settings = {"correct": "layer", "prefix": prefix, "correction": correction}
+    report = prune(layer, calls, HiddenStates(dense, fed, 1), observed, **settings)[-1]
+    achieved, after = outputs(layer, calls, fed), last.read().clone()
+    last.write(before)
+    same = outputs(layer, calls, fed)
+    last.write(torch.zeros_like(before))
+    rest = outputs(layer, calls, fed)
+    wanted = torch.stack(list(observed.outputs)).double()
+    for error, part in ((report.relative_error, slice(0, -1)), (report.held_out_error, slice(-1, None))):
+        target = torch.lerp(same[part], wanted[part], correction)
+        energy = (wanted - rest)[part].square().sum()
+        assert error == pytest.approx(float((achieved[part] - target).square().sum() / energy), rel=1e-3)
+    assert not torch.equal(before, after)
+
+
+def outputs(layer: DecoderLayer, calls: Calls, fed: list[Tensor]) -> Tensor:
+    """Of the layer as it is [batches tokens m], in float64."""
+    with torch.no_grad():
+        return torch.stack([calls(x)(layer.module, x) for x in fed]).double()
+
+
+@pytest.mark.parametrize("prefix", ["dense", "pruned"])
+def test_nothing_lacks_where_nothing_is_pruned(prefix: Any):
+    layer, calls, hidden = layer_of("llama")
+    observed = observe(layer, calls, hidden, correct=("layer",))
+    reports = prune(layer, calls, HiddenStates(hidden, hidden), observed, share=0.0, prefix=prefix, correct="layer")
+    assert [report.relative_error for report in reports] == [0.0] * 7
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "mixtral"])
+def test_where_no_operator_closes_all_aim_at_their_own_outputs(family: str):
+    results = []
+    for correct in ("layer", "operator"):
+        layer, calls, hidden = layer_of(family)
+        observed = observe(layer, calls, hidden, correct=(correct,))
+        prune(layer, calls, HiddenStates(hidden, hidden), observed, correct=correct)
+        results.append([operator.read().clone() for operator in layer.operators])
+    assert all(map(torch.equal, *results))
+
+
+def test_the_others_are_pruned_the_same():
+    results = []
+    for correct in ("layer", "operator"):
+        layer, calls, hidden = layer_of("llama")
+        observed = observe(layer, calls, hidden, correct=(correct,))
+        prune(layer, calls, HiddenStates(hidden, hidden), observed, correct=correct)
+        results.append({operator.name: operator.read().clone() for operator in layer.operators})
+    assert [name for name, w in results[0].items() if not torch.equal(w, results[1][name])] == ["mlp.down_proj"]
+
+
+def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_aims_at(tmp_path: Path):
+    settings = LayerSettings(SparseGPT(), Unstructured(0.5), correct="layer")
+    work = Work(TOKENS[:4], TOKENS[4:], 2, settings)
+
+    def task(number: int, folder: Path, tell: Callable[[OperatorReport], None] = lambda _: None) -> None:
+        model = HuggingFaceModel(build_family("llama").eval())
+        prune_layer_task(model, RecordedCalls(model, work.batches), FolderStore(folder, 2), work, number, tell)
+
+    def overtake(report: OperatorReport) -> None:
+        if not FolderStore(tmp_path / "overtaken", 2).is_finished(1):
+            task(1, tmp_path / "overtaken")
+
+    for number in (0, 1):
+        task(number, tmp_path / "in order")
+    task(0, tmp_path / "overtaken", overtake)
+    for number in (0, 1):
+        expected, found = (FolderStore(tmp_path / folder, 2).layer(number) for folder in ("in order", "overtaken"))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for folder in ("in order", "overtaken"):
+        assert list((tmp_path / folder / "hidden").iterdir()) == []
