@@ -30,7 +30,9 @@ TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().m
 
 
 def layer_of(family: str, **settings: Any) -> tuple[DecoderLayer, Calls, list[Tensor]]:
-    model = HuggingFaceModel(build_family(family).eval(), **settings)
+    name, _, bfloat16 = family.partition(", in ")
+    model = build_family(name).eval()
+    model = HuggingFaceModel(model.to(torch.bfloat16) if bfloat16 else model, **settings)
     batches = list(TOKENS.split(2))
     call = model.calls(batches[0])[0]
     return model.layers[0], lambda _: call, [model.first_inputs(batch) for batch in batches]
@@ -49,9 +51,11 @@ def prune(
     ("family", "settings", "name"),
     [
         ("llama", {}, "mlp.down_proj"),
+        ("llama, in bfloat16", {}, "mlp.down_proj"),
         ("llama", {"ignore": ["re:.*o_proj"]}, "mlp.down_proj"),
         ("llama", {"ignore": ["re:.*down_proj"]}, None),
         ("opt", {}, "fc2"),
+        ("opt", {"targets": ["re:.*fc1"]}, None),
         ("gpt2", {}, "mlp.c_proj"),
         ("gpt_neox, sequential", {}, "mlp.dense_4h_to_h"),
         ("gpt_neox", {}, None),  # two of them, side by side
@@ -81,7 +85,8 @@ def test_its_error_is_that_of_the_layers_output(family: str, prefix: Any, correc
     last = layer.groups[-1].operators[0]
     before = last.read().clone()
     settings = {"correct": "layer", "prefix": prefix, "correction": correction}
-    report = prune(layer, calls, HiddenStates(dense, fed, 1), observed, **settings)[-1]
+    *others, report = prune(layer, calls, HiddenStates(dense, fed, 1), observed, **settings)
+    assert [r.facts.get("corrects_layer") for r in (*others, report)] == [None] * len(others) + [1]
     achieved, after = outputs(layer, calls, fed), last.read().clone()
     last.write(before)
     same = outputs(layer, calls, fed)

@@ -115,7 +115,7 @@ FAULTS = (
           test_closing.test_its_error_is_that_of_the_layers_output,
           {"family": "llama", "prefix": "dense", "correction": 1.0}),
     Fault("an operator that closes a layer behind a norm", passes.closes,
-          "torch.equal(last.rest + last.own, call(layer.module, batch))", "True",
+          "torch.equal(last.output, call(layer.module, batch))", "True",
           test_closing.test_who_closes_a_layer_is_found, {"family": "gemma3_text", "settings": {}, "name": None}),
     Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
           test_moments.test_moments_are_means_over_the_tokens),

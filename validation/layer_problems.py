@@ -128,8 +128,8 @@ def _watch(
                 continue
             x, output = seen[other].cpu(), None
             if lacking.closes([one]):
-                rest = closing_inputs(sparse, other, calls(given), given).rest
-                output = rest + one.tap.module(seen[other]).reshape(rest.shape)
+                pruned = closing_inputs(sparse, other, calls(given), given)
+                output = pruned._replace(own=one.tap.module(seen[other])).output
             total.add(x)
             d = lacking.of(one, i, seen[other], output)
             if d is not None:

@@ -93,7 +93,9 @@ def prune_observed(
             _prefetch(hidden.fed, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
-                _prune_group(layer.name, group, fold, settings, tell, began)
+                closes = group is observed.closing and settings.correct == "layer" and settings.correction > 0
+                facts = {"corrects_layer": 1.0} if closes else {}
+                _prune_group(layer.name, group, fold, settings, tell, began, facts)
                 began = time.perf_counter()
 
 
@@ -134,7 +136,7 @@ def stage_folds(
             with taking({observed.shortcuts[g]: inputs[g][i].to(batch.device) for g in before}):
                 if lacking.closes(part):
                     last = closing_inputs(layer, part[0], calls(batch), batch)
-                    seen, output = {part[0]: last.x}, last.rest + last.own
+                    seen, output = {part[0]: last.x}, last.output
                 else:
                     seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
             for group, x in seen.items():
@@ -177,8 +179,16 @@ def _require_usable(folds: Folds, name: str) -> None:
         )
 
 
-def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings, tell: Tell, began: float) -> None:
-    """Operators that share an input are one stack of rows, solved as one problem."""
+def _prune_group(
+    layer: str,
+    group: Group,
+    folds: Folds,
+    settings: LayerSettings,
+    tell: Tell,
+    began: float,
+    facts: Mapping[str, float],
+) -> None:
+    """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = stack_of(group)
     asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
@@ -213,7 +223,7 @@ def _prune_group(layer: str, group: Group, folds: Folds, settings: LayerSettings
             relative_error=errors[i],
             held_out_error=held_out[i],
             **_certified(pruned),
-            facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}),
+            facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
             tokens=folds.tokens,
             held_out_tokens=folds.held_out.tokens,
             seconds=seconds,

@@ -77,19 +77,24 @@ def closes(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Te
         return False
     call, batch = calls(batches[0]), batches[0]
     last = closing_inputs(layer, group, call, batch)
-    return torch.equal(last.rest + last.own, call(layer.module, batch))
+    return last.own.numel() == last.rest.numel() and torch.equal(last.output, call(layer.module, batch))
 
 
 class Closing(NamedTuple):
-    """What the closing group sees [samples tokens n], what it makes of that, and the layer's output without it."""
+    """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it."""
 
     x: Tensor
     own: Tensor
     rest: Tensor
 
+    @property
+    def output(self) -> Tensor:
+        """The layer's output, if the group closes it."""
+        return self.rest + self.own.reshape(self.rest.shape)
+
 
 def closing_inputs(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> Closing:
-    """One pass of the layer in which the group that closes it adds zeros."""
+    """One pass of the layer in which the last group makes zeros."""
     seen, made = list[Tensor](), list[Tensor]()
 
     def silence(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -98,7 +103,7 @@ def closing_inputs(layer: DecoderLayer, group: Group, call: Call, batch: Tensor)
 
     with group.tap(seen.append), group.tap.module.register_forward_hook(silence):
         rest = call(layer.module, batch)
-    return Closing(_by_sample(seen[0], len(batch)), made[0].reshape(rest.shape), rest)
+    return Closing(_by_sample(seen[0], len(batch)), made[0], rest)
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
