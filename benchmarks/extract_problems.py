@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from convexprune.adapters import calibration_tokens, load
 from convexprune.penalty import L1, Support
-from convexprune.pipeline import LayerSettings, make_recipe
+from convexprune.pipeline import make_recipe
 from convexprune.problem import certify
 from convexprune.solvers import make_solver
 from convexprune.validation.layer_problems import operator_problems
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     recipe = make_recipe(model=str(EMBEDDED), sparsity=0.5)
     model = load(EMBEDDED, device="cpu", dtype=torch.float32)
     tokens = calibration_tokens("self", model, num_samples=32, max_seq_length=256, seed=0)
-    settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), recipe.error_correction)
+    settings = recipe.layer_settings()
     found = {p.name: p for p in operator_problems(model, tokens, settings, NAMES.values())}
     folder.mkdir(parents=True, exist_ok=True)
     for name, operator in NAMES.items():

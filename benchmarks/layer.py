@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, prune_observed
+from convexprune.pipeline import HiddenStates, RecordedCalls, make_recipe, prune_observed
 from convexprune.pipeline.speed import measured_speed
 from convexprune.report import OperatorReport
 from convexprune.validation.memory import peak_memory
@@ -60,11 +60,11 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
     hidden = [entering(SHAPES[shape][0], args.length, i).to(device, dtype) for i in range(args.samples + 1)]
     tokens = torch.zeros(1, args.length, dtype=torch.long)
     recipe = make_recipe(model=shape, method=method)
-    settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern())
+    settings = recipe.layer_settings()
     calls = RecordedCalls(model, [tokens]).of(0)
     speed, reports = measured_speed(device, dtype), list[OperatorReport]()
     with peak_memory(device) as peak, phases(args.device) as seconds:
-        observed = timed_observe(layer, calls, hidden)
+        observed = timed_observe(layer, calls, hidden, correct=(settings.correct,))
         prune_observed(layer, calls, HiddenStates(hidden, hidden, 1), observed, settings, reports.append)
     stacks = {r.name: 2 * r.products * r.outputs * r.inputs**2 for r in reports}
     bare = sum(stacks.values()) / speed.single
@@ -74,11 +74,11 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
     return seconds
 
 
-def timed_observe(*args):
+def timed_observe(*args, **settings):
     """`observe` as the phases see it: looked up when it is called."""
     from convexprune.pipeline import passes
 
-    return passes.observe(*args)
+    return passes.observe(*args, **settings)
 
 
 def build(shape: str, length: int) -> LlamaForCausalLM:

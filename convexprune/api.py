@@ -33,7 +33,7 @@ def prune(
     bound_rows: int = 2,
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
-    error_correction: float | bool = True,
+    error_correction: float | bool | None = None,
     correct: str | None = None,
     prefix: str = "dense",
     damping: float | None = None,
@@ -79,7 +79,8 @@ def prune(
             pruning (docs/certificates.md); 0: none.
         targets: operators to prune: names, their endings, "re:" patterns, or "Linear".
         ignore: operators not to prune, as `targets`.
-        error_correction: how much an operator makes up for the operators pruned before it in its layer, 0 to 1.
+        error_correction: how much an operator makes up for those pruned before it, 0 to 1; None: 1, or 1/2 with
+            prefix="pruned".
         correct: which error: of an "operator" what its own outputs lack, as published; or of the one whose outputs are
             added last to those of the decoder "layer", all that these lack. None: the layer's, but for
             preset="fistapruner".

@@ -26,7 +26,6 @@ from convexprune.pipeline import (
     AbstractExecutor,
     FolderStore,
     Job,
-    LayerSettings,
     RunFolder,
     Work,
     check_patterns,
@@ -80,14 +79,7 @@ class Request:
         )
         recipe = self.recipe
         pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
-        self.layers = LayerSettings(
-            pruner,
-            recipe.build_pattern(),
-            recipe.error_correction,
-            recipe.prefix,
-            bound_rows=recipe.bound_rows,
-            correct=recipe.corrects,
-        )
+        self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
         self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
         self.device = default_device(recipe.device)
         self.executor = _executor(settings, self.device, recipe.threads)

@@ -18,6 +18,7 @@ from convexprune.pipeline import (
     LayerSettings,
     RecordedCalls,
     Work,
+    make_recipe,
     observe,
     prune_observed,
 )
@@ -133,6 +134,26 @@ def test_the_others_are_pruned_the_same():
         prune(layer, calls, HiddenStates(hidden, hidden), observed, correct=correct)
         results.append({operator.name: operator.read().clone() for operator in layer.operators})
     assert [name for name, w in results[0].items() if not torch.equal(w, results[1][name])] == ["mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("given", "correction", "correct"),
+    [
+        ({}, 1.0, "layer"),
+        ({"prefix": "pruned"}, 0.5, "layer"),
+        ({"prefix": "pruned", "error_correction": True}, 1.0, "layer"),
+        ({"prefix": "pruned", "error_correction": 0}, 0.0, "layer"),
+        ({"preset": "fistapruner"}, 1.0, "operator"),
+        ({"method": "fistapruner", "prefix": "pruned"}, 0.5, "operator"),
+        ({"preset": "fistapruner", "correct": "layer"}, 1.0, "layer"),
+        ({"correct": None, "error_correction": None}, 1.0, "layer"),
+    ],
+)
+def test_what_a_recipe_corrects_follows_from_its_other_settings(given: Any, correction: float, correct: str):
+    recipe = make_recipe(model="", **given)
+    assert (recipe.error_correction, recipe.correct) == (correction, correct)
+    settings = recipe.layer_settings()
+    assert (settings.correction, settings.correct, settings.prefix) == (correction, correct, recipe.prefix)
 
 
 def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_aims_at(tmp_path: Path):

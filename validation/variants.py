@@ -89,9 +89,7 @@ class Variant:
 
     def layer_settings(self) -> LayerSettings:
         """What `prune_layer` takes."""
-        recipe = self.recipe()
-        pruner, pattern = recipe.build_pruner(), recipe.build_pattern()
-        return LayerSettings(pruner, pattern, recipe.error_correction, recipe.prefix, correct=recipe.corrects)
+        return self.recipe().layer_settings()
 
 
 def make_variants(
@@ -151,7 +149,7 @@ def _own(method: str) -> str:
     if name in OWN:
         return OWN[name]
     recipe = make_recipe(model="")
-    default = recipe.prefix, recipe.error_correction, recipe.corrects
+    default = recipe.prefix, recipe.error_correction, recipe.correct
     (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
     return convention
 

@@ -184,9 +184,7 @@ def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerS
     pattern = recipe.build_pattern()
     shares = {o.name: o.expected_zeros / (o.outputs * o.inputs) for o in reports}
     patterns = {name: with_share(pattern, share) for name, share in shares.items()}
-    return LayerSettings(
-        recipe.build_pruner(), pattern, recipe.error_correction, recipe.prefix, patterns, correct=recipe.corrects
-    )
+    return recipe.layer_settings(patterns=patterns)
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:

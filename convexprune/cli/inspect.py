@@ -24,7 +24,7 @@ def inspect(
     batch_size: Annotated[int, typer.Option()] = 1,
     targets: Annotated[list[str] | None, typer.Option()] = None,
     ignore: Annotated[list[str] | None, typer.Option()] = None,
-    error_correction: Annotated[float, typer.Option()] = 1.0,
+    error_correction: Annotated[float | None, typer.Option()] = None,
     prefix: Annotated[str, typer.Option()] = "dense",
     refit: Annotated[bool | None, typer.Option()] = None,
     device: Annotated[str, typer.Option(help="Where products are timed, for the estimate.")] = "auto",

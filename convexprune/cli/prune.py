@@ -33,7 +33,9 @@ def prune(
     bound_rows: Annotated[int, typer.Option(help="Rows an operator to bound the best pruning of, in the report.")] = 2,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
-    error_correction: Annotated[float, typer.Option(help="0 to 1: how much of earlier errors to make up.")] = 1.0,
+    error_correction: Annotated[
+        float | None, typer.Option(help="0 to 1: how much of earlier errors to make up. Left out: by --prefix.")
+    ] = None,
     correct: Annotated[str | None, typer.Option(help="Which errors: operator or layer. Left out: layer.")] = None,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
     damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,

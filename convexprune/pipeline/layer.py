@@ -42,9 +42,9 @@ class LayerSettings:
     pattern: AbstractPattern
     correction: float = 1.0
     prefix: Literal["dense", "pruned"] = "dense"
+    correct: Correct = "operator"
     patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
     bound_rows: int = 0
-    correct: Correct = "operator"
 
     def pattern_of(self, operator: str) -> AbstractPattern:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
@@ -186,7 +186,7 @@ def _prune_group(
     settings: LayerSettings,
     tell: Tell,
     began: float,
-    facts: Mapping[str, float],
+    facts: dict[str, float],
 ) -> None:
     """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)

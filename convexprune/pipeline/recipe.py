@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, checked before any work and saved beside the result."""
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Literal
 
@@ -7,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
+from convexprune.pipeline.layer import LayerSettings
 from convexprune.pipeline.passes import Correct
-from convexprune.pipeline.survey import check_rule
+from convexprune.pipeline.survey import Pattern, check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
 from convexprune.pruners.search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
@@ -20,18 +22,19 @@ class Recipe(BaseModel):
     """What to prune, how, and on which tokens. Unknown settings are refused.
 
     `allocation` says how the zeros are spread over the operators (`convexprune.pipeline.survey.allot`); "uniform" asks
-    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that the operators before it
-    inside the decoder layer have made does an operator correct. `correct` says which error: of its own outputs (the
-    "operator"), or, of the operator that closes a decoder layer, of the "layer"; None is the operator's for the method
-    "fistapruner", as published, else the layer's. `prefix` says which network feeds a decoder layer: the "dense" one,
-    so that layers are independent, or the one "pruned" so far. `held_out_samples` windows more are drawn, never fitted,
-    and the errors on them reported; None is an eighth of the calibration samples, or what the data set has left.
-    `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None estimates it from
-    the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which decide the order
-    of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least squares on the
-    support to a method that has none of its own, or takes it from one that has (None: as the method is). `method_args`
-    are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in the report
-    with what no pruning can beat; it changes no weight, and 0 leaves it out.
+    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that was made before it does
+    an operator correct; None is 1 with a dense prefix, which errors of the operator's own decoder layer reach only, and
+    1/2 with a pruned one. `correct` says which error: of its own outputs (the "operator"), or, of the operator that
+    closes a decoder layer, of the "layer"; None is the operator's for the method "fistapruner", as published, else the
+    layer's. `prefix` says which network feeds a decoder layer: the "dense" one, so that layers are independent, or the
+    one "pruned" so far. `held_out_samples` windows more are drawn, never fitted, and the errors on them reported; None
+    is an eighth of the calibration samples, or what the data set has left. `damping` is the pull towards the dense
+    weight, relative to the diagonal of the Gram matrix; None estimates it from the sampling noise of the calibration
+    tokens. `threads` are those that a layer is pruned on, which decide the order of sums and so the last bits; None is
+    what torch has, divided by the workers. `refit` adds least squares on the support to a method that has none of its
+    own, or takes it from one that has (None: as the method is). `method_args` are settings of the pruner (see
+    `convexprune.pruners`). `bound_rows` of every operator are compared in the report with what no pruning can beat; it
+    changes no weight, and 0 leaves it out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +48,7 @@ class Recipe(BaseModel):
     quota: Literal["matrix", "row"] = "matrix"
     allocation: str = "uniform"
     error_correction: float = Field(1.0, ge=0, le=1)
-    correct: Correct | None = None
+    correct: Correct = "layer"
     prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
     refit: bool | None = None
@@ -62,6 +65,17 @@ class Recipe(BaseModel):
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convention(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The defaults that follow from other settings."""
+        published = "fistapruner" in (given.get("preset"), given.get("method"))
+        defaults = {
+            "error_correction": 0.5 if given.get("prefix") == "pruned" else 1.0,
+            "correct": "operator" if published else "layer",
+        }
+        return given | {name: value for name, value in defaults.items() if given.get(name) is None}
 
     @field_validator("error_correction", mode="before")
     @classmethod
@@ -85,11 +99,19 @@ class Recipe(BaseModel):
         """
         return parse_pattern(self.pattern, self.sparsity, self.quota)
 
-    @property
-    def corrects(self) -> Correct:
-        """`correct`, or what it is by default."""
-        published = "fistapruner" in (self.preset, self.method)
-        return self.correct or ("operator" if published else "layer")
+    def layer_settings(
+        self, pruner: AbstractPruner | None = None, patterns: Mapping[str, Pattern] | None = None, bound_rows: int = 0
+    ) -> LayerSettings:
+        """How every layer is pruned; by `pruner` if the recipe's solver is a user's own."""
+        return LayerSettings(
+            pruner or self.build_pruner(),
+            self.build_pattern(),
+            self.error_correction,
+            self.prefix,
+            self.correct,
+            patterns or {},
+            bound_rows,
+        )
 
     @property
     def spare_samples(self) -> int:
