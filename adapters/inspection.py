@@ -20,6 +20,7 @@ from .calibration import DEFAULT_LENGTH
 from .outline import read_outline
 
 GIB = 1 << 30
+SURVEY = "The survey of all layers that comes before, for the allocation of the zeros, is not counted."
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def inspect(
         device=device,
         device_memory=device_memory,
         changes=changes,
-        notes=outline.notes,
+        notes=outline.notes if checked.allocation == "uniform" else (*outline.notes, SURVEY),
     )
 
 

@@ -6,15 +6,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from hypothesis import settings
+from runs import LAYERS, SETTINGS, checksums, stop_after
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import convexprune
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
 from convexprune.errors import ModelError
 
@@ -102,6 +105,37 @@ def tiny(
 ) -> HuggingFaceModel:
     """Each tiny model in turn."""
     return HuggingFaceModel(build(request.param), tokenizer, name=f"tiny-{request.param}")
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of several shards."""
+    folder = tmp_path_factory.mktemp("dense")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The checksums of what a run left in peace gives."""
+    folder = tmp_path_factory.mktemp("peace") / "out"
+    convexprune.prune(dense, output_dir=folder, **SETTINGS)
+    return checksums(folder)
+
+
+@pytest.fixture
+def stopped(dense: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was interrupted in its third layer."""
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(dense, output_dir=tmp_path / "out", progress=stop_after(2), **SETTINGS)
+    return tmp_path / "out"
 
 
 @pytest.fixture

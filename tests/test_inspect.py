@@ -15,7 +15,7 @@ from convexprune import cli
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters.experts import piles
 from convexprune.adapters.family import decoder_layers
-from convexprune.adapters.inspection import inspect
+from convexprune.adapters.inspection import SURVEY, inspect
 from convexprune.adapters.outline import no_initialisation
 from convexprune.adapters.tracing import trace
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
@@ -55,6 +55,11 @@ def test_the_flow_of_data_shows_what_experiments_show(family: str):
         assert dict(layouts[name].left_alone) == dict(layout.left_alone)
         assert set(layouts[name].places) == set(layout.places)
         assert refused or layouts[name].stages == layout.stages
+
+
+def test_what_is_not_counted_is_said():
+    assert not inspect(EMBEDDED).notes
+    assert inspect(EMBEDDED, allocation="owl").notes == inspect(EMBEDDED, allocation="curve").notes == (SURVEY,)
 
 
 def test_the_bundled_model_is_as_when_it_is_loaded():

@@ -1,0 +1,64 @@
+"""A small run in a folder that the tests of runs share: settings, checksums, and processes to kill."""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convexprune.report import OperatorReport
+
+LAYERS = 4
+TOKENS = torch.randint(2, 500, (5, 16), generator=torch.Generator().manual_seed(3))
+SETTINGS: dict[str, Any] = {
+    "method": "sparsegpt", "dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2, "threads": 1,
+}  # fmt: skip
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def stop_after(number: int) -> Callable[[int], Callable[[OperatorReport], None]]:
+    """A `progress` that interrupts the run like Ctrl-C once `number` layers are finished and the next one is begun."""
+    told = []
+
+    def tell(report: OperatorReport) -> None:
+        told.append(report)
+        if len(told) == 7 * number + 1:
+            raise KeyboardInterrupt
+
+    return lambda _: tell
+
+
+def flip(path: Path) -> None:
+    """Another bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forked(run: Callable[[], object]) -> int:
+    """The number of a process that runs `run`, and says on the way out whether it could."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def killed(run: Callable[[], object], after: float | None = None) -> int:
+    """The exit status of a process that runs `run`, and is killed after so many seconds."""
+    child = forked(run)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

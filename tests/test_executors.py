@@ -1,0 +1,171 @@
+"""Executors: serial, pool, ranks and Ray give the same bits, and what one of them cannot do is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed
+from transformers import AutoModelForCausalLM
+
+import convexprune
+from convexprune import errors
+from convexprune.pipeline import executors, machine
+from convexprune.report import OperatorReport
+
+
+def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_path: Path, expected, monkeypatch):
+    """The first worker is killed as soon as it holds a layer, and another takes that over."""
+    workers, start = [], executors._Worker.__init__
+
+    def watched(self, job, device):
+        start(self, job, device)
+        workers.append(self._process)
+
+    lost, is_lost = [], executors._Worker.is_lost
+
+    def killing(self):
+        if not lost and list((tmp_path / "out" / "work" / "scratch").glob("*")):
+            lost.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+        return is_lost(self)
+
+    monkeypatch.setattr(executors, "POLL", 0.01)
+    monkeypatch.setattr(executors._Worker, "__init__", watched)
+    monkeypatch.setattr(executors._Worker, "is_lost", killing)
+    told = []
+    result = convexprune.prune(
+        dense, output_dir=tmp_path / "out", executor="pool", workers=2, progress=lambda _: told.append, **SETTINGS
+    )
+    assert lost and len(workers) == 3
+    assert checksums(tmp_path / "out") == expected
+    assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
+
+
+def test_a_worker_whose_arithmetic_is_another_refuses(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    here = machine.has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: not here)  # not in the worker, a process of its own
+    with pytest.raises(errors.PruningError, match="the bits would differ"):
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="pool", workers=2, **SETTINGS)
+
+
+@pytest.mark.slow
+def test_what_a_worker_raises_comes_out_of_the_pool(dense: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    shutil.copytree(dense, broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(broken, max_shard_size="40KB")
+    with pytest.raises(errors.ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 of"):
+        convexprune.prune(broken, output_dir=tmp_path / "out", executor="pool", workers=1, **SETTINGS)
+
+
+def test_ranks_meet_in_the_folder_and_give_the_same_bits(dense: Path, tmp_path: Path, expected, monkeypatch):
+    out = tmp_path / "out"
+
+    def rank(number: int) -> None:
+        os.environ |= {"RANK": str(number), "WORLD_SIZE": "3"}
+        time.sleep(0.05 * (3 - number) % 0.15)  # the first one comes last
+        result = convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
+        assert len(result.report.operators) == 7 * LAYERS
+
+    children = [forked(lambda number=number: rank(number)) for number in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert checksums(out) == expected
+    assert not (out / "work").exists() and not (out / "run.lock").exists()
+
+
+def test_ranks_that_load_the_model_themselves_all_end_with_it_pruned(dense: Path, tmp_path: Path, expected):
+    def rank(number: int) -> None:
+        os.environ |= {"SLURM_PROCID": str(number), "SLURM_NTASKS": "2"}
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        convexprune.prune(model, output_dir=tmp_path / "out", executor="ranks", **SETTINGS)
+        model.save_pretrained(tmp_path / f"rank-{number}")
+
+    os.environ.pop("RANK", None)
+    children = [forked(lambda number=number: rank(number)) for number in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    one, two, out = (checksums(tmp_path / name) for name in ("rank-0", "rank-1", "out"))
+    assert one == two == out
+
+
+def test_a_lost_rank_is_made_up_for(dense: Path, tmp_path: Path, expected, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    killed(lambda: convexprune.prune(dense, output_dir=out, executor="ranks", progress=_die, **SETTINGS))
+    assert (out / "run.json").exists()
+    monkeypatch.setenv("RANK", "1")
+    convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
+    assert checksums(out) == expected
+
+
+def _die(_: int) -> Callable[[OperatorReport], None]:
+    return lambda report: os.kill(os.getpid(), signal.SIGKILL) if ".layers.1." in report.name else None
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_bits(dense: Path, tmp_path: Path, expected: dict[str, str]):
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, convexprune\n"
+        f"settings = { ({k: v for k, v in SETTINGS.items() if k != 'dataset'})!r}\n"
+        f"tokens = torch.load({str(tmp_path / 'tokens.pt')!r})\n"
+        f"convexprune.prune({str(dense)!r}, dataset=tokens, output_dir={str(tmp_path / 'out')!r}, "
+        "executor='ranks', **settings)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert checksums(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_gives_the_same_bits(dense: Path, tmp_path: Path, expected: dict[str, str]):
+    ray = pytest.importorskip("ray")
+    try:
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", workers=2, **SETTINGS)
+    finally:
+        ray.shutdown()
+    assert checksums(tmp_path / "out") == expected
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"executor": "pol"}, "Unknown executor 'pol'. Did you mean 'pool'"),
+    "no folder": ({"executor": "pool", "output_dir": None}, "meet in the output folder"),
+    "sequential": ({"executor": "pool", "prefix": "pruned"}, "waits for the one before it"),
+    "no launcher": ({"executor": "ranks"}, "RANK or SLURM_PROCID is not set"),
+    "no threads": ({"threads": 0}, "threads=0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_spread_is_refused(dense: Path, tmp_path: Path, case: str, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    settings, message = REFUSED[case]
+    with pytest.raises(errors.RecipeError, match=message):
+        given: dict[str, Any] = {"output_dir": tmp_path / "out", **SETTINGS, **settings}
+        convexprune.prune(dense, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_model_cannot_be_opened_by_others(dense: Path, tmp_path: Path):
+    with pytest.raises(errors.RecipeError, match="cannot open a model that is loaded"):
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        convexprune.prune(model, output_dir=tmp_path / "out", executor="pool", **SETTINGS)
+
+
+def test_ray_is_asked_for_with_the_command_that_installs_it(dense: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(executors, "find_spec", lambda _: None)
+    with pytest.raises(errors.DependencyError, match=r"pip install 'convexprune\[ray\]'"):
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", **SETTINGS)
