@@ -139,6 +139,30 @@ def test_ray_gives_the_same_bits(dense: Path, tmp_path: Path, expected: dict[str
     assert checksums(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_lost_worker_of_ray_is_made_up_for(dense: Path, tmp_path: Path, expected, monkeypatch):
+    """A worker is killed as soon as a layer is held; Ray starts its task again."""
+    ray = pytest.importorskip("ray")
+    lost, all_finished = list[int](), executors._Watch.all_finished
+
+    def killing(self):
+        if not lost and list((tmp_path / "out" / "work" / "scratch").glob("*")):
+            found = subprocess.run(["pgrep", "-f", "^ray::_do"], capture_output=True, text=True).stdout.split()
+            lost.extend(int(pid) for pid in found[:1])
+            for pid in lost:
+                os.kill(pid, signal.SIGKILL)
+        return all_finished(self)
+
+    monkeypatch.setattr(executors, "POLL", 0.01)
+    monkeypatch.setattr(executors._Watch, "all_finished", killing)
+    try:
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", workers=1, **SETTINGS)
+    finally:
+        ray.shutdown()
+    assert lost and checksums(tmp_path / "out") == expected
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"executor": "pol"}, "Unknown executor 'pol'. Did you mean 'pool'"),
     "no folder": ({"executor": "pool", "output_dir": None}, "meet in the output folder"),
