@@ -13,6 +13,7 @@ from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.pipeline import PRESETS
 from convexprune.pruners import PRUNERS
 from convexprune.solvers import solver_names
+from convexprune.validation.variants import CONVENTIONS
 
 TEXT = "It was the best of times, it was the worst of times. " * 200
 
@@ -62,6 +63,11 @@ def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsy
         cli.main()
     assert stopped.value.code == 2
     assert "RecipeError: Unknown method 'wando'. Did you mean 'wanda'?" in capsys.readouterr().err
+
+
+def test_the_help_of_compare_names_every_convention():
+    result = CliRunner().invoke(cli.app, ["compare", "--help"], env={"COLUMNS": "400"})
+    assert [name for name in CONVENTIONS if name not in result.output] == []
 
 
 def test_help_is_quick_because_torch_is_all_it_needs():

@@ -185,3 +185,14 @@ def test_names_stand_for_methods_solvers_and_settings():
     assert len(variants) == 12
     pruner = variants[-1].layer_settings().pruner
     assert isinstance(pruner, SparseGPT) and pruner.damping == 0.1
+
+
+def test_a_method_may_name_its_own_convention():
+    methods = ["fista", "fista:convention=pruned-layer:rounds=20", "alps"]
+    assert [v.name for v in make_variants(methods, [0.5], ["unstructured"], ["own"])] == [
+        "fista 0.5 dense-layer",
+        "fista:rounds=20 0.5 pruned-layer",
+        "alps 0.5 pruned-own",
+    ]
+    with pytest.raises(errors.RecipeError, match=r"Unknown convention 'pruned-lair'\. Did you mean 'pruned-layer'"):
+        make_variants(["alps:convention=pruned-lair"], [0.5], ["unstructured"], ["own"])

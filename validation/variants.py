@@ -103,22 +103,20 @@ def make_variants(
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
-    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has; a
+    method may name its own in place of `conventions`: "fista:convention=pruned-layer".
     Allocations are the rules of `convexprune.pipeline.survey`.
 
     Raises:
         RecipeError: an unknown method, setting, convention or allocation, or nothing to compare.
         PatternError: no such pattern or sparsity.
     """
-    for convention in conventions:
-        if convention not in ("own", *CONVENTIONS):
-            raise RecipeError(unknown("convention", convention, ["own", *CONVENTIONS]))
     variants = {
-        Variant(method, pattern, sparsity, _own(method) if convention == "own" else convention, quota, allocation): None
-        for method in methods
+        Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation): None
+        for method, own in map(_convention_of, methods)
         for pattern in patterns
         for sparsity in (sparsities if pattern == "unstructured" else [None])
-        for convention in conventions
+        for convention in ([own] if own else conventions)
         for allocation in allocations
     }
     for variant in variants:
@@ -141,6 +139,21 @@ def _method(text: str) -> dict[str, Any]:
         place = settings if key == "refit" else settings.setdefault("method_args", {})
         place[key] = yaml.safe_load(value)
     return settings
+
+
+def _convention_of(text: str) -> tuple[str, str | None]:
+    """A method's text without the convention that it may name, and that."""
+    parts = text.split(":")
+    named = [part for part in parts if part.startswith("convention=")]
+    method = ":".join(part for part in parts if part not in named)
+    return method, named[-1].removeprefix("convention=") if named else None
+
+
+def _known_convention(name: str, method: str) -> str:
+    """The convention of that name, of a method."""
+    if name not in ("own", *CONVENTIONS):
+        raise RecipeError(unknown("convention", name, ["own", *CONVENTIONS]))
+    return _own(method) if name == "own" else name
 
 
 def _own(method: str) -> str:

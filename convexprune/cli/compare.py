@@ -18,13 +18,20 @@ from convexprune.errors import PatternError
 def compare(
     model: options.Model = None,
     methods: Annotated[
-        str, typer.Option(help="Methods, or solvers of the convex method; settings as in sparsegpt:damping=0.1.")
+        str,
+        typer.Option(
+            help="Methods, or solvers of the convex method; settings as in sparsegpt:damping=0.1 or "
+            "fista:convention=pruned-layer."
+        ),
     ] = "fista,sparsegpt,wanda,magnitude",
     sparsity: Annotated[str, typer.Option(help="Shares of zeros, for unstructured.")] = "0.5",
     pattern: Annotated[str, typer.Option(help="unstructured, N:M.")] = "unstructured",
     convention: Annotated[
         str,
-        typer.Option(help="own, dense, dense-half, dense-none, pruned-own, pruned-half, pruned-dense."),
+        typer.Option(
+            help="own, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-half, "
+            "pruned-dense, pruned-layer."
+        ),
     ] = "own",
     allocation: Annotated[str, typer.Option(help="uniform, curve, owl, skewness.")] = "uniform",
     quota: options.Quota = "matrix",
