@@ -1,14 +1,20 @@
-"""A tiny random model of every family that is tested, built from its configuration: nothing is downloaded."""
+"""Every tested family as a tiny random model built from its configuration, and tokens for it: nothing is downloaded."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as t
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 VOCABULARY = 128
 POSITIONS = 64
 SPREAD = 0.2  # initial weights ten times the usual, so that layers do something
+
+TOKENS = torch.randint(2, VOCABULARY - 2, (4, 24), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2}
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -140,3 +146,11 @@ def build_family(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return FAMILIES[name]().eval()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def on_disk(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -1,13 +1,19 @@
-"""Layer problems and patterns that the tests of all pruners share."""
+"""Layer problems, patterns and a solver that keeps what it was given: what the tests of all pruners share."""
 
+from dataclasses import dataclass, field
+
+import torch
 from strategies import Layer, make_layer
 
 from convexprune.moments import Moments
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked, Unstructured
+from convexprune.problem import Problem
 from convexprune.pruners import (
     AbstractPruner,
+    Convex,
     PruningProblem,
 )
+from convexprune.solvers import AbstractSolver, Solution
 
 CORRELATED = 2.0  # the mixing that makes neighbours matter
 
@@ -35,3 +41,21 @@ def correlated(seed: int, m: int = 8, n: int = 16, change: float = 0.0, tokens: 
 def error(problem: PruningProblem, pruner: AbstractPruner) -> float:
     """mean |V x* - target|^2, from the moments: they equal the tokens by test_moments.py."""
     return float(problem.squared_error(pruner.prune(problem).weight).sum())
+
+
+@dataclass(frozen=True)
+class Recorder(AbstractSolver):
+    """Solves as another does, and keeps what it was given and what it gave."""
+
+    solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
+    calls: list[tuple[Problem, torch.Tensor, Solution]] = field(default_factory=list)
+
+    @property
+    def penalties(self):
+        return self.solver.penalties
+
+    def solve(self, problem, start=None):
+        assert start is not None
+        solution = self.solver.solve(problem, start)
+        self.calls.append((problem, start, solution))
+        return solution

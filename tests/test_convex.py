@@ -1,4 +1,6 @@
-from dataclasses import dataclass, field, replace
+"""The path of `convex`: its formulas round by round, and how near it comes to the best of all supports."""
+
+from dataclasses import replace
 from itertools import combinations
 from math import isfinite
 
@@ -6,15 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import PATTERNS, correlated, error, layer_problem
+from pruning_cases import PATTERNS, Recorder, correlated, error, layer_problem
 from strategies import Layer, make_chain, random, seeds
 
-from convexprune.errors import PatternError, RecipeError, UnsupportedError
-from convexprune.group_products import GroupProducts
-from convexprune.moments import Moments, sampling_noise
+from convexprune.errors import UnsupportedError
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.penalty import L1
-from convexprune.problem import Problem
 from convexprune.pruners import (
     PRUNERS,
     Convex,
@@ -22,8 +21,7 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
-from convexprune.pruners.damped import KNEE, RIDGE, SATURATING, Damping, damped, saliency_coordinates
-from convexprune.solvers import AbstractSolver, Solution, Status, make_solver
+from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
 NEAR_OPTIMAL = 1.10  # the convex path is a heuristic for a combinatorial problem: this near to the best support
@@ -115,24 +113,6 @@ def test_the_refit_of_convex_is_optimal_on_its_support():
 def test_the_refit_lowers_the_error_of_the_path():
     problem = layer_problem(correlated(0, change=0.3), Unstructured(0.5))
     assert error(problem, Convex()) < error(problem, Convex(refit=None))
-
-
-@dataclass(frozen=True)
-class Recorder(AbstractSolver):
-    """Solves as another does, and keeps what it was given and what it gave."""
-
-    solver: AbstractSolver = field(default_factory=lambda: Convex.solver_for("fista"))
-    calls: list[tuple[Problem, torch.Tensor, Solution]] = field(default_factory=list)
-
-    @property
-    def penalties(self):
-        return self.solver.penalties
-
-    def solve(self, problem, start=None):
-        assert start is not None
-        solution = self.solver.solve(problem, start)
-        self.calls.append((problem, start, solution))
-        return solution
 
 
 def test_each_problem_of_the_path_is_started_where_the_last_two_rounds_point():
@@ -239,54 +219,6 @@ def test_a_solver_that_cannot_take_the_path_is_refused():
         Convex(solver=make_solver("cg")).prune(layer_problem(correlated(0), Unstructured(0.5)))
 
 
-def folds_of(layer: Layer) -> tuple[Moments, Moments]:
-    first, second = Moments(layer.weight.shape[1], torch.float64), Moments(layer.weight.shape[1], torch.float64)
-    first.add(layer.pruned[::2])
-    second.add(layer.pruned[1::2])
-    return first, second
-
-
-def test_damping_falls_with_the_number_of_tokens_down_to_its_least():
-    found = []
-    for tokens in (24, 100, 20_000):
-        layer = correlated(0, tokens=tokens)
-        problem = layer_problem(layer, Unstructured(0.5), folds=folds_of(layer))
-        found.append(Convex().prune(problem).facts["damping"])
-    assert found[0] > found[1] > found[2] >= Convex().least_damping
-    assert found[2] == pytest.approx(Convex().least_damping, rel=0.5)
-
-
-@pytest.mark.parametrize("tokens", [24, 60, 120])
-def test_damping_grows_with_the_noise(tokens):
-    layer = correlated(0, tokens=tokens)
-    folds = folds_of(layer)
-    found = Convex().prune(layer_problem(layer, Unstructured(0.5), folds=folds)).facts["damping"]
-    assert found == pytest.approx((SATURATING + RIDGE) * sampling_noise(folds))
-    assert found > Convex().least_damping
-
-
-@pytest.mark.parametrize("saturating", [0.0, 0.5])
-def test_damping_pulls_as_its_formula_says(saturating):
-    problem = layer_problem(correlated(0, change=0.3), Unstructured(0.5))
-    found, given, d = damped(problem, Damping(0.2, saturating)), problem.quadratic, problem.scale
-    energy, directions = torch.linalg.eigh(given.gram / d / d[:, None])
-    pull = 0.2 + saturating * energy / (energy + KNEE)
-    change = random(1, *problem.weight.shape)  # V - W
-    expected = given.values(problem.weight + change) + ((change * d) @ directions).square() @ pull / 2
-    torch.testing.assert_close(found.values(problem.weight + change), expected)
-
-
-def test_damping_helps_on_tokens_that_were_not_seen():
-    errors = {None: 0.0, 1e-6: 0.0}
-    for seed in range(5):
-        seen, unseen = (make_chain(8, 16, seed + 1000 * k, 0.7, tokens) for k, tokens in enumerate((20, 4000)))
-        problem = layer_problem(seen, Unstructured(0.5), folds=folds_of(seen))
-        judge = PruningProblem(seen.weight, unseen.moments, Unstructured(0.5))
-        for damping in errors:
-            errors[damping] += float(judge.squared_error(Convex(damping=damping).prune(problem).weight).sum())
-    assert errors[None] < errors[1e-6]
-
-
 @given(st.sampled_from(("matrix", "row", "2:4")), seeds)
 @settings(max_examples=6)
 def test_the_scale_of_the_inputs_does_not_change_what_convex_keeps(name, seed):
@@ -296,52 +228,6 @@ def test_the_scale_of_the_inputs_does_not_change_what_convex_keeps(name, seed):
     first, second = (Convex().prune(layer_problem(x, pattern)) for x in (layer, other))
     assert torch.equal(first.mask, second.mask)
     torch.testing.assert_close(second.weight * scale, first.weight, rtol=0, atol=1e-6)
-
-
-# The other penalties
-
-
-@pytest.mark.parametrize("solver", ["fista", "admm"])
-@pytest.mark.parametrize("penalty", ["l1", "weighted-l1"])
-def test_a_plain_penalty_is_bisected_to_the_zeros_of_the_pattern(penalty, solver):
-    problem = layer_problem(correlated(0, m=16, n=32, change=0.3), Unstructured(0.5))
-    recorder = Recorder(solver=Convex.solver_for(solver, penalty))
-    pruned = Convex(penalty=penalty, solver=recorder, refit=None, damping=0.05).prune(problem)
-    weights = [solution.weight for _, _, solution in recorder.calls]
-    zeros = [int((weight == 0).sum()) for weight in weights]
-    assert max(z for z in zeros if z <= 256) >= 250  # of 512, half are wanted
-    near = max((w for w, z in zip(weights, zeros, strict=True) if z <= 256), key=lambda w: int((w == 0).sum()))
-    assert not pruned.mask[near == 0].any()  # what is kept is what the LASSO leaves
-
-
-@pytest.mark.parametrize("penalty", ["l1", "weighted-l1"])
-def test_a_plain_penalty_has_the_units_that_its_name_says(penalty):
-    problem = layer_problem(correlated(0), Unstructured(0.5))
-    recorder = Recorder(solver=Convex.solver_for("fista", penalty))
-    Convex(penalty=penalty, solver=recorder, damping=0.1).prune(problem)
-    called = recorder.calls[0][0]
-    assert isinstance(called.penalty, L1)
-    _, scale = saliency_coordinates(problem, Damping(0.1))
-    strength = called.penalty.strength * scale  # of the weight in its own coordinates
-    unit = problem.scale if penalty == "weighted-l1" else torch.ones(16, dtype=torch.float64)
-    torch.testing.assert_close(strength / strength[0], unit / unit[0])
-
-
-def test_the_penalty_for_groups_needs_groups_and_keeps_them():
-    with pytest.raises(PatternError, match="N:M"):
-        Convex(penalty="group-products").prune(layer_problem(correlated(0), Unstructured(0.5)))
-    for pattern in (SemiStructured(2, 4), PATTERNS["stack of 2:4"]):
-        problem = layer_problem(correlated(0, m=6), pattern)
-        recorder = Recorder()
-        pruned = Convex(penalty="group-products", solver=recorder).prune(problem)
-        assert (pruned.mask.view(-1, 4).sum(1) == 2).all()
-        assert {type(called.penalty) for called, _, _ in recorder.calls} == {GroupProducts}
-        assert error(problem, Convex(penalty="group-products")) < error(problem, Wanda())
-
-
-def test_an_unknown_penalty_is_refused_with_a_guess():
-    with pytest.raises(RecipeError, match="weighted-l1"):
-        Convex(penalty="weigthed-l1")  # pyright: ignore[reportArgumentType]
 
 
 def test_admm_may_solve_the_path_of_convex():

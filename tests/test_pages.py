@@ -8,7 +8,7 @@ from families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "models.md").read_text()
-TESTS = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("adapters", "checkpoint"))
+TESTS = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("admission", "discovery", "checkpoint"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

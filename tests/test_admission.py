@@ -1,0 +1,75 @@
+"""Which models are refused for their weights, and which weights are left alone: tied ones and the head."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaModel
+
+from convexprune.adapters import HuggingFaceModel, load
+from convexprune.errors import ModelError
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("opt", "tied to model.decoder.embed_tokens.weight"),
+        ("llama-tied", "tied to model.embed_tokens.weight"),
+        ("llama", "not inside a decoder layer"),
+    ],
+)
+def test_the_head_is_left_alone_for_the_right_reason(build, name, reason):
+    assert HuggingFaceModel(build(name)).left_alone == [("lm_head", reason)]
+
+
+def test_an_operator_whose_memory_another_layer_uses_is_left_alone(build):
+    model = build("llama")
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = nn.Parameter(first.weight.data[:, :])  # another parameter on the same memory
+    left = dict(HuggingFaceModel(model).left_alone)
+    assert left["model.layers.0.mlp.up_proj"] == "tied to model.layers.1.mlp.up_proj.weight"
+    assert left["model.layers.1.mlp.up_proj"] == "tied to model.layers.0.mlp.up_proj.weight"
+
+
+def test_separate_pieces_of_one_storage_are_not_tied(build):
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    together = torch.cat([attention.k_proj.weight.data, attention.v_proj.weight.data])
+    attention.k_proj.weight, attention.v_proj.weight = (nn.Parameter(half) for half in together.chunk(2))
+    assert [name for name, _ in HuggingFaceModel(model).left_alone] == ["lm_head"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(build, refused, value):
+    model = build("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 3] = value
+    with refused("NaN or infinity in a weight", r"model\.layers\.1\.mlp\.down_proj\.weight holds 1 of 1,536"):
+        HuggingFaceModel(model)
+
+
+def test_weights_that_were_never_loaded_are_refused_whichever_way_they_come(build, refused):
+    model = build("llama").to("meta")
+    with pytest.raises(ModelError, match="meta device"):
+        HuggingFaceModel(model)
+    with refused("weights that were never loaded", "meta device"):
+        load(model, device="cpu")
+
+
+def test_quantised_models_are_refused_and_dequantised_ones_are_not(build, refused):
+    model = build("llama")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert len(HuggingFaceModel(model).layers) == 2
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with refused("a quantised model (of any method but GGUF)", r"quantised \(bitsandbytes\)"):
+        HuggingFaceModel(model)
+
+
+def test_weights_that_are_no_floating_numbers_are_refused(build, refused):
+    model = build("llama")
+    codes = torch.zeros(32, 32, dtype=torch.int8)
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
+    with refused("weights that are integers", r"1\.self_attn\.q_proj\.weight.*of type torch\.int8"):
+        HuggingFaceModel(model)
+
+
+def test_a_model_without_its_head_can_be_pruned(build):
+    assert HuggingFaceModel(LlamaModel(build("llama").config)).layers[1].name == "layers.1"

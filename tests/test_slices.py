@@ -1,0 +1,59 @@
+"""Slices of a pile of matrices in one parameter, as experts are kept: each is heard, read and written by itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from convexprune.adapters.experts import Pile, Slice, SliceInput
+from convexprune.adapters.operators import ParameterOperator, Place
+
+
+class Bank(nn.Module):
+    """Three matrices W [4 6] in one parameter, and three W' [6 4] in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.randn(3, 4, 6))
+        self.turned = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x):
+        return [x @ self.turned[i] + nn.functional.linear(x, self.plain[i]) for i in (2, 0)]
+
+
+@torch.no_grad()
+def test_each_product_with_a_slice_of_a_pile_is_heard_with_its_inputs():
+    bank, x, heard = Bank(), torch.randn(5, 6), []
+    with Pile(bank).listen(lambda product: heard.append(product)):
+        bank(x)
+    bank(x)
+    assert [(h.slice.parameter, h.slice.index, h.transposed) for h in heard] == [
+        (name, i, name == "turned") for i in (2, 0) for name in ("turned", "plain")
+    ]
+    assert all(torch.equal(h.inputs, x) for h in heard)
+
+
+@torch.no_grad()
+def test_taps_of_a_pile_hear_their_own_slice_and_leave_nothing_behind_when_a_pass_is_ended():
+    bank, x, heard = Bank(), torch.randn(5, 6), []
+
+    def tell(inputs):
+        heard.append(inputs)
+        raise ValueError("enough")
+
+    pile = Pile(bank)
+    first, second = (SliceInput(pile, Slice("plain", i)) for i in (0, 1))
+    with pytest.raises(ValueError, match="enough"), first(tell), second(tell):
+        bank(x)
+    bank(x)
+    assert len(heard) == 1 and not pile.listeners
+    assert bank.training and not bank._forward_hooks and not bank._forward_pre_hooks
+
+
+@pytest.mark.parametrize("place", [Place("", "plain", 1), Place("", "turned", 1, transposed=True)])
+def test_a_slice_is_written_and_its_neighbours_are_not(place):
+    bank, weight = Bank(), torch.randn(4, 6)
+    before = bank.get_parameter(place.parameter).detach().clone()
+    operator = ParameterOperator(bank, place)
+    operator.write(weight)
+    assert operator.shape == (4, 6) and torch.equal(operator.read(), weight)
+    assert torch.equal(bank.get_parameter(place.parameter)[::2], before[::2])
