@@ -56,9 +56,9 @@ PRUNERS: dict[str, AbstractPruner] = {
     # The least damping: how well the calibration error is minimised.
     "admm, r = .001, 50 products": ADMM(damping=1e-3, iterations=38, refit=TEN),
     "admm, r = .001": ADMM(damping=1e-3),
-    "fista, r = .001, 50 products": Convex(damping=1e-3, rounds=28, refit=TEN),
+    "fista, r = .001, 50 products": Convex(damping=1e-3, rounds=30, refit=TEN),
     "fista, r = .001": Convex(damping=1e-3),
-    "fista, r = .001, 150 products": Convex(damping=1e-3, rounds=108),
+    "fista, r = .001, 150 products": Convex(damping=1e-3, rounds=100),
     "convex by admm, r = .001": Convex(damping=1e-3, solver=ADMM_PATH),
     # As they are used: damping by the sample's noise.
     "admm": ADMM(),

@@ -1,10 +1,10 @@
 """The bound in a report: of the problem that was posed, on the same rows in every run, and no weight depends on it."""
 
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
+from door import SMALL, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_cases import layer_problem
@@ -20,8 +20,6 @@ from convexprune.pruners.damped import Damping, damped
 from convexprune.report import Report
 from convexprune.validation import best_pruning
 
-TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 6}
 PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), SemiStructured(2, 4))
 
 
@@ -98,9 +96,9 @@ def test_operators_that_share_an_input_have_the_bounds_that_each_has_alone(patte
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_a_run_reports_bounds_and_its_weights_do_not_depend_on_them(tiny_opt, pattern):
-    dense = {name: p.detach().clone() for name, p in tiny_opt.model.named_parameters()}
+    dense = state(tiny_opt)
     with_bounds = convexprune.prune(tiny_opt.model, pattern=pattern, **SMALL).report
-    pruned = {name: p.detach().clone() for name, p in tiny_opt.model.named_parameters()}
+    pruned = state(tiny_opt)
     for o in with_bounds.operators:
         assert o.bound is not None
         assert o.bound["rows"] == 2 and o.bound["damping"] == o.facts["damping"]

@@ -202,7 +202,7 @@ def test_a_path_without_certificates_between_is_the_path_with_all_of_them():
 
 def test_every_solve_of_convex_is_kept_the_refit_last():
     solutions = Convex(rounds=10).prune(layer_problem(correlated(0), Unstructured(0.5))).solutions
-    assert len(solutions) == 5 + 1  # the last problem of every envelope
+    assert len(solutions) == 4 + 1  # the last problem of every envelope
     assert all(isfinite(s.certificate.gap) for s in solutions)
     assert solutions[-1].status is Status.SOLVED
 

@@ -1,11 +1,10 @@
 """Traps of transformers that pruners fell into: caches, masks of each layer, tuples, precisions, shards, catchers."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, build_family
+from families import FAMILIES, SMALL, TOKENS, build_family
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -17,9 +16,6 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.admission import refuse_non_finite
 from convexprune.errors import ModelError
 from convexprune.pipeline.machine import steps
-
-TOKENS = torch.randint(2, VOCABULARY - 2, (4, 24), generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2}
 
 
 @torch.no_grad()

@@ -57,10 +57,10 @@ class Convex(AbstractSearch):
 
     solver: AbstractSolver | None = None
     penalty: Penalty = "reweighted-l1"
-    rounds: int = 40
-    strengths: tuple[float, float] = (0.1, 1.0)
-    stiffnesses: tuple[float, float] = (0.3, 3.0)
-    envelopes: int = 5
+    rounds: int = 60
+    strengths: tuple[float, float] = (0.2, 1.3)
+    stiffnesses: tuple[float, float] = (0.6, 6.0)
+    envelopes: int = 4
     reach: float = 3.0
 
     def __post_init__(self) -> None:
