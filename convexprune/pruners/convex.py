@@ -48,7 +48,7 @@ class Convex(AbstractSearch):
     c stiffness / mean(t). It is not convex (see `GroupProducts`): no certificate can show a solve to be near optimal.
 
     `solver` solves these problems (None: FISTA as `solver_for` sets it). The constants were chosen on layer problems of
-    SmolLM2-135M at 50 % and checked on others: docs/benchmarks.md.
+    SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on others (docs/benchmarks.md).
 
     Raises:
         RecipeError: an unknown `penalty`.
