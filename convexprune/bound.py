@@ -93,7 +93,8 @@ class LowerBound:
         for rows, (lines, kept), error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True):
             part = q.rows(rows)
             split, point = self._ascend(part, *first, weight[rows].double() * scale, lines, kept)
-            lower = lower_bound(part, safe_split(part.gram, split), point, lines, kept)
+            proven = safe_split(part.gram, split) if self.rounds else split  # the first one is
+            lower = lower_bound(part, proven, point, lines, kept)
             bounds.append(PruningBound(error, 2 * lower, len(rows)))
         return bounds
 

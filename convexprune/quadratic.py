@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convexprune.device import has_bfloat16
 from convexprune.errors import ProblemError
+from convexprune.factor import cholesky
 
 POWER_ITERATIONS = 100
 POWER_STARTS = 8
@@ -168,8 +169,7 @@ class Quadratic:
         margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(diagonal.max())
         dead = (diagonal == 0) & (self.cross == 0).all(0)
         shifted = self.gram + torch.where(dead, 1.0, -margin).to(diagonal).diag()
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        return factor if int(info) == 0 else None
+        return cholesky(shifted)
 
     def inverse_form(self, slope: Tensor) -> Tensor:
         """At least 1/2 k H^-1 k' of each row k of `slope` [m n]: [m]. inf if H is not safely positive definite.
@@ -211,8 +211,8 @@ class Quadratic:
         """
         shifted = self.gram.clone()
         shifted.diagonal().add_(shift)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info):
+        factor = cholesky(shifted)
+        if factor is None:
             raise ProblemError(f"The Gram matrix plus {shift} is not positive definite; it is no Gram matrix.")
         return torch.cholesky_inverse(factor)
 

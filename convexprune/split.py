@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from convexprune.factor import cholesky
+
 LEAST_LENGTH = 1e-6  # of a Newton step: shorter ones are not worth a factorisation
 POWER_ITERATIONS = 20
 POWER_STARTS = 4
@@ -14,8 +16,8 @@ def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 
     None if H is not positive definite by more than rounding.
     """
-    factor, info = torch.linalg.cholesky_ex(_less(gram, torch.full_like(gram[0], rounding(gram))))
-    if int(info):
+    factor = cholesky(_less(gram, torch.full_like(gram[0], rounding(gram))))
+    if factor is None:
         return None
     inverse = torch.cholesky_inverse(factor)
     del factor
@@ -43,22 +45,22 @@ def safe_split(gram: Tensor, split: Tensor) -> Tensor:
 
 def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
     """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split [n]."""
-    factor, info = torch.linalg.cholesky_ex(_less(gram, split))
-    if int(info):
+    factor = cholesky(_less(gram, split))
+    if factor is None:
         return split
     inverse = torch.cholesky_inverse(factor)
     slope = gain - barrier * inverse.diagonal() + FLOOR * barrier / split
     del factor
     hessian = inverse.square_().mul_(barrier)
     hessian.diagonal().add_(barrier * FLOOR / split.square())
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if int(info):
+    factor = cholesky(hessian)
+    if factor is None:
         return split
     move = torch.cholesky_solve(slope[:, None], factor)[:, 0]
     shrinking = move < 0
     length = min(1.0, 0.9 * float((-split / move)[shrinking].min())) if bool(shrinking.any()) else 1.0
     while length > LEAST_LENGTH:
-        if int(torch.linalg.cholesky_ex(_less(gram, split + length * move))[1]) == 0:
+        if cholesky(_less(gram, split + length * move)) is not None:
             return split + (length if length == 1 else 0.9 * length) * move
         length *= 0.7
     return split
@@ -72,7 +74,7 @@ def rounding(gram: Tensor) -> float:
 
 def is_below(gram: Tensor, split: Tensor) -> bool:
     """Whether a Cholesky factorisation proves H - B positive semidefinite."""
-    return int(torch.linalg.cholesky_ex(_less(gram, split + rounding(gram)))[1]) == 0
+    return cholesky(_less(gram, split + rounding(gram))) is not None
 
 
 def _less(gram: Tensor, diagonal: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import PruningError
+from convexprune.factor import cholesky
 from convexprune.moments import sampling_noise
 from convexprune.pruners.base import PruningProblem
 from convexprune.quadratic import Quadratic
@@ -100,8 +101,8 @@ def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Qua
 
 
 def _inverse(gram: Tensor, problem: PruningProblem, damping: Damping) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info):
+    factor = cholesky(gram)
+    if factor is None:
         raise PruningError(
             f"The Gram matrix is not positive definite with damping {damping.strength:.3g}: raise the damping, or "
             f"calibrate on more tokens than the {problem.moments.tokens} seen."

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import PruningError
+from convexprune.factor import cholesky
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 
@@ -36,8 +37,8 @@ class SparseGPT(AbstractPruner):
         """
         gram = problem.quadratic.gram.clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info):
+        factor = cholesky(gram)
+        if factor is None:
             raise PruningError(
                 f"SparseGPT: the Gram matrix is not positive definite with damping {self.damping}: raise the damping, "
                 f"or calibrate on more tokens than the {problem.moments.tokens} seen."

@@ -1,0 +1,31 @@
+"""Cholesky factors: torch's own, and on a CPU in blocks where torch's take longer to copy than to compute."""
+
+import torch
+from torch import Tensor
+
+WIDE = 1024
+"""Rows from which torch, on a CPU, spends most of a factorisation in copying the triangle column by column."""
+BLOCK = 256
+
+
+def cholesky(gram: Tensor) -> Tensor | None:
+    """The lower triangular F [n n] with F F' = H, of a symmetric H [n n]; None if H is not positive definite.
+
+    Blocks are the same sums in another order: bounds on the rounding hold for either (Higham 2002, theorem 10.3). Like
+    torch's, the factor lies column by column in memory, as LAPACK wants it.
+    """
+    if len(gram) < WIDE or gram.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(gram)
+        return None if int(info) else factor
+    upper = gram.triu()  # F', row by row
+    for first in range(0, len(gram), BLOCK):
+        block, after = slice(first, first + BLOCK), slice(first + BLOCK, None)
+        corner, info = torch.linalg.cholesky_ex(upper[block, block], upper=True)
+        if int(info):
+            return None
+        upper[block, block] = corner
+        upper[block, after] = torch.linalg.solve_triangular(corner.mT, upper[block, after], upper=False)
+        for start in range(first + BLOCK, len(gram), BLOCK):
+            rows = slice(start, start + BLOCK)
+            upper[rows, start:].addmm_(upper[block, rows].mT, upper[block, start:], alpha=-1)
+    return upper.mT
