@@ -274,7 +274,7 @@ def _check_spread(settings: dict[str, Any]) -> None:
     if settings["prefix"] == "pruned":
         raise RecipeError(
             f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so they "
-            "cannot be spread. Use executor='serial', or prefix='dense'."
+            "cannot be spread. Use executor='serial', which spreads rows and samples over threads, or prefix='dense'."
         )
     if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
         raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")

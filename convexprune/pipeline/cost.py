@@ -10,7 +10,8 @@ from convexprune.pipeline.bounding import WIDE, WIDEST
 from convexprune.pipeline.folds import Folds, in_parts
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
-LIBRARIES = 460 << 20  # bytes of Python, torch and transformers once they are imported (measured, Linux, CPU)
+LIBRARIES = 520 << 20  # bytes of Python, torch, transformers and a tokenizer in use (measured, Linux, CPU)
+KEPT = 0.35  # of the moments and the method's matrices: freed memory that the C library keeps (the same)
 
 
 class Method(NamedTuple):
@@ -155,7 +156,7 @@ class Memory:
     @property
     def all(self) -> int:
         """Of a process on a CPU."""
-        return self.device + LIBRARIES
+        return self.device + LIBRARIES + round(KEPT * (self.moments + self.method))
 
 
 @dataclass(frozen=True)
