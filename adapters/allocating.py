@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune.pipeline import FolderStore, Recipe, RecordedCalls
 from convexprune.pipeline.passes import Recorded
-from convexprune.pipeline.survey import Allotment, Pattern, allot, candidates, survey
+from convexprune.pipeline.survey import SURVEYED, Allotment, Pattern, allot, candidates, survey
 
 from .gradients import output_fisher
 from .huggingface import HuggingFaceModel
@@ -29,7 +29,7 @@ def allotments(
     """For each rule and pattern asked for, the share of zeros of each operator, from windows [windows length].
 
     The dense model is surveyed once for all of them, with SparseGPT's weights, so that an allotment does not depend on
-    the method that uses it. Only "curve" prunes for that, and needs gradients; both go layer by layer.
+    the method that uses it. Only the rules with curves prune for that, and need gradients; both go layer by layer.
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
@@ -40,7 +40,7 @@ def allotments(
     judges = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *judges]
     calls = RecordedCalls(model, batches)
-    curves = [pattern for rule, pattern in asked if rule == "curve"]
+    curves = [pattern for rule, pattern in asked if rule in SURVEYED]
     fisher = output_fisher(model, calibration[:FISHER_WINDOWS], batch_size, record) if curves else {}
     hidden = record()
     for ids in batches:

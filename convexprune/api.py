@@ -66,7 +66,8 @@ def prune(
         quota: where the share of zeros holds: in each "matrix" or in each "row" of it.
         allocation: how the zeros are spread over the operators: "uniform", the same share in each; "curve", least
             predicted loss, from error curves weighted by gradients (a survey of the dense model first, which takes
-            about five times as long as SparseGPT); "owl" or "skewness", by the shape of each decoder layer's scores.
+            about five times as long as SparseGPT); "half-curve", half of the way there from "uniform"; "owl" or
+            "skewness", by the shape of each decoder layer's scores.
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.

@@ -14,7 +14,7 @@ from convexprune.adapters.gradients import output_fisher
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.pipeline import RecordedCalls, make_recipe
-from convexprune.pipeline.survey import Unit, allot, candidates, survey
+from convexprune.pipeline.survey import SURVEYED, Unit, allot, candidates, survey
 from convexprune.report import Report
 from convexprune.validation import compare, verify
 from convexprune.validation.variants import make_variants
@@ -65,19 +65,29 @@ def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFac
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_llama.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("rule", ["curve", "owl", "skewness"])
+@pytest.mark.parametrize("rule", ["curve", "half-curve", "owl", "skewness"])
 def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel, rule: Any):
     units = surveyed(tiny_llama)
     for asked in [HALF] if rule != "curve" else [HALF, TWO_OF_FOUR]:
         found = allot(units, rule, asked)
         patterns = found.patterns(asked)
-        assert (found.gap is not None) == (rule == "curve") and (found.gap or 0) <= 1e-9
+        assert (found.gap is not None) == (rule in SURVEYED) and (rule == "half-curve" or (found.gap or 0) <= 1e-9)
         operators = {f"{la.name}.{o.name}": o.shape for la in tiny_llama.layers for o in la.operators}
         assert patterns.keys() == operators.keys() and len(set(patterns.values())) > 1
         zeros = sum(patterns[name].zeros(*shape) for name, shape in operators.items())
         total = sum(m * n for m, n in operators.values())
         assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
     assert allot(units, "uniform", HALF).patterns(HALF) == {}
+
+
+def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_llama: HuggingFaceModel):
+    units = surveyed(tiny_llama)
+    whole, half = allot(units, "curve", HALF), allot(units, "half-curve", HALF)
+    assert half.shares == {name: pytest.approx(0.25 + share / 2, abs=1e-6) for name, share in whole.shares.items()}
+    assert whole.cost is not None and half.cost is not None and half.gap is not None
+    uniform = sum(unit.costs[HALF] for unit in units)
+    assert whole.cost < half.cost < uniform and half.cost <= (whole.cost + uniform) / 2 + 1e-12
+    assert half.gap == pytest.approx(half.cost - whole.cost, abs=1e-9)
 
 
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):
@@ -101,6 +111,8 @@ def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path
 def test_what_cannot_be_allocated_is_refused():
     with pytest.raises(RecipeError, match="needs pattern unstructured"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owl"])
+    with pytest.raises(RecipeError, match="for N:M there are 'uniform' and 'curve'"):
+        make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["half-curve"])
     with pytest.raises(RecipeError, match="Did you mean 'owl'"):
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])
     with pytest.raises(RecipeError, match="needs pattern unstructured, not 2:4"):

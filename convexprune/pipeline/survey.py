@@ -16,7 +16,8 @@ from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
 Pattern = Unstructured | SemiStructured
-RULES = ("uniform", "curve", "owl", "skewness")
+RULES = ("uniform", "curve", "half-curve", "owl", "skewness")
+SURVEYED = RULES[1:3]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 OUTLIER = 5  # times the mean score; OWL's M
 
@@ -25,7 +26,7 @@ OUTLIER = 5  # times the mean score; OWL's M
 class Allotment:
     """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
 
-    Of the rule "curve", `cost` is the loss that the curves predict, in nats a token, and `gap` how much less any other
+    Of a rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
     allotment could cost at most, by the same curves.
     """
 
@@ -107,7 +108,7 @@ def check_rule(rule: str, pattern: Pattern) -> None:
     """
     if rule not in RULES:
         raise RecipeError(unknown("allocation", rule, RULES))
-    if rule in ("owl", "skewness") and isinstance(pattern, SemiStructured):
+    if rule not in ("uniform", "curve") and isinstance(pattern, SemiStructured):
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
         )
@@ -116,9 +117,11 @@ def check_rule(rule: str, pattern: Pattern) -> None:
 def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
     """The zeros of `pattern` on the whole, spread over the operators by a rule.
 
-    "curve" minimises the surveyed costs (`convexprune.allocation.allocate`). "owl" (arXiv 2310.05175) and "skewness"
-    give a layer whose scores have more outliers, or are more skewed, less sparsity (`allocation.spread`); the second is
-    the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula.
+    "curve" minimises the surveyed costs (`convexprune.allocation.allocate`); "half-curve" goes half of the way there
+    from the uniform shares, as the costs are of one text and of errors that do not know of each other
+    (docs/benchmarks.md). "owl" (arXiv 2310.05175) and "skewness" give a layer whose scores have more outliers, or are
+    more skewed, less sparsity (`allocation.spread`); the second is the idea of AutoPrune (arXiv 2511.15390) in OWL's
+    form, not its formula.
 
     Raises:
         RecipeError: see `check_rule`.
@@ -128,11 +131,14 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
     if rule == "uniform":
         return Allotment({})
     cost = gap = None
-    if rule == "curve":
+    if rule in SURVEYED:
         choice = candidates(pattern)
         curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
         found = allocate(curves, pattern.sparsity, whole=isinstance(pattern, SemiStructured))
-        shares, cost, gap = found.sparsities, found.cost, found.gap
+        step = 1.0 if rule == "curve" else 0.5
+        shares = [pattern.sparsity + step * (share - pattern.sparsity) for share in found.sparsities]
+        cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
+        gap = max(0.0, cost - (found.cost - found.gap))
     else:
         statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
         shares = spread(statistics, [u.size for u in units], pattern.sparsity)
