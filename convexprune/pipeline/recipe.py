@@ -47,8 +47,8 @@ class Recipe(BaseModel):
     pattern: str = "unstructured"
     quota: Literal["matrix", "row"] = "matrix"
     allocation: str = "uniform"
-    error_correction: float = Field(1.0, ge=0, le=1)
-    correct: Correct = "layer"
+    error_correction: float = Field(ge=0, le=1)
+    correct: Correct
     prefix: Literal["dense", "pruned"] = "dense"
     damping: float | None = Field(None, ge=0)
     refit: bool | None = None
