@@ -128,7 +128,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", ["curve", "owl"])
+@pytest.mark.parametrize("rule", ["curve", "half-curve", "owl"])
 def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: HuggingFaceModel, tmp_path, rule: str):
     dense = tmp_path / "dense"
     tiny_llama.model.save_pretrained(dense, max_shard_size="40KB")
@@ -139,7 +139,7 @@ def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: Hug
     assert here.sparsity == pytest.approx(0.5, abs=1e-3)
     assert all(o.zeros == o.expected_zeros for o in there.operators)
     assert len({o.pattern for o in there.operators}) > 1 and all("per matrix" in o.pattern for o in there.operators)
-    assert (there.allocation["gap"] is not None) == (rule == "curve") and there.allocation == here.allocation
+    assert (there.allocation["gap"] is not None) == (rule in SURVEYED) and there.allocation == here.allocation
     recipe = make_recipe(**(there.recipe | {"model": "", "allocation": rule}))
     judged = _layer_settings(recipe, there.operators)  # `verify` judges by what each operator was asked
     assert all(judged.pattern_of(o.name).zeros(o.outputs, o.inputs) == o.expected_zeros for o in there.operators)
