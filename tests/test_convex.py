@@ -21,6 +21,7 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
+from convexprune.pruners.convex import _strengths
 from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
@@ -151,6 +152,13 @@ def test_the_strengths_of_the_path_follow_the_formula_at_the_scores():
         assert isinstance(call[0].penalty, L1)
         expected = strength * threshold * torch.exp(-((scores / threshold) ** 2))
         torch.testing.assert_close(call[0].penalty.strength, expected, rtol=ROUNDING, atol=0)
+
+
+def test_no_strength_is_denormal_however_large_the_score():
+    scores = torch.tensor([[0.0, 0.5, 3.0, 9.3, 10.0, 1e4]])  # exp(-9.3^2) and exp(-10^2) are denormal in float32
+    found = _strengths(scores, torch.tensor([[1.0]]), torch.tensor(0.5))
+    torch.testing.assert_close(found[:, :3], 0.5 * torch.exp(-scores[:, :3].square()))
+    assert float(found.min()) > torch.finfo(torch.float32).tiny and float(found[:, 3:].max()) < 1e-27
 
 
 def test_convex_keeps_the_largest_scores():
