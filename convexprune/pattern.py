@@ -44,6 +44,11 @@ class AbstractPattern(ABC):
         It is for weighing scores, not for choosing: of a large matrix it is estimated from a part of the entries.
         """
 
+    @property
+    @abstractmethod
+    def by_row(self) -> bool:
+        """Whether every row has a quota of its own."""
+
 
 @dataclass(frozen=True)
 class Unstructured(AbstractPattern):
@@ -80,9 +85,17 @@ class Unstructured(AbstractPattern):
         return keep_largest(lines, lines.shape[1] - zeros // lines.shape[0]).view_as(scores)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        lines = _sample(self._lines(scores), scores.shape[1])
-        zeros = round(self.zeros(*scores.shape) / scores.numel() * lines.shape[1])
-        return lines.abs().kthvalue(min(zeros + 1, lines.shape[1]), dim=1, keepdim=True).values
+        lines = self._lines(scores)
+        return self.level(lines[:, :: sample_step(lines.shape[1], scores.shape[1])], *scores.shape)
+
+    def level(self, sample: Tensor, rows: int, columns: int) -> Tensor:
+        """The threshold [lines 1] of scores [rows columns], by a `sample` [lines length] of each line."""
+        zeros = round(self.zeros(rows, columns) / (rows * columns) * sample.shape[1])
+        return sample.abs().kthvalue(min(zeros + 1, sample.shape[1]), dim=1, keepdim=True).values
+
+    @property
+    def by_row(self) -> bool:
+        return self.quota == "row"
 
     def _lines(self, scores: Tensor) -> Tensor:
         return scores if self.quota == "row" else scores.reshape(1, -1)
@@ -133,6 +146,10 @@ class SemiStructured(AbstractPattern):
         middle = (ordered[..., self.kept - 1, None] + ordered[..., self.kept, None]) / 2  # in so few, it matters
         return middle.expand_as(groups).reshape(scores.shape)
 
+    @property
+    def by_row(self) -> bool:
+        return True
+
     def _groups(self, scores: Tensor) -> Tensor:
         self.check(*scores.shape)
         return scores.reshape(scores.shape[0], -1, self.group)
@@ -163,13 +180,17 @@ class Stacked(AbstractPattern):
         parts = scores.split(self.heights)
         return torch.cat([self.pattern.threshold(p).expand(p.shape[0], -1) for p in parts])
 
+    @property
+    def by_row(self) -> bool:
+        return self.pattern.by_row
 
-def _sample(lines: Tensor, columns: int) -> Tensor:
-    """Every so manieth score of very long lines [lines length], from all of the weight's columns alike."""
-    step = max(1, lines.shape[1] // THRESHOLD_SAMPLE)
+
+def sample_step(length: int, columns: int) -> int:
+    """Every so manieth score of a very long line is enough for a threshold, from all of the weight's columns alike."""
+    step = max(1, length // THRESHOLD_SAMPLE)
     while gcd(step, columns) > 1:
         step += 1
-    return lines[:, ::step]
+    return step
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:

@@ -20,8 +20,9 @@ from convexprune.errors import ConvexpruneError, DependencyError, PruningError, 
 from convexprune.model import AbstractModel
 from convexprune.pipeline.layer import Tell
 from convexprune.pipeline.machine import steps
-from convexprune.pipeline.store import FolderStore
+from convexprune.pipeline.store import FolderStore, TeamStore
 from convexprune.pipeline.task import Work, prune_claimed
+from convexprune.pipeline.team import Team
 from convexprune.report import OperatorReport
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
@@ -70,6 +71,11 @@ class AbstractExecutor(ABC):
     def processes(self) -> int:
         """How many share the threads of this one."""
 
+    @property
+    def together(self) -> int:
+        """How many can prune one layer together."""
+        return 1
+
     @abstractmethod
     def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
         """Return when all layers are finished; `model` and `store` are those of this process."""
@@ -93,9 +99,13 @@ class Serial(AbstractExecutor):
 
 @dataclass(frozen=True)
 class Ranks(AbstractExecutor):
-    """One of the processes that torchrun or srun started with the same command; they meet in the run's folder only."""
+    """One of the `size` processes that torchrun or srun started with the same command.
+
+    They meet in the run's folder only; if layers wait for each other, they are a team that prunes each layer together.
+    """
 
     number: int
+    size: int
 
     @classmethod
     def here(cls) -> "Ranks":
@@ -106,7 +116,7 @@ class Ranks(AbstractExecutor):
         """
         for rank, size in RANKS:
             if rank in os.environ and size in os.environ:
-                return cls(int(os.environ[rank]))
+                return cls(int(os.environ[rank]), int(os.environ[size]))
         raise RecipeError(
             "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
         )
@@ -119,9 +129,18 @@ class Ranks(AbstractExecutor):
     def processes(self) -> int:
         return 1  # launchers divide the threads themselves
 
+    @property
+    def together(self) -> int:
+        return self.size
+
     def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
         with threads(job.threads):
-            prune_claimed(model, store, job.work, tell)
+            if job.work.settings.prefix == "dense":
+                prune_claimed(model, store, job.work, tell)
+                return
+            with Team.met(self.number, self.size) as team:
+                ours = TeamStore(store.folder, store.count, model.device, team)
+                prune_claimed(model, ours, job.work.shared(team), (lambda _: None) if team.rank else tell)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The moments of one input in three disjoint parts: two halves that fit, and a part that judges."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from convexprune.errors import PruningError
 from convexprune.moments import Correction, Moments
+from convexprune.pipeline.team import Team
 
 ROOM = 4 << 30
 """Bytes for the moments of the experts that are pruned side by side."""
@@ -63,6 +66,33 @@ class Folds:
             second + shared.counted_as(lacking // 2),
         )
 
+    def add_up(self, team: Team) -> None:
+        """Count what the other ranks of a team have counted, too.
+
+        Raises:
+            PruningError: the ranks do not count the same quantities, or one was lost.
+        """
+        if team.size == 1:
+            return
+        device, first_has_more = self.held_out.sum.device, torch.zeros(team.size, dtype=torch.int64)
+        first_has_more[team.rank] = int(self.halves[0].tokens > self.halves[1].tokens)
+        facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.correction is not None]
+        told, changed, judged, *odd = team.total(torch.tensor([*facts, *first_has_more], device=device)).tolist()
+        if told != team.size * facts[0]:
+            raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
+        if sum(odd[: team.rank]) % 2:  # alone, the next sample would have gone to the second half
+            self.halves = self.halves[::-1]
+        parts = (*self.halves, self.held_out)
+        tokens = team.total(torch.tensor([part.tokens for part in parts], device=device)).tolist()
+        for part, number in zip(parts, tokens, strict=True):
+            part.tokens = number
+            team.total(part.sum)
+        none = partial(Correction.none, self.held_out.sum, self.held_out.outputs)
+        if changed:
+            self._change = _added_up(self._change or none(), team)
+        if judged:
+            self.held_out.correction = _added_up(self.held_out.correction or none(), team)
+
     @property
     def tokens(self) -> int:
         """How many calibration tokens were counted, without the borrowed ones."""
@@ -76,6 +106,12 @@ class Folds:
     def is_finite(self) -> bool:
         """Whether every input was."""
         return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
+
+
+def _added_up(correction: Correction, team: Team) -> Correction:
+    team.total(correction.cross)
+    team.total(correction.change)
+    return correction
 
 
 class Paired(Protocol):

@@ -17,6 +17,7 @@ from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.lacking import Lacking, height, stack_of, width
 from convexprune.pipeline.passes import Calls, Correct, Observed, Recorded, closing_inputs, stage_inputs
 from convexprune.pipeline.shortcut import taking
+from convexprune.pipeline.team import ALONE, Team
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.damped import Damping
@@ -55,12 +56,14 @@ class LayerSettings:
 class HiddenStates:
     """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
 
-    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned.
+    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned. Of a `team` they are
+    this rank's share.
     """
 
     dense: Sequence[Tensor]
     fed: Sequence[Tensor]
     held_out: int = 0
+    team: Team = ALONE
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def prune_observed(
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 closes = group is observed.closing and settings.correct == "layer" and settings.correction > 0
                 facts = {"corrects_layer": 1.0} if closes else {}
-                _prune_group(layer.name, group, fold, settings, tell, began, facts)
+                _prune_group(layer.name, group, fold, settings, tell, began, facts, hidden.team)
                 began = time.perf_counter()
 
 
@@ -146,6 +149,8 @@ def stage_folds(
                     kept[group].append(x.cpu())
                 if not group.paired and watched is stage:
                     shared[width(group)].add(x, None, held_out)
+        for counted in (*folds.values(), *(() if part_number else shared.values())):
+            counted.add_up(hidden.team)
         for group in part:
             if not group.paired:
                 folds[group].borrow(shared[width(group)])
@@ -187,6 +192,7 @@ def _prune_group(
     tell: Tell,
     began: float,
     facts: dict[str, float],
+    team: Team,
 ) -> None:
     """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)
@@ -195,19 +201,21 @@ def _prune_group(
     pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
+    part = team.part(problem)
     if pattern.zeros(*stack.shape):
-        pruned = settings.pruner.prune(problem)
+        pruned = team.prune(settings.pruner, problem, part)
     else:  # nothing was asked, so nothing is touched
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)
-    errors = _relative_errors(problem, stored, heights)
+    errors = _relative_errors(part, stored, heights, team)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
-        held_out = _relative_errors(unseen, stored, heights)
-    bounds = sampled_bounds(problem, stored, settings.bound_rows, Damping.of(pruned.facts))
+        held_out = _relative_errors(team.part(unseen), stored, heights, team)
+    bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
+    bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts))
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
         expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
@@ -265,7 +273,10 @@ def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
     return torch.cat(stored)
 
 
-def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
-    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack."""
-    errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
+def _relative_errors(part: PruningProblem, weight: Tensor, heights: Sequence[int], team: Team) -> list[float]:
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n], of which a rank has its `part`."""
+    count = len(weight)
+    mine = team.share(count)
+    errors = team.whole(part.squared_error(weight[mine]), count).split(heights)
+    energies = team.whole(part.energy, count).split(heights)
     return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]

@@ -18,6 +18,7 @@ from convexprune.errors import OutputError
 from convexprune.model import AbstractModel
 from convexprune.pipeline.files import locked, publish, read_notes, sha256, write_notes, writing
 from convexprune.pipeline.passes import Recorded
+from convexprune.pipeline.team import Team
 from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
 from convexprune.report import OperatorReport
 
@@ -102,6 +103,7 @@ class FolderStore(AbstractStore):
         self.count = count
         self.pruned_here: set[int] = set()
         self._device = device
+        self._mine = ""  # in the names of what only this process reads
         self._finished: set[int] = set()
         with writing(folder):
             for name in ("hidden", "layers", "claims", "scratch"):
@@ -134,7 +136,7 @@ class FolderStore(AbstractStore):
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
         """An empty folder for whoever has claimed the layer; gone afterwards."""
-        place = self.folder / "scratch" / f"{number:05d}"
+        place = self.folder / "scratch" / f"{number:05d}{self._mine}"
         shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
         with writing(place):
             place.mkdir()
@@ -144,8 +146,8 @@ class FolderStore(AbstractStore):
             shutil.rmtree(place, ignore_errors=True)
 
     def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
-        notes = read_notes(self._notes("hidden", f"{number:05d}.{stream}"))
-        path = self.folder / "hidden" / f"{number:05d}.{stream}.bin"
+        name = f"{number:05d}.{stream}{self._mine}"
+        notes, path = read_notes(self._notes("hidden", name)), self.folder / "hidden" / f"{name}.bin"
         if notes is not None and sha256(path) == notes["sha256"]:
             return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
         self._forget_hidden(number, stream)
@@ -153,12 +155,13 @@ class FolderStore(AbstractStore):
 
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
         assert isinstance(batches, Batches) and batches.dtype is not None
-        path = self.folder / "hidden" / f"{number:05d}.{stream}.bin"
+        name = f"{number:05d}.{stream}{self._mine}"
+        path = self.folder / "hidden" / f"{name}.bin"
         notes = {"dtype": CODES[batches.dtype], "shapes": batches.shapes, "sha256": sha256(batches.path)}
         with writing(path):
             publish(batches.path, path)
         batches.path = path
-        write_notes(self._notes("hidden", f"{number:05d}.{stream}"), notes)
+        write_notes(self._notes("hidden", name), notes)
 
     def agreed(self, name: str, make: Callable[[], Any]) -> Any:
         """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
@@ -183,11 +186,7 @@ class FolderStore(AbstractStore):
         write_notes(
             self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
         )
-        self.pruned_here.add(number)
-        for one in (number, number + 1):
-            if self._is_used_up(one):
-                self._forget_hidden(one, "dense")
-                self._forget_hidden(one, "fed")
+        self._let_go(number)
 
     def reports(self, number: int) -> list[OperatorReport]:
         """What was reported of a finished layer."""
@@ -221,6 +220,14 @@ class FolderStore(AbstractStore):
                 damaged.append(int(notes_path.stem))
         return damaged
 
+    def _let_go(self, number: int) -> None:
+        """Of what entered a layer, now that this one is finished."""
+        self.pruned_here.add(number)
+        for one in (number, number + 1):
+            if self._is_used_up(one):
+                self._forget_hidden(one, "dense")
+                self._forget_hidden(one, "fed")
+
     def _shard(self, number: int) -> Path:
         return self.folder / "layers" / f"{number:05d}.safetensors"
 
@@ -232,6 +239,33 @@ class FolderStore(AbstractStore):
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
-        path = self._notes("hidden", f"{number:05d}.{stream}")
+        path = self._notes("hidden", f"{number:05d}.{stream}{self._mine}")
         path.unlink(missing_ok=True)
         path.with_suffix(".bin").unlink(missing_ok=True)
+
+
+class TeamStore(FolderStore):
+    """The same folder for ranks that prune each layer together: each keeps what enters it of its share of the batches.
+
+    Their first rank says which layer is next, and writes the layers.
+    """
+
+    def __init__(self, folder: Path, count: int, device: torch.device | str, team: Team) -> None:
+        super().__init__(folder, count, device)
+        self._team = team
+        self._mine = f".{team.rank}"
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        number = next((n for n in range(self.count) if not self.is_finished(n)), self.count)
+        agreed = torch.tensor(0 if self._team.rank else number, device=self._device)
+        number = int(self._team.total(agreed))  # a file may be seen later elsewhere
+        self._finished.update(range(number))
+        yield number if number < self.count else None
+
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        if self._team.rank == 0:
+            super().finish(number, state, reports)
+        int(self._team.total(torch.zeros((), device=self._device)))  # now it is written
+        self._finished.add(number)
+        self._let_go(number)

@@ -11,18 +11,29 @@ from convexprune.model import AbstractModel, Call
 from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_observed
 from convexprune.pipeline.passes import Calls, Recorded, observe
 from convexprune.pipeline.store import AbstractStore, FolderStore, Stream
+from convexprune.pipeline.team import ALONE, Team
 from convexprune.pipeline.tensors import Batches
 from convexprune.report import OperatorReport
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What all layers of a run are pruned on: windows [samples length] to fit and to judge by, and how."""
+    """What all layers of a run are pruned on: windows [samples length] to fit and to judge by, how, and by whom."""
 
     tokens: Tensor
     held_out: Tensor
     batch_size: int
     settings: LayerSettings
+    team: Team = ALONE
+
+    def shared(self, team: Team) -> "Work":
+        """What of it falls to one rank of a team."""
+
+        def mine(windows: Tensor) -> Tensor:
+            batches = windows.split(self.batch_size)
+            return torch.cat([windows[:0], *batches[team.share(len(batches))]])
+
+        return Work(mine(self.tokens), mine(self.held_out), self.batch_size, self.settings, team)
 
     @property
     def judges(self) -> list[Tensor]:
@@ -133,7 +144,7 @@ def _entering(
             if not all(store.is_finished(n) for n in range(number)):
                 return None
             found[stream] = _again(model, calls, store, work, number, stream)
-    return HiddenStates(found["dense"], found[streams[-1]], len(work.judges))
+    return HiddenStates(found["dense"], found[streams[-1]], len(work.judges), work.team)
 
 
 def _again(

@@ -33,6 +33,11 @@ class ADMM(AbstractSearch):
     stiffnesses: tuple[float, float] = (0.03, 1.0)
     every: int = 4
 
+    @property
+    def by_rows(self) -> bool:
+        """See `AbstractPruner.by_rows`."""
+        return True
+
     def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
         """See `AbstractSearch.search`: the scores are the last B + U, whose rounding is the last D."""
         assert quadratic.anchor is not None

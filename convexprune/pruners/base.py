@@ -81,6 +81,14 @@ class Pruned:
 class AbstractPruner(ABC):
     """Settings of a pruner."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows meet in the pattern only, which is asked equally often whatever they are.
+
+        Rows of one problem can then be pruned by several processes at once.
+        """
+        return False
+
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:
         """A weight in the pattern."""

@@ -70,6 +70,11 @@ class Convex(AbstractSearch):
         require_penalty(self._solver, GroupProducts if self.penalty == "group-products" else L1)
 
     @property
+    def by_rows(self) -> bool:
+        """See `AbstractPruner.by_rows`."""
+        return self.penalty == "reweighted-l1"
+
+    @property
     def _solver(self) -> AbstractSolver:
         return self.solver or Convex.solver_for("fista", self.penalty)
 

@@ -34,6 +34,11 @@ class Refitted(AbstractPruner):
     def __post_init__(self) -> None:
         require_penalty(self.refit, Support)
 
+    @property
+    def by_rows(self) -> bool:
+        """See `AbstractPruner.by_rows`."""
+        return self.pruner.by_rows
+
     @torch.no_grad()
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""

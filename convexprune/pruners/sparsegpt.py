@@ -28,6 +28,11 @@ class SparseGPT(AbstractPruner):
     block: int = 128
     damping: float = 0.01
 
+    @property
+    def by_rows(self) -> bool:
+        """See `AbstractPruner.by_rows`."""
+        return True
+
     @torch.no_grad()
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.

@@ -1,0 +1,278 @@
+"""Ranks that prune each layer together: sums over shares are those of the whole, and what is lost is said."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Barrier
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from families import build_family
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pruning_cases import correlated, layer_problem
+from runs import SETTINGS, TOKENS, checksums, forked
+from strategies import seeds
+from torch import Tensor
+
+import convexprune
+from convexprune import errors
+from convexprune.pattern import SemiStructured, Stacked, Unstructured
+from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.team import Spread, Team
+from convexprune.pruners import ADMM, ALPS, Convex, Pruned, PruningProblem, Refitted, SparseGPT
+from convexprune.report import OperatorReport, Report
+from convexprune.solvers.cg import ConjugateGradient
+
+SEQUENTIAL: dict[str, Any] = SETTINGS | {"prefix": "pruned"}
+EXACT = ConjugateGradient(tolerance=1e-12, scale=False)  # which stops by the gap of the rows that it has
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Threads(Team):
+    """A team of threads of this process."""
+
+    told: dict[int, Tensor] = field(default_factory=dict)
+    barrier: Barrier = field(default_factory=lambda: Barrier(1))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        self.told[self.rank] = tensor.clone()
+        self.barrier.wait(20)
+        assert len({(t.shape, t.dtype) for t in self.told.values()}) == 1
+        tensor.copy_(torch.stack(list(self.told.values())).sum(0))
+        self.barrier.wait(20)
+        return tensor
+
+
+def in_a_team(size: int, work: Callable[[Team], T]) -> list[T]:
+    """What each rank makes of it."""
+    told, barrier = dict[int, Tensor](), Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, [Threads(rank, size, told, barrier) for rank in range(size)]))
+
+
+def stacked(seed: int, pattern: Any, heights: tuple[int, ...] = (5, 2, 4)) -> PruningProblem:
+    layer = correlated(seed, m=sum(heights), change=0.3)
+    return layer_problem(layer, Stacked(pattern, heights))
+
+
+@given(seed=seeds, size=st.integers(2, 5), sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]))
+def test_spread_rows_have_the_mask_and_the_threshold_of_the_whole(seed: int, size: int, sparsity: float):
+    heights = (300, 1, 40, 59)
+    whole = Stacked(Unstructured(sparsity), heights)
+    scores = torch.randn(sum(heights), 160, generator=torch.Generator().manual_seed(seed))  # more than a sample
+
+    def mine(team: Team) -> tuple[Tensor, Tensor]:
+        rows = team.share(sum(heights))
+        spread = Spread(whole, rows, 160, team)
+        return spread.mask(scores[rows].abs()), spread.threshold(scores[rows])
+
+    masks, thresholds = zip(*in_a_team(size, mine), strict=True)
+    assert torch.equal(torch.cat(masks), whole.mask(scores.abs()))
+    assert torch.equal(torch.cat(thresholds), whole.threshold(scores)[:, :1])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.65), Unstructured(0.5, "row"), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pruner",
+    [Convex(EXACT), ADMM(EXACT), SparseGPT(block=8), Refitted(SparseGPT(), EXACT)],
+    ids=lambda p: type(p).__name__,
+)
+@settings(max_examples=5)
+@given(seed=seeds, size=st.integers(2, 3))
+def test_a_team_finds_what_one_process_finds(pruner, pattern, seed: int, size: int):
+    """In float64, where a sum in another order changes no choice."""
+    problem = stacked(seed, pattern)
+    alone = pruner.prune(problem)
+    assert pruner.by_rows
+    for pruned in in_a_team(size, lambda team: team.prune(pruner, problem, team.part(problem))):
+        assert torch.equal(pruned.mask, alone.mask)
+        torch.testing.assert_close(pruned.weight, alone.weight, rtol=0, atol=1e-5 * float(alone.weight.abs().max()))
+        assert_certified(pruned, alone)
+
+
+def assert_certified(pruned: Pruned, alone: Pruned) -> None:
+    """The certificates hold for all rows: lower bounds are below, and values above, those of one process."""
+    assert len(pruned.solutions) == len(alone.solutions) and pruned.facts == alone.facts
+    for one, other in zip(pruned.solutions, alone.solutions, strict=True):
+        mine, whole = one.certificate, other.certificate
+        assert mine.dual <= whole.primal * (1 + 1e-9) and whole.dual <= mine.primal * (1 + 1e-9)
+        assert mine.primal == pytest.approx(whole.primal, rel=1e-9)
+
+
+def test_what_cannot_be_spread_by_rows_is_solved_by_all_and_is_the_same():
+    problem, pruner = stacked(0, Unstructured(0.5)), ALPS()
+    alone = pruner.prune(problem)
+    for pruned in in_a_team(3, lambda team: team.prune(pruner, problem, team.part(problem))):
+        assert torch.equal(pruned.weight, alone.weight) and torch.equal(pruned.mask, alone.mask)
+
+
+def test_fewer_rows_than_ranks_are_pruned_by_all():
+    problem, pruner = stacked(0, Unstructured(0.5), (1, 1)), Convex()
+    for pruned in in_a_team(3, lambda team: team.prune(pruner, problem, team.part(problem))):
+        assert torch.equal(pruned.weight, pruner.prune(problem).weight)
+
+
+@pytest.mark.parametrize("outputs", [None, 5])
+@given(seed=seeds, samples=st.integers(3, 8), held_out=st.integers(0, 3), size=st.integers(2, 3))
+def test_moments_add_up_to_those_of_all_samples(outputs, seed: int, samples: int, held_out: int, size: int):
+    """The halves, too, are those of one process."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (samples + held_out, 7, 6), generator=draw).float()  # sums of integers are exact
+    d = torch.randint(-3, 4, (samples + held_out, 7, outputs or 6), generator=draw).float()
+
+    def counted(team: Team) -> Folds:
+        folds = Folds(6, torch.device("cpu"), outputs)
+        for i in range(samples)[team.share(samples)]:
+            folds.add(x[i : i + 1], d[i : i + 1], held_out=False)
+        for i in range(samples, samples + held_out)[team.share(held_out)]:
+            folds.add(x[i : i + 1], d[i : i + 1], held_out=True)
+        folds.add_up(team)
+        return folds
+
+    alone = counted(Team())
+    for folds in in_a_team(size, counted):
+        halves = zip(folds.halves, alone.halves, strict=True)
+        assert all(mine.tokens == whole.tokens and torch.equal(mine.gram, whole.gram) for mine, whole in halves)
+        assert folds.tokens == 7 * samples
+        pairs = [(folds.total, alone.total)] + ([(folds.held_out, alone.held_out)] if held_out else [])
+        for mine, whole in pairs:
+            assert mine.tokens == whole.tokens
+            torch.testing.assert_close(mine.gram, whole.gram)
+            torch.testing.assert_close(mine.cross, whole.cross)
+            torch.testing.assert_close(mine.change, whole.change)
+
+
+def test_ranks_that_count_different_things_say_so():
+    def counted(team: Team) -> None:
+        folds = Folds(4, torch.device("cpu"), outputs=3 if team.rank else None)
+        with pytest.raises(errors.PruningError, match="do not see the same operator"):
+            folds.add_up(team)
+
+    in_a_team(2, counted)
+
+
+# Processes
+
+
+def port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launched(size: int, run: Callable[[int], object]) -> list[int]:
+    """The processes of a launcher that gives each its rank, and where to meet."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": str(size)}
+
+    def rank(number: int) -> None:
+        os.environ |= meeting | {"RANK": str(number)}
+        run(number)
+
+    return [forked(lambda number=number: rank(number)) for number in range(size)]
+
+
+def ended(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def pruned_by(size: int, out: Path, model: Any, **settings: Any) -> Report:
+    """The report of a sequential run of so many ranks."""
+    run = {**SEQUENTIAL, **settings}
+    assert (
+        ended(launched(size, lambda _: convexprune.prune(model, output_dir=out, executor="ranks", **run))) == [0] * size
+    )
+    assert not (out / "work").exists() and not (out / "run.lock").exists()
+    return Report.from_json((out / "report.json").read_text())
+
+
+def test_ranks_that_prune_each_layer_together_come_near_to_one(dense: Path, tmp_path: Path):
+    given: dict[str, Any] = {"method": "convex", "num_calibration_samples": 3, "batch_size": 1}
+    alone = convexprune.prune(dense, output_dir=tmp_path / "convex", **{**SEQUENTIAL, **given}).report
+    for size in (2, 3):
+        report = pruned_by(size, tmp_path / str(size), dense, **given)
+        assert report.identity["numerics"]["ranks"] == size
+        assert [(o.name, o.zeros, o.tokens, o.held_out_tokens, o.solves) for o in report.operators] == [
+            (o.name, o.zeros, o.tokens, o.held_out_tokens, o.solves) for o in alone.operators
+        ]
+        assert all(o.gap is not None and o.gap < 1e-3 and o.bound for o in report.operators)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_whose_tokens_are_with_other_ranks_borrow_as_alone(family: str, tmp_path: Path):
+    build_family(family).save_pretrained(tmp_path / "dense")
+    given: dict[str, Any] = SEQUENTIAL | {"dataset": TOKENS % 100 + 2}
+    alone = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "alone", **given).report
+    report = pruned_by(2, tmp_path / "out", tmp_path / "dense", **given)
+    assert [(o.name, o.zeros) for o in report.operators] == [(o.name, o.zeros) for o in alone.operators]
+    first = [o for o in alone.operators if ".layers.0." in o.name]
+    assert [(o.tokens, o.facts) for o in first] == [(o.tokens, o.facts) for o in report.operators[: len(first)]]
+
+
+def test_a_model_in_memory_is_pruned_in_every_rank(dense: Path, tmp_path: Path):
+    def rank(number: int) -> None:
+        model = convexprune.adapters.load(dense, device="cpu").model
+        convexprune.prune(model, output_dir=tmp_path / "out", executor="ranks", **SEQUENTIAL)
+        model.save_pretrained(tmp_path / f"rank-{number}")
+
+    assert ended(launched(2, rank)) == [0, 0]
+    one, two, out = (checksums(tmp_path / name) for name in ("rank-0", "rank-1", "out"))
+    assert one.keys() == two.keys() and one == two == out
+
+
+def test_a_team_that_loses_a_rank_says_so_and_goes_on_with_the_same_bits(dense: Path, tmp_path: Path):
+    pruned_by(2, tmp_path / "peace", dense)
+    out = tmp_path / "out"
+
+    def dying(number: int) -> None:
+        progress = _dies if number == 0 else None
+        with pytest.raises(errors.PruningError, match="Another rank of this run was lost"):
+            convexprune.prune(dense, output_dir=out, executor="ranks", progress=progress, **SEQUENTIAL)
+
+    assert ended(launched(2, dying)) == [-signal.SIGKILL, 0]
+    assert len(list((out / "work" / "layers").glob("*.json"))) == 1
+    (out / "work" / "hidden" / "00001.fed.1.bin").write_bytes(b"damaged")  # what one rank keeps for itself
+    with pytest.raises(errors.OutputError, match="ranks: 2 then, 1 now"):
+        convexprune.prune(dense, output_dir=out, resume=True, **SEQUENTIAL)
+    pruned_by(2, out, dense)
+    assert checksums(out) == checksums(tmp_path / "peace")
+
+
+def _dies(_: int) -> Callable[[OperatorReport], None]:
+    return lambda report: os.kill(os.getpid(), signal.SIGKILL) if ".layers.1." in report.name else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_a_team_killed_at_any_moment_goes_on_with_the_same_bits(moment: int, dense: Path, tmp_path: Path):
+    pruned_by(2, tmp_path / "peace", dense)
+    run = {**SEQUENTIAL, "output_dir": tmp_path / "out", "executor": "ranks"}
+    children = launched(2, lambda _: convexprune.prune(dense, **run))
+    time.sleep(0.05 + 0.1 * moment)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    ended(children)
+    pruned_by(2, tmp_path / "out", dense)
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "peace")
+
+
+def test_what_a_team_cannot_do_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    run = {**SEQUENTIAL, "output_dir": tmp_path / "out", "executor": "ranks"}
+    with pytest.raises(errors.RecipeError, match="MASTER_ADDR, MASTER_PORT must say where they meet"):
+        convexprune.prune(dense, **run)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(errors.RecipeError, match="3 ranks share 2 batches"):
+        convexprune.prune(dense, **run)
+    assert list(tmp_path.iterdir()) == []
