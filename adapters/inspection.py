@@ -211,8 +211,9 @@ def _needs(found: Inspection) -> Table:
     table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
     laps = ", ".join(f"{name} {_time(lap)}" for name, lap in found.seconds.items())
     total = _time(sum(found.seconds.values()))
+    spread = "layers" if found.recipe["prefix"] == "dense" else "the samples and rows of each layer"
     table.add_row(
-        "time", total, f"an estimate on this machine ({found.device}): {laps}; layers can be spread over workers"
+        "time", total, f"an estimate on this machine ({found.device}): {laps}; {spread} can be spread over workers"
     )
     return table
 
