@@ -1,5 +1,6 @@
 """Ranks that prune one decoder layer together: each counts a share of the samples and prunes a share of the rows."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -156,9 +157,10 @@ class Spread(AbstractPattern):
     def threshold(self, scores: Tensor) -> Tensor:
         """See `AbstractPattern.threshold`: the same sample of each operator as in one process."""
         assert isinstance(self.whole.pattern, Unstructured)
-        lengths, here, entries = self._sampled
-        sample = scores.new_zeros(sum(lengths))
-        sample[here] = scores.reshape(-1)[entries.to(scores.device)]
+        lengths, before, mine = self._sampled
+        flat, sample = scores.reshape(-1), scores.new_zeros(sum(lengths))
+        known = torch.cat([flat[part] for part in mine])
+        sample[before : before + len(known)] = known
         levels = [
             self.whole.pattern.level(line[None], height, self.columns).expand(height, 1)
             for line, height in zip(self.team.total(sample).split(lengths), self.whole.heights, strict=True)
@@ -166,13 +168,17 @@ class Spread(AbstractPattern):
         return torch.cat(levels)[self.rows]
 
     @cached_property
-    def _sampled(self) -> tuple[list[int], slice, Tensor]:
-        """How long each operator's sample is, which part of all of them is this rank's, and which of its entries."""
-        spans = list(pairwise(self.columns * first for first in accumulate(self.whole.heights, initial=0)))
-        samples = [torch.arange(begin, end, sample_step(end - begin, self.columns)) for begin, end in spans]
-        positions, first, end = torch.cat(samples), self.rows.start * self.columns, self.rows.stop * self.columns
-        here = slice(*torch.searchsorted(positions, torch.tensor([first, end])).tolist())
-        return [len(sample) for sample in samples], here, positions[here] - first
+    def _sampled(self) -> tuple[list[int], int, list[slice]]:
+        """How long each operator's sample is, how many of all are in ranks before this one, and what is in this one."""
+        first, last = self.rows.start * self.columns, self.rows.stop * self.columns
+        lengths, before, mine = list[int](), 0, list[slice]()
+        for begin, end in pairwise(self.columns * height for height in accumulate(self.whole.heights, initial=0)):
+            entries = range(begin, end, sample_step(end - begin, self.columns))
+            i, j = bisect_left(entries, first), bisect_left(entries, last)
+            lengths.append(len(entries))
+            before += i
+            mine.append(slice(entries[i] - first, min(end, last) - first, entries.step) if i < j else slice(0))
+        return lengths, before, mine
 
     @property
     def by_row(self) -> bool:
