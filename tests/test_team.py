@@ -238,6 +238,16 @@ def test_experts_whose_tokens_are_with_other_ranks_borrow_as_alone(family: str, 
     assert [(o.tokens, o.facts) for o in first] == [(o.tokens, o.facts) for o in report.operators[: len(first)]]
 
 
+def test_a_script_may_have_introduced_the_ranks_to_each_other(dense: Path, tmp_path: Path):
+    def rank(number: int) -> None:
+        torch.distributed.init_process_group()
+        convexprune.prune(dense, output_dir=tmp_path / "out", executor="ranks", **SEQUENTIAL)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    assert ended(launched(2, rank)) == [0, 0]
+
+
 def test_a_model_in_memory_is_pruned_in_every_rank(dense: Path, tmp_path: Path):
     def rank(number: int) -> None:
         model = convexprune.adapters.load(dense, device="cpu").model
