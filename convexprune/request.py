@@ -21,17 +21,13 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters.allocating import allotment
-from convexprune.errors import RecipeError
 from convexprune.pipeline import (
-    AbstractExecutor,
     FolderStore,
     Job,
-    Recipe,
     RunFolder,
     Work,
     check_patterns,
     identity,
-    make_executor,
     make_recipe,
     prune_in_folder,
     prune_in_place,
@@ -39,10 +35,10 @@ from convexprune.pipeline import (
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.machine import Clock, default_device, default_workers, steps, versions
-from convexprune.pipeline.team import require_meeting
+from convexprune.pipeline.machine import Clock, default_device, steps, versions
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
+from convexprune.workers import executor_for, team_size
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 FITTED = ("calibration", "held_out")
@@ -84,8 +80,8 @@ class Request:
         self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
         self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
         self.device = default_device(recipe.device)
-        self.executor = _executor(settings, self.device, recipe.threads)
-        self.team_size = _team_size(recipe, self.executor)
+        self.executor = executor_for(settings, self.device, recipe.threads)
+        self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
@@ -256,51 +252,6 @@ def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel
 def is_self(text: Any) -> bool:
     """Whether it asks for text that the model samples itself."""
     return isinstance(text, str) and text == "self"
-
-
-def _executor(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
-    workers = settings["workers"] or default_workers(device, threads)
-    if settings["executor"] != "serial":
-        _check_spread(settings)
-    return make_executor(settings["executor"], workers, device)
-
-
-def _team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
-    """How many ranks prune each layer together.
-
-    Raises:
-        RecipeError: more than there are batches, or they do not know where they meet.
-    """
-    if recipe.prefix == "dense" or executor.together == 1:
-        return 1
-    require_meeting()
-    batches = -(-recipe.num_calibration_samples // recipe.batch_size)
-    if batches < executor.together:
-        raise RecipeError(
-            f"{executor.together} ranks share {batches} batches of calibration samples, and one would have none. Give "
-            "more samples, smaller batches (batch_size), or fewer ranks."
-        )
-    return executor.together
-
-
-def _check_spread(settings: dict[str, Any]) -> None:
-    """Refuse what cannot be spread over processes.
-
-    Raises:
-        RecipeError: the run has no folder to meet in, or its layers wait for each other, or its model is in the memory
-            of this process.
-    """
-    name = settings["executor"]
-    if settings["output_dir"] is None:
-        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
-    if settings["prefix"] == "pruned" and name != "ranks":
-        raise RecipeError(
-            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
-            "cannot be spread. executor='ranks', started by torchrun, spreads the samples and rows of each layer, and "
-            "executor='serial' over threads; or use prefix='dense'."
-        )
-    if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
-        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
 
 
 def _read(folder: Path, device: str) -> PreTrainedModel:

@@ -62,14 +62,14 @@ class AbstractExecutor(ABC):
     """Sees to it that all layers of a run get finished."""
 
     @property
-    @abstractmethod
     def rank(self) -> int | None:
         """The number of this process, if several open the run's folder on purpose."""
+        return None
 
     @property
-    @abstractmethod
     def processes(self) -> int:
         """How many share the threads of this one."""
+        return 1
 
     @property
     def together(self) -> int:
@@ -84,14 +84,6 @@ class AbstractExecutor(ABC):
 class Serial(AbstractExecutor):
     """Only this process, layer by layer."""
 
-    @property
-    def rank(self) -> int | None:
-        return None
-
-    @property
-    def processes(self) -> int:
-        return 1
-
     def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
         with threads(job.threads):
             prune_claimed(model, store, job.work, tell)
@@ -102,6 +94,7 @@ class Ranks(AbstractExecutor):
     """One of the `size` processes that torchrun or srun started with the same command.
 
     They meet in the run's folder only; if layers wait for each other, they are a team that prunes each layer together.
+    Launchers divide the threads themselves.
     """
 
     number: int
@@ -126,10 +119,6 @@ class Ranks(AbstractExecutor):
         return self.number
 
     @property
-    def processes(self) -> int:
-        return 1  # launchers divide the threads themselves
-
-    @property
     def together(self) -> int:
         return self.size
 
@@ -148,10 +137,6 @@ class Pool(AbstractExecutor):
     """Processes on this machine, one for each of `devices`; one that is lost is started again."""
 
     devices: Sequence[str]
-
-    @property
-    def rank(self) -> int | None:
-        return None
 
     @property
     def processes(self) -> int:
@@ -188,10 +173,6 @@ class OnRay(AbstractExecutor):
     """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost."""
 
     workers: int
-
-    @property
-    def rank(self) -> int | None:
-        return None
 
     @property
     def processes(self) -> int:

@@ -1,0 +1,61 @@
+"""Who prunes: the executor that a call of `prune` asks for, or why its layers cannot be spread like that."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from convexprune.errors import RecipeError
+from convexprune.pipeline import AbstractExecutor, Recipe, make_executor
+from convexprune.pipeline.machine import default_workers
+from convexprune.pipeline.team import require_meeting
+
+
+def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
+    """The executor that a call's `settings` name.
+
+    Raises:
+        RecipeError: there is none, or it does not fit the run or where we are.
+        DependencyError: Ray is missing.
+    """
+    workers = settings["workers"] or default_workers(device, threads)
+    if settings["executor"] != "serial":
+        _check_spread(settings)
+    return make_executor(settings["executor"], workers, device)
+
+
+def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
+    """How many ranks prune each layer together.
+
+    Raises:
+        RecipeError: more than there are batches, or they do not know where they meet.
+    """
+    if recipe.prefix == "dense" or executor.together == 1:
+        return 1
+    require_meeting()
+    batches = -(-recipe.num_calibration_samples // recipe.batch_size)
+    if batches < executor.together:
+        raise RecipeError(
+            f"{executor.together} ranks share {batches} batches of calibration samples, and one would have none. Give "
+            "more samples, smaller batches (batch_size), or fewer ranks."
+        )
+    return executor.together
+
+
+def _check_spread(settings: dict[str, Any]) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Raises:
+        RecipeError: the run has no folder to meet in, or its layers wait for each other, or its model is in the memory
+            of this process.
+    """
+    name = settings["executor"]
+    if settings["output_dir"] is None:
+        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
+    if settings["prefix"] == "pruned" and name != "ranks":
+        raise RecipeError(
+            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
+            "cannot be spread. executor='ranks', started by torchrun, spreads the samples and rows of each layer, and "
+            "executor='serial' over threads; or use prefix='dense'."
+        )
+    if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
+        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")
