@@ -48,7 +48,7 @@ def in_a_team(size: int, work: Callable[[Team], T]) -> list[T]:
     def of_rank(rank: int) -> T:
         try:
             return work(Threads(rank, size, told, barrier))
-        except BaseException:
+        except BaseException:  # what pytest raises is no Exception
             barrier.abort()  # nobody waits for who does not come
             raise
 
