@@ -19,10 +19,9 @@ PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), SemiStructured(2, 4))
 few = settings(max_examples=6)
 
 
-def lasso(layer, strength, dtype=torch.float64):
+def lasso(layer, strength, solver=SOLVER):
     q = layer.quadratic()
-    problem = Problem(q, L1(strength * q.scale()))
-    return SOLVER.solve(problem).weight.to(dtype)
+    return solver.solve(Problem(q, L1(strength * q.scale()))).weight
 
 
 def prune(layer, pattern, dtype=torch.float64):
@@ -80,8 +79,24 @@ def test_how_the_tokens_are_split_into_batches(seed, size):
     close(found, prune(layer, PATTERNS[0]))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_dtype(pattern):
+def test_the_dtype_of_a_solve():
     layer = draw(0)
-    single, double = prune(layer, pattern, torch.float32), prune(layer, pattern)
-    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * float(double.abs().max()))
+    single = Layer(layer.weight.float(), layer.pruned.float(), layer.dense.float())
+    quick = make_solver("fista", tolerance=1e-6, max_iterations=20_000)
+    found, expected = lasso(single, 0.2, solver=quick).double(), lasso(layer, 0.2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_dtype_of_a_pruning(pattern):
+    """Reweighting is not convex: the last bit decides near ties. Masks may differ then; neither dtype is better."""
+    errors, same = [], []
+    for seed in range(50):
+        layer = draw(seed)
+        single, double = prune(layer, pattern, torch.float32).double(), prune(layer, pattern)
+        errors.append([float(layer.loss(weight).sum()) for weight in (single, double)])
+        same.append(torch.equal(single != 0, double != 0))
+    ratios = torch.tensor([single / double for single, double in errors])
+    assert sum(same) >= 40
+    assert ratios[torch.tensor(same)].sub(1).abs().max() < 2e-4  # both refits have gaps of at most 1e-4
+    assert float(ratios.log().mean()) == pytest.approx(0, abs=0.02)
