@@ -2,7 +2,9 @@
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import gcd
 from typing import Literal
 
@@ -160,29 +162,46 @@ class SemiStructured(AbstractPattern):
 
 @dataclass(frozen=True)
 class Stacked(AbstractPattern):
-    """One pattern applied to each operator of a stack: operators that share an input are solved as one problem."""
+    """A pattern for each operator of a stack: operators that share an input are solved as one problem."""
 
-    pattern: AbstractPattern
+    patterns: tuple[AbstractPattern, ...]
     heights: tuple[int, ...]
+
+    @classmethod
+    def alike(cls, pattern: AbstractPattern, heights: tuple[int, ...]) -> "Stacked":
+        """One pattern applied to each operator."""
+        return cls((pattern,) * len(heights), heights)
 
     def check(self, rows: int, columns: int) -> None:
         assert rows == sum(self.heights), f"a stack of {self.heights} rows got {rows}"
-        for height in self.heights:
-            self.pattern.check(height, columns)
+        for pattern, height in self._parts():
+            pattern.check(height, columns)
 
     def zeros(self, rows: int, columns: int) -> int:
-        return sum(self.pattern.zeros(height, columns) for height in self.heights)
+        return sum(pattern.zeros(height, columns) for pattern, height in self._parts())
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        return torch.cat([self.pattern.mask(part, first) for part in scores.split(self.heights)])
+        parts = zip(self.patterns, scores.split(self.heights), strict=True)
+        return torch.cat([pattern.mask(part, first) for pattern, part in parts])
 
     def threshold(self, scores: Tensor) -> Tensor:
-        parts = scores.split(self.heights)
-        return torch.cat([self.pattern.threshold(p).expand(p.shape[0], -1) for p in parts])
+        columns = scores.shape[1]
+        parts = zip(self.patterns, scores.split(self.heights), strict=True)
+        return torch.cat([pattern.threshold(part).expand(len(part), columns) for pattern, part in parts])
 
     @property
     def by_row(self) -> bool:
-        return self.pattern.by_row
+        return all(pattern.by_row for pattern in self.patterns)
+
+    def rows(self, chosen: slice) -> "Stacked":
+        """The patterns of some rows of the stack, where every row has a quota of its own."""
+        begins = accumulate(self.heights, initial=0)
+        spans = [(max(chosen.start, begin), min(chosen.stop, end)) for begin, end in pairwise(begins)]
+        held = [(pattern, j - i) for pattern, (i, j) in zip(self.patterns, spans, strict=True) if i < j]
+        return Stacked(tuple(pattern for pattern, _ in held), tuple(height for _, height in held))
+
+    def _parts(self) -> Iterator[tuple[AbstractPattern, int]]:
+        return zip(self.patterns, self.heights, strict=True)
 
 
 def sample_step(length: int, columns: int) -> int:

@@ -22,9 +22,11 @@ PATTERNS = {
     "row": Unstructured(0.5, "row"),
     "2:4": SemiStructured(2, 4),
     "3:8": SemiStructured(3, 8),
-    "stack": Stacked(Unstructured(0.65), (2, 3, 1)),
-    "stack of rows": Stacked(Unstructured(0.65, "row"), (2, 3, 1)),
-    "stack of 2:4": Stacked(SemiStructured(2, 4), (2, 3, 1)),
+    "stack": Stacked.alike(Unstructured(0.65), (2, 3, 1)),
+    "stack of rows": Stacked.alike(Unstructured(0.65, "row"), (2, 3, 1)),
+    "stack of 2:4": Stacked.alike(SemiStructured(2, 4), (2, 3, 1)),
+    "uneven stack": Stacked(tuple(map(Unstructured, (0.65, 0.3, 0.8))), (2, 3, 1)),
+    "uneven stack of N:M": Stacked((SemiStructured(2, 4), SemiStructured(3, 4), SemiStructured(1, 4)), (2, 3, 1)),
 }
 
 

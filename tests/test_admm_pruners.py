@@ -131,7 +131,7 @@ def test_alps_is_the_authors_code_step_by_step(rho, pattern, seed):
 
 def test_alps_prunes_each_operator_of_a_stack_on_its_own_schedule():
     layer, heights = correlated(0, m=12, change=0.3), (4, 8)
-    whole = ALPS(refit=None).prune(layer_problem(layer, Stacked(Unstructured(0.5), heights))).weight
+    whole = ALPS(refit=None).prune(layer_problem(layer, Stacked.alike(Unstructured(0.5), heights))).weight
     for part, weight in zip(whole.split(heights), layer.weight.split(heights), strict=True):
         alone = ALPS(refit=None).prune(PruningProblem(weight, layer.moments, Unstructured(0.5))).weight
         torch.testing.assert_close(part, alone, rtol=0, atol=ROUNDING)

@@ -127,7 +127,7 @@ def test_fistapruner_improves_on_wanda():
 
 def test_fistapruner_prunes_each_operator_of_a_stack_on_its_own():
     layer, heights = correlated(0, m=6), (2, 4)
-    whole = FISTAPruner().prune(layer_problem(layer, Stacked(Unstructured(0.5), heights))).weight
+    whole = FISTAPruner().prune(layer_problem(layer, Stacked.alike(Unstructured(0.5), heights))).weight
     for part, weight in zip(whole.split(heights), layer.weight.split(heights), strict=True):
         alone = FISTAPruner().prune(PruningProblem(weight, layer.moments, Unstructured(0.5))).weight
         torch.testing.assert_close(part, alone, rtol=0, atol=ROUNDING)

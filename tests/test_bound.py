@@ -142,7 +142,7 @@ def test_what_breaks_the_pattern_is_refused():
     with pytest.raises(ProblemError, match="keeps up to 4 in a line of 4; 2:4 keeps 2"):
         QUICK.of(quadratic, PATTERNS["2:4"], layer.weight)
     with pytest.raises(ProblemError, match="one operator"):
-        QUICK.of(quadratic, Stacked(Unstructured(0.5), (1, 1)), layer.weight)
+        QUICK.of(quadratic, Stacked.alike(Unstructured(0.5), (1, 1)), layer.weight)
     with pytest.raises(ProblemError, match=r"\[2, 3\]"):
         QUICK.of(quadratic, PATTERNS["row"], layer.weight[:, :3])
 

@@ -84,7 +84,7 @@ def test_what_is_too_wide_or_not_pruned_has_no_bound(monkeypatch):
 def test_operators_that_share_an_input_have_the_bounds_that_each_has_alone(pattern, rows):
     layer = make_layer("full rank", 9, 8, 3, 0.1)
     damping = Damping(0.1, 0.2)
-    problem = layer_problem(layer, Stacked(pattern, (4, 2, 3)))
+    problem = layer_problem(layer, Stacked.alike(pattern, (4, 2, 3)))
     weight = Wanda().prune(problem).weight
     together = sampled_bounds(problem, weight, rows, damping)
     parts = zip(problem.operators(), weight.split((4, 2, 3)), strict=True)

@@ -114,7 +114,7 @@ def waits(work: Callable[[], object]) -> int:
 
 
 def pruned(**settings) -> int:
-    problem = layer_problem(correlated(0, 12, 16), Stacked(Unstructured(0.5), (8, 4)))
+    problem = layer_problem(correlated(0, 12, 16), Stacked.alike(Unstructured(0.5), (8, 4)))
     return waits(lambda: Convex(**settings).prune(problem))
 
 

@@ -10,6 +10,7 @@ from convexprune.pattern import SemiStructured, Stacked, Unstructured, parse_pat
 sparsities = st.sampled_from((0.0, 0.1, 1 / 3, 0.5, 0.65, 0.9))
 rows = st.integers(1, 12)
 columns = st.integers(2, 24)
+quotas = st.sampled_from(("matrix", "row"))
 groups = st.sampled_from(((2, 4), (1, 4), (3, 8), (4, 8), (1, 2)))
 
 
@@ -52,12 +53,27 @@ def test_the_largest_of_every_group_are_kept_and_of_equals_the_first(m, count, g
         assert places(keeps) == slow_largest(line.tolist(), kept)
 
 
-@given(st.lists(rows, min_size=1, max_size=3), columns, sparsities, seeds, st.sampled_from(("matrix", "row")))
-def test_a_stack_is_its_operators_one_by_one(heights, n, sparsity, seed, quota):
-    pattern = Unstructured(sparsity, quota)
-    values = scores(seed, sum(heights), n)
-    expected = torch.cat([pattern.mask(part) for part in values.split(heights)])
-    assert torch.equal(Stacked(pattern, tuple(heights)).mask(values), expected)
+@given(st.lists(st.tuples(rows, sparsities), min_size=1, max_size=3), columns, seeds, quotas)
+def test_a_stack_is_its_operators_one_by_one(operators, n, seed, quota):
+    heights = tuple(height for height, _ in operators)
+    patterns = tuple(Unstructured(sparsity, quota) for _, sparsity in operators)
+    stack, values = Stacked(patterns, heights), scores(seed, sum(heights), n)
+    parts = list(zip(patterns, values.split(heights), strict=True))
+    assert torch.equal(stack.mask(values), torch.cat([own.mask(part) for own, part in parts]))
+    levels = [own.threshold(part).expand_as(part) for own, part in parts]
+    assert torch.equal(stack.threshold(values), torch.cat(levels))
+    assert stack.zeros(*values.shape) == sum(own.zeros(*part.shape) for own, part in parts)
+
+
+@given(st.lists(rows, min_size=1, max_size=4), columns, seeds, st.data())
+def test_some_rows_of_a_stack_are_kept_as_in_the_whole(heights, n, seed, data):
+    """Of patterns whose rows have quotas of their own."""
+    total = sum(heights)
+    patterns = tuple(Unstructured(data.draw(sparsities), "row") for _ in heights)
+    first = data.draw(st.integers(0, total - 1))
+    chosen = slice(first, data.draw(st.integers(first + 1, total)))
+    stack, values = Stacked(patterns, tuple(heights)), scores(seed, total, n)
+    assert torch.equal(stack.rows(chosen).mask(values[chosen]), stack.mask(values)[chosen])
 
 
 def make(name, sparsity):
@@ -66,9 +82,9 @@ def make(name, sparsity):
         "row": Unstructured(sparsity, "row"),
         "2:4": SemiStructured(2, 4),
         "3:8": SemiStructured(3, 8),
-        "stack": Stacked(Unstructured(sparsity), (1, 3)),
-        "stack of rows": Stacked(Unstructured(sparsity, "row"), (1, 3)),
-        "stack of 2:4": Stacked(SemiStructured(2, 4), (1, 3)),
+        "stack": Stacked.alike(Unstructured(sparsity), (1, 3)),
+        "stack of rows": Stacked.alike(Unstructured(sparsity, "row"), (1, 3)),
+        "stack of 2:4": Stacked.alike(SemiStructured(2, 4), (1, 3)),
     }[name]
 
 
@@ -90,8 +106,8 @@ def test_a_mask_has_exactly_the_promised_zeros(name, sparsity, eights, seed, tie
         (Unstructured(0.5, "row"), 3, 5, 6),  # round(2.5) is 2, as Python rounds
         (SemiStructured(2, 4), 3, 8, 12),
         (SemiStructured(3, 8), 2, 16, 20),
-        (Stacked(Unstructured(0.5), (1, 2)), 3, 5, 7),  # round(2.5) + round(5.0)
-        (Stacked(SemiStructured(1, 4), (1, 2)), 3, 4, 9),
+        (Stacked.alike(Unstructured(0.5), (1, 2)), 3, 5, 7),  # round(2.5) + round(5.0)
+        (Stacked.alike(SemiStructured(1, 4), (1, 2)), 3, 4, 9),
     ],
 )
 def test_the_promised_zeros_are_these(pattern, m, n, zeros):
@@ -132,7 +148,7 @@ def test_the_threshold_separates_what_is_kept_from_what_is_not(name, sparsity, s
     assert (values[~mask] <= threshold[~mask]).all()
 
 
-@pytest.mark.parametrize("pattern", [SemiStructured(2, 4), Stacked(SemiStructured(2, 4), (1, 1))])
+@pytest.mark.parametrize("pattern", [SemiStructured(2, 4), Stacked.alike(SemiStructured(2, 4), (1, 1))])
 def test_a_width_that_is_no_multiple_of_the_group_is_refused(pattern):
     with pytest.raises(PatternError, match="no multiple of 4"):
         pattern.check(2, 10)

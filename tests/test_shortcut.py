@@ -148,7 +148,7 @@ def test_a_survey_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch):
 
     def surveyed() -> list[Any]:
         found = survey.survey(model, hidden, 1, lambda n: lambda _: calls[n], [Unstructured(0.5)], fisher)
-        return [(unit.names, unit.costs, unit.outliers, unit.skewness) for unit in found]
+        return [(unit.name, unit.costs, unit.outliers, unit.skewness) for unit in found]
 
     times.clear()
     once = surveyed()

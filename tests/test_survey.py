@@ -13,9 +13,10 @@ from convexprune.adapters import HuggingFaceModel, allocating
 from convexprune.adapters.gradients import output_fisher
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.pipeline import RecordedCalls, make_recipe
+from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, observe, prune_observed
 from convexprune.pipeline.survey import SURVEYED, Unit, allot, candidates, survey
-from convexprune.report import Report
+from convexprune.pruners import Convex
+from convexprune.report import OperatorReport, Report
 from convexprune.validation import compare, verify
 from convexprune.validation.variants import make_variants
 from convexprune.validation.verify import _layer_settings
@@ -57,7 +58,8 @@ def surveyed(model: HuggingFaceModel) -> list[Unit]:
 def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFaceModel):
     before = [p.clone() for p in tiny_llama.model.parameters()]
     units = surveyed(tiny_llama)
-    assert [len(unit.names) for unit in units] == [3, 1, 2, 1] * 2
+    operators = [(f"{la.name}.{o.name}", o.shape[0] * o.shape[1]) for la in tiny_llama.layers for o in la.operators]
+    assert sorted((unit.name, unit.size) for unit in units) == sorted(operators)
     for unit in units:
         for asked in (HALF, TWO_OF_FOUR):
             costs = [unit.costs[pattern] for pattern in candidates(asked)]
@@ -117,6 +119,27 @@ def test_what_cannot_be_allocated_is_refused():
         make_variants(["wanda"], [0.5], ["2:4"], ["own"], allocations=["owls"])
     with pytest.raises(RecipeError, match="needs pattern unstructured, not 2:4"):
         convexprune.prune(allocation="skewness", pattern="2:4")
+    for pattern, allocation in (("unstructured", "uniform"), ("2:4", "curve")):
+        with pytest.raises(RecipeError, match="needs one pattern N:M for all operators"):
+            convexprune.prune(method_args={"penalty": "group-products"}, pattern=pattern, allocation=allocation)
+
+
+def test_operators_with_one_input_differ_in_their_shares_and_none_is_touched_for_nothing(tiny_llama: HuggingFaceModel):
+    layer, call = tiny_llama.layers[0], tiny_llama.calls(TOKENS[:1])[0]
+    asked = {"self_attn.q_proj": 0.0, "self_attn.k_proj": 0.7, "mlp.up_proj": 0.25}
+    patterns = {f"{layer.name}.{name}": Unstructured(share) for name, share in asked.items()}
+    before = {operator.name: operator.read().clone() for operator in layer.operators}
+    hidden, reports = [tiny_llama.first_inputs(ids) for ids in TOKENS.split(1)], list[OperatorReport]()
+    observed = observe(layer, lambda _: call, hidden)
+    settings = LayerSettings(Convex(), HALF, patterns=patterns)
+    prune_observed(layer, lambda _: call, HiddenStates(hidden, hidden), observed, settings, reports.append)
+    zeros = {operator.name: int((operator.read() == 0).sum()) for operator in layer.operators}
+    assert zeros == {name: round(asked.get(name, 0.5) * weight.numel()) for name, weight in before.items()}
+    assert [o.pattern for o in reports] == [str(patterns.get(o.name, HALF)) for o in reports]
+    same = {o.name for o in layer.operators if torch.equal(o.read(), before[o.name])}
+    assert same == {"self_attn.q_proj"}
+    (idle,) = (o for o in reports if o.name.endswith("q_proj"))
+    assert idle.relative_error == 0 and idle.zeros == idle.expected_zeros == 0
 
 
 def shares(report: Report) -> dict[str, float]:

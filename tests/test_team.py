@@ -56,15 +56,20 @@ def in_a_team(size: int, work: Callable[[Team], T]) -> list[T]:
         return list(pool.map(of_rank, range(size)))
 
 
-def stacked(seed: int, pattern: Any, heights: tuple[int, ...] = (5, 2, 4)) -> PruningProblem:
+def stacked(seed: int, *patterns: Any, heights: tuple[int, ...] = (5, 2, 4)) -> PruningProblem:
+    """One pattern for all operators, or one for each."""
     layer = correlated(seed, m=sum(heights), change=0.3)
-    return layer_problem(layer, Stacked(pattern, heights))
+    each = patterns * (len(heights) // len(patterns))
+    return layer_problem(layer, Stacked(each, heights))
 
 
-@given(seed=seeds, size=st.integers(2, 5), sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]))
-def test_spread_rows_have_the_mask_and_the_threshold_of_the_whole(seed: int, size: int, sparsity: float):
+shares = st.sampled_from([0.0, 0.3, 0.5, 0.9])
+
+
+@given(seed=seeds, size=st.integers(2, 5), sparsities=st.lists(shares, min_size=4, max_size=4))
+def test_spread_rows_have_the_mask_and_the_threshold_of_the_whole(seed: int, size: int, sparsities: list[float]):
     heights = (700, 1, 40, 59)
-    whole = Stacked(Unstructured(sparsity), heights)
+    whole = Stacked(tuple(map(Unstructured, sparsities)), heights)
     scores = torch.randn(sum(heights), 160, generator=torch.Generator().manual_seed(seed))  # the first is sampled
 
     def mine(team: Team) -> tuple[Tensor, Tensor]:
@@ -77,7 +82,17 @@ def test_spread_rows_have_the_mask_and_the_threshold_of_the_whole(seed: int, siz
     assert torch.equal(torch.cat(thresholds), whole.threshold(scores)[:, :1])
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.65), Unstructured(0.5, "row"), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        (Unstructured(0.65),),
+        (Unstructured(0.5, "row"),),
+        (SemiStructured(2, 4),),
+        tuple(map(Unstructured, (0.3, 0.8, 0.5))),
+        (SemiStructured(3, 4), SemiStructured(1, 4), SemiStructured(2, 4)),
+    ],
+    ids=lambda patterns: ", ".join(map(str, patterns)),
+)
 @pytest.mark.parametrize(
     "pruner",
     [Convex(EXACT), ADMM(EXACT), SparseGPT(block=8), Refitted(SparseGPT(), EXACT)],
@@ -85,9 +100,9 @@ def test_spread_rows_have_the_mask_and_the_threshold_of_the_whole(seed: int, siz
 )
 @settings(max_examples=5)
 @given(seed=seeds, size=st.integers(2, 3))
-def test_a_team_finds_what_one_process_finds(pruner, pattern, seed: int, size: int):
+def test_a_team_finds_what_one_process_finds(pruner, patterns, seed: int, size: int):
     """In float64, where a sum in another order changes no choice."""
-    problem = stacked(seed, pattern)
+    problem = stacked(seed, *patterns)
     alone = pruner.prune(problem)
     assert pruner.by_rows
     for pruned in in_a_team(size, lambda team: team.prune(pruner, problem, team.part(problem))):
@@ -113,7 +128,7 @@ def test_what_cannot_be_spread_by_rows_is_solved_by_all_and_is_the_same():
 
 
 def test_fewer_rows_than_ranks_are_pruned_by_all():
-    problem, pruner = stacked(0, Unstructured(0.5), (1, 1)), Convex()
+    problem, pruner = stacked(0, Unstructured(0.5), heights=(1, 1)), Convex()
     for pruned in in_a_team(3, lambda team: team.prune(pruner, problem, team.part(problem))):
         assert torch.equal(pruned.weight, pruner.prune(problem).weight)
 

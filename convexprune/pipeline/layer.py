@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal
 
@@ -35,8 +35,8 @@ class LayerSettings:
     W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
     the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
     the decoder layer lack, for the operator that closes it (`passes.closes`): what reached them by other ways, too.
-    `patterns` holds operators that differ in their pattern; those that share an input have one pattern. `bound_rows`
-    of every operator are compared with what no pruning can beat; it changes no weight.
+    `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
+    pruning can beat; it changes no weight.
     """
 
     pruner: AbstractPruner
@@ -197,14 +197,15 @@ def _prune_group(
     """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = stack_of(group)
-    asked = settings.pattern_of(f"{layer}.{group.operators[0].name}")
+    asked = tuple(settings.pattern_of(f"{layer}.{operator.name}") for operator in group.operators)
     pattern = Stacked(asked, heights)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
     part = team.part(problem)
     if pattern.zeros(*stack.shape):
         pruned = team.prune(settings.pruner, problem, part)
-    else:  # nothing was asked, so nothing is touched
+        pruned = replace(pruned, weight=_where_asked(pattern, pruned.weight, stack))
+    else:
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
@@ -217,9 +218,9 @@ def _prune_group(
     bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
     bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts))
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
-        expected, zeros = asked.zeros(*operator.shape), int((weight == 0).sum())
+        expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
-            raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked} asks {expected}.")
+            raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
         seconds = time.perf_counter() - began
         report = OperatorReport(
             name=f"{layer}.{operator.name}",
@@ -227,7 +228,7 @@ def _prune_group(
             inputs=operator.shape[1],
             zeros=zeros,
             expected_zeros=expected,
-            pattern=str(asked),
+            pattern=str(asked[i]),
             relative_error=errors[i],
             held_out_error=held_out[i],
             **_certified(pruned),
@@ -238,6 +239,12 @@ def _prune_group(
             bound=bounds[i],
         )
         tell(report)
+
+
+def _where_asked(pattern: Stacked, pruned: Tensor, dense: Tensor) -> Tensor:
+    """Of which operator no zeros are asked, that is not touched: its rows [m n] are the dense ones."""
+    parts = zip(pattern.patterns, pruned.split(pattern.heights), dense.split(pattern.heights), strict=True)
+    return torch.cat([after if own.zeros(*after.shape) else before for own, after, before in parts])
 
 
 def _certified(pruned: Pruned) -> dict[str, Any]:

@@ -88,7 +88,14 @@ class Recipe(BaseModel):
             raise RecipeError(unknown("method", self.method, PRUNERS))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
-        check_rule(self.allocation, self.build_pattern())
+        pattern = self.build_pattern()
+        check_rule(self.allocation, pattern)
+        grouped = isinstance(pattern, SemiStructured) and self.allocation == "uniform"
+        if self.method_args.get("penalty") == "group-products" and not grouped:
+            raise RecipeError(
+                f"penalty='group-products' needs one pattern N:M for all operators, as in pattern='2:4'; "
+                f"pattern={self.pattern!r} with allocation={self.allocation!r} is none."
+            )
         return self
 
     def build_pattern(self) -> Unstructured | SemiStructured:

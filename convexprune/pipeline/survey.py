@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexprune.allocation import Curve, allocate, spread
 from convexprune.errors import RecipeError, unknown
-from convexprune.model import AbstractModel, DecoderLayer, Group
+from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pipeline.layer import HiddenStates, LayerSettings, stage_folds
 from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
@@ -41,13 +41,12 @@ class Allotment:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Operators that share an input, and so a pattern; `costs` are those of pruning them to each pattern surveyed.
+    """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
 
     `outliers` and `skewness` are those of Wanda's scores |W_ij| |x_j| in the whole decoder layer.
     """
 
-    layer: str
-    names: tuple[str, ...]
+    name: str
     size: int
     costs: Mapping[Pattern, float]
     outliers: float
@@ -55,7 +54,7 @@ class Unit:
 
 
 def candidates(pattern: Pattern) -> list[Pattern]:
-    """The patterns that a unit may get where `pattern` is asked for on the whole, the sparsest last.
+    """The patterns that an operator may get where `pattern` is asked for on the whole, the sparsest last.
 
     For a share of zeros, shares around it; for N:M, every N of that M.
     """
@@ -77,7 +76,7 @@ def survey(
     pruner: AbstractPruner | None = None,
     record: Callable[[], Recorded] = list,
 ) -> list[Unit]:
-    """Prune every unit of the dense model to every pattern, write nothing, and report the costs.
+    """Prune every operator of the dense model to every pattern, write nothing, and report the costs.
 
     One decoder layer at a time is in memory, and what enters and leaves it where `record` keeps it.
 
@@ -142,7 +141,7 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
     else:
         statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
         shares = spread(statistics, [u.size for u in units], pattern.sparsity)
-    each = {name: round(share, 6) for unit, share in zip(units, shares, strict=True) for name in unit.names}
+    each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
     return Allotment(each, cost, gap)
 
 
@@ -156,7 +155,7 @@ def _units(
     pruner: AbstractPruner,
 ) -> list[Unit]:
     settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
-    found: list[tuple[Group, dict[Pattern, float]]] = []
+    found = dict[str, tuple[int, dict[Pattern, float]]]()
     scores: list[Tensor] = []
     for number in range(len(layer.stages)):
         for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
@@ -164,27 +163,19 @@ def _units(
                 heights = tuple(operator.shape[0] for operator in group.operators)
                 weight = torch.cat([operator.read().float() for operator in group.operators])
                 judge = folds.held_out if folds.held_out.tokens else folds.total
-                costs = {}
+                names = [f"{layer.name}.{operator.name}" for operator in group.operators]
+                costs = {name: dict[Pattern, float]() for name in names}
                 for pattern in patterns:
-                    slopes = torch.cat([fisher[f"{layer.name}.{operator.name}"] for operator in group.operators])
-                    stack = Stacked(pattern, heights)
+                    stack = Stacked.alike(pattern, heights)
                     pruned = pruner.prune(PruningProblem(weight, folds.total, stack, 0.0)).weight
-                    errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned)
-                    costs[pattern] = float(errors.double() @ slopes.to(errors.device).double()) / 2
-                found.append((group, costs))
+                    errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
+                    for name, error in zip(names, errors.split(heights), strict=True):
+                        costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
+                sizes = [height * weight.shape[1] for height in heights]
+                found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
                 scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
     outliers, skewness = _shape(torch.cat(scores)) if scores else (0.0, 0.0)
-    return [
-        Unit(
-            layer.name,
-            tuple(f"{layer.name}.{operator.name}" for operator in group.operators),
-            sum(operator.shape[0] * operator.shape[1] for operator in group.operators),
-            costs,
-            outliers,
-            skewness,
-        )
-        for group, costs in found
-    ]
+    return [Unit(name, size, costs, outliers, skewness) for name, (size, costs) in found.items()]
 
 
 def _shape(scores: Tensor) -> tuple[float, float]:

@@ -91,9 +91,9 @@ class Team:
         """The rows of this rank of a problem of stacked operators."""
         if self.size == 1:
             return problem
-        assert isinstance(problem.pattern, Stacked)
-        rows, columns = self.share(len(problem.weight)), problem.weight.shape[1]
-        own = problem.pattern.pattern if problem.pattern.by_row else Spread(problem.pattern, rows, columns, self)
+        stack, rows = problem.pattern, self.share(len(problem.weight))
+        assert isinstance(stack, Stacked)
+        own = stack.rows(rows) if stack.by_row else Spread(stack, rows, problem.weight.shape[1], self)
         return problem.rows(rows, own)
 
     def prune(self, pruner: AbstractPruner, problem: PruningProblem, part: PruningProblem) -> Pruned:
@@ -156,15 +156,15 @@ class Spread(AbstractPattern):
 
     def threshold(self, scores: Tensor) -> Tensor:
         """See `AbstractPattern.threshold`: the same sample of each operator as in one process."""
-        assert isinstance(self.whole.pattern, Unstructured)
         lengths, before, mine = self._sampled
         flat, sample = scores.reshape(-1), scores.new_zeros(sum(lengths))
         known = torch.cat([flat[part] for part in mine])
         sample[before : before + len(known)] = known
-        levels = [
-            self.whole.pattern.level(line[None], height, self.columns).expand(height, 1)
-            for line, height in zip(self.team.total(sample).split(lengths), self.whole.heights, strict=True)
-        ]
+        levels = list[Tensor]()
+        lines = self.team.total(sample).split(lengths)
+        for pattern, line, height in zip(self.whole.patterns, lines, self.whole.heights, strict=True):
+            assert isinstance(pattern, Unstructured)
+            levels.append(pattern.level(line[None], height, self.columns).expand(height, 1))
         return torch.cat(levels)[self.rows]
 
     @cached_property

@@ -50,8 +50,8 @@ class PruningProblem:
         """One problem for each operator of the stack."""
         if not isinstance(self.pattern, Stacked):
             return [self]
-        ends = list(accumulate(self.pattern.heights, initial=0))
-        return [self.rows(slice(*pair), self.pattern.pattern) for pair in pairwise(ends)]
+        ends = pairwise(accumulate(self.pattern.heights, initial=0))
+        return [self.rows(slice(*pair), own) for pair, own in zip(ends, self.pattern.patterns, strict=True)]
 
     def rows(self, chosen: Tensor | slice, pattern: AbstractPattern) -> "PruningProblem":
         """The problem of the rows `chosen`, to another pattern."""

@@ -133,9 +133,9 @@ class Convex(AbstractSearch):
         threshold = pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
         if self.penalty == "reweighted-l1":
             return L1(_strengths(scores, threshold, number_like(strength, scores)), checked=False)
-        groups = pattern.pattern if isinstance(pattern, Stacked) else pattern
-        if not isinstance(groups, SemiStructured):
-            raise PatternError(f"The penalty 'group-products' is for patterns N:M, not for {groups}.")
+        (groups, *others) = set(pattern.patterns) if isinstance(pattern, Stacked) else {pattern}
+        if others or not isinstance(groups, SemiStructured):
+            raise PatternError(f"The penalty 'group-products' is for one pattern N:M, not for {pattern}.")
         return GroupProducts(groups.kept, groups.group, strength * stiffness / float(threshold.mean()))
 
     def _bisection(self, quadratic: Quadratic, unit: Tensor, pattern: AbstractPattern) -> Found:

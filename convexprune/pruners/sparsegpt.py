@@ -1,6 +1,7 @@
 """SparseGPT: one sweep over the columns, each error pushed to the columns that are still to come."""
 
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -78,5 +79,5 @@ class SparseGPT(AbstractPruner):
 def _group(pattern: AbstractPattern) -> int:
     """How many columns must be decided together: M for n:m, else 1."""
     if isinstance(pattern, Stacked):
-        return _group(pattern.pattern)
+        return lcm(*map(_group, pattern.patterns))
     return pattern.group if isinstance(pattern, SemiStructured) else 1
