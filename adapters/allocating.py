@@ -14,7 +14,7 @@ from convexprune.pipeline.survey import SURVEYED, Allotment, Pattern, allot, can
 from .gradients import output_fisher
 from .huggingface import HuggingFaceModel
 
-FISHER_WINDOWS = 16  # a gradient costs four forward passes of the whole model
+WINDOWS = 16  # of the calibration text are enough for the shape of a curve; a gradient costs four passes of the model
 
 
 @torch.no_grad()
@@ -28,8 +28,9 @@ def allotments(
 ) -> list[Allotment]:
     """For each rule and pattern asked for, the share of zeros of each operator, from windows [windows length].
 
-    The dense model is surveyed once for all of them, with SparseGPT's weights, so that an allotment does not depend on
-    the method that uses it. Only the rules with curves prune for that, and need gradients; both go layer by layer.
+    The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
+    with SparseGPT's weights, so that an allotment does not depend on the method that uses it. Only the rules with
+    curves prune for that, and need gradients; both go layer by layer.
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
@@ -37,11 +38,12 @@ def allotments(
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [Allotment({}) for _ in asked]
+    calibration = calibration[:WINDOWS]
     judges = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *judges]
     calls = RecordedCalls(model, batches)
     curves = [pattern for rule, pattern in asked if rule in SURVEYED]
-    fisher = output_fisher(model, calibration[:FISHER_WINDOWS], batch_size, record) if curves else {}
+    fisher = output_fisher(model, calibration, batch_size, record) if curves else {}
     hidden = record()
     for ids in batches:
         hidden.append(model.first_inputs(ids))
