@@ -92,6 +92,12 @@ def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_ll
     assert half.gap == pytest.approx(half.cost - whole.cost, abs=1e-9)
 
 
+def test_curves_are_of_the_first_windows(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocating, "WINDOWS", 3)
+    few, many = (allocating.allotments(tiny_llama, TOKENS[:n], TOKENS[4:], [("curve", HALF)]) for n in (3, 4))
+    assert few == many
+
+
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):
     tiny_llama.model.save_pretrained(tmp_path / "model")
     assert tiny_llama.tokenizer is not None
