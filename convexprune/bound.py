@@ -68,10 +68,12 @@ class LowerBound:
             ProblemError: the weight is not shaped like the quadratic, or has more non-zeros than the pattern allows.
             PatternError: the pattern does not fit.
         """
-        return self.of_each(quadratic, pattern, [weight])[0]
+        return self.of_each(quadratic, [pattern], [weight])[0]
 
     @torch.no_grad()
-    def of_each(self, quadratic: Quadratic, pattern: AbstractPattern, weights: Sequence[Tensor]) -> list[PruningBound]:
+    def of_each(
+        self, quadratic: Quadratic, patterns: Sequence[AbstractPattern], weights: Sequence[Tensor]
+    ) -> list[PruningBound]:
         """The bounds for operators that share their inputs; their rows, one after another, are the quadratic's.
 
         Raises:
@@ -80,7 +82,7 @@ class LowerBound:
         weight = torch.cat(list(weights))
         if tuple(weight.shape) != quadratic.shape:
             raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
-        budgets = [budget(pattern, part) for part in weights]
+        budgets = [budget(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
         heights = [len(part) for part in weights]
         errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
         q = without_dead_inputs(quadratic.double)

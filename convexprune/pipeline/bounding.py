@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bound import LowerBound, PruningBound
+from convexprune.pattern import AbstractPattern
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping, damped
 
@@ -38,16 +39,17 @@ def sampled_bounds(
     pruned = [part.pattern.zeros(*part.weight.shape) > 0 for part in parts]
     if rows == 0 or n > WIDEST or not any(pruned):
         return [None] * len(parts)
-    chosen, first = list[Tensor](), 0
+    chosen, patterns, first = list[Tensor](), list[AbstractPattern](), 0
     for part, wanted in zip(parts, pruned, strict=True):
         if wanted:
             chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
+            patterns.append(part.pattern)
         first += len(part.weight)
     everywhere = torch.cat(chosen).to(weight.device)
     posed = damped(problem.rows(everywhere, problem.pattern), damping)
     method = replace(QUICK, rounds=0) if n > WIDE else QUICK
     weights = weight[everywhere].split([len(part) for part in chosen])
-    found = iter(method.of_each(posed, parts[0].pattern, weights))
+    found = iter(method.of_each(posed, patterns, weights))
     return [_facts(next(found), damping) if wanted else None for wanted in pruned]
 
 
