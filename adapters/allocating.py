@@ -34,7 +34,6 @@ def allotments(
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
-        ModelError: the gradients of an operator's outputs cannot be seen.
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [Allotment({}) for _ in asked]

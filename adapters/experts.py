@@ -57,17 +57,33 @@ class Pile:
                 if not hearers:
                     del self.listeners[to]
 
-    def _watch(self, cleaning: ExitStack) -> None:
-        """Make every forward pass of the module a plain loop over experts, and watch its products."""
+    @contextmanager
+    def looped(self) -> Iterator[None]:
+        """In this context every forward pass of the module is a plain loop over experts."""
         config = getattr(self.module, "config", None)
         own = getattr(config, "_experts_implementation", None)
-        if config is not None and own is not None:
-            # The fast implementations multiply sorted tokens with all experts at once, in one kernel.
-            cleaning.callback(setattr, config, "_experts_implementation", own)
-            config._experts_implementation = "eager"
-        # The GPT-OSS of transformers 4 sends all tokens to all experts on a GPU, unless it is trained.
-        cleaning.callback(setattr, self.module, "training", self.module.training)
-        self.module.training = True
+        with ExitStack() as cleaning:
+            if config is not None and own is not None:
+                # The fast implementations multiply sorted tokens with all experts at once, in one kernel.
+                cleaning.callback(setattr, config, "_experts_implementation", own)
+                config._experts_implementation = "eager"
+            # The GPT-OSS of transformers 4 sends all tokens to all experts on a GPU, unless it is trained.
+            cleaning.callback(setattr, self.module, "training", self.module.training)
+            self.module.training = True
+            yield
+
+    @contextmanager
+    def listen_backward(self, hear: Callable[[Product], None]) -> Iterator[None]:
+        """Tell `hear` of the products of a backward pass in this context, of a forward pass that was `looped`.
+
+        Their inputs [tokens m] are the gradients at the outputs of the products before.
+        """
+        with _Products(Pile(self.module, {None: [hear]})):
+            yield
+
+    def _watch(self, cleaning: ExitStack) -> None:
+        """Make every forward pass of the module a plain loop over experts, and watch its products."""
+        cleaning.enter_context(self.looped())
         modes: list[_Products] = []
 
         def enter(*_: Any) -> None:

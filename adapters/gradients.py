@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import RecordedCalls
 from convexprune.pipeline.passes import Calls, Recorded
 
+from .experts import Pile, Product, piles
 from .huggingface import HuggingFaceModel
-from .operators import LINEAR_MODULES
+from .operators import LINEAR_MODULES, Place
 
 
 def output_fisher(
@@ -25,13 +25,12 @@ def output_fisher(
     labels are the text's own). It is differentiated layer by layer, from the last to the first, so that a model that
     streams has one decoder layer at a time in memory; what enters each of its layers is recorded meanwhile.
 
-    Raises:
-        ModelError: an operator is not a module of its own (experts that are slices of one parameter).
+    An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
     """
     found = {
-        name: torch.zeros(shape[0], dtype=torch.float64, device=model.device)
+        f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
         for layer in model.layers
-        for name, shape in _operators(layer).items()
+        for operator in layer.operators
     }
     batches = list(tokens.split(batch_size))
     calls = RecordedCalls(model, batches)
@@ -41,16 +40,6 @@ def output_fisher(
         for number in reversed(range(len(model.layers))):
             slopes = _backward(model, model.layers[number], calls.of(number), entering.pop(), slopes, found)
     return {name: (total / tokens.numel()).float() for name, total in found.items()}
-
-
-def _operators(layer: DecoderLayer) -> dict[str, tuple[int, int]]:
-    """The shapes of the operators by "layer.operator", if each is a module whose outputs can be watched."""
-    modules = dict(layer.module.named_modules())
-    for operator in layer.operators:
-        if not isinstance(modules.get(operator.name), LINEAR_MODULES):
-            name = f"{layer.name}.{operator.name}"
-            raise ModelError(f"{name} is no module of its own, so the gradients of its outputs are not seen.")
-    return {f"{layer.name}.{operator.name}": operator.shape for operator in layer.operators}
 
 
 @torch.no_grad()
@@ -92,16 +81,29 @@ def _backward(
     def watch(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         output.register_hook(partial(add, name))
 
+    def hear(path: str, product: Product) -> None:
+        name = f"{layer.name}.{Place(path, product.slice.parameter, product.slice.index).name}"
+        if name in found:
+            add(name, product.inputs)
+
     def add(name: str, gradient: Tensor) -> None:
         found[name] += gradient.double().square().flatten(0, -2).sum(0)
 
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:
-        for operator in layer.operators:
-            module = layer.module.get_submodule(operator.name)
-            hooks.enter_context(module.register_forward_hook(partial(watch, f"{layer.name}.{operator.name}")))
+        experts: dict[str, Pile] = {}
+        for path, module in layer.module.named_modules():
+            name = f"{layer.name}.{path}"
+            if isinstance(module, LINEAR_MODULES) and name in found:
+                hooks.enter_context(module.register_forward_hook(partial(watch, name)))
+            elif piles(module):
+                experts[path] = Pile(module)
+                hooks.enter_context(experts[path].looped())
         for hidden, slope in zip(entering, slopes, strict=True):
             hidden = hidden.detach().requires_grad_()
             output = calls(hidden)(layer.module, hidden)
-            before.append(torch.autograd.grad(output, hidden, slope)[0])
+            with ExitStack() as heard:
+                for path, pile in experts.items():
+                    heard.enter_context(pile.listen_backward(partial(hear, path)))
+                before.append(torch.autograd.grad(output, hidden, slope)[0])
     return before

@@ -1,16 +1,21 @@
 """What is surveyed is what pruning costs, and what is allocated has the zeros that were asked for."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
+from families import VOCABULARY, build_family
+from torch import Tensor
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel, allocating
+from convexprune.adapters.experts import Pile, Product, Slice, piles
 from convexprune.adapters.gradients import output_fisher
+from convexprune.adapters.operators import Place
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, observe, prune_observed
@@ -47,6 +52,51 @@ def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(build, name: st
         squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
     assert found == pytest.approx(squares / 24, rel=2e-2)
     assert all(p.grad is None for p in tiny.model.parameters())
+
+
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, parameter: str):
+    model, row, step = HuggingFaceModel(build_family(family)), 3, 1e-2
+    ids = torch.randint(2, VOCABULARY - 2, (1, 12), generator=torch.Generator().manual_seed(0))
+    layer = model.layers[-1]
+    (path,) = [path for path, module in layer.module.named_modules() if piles(module)]
+    pile, found = Pile(layer.module.get_submodule(path)), output_fisher(model, ids)
+    changed: list[tuple[int, float]] = []  # which of the expert's tokens, and by how much
+    tokens: list[int] = []
+
+    def hear(product: Product) -> Callable[[Tensor], Tensor]:
+        tokens.append(len(product.inputs))
+
+        def change(output: Tensor) -> Tensor:
+            for token, by in changed:
+                output[token, row] += by
+            return output
+
+        return change
+
+    def loss() -> float:
+        logits = model.model(ids).logits[0, :-1].double()
+        return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+
+    seen = 0
+    for expert in range(4):
+        squares = 0.0
+        with torch.no_grad(), pile.listen(hear, Slice(parameter, expert)):
+            tokens.clear()
+            loss()
+            own = sum(tokens)
+            for token in range(own):
+                losses = []
+                for by in (step, -step):
+                    changed[:] = [(token, by)]
+                    losses.append(loss())
+                changed.clear()
+                squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
+        name = f"{layer.name}.{Place(path, parameter, expert).name}"
+        assert found[name][row].item() == pytest.approx(squares / 12, rel=5e-2, abs=1e-9)
+        seen += own
+    assert seen == 2 * 12  # each token goes to two experts
 
 
 def surveyed(model: HuggingFaceModel) -> list[Unit]:
