@@ -25,7 +25,7 @@ PATTERNS = {
     "stack": Stacked.alike(Unstructured(0.65), (2, 3, 1)),
     "stack of rows": Stacked.alike(Unstructured(0.65, "row"), (2, 3, 1)),
     "stack of 2:4": Stacked.alike(SemiStructured(2, 4), (2, 3, 1)),
-    "uneven stack": Stacked(tuple(map(Unstructured, (0.65, 0.3, 0.8))), (2, 3, 1)),
+    "uneven stack": Stacked(tuple(map(Unstructured, (0.65, 0.0, 0.8))), (2, 3, 1)),
     "uneven stack of N:M": Stacked((SemiStructured(2, 4), SemiStructured(3, 4), SemiStructured(1, 4)), (2, 3, 1)),
 }
 
