@@ -54,11 +54,12 @@ PRUNERS: dict[str, AbstractPruner] = {
     "sparsegpt + refit": Refitted(SparseGPT(), damping=0.0),
     "fistapruner + refit": Refitted(FISTAPruner(), damping=0.0),
     # The least damping: how well the calibration error is minimised.
-    "admm, r = .001, 50 products": ADMM(damping=1e-3, iterations=38, refit=TEN),
+    "admm, r = .001, 50 products": ADMM(damping=1e-3, iterations=30, refit=TEN),
     "admm, r = .001": ADMM(damping=1e-3),
-    "fista, r = .001, 50 products": Convex(damping=1e-3, rounds=30, refit=TEN),
+    "admm, r = .001, 150 products": ADMM(damping=1e-3, iterations=95),
+    "fista, r = .001, 50 products": Convex(damping=1e-3, rounds=26, refit=TEN),
     "fista, r = .001": Convex(damping=1e-3),
-    "fista, r = .001, 150 products": Convex(damping=1e-3, rounds=100),
+    "fista, r = .001, 150 products": Convex(damping=1e-3, rounds=96),
     "convex by admm, r = .001": Convex(damping=1e-3, solver=ADMM_PATH),
     # As they are used: damping by the sample's noise.
     "admm": ADMM(),

@@ -35,7 +35,7 @@ def largest(scores: torch.Tensor, pattern) -> torch.Tensor:
 
 
 def slow_admm(problem: PruningProblem, pruner: ADMM) -> torch.Tensor:
-    """Boyd et al. 2011, section 9.1, with the multiplier itself and every system solved as it comes."""
+    """Boyd et al. 2011, sections 3.4.3 and 9.1, with the multiplier itself and every system solved as it comes."""
     assert pruner.damping is not None
     quadratic, scale = saliency_coordinates(problem, Damping(pruner.damping))
     assert quadratic.anchor is not None
@@ -47,17 +47,19 @@ def slow_admm(problem: PruningProblem, pruner: ADMM) -> torch.Tensor:
         if t % pruner.every == 0:
             rho = low * (high / low) ** (t / (pruner.iterations - 1))
         b = torch.linalg.solve(quadratic.gram + rho * identity, (slope - multiplier + rho * kept).T).T
+        b = pruner.relaxation * b + (1 - pruner.relaxation) * kept
         kept = largest(b + multiplier / rho, problem.pattern)
         multiplier = multiplier + rho * (b - kept)
     return kept / scale
 
 
 @pytest.mark.parametrize("pattern", PLAIN_PATTERNS, ids=str)
+@pytest.mark.parametrize("relaxation", [0.7, 1.0])
 @settings(max_examples=5)
 @given(seed=seeds)
-def test_admm_is_the_textbook_iteration(pattern, seed):
+def test_admm_is_the_textbook_iteration(relaxation, pattern, seed):
     problem = layer_problem(correlated(seed, change=0.3), pattern)
-    pruner = ADMM(refit=None, iterations=23, every=4, damping=0.05)
+    pruner = ADMM(refit=None, iterations=23, every=4, damping=0.05, relaxation=relaxation)
     expected = slow_admm(problem, pruner)
     found = pruner.prune(problem).weight
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
@@ -145,9 +147,9 @@ def test_admm_and_alps_are_better_than_sparsegpt_and_wanda(pruner, pattern):
         assert error(problem, pruner) < min(error(problem, SparseGPT()), error(problem, Wanda()))
 
 
-def test_the_products_of_a_pruner_are_its_iterations_and_those_of_its_solves():
-    pruned = ADMM(iterations=17).prune(layer_problem(correlated(0), Unstructured(0.5)))
-    assert pruned.products == 17 + pruned.solutions[0].products
+def test_the_products_of_a_pruner_are_its_iterations_its_envelopes_and_those_of_its_solves():
+    pruned = ADMM(iterations=17, every=7).prune(layer_problem(correlated(0), Unstructured(0.5)))
+    assert pruned.products == 17 + 3 + pruned.solutions[0].products
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_a_refit_adds_its_solve_and_its_damping_to_what_the_pruner_says():
     problem = layer_problem(correlated(0), Unstructured(0.5))
     pruned = Refitted(ADMM(refit=None, damping=0.2, iterations=5), damping=0.1).prune(problem)
     assert pruned.facts == {"damping": 0.2, "refit_damping": 0.1}
-    assert pruned.products == 5 + pruned.solutions[-1].products
+    assert pruned.products == 5 + 1 + pruned.solutions[-1].products
 
 
 def test_a_refit_that_takes_no_support_is_refused():

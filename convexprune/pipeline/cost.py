@@ -33,7 +33,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "admm": Method(7.3, 28.2, 180, 32, 4.0),
+    "admm": Method(7.3, 28.2, 125, 18, 2.6),
     "alps": Method(10.5, 30.7, 45, 12, 4.0),
     "convex": Method(6.9, 28.4, 90, 8, 1.6),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),

@@ -110,7 +110,7 @@ class Convex(AbstractSearch):
             relaxed = quadratic.envelope(stiffness)
             slope = relaxed.residual(weight)
             slope_before = relaxed.residual_after(slope, before - weight)
-            products += 2
+            products += 3  # one is the envelope's
             for number in numbers:
                 start, slope_start, scores = _ahead(
                     before, weight, slope_before, slope, number_like(self.reach / stiffness, weight)
