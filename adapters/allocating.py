@@ -14,7 +14,8 @@ from convexprune.pipeline.survey import SURVEYED, Allotment, Pattern, allot, can
 from .gradients import output_fisher
 from .huggingface import HuggingFaceModel
 
-WINDOWS = 16  # of the calibration text are enough for the shape of a curve; a gradient costs four passes of the model
+WINDOWS = 16  # of the calibration text are enough for the shape of a curve (docs/tried.md)
+WEIGHED = 4  # of those are enough for its weight, whose gradients cost four passes of the model
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def allotments(
 
     The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
     with SparseGPT's weights, so that an allotment does not depend on the method that uses it. Only the rules with
-    curves prune for that, and need gradients; both go layer by layer.
+    curves prune for that, and need gradients, on the first 4 windows; both go layer by layer.
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
@@ -42,7 +43,7 @@ def allotments(
     batches = [*calibration.split(batch_size), *judges]
     calls = RecordedCalls(model, batches)
     curves = [pattern for rule, pattern in asked if rule in SURVEYED]
-    fisher = output_fisher(model, calibration, batch_size, record) if curves else {}
+    fisher = output_fisher(model, calibration[:WEIGHED], batch_size, record) if curves else {}
     hidden = record()
     for ids in batches:
         hidden.append(model.first_inputs(ids))

@@ -148,6 +148,20 @@ def test_curves_are_of_the_first_windows(tiny_llama: HuggingFaceModel, monkeypat
     assert few == many
 
 
+def test_gradients_are_of_the_first_windows_of_those(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocating, "WEIGHED", 2)
+    few = allocating.allotments(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)])
+    seen: list[int] = []
+
+    def first_two(model, tokens, *args):
+        seen.append(len(tokens))
+        return output_fisher(model, tokens[:2], *args)
+
+    monkeypatch.setattr(allocating, "WEIGHED", 4)
+    monkeypatch.setattr(allocating, "output_fisher", first_two)
+    assert few == allocating.allotments(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)]) and seen == [4]
+
+
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):
     tiny_llama.model.save_pretrained(tmp_path / "model")
     assert tiny_llama.tokenizer is not None
