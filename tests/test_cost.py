@@ -156,8 +156,8 @@ def test_work_is_counted_by_hand():
     once, until_o = 2 * (96 + 48) + attention, 2 * 96 + attention
     assert found.forward == 3 * 50 * (once + until_o)
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
-    assert found.problems == 6 and found.products == 3 * (94 + 102)
-    assert found.solve == 3 * (2 * (94 * 12 * 64 + 102 * 8 * 36) + 8 * (8**3 + 6**3))
+    assert found.problems == 6 and found.products == 3 * (98 + 106)
+    assert found.solve == 3 * (2 * (98 * 12 * 64 + 106 * 8 * 36) + 8 * (8**3 + 6**3))
 
 
 def test_what_comes_after_attention_does_not_run_it_again():

@@ -33,9 +33,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "admm": Method(7.3, 28.2, 125, 18, 2.6),
+    "admm": Method(7.3, 28.2, 125, 18, 2.3),
     "alps": Method(10.5, 30.7, 45, 12, 4.0),
-    "convex": Method(6.9, 28.4, 90, 8, 1.6),
+    "convex": Method(6.9, 28.4, 94, 8, 1.8),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
     "perspective": Method(15.9, 49.0, 90, 8, 8.0),
