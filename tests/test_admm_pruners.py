@@ -1,6 +1,7 @@
 """ADMM and ALPS against the same iterations written plainly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from pruning_cases import correlated, error, layer_problem
 from strategies import seeds
 
-from convexprune.errors import UnsupportedError
+from convexprune.errors import RecipeError, UnsupportedError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
@@ -182,6 +183,16 @@ def test_a_refit_adds_its_solve_and_its_damping_to_what_the_pruner_says():
     pruned = Refitted(ADMM(refit=None, damping=0.2, iterations=5), damping=0.1).prune(problem)
     assert pruned.facts == {"damping": 0.2, "refit_damping": 0.1}
     assert pruned.products == 5 + 1 + pruned.solutions[-1].products
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_count_below_one_is_refused_before_any_work(name):
+    pruner: Any = PRUNERS[name]
+    counts = [setting.name for setting in fields(pruner) if setting.type is int]
+    for count in counts:
+        with pytest.raises(RecipeError, match=f"{pruner.__name__}: {count}=0; it must be 1 or more"):
+            pruner(**{count: 0})
+    assert bool(counts) == (name not in ("magnitude", "wanda"))
 
 
 def test_a_refit_that_takes_no_support_is_refused():

@@ -1,4 +1,4 @@
-"""Our ADMM on the problem with the pattern as a constraint: not convex, and the fastest way to a good support."""
+"""Our ADMM on the problem with the pattern as a constraint: not convex, and the way to the best supports we know."""
 
 from dataclasses import dataclass
 

@@ -1,12 +1,13 @@
 """What every pruner promises: a weight, its moments and a pattern in; a weight in the pattern out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 from torch import Tensor
 
+from convexprune.errors import RecipeError
 from convexprune.moments import Moments
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.quadratic import Quadratic
@@ -79,7 +80,17 @@ class Pruned:
 
 
 class AbstractPruner(ABC):
-    """Settings of a pruner."""
+    """Settings of a pruner, a dataclass.
+
+    Raises:
+        RecipeError: one that counts something is below 1.
+    """
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, setting.name)
+            if setting.type is int and value < 1:
+                raise RecipeError(f"{type(self).__name__}: {setting.name}={value}; it must be 1 or more.")
 
     @property
     def by_rows(self) -> bool:

@@ -44,6 +44,7 @@ class Perspective(AbstractPruner):
     margin: float = 0.1
 
     def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
         require_penalty(self.solver, ReverseHuber)
         require_penalty(self.refit, Support)
 

@@ -32,6 +32,7 @@ class Refitted(AbstractPruner):
     least_damping: float = 0.01
 
     def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
         require_penalty(self.refit, Support)
 
     @property

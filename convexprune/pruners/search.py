@@ -43,6 +43,7 @@ class AbstractSearch(AbstractPruner):
     least_damping: float = 0.01
 
     def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
         if self.refit is not None:
             require_penalty(self.refit, Support)
 
