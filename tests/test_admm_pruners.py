@@ -13,6 +13,7 @@ from convexprune.errors import RecipeError, UnsupportedError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
+from convexprune.pruners.base import Count
 from convexprune.pruners.damped import Damping, saliency_coordinates
 from convexprune.solvers import AbstractSolver, make_solver
 
@@ -188,11 +189,19 @@ def test_a_refit_adds_its_solve_and_its_damping_to_what_the_pruner_says():
 @pytest.mark.parametrize("name", PRUNERS)
 def test_a_count_below_one_is_refused_before_any_work(name):
     pruner: Any = PRUNERS[name]
-    counts = [setting.name for setting in fields(pruner) if setting.type is int]
+    counts = [setting.name for setting in fields(pruner) if setting.type is Count]
     for count in counts:
         with pytest.raises(RecipeError, match=f"{pruner.__name__}: {count}=0; it must be 1 or more"):
             pruner(**{count: 0})
     assert bool(counts) == (name not in ("magnitude", "wanda"))
+
+
+def test_another_whole_number_may_be_zero():
+    @dataclass(frozen=True)
+    class Seeded(Wanda):
+        seed: int = 0
+
+    assert Seeded().seed == 0
 
 
 def test_a_refit_that_takes_no_support_is_refused():

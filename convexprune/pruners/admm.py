@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
+from convexprune.pruners.base import Count
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 
@@ -29,9 +30,9 @@ class ADMM(AbstractSearch):
     against Boza (arXiv 2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
     """
 
-    iterations: int = 80
+    iterations: Count = 80
     stiffnesses: tuple[float, float] = (0.1, 1.0)
-    every: int = 5
+    every: Count = 5
     relaxation: float = 0.7
 
     @property

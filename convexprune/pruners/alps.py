@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver
@@ -34,10 +34,10 @@ class ALPS(AbstractPruner):
     penalty schedule. The paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag H.
     """
 
-    iterations: int = 300
+    iterations: Count = 300
     rho: float = 0.1
-    every: int = 3
-    settled: int = 30
+    every: Count = 3
+    settled: Count = 30
     damping: float = 0.01
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=1e-4, max_iterations=10))
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Annotated
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from convexprune.moments import Moments
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import Solution
+
+Count = Annotated[int, "1 or more"]
+"""The type of a pruner's setting that counts something."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +87,13 @@ class AbstractPruner(ABC):
     """Settings of a pruner, a dataclass.
 
     Raises:
-        RecipeError: one that counts something is below 1.
+        RecipeError: a `Count` is below 1.
     """
 
     def __post_init__(self) -> None:
         for setting in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, setting.name)
-            if setting.type is int and value < 1:
+            if setting.type is Count and value < 1:
                 raise RecipeError(f"{type(self).__name__}: {setting.name}={value}; it must be 1 or more.")
 
     @property

@@ -13,6 +13,7 @@ from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.penalty import L1, AbstractPenalty
 from convexprune.problem import Problem
 from convexprune.pruners.admm import between
+from convexprune.pruners.base import Count
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, make_solver
@@ -57,10 +58,10 @@ class Convex(AbstractSearch):
 
     solver: AbstractSolver | None = None
     penalty: Penalty = "reweighted-l1"
-    rounds: int = 60
+    rounds: Count = 60
     strengths: tuple[float, float] = (0.2, 1.3)
     stiffnesses: tuple[float, float] = (0.6, 6.0)
-    envelopes: int = 4
+    envelopes: Count = 4
     reach: float = 3.0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
 from convexprune.solvers import Solution
@@ -34,9 +34,9 @@ class FISTAPruner(AbstractPruner):
     """
 
     warm_start: Literal["sparsegpt", "wanda"] = "sparsegpt"
-    iterations: int = 20
+    iterations: Count = 20
     ratio: float = 0.3
-    patience: int = 3
+    patience: Count = 3
     improvement: float = 1e-2
     strength: float = 1e-5
     largest_strength: float = 1e6

@@ -9,7 +9,7 @@ from convexprune.bound import budget
 from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
 from convexprune.solvers import AbstractSolver, Solution, make_solver
@@ -39,8 +39,8 @@ class Perspective(AbstractPruner):
     solver: AbstractSolver = field(default_factory=lambda: make_solver("fista"))
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
     damping: float = 0.03
-    rounds: int = 5
-    iterations: int = 40
+    rounds: Count = 5
+    iterations: Count = 40
     margin: float = 0.1
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SparseGPT(AbstractPruner):
     that all methods can share one target; with correction=0 it is the published method.
     """
 
-    block: int = 128
+    block: Count = 128
     damping: float = 0.01
 
     @property
