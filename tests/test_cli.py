@@ -70,6 +70,16 @@ def test_the_help_of_compare_names_every_convention():
     assert [name for name in CONVENTIONS if name not in result.output] == []
 
 
+def test_compare_takes_several_seeds_and_refuses_what_is_none(folder: Path):
+    given = ("compare", folder / "model", "--methods", "magnitude", "--nsamples", 2, "--seqlen", 16, "--no-plots")
+    given += ("--eval-text", folder / "text.txt", "--eval-window", 16, "--eval-windows", 1)
+    result = run(*given, "--seed", "0,1", "--output", folder / "compared")
+    assert result.exit_code == 0 and "1 variants on 2 samples" in result.output, result.output
+    assert (folder / "compared" / "seed-1" / "report.md").is_file()
+    result = run(*given, "--seed", "0,x", "--output", folder / "not")
+    assert "'x' is no whole number" in str(result.exception) and not (folder / "not").exists()
+
+
 def test_help_is_quick_because_torch_is_all_it_needs():
     code = "import sys, convexprune.cli; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

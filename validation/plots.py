@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
 
         names.append(_by_sparsity(folder, rows, f"perplexity-{text}", f"perplexity, {text}", perplexity))
     return names
+
+
+def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
+    """Write the picture of a comparison on several samples to `folder`; returns its file name.
+
+    One panel for each text: KL divergence from dense over the first variant's, with two standard errors.
+    """
+    rows, texts = summary["rows"], list(summary["dense"]["texts"])
+    figure, axes = _figure(len(texts), height=1.5 + 0.25 * len(rows))
+    for axis, text in zip(axes, texts, strict=True):
+        for place, row in enumerate(reversed(rows)):
+            found = row["texts"][text]["kl"]
+            if found is not None:
+                reach = exp(2 * found["error"])
+                below, above = found["ratio"] * (1 - 1 / reach), found["ratio"] * (reach - 1)
+                axis.errorbar(
+                    found["ratio"], place, xerr=[[below], [above]], fmt="o", markersize=3, capsize=2, color="C0"
+                )
+        axis.axvline(1, color="grey", linewidth=0.5)
+        axis.set(title=text, xlabel="KL divergence over the first variant's", xscale="log")
+        axis.set_yticks(range(len(rows)), [f"{_target(row)} {_label(row)}" for row in reversed(rows)], fontsize=6)
+    return _save(figure, folder, "divergence-over-first.png")
 
 
 def _by_layer(folder: Path, panels: Mapping[str, Sequence[Row]], key: str, label: str) -> str:
@@ -96,11 +119,11 @@ def _label(row: Row) -> str:
     return " ".join(words)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def _figure(panels: int, height: float = 5) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 5 * panels, 5), layout="constrained")
+    figure = Figure(figsize=(1 + 5 * panels, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 

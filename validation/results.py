@@ -13,6 +13,8 @@ from .variants import Variant
 
 Row = dict[str, Any]
 
+NAMES = ("method", "sparsity", "convention")
+
 CAPTION = """\
 Errors are mean |V x* - target|^2 over mean |W x|^2, each under its own convention's target: compare them within a
 convention. *held-out* is on tokens that no method saw. *layer output* compares decoder layers fed with the dense hidden
@@ -78,33 +80,25 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 def table(result: Mapping[str, Any]) -> Table:
     """One line a variant, for a terminal: the main columns of the report's table."""
-    title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
-    shown = Table(title=title, box=SIMPLE_HEAD)
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
-    for i in columns:
-        shown.add_column(header[i], justify="left" if i < 3 else "right", no_wrap=True)
-    for line in lines:
-        shown.add_row(*(line[i] for i in columns))
-    return shown
+    title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
+    return terminal_table(title, [header[i] for i in columns], [[line[i] for i in columns] for line in lines])
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table as text: its header and its lines, the dense model first."""
     texts = list(result["dense"]["texts"])
-    header = ["method", "sparsity", "convention"]
-    header += [name for text in texts for name in (text, "+", "KL")]
+    header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
     header += ["error", "median", "held-out", "median", "layer output"]
     header += ["products", "solve s", "all s", "gap", "more MB"]
     blank = ["-"] * 10
     lines = [["dense", "-", "-", *_text_cells(result["dense"], texts), *blank]]
     for row in result["rows"]:
-        target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
-        name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
         errors = [_short(row[key][kind]) for key in ("error", "held_out_error") for kind in ("mean", "median")]
         more = None if row["more_bytes"] is None else row["more_bytes"] / 2**20
         gap = "-" if row["largest_gap"] is None else f"{row['largest_gap']:.0e}"
-        line = [name, target, row["convention"], *_text_cells(row, texts), *errors, _short(row["output_error"]["mean"])]
+        line = [*name_cells(row), *_text_cells(row, texts), *errors, _short(row["output_error"]["mean"])]
         line += [f"{row[key]:.0f}" for key in ("products", "solve_seconds", "seconds")]
         lines.append([*line, gap, "-" if more is None else f"{more:.0f}"])
     return header, lines
@@ -113,11 +107,10 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
     """The report: table, what its columns are, plots, and the card by which to reproduce it."""
     header, lines = cells(result)
-    rows = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *lines]
     shared = result["shared_seconds"]
     parts = [
         f"# {result['card']['model']}: methods side by side",
-        "\n".join("| " + " | ".join(row) + " |" for row in rows),
+        markdown_table(header, lines),
         f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}",
         f"Shared by all, in no row: {', '.join(f'{seconds:.0f} s {name}' for name, seconds in shared.items())}.",
         *(f"![{name}]({name})" for name in plots),
@@ -126,6 +119,29 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
         "\n".join(f"- {key}: {value}" for key, value in _flat(result["card"]) if key != "command"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def name_cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells under `NAMES`, which say what variant a row is."""
+    target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
+    name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
+    return [name, target, row["convention"]]
+
+
+def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Cells for a terminal, the names to the left and numbers to the right."""
+    shown = Table(title=title, box=SIMPLE_HEAD)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells for a report, the names to the left and numbers to the right."""
+    marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
 
 
 def _text_cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console, progress_bar
-from convexprune.errors import PatternError
+from convexprune.errors import PatternError, RecipeError
 
 
 @app.command()
@@ -40,7 +40,9 @@ def compare(
     held_out_samples: options.HeldOut = None,
     max_seq_length: options.Length = None,
     batch_size: options.BatchSize = 1,
-    seed: options.Seed = 0,
+    seed: Annotated[
+        str, typer.Option(help="Of the choice of samples; of several, 0,1,2, each is compared, and the means are told.")
+    ] = "0",
     eval_text: Annotated[
         list[str] | None, typer.Option(help="A file, python-docs or licences; repeat it for more.")
     ] = None,
@@ -59,23 +61,28 @@ def compare(
     from transformers.utils.logging import disable_progress_bar
 
     from convexprune.pipeline.machine import default_device
-    from convexprune.validation import compare as compare_methods
-    from convexprune.validation.results import table
+    from convexprune.validation import compare as compare_sample
+    from convexprune.validation import compare_samples, results, samples
 
     disable_progress_bar()
     lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
-    lists |= {"allocation": "allocations"}
+    lists |= {"allocation": "allocations", "seed": "seeds"}
     settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
     settings["sparsities"] = [_share(text) for text in settings["sparsities"]]
+    seeds = [_seed(text) for text in settings.pop("seeds")]
     settings |= {"targets": targets or ["Linear"], "ignore": ignore or [], "device": default_device(device)}
     settings |= {"eval_windows": eval_windows or None, "command": shlex.join(["convexprune", *sys.argv[1:]])}
     texts = settings.pop("eval_text")
     if texts:
         settings["eval_texts"] = texts
     with progress_bar() as progress:
-        result = compare_methods(**settings, progress=lambda total: _steps(progress, total))
-    console.print(table(result))
-    console.print(f"compare.json, report.md and plots: {output.resolve()}", soft_wrap=True)
+        settings["progress"] = lambda total: _steps(progress, total)
+        if len(seeds) == 1:
+            shown = results.table(compare_sample(**settings, seed=seeds[0]))
+        else:
+            shown = samples.table(compare_samples(**settings, seeds=seeds))
+    console.print(shown)
+    console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
 
 
 def _share(text: str) -> float:
@@ -83,6 +90,13 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError:
         raise PatternError(f"Sparsity {text!r} is no number: it is the share of zeros, 0.5 for half.") from None
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RecipeError(f"Seed {text!r} is no whole number: give one, or several as in 0,1,2.") from None
 
 
 def _steps(progress: Progress, total: int) -> Callable[[str], None]:

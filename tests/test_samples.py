@@ -1,0 +1,102 @@
+"""A comparison on several samples is that on each, and says how far they agree."""
+
+import json
+from math import exp, log
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+from test_compare import CALIBRATION, compared, saved, without_times
+
+from convexprune import errors
+from convexprune.adapters import HuggingFaceModel
+from convexprune.validation import compare_samples, samples
+from convexprune.validation.side_by_side import Comparison
+
+METHODS: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "patterns": ["unstructured", "2:4"]}
+
+
+@pytest.fixture
+def folder(tiny_llama: HuggingFaceModel, tmp_path: Path) -> Path:
+    return saved(tiny_llama, tmp_path)
+
+
+def sampled(folder: Path, seeds: list[int], **settings: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {"sparsities": [0.5], "conventions": ["own"], "eval_window": 16, "eval_windows": 3}
+    plain |= {"eval_texts": [str(folder / "text.txt"), str(folder / "other.txt")], "plots": False}
+    plain |= CALIBRATION | METHODS | {"dataset": "self", "max_seq_length": 24}
+    return compare_samples(folder / "model", seeds, folder / "samples", **plain | settings)
+
+
+def test_each_sample_is_a_comparison_and_ratios_are_geometric_means_with_their_errors(folder: Path):
+    found = sampled(folder, [0, 3, 4], command="convexprune compare ...", plots=True)
+    each = []
+    for seed in (0, 3, 4):
+        compared(folder, **METHODS, dataset="self", max_seq_length=24, seed=seed)
+        of_sample, alone = folder / "samples" / f"seed-{seed}", (folder / "out").rename(folder / f"alone-{seed}")
+        rows = [json.loads((f / "compare.json").read_text())["rows"] for f in (of_sample, alone)]
+        assert without_times(rows[0]) == without_times(rows[1])
+        each.append({row["name"]: row for row in rows[1]})
+    assert [row["name"] for row in found["rows"]] == list(each[0])
+    for row in found["rows"]:
+        first = f"wanda {'2:4' if row['pattern'] == '2:4' else '0.5'} pruned-own"
+        assert row["first"] == first
+        for text, of in row["texts"].items():
+            kl = [(sample[row["name"]]["texts"][text]["kl"], sample[first]["texts"][text]["kl"]) for sample in each]
+            logs = [log(a / b) for a, b in kl]
+            assert of["kl"]["mean"] == pytest.approx(fmean([a for a, _ in kl]), rel=0.1)
+            assert of["kl"]["ratio"] == pytest.approx(exp(fmean(logs)))
+            assert of["kl"]["error"] == pytest.approx(stdev(logs) / 3**0.5)
+            assert (of["kl"]["error"] == 0) == (row["name"] == first)
+        layer = [log(s[row["name"]]["output_error"]["mean"] / s[first]["output_error"]["mean"]) for s in each]
+        assert row["layer"]["ratio"] == pytest.approx(exp(fmean(layer)))
+    report = (folder / "samples" / "report.md").read_text()
+    drawn = [path.name for path in (folder / "samples").glob("*.png")]
+    assert drawn == ["divergence-over-first.png"]
+    shown = ("| wanda | 2:4 | pruned-own |", "1.000 ± 0.000", "convexprune compare ...", *drawn)
+    assert all(part in report for part in shown)
+    assert json.loads((folder / "samples" / "samples.json").read_text())["rows"] == found["rows"]
+    assert samples.table(found).row_count == 4
+
+
+def test_a_variant_that_changes_nothing_has_no_ratio(folder: Path):
+    found = sampled(folder, [0, 1], methods=["magnitude"], patterns=["unstructured"], sparsities=[0.0])
+    (row,) = found["rows"]
+    assert row["layer"] is None and all(of["kl"] is None for of in row["texts"].values())
+    assert "| magnitude | 0.0% | dense-none |" in (folder / "samples" / "report.md").read_text()
+
+
+def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: Path, monkeypatch):
+    whole = sampled(folder, [0, 1, 2])
+    (folder / "samples").rename(folder / "whole")
+    with pytest.raises(errors.OutputError, match="nothing to resume"):
+        sampled(folder, [0, 1, 2], resume=True)
+    advance, steps = Comparison._through, iter(range(1000))
+
+    def breaks(self, *args):
+        if next(steps) == 32:
+            raise KeyboardInterrupt
+        return advance(self, *args)
+
+    monkeypatch.setattr(Comparison, "_through", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        sampled(folder, [0, 1, 2])
+    out = folder / "samples"
+    assert (out / "seed-0" / "compare.json").is_file() and (out / "seed-1" / "work").is_dir()
+    first = (out / "seed-0" / "compare.json").read_bytes()
+    with pytest.raises(errors.OutputError, match="already holds something"):
+        sampled(folder, [0, 1, 2])
+    with pytest.raises(errors.RecipeError, match="another comparison"):
+        sampled(folder, [0, 1, 2], sparsities=[0.6], resume=True)
+    with pytest.raises(errors.RecipeError, match="seed-3 holds a comparison of another model"):
+        sampled(folder, [0, 3], methods=["magnitude"], resume=True)
+    assert without_times(sampled(folder, [0, 1, 2], resume=True)) == without_times(whole)
+    assert (out / "seed-0" / "compare.json").read_bytes() == first
+
+
+@pytest.mark.parametrize("seeds", [[], [1], [1, 2, 1]])
+def test_seeds_are_several_and_each_once(tmp_path: Path, seeds: list[int]):
+    with pytest.raises(errors.RecipeError, match=r"give at least two, each once"):
+        compare_samples(None, seeds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
