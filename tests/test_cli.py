@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from convexprune import cli
 from convexprune.adapters import TESTED, HuggingFaceModel
+from convexprune.cli import application
 from convexprune.pipeline import PRESETS
 from convexprune.pruners import PRUNERS
 from convexprune.solvers import solver_names
@@ -70,11 +72,14 @@ def test_the_help_of_compare_names_every_convention():
     assert [name for name in CONVENTIONS if name not in result.output] == []
 
 
-def test_compare_takes_several_seeds_and_refuses_what_is_none(folder: Path):
+def test_compare_takes_several_seeds_and_refuses_what_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(application, "console", Console(width=60))  # of a narrow terminal: no number is cut
     given = ("compare", folder / "model", "--methods", "magnitude", "--nsamples", 2, "--seqlen", 16, "--no-plots")
     given += ("--eval-text", folder / "text.txt", "--eval-window", 16, "--eval-windows", 1)
     result = run(*given, "--seed", "0,1", "--output", folder / "compared")
     assert result.exit_code == 0 and "1 variants on 2 samples" in result.output, result.output
+    (row,) = (line for line in result.output.splitlines() if "dense-none" in line)
+    assert "…" not in row and row.split()[-3:] == ["1.000", "±", "0.000"]
     assert (folder / "compared" / "seed-1" / "report.md").is_file()
     result = run(*given, "--seed", "0,x", "--output", folder / "not")
     assert "'x' is no whole number" in str(result.exception) and not (folder / "not").exists()

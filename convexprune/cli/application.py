@@ -5,6 +5,7 @@ import sys
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,12 +13,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune language models by convex optimization.",
 )
-console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file is not to be cut
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 @app.callback()
 def _main() -> None:
     """Prune language models by convex optimization, every solve certified by a duality gap."""
+
+
+def show(table: Table) -> None:
+    """Print a table as wide as it is: where the terminal is narrower its lines wrap, and no number is cut."""
+    table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, crop=False)
 
 
 def progress_bar() -> Progress:

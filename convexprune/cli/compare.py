@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console, progress_bar
+from convexprune.cli.application import app, console, progress_bar, show
 from convexprune.errors import PatternError, RecipeError
 
 
@@ -78,10 +78,10 @@ def compare(
     with progress_bar() as progress:
         settings["progress"] = lambda total: _steps(progress, total)
         if len(seeds) == 1:
-            shown = results.table(compare_sample(**settings, seed=seeds[0]))
+            table = results.table(compare_sample(**settings, seed=seeds[0]))
         else:
-            shown = samples.table(compare_samples(**settings, seeds=seeds))
-    console.print(shown)
+            table = samples.table(compare_samples(**settings, seeds=seeds))
+    show(table)
     console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
 
 

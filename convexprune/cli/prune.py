@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console, progress_bar
+from convexprune.cli.application import app, console, progress_bar, show
 from convexprune.report import OperatorReport
 
 
@@ -72,7 +72,7 @@ def prune(
         console.print(f"interrupted; what is finished is kept in {output}: go on with the same command and --resume")
         raise typer.Exit(130) from None
     report = result.report
-    console.print(report.table())
+    show(report.table())
     if report.short_of_tokens:
         console.print(
             f"{len(report.short_of_tokens)} operators of experts got fewer tokens than inputs: see the report"

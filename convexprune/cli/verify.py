@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console
+from convexprune.cli.application import app, console, show
 
 
 @app.command()
@@ -67,7 +67,7 @@ def verify(
         print(result.to_json())
     else:
         for table in result.tables():
-            console.print(table)
+            show(table)
         for fault in result.faults:
             console.print(f"[bold red]missed[/]: {fault}", highlight=False, soft_wrap=True)
         verdict = "[bold green]passed[/]" if result.passed else "[bold red]failed[/]"
