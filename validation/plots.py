@@ -51,6 +51,8 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
 
     One panel for each text: KL divergence from dense over the first variant's, with two standard errors.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows, texts = summary["rows"], list(summary["dense"]["texts"])
     figure, axes = _figure(len(texts), height=1.5 + 0.25 * len(rows))
     for axis, text in zip(axes, texts, strict=True):
@@ -64,6 +66,7 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
                 )
         axis.axvline(1, color="grey", linewidth=0.5)
         axis.set(title=text, xlabel="KL divergence over the first variant's", xscale="log")
+        axis.xaxis.set(major_locator=MaxNLocator(5), major_formatter="{x:.3g}", minor_formatter="")
         axis.set_yticks(range(len(rows)), [f"{_target(row)} {_label(row)}" for row in reversed(rows)], fontsize=6)
     return _save(figure, folder, "divergence-over-first.png")
 

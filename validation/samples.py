@@ -137,8 +137,8 @@ def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in summary["rows"]:
         line = name_cells(row)
         for found in (row["texts"][text] for text in texts):
-            line += [f"{found['perplexity']:.2f}", *_of_first(found["kl"])]
-        lines.append([*line, *_of_first(row["layer"])])
+            line += [f"{found['perplexity']:.2f}", *_of_first(found["kl"], ".4f")]
+        lines.append([*line, *_of_first(row["layer"], ".2e")])
     return header, lines
 
 
@@ -162,7 +162,7 @@ def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _of_first(mean: Mapping[str, float] | None) -> list[str]:
+def _of_first(mean: Mapping[str, float] | None, style: str) -> list[str]:
     if mean is None:
         return ["-", "-"]
-    return [f"{mean['mean']:.4f}", f"{mean['ratio']:.3f} ± {mean['error']:.3f}"]
+    return [format(mean["mean"], style), f"{mean['ratio']:.3f} ± {mean['error']:.3f}"]
