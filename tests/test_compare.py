@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def compared(folder: Path, **settings: Any) -> dict[str, Any]:
         "plots": False,
     }
     return compare(folder / "model", output=folder / "out", **plain | CALIBRATION | settings)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Once, before so many streams more have gone through a layer."""
+    advance, steps = Comparison._through, count()
+
+    def breaks(self, *args):
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        return advance(self, *args)
+
+    monkeypatch.setattr(Comparison, "_through", breaks)
 
 
 def without_times(value: Any) -> Any:
@@ -116,14 +129,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     settings: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "conventions": ["dense", "pruned-own"]}
     whole = compared(folder, **settings)
     (folder / "out").rename(folder / "whole")
-    advance, steps = Comparison._through, iter(range(100))
-
-    def breaks(self, *args):
-        if next(steps) == 7:
-            raise KeyboardInterrupt
-        return advance(self, *args)
-
-    monkeypatch.setattr(Comparison, "_through", breaks)
+    interrupt(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         compared(folder, **settings)
     assert not (folder / "out" / "compare.json").exists()

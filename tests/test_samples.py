@@ -7,12 +7,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
-from test_compare import CALIBRATION, compared, saved, without_times
+from test_compare import CALIBRATION, compared, interrupt, saved, without_times
 
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel
 from convexprune.validation import compare_samples, samples
-from convexprune.validation.side_by_side import Comparison
 
 METHODS: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "patterns": ["unstructured", "2:4"]}
 
@@ -67,19 +66,30 @@ def test_a_variant_that_changes_nothing_has_no_ratio(folder: Path):
     assert "| magnitude | 0.0% | dense-none |" in (folder / "samples" / "report.md").read_text()
 
 
+def test_zeros_may_depend_on_the_sample_and_a_numerical_failure_has_no_ratio(folder: Path):
+    plain: dict[str, Any] = {"methods": ["magnitude"], "patterns": ["unstructured"]}
+    sampled(folder, [0, 1], **plain)
+    path = folder / "samples" / "seed-1" / "compare.json"
+    result = json.loads(path.read_text())
+    (row,) = result["rows"]
+    row["sparsity"] += 0.01  # as of an allocation of N:M patterns, which is each sample's own
+    row["texts"]["other"] |= {"kl": "nan", "nll": "nan", "perplexity": "inf"}
+    path.write_text(json.dumps(result))
+    found = sampled(folder, [0, 1], resume=True, plots=True, **plain)
+    (row,) = found["rows"]
+    assert row["sparsity"] == pytest.approx(0.505)
+    assert (
+        row["texts"]["other"] == {"perplexity": float("inf"), "kl": None} and row["texts"]["text"]["kl"]["ratio"] == 1
+    )
+    assert "| magnitude | 50.5% | dense-none |" in (folder / "samples" / "report.md").read_text()
+
+
 def test_interrupted_samples_go_on_and_what_does_not_belong_is_refused(folder: Path, monkeypatch):
     whole = sampled(folder, [0, 1, 2])
     (folder / "samples").rename(folder / "whole")
     with pytest.raises(errors.OutputError, match="nothing to resume"):
         sampled(folder, [0, 1, 2], resume=True)
-    advance, steps = Comparison._through, iter(range(1000))
-
-    def breaks(self, *args):
-        if next(steps) == 32:
-            raise KeyboardInterrupt
-        return advance(self, *args)
-
-    monkeypatch.setattr(Comparison, "_through", breaks)
+    interrupt(monkeypatch, 32)
     with pytest.raises(KeyboardInterrupt):
         sampled(folder, [0, 1, 2])
     out = folder / "samples"

@@ -68,8 +68,8 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
     middle, count = fmean(differences), len(differences)
     spread = (sum((d - middle) ** 2 for d in differences) / (count - 1)) ** 0.5 if count > 1 else None
     return {
-        "perplexity": _exp(nll),
-        "excess": _exp(nll) - _exp(fmean(dense.nll)),
+        "perplexity": to_perplexity(nll),
+        "excess": to_perplexity(nll) - to_perplexity(fmean(dense.nll)),
         "kl": fmean(found.kl),
         "nll": nll,
         "difference_error": None if spread is None else spread / count**0.5,
@@ -169,5 +169,6 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def _exp(value: float) -> float:
-    return exp(value) if value < 700 else float("inf")
+def to_perplexity(nll: float) -> float:
+    """exp(nll) of a mean negative log-likelihood; infinity where that overflows, or is not a number."""
+    return exp(nll) if nll < 700 else float("inf")

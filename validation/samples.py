@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,11 +15,12 @@ from convexprune.pipeline.files import write_json
 from convexprune.report import finite
 
 from .compare import compare
-from .plots import draw_samples
-from .results import NAMES, Row, markdown_table, name_cells, terminal_table
+from .plots import check_plots, draw_samples
+from .results import NAMES, Row, markdown_table, name_cells, terminal_table, to_perplexity
 
 SAMPLES = "samples.json"
-KNOWN = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "sparsity", "convention")
+SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")
+"""What the rows of a variant have in common; its zeros may depend on the sample, by a survey or by ties."""
 CAPTION = """\
 Means over the samples are geometric. *KL / first* is the KL divergence from dense over that of the first variant of the
 same pattern and share, on the same sample: geometric mean, and the standard error of its logarithm over the samples.
@@ -56,6 +57,8 @@ def compare_samples(
     """
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
+    if plots:
+        check_plots()
     if not resume:
         check_output(output)
     elif not any(output.glob("seed-*")):
@@ -86,7 +89,7 @@ def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) ->
     def identity(of: Mapping[str, Any]) -> str:
         card = {k: v for k, v in of["card"].items() if k not in ("seed", "command", "machine", "hashes")}
         hashes = {k: v for k, v in of["card"]["hashes"].items() if k not in ("calibration", "held-out")}
-        rows = [[row[key] for key in KNOWN] for row in of["rows"]]
+        rows = [[row[key] for key in SAME] for row in of["rows"]]
         return json.dumps([card, hashes, rows], sort_keys=True)
 
     if identity(first) != identity(result):
@@ -105,27 +108,28 @@ def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
         pairs = [(sample[number], sample[first]) for sample in samples]
         texts = {
             text: {
-                "perplexity": exp(fmean(row["texts"][text]["nll"] for row, _ in pairs)),
+                "perplexity": to_perplexity(fmean(float(row["texts"][text]["nll"]) for row, _ in pairs)),
                 "kl": _over_first([[row["texts"][text]["kl"] for row in pair] for pair in pairs]),
             }
             for text in samples[0][number]["texts"]
         }
         layer = _over_first([[row["output_error"]["mean"] for row in pair] for pair in pairs])
-        known = {key: samples[0][number][key] for key in KNOWN}
+        known = {key: samples[0][number][key] for key in SAME}
+        known["sparsity"] = fmean(row["sparsity"] for row, _ in pairs)
         rows.append(known | {"first": samples[0][first]["name"], "texts": texts, "layer": layer})
     return rows
 
 
-def _over_first(pairs: Sequence[Sequence[float | None]]) -> dict[str, float] | None:
+def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, float] | None:
     """Geometric means of a value and of its ratio to the first's, with the standard error of the ratio's logarithm.
 
-    None where one is not positive: a variant that changes nothing has no error.
+    None where one is not known, not finite (text in JSON) or not positive, as of what changes nothing.
     """
-    positive = [(value, first) for value, first in pairs if value and first and value > 0 and first > 0]
-    if len(positive) < len(pairs):
+    known = [[float("nan" if value is None else value) for value in pair] for pair in pairs]
+    if not all(0 < value < inf for pair in known for value in pair):
         return None
-    logs = [log(value / first) for value, first in positive]
-    mean = exp(fmean(log(value) for value, _ in positive))
+    logs = [log(value / first) for value, first in known]
+    mean = exp(fmean(log(value) for value, _ in known))
     return {"mean": mean, "ratio": exp(fmean(logs)), "error": stdev(logs) / len(logs) ** 0.5}
 
 
