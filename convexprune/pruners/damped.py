@@ -16,8 +16,10 @@ UNKNOWN = 0.06
 """The damping for a single sample, which has nothing to be compared with."""
 KNEE = 0.1
 """Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
-SATURATING, RIDGE = 3.0, 1 / 3
-"""What the sample's noise is multiplied with, for the two parts of the damping."""
+SATURATING, PER_NOISE = 0.05, 1.5
+"""The part of the damping that saturates: that of an endless sample of one kind of text, and what noise adds."""
+RIDGE = 0.003
+"""The part that does not, for directions in which there is next to no energy."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,18 @@ class Damping:
         return cls(0.0)
 
 
-def choose_damping(problem: PruningProblem, damping: float | None, least: float) -> Damping:
+def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
     """A ridge of strength `damping`, or if that is None what the calibration sample's noise asks for.
 
     An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
     texts. Half against half, an eigenvalue below `KNEE` is too small by about the same factor whatever its size, and by
-    more the more noise there is. A saturating pull makes up for that, a ridge does not; the ridge, at least `least`, is
-    for directions in which there is next to none (docs/benchmarks.md).
+    more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others).
     """
     if damping is not None:
         return Damping(damping)
     if not problem.folds:
         return Damping(UNKNOWN)
-    noise = sampling_noise(problem.folds)
-    return Damping(max(least, RIDGE * noise), SATURATING * noise)
+    return Damping(RIDGE, SATURATING + PER_NOISE * sampling_noise(problem.folds))
 
 
 def damped(problem: PruningProblem, damping: Damping) -> Quadratic:

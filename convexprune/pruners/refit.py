@@ -29,7 +29,6 @@ class Refitted(AbstractPruner):
     pruner: AbstractPruner
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
     damping: float | None = None
-    least_damping: float = 0.01
 
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)
@@ -44,7 +43,7 @@ class Refitted(AbstractPruner):
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""
         pruned = self.pruner.prune(problem)
-        damping = choose_damping(problem, self.damping, self.least_damping)
+        damping = choose_damping(problem, self.damping)
         weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
         facts = pruned.facts | damping.facts("refit_damping")
         return replace(pruned, weight=weight, solutions=pruned.solutions + refits, facts=facts)

@@ -31,7 +31,7 @@ class AbstractSearch(AbstractPruner):
     """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
 
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
-    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`, at least `least_damping`).
+    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`).
     `refit` is the solver of the values; None keeps the scores on the support.
 
     Raises:
@@ -40,7 +40,6 @@ class AbstractSearch(AbstractPruner):
 
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
     damping: float | None = None
-    least_damping: float = 0.01
 
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)
@@ -58,7 +57,7 @@ class AbstractSearch(AbstractPruner):
         Raises:
             PruningError: the damped Gram matrix is not positive definite.
         """
-        damping = choose_damping(problem, self.damping, self.least_damping)
+        damping = choose_damping(problem, self.damping)
         quadratic, scale = saliency_coordinates(problem, damping)
         found = self.search(quadratic, scale, problem.pattern)
         mask = problem.pattern.mask(found.scores.abs())
