@@ -79,9 +79,10 @@ def test_a_solver_that_is_wrong_fails_the_verdict_and_the_command(folder: Path, 
     bad = run(*arguments, "--method", "wanda")
     assert bad.exit_code == 1
     assert "missed" in bad.output and "fista" in bad.output
-    as_json = run(*arguments, "--method", "wanda", "--json")
+    as_json = run(*arguments, "--method", "wanda", "--prefix", "pruned", "--json")
     assert as_json.exit_code == 1
-    assert json.loads(as_json.stdout)["passed"] is False
+    found = json.loads(as_json.stdout)
+    assert found["passed"] is False and found["settings"]["prefix"] == "pruned"
 
 
 def test_settings_beside_a_run_and_unknown_operators_are_refused(folder: Path):

@@ -25,6 +25,7 @@ def verify(
     pattern: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     quota: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     error_correction: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     num_calibration_samples: options.SamplesOrNone = None,
     max_seq_length: options.Length = None,
@@ -39,8 +40,8 @@ def verify(
     """
     recipe = {
         "method": method, "sparsity": sparsity, "pattern": pattern, "quota": quota, "dataset": dataset,
-        "error_correction": error_correction, "num_calibration_samples": num_calibration_samples,
-        "max_seq_length": max_seq_length, "dtype": dtype,
+        "error_correction": error_correction, "prefix": prefix, "max_seq_length": max_seq_length, "dtype": dtype,
+        "num_calibration_samples": num_calibration_samples,
     }  # fmt: skip
     from transformers.utils.logging import disable_progress_bar
 
