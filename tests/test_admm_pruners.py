@@ -1,6 +1,6 @@
 """ADMM and ALPS against the same iterations written plainly."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from typing import Any
 
 import pytest
@@ -194,6 +194,12 @@ def test_a_count_below_one_is_refused_before_any_work(name):
         with pytest.raises(RecipeError, match=f"{pruner.__name__}: {count}=0; it must be 1 or more"):
             pruner(**{count: 0})
     assert bool(counts) == (name not in ("magnitude", "wanda"))
+
+
+def test_a_count_is_one_where_annotations_are_postponed():
+    own: Any = make_dataclass("Own", [("sweeps", "Count", 1)], bases=(Wanda,), frozen=True)
+    with pytest.raises(RecipeError, match="Own: sweeps=0; it must be 1 or more"):
+        own(sweeps=0)
 
 
 def test_another_whole_number_may_be_zero():

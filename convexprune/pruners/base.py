@@ -93,7 +93,7 @@ class AbstractPruner(ABC):
     def __post_init__(self) -> None:
         for setting in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, setting.name)
-            if setting.type is Count and value < 1:
+            if setting.type in (Count, "Count") and value < 1:  # a string where annotations are postponed
                 raise RecipeError(f"{type(self).__name__}: {setting.name}={value}; it must be 1 or more.")
 
     @property

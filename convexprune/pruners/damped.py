@@ -16,8 +16,8 @@ UNKNOWN = 0.06
 """The damping for a single sample, which has nothing to be compared with."""
 KNEE = 0.1
 """Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
-SATURATING, PER_NOISE = 0.05, 1.5
-"""The part of the damping that saturates: that of an endless sample of one kind of text, and what noise adds."""
+FOR_OTHERS, PER_NOISE = (0.05, 0.1), 12
+"""What the part of the damping that saturates has for other texts: times the noise, within these limits."""
 RIDGE = 0.003
 """The part that does not, for directions in which there is next to no energy."""
 
@@ -56,13 +56,15 @@ def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
 
     An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
     texts. Half against half, an eigenvalue below `KNEE` is too small by about the same factor whatever its size, and by
-    more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others).
+    more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others). What
+    it has beside the noise is for texts of another kind, which differ however long the sample is.
     """
     if damping is not None:
         return Damping(damping)
     if not problem.folds:
         return Damping(UNKNOWN)
-    return Damping(RIDGE, SATURATING + PER_NOISE * sampling_noise(problem.folds))
+    noise, (least, most) = sampling_noise(problem.folds), FOR_OTHERS
+    return Damping(RIDGE, noise + min(max(PER_NOISE * noise, least), most))
 
 
 def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
