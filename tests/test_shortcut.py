@@ -16,7 +16,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.discovery import discover
 from convexprune.model import Call, DecoderLayer
 from convexprune.pattern import Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, passes, prune_observed, survey
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, passes, prune_observed, survey, through
 from convexprune.pruners import SparseGPT
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -72,10 +72,12 @@ def test_attention_runs_twice_for_each_batch():
     times.clear()
     observed = observe(layer, lambda _: call, batches)
     settings = LayerSettings(SparseGPT(), Unstructured(0.5))
-    prune_observed(layer, lambda _: call, HiddenStates(batches, batches), observed, settings, lambda _: None)
+    known = prune_observed(layer, lambda _: call, HiddenStates(batches, batches), observed, settings, lambda _: None)
     assert times["self_attn.q_proj"] == 2 * 5  # dense, and for o
     assert times["self_attn.o_proj"] == 3 * 5  # dense, and for gate and up, and for down
     assert times["mlp.gate_proj"] == 2 * 5 and times["mlp.down_proj"] == 5
+    assert len(list(through(layer, lambda _: call, batches, known))) == 5
+    assert times["self_attn.q_proj"] == 2 * 5 and times["self_attn.o_proj"] == 4 * 5
     assert "forward" not in vars(layer.module.get_submodule("self_attn"))
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from convexprune.adapters import HuggingFaceModel
 from convexprune.model import Call, DecoderLayer, Group
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds, through
 from convexprune.pipeline.folds import Folds
-from convexprune.pipeline.passes import Observed
+from convexprune.pipeline.passes import Observed, Recorded
+from convexprune.pipeline.shortcut import Shortcut
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
 
@@ -133,14 +134,17 @@ class Comparison:
                 parts = stage_folds(layer, 0, calls, states, observed, settings, inputs)
                 first = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
-                record = self._prune(number, name, observed, first)
+                record, known = self._prune(number, name, observed, first)
                 for stream in self._advanced(name):
-                    self._store.write_states(name, number + 1, stream, self._through(number, name, stream))
+                    taken = known if stream == FITTED else None
+                    self._store.write_states(name, number + 1, stream, self._through(number, name, stream, taken))
             self._store.record(name, number + 1, record)
             tell(f"layer {number}, {name}")
 
-    def _prune(self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]) -> dict[str, Any]:
-        """Prune one layer by one variant; what came of it."""
+    def _prune(
+        self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]
+    ) -> tuple[dict[str, Any], dict[Shortcut, Recorded]]:
+        """Prune one layer by one variant; what came of it, and what is known for later passes of what was fitted."""
         layer, settings = self._model.layers[number], self._variants[name]
         dense = self._states(DENSE, number, FITTED)
         fed = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
@@ -148,7 +152,7 @@ class Comparison:
         watched, reports = Watched(settings.pruner), []
         began = time.perf_counter()
         with peak_memory(self._device) as peak:
-            prune_observed(
+            known = prune_observed(
                 layer,
                 self._calls(number),
                 hidden,
@@ -158,7 +162,7 @@ class Comparison:
                 first if settings.prefix == "dense" else None,
             )
         seconds = time.perf_counter() - began
-        return {
+        record = {
             "operators": [asdict(report) for report in reports],
             "output_error": self._output_error(number, dense, observed),
             "products": watched.products(layer, reports),
@@ -167,6 +171,7 @@ class Comparison:
             "peak_bytes": peak.total,
             "more_bytes": peak.more,
         }
+        return record, known
 
     def _output_error(self, number: int, dense: Sequence[Tensor], observed: Observed) -> float | None:
         """Median over the held-out tokens of |y* - y|^2 / |y - x|^2: dense input x, dense and pruned output y, y*."""
@@ -184,10 +189,12 @@ class Comparison:
         """What enters a decoder layer; before the first, nothing is pruned yet."""
         return self._store.states(name if number else DENSE, number, stream)
 
-    def _through(self, number: int, name: str, stream: str) -> Iterator[Tensor]:
+    def _through(
+        self, number: int, name: str, stream: str, known: Mapping[Shortcut, Recorded] | None = None
+    ) -> Iterator[Tensor]:
         """What the layer, as it is by now, makes of a stream."""
-        calls, module = self._calls(number), self._model.layers[number].module
-        return (calls(batch)(module, batch) for batch in self._states(name, number, stream))
+        states = self._states(name, number, stream)
+        return through(self._model.layers[number], self._calls(number), states, known)
 
     def _advanced(self, name: str) -> list[str]:
         """The streams that a variant has states of its own for."""

@@ -3,7 +3,7 @@
 from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
 from convexprune.pipeline.layer import HiddenStates, LayerSettings, prune_observed, stage_folds
 from convexprune.pipeline.output import RunFolder, check_output
-from convexprune.pipeline.passes import observe, stage_inputs
+from convexprune.pipeline.passes import observe, stage_inputs, through
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
 from convexprune.pipeline.store import FolderStore
@@ -34,4 +34,5 @@ __all__ = [
     "stage_folds",
     "stage_inputs",
     "threads",
+    "through",
 ]

@@ -251,7 +251,7 @@ def work(model: ModelSize, setting: Setting) -> Work:
                 products += layer.count * own
                 problems += layer.count
         if not setting.dense_prefix:
-            passes += sum(weights) + attention
+            passes += sum(weights[end:]) if end < len(weights) else sum(weights) + attention
         forward += layer.count * tokens * passes
     return Work(forward, gram, solve, problems, products)
 

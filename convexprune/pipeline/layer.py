@@ -16,7 +16,7 @@ from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.lacking import Lacking, height, stack_of, width
 from convexprune.pipeline.passes import Calls, Correct, Observed, Recorded, closing_inputs, stage_inputs
-from convexprune.pipeline.shortcut import taking
+from convexprune.pipeline.shortcut import Shortcut, taking
 from convexprune.pipeline.team import ALONE, Team
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
@@ -76,11 +76,12 @@ def prune_observed(
     tell: Tell,
     first: Mapping[Group, Folds] | None = None,
     record: Callable[[], Recorded] = list,
-) -> None:
+) -> dict[Shortcut, Recorded]:
     """Prune the operators of `layer` in place, stage by stage: x* is what the pruned stages make of what feeds it.
 
     `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them. `record`
-    makes a place to keep what the shortcuts begin with: tokens times the widths of their operators.
+    makes a place to keep what the shortcuts begin with: tokens times the widths of their operators. That is returned,
+    for later passes of what feeds the layer.
 
     Raises:
         ModelError: an activation is not finite; the operator is named.
@@ -100,6 +101,7 @@ def prune_observed(
                 facts = {"corrects_layer": 1.0} if closes else {}
                 _prune_group(layer.name, group, fold, settings, tell, began, facts, hidden.team)
                 began = time.perf_counter()
+    return {observed.shortcuts[group]: x for group, x in inputs.items() if group in observed.shortcuts}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Passes through one decoder layer: what the dense one shows, and what the operators of a stage see."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.model import Call, DecoderLayer, Group
-from convexprune.pipeline.shortcut import Shortcut, looking_for_shortcuts
+from convexprune.pipeline.shortcut import Shortcut, looking_for_shortcuts, taking
 from convexprune.pipeline.tensors import Batches
 
 Calls = Callable[[Tensor], Call]
@@ -78,6 +78,16 @@ def closes(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Te
     call, batch = calls(batches[0]), batches[0]
     last = closing_inputs(layer, group, call, batch)
     return last.own.numel() == last.rest.numel() and torch.equal(last.output, call(layer.module, batch))
+
+
+def through(
+    layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor], known: Mapping[Shortcut, Recorded] | None = None
+) -> Iterator[Tensor]:
+    """What the layer, as it is by now, makes of each batch; the shortcuts are taken whose inputs are `known`."""
+    for i, batch in enumerate(batches):
+        with taking({shortcut: x[i].to(batch.device) for shortcut, x in (known or {}).items()}):
+            output = calls(batch)(layer.module, batch)
+        yield output
 
 
 class Closing(NamedTuple):

@@ -1,6 +1,6 @@
 """The task that every run is made of: prune one decoder layer, from files to files, and again if need be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.errors import OutputError
 from convexprune.model import AbstractModel, Call
 from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_observed
-from convexprune.pipeline.passes import Calls, Recorded, observe
+from convexprune.pipeline.passes import Calls, Recorded, observe, through
 from convexprune.pipeline.store import AbstractStore, FolderStore, Stream
 from convexprune.pipeline.team import ALONE, Team
 from convexprune.pipeline.tensors import Batches
@@ -103,9 +103,10 @@ def prune_layer_task(
         if more:
             store.put_hidden(number + 1, "dense", observed.outputs)
             model.prefetch(model.layers[number + 1])
-        prune_observed(layer, calls.of(number), hidden, observed, settings, report, record=record)
+        known = prune_observed(layer, calls.of(number), hidden, observed, settings, report, record=record)
         if more and settings.prefix == "pruned":
-            store.put_hidden(number + 1, "fed", _outputs(layer.module, calls.of(number), hidden.fed, record))
+            fed = _recorded(through(layer, calls.of(number), hidden.fed, known), record())
+            store.put_hidden(number + 1, "fed", fed)
         store.finish(number, model.state(layer), reports)
 
 
@@ -125,7 +126,7 @@ def carried(
         with model.resident(layer):
             if pruned is not None:
                 model.load_state(layer, pruned.layer(number))
-            batches = _outputs(layer.module, calls.of(number), batches, record)
+            batches = _recorded(through(layer, calls.of(number), batches), record())
         if isinstance(last, Batches):
             last.path.unlink()
         last = batches
@@ -160,19 +161,14 @@ def _again(
         )
     with store.scratch(number) as record:
         if batches is None:
-            start, batches = 0, record()
-            for batch in work.batches:
-                batches.append(model.first_inputs(batch))
+            start, batches = 0, _recorded(map(model.first_inputs, work.batches), record())
         batches = carried(model, calls, batches, range(start, number), record, store if stream == "fed" else None)
         assert isinstance(batches, list | Batches)
         store.put_hidden(number, stream, batches)
     return batches
 
 
-def _outputs(
-    module: torch.nn.Module, calls: Calls, batches: Sequence[Tensor], record: Callable[[], Recorded]
-) -> Recorded:
-    outputs = record()
+def _recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
     for batch in batches:
-        outputs.append(calls(batch)(module, batch))
-    return outputs
+        place.append(batch)
+    return place
