@@ -50,7 +50,7 @@ def compared(folder: Path, **settings: Any) -> dict[str, Any]:
         "eval_windows": 3,
         "plots": False,
     }
-    return compare(folder / "model", output=folder / "out", **plain | CALIBRATION | settings)
+    return compare(folder / "model", **{"output": folder / "out"} | plain | CALIBRATION | settings)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -145,6 +145,21 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     texts = [without_times(json.loads((folder / f / "compare.json").read_text())) for f in ("out", "whole")]
     assert texts[0] == texts[1]
     assert {p.name for p in (folder / "out").iterdir()} == {"compare.json", "report.md"}
+
+
+def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
+    settings: dict[str, Any] = {"methods": ["fista", "alps"], "conventions": ["dense", "dense-layer", "pruned-layer"]}
+    together = compared(folder, **settings, patterns=["unstructured", "2:4"])
+    for row in together["rows"]:
+        alone = compared(
+            folder,
+            methods=[row["method"]],
+            patterns=[row["pattern"]],
+            conventions=[row["convention"]],
+            output=folder / "alone" / row["name"],
+        )
+        assert without_times(alone["rows"]) == without_times([row])
+        assert alone["dense"] == together["dense"]
 
 
 def test_report_and_plots_are_drawn(folder: Path):
