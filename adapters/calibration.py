@@ -17,6 +17,7 @@ from .sampling import sampled_windows
 from .text_files import TEXT_FILES, read_text
 
 DEFAULT_LENGTH = 2048
+EVALUATION_WINDOW = 1024
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
 ACCEPTED = (
@@ -106,14 +107,16 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
     return tokens, held_out
 
 
-def text_windows(text: str | Path, model: HuggingFaceModel, window: int) -> Tensor:
+def text_windows(text: str | Path, model: HuggingFaceModel, window: int | None = None) -> Tensor:
     """All disjoint windows [windows window] of a text, in order, to evaluate on; a shorter rest is not used.
 
-    `text` is the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one.
+    `text` is the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one. `window` of
+    None is the shorter of 1024 and what the model can see.
 
     Raises:
         CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
     """
+    window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
     windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
@@ -147,8 +150,8 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
         raise CalibrationError(f"num_samples={num_samples}: at least 1 is needed.")
     if length is not None and not 1 <= length <= model.max_positions:
         raise CalibrationError(
-            f"max_seq_length={length}: {model.name} can see from 1 to {model.max_positions} tokens. "
-            "Leave it out to use as many as are sensible."
+            f"Windows of {length} tokens: {model.name} can see from 1 to {model.max_positions}. "
+            "Leave their length out to have as many as are sensible."
         )
 
 

@@ -97,6 +97,7 @@ def inspect(
     Raises:
         ModelError: the configuration is missing, of no known model, or of one that is not pruned.
         RecipeError, PatternError: settings that do not exist or do not fit.
+        CalibrationError: windows longer than the model can see.
     """
     checked = make_recipe(model=str(source), **recipe)
     checked.build_pruner()

@@ -51,7 +51,7 @@ def prune(
     evaluation: str | Path | Tensor | None = None,
     progress: Callable[[int], Tell] | None = None,
 ) -> PruneResult:
-    """Prune a language model; every convex solve is certified.
+    """Prune a language model; the report has the certificate of every operator's convex solve.
 
     Args:
         model: a folder, a name on the hub, or a loaded model, which is then changed in place. None: the small OPT
@@ -67,11 +67,12 @@ def prune(
         allocation: how the zeros are spread over the operators: "uniform", the same share in each; "curve", least
             predicted loss, from error curves weighted by gradients (a survey of the dense model first, which takes
             about five times as long as SparseGPT); "half-curve", half of the way there from "uniform"; "owl" or
-            "skewness", by the shape of each decoder layer's scores.
+            "skewness", by the shape of each decoder layer's scores. N:M patterns take the first two.
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.
-        num_calibration_samples: windows of `max_seq_length` tokens (None: 2048, or the model's limit if less).
+        num_calibration_samples: windows of `max_seq_length` tokens (None: the rows' own length; for text 2048, or the
+            model's limit if less; 256 for the bundled model).
         held_out_samples: windows more, on which errors are measured and nothing is fitted; None: an eighth as many,
             or what the data set has left.
         batch_size: windows in one forward pass.
@@ -83,14 +84,14 @@ def prune(
         error_correction: how much an operator makes up for those pruned before it, 0 to 1; None: 1, or 1/2 with
             prefix="pruned".
         correct: which error: of an "operator" what its own outputs lack, as published; or of the one whose outputs are
-            added last to those of the decoder "layer", all that these lack. None: the layer's, but for
-            preset="fistapruner".
+            added last to those of the decoder "layer", all that these lack. None: the layer's, but for "fistapruner".
         prefix: which network feeds a decoder layer while it is pruned: the "dense" one, or the one "pruned" so far.
-        damping: pull to the dense weight relative to the Gram matrix's diagonal; None: from the sampling noise.
+        damping: of "convex", "admm" and a refit that refit=True adds: pull to the dense weight, relative to the Gram
+            matrix's diagonal; None: from the sampling noise. Others have their own in `method_args`.
         refit: least squares on the support that was found, for any method or for none; None: as the method has it.
         method_args: further settings of the method's class in `convexprune.pruners`.
         device: "auto" is the GPU if there is one.
-        dtype: "float32", "bfloat16", "float16"; None is the checkpoint's.
+        dtype: "float32", "bfloat16", "float16"; None is the checkpoint's, of the bundled model float32.
         trust_remote_code: let transformers run code that a checkpoint brings.
         allow_pickle: read checkpoints that are pickles, which can run code.
         output_dir: where to write the model, `recipe.yaml` and `report.json`; must be empty. The model is then never

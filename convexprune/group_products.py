@@ -30,7 +30,7 @@ class GroupProducts(AbstractPenalty):
     shows no point to be optimal. FISTA takes it by its prox, as a heuristic whose limit depends on the start.
 
     Raises:
-        ProblemError: the strength or a weight is negative or not finite.
+        ProblemError: the strength is negative, a weight is not positive, or one of them is not finite.
     """
 
     kept: int

@@ -110,7 +110,11 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """mean x* x*' [n n]."""
+        """mean x* x*' [n n].
+
+        Raises:
+            ProblemError: no token was seen.
+        """
         self._require_tokens()
         return _whole(self.sum / self.tokens)
 
@@ -133,7 +137,11 @@ class Moments:
         return own and (self.correction is None or self.correction.is_finite())
 
     def energy(self, weight: Tensor) -> Tensor:
-        """mean |W x|^2 of each row [m], or of outputs mean |W x* + d|^2: the target's energy, the unit of errors."""
+        """mean |W x|^2 of each row [m], or of outputs mean |W x* + d|^2: the target's energy, the unit of errors.
+
+        Raises:
+            ProblemError: no token was seen.
+        """
         energy = _row_form(weight, self.gram)
         if self.correction is not None:
             cross, change = self.correction.through(weight)
@@ -145,6 +153,9 @@ class Moments:
 
         a = 1 is error correction as in FISTAPruner (arXiv 2408.03728, Eq. 2): the target is the dense operator on the
         dense input. a = 0 asks only to reproduce the operator on its own, pruned input, as SparseGPT does.
+
+        Raises:
+            ProblemError: no token was seen.
         """
         weight = weight.to(self.sum)
         if self.correction is None or correction == 0:

@@ -37,6 +37,9 @@ class AbstractPattern(ABC):
 
         A weight may be decided in blocks of columns: `first` is where the block begins, and the blocks' counts add up
         to the exact count of the whole.
+
+        Raises:
+            PatternError: the pattern does not fit scores of this shape.
         """
 
     @abstractmethod
@@ -44,6 +47,9 @@ class AbstractPattern(ABC):
         """What separates the sizes of kept scores from the others, in the matrix, row or group; broadcasts to [m n].
 
         It is for weighing scores, not for choosing: of a large matrix it is estimated from a part of the entries.
+
+        Raises:
+            PatternError: the pattern does not fit scores of this shape.
         """
 
     @property

@@ -105,7 +105,11 @@ def _shrink(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) 
 
 @dataclass(frozen=True, eq=False)
 class Support(AbstractPenalty):
-    """Infinite for a non-zero outside `mask` [m n], else zero: the values are free, their places are fixed."""
+    """Infinite for a non-zero outside `mask` [m n], else zero: the values are free, their places are fixed.
+
+    Raises:
+        ProblemError: the mask is not boolean.
+    """
 
     mask: Tensor
 

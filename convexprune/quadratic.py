@@ -71,7 +71,11 @@ class Quadratic:
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
-        """A pull towards `anchor` [m n]: 1/2 sum_ij strength_j (V_ij - A_ij)^2, strength [n] non-negative."""
+        """A pull towards `anchor` [m n]: 1/2 sum_ij strength_j (V_ij - A_ij)^2, strength [n].
+
+        Raises:
+            ProblemError: a strength is negative.
+        """
         if bool((strength < 0).any()):
             raise ProblemError(f"Damping must not be negative; the least entry is {float(strength.min()):.3g}.")
         zero = torch.zeros_like(anchor)

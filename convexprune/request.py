@@ -56,7 +56,7 @@ class PruneResult:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The pruned model: the very one that was given if it was loaded, else read from `output_dir` now."""
+        """The pruned model: the one that was pruned in memory, else read from `output_dir` now."""
         return self._model()
 
 
@@ -67,7 +67,7 @@ class Request:
         self.source, solver = settings["model"], settings["solver"]
         dataset = settings["dataset"]
         self.recipe = make_recipe(
-            model=str(self.source if isinstance(self.source, str | Path) else self.source.name_or_path),
+            model=_name_of(self.source),
             solver=solver if isinstance(solver, str) else type(solver).__name__,
             dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
             targets=tuple(settings["targets"]),
@@ -247,6 +247,11 @@ def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel
         settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": seed}
         return calibration_tokens("self", model, split="evaluation", **settings)
     return text_windows(Path(evaluation), model, window)
+
+
+def _name_of(source: Any) -> str:
+    """Of a model, or of what was given for one."""
+    return str(source if isinstance(source, str | Path) else getattr(source, "name_or_path", type(source).__name__))
 
 
 def is_self(text: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from convexprune import cli
+from convexprune import cli, errors
 from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.cli import application
 from convexprune.pipeline import PRESETS
@@ -65,6 +65,27 @@ def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsy
         cli.main()
     assert stopped.value.code == 2
     assert "RecipeError: Unknown method 'wando'. Did you mean 'wanda'?" in capsys.readouterr().err
+
+
+def test_brackets_of_a_message_are_not_markup(folder: Path, monkeypatch, capsys):
+    said = "needs Ray: pip install 'convexprune[ray]', or a tensor [windows tokens] [/x]"
+
+    def fail(**_: object):
+        raise errors.DependencyError(said)
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    output = folder / "pruned [1]"
+    result = run("prune", folder / "model", "--method", "magnitude", "--nsamples", 2, "--seqlen", 8, "--output", output)
+    assert str(output) in result.output and result.exit_code == 0, result.output
+
+
+def test_eval_has_windows_that_the_model_can_see(folder: Path):
+    result = run("eval", folder / "model", "--text", folder / "text.txt", "--max-windows", 1)
+    assert result.exit_code == 0 and "in 1 windows of 64" in result.output, result.output
 
 
 def test_the_help_of_compare_names_every_convention():

@@ -29,6 +29,11 @@ BAD = {
     ),
     "preset and method": ({"preset": "fistapruner", "method": "wanda"}, errors.RecipeError, "names its own method"),
     "method settings": ({"method_args": {"round": 3}}, errors.RecipeError, "do not fit the method 'convex'"),
+    "warm start": (
+        {"preset": "fistapruner", "method_args": {"warm_start": "sparsgpt"}},
+        errors.RecipeError,
+        "Unknown warm start 'sparsgpt'. Did you mean 'sparsegpt'",
+    ),
     "quota": ({"quota": "column"}, errors.RecipeError, "quota='column'"),
     "error_correction": ({"error_correction": 2.0}, errors.RecipeError, "error_correction=2.0"),
     "prefix": ({"prefix": "sparse"}, errors.RecipeError, "prefix='sparse'"),
@@ -47,6 +52,11 @@ def test_bad_input_is_refused_before_any_work(tiny_opt: HuggingFaceModel, tmp_pa
         convexprune.prune(tiny_opt.model, **{**SMALL, **settings}, output_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     assert all(torch.equal(p, before[n]) for n, p in tiny_opt.model.named_parameters())
+
+
+def test_a_module_that_is_no_model_is_refused():
+    with pytest.raises(errors.ModelError, match="A Linear is no model of transformers"):
+        convexprune.prune(torch.nn.Linear(3, 3), **SMALL)  # pyright: ignore[reportArgumentType]
 
 
 def test_another_result_is_never_overwritten(tiny_opt: HuggingFaceModel, tmp_path: Path):

@@ -23,6 +23,7 @@ def best_pruning(problem: PruningProblem) -> Tensor:
 
     Raises:
         ProblemError: more than 20 columns, or a pattern that is none of one operator.
+        PatternError: an n:m pattern that does not fit.
     """
     quadratic, pattern = problem.quadratic.double, problem.pattern
     m, n = quadratic.shape

@@ -36,8 +36,6 @@ from .states import Store
 from .texts import text_of
 from .variants import Variant, make_variants
 
-EVALUATION_WINDOW = 1024
-
 
 def compare(
     model: str | Path | None,
@@ -104,8 +102,8 @@ def compare(
     fitted = calibration_and_held_out(
         dataset, loaded, num_samples=num_calibration_samples, spare=spare, max_seq_length=length, seed=seed
     )
-    window = eval_window or min(EVALUATION_WINDOW, loaded.max_positions)
-    tokens = Tokens(*fitted, {name: text_windows(text, loaded, window)[:eval_windows] for name, text in texts.items()})
+    windows = {name: text_windows(text, loaded, eval_window)[:eval_windows] for name, text in texts.items()}
+    tokens = Tokens(*fitted, windows)
     card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "seed": seed,

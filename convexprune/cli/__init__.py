@@ -4,6 +4,7 @@ import sys
 import warnings
 
 from rich.console import Console
+from rich.text import Text
 
 from convexprune.cli import compare, inspect, prune, verify
 from convexprune.cli.application import app
@@ -18,5 +19,6 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConvexpruneError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        message = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)

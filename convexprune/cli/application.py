@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune language models by convex optimization.",
 )
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names and messages have brackets
 
 
 @app.callback()
@@ -31,7 +31,7 @@ def progress_bar() -> Progress:
     """What is being done, how much of it is done, and how long it has taken."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -54,7 +54,7 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     output: options.Output = Path("compared"),
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted comparison.")] = False,
-    plots: Annotated[bool, typer.Option(help="Draw the results (needs convexprune[plot]).")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw the results; needs matplotlib.")] = True,
 ) -> None:
     """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
     settings = dict(locals())

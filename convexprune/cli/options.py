@@ -14,15 +14,30 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 
 Model = Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")]
 Quota = Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")]
-Dataset = Annotated[str, typer.Option(help="self, c4, wikitext2, ptb, or a .txt or .jsonl file.")]
-Samples = Annotated[int, typer.Option("--num-calibration-samples", "--nsamples")]
-SamplesOrNone = Annotated[int | None, typer.Option("--num-calibration-samples", "--nsamples")]
-HeldOut = Annotated[int | None, typer.Option(help="Samples to judge by only; an eighth as many.")]
-Length = Annotated[int | None, typer.Option("--max-seq-length", "--seqlen", help="Tokens a sample.")]
+Dataset = Annotated[
+    str, typer.Option(help="self, c4, wikitext2, ptb, OWNER/NAME on the hub, or a .txt or .jsonl file.")
+]
+SAMPLES = ("--num-calibration-samples", "--nsamples")
+Samples = Annotated[int, typer.Option(*SAMPLES, help="Samples to fit on.")]
+SamplesOrNone = Annotated[int | None, typer.Option(*SAMPLES, help="Samples to fit on. Left out: as prune has them.")]
+HeldOut = Annotated[
+    int | None, typer.Option(help="Samples more, to judge by and never to fit. Left out: an eighth as many.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--max-seq-length",
+        "--seqlen",
+        help="Tokens a sample. Left out: 2048, or the model's limit; 256 for the bundled OPT.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
-Targets = Annotated[list[str] | None, typer.Option(help="Operators to prune, all unless given; repeat it for more.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Operators to leave alone; repeat it for more.")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(help="To prune: a name, its end, re:REGEX; repeat it. Left out: all."),
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="To leave alone, named the same way; repeat it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[Path, typer.Option(help="Folder for the result; must be empty or not there.")]
 RemoteCode = Annotated[bool, typer.Option(help="Run code that the checkpoint brings.")]

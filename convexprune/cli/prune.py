@@ -17,7 +17,8 @@ def prune(
     model: options.Model = None,
     solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, admm, cvxpy, scipy.")] = "fista",
     method: Annotated[
-        str, typer.Option(help="convex, admm, or a baseline: alps, sparsegpt, wanda, magnitude.")
+        str,
+        typer.Option(help="convex, admm, perspective, or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda."),
     ] = "convex",
     preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
@@ -30,28 +31,59 @@ def prune(
     max_seq_length: options.Length = None,
     batch_size: options.BatchSize = 1,
     seed: options.Seed = 0,
-    bound_rows: Annotated[int, typer.Option(help="Rows an operator to bound the best pruning of, in the report.")] = 2,
+    bound_rows: Annotated[
+        int,
+        int,
+        typer.Option(help="Rows of each operator whose error the report compares with a lower bound; 0: none."),
+    ] = 2,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
     error_correction: Annotated[
         float | None, typer.Option(help="0 to 1: how much of earlier errors to make up. Left out: by --prefix.")
     ] = None,
-    correct: Annotated[str | None, typer.Option(help="Which errors: operator or layer. Left out: layer.")] = None,
+    correct: Annotated[
+        str | None,
+        typer.Option(
+            help="What to make up for: what the outputs of each operator lack, or for the one that ends a layer "
+            "those of the layer. Left out: layer; for fistapruner operator."
+        ),
+    ] = None,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",
-    damping: Annotated[float | None, typer.Option(help="Pull to the dense weight. Left out: from the data.")] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(
+            help="Of convex, admm or an added --refit: pull to the dense weight, relative to the diagonal of the Gram "
+            "matrix. Left out: from the noise of the sample."
+        ),
+    ] = None,
     refit: Annotated[
         bool | None, typer.Option(help="Least squares on the support, for any method or for none.")
     ] = None,
     device: options.Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. Left out: as stored.")] = None,
-    eval_text: Annotated[str | None, typer.Option(help="A text whose perplexity to print, before and after.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16. Left out: as stored, of the bundled OPT float32."),
+    ] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            help="A .txt or .jsonl file whose perplexity to print, before and after. Left out: text that the model "
+            "writes itself, if --dataset is self; else none."
+        ),
+    ] = None,
     output: options.Output = Path("pruned"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in the folder.")] = False,
     executor: Annotated[str, typer.Option(help="Who prunes: serial, pool, ranks (torchrun, srun) or ray.")] = "serial",
     workers: Annotated[
-        int | None, typer.Option(help="Of pool and ray. Left out: one a GPU, or as cores allow.")
+        int | None,
+        typer.Option(help="Processes of pool, tasks of ray. Left out: one a GPU, or as many as cores have room for."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="That a layer is pruned on; the last bits depend on it.")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="That a layer is pruned on; the last bits depend on it. Left out: torch's, divided by the workers."
+        ),
+    ] = None,
     trust_remote_code: options.RemoteCode = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
 ) -> None:
@@ -90,9 +122,11 @@ def prune(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub name.")],
     text: Annotated[Path, typer.Option(help="A .txt or .jsonl file.")],
-    window: Annotated[int, typer.Option(help="Tokens a window; windows do not overlap.")] = 1024,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
-    device: Annotated[str, typer.Option()] = "auto",
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window; they do not overlap. Left out: 1024, or the model's limit.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows. Left out: all.")] = None,
+    device: options.Device = "auto",
 ) -> None:
     """Perplexity of a model on a text, with all that the number depends on."""
     from convexprune.adapters import load, text_windows

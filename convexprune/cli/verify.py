@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console, show
@@ -70,9 +71,10 @@ def verify(
         for table in result.tables():
             show(table)
         for fault in result.faults:
-            console.print(f"[bold red]missed[/]: {fault}", highlight=False, soft_wrap=True)
-        verdict = "[bold green]passed[/]" if result.passed else "[bold red]failed[/]"
-        console.print(f"{verdict}: {len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}, "
-                      f"undamped {result.median_plain_ratio:.2f}; {result.seconds:.0f} s")  # fmt: skip
+            console.print(Text.assemble(("missed", "bold red"), f": {fault}"), soft_wrap=True)
+        verdict = ("passed", "bold green") if result.passed else ("failed", "bold red")
+        figures = f"{len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}, "
+        figures += f"undamped {result.median_plain_ratio:.2f}; {result.seconds:.0f} s"
+        console.print(Text.assemble(verdict, f": {figures}"), soft_wrap=True)
     if not result.passed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The convex pruner: a path of certified convex problems finds the support, a certified refit the values."""
+"""The convex pruner: a path of convex problems finds the support, a certified refit the values."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -27,7 +27,7 @@ NEAR = 0.005  # of the wanted zeros: a bisection that comes so near ends, and th
 
 @dataclass(frozen=True)
 class Convex(AbstractSearch):
-    """Scores from penalised problems, solved by any solver that takes their penalty, each with its certificate.
+    """Scores from penalised problems, solved by any solver that takes their penalty.
 
     `penalty="reweighted-l1"`, the default, follows a path in the coordinates of `AbstractSearch`: round by round, the
     convex problem
@@ -54,6 +54,7 @@ class Convex(AbstractSearch):
     Raises:
         RecipeError: an unknown `penalty`.
         UnsupportedError: `solver` does not take the penalty, or `refit` a support.
+        PatternError: `prune` with "group-products" and a pattern that is not one N:M.
     """
 
     solver: AbstractSolver | None = None

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from convexprune.errors import RecipeError, unknown
 from convexprune.penalty import L1
 from convexprune.problem import Problem
 from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
@@ -31,6 +32,9 @@ class FISTAPruner(AbstractPruner):
     authors published no code; the initial strength, the interval, `improvement` and the exact form of E_round are
     reconstructed from reviews (a smaller `improvement` gives a lower error for many times the products); the stop on a
     small step inside the 20 is left out; each operator of a stack has its own bisection, as in the paper.
+
+    Raises:
+        RecipeError: an unknown `warm_start`.
     """
 
     warm_start: Literal["sparsegpt", "wanda"] = "sparsegpt"
@@ -41,8 +45,17 @@ class FISTAPruner(AbstractPruner):
     strength: float = 1e-5
     largest_strength: float = 1e6
 
+    def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
+        if self.warm_start not in WARM_STARTS:
+            raise RecipeError(unknown("warm start", self.warm_start, WARM_STARTS))
+
     def prune(self, problem: PruningProblem) -> Pruned:
-        """See `AbstractPruner.prune`."""
+        """See `AbstractPruner.prune`.
+
+        Raises:
+            PruningError: the Gram matrix that SparseGPT damps is not positive definite.
+        """
         parts = [self._prune(operator) for operator in problem.operators()]
         solutions = tuple(s for part in parts for s in part.solutions)
         return Pruned(torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts]), solutions)

@@ -10,6 +10,7 @@ from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
 from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
+from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
 from convexprune.solvers import AbstractSolver, Solution, make_solver
@@ -28,16 +29,16 @@ class Perspective(AbstractPruner):
         min_V  q(V) - 1/2 sum_ij B_ij V_ij^2 + ReverseHuber(B, mu)(V)
 
     which is convex. The pattern keeps the entries with the largest |V| / sqrt(2 mu / B), which is the share z of a
-    non-zero where it is below one, and `refit` finds their values. `margin` is the share of the split that is given
-    back, so that H - B is well away from singular. Slower than method="convex" and worse by some percent; it is the
-    convex problem that is nearest to pruning itself.
+    non-zero where it is below one, and `refit` finds their values (None: they stay). `margin` is the
+    share of the split that is given back, so that H - B is well away from singular. Slower than method="convex" and
+    worse by some percent; it is the convex problem that is nearest to pruning itself.
 
     Raises:
         UnsupportedError: `solver` does not take the reverse Huber penalty, or `refit` a support.
     """
 
     solver: AbstractSolver = field(default_factory=lambda: make_solver("fista"))
-    refit: AbstractSolver = field(default_factory=ConjugateGradient)
+    refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
     damping: float = 0.03
     rounds: Count = 5
     iterations: Count = 40
@@ -46,7 +47,8 @@ class Perspective(AbstractPruner):
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)
         require_penalty(self.solver, ReverseHuber)
-        require_penalty(self.refit, Support)
+        if self.refit is not None:
+            require_penalty(self.refit, Support)
 
     @torch.no_grad()
     def prune(self, problem: PruningProblem) -> Pruned:
@@ -70,10 +72,9 @@ class Perspective(AbstractPruner):
             solutions.append(solution)
             masks.append(mask)
         mask = torch.cat(masks)
-        start = torch.cat([s.weight for s in solutions]) * mask
-        solutions.append(self.refit.solve(Problem(q, Support(mask)), start))
-        weight = (solutions[-1].weight / problem.scale).to(problem.weight)
-        return Pruned(weight, mask, tuple(solutions), {"damping": self.damping})
+        weight, refits = refitted(q, mask, torch.cat([s.weight for s in solutions]), self.refit)
+        weight = (weight / problem.scale).to(problem.weight)
+        return Pruned(weight, mask, (*solutions, *refits), {"damping": self.damping})
 
     def _support(
         self, q: Quadratic, operator: PruningProblem, inverse: Tensor, split: Tensor

@@ -41,7 +41,11 @@ class Refitted(AbstractPruner):
 
     @torch.no_grad()
     def prune(self, problem: PruningProblem) -> Pruned:
-        """See `AbstractPruner.prune`."""
+        """See `AbstractPruner.prune`.
+
+        Raises:
+            PruningError: the pruner's, or the Gram matrix is not positive semi-definite.
+        """
         pruned = self.pruner.prune(problem)
         damping = choose_damping(problem, self.damping)
         weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)

@@ -10,8 +10,8 @@ class Wanda(AbstractPruner):
     """Score |W_ij| |X_j|_2; kept weights do not change (Sun et al., arXiv 2306.11695, Eq. 1; locuslab/wanda).
 
     Differences to the authors' code: |X_j|_2 is taken over all tokens at once; the quota is the pattern's (the paper
-    prunes per output: ask for quota="row"); ties are exact; inputs come from the pipeline's convention (dense before
-    the layer, pruned inside it), not from a pruned prefix.
+    prunes per output: ask for quota="row"); ties are exact; inputs come from the recipe's prefix, by default
+    dense before the layer and pruned inside it: as published with prefix="pruned".
     """
 
     def prune(self, problem: PruningProblem) -> Pruned:
