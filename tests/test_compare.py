@@ -49,8 +49,9 @@ def compared(folder: Path, **settings: Any) -> dict[str, Any]:
         "eval_window": 16,
         "eval_windows": 3,
         "plots": False,
+        "output": folder / "out",
     }
-    return compare(folder / "model", **{"output": folder / "out"} | plain | CALIBRATION | settings)
+    return compare(folder / "model", **plain | CALIBRATION | settings)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
