@@ -87,7 +87,7 @@ def _backward(
             add(name, product.inputs)
 
     def add(name: str, gradient: Tensor) -> None:
-        found[name] += gradient.double().square().flatten(0, -2).sum(0)
+        found[name] += gradient.double().square().flatten(0, -2).sum(0).to(found[name].device)
 
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:

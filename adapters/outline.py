@@ -48,7 +48,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
     config = _config(source, trust_remote_code)
     refuse_quantised(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else getattr(config, "dtype", None) or torch.float32
+    dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
     with FakeTensorMode(), no_initialisation():
         model: PreTrainedModel = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote)).eval()
         model.tie_weights()

@@ -174,7 +174,7 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept:
     largest = lines(saving).sort(dim=1, descending=True).values.cumsum(1)
     count = kept.long()
     taken = torch.where(count > 0, largest.gather(1, (count - 1).clamp_min(0)), 0.0)
-    unit = 4 * (q.shape[1] + 4) * torch.finfo(weight.dtype).eps
+    unit = 4 * (max(q.shape[1], largest.shape[1]) + 4) * torch.finfo(weight.dtype).eps  # of the longest sum
     moved = q.displacement(weight).abs()
     doubt = q.cross.abs() + moved @ q.gram.abs()  # over which the residual may be wrong by `unit`
     reach = weight.abs() + residual.abs() / split.clamp_min(torch.finfo(weight.dtype).tiny) + moved

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
@@ -41,8 +40,9 @@ class Relaxed:
 
     @property
     def cost(self) -> Tensor:
-        """What a non-zero costs [lines 1]; infinite before the first iteration."""
-        return torch.full((1, 1), inf) if self.price is None else self.price.exp()
+        """What a non-zero costs [lines 1], from the first iteration on."""
+        assert self.price is not None
+        return self.price.exp()
 
     @property
     def gain(self) -> Tensor:

@@ -140,5 +140,5 @@ def finite(value: Any) -> Any:
 
 
 def _numbers(value: dict[str, Any]) -> dict[str, Any]:
-    """The same with the text that `_finite` wrote as numbers again."""
+    """The same with the text that `finite` wrote as numbers again."""
     return {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in value.items()}

@@ -35,7 +35,7 @@ from convexprune.pipeline import (
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.machine import Clock, default_device, steps, versions
+from convexprune.pipeline.machine import Clock, default_device, installation, steps, versions
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.workers import executor_for, team_size
@@ -65,11 +65,12 @@ class Request:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.source, solver = settings["model"], settings["solver"]
-        dataset = settings["dataset"]
+        dataset, evaluation = settings["dataset"], settings["evaluation"]
         self.recipe = make_recipe(
             model=_name_of(self.source),
             solver=solver if isinstance(solver, str) else type(solver).__name__,
-            dataset=dataset if isinstance(dataset, str) else f"{type(dataset).__name__} given by the caller",
+            dataset=_named(dataset),
+            evaluation=None if evaluation is None else _named(evaluation),
             targets=tuple(settings["targets"]),
             ignore=tuple(settings["ignore"]),
             method_args=settings["method_args"] or {},
@@ -78,18 +79,19 @@ class Request:
         recipe = self.recipe
         pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
         self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
-        self.dataset, self.evaluation, self.progress = dataset, settings["evaluation"], settings["progress"]
+        self.dataset, self.evaluation, self.progress = dataset, evaluation, settings["progress"]
         self.device = default_device(recipe.device)
         self.executor = executor_for(settings, self.device, recipe.threads)
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
-        self.given_tokenizer = settings["tokenizer"]
+        self.given_tokenizer, self.trust_remote_code = settings["tokenizer"], settings["trust_remote_code"]
+        self.installed = installation(self.device)
         self.open = partial(
             load,
             self.source,
-            dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
+            dtype=recipe.torch_dtype,
             **{name: settings[name] for name in _OPENING},
         )
         self.clock = Clock()
@@ -123,7 +125,7 @@ class Request:
         loaded = self.open(device=self.device, stream=True)
         check_patterns(loaded, self.layers)
         self.clock.lap("load")
-        sampled = folder.tokens() if resume and folder.is_unfinished else {}
+        sampled = folder.sampled() if resume and folder.is_unfinished else {}
         windows = self._windows(loaded, sampled)
         report = self._report(loaded)
         report.identity = identity(
@@ -131,19 +133,21 @@ class Request:
             self.layers,
             loaded.checksums(),
             {name: windows[name] for name in FITTED},
+            self.installed,
             device=torch.device(self.device).type,
             dtype=report.environment["dtype"],
             threads=self.threads,
             ranks=self.team_size,
-            steps=report.environment["steps"],
         )
-        with folder.opened(report.identity, windows, self.executor.rank):
+        sources = {"calibration": self.dataset, "held_out": self.dataset, "evaluation": self.evaluation}
+        sampled = {name: tokens for name, tokens in windows.items() if is_self(sources[name])}
+        with folder.opened(report.identity, sampled, self.executor.rank):
             written = not folder.is_finished and self._run(folder, loaded, windows, report)
         if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
-            pruned = _read(path, self.device)
+            pruned = self._read(path)
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
-        model = partial(_read, path, self.device) if loaded.streams else lambda: loaded.model
+        model = partial(self._read, path) if loaded.streams else lambda: loaded.model
         return PruneResult(folder.report(), loaded.tokenizer, path, model)
 
     def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
@@ -154,7 +158,7 @@ class Request:
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
         opened = partial(self.open, stream=True)
-        job = Job(folder.work, self._work(windows), opened, self.threads, report.environment["steps"])
+        job = Job(folder.work, self._work(windows), opened, self.threads, self.installed)
         prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
         self.clock.lap("prune")
         with folder.alone() as unfinished:
@@ -196,6 +200,9 @@ class Request:
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
 
+    def _read(self, folder: Path) -> PreTrainedModel:
+        return load(folder, device=self.device, trust_remote_code=self.trust_remote_code).model
+
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)
 
@@ -204,7 +211,7 @@ class Request:
 
         A model has to be whole in memory to sample text: it is then loaded for that, and let go.
         """
-        windows = dict(sampled) if is_self(self.dataset) else {}
+        windows = {name: sampled[name] for name in FITTED if name in sampled} if is_self(self.dataset) else {}
         samples = [is_self(self.dataset) and not windows, is_self(self.evaluation) and "evaluation" not in sampled]
         sampler = self.open(device=self.device) if model.streams and any(samples) else model
         if "calibration" not in windows:
@@ -254,13 +261,14 @@ def _name_of(source: Any) -> str:
     return str(source if isinstance(source, str | Path) else getattr(source, "name_or_path", type(source).__name__))
 
 
+def _named(text: Any) -> str:
+    """Of a data set, or a text, its name for the recipe."""
+    return str(text) if isinstance(text, str | Path) else f"{type(text).__name__} given by the caller"
+
+
 def is_self(text: Any) -> bool:
     """Whether it asks for text that the model samples itself."""
     return isinstance(text, str) and text == "self"
-
-
-def _read(folder: Path, device: str) -> PreTrainedModel:
-    return load(folder, device=device, allow_pickle=False).model
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:

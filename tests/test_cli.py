@@ -113,5 +113,6 @@ def test_help_is_quick_because_torch_is_all_it_needs():
 
 def test_threads_are_left_as_the_user_set_them(folder: Path):
     threads = torch.get_num_threads()
-    run("eval", folder / "model", "--text", folder / "text.txt", "--window", 32, "--max-windows", 1)
-    assert torch.get_num_threads() == threads
+    given = ("--method", "magnitude", "--nsamples", 2, "--seqlen", 8, "--output", folder / "out")
+    result = run("prune", folder / "model", *given, "--threads", threads + 1)
+    assert result.exit_code == 0 and torch.get_num_threads() == threads

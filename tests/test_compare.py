@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import convexprune
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel, load, text_windows
+from convexprune.pipeline import machine
 from convexprune.pruners import SparseGPT
 from convexprune.validation import compare, perplexity
 from convexprune.validation.side_by_side import Comparison
@@ -94,6 +95,8 @@ def test_perplexities_and_errors_are_those_of_prune(
             [o.relative_error for o in pruned.report.operators], rel=1e-4
         )
         assert row["sparsity"] == pruned.report.sparsity == 0.5
+        leaders = [o for o in pruned.report.operators if not o.name.endswith(("k_proj", "v_proj", "up_proj"))]
+        assert row["products"] == pytest.approx(sum(o.products for o in leaders) / len(leaders))
 
 
 def test_the_dense_models_numbers_are_its_own_and_its_kl_to_itself_is_zero(folder: Path):
@@ -138,6 +141,9 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
         compared(folder, **settings | {"sparsities": [0.6]}, resume=True)
     with pytest.raises(errors.OutputError, match="already holds something"):
         compared(folder, **settings)
+    with monkeypatch.context() as patch, pytest.raises(errors.RecipeError, match="another comparison: code differ"):
+        patch.setattr(machine, "code", lambda: "another")
+        compared(folder, **settings, resume=True)
     told: list[str] = []
     assert without_times(compared(folder, **settings, resume=True, progress=lambda _: told.append)) == without_times(
         whole
@@ -182,7 +188,8 @@ BAD = {
     "sparsity": ({"sparsities": [1.5]}, errors.PatternError, "outside"),
     "setting": ({"methods": ["sparsegpt:dampin=1"]}, errors.RecipeError, "dampin"),
     "text": ({"eval_texts": ["python-doc"]}, errors.CalibrationError, "Did you mean 'python-docs'"),
-    "texts": ({"eval_texts": ["a/python-docs", "b/python-docs"]}, errors.CalibrationError, "Unknown text"),
+    "texts": ({"eval_texts": ["a/python-docs", "b/python-docs"]}, errors.RecipeError, "no two with the same file name"),
+    "no text": ({"eval_texts": []}, errors.RecipeError, "give one or more"),
     "nothing": ({"methods": []}, errors.RecipeError, "nothing to compare"),
     "resume": ({"resume": True}, errors.OutputError, "nothing to resume"),
 }
@@ -207,6 +214,10 @@ def test_names_stand_for_methods_solvers_and_settings():
     assert len(variants) == 12
     pruner = variants[-1].layer_settings().pruner
     assert isinstance(pruner, SparseGPT) and pruner.damping == 0.1
+
+
+def test_shares_that_are_near_each_other_have_names_of_their_own():
+    assert len({v.name for v in make_variants(["wanda"], [0.995, 0.9952], ["unstructured"], ["own"])}) == 2
 
 
 def test_a_method_may_name_its_own_convention():

@@ -23,7 +23,18 @@ from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, pr
 from convexprune.pipeline.bounding import WIDE
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
 from convexprune.pipeline.passes import Observed
-from convexprune.pruners import ADMM, ALPS, PRUNERS, AbstractPruner, Convex, FISTAPruner, Refitted, SparseGPT, Wanda
+from convexprune.pruners import (
+    ADMM,
+    ALPS,
+    PRUNERS,
+    AbstractPruner,
+    Convex,
+    FISTAPruner,
+    Perspective,
+    Refitted,
+    SparseGPT,
+    Wanda,
+)
 
 
 class Matrix(AbstractOperator):
@@ -64,6 +75,7 @@ METHODS: dict[str, AbstractPruner] = {
     "admm": ADMM(iterations=8),
     "alps": ALPS(),
     "fistapruner": FISTAPruner(),
+    "perspective": Perspective(rounds=1, iterations=4),
     "sparsegpt": SparseGPT(),
     "wanda": Wanda(),
     "wanda, refit": Refitted(Wanda()),

@@ -16,7 +16,7 @@ from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune import errors
+from convexprune import errors, request
 from convexprune.pipeline import executors, machine
 from convexprune.report import OperatorReport
 
@@ -49,10 +49,11 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
 
 
-def test_a_worker_whose_arithmetic_is_another_refuses(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    here = machine.has_bfloat16(torch.device("cpu"))
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: not here)  # not in the worker, a process of its own
-    with pytest.raises(errors.PruningError, match="the bits would differ"):
+@pytest.mark.parametrize("what", ["steps", "code"])
+def test_a_worker_whose_bits_would_differ_refuses(dense: Path, tmp_path: Path, monkeypatch, what: str):
+    here = machine.installation("cpu")  # of the worker, which is a process of its own
+    monkeypatch.setattr(request, "installation", lambda device: here | {what: "another"})
+    with pytest.raises(errors.PruningError, match=f"This worker has {what} .* the run 'another': the bits would"):
         convexprune.prune(dense, output_dir=tmp_path / "out", executor="pool", workers=2, **SETTINGS)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune import errors
+from convexprune import errors, request
 from convexprune.pipeline import executors, layer, machine
 from convexprune.pipeline.output import differences
 from convexprune.report import OperatorReport
@@ -51,6 +51,35 @@ def test_a_finished_run_is_handed_back(dense: Path, tmp_path: Path):
         convexprune.prune(dense, output_dir=tmp_path / "out", resume=True, sparsity=0.3, **SETTINGS)
 
 
+def test_the_text_to_evaluate_on_may_change_while_a_run_is_interrupted(dense: Path, tmp_path: Path):
+    settings: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
+    whole = convexprune.prune(dense, output_dir=tmp_path / "whole", evaluation="self", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(dense, output_dir=tmp_path / "out", evaluation=TOKENS, progress=stop_after(1), **settings)
+    (tmp_path / "out").rename(tmp_path / "stopped")
+    for evaluation, expected in (("self", whole.report.perplexity), (None, {})):
+        shutil.copytree(tmp_path / "stopped", tmp_path / "out")
+        found = convexprune.prune(dense, output_dir=tmp_path / "out", resume=True, evaluation=evaluation, **settings)
+        assert found.report.perplexity == expected and found.report.recipe["evaluation"] == evaluation
+        assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_windows_that_the_model_wrote_are_written_again_if_their_file_is_cut_short(dense: Path, tmp_path: Path):
+    settings: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16, "output_dir": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(dense, progress=stop_after(1), **settings)
+    _cut(tmp_path / "out" / "work" / "tokens.safetensors")
+    assert convexprune.prune(dense, resume=True, **settings).report.sparsity == 0.5
+
+
+def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked, load = [], request.load
+    monkeypatch.setattr(request, "load", lambda *a, **b: (asked.append(b["trust_remote_code"]), load(*a, **b))[1])
+    result = convexprune.prune(dense, output_dir=tmp_path / "out", trust_remote_code=True, **SETTINGS)
+    assert result.model is not None and asked == [True, True]
+
+
 def _other_model(dense: Path, folder: Path) -> Path:
     shutil.copytree(dense, folder)
     path = sorted(folder.glob("*.safetensors"))[-1]
@@ -78,7 +107,7 @@ def test_what_has_changed_is_named_and_refused(dense, stopped, expected, tmp_pat
     model = _other_model(dense, tmp_path / "other") if change == "weights" else dense
     with monkeypatch.context() as patch:
         if change == "code":
-            patch.setattr("convexprune.pipeline.run._code", lambda: "another")
+            patch.setattr(machine, "code", lambda: "another")
         if change == "processor":
             here = machine.has_bfloat16(torch.device("cpu"))
             patch.setattr(machine, "has_bfloat16", lambda device: not here)

@@ -15,7 +15,7 @@ from convexprune.pattern import SemiStructured
 from convexprune.pruners import PruningProblem
 from convexprune.report import Report
 from convexprune.solvers.fista import FISTA
-from convexprune.validation import best_pruning, verify
+from convexprune.validation import Verification, best_pruning, verify
 from convexprune.validation.oracles import block
 
 __all__ = ["folder"]  # a fixture of test_cli
@@ -83,6 +83,12 @@ def test_a_solver_that_is_wrong_fails_the_verdict_and_the_command(folder: Path, 
     assert as_json.exit_code == 1
     found = json.loads(as_json.stdout)
     assert found["passed"] is False and found["settings"]["prefix"] == "pruned"
+
+
+def test_a_verification_of_nothing_fails_and_says_so():
+    nothing = Verification("a model", {}, 1e-6, 1e-4)
+    assert not nothing.passed and nothing.faults
+    assert json.loads(nothing.to_json())["median_ratio"] == "NaN"
 
 
 def test_settings_beside_a_run_and_unknown_operators_are_refused(folder: Path):

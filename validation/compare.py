@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from convexprune.adapters import (
     EMBEDDED,
@@ -23,10 +22,11 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.allocating import allotments
 from convexprune.errors import OutputError, RecipeError
-from convexprune.pipeline import LayerSettings, check_output, check_patterns
+from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum
 from convexprune.pipeline.files import write_json
-from convexprune.pipeline.machine import Clock, steps, versions
+from convexprune.pipeline.machine import Clock, installation, versions
 from convexprune.pipeline.recipe import spare_samples
+from convexprune.pipeline.tensors import raw
 from convexprune.report import finite
 
 from .plots import check_plots, draw
@@ -136,18 +136,21 @@ def _check(model: HuggingFaceModel, settings: Mapping[str, LayerSettings]) -> No
 
 
 def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
-    """What a result depends on beside the settings: tokens, weights, versions."""
+    """What a result depends on beside the settings: tokens, weights, arithmetic, versions."""
+    installed = installation(model.device)
     return {
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
-        "hashes": {"model": _model_hash(model)} | {name: _hash(ids) for name, ids in tokens.streams.items()},
-        "steps": steps(model.device),
+        "hashes": {"model": _model_hash(model)} | {name: checksum(ids) for name, ids in tokens.streams.items()},
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        **{name: installed[name] for name in ("steps", "code")},
         "versions": versions(),
     }
 
 
 def _machine(model: HuggingFaceModel) -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {model.device}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {model.device}"
 
 
 def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
@@ -172,10 +175,9 @@ def _texts(sources: Sequence[str]) -> dict[str, str]:
     Raises:
         RecipeError: there is none, or two have one name.
     """
-    texts = {Path(source).stem: text_of(source) for source in sources}
-    if not 0 < len(texts) == len(sources):
+    if not 0 < len({Path(source).stem for source in sources}) == len(sources):
         raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
-    return texts
+    return {Path(source).stem: text_of(source) for source in sources}
 
 
 def _claim(path: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -201,9 +203,5 @@ def _model_hash(model: HuggingFaceModel) -> str:
     total = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         total.update(name.encode())
-        total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        total.update(raw(parameter))
     return total.hexdigest()
-
-
-def _hash(ids: Tensor) -> str:
-    return hashlib.sha256(ids.contiguous().numpy().data).hexdigest()

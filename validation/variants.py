@@ -54,18 +54,13 @@ class Variant:
     @property
     def target(self) -> str:
         """The pattern as one reads it."""
-        return self.pattern if self.sparsity is None else f"{self.sparsity:.3g}"
+        return self.pattern if self.sparsity is None else f"{self.sparsity:g}"
 
     @property
     def zeros(self) -> float:
         """The share of zeros that is asked for."""
         kept, _, group = self.pattern.partition(":")
         return self.sparsity if self.sparsity is not None else 1 - int(kept) / int(group)
-
-    @property
-    def prefix(self) -> str:
-        """Which network feeds a decoder layer."""
-        return CONVENTIONS[self.convention][0]
 
     def recipe(self) -> Recipe:
         """The recipe whose method, pattern and convention these are.
@@ -88,7 +83,7 @@ class Variant:
         )
 
     def layer_settings(self) -> LayerSettings:
-        """What `prune_layer` takes."""
+        """How every layer is pruned."""
         return self.recipe().layer_settings()
 
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,9 @@ def verify(
     """
     began = time.perf_counter()
     recipe, run = read_source(source, settings)
-    dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    choice = {"device": device, "targets": recipe.targets, "ignore": recipe.ignore}
-    dense = load(recipe.model, dtype=dtype, **choice)
-    pruned = None if run is None else load(run, dtype=dtype, **choice)
+    choice = {"device": device, "dtype": recipe.torch_dtype, "targets": recipe.targets, "ignore": recipe.ignore}
+    dense = load(recipe.model, **choice)
+    pruned = None if run is None else load(run, **choice)
     names = _choose(dense, operators, sample, seed)
     if pruned is not None:
         _require_same_shapes(dense, pruned, names)
@@ -222,7 +222,8 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
 
 
 def _median(ratios: Iterable[float]) -> float:
-    return float(torch.tensor(list(ratios), dtype=torch.float64).quantile(0.5))
+    known = torch.tensor(list(ratios), dtype=torch.float64)
+    return float(known.quantile(0.5)) if len(known) else nan
 
 
 def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:

@@ -123,7 +123,6 @@ class Setting:
     method: Method
     correction: bool = True
     dense_prefix: bool = True
-    workers: int = 1
     bound: bool = False
 
     @property
@@ -276,7 +275,7 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
         single = sum(s.inputs for s in kept if s.paired and len(s.heights) == 1)
         widths.append(sum(s.inputs for s in layer.stacks if s.paired) + single)
     seen = model.itemsize * setting.tokens * max(widths)
-    return layers + model.bytes + setting.workers * (2 * hidden + seen)
+    return layers + model.bytes + 2 * hidden + seen
 
 
 def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:

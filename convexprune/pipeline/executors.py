@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ import torch
 from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, unknown
 from convexprune.model import AbstractModel
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.machine import steps
+from convexprune.pipeline.machine import installation
 from convexprune.pipeline.store import FolderStore, TeamStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.team import Team
@@ -32,20 +32,22 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What another process needs to work on a run: folder, work, model, how many threads, and the format of `steps`."""
+    """What another process needs to work on a run: folder, work, model, how many threads, and what is `installed`."""
 
     folder: Path
     work: Work
     open_model: Callable[..., AbstractModel]  # with the keyword "device"
     threads: int
-    steps: str
+    installed: Mapping[str, str]
 
     def do(self, device: str) -> None:
-        """Prune layers until none is left; PruningError if this machine's arithmetic is not the run's."""
-        if steps(device) != self.steps:
+        """Prune layers until none is left; PruningError if here is not installed what the run began with."""
+        here = installation(device)
+        if differing := [name for name in here if here[name] != self.installed[name]]:
+            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed[name]!r}" for name in differing)
             raise PruningError(
-                f"This worker's {device} steps in {steps(device)}, the run in {self.steps}: the bits would differ. "
-                "Spread it over machines that all have bfloat16 instructions, or that all have none."
+                f"This worker has {told}: the bits would differ. Workers need the same code and versions, and "
+                "processors that all have bfloat16 instructions (steps) or that all have none."
             )
 
         def go_on(_: OperatorReport) -> None:

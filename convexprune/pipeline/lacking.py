@@ -38,7 +38,7 @@ class Lacking:
         if group not in self._inputs:
             return None
         change = self._inputs[group][i].to(x.device).float() - x.float()
-        return change @ self._weights[group].T if group in self._weights else change
+        return change @ self._weights[group].to(change).T if group in self._weights else change
 
 
 def width(group: Group) -> int:

@@ -1,9 +1,11 @@
 """Where a run happens: its device, how many workers fit, the versions of what it depends on, and its seconds."""
 
+import hashlib
 import os
 import platform
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -21,8 +23,8 @@ def default_device(name: str) -> str:
 
 def default_workers(device: str, threads: int | None) -> int:
     """One for each GPU, or as many as the cores have room for."""
-    if device == "cuda":
-        return torch.cuda.device_count()
+    if device.startswith("cuda"):
+        return 1 if ":" in device else torch.cuda.device_count()
     return max(1, (os.cpu_count() or 1) // (threads or 1))
 
 
@@ -34,6 +36,19 @@ def versions() -> dict[str, str]:
 def steps(device: torch.device | str) -> str:
     """The number format of products between certificates (`Quadratic.residual_after`), on which a result depends."""
     return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
+
+
+def installation(device: torch.device | str) -> dict[str, str]:
+    """What the bits of a result depend on that may be another elsewhere, or later: our code, torch, and so on."""
+    return {"code": code(), "steps": steps(device)} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def code() -> str:
+    """The checksum of this package's own code."""
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
+        total.update(path.read_bytes())
+    return total.hexdigest()
 
 
 class Clock:

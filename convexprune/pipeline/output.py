@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -92,9 +93,12 @@ class RunFolder:
                 for path in (*self.folder.glob(PARTS), self.folder / FINISH, self.folder / LOCK):
                     path.unlink(missing_ok=True)
 
-    def tokens(self) -> dict[str, Tensor]:
-        """The windows that the run began with."""
-        return load_file(self.work / "tokens.safetensors")
+    def sampled(self) -> dict[str, Tensor]:
+        """The windows that the run began with and that the model wrote; none if their file is damaged."""
+        try:
+            return load_file(self.work / "tokens.safetensors")
+        except (OSError, SafetensorError):
+            return {}
 
     def report(self) -> Report:
         """That of a finished run."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
@@ -34,7 +35,7 @@ class Recipe(BaseModel):
     what torch has, divided by the workers. `refit` adds least squares on the support to a method that has none of its
     own, or takes it from one that has (None: as the method is). `method_args` are settings of the pruner (see
     `convexprune.pruners`). `bound_rows` of every operator are compared in the report with what no pruning can beat; it
-    changes no weight, and 0 leaves it out.
+    changes no weight, and 0 leaves it out. `evaluation` is the text whose perplexity is reported, if any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +61,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
     bound_rows: int = Field(2, ge=0)
+    evaluation: str | None = None
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     device: str = "auto"
@@ -124,6 +126,11 @@ class Recipe(BaseModel):
     def spare_samples(self) -> int:
         """How many windows to hold out, if the data set has them."""
         return spare_samples(self.num_calibration_samples, self.held_out_samples)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """That of the model, if it is named."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
         """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.

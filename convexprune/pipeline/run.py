@@ -3,8 +3,6 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +16,7 @@ from convexprune.pipeline.store import FolderStore, MemoryStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.tensors import raw
 
-UNSEEN = ("model", "device")  # settings of a recipe that two runs may differ in: names of what is compared itself
+UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
 
 
 def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
@@ -55,31 +53,30 @@ def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, 
 
 
 def identity(
-    recipe: Recipe, settings: LayerSettings, weights: Mapping[str, str], tokens: Mapping[str, Tensor], **numerics: Any
+    recipe: Recipe,
+    settings: LayerSettings,
+    weights: Mapping[str, str],
+    tokens: Mapping[str, Tensor],
+    installed: Mapping[str, str],
+    **numerics: Any,
 ) -> dict[str, Any]:
     """All that the bits of a result depend on: a run is gone on with only if this is the same.
 
-    `weights` are checksums by name, `numerics` what the arithmetic depends on besides: device, dtype, threads, steps.
+    `weights` are checksums by name, `installed` is what `machine.installation` says, `numerics` what the arithmetic
+    depends on besides: device, dtype, threads, ranks.
     """
+    installed = dict(installed)
     plain = recipe.model_dump(mode="json", exclude=set(UNSEEN))
     pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
     return {
         "recipe": plain | {"pruner": pruner},
         "weights": dict(weights),
         "tokens": {name: checksum(t) for name, t in tokens.items()},
-        "code": _code(),
-        "numerics": numerics | {name: version(name) for name in ("torch", "transformers")},
+        "code": installed.pop("code"),
+        "numerics": numerics | installed,
     }
 
 
 def checksum(tensor: Tensor) -> str:
     """The sha256 of a tensor's bytes."""
     return hashlib.sha256(raw(tensor)).hexdigest()
-
-
-def _code() -> str:
-    """The checksum of this package's own code."""
-    root, total = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
-        total.update(path.read_bytes())
-    return total.hexdigest()

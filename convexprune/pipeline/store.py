@@ -203,9 +203,10 @@ class FolderStore(AbstractStore):
         Raises:
             OutputError: a layer is not.
         """
-        if damaged := self.discard_damaged():
+        self.discard_damaged()
+        if lost := [n for n in range(self.count) if not self._notes("layers", f"{n:05d}").exists()]:
             raise OutputError(
-                f"{self.folder}: the disk does not hold what was written to it (layers {damaged}). Mend it, then go on "
+                f"{self.folder}: the disk does not hold what was written to it (layers {lost}). Mend it, then go on "
                 "with resume=True (--resume)."
             )
 

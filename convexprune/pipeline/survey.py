@@ -10,6 +10,7 @@ from convexprune.allocation import Curve, allocate, spread
 from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
+from convexprune.pipeline.lacking import stack_of
 from convexprune.pipeline.layer import HiddenStates, LayerSettings, stage_folds
 from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
 from convexprune.pipeline.tensors import Batches
@@ -161,7 +162,7 @@ def _units(
         for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
             for group, folds in part.items():
                 heights = tuple(operator.shape[0] for operator in group.operators)
-                weight = torch.cat([operator.read().float() for operator in group.operators])
+                weight = stack_of(group)
                 judge = folds.held_out if folds.held_out.tokens else folds.total
                 names = [f"{layer.name}.{operator.name}" for operator in group.operators]
                 costs = {name: dict[Pattern, float]() for name in names}

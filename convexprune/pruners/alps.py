@@ -50,9 +50,10 @@ class ALPS(AbstractPruner):
         scale = whole.scale()
         whole = whole.scaled(scale)
         eigenvalues, vectors = torch.linalg.eigh(whole.gram.double())
-        parts, products = [], 0
-        for operator, quadratic in zip(problem.operators(), _rows(whole, problem), strict=True):
-            scores, count = self._admm(quadratic, eigenvalues, vectors, operator.pattern)
+        parts, products, row = [], 0, 0
+        for operator in problem.operators():
+            rows = slice(row, row := row + len(operator.weight))
+            scores, count = self._admm(whole.rows(rows), eigenvalues, vectors, operator.pattern)
             parts.append((scores, operator.pattern.mask(scores.abs())))
             products = max(products, count)
         scores, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -98,13 +99,3 @@ class ALPS(AbstractPruner):
                 break
             solve = inverse(rho)
         return scores, iteration
-
-
-def _rows(quadratic: Quadratic, problem: PruningProblem) -> list[Quadratic]:
-    """The quadratic of each operator of the stack: its rows, with the Gram matrix that all share."""
-    heights = [operator.weight.shape[0] for operator in problem.operators()]
-    assert quadratic.anchor is not None
-    parts = zip(
-        *(tensor.split(heights) for tensor in (quadratic.cross, quadratic.energy, quadratic.anchor)), strict=True
-    )
-    return [Quadratic(quadratic.gram, *part) for part in parts]

@@ -58,7 +58,8 @@ class FISTAPruner(AbstractPruner):
         """
         parts = [self._prune(operator) for operator in problem.operators()]
         solutions = tuple(s for part in parts for s in part.solutions)
-        return Pruned(torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts]), solutions)
+        weight, mask = torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts])
+        return Pruned(weight, mask, solutions, other_products=max(p.other_products for p in parts))
 
     def _prune(self, problem: PruningProblem) -> Pruned:
         first = WARM_STARTS[self.warm_start].prune(problem)
@@ -81,7 +82,7 @@ class FISTAPruner(AbstractPruner):
             stale = 0 if error - total > self.improvement * error else stale + 1
             if total < error:
                 best, mask, error = rounded, kept, total
-        return Pruned(best, mask, tuple(solutions))
+        return Pruned(best, mask, tuple(solutions), other_products=1 + 2 * len(solutions))  # of the errors
 
 
 def _norm(problem: PruningProblem, weight: Tensor) -> float:

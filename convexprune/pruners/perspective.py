@@ -67,8 +67,7 @@ class Perspective(AbstractPruner):
         solutions, masks, row = [], [], 0
         for operator in problem.operators():
             rows = slice(row, row := row + len(operator.weight))
-            part = Quadratic(q.gram, q.cross[rows], q.energy[rows], q.anchor[rows])
-            solution, mask = self._support(part, operator, *first)
+            solution, mask = self._support(q.rows(rows), operator, *first)
             solutions.append(solution)
             masks.append(mask)
         mask = torch.cat(masks)

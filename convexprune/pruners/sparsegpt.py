@@ -43,15 +43,15 @@ class SparseGPT(AbstractPruner):
         """
         gram = problem.quadratic.gram.clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        factor = cholesky(gram)
+        factor = cholesky(gram.flip(0, 1))  # H = R R' with an upper triangular R, so that U = R^-1 has U' U = H^-1
         if factor is None:
             raise PruningError(
                 f"SparseGPT: the Gram matrix is not positive definite with damping {self.damping}: raise the damping, "
                 f"or calibrate on more tokens than the {problem.moments.tokens} seen."
             )
-        inverse = torch.cholesky_inverse(factor)
-        weight = problem.weight + problem.quadratic.cross @ inverse
-        upper = torch.linalg.cholesky(inverse, upper=True)
+        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+        weight = problem.weight + problem.quadratic.cross @ upper.T @ upper
         width, group = weight.shape[1], _group(problem.pattern)
         block = max(group, self.block // group * group)  # a block ends where a group ends
         mask = torch.empty_like(weight, dtype=torch.bool)

@@ -41,8 +41,8 @@ class Solution:
     residual: Tensor | None = None
 
     def record(self) -> "Solution":
-        """What is to be reported, without the tensors, which are as large as the operator."""
-        return replace(self, weight=self.weight.new_empty(0, self.weight.shape[1]), residual=None)
+        """What is to be reported, without the tensors, which are as large as the operator: a weight [m 0]."""
+        return replace(self, weight=self.weight.new_empty(len(self.weight), 0), residual=None)
 
 
 class Advance(NamedTuple):
