@@ -19,7 +19,7 @@ Correct = Literal["layer", "operator"]
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, on the CPU.
+    """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, which go to the CPU.
 
     `shortcuts` are what later passes of the layer may leave out; `closing` is the group that closes the layer, if it
     was looked for (see `closes`).
