@@ -18,7 +18,7 @@ def fused(function: Function) -> Function:
     What is memory-bound then reads and writes every tensor once. Give it numbers as `number_like`. Results differ in
     rounding only (tests/test_fused.py).
     """
-    compiled = cache(lambda: torch.compile(function, dynamic=True, fullgraph=True))  # importing it takes a second
+    compiled = cache(lambda: torch.compile(function, dynamic=True))  # importing it takes a second
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:

@@ -46,7 +46,7 @@ def compiled(backend: str) -> Iterator[list[str]]:
 
     def compiling(function, **settings):
         seen.append(function.__name__)
-        return real(function, backend=backend, **settings)
+        return real(function, backend=backend, fullgraph=True, **settings)  # no part of it is left to Python
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(room, "has_kernels", lambda device: True))
