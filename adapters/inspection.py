@@ -35,7 +35,7 @@ class Inspection:
     left_alone: Mapping[str, str]
     size: cost.ModelSize
     memory: cost.Memory
-    work: cost.Work
+    work: cost.Operations
     seconds: Mapping[str, float]
     device: str
     device_memory: int | None

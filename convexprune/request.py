@@ -41,7 +41,7 @@ from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.workers import executor_for, team_size
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
-FITTED = ("calibration", "held_out")
+OF_DATASET = ("calibration", "held_out")
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 
@@ -132,7 +132,7 @@ class Request:
             self.recipe,
             self.layers,
             loaded.checksums(),
-            {name: windows[name] for name in FITTED},
+            {name: windows[name] for name in OF_DATASET},
             self.installed,
             device=torch.device(self.device).type,
             dtype=report.environment["dtype"],
@@ -211,7 +211,7 @@ class Request:
 
         A model has to be whole in memory to sample text: it is then loaded for that, and let go.
         """
-        windows = {name: sampled[name] for name in FITTED if name in sampled} if is_self(self.dataset) else {}
+        windows = {name: sampled[name] for name in OF_DATASET if name in sampled} if is_self(self.dataset) else {}
         samples = [is_self(self.dataset) and not windows, is_self(self.evaluation) and "evaluation" not in sampled]
         sampler = self.open(device=self.device) if model.streams and any(samples) else model
         if "calibration" not in windows:

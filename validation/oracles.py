@@ -28,7 +28,7 @@ class Solve:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SolvedProblem:
     """One problem [rows columns] of an operator, and what every solver made of it; the production solver first.
 
     The first answer is the production solver's at its default tolerance, the second the same at a gap of 1e-8.
@@ -93,7 +93,7 @@ def oracles() -> dict[str, AbstractSolver]:
     }
 
 
-def compare(name: str, penalty: str, problem: Problem) -> Comparison:
+def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
     """Solve one problem by the production solver and the oracles."""
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}
@@ -110,4 +110,4 @@ def compare(name: str, penalty: str, problem: Problem) -> Comparison:
         )
         for key, solution in solutions.items()
     )
-    return Comparison(name, penalty, *problem.shape, solves)
+    return SolvedProblem(name, penalty, *problem.shape, solves)

@@ -23,7 +23,7 @@ from convexprune.pruners.damped import damped
 from convexprune.report import OperatorReport, Report
 
 from .layer_problems import OperatorProblem, operator_problems
-from .oracles import Comparison, block, block_problems, compare
+from .oracles import SolvedProblem, block, block_problems, solve_by_all
 
 AGREEMENT = 1e-6  # relative, of objectives
 GAP = 1e-4  # relative, of the production solvers at their defaults
@@ -58,7 +58,7 @@ class Verification:
     settings: dict[str, Any]
     tolerance: float = AGREEMENT
     gap: float = GAP
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: list[SolvedProblem] = field(default_factory=list)
     bounds: list[BoundReport] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -258,8 +258,8 @@ def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, name
             raise ModelError(f"{name} is {here} in the dense model and {there} in the run: not of one model.")
 
 
-def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[Comparison]:
+def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:
     problem, achieved = operator.rows(rows, generator)
     quadratic, chosen = block(problem, columns, generator)
     problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
-    return [compare(operator.name, penalty, p) for penalty, p in problems.items()]
+    return [solve_by_all(operator.name, penalty, p) for penalty, p in problems.items()]

@@ -159,7 +159,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Work:
+class Operations:
     """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves."""
 
     forward: float
@@ -222,7 +222,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
     )
 
 
-def work(model: ModelSize, setting: Setting) -> Work:
+def work(model: ModelSize, setting: Setting) -> Operations:
     """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products.
 
     Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
@@ -252,7 +252,7 @@ def work(model: ModelSize, setting: Setting) -> Work:
         if not setting.dense_prefix:
             passes += sum(weights[end:]) if end < len(weights) else sum(weights) + attention
         forward += layer.count * tokens * passes
-    return Work(forward, gram, solve, problems, products)
+    return Operations(forward, gram, solve, problems, products)
 
 
 def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], setting: Setting) -> int:

@@ -6,7 +6,7 @@ from math import inf
 
 import torch
 
-from convexprune.pipeline.cost import Method, Work
+from convexprune.pipeline.cost import Method, Operations
 
 SECONDS = 0.25  # that a matrix product is timed for, in each of two dtypes
 WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
@@ -20,7 +20,7 @@ class Speed:
     forward: float
 
 
-def seconds(work: Work, speed: Speed, method: Method) -> dict[str, float]:
+def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
     """An estimate by phase, without reading and writing."""
     return {
         "forward": work.forward / speed.forward,
