@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.errors import CalibrationError, PatternError
+from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline import Recipe, cost, make_recipe
+from convexprune.pipeline import check_patterns, cost, make_recipe
 from convexprune.pipeline.speed import measured_speed, seconds
 
 from .calibration import DEFAULT_LENGTH
@@ -100,8 +100,9 @@ def inspect(
         CalibrationError: windows longer than the model can see.
     """
     checked = make_recipe(model=str(source), **recipe)
-    checked.build_pruner()
+    settings, pattern = checked.layer_settings(), checked.build_pattern()
     outline = read_outline(source, checked, trust_remote_code)
+    check_patterns(outline.layers, settings)
     length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     if length > outline.positions:
         raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
@@ -125,7 +126,7 @@ def inspect(
         recipe=checked.model_dump(mode="json") | {"max_seq_length": length},
         operators=sum(len(layer.operators) for layer in outline.layers),
         weights=sum(_weights(layer) for layer in outline.layers),
-        zeros=_zeros(outline.layers, checked),
+        zeros=sum(pattern.zeros(*operator.shape) for layer in outline.layers for operator in layer.operators),
         left_alone=outline.left_alone,
         size=outline.size,
         memory=memory,
@@ -140,23 +141,6 @@ def inspect(
 
 def _weights(layer: DecoderLayer) -> int:
     return sum(operator.shape[0] * operator.shape[1] for operator in layer.operators)
-
-
-def _zeros(layers: Iterable[DecoderLayer], recipe: Recipe) -> int:
-    """How many zeros there will be.
-
-    Raises:
-        PatternError: the pattern does not fit an operator, which is named.
-    """
-    pattern, zeros = recipe.build_pattern(), 0
-    for layer in layers:
-        for operator in layer.operators:
-            try:
-                pattern.check(*operator.shape)
-            except PatternError as error:
-                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
-            zeros += pattern.zeros(*operator.shape)
-    return zeros
 
 
 # ---- tables

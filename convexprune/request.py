@@ -99,7 +99,7 @@ class Request:
     def in_memory(self) -> PruneResult:
         """Prune the loaded model in place."""
         loaded = self.open(device=self.device)
-        check_patterns(loaded, self.layers)
+        check_patterns(loaded.layers, self.layers)
         self.clock.lap("load")
         windows = self._windows(loaded, {})
         report = self._report(loaded)
@@ -123,7 +123,7 @@ class Request:
         folder = RunFolder(path)
         folder.check(resume or self.executor.rank is not None)
         loaded = self.open(device=self.device, stream=True)
-        check_patterns(loaded, self.layers)
+        check_patterns(loaded.layers, self.layers)
         self.clock.lap("load")
         sampled = folder.sampled() if resume and folder.is_unfinished else {}
         windows = self._windows(loaded, sampled)
@@ -196,7 +196,7 @@ class Request:
         if self.recipe.allocation != "uniform":
             found = allotment(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
             self.layers = replace(self.layers, patterns=found.patterns(self.recipe.build_pattern()))
-            check_patterns(loaded, self.layers)
+            check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
 

@@ -132,7 +132,7 @@ def compare(
 
 def _check(model: HuggingFaceModel, settings: Mapping[str, LayerSettings]) -> None:
     for each in settings.values():
-        check_patterns(model, each)
+        check_patterns(model.layers, each)
 
 
 def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from convexprune.errors import PatternError
-from convexprune.model import AbstractModel
+from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pipeline.executors import AbstractExecutor, Job
 from convexprune.pipeline.layer import LayerSettings, Tell
 from convexprune.pipeline.recipe import Recipe
@@ -19,13 +19,13 @@ from convexprune.pipeline.tensors import raw
 UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
 
 
-def check_patterns(model: AbstractModel, settings: LayerSettings) -> None:
+def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
     """Refuse, before any work, a pattern that some operator does not fit.
 
     Raises:
         PatternError: the operator is named.
     """
-    for layer in model.layers:
+    for layer in layers:
         for operator in layer.operators:
             try:
                 settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)

@@ -48,7 +48,8 @@ class CVXPY(AbstractSolver):
         require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)  # checks the shape; the engines are started by themselves
-        statements = [self._row(problem, i) for i in range(problem.shape[0])]
+        roots = square_root(problem.quadratic.double.gram.cpu().numpy())
+        statements = [self._row(problem, i, *roots) for i in range(problem.shape[0])]
         built = time.perf_counter()
         rows, statuses = [], []
         for variable, statement in statements:
@@ -73,11 +74,10 @@ class CVXPY(AbstractSolver):
             return np.full(variable.shape, np.nan), Status.FAILED
         return variable.value, STATUS.get(statement.status, Status.FAILED)
 
-    def _row(self, problem: Problem, i: int) -> tuple[cp.Variable, cp.Problem]:
+    def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
         q = problem.quadratic.double
-        gram, cross = q.gram.cpu().numpy(), q.cross[i].cpu().numpy()
+        cross = q.cross[i].cpu().numpy()
         anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy()
-        factor, inverse = square_root(gram)
         target = cross @ inverse
         d = cp.Variable(len(cross))
         smooth = cp.sum_squares(factor @ d - target) / 2
