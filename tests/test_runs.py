@@ -1,5 +1,6 @@
 """Runs in a folder: what is finished is kept, what changed or is damaged is found, and the bits are always the same."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import convexprune
 from convexprune import errors, request
 from convexprune.pipeline import executors, layer, machine
-from convexprune.pipeline.output import differences
+from convexprune.pipeline.output import RunFolder, differences
 from convexprune.report import OperatorReport
 
 
@@ -78,6 +79,23 @@ def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path,
     monkeypatch.setattr(request, "load", lambda *a, **b: (asked.append(b["trust_remote_code"]), load(*a, **b))[1])
     result = convexprune.prune(dense, output_dir=tmp_path / "out", trust_remote_code=True, **SETTINGS)
     assert result.model is not None and asked == [True, True]
+
+
+@pytest.mark.parametrize("look", ["exists", "is_dir", "is_file"])
+def test_a_rank_may_begin_a_folder_while_another_looks_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
+):
+    out, real = tmp_path / "out", getattr(Path, look)
+
+    def looks(path: Path) -> bool:
+        found = real(path)
+        if path == out:
+            os.makedirs(out, exist_ok=True)
+            (out / "run.lock").touch()
+        return found
+
+    monkeypatch.setattr(Path, look, looks)
+    RunFolder(out).check(resume=True)
 
 
 def _other_model(dense: Path, folder: Path) -> Path:

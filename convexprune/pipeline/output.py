@@ -56,7 +56,7 @@ class RunFolder:
         Raises:
             OutputError: it holds something else, or an unfinished run that is not to be resumed.
         """
-        if not self.folder.is_dir() or not self._is_ours():
+        if self.folder.exists() and not (self.folder.is_dir() and self._is_ours()):  # another rank may begin it now
             check_output(self.folder)
         if not resume and self.is_finished:
             raise OutputError(f"{self.folder} already holds something: a finished run. Give another output folder.")
