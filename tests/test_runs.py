@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune import errors, request
-from convexprune.pipeline import executors, layer, machine
+from convexprune.pipeline import FolderStore, executors, layer, machine
 from convexprune.pipeline.output import RunFolder, differences
 from convexprune.report import OperatorReport
 
@@ -66,12 +66,22 @@ def test_the_text_to_evaluate_on_may_change_while_a_run_is_interrupted(dense: Pa
         shutil.rmtree(tmp_path / "out")
 
 
-def test_windows_that_the_model_wrote_are_written_again_if_their_file_is_cut_short(dense: Path, tmp_path: Path):
+def test_windows_that_the_model_wrote_are_written_again_if_their_file_is_cut_short(dense: Path, tmp_path: Path, caplog):
     settings: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16, "output_dir": tmp_path / "out"}
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, progress=stop_after(1), **settings)
     _cut(tmp_path / "out" / "work" / "tokens.safetensors")
     assert convexprune.prune(dense, resume=True, **settings).report.sparsity == 0.5
+    assert "are sampled again" in caplog.text
+
+
+def test_layers_that_are_not_there_at_the_end_are_named(tmp_path: Path):
+    with pytest.raises(errors.OutputError, match=r"layers \[0, 1\]"):
+        FolderStore(tmp_path, 2, "cpu").require_whole()
+
+
+def test_one_named_gpu_is_one_worker():
+    assert machine.default_workers("cuda:1", None) == 1
 
 
 def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -33,7 +33,6 @@ def prune(
     seed: options.Seed = 0,
     bound_rows: Annotated[
         int,
-        int,
         typer.Option(help="Rows of each operator whose error the report compares with a lower bound; 0: none."),
     ] = 2,
     targets: options.Targets = None,

@@ -1,6 +1,7 @@
 """The folder of a run: empty, unfinished (it holds run.json) or finished; refused if it is another run's."""
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,6 +19,7 @@ from convexprune.pipeline.files import PARTS, appearing, locked, read_json, writ
 from convexprune.pipeline.tensors import Spec, write_tensors
 from convexprune.report import Report
 
+logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
@@ -94,10 +96,11 @@ class RunFolder:
                     path.unlink(missing_ok=True)
 
     def sampled(self) -> dict[str, Tensor]:
-        """The windows that the run began with and that the model wrote; none if their file is damaged."""
+        """The windows that the run began with and that the model wrote; none, and a warning, if they cannot be read."""
         try:
             return load_file(self.work / "tokens.safetensors")
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError) as cause:
+            logger.warning("%s: the windows that the model wrote are sampled again: %s", self.folder, cause)
             return {}
 
     def report(self) -> Report:
