@@ -1,4 +1,4 @@
-"""How the zeros of a model are spread over its operators: one survey of the dense model, layer by layer."""
+"""How the zeros of a model are spread over its operators and their rows, by a look at the dense model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from convexprune.pipeline import FolderStore, Recipe, RecordedCalls
 from convexprune.pipeline.passes import Recorded
-from convexprune.pipeline.survey import SURVEYED, Allotment, Pattern, allot, candidates, survey
+from convexprune.pipeline.survey import SURVEYED, WEIGHED, Allotment, Pattern, allot, candidates, survey
 
 from .gradients import output_fisher
 from .huggingface import HuggingFaceModel
 
 WINDOWS = 16  # of the calibration text are enough for the shape of a curve (docs/tried.md)
-WEIGHED = 4  # of those are enough for its weight, whose gradients cost four passes of the model
+GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they cost four passes of the model
 
 
 @torch.no_grad()
@@ -27,11 +27,11 @@ def allotments(
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
 ) -> list[Allotment]:
-    """For each rule and pattern asked for, the share of zeros of each operator, from windows [windows length].
+    """For each rule and pattern asked for, what each operator is allotted, from windows [windows length].
 
     The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
     with SparseGPT's weights, so that an allotment does not depend on the method that uses it. Only the rules with
-    curves prune for that, and need gradients, on the first 4 windows; both go layer by layer.
+    curves prune for that; they and "rows" need gradients, on the first 4 windows. Both go layer by layer.
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
@@ -43,13 +43,16 @@ def allotments(
     batches = [*calibration.split(batch_size), *judges]
     calls = RecordedCalls(model, batches)
     curves = [pattern for rule, pattern in asked if rule in SURVEYED]
-    fisher = output_fisher(model, calibration[:WEIGHED], batch_size, record) if curves else {}
+    weighed = any(rule in WEIGHED for rule, _ in asked)
+    fisher = output_fisher(model, calibration[:GRADIENTS], batch_size, record) if weighed else {}
+    if all(rule in ("uniform", "rows") for rule, _ in asked):
+        return [allot((), rule, pattern, fisher) for rule, pattern in asked]
     hidden = record()
     for ids in batches:
         hidden.append(model.first_inputs(ids))
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
     units = survey(model, hidden, len(judges), calls.of, patterns, fisher, record=record)
-    return [allot(units, rule, pattern) for rule, pattern in asked]
+    return [allot(units, rule, pattern, fisher) for rule, pattern in asked]
 
 
 def allotment(

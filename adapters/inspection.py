@@ -20,7 +20,7 @@ from .calibration import DEFAULT_LENGTH
 from .outline import read_outline
 
 GIB = 1 << 30
-SURVEY = "The survey of all layers that comes before, for the allocation of the zeros, is not counted."
+SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
 
 
 @dataclass(frozen=True)

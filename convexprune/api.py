@@ -64,10 +64,11 @@ def prune(
         pattern: "unstructured", or "N:M" for N non-zeros in every M inputs ("2:4").
         preset: "fistapruner" is the algorithm of arXiv 2408.03728 as published, for comparison.
         quota: where the share of zeros holds: in each "matrix" or in each "row" of it.
-        allocation: how the zeros are spread over the operators: "uniform", the same share in each; "curve", least
-            predicted loss, from error curves weighted by gradients (a survey of the dense model first, which takes
-            about five times as long as SparseGPT); "half-curve", half of the way there from "uniform"; "owl" or
-            "skewness", by the shape of each decoder layer's scores. N:M patterns take the first two.
+        allocation: how the zeros are spread: "uniform", the same share in each operator; "rows", that too, but its rows
+            compete for it by how much they move the loss (gradients on a few windows first); "curve", the shares of
+            least predicted loss as well, from error curves weighted by these gradients (a survey of the dense model,
+            which takes about five times as long as SparseGPT); "half-curve", half of the way there; "owl" or
+            "skewness", by the shape of each decoder layer's scores. N:M patterns take "uniform" and "curve".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.

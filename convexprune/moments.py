@@ -57,6 +57,13 @@ class Correction:
         """For the rows `chosen` of the weight."""
         return self if self.change.ndim == 2 else Correction(self.cross[chosen], self.change[chosen])
 
+    def scaled(self, factors: Tensor) -> "Correction":
+        """For the weight with its rows times `factors` [m]."""
+        if self.change.ndim == 2:
+            return self
+        factors = factors.to(self.change)
+        return Correction(self.cross * factors[:, None], self.change * factors.square())
+
     def __add__(self, other: "Correction") -> "Correction":
         return Correction(self.cross + other.cross, self.change + other.change)
 
@@ -168,6 +175,10 @@ class Moments:
     def rows(self, chosen: Tensor | slice) -> "Moments":
         """The same moments for the rows `chosen` of the weight."""
         return self._with(self.tokens, self.sum, None if self.correction is None else self.correction.rows(chosen))
+
+    def scaled(self, factors: Tensor) -> "Moments":
+        """The same moments for the weight with its rows times `factors` [m]."""
+        return self.corrected_by(None if self.correction is None else self.correction.scaled(factors))
 
     def counted_as(self, tokens: int) -> "Moments":
         """The mean x* x*' without its change, with the weight of `tokens` tokens in a sum.

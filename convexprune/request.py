@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ class Request:
         """Spread the zeros as the recipe says, or as they were spread when the run in the store began."""
         if self.recipe.allocation != "uniform":
             found = allotment(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
-            self.layers = replace(self.layers, patterns=found.patterns(self.recipe.build_pattern()))
+            self.layers = found.allotted(self.layers, self.recipe.build_pattern())
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")

@@ -48,6 +48,14 @@ def test_units_of_the_inputs(seed, pattern):
 
 
 @few
+@given(seeds, st.sampled_from(PATTERNS[1:]))
+def test_units_of_the_outputs_where_rows_do_not_compete(seed, pattern):
+    layer, units = draw(seed), random(seed + 9, 3).exp()
+    problem = PruningProblem(layer.weight, layer.moments, pattern)
+    close(Convex(damping=0.01).prune(problem.scaled(units)).weight / units[:, None], prune(layer, pattern))
+
+
+@few
 @given(seeds, st.sampled_from(PATTERNS))
 def test_the_order_of_the_rows(seed, pattern):
     layer, order = draw(seed), torch.tensor([2, 0, 1])

@@ -6,6 +6,8 @@ from strategies import corrections, layers, make_layer, random, seeds
 
 from convexprune.errors import ProblemError
 from convexprune.moments import Moments, sampling_noise
+from convexprune.pattern import Unstructured
+from convexprune.pruners import PruningProblem
 
 ROUNDING = 1e-12  # float64 sums of a few dozen tokens, relative to the largest entry
 SINGLE = 1e-5  # the same in float32
@@ -190,6 +192,21 @@ def test_moments_of_outputs_pose_the_same_problem(layer, correction, seed):
     for chosen in (slice(0, 1), torch.tensor([0])):
         first = known.rows(chosen).reconstruction(layer.weight[chosen], correction)
         torch.testing.assert_close(first.values(weight[chosen]), values[:1], rtol=1e-9, atol=1e-20)
+
+
+@given(layers, corrections, seeds)
+def test_in_a_scaled_problem_each_output_counts_by_its_factor(layer, correction, seed):
+    factors, weight = random(seed, len(layer.weight)).exp(), random(seed + 1, *layer.weight.shape)
+    known = Moments(layer.weight.shape[1], torch.float64, outputs=len(layer.weight))
+    known.add(layer.pruned)
+    if layer.dense is not layer.pruned:
+        known.add_lacking(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
+    for moments in (layer.moments, known):
+        plain = PruningProblem(layer.weight, moments, Unstructured(0.5), correction, (moments,))
+        scaled = plain.scaled(factors)
+        errors = scaled.squared_error(weight * factors[:, None])
+        torch.testing.assert_close(errors, plain.squared_error(weight) * factors.square(), rtol=1e-9, atol=1e-20)
+        assert_same(scaled.folds[0], scaled.moments)
 
 
 def test_moments_of_outputs_take_less_room_where_they_are_few():

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def compare(
     asked = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
     found = allotments(loaded, *fitted, list(asked.values()), batch_size)
     for (name, (_, pattern)), allotment in zip(asked.items(), found, strict=True):
-        settings[name] = replace(settings[name], patterns=allotment.patterns(pattern))
+        settings[name] = allotment.allotted(settings[name], pattern)
     _check(loaded, settings)
     clock.lap("survey for allocations")
     comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), batch_size)

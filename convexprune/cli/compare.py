@@ -33,7 +33,7 @@ def compare(
             "pruned-dense, pruned-layer."
         ),
     ] = "own",
-    allocation: Annotated[str, typer.Option(help="uniform, curve, half-curve, owl, skewness.")] = "uniform",
+    allocation: Annotated[str, typer.Option(help="uniform, rows, curve, half-curve, owl, skewness.")] = "uniform",
     quota: options.Quota = "matrix",
     dataset: options.Dataset = "self",
     num_calibration_samples: options.Samples = 64,

@@ -36,7 +36,7 @@ class LayerSettings:
     the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
     the decoder layer lack, for the operator that closes it (`passes.closes`): what reached them by other ways, too.
     `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
-    pruning can beat; it changes no weight.
+    pruning can beat; it changes no weight. `row_weights` are those of operators whose outputs [m] do not count alike.
     """
 
     pruner: AbstractPruner
@@ -46,10 +46,16 @@ class LayerSettings:
     correct: Correct = "operator"
     patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
     bound_rows: int = 0
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def pattern_of(self, operator: str) -> AbstractPattern:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
         return self.patterns.get(operator, self.pattern)
+
+    def row_factors(self, operators: Sequence[str]) -> Tensor | None:
+        """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike."""
+        found = [self.row_weights[name] for name in operators if name in self.row_weights]
+        return torch.cat(found).sqrt() if len(found) == len(operators) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,33 +205,36 @@ def _prune_group(
     """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = stack_of(group)
-    asked = tuple(settings.pattern_of(f"{layer}.{operator.name}") for operator in group.operators)
-    pattern = Stacked(asked, heights)
+    names = [f"{layer}.{operator.name}" for operator in group.operators]
+    asked = tuple(settings.pattern_of(name) for name in names)
+    pattern, factors = Stacked(asked, heights), settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
-    part = team.part(problem)
+    posed = problem if factors is None else problem.scaled(factors)
     if pattern.zeros(*stack.shape):
-        pruned = team.prune(settings.pruner, problem, part)
-        pruned = replace(pruned, weight=_where_asked(pattern, pruned.weight, stack))
+        pruned = team.prune(settings.pruner, posed, team.part(posed))
+        weight = pruned.weight if factors is None else problem.unscaled(pruned.weight, factors)
+        pruned = replace(pruned, weight=_where_asked(pattern, weight, stack))
     else:
         pruned = Pruned(stack, torch.ones_like(stack, dtype=torch.bool))
     if not bool(pruned.weight.isfinite().all()):
-        raise PruningError(f"{layer}.{group.operators[0].name}: the pruned weight is not finite. Raise the damping.")
+        raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)
-    errors = _relative_errors(part, stored, heights, team)
+    errors = _relative_errors(team.part(problem), stored, heights, team)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(team.part(unseen), stored, heights, team)
     bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
-    bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts))
+    scaled = stored if factors is None else stored * factors.to(stored)[:, None]
+    bounds = sampled_bounds(posed, scaled, bound_rows, Damping.of(pruned.facts))
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
-            raise PruningError(f"{layer}.{operator.name}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
+            raise PruningError(f"{names[i]}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
         seconds = time.perf_counter() - began
         report = OperatorReport(
-            name=f"{layer}.{operator.name}",
+            name=names[i],
             outputs=operator.shape[0],
             inputs=operator.shape[1],
             zeros=zeros,

@@ -1,7 +1,7 @@
 """What pruning each part of a model to each pattern would cost: one pass over the dense model, which stays as it is."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,27 +17,36 @@ from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
 Pattern = Unstructured | SemiStructured
-RULES = ("uniform", "curve", "half-curve", "owl", "skewness")
-SURVEYED = RULES[1:3]  # those that prune for it
+RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
+WEIGHED = RULES[1:4]  # those that need gradients
+SURVEYED = RULES[2:4]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 OUTLIER = 5  # times the mean score; OWL's M
+LEAST = 1e-4  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
 
 
 @dataclass(frozen=True)
 class Allotment:
     """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
 
-    Of a rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
+    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are. Of a
+    rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
     allotment could cost at most, by the same curves.
     """
 
     shares: dict[str, float]
     cost: float | None = None
     gap: float | None = None
+    row_weights: dict[str, list[float]] = field(default_factory=dict)
 
     def patterns(self, pattern: Pattern) -> dict[str, Pattern]:
         """The operators' patterns, each of the kind of `pattern`."""
         return {name: with_share(pattern, share) for name, share in self.shares.items()}
+
+    def allotted(self, settings: LayerSettings, pattern: Pattern) -> LayerSettings:
+        """The settings of a run that asks for `pattern` on the whole, with what is allotted."""
+        weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
+        return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +93,8 @@ def survey(
     A cost is 1/2 sum_i f_i mean (delta y_i)^2: `fisher` holds f_i = mean (d loss / d y_i)^2 of each operator's outputs
     [m], so this is the Gauss-Newton estimate of the loss with a diagonal metric, in nats a token, and comparable across
     layers. It is taken on the last `held_out` of the batches `hidden`, or on all if none is held out. `pruner` gives
-    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick. `hidden` is used up if it is
-    on disk.
+    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick; rows compete as `row_weights`
+    of f say. `hidden` is used up if it is on disk.
     """
     pruner, units = pruner or SparseGPT(), []
     for number, layer in enumerate(model.layers):
@@ -100,6 +109,16 @@ def survey(
     return units
 
 
+def row_weights(fisher: Tensor) -> Tensor:
+    """sqrt(f_i / mean f) for rows whose outputs [m] move the loss by f_i = mean (d loss / d y_i)^2.
+
+    With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
+    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (docs/tried.md).
+    """
+    middle = fisher.mean()
+    return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
+
+
 def check_rule(rule: str, pattern: Pattern) -> None:
     """Refuse, before any work, a rule that there is not, or that the pattern does not allow.
 
@@ -112,16 +131,26 @@ def check_rule(rule: str, pattern: Pattern) -> None:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
         )
+    if rule == "rows" and not _rows_compete(pattern):
+        raise RecipeError(
+            "Allocation 'rows' lets the rows of a matrix compete for its non-zeros; with quota='row' each has its own. "
+            "Leave one of them out."
+        )
 
 
-def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
-    """The zeros of `pattern` on the whole, spread over the operators by a rule.
+def _rows_compete(pattern: Pattern) -> bool:
+    return isinstance(pattern, Unstructured) and pattern.quota == "matrix"
 
-    "curve" minimises the surveyed costs (`convexprune.allocation.allocate`); "half-curve" goes half of the way there
-    from the uniform shares, as the costs are of one text and of errors that do not know of each other
-    (docs/benchmarks.md). "owl" (arXiv 2310.05175) and "skewness" give a layer whose scores have more outliers, or are
-    more skewed, less sparsity (`allocation.spread`); the second is the idea of AutoPrune (arXiv 2511.15390) in OWL's
-    form, not its formula.
+
+def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[str, Tensor] | None = None) -> Allotment:
+    """The zeros of `pattern` on the whole, spread over the operators, and over the rows of each, by a rule.
+
+    "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
+    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs
+    (`convexprune.allocation.allocate`); "half-curve" goes half of the way there from the uniform shares, as the costs
+    are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175) and
+    "skewness" give a layer whose scores have more outliers, or are more skewed, less sparsity (`allocation.spread`);
+    the second is the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula.
 
     Raises:
         RecipeError: see `check_rule`.
@@ -130,6 +159,10 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
     check_rule(rule, pattern)
     if rule == "uniform":
         return Allotment({})
+    weighed = fisher if fisher is not None and rule in WEIGHED and _rows_compete(pattern) else {}
+    rows = {name: [float(f"{w:.3g}") for w in row_weights(f).tolist()] for name, f in weighed.items()}  # for a file
+    if rule == "rows":
+        return Allotment({}, row_weights=rows)
     cost = gap = None
     if rule in SURVEYED:
         choice = candidates(pattern)
@@ -143,7 +176,7 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern) -> Allotment:
         statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
         shares = spread(statistics, [u.size for u in units], pattern.sparsity)
     each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
-    return Allotment(each, cost, gap)
+    return Allotment(each, cost, gap, rows)
 
 
 def _units(
@@ -168,7 +201,9 @@ def _units(
                 costs = {name: dict[Pattern, float]() for name in names}
                 for pattern in patterns:
                     stack = Stacked.alike(pattern, heights)
-                    pruned = pruner.prune(PruningProblem(weight, folds.total, stack, 0.0)).weight
+                    factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
+                    problem = PruningProblem(weight, folds.total, stack, 0.0)
+                    pruned = problem.unscaled(pruner.prune(problem.scaled(factors)).weight, factors)
                     errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
