@@ -35,6 +35,7 @@ def allotments(
 
     Raises:
         RecipeError, PatternError: see `convexprune.pipeline.survey.allot`.
+        ModelError: see `output_fisher`.
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [Allotment({}) for _ in asked]

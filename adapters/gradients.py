@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import RecordedCalls
 from convexprune.pipeline.passes import Calls, Recorded
@@ -26,6 +27,9 @@ def output_fisher(
     streams has one decoder layer at a time in memory; what enters each of its layers is recorded meanwhile.
 
     An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
+
+    Raises:
+        ModelError: a gradient is not finite; the operator is named.
     """
     found = {
         f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
@@ -39,6 +43,12 @@ def output_fisher(
         slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
         for number in reversed(range(len(model.layers))):
             slopes = _backward(model, model.layers[number], calls.of(number), entering.pop(), slopes, found)
+    for name, total in found.items():
+        if not bool(total.isfinite().all()):
+            raise ModelError(
+                f"The gradient of the loss at the outputs of {name} is not finite on the calibration tokens. Load the "
+                "model in a wider dtype (dtype='float32'), or take an allocation without gradients ('uniform')."
+            )
     return {name: (total / tokens.numel()).float() for name, total in found.items()}
 
 

@@ -12,11 +12,11 @@ from families import VOCABULARY, build_family
 from torch import Tensor
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, allocating
+from convexprune.adapters import HuggingFaceModel, allocating, gradients
 from convexprune.adapters.experts import Pile, Product, Slice, piles
 from convexprune.adapters.gradients import output_fisher
 from convexprune.adapters.operators import Place
-from convexprune.errors import OutputError, RecipeError
+from convexprune.errors import ModelError, OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, observe, prune_observed
 from convexprune.pipeline.passes import stage_inputs
@@ -279,6 +279,12 @@ def test_the_weights_of_rows_are_half_of_the_way_and_never_nothing():
     f = torch.tensor([0.0, 1.0, 4.0, 7.0])
     assert row_weights(f).tolist() == pytest.approx([1e-2, (1 / 3) ** 0.5, (4 / 3) ** 0.5, (7 / 3) ** 0.5])
     assert torch.equal(row_weights(torch.zeros(3)), torch.ones(3))  # of an expert that no token reached
+
+
+def test_gradients_that_are_not_finite_are_told(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gradients, "_loss_slope", lambda _, __, hidden: torch.full_like(hidden, torch.inf))
+    with pytest.raises(ModelError, match=r"at the outputs of .* is not finite.*wider dtype.*'uniform'"):
+        convexprune.prune(tiny_llama.model, allocation="rows", **SETTINGS)
 
 
 def test_rows_need_no_survey_and_a_run_goes_on_with_its_weights(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
