@@ -22,7 +22,8 @@ class OperatorReport:
 
     `bound` is for a sample of the operator's `rows` (None: not asked, or the operator is too wide): no weight in the
     pattern has a smaller `error` there than `lower`, and `ratio` is lower / error. That error is the one the pruner
-    minimises: the sum over the rows of mean |V x* - target|^2 and of its damping, whose strength is `damping`.
+    minimises: the sum over the rows of mean |V x* - target|^2 and of its damping, whose strength is `damping`, each row
+    times its weight if rows are weighed (`convexprune.pipeline.survey.row_weights`).
     """
 
     name: str

@@ -324,8 +324,10 @@ def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: Hug
         verify(dense, dataset=str(tmp_path), allocation=rule)
 
 
-@pytest.mark.parametrize("asked", [{"quota": "row"}, {"pattern": "2:4"}])
-def test_quotas_of_rows_and_of_groups_are_allocated_and_bounded(tiny_llama: HuggingFaceModel, asked: dict[str, Any]):
+@pytest.mark.parametrize("asked", [{}, {"quota": "row"}, {"pattern": "2:4"}])
+def test_quotas_of_matrices_of_rows_and_of_groups_are_allocated_and_bounded(
+    tiny_llama: HuggingFaceModel, asked: dict[str, Any]
+):
     report = convexprune.prune(tiny_llama.model, allocation="curve", **asked, **SETTINGS).report
     assert len({o.pattern for o in report.operators}) > 1
     assert all(o.zeros == o.expected_zeros for o in report.operators)
