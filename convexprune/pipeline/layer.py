@@ -36,7 +36,7 @@ class LayerSettings:
     the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
     the decoder layer lack, for the operator that closes it (`passes.closes`): what reached them by other ways, too.
     `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
-    pruning can beat; it changes no weight. `row_weights` are those of operators whose outputs [m] do not count alike.
+    pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
     """
 
     pruner: AbstractPruner
@@ -54,8 +54,7 @@ class LayerSettings:
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:
         """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike."""
-        found = [self.row_weights[name] for name in operators if name in self.row_weights]
-        return torch.cat(found).sqrt() if len(found) == len(operators) else None
+        return torch.cat([self.row_weights[name] for name in operators]).sqrt() if self.row_weights else None
 
 
 @dataclass(frozen=True, eq=False)
