@@ -37,16 +37,21 @@ def test_a_fresh_model_passes(folder: Path, pattern):
     assert json.loads(result.to_json())["passed"] is True
 
 
-def test_a_finished_run_is_read_again_and_judged_by_its_own_weights(folder: Path):
+@pytest.mark.parametrize("operator", [OPERATOR, "model.decoder.layers.1.self_attn.k_proj", "model.decoder.layers.1.fc2"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("prefix", ["dense", "pruned"])
+def test_a_finished_run_is_read_again_and_judged_by_its_own_weights(
+    folder: Path, operator: str, pattern: str, prefix: str
+):
     text = str(folder / "text.txt")
-    settings: dict[str, Any] = {"dataset": text, "pattern": "2:4", "num_calibration_samples": 8, "max_seq_length": 32}
+    settings: dict[str, Any] = {"dataset": text, "pattern": pattern, "allocation": "uniform", "prefix": prefix} | TOKENS
     convexprune.prune(folder / "model", output_dir=folder / "out", **settings)
-    result = verify(folder / "out", rows=2, columns=8, bound_rows=999, operators=[OPERATOR])
+    result = verify(folder / "out", rows=2, columns=8, bound_rows=999, operators=[operator])
     assert result.passed, result.faults
-    again = verify(folder / "model", rows=2, columns=8, bound_rows=999, operators=[OPERATOR], **settings)
+    again = verify(folder / "model", rows=2, columns=8, bound_rows=999, operators=[operator], **settings)
     (judged,), (fresh,) = result.bounds, again.bounds
     report = Report.from_json((folder / "out" / "report.json").read_text())
-    assert [o.facts["damping"] for o in report.operators if o.name == OPERATOR] == [judged.damping]
+    assert [o.facts["damping"] for o in report.operators if o.name == operator] == [judged.damping]
     assert fresh.plain_error == pytest.approx(judged.plain_error, rel=1e-4)
 
 

@@ -29,7 +29,7 @@ from convexprune.report import OperatorReport
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and what its inputs were.
+    """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and the `moments` of its problem.
 
     `damping` is what its pruner was damped by.
     """
@@ -46,7 +46,8 @@ class OperatorProblem:
         """The pruning problem of `count` rows drawn at random (None: all), and the pruned weight of these rows."""
         chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
-        return PruningProblem(dense, self.moments, self.pattern, self.correction), self.pruned[chosen].double()
+        moments = self.moments.rows(chosen)
+        return PruningProblem(dense, moments, self.pattern, self.correction), self.pruned[chosen].double()
 
 
 @torch.no_grad()
@@ -135,9 +136,10 @@ def _watch(
             if d is not None:
                 total.add_lacking(x.flatten(0, -2), d.flatten(0, -2).cpu())
     for (one, other), total in zip(pairs, moments, strict=True):
-        for w, v in zip(one.operators, other.operators, strict=True):
+        rows = torch.arange(height(one)).split([w.shape[0] for w in one.operators])
+        for w, v, own in zip(one.operators, other.operators, rows, strict=True):
             name = f"{dense.name}.{w.name}"
             if name in wanted and total.tokens:
                 weights = w.read().cpu(), v.read().cpu()
                 asked = settings.pattern_of(name), settings.correction, damping.get(name, Damping(0.0))
-                yield OperatorProblem(name, *weights, total, *asked)
+                yield OperatorProblem(name, *weights, total.rows(own), *asked)
