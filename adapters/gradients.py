@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from convexprune.pipeline.passes import Calls, Recorded
 from .experts import Pile, Product, piles
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES, Place
+
+POSITIONS = 256  # whose logits are in memory at once: of 256 thousand words, a quarter of a gigabyte in float32
 
 
 def output_fisher(
@@ -29,7 +32,7 @@ def output_fisher(
     An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
 
     Raises:
-        ModelError: a gradient is not finite; the operator is named.
+        ModelError: a gradient is not finite; the last operator is named where one is not.
     """
     found = {
         f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
@@ -43,7 +46,7 @@ def output_fisher(
         slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
         for number in reversed(range(len(model.layers))):
             slopes = _backward(model, model.layers[number], calls.of(number), entering.pop(), slopes, found)
-    for name, total in found.items():
+    for name, total in reversed(found.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
                 f"The gradient of the loss at the outputs of {name} is not finite on the calibration tokens. Load the "
@@ -70,11 +73,18 @@ def _forward(
 
 @torch.enable_grad()
 def _loss_slope(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """d loss / d hidden, where the logits are those of a few positions at a time, if the model can leave others out."""
     hidden = hidden.detach().requires_grad_()
-    logits = model.logits(ids, hidden)[:, :-1].float()
-    labels = ids[:, 1:].to(logits.device)
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return torch.autograd.grad(loss, hidden)[0]
+    slope = torch.zeros_like(hidden)
+    every = torch.arange(ids.shape[1] - 1, device=hidden.device)
+    leaves_out = "logits_to_keep" in signature(model.model.forward).parameters
+    for positions in every.split(POSITIONS) if leaves_out else [every]:
+        more = {"logits_to_keep": positions} if leaves_out else {}
+        logits = model.logits(ids, hidden, **more)[:, : len(positions)].float()
+        labels = ids.to(logits.device)[:, positions.to(logits.device) + 1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        slope += torch.autograd.grad(loss, hidden)[0]
+    return slope
 
 
 @torch.enable_grad()
@@ -97,7 +107,8 @@ def _backward(
             add(name, product.inputs)
 
     def add(name: str, gradient: Tensor) -> None:
-        found[name] += gradient.double().square().flatten(0, -2).sum(0).to(found[name].device)
+        squares = gradient.float().square().flatten(0, -2)
+        found[name] += squares.sum(0, dtype=torch.float64).to(found[name].device)
 
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:

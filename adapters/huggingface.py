@@ -245,13 +245,13 @@ class HuggingFaceModel(AbstractModel):
             layouts[layer.name] = known[key]
         return layouts
 
-    def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, batch: Tensor, hidden: Tensor, **more: Any) -> Tensor:
         """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
 
-        They have gradients if `hidden` has.
+        They have gradients if `hidden` has. The model's forward pass is given `more` arguments.
         """
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
-            return self.model(input_ids=batch.to(self.device), use_cache=False).logits
+            return self.model(input_ids=batch.to(self.device), use_cache=False, **more).logits
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._beside is None else (hidden, *self._beside)

@@ -15,7 +15,9 @@ from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import check_patterns, cost, make_recipe
 from convexprune.pipeline.speed import measured_speed, seconds
+from convexprune.pipeline.survey import WEIGHED
 
+from .allocating import GRADIENTS
 from .calibration import DEFAULT_LENGTH
 from .outline import read_outline
 
@@ -116,6 +118,7 @@ def inspect(
         correction=checked.error_correction > 0,
         dense_prefix=checked.prefix == "dense",
         bound=checked.bound_rows > 0,
+        gradients=min(GRADIENTS, checked.num_calibration_samples) if checked.allocation in WEIGHED else 0,
     )
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory
@@ -135,7 +138,7 @@ def inspect(
         device=device,
         device_memory=device_memory,
         changes=changes,
-        notes=outline.notes if checked.allocation == "uniform" else (*outline.notes, SURVEY),
+        notes=outline.notes if checked.allocation in ("uniform", "rows") else (*outline.notes, SURVEY),
     )
 
 

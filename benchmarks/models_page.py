@@ -12,7 +12,7 @@ Record = dict[str, str]
 HEAD = """# Models: what was tested, and what is refused
 
 Written by `.ci/matrix` from its test run; not by hand. Each family is a tiny random model built from its configuration: saved,
-pruned from that folder by Wanda, saved, loaded by plain transformers. The counts are those of the loaded weights and are exact; the
+pruned from that folder by Wanda (to 50 % with rows weighed by gradients), saved, loaded by plain transformers. The counts are those of the loaded weights and are exact; the
 logits are those of the pruned model bit for bit; every weight that is no operator is the dense one bit for bit; the tensors on disk
 have the names, shapes and types of the dense checkpoint, and at sparsity 0 its bits. The replay error is that of the decoder layers
 called one by one against the model's own forward pass (relative, on other tokens than those that the calls were recorded with).

@@ -22,7 +22,7 @@ def prune(
     *,
     preset: str | None = None,
     quota: str = "matrix",
-    allocation: str = "uniform",
+    allocation: str | None = None,
     dataset: Any = "self",
     tokenizer: PreTrainedTokenizerBase | None = None,
     num_calibration_samples: int = 128,
@@ -69,6 +69,7 @@ def prune(
             least predicted loss as well, from error curves weighted by these gradients (a survey of the dense model,
             which takes about five times as long as SparseGPT); "half-curve", half of the way there; "owl" or
             "skewness", by the shape of each decoder layer's scores. N:M patterns take "uniform" and "curve".
+            None: "rows" for the methods "convex", "admm" and "perspective" with a quota of each matrix, else "uniform".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.

@@ -155,11 +155,12 @@ class Request:
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         store = FolderStore(folder.work, len(loaded.layers), self.device)
+        tell = self._tell(loaded)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
         opened = partial(self.open, stream=True)
         job = Job(folder.work, self._work(windows), opened, self.threads, self.installed)
-        prune_in_folder(self.executor, job, loaded, store, self._tell(loaded))
+        prune_in_folder(self.executor, job, loaded, store, tell)
         self.clock.lap("prune")
         with folder.alone() as unfinished:
             if unfinished:

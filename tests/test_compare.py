@@ -172,7 +172,7 @@ def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
 def test_report_and_plots_are_drawn(folder: Path):
     result = compared(folder, methods=["wanda", "fista"], patterns=["unstructured", "2:4"], plots=True)
     report = (folder / "out" / "report.md").read_text()
-    assert "| wanda | 2:4 | pruned-own |" in report and "| fista | 50.0% | dense-layer |" in report
+    assert "| wanda | 2:4 | pruned-own |" in report and "| fista, rows | 50.0% | dense-layer |" in report
     drawn = {p.name for p in (folder / "out").glob("*.png")}
     assert len(drawn) == 6 and all(name in report for name in drawn)
     assert result["card"]["hashes"]["model"] in report
@@ -220,12 +220,20 @@ def test_shares_that_are_near_each_other_have_names_of_their_own():
     assert len({v.name for v in make_variants(["wanda"], [0.995, 0.9952], ["unstructured"], ["own"])}) == 2
 
 
-def test_a_method_may_name_its_own_convention():
-    methods = ["fista", "fista:convention=pruned-layer:rounds=20", "alps"]
+def test_a_method_may_name_its_own_convention_and_allocation():
+    methods = ["fista", "fista:convention=pruned-layer:rounds=20:allocation=uniform", "alps", "alps:allocation=rows"]
     assert [v.name for v in make_variants(methods, [0.5], ["unstructured"], ["own"])] == [
-        "fista 0.5 dense-layer",
+        "fista 0.5 dense-layer rows",
         "fista:rounds=20 0.5 pruned-layer",
         "alps 0.5 pruned-own",
+        "alps 0.5 pruned-own rows",
     ]
+    for pattern, quota, own in (
+        ("unstructured", "matrix", "rows"),
+        ("unstructured", "row", "uniform"),
+        ("2:4", "matrix", "uniform"),
+    ):
+        (variant,) = make_variants(["admm"], [0.5], [pattern], ["own"], quota)
+        assert variant.allocation == own == variant.recipe().allocation
     with pytest.raises(errors.RecipeError, match=r"Unknown convention 'pruned-lair'\. Did you mean 'pruned-layer'"):
         make_variants(["alps:convention=pruned-lair"], [0.5], ["unstructured"], ["own"])

@@ -170,6 +170,9 @@ def test_work_is_counted_by_hand():
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
     assert found.problems == 6 and found.products == 3 * (98 + 106)
     assert found.solve == 3 * (2 * (98 * 12 * 64 + 106 * 8 * 36) + 8 * (8**3 + 6**3))
+    differentiated = cost.work(PLAIN, replace(SETTING, gradients=2))  # twice through 3 layers and back; head, and back
+    assert differentiated.forward == found.forward + 20 * (3 * 3 * once + 2 * 2 * 80)
+    assert differentiated == replace(found, forward=differentiated.forward)
 
 
 def test_what_comes_after_attention_does_not_run_it_again():

@@ -15,7 +15,7 @@ from torch import nn
 import convexprune
 from convexprune.adapters import TESTED, HuggingFaceModel
 
-PATTERNS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+PATTERNS = {"50 %": {"sparsity": 0.5, "allocation": "rows"}, "2:4": {"pattern": "2:4"}}
 
 
 def own_stages(model: HuggingFaceModel) -> str:

@@ -59,6 +59,7 @@ def test_the_flow_of_data_shows_what_experiments_show(family: str):
 
 def test_what_is_not_counted_is_said():
     assert not inspect(EMBEDDED).notes
+    assert inspect(EMBEDDED).work.forward > inspect(EMBEDDED, allocation="uniform").work.forward
     assert inspect(EMBEDDED, allocation="owl").notes == inspect(EMBEDDED, allocation="curve").notes == (SURVEY,)
 
 

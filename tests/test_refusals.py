@@ -77,4 +77,6 @@ def test_a_non_finite_activation_is_named(tiny_opt: HuggingFaceModel):
     with torch.no_grad():
         tiny_opt.model.model.decoder.layers[1].fc1.weight.mul_(1e25)
     with pytest.raises(errors.ModelError, match=r"input of model\.decoder\.layers\.1\.fc2 is not finite"):
+        convexprune.prune(tiny_opt.model, allocation="uniform", **SMALL)
+    with pytest.raises(errors.ModelError, match=r"gradient .* at the outputs of model\.decoder\.layers\.1\.fc2 is not"):
         convexprune.prune(tiny_opt.model, **SMALL)

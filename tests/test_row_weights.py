@@ -62,7 +62,8 @@ def test_wanda_with_weighted_rows_is_its_scores_weighted(tiny_llama: HuggingFace
     convexprune.prune(tiny_llama.model, allocation="rows", **settings)
     for operator, before in dense.items():
         f = weights[f"{layer.name}.{operator.name}"]
-        scores = before.abs() * x.flatten(0, -2).square().mean(0).sqrt() * (f / f.mean()).pow(0.25)[:, None]
+        w = (f / f.mean()).clamp_min(0.1).sqrt()
+        scores = before.abs() * x.flatten(0, -2).square().mean(0).sqrt() * w.sqrt()[:, None]
         kept = torch.zeros_like(before, dtype=torch.bool).flatten()
         kept[scores.flatten().topk(before.numel() // 2).indices] = True
         pruned = operator.read()
@@ -72,8 +73,31 @@ def test_wanda_with_weighted_rows_is_its_scores_weighted(tiny_llama: HuggingFace
 
 def test_the_weights_of_rows_are_half_of_the_way_and_never_nothing():
     f = torch.tensor([0.0, 1.0, 4.0, 7.0])
-    assert row_weights(f).tolist() == pytest.approx([1e-2, (1 / 3) ** 0.5, (4 / 3) ** 0.5, (7 / 3) ** 0.5])
+    assert row_weights(f).tolist() == pytest.approx([0.1**0.5, (1 / 3) ** 0.5, (4 / 3) ** 0.5, (7 / 3) ** 0.5])
     assert torch.equal(row_weights(torch.zeros(3)), torch.ones(3))  # of an expert that no token reached
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_gradients_need_the_logits_of_few_positions_at_a_time(
+    keeps: bool, tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch
+):
+    """The same whatever there is at once, and of a model that cannot leave logits out."""
+    whole = output_fisher(tiny_llama, TOKENS[:2], 2)
+    forward, sizes = tiny_llama.model.forward, list[int]()
+
+    def watched(input_ids: Tensor, use_cache: bool, **more: Any) -> Any:
+        found = forward(input_ids=input_ids, use_cache=use_cache, **more)
+        sizes.append(found.logits.shape[1])
+        return found
+
+    def keeping(input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor) -> Any:
+        return watched(input_ids, use_cache, logits_to_keep=logits_to_keep)
+
+    monkeypatch.setattr(gradients, "POSITIONS", 5)
+    monkeypatch.setattr(tiny_llama.model, "forward", keeping if keeps else watched)
+    found = output_fisher(tiny_llama, TOKENS[:2], 2)
+    assert sizes == ([5, 5, 5, 5, 3] if keeps else [24])
+    assert all(torch.allclose(found[name], f, rtol=1e-5, atol=0) for name, f in whole.items())
 
 
 def test_gradients_that_are_not_finite_are_told(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):

@@ -44,7 +44,7 @@ def compare(
     conventions: Sequence[str],
     output: Path,
     *,
-    allocations: Sequence[str] = ("uniform",),
+    allocations: Sequence[str] = ("own",),
     quota: str = "matrix",
     dataset: Any = "self",
     num_calibration_samples: int = 64,

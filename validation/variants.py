@@ -93,27 +93,30 @@ def make_variants(
     patterns: Sequence[str],
     conventions: Sequence[str],
     quota: str = "matrix",
-    allocations: Sequence[str] = ("uniform",),
+    allocations: Sequence[str] = ("own",),
 ) -> list[Variant]:
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
-    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has; a
-    method may name its own in place of `conventions`: "fista:convention=pruned-layer".
-    Allocations are the rules of `convexprune.pipeline.survey`.
+    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+    Allocations are the rules of `convexprune.pipeline.survey`, or "own", what the recipe takes if none is given.
+    A method may name its own in place of those for all: "fista:convention=pruned-layer:allocation=half-curve".
 
     Raises:
         RecipeError: an unknown method, setting, convention or allocation, or nothing to compare.
         PatternError: no such pattern or sparsity.
     """
     variants = {
-        Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation): None
-        for method, own in map(_convention_of, methods)
+        Variant(
+            method, pattern, sparsity, _known_convention(convention, method), quota,
+            _own_allocation(method, pattern, quota) if allocation == "own" else allocation,
+        ): None
+        for method, own in map(_without_own, methods)
         for pattern in patterns
         for sparsity in (sparsities if pattern == "unstructured" else [None])
-        for convention in ([own] if own else conventions)
-        for allocation in allocations
-    }
+        for convention in own.get("convention", conventions)
+        for allocation in own.get("allocation", allocations)
+    }  # fmt: skip
     for variant in variants:
         variant.layer_settings()
     if not variants:
@@ -136,12 +139,16 @@ def _method(text: str) -> dict[str, Any]:
     return settings
 
 
-def _convention_of(text: str) -> tuple[str, str | None]:
-    """A method's text without the convention that it may name, and that."""
-    parts = text.split(":")
-    named = [part for part in parts if part.startswith("convention=")]
-    method = ":".join(part for part in parts if part not in named)
-    return method, named[-1].removeprefix("convention=") if named else None
+def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
+    """A method's text without the convention and the allocation that it may name, and these."""
+    pairs = [(part, *part.partition("=")) for part in text.split(":")]
+    own = {key: [value] for _, key, _, value in pairs if key in ("convention", "allocation")}
+    return ":".join(part for part, key, *_ in pairs if key not in own), own
+
+
+def _own_allocation(method: str, pattern: str, quota: str) -> str:
+    """The recipe's for such a method and pattern."""
+    return make_recipe(model="", **_method(method), pattern=pattern, quota=quota).allocation
 
 
 def _known_convention(name: str, method: str) -> str:

@@ -216,7 +216,8 @@ def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Re
         return recipe, Path(source)
     if source is None:
         settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
-    if settings.get("allocation", "uniform") != "uniform":
+    settings = settings | {"allocation": settings.get("allocation") or "uniform"}
+    if settings["allocation"] != "uniform":
         raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
     return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
 

@@ -33,7 +33,13 @@ def compare(
             "pruned-dense, pruned-layer."
         ),
     ] = "own",
-    allocation: Annotated[str, typer.Option(help="uniform, rows, curve, half-curve, owl, skewness.")] = "uniform",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="own (what prune takes if it is left out), or one for all: uniform, rows, curve, half-curve, owl, "
+            "skewness."
+        ),
+    ] = "own",
     quota: options.Quota = "matrix",
     dataset: options.Dataset = "self",
     num_calibration_samples: options.Samples = 64,

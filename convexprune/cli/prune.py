@@ -24,7 +24,13 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
     quota: options.Quota = "matrix",
-    allocation: Annotated[str, typer.Option(help="uniform, rows, curve, half-curve, owl, skewness.")] = "uniform",
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How the zeros are spread: uniform, rows, curve, half-curve, owl, skewness. Left out: of convex, admm "
+            "and perspective rows, if unstructured with --quota matrix; else uniform."
+        ),
+    ] = None,
     dataset: options.Dataset = "self",
     num_calibration_samples: options.Samples = 128,
     held_out_samples: options.HeldOut = None,
@@ -139,7 +145,7 @@ def evaluate(
 
 
 def _follow(progress: Progress, total: int) -> Callable[[OperatorReport], None]:
-    task = progress.add_task("pruning", total=total)
+    task = progress.add_task("looking at the dense model", total=total)
 
     def tell(o: OperatorReport) -> None:
         gap = "" if o.gap is None else f"  gap {o.gap:.0e}"

@@ -114,7 +114,10 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding, bounds."""
+    """How it is pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding, bounds.
+
+    `gradients` is the number of windows whose loss is differentiated before, for an allocation.
+    """
 
     samples: int
     held_out: int
@@ -124,6 +127,7 @@ class Setting:
     correction: bool = True
     dense_prefix: bool = True
     bound: bool = False
+    gradients: int = 0
 
     @property
     def tokens(self) -> int:
@@ -160,7 +164,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves."""
+    """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves.
+
+    `forward` are all passes through the model, those of gradients as well.
+    """
 
     forward: float
     gram: float
@@ -223,7 +230,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
 
 
 def work(model: ModelSize, setting: Setting) -> Operations:
-    """Forward passes (the dense layer once, then up to each stage), Gram matrices, and the method's products.
+    """Passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram matrices, products.
 
     Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
     layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
@@ -235,7 +242,7 @@ def work(model: ModelSize, setting: Setting) -> Operations:
     for layer in model.layers:
         weights = [2.0 * sum(s.share * s.outputs * s.inputs for s in stage) for stage in layer.stages]
         attention = 4.0 * setting.length * model.hidden
-        passes = sum(weights) + attention
+        passes = once = sum(weights) + attention
         alone = [n for n, stage in enumerate(layer.stages) if n and [s.heights for s in stage] == [(model.hidden,)]]
         end = min(alone, default=len(layer.stages))
         for number, stage in enumerate(layer.stages):
@@ -251,7 +258,8 @@ def work(model: ModelSize, setting: Setting) -> Operations:
                 problems += layer.count
         if not setting.dense_prefix:
             passes += sum(weights[end:]) if end < len(weights) else sum(weights) + attention
-        forward += layer.count * tokens * passes
+        forward += layer.count * (tokens * passes + 3 * setting.gradients * setting.length * once)
+    forward += 2 * setting.gradients * setting.length * 2 * model.largest_fixed  # the head, and back
     return Operations(forward, gram, solve, problems, products)
 
 

@@ -22,20 +22,21 @@ PRESETS = ("fistapruner",)
 class Recipe(BaseModel):
     """What to prune, how, and on which tokens. Unknown settings are refused.
 
-    `allocation` says how the zeros are spread over the operators (`convexprune.pipeline.survey.allot`); "uniform" asks
-    the same share of each. `error_correction` in [0, 1] (true is 1): how much of the error that was made before it does
-    an operator correct; None is 1 with a dense prefix, which errors of the operator's own decoder layer reach only, and
-    1/2 with a pruned one. `correct` says which error: of its own outputs (the "operator"), or, of the operator that
-    closes a decoder layer, of the "layer"; None is the operator's for the method "fistapruner", as published, else the
-    layer's. `prefix` says which network feeds a decoder layer: the "dense" one, so that layers are independent, or the
-    one "pruned" so far. `held_out_samples` windows more are drawn, never fitted, and the errors on them reported; None
-    is an eighth of the calibration samples, or what the data set has left. `damping` is the pull towards the dense
-    weight, relative to the diagonal of the Gram matrix; None estimates it from the sampling noise of the calibration
-    tokens. `threads` are those that a layer is pruned on, which decide the order of sums and so the last bits; None is
-    what torch has, divided by the workers. `refit` adds least squares on the support to a method that has none of its
-    own, or takes it from one that has (None: as the method is). `method_args` are settings of the pruner (see
-    `convexprune.pruners`). `bound_rows` of every operator are compared in the report with what no pruning can beat; it
-    changes no weight, and 0 leaves it out. `evaluation` is the text whose perplexity is reported, if any.
+    `allocation` says how the zeros are spread over the operators and their rows (`convexprune.pipeline.survey.allot`);
+    None is "rows" for methods that search a support where rows compete, else "uniform". `error_correction` in [0, 1]
+    (true is 1): how much of the error that was made before it does an operator correct; None is 1 with a dense prefix,
+    which errors of the operator's own decoder layer reach only, and 1/2 with a pruned one. `correct` says which error:
+    of its own outputs (the "operator"), or, of the operator that closes a decoder layer, of the "layer"; None is the
+    operator's for the method "fistapruner", as published, else the layer's. `prefix` says which network feeds a decoder
+    layer: the "dense" one, so that layers are independent, or the one "pruned" so far. `held_out_samples` windows more
+    are drawn, never fitted, and the errors on them reported; None is an eighth of the calibration samples, or what the
+    data set has left. `damping` is the pull towards the dense weight, relative to the diagonal of the Gram matrix; None
+    estimates it from the sampling noise of the calibration tokens. `threads` are those that a layer is pruned on, which
+    decide the order of sums and so the last bits; None is what torch has, divided by the workers. `refit` adds least
+    squares on the support to a method that has none of its own, or takes it from one that has (None: as the method is).
+    `method_args` are settings of the pruner (see `convexprune.pruners`). `bound_rows` of every operator are compared in
+    the report with what no pruning can beat; it changes no weight, and 0 leaves it out. `evaluation` is the text whose
+    perplexity is reported, if any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +48,7 @@ class Recipe(BaseModel):
     sparsity: float | None = None
     pattern: str = "unstructured"
     quota: Literal["matrix", "row"] = "matrix"
-    allocation: str = "uniform"
+    allocation: str
     error_correction: float = Field(ge=0, le=1)
     correct: Correct
     prefix: Literal["dense", "pruned"] = "dense"
@@ -76,6 +77,7 @@ class Recipe(BaseModel):
         defaults = {
             "error_correction": 0.5 if given.get("prefix") == "pruned" else 1.0,
             "correct": "operator" if published else "layer",
+            "allocation": "rows" if _searches(given) and _rows_compete(given) else "uniform",
         }
         return given | {name: value for name, value in defaults.items() if given.get(name) is None}
 
@@ -163,6 +165,15 @@ class Recipe(BaseModel):
         if self.solver not in solver_names():
             raise RecipeError(unknown("solver", self.solver, solver_names()))
         return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
+
+
+def _searches(given: Mapping[str, Any]) -> bool:
+    pruner = PRUNERS.get(str(given.get("preset") or given.get("method", "convex")))
+    return pruner is not None and issubclass(pruner, AbstractSearch)
+
+
+def _rows_compete(given: Mapping[str, Any]) -> bool:
+    return given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:

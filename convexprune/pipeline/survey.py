@@ -22,7 +22,7 @@ WEIGHED = RULES[1:4]  # those that need gradients
 SURVEYED = RULES[2:4]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 OUTLIER = 5  # times the mean score; OWL's M
-LEAST = 1e-4  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
+LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
 
 
 @dataclass(frozen=True)
