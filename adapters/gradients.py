@@ -17,7 +17,7 @@ from .experts import Pile, Product, piles
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES, Place
 
-POSITIONS = 256  # whose logits are in memory at once: of 256 thousand words, a quarter of a gigabyte in float32
+POSITIONS = 128  # whose logits are in memory at once: of 256 thousand words, an eighth of a gigabyte in float32
 
 
 def output_fisher(

@@ -108,17 +108,17 @@ def inspect(
     length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     if length > outline.positions:
         raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
-    name, refit = checked.preset or checked.method, bool(checked.refit)
+    name, refit, weighed = checked.preset or checked.method, bool(checked.refit), checked.allocation in WEIGHED
     setting = cost.Setting(
         samples=checked.num_calibration_samples,
         held_out=checked.spare_samples,
         length=length,
         batch=checked.batch_size,
-        method=cost.method_cost(name, refit),
+        method=cost.method_cost(name, refit, weighed),
         correction=checked.error_correction > 0,
         dense_prefix=checked.prefix == "dense",
         bound=checked.bound_rows > 0,
-        gradients=min(GRADIENTS, checked.num_calibration_samples) if checked.allocation in WEIGHED else 0,
+        gradients=min(GRADIENTS, checked.num_calibration_samples) if weighed else 0,
     )
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory

@@ -79,6 +79,8 @@ METHODS: dict[str, AbstractPruner] = {
     "sparsegpt": SparseGPT(),
     "wanda": Wanda(),
     "wanda, refit": Refitted(Wanda()),
+    "convex, weighed": Convex(rounds=5),
+    "sparsegpt, weighed": SparseGPT(),
 }
 
 
@@ -100,7 +102,8 @@ def test_memory_of_a_bound_is_what_torch_allocates(name: str, wide: int, monkeyp
 
 def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[int, int]:
     """Bytes that are allocated to prune a stack, and those that the formula says."""
-    corrected = name in ("convex", "wanda")
+    method, *more = name.split(", ")
+    corrected, weighed = method in ("convex", "wanda"), "weighed" in more
     random = torch.Generator().manual_seed(0)
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
     group = Group(operators, ModuleInput(nn.Identity()))
@@ -114,7 +117,8 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
             folds.add(x, lacking if corrected else None, i == 2)
 
     fill()
-    settings = LayerSettings(METHODS[name], Unstructured(0.5), bound_rows=2 if bound else 0)
+    weights = {f"layer.{o.name}": torch.linspace(0.5, 2, o.shape[0]) for o in operators} if weighed else {}
+    settings = LayerSettings(METHODS[name], Unstructured(0.5), bound_rows=2 if bound else 0, row_weights=weights)
     hidden, observed = HiddenStates((), ()), Observed([], {})
     calls: Any = None  # the moments are known, so nothing is run
 
@@ -123,7 +127,7 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
 
     measured = allocated(prune)
     stack = cost.Stack(tuple(o.name for o in operators), heights, n)
-    return measured, cost.problem_bytes(stack, cost.method_cost(name.split(",")[0], "refit" in name), bound)
+    return measured, cost.problem_bytes(stack, cost.method_cost(method, "refit" in more, weighed), bound)
 
 
 @pytest.mark.parametrize("m", [64, 512])

@@ -98,8 +98,10 @@ def test_what_does_not_fit_is_said_with_what_to_change(llama_70b: Path):
     assert result.exit_code == 1, result.output
     printed = " ".join(result.output.split())
     assert "560 operators" in printed and "It does not fit:" in printed and "of 62.00 GiB" in printed
-    assert "--error-correction 0: " in printed and "--ignore mlp.down_proj" in printed
-    assert run(llama_70b, "--device-memory", "62GiB", "--error-correction", 0).exit_code == 0
+    assert "--allocation uniform: " in printed and "--error-correction 0: " in printed
+    assert "--ignore mlp.down_proj" in printed
+    less = ("--error-correction", 0, "--allocation", "uniform")
+    assert run(llama_70b, "--device-memory", "62GiB", *less).exit_code == 0
     assert run(llama_70b, "--device-memory", "24GiB", "--method", "wanda").exit_code == 1
 
 

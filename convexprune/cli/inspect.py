@@ -18,6 +18,7 @@ def inspect(
     sparsity: Annotated[float | None, typer.Option()] = None,
     pattern: Annotated[str, typer.Option()] = "unstructured",
     quota: options.Quota = "matrix",
+    allocation: options.Allocation = None,
     num_calibration_samples: options.Samples = 128,
     held_out_samples: options.HeldOut = None,
     max_seq_length: options.Length = None,

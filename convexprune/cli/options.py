@@ -14,6 +14,13 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 
 Model = Annotated[str | None, typer.Argument(help="Folder or hub name. Left out: the small bundled OPT.")]
 Quota = Annotated[str, typer.Option(help="Where the share of zeros holds: matrix or row.")]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How the zeros are spread: uniform, rows, curve, half-curve, owl, skewness. Left out: of convex, admm and "
+        "perspective rows, if unstructured with --quota matrix; else uniform."
+    ),
+]
 Dataset = Annotated[
     str, typer.Option(help="self, c4, wikitext2, ptb, OWNER/NAME on the hub, or a .txt or .jsonl file.")
 ]

@@ -24,13 +24,7 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
     pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
     quota: options.Quota = "matrix",
-    allocation: Annotated[
-        str | None,
-        typer.Option(
-            help="How the zeros are spread: uniform, rows, curve, half-curve, owl, skewness. Left out: of convex, admm "
-            "and perspective rows, if unstructured with --quota matrix; else uniform."
-        ),
-    ] = None,
+    allocation: options.Allocation = None,
     dataset: options.Dataset = "self",
     num_calibration_samples: options.Samples = 128,
     held_out_samples: options.HeldOut = None,

@@ -46,12 +46,14 @@ BOUND = {WIDE: 15.4, WIDEST: 12.3}
 """Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
 HELD = 4.3  # matrices [m n] that are alive meanwhile
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
+SCALED = 2  # matrices [m n] more, if rows are weighed: the weight's, and those that a correction has to it
 REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
-def method_cost(name: str, refit: bool) -> Method:
-    """The needs of a method by name, with a refit added behind it if asked."""
+def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
+    """The needs of a method by name, with a refit added behind it if asked, and of rows that are weighed."""
     own = METHODS[name]
+    own = own._replace(rectangles=own.rectangles + SCALED * weighed)
     if not refit:
         return own
     return Method(
@@ -114,10 +116,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is pruned: windows to fit and to judge by, tokens a window, windows a batch, method, feeding, bounds.
-
-    `gradients` is the number of windows whose loss is differentiated before, for an allocation.
-    """
+    """How it is pruned: windows to fit, to judge by and for gradients, tokens a window, windows a batch, and so on."""
 
     samples: int
     held_out: int
@@ -164,10 +163,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves.
-
-    `forward` are all passes through the model, those of gradients as well.
-    """
+    """Floating-point operations of a whole run, and how many problems and products [m n] x [n n] it solves."""
 
     forward: float
     gram: float
@@ -291,6 +287,9 @@ def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
     ways: dict[str, Setting] = {}
     if setting.batch > 1:
         ways["--batch-size 1"] = replace(setting, batch=1)
+    if setting.gradients:
+        alike = setting.method._replace(rectangles=setting.method.rectangles - SCALED)
+        ways["--allocation uniform"] = replace(setting, gradients=0, method=alike)
     if setting.correction:
         ways["--error-correction 0"] = replace(setting, correction=False)
     light = method_cost("sparsegpt", False)
