@@ -153,7 +153,7 @@ def verify(
         device: where the model runs.
         tell: called with each operator's name as it is done.
         settings: of the recipe, as for `convexprune.prune`: pattern, sparsity, dataset, num_calibration_samples, ...
-            The allocation is "uniform": what is solved here does not depend on it.
+            The allocation is "uniform"; to judge another, prune, and verify the folder of the run.
 
     Raises:
         RecipeError: an unknown setting or operator, or settings given for a finished run, which has its own.

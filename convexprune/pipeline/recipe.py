@@ -77,7 +77,7 @@ class Recipe(BaseModel):
         defaults = {
             "error_correction": 0.5 if given.get("prefix") == "pruned" else 1.0,
             "correct": "operator" if published else "layer",
-            "allocation": "rows" if _searches(given) and _rows_compete(given) else "uniform",
+            "allocation": _own_allocation(given),
         }
         return given | {name: value for name, value in defaults.items() if given.get(name) is None}
 
@@ -167,13 +167,11 @@ class Recipe(BaseModel):
         return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
 
 
-def _searches(given: Mapping[str, Any]) -> bool:
+def _own_allocation(given: Mapping[str, Any]) -> str:
+    """That of a method which searches a support is "rows" where the pattern allows it (`survey.check_rule`)."""
     pruner = PRUNERS.get(str(given.get("preset") or given.get("method", "convex")))
-    return pruner is not None and issubclass(pruner, AbstractSearch)
-
-
-def _rows_compete(given: Mapping[str, Any]) -> bool:
-    return given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
+    whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
+    return "rows" if whole and pruner is not None and issubclass(pruner, AbstractSearch) else "uniform"
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:
