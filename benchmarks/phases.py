@@ -23,7 +23,7 @@ from convexprune.pipeline.store import FolderStore
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
     "Gram": [(Folds, "add")],
-    "solve": [(layer, "_prune_group")],
+    "solve": [(layer, "prune_group")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (request, "save_from_store")],
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW
-from convexprune.pipeline.layer import Tell
+from convexprune.pipeline.settings import Tell
 from convexprune.request import PruneResult, Request
 from convexprune.solvers import AbstractSolver
 

@@ -34,8 +34,8 @@ from convexprune.pipeline import (
 )
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
-from convexprune.pipeline.layer import Tell
 from convexprune.pipeline.machine import Clock, default_device, installation, steps, versions
+from convexprune.pipeline.settings import Tell
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.workers import executor_for, team_size

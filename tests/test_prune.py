@@ -75,7 +75,7 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
         seen[first.name] = folds.total
         first.write(first.read() / 2)
 
-    monkeypatch.setattr(room, "_prune_group", halve)
+    monkeypatch.setattr(room, "prune_group", halve)
     dense = copy.deepcopy(tiny_llama)
     convexprune.prune(tiny_llama.model, **SMALL, correct="operator")
     layer, call, hidden = dense.layers[-1], dense.calls(TOKENS[:1])[-1], None
@@ -165,7 +165,7 @@ def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_
 
     name = "model.layers.1.self_attn.q_proj"
     x = inputs(name)
-    monkeypatch.setattr(room, "_prune_group", halve)
+    monkeypatch.setattr(room, "prune_group", halve)
     convexprune.prune(tiny_llama.model, prefix="pruned", **SMALL)
     y = inputs(name)
     torch.testing.assert_close(seen[name].gram, y.T @ y / len(y))

@@ -97,7 +97,7 @@ def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path)
 def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
     opened: list[HuggingFaceModel] = []
     monkeypatch.setattr(convexprune.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
-    prune_group, resident = room._prune_group, []
+    prune_group, resident = room.prune_group, []
 
     def look(name, *rest):
         for layer in opened[0].layers:
@@ -106,7 +106,7 @@ def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, m
             resident.append(name)
         prune_group(name, *rest)
 
-    monkeypatch.setattr(room, "_prune_group", look)
+    monkeypatch.setattr(room, "prune_group", look)
     convexprune.prune(llama, output_dir=tmp_path / "out", **SETTINGS)
     assert len(opened) == 1 and len(resident) == 2 * 2 * 4
 

@@ -1,11 +1,12 @@
 """From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
 from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, prune_observed, stage_folds
+from convexprune.pipeline.layer import prune_observed, stage_folds
 from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.passes import observe, stage_inputs, through
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
+from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.store import FolderStore
 from convexprune.pipeline.task import RecordedCalls, Work, carried
 

@@ -28,12 +28,13 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
 
 
 def sampled_bounds(
-    problem: PruningProblem, weight: Tensor, rows: int, damping: Damping
+    problem: PruningProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
 ) -> list[dict[str, float] | None]:
     """The quick bound for `rows` rows of each operator of a pruned stack [m n], the same ones in every run.
 
-    The error is that of the problem that was posed: mean |V x* - target|^2 plus the `damping` that the pruner added
-    (see `OperatorReport`). None if no rows are asked, if nothing was to be pruned, or if the operators are too wide.
+    The error is that of the problem that was posed: mean |V x* - target|^2, of rows times their `factors` [m] if there
+    are any, plus the `damping` that the pruner added (see `OperatorReport`). None if no rows are asked, if nothing was
+    to be pruned, or if the operators are too wide.
     """
     parts, n = problem.operators(), weight.shape[1]
     pruned = [part.pattern.zeros(*part.weight.shape) > 0 for part in parts]
@@ -46,10 +47,12 @@ def sampled_bounds(
             patterns.append(part.pattern)
         first += len(part.weight)
     everywhere = torch.cat(chosen).to(weight.device)
-    posed = damped(problem.rows(everywhere, problem.pattern), damping)
+    factors = None if factors is None else factors.to(weight)[everywhere]
+    drawn = problem.rows(everywhere, problem.pattern)
+    posed = damped(drawn.scaled(factors), damping)
     method = replace(QUICK, rounds=0) if n > WIDE else QUICK
-    weights = weight[everywhere].split([len(part) for part in chosen])
-    found = iter(method.of_each(posed, patterns, weights))
+    weights = weight[everywhere] if factors is None else weight[everywhere] * factors[:, None]
+    found = iter(method.of_each(posed, patterns, weights.split([len(part) for part in chosen])))
     return [_facts(next(found), damping) if wanted else None for wanted in pruned]
 
 

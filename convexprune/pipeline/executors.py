@@ -18,8 +18,8 @@ import torch
 
 from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, unknown
 from convexprune.model import AbstractModel
-from convexprune.pipeline.layer import Tell
 from convexprune.pipeline.machine import installation
+from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.store import FolderStore, TeamStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.team import Team

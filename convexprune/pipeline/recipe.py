@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from convexprune.errors import ConvexpruneError, RecipeError, unknown
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
-from convexprune.pipeline.layer import LayerSettings
 from convexprune.pipeline.passes import Correct
+from convexprune.pipeline.settings import LayerSettings
 from convexprune.pipeline.survey import Pattern, check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
 from convexprune.pruners.search import AbstractSearch

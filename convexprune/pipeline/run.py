@@ -10,8 +10,8 @@ from torch import Tensor
 from convexprune.errors import PatternError
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pipeline.executors import AbstractExecutor, Job
-from convexprune.pipeline.layer import LayerSettings, Tell
 from convexprune.pipeline.recipe import Recipe
+from convexprune.pipeline.settings import LayerSettings, Tell
 from convexprune.pipeline.store import FolderStore, MemoryStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.tensors import raw

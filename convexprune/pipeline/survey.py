@@ -11,8 +11,9 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pipeline.lacking import stack_of
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, stage_folds
+from convexprune.pipeline.layer import stage_folds
 from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
+from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.tensors import Batches
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from convexprune.errors import OutputError
 from convexprune.model import AbstractModel, Call
-from convexprune.pipeline.layer import HiddenStates, LayerSettings, Tell, prune_observed
+from convexprune.pipeline.layer import prune_observed
 from convexprune.pipeline.passes import Calls, Recorded, observe, through
+from convexprune.pipeline.settings import HiddenStates, LayerSettings, Tell
 from convexprune.pipeline.store import AbstractStore, FolderStore, Stream
 from convexprune.pipeline.team import ALONE, Team
 from convexprune.pipeline.tensors import Batches

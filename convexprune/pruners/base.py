@@ -58,19 +58,23 @@ class PruningProblem:
         ends = pairwise(accumulate(self.pattern.heights, initial=0))
         return [self.rows(slice(*pair), own) for pair, own in zip(ends, self.pattern.patterns, strict=True)]
 
-    def scaled(self, factors: Tensor) -> "PruningProblem":
-        """The problem in which the error of each output counts times the square of its factor [m].
+    def scaled(self, factors: Tensor | None) -> "PruningProblem":
+        """The problem in which the error of each output counts times the square of its factor [m]; None are ones.
 
         Its weights are those of this one with their rows times `factors`, so that rows compete otherwise for what is
         kept of the whole matrix. A row's best weights on a support are the same, and so is all where each row, or each
         group of N:M, has its own quota.
         """
+        if factors is None:
+            return self
         weight = self.weight * factors.to(self.weight)[:, None]
         moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
         return PruningProblem(weight, moments, self.pattern, self.correction, folds)
 
-    def unscaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+    def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
         """Of a `weight` [m n] of the scaled problem that of this one; what is as it was there is as it was here."""
+        if factors is None:
+            return weight
         same = weight == self.weight * factors.to(self.weight)[:, None]
         return self.weight.where(same, weight / factors.to(weight)[:, None])
 

@@ -1,0 +1,130 @@
+"""One group of operators: posed as one problem, solved, stored in the model, and reported."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import PruningError
+from convexprune.model import Group
+from convexprune.pattern import Stacked
+from convexprune.pipeline.bounding import sampled_bounds
+from convexprune.pipeline.folds import Folds
+from convexprune.pipeline.lacking import stack_of
+from convexprune.pipeline.settings import LayerSettings, Tell
+from convexprune.pipeline.team import Team
+from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.damped import Damping
+from convexprune.report import OperatorReport
+
+
+def prune_group(
+    layer: str,
+    group: Group,
+    folds: Folds,
+    settings: LayerSettings,
+    tell: Tell,
+    began: float,
+    facts: dict[str, float],
+    team: Team,
+) -> None:
+    """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
+    heights = tuple(operator.shape[0] for operator in group.operators)
+    stack = stack_of(group)
+    names = [f"{layer}.{operator.name}" for operator in group.operators]
+    asked = tuple(settings.pattern_of(name) for name in names)
+    pattern, factors = Stacked(asked, heights), settings.row_factors(names)
+    halves = folds.halves if all(half.tokens for half in folds.halves) else ()
+    problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
+    pruned = _solved(problem, pattern, factors, settings.pruner, team)
+    if not bool(pruned.weight.isfinite().all()):
+        raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
+    stored = _store(group, pruned, stack)
+    errors = _relative_errors(team.part(problem), stored, heights, team)
+    held_out: list[float] | list[None] = [None] * len(heights)
+    if folds.held_out.tokens:
+        unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
+        held_out = _relative_errors(team.part(unseen), stored, heights, team)
+    bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
+    bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts), factors)
+    for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
+        expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
+        if zeros < expected:  # more are only what was zero before
+            raise PruningError(f"{names[i]}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
+        report = OperatorReport(
+            name=names[i],
+            outputs=operator.shape[0],
+            inputs=operator.shape[1],
+            zeros=zeros,
+            expected_zeros=expected,
+            pattern=str(asked[i]),
+            relative_error=errors[i],
+            held_out_error=held_out[i],
+            **_certified(pruned),
+            facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
+            tokens=folds.tokens,
+            held_out_tokens=folds.held_out.tokens,
+            seconds=time.perf_counter() - began,
+            bound=bounds[i],
+        )
+        tell(report)
+
+
+def _solved(
+    problem: PruningProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner, team: Team
+) -> Pruned:
+    """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
+    dense = problem.weight
+    if not pattern.zeros(*dense.shape):
+        return Pruned(dense, torch.ones_like(dense, dtype=torch.bool))
+    posed = problem.scaled(factors)
+    pruned = team.prune(pruner, posed, team.part(posed))
+    weight = problem.unscaled(pruned.weight, factors)
+    parts = zip(pattern.patterns, weight.split(pattern.heights), dense.split(pattern.heights), strict=True)
+    chosen = [after if own.zeros(*after.shape) else before for own, after, before in parts]
+    return replace(pruned, weight=torch.cat(chosen))
+
+
+def _certified(pruned: Pruned) -> dict[str, Any]:
+    """What an operator's report says of the convex solves behind its stack."""
+    certificates = [solution.certificate for solution in pruned.solutions]
+    last = pruned.solutions[-1] if pruned.solutions else None
+    return {
+        "gap": last.certificate.relative_gap if last else None,
+        "largest_gap": max((c.relative_gap for c in certificates), default=None),
+        "kkt_residual": last.certificate.kkt_residual if last else None,
+        "status": last.status.name if last else None,
+        "solves": len(certificates),
+        "products": pruned.products,
+    }
+
+
+def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
+    """Write the stack's weights and return them [m n] as stored, float32.
+
+    A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
+    """
+    stored = []
+    heights = [operator.shape[0] for operator in group.operators]
+    parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), dense.split(heights), strict=True)
+    for operator, (weight, mask, before) in zip(group.operators, parts, strict=True):
+        dtype = operator.read().dtype
+        rounded = weight.to(dtype)
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        vanished = mask & (rounded == 0) & (before != 0)
+        rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
+        operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
+        stored.append(operator.read().float())
+    return torch.cat(stored)
+
+
+def _relative_errors(part: PruningProblem, weight: Tensor, heights: Sequence[int], team: Team) -> list[float]:
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n], of which a rank has its `part`."""
+    count = len(weight)
+    mine = team.share(count)
+    errors = team.whole(part.squared_error(weight[mine]), count).split(heights)
+    energies = team.whole(part.energy, count).split(heights)
+    return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]
