@@ -48,6 +48,21 @@ def refuse_adapters(model: object) -> None:
                 )
 
 
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Refuse inference tensors: torch neither tells when they change nor differentiates what is made of them.
+
+    Raises:
+        ModelError: inference mode is on, or was on when a parameter was made.
+    """
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made or torch.is_inference_mode_enabled():
+        what = f"{made[0]} was made inside torch.inference_mode()" if made else "torch.inference_mode() is on"
+        raise ModelError(
+            f"{what}: pruning has to see which tensors change, and to differentiate. Load and prune outside of it; "
+            "torch.no_grad() may be on."
+        )
+
+
 def refuse_unloaded(model: PreTrainedModel) -> None:
     """Refuse weights that are nowhere. Those that accelerate has offloaded are read and written where it keeps them.
 

@@ -16,6 +16,7 @@ from convexprune.pipeline import checksum
 
 from .admission import (
     refuse_adapters,
+    refuse_inference_mode,
     refuse_non_finite,
     refuse_other_dtypes,
     refuse_other_shapes,
@@ -68,6 +69,7 @@ class HuggingFaceModel(AbstractModel):
         whole_because: str = "it was given loaded",
     ) -> None:
         refuse_adapters(model)
+        refuse_inference_mode(model)
         refuse_quantised(model.config)
         path, layers = decoder_layers(model)
         self.shards = shards

@@ -38,6 +38,18 @@ def test_separate_pieces_of_one_storage_are_not_tied(build):
     assert [name for name, _ in HuggingFaceModel(model).left_alone] == ["lm_head"]
 
 
+def test_inference_mode_is_refused_now_and_when_weights_were_made(build):
+    model = build("llama")
+    with torch.inference_mode():
+        with pytest.raises(ModelError, match=r"torch\.inference_mode\(\) is on: .* outside of it"):
+            HuggingFaceModel(model)
+        model.model.norm.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight was made inside torch\.inference_mode"):
+        HuggingFaceModel(model)
+    with torch.no_grad():
+        HuggingFaceModel(build("llama"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(build, refused, value):
     model = build("llama")
