@@ -1,7 +1,7 @@
 """How much the outputs of each operator move the loss: a diagonal Fisher estimate on the calibration tokens."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 
@@ -17,6 +17,7 @@ from .experts import Pile, Product, piles
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES, Place
 
+WITHOUT = "take an allocation without gradients (allocation='uniform')"
 POSITIONS = 128  # whose logits are in memory at once: of 256 thousand words, an eighth of a gigabyte in float32
 
 
@@ -32,7 +33,8 @@ def output_fisher(
     An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
 
     Raises:
-        ModelError: a gradient is not finite; the last operator is named where one is not.
+        ModelError: a gradient is not finite; the last operator is named where one is not. Or torch cannot
+            differentiate the model, a kernel of its own without a backward pass, say.
     """
     found = {
         f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
@@ -43,16 +45,28 @@ def output_fisher(
     calls = RecordedCalls(model, batches)
     for part in [batches] if model.streams else [[batch] for batch in batches]:  # of a streamed model, read layers once
         entering = _forward(model, calls, part, record)
-        slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
-        for number in reversed(range(len(model.layers))):
-            slopes = _backward(model, model.layers[number], calls.of(number), entering.pop(), slopes, found)
+        with _differentiable("What follows the decoder layers"):
+            slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
+        for number, layer in reversed(list(enumerate(model.layers))):
+            with _differentiable(layer.name):
+                slopes = _backward(model, layer, calls.of(number), entering.pop(), slopes, found)
     for name, total in reversed(found.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
                 f"The gradient of the loss at the outputs of {name} is not finite on the calibration tokens. Load the "
-                "model in a wider dtype (dtype='float32'), or take an allocation without gradients ('uniform')."
+                f"model in a wider dtype (dtype='float32'), or {WITHOUT}."
             )
     return {name: (total / tokens.numel()).float() for name, total in found.items()}
+
+
+@contextmanager
+def _differentiable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ModelError(f"{what} cannot be differentiated: {error} To prune it all the same, {WITHOUT}.") from error
 
 
 @torch.no_grad()
@@ -96,9 +110,15 @@ def _backward(
     slopes: Sequence[Tensor],
     found: dict[str, Tensor],
 ) -> list[Tensor]:
-    """The slopes of what enters a layer, from those of what leaves it; its operators' squares are added to `found`."""
+    """The slopes of what enters a layer, from those of what leaves it; its operators' squares are added to `found`.
+
+    Raises:
+        RuntimeError: torch cannot differentiate the layer, or something in it hides an operator from what follows.
+    """
+    waiting = set[str]()
 
     def watch(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        waiting.add(name)
         output.register_hook(partial(add, name))
 
     def hear(path: str, product: Product) -> None:
@@ -109,6 +129,7 @@ def _backward(
     def add(name: str, gradient: Tensor) -> None:
         squares = gradient.float().square().flatten(0, -2)
         found[name] += squares.sum(0, dtype=torch.float64).to(found[name].device)
+        waiting.discard(name)
 
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:
@@ -127,4 +148,6 @@ def _backward(
                 for path, pile in experts.items():
                     heard.enter_context(pile.listen_backward(partial(hear, path)))
                 before.append(torch.autograd.grad(output, hidden, slope)[0])
+            if waiting:
+                raise RuntimeError(f"no gradient reaches the outputs of {min(waiting)}.")
     return before

@@ -106,6 +106,34 @@ def test_gradients_that_are_not_finite_are_told(tiny_llama: HuggingFaceModel, mo
         convexprune.prune(tiny_llama.model, allocation="rows", **SETTINGS)
 
 
+def test_a_model_that_cannot_be_differentiated_is_told(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    """And one that runs out of memory there is not told that."""
+    mlp = tiny_llama.layers[0].module.get_submodule("mlp")
+    forward, behind = mlp.forward, r".*allocation='uniform'"
+
+    def kernel(x: Tensor) -> Tensor:
+        return forward(x).detach()
+
+    def no_backward(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise NotImplementedError("derivative for 'kernel' is not implemented")
+        return forward(x)
+
+    def full(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise torch.OutOfMemoryError("full")
+        return forward(x)
+
+    place = r"model\.layers\.0 cannot be differentiated: "
+    for faulty, why in {kernel: r"no gradient reaches .*\.0\.mlp\.down_proj", no_backward: "derivative for"}.items():
+        monkeypatch.setattr(mlp, "forward", faulty)
+        with pytest.raises(ModelError, match=place + why + behind):
+            output_fisher(tiny_llama, TOKENS[:2])
+    monkeypatch.setattr(mlp, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        output_fisher(tiny_llama, TOKENS[:2])
+
+
 def test_rows_need_no_survey_and_a_run_goes_on_with_its_weights(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
     dense = tmp_path / "dense"
     tiny_llama.model.save_pretrained(dense)
