@@ -36,11 +36,7 @@ def output_fisher(
         ModelError: a gradient is not finite; the last operator is named where one is not. Or torch cannot
             differentiate the model, a kernel of its own without a backward pass, say.
     """
-    found = {
-        f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
-        for layer in model.layers
-        for operator in layer.operators
-    }
+    squares = _Squares(model)
     batches = list(tokens.split(batch_size))
     calls = RecordedCalls(model, batches)
     for part in [batches] if model.streams else [[batch] for batch in batches]:  # of a streamed model, read layers once
@@ -49,14 +45,14 @@ def output_fisher(
             slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
         for number, layer in reversed(list(enumerate(model.layers))):
             with _differentiable(layer.name):
-                slopes = _backward(model, layer, calls.of(number), entering.pop(), slopes, found)
-    for name, total in reversed(found.items()):  # it is not finite from there back
+                slopes = _backward(model, layer, calls.of(number), entering.pop(), slopes, squares)
+    for name, total in reversed(squares.sums.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
                 f"The gradient of the loss at the outputs of {name} is not finite on the calibration tokens. Load the "
                 f"model in a wider dtype (dtype='float32'), or {WITHOUT}."
             )
-    return {name: (total / tokens.numel()).float() for name, total in found.items()}
+    return {name: (total / tokens.numel()).float() for name, total in squares.sums.items()}
 
 
 @contextmanager
@@ -101,6 +97,40 @@ def _loss_slope(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
     return slope
 
 
+class _Squares:
+    """The squared gradients of the outputs [m] of each operator, "layer.operator", summed over tokens."""
+
+    def __init__(self, model: HuggingFaceModel) -> None:
+        self.sums = {
+            f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
+            for layer in model.layers
+            for operator in layer.operators
+        }
+        self._waiting = set[str]()
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Count the gradient [... m] of some tokens."""
+        squares = gradient.float().square().flatten(0, -2)
+        self.sums[name] += squares.sum(0, dtype=torch.float64).to(self.sums[name].device)
+        self._waiting.discard(name)
+
+    def watch(self, name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        """A forward hook of the module that is the operator."""
+        self._waiting.add(name)
+        output.register_hook(partial(self.add, name))
+
+    def hear(self, pile: str, product: Product) -> None:
+        """What a pile of experts, by its "layer.path", tells of its backward pass."""
+        place = Place(pile, product.slice.parameter, product.slice.index)
+        if place.name in self.sums:
+            self.add(place.name, product.inputs)
+
+    def require_all(self) -> None:
+        """Raise a RuntimeError if a module was watched whose outputs got no gradient since."""
+        if self._waiting:
+            raise RuntimeError(f"no gradient reaches the outputs of {min(self._waiting)}.")
+
+
 @torch.enable_grad()
 def _backward(
     model: HuggingFaceModel,
@@ -108,46 +138,25 @@ def _backward(
     calls: Calls,
     entering: Sequence[Tensor],
     slopes: Sequence[Tensor],
-    found: dict[str, Tensor],
+    squares: _Squares,
 ) -> list[Tensor]:
-    """The slopes of what enters a layer, from those of what leaves it; its operators' squares are added to `found`.
-
-    Raises:
-        RuntimeError: torch cannot differentiate the layer, or something in it hides an operator from what follows.
-    """
-    waiting = set[str]()
-
-    def watch(name: str, _: nn.Module, __: object, output: Tensor) -> None:
-        waiting.add(name)
-        output.register_hook(partial(add, name))
-
-    def hear(path: str, product: Product) -> None:
-        name = f"{layer.name}.{Place(path, product.slice.parameter, product.slice.index).name}"
-        if name in found:
-            add(name, product.inputs)
-
-    def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.float().square().flatten(0, -2)
-        found[name] += squares.sum(0, dtype=torch.float64).to(found[name].device)
-        waiting.discard(name)
-
+    """The slopes of what enters a layer, from those of what leaves it; those of its operators are squared and added."""
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:
         experts: dict[str, Pile] = {}
         for path, module in layer.module.named_modules():
-            name = f"{layer.name}.{path}"
-            if isinstance(module, LINEAR_MODULES) and name in found:
-                hooks.enter_context(module.register_forward_hook(partial(watch, name)))
+            name = f"{layer.name}.{path}".removesuffix(".")
+            if isinstance(module, LINEAR_MODULES) and name in squares.sums:
+                hooks.enter_context(module.register_forward_hook(partial(squares.watch, name)))
             elif piles(module):
-                experts[path] = Pile(module)
-                hooks.enter_context(experts[path].looped())
+                experts[name] = Pile(module)
+                hooks.enter_context(experts[name].looped())
         for hidden, slope in zip(entering, slopes, strict=True):
             hidden = hidden.detach().requires_grad_()
             output = calls(hidden)(layer.module, hidden)
             with ExitStack() as heard:
-                for path, pile in experts.items():
-                    heard.enter_context(pile.listen_backward(partial(hear, path)))
+                for name, pile in experts.items():
+                    heard.enter_context(pile.listen_backward(partial(squares.hear, name)))
                 before.append(torch.autograd.grad(output, hidden, slope)[0])
-            if waiting:
-                raise RuntimeError(f"no gradient reaches the outputs of {min(waiting)}.")
+            squares.require_all()
     return before
