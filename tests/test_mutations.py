@@ -144,8 +144,7 @@ FAULTS = (
     Fault("a relaxation whose prox is off", relaxation.relax, "share / (1 + share)", "share",
           test_bound.test_the_relaxation_is_solved),
     Fault("a bound that forgets the damping", bounding.sampled_bounds,
-          "damped(problem.rows(everywhere, problem.pattern), damping)",
-          "problem.rows(everywhere, problem.pattern).quadratic",
+          "damped(drawn.scaled(factors), damping)", "drawn.scaled(factors).quadratic",
           test_bounding.test_no_pruning_of_the_damped_problem_is_better_than_its_bound),
 )  # fmt: skip
 

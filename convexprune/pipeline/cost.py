@@ -46,7 +46,7 @@ BOUND = {WIDE: 15.4, WIDEST: 12.3}
 """Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
 HELD = 4.3  # matrices [m n] that are alive meanwhile
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
-SCALED = 2  # matrices [m n] more, if rows are weighed: the weight's, and those that a correction has to it
+SCALED = 1  # matrix [m n] more at the peak, if rows are weighed; what they were scaled to is gone by the next one
 REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
