@@ -1,9 +1,11 @@
 """From files to a model and back. Only safetensors are read, unless the caller trusts the pickles."""
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from transformers import (
 
 from convexprune.errors import DependencyError, ModelError
 from convexprune.pipeline import FolderStore
-from convexprune.pipeline.files import publish, writing
+from convexprune.pipeline.files import publish, write_json, writing
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
@@ -132,6 +134,22 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
     inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+def save_new(model: HuggingFaceModel, folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write the model, with JSON files of these names beside it, as a folder that is there whole or not at all.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+            whole = Path(place, folder.name)
+            save(model, whole)
+            for name, value in notes.items():
+                write_json(whole / name, value)
+            os.replace(whole, folder)  # an empty folder gives way
 
 
 def save_from_store(

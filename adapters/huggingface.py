@@ -233,10 +233,14 @@ class HuggingFaceModel(AbstractModel):
         length = min(PROBE_TOKENS, self.max_positions)
         return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
+    def probe(self) -> tuple[Tensor, list[Call]]:
+        """A few hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called."""
+        batch = self._probe()
+        return self.first_inputs(batch), self.calls(batch)
+
     def _layouts(self) -> dict[str, Layout]:
         """The layout of each layer by its name; equal layers are watched once."""
-        batch = self._probe()
-        hidden, calls = self.first_inputs(batch), self.calls(batch)
+        hidden, calls = self.probe()
         known: dict[Any, Layout] = {}
         layouts = {}
         for layer, call in zip(self.layers, calls, strict=True):

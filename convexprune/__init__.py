@@ -15,18 +15,18 @@ from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
 
 if TYPE_CHECKING:
-    from convexprune.api import PruneResult, prune
+    from convexprune.api import PermuteResult, PruneResult, permute, prune
 
 __all__ = [
-    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Moments", "Problem", "PruneResult", "Quadratic",
-    "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "certify", "make_solver",
-    "parse_pattern", "prune", "solver_names",
+    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Moments", "PermuteResult", "Problem", "PruneResult",
+    "Quadratic", "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "certify",
+    "make_solver", "parse_pattern", "permute", "prune", "solver_names",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`prune` brings transformers, which takes seconds: only those who ask for it wait for it."""
-    if name in ("prune", "PruneResult"):
+    """`prune` and `permute` bring transformers, which takes seconds: only those who ask for them wait."""
+    if name in ("permute", "prune", "PermuteResult", "PruneResult"):
         from convexprune import api
 
         return getattr(api, name)

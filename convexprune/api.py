@@ -1,15 +1,21 @@
-"""The user's door: `prune`."""
+"""The user's doors: `prune`, and `permute` before it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, load, recipe_windows, save_new
+from convexprune.adapters.permuting import Permutation, Permuted, permute_channels
+from convexprune.errors import PatternError
+from convexprune.pattern import SemiStructured
+from convexprune.pipeline import check_output, make_recipe
+from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.settings import Tell
-from convexprune.request import PruneResult, Request
+from convexprune.request import PruneResult, Request, name_of, name_of_text
 from convexprune.solvers import AbstractSolver
 
 
@@ -118,3 +124,83 @@ def prune(
         settings |= {"max_seq_length": max_seq_length or EMBEDDED_WINDOW}
     request = Request(settings)
     return request.in_memory() if output_dir is None else request.in_folder(Path(output_dir), resume)
+
+
+@dataclass(frozen=True, eq=False)
+class PermuteResult:
+    """The permuted model, what was done to it, and where it was written, if anywhere."""
+
+    model: PreTrainedModel
+    permutation: Permutation
+    output_dir: Path | None
+
+
+def permute(
+    model: str | Path | PreTrainedModel | None = None,
+    pattern: str = "2:4",
+    *,
+    dataset: Any = "self",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_calibration_samples: int = 16,
+    max_seq_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    output_dir: str | Path | None = None,
+    progress: Callable[[int], Callable[[Permuted], None]] | None = None,
+) -> PermuteResult:
+    """Put the channels of a dense model in an order of which an N:M pattern prunes less; it computes what it did.
+
+    What an N:M pattern keeps depends on which inputs stand side by side. Channels inside of an MLP, inside of an
+    attention head, and those of the hidden states may change places without a change of the function, if the rows that
+    make them and the columns that read them do so alike (Pool & Yu, NeurIPS 2021): which they are is found by
+    experiments on the model, and the result is tried. Prune the permuted model as any other. Adapters (LoRA) that were
+    trained on the model in its old order do not fit the new one.
+
+    Args:
+        model: a folder, a name on the hub, or a loaded model, which is then changed in place; it has to fit into
+            memory. None: the small OPT model that is bundled.
+        pattern: "N:M" for N non-zeros in every M inputs.
+        dataset: tokens on which inputs are measured, as for `prune`.
+        tokenizer: for a loaded model and a data set of text.
+        num_calibration_samples: windows of `max_seq_length` tokens.
+        max_seq_length: as for `prune`.
+        batch_size: windows in one forward pass.
+        seed: of the choice of windows, and of the search.
+        device, dtype, trust_remote_code, allow_pickle: as for `prune`.
+        output_dir: where to write the model, and `permutation.json` with every order; must be empty.
+        progress: called with the number of sets of channels, returns what is called with each as it is done.
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    if model is None:
+        model, dtype, max_seq_length = EMBEDDED, dtype or "float32", max_seq_length or EMBEDDED_WINDOW
+    recipe = make_recipe(
+        model=name_of(model),
+        pattern=pattern,
+        dataset=name_of_text(dataset),
+        num_calibration_samples=num_calibration_samples,
+        held_out_samples=0,
+        max_seq_length=max_seq_length,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    asked = recipe.build_pattern()
+    if not isinstance(asked, SemiStructured):
+        raise PatternError(f"Pattern {pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        check_output(folder)
+    opening = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    loaded = load(model, device=default_device(device), dtype=recipe.torch_dtype, **opening)
+    tokens, _ = recipe_windows(dataset, loaded, recipe)
+    done = permute_channels(loaded, tokens, asked, batch_size, seed, progress)
+    if folder is not None:
+        save_new(loaded, folder, {"permutation.json": done.to_dict()})
+    return PermuteResult(loaded.model, done, folder)

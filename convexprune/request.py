@@ -67,10 +67,10 @@ class Request:
         self.source, solver = settings["model"], settings["solver"]
         dataset, evaluation = settings["dataset"], settings["evaluation"]
         self.recipe = make_recipe(
-            model=_name_of(self.source),
+            model=name_of(self.source),
             solver=solver if isinstance(solver, str) else type(solver).__name__,
-            dataset=_named(dataset),
-            evaluation=None if evaluation is None else _named(evaluation),
+            dataset=name_of_text(dataset),
+            evaluation=None if evaluation is None else name_of_text(evaluation),
             targets=tuple(settings["targets"]),
             ignore=tuple(settings["ignore"]),
             method_args=settings["method_args"] or {},
@@ -257,12 +257,12 @@ def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel
     return text_windows(Path(evaluation), model, window)
 
 
-def _name_of(source: Any) -> str:
+def name_of(source: Any) -> str:
     """Of a model, or of what was given for one."""
     return str(source if isinstance(source, str | Path) else getattr(source, "name_or_path", type(source).__name__))
 
 
-def _named(text: Any) -> str:
+def name_of_text(text: Any) -> str:
     """Of a data set, or a text, its name for the recipe."""
     return str(text) if isinstance(text, str | Path) else f"{type(text).__name__} given by the caller"
 

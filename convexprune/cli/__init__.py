@@ -6,11 +6,12 @@ import warnings
 from rich.console import Console
 from rich.text import Text
 
-from convexprune.cli import compare, inspect, prune, verify
+from convexprune.cli import compare, inspect, permute, prune, verify
 from convexprune.cli.application import app
 from convexprune.errors import ConvexpruneError
 
-__all__ = ["app", "compare", "inspect", "main", "prune", "verify"]  # each file adds its commands to the application
+# Each file adds its commands to the application.
+__all__ = ["app", "compare", "inspect", "main", "permute", "prune", "verify"]
 
 
 def main() -> None:

@@ -1,0 +1,68 @@
+"""`convexprune permute`."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune.cli import options
+from convexprune.cli.application import app, console, progress_bar, show
+
+if TYPE_CHECKING:
+    from convexprune.adapters.permuting import Permutation, Permuted
+
+
+@app.command()
+def permute(
+    model: options.Model = None,
+    pattern: Annotated[str, typer.Option(help="N:M, which is to prune less.")] = "2:4",
+    dataset: options.Dataset = "self",
+    num_calibration_samples: Annotated[int, typer.Option(*options.SAMPLES, help="Samples to measure inputs on.")] = 16,
+    max_seq_length: options.Length = None,
+    batch_size: options.BatchSize = 1,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="As for prune. Left out: the checkpoint's.")] = None,
+    output: options.Output = Path("permuted"),
+    trust_remote_code: options.RemoteCode = False,
+    allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
+) -> None:
+    """Order a dense model's channels such that N:M prunes less of it; it computes what it did. Prune the result."""
+    settings = dict(locals())
+    from transformers.utils.logging import disable_progress_bar
+
+    from convexprune import api
+
+    disable_progress_bar()
+    settings["output_dir"] = settings.pop("output")
+    with progress_bar() as progress:
+        task = progress.add_task("measuring inputs")
+
+        def tell(one: "Permuted") -> None:
+            share = f"{one.before:.4f} -> {one.after:.4f}"
+            progress.update(task, advance=1, description=f"{one.channels.name}  {share}")
+
+        def follow(total: int) -> Callable[["Permuted"], None]:
+            progress.update(task, total=total)
+            return tell
+
+        done = api.permute(**settings, progress=follow).permutation
+    show(_table(done))
+    for name, why in done.left.items():
+        console.print(f"left in their order: {name}: {why}", soft_wrap=True)
+    console.print(f"permuted model: {output.resolve()}", soft_wrap=True)
+
+
+def _table(done: "Permutation") -> Table:
+    table = Table("channels of", "sets", "each", "pruned share of scores", "permuted", box=SIMPLE_HEAD)
+    kinds: dict[tuple[str, int], list[Permuted]] = defaultdict(list)
+    for one in done.permuted:
+        kinds[one.kind, one.channels.size].append(one)
+    for (kind, size), alike in kinds.items():
+        shares = [sum(each) / len(alike) for each in zip(*((one.before, one.after) for one in alike), strict=True)]
+        table.add_row(kind, str(len(alike)), str(size), *(f"{share:.4f}" for share in shares))
+    return table

@@ -1,0 +1,52 @@
+"""The order of a weight's columns: N:M patterns prune less of some orders than of others."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from convexprune.pattern import SemiStructured
+
+ASSIGNED = 256  # groups at once: an assignment costs the third power of them, and more gain little
+
+
+def pruned_share(scores: Tensor, pattern: SemiStructured) -> float:
+    """The share of all scores [m n] that is on entries which the pattern prunes."""
+    return 1 - float(scores.where(pattern.mask(scores), 0).sum(dtype=torch.float64) / scores.sum(dtype=torch.float64))
+
+
+def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: int = 0) -> Tensor:
+    """An order [n] of the columns of `scores` [m n] (non-negative) in which N:M prunes less of them.
+
+        min over orders of  sum of the scores [:, order] of the entries that are pruned
+
+    A step takes one column, drawn at random, out of every group of M, and puts each back into that group where all of
+    them cost least: a linear assignment problem, solved exactly (SciPy), so no step raises the sum. With b the
+    (M - N)-th smallest score of the group's remaining columns in each row, what column s costs there is, but for what
+    the remaining ones cost anyhow,
+
+        sum_i min(b_i, s_i) = sum_i (b_i + s_i - |b_i - s_i|) / 2
+
+    whose first two terms are the same for all assignments: the sum of the distances |b - s|_1 is made as large as it
+    can be. A sweep is M steps. To permute channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity
+    (NeurIPS 2021), to do so by linear assignment from RIA (Zhang et al., Plug-and-Play, ICLR 2024).
+
+    Raises:
+        PatternError: n is no multiple of M.
+    """
+    pattern.check(*scores.shape)
+    size, generator = pattern.group, torch.Generator().manual_seed(seed)
+    groups = torch.arange(scores.shape[1]).view(-1, size)
+    for _ in range(sweeps * size):
+        groups = groups.gather(1, torch.rand(groups.shape, generator=generator).argsort(1))
+        for some in torch.randperm(len(groups), generator=generator).split(ASSIGNED):
+            groups[some, 0] = groups[some, 0][_assigned(scores, groups[some], pattern)]
+    return groups.flatten()
+
+
+def _assigned(scores: Tensor, groups: Tensor, pattern: SemiStructured) -> Tensor:
+    """For each of the groups [g M], the number of the one whose first column is to be its own."""
+    loose, remaining = scores[:, groups[:, 0]], scores[:, groups[:, 1:].flatten()]
+    by_group = remaining.view(len(scores), len(groups), -1)
+    threshold = by_group.kthvalue(pattern.group - pattern.kept, dim=-1).values
+    distances = torch.cdist(threshold.T, loose.T, p=1)
+    return torch.as_tensor(linear_sum_assignment(distances.cpu().numpy(), maximize=True)[1])

@@ -1,0 +1,224 @@
+"""Channels in another order: the model computes what it did, N:M prunes less of it, and nothing else is touched."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, TOKENS
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel, channels, permuting
+from convexprune.adapters.channels import HIDDEN, Axis, Channels, hidden_channels, inner_channels
+from convexprune.adapters.permuting import permute_channels
+from convexprune.cli import app
+from convexprune.errors import CalibrationError, OutputError, PatternError, RecipeError
+from convexprune.pattern import SemiStructured
+
+PATTERN = SemiStructured(2, 4)
+OTHERS = TOKENS.flip(0, 1)  # that nothing is measured on
+HEADS, MLP = "attention heads", "MLP"
+MOE = {HEADS}
+LESS = {  # what is found, where it is less than all three
+    "deepseek_v2": {HEADS, MLP},  # the MLP of the first layer, and the shared experts
+    "gpt_oss": MOE, "mixtral": MOE, "qwen3_moe": MOE,
+    "olmo2": {HEADS, MLP},  # its norms of q and k are as wide as the hidden states
+    "opt, 350M": {HEADS, MLP},  # a projection stands before its hidden states
+}  # fmt: skip
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4}
+
+
+def shaken(model: Any) -> Any:
+    """With vectors, biases and norms, that differ from channel to channel."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model.eval()
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(model: Any, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_what_it_did(family: str):
+    torch.manual_seed(0)
+    model = shaken(FAMILIES[family]())
+    adapter = HuggingFaceModel(model)
+    before, logits = state(model), model(OTHERS).logits
+    done = permute_channels(adapter, TOKENS, PATTERN)
+    torch.testing.assert_close(model(OTHERS).logits, logits, rtol=1e-4, atol=1e-4)
+    found = {HIDDEN if p.channels.name == HIDDEN else HEADS if "[" in p.channels.name else MLP for p in done.permuted}
+    assert found == LESS.get(family, {HEADS, MLP, HIDDEN})
+    assert (HIDDEN in done.left) == (HIDDEN not in found)
+    assert all(p.after <= p.before for p in done.permuted) and not equal(model, before)
+    for one in reversed(done.permuted):  # undone, it is the model that it was, bit for bit
+        one.channels.order(model, torch.tensor(one.order).argsort())
+    assert equal(model, before)
+
+
+def test_looking_for_channels_changes_nothing(tiny_llama: HuggingFaceModel):
+    before = state(tiny_llama.model)
+    assert inner_channels(tiny_llama) and hidden_channels(tiny_llama)
+    assert equal(tiny_llama.model, before)
+
+
+def test_the_axes_of_llama(tiny_llama: HuggingFaceModel):
+    """Two heads of q for each of v: what v makes is read at two places, and is permuted at both alike."""
+    found = {one.name: one for one in inner_channels(tiny_llama)}
+    assert found["model.layers.0.self_attn.o_proj[16]"] == Channels(
+        "model.layers.0.self_attn.o_proj[16]",
+        8,
+        (Axis("model.layers.0.self_attn.v_proj.weight", 0, 8),),
+        (Axis("model.layers.0.self_attn.o_proj.weight", 1, 16), Axis("model.layers.0.self_attn.o_proj.weight", 1, 24)),
+    )
+    mlp = found["model.layers.1.mlp.down_proj"]
+    assert {axis.parameter.split(".")[-2] for axis in mlp.axes} == {"gate_proj", "up_proj"}
+    assert len(found) == 2 * (2 + 1)
+
+
+def test_the_scores_are_those_of_all_that_see_the_channels(tiny_llama: HuggingFaceModel):
+    """The slow twin, from hooks of the model's own: W_ij^2 mean x_j^2 of gate and up count relative to their sums."""
+    model, seen = tiny_llama.model, list[torch.Tensor]()
+    mlp = model.get_submodule("model.layers.0.mlp")
+    hook = mlp.get_submodule("gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(TOKENS)
+    hook.remove()
+    search = permuting._Search(tiny_llama, permuting._mean_squares(tiny_llama, TOKENS, 3), PATTERN, 0)
+    consumers = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    scores = search.scores(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)))
+    weights = [model.get_parameter(name) for name in consumers]
+    expected = [w.square() * seen[0].flatten(0, 1).square().mean(0) for w in weights]
+    torch.testing.assert_close(scores, torch.cat([each[:, 4:20] / each.sum() for each in expected]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["opt-bf16", "llama-bf16", "llama-tied"])
+def test_other_dtypes_and_tied_weights(build: Callable[[str], Any], name: str):
+    model = shaken(build(name))
+    logits = model(TOKENS).logits
+    done = permute_channels(HuggingFaceModel(model), TOKENS, PATTERN)
+    assert {HIDDEN} < {one.channels.name for one in done.permuted} and not done.left
+    assert float((model(TOKENS).logits - logits).norm() / logits.norm()) < (0.03 if "bf16" in name else 1e-5)
+
+
+def test_channels_that_were_taken_wrongly_are_put_back(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    """A fault: an axis is forgotten. The model's own outputs tell, and nothing is left changed."""
+    whole = inner_channels(tiny_llama)
+    wrong = [Channels(one.name, one.size, one.axes[:-1], one.consumers) for one in whole]
+    monkeypatch.setattr(permuting, "inner_channels", lambda _: wrong)
+    monkeypatch.setattr(permuting, "hidden_channels", lambda _: None)
+    before = state(tiny_llama.model)
+    done = permute_channels(tiny_llama, TOKENS, PATTERN)
+    assert not done.permuted and set(done.left) == {"operators", HIDDEN}
+    assert equal(tiny_llama.model, before)
+
+
+def test_a_layer_in_which_channels_are_not_alike_is_left(build: Callable[[str], Any]):
+    """A fault: the activation has another scale for each channel, of which no operator knows."""
+    model = build("llama")
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(x) * torch.linspace(0.1, 2, x.shape[-1])
+
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Scaled()
+    names = [one.name for one in inner_channels(HuggingFaceModel(model))]
+    assert names and all("self_attn" in name for name in names)
+
+
+def test_channels_that_make_no_groups_are_named(tiny_llama: HuggingFaceModel):
+    done = permute_channels(tiny_llama, TOKENS, SemiStructured(2, 5))
+    assert not done.permuted and "no multiple of 5" in done.left["model.layers.0.mlp.down_proj"]
+
+
+def test_experiments_end_where_they_began_if_a_pass_fails(
+    tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch
+):
+    """A fault in the middle of an experiment leaves the weights as they were."""
+    before, calls = state(tiny_llama.model), iter(range(10**6))
+    own = channels._inputs
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == 7:
+            raise RuntimeError("planted")
+        return own(*args)
+
+    monkeypatch.setattr(channels, "_inputs", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        inner_channels(tiny_llama)
+    assert equal(tiny_llama.model, before)
+
+
+# ---- the door
+
+
+def test_pruned_after_it_a_model_loses_less(build: Callable[[str], Any]):
+    """Wanda and SparseGPT, every operator that sees permuted channels, on a random model."""
+    for method in ("wanda", "sparsegpt"):
+        settings: dict[str, Any] = SMALL | {"method": method, "pattern": "2:4", "threads": 1}
+        plain = convexprune.prune(build("llama"), **settings).report.operators
+        permuted = convexprune.permute(build("llama"), **SMALL).model
+        after = convexprune.prune(permuted, **settings).report.operators
+        ratios = [b.relative_error / a.relative_error for a, b in zip(plain, after, strict=True)]
+        assert sum(ratios) / len(ratios) < 0.95 and sum(ratio > 1 for ratio in ratios) <= 2  # they share an order
+
+
+def test_from_folder_to_folder(build: Callable[[str], Any], tmp_path: Path):
+    dense, target = build("llama-tied"), tmp_path / "new" / "permuted"
+    dense.save_pretrained(tmp_path / "dense")
+    result = convexprune.permute(tmp_path / "dense", output_dir=target, **SMALL)
+    again = AutoModelForCausalLM.from_pretrained(target)
+    torch.testing.assert_close(again(TOKENS).logits, dense.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    assert equal(again, state(result.model)) and result.output_dir == target
+    notes = json.loads((target / "permutation.json").read_text())
+    assert notes["pattern"] == "2:4" and [len(one["order"]) for one in notes["permuted"]][-1] == 32
+    assert [path.name for path in target.parent.iterdir()] == ["permuted"]  # nothing is left beside it
+    pruned = convexprune.prune(target, pattern="2:4", output_dir=tmp_path / "pruned", **SMALL)
+    assert all(o.zeros == o.expected_zeros for o in pruned.report.operators)
+
+
+def test_a_full_disk_leaves_nothing(build: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("convexprune.adapters.checkpoint.write_json", full)
+    with pytest.raises(OutputError, match="No space left"):
+        convexprune.permute(build("llama"), output_dir=tmp_path / "permuted", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused_before_any_work(build: Callable[[str], Any], tmp_path: Path):
+    model = build("llama")
+    before = state(model)
+    (tmp_path / "full").write_text("something")
+    with pytest.raises(PatternError, match="does not see the order"):
+        convexprune.permute(model, "unstructured", **SMALL)
+    with pytest.raises(OutputError, match="already holds something"):
+        convexprune.permute(model, output_dir=tmp_path, **SMALL)
+    with pytest.raises(RecipeError, match="num_calibration_samples"):
+        convexprune.permute(model, dataset=TOKENS, num_calibration_samples=0)
+    with pytest.raises(CalibrationError):
+        convexprune.permute(model, dataset=TOKENS[:1], num_calibration_samples=2)
+    assert equal(model, before)
+
+
+def test_on_the_command_line(build: Callable[[str], Any], tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    options = ["--num-calibration-samples", "2", "--max-seq-length", "16", "--output", str(tmp_path / "permuted")]
+    result = CliRunner().invoke(app, ["permute", str(tmp_path / "dense"), *options])
+    assert result.exit_code == 0, result.output
+    for text in ("model.layers.*.mlp.down_proj", HIDDEN, "permuted model"):
+        assert text in result.output
+    assert (tmp_path / "permuted" / "config.json").is_file()
