@@ -5,9 +5,10 @@ same: the channels between an operator and those before it whose outputs reach i
 of an attention head), and those of the hidden states, through the whole model.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from convexprune.model import AbstractOperator, Call, DecoderLayer, Group
 from convexprune.pipeline import stage_inputs
 
-from .discovery import signature
+from .discovery import make_of, signature
 from .huggingface import HuggingFaceModel
 from .operators import ParameterOperator
 
@@ -28,13 +29,30 @@ HIDDEN = "hidden states"
 """The name of the channels that go through the whole model."""
 
 
+Inputs = Mapping[Group, Tensor]
+"""What groups see."""
+
+
+class NotPermutable(Exception):
+    """Why channels have to stay in their order."""
+
+
 @dataclass(frozen=True)
 class Axis:
-    """The entries from `start` on of dimension `dim` of a parameter, named from the layer or from the model."""
+    """The entries from `start` on of dimension `dim` of a parameter, named from the layer or from the model.
+
+    Of a pile of matrices, those of number `index`.
+    """
 
     parameter: str
     dim: int
     start: int = 0
+    index: int | None = None
+
+    def of(self, module: nn.Module) -> Tensor:
+        """The parameter, or the matrix of the pile."""
+        whole = module.get_parameter(self.parameter)
+        return whole if self.index is None else whole[self.index]
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Channels:
     def order(self, module: nn.Module, order: Tensor) -> None:
         """Put the channels of `module`, from which the axes are named, in this order [size]."""
         for axis in (*self.axes, *self.consumers):
-            part = module.get_parameter(axis.parameter).narrow(axis.dim, axis.start, self.size)
+            part = axis.of(module).narrow(axis.dim, axis.start, self.size)
             part.copy_(part.index_select(axis.dim, order.to(part.device)))
 
     def inside(self, layer: str) -> "Channels":
@@ -80,27 +98,45 @@ def inner_channels(model: HuggingFaceModel) -> list[Channels]:
 
 
 @torch.no_grad()
-def hidden_channels(model: HuggingFaceModel) -> Channels | None:
-    """Those of the hidden states, from the embedding to the head; None if a decoder layer then computes another thing.
+def hidden_channels(model: HuggingFaceModel) -> Channels:
+    """Those of the hidden states, from the embedding to the head.
 
     What lies outside of the decoder layers is not tried here: the model's own outputs tell.
+
+    Raises:
+        NotPermutable: they are not to be found, or more than text becomes hidden states.
     """
     hidden, calls = model.probe()
     size = hidden.shape[-1]
-    known: dict[object, Channels | None] = {}
+    outside = _outside(model)
+    known: dict[object, Channels] = {}
     every = []
     for layer, call in zip(model.layers, calls, strict=True):
         key = signature(layer.module)
         if key not in known:
             known[key] = _through(layer, call, hidden)
-        if (one := known[key]) is None:
-            return None
-        every.append(one.inside(layer.name))
-    within = tuple(f"{layer.name}." for layer in model.layers)
-    outside = [(name, p) for name, p in model.model.named_parameters() if not name.startswith(within)]
-    axes = [Axis(name, p.dim() - 1) for name, p in outside if p.shape[-1] == size]
+        every.append(known[key].inside(layer.name))
+    axes = [Axis(name, p.dim() - 1) for name, p in outside.items() if p.shape[-1] == size]
+    axes += [Axis(name, 0) for name, p in outside.items() if p.dim() > 1 and p.shape[0] == size != p.shape[-1]]
     axes += chain.from_iterable(one.axes for one in every)
     return Channels(HIDDEN, size, tuple(axes), tuple(chain.from_iterable(one.consumers for one in every)))
+
+
+def _outside(model: HuggingFaceModel) -> dict[str, nn.Parameter]:
+    """The parameters outside of the decoder layers, all of which have to be used for text."""
+    within = tuple(f"{layer.name}." for layer in model.layers)
+    outside = {name: p for name, p in model.model.named_parameters() if not name.startswith(within)}
+    used = set[str]()
+    with ExitStack() as hooks:
+        for path in {name.rpartition(".")[0] for name in outside}:
+            called = partial(lambda path, *_: used.add(path), path)
+            hook = model.model.get_submodule(path).register_forward_pre_hook(called)
+            hooks.callback(hook.remove)
+        model.model(model.probe_tokens(), use_cache=False)
+    for name in outside:
+        if name.rpartition(".")[0] not in used:
+            raise NotPermutable(f"text does not pass {name}, and what does may become hidden states, too")
+    return outside
 
 
 # ---- inside of a layer
@@ -113,34 +149,78 @@ def _head_size(model: HuggingFaceModel) -> int:
     return named or text.hidden_size // getattr(text, "num_attention_heads", 1)
 
 
+Source = tuple[AbstractOperator, int]
+"""An operator, and where its outputs begin that are a set of channels."""
+
+
 def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:
     for number, stage in enumerate(layer.stages):
-        earlier = [o for group in chain(*layer.stages[:number]) if group.paired for o in group.operators]
+        earlier = [group for group in chain(*layer.stages[:number])]
+        paired = [operator for group in earlier if group.paired for operator in group.operators]
         for group in stage:
-            for size in (group.operators[0].shape[1], head) if group.paired else ():  # experts see too few tokens
-                found = list(_coupled(layer, group, earlier, call, hidden, size))
-                if found and _same(layer, group, found, call, hidden):
-                    yield from found
+            for size in (group.operators[0].shape[1], head) if group.paired else ():
+                found = _coupled(layer, group, paired, call, hidden, size)
+                sets = [_channels(group, size, reached, sources) for reached, sources in found.items()]
+                if sets and _same(layer, group, sets, call, hidden):
+                    yield from sets
                     break
+        yield from _in_experts(layer, earlier, stage, call, hidden)
+
+
+def _in_experts(
+    layer: DecoderLayer, earlier: Sequence[Group], stage: Sequence[Group], call: Call, hidden: Tensor
+) -> Iterator[Channels]:
+    """Those inside of the experts of a stage: tried on one that tokens reach, and the same in its siblings."""
+    makes: dict[str, dict[str, Group]] = {}
+    for group in stage:
+        if not group.paired:
+            make, number = _make(layer, group.operators[0])
+            makes.setdefault(make, {})[number] = group
+    before = {_make(layer, o): o for group in earlier if not group.paired for o in group.operators}
+    for groups in makes.values():
+        seen = stage_inputs(layer, list(groups.values()), call, hidden)
+        tried = next((number for number, group in groups.items() if group in seen), None)
+        if tried is None:
+            continue
+        group = groups[tried]
+        size = group.operators[0].shape[1]
+        found = _coupled(layer, group, [o for (_, n), o in before.items() if n == tried], call, hidden, size)
+        if not found or not _same(
+            layer, group, [_channels(group, size, *each) for each in found.items()], call, hidden
+        ):
+            continue
+        for number, sibling in groups.items():
+            for reached, sources in found.items():
+                own = [(before[_make(layer, operator)[0], number], start) for operator, start in sources]
+                yield _channels(sibling, size, reached, own)
+
+
+def _make(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
+    assert isinstance(operator, ParameterOperator)
+    return make_of(layer.module, operator.place)
 
 
 def _coupled(
     layer: DecoderLayer, group: Group, earlier: Sequence[AbstractOperator], call: Call, hidden: Tensor, size: int
-) -> Iterator[Channels]:
-    """Blocks of `size` inputs of the group, those of the same source together, and the outputs that are the source."""
-    inputs = group.operators[0].shape[1]
-    if inputs % size:
-        return
-    sources: dict[tuple[int, ...], list[Axis]] = {}  # by the numbers of the blocks that it reaches
-    for operator in earlier:
-        for start in range(0, operator.shape[0] - size + 1, size):
-            reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
-            if reached:
-                sources.setdefault(reached, []).extend(_rows(operator, start))
-    for reached, axes in sources.items():
-        consumers = tuple(_columns(operator, block * size) for operator in group.operators for block in reached)
-        name = group.operators[0].name if size == inputs else f"{group.operators[0].name}[{reached[0] * size}]"
-        yield Channels(name, size, tuple(axes), consumers)
+) -> dict[tuple[int, ...], list[Source]]:
+    """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one."""
+    sources: dict[tuple[int, ...], list[Source]] = {}
+    if group.operators[0].shape[1] % size == 0:
+        for operator in earlier:
+            for start in range(0, operator.shape[0] - size + 1, size):
+                reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
+                if reached:
+                    sources.setdefault(reached, []).append((operator, start))
+    return sources
+
+
+def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequence[Source]) -> Channels:
+    axes = tuple(axis for operator, start in sources for axis in _rows(operator, start))
+    consumers = tuple(_columns(operator, block * size) for operator in group.operators for block in reached)
+    name = group.operators[0].name
+    return Channels(
+        name if size == group.operators[0].shape[1] else f"{name}[{reached[0] * size}]", size, axes, consumers
+    )
 
 
 def _reached(
@@ -161,7 +241,8 @@ def _reached(
 def _doubled(operator: AbstractOperator, outputs: slice, chosen: Tensor) -> Iterator[None]:
     """Inside, those of the outputs that are chosen are twice what they are: exactly, in any dtype."""
     axes, rows = _rows(operator, 0), chosen.nonzero().flatten() + outputs.start
-    held = [_module(operator).get_parameter(axis.parameter.rpartition(".")[2]) for axis in axes]
+    assert isinstance(operator, ParameterOperator)
+    held = [replace(axis, parameter=axis.parameter.rpartition(".")[2]).of(operator.module) for axis in axes]
     kept = [parameter.clone() for parameter in held]
     try:
         for axis, parameter in zip(axes, held, strict=True):
@@ -194,47 +275,79 @@ def _same(layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Ca
 # ---- through a layer
 
 
-def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels | None:
-    """The axes of the hidden states, found stage by stage with the hidden states and what is found in another order.
+def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
+    """The axes of the hidden states in a layer; of its vectors either all that are as long, or those of its own norms.
+
+    Raises:
+        NotPermutable: it computes something else with them in another order.
+    """
+    size = hidden.shape[-1]
+    known = {axis.parameter for operator in layer.operators for axis in (*_rows(operator, 0), _columns(operator, 0))}
+    others = {n: p for n, p in layer.module.named_parameters() if n not in known and p.shape[-1] == size}
+    for depth in (max((name.count(".") for name in others), default=0), 1):  # OLMo's norms of q and k are deeper
+        vectors = [Axis(n, p.dim() - 1) for n, p in others.items() if p.dim() > 1 or n.count(".") <= depth]
+        found = _with_vectors(layer, call, hidden, vectors)
+        if found is not None:
+            return found
+    raise NotPermutable(f"{layer.name} computes something else with them in another order")
+
+
+def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequence[Axis]) -> Channels | None:
+    """The axes found stage by stage, with the hidden states and what is found of the layer in another order.
 
     What a group then sees is in that order too, so its columns have to be; or as before, so its rows have to be if
-    they are as many, for what they make is added to the hidden states.
+    they are as many, for what they make is added to the hidden states. None if neither, or if the layer then computes
+    something else.
     """
     size = hidden.shape[-1]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-    biases = {axis.parameter for operator in layer.operators for axis in _rows(operator, 0)}
-    vectors = [n for n, p in layer.module.named_parameters() if p.shape == (size,) and n not in biases]
-    found = Channels(HIDDEN, size, tuple(Axis(name, 0) for name in vectors), ())
-    expected, before = call(layer.module, hidden), _stages_see(layer, call, hidden)
-    applied = [found]
-    found.order(layer.module, order)
+    expected = call(layer.module, hidden)
+    before = {g: x for stage in layer.stages for g, x in stage_inputs(layer, stage, call, hidden).items()}
+    found = [Channels(HIDDEN, size, tuple(vectors), ())]  # norms, and routers
+    found[0].order(layer.module, order)
     try:
         for stage in layer.stages:
             seen = stage_inputs(layer, stage, call, hidden[..., order])
-            axes, consumers = list[Axis](), list[Axis]()
-            for group in stage:
-                if not group.paired:
-                    return None
-                x, dense = seen[group], before[group]
-                if x.shape[-1] == size and close(dense[..., order], x, hidden.dtype):
-                    consumers += [_columns(operator, 0) for operator in group.operators]
-                elif close(dense, x, hidden.dtype):
-                    axes += chain.from_iterable(_rows(o, 0) for o in group.operators if o.shape[0] == size)
-                else:
-                    return None
-            applied.append(Channels("", size, tuple(axes), tuple(consumers)))
-            applied[-1].order(layer.module, order)
-        if not close(expected[..., order], call(layer.module, hidden[..., order]), hidden.dtype):
-            return None
+            one = _of_stage(layer, stage, before, seen, order)
+            if one is None:
+                return None
+            one.order(layer.module, order)
+            found.append(one)
+        same = close(expected[..., order], call(layer.module, hidden[..., order]), hidden.dtype)
     finally:
-        for one in applied:
+        for one in found:
             one.order(layer.module, order.argsort())
-    axes = tuple(chain.from_iterable(one.axes for one in applied))
-    return replace(found, axes=axes, consumers=tuple(chain.from_iterable(one.consumers for one in applied)))
+    axes = tuple(chain.from_iterable(one.axes for one in found))
+    return Channels(HIDDEN, size, axes, tuple(chain.from_iterable(one.consumers for one in found))) if same else None
 
 
-def _stages_see(layer: DecoderLayer, call: Call, hidden: Tensor) -> dict[Group, Tensor]:
-    return {g: x for stage in layer.stages for g, x in stage_inputs(layer, stage, call, hidden).items()}
+def _of_stage(
+    layer: DecoderLayer, stage: Sequence[Group], before: Inputs, seen: Inputs, order: Tensor
+) -> Channels | None:
+    """The axes of the groups of a stage, by what they saw before, and see now."""
+    axes, consumers = list[Axis](), list[Axis]()
+    roles: dict[str, bool | None] = {}  # of an expert that no token reaches, its siblings'
+    for group in sorted(stage, key=lambda group: group not in seen):
+        make, _ = _make(layer, group.operators[0])
+        if group in seen and group in before:
+            roles[make] = _reads(before[group], seen[group], order)
+        reads = roles.get(make)
+        if reads is None:
+            return None
+        if reads:
+            consumers += [_columns(operator, 0) for operator in group.operators]
+        else:
+            axes += chain.from_iterable(_rows(o, 0) for o in group.operators if o.shape[0] == len(order))
+    return Channels(HIDDEN, len(order), tuple(axes), tuple(consumers))
+
+
+def _reads(before: Tensor, now: Tensor, order: Tensor) -> bool | None:
+    """Whether what was seen before is now in this order, or (false) as it was; None if neither."""
+    if before.shape != now.shape:
+        return None
+    if before.shape[-1] == len(order) and close(before[..., order], now, before.dtype):
+        return True
+    return False if close(before, now, before.dtype) else None
 
 
 # ---- what both need
@@ -250,19 +363,14 @@ def _inputs(layer: DecoderLayer, group: Group, call: Call, hidden: Tensor) -> Te
     return stage_inputs(layer, (group,), call, hidden)[group]
 
 
-def _module(operator: AbstractOperator) -> nn.Module:
-    assert isinstance(operator, ParameterOperator)
-    return operator.module
-
-
 def _rows(operator: AbstractOperator, start: int) -> list[Axis]:
     """The axes of an operator's outputs: of its weight, and of its bias if it has one."""
     assert isinstance(operator, ParameterOperator)
     place, bias = operator.place, getattr(operator.module, "bias", None)
-    axes = [Axis(place.path, int(place.transposed), start)]
-    return axes if bias is None else [*axes, Axis(f"{place.module}.bias", 0, start)]
+    axes = [Axis(place.path, int(place.transposed), start, place.index)]
+    return axes if bias is None or place.index is not None else [*axes, Axis(f"{place.module}.bias", 0, start)]
 
 
 def _columns(operator: AbstractOperator, start: int) -> Axis:
     assert isinstance(operator, ParameterOperator)
-    return Axis(operator.place.path, int(not operator.place.transposed), start)
+    return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)

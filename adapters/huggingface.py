@@ -215,7 +215,7 @@ class HuggingFaceModel(AbstractModel):
 
     def _refuse_other_replays(self) -> None:
         """Of a streamed model, whose layers are not all in memory, the calls alone have to be the same."""
-        batch = self._probe()
+        batch = self.probe_tokens()
         refuse_other_shapes(batch, self.first_inputs(batch))
         if self.streams:
             error = 0.0 if _same(self.calls(batch), self.calls(batch.flip(-1))) else inf
@@ -228,14 +228,14 @@ class HuggingFaceModel(AbstractModel):
                 "tokens; such a model cannot be pruned layer by layer."
             )
 
-    def _probe(self) -> Tensor:
+    def probe_tokens(self) -> Tensor:
         """Token ids [1 tokens], all different."""
         length = min(PROBE_TOKENS, self.max_positions)
         return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
     def probe(self) -> tuple[Tensor, list[Call]]:
         """A few hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called."""
-        batch = self._probe()
+        batch = self.probe_tokens()
         return self.first_inputs(batch), self.calls(batch)
 
     def _layouts(self) -> dict[str, Layout]:

@@ -4,18 +4,19 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError
-from convexprune.model import AbstractOperator
+from convexprune.model import AbstractOperator, DecoderLayer
 from convexprune.pattern import SemiStructured
 from convexprune.permutation import permutation, pruned_share
 from convexprune.pipeline import RecordedCalls
 
-from .channels import HIDDEN, Channels, close, hidden_channels, inner_channels
+from .channels import HIDDEN, Channels, NotPermutable, close, hidden_channels, inner_channels
 from .huggingface import HuggingFaceModel
 from .operators import ParameterOperator
 
@@ -35,7 +36,7 @@ class Permuted:
     @property
     def kind(self) -> str:
         """Its name without numbers: of the same sets in all layers."""
-        return re.sub(r"\.\d+\.", ".*.", re.sub(r"\[\d+\]$", "", self.channels.name))
+        return re.sub(r"\.\d+\b", ".*", re.sub(r"\[\d+\]$", "", self.channels.name))
 
 
 @dataclass
@@ -71,44 +72,51 @@ def permute_channels(
     """
     if any(parameter.is_meta for parameter in model.model.parameters()):
         raise ModelError(f"{model.name} is not whole in memory. Load it on one device to permute its channels.")
-    search = _Search(model, _mean_squares(model, tokens, batch_size), pattern, seed)
     inner, done = inner_channels(model), Permutation(str(pattern))
     tell = progress(len(inner) + 1) if progress else lambda _: None
-    dense = _probed(model, tokens)
-    for name, sets in (("operators", inner), (HIDDEN, [hidden_channels(model)])):
-        here = list[Permuted]()
-        for channels in sets:
-            if channels is None:
-                done.left[name] = "a decoder layer computes something else with them in another order"
-            elif channels.size % pattern.group:
-                done.left[channels.name] = f"{channels.size} channels are no multiple of {pattern.group}"
-            else:
-                here.append(search(channels))
-                channels.order(model.model, torch.tensor(here[-1].order))
-                tell(here[-1])
-        if not close(dense, _probed(model, tokens), model.model.dtype):
-            for one in here:
-                one.channels.order(model.model, torch.tensor(one.order).argsort())
-            done.left[name] = "the model computes something else with them in another order"
-            here.clear()
-        done.permuted += here
+    permuting = _Permuting(model, tokens[:1, :PROBE], _mean_squares(model, tokens, batch_size), pattern, seed, tell)
+    permuting.permute(inner, "operators", done)
+    try:
+        permuting.permute([hidden_channels(model)], HIDDEN, done)
+    except NotPermutable as cause:
+        done.left[HIDDEN] = str(cause)
     return done
 
 
-def _probed(model: HuggingFaceModel, tokens: Tensor) -> Tensor:
-    return model.model(tokens[:1, :PROBE].to(model.device), use_cache=False).logits
+Key = tuple[str, int | None]
+"""An operator: the parameter that holds it, and which matrix of it, if that is a pile."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Search:
-    """`squares` are the mean squares [n] of what the operators see, by the names of their parameters."""
+class _Permuting:
+    """A model in work: `probe` [1 tokens] is what it is tried on, `squares` the mean squares [n] that operators see."""
 
     model: HuggingFaceModel
-    squares: dict[str, Tensor]
+    probe: Tensor
+    squares: dict[Key, Tensor]
     pattern: SemiStructured
     seed: int
+    tell: Callable[[Permuted], None]
 
-    def __call__(self, channels: Channels) -> Permuted:
+    def permute(self, sets: Sequence[Channels], name: str, done: Permutation) -> None:
+        """Order these sets of channels; all are put back if the model then computes something else."""
+        module, before, here = self.model.model, self._logits(), list[Permuted]()
+        for channels in sets:
+            if channels.size % self.pattern.group:
+                done.left[channels.name] = f"{channels.size} channels are no multiple of {self.pattern.group}"
+                continue
+            here.append(self.found(channels))
+            channels.order(module, torch.tensor(here[-1].order))
+            self.tell(here[-1])
+        if close(before, self._logits(), module.dtype):
+            done.permuted += here
+            return
+        for one in here:
+            one.channels.order(module, torch.tensor(one.order).argsort())
+        done.left[name] = "the model computes something else with them in another order"
+
+    def found(self, channels: Channels) -> Permuted:
+        """An order for them."""
         scores = self.scores(channels)
         order = permutation(scores, self.pattern, seed=self.seed)
         before, after = (pruned_share(each, self.pattern) for each in (scores, scores[:, order]))
@@ -116,42 +124,46 @@ class _Search:
 
     def scores(self, channels: Channels) -> Tensor:
         """Those [rows size] of all that see the channels."""
-        operators = _by_parameter(self.model)
-        seen = [(operators[axis.parameter], axis.parameter, axis.start) for axis in channels.consumers]
-        step = -(-sum(operator.shape[0] for operator, _, _ in seen) // ROWS)
+        operators = _operators(self.model)
+        step = -(-sum(operators[axis.parameter, axis.index].shape[0] for axis in channels.consumers) // ROWS)
         parts = []
-        for operator, parameter, start in seen:
-            scores = operator.read()[::step].float().square() * self.squares[parameter]
-            parts.append(scores[:, start : start + channels.size] / scores.sum())
+        for axis in channels.consumers:
+            key = axis.parameter, axis.index
+            scores = operators[key].read()[::step].float().square() * self.squares[key]
+            parts.append(scores[:, axis.start : axis.start + channels.size] / scores.sum())
         return torch.cat(parts)
 
-
-def _by_parameter(model: HuggingFaceModel) -> dict[str, AbstractOperator]:
-    found = {}
-    for layer in model.layers:
-        for operator in layer.operators:
-            assert isinstance(operator, ParameterOperator)
-            found[f"{layer.name}.{operator.place.path}"] = operator
-    return found
+    def _logits(self) -> Tensor:
+        return self.model.model(self.probe.to(self.model.device), use_cache=False).logits
 
 
-def _mean_squares(model: HuggingFaceModel, tokens: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """mean x_j^2 [n] of what each operator sees, by the name of its parameter; not of experts, which share one."""
+def _operators(model: HuggingFaceModel) -> dict[Key, AbstractOperator]:
+    return {_key(layer, operator): operator for layer in model.layers for operator in layer.operators}
+
+
+def _key(layer: DecoderLayer, operator: AbstractOperator) -> Key:
+    assert isinstance(operator, ParameterOperator)
+    return f"{layer.name}.{operator.place.path}", operator.place.index
+
+
+def _mean_squares(model: HuggingFaceModel, tokens: Tensor, batch_size: int) -> dict[Key, Tensor]:
+    """mean x_j^2 [n] of what each operator sees; of an expert that no token reaches, ones."""
     batches: Sequence[Tensor] = tokens.split(batch_size)
     calls = RecordedCalls(model, batches)
     hidden = [model.first_inputs(batch) for batch in batches]
-    found: dict[str, Tensor] = {}
+    found: dict[Key, Tensor] = {}
     for number, layer in enumerate(model.layers):
+        counted = {group: [torch.zeros(group.operators[0].shape[1], device=model.device), 0] for group in layer.groups}
         with ExitStack() as taps:
             for group in layer.groups:
-                sums = torch.zeros(group.operators[0].shape[1], device=model.device)
-
-                def add(x: Tensor, sums: Tensor = sums) -> None:
-                    sums += x.float().square().flatten(0, -2).sum(0)
-
-                taps.enter_context(group.tap(add))
-                for operator in group.operators if group.paired else ():
-                    assert isinstance(operator, ParameterOperator)
-                    found[f"{layer.name}.{operator.place.path}"] = sums
+                taps.enter_context(group.tap(partial(_count, counted[group])))
             hidden = [calls.of(number)(batch)(layer.module, batch) for batch in hidden]
-    return {name: sums / tokens.numel() for name, sums in found.items()}
+        for group, (total, times) in counted.items():
+            mean = total / times if times else torch.ones_like(total)
+            found |= {_key(layer, operator): mean for operator in group.operators}
+    return found
+
+
+def _count(counted: list[Any], x: Tensor) -> None:
+    counted[0] += x.float().square().flatten(0, -2).sum(0)
+    counted[1] += x.numel() // x.shape[-1]

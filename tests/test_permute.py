@@ -22,12 +22,9 @@ from convexprune.pattern import SemiStructured
 PATTERN = SemiStructured(2, 4)
 OTHERS = TOKENS.flip(0, 1)  # that nothing is measured on
 HEADS, MLP = "attention heads", "MLP"
-MOE = {HEADS}
 LESS = {  # what is found, where it is less than all three
-    "deepseek_v2": {HEADS, MLP},  # the MLP of the first layer, and the shared experts
-    "gpt_oss": MOE, "mixtral": MOE, "qwen3_moe": MOE,
-    "olmo2": {HEADS, MLP},  # its norms of q and k are as wide as the hidden states
-    "opt, 350M": {HEADS, MLP},  # a projection stands before its hidden states
+    "gemma3": {HEADS, MLP}, "llava": {HEADS, MLP},  # images become hidden states, too
+    "gpt_oss": {HEADS, HIDDEN},  # its experts' rows of gate and up take turns
 }  # fmt: skip
 SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4}
 
@@ -94,9 +91,11 @@ def test_the_scores_are_those_of_all_that_see_the_channels(tiny_llama: HuggingFa
     hook = mlp.get_submodule("gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     hook.remove()
-    search = permuting._Search(tiny_llama, permuting._mean_squares(tiny_llama, TOKENS, 3), PATTERN, 0)
+    work = permuting._Permuting(
+        tiny_llama, TOKENS[:1], permuting._mean_squares(tiny_llama, TOKENS, 3), PATTERN, 0, lambda _: None
+    )
     consumers = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
-    scores = search.scores(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)))
+    scores = work.scores(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)))
     weights = [model.get_parameter(name) for name in consumers]
     expected = [w.square() * seen[0].flatten(0, 1).square().mean(0) for w in weights]
     torch.testing.assert_close(scores, torch.cat([each[:, 4:20] / each.sum() for each in expected]))
@@ -117,7 +116,7 @@ def test_channels_that_were_taken_wrongly_are_put_back(tiny_llama: HuggingFaceMo
     whole = inner_channels(tiny_llama)
     wrong = [Channels(one.name, one.size, one.axes[:-1], one.consumers) for one in whole]
     monkeypatch.setattr(permuting, "inner_channels", lambda _: wrong)
-    monkeypatch.setattr(permuting, "hidden_channels", lambda _: None)
+    monkeypatch.setattr(permuting, "hidden_channels", lambda _: wrong[0])
     before = state(tiny_llama.model)
     done = permute_channels(tiny_llama, TOKENS, PATTERN)
     assert not done.permuted and set(done.left) == {"operators", HIDDEN}
