@@ -1,5 +1,5 @@
 from .calibration import calibration_and_held_out, calibration_tokens, recipe_windows, text_windows
-from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store, save_new
+from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 
@@ -14,6 +14,5 @@ __all__ = [
     "recipe_windows",
     "save",
     "save_from_store",
-    "save_new",
     "text_windows",
 ]

@@ -27,6 +27,7 @@ from transformers import (
 from convexprune.errors import DependencyError, ModelError
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import publish, write_json, writing
+from convexprune.pipeline.tensors import Entry
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
@@ -136,8 +137,10 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def save_new(model: HuggingFaceModel, folder: Path, notes: Mapping[str, Any]) -> None:
-    """Write the model, with JSON files of these names beside it, as a folder that is there whole or not at all.
+def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
+    """Write the model, and JSON files of these names beside it, as a folder that is there whole or not at all.
+
+    Of a model that streams, some tensors may be `changed`, by their names in the model.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -146,7 +149,10 @@ def save_new(model: HuggingFaceModel, folder: Path, notes: Mapping[str, Any]) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
             whole = Path(place, folder.name)
-            save(model, whole)
+            if model.shards is None:
+                save(model, whole)
+            else:
+                model.shards.assemble(whole, changed)
             for name, value in notes.items():
                 write_json(whole / name, value)
             os.replace(whole, folder)  # an empty folder gives way

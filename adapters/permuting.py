@@ -1,24 +1,28 @@
-"""A model with its channels in an order of which N:M patterns prune less; it computes what it did."""
+"""An order of a model's channels of which N:M patterns prune less, and the model in that order."""
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from convexprune.errors import ModelError
 from convexprune.model import AbstractOperator, DecoderLayer
 from convexprune.pattern import SemiStructured
 from convexprune.permutation import permutation, pruned_share
 from convexprune.pipeline import RecordedCalls
+from convexprune.pipeline.tensors import DTYPES, Entry
 
-from .channels import HIDDEN, Channels, NotPermutable, close, hidden_channels, inner_channels
+from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
+from .checkpoint import save_new
+from .hidden_channels import hidden_channels
 from .huggingface import HuggingFaceModel
-from .operators import ParameterOperator
+from .inner_channels import inner_channels
 
 ROWS = 2**15  # of scores tell one order from another; they are taken evenly from all operators
 PROBE = 64  # tokens on which the model has to compute what it did
@@ -26,7 +30,7 @@ PROBE = 64  # tokens on which the model has to compute what it did
 
 @dataclass(frozen=True)
 class Permuted:
-    """A set of channels, the order [size] that they were put in, and the share of their scores that N:M prunes."""
+    """A set of channels, the order [size] that is found for them, and the share of their scores that N:M prunes."""
 
     channels: Channels
     order: list[int]
@@ -41,7 +45,7 @@ class Permuted:
 
 @dataclass
 class Permutation:
-    """The `pattern` that channels were permuted for, every set of them, and what stayed as it was, with the reason."""
+    """For a `pattern`, every set of channels with its order, and what stays as it is, with the reason."""
 
     pattern: str
     permuted: list[Permuted] = field(default_factory=list)
@@ -51,9 +55,17 @@ class Permutation:
         """All of it: `Channels.order` with the inverse of an order undoes it."""
         return asdict(self)
 
+    def apply(self, model: nn.Module) -> None:
+        """Put the channels of a model in memory in their order."""
+        for one in self.permuted:
+            one.channels.order(model, torch.tensor(one.order))
+
+
+# ---- finding it
+
 
 @torch.no_grad()
-def permute_channels(
+def find_permutation(
     model: HuggingFaceModel,
     tokens: Tensor,
     pattern: SemiStructured,
@@ -61,109 +73,169 @@ def permute_channels(
     seed: int = 0,
     progress: Callable[[int], Callable[[Permuted], None]] | None = None,
 ) -> Permutation:
-    """Put the channels of a dense `model` in memory in an order of which an N:M pattern prunes less, in place.
+    """An order of the channels of a dense `model` of which an N:M pattern prunes less; the model is not changed.
 
     The scores are W_ij^2 mean x_j^2 (Wanda's, squared) on `tokens` [windows length], those of all operators that see a
-    set of channels together, each relative to its sum. The sets are those inside of decoder layers, then the hidden
-    states (`channels`). `progress` is called with the number of sets, returns what is called with each.
-
-    Raises:
-        ModelError: the model is not all in memory.
+    set of channels together, each relative to its sum. The sets are those inside of decoder layers, and the hidden
+    states (`channels`); one decoder layer is in memory at a time. The model is tried in the new order on a few tokens,
+    and what makes it compute something else stays in its own. `progress` is called with the number of sets, returns
+    what is called with each.
     """
-    if any(parameter.is_meta for parameter in model.model.parameters()):
-        raise ModelError(f"{model.name} is not whole in memory. Load it on one device to permute its channels.")
-    inner, done = inner_channels(model), Permutation(str(pattern))
-    tell = progress(len(inner) + 1) if progress else lambda _: None
-    permuting = _Permuting(model, tokens[:1, :PROBE], _mean_squares(model, tokens, batch_size), pattern, seed, tell)
-    permuting.permute(inner, "operators", done)
+    done, hidden = Permutation(str(pattern)), list[Channels]()
+    inner = _fitting(inner_channels(model), pattern, done)
     try:
-        permuting.permute([hidden_channels(model)], HIDDEN, done)
+        hidden = _fitting([hidden_channels(model)], pattern, done)
     except NotPermutable as cause:
         done.left[HIDDEN] = str(cause)
+    tell = progress(len(inner) + len(hidden)) if progress else lambda _: None
+
+    def ordered(channels: Channels, scores: Tensor) -> Permuted:
+        order = permutation(scores, pattern, seed=seed)
+        shares = (pruned_share(each, pattern) for each in (scores, scores[:, order]))
+        tell(found := Permuted(channels, order.tolist(), *shares))
+        return found
+
+    parts, found = list[Tensor](), list[Permuted]()
+    step = _step(model.model, hidden)
+    for layer, scores in _layers_with_scores(model, tokens, batch_size):
+        found += [
+            ordered(one, scores(one, _step(model.model, [one])))
+            for one in inner
+            if one.name.startswith(f"{layer.name}.")
+        ]
+        parts += [scores(one.within([layer.name]), step) for one in hidden]
+    probe = tokens[:1, :PROBE]
+    dense = _logits(model, probe, [])
+    whole = [ordered(one, torch.cat(parts)) for one in hidden]
+    for name, sets in (("operators", found), (HIDDEN, whole)):
+        if close(dense, _logits(model, probe, [*done.permuted, *sets]), model.model.dtype):
+            done.permuted += sets
+        else:
+            done.left[name] = "the model computes something else with them in another order"
     return done
 
 
-Key = tuple[str, int | None]
-"""An operator: the parameter that holds it, and which matrix of it, if that is a pile."""
+def _fitting(sets: Sequence[Channels], pattern: SemiStructured, done: Permutation) -> list[Channels]:
+    """Those that make whole groups; the others are left."""
+    odd = [one for one in sets if one.size % pattern.group]
+    done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.group}" for one in odd}
+    return [one for one in sets if one not in odd]
 
 
-@dataclass(frozen=True, eq=False)
-class _Permuting:
-    """A model in work: `probe` [1 tokens] is what it is tried on, `squares` the mean squares [n] that operators see."""
-
-    model: HuggingFaceModel
-    probe: Tensor
-    squares: dict[Key, Tensor]
-    pattern: SemiStructured
-    seed: int
-    tell: Callable[[Permuted], None]
-
-    def permute(self, sets: Sequence[Channels], name: str, done: Permutation) -> None:
-        """Order these sets of channels; all are put back if the model then computes something else."""
-        module, before, here = self.model.model, self._logits(), list[Permuted]()
-        for channels in sets:
-            if channels.size % self.pattern.group:
-                done.left[channels.name] = f"{channels.size} channels are no multiple of {self.pattern.group}"
-                continue
-            here.append(self.found(channels))
-            channels.order(module, torch.tensor(here[-1].order))
-            self.tell(here[-1])
-        if close(before, self._logits(), module.dtype):
-            done.permuted += here
-            return
-        for one in here:
-            one.channels.order(module, torch.tensor(one.order).argsort())
-        done.left[name] = "the model computes something else with them in another order"
-
-    def found(self, channels: Channels) -> Permuted:
-        """An order for them."""
-        scores = self.scores(channels)
-        order = permutation(scores, self.pattern, seed=self.seed)
-        before, after = (pruned_share(each, self.pattern) for each in (scores, scores[:, order]))
-        return Permuted(channels, order.tolist(), before, after)
-
-    def scores(self, channels: Channels) -> Tensor:
-        """Those [rows size] of all that see the channels."""
-        operators = _operators(self.model)
-        step = -(-sum(operators[axis.parameter, axis.index].shape[0] for axis in channels.consumers) // ROWS)
-        parts = []
-        for axis in channels.consumers:
-            key = axis.parameter, axis.index
-            scores = operators[key].read()[::step].float().square() * self.squares[key]
-            parts.append(scores[:, axis.start : axis.start + channels.size] / scores.sum())
-        return torch.cat(parts)
-
-    def _logits(self) -> Tensor:
-        return self.model.model(self.probe.to(self.model.device), use_cache=False).logits
+def _step(model: nn.Module, sets: Sequence[Channels]) -> int:
+    """Every so manieth row of all that see the channels leaves no more than there are to be."""
+    axes = [axis for one in sets for axis in one.consumers]
+    rows = sum(axis.of(model.get_parameter(axis.parameter)).shape[1 - axis.dim] for axis in axes)
+    return max(1, -(-rows // ROWS))
 
 
-def _operators(model: HuggingFaceModel) -> dict[Key, AbstractOperator]:
-    return {_key(layer, operator): operator for layer in model.layers for operator in layer.operators}
-
-
-def _key(layer: DecoderLayer, operator: AbstractOperator) -> Key:
-    assert isinstance(operator, ParameterOperator)
-    return f"{layer.name}.{operator.place.path}", operator.place.index
-
-
-def _mean_squares(model: HuggingFaceModel, tokens: Tensor, batch_size: int) -> dict[Key, Tensor]:
-    """mean x_j^2 [n] of what each operator sees; of an expert that no token reaches, ones."""
+def _layers_with_scores(
+    model: HuggingFaceModel, tokens: Tensor, batch_size: int
+) -> Iterator[tuple[DecoderLayer, Callable[[Channels, int], Tensor]]]:
+    """One layer after another, in memory, and the scores [rows size] there of all that see a set of channels."""
     batches: Sequence[Tensor] = tokens.split(batch_size)
     calls = RecordedCalls(model, batches)
     hidden = [model.first_inputs(batch) for batch in batches]
-    found: dict[Key, Tensor] = {}
     for number, layer in enumerate(model.layers):
-        counted = {group: [torch.zeros(group.operators[0].shape[1], device=model.device), 0] for group in layer.groups}
-        with ExitStack() as taps:
-            for group in layer.groups:
-                taps.enter_context(group.tap(partial(_count, counted[group])))
-            hidden = [calls.of(number)(batch)(layer.module, batch) for batch in hidden]
-        for group, (total, times) in counted.items():
-            mean = total / times if times else torch.ones_like(total)
-            found |= {_key(layer, operator): mean for operator in group.operators}
-    return found
+        with model.resident(layer):
+            seen = {group: _Squares(group.operators[0].shape[1], model.device) for group in layer.groups}
+            with ExitStack() as taps:
+                for group, squares in seen.items():
+                    taps.enter_context(group.tap(squares.add))
+                hidden = [calls.of(number)(batch)(layer.module, batch) for batch in hidden]
+            yield layer, partial(_scores, layer, {o: s.mean for g, s in seen.items() for o in g.operators})
 
 
-def _count(counted: list[Any], x: Tensor) -> None:
-    counted[0] += x.float().square().flatten(0, -2).sum(0)
-    counted[1] += x.numel() // x.shape[-1]
+def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
+    """Those [rows size] of all operators of the layer that see the channels, every so manieth row of each.
+
+    `squares` are the mean squares [n] of what each of them sees.
+    """
+    seen = {replace(columns(o), parameter=f"{layer.name}.{columns(o).parameter}"): o for o in squares}
+    parts = []
+    for axis in channels.consumers:
+        operator = seen[replace(axis, start=0)]
+        scores = operator.read()[::step].float().square() * squares[operator]
+        parts.append(scores[:, axis.start : axis.start + channels.size] / scores.sum())
+    return torch.cat(parts)
+
+
+class _Squares:
+    """The mean square [n] of what a group sees; of an expert that no token reaches, one."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._sum, self._count = torch.zeros(inputs, device=device), 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of x [... n]."""
+        self._sum += x.float().square().flatten(0, -2).sum(0)
+        self._count += x.numel() // x.shape[-1]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count if self._count else torch.ones_like(self._sum)
+
+
+def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]) -> Tensor:
+    """What the model makes of a window [1 length] in this order; it is not changed."""
+    calls, names = model.calls(probe), [layer.name for layer in model.layers]
+    with _ordered(model.model, permuted, lambda channels: channels.within(names, within=False)):
+        hidden = model.first_inputs(probe)
+        for layer, call in zip(model.layers, calls, strict=True):
+            mine = partial(Channels.within, layers=[layer.name])
+            with model.resident(layer), _ordered(model.model, permuted, mine):
+                hidden = call(layer.module, hidden)
+        return model.logits(probe, hidden)
+
+
+@contextmanager
+def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Channels], Channels]) -> Iterator[None]:
+    """Inside, this part of the channels is in its order."""
+    for one in permuted:
+        part(one.channels).order(model, torch.tensor(one.order))
+    try:
+        yield
+    finally:
+        for one in permuted:
+            part(one.channels).order(model, torch.tensor(one.order).argsort())
+
+
+# ---- writing it
+
+
+@dataclass(frozen=True)
+class _PermutedEntry(Entry):
+    """A tensor in a file, with entries of some of its axes in other orders."""
+
+    orders: tuple[tuple[Axis, list[int]], ...] = ()
+
+    def read_bytes(self) -> bytearray:
+        data = super().read_bytes()
+        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
+        for axis, order in self.orders:
+            axis.order(tensor, torch.tensor(order))
+        return data
+
+
+def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
+    """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
+
+    A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    changed = {}
+    if model.shards is None:
+        found.apply(model.model)
+    else:
+        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
+        for one in found.permuted:
+            for axis in (*one.channels.axes, *one.channels.consumers):
+                orders[axis.parameter].append((axis, one.order))
+        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
+        for name, parameter in model.model.named_parameters(remove_duplicate=False):
+            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
+            if own in orders and entry is not None:
+                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
+    save_new(model, folder, changed, {"permutation.json": found.to_dict()})

@@ -73,6 +73,10 @@ class Shards:
         finally:
             layer.module.load_state_dict(away, assign=True)
 
+    def entry(self, name: str) -> Entry | None:
+        """Where a tensor of the model is stored; None if it is not, but tied to one that is."""
+        return self._stored[self._names[name]] if name in self._names else None
+
     def prefetch(self, layer: DecoderLayer) -> None:
         """Have the disk read the weights of `layer` while something else is computed."""
         for name in layer.module.state_dict():

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, load, recipe_windows, save_new
-from convexprune.adapters.permuting import Permutation, Permuted, permute_channels
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, load, recipe_windows
+from convexprune.adapters.permuting import Permutation, Permuted, find_permutation, save_permuted
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
 from convexprune.pipeline import check_output, make_recipe
 from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.settings import Tell
-from convexprune.request import PruneResult, Request, name_of, name_of_text
+from convexprune.request import PruneResult, Request, is_self, name_of, name_of_text
 from convexprune.solvers import AbstractSolver
 
 
@@ -128,11 +129,16 @@ def prune(
 
 @dataclass(frozen=True, eq=False)
 class PermuteResult:
-    """The permuted model, what was done to it, and where it was written, if anywhere."""
+    """What was permuted, and where the permuted model was written, if anywhere."""
 
-    model: PreTrainedModel
     permutation: Permutation
     output_dir: Path | None
+    _model: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The permuted model: the one that was permuted in memory, else read from `output_dir` now."""
+        return self._model()
 
 
 def permute(
@@ -161,8 +167,7 @@ def permute(
     trained on the model in its old order do not fit the new one.
 
     Args:
-        model: a folder, a name on the hub, or a loaded model, which is then changed in place; it has to fit into
-            memory. None: the small OPT model that is bundled.
+        model: as for `prune`; a loaded one is changed in place.
         pattern: "N:M" for N non-zeros in every M inputs.
         dataset: tokens on which inputs are measured, as for `prune`.
         tokenizer: for a loaded model and a data set of text.
@@ -171,7 +176,8 @@ def permute(
         batch_size: windows in one forward pass.
         seed: of the choice of windows, and of the search.
         device, dtype, trust_remote_code, allow_pickle: as for `prune`.
-        output_dir: where to write the model, and `permutation.json` with every order; must be empty.
+        output_dir: where to write the model, and `permutation.json` with every order; must be empty. The model is then
+            never whole in memory, if its checkpoint allows it.
         progress: called with the number of sets of channels, returns what is called with each as it is done.
 
     Raises:
@@ -197,10 +203,21 @@ def permute(
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         check_output(folder)
-    opening = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    loaded = load(model, device=default_device(device), dtype=recipe.torch_dtype, **opening)
-    tokens, _ = recipe_windows(dataset, loaded, recipe)
-    done = permute_channels(loaded, tokens, asked, batch_size, seed, progress)
-    if folder is not None:
-        save_new(loaded, folder, {"permutation.json": done.to_dict()})
-    return PermuteResult(loaded.model, done, folder)
+    opened = partial(
+        load,
+        device=default_device(device),
+        dtype=recipe.torch_dtype,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    loaded = opened(model, stream=folder is not None)
+    sampler = opened(model) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
+    tokens, _ = recipe_windows(dataset, sampler, recipe)
+    del sampler
+    found = find_permutation(loaded, tokens, asked, batch_size, seed, progress)
+    if folder is None:
+        found.apply(loaded.model)
+    else:
+        save_permuted(loaded, found, folder)
+    return PermuteResult(found, folder, lambda: opened(folder or model).model if loaded.streams else loaded.model)

@@ -19,12 +19,15 @@ import test_invariance
 import test_moments
 import test_pattern
 import test_penalty
+import test_permutation
+import test_permute
 import test_perspective
 import test_quadratic
 import test_refit
 from hypothesis import Phase, settings
 
-from convexprune import bound, pattern, penalty, problem, relaxation, split
+from convexprune import bound, pattern, penalty, permutation, problem, relaxation, split
+from convexprune.adapters import inner_channels
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Correction, Moments
 from convexprune.penalty import L1, ReverseHuber
@@ -146,6 +149,14 @@ FAULTS = (
     Fault("a bound that forgets the damping", bounding.sampled_bounds,
           "damped(drawn.scaled(factors), damping)", "drawn.scaled(factors).quadratic",
           test_bounding.test_no_pruning_of_the_damped_problem_is_better_than_its_bound),
+    Fault("columns put where they cost most", permutation._assigned, "maximize=True", "maximize=False",
+          test_permutation.test_a_step_is_the_best_assignment),
+    Fault("the threshold of what is kept", permutation._assigned, "pattern.group - pattern.kept", "pattern.kept",
+          test_permutation.test_a_step_is_the_best_assignment),
+    Fault("channels that are not tried", inner_channels._same, "return close(", "return True or close(",
+          test_permute.test_every_family_computes_what_it_did, {"family": "opt"}),
+    Fault("doubled outputs that reach others", inner_channels._reached, "() if spread else", "",
+          test_permute.test_every_family_computes_what_it_did, {"family": "llama"}),
 )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, channels, permuting
-from convexprune.adapters.channels import HIDDEN, Axis, Channels, hidden_channels, inner_channels
-from convexprune.adapters.permuting import permute_channels
+from convexprune.adapters import HuggingFaceModel, permuting
+from convexprune.adapters import inner_channels as inner
+from convexprune.adapters.channels import HIDDEN, Axis, Channels
+from convexprune.adapters.hidden_channels import hidden_channels
+from convexprune.adapters.inner_channels import inner_channels
+from convexprune.adapters.permuting import Permutation, find_permutation
 from convexprune.cli import app
 from convexprune.errors import CalibrationError, OutputError, PatternError, RecipeError
 from convexprune.pattern import SemiStructured
@@ -41,6 +44,12 @@ def shaken(model: Any) -> Any:
 
 def state(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def permute_channels(adapter: HuggingFaceModel, tokens: torch.Tensor, pattern: SemiStructured) -> Permutation:
+    found = find_permutation(adapter, tokens, pattern)
+    found.apply(adapter.model)
+    return found
 
 
 def equal(model: Any, before: dict[str, torch.Tensor]) -> bool:
@@ -91,11 +100,9 @@ def test_the_scores_are_those_of_all_that_see_the_channels(tiny_llama: HuggingFa
     hook = mlp.get_submodule("gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     hook.remove()
-    work = permuting._Permuting(
-        tiny_llama, TOKENS[:1], permuting._mean_squares(tiny_llama, TOKENS, 3), PATTERN, 0, lambda _: None
-    )
+    _, of = next(permuting._layers_with_scores(tiny_llama, TOKENS, 3))
     consumers = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
-    scores = work.scores(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)))
+    scores = of(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)), 1)
     weights = [model.get_parameter(name) for name in consumers]
     expected = [w.square() * seen[0].flatten(0, 1).square().mean(0) for w in weights]
     torch.testing.assert_close(scores, torch.cat([each[:, 4:20] / each.sum() for each in expected]))
@@ -111,12 +118,14 @@ def test_other_dtypes_and_tied_weights(build: Callable[[str], Any], name: str):
     assert float((model(TOKENS).logits - logits).norm() / logits.norm()) < (0.03 if "bf16" in name else 1e-5)
 
 
-def test_channels_that_were_taken_wrongly_are_put_back(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+def test_channels_that_were_taken_wrongly_are_left(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
     """A fault: an axis is forgotten. The model's own outputs tell, and nothing is left changed."""
     whole = inner_channels(tiny_llama)
     wrong = [Channels(one.name, one.size, one.axes[:-1], one.consumers) for one in whole]
     monkeypatch.setattr(permuting, "inner_channels", lambda _: wrong)
-    monkeypatch.setattr(permuting, "hidden_channels", lambda _: wrong[0])
+    hidden = hidden_channels(tiny_llama)
+    hidden = Channels(hidden.name, hidden.size, hidden.axes[:-1], hidden.consumers)
+    monkeypatch.setattr(permuting, "hidden_channels", lambda _: hidden)
     before = state(tiny_llama.model)
     done = permute_channels(tiny_llama, TOKENS, PATTERN)
     assert not done.permuted and set(done.left) == {"operators", HIDDEN}
@@ -147,14 +156,14 @@ def test_experiments_end_where_they_began_if_a_pass_fails(
 ):
     """A fault in the middle of an experiment leaves the weights as they were."""
     before, calls = state(tiny_llama.model), iter(range(10**6))
-    own = channels._inputs
+    own = inner._inputs
 
     def failing(*args: Any) -> Any:
         if next(calls) == 7:
             raise RuntimeError("planted")
         return own(*args)
 
-    monkeypatch.setattr(channels, "_inputs", failing)
+    monkeypatch.setattr(inner, "_inputs", failing)
     with pytest.raises(RuntimeError, match="planted"):
         inner_channels(tiny_llama)
     assert equal(tiny_llama.model, before)
@@ -174,18 +183,41 @@ def test_pruned_after_it_a_model_loses_less(build: Callable[[str], Any]):
         assert sum(ratios) / len(ratios) < 0.95 and sum(ratio > 1 for ratio in ratios) <= 2  # they share an order
 
 
-def test_from_folder_to_folder(build: Callable[[str], Any], tmp_path: Path):
-    dense, target = build("llama-tied"), tmp_path / "new" / "permuted"
-    dense.save_pretrained(tmp_path / "dense")
-    result = convexprune.permute(tmp_path / "dense", output_dir=target, **SMALL)
+@pytest.mark.parametrize("name", ["llama-tied", "llama-bf16", "opt"])
+def test_a_model_that_streams_is_permuted_as_one_in_memory(build: Callable[[str], Any], tmp_path: Path, name: str):
+    """From shards to shards, one decoder layer in memory at a time: the same orders, the same bits."""
+    target = tmp_path / "new" / "permuted"
+    dense = shaken(build(name))
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="200KB")
+    streamed = convexprune.permute(tmp_path / "dense", output_dir=target, **SMALL)
+    whole = convexprune.permute(tmp_path / "dense", **SMALL)
+    assert streamed.permutation == whole.permutation and streamed.output_dir == target
+    assert not streamed.permutation.left and len(streamed.permutation.permuted) > 5
     again = AutoModelForCausalLM.from_pretrained(target)
-    torch.testing.assert_close(again(TOKENS).logits, dense.eval()(TOKENS).logits, rtol=1e-4, atol=1e-4)
-    assert equal(again, state(result.model)) and result.output_dir == target
-    notes = json.loads((target / "permutation.json").read_text())
-    assert notes["pattern"] == "2:4" and [len(one["order"]) for one in notes["permuted"]][-1] == 32
+    assert equal(again, state(whole.model)) and equal(streamed.model, state(whole.model))
+    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {path.name for path in target.iterdir()} == names | {"permutation.json"}
     assert [path.name for path in target.parent.iterdir()] == ["permuted"]  # nothing is left beside it
-    pruned = convexprune.prune(target, pattern="2:4", output_dir=tmp_path / "pruned", **SMALL)
-    assert all(o.zeros == o.expected_zeros for o in pruned.report.operators)
+
+
+def test_a_permuted_folder_is_pruned_like_any_other(build: Callable[[str], Any], tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    convexprune.permute(tmp_path / "dense", output_dir=tmp_path / "permuted", **SMALL)
+    notes = json.loads((tmp_path / "permuted" / "permutation.json").read_text())
+    assert notes["pattern"] == "2:4" and [len(one["order"]) for one in notes["permuted"]][-1] == 32
+    settings: dict[str, Any] = SMALL | {"pattern": "2:4", "output_dir": tmp_path / "pruned"}
+    report = convexprune.prune(tmp_path / "permuted", **settings).report
+    assert all(o.zeros == o.expected_zeros for o in report.operators)
+    assert (tmp_path / "pruned" / "permutation.json").is_file()
+
+
+def test_text_that_a_streamed_model_samples_itself(build: Callable[[str], Any], tmp_path: Path):
+    """To sample it has to be whole, for as long as that takes."""
+    build("llama").save_pretrained(tmp_path / "dense")
+    settings: dict[str, Any] = {"num_calibration_samples": 2, "max_seq_length": 16}
+    streamed = convexprune.permute(tmp_path / "dense", output_dir=tmp_path / "permuted", **settings)
+    whole = convexprune.permute(tmp_path / "dense", **settings)
+    assert streamed.permutation == whole.permutation
 
 
 def test_a_full_disk_leaves_nothing(build: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
