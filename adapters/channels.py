@@ -17,7 +17,6 @@ from .operators import ParameterOperator
 TOLERANCE = 1e-3
 """Relative, in float32, and eight roundings in others: to tell another order of a sum from another function."""
 
-
 HIDDEN = "hidden states"
 """The name of the channels that go through the whole model."""
 

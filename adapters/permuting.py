@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune.errors import ModelError
 from convexprune.model import AbstractOperator, DecoderLayer
 from convexprune.pattern import SemiStructured
 from convexprune.permutation import permutation, pruned_share
@@ -40,12 +41,15 @@ class Permuted:
     @property
     def kind(self) -> str:
         """Its name without numbers: of the same sets in all layers."""
-        return re.sub(r"\.\d+\b", ".*", re.sub(r"\[\d+\]$", "", self.channels.name))
+        return _kind(self.channels.name)
 
 
 @dataclass
 class Permutation:
-    """For a `pattern`, every set of channels with its order, and what stays as it is, with the reason."""
+    """For a `pattern`, every set of channels with its order, and what stays as it is, with the reason.
+
+    An operator of which no set is an input is named without the numbers of its layer and expert.
+    """
 
     pattern: str
     permuted: list[Permuted] = field(default_factory=list)
@@ -80,39 +84,70 @@ def find_permutation(
     states (`channels`); one decoder layer is in memory at a time. The model is tried in the new order on a few tokens,
     and what makes it compute something else stays in its own. `progress` is called with the number of sets, returns
     what is called with each.
+
+    Raises:
+        ModelError: its weights are offloaded.
     """
-    done, hidden = Permutation(str(pattern)), list[Channels]()
-    inner = _fitting(inner_channels(model), pattern, done)
+    if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
+        raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
+    done = Permutation(str(pattern))
+    inner, hidden = _fitting(inner_channels(model), pattern, done), list[Channels]()
     try:
         hidden = _fitting([hidden_channels(model)], pattern, done)
     except NotPermutable as cause:
         done.left[HIDDEN] = str(cause)
     tell = progress(len(inner) + len(hidden)) if progress else lambda _: None
 
-    def ordered(channels: Channels, scores: Tensor) -> Permuted:
+    def find(channels: Channels, scores: Tensor) -> Permuted:
         order = permutation(scores, pattern, seed=seed)
         shares = (pruned_share(each, pattern) for each in (scores, scores[:, order]))
         tell(found := Permuted(channels, order.tolist(), *shares))
         return found
 
-    parts, found = list[Tensor](), list[Permuted]()
-    step = _step(model.model, hidden)
-    for layer, scores in _layers_with_scores(model, tokens, batch_size):
-        found += [
-            ordered(one, scores(one, _step(model.model, [one])))
-            for one in inner
-            if one.name.startswith(f"{layer.name}.")
-        ]
-        parts += [scores(one.within([layer.name]), step) for one in hidden]
+    found = _found(model, tokens.split(batch_size), inner, hidden, find)
     probe = tokens[:1, :PROBE]
     dense = _logits(model, probe, [])
-    whole = [ordered(one, torch.cat(parts)) for one in hidden]
-    for name, sets in (("operators", found), (HIDDEN, whole)):
+    for name, sets in zip(("operators", HIDDEN), found, strict=True):
         if close(dense, _logits(model, probe, [*done.permuted, *sets]), model.model.dtype):
             done.permuted += sets
         else:
             done.left[name] = "the model computes something else with them in another order"
+    done.left |= {name: "its inputs stay in their order" for name in _unpermuted(model, done)}
     return done
+
+
+def _found(
+    model: HuggingFaceModel,
+    batches: Sequence[Tensor],
+    inner: Sequence[Channels],
+    hidden: Sequence[Channels],
+    find: Callable[[Channels, Tensor], Permuted],
+) -> tuple[list[Permuted], list[Permuted]]:
+    """What `find` finds for the sets inside of layers and for those through all, in one pass through the layers."""
+    found, parts, step = list[Permuted](), list[Tensor](), _step(model.model, hidden)
+    for layer, scores in _layers_with_scores(model, batches):
+        mine = [one for one in inner if one.name.startswith(f"{layer.name}.")]
+        found += [find(one, scores(one, _step(model.model, [one]))) for one in mine]
+        parts += [scores(one.within([layer.name]), step) for one in hidden]
+    return found, [find(one, torch.cat(parts)) for one in hidden]
+
+
+def _unpermuted(model: HuggingFaceModel, done: Permutation) -> Iterator[str]:
+    permuted = {(axis.parameter, axis.index) for one in done.permuted for axis in one.channels.consumers}
+    for layer in model.layers:
+        for operator in layer.operators:
+            axis = _columns(layer, operator)
+            if (axis.parameter, axis.index) not in permuted:
+                yield _kind(f"{layer.name}.{operator.name}")
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\b", ".*", re.sub(r"\[\d+\]$", "", name))
+
+
+def _columns(layer: DecoderLayer, operator: AbstractOperator) -> Axis:
+    axis = columns(operator)
+    return replace(axis, parameter=f"{layer.name}.{axis.parameter}")
 
 
 def _fitting(sets: Sequence[Channels], pattern: SemiStructured, done: Permutation) -> list[Channels]:
@@ -130,10 +165,9 @@ def _step(model: nn.Module, sets: Sequence[Channels]) -> int:
 
 
 def _layers_with_scores(
-    model: HuggingFaceModel, tokens: Tensor, batch_size: int
+    model: HuggingFaceModel, batches: Sequence[Tensor]
 ) -> Iterator[tuple[DecoderLayer, Callable[[Channels, int], Tensor]]]:
     """One layer after another, in memory, and the scores [rows size] there of all that see a set of channels."""
-    batches: Sequence[Tensor] = tokens.split(batch_size)
     calls = RecordedCalls(model, batches)
     hidden = [model.first_inputs(batch) for batch in batches]
     for number, layer in enumerate(model.layers):
@@ -151,7 +185,7 @@ def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], cha
 
     `squares` are the mean squares [n] of what each of them sees.
     """
-    seen = {replace(columns(o), parameter=f"{layer.name}.{columns(o).parameter}"): o for o in squares}
+    seen = {_columns(layer, operator): operator for operator in squares}
     parts = []
     for axis in channels.consumers:
         operator = seen[replace(axis, start=0)]

@@ -19,7 +19,7 @@ from convexprune.adapters.hidden_channels import hidden_channels
 from convexprune.adapters.inner_channels import inner_channels
 from convexprune.adapters.permuting import Permutation, find_permutation
 from convexprune.cli import app
-from convexprune.errors import CalibrationError, OutputError, PatternError, RecipeError
+from convexprune.errors import CalibrationError, ModelError, OutputError, PatternError, RecipeError
 from convexprune.pattern import SemiStructured
 
 PATTERN = SemiStructured(2, 4)
@@ -67,6 +67,9 @@ def test_every_family_computes_what_it_did(family: str):
     found = {HIDDEN if p.channels.name == HIDDEN else HEADS if "[" in p.channels.name else MLP for p in done.permuted}
     assert found == LESS.get(family, {HEADS, MLP, HIDDEN})
     assert (HIDDEN in done.left) == (HIDDEN not in found)
+    # Every operator whose inputs stay is named; norms stand before DeepSeek's q_b and kv_b.
+    assert bool(done.left) == (family in LESS or family == "deepseek_v2")
+    assert ("model.layers.*.mlp.experts.down_proj.*" in done.left) == (family == "gpt_oss")
     assert all(p.after <= p.before for p in done.permuted) and not equal(model, before)
     for one in reversed(done.permuted):  # undone, it is the model that it was, bit for bit
         one.channels.order(model, torch.tensor(one.order).argsort())
@@ -100,7 +103,7 @@ def test_the_scores_are_those_of_all_that_see_the_channels(tiny_llama: HuggingFa
     hook = mlp.get_submodule("gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     hook.remove()
-    _, of = next(permuting._layers_with_scores(tiny_llama, TOKENS, 3))
+    _, of = next(permuting._layers_with_scores(tiny_llama, TOKENS.split(3)))
     consumers = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
     scores = of(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)), 1)
     weights = [model.get_parameter(name) for name in consumers]
@@ -128,7 +131,7 @@ def test_channels_that_were_taken_wrongly_are_left(tiny_llama: HuggingFaceModel,
     monkeypatch.setattr(permuting, "hidden_channels", lambda _: hidden)
     before = state(tiny_llama.model)
     done = permute_channels(tiny_llama, TOKENS, PATTERN)
-    assert not done.permuted and set(done.left) == {"operators", HIDDEN}
+    assert not done.permuted and {"operators", HIDDEN, "model.layers.*.mlp.down_proj"} < set(done.left)
     assert equal(tiny_llama.model, before)
 
 
@@ -167,6 +170,12 @@ def test_experiments_end_where_they_began_if_a_pass_fails(
     with pytest.raises(RuntimeError, match="planted"):
         inner_channels(tiny_llama)
     assert equal(tiny_llama.model, before)
+
+
+def test_an_offloaded_model_is_refused(tiny_llama: HuggingFaceModel):
+    tiny_llama.model.get_submodule("lm_head").to("meta")
+    with pytest.raises(ModelError, match="is offloaded"):
+        find_permutation(tiny_llama, TOKENS, PATTERN)
 
 
 # ---- the door
