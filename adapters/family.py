@@ -1,12 +1,15 @@
-"""Where a model of transformers keeps its decoder layers; and the families that the tests go through."""
+"""What a model of transformers and its configuration say of its layers; and the families that the tests go through."""
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
 
 from .experts import piles
 from .operators import LINEAR_MODULES
+
+NO_LIMIT = 2**31
+"""The positions of a model that has no table of them (ALiBi) and names no limit."""
 
 TESTED = {
     "bloom": "BLOOM",
@@ -68,3 +71,18 @@ def _holds_operators(layers: nn.ModuleList) -> bool:
     return len(layers) > 0 and all(
         any(isinstance(m, LINEAR_MODULES) or piles(m) for m in layer.modules()) for layer in layers
     )
+
+
+def positions(config: PretrainedConfig) -> int:
+    """The most tokens that a model with this configuration can see at once."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
+    return limits[0] if limits else NO_LIMIT
+
+
+def head_size(config: PretrainedConfig) -> int:
+    """The channels that an attention head makes; of a model without heads, those of the hidden states."""
+    text = config.get_text_config()
+    named = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
+    return named or text.hidden_size // getattr(text, "num_attention_heads", 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.errors import ModelError
 from convexprune.model import AbstractModel, Call, DecoderLayer, computing
@@ -24,7 +24,7 @@ from .admission import (
     refuse_unloaded,
 )
 from .discovery import Layout, discover, signature
-from .family import decoder_layers
+from .family import decoder_layers, positions
 from .operators import computes_on, held, put
 from .selection import left_alone
 from .shards import Shards
@@ -33,8 +33,6 @@ PROBE_TOKENS = 16
 """How many tokens are sent through the model to see what its layers do."""
 REPLAY_TOLERANCE = 1e-3
 """Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
-NO_LIMIT = 2**31
-"""The positions of a model that has no table of them (ALiBi) and names no limit."""
 
 
 class HuggingFaceModel(AbstractModel):
@@ -265,14 +263,6 @@ class HuggingFaceModel(AbstractModel):
     def _forward(self, batch: Tensor) -> None:
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
-
-
-def positions(config: PretrainedConfig) -> int:
-    """The most tokens that a model with this configuration can see at once."""
-    text = config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-    limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
-    return limits[0] if limits else NO_LIMIT
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from convexprune.pipeline import stage_inputs
 
 from .channels import Channels, close, columns, make_and_number, rows
 from .discovery import signature
+from .family import head_size
 from .huggingface import HuggingFaceModel
 from .operators import ParameterOperator
 
@@ -33,16 +34,9 @@ def inner_channels(model: HuggingFaceModel) -> list[Channels]:
         key = signature(layer.module)
         if key not in known:
             with model.resident(layer):
-                known[key] = list(_inside(layer, call, hidden, _head_size(model)))
+                known[key] = list(_inside(layer, call, hidden, head_size(model.model.config)))
         found += [channels.of_layer(layer.name) for channels in known[key]]
     return found
-
-
-def _head_size(model: HuggingFaceModel) -> int:
-    """The channels that an attention head makes; of a model without heads, those of the hidden states."""
-    text = model.model.config.get_text_config()
-    named = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
-    return named or text.hidden_size // getattr(text, "num_attention_heads", 1)
 
 
 def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:

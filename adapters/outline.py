@@ -17,8 +17,7 @@ from convexprune.pipeline import Recipe, cost
 from .admission import refuse_other_dtypes, refuse_quantised
 from .checkpoint import ask, model_class
 from .experts import piles
-from .family import decoder_layers
-from .huggingface import positions
+from .family import decoder_layers, positions
 from .selection import left_alone
 from .tracing import trace
 
