@@ -3,7 +3,8 @@
 Which they are is found by experiments, as no architecture is known here: `inner_channels` and `hidden_channels`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,15 @@ class Channels:
         """Put the channels of `module`, from which the axes are named, in this order [size]."""
         for axis in (*self.axes, *self.consumers):
             axis.order(module.get_parameter(axis.parameter), order)
+
+    @contextmanager
+    def ordered(self, module: nn.Module, order: Tensor) -> Iterator[None]:
+        """Inside, they are in this order [size]."""
+        self.order(module, order)
+        try:
+            yield
+        finally:
+            self.order(module, order.argsort())
 
     def of_layer(self, layer: str) -> "Channels":
         """The same, named from the model."""

@@ -85,4 +85,5 @@ def head_size(config: PretrainedConfig) -> int:
     """The channels that an attention head makes; of a model without heads, those of the hidden states."""
     text = config.get_text_config()
     named = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
-    return named or text.hidden_size // getattr(text, "num_attention_heads", 1)
+    heads = getattr(text, "num_attention_heads", 1)
+    return named or text.hidden_size // (heads if isinstance(heads, int) else 1)  # some name them layer by layer

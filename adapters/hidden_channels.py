@@ -91,19 +91,16 @@ def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequ
     expected = call(layer.module, hidden)
     before = {g: x for stage in layer.stages for g, x in stage_inputs(layer, stage, call, hidden).items()}
     found = [Channels(HIDDEN, size, tuple(vectors), ())]  # norms, and routers
-    found[0].order(layer.module, order)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(found[0].ordered(layer.module, order))
         for stage in layer.stages:
             seen = stage_inputs(layer, stage, call, hidden[..., order])
             one = _of_stage(layer, stage, before, seen, order)
             if one is None:
                 return None
-            one.order(layer.module, order)
+            stack.enter_context(one.ordered(layer.module, order))
             found.append(one)
         same = close(expected[..., order], call(layer.module, hidden[..., order]), hidden.dtype)
-    finally:
-        for one in found:
-            one.order(layer.module, order.argsort())
     axes = tuple(chain.from_iterable(one.axes for one in found))
     return Channels(HIDDEN, size, axes, tuple(chain.from_iterable(one.consumers for one in found))) if same else None
 

@@ -5,7 +5,7 @@ tried in another order, and kept only if the later one makes the same of them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import torch
@@ -41,7 +41,7 @@ def inner_channels(model: HuggingFaceModel) -> list[Channels]:
 
 def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:
     for number, stage in enumerate(layer.stages):
-        earlier = [group for group in chain(*layer.stages[:number])]
+        earlier = list(chain(*layer.stages[:number]))
         paired = [operator for group in earlier if group.paired for operator in group.operators]
         for group in stage:
             for size in (group.operators[0].shape[1], head) if group.paired else ():
@@ -144,13 +144,11 @@ def _same(layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Ca
         return torch.cat([x @ operator.read().float().T for operator in group.operators], -1)
 
     before = outputs()
-    orders = [torch.randperm(one.size, generator=torch.Generator().manual_seed(i)) for i, one in enumerate(found)]
-    for one, order in zip(found, orders, strict=True):
-        one.order(layer.module, order)
-    after = outputs()
-    for one, order in reversed(list(zip(found, orders, strict=True))):  # they may overlap, if not the same
-        one.order(layer.module, order.argsort())
-    return close(before, after, hidden.dtype)
+    with ExitStack() as stack:  # undone from the last to the first: they may overlap, if it is not the same
+        for i, one in enumerate(found):
+            order = torch.randperm(one.size, generator=torch.Generator().manual_seed(i))
+            stack.enter_context(one.ordered(layer.module, order))
+        return close(before, outputs(), hidden.dtype)
 
 
 def _inputs(layer: DecoderLayer, group: Group, call: Call, hidden: Tensor) -> Tensor:

@@ -225,13 +225,10 @@ def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]
 @contextmanager
 def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Channels], Channels]) -> Iterator[None]:
     """Inside, this part of the channels is in its order."""
-    for one in permuted:
-        part(one.channels).order(model, torch.tensor(one.order))
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for one in permuted:
-            part(one.channels).order(model, torch.tensor(one.order).argsort())
+            stack.enter_context(part(one.channels).ordered(model, torch.tensor(one.order)))
+        yield
 
 
 # ---- writing it

@@ -153,7 +153,7 @@ FAULTS = (
           test_permutation.test_a_step_is_the_best_assignment),
     Fault("the threshold of what is kept", permutation._assigned, "pattern.group - pattern.kept", "pattern.kept",
           test_permutation.test_a_step_is_the_best_assignment),
-    Fault("channels that are not tried", inner_channels._same, "return close(", "return True or close(",
+    Fault("channels that are not tried", inner_channels._same, "return close(before", "return True or close(before",
           test_permute.test_every_family_computes_what_it_did, {"family": "opt"}),
     Fault("doubled outputs that reach others", inner_channels._reached, "() if spread else", "",
           test_permute.test_every_family_computes_what_it_did, {"family": "llama"}),
