@@ -1,4 +1,4 @@
-"""docs/models.md, which `.ci/matrix` writes, is of the families and refusals that are tested today."""
+"""docs/models.md, written by `.ci/matrix`, is of today's families and refusals; links between pages lead somewhere."""
 
 import re
 from pathlib import Path
@@ -21,3 +21,21 @@ def test_a_family_was_tested_on_every_release_and_its_stages_are_shown(family: s
 @pytest.mark.parametrize("what", re.findall(r"refused\(\s*\"([^\"]+)\"", TESTS))
 def test_what_is_refused_is_on_the_page_with_its_message(what: str):
     assert re.search(rf"^\| {re.escape(what)} \| .+ \|$", PAGE, re.MULTILINE)
+
+
+LINKS = [
+    (page, link)
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    if not link.startswith("https://")
+]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=[f"{page.name}-{link}" for page, link in LINKS])
+def test_a_link_leads_to_a_file_and_to_a_heading_in_it(page: Path, link: str):
+    file, _, anchor = link.partition("#")
+    target = page.parent / file if file else page
+    assert target.exists()
+    if anchor:  # as GitHub names headings
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
