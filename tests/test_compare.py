@@ -174,7 +174,8 @@ def test_report_and_plots_are_drawn(folder: Path):
     report = (folder / "out" / "report.md").read_text()
     assert "| wanda | 2:4 | pruned-own |" in report and "| fista, rows | 50.0% | dense-layer |" in report
     drawn = {p.name for p in (folder / "out").glob("*.png")}
-    assert len(drawn) == 6 and all(name in report for name in drawn)
+    against = {f"{what}-against-sparsity.png" for what in ("error", "kl", "perplexity")}
+    assert len(drawn) == 6 and against < drawn and all(name in report for name in drawn)
     assert result["card"]["hashes"]["model"] in report
     wanda, fista = (row for row in result["rows"] if row["pattern"] == "2:4")
     assert wanda["products"] == 0 < fista["products"]

@@ -1,6 +1,7 @@
 """Pictures of a comparison (matplotlib, an optional package)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from math import exp
 from pathlib import Path
@@ -24,10 +25,11 @@ def check_plots() -> None:
 def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
     """Write the pictures to `folder`; returns their file names.
 
-    Error and held-out error by decoder layer, one panel for each pattern; error against matrix products; error and
-    perplexity against sparsity, one line for each method and convention.
+    Error and held-out error by decoder layer, one panel for each pattern; error against matrix products; error,
+    divergence from dense and perplexity against sparsity, one line for each method and convention, one panel for each
+    text.
     """
-    rows, texts = result["rows"], list(result["dense"]["texts"])
+    rows = result["rows"]
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(_target(row), []).append(row)
@@ -35,14 +37,12 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
         _by_layer(folder, panels, "error_by_layer", "relative error, calibration tokens"),
         _by_layer(folder, panels, "held_out_error_by_layer", "relative error, held-out tokens"),
         _products(folder, panels),
-        _by_sparsity(folder, rows, "error", "relative error, held-out tokens", lambda row: _error(row)),
+        _by_sparsity(folder, rows, "error", {"relative error, held-out tokens": _error}),
     ]
-    for text in texts:
-
-        def perplexity(row: Row, text: str = text) -> float:
-            return row["texts"][text]["perplexity"]
-
-        names.append(_by_sparsity(folder, rows, f"perplexity-{text}", f"perplexity, {text}", perplexity))
+    for measure, label in (("kl", "KL divergence from dense"), ("perplexity", "perplexity")):
+        panel = {f"{label}, {text}": partial(_on_text, text, measure) for text in result["dense"]["texts"]}
+        if panel:
+            names.append(_by_sparsity(folder, rows, measure, panel))
     return names
 
 
@@ -93,18 +93,31 @@ def _products(folder: Path, panels: Mapping[str, Sequence[Row]]) -> str:
     return _save(figure, folder, "error-against-products.png")
 
 
-def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, label: str, value: Callable[[Row], float]) -> str:
-    figure, (axis,) = _figure(1)
-    lines: dict[str, list[Row]] = {}
+def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, panels: Mapping[str, Callable[[Row], float]]) -> str:
+    """One colour for each method; N:M patterns are crosses, joined where there are several."""
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = _figure(len(panels))
+    lines: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        kind = "" if row["pattern"] == "unstructured" else " N:M"
-        lines.setdefault(_label(row) + kind, []).append(row)
-    for line, members in lines.items():
-        points = sorted((row["sparsity"], value(row)) for row in members)
-        axis.plot(*zip(*points, strict=True), "o-", label=line, linewidth=1, markersize=3)
-    axis.set(xlabel="sparsity", ylabel=label, yscale="log")
-    axis.legend(fontsize=6)
+        lines.setdefault((_label(row), row["pattern"] == "unstructured"), []).append(row)
+    colours = {label: f"C{place}" for place, label in enumerate(dict.fromkeys(label for label, _ in lines))}
+    shares = sorted({row["asked_sparsity"] for row in rows})
+    for axis, (what, value) in zip(axes, panels.items(), strict=True):
+        for (label, unstructured), members in lines.items():
+            points = sorted((row["sparsity"], value(row)) for row in members)
+            style = "o-" if unstructured else "x:"
+            shown = label if unstructured else f"{label}, N:M"
+            axis.plot(*zip(*points, strict=True), style, color=colours[label], label=shown, linewidth=1, markersize=4)
+        axis.set(xlabel="sparsity", ylabel=what, yscale="log")
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), major_formatter="{x:.6g}", minor_formatter="")
+        axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return _save(figure, folder, f"{name}-against-sparsity.png")
+
+
+def _on_text(text: str, measure: str, row: Row) -> float:
+    return row["texts"][text][measure]
 
 
 def _error(row: Row) -> float:
