@@ -1,6 +1,6 @@
 """Pictures of a comparison (matplotlib, an optional package)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from math import exp
@@ -101,7 +101,7 @@ def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, panels: Mapping[s
     lines: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
         lines.setdefault((_label(row), row["pattern"] == "unstructured"), []).append(row)
-    colours = {label: f"C{place}" for place, label in enumerate(dict.fromkeys(label for label, _ in lines))}
+    colours = _colours(lines)
     shares = sorted({row["asked_sparsity"] for row in rows})
     for axis, (what, value) in zip(axes, panels.items(), strict=True):
         for (label, unstructured), members in lines.items():
@@ -114,6 +114,15 @@ def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, panels: Mapping[s
         axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return _save(figure, folder, f"{name}-against-sparsity.png")
+
+
+def _colours(lines: Iterable[tuple[str, bool]]) -> dict[str, str]:
+    """One for each label. Rows do not compete at N:M, so there "fista" has that of "fista rows", if it has none."""
+    colours: dict[str, str] = {}
+    for label, unstructured in sorted(lines, key=lambda line: not line[1]):
+        kin = next((other for other in colours if other.startswith(f"{label} ")), label)
+        colours.setdefault(label, colours.get(label if unstructured else kin, f"C{len(colours)}"))
+    return colours
 
 
 def _on_text(text: str, measure: str, row: Row) -> float:
