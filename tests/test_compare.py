@@ -16,6 +16,7 @@ from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.pipeline import machine
 from convexprune.pruners import SparseGPT
 from convexprune.validation import compare, perplexity
+from convexprune.validation.plots import _colours
 from convexprune.validation.side_by_side import Comparison
 from convexprune.validation.variants import CONVENTIONS, make_variants
 
@@ -180,6 +181,13 @@ def test_report_and_plots_are_drawn(folder: Path):
     wanda, fista = (row for row in result["rows"] if row["pattern"] == "2:4")
     assert wanda["products"] == 0 < fista["products"]
     assert fista["largest_gap"] < 1e-2 and wanda["largest_gap"] is None
+
+
+def test_the_crosses_of_nm_have_the_colour_of_their_method():
+    fista, crosses = ("fista dense-layer rows", True), ("fista dense-layer", False)
+    colours = _colours([crosses, fista, ("fista dense", True), ("alps pruned-own", False)])
+    assert colours["fista dense-layer"] == colours["fista dense-layer rows"]
+    assert len(set(colours.values())) == 3
 
 
 BAD = {
