@@ -180,6 +180,18 @@ class Moments:
         """The same moments for the weight with its rows times `factors` [m]."""
         return self.corrected_by(None if self.correction is None else self.correction.scaled(factors))
 
+    def awakened(self, weight: Tensor) -> "Moments":
+        """The same moments where inputs that are always zero have some energy of their own, the live inputs' mean.
+
+        They correlate with no other input. What the columns of `weight` [m n] there add to the outputs of the dense
+        network is still to be made up for, whatever these columns are by then.
+        """
+        diagonal = self.sum.diagonal()
+        dead = diagonal == 0
+        energy = diagonal[~dead].mean() if bool(diagonal.any()) else self.tokens
+        correction = None if self.correction is None else Correction(*self.correction.through(weight))
+        return self._with(self.tokens, self.sum + (dead * energy).diag(), correction)
+
     def counted_as(self, tokens: int) -> "Moments":
         """The mean x* x*' without its change, with the weight of `tokens` tokens in a sum.
 

@@ -102,8 +102,7 @@ def test_sparsegpt_keeps_a_group_together_whatever_the_block(block):
     ("pruner", "words"), [(SparseGPT(damping=0.0), "SparseGPT"), (Convex(damping=0.0), "positive definite")]
 )
 def test_a_singular_gram_without_damping_is_refused_with_advice(pruner, words):
-    layer = correlated(0)
-    layer.pruned[:, 2] = 0
+    layer = correlated(0, tokens=6)
     with pytest.raises(PruningError, match=f"{words}.*raise the damping"):
         pruner.prune(layer_problem(layer, Unstructured(0.5)))
 

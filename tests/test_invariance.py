@@ -10,7 +10,7 @@ from convexprune.moments import Moments
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners import Convex, PruningProblem
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, FISTAPruner, PruningProblem
 from convexprune.solvers import make_solver
 
 SOLVER = make_solver("fista", tolerance=1e-10, max_iterations=20_000)
@@ -108,3 +108,43 @@ def test_the_dtype_of_a_pruning(pattern):
     assert sum(same) >= 40
     assert ratios[torch.tensor(same)].sub(1).abs().max() < 2e-4  # both refits have gaps of at most 1e-4
     assert float(ratios.log().mean()) == pytest.approx(0, abs=0.02)
+
+
+def with_dead_inputs(seed: int, dtype: torch.dtype = torch.float32) -> Layer:
+    layer = make_layer("full rank", 8, 16, seed, mixing=2.0)
+    pruned = layer.pruned.clone()
+    pruned[:, [2, 5, 6]] = 0  # one of them alive in the dense network
+    dense = layer.dense.clone()
+    dense[:, [2, 6]] = 0
+    return Layer(layer.weight.to(dtype), pruned.to(dtype), dense.to(dtype))
+
+
+def pruned_in_units(name: str, layer: Layer, pattern, inputs: float, outputs: float) -> tuple[torch.Tensor, float]:
+    """The weight in the layer's own units, and its error, where inputs and outputs are told in others."""
+    other = Layer(layer.weight * (outputs / inputs), layer.pruned * inputs, layer.dense * inputs)
+    halves = [Layer(other.weight, other.pruned[i::2], other.dense[i::2]).moments for i in range(2)]
+    pruner: AbstractPruner = PRUNERS[name]()
+    if isinstance(pruner, FISTAPruner):  # its strengths are as published: absolute
+        unit = inputs * outputs
+        pruner = FISTAPruner(strength=1e-5 * unit, largest_strength=1e6 * unit)
+    problem = PruningProblem(other.weight, halves[0] + halves[1], pattern, folds=tuple(halves))
+    weight = pruner.prune(problem).weight
+    return weight * (inputs / outputs), float(problem.squared_error(weight).sum() / problem.energy.sum())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_powers_of_two_as_units_change_no_bit(name, pattern):
+    layer = with_dead_inputs(0)
+    expected, _ = pruned_in_units(name, layer, pattern, 1.0, 1.0)
+    for inputs, outputs in ((2.0**-6, 1.0), (2.0**6, 1.0), (1.0, 2.0**5), (2.0**-9, 2.0**-4)):
+        assert torch.equal(pruned_in_units(name, layer, pattern, inputs, outputs)[0], expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_powers_of_ten_as_units_change_an_error_by_rounding_only(name, pattern):
+    layer = with_dead_inputs(0, torch.float64)
+    _, expected = pruned_in_units(name, layer, pattern, 1.0, 1.0)
+    for inputs, outputs in ((1e-3, 1.0), (1e3, 10.0)):
+        assert pruned_in_units(name, layer, pattern, inputs, outputs)[1] == pytest.approx(expected, rel=1e-3)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver
@@ -41,7 +41,7 @@ class ALPS(AbstractPruner):
     damping: float = 0.01
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=1e-4, max_iterations=10))
 
-    @torch.no_grad()
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""
         gram = problem.quadratic.gram

@@ -1,11 +1,13 @@
 """What every pruner promises: a weight, its moments and a pattern in; a weight in the pattern out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, wraps
 from itertools import accumulate, pairwise
-from typing import Annotated
+from typing import Annotated, TypeVar
 
+import torch
 from torch import Tensor
 
 from convexprune.errors import RecipeError
@@ -49,7 +51,20 @@ class PruningProblem:
     @cached_property
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n]; |W| * scale are Wanda's scores."""
-        return self.quadratic.scale()
+        return self.quadratic.gram.diagonal().sqrt()
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """Which inputs are always zero [n]: what their weights are changes no output."""
+        return self.moments.sum.diagonal() == 0
+
+    def awakened(self) -> "PruningProblem":
+        """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
+
+        That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
+        """
+        moments = self.moments.awakened(self.weight)
+        return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
 
     def operators(self) -> list["PruningProblem"]:
         """One problem for each operator of the stack."""
@@ -101,6 +116,27 @@ class Pruned:
     def products(self) -> int:
         """All matrix products [m n] x [n n], the unit of cost."""
         return self.other_products + sum(solution.products for solution in self.solutions)
+
+
+P = TypeVar("P", bound="AbstractPruner")
+
+
+def dead_inputs_first(prune: Callable[[P, PruningProblem], Pruned]) -> Callable[[P, PruningProblem], Pruned]:
+    """A method's `prune` to which the weights on inputs that are always zero (H_jj = 0) are the first to go.
+
+    The method sees the problem `PruningProblem.awakened`. Where the pattern keeps such a weight all the same, because
+    it asks for fewer zeros than there are of them, it keeps its dense value.
+    """
+
+    @wraps(prune)
+    @torch.no_grad()
+    def pruned(self: P, problem: PruningProblem) -> Pruned:
+        if not bool(problem.dead.any()):
+            return prune(self, problem)
+        found = prune(self, problem.awakened())
+        return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
+
+    return pruned
 
 
 class AbstractPruner(ABC):

@@ -68,22 +68,22 @@ def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
 
 
 def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
-    """The reconstruction error plus the damping, a quadratic about the dense weight.
+    """The reconstruction error plus the damping, a quadratic about the dense weight; nothing pulls at dead inputs.
 
     Raises:
         PruningError: the Gram matrix is not positive semi-definite.
     """
-    quadratic, scale = problem.quadratic, problem.scale
+    quadratic, scale = problem.quadratic, problem.quadratic.scale()
     if damping.strength == 0:
         return quadratic
     if not damping.saturating:
-        return quadratic + Quadratic.damping(problem.weight, damping.ridge * scale.square())
+        return quadratic + Quadratic.damping(problem.weight, damping.ridge * problem.scale.square())
     shifted = quadratic.gram / scale / scale[:, None]
     shifted.diagonal().add_(KNEE)
     pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * KNEE)
     pull.diagonal().add_(damping.strength)
     zero = torch.zeros_like(problem.weight)
-    return quadratic + Quadratic(pull.mul_(torch.outer(scale, scale)), zero, zero[:, 0], problem.weight)
+    return quadratic + Quadratic(pull.mul_(torch.outer(problem.scale, problem.scale)), zero, zero[:, 0], problem.weight)
 
 
 def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Quadratic, Tensor]:

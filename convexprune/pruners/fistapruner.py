@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.errors import RecipeError, unknown
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
 from convexprune.solvers import Solution
@@ -50,6 +50,7 @@ class FISTAPruner(AbstractPruner):
         if self.warm_start not in WARM_STARTS:
             raise RecipeError(unknown("warm start", self.warm_start, WARM_STARTS))
 
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.
 

@@ -9,7 +9,7 @@ from convexprune.bound import budget
 from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
@@ -50,7 +50,7 @@ class Perspective(AbstractPruner):
         if self.refit is not None:
             require_penalty(self.refit, Support)
 
-    @torch.no_grad()
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.
 

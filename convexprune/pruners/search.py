@@ -3,12 +3,11 @@
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
 from convexprune.penalty import Support
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.damped import choose_damping, saliency_coordinates
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
@@ -50,7 +49,7 @@ class AbstractSearch(AbstractPruner):
     def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
         """Scores [m n] whose largest are worth keeping: a weight times `scale` [n] near the optimum of `quadratic`."""
 
-    @torch.no_grad()
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class SparseGPT(AbstractPruner):
     For n:m the scores of a group are taken when its first column is reached.
 
     Differences to the authors' code: exact counts (the code's `<=` overshoots on ties); with a whole-matrix quota each
-    block of columns holds the same share of it, as in the code; a dead input keeps its weight until its score, zero,
-    prunes it. With error correction the sweep starts at the damped minimiser W + G (H + damping)^-1 instead of W, so
-    that all methods can share one target; with correction=0 it is the published method.
+    block of columns holds the same share of it, as in the code; a dead input has the energy of a mean input instead of
+    1, and keeps its weights where its block has more of them than zeros. With error correction the sweep starts at the
+    damped minimiser W + G (H + damping)^-1 instead of W, so that all methods can share one target; with correction=0 it
+    is the published method.
     """
 
     block: Count = 128
@@ -34,7 +35,7 @@ class SparseGPT(AbstractPruner):
         """See `AbstractPruner.by_rows`."""
         return True
 
-    @torch.no_grad()
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Wanda(AbstractPruner):
     dense before the layer and pruned inside it: as published with prefix="pruned".
     """
 
+    @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""
         mask = problem.pattern.mask(problem.weight.abs() * problem.scale)
