@@ -34,7 +34,7 @@ from convexprune.pipeline import (
 )
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
-from convexprune.pipeline.machine import Clock, default_device, installation, steps, versions
+from convexprune.pipeline.machine import Clock, default_device, installation, processor, versions
 from convexprune.pipeline.settings import Tell
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
@@ -278,6 +278,6 @@ def _environment(model: HuggingFaceModel) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": str(model.device),
         "dtype": str(model.model.dtype).removeprefix("torch."),
-        "steps": steps(model.device),
+        **processor(model.device),
         "loading": "layer by layer" if model.streams else f"whole: {model.whole_because}",
     }

@@ -1,6 +1,7 @@
 """Runs in a folder: what is finished is kept, what changed or is damaged is found, and the bits are always the same."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "bfloat16"}, r'numerics\.dtype: "float32" then, "bfloat16" now'),
     "threads": ({"threads": 2}, r"numerics\.threads: 1 then, 2 now"),
     "weights": ({}, r"weights\.model-\d+-of-\d+\.safetensors"),
-    "code": ({}, "code"),
+    "code": ({}, r"code\. "),
     "processor": ({}, r'numerics\.steps: "(bfloat16|float32)" then, "(bfloat16|float32)" now'),
+    "instructions": ({}, r'numerics\.instructions: "[A-Z0-9]+" then, "another" now'),
+    "gpu": ({}, r'numerics\.gpu: null then, "another" now'),
 }
 
 
@@ -139,8 +142,12 @@ def test_what_has_changed_is_named_and_refused(dense, stopped, expected, tmp_pat
         if change == "processor":
             here = machine.has_bfloat16(torch.device("cpu"))
             patch.setattr(machine, "has_bfloat16", lambda device: not here)
-        with pytest.raises(errors.OutputError, match=f"holds another run; it differs in.*{message}"):
+        if change in ("instructions", "gpu"):
+            here = machine.installation("cpu") | {change: "another"}
+            patch.setattr(request, "installation", lambda device: here)
+        with pytest.raises(errors.OutputError, match=f"holds another run; it differs in.*{message}") as refused:
             convexprune.prune(model, output_dir=stopped, resume=True, **SETTINGS | settings)
+        assert not re.search("[0-9a-f]{16}", str(refused.value))  # names, no checksums
     convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
     assert checksums(stopped) == expected
 
@@ -253,3 +260,5 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
 def test_differences_are_named_by_their_place():
     then, now = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "e": None, "d": [1, 2]}
     assert differences(then, now) == ["a.c: 2 then, 3 now", "d: [1] then, [1, 2] now"]
+    then, now = {"a": "0" * 64, "b": "1" * 64}, {"a": "2" * 64, "c": "3" * 64}
+    assert differences(then, now) == ["a", "b (missing now)", "c (new)"]

@@ -23,7 +23,7 @@ from convexprune.adapters.allocating import allotments
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum
 from convexprune.pipeline.files import write_json
-from convexprune.pipeline.machine import Clock, installation, versions
+from convexprune.pipeline.machine import PACKAGES, Clock, installation, versions
 from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.tensors import raw
 from convexprune.report import finite
@@ -143,7 +143,7 @@ def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
         "hashes": {"model": _model_hash(model)} | {name: checksum(ids) for name, ids in tokens.streams.items()},
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        **{name: installed[name] for name in ("steps", "code")},
+        **{name: value for name, value in installed.items() if name not in PACKAGES},
         "versions": versions(),
     }
 

@@ -43,11 +43,11 @@ class Job:
     def do(self, device: str) -> None:
         """Prune layers until none is left; PruningError if here is not installed what the run began with."""
         here = installation(device)
-        if differing := [name for name in here if here[name] != self.installed[name]]:
-            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed[name]!r}" for name in differing)
+        if differing := [name for name in here if here[name] != self.installed.get(name)]:
+            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)
             raise PruningError(
-                f"This worker has {told}: the bits would differ. Workers need the same code and versions, and "
-                "processors that all have bfloat16 instructions (steps) or that all have none."
+                f"This worker has {told}: the bits would differ. Workers need the same code, the same versions, and "
+                "the same kind of processor or GPU."
             )
 
         def go_on(_: OperatorReport) -> None:

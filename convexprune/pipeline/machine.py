@@ -5,13 +5,19 @@ import os
 import platform
 import time
 from importlib.metadata import version
-from pathlib import Path
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 import torch
 
 from convexprune.device import has_bfloat16
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
+SHOWING = (
+    "cli", "errors.py", "report.py", "pipeline/cost.py", "pipeline/speed.py", "adapters/inspection.py",
+    "adapters/outline.py", "validation/oracles.py", "validation/plots.py", "validation/verify.py",
+)  # fmt: skip
+"""Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 
 
 def default_device(name: str) -> str:
@@ -38,17 +44,36 @@ def steps(device: torch.device | str) -> str:
     return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
 
 
+def processor(device: torch.device | str) -> dict[str, str]:
+    """What decides the order of sums: the instruction set that torch uses here, and the name of the GPU, if on one."""
+    device = torch.device(device)
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu
+
+
 def installation(device: torch.device | str) -> dict[str, str]:
     """What the bits of a result depend on that may be another elsewhere, or later: our code, torch, and so on."""
-    return {"code": code(), "steps": steps(device)} | {name: version(name) for name in ("torch", "transformers")}
+    return {"code": code()} | processor(device) | {name: version(name) for name in ("torch", "transformers")}
 
 
-def code() -> str:
-    """The checksum of this package's own code."""
-    root, total = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
-        total.update(path.read_bytes())
+def code(package: Traversable | None = None) -> str:
+    """The checksum of this package's own code, but for what is only `SHOWING`; the package may be in a zip file."""
+    total = hashlib.sha256()
+    for name, file in sorted(_modules(files("convexprune") if package is None else package)):
+        total.update(name.encode() + file.read_bytes())
     return total.hexdigest()
+
+
+def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:
+    """The Python files that compute, each with its path in the package."""
+    found = []
+    for child in folder.iterdir():
+        name = inside + child.name
+        if name not in SHOWING and child.is_dir():
+            found += _modules(child, f"{name}/")
+        elif name not in SHOWING and name.endswith(".py"):
+            found.append((name, child))
+    return found
 
 
 class Clock:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -175,12 +176,20 @@ class RunFolder:
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two structures of JSON, each as "its name: then, now"."""
+    """What differs between two structures of JSON, each as "its name: then, now"; of checksums only the name."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [*then, *(key for key in now if key not in then)]
         parts = (differences(then.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys)
         return [line for part in parts for line in part]
-    return [] if then == now else [f"{name}: {_short(then)} then, {_short(now)} now"]
+    if then == now:
+        return []
+    if _is_checksum(then) or _is_checksum(now):
+        return [f"{name} (missing now)" if now is None else f"{name} (new)" if then is None else name]
+    return [f"{name}: {_short(then)} then, {_short(now)} now"]
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _short(value: Any) -> str:
