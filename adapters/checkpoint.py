@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from convexprune.errors import DependencyError, ModelError
+from convexprune.errors import DependencyError, ModelError, install_hint
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import publish, write_json, writing
 from convexprune.pipeline.tensors import Entry
@@ -290,7 +290,7 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except ImportError as cause:
-        raise DependencyError(f"{source}: {cause} For GGUF files: pip install 'convexprune[gguf]'") from cause
+        raise DependencyError(f"{source}: {cause} For GGUF files: {install_hint('gguf')}") from cause
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ModelError(
             f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "

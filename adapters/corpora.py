@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from convexprune.errors import CalibrationError, DependencyError
+from convexprune.errors import CalibrationError, DependencyError, install_hint
 
 Split = Literal["calibration", "evaluation"]
 
@@ -99,7 +99,7 @@ def _package() -> Any:
     try:
         import datasets
     except ImportError as cause:
-        raise DependencyError("Data sets on the hub need: pip install 'convexprune[hub]'") from cause
+        raise DependencyError(f"Data sets on the hub need: {install_hint('hub')}") from cause
     return datasets
 
 

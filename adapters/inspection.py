@@ -14,6 +14,7 @@ from rich.table import Table
 from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import check_patterns, cost, make_recipe
+from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.speed import measured_speed, seconds
 from convexprune.pipeline.survey import WEIGHED
 
@@ -101,7 +102,7 @@ def inspect(
         RecipeError, PatternError: settings that do not exist or do not fit.
         CalibrationError: windows longer than the model can see.
     """
-    checked = make_recipe(model=str(source), **recipe)
+    checked, device = make_recipe(model=str(source), **recipe), default_device(device)
     settings, pattern = checked.layer_settings(), checked.build_pattern()
     outline = read_outline(source, checked, trust_remote_code)
     check_patterns(outline.layers, settings)

@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,8 +47,8 @@ def prune(
     damping: float | None = None,
     refit: bool | None = None,
     method_args: dict[str, Any] | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     output_dir: str | Path | None = None,
@@ -78,7 +79,7 @@ def prune(
             "skewness", by the shape of each decoder layer's scores. N:M patterns take "uniform" and "curve".
             None: "rows" for the methods "convex", "admm" and "perspective" with a quota of each matrix, else "uniform".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
-            the hub (needs convexprune[hub]), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
+            the hub (needs the package datasets), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
         tokenizer: for a loaded model and a data set of text.
         num_calibration_samples: windows of `max_seq_length` tokens (None: the rows' own length; for text 2048, or the
             model's limit if less; 256 for the bundled model).
@@ -99,15 +100,16 @@ def prune(
             matrix's diagonal; None: from the sampling noise. Others have their own in `method_args`.
         refit: least squares on the support that was found, for any method or for none; None: as the method has it.
         method_args: further settings of the method's class in `convexprune.pruners`.
-        device: "auto" is the GPU if there is one.
-        dtype: "float32", "bfloat16", "float16"; None is the checkpoint's, of the bundled model float32.
+        device: "auto" is the GPU if there is one; "cpu", "cuda", "cuda:1", or torch's own object.
+        dtype: "float32", "bfloat16", "float16", or torch's own object; None is the checkpoint's, of the bundled
+            model float32.
         trust_remote_code: let transformers run code that a checkpoint brings.
         allow_pickle: read checkpoints that are pickles, which can run code.
         output_dir: where to write the model, `recipe.yaml` and `report.json`; must be empty. The model is then never
             whole in memory, if its checkpoint allows it (see docs/runs.md), and the run can be interrupted.
         resume: go on with the unfinished run in `output_dir`, if there is one; a finished one is handed back.
         executor: who prunes: "serial" (this process), "pool" (processes on this machine, one for each GPU), "ranks"
-            (of torchrun or SLURM, all started with this same call), or "ray" (needs convexprune[ray]). All but the
+            (of torchrun or SLURM, all started with this same call), or "ray" (needs Ray). All but the
             first need an `output_dir` that all of them see, and a model that can be opened there. With
             prefix="pruned" layers wait for each other: "ranks" then share out the samples and rows of each layer.
         workers: how many, for "pool" and "ray"; None: one for each GPU, or as many as the cores have room for.
@@ -151,8 +153,8 @@ def permute(
     max_seq_length: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     output_dir: str | Path | None = None,
@@ -205,7 +207,7 @@ def permute(
         check_output(folder)
     opened = partial(
         load,
-        device=default_device(device),
+        device=default_device(recipe.device),
         dtype=recipe.torch_dtype,
         tokenizer=tokenizer,
         trust_remote_code=trust_remote_code,

@@ -5,7 +5,7 @@
     ├── PatternError      (ValueError)   a sparsity or a pattern that does not exist or does not fit
     ├── RecipeError       (ValueError)   a setting that is unknown or out of range
     ├── UnsupportedError  (TypeError)    a solver was given a penalty that it cannot take
-    ├── DependencyError   (ImportError)  an optional package is missing; ends with the pip command
+    ├── DependencyError   (ImportError)  an optional package is missing; has the pip command
     ├── CalibrationError  (ValueError)   a data set that cannot calibrate this model
     ├── ModelError        (ValueError)   a model that cannot be pruned: quantised, non-finite, unreadable, ...
     ├── OutputError       (OSError)      an output folder that cannot be written without losing something
@@ -15,8 +15,11 @@ A message says what came, what is accepted and what to do. A solve that did not 
 `Status` in the `Solution` and in the report.
 """
 
+import re
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.metadata import requires
 
 
 class ConvexpruneError(Exception):
@@ -61,7 +64,25 @@ class PruningError(ConvexpruneError, RuntimeError):
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is not known: what came, what is near, what there is."""
-    names = sorted(known)
-    near = get_close_matches(str(name), names, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown {kind} {name!r}.{guess} Known: {', '.join(names)}."
+    names = {each.casefold(): each for each in sorted(known)}
+    near = get_close_matches(str(name).casefold(), names, n=1)
+    guess = f" Did you mean {names[near[0]]!r}?" if near else ""
+    return f"Unknown {kind} {name!r}.{guess} Known: {', '.join(names.values())}."
+
+
+def require_at_least(least: float, **given: float | None) -> None:
+    """Refuse what is below `least`, or is NaN, by its name; None passes.
+
+    Raises:
+        RecipeError: naming what came.
+    """
+    for name, value in given.items():
+        if value is not None and not value >= least:
+            raise RecipeError(f"{name}={value}: it has to be at least {least}.")
+
+
+def install_hint(extra: str) -> str:
+    """The pip command for the packages of an extra, wherever convexprune itself was installed from."""
+    of_extra = re.compile(rf"""([^;]+?)\s*;.*\bextra == ['"]{extra}['"]""")
+    packages = [match[1] for match in map(of_extra.match, requires("convexprune") or []) if match]
+    return f"pip install {shlex.join(packages)}"

@@ -238,7 +238,7 @@ def parse_pattern(
     """The pattern of a name: "unstructured" (with `sparsity` and `quota`) or "N:M" (which fixes the sparsity).
 
     Raises:
-        PatternError: the name is unknown, or N:M contradicts `sparsity`.
+        PatternError: the name is unknown, or N:M contradicts `sparsity` or `quota`.
     """
     if pattern == "unstructured":
         return Unstructured(0.5 if sparsity is None else sparsity, quota)
@@ -250,5 +250,9 @@ def parse_pattern(
         raise PatternError(
             f"Pattern {parsed} has sparsity {parsed.sparsity:g}, but {sparsity:g} was asked. Leave the sparsity out, "
             f"or take a pattern that has it (N:M means N non-zeros in M)."
+        )
+    if quota != "matrix":
+        raise PatternError(
+            f"Pattern {parsed} has a quota of its own in every group of {parsed.group}. Leave quota out."
         )
     return parsed

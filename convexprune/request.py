@@ -34,7 +34,7 @@ from convexprune.pipeline import (
 )
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
-from convexprune.pipeline.machine import Clock, default_device, installation, processor, versions
+from convexprune.pipeline.machine import Clock, check_threads, default_device, installation, processor, versions
 from convexprune.pipeline.settings import Tell
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
@@ -81,6 +81,7 @@ class Request:
         self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
         self.dataset, self.evaluation, self.progress = dataset, evaluation, settings["progress"]
         self.device = default_device(recipe.device)
+        check_threads(recipe.threads)
         self.executor = executor_for(settings, self.device, recipe.threads)
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":

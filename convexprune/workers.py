@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from convexprune.errors import RecipeError
+from convexprune.errors import RecipeError, require_at_least
 from convexprune.pipeline import AbstractExecutor, Recipe, make_executor
 from convexprune.pipeline.machine import default_workers
 from convexprune.pipeline.team import require_meeting
@@ -17,10 +17,14 @@ def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> 
         RecipeError: there is none, or it does not fit the run or where we are.
         DependencyError: Ray is missing.
     """
-    workers = settings["workers"] or default_workers(device, threads)
-    if settings["executor"] != "serial":
+    name, workers = settings["executor"], settings["workers"]
+    require_at_least(1, workers=workers)
+    if workers is not None and name in ("serial", "ranks"):
+        why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
+        raise RecipeError(f"workers={workers}: executor={name!r} {why}. Leave it out, or take 'pool' or 'ray'.")
+    if name != "serial":
         _check_spread(settings)
-    return make_executor(settings["executor"], workers, device)
+    return make_executor(name, workers or default_workers(device, threads), device)
 
 
 def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:

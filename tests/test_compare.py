@@ -15,8 +15,8 @@ from convexprune import errors
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.pipeline import machine
 from convexprune.pruners import SparseGPT
-from convexprune.validation import compare, perplexity
-from convexprune.validation.plots import _colours
+from convexprune.validation import compare, perplexity, plots
+from convexprune.validation.plots import _colours, will_draw
 from convexprune.validation.side_by_side import Comparison
 from convexprune.validation.variants import CONVENTIONS, make_variants
 
@@ -246,3 +246,11 @@ def test_a_method_may_name_its_own_convention_and_allocation():
         assert variant.allocation == own == variant.recipe().allocation
     with pytest.raises(errors.RecipeError, match=r"Unknown convention 'pruned-lair'\. Did you mean 'pruned-layer'"):
         make_variants(["alps:convention=pruned-lair"], [0.5], ["unstructured"], ["own"])
+
+
+def test_plots_are_drawn_where_there_is_something_to_draw_with(monkeypatch: pytest.MonkeyPatch):
+    assert will_draw(None) and will_draw(True) and not will_draw(False)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
+    assert not will_draw(None)
+    with pytest.raises(errors.DependencyError, match=r"pip install matplotlib, or ask for none \(--no-plots\)"):
+        will_draw(True)

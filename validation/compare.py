@@ -20,15 +20,15 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters.allocating import allotments
-from convexprune.errors import OutputError, RecipeError
-from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum
+from convexprune.errors import OutputError, RecipeError, require_at_least
+from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum, make_recipe
 from convexprune.pipeline.files import write_json
-from convexprune.pipeline.machine import PACKAGES, Clock, installation, versions
+from convexprune.pipeline.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.tensors import raw
 from convexprune.report import finite
 
-from .plots import check_plots, draw
+from .plots import draw, will_draw
 from .results import make_row, markdown, text_result
 from .side_by_side import DENSE, Comparison, Tokens
 from .states import Store
@@ -60,7 +60,7 @@ def compare(
     device: str = "cpu",
     dtype: str | None = "float32",
     resume: bool = False,
-    plots: bool = True,
+    plots: bool | None = None,
     command: str = "",
     progress: Callable[[int], Callable[[str], None]] | None = None,
 ) -> dict[str, Any]:
@@ -76,23 +76,28 @@ def compare(
         eval_window: tokens of an evaluation window (None: 1024, or the model's limit if less).
         eval_windows: how many windows of each text, from its beginning; None: all.
         resume: go on with an interrupted comparison; its settings must be the same.
-        plots: draw them (needs matplotlib).
+        plots: draw them, which needs matplotlib; None: if it is installed.
         command: what to state as the way to reproduce the result.
         progress: called with the number of steps, returns what is called with a description of each step done.
 
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
+    shared = make_recipe(
+        model="", num_calibration_samples=num_calibration_samples, held_out_samples=held_out_samples,
+        max_seq_length=max_seq_length, batch_size=batch_size, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    require_at_least(2, eval_window=eval_window)
+    require_at_least(1, eval_windows=eval_windows)
     variants = make_variants(methods, sparsities, patterns, conventions, quota, allocations)
-    if plots:
-        check_plots()
+    drawing = will_draw(plots)
     work = output / "work"
     if resume and not (work / "identity.json").is_file():
         raise OutputError(f"{output} holds no comparison that was interrupted, so there is nothing to resume.")
     if not resume:
         check_output(output)
     texts = _texts(eval_texts)
-    place = {"device": device, "dtype": None if dtype is None else getattr(torch, dtype)}
+    place = {"device": default_device(shared.device), "dtype": shared.torch_dtype}
     loaded = load(EMBEDDED if model is None else model, **place, targets=targets, ignore=ignore)
     settings = {variant.name: variant.layer_settings() for variant in variants}
     _check(loaded, settings)
@@ -123,7 +128,7 @@ def compare(
     clock.lap("layers")
     result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
     write_json(output / "compare.json", finite(result))
-    drawn = draw(result, output) if plots else []
+    drawn = draw(result, output) if drawing else []
     (output / "report.md").write_text(markdown(result, drawn))
     shutil.rmtree(work)
     return result

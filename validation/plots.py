@@ -7,19 +7,21 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from convexprune.errors import DependencyError
+from convexprune.errors import DependencyError, install_hint
 
 Row = Mapping[str, Any]
 
 
-def check_plots() -> None:
-    """Refuse, before any work, if there is nothing to draw with.
+def will_draw(plots: bool | None) -> bool:
+    """Whether plots are drawn; if None was asked, then where there is something to draw with.
 
     Raises:
-        DependencyError: matplotlib is missing.
+        DependencyError: plots were asked for, and matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
-        raise DependencyError("Plots need matplotlib: pip install 'convexprune[plot]', or ask for no plots.")
+    there = find_spec("matplotlib") is not None
+    if plots and not there:
+        raise DependencyError(f"Plots need matplotlib: {install_hint('plot')}, or ask for none (--no-plots).")
+    return there if plots is None else plots
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from convexprune.pipeline.files import write_json
 from convexprune.report import finite
 
 from .compare import compare
-from .plots import check_plots, draw_samples
+from .plots import draw_samples, will_draw
 from .results import NAMES, Row, markdown_table, name_cells, terminal_table, to_perplexity
 
 SAMPLES = "samples.json"
@@ -34,7 +34,7 @@ def compare_samples(
     output: Path,
     *,
     resume: bool = False,
-    plots: bool = True,
+    plots: bool | None = None,
     command: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def compare_samples(
             takes: samples that share their windows differ less than samples do.
         output: the folder for the results; must be empty, unless `resume`.
         resume: go on with interrupted samples; those that are done are kept.
-        plots: draw them (needs matplotlib).
+        plots: draw them, which needs matplotlib; None: if it is installed.
         command: what to state as the way to reproduce the result.
         settings: see `compare`.
 
@@ -57,8 +57,7 @@ def compare_samples(
     """
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
-    if plots:
-        check_plots()
+    drawing = will_draw(plots)
     if not resume:
         check_output(output)
     elif not any(output.glob("seed-*")):
@@ -74,7 +73,7 @@ def compare_samples(
     card = results[0]["card"] | {"seed": list(seeds), "command": command}
     summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
     write_json(output / SAMPLES, finite(summary))
-    drawn = [draw_samples(summary, output)] if plots else []
+    drawn = [draw_samples(summary, output)] if drawing else []
     (output / "report.md").write_text(markdown(summary, drawn))
     return summary
 

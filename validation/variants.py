@@ -87,6 +87,9 @@ class Variant:
         return self.recipe().layer_settings()
 
 
+_LISTS = ("methods", "sparsity", "pattern", "convention", "allocation")
+
+
 def make_variants(
     methods: Sequence[str],
     sparsities: Sequence[float],
@@ -103,13 +106,19 @@ def make_variants(
     A method may name its own in place of those for all: "fista:convention=pruned-layer:allocation=half-curve".
 
     Raises:
-        RecipeError: an unknown method, setting, convention or allocation, or nothing to compare.
+        RecipeError: an unknown method, setting, convention or allocation, one that is named twice, or nothing to
+            compare.
         PatternError: no such pattern or sparsity.
     """
+    for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise RecipeError(f"{name} names {twice[0]} twice. Leave one of them out.")
+    quotas = {pattern: quota if pattern == "unstructured" else "matrix" for pattern in patterns}  # N:M has its own
     variants = {
         Variant(
-            method, pattern, sparsity, _known_convention(convention, method), quota,
-            _own_allocation(method, pattern, quota) if allocation == "own" else allocation,
+            method, pattern, sparsity, _known_convention(convention, method), quotas[pattern],
+            _own_allocation(method, pattern, quotas[pattern]) if allocation == "own" else allocation,
         ): None
         for method, own in map(_without_own, methods)
         for pattern in patterns

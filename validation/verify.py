@@ -16,8 +16,9 @@ from rich.table import Table
 
 from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, load, recipe_windows
 from convexprune.bound import LowerBound
-from convexprune.errors import ModelError, RecipeError, unknown
+from convexprune.errors import ModelError, RecipeError, require_at_least, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.survey import with_share
 from convexprune.pruners.damped import damped
 from convexprune.report import OperatorReport, Report
@@ -156,12 +157,21 @@ def verify(
             The allocation is "uniform"; to judge another, prune, and verify the folder of the run.
 
     Raises:
-        RecipeError: an unknown setting or operator, or settings given for a finished run, which has its own.
+        RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run,
+            which has its own.
         ModelError: the run's model is not shaped like its dense model.
     """
     began = time.perf_counter()
+    require_at_least(1, sample=sample, rows=rows, columns=columns, bound_rows=bound_rows)
+    require_at_least(0, tolerance=tolerance, gap=gap)
+    make_recipe(model="", seed=seed)
     recipe, run = read_source(source, settings)
-    choice = {"device": device, "dtype": recipe.torch_dtype, "targets": recipe.targets, "ignore": recipe.ignore}
+    choice = {
+        "device": default_device(device),
+        "dtype": recipe.torch_dtype,
+        "targets": recipe.targets,
+        "ignore": recipe.ignore,
+    }
     dense = load(recipe.model, **choice)
     pruned = None if run is None else load(run, **choice)
     names = _choose(dense, operators, sample, seed)

@@ -1,6 +1,8 @@
 """The application that the commands belong to, the console that they write to, and its progress bar."""
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,13 +13,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune language models by convex optimization.",
 )
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names and messages have brackets
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("convexprune"))
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end.")] = False,
+) -> None:
     """Prune language models by convex optimization, every solve certified by a duality gap."""
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console, progress_bar, show
-from convexprune.errors import PatternError, RecipeError
+from convexprune.errors import PatternError, RecipeError, install_hint
 
 
 @app.command()
@@ -60,15 +60,15 @@ def compare(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     output: options.Output = Path("compared"),
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted comparison.")] = False,
-    plots: Annotated[bool, typer.Option(help="Draw the results; needs matplotlib.")] = True,
+    plots: Annotated[bool | None, typer.Option(help="Draw the results. Left out: if matplotlib is installed.")] = None,
 ) -> None:
     """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
     settings = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
-    from convexprune.pipeline.machine import default_device
     from convexprune.validation import compare as compare_sample
     from convexprune.validation import compare_samples, results, samples
+    from convexprune.validation.plots import will_draw
 
     disable_progress_bar()
     lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
@@ -76,7 +76,7 @@ def compare(
     settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
     settings["sparsities"] = [_share(text) for text in settings["sparsities"]]
     seeds = [_seed(text) for text in settings.pop("seeds")]
-    settings |= {"targets": targets or ["Linear"], "ignore": ignore or [], "device": default_device(device)}
+    settings |= {"targets": targets or ["Linear"], "ignore": ignore or []}
     settings |= {"eval_windows": eval_windows or None, "command": shlex.join(["convexprune", *sys.argv[1:]])}
     texts = settings.pop("eval_text")
     if texts:
@@ -88,6 +88,8 @@ def compare(
         else:
             table = samples.table(compare_samples(**settings, seeds=seeds))
     show(table)
+    if plots is None and not will_draw(plots):
+        console.print(f"No plots were drawn: that needs matplotlib ({install_hint('plot')}).")
     console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
 
 

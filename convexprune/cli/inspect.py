@@ -39,7 +39,6 @@ def inspect(
     """
     settings = dict(locals())
     from convexprune.adapters.inspection import inspect as inspect_model
-    from convexprune.pipeline.machine import default_device
 
     del settings["as_json"]
     settings |= {
@@ -47,10 +46,7 @@ def inspect(
         "ignore": tuple(ignore or []),
         "source": settings.pop("model"),
     }
-    settings |= {
-        "device": default_device(device),
-        "device_memory": options.parse_bytes(device_memory) if device_memory else None,
-    }
+    settings["device_memory"] = options.parse_bytes(device_memory) if device_memory else None
     found = inspect_model(**settings)
     if as_json:
         print(found.to_json())

@@ -47,7 +47,6 @@ def verify(
     from transformers.utils.logging import disable_progress_bar
 
     from convexprune import validation
-    from convexprune.pipeline.machine import default_device
 
     disable_progress_bar()
     with console.status("verifying") as status:
@@ -61,7 +60,7 @@ def verify(
             tolerance=tolerance,
             gap=gap,
             seed=seed,
-            device=default_device(device),
+            device=device,
             tell=lambda name: status.update(f"verified {name}"),
             **{name: value for name, value in recipe.items() if value is not None},
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, unknown
+from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, install_hint, unknown
 from convexprune.model import AbstractModel
 from convexprune.pipeline.machine import installation
 from convexprune.pipeline.settings import Tell
@@ -222,7 +222,7 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
             return Pool(tuple(gpus) or (device,) * workers)
         case "ray":
             if find_spec("ray") is None:
-                raise DependencyError("executor='ray' needs Ray: pip install 'convexprune[ray]'")
+                raise DependencyError(f"executor='ray' needs Ray: {install_hint('ray')}")
             return OnRay(workers)
     raise RecipeError(unknown("executor", name, EXECUTORS))
 

@@ -11,6 +11,7 @@ from importlib.resources.abc import Traversable
 import torch
 
 from convexprune.device import has_bfloat16
+from convexprune.errors import RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
@@ -20,11 +21,37 @@ SHOWING = (
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 
 
-def default_device(name: str) -> str:
-    """The device of that name; "auto" is the GPU if there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that began on a larger machine
+
+
+def default_device(name: str | torch.device) -> str:
+    """The device of that name, which has to be here; "auto" is the GPU if there is one.
+
+    Raises:
+        RecipeError: it is not; those that are here are named.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    name, here = str(name), ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name not in here:
+        none = "" if gpus else f" torch {torch.__version__} sees no GPU."
+        raise RecipeError(f"device={name!r} is not here. Known: auto, {', '.join(here)}.{none}")
+    return name
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than make sense here.
+
+    Raises:
+        RecipeError: they are too many.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > THREADS_PER_CORE * cores:
+        raise RecipeError(
+            f"threads={threads}: this machine has {cores} cores, on which at most {THREADS_PER_CORE * cores} threads "
+            "are started. Leave threads out to have as many as torch takes."
+        )
 
 
 def default_workers(device: str, threads: int | None) -> int:

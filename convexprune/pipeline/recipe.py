@@ -17,6 +17,7 @@ from convexprune.pruners.search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
+LARGEST_SEED = 2**63 - 1  # torch's generators take no more
 
 
 class Recipe(BaseModel):
@@ -60,7 +61,7 @@ class Recipe(BaseModel):
     held_out_samples: int | None = Field(None, ge=0)
     max_seq_length: int | None = Field(None, ge=2)
     batch_size: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     bound_rows: int = Field(2, ge=0)
     evaluation: str | None = None
     targets: tuple[str, ...] = ("Linear",)
@@ -85,6 +86,12 @@ class Recipe(BaseModel):
     @classmethod
     def _switch(cls, value: Any) -> Any:
         return float(value) if isinstance(value, bool) else value
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        """torch's own objects by their names."""
+        return str(value).removeprefix("torch.") if isinstance(value, torch.device | torch.dtype) else value
 
     @model_validator(mode="after")
     def _names(self) -> "Recipe":

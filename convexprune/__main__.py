@@ -1,0 +1,5 @@
+"""`python -m convexprune`."""
+
+from convexprune.cli import main
+
+main()
