@@ -1,16 +1,20 @@
 """Files that appear whole or not at all, their checksums, and locks that vanish with the process that holds them."""
 
+import errno
 import hashlib
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from convexprune.errors import DependencyError, OutputError
+from convexprune.errors import DependencyError, ModelError, OutputError
 
 PARTS = ".*.part"  # files that are being written, or were when their process was killed
+CHUNK = 1 << 20  # bytes that are read at once
 
 
 @contextmanager
@@ -25,10 +29,16 @@ def writing(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as cause:
+        mend = _MENDS.get(cause.errno or 0, "Make room or mend the disk")
         raise OutputError(
-            f"{path} cannot be written: {cause}. Make room or mend the disk, then go on with resume=True (--resume): "
-            "what is finished is kept."
+            f"{path} cannot be written: {cause}. {mend}, then go on with resume=True (--resume): what is finished is "
+            "kept."
         ) from cause
+
+
+_MENDS = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make the folder writable for this user") | {
+    errno.ELOOP: "No link is followed here: remove it"
+}
 
 
 @contextmanager
@@ -40,15 +50,24 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: the disk is full or fails; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Whoever else may write to the folder cannot know this name, and a link that has it would not be followed.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            make_folder(path.parent)
+            with temporary.open("xb") as file:
                 yield file
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, such that they are there after a power cut."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync(path.parent)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -61,6 +80,54 @@ def publish(temporary: Path, path: Path) -> None:
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Every byte of a run goes through here."""
     file.write(data)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Write the bytes of a file of a model to `path`, as every file of a run is written.
+
+    Raises:
+        ModelError: `source` cannot be read.
+        OutputError: the disk is full or fails.
+    """
+    with reading(source), source.open("rb") as file, appearing(path) as copied:
+        while data := file.read(CHUNK):
+            write(copied, data)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the disk says while `path`, a file of a model, is read into one error.
+
+    Raises:
+        ModelError: the file is gone, may not be read, or the disk fails.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as cause:
+        raise ModelError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        """The stamp of a file as it is now.
+
+        Raises:
+            ModelError: it is missing, or no file: a pipe or a device would be waited for.
+        """
+        with reading(path):
+            found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ModelError(f"{path} is no ordinary file. Put the file itself here.")
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -129,18 +196,31 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
     Raises:
         DependencyError: the system has no such locks.
+        OutputError: the file cannot be made, or is a link.
     """
     try:
         import fcntl
     except ImportError as cause:  # on Windows
         raise DependencyError(f"{path}: a run in a folder needs the file locks of a POSIX system.") from cause
-    with path.open("ab") as file:
+    with writing(path):
+        descriptor = _follow_no_link(path, os.O_RDWR | os.O_CREAT)
+    with os.fdopen(descriptor, "rb") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
         yield True
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Put a note that nothing depends on into a file; not if it is a link."""
+    with open(path, "w", opener=_follow_no_link) as file:
+        file.write(text)
+
+
+def _follow_no_link(path: str | Path, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # not on Windows
 
 
 def _sync(path: Path) -> None:

@@ -16,7 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from convexprune.errors import OutputError
-from convexprune.pipeline.files import PARTS, appearing, locked, read_json, write, write_json, writing
+from convexprune.pipeline.files import (
+    PARTS,
+    appearing,
+    locked,
+    make_folder,
+    overwrite,
+    read_json,
+    write,
+    write_json,
+    writing,
+)
 from convexprune.pipeline.tensors import Spec, write_tensors
 from convexprune.report import Report
 
@@ -80,10 +90,10 @@ class RunFolder:
             OutputError: another process works on the folder, or the run in it differs; what differs is named.
         """
         with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         with self._held(shared=rank is not None):
             if rank is None:
-                (self.folder / LOCK).write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+                overwrite(self.folder / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
             if rank:
                 self._wait()
             elif not self.is_unfinished and not self.is_finished:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError
-from convexprune.pipeline.files import appearing, read_ahead, write, writing
+from convexprune.pipeline.files import Stamp, appearing, read_ahead, reading, write, writing
 
 # The codes of the safetensors format for the types that a language model is stored in.
 DTYPES = {
@@ -20,6 +20,12 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Those of all types that the format has; what cannot be a weight is copied as it is.
+BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes; that of the library
 
 
 class Spec(NamedTuple):
@@ -66,7 +72,7 @@ class Entry:
             ModelError: the file ends before it.
         """
         data = bytearray(self.spec.nbytes)
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.begin)
             view = memoryview(data)
             while view and (count := file.readinto(view)):  # the system reads 2 GiB at most at once
@@ -79,26 +85,59 @@ class Entry:
 def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """What a safetensors file holds, in the order of its bytes, and its metadata; only the header is read.
 
+    What the library safetensors refuses is refused here.
+
     Raises:
-        ModelError: the file is not safetensors, or has not the length that its header says.
+        ModelError: the file cannot be read, is not safetensors, or has not the length that its header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = Stamp.of(path).size
+    with reading(path), path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(start - 8) if start <= size else b""
+        text = file.read(start - 8) if start <= min(size, LONGEST_HEADER) else b""
     try:
-        header: dict[str, Any] = json.loads(text)
+        header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
         metadata = header.pop("__metadata__", {})
-        spans = sorted((*e["data_offsets"], name) for name, e in header.items())
-        found = {
-            name: Entry(path, Spec(header[name]["dtype"], tuple(header[name]["shape"]), end - begin), start + begin)
-            for begin, end, name in spans
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise _damaged(path) from cause
-    if size != start + max((end for _, end, _ in spans), default=0):
-        raise _damaged(path)
+        found, last = {}, 0
+        for begin, end, name in sorted((*value["data_offsets"], name) for name, value in header.items()):
+            if begin != last:
+                raise ValueError(f"{name} begins at byte {begin:,}, what is before it ends at {last:,}")
+            found[name] = Entry(path, _spec(name, header[name], end - begin), start + begin)
+            last = end
+        if size != start + last:
+            raise ValueError(f"{size:,} bytes, its header tells of {start + last:,}")
+        "".join((*found, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise _damaged(path, cause) from cause
     return found, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that comes twice")
+    return found
+
+
+def _count(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 19:
+        raise ValueError(f"{digits[:30]} is no number of bytes")
+    return int(digits)
+
+
+def _refused(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
+    """What a header says of a tensor, if it is right."""
+    code, shape = value["dtype"], value["shape"]
+    if value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} has {', '.join(value)}")
+    if not isinstance(shape, list) or not all(type(count) is int for count in (*shape, *value["data_offsets"])):
+        raise ValueError(f"{name} has a size that is no whole number")
+    if 8 * nbytes != prod(shape) * BITS[code] or prod(max(1, count) for count in shape) * BITS[code] >= 1 << 64:
+        raise ValueError(f"{name}: {nbytes:,} bytes for {code} {shape}")
+    return Spec(code, tuple(shape), nbytes)
 
 
 def write_tensors(
@@ -191,5 +230,5 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _damaged(path: Path) -> ModelError:
-    return ModelError(f"{path}: damaged or cut short. Copy or download it again.")
+def _damaged(path: Path, cause: object = "it ends too early") -> ModelError:
+    return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
