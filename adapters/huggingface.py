@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from math import inf
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune.errors import ModelError
@@ -19,28 +17,28 @@ from .admission import (
     refuse_inference_mode,
     refuse_non_finite,
     refuse_other_dtypes,
-    refuse_other_shapes,
     refuse_quantised,
     refuse_unloaded,
 )
 from .discovery import Layout, discover, signature
 from .family import decoder_layers, positions
+from .given import Given
 from .operators import computes_on, held, put
+from .replay import refuse_other_replays
 from .selection import left_alone
 from .shards import Shards
 
 PROBE_TOKENS = 16
 """How many tokens are sent through the model to see what its layers do."""
-REPLAY_TOLERANCE = 1e-3
-"""Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
 
 
 class HuggingFaceModel(AbstractModel):
     """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of `shards`.
 
-    The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients.
-    `layers` holds every decoder layer; the stages of each hold only the operators to be pruned. `left_alone` lists
-    every other linear map of the model, and every other matrix of its decoder layers, with the reason.
+    The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients, until it is
+    given back (`lent`). `layers` holds every decoder layer; the stages of each hold only the operators to be pruned.
+    `left_alone` lists every other linear map of the model, and every other matrix of its decoder layers, with the
+    reason.
 
     Raises:
         ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
@@ -77,14 +75,42 @@ class HuggingFaceModel(AbstractModel):
         refuse_other_dtypes(layers)
         refuse_non_finite(model)
         self.name = name or model.name_or_path or type(model).__name__
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.tokenizer = tokenizer
         self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
-        self._refuse_other_replays()
+        self._given, self._keeps = Given(model), False
+        model.eval().requires_grad_(False)
+        try:
+            self._look(targets, ignore)
+        except BaseException:
+            self._given.give_back()
+            raise
+
+    def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
+        refuse_other_replays(self)
         layouts = self._layouts()
-        reasons = left_alone(model, layouts, targets, ignore)
+        reasons = left_alone(self.model, layouts, targets, ignore)
         self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
+
+    @contextmanager
+    def lent(self, undo: bool = False) -> Iterator[Self]:
+        """Inside, it is a run's; afterwards its modules' modes and parameters' `requires_grad` are as they were given.
+
+        With `undo` the weights of its decoder layers are, too, if the run raises. It costs a copy of the layers that
+        have changed, in the memory of the CPU.
+        """
+        self._keeps = undo
+        try:
+            yield self
+        except BaseException:
+            self._keeps = False
+            for layer in self.layers:
+                self.load_state(layer, self._given.layers.get(layer.name, {}))
+            raise
+        finally:
+            self._keeps = False
+            self._given.give_back()
 
     @property
     def device(self) -> torch.device:
@@ -136,9 +162,15 @@ class HuggingFaceModel(AbstractModel):
 
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
         """See `AbstractModel.load_state`."""
+        self.keep(layer)
         for name, value in state.items():
             path, _, last = name.rpartition(".")
             put(layer.module.get_submodule(path), last, value)
+
+    def keep(self, layer: DecoderLayer) -> None:
+        """See `AbstractModel.keep`; only while it is lent so that it can be undone."""
+        if self._keeps:
+            self._given.keep(layer.name, self.state(layer))
 
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:
@@ -152,7 +184,7 @@ class HuggingFaceModel(AbstractModel):
         hook = self.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with suppress(_Reached):
-                self._forward(batch)
+                self.forward(batch)
         finally:
             hook.remove()
         return reached[0]
@@ -186,45 +218,11 @@ class HuggingFaceModel(AbstractModel):
         hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
         try:
             with self.resident(self.layers[0]), _forwards(self.layers[1:], bridge):
-                self._forward(batch)
+                self.forward(batch)
         finally:
             hook.remove()
         assert len(recorded) == len(self.layers)
         return recorded
-
-    @torch.no_grad()
-    def replay_error(self, batch: Tensor) -> float:
-        """|replayed - own| / |own| of the last layer's outputs on `batch`, replayed with the calls of another batch.
-
-        Zero where the decoder layers, one after the other, are the model: nothing happens between them, and what
-        they are called with depends on the shape of a batch only.
-        """
-        own: list[Tensor] = []
-
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            own.append(output if isinstance(output, Tensor) else output[0])
-
-        with self.layers[-1].module.register_forward_hook(keep):
-            self._forward(batch)
-        hidden = self.first_inputs(batch)
-        for layer, call in zip(self.layers, self.calls(batch.flip(-1)), strict=True):
-            hidden = call(layer.module, hidden)
-        return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
-
-    def _refuse_other_replays(self) -> None:
-        """Of a streamed model, whose layers are not all in memory, the calls alone have to be the same."""
-        batch = self.probe_tokens()
-        refuse_other_shapes(batch, self.first_inputs(batch))
-        if self.streams:
-            error = 0.0 if _same(self.calls(batch), self.calls(batch.flip(-1))) else inf
-        else:
-            error = self.replay_error(batch)
-        if not error <= REPLAY_TOLERANCE:
-            raise ModelError(
-                f"{self.name}: its decoder layers, called one by one, do not give what the model gives (relative "
-                f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
-                "tokens; such a model cannot be pruned layer by layer."
-            )
 
     def probe_tokens(self) -> Tensor:
         """Token ids [1 tokens], all different."""
@@ -260,7 +258,8 @@ class HuggingFaceModel(AbstractModel):
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._beside is None else (hidden, *self._beside)
 
-    def _forward(self, batch: Tensor) -> None:
+    def forward(self, batch: Tensor) -> None:
+        """Send token ids [batch tokens] through all decoder layers."""
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
 
@@ -276,11 +275,6 @@ def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> It
 
 class _Reached(Exception):
     """Ends a forward pass at the first decoder layer."""
-
-
-def _same(first: Sequence[Call], second: Sequence[Call]) -> bool:
-    pairs = zip(tree_leaves([vars(c) for c in first]), tree_leaves([vars(c) for c in second]), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:

@@ -62,8 +62,9 @@ def prune(
     """Prune a language model; the report has the certificate of every operator's convex solve.
 
     Args:
-        model: a folder, a name on the hub, or a loaded model, which is then changed in place. None: the small OPT
-            model that is bundled.
+        model: a folder, a name on the hub, or a loaded model, which is then changed in place: in the modes (train,
+            eval) and with the `requires_grad` that it came with, and only if the run succeeds. For that the decoder
+            layers as they were are kept in the memory of the CPU meanwhile. None: the small OPT model that is bundled.
         solver: of method="convex": "fista" (production), "admm", "cvxpy" or "scipy" (ground truth, for very small
             models), or your own `AbstractSolver`.
         method: "convex", "admm" (the pattern as a constraint), "perspective", or a baseline: "alps", "sparsegpt",
@@ -213,13 +214,18 @@ def permute(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    loaded = opened(model, stream=folder is not None)
-    sampler = opened(model) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
-    tokens, _ = recipe_windows(dataset, sampler, recipe)
-    del sampler
-    found = find_permutation(loaded, tokens, asked, batch_size, seed, progress)
-    if folder is None:
-        found.apply(loaded.model)
-    else:
-        save_permuted(loaded, found, folder)
-    return PermuteResult(found, folder, lambda: opened(folder or model).model if loaded.streams else loaded.model)
+
+    def read() -> PreTrainedModel:
+        with opened(folder or model).lent() as permuted:
+            return permuted.model
+
+    with opened(model, stream=folder is not None).lent() as loaded:
+        sampler = opened(model) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
+        tokens, _ = recipe_windows(dataset, sampler, recipe)
+        del sampler
+        found = find_permutation(loaded, tokens, asked, batch_size, seed, progress)
+        if folder is None:
+            found.apply(loaded.model)
+        else:
+            save_permuted(loaded, found, folder)
+        return PermuteResult(found, folder, read if loaded.streams else lambda: loaded.model)

@@ -154,6 +154,10 @@ class AbstractModel(ABC):
         """Copy what `state` gave into a layer that is resident."""
 
     @abstractmethod
+    def keep(self, layer: DecoderLayer) -> None:
+        """Note the weights of a layer that is about to change, if they may have to come back."""
+
+    @abstractmethod
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
 

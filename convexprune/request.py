@@ -98,8 +98,11 @@ class Request:
         self.clock = Clock()
 
     def in_memory(self) -> PruneResult:
-        """Prune the loaded model in place."""
-        loaded = self.open(device=self.device)
+        """Prune the loaded model in place; if that fails, a model that was given loaded is as it was."""
+        with self.open(device=self.device).lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+            return self._in_memory(loaded)
+
+    def _in_memory(self, loaded: HuggingFaceModel) -> PruneResult:
         check_patterns(loaded.layers, self.layers)
         self.clock.lap("load")
         windows = self._windows(loaded, {})
@@ -123,7 +126,11 @@ class Request:
         """Prune layer by layer from files to files, or what of it is still to do."""
         folder = RunFolder(path)
         folder.check(resume or self.executor.rank is not None)
-        loaded = self.open(device=self.device, stream=True)
+        opened = self.open(device=self.device, stream=True)
+        with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+            return self._in_folder(folder, loaded, resume)
+
+    def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
         check_patterns(loaded.layers, self.layers)
         self.clock.lap("load")
         sampled = folder.sampled() if resume and folder.is_unfinished else {}
@@ -145,11 +152,11 @@ class Request:
         with folder.opened(report.identity, sampled, self.executor.rank):
             written = not folder.is_finished and self._run(folder, loaded, windows, report)
         if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
-            pruned = self._read(path)
+            pruned = self._read(folder.folder)
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
-        model = partial(self._read, path) if loaded.streams else lambda: loaded.model
-        return PruneResult(folder.report(), loaded.tokenizer, path, model)
+        model = partial(self._read, folder.folder) if loaded.streams else lambda: loaded.model
+        return PruneResult(folder.report(), loaded.tokenizer, folder.folder, model)
 
     def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
         """Prune what is not yet, and write the result unless another rank does; whether this one has."""
@@ -203,7 +210,8 @@ class Request:
             self.clock.lap("allocation")
 
     def _read(self, folder: Path) -> PreTrainedModel:
-        return load(folder, device=self.device, trust_remote_code=self.trust_remote_code).model
+        with load(folder, device=self.device, trust_remote_code=self.trust_remote_code).lent() as loaded:
+            return loaded.model
 
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)

@@ -14,6 +14,7 @@ from torch import nn
 
 import convexprune
 from convexprune.adapters import TESTED, HuggingFaceModel
+from convexprune.adapters.replay import replay_error
 
 PATTERNS = {"50 %": {"sparsity": 0.5, "allocation": "rows"}, "2:4": {"pattern": "2:4"}}
 
@@ -44,7 +45,7 @@ def test_a_family_is_pruned_saved_and_loaded(family: str, pattern: str, tmp_path
     loaded, info = type(dense).from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     model = HuggingFaceModel(loaded)
-    replay = model.replay_error(TOKENS)
+    replay = replay_error(model, TOKENS)
     assert replay == 0
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, result.model(TOKENS).logits)

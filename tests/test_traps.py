@@ -14,6 +14,7 @@ from torch.sparse._semi_structured_conversions import (
 import convexprune
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.admission import refuse_non_finite
+from convexprune.adapters.replay import replay_error
 from convexprune.errors import ModelError
 from convexprune.pipeline.machine import steps
 
@@ -41,7 +42,7 @@ def test_a_mask_of_the_size_of_a_batch_is_recorded_for_each_size(family: str):
     model.set_attn_implementation("eager")  # a mask [batch 1 tokens tokens] where sdpa has none
     call = HuggingFaceModel(model).calls(TOKENS[:3])[0]
     masks = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor) and a.shape[-2:] == (24, 24)]
-    assert masks and HuggingFaceModel(model).replay_error(TOKENS[:3]) == 0
+    assert masks and replay_error(HuggingFaceModel(model), TOKENS[:3]) == 0
     settings = SMALL | {"dataset": TOKENS[:3], "num_calibration_samples": 3}  # batches of two and of one
     report = convexprune.prune(model, method="wanda", **settings).report
     assert all(o.tokens == TOKENS[:3].numel() and o.zeros == o.expected_zeros for o in report.operators)

@@ -104,6 +104,7 @@ def prune_layer_task(
         if more:
             store.put_hidden(number + 1, "dense", observed.outputs)
             model.prefetch(model.layers[number + 1])
+        model.keep(layer)
         known = prune_observed(layer, calls.of(number), hidden, observed, settings, report, record=record)
         if more and settings.prefix == "pruned":
             fed = _recorded(through(layer, calls.of(number), hidden.fed, known), record())

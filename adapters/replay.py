@@ -1,0 +1,65 @@
+"""Whether the decoder layers of a model, called one by one, are the model."""
+
+from collections.abc import Sequence
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from convexprune.errors import ModelError
+from convexprune.model import Call
+
+from .admission import refuse_other_shapes
+
+if TYPE_CHECKING:
+    from .huggingface import HuggingFaceModel
+
+TOLERANCE = 1e-3
+"""Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
+
+
+def refuse_other_replays(model: "HuggingFaceModel") -> None:
+    """Refuse a model that is not its decoder layers. Of one that streams, the calls alone have to be the same.
+
+    Raises:
+        ModelError: its hidden states are not one vector a token, or its layers do not give its own outputs.
+    """
+    batch = model.probe_tokens()
+    refuse_other_shapes(batch, model.first_inputs(batch))
+    if model.streams:
+        error = 0.0 if _same(model.calls(batch), model.calls(batch.flip(-1))) else inf
+    else:
+        error = replay_error(model, batch)
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"{model.name}: its decoder layers, called one by one, do not give what the model gives (relative "
+            f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
+            "tokens; such a model cannot be pruned layer by layer."
+        )
+
+
+@torch.no_grad()
+def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
+    """|replayed - own| / |own| of the last layer's outputs on `batch`, replayed with the calls of another batch.
+
+    Zero where the decoder layers, one after the other, are the model: nothing happens between them, and what they are
+    called with depends on the shape of a batch only.
+    """
+    own: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        own.append(output if isinstance(output, Tensor) else output[0])
+
+    with model.layers[-1].module.register_forward_hook(keep):
+        model.forward(batch)
+    hidden = model.first_inputs(batch)
+    for layer, call in zip(model.layers, model.calls(batch.flip(-1)), strict=True):
+        hidden = call(layer.module, hidden)
+    return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
+
+
+def _same(first: Sequence[Call], second: Sequence[Call]) -> bool:
+    pairs = zip(tree_leaves([vars(c) for c in first]), tree_leaves([vars(c) for c in second]), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
