@@ -1,5 +1,6 @@
 """Executors: serial, pool, ranks and Ray give the same bits, and what one of them cannot do is refused."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import convexprune
 from convexprune import errors, request
 from convexprune.pipeline import executors, machine
+from convexprune.pipeline.files import locked
 from convexprune.report import OperatorReport
 
 
@@ -47,6 +50,42 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     assert lost and len(workers) == 3
     assert checksums(tmp_path / "out") == expected
     assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
+
+
+class _Waiting:
+    """A job that holds a lock for ever, and says whether Ctrl-C would reach it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def do(self, device: str) -> None:
+        with locked(self.folder / "lock"):
+            hears = signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            (self.folder / "held").write_text(str(hears))
+            time.sleep(60)
+
+
+def _pool_that_waits(folder: Path) -> None:
+    executors._Worker(_Waiting(folder), "cpu")  # pyright: ignore[reportArgumentType]
+    time.sleep(60)
+
+
+def test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it(tmp_path: Path, monkeypatch):
+    forking = SimpleNamespace(**vars(multiprocessing) | {"get_context": lambda _: multiprocessing.get_context("fork")})
+    monkeypatch.setattr(executors, "multiprocessing", forking)
+    parent = forked(lambda: _pool_that_waits(tmp_path))
+    while not (tmp_path / "held").exists() or not (tmp_path / "held").read_text():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert (tmp_path / "held").read_text() == "False"
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        with locked(tmp_path / "lock") as free:
+            if free:
+                return
+        time.sleep(0.01)
+    pytest.fail("the worker goes on without its parent")
 
 
 @pytest.mark.parametrize("what", ["steps", "code"])

@@ -5,12 +5,15 @@ They differ in nothing but who calls `prune_claimed`: the queue is the run's fol
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,7 +26,6 @@ from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.store import FolderStore, TeamStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.team import Team
-from convexprune.report import OperatorReport
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
 POLL = 0.2  # seconds between two looks at the workers
@@ -50,14 +52,9 @@ class Job:
                 "the same kind of processor or GPU."
             )
 
-        def go_on(_: OperatorReport) -> None:
-            parent = multiprocessing.parent_process()
-            if parent is not None and not parent.is_alive():
-                raise SystemExit("the process that started this worker is gone")
-
         with threads(self.threads):
             model = self.open_model(device=device)
-            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, go_on)
+            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, lambda _: None)
 
 
 class AbstractExecutor(ABC):
@@ -262,7 +259,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
         self._errors, theirs = context.Pipe(duplex=False)
         self._process = context.Process(target=_do_and_tell, args=(job, device, theirs), daemon=True)
-        self._process.start()
+        with _no_interrupts():
+            self._process.start()
         theirs.close()
 
     @property
@@ -287,7 +285,27 @@ class _Worker:
         self._process.join()
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A process that is started inside never hears Ctrl-C, which a terminal sends to all: the one that waits does."""
+    resource_tracker.ensure_running()  # started with the first worker, it would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, whatever is being computed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _do_and_tell(job: Job, device: str, errors: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job.do(device)
     except ConvexpruneError as error:
