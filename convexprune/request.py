@@ -133,7 +133,8 @@ class Request:
     def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
         check_patterns(loaded.layers, self.layers)
         self.clock.lap("load")
-        sampled = folder.sampled() if resume and folder.is_unfinished else {}
+        samples = is_self(self.dataset) or is_self(self.evaluation)
+        sampled = folder.sampled() if resume and samples and folder.is_unfinished else {}
         windows = self._windows(loaded, sampled)
         report = self._report(loaded)
         report.identity = identity(

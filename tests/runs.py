@@ -42,6 +42,16 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def cut(path: Path) -> None:
+    """A file without its end."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    """A file of no bytes."""
+    path.write_bytes(b"")
+
+
 def forked(run: Callable[[], object]) -> int:
     """The number of a process that runs `run`, and says on the way out whether it could."""
     child = os.fork()

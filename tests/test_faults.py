@@ -177,9 +177,9 @@ def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(
     def finishing(path: Path):
         if path.name == output.RUN and folder.is_unfinished:
             folder.finish(report)
-        return files.read_json(path)
+        return files.read_notes(path)
 
-    monkeypatch.setattr(output, "read_json", finishing)
+    monkeypatch.setattr(output, "read_notes", finishing)
     with folder.opened({"a": 1}, tokens, 1):
         assert folder.is_finished
 

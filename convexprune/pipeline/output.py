@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,9 +21,10 @@ from convexprune.pipeline.files import (
     locked,
     make_folder,
     overwrite,
-    read_json,
+    read_notes,
+    sha256,
     write,
-    write_json,
+    write_notes,
     writing,
 )
 from convexprune.pipeline.tensors import Spec, write_tensors
@@ -32,6 +32,7 @@ from convexprune.report import Report
 
 logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
+TOKENS = "tokens.safetensors"
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
 
@@ -67,14 +68,23 @@ class RunFolder:
         """Refuse, before any work, a folder that holds what would be lost.
 
         Raises:
-            OutputError: it holds something else, or an unfinished run that is not to be resumed.
+            OutputError: it holds something else, an unfinished run that is not to be resumed, or one of which is
+                damaged or gone what it began with.
         """
+        done = len(list((self.work / "layers").glob("*.json")))  # first: until they are gone, the rest stays
         if self.folder.exists() and not (self.folder.is_dir() and self._is_ours()):  # another rank may begin it now
             check_output(self.folder)
         if not resume and self.is_finished:
             raise OutputError(f"{self.folder} already holds something: a finished run. Give another output folder.")
+        if self._begun() is None and not self.is_finished and done:
+            raise OutputError(
+                f"{self.folder} holds {done} finished layers, but {RUN}, which says of what run, is missing. Put it "
+                "back to go on, or remove the folder to begin again."
+            )
         if not resume and self.is_unfinished:
-            done = len(list((self.work / "layers").glob("*.json")))
+            with locked(self.folder / LOCK, shared=True) as free:
+                if not free:
+                    raise self._in_use()
             raise OutputError(
                 f"{self.folder} holds an unfinished run, {done} of its layers finished. Go on with resume=True "
                 "(--resume), or remove the folder to begin again."
@@ -91,28 +101,27 @@ class RunFolder:
         """
         with writing(self.folder):
             make_folder(self.folder)
-        with self._held(shared=rank is not None):
-            if rank is None:
-                overwrite(self.folder / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
-            if rank:
-                self._wait()
-            elif not self.is_unfinished and not self.is_finished:
-                self._begin(identity, tokens)
-            self._require_same(identity)
-            yield
-        with locked(self.folder / LOCK) as last:
-            if last and self.is_finished:
-                shutil.rmtree(self.work, ignore_errors=True)
-                for path in (*self.folder.glob(PARTS), self.folder / FINISH, self.folder / LOCK):
-                    path.unlink(missing_ok=True)
+        try:
+            with self._held(shared=rank is not None):
+                if rank is None:
+                    overwrite(self.folder / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
+                if rank:
+                    self._wait()
+                elif not self.is_unfinished and not self.is_finished:
+                    self._begin(identity, tokens)
+                self._require_same(identity, tokens)
+                if not rank and self.is_unfinished and not self._tokens_are_whole():
+                    self._keep(tokens)
+                yield
+        finally:
+            self._tidy_up()
 
     def sampled(self) -> dict[str, Tensor]:
-        """The windows that the run began with and that the model wrote; none, and a warning, if they cannot be read."""
-        try:
-            return load_file(self.work / "tokens.safetensors")
-        except (OSError, SafetensorError) as cause:
-            logger.warning("%s: the windows that the model wrote are sampled again: %s", self.folder, cause)
-            return {}
+        """The windows that the run began with and that the model wrote; none, and a warning, if they are damaged."""
+        if self._tokens_are_whole():
+            return load_file(self.work / TOKENS)
+        logger.warning("%s is damaged: the windows that the model wrote are sampled again", self.work / TOKENS)
+        return {}
 
     def report(self) -> Report:
         """That of a finished run."""
@@ -148,19 +157,51 @@ class RunFolder:
                     yield
                     return
                 if not self.is_finished:
-                    holder = (self.folder / LOCK).read_text().strip() or "a rank of a launcher"
-                    raise OutputError(
-                        f"Another process works on {self.folder} ({holder}). Wait for it, or give another folder."
-                    )
+                    raise self._in_use()
             time.sleep(POLL)
+
+    def _in_use(self) -> OutputError:
+        holder = (self.folder / LOCK).read_text().strip() or "a rank of a launcher"
+        return OutputError(f"Another process works on {self.folder} ({holder}). Wait for it, or give another folder.")
+
+    def _tidy_up(self) -> None:
+        """Of a finished run, remove all that was only for the run, unless another process still works on it."""
+        if self.is_finished:
+            with locked(self.folder / LOCK) as last:
+                if last:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    for path in (*self.folder.glob(PARTS), self.folder / FINISH, self.folder / LOCK):
+                        path.unlink(missing_ok=True)
 
     def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         with writing(self.work):
             self.work.mkdir()
+        self._keep(tokens)
+        write_notes(self.folder / RUN, json.loads(json.dumps(identity)))
+
+    def _keep(self, tokens: Mapping[str, Tensor]) -> None:
         specs = {name: Spec.of(windows) for name, windows in tokens.items()}
-        write_tensors(self.work / "tokens.safetensors", specs, tokens.__getitem__, {})
-        write_json(self.folder / RUN, identity)
+        write_tensors(self.work / TOKENS, specs, tokens.__getitem__, {})
+        write_notes((self.work / TOKENS).with_suffix(".json"), sha256(self.work / TOKENS))
+
+    def _tokens_are_whole(self) -> bool:
+        kept = read_notes((self.work / TOKENS).with_suffix(".json"))
+        return kept is not None and kept == sha256(self.work / TOKENS)
+
+    def _begun(self) -> Any:
+        """What the unfinished run here began with; None if there is none.
+
+        Raises:
+            OutputError: it is damaged.
+        """
+        for _ in range(2):  # another process may begin or finish the run meanwhile
+            if (then := read_notes(self.folder / RUN)) is not None or not self.is_unfinished:
+                return then
+        raise OutputError(
+            f"{self.folder / RUN} is damaged, or of another release: it does not say any more what run this is. Put "
+            "back what was written to go on, or remove the folder to begin again."
+        )
 
     def _wait(self) -> None:
         until = time.monotonic() + PATIENCE
@@ -169,11 +210,17 @@ class RunFolder:
                 raise OutputError(f"{self.folder}: the first process has not begun the run. Did it fail?")
             time.sleep(POLL)
 
-    def _require_same(self, identity: Mapping[str, Any]) -> None:
-        then = read_json(self.folder / RUN)
+    def _require_same(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
+        then = self._begun()
         if then is None and self.is_finished:  # also if another rank has just finished it
             then = self.report().identity
         differing = differences(then or {}, json.loads(json.dumps(identity)))
+        lost = [name for name in tokens if f"tokens.{name}" in differing] if self.is_unfinished else []
+        if lost and not self._tokens_are_whole():
+            raise OutputError(
+                f"{self.work / TOKENS} is damaged, and the text that the model writes here is another than that of the "
+                "run. Put the file back to go on, or remove the folder to begin again."
+            )
         if differing:
             raise OutputError(
                 f"{self.folder} holds another run; it differs in {'; '.join(differing)}. Go on with what it began "
