@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import gcd
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -70,6 +71,8 @@ class Unstructured(AbstractPattern):
     quota: Literal["matrix", "row"] = "matrix"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, Real):
+            raise PatternError(f"Sparsity {self.sparsity!r} is no number: it is the share of zeros, 0.5 for half.")
         if not 0 <= self.sparsity < 1:
             raise PatternError(f"Sparsity {self.sparsity} is outside [0, 1): it is the share of zeros, 0.5 for half.")
         if self.quota not in ("matrix", "row"):
@@ -124,8 +127,11 @@ class SemiStructured(AbstractPattern):
     group: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.kept < self.group:
-            raise PatternError(f"Pattern {self} is no pattern: N:M keeps N of every M inputs, 1 <= N < M.")
+        whole = isinstance(self.kept, Integral) and isinstance(self.group, Integral)
+        if not whole or not 1 <= self.kept < self.group:
+            raise PatternError(
+                f"Pattern {self} is no pattern: N:M keeps N of every M inputs, whole numbers with 1 <= N < M."
+            )
 
     @property
     def sparsity(self) -> float:
@@ -235,14 +241,14 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 def parse_pattern(
     pattern: str, sparsity: float | None = None, quota: Literal["matrix", "row"] = "matrix"
 ) -> Unstructured | SemiStructured:
-    """The pattern of a name: "unstructured" (with `sparsity` and `quota`) or "N:M" (which fixes the sparsity).
+    """The pattern of a name: "unstructured" (with `sparsity` and `quota`) or "N:M" (which fixes both).
 
     Raises:
         PatternError: the name is unknown, or N:M contradicts `sparsity` or `quota`.
     """
     if pattern == "unstructured":
         return Unstructured(0.5 if sparsity is None else sparsity, quota)
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match is None:
         raise PatternError(f"Unknown pattern {pattern!r}. Known: 'unstructured', and 'N:M' for N non-zeros in M.")
     parsed = SemiStructured(int(match[1]), int(match[2]))

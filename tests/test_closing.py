@@ -145,7 +145,7 @@ def test_the_others_are_pruned_the_same():
         ({"prefix": "pruned", "error_correction": 0}, 0.0, "layer"),
         ({"preset": "fistapruner"}, 1.0, "operator"),
         ({"method": "fistapruner", "prefix": "pruned"}, 0.5, "operator"),
-        ({"preset": "fistapruner", "correct": "layer"}, 1.0, "layer"),
+        ({"method": "fistapruner", "correct": "layer"}, 1.0, "layer"),
         ({"correct": None, "error_correction": None}, 1.0, "layer"),
     ],
 )

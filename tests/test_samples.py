@@ -39,7 +39,7 @@ def test_each_sample_is_a_comparison_and_ratios_are_geometric_means_with_their_e
         each.append({row["name"]: row for row in rows[1]})
     assert [row["name"] for row in found["rows"]] == list(each[0])
     for row in found["rows"]:
-        first = f"wanda {'2:4' if row['pattern'] == '2:4' else '0.5'} pruned-own"
+        first = f"wanda {'2:4 pruned-own' if row['pattern'] == '2:4' else '0.5 pruned-own by row'}"
         assert row["first"] == first
         for text, of in row["texts"].items():
             kl = [(sample[row["name"]]["texts"][text]["kl"], sample[first]["texts"][text]["kl"]) for sample in each]

@@ -45,7 +45,7 @@ def compare(
     output: Path,
     *,
     allocations: Sequence[str] = ("own",),
-    quota: str = "matrix",
+    quota: str = "own",
     dataset: Any = "self",
     num_calibration_samples: int = 64,
     held_out_samples: int | None = None,
@@ -68,9 +68,9 @@ def compare(
 
     Args:
         model: a folder or a name on the hub; None is the small OPT that is bundled.
-        methods, sparsities, patterns, conventions, allocations: see `make_variants`.
+        methods, sparsities, patterns, conventions, allocations, quota: see `make_variants`.
         output: the folder for the result; must be empty, unless `resume`. Beside the result it holds `work` meanwhile.
-        quota, dataset, num_calibration_samples, held_out_samples, max_seq_length, batch_size, seed, targets, ignore,
+        dataset, num_calibration_samples, held_out_samples, max_seq_length, batch_size, seed, targets, ignore,
             device, dtype: see `convexprune.prune`.
         eval_texts: .txt or .jsonl files, or the names of texts that installations carry (`validation.texts.TEXTS`).
         eval_window: tokens of an evaluation window (None: 1024, or the model's limit if less).

@@ -143,6 +143,7 @@ def _target(row: Row) -> str:
 
 def _label(row: Row) -> str:
     words = [row["method"], row["convention"], *([] if row["allocation"] == "uniform" else [row["allocation"]])]
+    words += ["by row"] if row["quota"] == "row" else []
     return " ".join(words)
 
 

@@ -125,7 +125,7 @@ def name_cells(row: Mapping[str, Any]) -> list[str]:
     """The cells under `NAMES`, which say what variant a row is."""
     target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
     name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
-    return [name, target, row["convention"]]
+    return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:

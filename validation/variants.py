@@ -1,6 +1,7 @@
 """What is compared: every method, sparsity, pattern and convention by name, and what the names stand for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import yaml
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
 from convexprune.pipeline.passes import Correct
+from convexprune.pipeline.recipe import SOLVERS
 from convexprune.pruners import PRUNERS
-from convexprune.solvers import solver_names
 
 CONVENTIONS: dict[str, tuple[str, float, Correct]] = {
     "dense": ("dense", 1.0, "operator"),
@@ -33,6 +34,10 @@ OWN = {
 }
 """What each method's paper or code does; of ours, the recipe's default."""
 
+BY_ROW = ("wanda",)
+"""Methods whose paper prunes every row alike; the others choose from a whole matrix."""
+QUOTAS = ("matrix", "own", "row")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -48,8 +53,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Of the variant among others, and of its folder."""
-        name = f"{self.method} {self.target} {self.convention}"
-        return name if self.allocation == "uniform" else f"{name} {self.allocation}"
+        spread = "" if self.allocation == "uniform" else f" {self.allocation}"
+        return f"{self.method} {self.target} {self.convention}{spread}{' by row' if self.quota == 'row' else ''}"
 
     @property
     def target(self) -> str:
@@ -95,18 +100,20 @@ def make_variants(
     sparsities: Sequence[float],
     patterns: Sequence[str],
     conventions: Sequence[str],
-    quota: str = "matrix",
+    quota: str = "own",
     allocations: Sequence[str] = ("own",),
 ) -> list[Variant]:
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
     followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
-    Allocations are the rules of `convexprune.pipeline.survey`, or "own", what the recipe takes if none is given.
-    A method may name its own in place of those for all: "fista:convention=pruned-layer:allocation=half-curve".
+    Allocations are the rules of `convexprune.pipeline.survey`, or "own", what the recipe takes if none is given. The
+    quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
+    the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
+    all: "fista:convention=pruned-layer:allocation=half-curve".
 
     Raises:
-        RecipeError: an unknown method, setting, convention or allocation, one that is named twice, or nothing to
+        RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, or nothing to
             compare.
         PatternError: no such pattern or sparsity.
     """
@@ -114,18 +121,14 @@ def make_variants(
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
             raise RecipeError(f"{name} names {twice[0]} twice. Leave one of them out.")
-    quotas = {pattern: quota if pattern == "unstructured" else "matrix" for pattern in patterns}  # N:M has its own
     variants = {
-        Variant(
-            method, pattern, sparsity, _known_convention(convention, method), quotas[pattern],
-            _own_allocation(method, pattern, quotas[pattern]) if allocation == "own" else allocation,
-        ): None
+        _variant(method, pattern, sparsity, convention, own.get("quota", [quota])[0], allocation): None
         for method, own in map(_without_own, methods)
         for pattern in patterns
         for sparsity in (sparsities if pattern == "unstructured" else [None])
         for convention in own.get("convention", conventions)
         for allocation in own.get("allocation", allocations)
-    }  # fmt: skip
+    }
     for variant in variants:
         variant.layer_settings()
     if not variants:
@@ -133,31 +136,51 @@ def make_variants(
     return list(variants)
 
 
+def _variant(
+    method: str, pattern: str, sparsity: float | None, convention: str, quota: str, allocation: str
+) -> Variant:
+    """The variant where "own" stands for what the method has."""
+    if quota not in QUOTAS:
+        raise RecipeError(unknown("quota", quota, QUOTAS))
+    if pattern != "unstructured":
+        quota = "matrix"  # N:M has none
+    elif quota == "own":
+        quota = "row" if method.partition(":")[0] in BY_ROW and allocation != "rows" else "matrix"
+    if allocation == "own":
+        allocation = make_recipe(model="", **_method(method), pattern=pattern, quota=quota).allocation
+    return Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation)
+
+
 def _method(text: str) -> dict[str, Any]:
     """The recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
-    if name not in PRUNERS and name not in solver_names():
-        raise RecipeError(unknown("method", name, _known()))
+    if name not in PRUNERS and name not in SOLVERS:
+        raise RecipeError(unknown("method", name, {*PRUNERS, *SOLVERS}))
     settings: dict[str, Any] = {"method": name} if name in PRUNERS else {"method": "convex", "solver": name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
         place = settings if key == "refit" else settings.setdefault("method_args", {})
-        place[key] = yaml.safe_load(value)
+        place[key] = _value(value)
     return settings
 
 
+def _value(text: str) -> Any:
+    """A setting's value as YAML has it, and numbers without a point (1e-6), which YAML takes for text."""
+    with suppress(ValueError):
+        return float(text) if "e" in text.lower() else int(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
-    """A method's text without the convention and the allocation that it may name, and these."""
+    """A method's text without the convention, the allocation and the quota that it may name, and these."""
     pairs = [(part, *part.partition("=")) for part in text.split(":")]
-    own = {key: [value] for _, key, _, value in pairs if key in ("convention", "allocation")}
+    own = {key: [value] for _, key, _, value in pairs if key in ("convention", "allocation", "quota")}
     return ":".join(part for part, key, *_ in pairs if key not in own), own
-
-
-def _own_allocation(method: str, pattern: str, quota: str) -> str:
-    """The recipe's for such a method and pattern."""
-    return make_recipe(model="", **_method(method), pattern=pattern, quota=quota).allocation
 
 
 def _known_convention(name: str, method: str) -> str:
@@ -176,7 +199,3 @@ def _own(method: str) -> str:
     default = recipe.prefix, recipe.error_correction, recipe.correct
     (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
     return convention
-
-
-def _known() -> Iterable[str]:
-    return sorted({*PRUNERS, *solver_names()})

@@ -40,7 +40,10 @@ def compare(
             "skewness."
         ),
     ] = "own",
-    quota: options.Quota = "matrix",
+    quota: Annotated[
+        str,
+        typer.Option(help="Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row."),
+    ] = "own",
     dataset: options.Dataset = "self",
     num_calibration_samples: options.Samples = 64,
     held_out_samples: options.HeldOut = None,

@@ -18,6 +18,8 @@ from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
 LARGEST_SEED = 2**63 - 1  # torch's generators take no more
+SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
+PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "correct": "operator"}  # of the preset
 
 
 class Recipe(BaseModel):
@@ -95,10 +97,21 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _names(self) -> "Recipe":
+        if self.method in solver_names() and self.method not in PRUNERS:
+            raise RecipeError(
+                f"{self.method!r} is a solver, not a method: leave the method out and name it as the solver "
+                f"(--solver {self.method}). The baseline of arXiv 2408.03728 is the method 'fistapruner'."
+            )
         if self.method not in PRUNERS:
             raise RecipeError(unknown("method", self.method, PRUNERS))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
+        for name, value in PUBLISHED.items() if self.preset else ():
+            if getattr(self, name) != value:
+                raise RecipeError(
+                    f"preset={self.preset!r} is the algorithm as published, with {name}={value!r}, not "
+                    f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
+                )
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
         grouped = isinstance(pattern, SemiStructured) and self.allocation == "uniform"
@@ -169,8 +182,10 @@ class Recipe(BaseModel):
         return Refitted(pruner, damping=self.damping) if added else pruner
 
     def _solver(self) -> AbstractSolver:
-        if self.solver not in solver_names():
-            raise RecipeError(unknown("solver", self.solver, solver_names()))
+        if self.solver == "cg":
+            raise RecipeError(f"solver='cg' solves for fixed supports only (refits). Known: {', '.join(SOLVERS)}.")
+        if self.solver not in SOLVERS:
+            raise RecipeError(unknown("solver", self.solver, SOLVERS))
         return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
 
 
@@ -210,9 +225,8 @@ def make_recipe(**settings: Any) -> Recipe:
 
 
 def _make(method: str, settings: dict[str, Any]) -> AbstractPruner:
-    try:
-        return PRUNERS[method](**settings)
-    except ConvexpruneError:
-        raise
-    except TypeError as error:
-        raise RecipeError(f"Settings {settings} do not fit the method {method!r}: {error}.") from error
+    known = signature(PRUNERS[method]).parameters
+    for name in settings:
+        if name not in known:
+            raise RecipeError(unknown(f"setting of {method!r}:", name, known))
+    return PRUNERS[method](**settings)

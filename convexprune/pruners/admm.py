@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import Count
+from convexprune.pruners.base import Count, Ends, NotNegative
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 
@@ -31,9 +31,9 @@ class ADMM(AbstractSearch):
     """
 
     iterations: Count = 80
-    stiffnesses: tuple[float, float] = (0.1, 1.0)
+    stiffnesses: Ends = (0.1, 1.0)
     every: Count = 5
-    relaxation: float = 0.7
+    relaxation: NotNegative = 0.7
 
     @property
     def by_rows(self) -> bool:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import (
+    AbstractPruner,
+    Count,
+    NotNegative,
+    Positive,
+    Pruned,
+    PruningProblem,
+    dead_inputs_first,
+)
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver
@@ -35,10 +43,10 @@ class ALPS(AbstractPruner):
     """
 
     iterations: Count = 300
-    rho: float = 0.1
+    rho: Positive = 0.1
     every: Count = 3
     settled: Count = 30
-    damping: float = 0.01
+    damping: NotNegative = 0.01
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=1e-4, max_iterations=10))
 
     @dead_inputs_first

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate, pairwise
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import torch
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from convexprune.errors import RecipeError
@@ -16,8 +17,12 @@ from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import Solution
 
-Count = Annotated[int, "1 or more"]
+Count = Annotated[int, Field(ge=1)]
 """The type of a pruner's setting that counts something."""
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Ends = Annotated[tuple[Positive, Positive], Strict(False)]
+"""Where something begins and where it ends; files of settings have a list for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +123,10 @@ class Pruned:
         return self.other_products + sum(solution.products for solution in self.solutions)
 
 
-P = TypeVar("P", bound="AbstractPruner")
+Prune = TypeVar("Prune", bound=Callable[..., Pruned])
 
 
-def dead_inputs_first(prune: Callable[[P, PruningProblem], Pruned]) -> Callable[[P, PruningProblem], Pruned]:
+def dead_inputs_first(prune: Prune) -> Prune:
     """A method's `prune` to which the weights on inputs that are always zero (H_jj = 0) are the first to go.
 
     The method sees the problem `PruningProblem.awakened`. Where the pattern keeps such a weight all the same, because
@@ -130,27 +135,29 @@ def dead_inputs_first(prune: Callable[[P, PruningProblem], Pruned]) -> Callable[
 
     @wraps(prune)
     @torch.no_grad()
-    def pruned(self: P, problem: PruningProblem) -> Pruned:
+    def pruned(self: "AbstractPruner", problem: PruningProblem) -> Pruned:
         if not bool(problem.dead.any()):
             return prune(self, problem)
         found = prune(self, problem.awakened())
         return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
 
-    return pruned
+    return cast(Prune, pruned)
 
 
 class AbstractPruner(ABC):
     """Settings of a pruner, a dataclass.
 
     Raises:
-        RecipeError: a `Count` is below 1.
+        RecipeError: a setting is not of its type, or out of range.
     """
 
     def __post_init__(self) -> None:
-        for setting in fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, setting.name)
-            if setting.type in (Count, "Count") and value < 1:  # a string where annotations are postponed
-                raise RecipeError(f"{type(self).__name__}: {setting.name}={value}; it must be 1 or more.")
+        for name, accepted in _settings(type(self)).items():
+            value = getattr(self, name)
+            try:
+                accepted.validate_python(value)
+            except ValidationError as error:
+                raise RecipeError(f"{type(self).__name__}: {name}={value!r}: {error.errors()[0]['msg']}.") from None
 
     @property
     def by_rows(self) -> bool:
@@ -163,3 +170,14 @@ class AbstractPruner(ABC):
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:
         """A weight in the pattern."""
+
+
+@lru_cache
+def _settings(pruner: type) -> dict[str, TypeAdapter[Any]]:
+    """What each setting of a pruner may be, by its annotation."""
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        hints = get_type_hints(pruner, localns={"Count": Count}, include_extras=True)
+    except NameError:  # of a user's own class whose annotations only a type checker resolves
+        return {}
+    return {setting.name: TypeAdapter(hints[setting.name], config=config) for setting in fields(pruner)}

@@ -1,19 +1,19 @@
 """The convex pruner: a path of convex problems finds the support, a certified refit the values."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from convexprune.errors import PatternError, RecipeError, unknown
+from convexprune.errors import PatternError
 from convexprune.fused import fused, number_like
 from convexprune.group_products import GroupProducts
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.penalty import L1, AbstractPenalty
 from convexprune.problem import Problem
 from convexprune.pruners.admm import between
-from convexprune.pruners.base import Count
+from convexprune.pruners.base import Count, Ends, NotNegative
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution, make_solver
@@ -60,15 +60,13 @@ class Convex(AbstractSearch):
     solver: AbstractSolver | None = None
     penalty: Penalty = "reweighted-l1"
     rounds: Count = 60
-    strengths: tuple[float, float] = (0.2, 1.3)
-    stiffnesses: tuple[float, float] = (0.6, 6.0)
+    strengths: Ends = (0.2, 1.3)
+    stiffnesses: Ends = (0.6, 6.0)
     envelopes: Count = 4
-    reach: float = 3.0
+    reach: NotNegative = 3.0
 
     def __post_init__(self) -> None:
         AbstractSearch.__post_init__(self)
-        if self.penalty not in get_args(Penalty):
-            raise RecipeError(unknown("penalty", self.penalty, get_args(Penalty)))
         require_penalty(self._solver, GroupProducts if self.penalty == "group-products" else L1)
 
     @property

@@ -6,10 +6,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexprune.errors import RecipeError, unknown
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import (
+    AbstractPruner,
+    Count,
+    NotNegative,
+    Positive,
+    Pruned,
+    PruningProblem,
+    dead_inputs_first,
+)
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
 from convexprune.solvers import Solution
@@ -28,27 +35,20 @@ class FISTAPruner(AbstractPruner):
     ends when E has not improved by a share of `improvement` for `patience` rounds. Strengths are in units of the sum
     over tokens, as in the paper. No damping, no refit.
 
-    The paper's warm start is SparseGPT for OPT and Wanda for LLaMA; SparseGPT is the default here. Differences: the
-    authors published no code; the initial strength, the interval, `improvement` and the exact form of E_round are
-    reconstructed from reviews (a smaller `improvement` gives a lower error for many times the products); the stop on a
-    small step inside the 20 is left out; each operator of a stack has its own bisection, as in the paper.
-
-    Raises:
-        RecipeError: an unknown `warm_start`.
+    The paper's settings are improvement=1e-3 and warm_start="wanda" for LLaMA, 1e-6 and "sparsegpt" for OPT. The
+    defaults are 1e-3 and SparseGPT, which ends with a lower error than Wanda; 1e-6 has a lower one still, for ten times
+    the products. Differences: the authors published no code; the initial strength, the interval, `improvement` and the
+    exact form of E_round are reconstructed from reviews; the stop on a small step inside the 20 is left out; each
+    operator of a stack has its own bisection, as in the paper.
     """
 
     warm_start: Literal["sparsegpt", "wanda"] = "sparsegpt"
     iterations: Count = 20
-    ratio: float = 0.3
+    ratio: NotNegative = 0.3
     patience: Count = 3
-    improvement: float = 1e-2
-    strength: float = 1e-5
-    largest_strength: float = 1e6
-
-    def __post_init__(self) -> None:
-        AbstractPruner.__post_init__(self)
-        if self.warm_start not in WARM_STARTS:
-            raise RecipeError(unknown("warm start", self.warm_start, WARM_STARTS))
+    improvement: NotNegative = 1e-3
+    strength: Positive = 1e-5
+    largest_strength: Positive = 1e6
 
     @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:

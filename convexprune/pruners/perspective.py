@@ -1,15 +1,17 @@
 """The perspective pruner: one certified convex problem in which non-zeros are paid by their number, and a refit."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from convexprune.bound import budget
 from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Count, NotNegative, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
@@ -39,10 +41,10 @@ class Perspective(AbstractPruner):
 
     solver: AbstractSolver = field(default_factory=lambda: make_solver("fista"))
     refit: AbstractSolver | None = field(default_factory=ConjugateGradient)
-    damping: float = 0.03
+    damping: NotNegative = 0.03
     rounds: Count = 5
     iterations: Count = 40
-    margin: float = 0.1
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune.penalty import Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, NotNegative, Pruned, PruningProblem
 from convexprune.pruners.damped import choose_damping, damped
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, Solution
@@ -28,7 +28,7 @@ class Refitted(AbstractPruner):
 
     pruner: AbstractPruner
     refit: AbstractSolver = field(default_factory=ConjugateGradient)
-    damping: float | None = None
+    damping: NotNegative | None = None
 
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)

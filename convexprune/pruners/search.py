@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
 from convexprune.penalty import Support
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, NotNegative, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.damped import choose_damping, saliency_coordinates
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
@@ -38,7 +38,7 @@ class AbstractSearch(AbstractPruner):
     """
 
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
-    damping: float | None = None
+    damping: NotNegative | None = None
 
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)

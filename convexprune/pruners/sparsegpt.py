@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
-from convexprune.pruners.base import AbstractPruner, Count, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Count, NotNegative, Pruned, PruningProblem, dead_inputs_first
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SparseGPT(AbstractPruner):
     """
 
     block: Count = 128
-    damping: float = 0.01
+    damping: NotNegative = 0.01
 
     @property
     def by_rows(self) -> bool:
