@@ -131,7 +131,7 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
             logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
             inner.generation_config.do_sample = True
     # What is offloaded is on the meta device in the model's own state.
-    whole = {name: _held_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    whole = {name: stored_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
     inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
@@ -160,11 +160,11 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
 
 def save_from_store(
     model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+) -> set[Path]:
     """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
 
-    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
-    `tokenizer` is the caller's own, if it is not the one beside the checkpoint.
+    Returns the files. A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store
+    by now. `tokenizer` is the caller's own, if it is not the one beside the checkpoint.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -172,15 +172,19 @@ def save_from_store(
     if model.shards is None:
         with writing(folder), store.scratch_folder(store.count) as place:
             save(model, place)
+            names = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
             for path in sorted(place.iterdir(), key=lambda path: path.name == "config.json"):
                 publish(path, folder / path.name)
-        return
+        return {folder / name for name in names}
     layers = enumerate(model.layers)
     pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     model.shards.assemble(folder, pruned)
+    source = model.shards.folder
+    written = {path for path in folder.rglob("*") if path.is_file() and (source / path.relative_to(folder)).is_file()}
     if tokenizer is not None:
         with writing(folder):
-            tokenizer.save_pretrained(folder)
+            written |= set(map(Path, tokenizer.save_pretrained(folder)))
+    return written
 
 
 def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
@@ -251,7 +255,8 @@ def _is_offloaded(model: PreTrainedModel) -> bool:
     return any(offloaded(module) is not None for module in model.modules())
 
 
-def _held_at(model: PreTrainedModel, name: str) -> Tensor:
+def stored_at(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter or buffer by its name, from where accelerate keeps it if it is offloaded."""
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     return held(module, last) if last in module._parameters else module.get_buffer(last)

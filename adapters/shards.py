@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,23 @@ class Shards:
         config = json.loads((self.folder / "config.json").read_text())
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         _write_text(target / "config.json", config)
+
+    def written_to(self, folder: Path) -> "Shards":
+        """The same tensors as `assemble` has written them to `folder`.
+
+        Raises:
+            ModelError: a tensor is missing, is not of the source, or has another shape or type.
+        """
+        other = copy(self)
+        other.files, other._stored = shard_files(folder), {}
+        for path in other.files:
+            other._stored |= entries(path)[0]
+        expected = {name: self._cast(entry)[0] for name, entry in self._stored.items()}
+        found = {name: entry.spec for name, entry in other._stored.items()}
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
+                raise ModelError(f"{folder}: {name} should be {expected.get(name)} and is {found.get(name)}.")
+        return other
 
     def _cast(self, entry: Entry) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
         """What is to be written of a tensor, and how to get it."""

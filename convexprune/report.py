@@ -1,13 +1,20 @@
 """What happened, per operator: plain data, as JSON and as a table."""
 
+import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from convexprune.errors import OutputError
+
+Number = int | float  # infinity and NaN are text in JSON
+DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # written for readers, and not read
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class OperatorReport:
     times its weight if rows are weighed (`convexprune.pipeline.survey.row_weights`).
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
     outputs: int
     inputs: int
@@ -40,11 +49,11 @@ class OperatorReport:
     status: str | None
     solves: int
     products: int
-    facts: dict[str, float]
+    facts: dict[str, Number]
     tokens: int
     held_out_tokens: int
     seconds: float
-    bound: dict[str, float] | None = None
+    bound: dict[str, Number] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -57,17 +66,21 @@ class Report:
     """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
 
     `allocation` holds the `cost` and `gap` of its rule (`convexprune.pipeline.survey.Allotment`), `identity` the
-    checksums and versions that the bits of the result depend on, if it was written to a folder.
+    checksums and versions that the bits of the result depend on, and `files` the sha256 of every file of the result by
+    its path, if it was written to a folder.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     recipe: dict[str, Any]
     left_alone: dict[str, str]
     environment: dict[str, Any]
     operators: list[OperatorReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)
-    allocation: dict[str, Any] = field(default_factory=dict)
+    perplexity: dict[str, dict[str, Number]] = field(default_factory=dict)
+    allocation: dict[str, Number | None] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -92,18 +105,29 @@ class Report:
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
 
     def to_json(self) -> str:
-        """The whole report as JSON; numbers that are not finite are written as text."""
-        whole = asdict(self) | {"sparsity": self.sparsity, "largest_gap": self.largest_gap}
-        whole |= {"median_bound_ratio": self.median_bound_ratio, "short_of_tokens": self.short_of_tokens}
-        return json.dumps(finite(whole), indent=2, allow_nan=False)
+        """The whole report as JSON, with its checksum; numbers that are not finite are written as text."""
+        whole = finite(asdict(self) | {name: getattr(self, name) for name in DERIVED})
+        return json.dumps(whole | {"checksum": _checksum(whole)}, indent=2, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """The report that `to_json` wrote."""
-        whole = json.loads(text, object_hook=_numbers)
-        operators = [OperatorReport(**o) for o in whole.pop("operators")]
-        own = {f.name for f in fields(cls)}  # what is derived is derived again
-        return cls(**{name: value for name, value in whole.items() if name in own}, operators=operators)
+    def from_json(cls, text: str, name: str = "The report") -> "Report":
+        """The report that `to_json` wrote; `name` is for the error.
+
+        Raises:
+            OutputError: it is not what was written, or no report.
+        """
+        try:
+            whole = json.loads(text)
+            if whole.pop("checksum") != _checksum(whole):
+                raise ValueError("its checksum is that of another text")
+            given = {key: value for key, value in whole.items() if key not in DERIVED}
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as cause:
+            fault = cause.errors()[0]
+            reason = f"{'.'.join(map(str, fault['loc']))[:100]}: {fault['msg']}"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+            reason = f"{type(cause).__name__}: {cause}"
+        raise OutputError(f"{name} is damaged, or of another release of convexprune ({reason[:200]}).")
 
     def table(self) -> Table:
         """One line per operator, for a terminal."""
@@ -140,6 +164,5 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _numbers(value: dict[str, Any]) -> dict[str, Any]:
-    """The same with the text that `finite` wrote as numbers again."""
-    return {k: float(v) if v in ("inf", "-inf", "nan") else v for k, v in value.items()}
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """What a call of `prune` does: opens the model, draws the tokens, prunes in memory or in a folder, and reports."""
 
+import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters.allocating import allotment
+from convexprune.adapters.written import require_written
 from convexprune.pipeline import (
     FolderStore,
     Job,
@@ -40,6 +42,7 @@ from convexprune.report import OperatorReport, Report
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.workers import executor_for, team_size
 
+logger = logging.getLogger(__name__)
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
@@ -126,6 +129,8 @@ class Request:
         """Prune layer by layer from files to files, or what of it is still to do."""
         folder = RunFolder(path)
         folder.check(resume or self.executor.rank is not None)
+        if folder.is_finished and not self.executor.rank:
+            self._check_finished(folder)
         opened = self.open(device=self.device, stream=True)
         with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
             return self._in_folder(folder, loaded, resume)
@@ -191,13 +196,25 @@ class Request:
         else:
             store.restore(loaded)
             self._evaluate(report, "pruned", loaded, windows)
-        save_from_store(loaded, store, folder.folder, self.given_tokenizer)
+        written = save_from_store(loaded, store, folder.folder, self.given_tokenizer)
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         with appearing(folder.folder / "recipe.yaml") as file:
             write(file, text.encode())
+        require_written(loaded, folder.folder, report.operators)
         self.clock.lap("write")
         report.seconds = self.clock.laps
-        folder.finish(report)
+        folder.finish(report, [*written, folder.folder / "recipe.yaml"])
+
+    def _check_finished(self, folder: RunFolder) -> None:
+        """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""
+        folder.require_whole()
+        measured = folder.report().recipe.get("evaluation")
+        if self.recipe.evaluation not in (None, measured):
+            logger.warning(
+                "%s is finished, and its report is of the text %s: %s is not evaluated. For its perplexity: "
+                "convexprune eval %s --text %s",
+                folder.folder, measured, self.recipe.evaluation, folder.folder, self.recipe.evaluation,
+            )  # fmt: skip
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

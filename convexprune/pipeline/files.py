@@ -140,6 +140,26 @@ def write_json(path: Path, value: Any) -> None:
         write(file, json.dumps(value, indent=1).encode())
 
 
+def read_text(path: Path, longest: int) -> str:
+    """The text of a file, which is not longer than `longest` bytes.
+
+    Raises:
+        OutputError: it is missing, no file, too long, or no text.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OutputError(f"{path}: there is no such file.")
+        if path.stat().st_size > longest:
+            raise OutputError(f"{path} has {path.stat().st_size:,} bytes, and at most {longest:,} are read.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as cause:
+        raise OutputError(f"{path} is damaged: it is no text.") from cause
+    except OutputError:
+        raise
+    except OSError as cause:
+        raise OutputError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file; None if it is missing or is not JSON."""
     try:

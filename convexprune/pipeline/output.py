@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from convexprune.pipeline.files import (
     make_folder,
     overwrite,
     read_notes,
+    read_text,
     sha256,
     write,
     write_notes,
@@ -33,6 +34,7 @@ from convexprune.report import Report
 logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
 TOKENS = "tokens.safetensors"
+LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
 
@@ -124,15 +126,33 @@ class RunFolder:
         return {}
 
     def report(self) -> Report:
-        """That of a finished run."""
-        return Report.from_json((self.folder / REPORT).read_text())
+        """That of a finished run.
 
-    def finish(self, report: Report) -> None:
-        """Write the report, and let go of all that was only for the run.
+        Raises:
+            OutputError: it cannot be read or is damaged.
+        """
+        return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
+
+    def require_whole(self) -> None:
+        """See that every file of a finished run is as it was written.
+
+        Raises:
+            OutputError: the files that are not are named.
+        """
+        files = self.report().files
+        if wrong := [fault for name, checksum in files.items() if (fault := self._fault(name, checksum))]:
+            raise OutputError(
+                f"{self.folder}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if wrong[5:] else ''}, by the "
+                f"checksums in {REPORT}. Put back what was written, or remove the folder and prune again."
+            )
+
+    def finish(self, report: Report, written: Iterable[Path] = ()) -> None:
+        """Write the report, with the checksums of the files `written`, and let go of all that was only for the run.
 
         Raises:
             OutputError: the disk is full or fails.
         """
+        report.files = {path.relative_to(self.folder).as_posix(): str(sha256(path)) for path in sorted(written)}
         with appearing(self.folder / REPORT) as file:
             write(file, report.to_json().encode())
         os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished
@@ -147,6 +167,13 @@ class RunFolder:
                     return
             time.sleep(POLL)
         yield False
+
+    def _fault(self, name: str, checksum: str) -> str:
+        """What is wrong with a file of the result; nothing if it is as it was written."""
+        path = self.folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():  # nor a pipe or a device
+            return f"{name} is missing"
+        return "" if sha256(path) == checksum else f"{name} is damaged"
 
     @contextmanager
     def _held(self, shared: bool) -> Iterator[None]:

@@ -1,0 +1,82 @@
+"""The result of a run, opened again before what it was made of is let go: each tensor there, each zero counted."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from convexprune.errors import ModelError, OutputError
+from convexprune.pipeline.tensors import Entry, Spec, entries
+from convexprune.report import OperatorReport
+
+from .checkpoint import stored_at
+from .huggingface import HuggingFaceModel
+from .shards import shard_files
+
+
+def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[OperatorReport]) -> None:
+    """See that the pruned `model` is in `folder`: names, shapes, dtypes, and the zeros that the reports count.
+
+    Raises:
+        OutputError: it is not; what is wrong is named.
+    """
+    try:
+        held = model if model.shards is None else model.shards.written_to(folder)
+        zeros = {report.name: report.zeros for report in reports}
+        for layer in model.layers:
+            with held.resident(layer):
+                for operator in layer.operators:
+                    name, found = f"{layer.name}.{operator.name}", _zeros(operator.read())
+                    if found != zeros.get(name):
+                        raise ModelError(f"{name} has {found} zeros and its report {zeros.get(name)}.")
+        if model.shards is None:
+            _require_equal(model, folder)
+    except ModelError as cause:
+        raise OutputError(
+            f"{folder}: what was written is not the pruned model: {cause} What is finished is kept: mend the disk, "
+            "then go on with resume=True (--resume)."
+        ) from cause
+
+
+def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
+    """Each tensor in the folder as it is in memory; of those that are stored under other names, all together.
+
+    transformers may take fused experts apart when it saves them. Tied tensors are stored once.
+
+    Raises:
+        ModelError: a tensor is missing, or another than in memory.
+    """
+    found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
+    names = model.model.state_dict().keys()
+    for name in found.keys() & names:
+        here, there = _summary(stored_at(model.model, name)), _summary(found[name])
+        if here != there:
+            raise ModelError(f"{name} should be {here} and is {there}.")
+    parameters = dict(model.model.named_parameters(remove_duplicate=False))
+    once = {_place(parameter): name for name, parameter in parameters.items()}
+    stored = {_place(parameter) for name, parameter in parameters.items() if name in found}
+    here = _totals(stored_at(model.model, name) for place, name in once.items() if place not in stored)
+    there = _totals(entry.read() for name, entry in found.items() if name not in names)
+    if here != there:
+        raise ModelError(f"{here[0]} other numbers, {here[1]} of them 0, are {there[0]}, {there[1]} of them 0.")
+
+
+def _place(parameter: Tensor) -> int:
+    """The same of all that are tied."""
+    return id(parameter) if parameter.is_meta else parameter.untyped_storage().data_ptr()
+
+
+def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
+    """Type, shape and zeros."""
+    if isinstance(tensor, Entry):
+        return tensor.spec, _zeros(tensor.read())
+    return Spec.of(tensor), _zeros(tensor)
+
+
+def _zeros(tensor: Tensor) -> int:
+    return int((tensor == 0).sum())
+
+
+def _totals(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    counts = [(tensor.numel(), _zeros(tensor)) for tensor in tensors]
+    return sum(numbers for numbers, _ in counts), sum(zeros for _, zeros in counts)
