@@ -2,6 +2,7 @@ from .calibration import calibration_and_held_out, calibration_tokens, recipe_wi
 from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
+from .reading import given_tokenizer
 
 __all__ = [
     "EMBEDDED",
@@ -10,6 +11,7 @@ __all__ = [
     "HuggingFaceModel",
     "calibration_and_held_out",
     "calibration_tokens",
+    "given_tokenizer",
     "load",
     "recipe_windows",
     "save",

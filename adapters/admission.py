@@ -1,5 +1,7 @@
 """Which models are refused before any work is done on them, and why."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -60,6 +62,22 @@ def refuse_inference_mode(model: nn.Module) -> None:
         raise ModelError(
             f"{what}: pruning has to see which tensors change, and to differentiate. Load and prune outside of it; "
             "torch.no_grad() may be on."
+        )
+
+
+def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
+    """Refuse a model that gives no logits of the next token where something needs them.
+
+    `needs` says what, and what to do instead, if anything.
+
+    Raises:
+        ModelError: the first need is named.
+    """
+    if needs and model.get_output_embeddings() is None:
+        what, instead = next(iter(needs.items()))
+        raise ModelError(
+            f"A {type(model).__name__} has no head that gives the logits of the next token, and {what} needs them. "
+            f"Give the model with its head (a ...ForCausalLM){instead and ', or '}{instead}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,20 +11,19 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from convexprune.errors import DependencyError, ModelError, install_hint
+from convexprune.errors import ModelError
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import publish, write_json, writing
 from convexprune.pipeline.tensors import Entry
@@ -33,15 +32,13 @@ from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
 from .huggingface import HuggingFaceModel
 from .operators import computes_on, held, offloaded
+from .reading import ask, read_tokenizer
 from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, stored_dtype
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
 EMBEDDED_WINDOW = 256
 """The tokens that it was trained on at once."""
-
-# transformers invents an empty tokenizer for a folder that has none; so look before asking it.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +75,7 @@ def load(
     if isinstance(source, PreTrainedModel):
         model, name, because = source, None, "it was given loaded"
         refuse_quantised(model.config)
-    elif isinstance(source, nn.Module):
+    elif not isinstance(source, str | Path):
         raise ModelError(
             f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
             "file, or a name on the hub."
@@ -90,7 +87,7 @@ def load(
         if stream:
             try:
                 model, shards = _stream(name, place, dtype, device)
-                tokenizer = tokenizer or _read_tokenizer(name, place)
+                tokenizer = tokenizer or read_tokenizer(name, place)
                 return HuggingFaceModel(model, tokenizer, name=name, shards=shards, **options)
             except NotStreamable as cause:
                 because = str(cause)
@@ -100,7 +97,7 @@ def load(
             logger.warning(
                 "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
             )
-        tokenizer = tokenizer or _read_tokenizer(name, place)
+        tokenizer = tokenizer or read_tokenizer(name, place)
     refuse_unloaded(model)
     # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
     cast = dtype if isinstance(source, PreTrainedModel) else None
@@ -281,23 +278,3 @@ def _stream(
     with parameters_on_meta():
         model = ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
     return model, Shards(folder, model, device, decoder_layers(model)[0])
-
-
-def _read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    folder = Path(place["pretrained_model_name_or_path"])
-    if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        return None
-    return ask(f"{source} (tokenizer)", lambda: AutoTokenizer.from_pretrained(**place))
-
-
-def ask(source: str, read: Callable[[], Any]) -> Any:
-    """What transformers reads, with its many kinds of failure made one."""
-    try:
-        return read()
-    except ImportError as cause:
-        raise DependencyError(f"{source}: {cause} For GGUF files: {install_hint('gguf')}") from cause
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as cause:
-        raise ModelError(
-            f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "
-            "downloaded, and are the weights safetensors? Pickles need allow_pickle=True."
-        ) from cause

@@ -1,7 +1,7 @@
 """What a model of transformers and its configuration say of its layers; and the families that the tests go through."""
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
 
@@ -45,12 +45,10 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     calls the decoder, and is as long as the configuration says.
 
     Raises:
-        ModelError: there is no such list, or more than one; or the model also has an encoder.
+        ModelError: there is no such list, or more than one, or a module is in it twice; or the model is an encoder or
+            has one beside its decoder.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"A {type(model).__name__} has an encoder beside its decoder; convexprune prunes models that only decode."
-        )
+    _refuse_encoders(model)
     decoder = model.get_decoder()
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and _holds_operators(m)}
     outermost = {p: m for p, m in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}
@@ -64,7 +62,31 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"Which are the decoder layers of a {type(model).__name__}? Lists of modules with linear maps: {listed}. "
             f"One of {length}, as many as num_hidden_layers in its configuration, is needed."
         )
-    return next(iter(found.items()))
+    ((path, layers),) = found.items()
+    _refuse_repeated(path, layers)
+    return path, layers
+
+
+def _refuse_encoders(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"A {type(model).__name__} has an encoder beside its decoder; convexprune prunes models that only decode."
+        )
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", False):
+        raise ModelError(
+            f"A {type(model).__name__} is an encoder: its tokens see those behind them. convexprune prunes models that "
+            "only decode; one of this family does if its configuration has is_decoder=True."
+        )
+
+
+def _refuse_repeated(path: str, layers: nn.ModuleList) -> None:
+    first: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        if first.setdefault(id(layer), number) < number:
+            raise ModelError(
+                f"{path}.{first[id(layer)]} and {path}.{number} are one module that runs twice: they cannot be pruned "
+                "one by one. Give the model a copy in its place (copy.deepcopy), which is then pruned apart."
+            )
 
 
 def _holds_operators(layers: nn.ModuleList) -> bool:

@@ -24,7 +24,7 @@ from .discovery import Layout, discover, signature
 from .family import decoder_layers, positions
 from .given import Given
 from .operators import computes_on, held, put
-from .replay import refuse_other_replays
+from .replay import refuse_looking_ahead, refuse_other_replays
 from .selection import left_alone
 from .shards import Shards
 
@@ -88,6 +88,7 @@ class HuggingFaceModel(AbstractModel):
 
     def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
         refuse_other_replays(self)
+        refuse_looking_ahead(self)
         layouts = self._layouts()
         reasons = left_alone(self.model, layouts, targets, ignore)
         self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]

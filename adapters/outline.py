@@ -15,9 +15,10 @@ from convexprune.model import DecoderLayer
 from convexprune.pipeline import Recipe, cost
 
 from .admission import refuse_other_dtypes, refuse_quantised
-from .checkpoint import ask, model_class
+from .checkpoint import model_class
 from .experts import piles
 from .family import decoder_layers, positions
+from .reading import ask
 from .selection import left_alone
 from .tracing import trace
 

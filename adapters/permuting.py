@@ -44,7 +44,7 @@ class Permuted:
         return _kind(self.channels.name)
 
 
-@dataclass
+@dataclass(repr=False)
 class Permutation:
     """For a `pattern`, every set of channels with its order, and what stays as it is, with the reason.
 
@@ -54,6 +54,9 @@ class Permutation:
     pattern: str
     permuted: list[Permuted] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Permutation(for {self.pattern}: {len(self.permuted)} sets of channels; {len(self.left)} left)"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it: `Channels.order` with the inverse of an order undoes it."""

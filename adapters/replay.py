@@ -1,4 +1,4 @@
-"""Whether the decoder layers of a model, called one by one, are the model."""
+"""Whether the layers of a model, called one by one, are the model, and decode: no token sees those behind it."""
 
 from collections.abc import Sequence
 from math import inf
@@ -37,6 +37,26 @@ def refuse_other_replays(model: "HuggingFaceModel") -> None:
             f"{model.name}: its decoder layers, called one by one, do not give what the model gives (relative "
             f"error {error:.1e}). Something happens between them, or what they are called with depends on the "
             "tokens; such a model cannot be pruned layer by layer."
+        )
+
+
+@torch.no_grad()
+def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
+    """Refuse a model whose first layer gives a token something else if the last one is another, as in an encoder.
+
+    Raises:
+        ModelError: it does.
+    """
+    batch, layer = model.probe_tokens(), model.layers[0]
+    other = torch.cat([batch[:, :-1], batch[:, :1]], dim=1)
+    call = model.calls(batch)[0]
+    with model.resident(layer):
+        before, after = (call(layer.module, model.first_inputs(tokens))[:, :-1].float() for tokens in (batch, other))
+    noise = max(TOLERANCE, 8 * torch.finfo(model.model.dtype).eps)  # experts multiply in other batches
+    if (after - before).norm() > noise * before.norm():
+        raise ModelError(
+            f"{model.name} is an encoder: what {layer.name} gives for a token depends on those behind it. convexprune "
+            "prunes models that only decode."
         )
 
 

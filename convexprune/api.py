@@ -1,8 +1,7 @@
 """The user's doors: `prune`, and `permute` before it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, load, recipe_windows
-from convexprune.adapters.permuting import Permutation, Permuted, find_permutation, save_permuted
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, given_tokenizer, load, recipe_windows
+from convexprune.adapters.admission import refuse_headless
+from convexprune.adapters.permuting import Permuted, find_permutation, save_permuted
+from convexprune.arguments import check_arguments
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
 from convexprune.pipeline import check_output, make_recipe
 from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.settings import Tell
-from convexprune.request import PruneResult, Request, is_self, name_of, name_of_text
+from convexprune.request import Request, is_self, name_of, name_of_text
+from convexprune.result import PermuteResult, PruneResult
 from convexprune.solvers import AbstractSolver
 
 
@@ -32,7 +34,7 @@ def prune(
     quota: str = "matrix",
     allocation: str | None = None,
     dataset: Any = "self",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     num_calibration_samples: int = 128,
     held_out_samples: int | None = None,
     max_seq_length: int | None = None,
@@ -81,7 +83,7 @@ def prune(
             None: "rows" for the methods "convex", "admm" and "perspective" with a quota of each matrix, else "uniform".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs the package datasets), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
-        tokenizer: for a loaded model and a data set of text.
+        tokenizer: for a loaded model and a data set of text: an object of transformers, or its folder or name.
         num_calibration_samples: windows of `max_seq_length` tokens (None: the rows' own length; for text 2048, or the
             model's limit if less; 256 for the bundled model).
         held_out_samples: windows more, on which errors are measured and nothing is fitted; None: an eighth as many,
@@ -123,6 +125,7 @@ def prune(
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
     settings = dict(locals())
+    check_arguments(settings)
     if model is None:
         settings |= {"model": EMBEDDED, "dtype": dtype or "float32"}
         settings |= {"max_seq_length": max_seq_length or EMBEDDED_WINDOW}
@@ -130,26 +133,12 @@ def prune(
     return request.in_memory() if output_dir is None else request.in_folder(Path(output_dir), resume)
 
 
-@dataclass(frozen=True, eq=False)
-class PermuteResult:
-    """What was permuted, and where the permuted model was written, if anywhere."""
-
-    permutation: Permutation
-    output_dir: Path | None
-    _model: Callable[[], PreTrainedModel]
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The permuted model: the one that was permuted in memory, else read from `output_dir` now."""
-        return self._model()
-
-
 def permute(
     model: str | Path | PreTrainedModel | None = None,
     pattern: str = "2:4",
     *,
     dataset: Any = "self",
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     num_calibration_samples: int = 16,
     max_seq_length: int | None = None,
     batch_size: int = 1,
@@ -173,7 +162,7 @@ def permute(
         model: as for `prune`; a loaded one is changed in place.
         pattern: "N:M" for N non-zeros in every M inputs.
         dataset: tokens on which inputs are measured, as for `prune`.
-        tokenizer: for a loaded model and a data set of text.
+        tokenizer: for a loaded model and a data set of text: an object of transformers, or its folder or name.
         num_calibration_samples: windows of `max_seq_length` tokens.
         max_seq_length: as for `prune`.
         batch_size: windows in one forward pass.
@@ -186,6 +175,7 @@ def permute(
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
+    check_arguments({"progress": progress, "output_dir": output_dir})
     if model is None:
         model, dtype, max_seq_length = EMBEDDED, dtype or "float32", max_seq_length or EMBEDDED_WINDOW
     recipe = make_recipe(
@@ -210,7 +200,7 @@ def permute(
         load,
         device=default_device(recipe.device),
         dtype=recipe.torch_dtype,
-        tokenizer=tokenizer,
+        tokenizer=given_tokenizer(tokenizer),
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
@@ -220,6 +210,7 @@ def permute(
             return permuted.model
 
     with opened(model, stream=folder is not None).lent() as loaded:
+        refuse_headless(loaded.model, {"permute": ""})
         sampler = opened(model) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
         tokens, _ = recipe_windows(dataset, sampler, recipe)
         del sampler

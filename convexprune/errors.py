@@ -67,7 +67,13 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     names = {each.casefold(): each for each in sorted(known)}
     near = get_close_matches(str(name).casefold(), names, n=1)
     guess = f" Did you mean {names[near[0]]!r}?" if near else ""
-    return f"Unknown {kind} {name!r}.{guess} Known: {', '.join(names.values()) or 'none'}."
+    return f"Unknown {kind} {shown(name)}.{guess} Known: {', '.join(names.values()) or 'none'}."
+
+
+def shown(value: object) -> str:
+    """What came, for a message: a line of it at most."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def require_at_least(least: float, **given: float | None) -> None:

@@ -61,7 +61,7 @@ class OperatorReport:
         return self.zeros / (self.outputs * self.inputs)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
 
@@ -81,6 +81,11 @@ class Report:
     allocation: dict[str, Number | None] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"
+        what = f"{self.recipe.get('method')} on {self.recipe.get('model')}"
+        return f"Report({what}: {self.sparsity:.2%} zeros in {len(self.operators)} operators{gap})"
 
     @property
     def sparsity(self) -> float:

@@ -2,25 +2,26 @@
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from convexprune.adapters import (
     HuggingFaceModel,
     calibration_tokens,
+    given_tokenizer,
     load,
     recipe_windows,
     save_from_store,
     text_windows,
 )
+from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
 from convexprune.adapters.written import require_written
 from convexprune.pipeline import (
@@ -38,7 +39,9 @@ from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.machine import Clock, check_threads, default_device, installation, processor, versions
 from convexprune.pipeline.settings import Tell
+from convexprune.pipeline.survey import WEIGHED
 from convexprune.report import OperatorReport, Report
+from convexprune.result import PruneResult
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.workers import executor_for, team_size
 
@@ -46,21 +49,6 @@ logger = logging.getLogger(__name__)
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
-
-
-@dataclass(frozen=True, eq=False)
-class PruneResult:
-    """What a run gave: its report, and where the pruned model was written, if anywhere."""
-
-    report: Report
-    tokenizer: PreTrainedTokenizerBase | None
-    output_dir: Path | None
-    _model: Callable[[], PreTrainedModel]
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The pruned model: the one that was pruned in memory, else read from `output_dir` now."""
-        return self._model()
 
 
 class Request:
@@ -90,6 +78,7 @@ class Request:
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
+        settings = settings | {"tokenizer": given_tokenizer(settings["tokenizer"])}
         self.given_tokenizer, self.trust_remote_code = settings["tokenizer"], settings["trust_remote_code"]
         self.installed = installation(self.device)
         self.open = partial(
@@ -106,7 +95,7 @@ class Request:
             return self._in_memory(loaded)
 
     def _in_memory(self, loaded: HuggingFaceModel) -> PruneResult:
-        check_patterns(loaded.layers, self.layers)
+        self._check(loaded)
         self.clock.lap("load")
         windows = self._windows(loaded, {})
         report = self._report(loaded)
@@ -136,7 +125,7 @@ class Request:
             return self._in_folder(folder, loaded, resume)
 
     def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
-        check_patterns(loaded.layers, self.layers)
+        self._check(loaded)
         self.clock.lap("load")
         samples = is_self(self.dataset) or is_self(self.evaluation)
         sampled = folder.sampled() if resume and samples and folder.is_unfinished else {}
@@ -163,6 +152,16 @@ class Request:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
         model = partial(self._read, folder.folder) if loaded.streams else lambda: loaded.model
         return PruneResult(folder.report(), loaded.tokenizer, folder.folder, model)
+
+    def _check(self, loaded: HuggingFaceModel) -> None:
+        """Refuse, before any work, what the model does not allow."""
+        check_patterns(loaded.layers, self.layers)
+        needs = {
+            f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
+            'dataset="self"': (is_self(self.dataset), "another data set"),
+            "the perplexity": (self.evaluation is not None, "leave evaluation out"),
+        }
+        refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
     def _run(self, folder: RunFolder, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
         """Prune what is not yet, and write the result unless another rank does; whether this one has."""
@@ -286,7 +285,9 @@ def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel
 
 def name_of(source: Any) -> str:
     """Of a model, or of what was given for one."""
-    return str(source if isinstance(source, str | Path) else getattr(source, "name_or_path", type(source).__name__))
+    if isinstance(source, str | Path):
+        return str(source)
+    return getattr(source, "name_or_path", "") or type(source).__name__
 
 
 def name_of_text(text: Any) -> str:

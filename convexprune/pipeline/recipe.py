@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from convexprune.errors import ConvexpruneError, RecipeError, unknown
+from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
 from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.settings import LayerSettings
@@ -220,7 +220,7 @@ def make_recipe(**settings: Any) -> Recipe:
             if fault["type"] == "extra_forbidden":
                 lines.append(unknown("setting", name, Recipe.model_fields))
             else:
-                lines.append(f"{name}={fault['input']!r}: {fault['msg']}.")
+                lines.append(f"{name}={shown(fault['input'])}: {fault['msg']}.")
         raise RecipeError(" ".join(lines)) from error
 
 

@@ -1,0 +1,144 @@
+"""What `prune` and `permute` refuse before any work: arguments of another kind, and models that do not decode text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from door import SMALL, TOKENS
+from families import _COMMON, build_family
+
+import convexprune
+from convexprune import errors
+from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.adapters.inspection import inspect
+from convexprune.solvers.fista import FISTA
+
+
+class OnlySolves:
+    def solve(self, problem: Any, start: Any = None) -> None: ...
+
+
+ARGUMENTS = {
+    "a solver that is none": ({"solver": OnlySolves()}, "solver is a OnlySolves. Accepted: admm, cg, .*AbstractSolver"),
+    "a class of a solver": ({"solver": FISTA}, "solver is the class FISTA"),
+    "progress": ({"progress": 5}, "progress is a int. Accepted: a function"),
+    "a folder without a name": ({"output_dir": ""}, "output_dir is an empty text"),
+    "resume without a folder": ({"resume": True}, "Give output_dir"),
+    "a number for a tokenizer": ({"tokenizer": 5}, "A int is no tokenizer"),
+    "a folder without a tokenizer": ({"tokenizer": Path(__file__).parent}, "holds no tokenizer"),
+    "a number for a model": ({"model": 5}, "A int is no model of transformers"),
+    "a long name": ({"method": "x" * 100_000}, r"Unknown method 'x{59}\.\.\. \(100,002 characters\)\."),
+    "a long setting": ({"sparsity": [0.5] * 10_000}, r"sparsity=\[0.5, .*\.\.\. \([\d,]+ characters\)"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_of_another_kind_are_refused(case: str):
+    settings, message = ARGUMENTS[case]
+    with pytest.raises(errors.ConvexpruneError, match=message) as caught:
+        convexprune.prune(**({"model": EMBEDDED} | SMALL | settings))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("settings", [{"progress": 5}, {"output_dir": " "}, {"tokenizer": 5}, {"model": 5}])
+def test_permute_refuses_them_too(settings: dict[str, Any]):
+    with pytest.raises(errors.ConvexpruneError, match=r"is a int|is no |is an empty text"):
+        convexprune.permute(**({"model": EMBEDDED, "dataset": TOKENS} | settings))
+
+
+def test_a_tokenizer_may_be_a_folder(build, tmp_path: Path):
+    text = "It is a truth universally acknowledged. " * 40
+    settings: dict[str, Any] = {"dataset": [text], "num_calibration_samples": 4, "max_seq_length": 16}
+    for place in (None, tmp_path / "out"):
+        result = convexprune.prune(build("opt"), method="wanda", tokenizer=EMBEDDED, output_dir=place, **settings)
+        assert result.tokenizer is not None
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    convexprune.permute(build("llama"), tokenizer=str(EMBEDDED), **settings)
+
+
+def test_what_comes_back_is_told_in_a_line(tiny_llama: HuggingFaceModel):
+    result = convexprune.prune(tiny_llama.model, method="wanda", bound_rows=0, **SMALL)
+    assert repr(result) == "PruneResult(Report(wanda on LlamaForCausalLM: 50.00% zeros in 14 operators), in memory)"
+    permuted = convexprune.permute(tiny_llama.model, dataset=TOKENS, num_calibration_samples=4)
+    assert repr(permuted) == "PermuteResult(Permutation(for 2:4: 7 sets of channels; 0 left), in memory)"
+
+
+# ---- models
+
+
+def bert(kind: Any, **more: Any) -> Any:
+    settings = {name: value for name, value in _COMMON.items() if name != "tie_word_embeddings"}
+    return kind(t.BertConfig(**settings, **more)).eval()
+
+
+ENCODERS = {
+    "BertModel": lambda: bert(t.BertModel),
+    "BertForMaskedLM": lambda: bert(t.BertForMaskedLM),
+    "BertLMHeadModel": lambda: bert(t.BertLMHeadModel),
+    "RobertaForMaskedLM": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**_COMMON)),
+    "ModernBertForMaskedLM": lambda: t.ModernBertForMaskedLM(t.ModernBertConfig(**_COMMON)),
+    "T5EncoderModel": lambda: t.T5EncoderModel(
+        t.T5Config(vocab_size=128, d_model=32, d_ff=48, num_layers=2, num_heads=4)
+    ),
+    "Gemma3TextModel": lambda: t.Gemma3TextModel(
+        t.Gemma3TextConfig(**_COMMON | {"num_key_value_heads": 2, "head_dim": 8, "use_bidirectional_attention": True})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("door", [convexprune.prune, convexprune.permute])
+def test_encoders_are_refused_by_every_door(door: Any, name: str):
+    with pytest.raises(errors.ModelError, match=f"{name} is an encoder"):
+        door(ENCODERS[name](), dataset=TOKENS % 128, num_calibration_samples=4)
+
+
+def test_encoders_in_a_folder_are_refused(tmp_path: Path, refused):
+    bert(t.BertForMaskedLM).save_pretrained(tmp_path / "bert")
+    settings: dict[str, Any] = {"dataset": TOKENS % 128, "num_calibration_samples": 4}
+    with refused("BERT and other encoders", "is an encoder"):
+        convexprune.prune(tmp_path / "bert", **settings)
+    with pytest.raises(errors.ModelError, match="is an encoder"):
+        convexprune.prune(tmp_path / "bert", output_dir=tmp_path / "out", **settings)
+    with pytest.raises(errors.ModelError, match="is an encoder"):
+        inspect(tmp_path / "bert")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_of_such_a_family_is_pruned():
+    settings = SMALL | {"dataset": TOKENS % 128, "method": "wanda"}
+    assert convexprune.prune(bert(t.BertLMHeadModel, is_decoder=True), **settings).report.sparsity == 0.5
+
+
+def test_a_layer_that_runs_twice_is_refused(build, refused):
+    model = build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with refused("a decoder layer that runs twice", r"model\.layers\.0 and model\.layers\.1 are one module"):
+        convexprune.prune(model, **SMALL)
+
+
+@pytest.mark.parametrize("kind", [t.LlamaModel, t.LlamaForSequenceClassification])
+def test_a_model_without_a_head_is_pruned_where_no_logits_are_needed(kind: Any):
+    def model() -> Any:
+        return kind(build_family("llama").config).eval()
+
+    tokens: dict[str, Any] = SMALL | {"dataset": TOKENS % 128}
+    cases: list[dict[str, Any]] = [{}, {"allocation": "uniform", "evaluation": TOKENS % 128}, {"dataset": "self"}]
+    for settings in cases:
+        with pytest.raises(errors.ModelError, match=f"A {kind.__name__} has no head"):
+            convexprune.prune(model(), **tokens | settings)
+    assert convexprune.prune(model(), allocation="uniform", **tokens).report.sparsity == 0.5
+    with pytest.raises(errors.ModelError, match="and permute needs them"):
+        convexprune.permute(model(), dataset=TOKENS % 128, num_calibration_samples=4)
+
+
+def test_a_repeated_layer_given_as_copies_is_pruned_apart(build):
+    import copy
+
+    model = build("llama")
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+    convexprune.prune(model, method="wanda", **SMALL)
+    first, second = (layer.mlp.down_proj.weight for layer in model.model.layers)
+    assert not torch.equal(first, second)
