@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import RecordedCalls
+from convexprune.pipeline.machine import lacks_memory
 from convexprune.pipeline.passes import Calls, Recorded
 
 from .experts import Pile, Product, piles
@@ -59,9 +60,9 @@ def output_fisher(
 def _differentiable(what: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if lacks_memory(error):
+            raise
         raise ModelError(f"{what} cannot be differentiated: {error} To prune it all the same, {WITHOUT}.") from error
 
 

@@ -16,7 +16,8 @@ from convexprune.arguments import check_arguments
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
 from convexprune.pipeline import check_output, make_recipe
-from convexprune.pipeline.machine import default_device
+from convexprune.pipeline.files import working
+from convexprune.pipeline.machine import default_device, within_memory
 from convexprune.pipeline.settings import Tell
 from convexprune.request import Request, is_self, name_of, name_of_text
 from convexprune.result import PermuteResult, PruneResult
@@ -130,7 +131,11 @@ def prune(
         settings |= {"model": EMBEDDED, "dtype": dtype or "float32"}
         settings |= {"max_seq_length": max_seq_length or EMBEDDED_WINDOW}
     request = Request(settings)
-    return request.in_memory() if output_dir is None else request.in_folder(Path(output_dir), resume)
+    with within_memory():
+        if output_dir is None:
+            return request.in_memory()
+        with working(Path(output_dir)):
+            return request.in_folder(Path(output_dir), resume)
 
 
 def permute(

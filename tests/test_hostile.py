@@ -56,7 +56,10 @@ def test_a_folder_that_may_not_be_written_to_is_not_called_full(tmp_path: Path, 
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(OutputError, match=r"Permission denied.* Make the folder writable"), appearing(tmp_path / "x"):
+    with (
+        pytest.raises(OutputError, match=r"Permission denied.* Make the folder readable and writable"),
+        appearing(tmp_path / "x"),
+    ):
         pass
 
 

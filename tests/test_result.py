@@ -158,7 +158,8 @@ def test_a_report_comes_back_as_it_was_written():
     [
         ("", "JSONDecodeError"), ("{}", "KeyError"), ("[]", "TypeError"), ("null", "AttributeError"),
         ("[" * 100_000, "RecursionError"), ('{"a":' * 100_000, "RecursionError"),
-        ('{"a":' + "9" * 5000 + "}", "digits"), (REPORT.to_json()[:-30], "JSONDecodeError"), (REPORT.to_json().replace('"zeros": 1', '"zeros": 2'), "checksum"),
+        ('{"a":' + "9" * 5000 + "}", "digits"), (REPORT.to_json()[:-30], "JSONDecodeError"),
+        (REPORT.to_json().replace('"zeros": 1', '"zeros": 2'), "checksum"),
         (_signed({"recipe": {}}), "left_alone: Field required"),
     ],
     ids=range(10),
@@ -175,7 +176,8 @@ def test_what_is_no_report_is_refused(text: str, reason: str):
     ("change", "reason"),
     [
         ({"surprise": 1}, "surprise: Unexpected"), ({"operators": 5}, "operators: Input"),
-        ({"files": {"a": 1}}, "files.a"), ({"operators": [{}]}, "operators.0.name: Field required"), ({"seconds": {"a": "soon"}}, "seconds.a"),
+        ({"files": {"a": 1}}, "files.a"), ({"operators": [{}]}, "operators.0.name: Field required"),
+        ({"seconds": {"a": "soon"}}, "seconds.a"),
     ],
 )  # fmt: skip
 def test_so_is_one_of_another_structure(change: dict[str, Any], reason: str):

@@ -21,7 +21,8 @@ import torch
 
 from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, install_hint, unknown
 from convexprune.model import AbstractModel
-from convexprune.pipeline.machine import installation
+from convexprune.pipeline.files import working
+from convexprune.pipeline.machine import installation, within_memory
 from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.store import FolderStore, TeamStore
 from convexprune.pipeline.task import Work, prune_claimed
@@ -52,7 +53,7 @@ class Job:
                 "the same kind of processor or GPU."
             )
 
-        with threads(self.threads):
+        with within_memory(), working(self.folder.parent), threads(self.threads):
             model = self.open_model(device=device)
             prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, lambda _: None)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from convexprune.errors import DependencyError, ModelError, OutputError
+from convexprune.errors import ConvexpruneError, DependencyError, ModelError, OutputError
 
 PARTS = ".*.part"  # files that are being written, or were when their process was killed
 CHUNK = 1 << 20  # bytes that are read at once
@@ -24,20 +24,54 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         OutputError: the disk is full or fails.
     """
+    with _told(f"{path} cannot be written"):
+        yield
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[None]:
+    """Turn all that the system says of files while a run in `folder` is on into one error that says how to go on.
+
+    Raises:
+        OutputError: a file cannot be read, looked at, locked or removed, or is gone.
+    """
+    with _told(f"The run in {folder} has stopped"):
+        yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have what the system says name the file: of one that is open it does not."""
     try:
         yield
-    except OutputError:
+    except OSError as cause:
+        if cause.errno is not None and cause.filename is None:
+            cause.filename = str(path)
+        raise
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConvexpruneError, ConnectionError):  # the second is said of what is printed, when nobody reads it
         raise
     except OSError as cause:
-        mend = _MENDS.get(cause.errno or 0, "Make room or mend the disk")
+        mend = _MENDS.get(cause.errno or 0, "Mend the disk")
         raise OutputError(
-            f"{path} cannot be written: {cause}. {mend}, then go on with resume=True (--resume): what is finished is "
-            "kept."
+            f"{what}: {cause}. {mend}, then go on with resume=True (--resume): what is finished is kept."
         ) from cause
 
 
-_MENDS = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make the folder writable for this user") | {
-    errno.ELOOP: "No link is followed here: remove it"
+_MENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the folder readable and writable for this user"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Keep others from removing what is in use"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "Use a file system that has locks (flock)"),
+    errno.EROFS: "Make the file system writable",
+    errno.ELOOP: "No link is followed here: remove it",
+    errno.ENOMEM: "Free memory",
 }
 
 
@@ -163,7 +197,8 @@ def read_text(path: Path, longest: int) -> str:
 def read_json(path: Path) -> Any:
     """The value of a JSON file; None if it is missing or is not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        with naming(path):
+            return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -192,7 +227,7 @@ def _checksum(value: Any) -> str:
 def sha256(path: Path) -> str | None:
     """The checksum of a file, which is never whole in memory; None if it is missing."""
     try:
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
@@ -226,7 +261,8 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
         descriptor = _follow_no_link(path, os.O_RDWR | os.O_CREAT)
     with os.fdopen(descriptor, "rb") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            with naming(path):
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return

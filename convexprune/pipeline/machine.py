@@ -4,6 +4,8 @@ import hashlib
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -11,7 +13,7 @@ from importlib.resources.abc import Traversable
 import torch
 
 from convexprune.device import has_bfloat16
-from convexprune.errors import RecipeError
+from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
@@ -21,7 +23,36 @@ SHOWING = (
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 
 
+MOST_SAID = 200  # characters of what torch says
 THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that began on a larger machine
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Turn the ways in which memory runs out into one error that says what to lower.
+
+    Raises:
+        PruningError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as cause:
+        if not lacks_memory(cause):
+            raise
+        said = (str(cause) or type(cause).__name__).partition("\n")[0]
+        raise PruningError(
+            f"Memory ran out: {said[:MOST_SAID]}. Free some, or have fewer workers, and go on with resume=True "
+            "(--resume) if the run has a folder: what is finished is kept. Or begin again with a smaller batch_size "
+            "(--batch-size) or max_seq_length (--seqlen); `convexprune inspect MODEL` says what a run needs."
+        ) from cause
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, as Python says it, or as torch does of a CPU or of a GPU."""
+    if isinstance(error, ConvexpruneError):
+        return False
+    known = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def default_device(name: str | torch.device) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError
-from convexprune.pipeline.files import Stamp, appearing, read_ahead, reading, write, writing
+from convexprune.pipeline.files import Stamp, appearing, naming, read_ahead, reading, write, writing
 
 # The codes of the safetensors format for the types that a language model is stored in.
 DTYPES = {
@@ -192,7 +192,8 @@ class Batches(Sequence[Tensor]):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
         begin, end = self._ends[i : i + 2]
-        mapped = numpy.memmap(self.path, numpy.uint8, mode="c", offset=begin, shape=(end - begin,))
+        with naming(self.path):
+            mapped = numpy.memmap(self.path, numpy.uint8, mode="c", offset=begin, shape=(end - begin,))
         assert self.dtype is not None
         return torch.from_numpy(mapped).view(self.dtype).reshape(self.shapes[i]).to(self.device)
 
