@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES, Place
 
 WITHOUT = "take an allocation without gradients (allocation='uniform')"
-POSITIONS = 128  # whose logits are in memory at once: of 256 thousand words, an eighth of a gigabyte in float32
 
 
 def output_fisher(
@@ -84,15 +82,12 @@ def _forward(
 
 @torch.enable_grad()
 def _loss_slope(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """d loss / d hidden, where the logits are those of a few positions at a time, if the model can leave others out."""
+    """d loss / d hidden, from the logits of a few positions at a time."""
     hidden = hidden.detach().requires_grad_()
     slope = torch.zeros_like(hidden)
-    every = torch.arange(ids.shape[1] - 1, device=hidden.device)
-    leaves_out = "logits_to_keep" in signature(model.model.forward).parameters
-    for positions in every.split(POSITIONS) if leaves_out else [every]:
-        more = {"logits_to_keep": positions} if leaves_out else {}
-        logits = model.logits(ids, hidden, **more)[:, : len(positions)].float()
-        labels = ids.to(logits.device)[:, positions.to(logits.device) + 1]
+    for positions in model.pieces(ids):
+        logits = model.logits(ids, hidden, positions).float()
+        labels = ids[:, positions.to(ids.device) + 1].to(logits.device)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         slope += torch.autograd.grad(loss, hidden)[0]
     return slope

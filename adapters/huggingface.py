@@ -23,6 +23,7 @@ from .admission import (
 from .discovery import Layout, discover, signature
 from .family import decoder_layers, positions
 from .given import Given
+from .logits import logits_at, pieces
 from .operators import computes_on, held, put
 from .replay import refuse_looking_ahead, refuse_other_replays
 from .selection import left_alone
@@ -248,13 +249,17 @@ class HuggingFaceModel(AbstractModel):
             layouts[layer.name] = known[key]
         return layouts
 
-    def logits(self, batch: Tensor, hidden: Tensor, **more: Any) -> Tensor:
-        """The logits [batch tokens vocabulary] that the hidden states after the last decoder layer lead to.
+    def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """The positions that predict a token of a batch [batch tokens], as many at a time as to ask logits of."""
+        return pieces(self.model, batch)
 
-        They have gradients if `hidden` has. The model's forward pass is given `more` arguments.
+    def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The logits [batch positions vocabulary] that the hidden states after the last decoder layer lead to.
+
+        They have gradients if `hidden` has. All positions are asked of if none are named.
         """
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
-            return self.model(input_ids=batch.to(self.device), use_cache=False, **more).logits
+            return logits_at(self.model, batch.to(self.device), positions)
 
     def _returned(self, hidden: Tensor) -> Any:
         return hidden if self._beside is None else (hidden, *self._beside)

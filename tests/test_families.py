@@ -14,6 +14,8 @@ from torch import nn
 
 import convexprune
 from convexprune.adapters import TESTED, HuggingFaceModel
+from convexprune.adapters.family import decoder_layers
+from convexprune.adapters.logits import logits_in_pieces
 from convexprune.adapters.replay import replay_error
 
 PATTERNS = {"50 %": {"sparsity": 0.5, "allocation": "rows"}, "2:4": {"pattern": "2:4"}}
@@ -90,6 +92,18 @@ def test_sparsity_zero_changes_no_bit_on_disk(family: str, tmp_path: Path):
     dense, same = on_disk(tmp_path / "dense"), on_disk(tmp_path / "same")
     assert dense.keys() == same.keys()
     assert all(torch.equal(dense[name], same[name]) for name in dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_of_a_family_are_the_same_in_pieces(family: str, monkeypatch: pytest.MonkeyPatch):
+    model, runs = build_family(family), list[int]()
+    with torch.no_grad():
+        whole = model(TOKENS).logits[:, :-1]
+        monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 7)
+        with decoder_layers(model)[1][0].register_forward_hook(lambda *_: runs.append(1)):
+            pieces = list(logits_in_pieces(model, TOKENS))
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v2"])

@@ -1,13 +1,22 @@
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from convexprune.adapters import EMBEDDED, load, text_windows
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
 from convexprune.errors import CalibrationError
-from convexprune.validation import perplexity
+from convexprune.pipeline import FolderStore
+from convexprune.validation import Perplexity, perplexity, streamed_perplexity
+from convexprune.validation.likelihood import likelihoods
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
+LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
 
 AUSTEN = """It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want
 of a wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this
@@ -96,3 +105,65 @@ def test_the_embedded_model_reads_english():
     words = AUSTEN.split()
     shuffled = text_windows(" ".join(sorted(words)), model, 128)
     assert perplexity(model.model, prose).value < 100 < perplexity(model.model, shuffled).value
+
+
+# ---- a large vocabulary
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any tensor had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(output) if isinstance(x, Tensor))])
+        return output
+
+
+def in_memory(model: HuggingFaceModel, _: Path) -> Perplexity:
+    return perplexity(model.model, LONG)
+
+
+def streamed(model: HuggingFaceModel, folder: Path) -> Perplexity:
+    save(model, folder / "model")
+    opened = load(folder / "model", device="cpu", stream=True)
+    return streamed_perplexity(opened, LONG, FolderStore(folder, len(opened.layers), "cpu"), None)
+
+
+def compared(model: HuggingFaceModel, _: Path) -> Any:
+    first, second = torch.randn(2, 2, 64, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
+    return likelihoods(model, [LONG], [first], {"other": [second]})
+
+
+@pytest.mark.parametrize("measure", [in_memory, streamed, compared])
+def test_the_logits_of_a_whole_window_are_never_in_memory(
+    measure: Callable[[HuggingFaceModel, Path], Any],
+    tiny_llama: HuggingFaceModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """And what is measured is the same to the last bit."""
+    with Largest() as whole:
+        expected = measure(tiny_llama, tmp_path)
+    monkeypatch.setattr("convexprune.adapters.logits.NUMBERS", 20 * 4096)
+    with Largest() as pieces:
+        assert measure(tiny_llama, tmp_path) == expected
+    assert pieces.numbers < 63 * 4096 <= whole.numbers
+
+
+def test_the_decoder_runs_once_a_window(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 5)
+    runs = list[int]()
+    with tiny_llama.layers[0].module.register_forward_hook(lambda *_: runs.append(1)):
+        perplexity(tiny_llama.model, LONG)
+    assert len(runs) == len(LONG)
+
+
+def test_a_decoder_whose_output_cannot_be_replayed_runs_again(tiny_llama: HuggingFaceModel, monkeypatch):
+    """It is not where transformers says, or what it gives is not of all positions."""
+    expected = perplexity(tiny_llama.model, LONG)
+    monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 5)
+    for other in (None, tiny_llama.model, tiny_llama.model.get_input_embeddings()):
+        monkeypatch.setattr(tiny_llama.model, "get_decoder", lambda other=other: other)
+        assert perplexity(tiny_llama.model, LONG).nll == pytest.approx(expected.nll, rel=1e-6)

@@ -28,26 +28,33 @@ def likelihoods(
     """The likelihood of windows for the dense model, named "dense", and for each of the others.
 
     `batches` [batch tokens] are the windows' token ids, `dense` and each of `others` their final hidden states
-    [batch tokens hidden]. The dense model's probabilities are computed once a window, for all.
+    [batch tokens hidden]. Logits of a few positions at a time are in memory, and the dense model's probabilities are
+    computed once, for all.
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
-    places = [(i, row) for i, batch in enumerate(batches) for row in range(len(batch))]
-    for i, row in places:
-        ids = batches[i][row]
+    for i, batch in enumerate(batches):
+        states = {"dense": dense[i], **{name: other[i] for name, other in others.items()}}
+        for row, ids in enumerate(batch):
+            window = _window(model, ids[None], {name: hidden[row][None] for name, hidden in states.items()})
+            for name, means in window.items():
+                for values, mean in zip(found[name], means, strict=True):
+                    values.append(mean)
+    return {name: Likelihood(tuple(nll), tuple(kl)) for name, (nll, kl) in found.items()}
 
-        def logits(states: Sequence[Tensor], i: int = i, row: int = row, ids: Tensor = ids) -> Tensor:
-            return model.logits(ids[None], states[i][row][None])[0, :-1].float()
 
-        reference = logits(dense)
-        targets = ids[1:].to(reference.device)
+def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Of one window, ids [1 tokens]: the mean negative log-likelihood and the mean divergence of each network."""
+    parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in states}
+    for positions in model.pieces(ids):
+        reference = model.logits(ids, states["dense"], positions)[0].float()
+        targets = ids[0, positions.to(ids.device) + 1].to(reference.device)
         probabilities = reference.softmax(-1)
         entropy = _cross_entropy(probabilities, reference)
-        for name, (nll, kl) in found.items():
-            z = reference if name == "dense" else logits(others[name])
-            chosen = z.gather(1, targets[:, None])[:, 0]
-            nll.append((z.logsumexp(-1) - chosen).double().mean().item())
-            kl.append((_cross_entropy(probabilities, z) - entropy).double().mean().item())
-    return {name: Likelihood(tuple(nll), tuple(kl)) for name, (nll, kl) in found.items()}
+        for name, (nll, kl) in parts.items():
+            z = reference if name == "dense" else model.logits(ids, states[name], positions)[0].float()
+            nll.append(z.logsumexp(-1) - z.gather(1, targets[:, None])[:, 0])
+            kl.append(_cross_entropy(probabilities, z) - entropy)
+    return {name: [torch.cat(part).double().mean().item() for part in both] for name, both in parts.items()}
 
 
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> Tensor:

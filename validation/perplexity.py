@@ -1,6 +1,6 @@
 """Perplexity on fixed windows of text, as the pruning literature reports it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.logits import logits_in_pieces
 from convexprune.errors import CalibrationError
 from convexprune.pipeline import FolderStore, RecordedCalls, carried
 
@@ -32,7 +33,8 @@ class Perplexity:
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
     """The perplexity of a causal language model on disjoint windows `tokens` [windows window] of token ids.
 
-    The model is evaluated without dropout and left in the mode that it was in.
+    The model is evaluated without dropout and left in the mode that it was in. Logits of a few positions at a time are
+    in memory, if the model can leave others out.
 
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
@@ -40,18 +42,17 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
     training = model.training
     model.eval()
     try:
-        return perplexity_of(
-            lambda ids: model(input_ids=ids.to(model.device), use_cache=False).logits, tokens, batch_size
-        )
+        return perplexity_of(lambda ids: logits_in_pieces(model, ids.to(model.device)), tokens, batch_size)
     finally:
         model.train(training)
 
 
 @torch.no_grad()
-def perplexity_of(logits: Callable[[Tensor], Tensor], tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """The perplexity of whatever gives the `logits` [batch window vocabulary] of a batch [batch window] of `tokens`.
+def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
+    """The perplexity of whatever gives the `logits` of a batch [batch window] of `tokens`, in pieces.
 
-    Logits are widened to float32 one window at a time, and summed in float64; batches come in their order, each once.
+    Pieces are [batch positions vocabulary], of all positions but the last, in their order. They are widened to float32
+    one window at a time, and losses summed in float64; batches come in their order, each once.
 
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
@@ -85,13 +86,19 @@ def streamed_perplexity(
         for batch in batches:
             first.append(model.first_inputs(batch))
         last = iter(carried(model, calls, first, range(store.count), record, pruned))
-        return perplexity_of(lambda batch: model.logits(batch, next(last)), tokens)
+
+        def logits(batch: Tensor) -> Iterator[Tensor]:
+            hidden = next(last)
+            return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
+
+        return perplexity_of(logits, tokens)
 
 
-def _batch_nll(logits: Tensor, batch: Tensor) -> float:
+def _batch_nll(pieces: Iterable[Tensor], batch: Tensor) -> float:
     """The summed negative log-likelihood of a batch [windows window]."""
-    each = (
-        nn.functional.cross_entropy(row[:-1].float(), ids[1:], reduction="none").double().sum()
-        for row, ids in zip(logits, batch.to(logits.device), strict=True)
-    )
-    return sum(loss.item() for loss in each)
+    losses, labels = list[Tensor](), batch[:, 1:]
+    for logits in pieces:
+        now, labels = labels[:, : logits.shape[1]].to(logits.device), labels[:, logits.shape[1] :]
+        each = zip(logits, now, strict=True)
+        losses.append(torch.stack([nn.functional.cross_entropy(z.float(), y, reduction="none") for z, y in each]))
+    return sum(window.double().sum().item() for window in torch.cat(losses, 1))

@@ -1,0 +1,58 @@
+"""Logits of a few positions at a time: those of a whole window can take more memory than all the rest of a run."""
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convexprune.model import computing
+
+POSITIONS = 128  # of each window, at most
+NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
+
+
+def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
+    """The positions that predict a token of a batch `ids` [windows window], as many at a time as logits are computed.
+
+    They are all but the last; all at once if the model cannot leave any out.
+    """
+    every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
+    if not _leaves_out(model):
+        return (every,)
+    vocabulary = model.config.get_text_config().vocab_size
+    return every.split(max(1, min(POSITIONS, NUMBERS // (vocabulary * len(ids)))))
+
+
+def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The logits [windows positions vocabulary] of a batch `ids` [windows window] at some positions, or at all."""
+    if positions is not None and _leaves_out(model):
+        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+    logits = model(input_ids=ids, use_cache=False).logits
+    return logits if positions is None else logits[:, positions]
+
+
+def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """The logits at each of the `pieces` of a batch, while the model's decoder runs only once, for the first.
+
+    Its output is replayed for the others. If it gave none of all positions, the model runs again, for all others.
+    """
+    first, *others = pieces(model, ids)
+    decoder, outputs = model.get_decoder(), list[Any]()
+    watched = decoder if isinstance(decoder, nn.Module) else model
+    with watched.register_forward_hook(lambda _, __, output: outputs.append(output)):
+        logits = logits_at(model, ids, first)
+    yield logits
+    if others and (len(outputs) != 1 or outputs[0][0].shape[:2] != ids.shape):
+        yield logits_at(model, ids, torch.cat(others))
+        return
+    for positions in others:
+        with computing(watched, lambda *_, **__: outputs[0]):
+            logits = logits_at(model, ids, positions)
+        yield logits
+
+
+def _leaves_out(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in signature(model.forward).parameters
