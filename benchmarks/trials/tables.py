@@ -1,0 +1,63 @@
+"""All rows, what they answered before anything was mended, and what they answer now."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import hostile
+import mathematics
+import reliability
+import running
+from calls import call
+from rows import Answer, Row, read
+from workshop import command
+
+HERE = Path(__file__).parent
+BEFORE = HERE / "before.json"  # written by `--json` at commit 68a8e2b
+SAID = 160  # characters of a message that are kept
+
+
+class Result(NamedTuple):
+    """The answer to a row, and whether it is right."""
+
+    list: str
+    name: str
+    kind: str
+    right: bool
+    seconds: float
+    said: str
+
+    @classmethod
+    def of(cls, row: Row, answer: Answer) -> "Result":
+        return cls(row.list, row.name, answer.kind, row.right(answer), round(answer.seconds, 1), short(answer.said))
+
+    @property
+    def key(self) -> str:
+        """The list and the name."""
+        return f"{self.list}/{self.name}"
+
+    def line(self, old: dict[str, "Result"]) -> str:
+        """One line for a terminal: old and new kind."""
+        was = old.get(self.key)
+        verdict = "as it should be" if self.right else "NOT RIGHT"
+        return f"{self.name:28s} {was.kind if was else '-':8s} {self.kind:8s} {self.seconds:6.1f} s  {verdict}  {self.said}"
+
+
+def short(said: str) -> str:
+    """The last error of what was said, or else its end."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    errors = [match.start() for match in re.finditer(r"\b[\w.]*(Error|Exception|Exit)\b: ", said)]
+    return said[errors[-1] :][:SAID] if errors else said[-SAID:]
+
+
+def all_rows() -> list[Row]:
+    """The four lists: commands, calls, mathematics, reliability."""
+    commands, calls = read(HERE / "commands.tsv", command), read(HERE / "calls.tsv", call)
+    return [*commands, *calls, *mathematics.rows, *reliability.rows, *running.rows, *hostile.rows]
+
+
+def before() -> dict[str, Result]:
+    """What the rows answered at the commit at which they were first tried."""
+    results = [Result(**o) for o in json.loads(BEFORE.read_text())]
+    return {result.key: result for result in results}
