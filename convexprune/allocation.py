@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import exp
 
 from convexprune.errors import PatternError
 
@@ -115,6 +116,33 @@ def spread(statistics: Sequence[float], sizes: Sequence[int], sparsity: float, r
     if not all(0 <= s < 1 for s in found):
         raise PatternError(f"Sparsity {sparsity} with a reach of {reach} gives layers outside [0, 1): lower the reach.")
     return found
+
+
+def protect(statistics: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """Sparsities whose kept shares are as the softmax of a statistic of each layer, to a global share.
+
+        kept_l = min(1, c exp(statistic_l)),   c such that sum_l size_l kept_l = (1 - sparsity) sum_l size_l
+
+    A reconstruction of the Skew-aware Dynamic Sparsity Allocation of AutoPrune (Kang et al., arXiv 2511.15390), whose
+    statistic is the skewness of a layer's absolute weights, and of whose formula we know from summaries only that a
+    softmax reweighs the sparsities so that skewed layers are protected. That it is the kept shares that are
+    proportional to it, that its temperature is 1, the weighing by size and the limit of 1 are ours.
+
+    Raises:
+        PatternError: a layer would keep next to nothing.
+    """
+    largest = max(statistics)
+    weights = [exp(statistic - largest) for statistic in statistics]
+    kept, missing = [1.0] * len(weights), (1 - sparsity) * sum(sizes)
+    rest = sorted(range(len(weights)), key=lambda u: -weights[u])
+    unit = 0.0
+    while rest and (unit := missing / sum(sizes[u] * weights[u] for u in rest)) * weights[rest[0]] > 1:
+        missing -= sizes[rest.pop(0)]
+    for u in rest:
+        kept[u] = unit * weights[u]
+    if min(kept) < 1e-6:
+        raise PatternError(f"Sparsity {sparsity} leaves nothing of the least skewed layers: take another allocation.")
+    return [1 - share for share in kept]
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

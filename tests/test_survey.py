@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,22 @@ def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel
         total = sum(m * n for m, n in operators.values())
         assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
     assert allot(units, "uniform", HALF).patterns(HALF) == {}
+
+
+def test_layers_whose_weights_are_skewed_keep_more(tiny_llama: HuggingFaceModel):
+    with torch.no_grad():  # a tenth of the weights of one layer's operators are twice as large
+        for operator in tiny_llama.layers[1].operators:
+            operator.write(operator.read() * (1 + (torch.arange(operator.shape[1]) % 10 == 0)))
+    units = {unit.name: unit.skewness for unit in surveyed(tiny_llama)}
+    shares, skewness = allot(surveyed(tiny_llama), "skewness", HALF).shares, list[float]()
+    for layer in tiny_llama.layers:
+        sizes = torch.cat([operator.read().abs().flatten() for operator in layer.operators]).double()
+        skewness.append(((sizes - sizes.mean()) / sizes.std(correction=0)).pow(3).mean().item())
+        for operator in layer.operators:
+            assert units[f"{layer.name}.{operator.name}"] == pytest.approx(skewness[-1])
+    first, second = (1 - shares[f"{layer.name}.mlp.up_proj"] for layer in tiny_llama.layers)
+    assert second / first == pytest.approx(exp(skewness[1] - skewness[0]), rel=1e-4)
+    assert second > first
 
 
 def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_llama: HuggingFaceModel):

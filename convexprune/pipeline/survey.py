@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from convexprune.allocation import Curve, allocate, spread
+from convexprune.allocation import Curve, allocate, protect, spread
 from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
@@ -54,7 +54,7 @@ class Allotment:
 class Unit:
     """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
 
-    `outliers` and `skewness` are those of Wanda's scores |W_ij| |x_j| in the whole decoder layer.
+    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
     """
 
     name: str
@@ -149,9 +149,9 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[st
     "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
     `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs
     (`convexprune.allocation.allocate`); "half-curve" goes half of the way there from the uniform shares, as the costs
-    are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175) and
-    "skewness" give a layer whose scores have more outliers, or are more skewed, less sparsity (`allocation.spread`);
-    the second is the idea of AutoPrune (arXiv 2511.15390) in OWL's form, not its formula.
+    are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175)
+    gives a layer with more outlying scores less sparsity (`allocation.spread`), "skewness" one whose weights are more
+    skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it could be reconstructed (`allocation.protect`).
 
     Raises:
         RecipeError: see `check_rule`.
@@ -174,8 +174,11 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[st
         cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
         gap = max(0.0, cost - (found.cost - found.gap))
     else:
-        statistics = [u.outliers if rule == "owl" else u.skewness for u in units]
-        shares = spread(statistics, [u.size for u in units], pattern.sparsity)
+        sizes = [u.size for u in units]
+        if rule == "owl":
+            shares = spread([u.outliers for u in units], sizes, pattern.sparsity)
+        else:
+            shares = protect([u.skewness for u in units], sizes, pattern.sparsity)
     each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
     return Allotment(each, cost, gap, rows)
 
@@ -192,6 +195,7 @@ def _units(
     settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
     found = dict[str, tuple[int, dict[Pattern, float]]]()
     scores: list[Tensor] = []
+    powers = torch.zeros(4, dtype=torch.float64)
     for number in range(len(layer.stages)):
         for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
             for group, folds in part.items():
@@ -210,17 +214,29 @@ def _units(
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]
                 found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
+                powers += _powers(weight)
                 scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
-    outliers, skewness = _shape(torch.cat(scores)) if scores else (0.0, 0.0)
-    return [Unit(name, size, costs, outliers, skewness) for name, (size, costs) in found.items()]
+    outliers = _outliers(torch.cat(scores)) if scores else 0.0
+    return [Unit(name, size, costs, outliers, _skewness(powers)) for name, (size, costs) in found.items()]
 
 
-def _shape(scores: Tensor) -> tuple[float, float]:
-    """The share of scores above `OUTLIER` times their mean, and their skewness."""
-    middle = scores.mean()
-    centred = (scores - middle).double()
-    skewness = centred.pow(3).mean() / centred.square().mean().pow(1.5)
-    return float((scores > OUTLIER * middle).float().mean()), float(skewness)
+def _outliers(scores: Tensor) -> float:
+    """The share of scores above `OUTLIER` times their mean."""
+    return float((scores > OUTLIER * scores.mean()).float().mean())
+
+
+def _powers(weight: Tensor) -> Tensor:
+    """The sums of |W|^k, k = 0 to 3."""
+    sizes = weight.abs().double()
+    return torch.stack([sizes.pow(k).sum() for k in range(4)]).cpu()
+
+
+def _skewness(powers: Tensor) -> float:
+    """The third central moment over the variance to the power of 3/2, by the sums of four powers."""
+    count, first, second, third = powers.tolist()
+    first, second, third = first / count, second / count, third / count
+    variance = second - first**2
+    return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0
 
 
 def with_share(pattern: Pattern, share: float) -> Pattern:
