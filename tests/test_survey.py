@@ -186,7 +186,7 @@ def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40)
     result = compare(
         tmp_path / "model", ["wanda"], [0.5], ["unstructured"], ["dense"], tmp_path / "out", plots=False,
-        allocations=["uniform", "curve"], dataset=TOKENS, num_calibration_samples=4, held_out_samples=1,
+        allocations=["uniform", "curve"], quota="matrix", dataset=TOKENS, num_calibration_samples=4, held_out_samples=1,
         eval_texts=[str(tmp_path / "text.txt")], eval_window=16, eval_windows=2,
     )  # fmt: skip
     uniform, curve = result["rows"]
