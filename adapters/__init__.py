@@ -1,4 +1,11 @@
-from .calibration import calibration_and_held_out, calibration_tokens, recipe_windows, text_windows
+from .calibration import (
+    calibration_and_held_out,
+    calibration_tokens,
+    check_dataset,
+    recipe_windows,
+    text_windows,
+    window_length,
+)
 from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
@@ -11,10 +18,12 @@ __all__ = [
     "HuggingFaceModel",
     "calibration_and_held_out",
     "calibration_tokens",
+    "check_dataset",
     "given_tokenizer",
     "load",
     "recipe_windows",
     "save",
     "save_from_store",
     "text_windows",
+    "window_length",
 ]

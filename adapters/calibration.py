@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from convexprune.errors import CalibrationError, unknown
 from convexprune.pipeline import Recipe
 
-from .corpora import CORPORA, Split, hub_text
+from .corpora import CORPORA, Split, datasets_package, hub_text
 from .huggingface import HuggingFaceModel
 from .sampling import sampled_windows
-from .text_files import TEXT_FILES, read_text
+from .text_files import TEXT_FILES, check_text, read_text
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024
@@ -72,7 +72,7 @@ def calibration_and_held_out(
         CalibrationError, DependencyError: see `calibration_tokens`.
     """
     _check_request(num_samples, max_seq_length, model)
-    length = max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
+    length = window_length(model, max_seq_length)
     if isinstance(dataset, str) and dataset == "self":
         if num_samples is None:
             raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
@@ -82,7 +82,13 @@ def calibration_and_held_out(
         return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
     wanted = None if num_samples is None else num_samples + spare
     windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
-    return _choose(windows, num_samples, spare, seed, split)
+    name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
+    return _choose(windows, num_samples, spare, seed, split, name)
+
+
+def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
+    """The tokens of a window of text: as asked for, or as many as are sensible."""
+    return max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
 
 
 def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -107,11 +113,13 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
     return tokens, held_out
 
 
-def text_windows(text: str | Path, model: HuggingFaceModel, window: int | None = None) -> Tensor:
+def text_windows(
+    text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
+) -> Tensor:
     """All disjoint windows [windows window] of a text, in order, to evaluate on; a shorter rest is not used.
 
     `text` is the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one. `window` of
-    None is the shorter of 1024 and what the model can see.
+    None is the shorter of 1024 and what the model can see. `name` is what to call the text in an error.
 
     Raises:
         CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
@@ -120,7 +128,9 @@ def text_windows(text: str | Path, model: HuggingFaceModel, window: int | None =
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
     windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
-    return _choose(_valid(windows, model), None, 0, 0, "evaluation")[0]
+    return _choose(
+        _valid(windows, model), None, 0, 0, "evaluation", name or (str(text) if is_path else "the text given")
+    )[0]
 
 
 def _windows(
@@ -155,12 +165,28 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
         )
 
 
+def check_dataset(dataset: Any) -> None:
+    """Refuse, before any work, a data set whose name or path leads nowhere; others pass.
+
+    Raises:
+        CalibrationError: there is no such file, or no such name.
+        DependencyError: a data set of the hub needs a package that is missing.
+    """
+    if not isinstance(dataset, str | Path) or dataset == "self":
+        return
+    if isinstance(dataset, Path) or dataset.endswith(TEXT_FILES):
+        check_text(Path(dataset))
+    elif dataset in CORPORA or dataset.count("/") == 1:
+        datasets_package()
+    else:
+        raise CalibrationError(f"{unknown('data set', dataset, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+
+
 def _text_of(source: str | Path, split: Split, characters: int | None) -> str:
+    check_dataset(source)
     if isinstance(source, Path) or source.endswith(TEXT_FILES):
         return read_text(Path(source))
-    if source in CORPORA or source.count("/") == 1:
-        return hub_text(source, split, characters)
-    raise CalibrationError(f"{unknown('data set', source, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+    return hub_text(source, split, characters)
 
 
 def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
@@ -227,13 +253,15 @@ def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
     return windows
 
 
-def _choose(windows: Tensor, num_samples: int | None, spare: int, seed: int, split: Split) -> tuple[Tensor, Tensor]:
+def _choose(
+    windows: Tensor, num_samples: int | None, spare: int, seed: int, split: Split, name: str
+) -> tuple[Tensor, Tensor]:
     count, length = windows.shape
     wanted = max(1, count if num_samples is None else num_samples)
     if count < wanted:
         raise CalibrationError(
-            f"The data set holds {count} full windows of {length} tokens; {wanted} were asked for. Give more text, or "
-            "lower num_samples or max_seq_length."
+            f"The data set for {split}, {name}, holds {count} full windows of {length} tokens; {wanted} were asked "
+            "for. Give more text, or lower num_samples or max_seq_length."
         )
     if count == wanted:
         return windows, windows[:0]

@@ -70,7 +70,7 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
         DependencyError: the package `datasets` is missing.
         CalibrationError: the data set cannot be reached or read, or holds no text.
     """
-    datasets = _package()
+    datasets = datasets_package()
     corpus = CORPORA.get(name)
     try:
         if corpus is None:
@@ -95,7 +95,12 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
     return _beginning((row[column] for row in rows), "\n\n" if corpus is None else corpus.separator, characters)
 
 
-def _package() -> Any:
+def datasets_package() -> Any:
+    """The package that reads data sets of the hub.
+
+    Raises:
+        DependencyError: it is missing.
+    """
     try:
         import datasets
     except ImportError as cause:

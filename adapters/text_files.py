@@ -8,14 +8,27 @@ from convexprune.errors import CalibrationError
 TEXT_FILES = (".txt", ".jsonl")
 
 
+def check_text(path: Path) -> None:
+    """Refuse, before any work, a file that `read_text` cannot read.
+
+    Raises:
+        CalibrationError: the file is missing, is of another kind, or cannot be opened.
+    """
+    if path.suffix not in TEXT_FILES:
+        raise CalibrationError(f"{path}: files of text end in {' or '.join(TEXT_FILES)}.")
+    try:
+        path.expanduser().open("rb").close()
+    except (OSError, RuntimeError) as cause:
+        raise CalibrationError(f"{path}: cannot be read ({getattr(cause, 'strerror', cause)}).") from cause
+
+
 def read_text(path: Path) -> str:
     """A .txt file as it stands; of a .jsonl file, the field "text" of every line.
 
     Raises:
         CalibrationError: the file is missing, is not UTF-8, is of another kind, or a line has no text.
     """
-    if path.suffix not in TEXT_FILES:
-        raise CalibrationError(f"{path}: files of text end in {' or '.join(TEXT_FILES)}.")
+    check_text(path)
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, given_tokenizer, load, recipe_windows
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.permuting import Permuted, find_permutation, save_permuted
 from convexprune.arguments import check_arguments
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
-from convexprune.pipeline import check_output, make_recipe
+from convexprune.pipeline import check_output, check_patterns, make_recipe
 from convexprune.pipeline.files import working
 from convexprune.pipeline.machine import default_device, within_memory
+from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.settings import Tell
-from convexprune.request import Request, is_self, name_of, name_of_text
+from convexprune.request import Request, name_of
 from convexprune.result import PermuteResult, PruneResult
 from convexprune.solvers import AbstractSolver
+from convexprune.windows import is_self, name_of_text
 
 
 def prune(
@@ -134,8 +136,9 @@ def prune(
     with within_memory():
         if output_dir is None:
             return request.in_memory()
-        with working(Path(output_dir)):
-            return request.in_folder(Path(output_dir), resume)
+        folder = output_folder(output_dir, model)
+        with working(folder):
+            return request.in_folder(folder, resume)
 
 
 def permute(
@@ -198,12 +201,14 @@ def permute(
     asked = recipe.build_pattern()
     if not isinstance(asked, SemiStructured):
         raise PatternError(f"Pattern {pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
-    folder = None if output_dir is None else Path(output_dir)
+    place = default_device(recipe.device)
+    check_dataset(dataset)
+    folder = None if output_dir is None else output_folder(output_dir, model)
     if folder is not None:
         check_output(folder)
     opened = partial(
         load,
-        device=default_device(recipe.device),
+        device=place,
         dtype=recipe.torch_dtype,
         tokenizer=given_tokenizer(tokenizer),
         trust_remote_code=trust_remote_code,
@@ -216,6 +221,7 @@ def permute(
 
     with opened(model, stream=folder is not None).lent() as loaded:
         refuse_headless(loaded.model, {"permute": ""})
+        check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
         sampler = opened(model) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
         tokens, _ = recipe_windows(dataset, sampler, recipe)
         del sampler

@@ -2,24 +2,19 @@
 
 import logging
 import platform
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune.adapters import (
     HuggingFaceModel,
-    calibration_tokens,
     given_tokenizer,
     load,
-    recipe_windows,
     save_from_store,
-    text_windows,
 )
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
@@ -43,12 +38,10 @@ from convexprune.pipeline.survey import WEIGHED
 from convexprune.report import OperatorReport, Report
 from convexprune.result import PruneResult
 from convexprune.validation import perplexity, streamed_perplexity
+from convexprune.windows import OF_DATASET, Sources, Windows, is_self, name_of_text
 from convexprune.workers import executor_for, team_size
 
 logger = logging.getLogger(__name__)
-Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
-OF_DATASET = ("calibration", "held_out")
-EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 
 class Request:
@@ -70,9 +63,10 @@ class Request:
         recipe = self.recipe
         pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
         self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
-        self.dataset, self.evaluation, self.progress = dataset, evaluation, settings["progress"]
+        self.sources, self.progress = Sources(dataset, evaluation), settings["progress"]
         self.device = default_device(recipe.device)
         check_threads(recipe.threads)
+        self.sources.check()
         self.executor = executor_for(settings, self.device, recipe.threads)
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
@@ -126,15 +120,15 @@ class Request:
 
     def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
         self._check(loaded)
+        weights = loaded.checksums()
         self.clock.lap("load")
-        samples = is_self(self.dataset) or is_self(self.evaluation)
-        sampled = folder.sampled() if resume and samples and folder.is_unfinished else {}
-        windows = self._windows(loaded, sampled)
+        known = folder.sampled() if resume and self.sources.has_sampled and folder.is_unfinished else {}
+        windows = self._windows(loaded, known)
         report = self._report(loaded)
         report.identity = identity(
             self.recipe,
             self.layers,
-            loaded.checksums(),
+            weights,
             {name: windows[name] for name in OF_DATASET},
             self.installed,
             device=torch.device(self.device).type,
@@ -142,9 +136,7 @@ class Request:
             threads=self.threads,
             ranks=self.team_size,
         )
-        sources = {"calibration": self.dataset, "held_out": self.dataset, "evaluation": self.evaluation}
-        sampled = {name: tokens for name, tokens in windows.items() if is_self(sources[name])}
-        with folder.opened(report.identity, sampled, self.executor.rank):
+        with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._run(folder, loaded, windows, report)
         if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
             pruned = self._read(folder.folder)
@@ -158,8 +150,8 @@ class Request:
         check_patterns(loaded.layers, self.layers)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
-            'dataset="self"': (is_self(self.dataset), "another data set"),
-            "the perplexity": (self.evaluation is not None, "leave evaluation out"),
+            'dataset="self"': (is_self(self.sources.dataset), "another data set"),
+            "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
@@ -233,23 +225,9 @@ class Request:
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)
 
-    def _windows(self, model: HuggingFaceModel, sampled: Windows) -> Windows:
-        """The windows to fit, those held out, and those to evaluate on; what was `sampled` before is not again.
-
-        A model has to be whole in memory to sample text: it is then loaded for that, and let go.
-        """
-        windows = {name: sampled[name] for name in OF_DATASET if name in sampled} if is_self(self.dataset) else {}
-        samples = [is_self(self.dataset) and not windows, is_self(self.evaluation) and "evaluation" not in sampled]
-        sampler = self.open(device=self.device) if model.streams and any(samples) else model
-        if "calibration" not in windows:
-            windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, self.recipe)
+    def _windows(self, loaded: HuggingFaceModel, known: Windows) -> Windows:
+        windows = self.sources.draw(loaded, self.recipe, known, lambda: self.open(device=self.device))
         self.clock.lap("calibration data")
-        if self.evaluation is not None:
-            length = windows["calibration"].shape[1]
-            if is_self(self.evaluation) and "evaluation" in sampled:
-                windows["evaluation"] = sampled["evaluation"]
-            else:
-                windows["evaluation"] = _evaluation_windows(self.evaluation, sampler, length, self.recipe.seed)
         return windows
 
     def _report(self, loaded: HuggingFaceModel) -> Report:
@@ -274,30 +252,11 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def _evaluation_windows(evaluation: str | Path | Tensor, model: HuggingFaceModel, window: int, seed: int) -> Tensor:
-    if isinstance(evaluation, Tensor):
-        return evaluation
-    if evaluation == "self":
-        settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": seed}
-        return calibration_tokens("self", model, split="evaluation", **settings)
-    return text_windows(Path(evaluation), model, window)
-
-
 def name_of(source: Any) -> str:
     """Of a model, or of what was given for one."""
     if isinstance(source, str | Path):
         return str(source)
     return getattr(source, "name_or_path", "") or type(source).__name__
-
-
-def name_of_text(text: Any) -> str:
-    """Of a data set, or a text, its name for the recipe."""
-    return str(text) if isinstance(text, str | Path) else f"{type(text).__name__} given by the caller"
-
-
-def is_self(text: Any) -> bool:
-    """Whether it asks for text that the model samples itself."""
-    return isinstance(text, str) and text == "self"
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:

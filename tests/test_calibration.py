@@ -222,7 +222,7 @@ def test_other_names_of_the_hub_are_read_by_their_text_column(tiny_opt, hub):
 
 def test_a_missing_package_says_what_to_install(tiny_opt, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DependencyError, match=r"pip install 'convexprune\[hub\]'"):
+    with pytest.raises(DependencyError, match=r"pip install 'datasets"):
         calibrate("c4", tiny_opt)
 
 

@@ -250,5 +250,5 @@ def test_a_loaded_model_cannot_be_opened_by_others(dense: Path, tmp_path: Path):
 
 def test_ray_is_asked_for_with_the_command_that_installs_it(dense: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(executors, "find_spec", lambda _: None)
-    with pytest.raises(errors.DependencyError, match=r"pip install 'convexprune\[ray\]'"):
+    with pytest.raises(errors.DependencyError, match=r"pip install 'ray"):
         convexprune.prune(dense, output_dir=tmp_path / "out", executor="ray", **SETTINGS)

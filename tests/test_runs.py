@@ -224,7 +224,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
-    monkeypatch.setattr("convexprune.request.EVALUATION_SAMPLES", 1)
+    monkeypatch.setattr("convexprune.windows.EVALUATION_SAMPLES", 1)
     told = []
 
     def tell(report: OperatorReport) -> None:

@@ -16,6 +16,7 @@ from convexprune.adapters import (
     EMBEDDED_WINDOW,
     HuggingFaceModel,
     calibration_and_held_out,
+    check_dataset,
     load,
     text_windows,
 )
@@ -24,6 +25,7 @@ from convexprune.errors import OutputError, RecipeError, require_at_least
 from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum, make_recipe
 from convexprune.pipeline.files import write_json
 from convexprune.pipeline.machine import PACKAGES, Clock, default_device, installation, versions
+from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.tensors import raw
 from convexprune.report import finite
@@ -87,26 +89,28 @@ def compare(
         model="", num_calibration_samples=num_calibration_samples, held_out_samples=held_out_samples,
         max_seq_length=max_seq_length, batch_size=batch_size, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
+    place = {"device": default_device(shared.device), "dtype": shared.torch_dtype}
     require_at_least(2, eval_window=eval_window)
     require_at_least(1, eval_windows=eval_windows)
     variants = make_variants(methods, sparsities, patterns, conventions, quota, allocations)
     drawing = will_draw(plots)
+    check_dataset(dataset)
+    output = output_folder(output, model)
     work = output / "work"
     if resume and not (work / "identity.json").is_file():
         raise OutputError(f"{output} holds no comparison that was interrupted, so there is nothing to resume.")
     if not resume:
         check_output(output)
     texts = _texts(eval_texts)
-    place = {"device": default_device(shared.device), "dtype": shared.torch_dtype}
     loaded = load(EMBEDDED if model is None else model, **place, targets=targets, ignore=ignore)
     settings = {variant.name: variant.layer_settings() for variant in variants}
     _check(loaded, settings)
     length = max_seq_length or (EMBEDDED_WINDOW if model is None else None)
     spare = spare_samples(num_calibration_samples, held_out_samples)
+    windows = {name: text_windows(text, loaded, eval_window, name)[:eval_windows] for name, text in texts.items()}
     fitted = calibration_and_held_out(
         dataset, loaded, num_samples=num_calibration_samples, spare=spare, max_seq_length=length, seed=seed
     )
-    windows = {name: text_windows(text, loaded, eval_window)[:eval_windows] for name, text in texts.items()}
     tokens = Tokens(*fitted, windows)
     card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,

@@ -12,6 +12,7 @@ from rich.table import Table
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import check_output
 from convexprune.pipeline.files import write_json
+from convexprune.pipeline.place import output_folder
 from convexprune.report import finite
 
 from .compare import compare
@@ -58,6 +59,7 @@ def compare_samples(
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
     drawing = will_draw(plots)
+    output = output_folder(output, model)
     if not resume:
         check_output(output)
     elif not any(output.glob("seed-*")):

@@ -14,7 +14,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, load, recipe_windows
+from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, check_dataset, load, recipe_windows
 from convexprune.bound import LowerBound
 from convexprune.errors import ModelError, RecipeError, require_at_least, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
@@ -166,6 +166,7 @@ def verify(
     require_at_least(0, tolerance=tolerance, gap=gap)
     make_recipe(model="", seed=seed)
     recipe, run = read_source(source, settings)
+    check_dataset(recipe.dataset)
     choice = {
         "device": default_device(device),
         "dtype": recipe.torch_dtype,

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console, progress_bar, show
+from convexprune.errors import require_at_least
 from convexprune.report import OperatorReport
 
 
@@ -129,10 +130,15 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on a text, with all that the number depends on."""
     from convexprune.adapters import load, text_windows
+    from convexprune.adapters.text_files import check_text
     from convexprune.pipeline.machine import default_device
     from convexprune.validation import perplexity
 
-    loaded = load(model, device=default_device(device))
+    require_at_least(2, window=window)
+    require_at_least(1, max_windows=max_windows)
+    place = default_device(device)
+    check_text(text)
+    loaded = load(model, device=place)
     p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
     counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
     console.print(f"perplexity {p.value:.3f}  ({counted})")

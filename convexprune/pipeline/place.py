@@ -1,0 +1,32 @@
+"""Where a result may be written: found out before any work."""
+
+import os
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from convexprune.errors import OutputError
+
+
+def output_folder(given: str | Path, source: Any = None) -> Path:
+    """The folder that was asked for the result of work on the model `source`, with "~" expanded.
+
+    Raises:
+        OutputError: it is a file, it cannot be made or written to, or it lies inside of the model's own folder.
+    """
+    try:
+        folder = Path(given).expanduser()
+        model = Path(source).expanduser() if isinstance(source, str | Path) else None
+    except RuntimeError as cause:
+        raise OutputError(f"{given}: {cause} Write the folder without '~'.") from cause
+    if model is not None and model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
+        raise OutputError(f"{folder} lies inside of the model's own folder, {model}. Give another output folder.")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise OutputError(f"{folder} cannot be made: {there} is a file. Give another output folder.")
+    try:
+        os.rmdir(mkdtemp(dir=there, prefix=".", suffix=".part"))
+    except OSError as cause:
+        why = cause.strerror or cause
+        raise OutputError(f"Nothing can be written to {there} ({why}). Give another output folder.") from cause
+    return folder
