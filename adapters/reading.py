@@ -28,8 +28,8 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
     if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     raise ModelError(
-        f"A {type(tokenizer).__name__} is no tokenizer. Accepted: a tokenizer of transformers, its folder, or its name on "
-        "the hub."
+        f"A {type(tokenizer).__name__} is no tokenizer. Accepted: a tokenizer of transformers, its folder, or its name "
+        "on the hub."
     )
 
 
