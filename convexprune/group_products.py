@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ProblemError
-from convexprune.penalty import AbstractPenalty
+from convexprune.penalty import AbstractPenalty, require_step
 
 SWEEPS = 100  # of the cyclic updates in the prox for n:m, as in ProxSparse's code
 SWEPT = 1e-6  # an update smaller than this share of the largest entry ends them
@@ -57,6 +57,7 @@ class GroupProducts(AbstractPenalty):
         With equal weights one is enough, with others one for every support of more than `kept` entries. That the best
         of these is the minimiser is an observation (tests/test_group_products.py), not a theorem.
         """
+        require_step(step)
         magnitude, order = weight.abs().view(-1, self.group).sort(dim=1, stable=True)
         weights = self._like(weight).expand_as(weight).reshape(-1, self.group).gather(1, order)
         best = magnitude.clone()

@@ -167,10 +167,10 @@ class Moments:
         weight = weight.to(self.sum)
         if self.correction is None or correction == 0:
             zero = torch.zeros_like(weight)
-            return Quadratic(self.gram, zero, zero[:, 0], weight)
+            return Quadratic(self.gram, zero, zero[:, 0], weight, checked=False)
         cross, change = self.correction.through(weight)
         share = correction / self.tokens
-        return Quadratic(self.gram, cross * share, change * (correction * share), weight)
+        return Quadratic(self.gram, cross * share, change * (correction * share), weight, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> "Moments":
         """The same moments for the rows `chosen` of the weight."""

@@ -1,13 +1,14 @@
 """The penalties: each owns all the mathematics of its term, so that solvers and certificates know only these verbs."""
 
 from abc import ABC, abstractmethod
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields, is_dataclass
 from math import inf
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from convexprune.arrays import as_tensor
 from convexprune.errors import ProblemError
 from convexprune.fused import fused, number_like
 
@@ -47,6 +48,41 @@ class AbstractPenalty(ABC):
     def to(self, dtype: torch.dtype) -> Self:
         """The same function for weights of another dtype."""
 
+    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor | None:
+        """The subgradient S of p at V that is nearest to `slope` [m n], so that p(V) + p*(S) = <S, V>.
+
+        None where it is what `project` gives, or where it is not known: then certificates are not as tight.
+        """
+        return None
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse to be added to a quadratic of weights of this shape.
+
+        Raises:
+            ProblemError: a tensor of the penalty does not broadcast to it.
+        """
+        for field in fields(self) if is_dataclass(self) else ():
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, Tensor) and not _broadcasts(tensor.shape, shape):
+                raise ProblemError(
+                    f"`{field.name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
+                    f"problem's {list(shape)} [outputs inputs]."
+                )
+
+
+def require_step(step: float) -> None:
+    """Refuse a step backwards, of which a prox is none.
+
+    Raises:
+        ProblemError: the step is negative.
+    """
+    if step < 0:
+        raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
+
+
+def _broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
+    return len(shape) <= 2 and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
 
 @dataclass(frozen=True, eq=False)
 class L1(AbstractPenalty):
@@ -65,7 +101,9 @@ class L1(AbstractPenalty):
     def __post_init__(self, checked: bool) -> None:
         if not checked:
             return
-        least, largest = torch.as_tensor(self.strength).aminmax()  # NaN if there is one
+        if not isinstance(self.strength, Tensor | float | int):
+            object.__setattr__(self, "strength", as_tensor("strength", self.strength))
+        least, largest = torch.as_tensor(self.strength, dtype=torch.float64).aminmax()  # NaN if there is one
         if not (least >= 0 and largest < inf):
             raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
 
@@ -74,6 +112,7 @@ class L1(AbstractPenalty):
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         """Soft thresholding, sign(V) (|V| - step strength)_+."""
+        require_step(step)
         return _shrink(weight, self._like(weight), number_like(step, weight), out)
 
     def conjugate(self, slope: Tensor) -> Tensor:
@@ -82,6 +121,10 @@ class L1(AbstractPenalty):
 
     def project(self, slope: Tensor) -> Tensor:
         return torch.clamp(slope, -self._like(slope), self._like(slope))
+
+    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor:
+        """strength sign(V) where V is not zero, else the slope clipped to the box."""
+        return torch.where(weight != 0, self._like(slope) * weight.sign(), self.project(slope))
 
     def dual_scale(self, slope: Tensor) -> Tensor:
         ratio = self._like(slope) / slope.abs()
@@ -114,6 +157,8 @@ class Support(AbstractPenalty):
     mask: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor):
+            object.__setattr__(self, "mask", as_tensor("mask", self.mask))
         if self.mask.dtype != torch.bool:
             raise ProblemError(f"The mask of a support is {self.mask.dtype}; it must be boolean, true where V is free.")
 
@@ -178,6 +223,7 @@ class ReverseHuber(AbstractPenalty):
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
+        require_step(step)
         size = weight.abs()
         soft = (size - step * self.slope).clamp_min_(0)
         return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight, out=out)
@@ -188,6 +234,11 @@ class ReverseHuber(AbstractPenalty):
 
     def project(self, slope: Tensor) -> Tensor:
         return slope
+
+    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor:
+        """sign(V) max(slope, B |V|) where V is not zero, else the slope clipped to that at zero."""
+        steep = torch.maximum(self.slope.expand_as(weight), self.curvature * weight.abs())
+        return torch.where(weight != 0, torch.copysign(steep, weight), slope.clamp(-self.slope, self.slope))
 
     def dual_scale(self, slope: Tensor) -> Tensor:
         return torch.full_like(slope[:, 0], inf)

@@ -18,7 +18,7 @@ from convexprune.errors import ProblemError, unknown
 from convexprune.penalty import L1, Support
 from convexprune.problem import Problem
 from convexprune.quadratic import Quadratic
-from convexprune.solvers import AbstractSolver
+from convexprune.solvers import AbstractSolver, solve
 
 FOLDER = Path(__file__).parent / "data" / "problems"
 AGREEMENT = 1e-6  # relative
@@ -71,7 +71,7 @@ def check(solver: AbstractSolver, tolerance: float = AGREEMENT) -> Iterator[Resu
     """Solve every named problem whose penalty the solver takes; passed is an excess of at most `tolerance`."""
     for named in map(load, names()):
         if isinstance(named.problem.penalty, solver.penalties):
-            solution = solver.solve(named.problem)
+            solution = solve(solver, named.problem)
             excess = (named.problem.value(solution.weight) - named.value) / max(named.value, 1e-300)
             yield Result(named.name, excess, solution.certificate.relative_gap, abs(excess) <= tolerance)
 

@@ -1,6 +1,6 @@
 """The one smooth term: a convex quadratic of the weight whose Gram matrix is shared by all rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from math import inf
 from typing import Any, Self
@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from convexprune.arrays import Array, as_tensor
+from convexprune.consistency import is_sum_of_squares, symmetric
 from convexprune.device import has_bfloat16
 from convexprune.errors import ProblemError
 from convexprune.factor import cholesky
@@ -15,6 +17,7 @@ from convexprune.factor import cholesky
 POWER_ITERATIONS = 100
 POWER_STARTS = 8
 LIPSCHITZ_MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
+DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +34,12 @@ class Quadratic:
     Quadratics are closed under addition and non-negative scaling. `known` keeps what has been computed of the
     function, for all quadratics that write it about other anchors.
 
+    The tensors, or NumPy arrays, are float32 or float64, all alike. Whether they can be those of a sum of squares is
+    looked at as far as it is cheap (`convexprune.consistency`), and as a whole in a certificate. Not `checked` is for
+    what was computed from the tokens, or from another quadratic: looking at it stops a GPU.
+
     Raises:
-        ProblemError: the shapes do not fit, or a tensor is not floating point.
+        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
     """
 
     gram: Tensor
@@ -41,33 +48,66 @@ class Quadratic:
     anchor: Tensor | None = None
     bound: float | None = None
     known: dict[str, Any] = field(default_factory=dict, repr=False)
+    checked: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, checked: bool) -> None:
+        for name in ("gram", "cross", "energy", "anchor"):
+            if not isinstance(getattr(self, name), Tensor | None):
+                object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
         m, n = self.shape
-        expected = {"gram": (n, n), "cross": (m, n), "energy": (m,), "anchor": (m, n)}
+        expected = {"cross": (m, n), "gram": (n, n), "energy": (m,), "anchor": (m, n)}
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
                 raise ProblemError(
                     f"`{name}` is {tensor.dtype} {list(tensor.shape)}; a quadratic of a weight {[m, n]} "
-                    f"needs floating point {list(shape)}."
+                    f"needs {list(shape)}, floating point of 32 or 64 bits."
                 )
+            if tensor.dtype != self.cross.dtype or tensor.device != self.cross.device:
+                raise ProblemError(
+                    f"`{name}` is {tensor.dtype} on {tensor.device}, `cross` {self.cross.dtype} on "
+                    f"{self.cross.device}; all tensors of a quadratic have one dtype and one device."
+                )
+        if checked:
+            object.__setattr__(self, "gram", symmetric(self.gram, self.cross, self.energy, self.anchor))
+        self.known.setdefault("given", (torch.finfo(self.energy.dtype).eps, self.energy))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs and inputs of the operator."""
-        if self.cross.ndim != 2:
-            raise ProblemError(f"`cross` has {self.cross.ndim} axes; it must be [outputs inputs].")
+        if self.cross.ndim != 2 or 0 in self.cross.shape:
+            raise ProblemError(
+                f"`cross` is {list(self.cross.shape)}; it must be [outputs inputs], one of each at least."
+            )
         return self.cross.shape[0], self.cross.shape[1]
 
     @classmethod
-    def least_squares(cls, inputs: Tensor, targets: Tensor) -> Self:
-        """Mean squared error 1/2 mean_t |targets_t - V inputs_t|^2, inputs [tokens n], targets [tokens m]."""
-        tokens = inputs.shape[0]
-        cross = targets.T @ inputs / tokens
-        return cls(inputs.T @ inputs / tokens, cross, targets.square().sum(0) / tokens)
+    def least_squares(cls, inputs: Array, targets: Array, anchor: Array | None = None) -> Self:
+        """Mean squared error 1/2 mean_t |targets_t - V inputs_t|^2, inputs [tokens n], targets [tokens m].
+
+        Give a good guess as `anchor` [m n] where the fit is nearly exact: in float32 an error of less than 1e-7 of the
+        targets' energy is lost otherwise, and no certificate is small.
+
+        Raises:
+            ProblemError: no tokens, values that are not finite, or shapes or dtypes that do not fit.
+        """
+        x, y = as_tensor("inputs", inputs), as_tensor("targets", targets)
+        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
+            raise ProblemError(
+                f"Inputs {list(x.shape)} and targets {list(y.shape)}; needed are [tokens inputs] and [tokens outputs] "
+                "of the same tokens, one at least."
+            )
+        if x.dtype not in DTYPES or x.dtype != y.dtype:
+            raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
+        about = None if anchor is None else as_tensor("anchor", anchor)
+        if about is not None:
+            y = y - x @ about.T
+        if not bool(x.isfinite().all() & y.isfinite().all()):
+            raise ProblemError("Inputs or targets hold a value that is NaN or infinite.")
+        tokens, gram = len(x), x.T @ x / len(x)
+        return cls((gram + gram.T) / 2, y.T @ x / tokens, y.square().sum(0) / tokens, about, checked=False)
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
@@ -76,10 +116,10 @@ class Quadratic:
         Raises:
             ProblemError: a strength is negative.
         """
-        if bool((strength < 0).any()):
+        if not bool((strength >= 0).all()):
             raise ProblemError(f"Damping must not be negative; the least entry is {float(strength.min()):.3g}.")
         zero = torch.zeros_like(anchor)
-        return cls(torch.diag(strength), zero, zero[:, 0], anchor)
+        return cls(torch.diag(strength), zero, zero[:, 0], anchor, checked=False)
 
     def displacement(self, weight: Tensor) -> Tensor:
         """D = V - A [m n]."""
@@ -120,10 +160,11 @@ class Quadratic:
     def _power_method(self) -> float:
         generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
         vectors = torch.randn(POWER_STARTS, len(self.gram), generator=generator).to(self.gram)
+        unit = power_of_two(self.gram.diagonal().amax())  # or the squares of a norm overflow
         for _ in range(POWER_ITERATIONS):  # on rows: thin columns are slow on a CPU
             norms = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-            vectors = vectors / norms @ self.gram
-        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=1).max())
+            vectors = (vectors / norms @ self.gram) / unit
+        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=1).max()) * float(unit)
 
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
@@ -139,6 +180,7 @@ class Quadratic:
             self.cross / scale,
             self.energy,
             None if self.anchor is None else self.anchor * scale,
+            checked=False,
         )
 
     @property
@@ -154,7 +196,39 @@ class Quadratic:
         if self.gram.dtype == torch.float64:
             return self
         anchor = None if self.anchor is None else self.anchor.double()
-        return Quadratic(self.gram.double(), self.cross.double(), self.energy.double(), anchor)
+        tensors = self.gram.double(), self.cross.double(), self.energy.double(), anchor
+        return Quadratic(*tensors, known={"given": self.known["given"]}, checked=False)
+
+    @cached_property
+    def unit_free(self) -> "tuple[Quadratic, Tensor]":
+        """The same function, in float64, of U = V * scale, and that scale [n]: sqrt(H_jj) up to a power of two.
+
+        Nothing is rounded on the way, and the units of inputs and weights make no difference to what is computed there.
+        """
+        scale = power_of_two(self.scale().double())
+        gram = self.gram.to(torch.float64, copy=True).div_(scale).div_(scale[:, None])
+        anchor = None if self.anchor is None else self.anchor * scale
+        tensors = gram, self.cross / scale, self.energy.double(), anchor
+        return Quadratic(*tensors, known={"given": self.known["given"]}, checked=False), scale
+
+    @property
+    def rounding(self) -> Tensor:
+        """What of q [m] its tensors do not resolve: rounding errors of the energy, in the dtype it was given in."""
+        precision, energy = self.known["given"]
+        return 4 * precision * energy.to(self.energy)
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether H is positive semidefinite and every energy large enough for its cross term, up to rounding.
+
+        Only of a quadratic whose H has a diagonal near one, or zero (`unit_free`).
+        """
+        if "sum of squares" not in self.known:
+            unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
+            self.known["sum of squares"] = is_sum_of_squares(
+                self.gram, self.cross, self.energy, unit, self.known["given"][0], self.factor
+            )
+        return self.known["sum of squares"]
 
     @property
     def factor(self) -> Tensor | None:
@@ -162,8 +236,8 @@ class Quadratic:
 
         The little that is taken from the diagonal, n rounding errors of the largest entry, is for the factorisation's
         own error, so that |F^-1 k|^2 errs upwards: it is more than is seen, and less than the n (n + 2) that are proven
-        (Higham 2002, theorem 10.3). Inputs that are always zero have no slope and get a one on the diagonal: they
-        change nothing and do not spoil the rest.
+        (Higham 2002, theorem 10.3). Inputs that are always zero get a one on the diagonal, so that they do not spoil
+        the rest (`inverse_form` knows them).
         """
         if "factor" not in self.known:
             self.known["factor"] = self._cholesky()
@@ -172,9 +246,13 @@ class Quadratic:
     def _cholesky(self) -> Tensor | None:
         diagonal = self.gram.diagonal()
         margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(diagonal.max())
-        dead = (diagonal == 0) & (self.cross == 0).all(0)
-        shifted = self.gram + torch.where(dead, 1.0, -margin).to(diagonal).diag()
+        shifted = self.gram + torch.where(self.dead, 1.0, -margin).to(diagonal).diag()
         return cholesky(shifted)
+
+    @property
+    def dead(self) -> Tensor:
+        """Which inputs are always zero [n]: the function does not depend on their weights."""
+        return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
 
     def inverse_form(self, slope: Tensor) -> Tensor:
         """At least 1/2 k H^-1 k' of each row k of `slope` [m n]: [m]. inf if H is not safely positive definite.
@@ -188,7 +266,7 @@ class Quadratic:
         if self.factor is None:
             return torch.where((slope == 0).all(1), 0.0, inf)
         solved = torch.linalg.solve_triangular(self.factor, slope.T, upper=False)
-        return solved.square_().sum(0) / 2
+        return torch.where(((slope != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
 
     def envelope(self, stiffness: float) -> Self:
         """The relaxed function  min_U q(U) + stiffness/2 |U - V|^2  (Moreau envelope), again a quadratic of V.
@@ -206,7 +284,9 @@ class Quadratic:
         gram = inverse.mul_(-(stiffness**2))
         gram.diagonal().add_(stiffness)
         known = {"relaxes": (stiffness, self)}
-        return type(self)(gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor, stiffness, known)
+        return type(self)(
+            gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor, stiffness, known, checked=False
+        )
 
     def shifted_inverse(self, shift: float) -> Tensor:
         """(H + shift I)^-1 [n n], by a Cholesky factor.
@@ -228,21 +308,26 @@ class Quadratic:
         point = torch.zeros_like(self.cross) if anchor is None else anchor
         residual = self.residual(point) if residual is None else residual
         energy = 2 * self.values(point, residual)
-        return type(self)(self.gram, residual, energy, anchor, self.bound, self.known)
+        return type(self)(self.gram, residual, energy, anchor, self.bound, self.known, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> Self:
         """That of the rows `chosen` alone."""
         anchor = None if self.anchor is None else self.anchor[chosen]
-        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound)
+        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, checked=False)
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)
         energy = self.energy + other.energy
-        return type(self)(self.gram + other.gram, self.cross + other.cross, energy, self.anchor)
+        return type(self)(self.gram + other.gram, self.cross + other.cross, energy, self.anchor, checked=False)
 
     def __mul__(self, factor: float) -> Self:
-        if factor < 0:
+        if not factor >= 0:
             raise ProblemError(f"A quadratic times {factor} is not a sum of squares; the factor must be >= 0.")
-        return type(self)(self.gram * factor, self.cross * factor, self.energy * factor, self.anchor)
+        return type(self)(self.gram * factor, self.cross * factor, self.energy * factor, self.anchor, checked=False)
 
     __rmul__ = __mul__
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The power of two above positive numbers, at most twice as large; of zero it is one."""
+    return torch.where(size > 0, size / torch.frexp(size).mantissa, torch.ones_like(size))

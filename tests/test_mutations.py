@@ -14,6 +14,7 @@ import test_bound
 import test_bounding
 import test_certificate
 import test_closing
+import test_consistency
 import test_fista
 import test_invariance
 import test_moments
@@ -24,9 +25,10 @@ import test_permute
 import test_perspective
 import test_quadratic
 import test_refit
+import test_solvers
 from hypothesis import Phase, settings
 
-from convexprune import bound, pattern, penalty, permutation, problem, relaxation, split
+from convexprune import bound, consistency, pattern, penalty, permutation, problem, relaxation, split
 from convexprune.adapters import inner_channels
 from convexprune.errors import ConvexpruneError
 from convexprune.moments import Correction, Moments
@@ -35,7 +37,7 @@ from convexprune.pipeline import bounding, passes
 from convexprune.pipeline.lacking import Lacking
 from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
-from convexprune.solvers import fista
+from convexprune.solvers import Status, fista
 from convexprune.solvers.cg import ConjugateGradient
 from convexprune.solvers.fista import FISTA
 from convexprune.solvers.iterative import AbstractIterative
@@ -84,11 +86,24 @@ FAULTS = (
           test_perspective.test_the_prox_minimises_its_objective),
     Fault("a reverse Huber conjugate without its price", ReverseHuber.conjugate, " - self.price", "",
           test_perspective.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
-    Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * values + slack", "slack",
+    Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
-    Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(excess) + ", "",
+    Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - slope) + ", "",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
-    Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(weight)", "slack = 0 * values",
+    Fault("a gap with half the price of a subgradient", problem.row_gaps,
+          "gaps, quadratic.inverse_form(residual - slope))", "gaps, 0.4 * quadratic.inverse_form(residual - slope))",
+          test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
+    Fault("a support priced without its margins", problem._prices, "/ 2, inf", "/ 4, inf",
+          test_certificate.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
+    Fault("any tensors are a sum of squares", consistency.is_sum_of_squares, "factor is not None and enough(factor)",
+          "True", test_consistency.test_an_indefinite_gram_matrix_has_no_certificate, {"name": "fista"}),
+    Fault("a certificate in the units of the inputs", Quadratic.unit_free.func, "power_of_two(self.scale().double())",
+          "torch.ones_like(self.scale().double())",
+          test_certificate.test_the_units_of_the_inputs_do_not_make_an_answer_uncertain,
+          {"name": "Support", "spread": 1e10}),
+    Fault("a status that the certificate does not back", Status.of.__func__, "cls.UNCONFIRMED if", "said if",
+          test_solvers.test_the_certificate_of_a_users_solver_is_ours),
+    Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(point)", "slack = 0 * values",
           test_certificate.test_the_bound_holds_near_the_solution_too),
     Fault("a KKT residual of nothing", problem.certify, "point + residual / scale, 1.0", "point, 0.0",
           test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import random, seeds, sizes
 
 from convexprune.errors import ProblemError
-from convexprune.penalty import L1, Support
+from convexprune.penalty import L1, ReverseHuber, Support
 
 ROUNDING = 1e-12  # float64, values of order one
 GRID = torch.linspace(-6, 6, 2401, dtype=torch.float64)  # wider than any entry drawn below
@@ -171,3 +171,21 @@ def test_the_strengths_follow_to_another_dtype():
     strength = L1(torch.ones(2)).to(torch.float64).strength
     assert isinstance(strength, torch.Tensor)
     assert strength.dtype == torch.float64
+
+
+@given(seeds)
+def test_a_subgradient_meets_the_penalty_and_is_nearest_to_the_slope(seed):
+    # Fenchel-Young is an equality there; where V is zero it is the slope as far as the penalty allows.
+    weight = random(seed, 3, 5) * (random(seed + 1, 3, 5) > 0)
+    slope, strength = 2 * random(seed + 2, 3, 5), random(seed + 3, 3, 5).abs()
+    for penalty in (L1(0.7), L1(strength), ReverseHuber(strength + 0.1, strength.flip(0))):
+        found = penalty.subgradient(weight, slope)
+        assert found is not None
+        missing = penalty.values(weight) + penalty.conjugate(found) - (found * weight).sum(1)
+        assert float(missing.abs().max()) <= 1e-12
+        nearest = penalty.subgradient(torch.zeros_like(weight), slope)
+        assert nearest is not None
+        bound = (
+            penalty.slope if isinstance(penalty, ReverseHuber) else torch.as_tensor(penalty.strength, dtype=slope.dtype)
+        )
+        assert torch.equal(nearest, torch.maximum(torch.minimum(slope, bound), -bound))

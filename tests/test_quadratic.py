@@ -174,7 +174,7 @@ def test_bfloat16_is_used_where_the_device_has_it(monkeypatch, device, capabilit
 
 
 def test_the_envelope_refuses_a_matrix_that_is_no_gram_matrix():
-    quadratic = Quadratic(torch.tensor([[-5.0]]), torch.zeros(1, 1), torch.zeros(1))
+    quadratic = Quadratic(torch.tensor([[-5.0]]), torch.zeros(1, 1), torch.zeros(1), checked=False)
     with pytest.raises(ProblemError, match="no Gram matrix"):
         quadratic.envelope(1.0)
 

@@ -124,7 +124,9 @@ def test_too_few_iterations_end_at_the_limit():
 
 def test_data_that_is_not_finite_is_a_status():
     cross = torch.tensor([[float("nan"), 1.0]])
-    problem = Problem(Quadratic(torch.eye(2), cross, torch.ones(1)), Support(torch.ones(1, 2, dtype=torch.bool)))
+    problem = Problem(
+        Quadratic(torch.eye(2), cross, torch.ones(1), checked=False), Support(torch.ones(1, 2, dtype=torch.bool))
+    )
     assert ConjugateGradient().solve(problem).status is Status.NON_FINITE
 
 

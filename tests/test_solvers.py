@@ -1,16 +1,16 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import KINDS, PENALTIES, STRENGTHS, make_problem, problems, seeds, sizes
+from strategies import KINDS, PENALTIES, STRENGTHS, make_problem, problems, random, seeds, sizes
 
 from convexprune.errors import ProblemError, RecipeError, UnsupportedError
-from convexprune.penalty import L1, AbstractPenalty
-from convexprune.problem import Problem, certify
+from convexprune.penalty import L1, AbstractPenalty, Support
+from convexprune.problem import Certificate, Problem, certify
 from convexprune.quadratic import Quadratic
-from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
+from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve, solver_names
 
 L1S = PENALTIES[:3]
 # Name and settings, the penalties tested, and the relative error promised: a new solver is tested by adding a line.
@@ -237,3 +237,92 @@ def test_a_singular_problem_has_many_solutions_and_one_value(name):
     start = 10 * layer.weight
     first, second = make(name).solve(problem), make(name).solve(problem, start)
     assert problem.value(first.weight) == pytest.approx(problem.value(second.weight), rel=AGREEMENT)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@given(data=st.data(), asked=st.sampled_from((1e-2, 1e-5, 1e-9)))
+def test_status_and_certificate_say_the_same(name, data, asked):
+    _, problem = data.draw(problems(KINDS, TABLE[name][1]))
+    solution = make_solver(name, tolerance=asked).solve(problem)
+    assert (solution.status is Status.SOLVED) == (solution.certificate.relative_gap <= asked)
+
+
+class Stranger(AbstractSolver):
+    """A user's solver, which says what it likes."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    @property
+    def penalties(self):
+        return (AbstractPenalty,)
+
+    def solve(self, problem, start=None):
+        return self.answer
+
+
+def test_the_certificate_of_a_users_solver_is_ours():
+    _, problem = make_problem("full rank", "L1", 2, 4, 0, 0.1, 0.3)
+    wrong = torch.ones(2, 4, dtype=torch.float64)
+    boast = Solution(wrong, Status.SOLVED, Certificate(0.0, 0.0, 0.0), 1, 1, 0.0, residual=wrong)
+    solution = solve(Stranger(boast), problem)
+    assert solution.certificate == certify(problem, wrong)
+    assert (solution.status, solution.residual) == (Status.UNCONFIRMED, None)
+    modest = replace(boast, weight=make("scipy").solve(problem).weight, status=Status.ITERATION_LIMIT)
+    advanced = Stranger(modest).advance(problem, wrong, wrong).solution
+    assert advanced is not None and advanced.status is Status.SOLVED
+
+
+@pytest.mark.parametrize("answer", [None, torch.zeros(2, 4), torch.zeros(3, 3)])
+def test_what_is_no_solution_is_refused(answer):
+    _, problem = make_problem("full rank", "L1", 2, 4, 0, 0.1, 0.3)
+    if answer is not None and answer.shape == (3, 3):
+        answer = Solution(answer, Status.SOLVED, Certificate(0.0, 0.0, 0.0), 1, 1, 0.0)
+    with pytest.raises(ProblemError, match=r"Stranger\.solve"):
+        solve(Stranger(answer), problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("fista", {"tolerance": -1.0}),
+        ("fista", {"tolerance": float("nan")}),
+        ("admm", {"tolerance": "1e-8"}),
+        ("fista", {"check_every": 0}),
+        ("cg", {"max_iterations": -1}),
+        ("cg", {"max_iterations": 1.5}),
+        ("cvxpy", {"engine": "GUROBI"}),
+        ("cvxpy", {"engine": "clarabell"}),
+        ("scipy", {"tolerance": -1.0}),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, settings):
+    with pytest.raises(RecipeError, match=next(iter(settings))):
+        make_solver(name, **settings)
+
+
+def test_an_unknown_setting_names_those_that_there_are():
+    with pytest.raises(RecipeError, match=r"'tol'.*Known: check_every, max_iterations"):
+        make_solver("fista", tol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["fista", "admm", "cvxpy", "scipy", "cg"])
+def test_a_start_in_another_dtype_and_a_mask_for_all_rows_are_taken(name):
+    layer, problem = make_problem("full rank", "Support", 3, 6, 0, 0.1, 0.3)
+    q = problem.quadratic
+    assert q.anchor is not None
+    single = Quadratic(q.gram.float(), q.cross.float(), q.energy.float(), q.anchor.float())
+    mask = torch.tensor([[True, False, True, True, False, True]])
+    weights = [
+        make(name).solve(Problem(single, Support(m)), layer.weight * mask).weight for m in (mask, mask.expand(3, 6))
+    ]
+    assert torch.equal(*weights)
+    assert weights[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1e10, 1e-15])
+def test_very_large_and_very_small_inputs_are_solved_without_scaling(size):
+    x = (size * random(0, 40, 6)).float()
+    quadratic = Quadratic.least_squares(x, x @ random(1, 2, 6).float().T + size * random(2, 40, 2).float())
+    problem = Problem(quadratic, L1(0.05 * float(quadratic.cross.abs().max())))
+    assert make_solver("fista", scale=False).solve(problem).status is Status.SOLVED

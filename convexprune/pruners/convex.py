@@ -16,7 +16,7 @@ from convexprune.pruners.admm import between
 from convexprune.pruners.base import Count, Ends, NotNegative
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
-from convexprune.solvers import AbstractSolver, Solution, make_solver
+from convexprune.solvers import AbstractSolver, Solution, make_solver, solve
 from convexprune.solvers.base import require_penalty
 
 Penalty = Literal["reweighted-l1", "weighted-l1", "l1", "group-products"]
@@ -148,7 +148,7 @@ class Convex(AbstractSearch):
         products = 2
         while len(solutions) < self.rounds:
             strength = (low * high) ** 0.5 if low else high / 1000
-            solution = self._solver.solve(Problem(quadratic, L1(strength * unit)), weight)
+            solution = solve(self._solver, Problem(quadratic, L1(strength * unit)), weight)
             solutions.append(solution.record())
             weight, zeros = solution.weight, int((solution.weight == 0).sum())
             if zeros > wanted:

@@ -83,7 +83,8 @@ def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
     pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * KNEE)
     pull.diagonal().add_(damping.strength)
     zero = torch.zeros_like(problem.weight)
-    return quadratic + Quadratic(pull.mul_(torch.outer(problem.scale, problem.scale)), zero, zero[:, 0], problem.weight)
+    pull = pull.mul_(torch.outer(problem.scale, problem.scale))
+    return quadratic + Quadratic(pull, zero, zero[:, 0], problem.weight, checked=False)
 
 
 def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Quadratic, Tensor]:

@@ -15,7 +15,7 @@ from convexprune.pruners.base import AbstractPruner, Count, NotNegative, Pruned,
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
-from convexprune.solvers import AbstractSolver, Solution, make_solver
+from convexprune.solvers import AbstractSolver, Solution, make_solver, solve
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient
 from convexprune.split import first_split, fit_split, safe_split
@@ -96,7 +96,7 @@ class Perspective(AbstractPruner):
         found = relax(q, inverse, split.expand(q.shape), found, lines, kept, self.iterations)
         weight, price = found.weight, found.cost
         prices = price.expand(len(price), weight.numel() // len(price)).reshape(q.shape)
-        solution = self.solver.solve(Problem(separated(q, split), ReverseHuber(split, prices)), weight)
+        solution = solve(self.solver, Problem(separated(q, split), ReverseHuber(split, prices)), weight)
         share = solution.weight.abs() * (split / prices.clamp_min(torch.finfo(split.dtype).tiny)).sqrt()
         return solution, operator.pattern.mask(share)
 
@@ -105,7 +105,7 @@ def separated(q: Quadratic, split: Tensor) -> Quadratic:
     """q(V) - 1/2 sum_ij B_j V_ij^2, plus the constant that makes it a sum of squares; the split [n] is below H."""
     gram = q.gram - split.diag()
     cross = q.cross if q.anchor is None else q.cross + split * q.anchor
-    rest = Quadratic(gram, cross, q.energy, q.anchor)
+    rest = Quadratic(gram, cross, q.energy, q.anchor, checked=False)
     assert rest.factor is not None, "the split is below the Gram matrix by a margin"
     energy = torch.linalg.solve_triangular(rest.factor, cross.T, upper=False).square().sum(0)
-    return Quadratic(gram, cross, energy, q.anchor)
+    return Quadratic(gram, cross, energy, q.anchor, checked=False)

@@ -10,7 +10,7 @@ from convexprune.problem import Problem
 from convexprune.pruners.base import AbstractPruner, NotNegative, Pruned, PruningProblem
 from convexprune.pruners.damped import choose_damping, damped
 from convexprune.quadratic import Quadratic
-from convexprune.solvers import AbstractSolver, Solution
+from convexprune.solvers import AbstractSolver, Solution, solve
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient
 
@@ -60,5 +60,5 @@ def refitted(
     start = start * mask
     if refit is None:
         return start, ()
-    solution = refit.solve(Problem(quadratic, Support(mask)), start)
+    solution = solve(refit, Problem(quadratic, Support(mask)), start)
     return solution.weight, (solution,)

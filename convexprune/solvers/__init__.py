@@ -1,10 +1,11 @@
 """Solvers by name. To add one: a file here, a line in `_PLACES`, a line in the table of tests/test_solvers.py."""
 
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 from convexprune.errors import RecipeError, unknown
-from convexprune.solvers.base import AbstractSolver, Solution, Status
+from convexprune.solvers.base import AbstractSolver, Solution, Status, solve
 
 _PLACES = {
     "admm": ("admm", "ADMM"),
@@ -30,10 +31,11 @@ def make_solver(name: str, **settings: Any) -> AbstractSolver:
         raise RecipeError(unknown("solver", name, _PLACES))
     module, cls = _PLACES[name]
     solver = getattr(import_module(f"convexprune.solvers.{module}"), cls)
-    try:
-        return solver(**settings)
-    except TypeError as error:
-        raise RecipeError(f"Settings {settings} do not fit the solver {name!r}: {error}.") from error
+    known = [field.name for field in fields(solver)]
+    for setting in settings:
+        if setting not in known:
+            raise RecipeError(f"Solver {name!r}: {unknown('setting', setting, known)}")
+    return solver(**settings)
 
 
-__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solver_names"]
+__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"]

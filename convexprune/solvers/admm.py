@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune.errors import ProblemError
 from convexprune.problem import Problem
 from convexprune.solvers.base import Status
 from convexprune.solvers.iterative import AbstractIterative
@@ -41,7 +42,10 @@ class ADMM(AbstractIterative):
     ) -> tuple[Tensor, Status, int, int]:
         q, rho = problem.quadratic, self.rho
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
-        inverse = q.shifted_inverse(rho)
+        try:
+            inverse = q.shifted_inverse(rho)
+        except ProblemError:  # H is no Gram matrix; the certificate says so too
+            return weight, Status.INCONSISTENT, 0, 0
         dual = problem.penalty.project(q.residual(weight) if residual is None else residual) / rho
         products = 1 if residual is None else 0
         for iteration in range(1, self.max_iterations + 1):

@@ -3,23 +3,45 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import inf, isfinite
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from convexprune.errors import UnsupportedError
+from convexprune.errors import ProblemError, RecipeError, UnsupportedError
 from convexprune.penalty import AbstractPenalty
-from convexprune.problem import Certificate, Problem
+from convexprune.problem import Certificate, Problem, certify
+
+TOLERANCE = 1e-4
+"""The relative gap that is asked of a solver which has no `tolerance` of its own."""
 
 
 class Status(Enum):
-    """How a solve ended, as a sentence."""
+    """How a solve ended, as a sentence; the worst one last."""
 
     SOLVED = "The certificate meets the tolerance."
     ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
+    UNCONFIRMED = (
+        "The solver says that it is done, the certificate does not meet the tolerance: the data may not resolve it. "
+        "Use float64, an anchor near the answer, damping, or a looser tolerance."
+    )
     NON_FINITE = "The iterates are no longer finite: the problem has non-finite data, or the step is too long."
+    INCONSISTENT = (
+        "The problem is no sum of squares: its Gram matrix is indefinite, or an energy too small for its cross term."
+    )
     FAILED = "The back-end gave no answer."
+
+    @classmethod
+    def of(cls, said: "Status", certificate: Certificate, tolerance: float) -> "Status":
+        """How a solve ended of which the solver `said` one thing, and the certificate says another: that one stands."""
+        if not isfinite(certificate.primal):
+            return cls.FAILED if said is cls.FAILED else cls.NON_FINITE
+        if certificate.gap == inf:
+            return cls.INCONSISTENT
+        if certificate.relative_gap <= tolerance:
+            return cls.SOLVED
+        return cls.UNCONFIRMED if said is cls.SOLVED else said
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +102,30 @@ class AbstractSolver(ABC):
         `residual` [m n] is the quadratic's at the start. If not `certified` there need be no solution, nor an exact
         residual; a solver whose certificate is not worth saving just solves.
         """
-        solution = self.solve(problem, start)
+        solution = solve(self, problem, start)
         return Advance(solution.weight, solution.residual, solution.products, solution)
+
+
+def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None) -> Solution:
+    """What `solver` makes of the problem. The certificate of a solver that is not ours is computed here.
+
+    Raises:
+        ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
+    """
+    solution = solver.solve(problem, start)
+    if type(solver).__module__.startswith(f"{__package__}."):
+        return solution
+    name = type(solver).__name__
+    if not isinstance(solution, Solution):
+        raise ProblemError(f"{name}.solve returned a {type(solution).__name__}; it must return a Solution.")
+    try:
+        weight = problem.admit(solution.weight)
+    except ProblemError as cause:
+        raise ProblemError(f"{name}.solve returned a solution that is none. {cause}") from cause
+    certificate = certify(problem, weight)
+    status = Status.of(solution.status, certificate, getattr(solver, "tolerance", TOLERANCE))
+    weight = weight.to(problem.quadratic.cross)
+    return replace(solution, weight=weight, status=status, certificate=certificate, residual=None)
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
@@ -97,11 +141,24 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
         )
 
 
+def require_settings(solver: AbstractSolver) -> None:
+    """Refuse a tolerance below zero or counts below one, before a solver works.
+
+    Raises:
+        RecipeError: naming the setting, and what is accepted.
+    """
+    for name, least in (("tolerance", 0), ("max_iterations", 0), ("check_every", 1)):
+        value = getattr(solver, name, 1)
+        whole = name != "tolerance"
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not least <= value < inf:
+            kind = "whole number" if whole else "number"
+            raise RecipeError(f"{type(solver).__name__}: {name}={value!r}; it must be a {kind}, {least} or more.")
+
+
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
     """Where a solver begins: `start`, else the anchor, else zero."""
     if start is not None:
-        problem.check(start)
-        return start
+        return problem.admit(start).to(problem.quadratic.cross)
     anchor = problem.quadratic.anchor
     return problem.quadratic.cross.new_zeros(problem.shape) if anchor is None else anchor
 

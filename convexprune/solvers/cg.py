@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from convexprune.penalty import AbstractPenalty, Support
 from convexprune.problem import Problem, certify
 from convexprune.quadratic import Quadratic
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty
+from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, require_settings
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ class ConjugateGradient(AbstractSolver):
     max_iterations: int = 200
     check_every: int = 5
     scale: bool = True
+
+    def __post_init__(self) -> None:
+        require_settings(self)
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
@@ -73,9 +75,8 @@ class ConjugateGradient(AbstractSolver):
             iterations += 1
         weight = weight / scale
         certificate = certify(problem, weight)
-        status = Status.SOLVED if certificate.relative_gap <= self.tolerance else Status.ITERATION_LIMIT
-        if not isfinite(certificate.primal):
-            status = Status.NON_FINITE
+        said = Status.SOLVED if iterations < self.max_iterations else Status.ITERATION_LIMIT
+        status = Status.of(said, certificate, self.tolerance)
         return Solution(weight, status, certificate, iterations, iterations + 2, time.perf_counter() - began)
 
     def _near(self, q: Quadratic, residual: Tensor, gain: float, value: float) -> bool:

@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexprune.errors import RecipeError, unknown
 from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
 from convexprune.problem import Problem, certify
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
+from convexprune.solvers.base import (
+    AbstractSolver,
+    Solution,
+    Status,
+    initial,
+    require_penalty,
+    require_settings,
+    square_root,
+)
 
 TIGHT: dict[str, dict[str, Any]] = {
     "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True, "adaptive_rho_interval": 50},
@@ -33,10 +42,21 @@ class CVXPY(AbstractSolver):
     Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
     eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
     the problem unbounded below and cannot come from data.
+
+    The status is SOLVED where our certificate is within `tolerance`, whatever the engine says.
+
+    Raises:
+        RecipeError: an engine that is none of the three, or a tolerance below zero.
     """
 
     engine: Literal["OSQP", "CLARABEL", "SCS"] = "CLARABEL"
     options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_settings(self)
+        if self.engine not in TIGHT:
+            raise RecipeError(unknown("engine", self.engine, TIGHT))
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
@@ -48,8 +68,10 @@ class CVXPY(AbstractSolver):
         require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)  # checks the shape; the engines are started by themselves
-        roots = square_root(problem.quadratic.double.gram.cpu().numpy())
-        statements = [self._row(problem, i, *roots) for i in range(problem.shape[0])]
+        quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
+        stated = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
+        roots = square_root(quadratic.gram.cpu().numpy())
+        statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
         built = time.perf_counter()
         rows, statuses = [], []
         for variable, statement in statements:
@@ -57,14 +79,15 @@ class CVXPY(AbstractSolver):
             rows.append(value)
             statuses.append(status)
         solved = time.perf_counter()
-        displacement = torch.from_numpy(np.stack(rows)).to(problem.quadratic.cross)
+        displacement = (torch.from_numpy(np.stack(rows)).to(unit) / unit).to(problem.quadratic.cross)
         anchor = problem.quadratic.anchor
         weight = displacement if anchor is None else displacement + anchor
         worst = max(statuses, key=list(Status).index)
         if isinstance(problem.penalty, Support):
             weight = weight * problem.penalty.mask
         certificate = certify(problem, weight)
-        return Solution(weight, worst, certificate, 0, 0, solved - built, built - began)
+        status = Status.of(worst, certificate, self.tolerance)
+        return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
 
     def _solve_row(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
         with warnings.catch_warnings():
@@ -75,17 +98,17 @@ class CVXPY(AbstractSolver):
         return variable.value, STATUS.get(statement.status, Status.FAILED)
 
     def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
-        q = problem.quadratic.double
+        q = problem.quadratic
         cross = q.cross[i].cpu().numpy()
         anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy()
         target = cross @ inverse
         d = cp.Variable(len(cross))
         smooth = cp.sum_squares(factor @ d - target) / 2
         if isinstance(problem.penalty, Support):
-            outside = np.flatnonzero(~problem.penalty.mask[i].cpu().numpy())
+            outside = np.flatnonzero(~problem.penalty.mask.expand(problem.shape)[i].cpu().numpy())
             return d, cp.Problem(cp.Minimize(smooth), [d[outside] == -anchor[outside]] if len(outside) else [])
         if isinstance(problem.penalty, ReverseHuber):
-            penalty = problem.penalty.to(torch.float64)
+            penalty = problem.penalty
             curvature, slope = (t.expand(problem.shape)[i].cpu().numpy() for t in (penalty.curvature, penalty.slope))
             size = cp.abs(d + anchor)
             parabola = curvature / 2 @ cp.square(cp.pos(size - slope / curvature))

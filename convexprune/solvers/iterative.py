@@ -3,14 +3,21 @@
 import time
 from abc import abstractmethod
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from convexprune.penalty import AbstractPenalty
 from convexprune.problem import Problem, certify, row_gaps
-from convexprune.solvers.base import AbstractSolver, Advance, Solution, Status, initial, require_penalty
+from convexprune.solvers.base import (
+    AbstractSolver,
+    Advance,
+    Solution,
+    Status,
+    initial,
+    require_penalty,
+    require_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,9 @@ class AbstractIterative(AbstractSolver):
     check_every: int = 20
     scale: bool = True
     precise: bool = True
+
+    def __post_init__(self) -> None:
+        require_settings(self)
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
@@ -58,10 +68,7 @@ class AbstractIterative(AbstractSolver):
         weight, status, iterations, products = self._from(problem, start, residual)
         residual = None if self.precise else problem.quadratic.residual(weight)
         certificate = certify(problem, weight, self.precise, residual)
-        if not isfinite(certificate.primal):
-            status = Status.NON_FINITE
-        elif status is Status.ITERATION_LIMIT and certificate.relative_gap <= self.tolerance:
-            status = Status.SOLVED
+        status = Status.of(status, certificate, self.tolerance)
         seconds = time.perf_counter() - began
         return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
 

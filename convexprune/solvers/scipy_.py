@@ -10,9 +10,17 @@ from torch import Tensor
 
 from convexprune.penalty import L1, AbstractPenalty, Support
 from convexprune.problem import Problem, certify
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
+from convexprune.solvers.base import (
+    AbstractSolver,
+    Solution,
+    Status,
+    initial,
+    require_penalty,
+    require_settings,
+    square_root,
+)
 
-ACTIVE = 1e-7  # a dual constraint this near to its bound (relative) may carry a weight
+ACTIVE = 1e-7  # a dual constraint this near to its bound may carry a weight, of a target of length one
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class SciPy(AbstractSolver):
 
     tolerance: float = 1e-6
     max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        require_settings(self)
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
@@ -45,7 +56,7 @@ class SciPy(AbstractSolver):
         targets = quadratic.cross.cpu().numpy() @ inverse
         built = time.perf_counter()
         if isinstance(penalty, Support):
-            masks = penalty.mask.cpu().numpy()
+            masks = penalty.mask.expand(problem.shape).cpu().numpy()
             rows = [_on_support(root, y, mask) for y, mask in zip(targets, masks, strict=True)]
         else:
             assert isinstance(penalty, L1)
@@ -54,11 +65,14 @@ class SciPy(AbstractSolver):
         solved = time.perf_counter()
         weight = (torch.from_numpy(np.stack(rows)).to(scale) / scale).to(problem.quadratic.cross)
         certificate = certify(problem, weight)
-        solved_it = isinstance(penalty, Support) or certificate.relative_gap <= self.tolerance
-        status = Status.SOLVED if solved_it else Status.FAILED
+        status = Status.of(Status.SOLVED, certificate, self.tolerance)
         return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
 
     def _lasso(self, root: np.ndarray, y: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        size = float(np.linalg.norm(y)) or 1.0  # the tolerances below are for targets of length one
+        return size * self._unit_lasso(root, y / size, strength / size)
+
+    def _unit_lasso(self, root: np.ndarray, y: np.ndarray, strength: np.ndarray) -> np.ndarray:
         constraint = {
             "type": "ineq",
             "fun": lambda r: np.concatenate([strength - root.T @ r, strength + root.T @ r]),

@@ -1,0 +1,23 @@
+"""What a user may give in place of a tensor."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexprune.errors import ProblemError
+
+Array = Tensor | np.ndarray
+
+
+def as_tensor(name: str, value: object) -> Tensor:
+    """A tensor as it is; a NumPy array, or nested lists of numbers, as one.
+
+    Raises:
+        ProblemError: it is nothing of the kind.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as cause:
+        raise ProblemError(
+            f"`{name}` is a {type(value).__name__}; needed is a tensor or an array of numbers."
+        ) from cause

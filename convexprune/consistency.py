@@ -1,0 +1,81 @@
+"""Whether a Gram matrix, a cross term and energies can be those of a sum of squares: cheaply, and as a whole.
+
+With H = X X', G = Z X', e_i = |z_i|^2, every [[H, G_i'], [G_i, e_i]] is positive semidefinite.
+What is cheap is its entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H_jj); the whole needs a factorisation.
+"""
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import ProblemError
+from convexprune.factor import cholesky
+
+ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
+
+
+def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Tensor:
+    """The symmetric part of H [n n], if its entries, G [m n] and e [m] can be those of a sum of squares.
+
+    Differences of up to the root of the dtype's precision are taken for rounding: those of targets, in units of what
+    the `anchor` [m n] puts out.
+
+    Raises:
+        ProblemError: a value is not finite, H is not symmetric, or an entry is too large for its diagonal and energy.
+    """
+    for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ProblemError(f"`{name}` holds a value that is NaN or infinite. Look at the data that it was made of.")
+    loose = torch.finfo(gram.dtype).eps ** 0.5
+    diagonal = gram.diagonal()
+    if bool((diagonal < 0).any()):
+        raise ProblemError(
+            f"`gram` has {float(diagonal.min()):.3g} on its diagonal, where mean squares of inputs stand."
+        )
+    size = diagonal.sqrt()
+    room = torch.outer(size, size)
+    if not torch.equal(gram, gram.T):
+        if bool(((gram - gram.T).abs() > loose * room).any()):
+            j, k = divmod(int((gram - gram.T).abs().argmax()), len(gram))
+            raise ProblemError(
+                f"`gram` is not symmetric: entry [{j} {k}] is {float(gram[j, k]):.6g}, entry [{k} {j}] is "
+                f"{float(gram[k, j]):.6g}. A Gram matrix is X X'; (gram + gram.T) / 2 is its symmetric part."
+            )
+        gram = (gram + gram.T) / 2
+    if bool((gram.abs() > (1 + loose) * room).any()):
+        raise ProblemError(
+            "`gram` is not positive semidefinite, as X X' is: an entry is too large for |H_jk| <= sqrt(H_jj H_kk)."
+        )
+    reach = ((1 + loose) * energy.clamp_min(0)).sqrt()
+    if anchor is not None:
+        reach = reach + loose * (anchor.abs() @ size)
+    wrong = (energy < 0) | (cross.abs() > reach[:, None] * size).any(1)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0, 0])
+        raise ProblemError(
+            f"`energy` of output {i} is {float(energy[i]):.6g}, too small for its `cross`: |G_ij| <= sqrt(e_i H_jj). "
+            "It is the sum of squares of the target, the constant of the quadratic, and cannot be left out; where an "
+            "input is always zero, the cross term is zero."
+        )
+    return gram
+
+
+def is_sum_of_squares(
+    gram: Tensor, cross: Tensor, energy: Tensor, unit: Tensor, precision: float, factor: Tensor | None
+) -> bool:
+    """Whether H [n n] is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
+
+    H has a diagonal near one, or zero. `precision` is that of the dtype in which the tensors were given, `unit` [m] the
+    energies that their rounding is measured by, and `factor` the Cholesky factor of H, if it has one.
+    """
+    room = ROOM * (len(gram) + 64) * precision
+    least = energy + room * unit
+
+    def enough(lower: Tensor) -> bool:
+        return bool((torch.linalg.solve_triangular(lower, cross.T, upper=False).square_().sum(0) <= least).all())
+
+    if factor is not None and (not bool(cross.any()) or enough(factor)):
+        return True
+    raised = gram.clone()  # (H + r I)^-1 <= H^+ on the range of H, and next to infinite beyond
+    raised.diagonal().add_(room)
+    factor = cholesky(raised)
+    return factor is not None and enough(factor)
