@@ -6,7 +6,7 @@ from .calibration import (
     text_windows,
     window_length,
 )
-from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, save, save_from_store
+from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, reopen, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 from .reading import given_tokenizer
@@ -22,6 +22,7 @@ __all__ = [
     "given_tokenizer",
     "load",
     "recipe_windows",
+    "reopen",
     "save",
     "save_from_store",
     "text_windows",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
+from convexprune.pipeline.scan import not_finite
 
 from .experts import piles
 from .operators import LINEAR_MODULES, held, offloaded
@@ -111,10 +112,7 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
                 broken = value.numel() - int(torch.isfinite(value).sum())
                 if not broken:
                     continue
-                raise ModelError(
-                    f"{path}.{name} holds {broken:,} of {value.numel():,} values that are NaN or infinite. "
-                    "Repair or download the checkpoint again; float16 checkpoints may overflow, bfloat16 ones do not."
-                )
+                raise not_finite(f"{path}.{name}", broken, value.numel())
 
 
 def refuse_other_dtypes(layers: nn.ModuleList) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,15 +25,16 @@ from transformers import (
 
 from convexprune.errors import ModelError
 from convexprune.pipeline import FolderStore
-from convexprune.pipeline.files import publish, write_json, writing
+from convexprune.pipeline.files import flush, make_folder, publish, write_json, writing
 from convexprune.pipeline.tensors import Entry
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
 from .huggingface import HuggingFaceModel
+from .model_folder import NotStreamable, check_folder, check_layers, hub_answers, local_folder, stored_dtype
 from .operators import computes_on, held, offloaded
 from .reading import ask, read_tokenizer
-from .shards import NotStreamable, Shards, local_folder, parameters_on_meta, stored_dtype
+from .shards import Origin, Shards, parameters_on_meta
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
@@ -111,6 +112,20 @@ def load(
     return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
 
 
+def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
+    """The model of a run in another process, streamed if it can be.
+
+    Raises:
+        ModelError: it is another one by now.
+    """
+    model = opened(device=device, stream=True)
+    if model.shards is not None:
+        model.shards.require_same(origin)
+    elif model.origin() != origin:
+        raise ModelError(f"{model.name} is not the model that the run began with: its files have changed since.")
+    return model
+
+
 def save(model: HuggingFaceModel, folder: str | Path) -> None:
     """Write the model, and its tokenizer if it has one, as a folder that transformers loads."""
     inner = model.model
@@ -143,7 +158,7 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
         OutputError: the disk is full or fails.
     """
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
             whole = Path(place, folder.name)
             if model.shards is None:
@@ -152,7 +167,9 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
                 model.shards.assemble(whole, changed)
             for name, value in notes.items():
                 write_json(whole / name, value)
+            flush(whole)
             os.replace(whole, folder)  # an empty folder gives way
+            flush(folder.parent)
 
 
 def save_from_store(
@@ -190,34 +207,20 @@ def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     if path.is_file() and path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        _check_folder(path, allow_pickle)
+        check_folder(path, allow_pickle)
         return {"pretrained_model_name_or_path": str(path)}
     if isinstance(source, Path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"{source}: no such folder. Give a folder that has a config.json, or a name on the hub.")
-    return {"pretrained_model_name_or_path": source}
-
-
-def _check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Name the file that is at fault, which transformers does not."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
-    weights = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if not weights and pickles and not allow_pickle:
-        raise ModelError(
-            f"{folder}: holds its weights only as pickles ({', '.join(pickles)}), which can run code when they are "
-            "read. Convert them to safetensors, or pass allow_pickle=True if you trust them."
-        )
-    for path in weights:
-        try:
-            safe_open(path, "pt").__enter__().__exit__(None, None, None)
-        except SafetensorError as cause:
-            raise ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.") from cause
+    return {"pretrained_model_name_or_path": source, "local_files_only": not hub_answers()}
 
 
 def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantised(config)
+    folder = Path(place["pretrained_model_name_or_path"])
+    if folder.is_dir() and "gguf_file" not in place:
+        with suppress(NotStreamable):
+            ask(source, lambda: check_layers(folder, config))
     reader = model_class(source, config)
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
@@ -233,6 +236,9 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
             f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
             "they would be random. Copy or download it again, or correct its config.json."
         )
+    # On a CPU transformers maps the weights from their files: what is written to these would change the model.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 
@@ -272,9 +278,12 @@ def _stream(
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     reader = model_class(source, config)
     refuse_quantised(config)
-    folder = ask(source, lambda: local_folder(place["pretrained_model_name_or_path"], place["revision"]))
+    where = ("pretrained_model_name_or_path", "revision", "local_files_only")
+    folder = ask(source, lambda: local_folder(*(place[key] for key in where if key in place)))
+    check_folder(folder, allow_pickle=True)
+    ask(source, lambda: check_layers(folder, config))
     remote = {"trust_remote_code": place["trust_remote_code"]}
     stored = getattr(config, "dtype", None) or ask(source, lambda: stored_dtype(folder))
     with parameters_on_meta():
         model = ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
-    return model, Shards(folder, model, device, decoder_layers(model)[0])
+    return model, Shards(folder, model, device, decoder_layers(model)[0], place["trust_remote_code"])

@@ -27,7 +27,7 @@ from .logits import logits_at, pieces
 from .operators import computes_on, held, put
 from .replay import refuse_looking_ahead, refuse_other_replays
 from .selection import left_alone
-from .shards import Shards
+from .shards import Origin, Shards
 
 PROBE_TOKENS = 16
 """How many tokens are sent through the model to see what its layers do."""
@@ -135,11 +135,15 @@ class HuggingFaceModel(AbstractModel):
         """The most tokens that the model can see at once."""
         return positions(self.model.config)
 
-    def checksums(self) -> dict[str, str]:
-        """What tells this model from any other: of its files if it streams, else of its tensors."""
+    def origin(self) -> Origin:
+        """What tells this model from any other: of its files if it streams, else of its tensors, as they are now.
+
+        Raises:
+            ModelError: a weight of a file is NaN or infinite, or a file has changed since it was opened.
+        """
         if self.shards is not None:
-            return self.shards.checksums()
-        return {name: checksum(self._held(name, tensor)) for name, tensor in self.model.state_dict().items()}
+            return self.shards.origin()
+        return Origin({name: checksum(self._held(name, t)) for name, t in self.model.state_dict().items()}, {})
 
     def _held(self, name: str, tensor: Tensor) -> Tensor:
         path, _, last = name.rpartition(".")

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from convexprune.errors import DependencyError, ModelError, install_hint
+from convexprune.errors import ConvexpruneError, DependencyError, ModelError, install_hint
+
+from .model_folder import NotStreamable
 
 # transformers invents an empty tokenizer for a folder that has none; so look before asking it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+TOKENIZER = " (tokenizer)"  # behind the name of a model, in errors
+LONGEST_CAUSE = 300  # characters of what transformers says
 
 
 def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
@@ -38,17 +44,32 @@ def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBas
     folder = Path(place["pretrained_model_name_or_path"])
     if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    return ask(f"{source} (tokenizer)", lambda: AutoTokenizer.from_pretrained(**place))
+    return ask(source + TOKENIZER, lambda: AutoTokenizer.from_pretrained(**place))
 
 
 def ask(source: str, read: Callable[[], Any]) -> Any:
-    """What transformers reads, with its many kinds of failure made one."""
+    """What `read` returns.
+
+    Raises:
+        ModelError: it raises anything.
+        DependencyError: a package is missing.
+    """
     try:
         return read()
+    except (ConvexpruneError, NotStreamable, MemoryError):
+        raise
     except ImportError as cause:
-        raise DependencyError(f"{source}: {cause} For GGUF files: {install_hint('gguf')}") from cause
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as cause:
+        hint = f" For GGUF files: {install_hint('gguf')}" if source.endswith(".gguf") else ""
+        raise DependencyError(f"{source}: {cause}{hint}") from cause
+    except UnpicklingError as cause:  # its text tells how to run the code
         raise ModelError(
-            f"{source}: cannot be read ({type(cause).__name__}: {cause}). Is the name right, is everything "
-            "downloaded, and are the weights safetensors? Pickles need allow_pickle=True."
+            f"{source}: cannot be read: its pickles hold more than tensors, and that is not run. Convert them to "
+            "safetensors."
         ) from cause
+    except Exception as cause:  # tokenizers raises nothing more special
+        said = f"{type(cause).__name__}: {shorten(str(cause), LONGEST_CAUSE, placeholder=' ...')}"
+        if Path(source.removesuffix(TOKENIZER)).expanduser().exists():
+            text = f"cannot be read ({said}). Is the folder complete and undamaged?"
+        else:
+            text = f"there is no such folder here, and the hub does not give it ({said}). Is the name right?"
+        raise ModelError(f"{source}: {text}") from cause

@@ -1,71 +1,108 @@
 """A checkpoint that is never whole in memory: one decoder layer's weights at a time, and the pruned one assembled."""
 
 import json
-import shutil
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline.files import appearing, sha256, write, writing
+from convexprune.pipeline.files import Stamp, appearing, copy_file, reading, sha256, write
+from convexprune.pipeline.scan import scanned
 from convexprune.pipeline.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 
 from .admission import refuse_non_finite
+from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format; and
-# what is said of the dense model.
-NOT_COPIED = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", "README.md",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
-class NotStreamable(Exception):
-    """Why a checkpoint has to be loaded whole."""
+class Origin(NamedTuple):
+    """What a model was read from: checksums by name, and of one that streams the stamps of its files."""
+
+    checksums: Mapping[str, str]
+    stamps: Mapping[str, Stamp]
 
 
 class Shards:
     """The safetensors shards of a folder, and a model whose parameters on the meta device they fill when asked.
 
+    Code that comes with the checkpoint is copied to the result only if it is `trusted`.
+
     Raises:
         NotStreamable: the tensors of the folder are not, one by one and as they are, those of the model.
-        ModelError: a shard is damaged.
+        ModelError: a shard is damaged, or a file that would be copied is a link that leads out of the folder.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, device: torch.device | str, inside: str) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, device: torch.device | str, inside: str, trusted: bool = False
+    ) -> None:
         self.folder = folder
         self.device = torch.device(device)
         self.dtype = model.dtype
         self.files = shard_files(folder)
+        self.trusted = trusted
+        companions(folder, trusted)
+        self._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *self.files)}
         self._metadata: dict[Path, dict[str, str]] = {}
         self._stored: dict[str, Entry] = {}
         for path in self.files:
             found, self._metadata[path] = entries(path)
             self._stored |= found
         self._names = _names(model, self._stored, inside)
+        self._weights = {self._names[name] for name, _ in model.named_parameters() if name in self._names}
         self._fill_fixed(model, inside)
 
-    def checksums(self) -> dict[str, str]:
-        """The sha256 of every file that decides what the model is."""
-        return {path.name: str(sha256(path)) for path in (self.folder / "config.json", *self.files)}
+    def origin(self) -> Origin:
+        """The sha256 of every file that decides what the model is, by its name in the folder; reads all of them.
+
+        Raises:
+            ModelError: a weight is NaN or infinite, or a file has changed since it was opened.
+        """
+        found = {CONFIG: str(sha256(self.folder / CONFIG))}
+        found |= {self._name(path): scanned(path, self._weights) for path in self.files}
+        self.require_unchanged()
+        return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
+
+    def require_same(self, origin: Origin) -> None:
+        """See that these are the files that another process has opened; only those with other stamps are read.
+
+        Raises:
+            ModelError: one of them is not.
+        """
+        for path, stamp in self._stamps.items():
+            name = self._name(path)
+            if stamp != origin.stamps.get(name) and sha256(path) != origin.checksums.get(name):
+                raise _changed(path)
+        self.require_unchanged()
+
+    def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
+        """See that files, all if none are given, have not been written to or replaced since they were opened.
+
+        Raises:
+            ModelError: one of them has.
+        """
+        for path in self._stamps if paths is None else paths:
+            if Stamp.of(path) != self._stamps[path]:
+                raise _changed(path)
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
         """Inside, the weights of `layer` are in memory, as they are in the shards.
 
         Raises:
-            ModelError: a weight is not finite or cannot be read.
+            ModelError: a weight is not finite or cannot be read, or its file has changed since it was opened.
         """
         away = layer.module.state_dict()
         here = {name: self._read(f"{layer.name}.{name}", tensor) for name, tensor in away.items()}
+        self.require_unchanged({self._stored[self._names[f"{layer.name}.{name}"]].path for name in away})
         layer.module.load_state_dict(here, assign=True)
         del here
         try:
@@ -90,26 +127,45 @@ class Shards:
 
         Raises:
             OutputError: the disk is full or fails.
+            ModelError: a file of the checkpoint has changed since it was opened.
         """
+        self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
-        total = 0
-        for path in self.files:
-            sources = {n: replaced.get(n, entry) for n, entry in self._stored.items() if entry.path == path}
-            casts = {n: self._cast(entry) for n, entry in sources.items()}
-            specs = {n: casts[n][0] for n in sources}
-            write_tensors(target / path.name, specs, lambda n, casts=casts: casts[n][1](), self._metadata[path])
-            total += sum(spec.nbytes for spec in specs.values())
-        for path in sorted(self.folder.iterdir()):
-            if path.is_file() and path.name != "config.json" and not path.name.endswith(NOT_COPIED):
-                with writing(target):
-                    shutil.copyfile(path, target / path.name)
-        if (self.folder / INDEX).is_file():
-            index = json.loads((self.folder / INDEX).read_text())
+        total = sum(self._write_shard(path, target / self._name(path), replaced) for path in self.files)
+        self._copy_companions(target)
+        if self.files != [self.folder / WEIGHTS]:
+            index = read_index(self.folder)
             index["metadata"] = index.get("metadata", {}) | {"total_size": total}
             _write_text(target / INDEX, index)
-        config = json.loads((self.folder / "config.json").read_text())
+        config = self._settings(self.folder / CONFIG)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
-        _write_text(target / "config.json", config)
+        self.require_unchanged()
+        _write_text(target / CONFIG, config)
+
+    def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry]) -> int:
+        """Write a shard; how many bytes its tensors have."""
+        casts = {n: self._cast(replaced.get(n, entry)) for n, entry in self._stored.items() if entry.path == path}
+        specs = {n: spec for n, (spec, _) in casts.items()}
+        write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
+        return sum(spec.nbytes for spec in specs.values())
+
+    def _copy_companions(self, target: Path) -> None:
+        for path in companions(self.folder, self.trusted):
+            if not self.trusted and path.suffix == ".json" and b'"auto_map"' in path.read_bytes():
+                _write_text(target / path.name, self._settings(path))
+            else:
+                copy_file(path, target / path.name)
+
+    def _settings(self, path: Path) -> Any:
+        """What a JSON file says, but for where code lies that was not trusted and is not copied."""
+        with reading(path):
+            value = json.loads(path.read_bytes())
+        if not self.trusted and isinstance(value, dict) and value.pop("auto_map", None):
+            logger.warning("%s: auto_map is left out, because its code was not trusted", path)
+        return value
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
 
     def written_to(self, folder: Path) -> "Shards":
         """The same tensors as `assemble` has written them to `folder`.
@@ -118,7 +174,8 @@ class Shards:
             ModelError: a tensor is missing, is not of the source, or has another shape or type.
         """
         other = copy(self)
-        other.files, other._stored = shard_files(folder), {}
+        other.folder, other.files, other._stored = folder, shard_files(folder), {}
+        other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}
         for path in other.files:
             other._stored |= entries(path)[0]
         expected = {name: self._cast(entry)[0] for name, entry in self._stored.items()}
@@ -156,45 +213,6 @@ class Shards:
             if parameter.is_meta and not name.startswith(f"{inside}."):
                 raise NotStreamable(f"nothing fills {name}")
         refuse_non_finite(model, "")
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, as transformers chooses them.
-
-    Raises:
-        NotStreamable: there are none.
-        ModelError: a shard that the index names is missing.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise NotStreamable(f"there is no {WEIGHTS} and no {INDEX}")
-    files = sorted({folder / name for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise ModelError(f"{folder}: {INDEX} names {', '.join(missing)}, which is missing. Download it again.")
-    return files
-
-
-def local_folder(source: str, revision: str) -> Path:
-    """The folder itself, or the local snapshot of a name on the hub, downloaded if need be."""
-    if Path(source).is_dir():
-        return Path(source)
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the first floating-point tensor, for a config that names none.
-
-    Raises:
-        NotStreamable: there is none.
-    """
-    found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
-    dtype = next((d for d in found if d is not None and d.is_floating_point), None)
-    if dtype is None:
-        raise NotStreamable("it stores no floating-point tensor")
-    return dtype
 
 
 @contextmanager
@@ -263,6 +281,13 @@ def _names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> 
         if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
             raise NotStreamable(f"the checkpoint has no {name}")
     return names
+
+
+def _changed(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
+        "begin again in another folder."
+    )
 
 
 def _equal(one: Entry, other: Entry) -> bool:

@@ -14,6 +14,7 @@ from convexprune.adapters import (
     HuggingFaceModel,
     given_tokenizer,
     load,
+    reopen,
     save_from_store,
 )
 from convexprune.adapters.admission import refuse_headless
@@ -120,7 +121,7 @@ class Request:
 
     def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
         self._check(loaded)
-        weights = loaded.checksums()
+        self.origin = loaded.origin()  # weights that are not finite are found here, before any work
         self.clock.lap("load")
         known = folder.sampled() if resume and self.sources.has_sampled and folder.is_unfinished else {}
         windows = self._windows(loaded, known)
@@ -128,7 +129,7 @@ class Request:
         report.identity = identity(
             self.recipe,
             self.layers,
-            weights,
+            self.origin.checksums,
             {name: windows[name] for name in OF_DATASET},
             self.installed,
             device=torch.device(self.device).type,
@@ -163,7 +164,7 @@ class Request:
         tell = self._tell(loaded)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
-        opened = partial(self.open, stream=True)
+        opened = partial(reopen, self.open, self.origin)
         job = Job(folder.work, self._work(windows), opened, self.threads, self.installed)
         prune_in_folder(self.executor, job, loaded, store, tell)
         self.clock.lap("prune")

@@ -104,7 +104,7 @@ def test_a_damaged_folder_is_refused(folder, refused, damage, message):
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused():
-    with pytest.raises(ModelError, match="nobody/nothing: cannot be read"):
+    with pytest.raises(ModelError, match="nobody/nothing: there is no such folder here, and the hub does not give it"):
         load("nobody/nothing", device="cpu")
 
 

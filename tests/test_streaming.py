@@ -158,6 +158,7 @@ def test_a_checkpoint_that_is_not_right_is_refused(llama: Path, tmp_path: Path, 
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
         convexprune.prune(llama, method="wanda", output_dir=tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()  # nothing that a second try would be refused for
 
 
 def test_a_shard_that_is_missing_is_named(dense: Path, tmp_path: Path):
@@ -174,7 +175,7 @@ def test_a_name_on_the_hub_is_its_local_snapshot(llama: Path, tmp_path: Path, mo
     refs.mkdir()
     (refs / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    from convexprune.adapters.shards import local_folder
+    from convexprune.adapters.model_folder import local_folder
 
     assert local_folder("someone/tiny", "main") == snapshot
 

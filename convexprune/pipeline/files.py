@@ -111,12 +111,18 @@ def publish(temporary: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+def flush(folder: Path) -> None:
+    """Have all that lies in a folder on the disk, whoever wrote it."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Every byte of a run goes through here."""
     file.write(data)
 
 
-def copy(source: Path, path: Path) -> None:
+def copy_file(source: Path, path: Path) -> None:
     """Write the bytes of a file of a model to `path`, as every file of a run is written.
 
     Raises:

@@ -78,7 +78,7 @@ class Entry:
             while view and (count := file.readinto(view)):  # the system reads 2 GiB at most at once
                 view = view[count:]
         if view:
-            raise _damaged(self.path)
+            raise damaged(self.path)
         return data
 
 
@@ -107,7 +107,7 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError(f"{size:,} bytes, its header tells of {start + last:,}")
         "".join((*found, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-        raise _damaged(path, cause) from cause
+        raise damaged(path, cause) from cause
     return found, metadata
 
 
@@ -231,5 +231,6 @@ def raw(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _damaged(path: Path, cause: object = "it ends too early") -> ModelError:
+def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
+    """The error for a file that is not what it says it is."""
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")

@@ -1,0 +1,176 @@
+"""The files of a model folder: which hold its weights, which are copied to the result, and what it is refused for."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_session, snapshot_download
+from transformers import PretrainedConfig
+
+from convexprune.errors import ModelError
+from convexprune.pipeline.files import PARTS, Stamp, reading
+from convexprune.pipeline.output import OWN, WORK
+from convexprune.pipeline.tensors import DTYPES, entries
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format; and
+# what is said of the dense model.
+NOT_COPIED = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", "README.md",
+)  # fmt: skip
+
+
+class NotStreamable(Exception):
+    """Why a checkpoint has to be loaded whole."""
+
+
+def check_folder(folder: Path, allow_pickle: bool) -> None:
+    """Name the file that is at fault, which transformers does not.
+
+    Raises:
+        ModelError: there is no configuration, an adapter, a file that cannot be read or is none, or only pickles.
+    """
+    with reading(folder):
+        paths = sorted(folder.iterdir())
+        for path in paths:
+            if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
+                Stamp.of(path)
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter (adapter_config.json). Merge it first (merge_and_unload of peft) and save "
+            "the result, or remove it to prune the weights without it."
+        )
+    weights = [path for path in paths if path.suffix == ".safetensors"]
+    pickles = [path.name for path in paths if path.suffix == ".bin"]
+    if not weights and not (folder / INDEX).exists() and pickles and not allow_pickle:
+        raise ModelError(
+            f"{folder}: holds its weights only as pickles ({', '.join(pickles)}), which can run code when they are "
+            "read. Convert them to safetensors, or pass allow_pickle=True if you trust them."
+        )
+    for path in weights:
+        entries(path)
+
+
+def check_layers(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse, before modules are built, a configuration of more layers than the checkpoint can have.
+
+    Raises:
+        ModelError: it has more decoder layers than there are tensors.
+        NotStreamable: the folder has no safetensors.
+    """
+    asked = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    stored = sum(len(entries(path)[0]) for path in shard_files(folder))
+    if asked > stored:
+        raise ModelError(
+            f"{folder}: config.json asks for {asked:,} decoder layers, the checkpoint holds {stored:,} tensors. "
+            "Copy or download both again."
+        )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of the shards of a folder.
+
+    Raises:
+        ModelError: it is no such index, or names a file that is no safetensors file inside the folder.
+    """
+    path = folder / INDEX
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        index = json.loads(text)
+        names = {PurePosixPath(name) for name in index["weight_map"].values()}
+        dict(index.get("metadata", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise ModelError(
+            f'{path} is no index of shards: {{"weight_map": {{tensor: file}}}} is needed. Copy or download it again.'
+        ) from cause
+    for name in sorted(names):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if name.is_absolute() or hidden or name.parts[:1] == (WORK,) or name.suffix != ".safetensors":
+            raise ModelError(
+                f"{path} names {str(name)!r}. Accepted: safetensors files in the folder itself or below it, not "
+                f"hidden and not in {WORK}/. Move the file there."
+            )
+    return index
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, as transformers chooses them.
+
+    Raises:
+        NotStreamable: there are none.
+        ModelError: the index is not right, or a shard that it names is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise NotStreamable(f"there is no {WEIGHTS} and no {INDEX}")
+    files = sorted({folder / name for name in read_index(folder)["weight_map"].values()})
+    missing = [str(path.relative_to(folder)) for path in files if not path.exists()]
+    if missing:
+        raise ModelError(f"{folder}: {INDEX} names {', '.join(missing)}, which is missing. Download it again.")
+    return files
+
+
+def companions(folder: Path, with_code: bool) -> list[Path]:
+    """The files that are copied to the result: tokenizers and the like, and code if it was trusted.
+
+    Raises:
+        ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
+    """
+    found = []
+    with reading(folder):
+        for path in sorted(folder.iterdir()):
+            ours = path.name in (CONFIG, *OWN) or path.match(PARTS)
+            code = path.suffix == ".py" and not with_code
+            if path.is_file() and not ours and not code and not path.name.endswith(NOT_COPIED):
+                _refuse_foreign(path)
+                found.append(path)
+    return found
+
+
+def _refuse_foreign(path: Path) -> None:
+    place, target = path.parent.resolve(), path.resolve()
+    blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
+    if not target.is_relative_to(place) and target.parent != blobs:
+        raise ModelError(
+            f"{path} is a link to {target}, outside of the model's folder, and would be copied to the result. Put "
+            "the file itself into the folder, or remove the link."
+        )
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached: asked once, where each file would be asked for five times."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # the kinds are those of requests or httpx, by the release of huggingface_hub
+        return False
+    return True
+
+
+def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
+    """The folder itself, or the local snapshot of a name on the hub, downloaded if need be."""
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    return Path(
+        snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the first floating-point tensor, for a config that names none.
+
+    Raises:
+        NotStreamable: there is none.
+    """
+    found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
+    dtype = next((d for d in found if d is not None and d.is_floating_point), None)
+    if dtype is None:
+        raise NotStreamable("it stores no floating-point tensor")
+    return dtype

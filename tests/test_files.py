@@ -1,0 +1,102 @@
+"""What is written appears whole, follows no link and obeys the umask; what is read is looked at in one pass."""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convexprune.errors import ModelError, OutputError
+from convexprune.pipeline import files, scan
+from convexprune.pipeline.files import appearing, copy_file, locked, make_folder, overwrite
+from convexprune.pipeline.scan import scanned
+from convexprune.pipeline.tensors import DTYPES
+
+
+def test_a_temporary_name_cannot_be_known_and_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names, victim = set(), tmp_path / "victim"
+    victim.write_text("mine")
+    for _ in range(2):
+        with appearing(tmp_path / "x") as file:
+            file.write(b"new")
+            names |= {path.name for path in tmp_path.glob(files.PARTS)}
+    assert len(names) == 2 and (tmp_path / "x").read_bytes() == b"new"
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "planted")
+    (tmp_path / ".planted.part").symlink_to(victim)
+    with pytest.raises(OutputError, match="File exists"), appearing(tmp_path / "x") as file:
+        file.write(b"lost")
+    assert victim.read_text() == "mine" and (tmp_path / "x").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o666), (0o022, 0o644), (0o077, 0o600)])
+def test_what_is_written_obeys_the_umask(tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        with appearing(tmp_path / "x"), locked(tmp_path / "lock"):
+            pass
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("x", "lock")} == {mode}
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run.lock").symlink_to(tmp_path / "victim")
+    with (
+        pytest.raises(OutputError, match=r"run\.lock cannot be written.*No link is followed"),
+        locked(tmp_path / "run.lock"),
+    ):
+        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        overwrite(tmp_path / "run.lock", "process 1")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_to_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(OutputError, match=r"Permission denied.* Make the folder readable and writable"),
+        appearing(tmp_path / "x"),
+    ):
+        pass
+
+
+def test_a_copied_file_is_flushed_and_renamed_and_so_are_new_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "_sync", synced.append)
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    copy_file(tmp_path / "a", tmp_path / "one" / "two" / "b")
+    assert (tmp_path / "one" / "two" / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    temporary = next(path for path in synced if path.match(files.PARTS))
+    assert set(synced) == {tmp_path, tmp_path / "one", tmp_path / "one" / "two", temporary}
+    with pytest.raises(ModelError, match="gone cannot be read: No such file"):
+        copy_file(tmp_path / "gone", tmp_path / "c")
+    make_folder(tmp_path)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("code", ["F16", "BF16", "F32", "F64"])
+@pytest.mark.parametrize("broken", [[], [(7, math.nan)], [(0, math.inf), (129, -math.inf), (2999, math.nan)]])
+def test_one_pass_finds_the_checksum_and_what_is_not_finite(tmp_path: Path, code: str, broken, monkeypatch):
+    monkeypatch.setattr(scan, "CHUNK", 1024)
+    tensors = {
+        "beside": torch.full((5,), math.nan),
+        "codes": torch.full((99,), -1, dtype=torch.int64),
+        "empty": torch.zeros(0),
+        "w": torch.full((3000,), torch.finfo(DTYPES[code]).max, dtype=DTYPES[code]),
+    }
+    for place, value in broken:
+        tensors["w"][place] = value
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    if broken:
+        with pytest.raises(ModelError, match=rf"w holds {len(broken)} of 3,000 values that are NaN or infinite"):
+            scanned(tmp_path / "x.safetensors", {"codes", "empty", "w"})
+    else:
+        found = scanned(tmp_path / "x.safetensors", {"codes", "empty", "w"})
+        assert found == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
