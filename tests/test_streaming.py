@@ -267,6 +267,14 @@ def test_batches_come_back_as_they_were(tmp_path_factory, code: str, sizes: list
         again[len(again)]
 
 
+def test_batches_may_begin_anywhere_in_a_page(tmp_path: Path):
+    batches = Batches(tmp_path / "x.bin")
+    given = [torch.randn(3, size).bfloat16() for size in (1001, 4099, 5, 2047)]
+    for batch in given:
+        batches.append(batch)
+    assert all(torch.equal(a, b) for a, b in zip(batches, given, strict=True))
+
+
 def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[tuple[str, int, int]] = []
 

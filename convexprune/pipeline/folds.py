@@ -13,6 +13,11 @@ from convexprune.pipeline.team import Team
 
 ROOM = 4 << 30
 """Bytes for the moments of the experts that are pruned side by side."""
+FEW = 128
+"""Tokens. A product of fewer takes most of its time to fetch and store the matrix that it is added to."""
+HELD_OUT = 2
+
+Counted = tuple[Tensor, Tensor | None]  # x* [tokens n], and what it lacks
 
 
 class Folds:
@@ -23,10 +28,12 @@ class Folds:
     """
 
     def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
-        self.halves = (Moments(width, device=device), Moments(width, device=device))
-        self.held_out = Moments(width, device=device, outputs=outputs)
+        self._halves = (Moments(width, device=device), Moments(width, device=device))
+        self._held_out = Moments(width, device=device, outputs=outputs)
         self.borrowed = 0
         self._change: Correction | None = None
+        self._dealt = [0, 0]  # tokens, to each half
+        self._waiting: tuple[list[Counted], ...] = ([], [], [])  # for the halves, and held out
 
     @staticmethod
     def bytes(width: int) -> int:
@@ -37,17 +44,51 @@ class Folds:
         """Count x* [samples tokens n]; each sample goes whole to one half, the one that has seen less.
 
         `lacking` is what the same tokens are to be corrected for, if anything: x - x* or, told of outputs,
-        [samples tokens m].
+        [samples tokens m]. Samples of less than `FEW` tokens wait until so many are there.
         """
         for i in range(len(x)):
-            first, second = self.halves
-            half = self.held_out if held_out else first if first.tokens <= second.tokens else second
-            half.add(x[i])
-            if lacking is not None and held_out:
-                half.add_lacking(x[i], lacking[i])
-            elif lacking is not None:
-                self._change = self._change or Correction.none(first.sum, self.held_out.outputs)
-                self._change.add(x[i].to(first.sum), lacking[i].to(first.sum))
+            half = int(self._dealt[0] > self._dealt[1])
+            waiting = self._waiting[HELD_OUT if held_out else half]
+            if not held_out:
+                self._dealt[half] += x.shape[1]
+            counted = x[i], None if lacking is None else lacking[i]
+            if x.shape[1] < FEW:  # else the batch would stay in memory with them
+                counted = counted[0].clone(), None if counted[1] is None else counted[1].clone()
+            waiting.append(counted)
+            if sum(len(tokens) for tokens, _ in waiting) >= FEW:
+                self._count(HELD_OUT if held_out else half)
+
+    def _count(self, part: int) -> None:
+        """Count what waits for one of the halves, or held out."""
+        if not (waiting := self._waiting[part]):
+            return
+        moments = (*self._halves, self._held_out)[part]
+        x = _joined([tokens for tokens, _ in waiting]).to(moments.sum)
+        moments.add(x)
+        if changes := [change for _, change in waiting if change is not None]:
+            lacking = _joined(changes).to(moments.sum)
+            if part == HELD_OUT:
+                moments.add_lacking(x, lacking)
+            else:
+                self._change = self._change or Correction.none(moments.sum, self._held_out.outputs)
+                self._change.add(x, lacking)
+        waiting.clear()
+
+    def _count_all(self) -> None:
+        for part in range(len(self._waiting)):
+            self._count(part)
+
+    @property
+    def halves(self) -> tuple[Moments, Moments]:
+        """Those of the two halves of the calibration windows."""
+        self._count_all()
+        return self._halves
+
+    @property
+    def held_out(self) -> Moments:
+        """Those of the held-out windows."""
+        self._count_all()
+        return self._held_out
 
     def borrow(self, others: "Folds") -> None:
         """Make up for tokens that an expert did not get with what all experts got.
@@ -61,7 +102,7 @@ class Folds:
         first, second = self.halves
         shared = others.total
         self.borrowed = lacking
-        self.halves = (
+        self._halves = (
             first + shared.counted_as(lacking - lacking // 2),
             second + shared.counted_as(lacking // 2),
         )
@@ -81,7 +122,7 @@ class Folds:
         if told != team.size * facts[0]:
             raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
         if sum(odd[: team.rank]) % 2:  # alone, the next sample would have gone to the second half
-            self.halves = self.halves[::-1]
+            self._halves = self._halves[1], self._halves[0]
         parts = (*self.halves, self.held_out)
         tokens = team.total(torch.tensor([part.tokens for part in parts], device=device)).tolist()
         for part, number in zip(parts, tokens, strict=True):
@@ -106,6 +147,10 @@ class Folds:
     def is_finite(self) -> bool:
         """Whether every input was."""
         return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _added_up(correction: Correction, team: Team) -> Correction:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -192,10 +192,11 @@ class Batches(Sequence[Tensor]):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
         begin, end = self._ends[i : i + 2]
-        with naming(self.path):
-            mapped = numpy.memmap(self.path, numpy.uint8, mode="c", offset=begin, shape=(end - begin,))
+        start = begin - begin % ALLOCATIONGRANULARITY
+        with naming(self.path), self.path.open("rb", buffering=0) as file:
+            mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
         assert self.dtype is not None
-        return torch.from_numpy(mapped).view(self.dtype).reshape(self.shapes[i]).to(self.device)
+        return torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i]).to(self.device)
 
     def prefetch(self) -> None:
         """Have the disk read while something else is computed."""

@@ -1,0 +1,69 @@
+"""The moments of many short windows."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from convexprune.moments import Correction, Moments
+from convexprune.pipeline.folds import FEW, Folds
+
+WIDTH, WINDOWS, LENGTH = 6, 50, 32
+X, LACKING = torch.randn(2, WINDOWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).unbind(0)
+JUDGED = 14  # the last ones
+
+
+def counted(batch: int, x: Tensor = X, lacking: Tensor = LACKING) -> Folds:
+    folds = Folds(WIDTH, torch.device("cpu"))
+    for part, held_out in ((slice(-JUDGED), False), (slice(-JUDGED, None), True)):
+        for inputs, change in zip(x[part].split(batch), lacking[part].split(batch), strict=True):
+            own = inputs.clone()
+            folds.add(own, change, held_out)
+            own.zero_()  # the caller's memory is the caller's again
+    return folds
+
+
+def test_short_windows_wait_for_each_other(monkeypatch: pytest.MonkeyPatch):
+    tokens, changes = list[int](), list[int]()
+    add, correct = Moments.add, Correction.add
+
+    def watched(self: Moments, pruned: Tensor, dense: Tensor | None = None) -> None:
+        tokens.append(len(pruned))
+        add(self, pruned, dense)
+
+    def correcting(self: Correction, x: Tensor, lacking: Tensor) -> None:
+        changes.append(len(x))
+        correct(self, x, lacking)
+
+    monkeypatch.setattr(Moments, "add", watched)
+    monkeypatch.setattr(Correction, "add", correcting)
+    folds = counted(1)
+    assert folds.tokens == 36 * LENGTH and folds.held_out.tokens == 14 * LENGTH
+    for products in (tokens, changes):
+        assert sum(products) == WINDOWS * LENGTH
+        assert sorted(products)[3:] == [FEW] * (len(products) - 3)  # one rest of each half and of what judges
+    tokens.clear()
+    Folds(WIDTH, torch.device("cpu")).add(torch.ones(2, FEW, WIDTH), None, False)
+    assert tokens == [FEW, FEW]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50])
+def test_no_token_is_lost_whatever_the_batches(batch: int):
+    folds, one = counted(batch), counted(1)
+    fitted = X[:-JUDGED].double()
+    for half, windows in zip(folds.halves, (fitted[::2], fitted[1::2]), strict=True):
+        assert half.tokens == 18 * LENGTH
+        flat = windows.flatten(0, 1)
+        torch.testing.assert_close(half.gram, (flat.T @ flat / len(flat)).float())
+    flat, lacking = fitted.flatten(0, 1), LACKING[:-JUDGED].double().flatten(0, 1)
+    torch.testing.assert_close(folds.total.cross, (lacking.T @ flat / len(flat)).float())
+    flat, lacking = X[-JUDGED:].double().flatten(0, 1), LACKING[-JUDGED:].double().flatten(0, 1)
+    torch.testing.assert_close(folds.held_out.cross, (lacking.T @ flat / len(flat)).float())
+    for mine, other in ((folds.total, one.total), (folds.held_out, one.held_out)):
+        assert torch.equal(mine.gram, other.gram) and mine.cross is not None and other.cross is not None
+        assert torch.equal(mine.cross, other.cross)
+
+
+def test_a_waiting_token_that_is_not_finite_is_noticed():
+    folds = Folds(WIDTH, torch.device("cpu"))
+    folds.add(torch.full((1, 1, WIDTH), torch.nan), None, False)
+    assert not folds.is_finite()
