@@ -12,6 +12,7 @@ from convexprune.model import DecoderLayer
 from convexprune.pipeline import RecordedCalls
 from convexprune.pipeline.machine import lacks_memory
 from convexprune.pipeline.passes import Calls, Recorded
+from convexprune.progress import Step, begin
 
 from .experts import Pile, Product, piles
 from .huggingface import HuggingFaceModel
@@ -38,13 +39,16 @@ def output_fisher(
     squares = _Squares(model)
     batches = list(tokens.split(batch_size))
     calls = RecordedCalls(model, batches)
-    for part in [batches] if model.streams else [[batch] for batch in batches]:  # of a streamed model, read layers once
-        entering = _forward(model, calls, part, record)
+    parts = [batches] if model.streams else [[batch] for batch in batches]  # of a streamed model, read layers once
+    step = begin("gradients", 2 * len(parts) * len(model.layers))
+    for part in parts:
+        entering = _forward(model, calls, part, record, step)
         with _differentiable("What follows the decoder layers"):
             slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
         for number, layer in reversed(list(enumerate(model.layers))):
             with _differentiable(layer.name):
                 slopes = _backward(model, layer, calls.of(number), entering.pop(), slopes, squares)
+            step(layer.name)
     for name, total in reversed(squares.sums.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
@@ -66,7 +70,7 @@ def _differentiable(what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _forward(
-    model: HuggingFaceModel, calls: RecordedCalls, batches: Sequence[Tensor], record: Callable[[], Recorded]
+    model: HuggingFaceModel, calls: RecordedCalls, batches: Sequence[Tensor], record: Callable[[], Recorded], step: Step
 ) -> list[Recorded]:
     """What enters each layer, and last what leaves the last one."""
     entering = [record()]
@@ -77,6 +81,7 @@ def _forward(
         with model.resident(layer):
             for hidden in entering[-2]:
                 entering[-1].append(calls.of(number)(hidden)(layer.module, hidden))
+        step(layer.name)
     return entering
 
 

@@ -4,9 +4,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from convexprune.errors import CalibrationError
+from convexprune.progress import Step, begin
 
 from .corpora import Split
 from .huggingface import HuggingFaceModel
@@ -37,10 +38,23 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
         start = _first_token(model)
         rows = max(1, BATCH_TOKENS // length)
         sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
-        return torch.cat([_sample(model, start, size, length) for size in sizes])
+        step = begin(f"writing text for {split}", len(sizes) * (length - 1))
+        return torch.cat([_sample(model, start, size, length, step) for size in sizes])
 
 
-def _sample(model: HuggingFaceModel, start: int, rows: int, length: int) -> Tensor:
+class _Told(StoppingCriteria):
+    """Ends nothing: it is called once a token, and tells."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """See `StoppingCriteria.__call__`."""
+        self._step("")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: Step) -> Tensor:
     inner: Any = model.model  # typed, transformers says of none of its own models that it can generate
     config = GenerationConfig(
         do_sample=True,
@@ -55,7 +69,8 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int) -> Tens
     # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
     own, inner.generation_config = inner.generation_config, config
     try:
-        return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu()
+        given: dict[str, Any] = {"generation_config": config, "stopping_criteria": StoppingCriteriaList([_Told(step)])}
+        return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
     finally:
         inner.generation_config = own
 

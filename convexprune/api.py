@@ -20,6 +20,7 @@ from convexprune.pipeline.files import working
 from convexprune.pipeline.machine import default_device, within_memory
 from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.settings import Tell
+from convexprune.progress import begin
 from convexprune.request import Request, name_of
 from convexprune.result import PermuteResult, PruneResult
 from convexprune.solvers import AbstractSolver
@@ -219,6 +220,7 @@ def permute(
         with opened(folder or model).lent() as permuted:
             return permuted.model
 
+    begin("loading the model")
     with opened(model, stream=folder is not None).lent() as loaded:
         refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards

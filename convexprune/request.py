@@ -36,6 +36,7 @@ from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.machine import Clock, check_threads, default_device, installation, processor, versions
 from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.survey import WEIGHED
+from convexprune.progress import begin
 from convexprune.report import OperatorReport, Report
 from convexprune.result import PruneResult
 from convexprune.validation import perplexity, streamed_perplexity
@@ -86,6 +87,7 @@ class Request:
 
     def in_memory(self) -> PruneResult:
         """Prune the loaded model in place; if that fails, a model that was given loaded is as it was."""
+        begin("loading the model")
         with self.open(device=self.device).lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
             return self._in_memory(loaded)
 
@@ -95,14 +97,14 @@ class Request:
         windows = self._windows(loaded, {})
         report = self._report(loaded)
         self._evaluate(report, "dense", loaded, windows)
-        tell = self._tell(loaded)
-
-        def record(operator: OperatorReport) -> None:
-            report.operators.append(operator)
-            tell(operator)
-
         with use_threads(self.threads):
             self._allocate(loaded, windows, report)
+            tell = self._tell(loaded)
+
+            def record(operator: OperatorReport) -> None:
+                report.operators.append(operator)
+                tell(operator)
+
             prune_in_place(loaded, self._work(windows), record)
         self.clock.lap("prune")
         self._evaluate(report, "pruned", loaded, windows)
@@ -115,12 +117,14 @@ class Request:
         folder.check(resume or self.executor.rank is not None)
         if folder.is_finished and not self.executor.rank:
             self._check_finished(folder)
+        begin("loading the model")
         opened = self.open(device=self.device, stream=True)
         with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
             return self._in_folder(folder, loaded, resume)
 
     def _in_folder(self, folder: RunFolder, loaded: HuggingFaceModel, resume: bool) -> PruneResult:
         self._check(loaded)
+        begin("reading the weights")
         self.origin = loaded.origin()  # weights that are not finite are found here, before any work
         self.clock.lap("load")
         known = folder.sampled() if resume and self.sources.has_sampled and folder.is_unfinished else {}
@@ -161,9 +165,9 @@ class Request:
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         store = FolderStore(folder.work, len(loaded.layers), self.device)
-        tell = self._tell(loaded)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
+        tell = self._tell(loaded)
         opened = partial(reopen, self.open, self.origin)
         job = Job(folder.work, self._work(windows), opened, self.threads, self.installed)
         prune_in_folder(self.executor, job, loaded, store, tell)
@@ -177,6 +181,7 @@ class Request:
         self, folder: RunFolder, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report
     ) -> None:
         """Assemble the result from the finished layers."""
+        begin("looking at what is finished")
         store.require_whole()
         report.operators = [o for number in range(store.count) for o in store.reports(number)]
         if loaded.streams:
@@ -188,6 +193,7 @@ class Request:
         else:
             store.restore(loaded)
             self._evaluate(report, "pruned", loaded, windows)
+        begin("writing the result")
         written = save_from_store(loaded, store, folder.folder, self.given_tokenizer)
         text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
         with appearing(folder.folder / "recipe.yaml") as file:

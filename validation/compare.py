@@ -28,6 +28,7 @@ from convexprune.pipeline.machine import PACKAGES, Clock, default_device, instal
 from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.tensors import raw
+from convexprune.progress import begin
 from convexprune.report import finite
 
 from .plots import draw, will_draw
@@ -102,6 +103,7 @@ def compare(
     if not resume:
         check_output(output)
     texts = _texts(eval_texts)
+    begin("loading the model")
     loaded = load(EMBEDDED if model is None else model, **place, targets=targets, ignore=ignore)
     settings = {variant.name: variant.layer_settings() for variant in variants}
     _check(loaded, settings)
@@ -162,6 +164,7 @@ def _machine(model: HuggingFaceModel) -> str:
 
 
 def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    begin("evaluating")
     found = comparison.likelihoods()
     clock.lap("evaluation")
     return {

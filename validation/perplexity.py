@@ -11,6 +11,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.logits import logits_in_pieces
 from convexprune.errors import CalibrationError
 from convexprune.pipeline import FolderStore, RecordedCalls, carried
+from convexprune.progress import begin
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, 
     if batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
     windows, window = tokens.shape
-    total = sum(_batch_nll(logits(batch), batch) for batch in tokens.split(batch_size))
+    batches = tokens.split(batch_size)
+    step, total = begin("perplexity", len(batches)), 0.0
+    for batch in batches:
+        total += _batch_nll(logits(batch), batch)
+        step("")
     count = windows * (window - 1)
     nll = torch.as_tensor(total, dtype=torch.float64) / count
     # torch's exponential, because Python's raises where the answer is infinity.

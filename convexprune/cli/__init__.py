@@ -8,6 +8,7 @@ from rich.text import Text
 
 from convexprune.cli import compare, inspect, permute, prune, verify
 from convexprune.cli.application import app
+from convexprune.cli.stopping import listen, status
 from convexprune.errors import ConvexpruneError
 
 # Each file adds its commands to the application.
@@ -17,9 +18,22 @@ __all__ = ["app", "compare", "inspect", "main", "permute", "prune", "verify"]
 def main() -> None:
     """Run the command line; an error that is the user's to mend is one message and exit status 2."""
     warnings.simplefilter("default")
+    listen()
     try:
-        app(standalone_mode=True)
+        _run()
+    except KeyboardInterrupt as stop:
+        sys.exit(status(stop))
     except ConvexpruneError as error:
         message = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
+
+
+def _run() -> None:
+    try:
+        app(standalone_mode=True)
+    except (MemoryError, RuntimeError) as error:
+        from convexprune.pipeline.machine import within_memory
+
+        with within_memory():
+            raise error

@@ -1,4 +1,4 @@
-"""The application that the commands belong to, the console that they write to, and its progress bar."""
+"""The application that the commands belong to, and the console that they write to."""
 
 import sys
 from importlib.metadata import version
@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -36,15 +35,3 @@ def show(table: Table) -> None:
     """Print a table as wide as it is: where the terminal is narrower its lines wrap, and no number is cut."""
     table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.print(table, crop=False)
-
-
-def progress_bar() -> Progress:
-    """What is being done, how much of it is done, and how long it has taken."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)

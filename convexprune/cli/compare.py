@@ -2,15 +2,15 @@
 
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console, progress_bar, show
+from convexprune.cli.application import app, console, show
+from convexprune.cli.progress import following
+from convexprune.cli.stopping import stoppable
 from convexprune.errors import PatternError, RecipeError, install_hint
 
 
@@ -67,13 +67,6 @@ def compare(
 ) -> None:
     """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
     settings = dict(locals())
-    from transformers.utils.logging import disable_progress_bar
-
-    from convexprune.validation import compare as compare_sample
-    from convexprune.validation import compare_samples, results, samples
-    from convexprune.validation.plots import will_draw
-
-    disable_progress_bar()
     lists = {"methods": "methods", "sparsity": "sparsities", "pattern": "patterns", "convention": "conventions"}
     lists |= {"allocation": "allocations", "seed": "seeds"}
     settings |= {plural: settings.pop(name).split(",") for name, plural in lists.items()}
@@ -84,8 +77,16 @@ def compare(
     texts = settings.pop("eval_text")
     if texts:
         settings["eval_texts"] = texts
-    with progress_bar() as progress:
-        settings["progress"] = lambda total: _steps(progress, total)
+    with stoppable(output, "work/identity.json" if len(seeds) == 1 else f"seed-{seeds[0]}"), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
+
+        from convexprune.pipeline.place import output_folder
+        from convexprune.validation import compare as compare_sample
+        from convexprune.validation import compare_samples, results, samples
+        from convexprune.validation.plots import will_draw
+
+        disable_progress_bar()
+        settings |= {"output": output_folder(output, model), "progress": lambda total: shown("comparing", total)}
         if len(seeds) == 1:
             table = results.table(compare_sample(**settings, seed=seeds[0]))
         else:
@@ -93,7 +94,7 @@ def compare(
     show(table)
     if plots is None and not will_draw(plots):
         console.print(f"No plots were drawn: that needs matplotlib ({install_hint('plot')}).")
-    console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
+    console.print(f"The results, report.md first: {settings['output'].resolve()}", soft_wrap=True)
 
 
 def _share(text: str) -> float:
@@ -108,8 +109,3 @@ def _seed(text: str) -> int:
         return int(text)
     except ValueError:
         raise RecipeError(f"Seed {text!r} is no whole number: give one, or several as in 0,1,2.") from None
-
-
-def _steps(progress: Progress, total: int) -> Callable[[str], None]:
-    task = progress.add_task("comparing", total=total)
-    return lambda step: progress.update(task, advance=1, description=step)

@@ -7,6 +7,8 @@ from rich.table import Table
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console
+from convexprune.cli.progress import following
+from convexprune.cli.stopping import stoppable
 
 
 @app.command()
@@ -38,8 +40,6 @@ def inspect(
     Ends with exit status 1 if the device memory is not enough.
     """
     settings = dict(locals())
-    from convexprune.adapters.inspection import inspect as inspect_model
-
     del settings["as_json"]
     settings |= {
         "targets": tuple(targets or ["Linear"]),
@@ -47,7 +47,10 @@ def inspect(
         "source": settings.pop("model"),
     }
     settings["device_memory"] = options.parse_bytes(device_memory) if device_memory else None
-    found = inspect_model(**settings)
+    with stoppable(), following():
+        from convexprune.adapters.inspection import inspect as inspect_model
+
+        found = inspect_model(**settings)
     if as_json:
         print(found.to_json())
     else:

@@ -10,7 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console, progress_bar, show
+from convexprune.cli.application import app, console, show
+from convexprune.cli.progress import following
+from convexprune.cli.stopping import stoppable
 
 if TYPE_CHECKING:
     from convexprune.adapters.permuting import Permutation, Permuted
@@ -33,32 +35,30 @@ def permute(
 ) -> None:
     """Order a dense model's channels such that N:M prunes less of it; it computes what it did. Prune the result."""
     settings = dict(locals())
-    from transformers.utils.logging import disable_progress_bar
-
-    from convexprune import api
-
-    disable_progress_bar()
     settings["output_dir"] = settings.pop("output")
-    with progress_bar() as progress:
-        task = progress.add_task("measuring inputs")
+    with stoppable(), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
 
-        def tell(one: "Permuted") -> None:
-            share = f"{one.before:.4f} -> {one.after:.4f}"
-            progress.update(task, advance=1, description=f"{one.channels.name}  {share}")
+        from convexprune import api
 
-        def follow(total: int) -> Callable[["Permuted"], None]:
-            progress.update(task, total=total)
-            return tell
+        disable_progress_bar()
 
-        done = api.permute(**settings, progress=follow).permutation
+        def follow(total: int) -> "Callable[[Permuted], None]":
+            step = shown("permuting", total)
+            return lambda one: step(f"{one.channels.name}  {one.before:.4f} -> {one.after:.4f}")
+
+        result = api.permute(**settings, progress=follow)
+    done = result.permutation
     show(_table(done))
     for name, why in done.left.items():
         console.print(f"left in their order: {name}: {why}", soft_wrap=True)
-    console.print(f"permuted model: {output.resolve()}", soft_wrap=True)
+    assert result.output_dir is not None
+    console.print(f"permuted model: {result.output_dir.resolve()}", soft_wrap=True)
 
 
 def _table(done: "Permutation") -> Table:
-    table = Table("channels of", "sets", "each", "pruned share of scores", "permuted", box=SIMPLE_HEAD)
+    table = Table("channels of", "sets", "each", "pruned share", "permuted", box=SIMPLE_HEAD)
+    table.caption = "The share of W_ij^2 mean x_j^2 that the pattern prunes, before and after: less is better."
     kinds: dict[tuple[str, int], list[Permuted]] = defaultdict(list)
     for one in done.permuted:
         kinds[one.kind, one.channels.size].append(one)

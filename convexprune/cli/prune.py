@@ -1,16 +1,16 @@
 """`convexprune prune` and `convexprune eval`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from convexprune.cli import options
-from convexprune.cli.application import app, console, progress_bar, show
+from convexprune.cli.application import app, console, show
+from convexprune.cli.progress import following
+from convexprune.cli.stopping import stoppable
+from convexprune.cli.summary import summary
 from convexprune.errors import require_at_least
-from convexprune.report import OperatorReport
 
 
 @app.command()
@@ -86,36 +86,26 @@ def prune(
     ] = None,
     trust_remote_code: options.RemoteCode = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for each operator as well.")] = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face folder."""
     settings = dict(locals())
-    from transformers.utils.logging import disable_progress_bar
-
-    from convexprune import api
-
-    disable_progress_bar()  # ours says more
+    del settings["verbose"]
     settings |= {"targets": targets or ["Linear"], "ignore": ignore or []}
     settings["output_dir"] = settings.pop("output")
     settings["evaluation"] = settings.pop("eval_text") or ("self" if dataset == "self" else None)
-    try:
-        with progress_bar() as progress:
-            result = api.prune(**settings, progress=lambda total: _follow(progress, total))
-    except KeyboardInterrupt:
-        console.print(f"interrupted; what is finished is kept in {output}: go on with the same command and --resume")
-        raise typer.Exit(130) from None
-    report = result.report
-    show(report.table())
-    if report.short_of_tokens:
-        console.print(
-            f"{len(report.short_of_tokens)} operators of experts got fewer tokens than inputs: see the report"
-        )
-    for name, p in report.perplexity.items():
-        console.print(f"perplexity {name:7s} {p['value']:.3f}  ({p['windows']} windows of {p['window']} tokens)")
-    if report.largest_gap is not None:
-        console.print(f"largest relative duality gap of a final solve: {report.largest_gap:.1e}")
-    if report.median_bound_ratio is not None:
-        console.print(f"least error that any pruning could have, over ours (median): {report.median_bound_ratio:.2f}")
-    console.print(f"pruned model: {output.resolve()}  ({sum(report.seconds.values()):.0f} s)", soft_wrap=True)
+    with stoppable(output), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
+
+        from convexprune import api
+
+        disable_progress_bar()  # ours says more
+        result = api.prune(**settings, progress=shown.operators)
+    assert result.output_dir is not None
+    if verbose:
+        show(result.report.table())
+    console.print(summary(result.report, result.output_dir))
+    console.print(f"pruned model: {result.output_dir.resolve()}  (every operator: report.json)", soft_wrap=True)
 
 
 @app.command("eval")
@@ -129,26 +119,21 @@ def evaluate(
     device: options.Device = "auto",
 ) -> None:
     """Perplexity of a model on a text, with all that the number depends on."""
-    from convexprune.adapters import load, text_windows
-    from convexprune.adapters.text_files import check_text
-    from convexprune.pipeline.machine import default_device
-    from convexprune.validation import perplexity
-
     require_at_least(2, window=window)
     require_at_least(1, max_windows=max_windows)
-    place = default_device(device)
-    check_text(text)
-    loaded = load(model, device=place)
-    p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
+    with stoppable(), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
+
+        from convexprune.adapters import load, text_windows
+        from convexprune.adapters.text_files import check_text
+        from convexprune.pipeline.machine import default_device
+        from convexprune.validation import perplexity
+
+        disable_progress_bar()
+        place = default_device(device)
+        check_text(text)
+        shown("loading the model")
+        loaded = load(model, device=place)
+        p = perplexity(loaded.model, text_windows(text, loaded, window)[:max_windows])
     counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
     console.print(f"perplexity {p.value:.3f}  ({counted})")
-
-
-def _follow(progress: Progress, total: int) -> Callable[[OperatorReport], None]:
-    task = progress.add_task("looking at the dense model", total=total)
-
-    def tell(o: OperatorReport) -> None:
-        gap = "" if o.gap is None else f"  gap {o.gap:.0e}"
-        progress.update(task, advance=1, description=f"{o.name}  error {o.relative_error:.1e}{gap}  {o.seconds:.1f} s")
-
-    return tell

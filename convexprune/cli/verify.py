@@ -7,6 +7,8 @@ from rich.text import Text
 
 from convexprune.cli import options
 from convexprune.cli.application import app, console, show
+from convexprune.cli.progress import following
+from convexprune.cli.stopping import stoppable
 
 
 @app.command()
@@ -44,12 +46,16 @@ def verify(
         "error_correction": error_correction, "prefix": prefix, "max_seq_length": max_seq_length, "dtype": dtype,
         "num_calibration_samples": num_calibration_samples,
     }  # fmt: skip
-    from transformers.utils.logging import disable_progress_bar
+    with stoppable(), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
 
-    from convexprune import validation
+        from convexprune import validation
 
-    disable_progress_bar()
-    with console.status("verifying") as status:
+        disable_progress_bar()
+
+        def verified(name: str) -> None:
+            shown(f"verified {name}")
+
         result = validation.verify(
             source,
             operators=operators or (),
@@ -61,7 +67,7 @@ def verify(
             gap=gap,
             seed=seed,
             device=device,
-            tell=lambda name: status.update(f"verified {name}"),
+            tell=verified,
             **{name: value for name, value in recipe.items() if value is not None},
         )
     if as_json:

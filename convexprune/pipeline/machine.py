@@ -17,7 +17,7 @@ from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
-    "cli", "errors.py", "report.py", "pipeline/cost.py", "pipeline/speed.py", "adapters/inspection.py",
+    "cli", "errors.py", "progress.py", "report.py", "pipeline/cost.py", "pipeline/speed.py", "adapters/inspection.py",
     "adapters/outline.py", "validation/oracles.py", "validation/plots.py", "validation/verify.py",
 )  # fmt: skip
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
@@ -48,10 +48,10 @@ def within_memory() -> Iterator[None]:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, as Python says it, or as torch does of a CPU or of a GPU."""
+    """Whether an error says that memory ran out, or threads, as Python or torch says it."""
     if isinstance(error, ConvexpruneError):
         return False
-    known = ("can't allocate memory", "not enough memory", "out of memory")
+    known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
     return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 

@@ -15,6 +15,7 @@ from convexprune.pipeline.layer import stage_folds
 from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
 from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.tensors import Batches
+from convexprune.progress import begin
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
 Pattern = Unstructured | SemiStructured
@@ -98,6 +99,7 @@ def survey(
     of f say. `hidden` is used up if it is on disk.
     """
     pruner, units = pruner or SparseGPT(), []
+    step = begin("looking at the dense model", len(model.layers))
     for number, layer in enumerate(model.layers):
         states = HiddenStates(hidden, hidden, held_out)
         with model.resident(layer):
@@ -107,6 +109,7 @@ def survey(
             if isinstance(used, Batches):
                 used.path.unlink()
         hidden = observed.outputs
+        step(layer.name)
     return units
 
 

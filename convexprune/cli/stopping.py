@@ -1,0 +1,52 @@
+"""How a command ends when it is stopped: by Ctrl-C, or by a signal that asks it to end."""
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import typer
+from rich.console import Console
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came that asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def listen() -> None:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does, unless they are ignored, as under nohup."""
+    for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def status(stop: KeyboardInterrupt) -> int:
+    """The exit status of a process that was stopped: 128 and the signal's number."""
+    return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+@contextmanager
+def stoppable(folder: Path | None = None, marker: str = "run.json") -> Iterator[None]:
+    """Inside, whoever stops the command is told how to go on: with what is in `folder`, if a file says it was begun."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        said = "Stopped."
+        if folder is not None and (folder / marker).exists():
+            given = [argument for argument in sys.argv[1:] if argument != "--resume"]
+            command = shlex.join(["convexprune", *given, "--resume"])
+            said = f"Stopped. What is finished is kept in {folder}; go on with:\n  {command}"
+        Console(stderr=True, markup=False).print(said, soft_wrap=True, highlight=False)
+        raise typer.Exit(status(stop)) from None

@@ -1,0 +1,33 @@
+"""What a run does now, told to whoever follows it: its phases, and the steps of each.
+
+It reaches the follower as a message reaches a log: whoever works says `begin`, and nothing in between hands it on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Step = Callable[[str], None]  # called as a step is done, with what it was
+Begin = Callable[[str, int | None], Step]  # called as a phase begins, with its number of steps, if that is known
+
+_follower: ContextVar[Begin | None] = ContextVar("follower", default=None)
+
+
+@contextmanager
+def followed_by(follower: Begin) -> Iterator[None]:
+    """Inside, the follower hears of every phase of this thread."""
+    token = _follower.set(follower)
+    try:
+        yield
+    finally:
+        _follower.reset(token)
+
+
+def begin(phase: str, steps: int | None = None) -> Step:
+    """Say that a phase begins; returns what is called after each of its steps."""
+    follower = _follower.get()
+    return follower(phase, steps) if follower is not None else _nobody
+
+
+def _nobody(_: str = "") -> None:
+    pass

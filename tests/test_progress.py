@@ -1,0 +1,156 @@
+"""What a command does is told from the first second, whole on a narrow terminal, and by lines where there is none."""
+
+import re
+import signal
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import convexprune.api
+from convexprune import cli
+from convexprune.cli import progress
+from convexprune.cli.stopping import Stopped, listen
+from convexprune.cli.summary import summary
+from convexprune.progress import begin, followed_by
+from convexprune.report import OperatorReport, Report
+
+
+def report(name: str, error: float = 0.01, **facts: float) -> OperatorReport:
+    return OperatorReport(
+        name, 8, 16, 64, 64, "0.5", error, 2 * error, 1e-5, 1e-3, 1e-6, "SOLVED", 5, 60, facts, 512, 64, 0.5,
+        {"rows": 2, "ratio": 0.3, "lower": 0.1, "error": 0.3, "damping": 0.1},
+    )  # fmt: skip
+
+
+def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
+    shown = StringIO()
+    with progress.following(Console(file=shown, width=80, force_terminal=True, legacy_windows=False)) as bar:
+        assert "starting" in _screen(bar, shown)
+        tell = bar.operators(210)
+        for number in range(27):
+            tell(report(f"model.decoder.layers.{number}.self_attn.out_proj"))
+        line = next(line for line in _screen(bar, shown).splitlines() if "pruning" in line)
+        assert "…" in line and " 27/210 " in line and "0:00:0" in line and line.rstrip().endswith("left")
+        step = begin("perplexity", 3)
+        step("")
+        screen = _screen(bar, shown)
+        assert "perplexity" in screen and "1/3" in screen and "27/210" not in screen
+
+
+def _screen(bar: object, shown: StringIO) -> str:
+    assert isinstance(bar, progress.Bar)
+    shown.truncate(0)
+    bar._progress.console.print(bar._progress.get_renderable())
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown.getvalue())
+
+
+def test_without_a_terminal_there_is_a_line_for_each_phase_and_each_layer(monkeypatch: pytest.MonkeyPatch):
+    shown = StringIO()
+    with progress.following(Console(file=shown, width=40)) as lines:
+        tell = lines.operators(4)
+        for name in ("a.layers.0.q", "a.layers.0.fc1.1", "a.layers.1.q", "a.layers.1.fc1.1"):
+            tell(report(name, error=0.5 if name.endswith("1") else 0.01))
+        monkeypatch.setattr(progress, "QUIET", 0.0)
+        begin("gradients", 2)("a.layers.1")
+    first, *rest = shown.getvalue().splitlines()
+    assert first == "starting"
+    assert rest == [
+        "pruning: 4 operators",
+        "pruned 2/4, about 0:00:00 left  a.layers.0: error at most 5.0e-01, gap 1e-05",
+        "pruned 4/4  a.layers.1: error at most 5.0e-01, gap 1e-05",
+        "gradients",
+        "gradients 1/2, about 0:00:00 left  a.layers.1",
+    ]
+
+
+def test_nobody_has_to_follow_and_who_does_hears_no_more_afterwards():
+    heard = []
+    begin("alone", 1)("step")
+    with followed_by(lambda phase, steps: lambda what: heard.append((phase, steps, what))):
+        begin("one", 2)("first")
+    begin("two")("second")
+    assert heard == [("one", 2, "first")]
+
+
+def test_the_summary_fits_80_columns_and_says_what_flatters(tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+    name = "model.decoder.layers.{}.self_attn.out_proj_of_a_very_long_name_indeed"
+    operators = [report(name.format(i), 0.01 * (i + 1), damping=0.148, borrowed_tokens=1) for i in range(9)]
+    perplexity = {n: {"value": v, "windows": 32, "window": 256} for n, v in (("dense", 70.356), ("pruned", 70.66))}
+    whole = Report({"evaluation": "self"}, {}, {}, operators, {"prune": 179.0}, perplexity)
+    console = Console(file=StringIO(), width=200)
+    console.print(summary(whole, tmp_path))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    for said in (
+        "50.00% of 1,152 weights in 9 operators", "mean 5.0e-02, worst 9.0e-02", "mean 1.0e-01, worst 1.8e-01",
+        "damping 0.15", "dense 70.356, pruned 70.660", "wrote itself, which flatters", "1.0e-05, relative",
+        "no pruning has less than 0.30 of the error", "179 s; 2.0 MB on disk", "9 operators of experts got fewer",
+    ):  # fmt: skip
+        assert said in words, said
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt(), 130), (Stopped(15), 143), (Stopped(1), 129)])
+@pytest.mark.parametrize("begun", [True, False])
+def test_who_stops_a_run_is_told_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: KeyboardInterrupt, status: int, begun: bool
+):
+    def fail(**_: object) -> None:
+        if begun:
+            (tmp_path / "run.json").write_text("{}")
+        raise stop
+
+    arguments = ["prune", "some model", "--output", str(tmp_path)]
+    monkeypatch.setattr(convexprune.api, "prune", fail)
+    monkeypatch.setattr(sys, "argv", ["/bin/convexprune", *arguments])
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == status
+    command = f"convexprune prune 'some model' --output {tmp_path} --resume"
+    assert "Stopped." in result.stderr and (command in result.stderr) == begun
+
+
+def test_signals_that_ask_to_end_are_heard_unless_they_are_ignored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        listen()
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "Memory ran out"), (RuntimeError("can't start new thread"), "can't start new thread")],
+)
+def test_memory_and_threads_that_run_out_are_one_message(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "listen", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    monkeypatch.setattr(cli, "app", _raising(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        cli.main()
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def fail(**_: object) -> None:
+        raise error
+
+    return fail
