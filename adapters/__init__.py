@@ -6,12 +6,13 @@ from .calibration import (
     text_windows,
     window_length,
 )
-from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, load, reopen, save, save_from_store
+from .checkpoint import BUNDLED, EMBEDDED, EMBEDDED_WINDOW, load, reopen, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 from .reading import given_tokenizer
 
 __all__ = [
+    "BUNDLED",
     "EMBEDDED",
     "EMBEDDED_WINDOW",
     "TESTED",

@@ -38,6 +38,8 @@ from .shards import Origin, Shards, parameters_on_meta
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""
+BUNDLED = "opt-books"
+"""Its name, in recipes and wherever a model is named, unless there is a folder of that name."""
 EMBEDDED_WINDOW = 256
 """The tokens that it was trained on at once."""
 
@@ -204,6 +206,8 @@ def save_from_store(
 def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub."""
     path = Path(source).expanduser()
+    if str(source) == BUNDLED and not path.exists():
+        path = EMBEDDED
     if path.is_file() and path.suffix == ".gguf":
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():

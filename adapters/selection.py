@@ -1,8 +1,11 @@
 """Which operators of a model are pruned, and the reason for each linear map that is left alone."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 
+import regex
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
@@ -11,6 +14,9 @@ from convexprune.errors import ModelError, RecipeError, unknown
 
 from .discovery import Layout
 from .operators import LINEAR_MODULES
+
+PATIENCE = 10.0  # seconds for all names that a regular expression is matched with
+LONGEST = 1000  # characters of a regular expression, and repetitions that its counts make
 
 
 def left_alone(
@@ -96,21 +102,48 @@ def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[
         raise RecipeError(f"Targets and ignore are lists of names; got the text {patterns!r}. Write [{patterns!r}].")
     matched: set[str] = set()
     for pattern in patterns:
-        found = {whole for whole, aliases in names.items() if _match(pattern, aliases)}
+        matches = matcher(pattern)
+        found = {whole for whole, aliases in names.items() if any(map(matches, aliases))}
         if not found:
             raise ModelError(unknown("operator", pattern, _examples(names.values())))
         matched |= found
     return matched
 
 
-def _match(pattern: str, aliases: Iterable[str]) -> bool:
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a name is `pattern`, or begins with what "re:" and a regular expression of Python's `re` match.
+
+    Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches, which
+    can, and stops after `PATIENCE` seconds in all.
+
+    Raises:
+        RecipeError: it is no regular expression, or longer than any has to be; when it is used, it takes too long.
+    """
     if not pattern.startswith("re:"):
-        return pattern in aliases
+        return pattern.__eq__
+    text, left = pattern.removeprefix("re:"), PATIENCE
     try:
-        expression = re.compile(pattern.removeprefix("re:"))
-    except re.error as cause:
-        raise RecipeError(f"{pattern!r} is not a regular expression: {cause}. See Python's re module.") from cause
-    return any(expression.match(alias) for alias in aliases)
+        re.compile(text)
+        counts = prod(max(1, int(count)) for count in re.findall(r"[{,](\d+)(?=[,}])", text))
+        if len(text) > LONGEST or counts > LONGEST:
+            raise RecipeError(f"The pattern {pattern[:60]!r} is too large. Name the operators, or write a simpler one.")
+        expression = regex.compile(text)
+    except (re.error, regex.error, RecursionError, OverflowError) as cause:
+        raise RecipeError(f"{pattern[:200]!r} is not a regular expression: {cause}. See Python's re module.") from cause
+
+    def matches(name: str) -> bool:
+        nonlocal left
+        began = time.monotonic()
+        try:
+            return expression.match(name, timeout=max(left, 1e-3)) is not None
+        except TimeoutError as cause:
+            raise RecipeError(
+                f"The pattern {pattern[:60]!r} takes too long to match. Name the operators, or write a simpler one."
+            ) from cause
+        finally:
+            left -= time.monotonic() - began
+
+    return matches
 
 
 def _examples(names: Iterable[tuple[str, ...]]) -> set[str]:

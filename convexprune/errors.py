@@ -72,7 +72,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """What came, for a message: a line of it at most."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of so many digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 

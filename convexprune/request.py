@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedModel
 
 from convexprune.adapters import (
+    BUNDLED,
+    EMBEDDED,
     HuggingFaceModel,
     given_tokenizer,
     load,
@@ -32,8 +33,8 @@ from convexprune.pipeline import (
     prune_in_place,
 )
 from convexprune.pipeline import threads as use_threads
-from convexprune.pipeline.files import appearing, write
 from convexprune.pipeline.machine import Clock, check_threads, default_device, installation, processor, versions
+from convexprune.pipeline.recipe_file import given, write_recipe
 from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.survey import WEIGHED
 from convexprune.progress import begin
@@ -130,6 +131,7 @@ class Request:
         known = folder.sampled() if resume and self.sources.has_sampled and folder.is_unfinished else {}
         windows = self._windows(loaded, known)
         report = self._report(loaded)
+        report.environment["folder"] = str(folder.folder.absolute())
         report.identity = identity(
             self.recipe,
             self.layers,
@@ -195,13 +197,11 @@ class Request:
             self._evaluate(report, "pruned", loaded, windows)
         begin("writing the result")
         written = save_from_store(loaded, store, folder.folder, self.given_tokenizer)
-        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        with appearing(folder.folder / "recipe.yaml") as file:
-            write(file, text.encode())
+        recipe = write_recipe(self.recipe, folder.folder)
         require_written(loaded, folder.folder, report.operators)
         self.clock.lap("write")
         report.seconds = self.clock.laps
-        folder.finish(report, [*written, folder.folder / "recipe.yaml"])
+        folder.finish(report, [*written, recipe])
 
     def _check_finished(self, folder: RunFolder) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""
@@ -260,10 +260,12 @@ _PLAIN = (
 
 
 def name_of(source: Any) -> str:
-    """Of a model, or of what was given for one."""
-    if isinstance(source, str | Path):
-        return str(source)
-    return getattr(source, "name_or_path", "") or type(source).__name__
+    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given."""
+    text = source.name_or_path if isinstance(source, PreTrainedModel) else source
+    if not text or not isinstance(text, str | Path):
+        return given(source)
+    path = Path(text).expanduser()
+    return BUNDLED if path == EMBEDDED else str(path.absolute()) if path.exists() else str(text)
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:

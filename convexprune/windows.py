@@ -15,9 +15,10 @@ from convexprune.adapters import (
     text_windows,
     window_length,
 )
-from convexprune.adapters.text_files import check_text
+from convexprune.adapters.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError
 from convexprune.pipeline import Recipe
+from convexprune.pipeline.recipe_file import given
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")
@@ -97,5 +98,8 @@ def is_self(text: Any) -> bool:
 
 
 def name_of_text(text: Any) -> str:
-    """Of a data set, or a text, its name for the recipe."""
-    return str(text) if isinstance(text, str | Path) else f"{type(text).__name__} given by the caller"
+    """Of a data set, or a text, for the recipe: the path of a file in full, a name, or what was given."""
+    if not isinstance(text, str | Path):
+        return given(text)
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.suffix in TEXT_FILES and path.is_file() else str(text)

@@ -1,7 +1,6 @@
 """Verify: the answers of the production solvers against oracles, and the pruning against a bound nobody can beat."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.adapters import EMBEDDED, EMBEDDED_WINDOW, HuggingFaceModel, check_dataset, load, recipe_windows
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.selection import matcher
 from convexprune.bound import LowerBound
-from convexprune.errors import ModelError, RecipeError, require_at_least, unknown
+from convexprune.errors import RecipeError, require_at_least, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
 from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.survey import with_share
 from convexprune.pruners.damped import damped
-from convexprune.report import OperatorReport, Report
+from convexprune.report import OperatorReport
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import SolvedProblem, block, block_problems, solve_by_all
+from .reported import ReportedError, miscounted, reported_errors, require_same_shapes
+from .source import open_source
 
 AGREEMENT = 1e-6  # relative, of objectives
 GAP = 1e-4  # relative, of the production solvers at their defaults
@@ -53,7 +54,11 @@ class BoundReport:
 
 @dataclass
 class Verification:
-    """Everything that was compared; `faults` says in words what missed its tolerance."""
+    """Everything that was compared; `faults` says in words what missed its tolerance.
+
+    Of a run, `miscounted` names the operators whose zeros are not those of the report, `errors` are the report's beside
+    those measured here, and `note` says why there are none.
+    """
 
     source: str
     settings: dict[str, Any]
@@ -61,6 +66,9 @@ class Verification:
     gap: float = GAP
     comparisons: list[SolvedProblem] = field(default_factory=list)
     bounds: list[BoundReport] = field(default_factory=list)
+    miscounted: list[str] = field(default_factory=list)
+    errors: list[ReportedError] = field(default_factory=list)
+    note: str = ""
     seconds: float = 0.0
 
     @property
@@ -76,6 +84,7 @@ class Verification:
             for b in self.bounds
             if not (b.lower <= b.error * (1 + self.tolerance) and b.plain_lower <= b.plain_error * (1 + self.tolerance))
         ]
+        found += [*self.miscounted, *(e.fault for e in self.errors if e.fault)]
         return found if self.comparisons else [*found, "nothing was compared"]
 
     @property
@@ -119,7 +128,12 @@ class Verification:
             bounds.add_row(b.operator, str(b.rows), f"{b.damping:.3f}", f"{b.error:.2e}", f"{b.lower:.2e}",
                            f"{b.ratio:.3f}", f"{b.plain_error:.2e}", f"{b.plain_lower:.2e}", f"{b.plain_ratio:.3f}",
                            f"{b.seconds:.1f}")  # fmt: skip
-        return [solves, bounds]
+        errors = Table(title="Errors of the run, measured again", box=SIMPLE_HEAD)
+        for name in ("operator", "relative error", "in the report"):
+            errors.add_column(name, justify="left" if name == "operator" else "right", no_wrap=True)
+        for e in self.errors:
+            errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}")
+        return [solves, bounds, *([errors] if self.errors else [])]
 
 
 def verify(
@@ -141,8 +155,9 @@ def verify(
 
     Args:
         source: a model (folder or hub name), which is pruned in memory as `settings` say; or the folder of a finished
-            run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged.
-            None: the bundled model.
+            run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged:
+            its files by the checksums in its report, and its zeros and errors by what the report says of them. None:
+            the bundled model.
         operators: names of operators, or "re:" and a regular expression that matches the beginning of some names;
             none: `sample` of them, drawn at random (None: all).
         rows: rows of the block that the oracles solve.
@@ -154,38 +169,38 @@ def verify(
         device: where the model runs.
         tell: called with each operator's name as it is done.
         settings: of the recipe, as for `convexprune.prune`: pattern, sparsity, dataset, num_calibration_samples, ...
-            The allocation is "uniform"; to judge another, prune, and verify the folder of the run.
+            The allocation is "uniform"; to judge another, prune, and verify the folder of the run. Of a run, only
+            where its `model` and `dataset` are now, if they are not where they were.
 
     Raises:
+        OutputError: a file of the run is missing or damaged, or the run is not finished.
         RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run,
-            which has its own.
-        ModelError: the run's model is not shaped like its dense model.
+            which has its own; or its model or data set is not where it was.
+        ModelError, CalibrationError: the model or the data set is not that of the run.
     """
     began = time.perf_counter()
     require_at_least(1, sample=sample, rows=rows, columns=columns, bound_rows=bound_rows)
     require_at_least(0, tolerance=tolerance, gap=gap)
     make_recipe(model="", seed=seed)
-    recipe, run = read_source(source, settings)
-    check_dataset(recipe.dataset)
-    choice = {
-        "device": default_device(device),
-        "dtype": recipe.torch_dtype,
-        "targets": recipe.targets,
-        "ignore": recipe.ignore,
-    }
-    dense = load(recipe.model, **choice)
-    pruned = None if run is None else load(run, **choice)
+    opened = open_source(source, settings, default_device(device))
+    recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
+    reports = [] if opened.report is None else opened.report.operators
     names = _choose(dense, operators, sample, seed)
-    if pruned is not None:
-        _require_same_shapes(dense, pruned, names)
-    tokens, _ = recipe_windows(recipe.dataset, dense, recipe)
-    reports = [] if run is None else Report.from_json((run / "report.json").read_text()).operators
-    layer = _layer_settings(recipe, reports)
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
+    if pruned is not None:
+        require_same_shapes(dense, pruned, reports)
+        wrong = miscounted(pruned, reports)
+        names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
+    tokens, same = opened.tokens()
+    if pruned is not None and not same:
+        result.note = "The model writes another text here than for the run: the report's errors are not compared."
+    layer = _layer_settings(recipe, reports)
     generator = torch.Generator().manual_seed(seed)
     for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size, reports):
         result.comparisons += _compare(operator, rows, columns, generator)
         result.bounds.append(bound(operator, bound_rows, generator))
+        if same:
+            result.errors += reported_errors(operator, reports)
         tell(operator.name)
     result.seconds = time.perf_counter() - began
     return result
@@ -211,29 +226,6 @@ def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generato
     return BoundReport(operator.name, plain.rows, r.strength, *figures, seconds=time.perf_counter() - began)
 
 
-def read_source(source: str | Path | None, settings: dict[str, Any]) -> tuple[Recipe, Path | None]:
-    """The recipe, and the folder of the run if `source` is one.
-
-    Raises:
-        RecipeError: a run's recipe with other settings beside it, or one whose data set was given as an object; an
-            allocation for what is no run.
-    """
-    file = None if source is None else Path(source) / "recipe.yaml"
-    if source is not None and file is not None and file.is_file():
-        if settings:
-            raise RecipeError(f"{source} is a finished run with its own recipe; leave out: {', '.join(settings)}.")
-        recipe = make_recipe(**yaml.safe_load(file.read_text()))
-        if recipe.dataset.endswith(" given by the caller"):
-            raise RecipeError(f"This run's tokens were a {recipe.dataset}; only named data sets can be read again.")
-        return recipe, Path(source)
-    if source is None:
-        settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
-    settings = settings | {"allocation": settings.get("allocation") or "uniform"}
-    if settings["allocation"] != "uniform":
-        raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
-    return make_recipe(model=str(EMBEDDED if source is None else source), **settings), None
-
-
 def _median(ratios: Iterable[float]) -> float:
     known = torch.tensor(list(ratios), dtype=torch.float64)
     return float(known.quantile(0.5)) if len(known) else nan
@@ -254,21 +246,8 @@ def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | Non
 
 
 def _named(asked: str, every: Sequence[str]) -> list[str]:
-    if not asked.startswith("re:"):
-        return [name for name in every if name == asked]
-    try:
-        expression = re.compile(asked.removeprefix("re:"))
-    except re.error as cause:
-        raise RecipeError(f"{asked!r} is not a regular expression: {cause}. See Python's re module.") from cause
-    return [name for name in every if expression.match(name)]
-
-
-def _require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, names: Sequence[str]) -> None:
-    shapes = [{f"{y.name}.{o.name}": o.shape for y in m.layers for o in y.operators} for m in (dense, pruned)]
-    for name in names:
-        here, there = shapes[0][name], shapes[1].get(name)
-        if here != there:
-            raise ModelError(f"{name} is {here} in the dense model and {there} in the run: not of one model.")
+    matches = matcher(asked)
+    return [name for name in every if matches(name)]
 
 
 def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:

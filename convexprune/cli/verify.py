@@ -29,7 +29,10 @@ def verify(
     quota: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     error_correction: Annotated[float | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
     prefix: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Of a fresh model: as for prune. Of a run: where its data set is now.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of a run: where its dense model is now.")] = None,
     num_calibration_samples: options.SamplesOrNone = None,
     max_seq_length: options.Length = None,
     dtype: Annotated[str | None, typer.Option(help="Of a fresh model: as for prune.")] = None,
@@ -44,7 +47,7 @@ def verify(
     recipe = {
         "method": method, "sparsity": sparsity, "pattern": pattern, "quota": quota, "dataset": dataset,
         "error_correction": error_correction, "prefix": prefix, "max_seq_length": max_seq_length, "dtype": dtype,
-        "num_calibration_samples": num_calibration_samples,
+        "num_calibration_samples": num_calibration_samples, "model": model,
     }  # fmt: skip
     with stoppable(), following() as shown:
         from transformers.utils.logging import disable_progress_bar
@@ -75,6 +78,8 @@ def verify(
     else:
         for table in result.tables():
             show(table)
+        if result.note:
+            console.print(result.note, soft_wrap=True)
         for fault in result.faults:
             console.print(Text.assemble(("missed", "bold red"), f": {fault}"), soft_wrap=True)
         verdict = ("passed", "bold green") if result.passed else ("failed", "bold red")

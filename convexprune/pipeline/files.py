@@ -239,6 +239,13 @@ def sha256(path: Path) -> str | None:
         return None
 
 
+def checksum_inside(folder: Path, name: str) -> str | None:
+    """That of a file named by someone else; None if there is no such file in the folder, or it is outside of it."""
+    path = Path(name)
+    inside = not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()  # nor a pipe or a device
+    return sha256(folder / path) if inside else None
+
+
 def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
     """Ask the system to bring bytes of a file, all from `begin` if `length` is 0, into its cache while others compute.
 

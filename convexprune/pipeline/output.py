@@ -18,6 +18,7 @@ from convexprune.errors import OutputError
 from convexprune.pipeline.files import (
     PARTS,
     appearing,
+    checksum_inside,
     locked,
     make_folder,
     overwrite,
@@ -171,10 +172,8 @@ class RunFolder:
 
     def _fault(self, name: str, checksum: str) -> str:
         """What is wrong with a file of the result; nothing if it is as it was written."""
-        path = self.folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():  # nor a pipe or a device
-            return f"{name} is missing"
-        return "" if sha256(path) == checksum else f"{name} is damaged"
+        found = checksum_inside(self.folder, name)
+        return "" if found == checksum else f"{name} is {'missing' if found is None else 'damaged'}"
 
     @contextmanager
     def _held(self, shared: bool) -> Iterator[None]:

@@ -17,6 +17,7 @@ from convexprune.pruners.search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
+FAULTS = 5  # that one error tells
 LARGEST_SEED = 2**63 - 1  # torch's generators take no more
 SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "correct": "operator"}  # of the preset
@@ -211,17 +212,17 @@ def make_recipe(**settings: Any) -> Recipe:
     try:
         return Recipe(**settings)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            cause = fault.get("ctx", {}).get("error")
-            if isinstance(cause, ConvexpruneError):
-                raise cause from None  # it is ours and says it all
-            name = ".".join(str(part) for part in fault["loc"])
-            if fault["type"] == "extra_forbidden":
-                lines.append(unknown("setting", name, Recipe.model_fields))
-            else:
-                lines.append(f"{name}={shown(fault['input'])}: {fault['msg']}.")
-        raise RecipeError(" ".join(lines)) from error
+        causes = [fault.get("ctx", {}).get("error") for fault in error.errors()]
+        if ours := [cause for cause in causes if isinstance(cause, ConvexpruneError)]:
+            raise ours[0] from None  # it is ours and says it all
+        raise RecipeError(" ".join(map(_told, error.errors()[:FAULTS]))) from error
+
+
+def _told(fault: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])[:100]
+    if fault["type"] == "extra_forbidden":
+        return unknown("setting", name, Recipe.model_fields)
+    return f"{name}={shown(fault['input'])}: {fault['msg']}."
 
 
 def _make(method: str, settings: dict[str, Any]) -> AbstractPruner:
