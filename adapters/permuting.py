@@ -193,7 +193,8 @@ def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], cha
     for axis in channels.consumers:
         operator = seen[replace(axis, start=0)]
         scores = operator.read()[::step].float().square() * squares[operator]
-        parts.append(scores[:, axis.start : axis.start + channels.size] / scores.sum())
+        total = scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)  # inputs may all be dead
+        parts.append(scores[:, axis.start : axis.start + channels.size] / total)
     return torch.cat(parts)
 
 

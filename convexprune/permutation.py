@@ -10,8 +10,9 @@ ASSIGNED = 256  # groups at once: an assignment costs the third power of them, a
 
 
 def pruned_share(scores: Tensor, pattern: SemiStructured) -> float:
-    """The share of all scores [m n] that is on entries which the pattern prunes."""
-    return 1 - float(scores.where(pattern.mask(scores), 0).sum(dtype=torch.float64) / scores.sum(dtype=torch.float64))
+    """The share of all scores [m n] that is on entries which the pattern prunes; 0 where all scores are 0."""
+    kept, whole = (float(part.sum(dtype=torch.float64)) for part in (scores.where(pattern.mask(scores), 0), scores))
+    return 1 - kept / whole if whole > 0 else 0.0
 
 
 def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: int = 0) -> Tensor:

@@ -37,6 +37,12 @@ def test_it_is_an_order_and_never_prunes_more(pattern: SemiStructured, rows: int
     assert pruned_share(scores[:, order], pattern) <= pruned_share(scores, pattern) + 1e-12
 
 
+def test_columns_that_cost_nothing_have_any_order():
+    scores = torch.zeros(3, 8)
+    assert sorted(permutation(scores, PATTERNS[0]).tolist()) == list(range(8))
+    assert pruned_share(scores, PATTERNS[0]) == 0
+
+
 @given(st.sampled_from(PATTERNS), st.integers(1, 6), st.integers(2, 6), st.integers(0, 10**6))
 def test_a_step_is_the_best_assignment(pattern: SemiStructured, rows: int, groups: int, seed: int):
     """The slow twin: what every column would cost in every group, by the pattern's own masks."""
