@@ -61,13 +61,14 @@ class Shards:
         self._fill_fixed(model, inside)
 
     def origin(self) -> Origin:
-        """The sha256 of every file that decides what the model is, by its name in the folder; reads all of them.
+        """The sha256 of every file that decides what the result is, by its name in the folder; reads all of them.
 
         Raises:
             ModelError: a weight is NaN or infinite, or a file has changed since it was opened.
         """
         found = {CONFIG: str(sha256(self.folder / CONFIG))}
         found |= {self._name(path): scanned(path, self._weights) for path in self.files}
+        found |= {self._name(path): str(sha256(path)) for path in companions(self.folder, self.trusted)}
         self.require_unchanged()
         return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
 

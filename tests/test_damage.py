@@ -1,5 +1,6 @@
 """Damage to what an unfinished run says of itself is told from another run, and never costs what is finished."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,15 @@ def test_who_begins_where_another_works_is_told_so(tmp_path: Path):
         RunFolder(tmp_path).check(resume=False)
     with locked(tmp_path / "run.lock") as free:
         assert free
+
+
+def test_a_file_of_the_model_that_goes_into_the_result_is_part_of_the_run(dense: Path, tmp_path: Path):
+    model, out = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "out"
+    (model / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(model, output_dir=out, progress=stop_after(1), **SETTINGS)
+    (model / "generation_config.json").unlink()
+    (model / "tokenizer_config.json").write_text("{ }")
+    names = r"weights\.generation_config\.json \(missing now\); weights\.tokenizer_config\.json\. Go on"
+    with pytest.raises(errors.OutputError, match=f"it differs in {names}"):
+        _resumed(model, out)
