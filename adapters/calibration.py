@@ -6,26 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from convexprune.errors import CalibrationError, unknown
+from convexprune.errors import CalibrationError, shown, unknown
 from convexprune.pipeline import Recipe
 
 from .corpora import CORPORA, Split, datasets_package, hub_text
 from .huggingface import HuggingFaceModel
+from .rows import ACCEPTED, as_tensor, read_rows
 from .sampling import sampled_windows
-from .text_files import TEXT_FILES, check_text, read_text
+from .sufficiency import refuse_empty_talk
+from .text_files import TEXT_FILES, check_text, is_file, read_text
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
-ACCEPTED = (
-    '"self" (text sampled from the model), '
-    f"{', '.join(repr(name) for name in CORPORA)}, another data set of the hub as 'organisation/name', "
-    "a path to a .txt or .jsonl file, a list of texts, token ids as a tensor [windows tokens] or [tokens], "
-    "a list of such tensors, or a DataLoader that yields token ids"
-)
+LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text is one
 
 
 def calibration_tokens(
@@ -77,13 +73,16 @@ def calibration_and_held_out(
         if num_samples is None:
             raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
         calibration = sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
+        refuse_empty_talk(calibration)
         if spare == 0:
             return calibration, calibration[:0]
         return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
     wanted = None if num_samples is None else num_samples + spare
     windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
     name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
-    return _choose(windows, num_samples, spare, seed, split, name)
+    chosen, left = _choose(windows, num_samples, spare, seed, split, name)
+    refuse_empty_talk(chosen)
+    return chosen, left
 
 
 def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
@@ -142,6 +141,7 @@ def _windows(
     split: Split,
 ) -> Tensor:
     """All windows of a data set, or as many as are sure to be enough."""
+    dataset = as_tensor(dataset) if hasattr(dataset, "__array__") else dataset  # NumPy's
     match dataset:
         case str() | Path():
             characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN
@@ -150,8 +150,11 @@ def _windows(
             return _cut(_tokenise("\n\n".join(dataset), model), length)
         case Tensor() if dataset.dim() == 1:
             return _cut(dataset, length)
-        case Tensor() | DataLoader() | list() | tuple():
-            return _rows(dataset, num_samples, max_seq_length)
+        case Tensor() | Mapping():
+            return read_rows([dataset], None, max_seq_length)
+        case Iterable():
+            limit = None if isinstance(dataset, list | tuple) else num_samples
+            return read_rows(dataset, limit, max_seq_length)
     raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
 
 
@@ -172,11 +175,20 @@ def check_dataset(dataset: Any) -> None:
         CalibrationError: there is no such file, or no such name.
         DependencyError: a data set of the hub needs a package that is missing.
     """
+    if dataset is None or isinstance(dataset, int | float | bytes):
+        raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
     if not isinstance(dataset, str | Path) or dataset == "self":
         return
-    if isinstance(dataset, Path) or dataset.endswith(TEXT_FILES):
+    if isinstance(dataset, str) and dataset in CORPORA:
+        datasets_package()
+    elif isinstance(dataset, Path) or is_file(dataset):
         check_text(Path(dataset))
-    elif dataset in CORPORA or dataset.count("/") == 1:
+    elif len(dataset.split()) > 1 or len(dataset) > LONGEST_NAME:
+        raise CalibrationError(
+            f"dataset is a text of {len(dataset):,} characters, {shown(dataset[:40])}, and no name of a data set. Give "
+            "texts as a list: dataset=[text]."
+        )
+    elif dataset.count("/") == 1:
         datasets_package()
     else:
         raise CalibrationError(f"{unknown('data set', dataset, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
@@ -184,7 +196,7 @@ def check_dataset(dataset: Any) -> None:
 
 def _text_of(source: str | Path, split: Split, characters: int | None) -> str:
     check_dataset(source)
-    if isinstance(source, Path) or source.endswith(TEXT_FILES):
+    if isinstance(source, Path) or (source not in CORPORA and is_file(source)):
         return read_text(Path(source))
     return hub_text(source, split, characters)
 
@@ -200,40 +212,6 @@ def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
 def _cut(tokens: Tensor, length: int) -> Tensor:
     """Disjoint windows [windows length] of a stream [tokens]."""
     return tokens[: len(tokens) // length * length].reshape(-1, length)
-
-
-def _rows(dataset: Iterable[Any], num_samples: int | None, length: int | None) -> Tensor:
-    """Rows [windows length] that come as such; a loader is read no further than needed, as it may have no end."""
-    limit = num_samples if isinstance(dataset, DataLoader) else None
-    rows: list[Tensor] = []
-    for item in [dataset] if isinstance(dataset, Tensor) else dataset:
-        ids = _ids(item)
-        rows.extend(ids.reshape(-1, ids.shape[-1]))
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows:
-        raise CalibrationError(f"The data set is empty. Accepted: {ACCEPTED}.")
-    shortest, longest = min(len(row) for row in rows), max(len(row) for row in rows)
-    if not shortest == longest == (length or longest):
-        raise CalibrationError(
-            f"The rows have {shortest} to {longest} tokens; all need {length or 'the same length'}. "
-            "Change max_seq_length, or join them into one tensor [tokens] to be cut."
-        )
-    return torch.stack(rows[:limit])
-
-
-def _ids(item: Any) -> Tensor:
-    """The token ids of what a loader yields: a tensor, a mapping with "input_ids", or a tuple that begins with one."""
-    if isinstance(item, Mapping):
-        mask = item.get("attention_mask")
-        if mask is not None and not bool(torch.as_tensor(mask).all()):
-            raise CalibrationError("The batches are padded, and padding would be calibrated on. Give full windows.")
-        item = item.get("input_ids")
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
-        item = item[0]
-    if not isinstance(item, Tensor) or item.dim() not in (1, 2):
-        raise CalibrationError(f"Token ids cannot be read from a {type(item).__name__}. Accepted: {ACCEPTED}.")
-    return item
 
 
 def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:

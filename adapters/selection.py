@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, RecipeError, unknown
+from convexprune.model import DecoderLayer
 
 from .discovery import Layout
 from .operators import LINEAR_MODULES
 
 PATIENCE = 10.0  # seconds for all names that a regular expression is matched with
 LONGEST = 1000  # characters of a regular expression, and repetitions that its counts make
+TIED = "tied to "  # begins the reason for weights that share memory
 
 
 def left_alone(
@@ -39,7 +41,7 @@ def left_alone(
         if isinstance(module, LINEAR_MODULES) and not any(name.startswith(f"{layer}.") for layer in layouts):
             names[name] = name, name.rpartition(".")[2], type(module).__name__
             tied = shared.get(f"{name}.weight")
-            reasons[name] = f"tied to {tied}" if tied else "not inside a decoder layer"
+            reasons[name] = f"{TIED}{tied}" if tied else "not inside a decoder layer"
     operators = []
     for layer, layout in layouts.items():
         for relative, reason in layout.left_alone.items():
@@ -52,7 +54,7 @@ def left_alone(
             kind = type(model.get_submodule(f"{layer}.{place.module}".removesuffix("."))).__name__
             names[operators[-1]] = operators[-1], place.name, last, last.rpartition(".")[2], kind, "Linear"
             if parameter in shared:
-                reasons[operators[-1]] = f"tied to {shared[parameter]}"
+                reasons[operators[-1]] = f"{TIED}{shared[parameter]}"
     targeted, ignored = _matches(targets, names), _matches(ignore, names)
     for name in operators:
         if name in ignored:
@@ -68,6 +70,19 @@ def left_alone(
             f"Operators of a decoder layer: {', '.join(known) or 'none'}."
         )
     return reasons
+
+
+def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
+    """What to tell of operators of decoder layers that are `left` because they share their weights; None if none is."""
+    inside = tuple(f"{layer.name}." for layer in layers)
+    tied = [(name, reason) for name, reason in left if name.startswith(inside) and reason.startswith(TIED)]
+    if not tied:
+        return None
+    name, reason = tied[0]
+    return (
+        f"{len(tied)} operators are left as they are, because what is written to one is written to another: {name} is "
+        f"{reason}{', ...' if tied[1:] else ''}. Give each its own weight to have them pruned."
+    )
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:

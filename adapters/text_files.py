@@ -3,9 +3,19 @@
 import json
 from pathlib import Path
 
-from convexprune.errors import CalibrationError
+from convexprune.errors import CalibrationError, shown
 
 TEXT_FILES = (".txt", ".jsonl")
+
+
+def is_file(text: str) -> bool:
+    """Whether a path is meant: it ends like one of a text file, or leads to something."""
+    if text.endswith(TEXT_FILES):
+        return True
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # a text too long for a path, say
+        return False
 
 
 def check_text(path: Path) -> None:
@@ -15,7 +25,8 @@ def check_text(path: Path) -> None:
         CalibrationError: the file is missing, is of another kind, or cannot be opened.
     """
     if path.suffix not in TEXT_FILES:
-        raise CalibrationError(f"{path}: files of text end in {' or '.join(TEXT_FILES)}.")
+        there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
+        raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}.")
     try:
         path.expanduser().open("rb").close()
     except (OSError, RuntimeError) as cause:
@@ -33,6 +44,8 @@ def read_text(path: Path) -> str:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
         raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}).") from cause
+    if "\0" in content:
+        raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
     if path.suffix == ".txt":
         return content
     lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]

@@ -86,7 +86,8 @@ def prune(
             "skewness", by the shape of each decoder layer's scores. N:M patterns take "uniform" and "curve".
             None: "rows" for the methods "convex", "admm" and "perspective" with a quota of each matrix, else "uniform".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
-            the hub (needs the package datasets), a .txt or .jsonl path, texts, token ids as tensors, or a DataLoader.
+            the hub (needs the package datasets), a .txt or .jsonl path, a list of texts, or token ids: as tensors,
+            arrays, lists, or an iterable of them (a DataLoader).
         tokenizer: for a loaded model and a data set of text: an object of transformers, or its folder or name.
         num_calibration_samples: windows of `max_seq_length` tokens (None: the rows' own length; for text 2048, or the
             model's limit if less; 256 for the bundled model).

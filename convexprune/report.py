@@ -21,11 +21,11 @@ DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  
 class OperatorReport:
     """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored.
 
-    `pattern` is what was asked of it. `relative_error` is mean |V x* - target|^2 over mean |W x|^2 on the calibration
-    tokens, `held_out_error` the same on tokens that no method saw (None if there are none): the one to judge by.
-    Operators that share an input are solved as one problem, so they share the facts of its solves: `gap` is the
-    relative duality gap of the last solve (the refit), `largest_gap` of any (the path that chooses the support stops
-    early on purpose).
+    `pattern` is what was asked of it, `dense_zeros` are those that it had before. `relative_error` is mean
+    |V x* - target|^2 over mean |W x|^2 on the calibration tokens, `held_out_error` the same on tokens that no method
+    saw (None if there are none): the one to judge by. Operators that share an input are solved as one problem, so they
+    share the facts of its solves: `gap` is the relative duality gap of the last solve (the refit), `largest_gap` of any
+    (the path that chooses the support stops early on purpose).
 
     `bound` is for a sample of the operator's `rows` (None: not asked, or the operator is too wide): no weight in the
     pattern has a smaller `error` there than `lower`, and `ratio` is lower / error. That error is the one the pruner
@@ -54,6 +54,7 @@ class OperatorReport:
     held_out_tokens: int
     seconds: float
     bound: dict[str, Number] | None = None
+    dense_zeros: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -67,7 +68,7 @@ class Report:
 
     `allocation` holds the `cost` and `gap` of its rule (`convexprune.pipeline.survey.Allotment`), `identity` the
     checksums and versions that the bits of the result depend on, and `files` the sha256 of every file of the result by
-    its path, if it was written to a folder.
+    its path, if it was written to a folder. `warnings` are what the user was told of the run.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -81,6 +82,7 @@ class Report:
     allocation: dict[str, Number | None] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"
@@ -108,6 +110,20 @@ class Report:
     def short_of_tokens(self) -> dict[str, int]:
         """The experts that were sent fewer tokens than they have inputs, and how many; they borrowed the others'."""
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
+
+    @property
+    def sparser_before(self) -> str | None:
+        """What to tell of operators that had more zeros than they were asked for, if there are any."""
+        those = [o for o in self.operators if o.dense_zeros > o.expected_zeros > 0]
+        if not those:
+            return None
+        size = sum(o.outputs * o.inputs for o in those)
+        names = ("dense_zeros", "expected_zeros", "zeros")
+        before, asked, now = (sum(getattr(o, name) for o in those) / size for name in names)
+        return (
+            f"{len(those)} operators had more zeros before than they were asked for ({before:.1%}; asked {asked:.1%}, "
+            f"now {now:.1%}): was the model pruned already? Ask for more zeros, or prune the dense model."
+        )
 
     def to_json(self) -> str:
         """The whole report as JSON, with its checksum; numbers that are not finite are written as text."""

@@ -20,6 +20,8 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
+from convexprune.adapters.selection import shared_weights
+from convexprune.adapters.sufficiency import shortage
 from convexprune.adapters.written import require_written
 from convexprune.pipeline import (
     FolderStore,
@@ -96,7 +98,7 @@ class Request:
         self._check(loaded)
         self.clock.lap("load")
         windows = self._windows(loaded, {})
-        report = self._report(loaded)
+        report = self._report(loaded, windows)
         self._evaluate(report, "dense", loaded, windows)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report)
@@ -109,6 +111,7 @@ class Request:
             prune_in_place(loaded, self._work(windows), record)
         self.clock.lap("prune")
         self._evaluate(report, "pruned", loaded, windows)
+        self._warn(report, report.sparser_before)
         report.seconds = self.clock.laps
         return PruneResult(report, loaded.tokenizer, None, lambda: loaded.model)
 
@@ -130,7 +133,7 @@ class Request:
         self.clock.lap("load")
         known = folder.sampled() if resume and self.sources.has_sampled and folder.is_unfinished else {}
         windows = self._windows(loaded, known)
-        report = self._report(loaded)
+        report = self._report(loaded, windows)
         report.environment["folder"] = str(folder.folder.absolute())
         report.identity = identity(
             self.recipe,
@@ -186,6 +189,7 @@ class Request:
         begin("looking at what is finished")
         store.require_whole()
         report.operators = [o for number in range(store.count) for o in store.reports(number)]
+        self._warn(report, report.sparser_before)
         if loaded.streams:
             for name, pruned in (("dense", None), ("pruned", store)):
                 if "evaluation" in windows:
@@ -237,9 +241,20 @@ class Request:
         self.clock.lap("calibration data")
         return windows
 
-    def _report(self, loaded: HuggingFaceModel) -> Report:
+    def _report(self, loaded: HuggingFaceModel, windows: Windows) -> Report:
         environment = _environment(loaded) | {"threads": self.threads}
-        return Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
+        report = Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
+        widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
+        self._warn(report, shortage(windows["calibration"], widest))
+        self._warn(report, shared_weights(loaded.left_alone, loaded.layers))
+        return report
+
+    def _warn(self, report: Report, doubt: str | None) -> None:
+        """Tell the user, once, and the report."""
+        if doubt is not None:
+            report.warnings.append(doubt)
+            if not self.executor.rank:
+                logger.warning(doubt)
 
     def _tell(self, loaded: HuggingFaceModel) -> Tell:
         operators = sum(len(layer.operators) for layer in loaded.layers)

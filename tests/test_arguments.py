@@ -28,6 +28,16 @@ ARGUMENTS = {
     "resume without a folder": ({"resume": True}, "Give output_dir"),
     "a number for a tokenizer": ({"tokenizer": 5}, "A int is no tokenizer"),
     "a folder without a tokenizer": ({"tokenizer": Path(__file__).parent}, "holds no tokenizer"),
+    "a text to evaluate on": (
+        {"evaluation": "It was. " * 9999},
+        r"'It was\. .*\.\.\. \(79,994 characters\): files of text",
+    ),
+    "a number to evaluate on": ({"evaluation": 5}, "evaluation is a int. Accepted: 'self'"),
+    "no data set": ({"dataset": None}, "type NoneType cannot calibrate"),
+    "a text for a data set": (
+        {"dataset": "It was. " * 9999},
+        r"dataset is a text of 79,992 characters.*dataset=\[text\]",
+    ),
     "a number for a model": ({"model": 5}, "A int is no model of transformers"),
     "a long name": ({"method": "x" * 100_000}, r"Unknown method 'x{59}\.\.\. \(100,002 characters\)\."),
     "a long setting": ({"sparsity": [0.5] * 10_000}, r"sparsity=\[0.5, .*\.\.\. \([\d,]+ characters\)"),

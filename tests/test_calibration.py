@@ -1,8 +1,9 @@
 import json
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -81,17 +82,24 @@ def test_the_same_text_in_any_kind_gives_the_same_windows(tiny_opt, tmp_path):
 def test_the_same_rows_in_any_kind_give_the_same_windows(tiny_opt):
     rows = STREAM[:64].reshape(4, 16)
     dictionaries = [{"input_ids": row, "attention_mask": torch.ones(16)} for row in rows]
-    for dataset in (
+    kinds: list[Any] = [
         rows,
         rows.to(torch.int32),
         list(rows),
         list(rows.split(2)),
         [(row[None], row[None]) for row in rows],
         dictionaries,
+        dictionaries[0] | {"input_ids": rows, "attention_mask": torch.ones(4, 16)},
+        rows.numpy(),
+        list(rows.numpy()),
+        rows.tolist(),
+        [{"input_ids": row} for row in rows.tolist()],
+        {"input_ids": rows.tolist(), "attention_mask": [[1] * 16] * 4},
         DataLoader(list(rows), batch_size=3),  # pyright: ignore[reportArgumentType]
         DataLoader(TensorDataset(rows), batch_size=2),
         DataLoader(dictionaries, batch_size=2),  # pyright: ignore[reportArgumentType]
-    ):
+    ]
+    for dataset in kinds:
         assert torch.equal(calibrate(dataset, tiny_opt), rows)
         assert torch.equal(calibrate(dataset, tiny_opt, max_seq_length=None), rows)
 
@@ -99,10 +107,11 @@ def test_the_same_rows_in_any_kind_give_the_same_windows(tiny_opt):
 def test_a_loader_without_end_is_read_only_as_far_as_needed(tiny_opt):
     class Endless(IterableDataset):
         def __iter__(self):
-            yield from (torch.full((16,), count) for count in range(6))
+            yield from (torch.arange(16) + count for count in range(6))
             raise AssertionError("read on, and it would never end")
 
-    assert calibrate(DataLoader(Endless(), batch_size=3), tiny_opt)[:, 0].tolist() == [0, 1, 2, 3]
+    for dataset in (DataLoader(Endless(), batch_size=3), (row.tolist() for row in Endless())):
+        assert calibrate(dataset, tiny_opt)[:, 0].tolist() == [0, 1, 2, 3]
 
 
 # ---- what is refused
@@ -126,7 +135,15 @@ def test_a_loader_without_end_is_read_only_as_far_as_needed(tiny_opt):
         ([{"input_ids": STREAM[:16], "attention_mask": STREAM[:16] > 2}], {}, "padded"),
         ([], {}, "empty"),
         ([3, 4], {}, "Token ids cannot be read from a int"),
-        ({"text": "no"}, {}, "type dict cannot calibrate. Accepted: \"self\""),
+        ({"text": "no"}, {}, r"A row has \['text'\] and no input_ids"),
+        ([{"text": "no"}], {}, "or texts as a list of them"),
+        (None, {}, "type NoneType cannot calibrate. Accepted: \"self\""),
+        ([[3, 4], [5]], {}, "rows have 1 to 2 tokens"),
+        ([STREAM[:0]], {}, "empty"),
+        ({"input_ids": [[3, 4], [5]], "attention_mask": [[1, 1], [1]]}, {}, "cannot be read from a list"),
+        ("C4", {}, "Unknown data set 'C4'. Did you mean 'c4'"),
+        (PROSE, {}, r"dataset is a text of 3,400 characters, 'It is a truth .*dataset=\[text\]"),
+        (PROSE.replace(" ", "-").replace("\n", "-"), {}, "dataset is a text of 3,400 characters"),
         ("wikitext", {}, "Unknown data set 'wikitext'. Did you mean 'wikitext2'"),
         ("nowhere/at/all.txt", {}, r"nowhere/at/all\.txt: cannot be read"),
         ("self", {"num_samples": None}, "say how many samples"),
@@ -136,6 +153,17 @@ def test_a_loader_without_end_is_read_only_as_far_as_needed(tiny_opt):
 def test_a_data_set_that_cannot_calibrate_is_refused(tiny_opt, dataset, options, message):
     with pytest.raises(CalibrationError, match=message):
         calibrate(dataset, tiny_opt, **({"num_samples": 5} | options))
+
+
+@pytest.mark.parametrize("name", ["ok.csv", "ok.json", "ok.md", "texts"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_what_exists_is_never_taken_for_a_name_on_the_hub(tiny_opt, tmp_path, monkeypatch, name, kind):
+    (tmp_path / "t" / "texts").mkdir(parents=True)
+    if name != "texts":
+        (tmp_path / "t" / name).write_text(PROSE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CalibrationError, match=rf"t/{name} exists; files of text end in \.txt or \.jsonl"):
+        calibrate(kind(f"t/{name}"), tiny_opt)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def prune_group(
         held_out = _relative_errors(team.part(unseen), stored, heights, team)
     bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
     bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts), factors)
+    before = [int((dense == 0).sum()) for dense in stack.split(heights)]
     for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
@@ -60,6 +61,7 @@ def prune_group(
             inputs=operator.shape[1],
             zeros=zeros,
             expected_zeros=expected,
+            dense_zeros=before[i],
             pattern=str(asked[i]),
             relative_error=errors[i],
             held_out_error=held_out[i],

@@ -1,0 +1,54 @@
+"""Whether calibration windows say enough: how often they repeat themselves, and how many tokens there are for how wide
+an operator.
+"""
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import CalibrationError
+
+RUN = 8  # tokens; running text hardly ever repeats so many, one word over and over does nothing else
+LEAST = 8  # different runs; fewer are one sentence at most
+
+
+def refuse_empty_talk(windows: Tensor) -> None:
+    """Refuse windows [windows length] that are the same few tokens over and over: a word, a character, padding.
+
+    Raises:
+        CalibrationError: so it is.
+    """
+    different, runs = _runs(windows)
+    tokens = windows.unique().numel()
+    if tokens == 1 or (different < LEAST and runs >= LEAST * different):
+        raise CalibrationError(
+            f"The data set says nothing to calibrate on: {tokens} different tokens in {windows.numel():,}, a word or a "
+            "character over and over. Give running text."
+        )
+
+
+def shortage(windows: Tensor, widest: int) -> str | None:
+    """What to tell a user whose windows [windows length] have fewer tokens than an operator `widest` inputs; or None.
+
+    Tokens that only repeat others do not count.
+    """
+    different, runs = _runs(windows)
+    tokens, share = windows.numel(), different / max(1, runs)
+    if tokens * share >= widest:
+        return None
+    samples = f"num_calibration_samples (--nsamples) of {-(-widest // windows.shape[1]):,} at least"
+    repeated = share < 0.5
+    return (
+        f"{tokens:,} calibration tokens{f', of which {share:.0%} repeat no others,' if repeated else ''} for operators "
+        f"of up to {widest:,} inputs: weights can learn so few by heart, and errors on them then say little. Give "
+        f"{'a text that repeats itself less' if repeated else samples}, and judge by the held-out error."
+    )
+
+
+def _runs(windows: Tensor) -> tuple[int, int]:
+    """How many different runs of tokens there are, and how many in all."""
+    run = min(RUN, windows.shape[1])
+    starts = windows.shape[1] - run + 1
+    hashed = torch.zeros_like(windows[:, :starts])
+    for i in range(run):
+        hashed = hashed * 1_000_003 + windows[:, i : i + starts]  # modulo 2^64
+    return hashed.unique().numel(), hashed.numel()
