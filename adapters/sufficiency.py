@@ -39,7 +39,7 @@ def shortage(windows: Tensor, widest: int) -> str | None:
     repeated = share < 0.5
     return (
         f"{tokens:,} calibration tokens{f', of which {share:.0%} repeat no others,' if repeated else ''} for operators "
-        f"of up to {widest:,} inputs: weights can learn so few by heart, and errors on them then say little. Give "
+        f"of up to {widest:,} inputs: weights can fit a sample of fewer tokens exactly, so its errors say little. Give "
         f"{'a text that repeats itself less' if repeated else samples}, and judge by the held-out error."
     )
 

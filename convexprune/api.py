@@ -68,9 +68,10 @@ def prune(
     """Prune a language model; the report has the certificate of every operator's convex solve.
 
     Args:
-        model: a folder, a name on the hub, or a loaded model, which is then changed in place: in the modes (train,
-            eval) and with the `requires_grad` that it came with, and only if the run succeeds. For that the decoder
-            layers as they were are kept in the memory of the CPU meanwhile. None: the small OPT model that is bundled.
+        model: a folder, a name on the hub, or a loaded model, which moves to `device` and `dtype` and is changed in
+            place: it keeps its modes (train, eval) and `requires_grad`, and is pruned only if the run succeeds. For
+            that, a copy of its decoder layers is in the memory of the CPU meanwhile. None: the small OPT model that is
+            bundled.
         solver: of method="convex": "fista" (production), "admm", "cvxpy" or "scipy" (ground truth, for very small
             models), or your own `AbstractSolver`.
         method: "convex", "admm" (the pattern as a constraint), "perspective", or a baseline: "alps", "sparsegpt",
