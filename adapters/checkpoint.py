@@ -13,12 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,14 +21,15 @@ from transformers import (
 from convexprune.errors import ModelError
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import flush, make_folder, publish, write_json, writing
+from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import Entry
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .family import decoder_layers
 from .huggingface import HuggingFaceModel
-from .model_folder import NotStreamable, check_folder, check_layers, hub_answers, local_folder, stored_dtype
+from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
 from .operators import computes_on, held, offloaded
-from .reading import ask, read_tokenizer
+from .reading import ask, model_class, read_tokenizer
 from .shards import Origin, Shards, parameters_on_meta
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
@@ -188,19 +184,32 @@ def save_from_store(
     if model.shards is None:
         with writing(folder), store.scratch_folder(store.count) as place:
             save(model, place)
-            names = [path.relative_to(place) for path in place.rglob("*") if path.is_file()]
-            for path in sorted(place.iterdir(), key=lambda path: path.name == "config.json"):
-                publish(path, folder / path.name)
-        return {folder / name for name in names}
+            return _publish(place, folder)
     layers = enumerate(model.layers)
     pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     model.shards.assemble(folder, pruned)
-    source = model.shards.folder
-    written = {path for path in folder.rglob("*") if path.is_file() and (source / path.relative_to(folder)).is_file()}
+    source, written = model.shards.folder, set[Path]()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and (source / name).is_file() and name.parts[0] not in (WORK, *OWN):
+            written.add(path)
     if tokenizer is not None:
-        with writing(folder):
-            written |= set(map(Path, tokenizer.save_pretrained(folder)))
+        with writing(folder), store.scratch_folder(store.count) as place:
+            tokenizer.save_pretrained(place)
+            written |= _publish(place, folder)
     return written
+
+
+def _publish(place: Path, folder: Path) -> set[Path]:
+    """Move all files of `place` into `folder`, flushed, config.json last; where they are now."""
+    published = set[Path]()
+    for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
+        if path.is_file():
+            target = folder / path.relative_to(place)
+            make_folder(target.parent)
+            publish(path, target)
+            published.add(target)
+    return published
 
 
 def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
@@ -215,7 +224,7 @@ def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path)}
     if isinstance(source, Path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ModelError(f"{source}: no such folder. Give a folder that has a config.json, or a name on the hub.")
-    return {"pretrained_model_name_or_path": source, "local_files_only": not hub_answers()}
+    return place_of(source)
 
 
 def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
@@ -244,18 +253,6 @@ def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_p
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
-
-
-def model_class(source: str, config: PretrainedConfig) -> Any:
-    """The class of transformers that reads a language model with this configuration, wrapped or not."""
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
-        return AutoModelForCausalLM
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
-        return AutoModelForImageTextToText
-    raise ModelError(
-        f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
-        "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."
-    )
 
 
 def _is_offloaded(model: PreTrainedModel) -> bool:

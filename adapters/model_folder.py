@@ -153,6 +153,13 @@ def hub_answers() -> bool:
     return True
 
 
+def place_of(name: str) -> dict[str, Any]:
+    """What transformers is told of where to look; the hub is left alone where it does not answer."""
+    return {"pretrained_model_name_or_path": name} | (
+        {} if Path(name).exists() else {"local_files_only": not hub_answers()}
+    )
+
+
 def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
     """The folder itself, or the local snapshot of a name on the hub, downloaded if need be."""
     if Path(source).is_dir():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from convexprune.model import DecoderLayer
 from convexprune.pipeline import Recipe, cost
 
 from .admission import refuse_other_dtypes, refuse_quantised
-from .checkpoint import model_class
 from .experts import piles
 from .family import decoder_layers, positions
-from .reading import ask
+from .model_folder import NotStreamable, check_layers, place_of
+from .reading import ask, model_class
 from .selection import left_alone
 from .tracing import trace
 
@@ -77,8 +78,12 @@ def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
         raise ModelError(f"{path}: has no config.json, so it is not a model folder of transformers.")
     if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
         raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
-    remote = {"trust_remote_code": trust_remote_code}
-    return ask(str(source), lambda: AutoConfig.from_pretrained(path if path.exists() else str(source), **remote))
+    place: dict[str, Any] = place_of(str(path if path.exists() else source)) | {"trust_remote_code": trust_remote_code}
+    config = ask(str(source), lambda: AutoConfig.from_pretrained(**place))
+    if path.is_dir():
+        with suppress(NotStreamable):
+            ask(str(source), lambda: check_layers(path, config))
+    return config
 
 
 def no_initialisation() -> Any:

@@ -6,11 +6,20 @@ from pickle import UnpicklingError
 from textwrap import shorten
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from convexprune.errors import ConvexpruneError, DependencyError, ModelError, install_hint
 
-from .model_folder import NotStreamable
+from .model_folder import NotStreamable, place_of
 
 # transformers invents an empty tokenizer for a folder that has none; so look before asking it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -27,7 +36,7 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
     """
     if isinstance(tokenizer, str | Path):
         name = str(Path(tokenizer).expanduser())
-        read = read_tokenizer(name, {"pretrained_model_name_or_path": name})
+        read = read_tokenizer(name, place_of(name))
         if read is None:
             raise ModelError(f"{tokenizer}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}).")
         return read
@@ -73,3 +82,15 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
         else:
             text = f"there is no such folder here, and the hub does not give it ({said}). Is the name right?"
         raise ModelError(f"{source}: {text}") from cause
+
+
+def model_class(source: str, config: PretrainedConfig) -> Any:
+    """The class of transformers that reads a language model with this configuration, wrapped or not."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
+        return AutoModelForImageTextToText
+    raise ModelError(
+        f"{source}: transformers {transformers.__version__} has no model of type {config.model_type!r} that only "
+        "decodes text, alone or with images before it. Encoders, and encoders with a decoder, are not pruned."
+    )

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from runs import SETTINGS, checksums, flip
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, model_folder, reopen
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, checkpoint, given_tokenizer, load, model_folder, reopen
+from convexprune.adapters.inspection import inspect
 from convexprune.adapters.model_folder import INDEX
 from convexprune.adapters.shards import Shards
 from convexprune.errors import ModelError, OutputError
@@ -220,6 +222,8 @@ def test_a_configuration_that_is_not_right_is_refused(folder: Path, name: str, s
     (folder / "config.json").write_text(json.dumps(config | {name: setting}))
     with pytest.raises(ModelError, match=message):
         load(folder, device="cpu", stream=stream)
+    with pytest.raises(ModelError, match=message):
+        inspect(folder)
 
 
 def test_a_tokenizer_with_a_broken_merge_is_refused(folder: Path):
@@ -267,13 +271,22 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPat
 
     def head(url: str, timeout: float) -> None:
         asked.append(url)
-        if len(asked) == 1:
+        if len(asked) < 4:
             raise ConnectionError
 
     assert not model_folder.hub_answers() and not asked  # HF_HUB_OFFLINE is set
     monkeypatch.setattr(model_folder.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(model_folder, "get_session", lambda: SimpleNamespace(head=head))
-    with pytest.raises(ModelError, match="models/mistyped: there is no such folder here"):
-        load("models/mistyped", device="cpu")
-    assert len(asked) == 1
+    for ask in (partial(load, device="cpu"), inspect, given_tokenizer):
+        with pytest.raises(ModelError, match=r"^models/mistyped.*: there is no such folder here"):
+            ask("models/mistyped")
+    assert len(asked) == 3
     assert model_folder.hub_answers()
+
+
+def test_the_tokenizer_that_was_given_is_flushed_and_renamed_too(folder: Path, tmp_path: Path, monkeypatch):
+    published, publish = [], checkpoint.publish
+    monkeypatch.setattr(checkpoint, "publish", lambda *paths: published.append(paths[1].name) or publish(*paths))
+    convexprune.prune(folder, tokenizer=str(EMBEDDED), output_dir=tmp_path / "out", **SETTINGS)  # pyright: ignore
+    assert "tokenizer.json" in published and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "tokenizer.json" in json.loads((tmp_path / "out" / "report.json").read_text())["files"]
