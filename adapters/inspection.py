@@ -15,7 +15,7 @@ from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import check_patterns, cost, make_recipe
 from convexprune.pipeline.machine import default_device
-from convexprune.pipeline.speed import measured_speed, seconds
+from convexprune.pipeline.speed import load, measured_speed, seconds
 from convexprune.pipeline.survey import WEIGHED
 
 from .allocating import GRADIENTS
@@ -202,7 +202,9 @@ def _needs(found: Inspection) -> Table:
     total = _time(sum(found.seconds.values()))
     spread = "layers" if found.recipe["prefix"] == "dense" else "the samples and rows of each layer"
     table.add_row(
-        "time", total, f"an estimate on this machine ({found.device}): {laps}; {spread} can be spread over workers"
+        "time",
+        total,
+        f"an estimate on this machine ({found.device}) {load()}: {laps}; {spread} can be spread over workers",
     )
     return table
 

@@ -37,6 +37,7 @@ def test_list_names_all_that_can_be_chosen():
     result = run("list")
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
+    assert "cg, for refits, not prune --solver; takes a fixed support" in printed
     for names in (TESTED.values(), PRUNERS, solver_names(), PRESETS, ("unstructured", "2:4")):
         assert all(name in printed for name in names)
 

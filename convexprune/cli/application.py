@@ -13,7 +13,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Prune language models by convex optimization.",
 )
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names and messages have brackets
 
@@ -28,7 +27,7 @@ def _version(asked: bool) -> None:
 def _main(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it, and end.")] = False,
 ) -> None:
-    """Prune language models by convex optimization, every solve certified by a duality gap."""
+    """Prune language models by convex optimization. Begin with: convexprune prune (a small bundled model, a minute)."""
 
 
 def show(table: Table) -> None:

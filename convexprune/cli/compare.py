@@ -53,7 +53,8 @@ def compare(
         str, typer.Option(help="Of the choice of samples; of several, 0,1,2, each is compared, and the means are told.")
     ] = "0",
     eval_text: Annotated[
-        list[str] | None, typer.Option(help="A file, python-docs or licences; repeat it for more.")
+        list[str] | None,
+        typer.Option(help="A file, python-docs or licences; repeat it for more. Left out: the last two."),
     ] = None,
     eval_window: Annotated[int | None, typer.Option(help="Tokens a window; 1024, or the model's limit.")] = None,
     eval_windows: Annotated[int, typer.Option(help="The first so many windows of each text; 0: all.")] = 20,

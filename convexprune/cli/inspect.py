@@ -16,9 +16,9 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Folder, config.json or hub name; only the configuration is read.")],
     device_memory: Annotated[str | None, typer.Option(help="What has to be enough, as 24GiB.")] = None,
     method: Annotated[str, typer.Option(help="As for prune, like all that follows.")] = "convex",
-    preset: Annotated[str | None, typer.Option()] = None,
-    sparsity: Annotated[float | None, typer.Option()] = None,
-    pattern: Annotated[str, typer.Option()] = "unstructured",
+    preset: Annotated[str | None, typer.Option(help="fistapruner.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
+    pattern: Annotated[str, typer.Option(help="unstructured, or N:M, as 2:4.")] = "unstructured",
     quota: options.Quota = "matrix",
     allocation: options.Allocation = None,
     num_calibration_samples: options.Samples = 128,
@@ -27,11 +27,11 @@ def inspect(
     batch_size: options.BatchSize = 1,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
-    error_correction: Annotated[float | None, typer.Option()] = None,
-    prefix: Annotated[str, typer.Option()] = "dense",
-    refit: Annotated[bool | None, typer.Option()] = None,
+    error_correction: Annotated[float | None, typer.Option(help="0 to 1. Left out: by --prefix.")] = None,
+    prefix: Annotated[str, typer.Option(help="dense or pruned.")] = "dense",
+    refit: Annotated[bool | None, typer.Option(help="Least squares on the support.")] = None,
     device: Annotated[str, typer.Option(help="Where products are timed, for the estimate.")] = "auto",
-    dtype: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     trust_remote_code: options.RemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -67,14 +67,21 @@ def names() -> None:
     """The families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
     from convexprune.pipeline import PRESETS
+    from convexprune.pipeline.recipe import SOLVERS
     from convexprune.pruners import PRUNERS
-    from convexprune.solvers import solver_names
+    from convexprune.solvers import make_solver, solver_names
 
     table = Table(box=None, show_header=False, padding=(0, 2))
     families = ", ".join(TESTED.values())
     table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
-    table.add_row("solvers", ", ".join(solver_names()))
+    for number, name in enumerate(solver_names()):
+        takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
+        use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
+        table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
     table.add_row("methods", ", ".join(sorted(PRUNERS)))
     table.add_row("presets", ", ".join(PRESETS))
     table.add_row("patterns", "unstructured (quota: matrix, row), N:M for N non-zeros in every M inputs, as 2:4")
     console.print(table)
+
+
+_PENALTIES = {"AbstractPenalty": "any penalty", "Support": "a fixed support"}

@@ -39,7 +39,7 @@ Length = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Samples in one forward pass.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of samples.")]
+Seed = Annotated[int, typer.Option(help="Decides which samples are drawn, and what a model writes.")]
 Targets = Annotated[
     list[str] | None,
     typer.Option(help="To prune: a name, its end, re:REGEX; repeat it. Left out: all."),

@@ -33,7 +33,7 @@ def permute(
     trust_remote_code: options.RemoteCode = False,
     allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
 ) -> None:
-    """Order a dense model's channels such that N:M prunes less of it; it computes what it did. Prune the result."""
+    """Order the channels of a dense model such that N:M prunes less of it. The model computes the same as before."""
     settings = dict(locals())
     settings["output_dir"] = settings.pop("output")
     with stoppable(), following() as shown:

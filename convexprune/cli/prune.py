@@ -16,7 +16,12 @@ from convexprune.errors import require_at_least
 @app.command()
 def prune(
     model: options.Model = None,
-    solver: Annotated[str, typer.Option(help="Solver of the convex method: fista, admm, cvxpy, scipy.")] = "fista",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="Solver of the convex method: fista, admm; for very small models cvxpy, scipy (minutes each)."
+        ),
+    ] = "fista",
     method: Annotated[
         str,
         typer.Option(help="convex, admm, perspective, or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda."),
@@ -34,7 +39,9 @@ def prune(
     seed: options.Seed = 0,
     bound_rows: Annotated[
         int,
-        typer.Option(help="Rows of each operator whose error the report compares with a lower bound; 0: none."),
+        typer.Option(
+            help="Rows of each operator (all, if it has fewer) whose error is compared with a lower bound; 0: none."
+        ),
     ] = 2,
     targets: options.Targets = None,
     ignore: options.Ignore = None,
@@ -44,8 +51,8 @@ def prune(
     correct: Annotated[
         str | None,
         typer.Option(
-            help="What to make up for: what the outputs of each operator lack, or for the one that ends a layer "
-            "those of the layer. Left out: layer; for fistapruner operator."
+            help="Which error to make up for: operator, that of its own outputs; or layer, of the operator that ends a "
+            "decoder layer that of the layer's outputs. Left out: layer; for fistapruner operator."
         ),
     ] = None,
     prefix: Annotated[str, typer.Option(help="What feeds a decoder layer: dense or pruned.")] = "dense",

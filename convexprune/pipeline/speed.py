@@ -1,5 +1,6 @@
 """How fast a device multiplies matrices, and what that makes of a run's arithmetic: an estimate of its time."""
 
+import os
 import time
 from dataclasses import dataclass
 from math import inf
@@ -8,7 +9,8 @@ import torch
 
 from convexprune.pipeline.cost import Method, Operations
 
-SECONDS = 0.25  # that a matrix product is timed for, in each of two dtypes
+SECONDS = 0.1  # that a matrix product is timed for, each time
+TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause
 WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
 
 
@@ -30,18 +32,30 @@ def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and one in the model's dtype, about half a second in all."""
+    """Time a product in float32 and one in the model's dtype, about a second in all."""
     single = _rate(device, torch.float32)
     return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
 
 
 def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The best of the repeats, which is what the device can do when nobody else uses it."""
+    """The best of all repeats: the nearest to what the device can do when nobody else uses it."""
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
-    best, end = inf, time.perf_counter() + SECONDS
-    while time.perf_counter() < end or best == inf:
-        began = time.perf_counter()
-        float((a @ a)[0, 0])  # which waits for the device
-        best = min(best, time.perf_counter() - began)
+    best = inf
+    for number in range(TIMES):
+        time.sleep(PAUSE if number else 0)
+        end = time.perf_counter() + SECONDS
+        while True:
+            began = time.perf_counter()
+            float((a @ a)[0, 0])  # which waits for the device
+            best = min(best, time.perf_counter() - began)
+            if time.perf_counter() >= end:
+                break
     return 2 * width**3 / best
+
+
+def load() -> str:
+    """How busy this machine is now, for whoever reads an estimate."""
+    if not hasattr(os, "getloadavg"):  # on Windows
+        return "at its present load"
+    return f"at its present load ({os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"
