@@ -112,7 +112,7 @@ def test_json_has_all_the_numbers(tiny_llama: HuggingFaceModel, tmp_path: Path):
         tmp_path, "--json", "--pattern", "2:4", "--ignore", "q_proj", "--device-memory", "24GiB", "--nsamples", 8
     )
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert found["operators"] == 12 and found["zeros"] == found["weights"] // 2 and found["fits"]
     assert found["left_alone"]["model.layers.1.self_attn.q_proj"] == "ignored by the recipe"
     assert found["recipe"]["num_calibration_samples"] == 8 and found["device_memory"] == 24 * GIB
