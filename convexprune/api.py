@@ -135,13 +135,11 @@ def prune(
     if model is None:
         settings |= {"model": EMBEDDED, "dtype": dtype or "float32"}
         settings |= {"max_seq_length": max_seq_length or EMBEDDED_WINDOW}
-    request = Request(settings)
     with within_memory():
         if output_dir is None:
-            return request.in_memory()
-        folder = output_folder(output_dir, model)
-        with working(folder):
-            return request.in_folder(folder, resume)
+            return Request(settings).in_memory()
+        with working(Path(output_dir)):
+            return Request(settings).in_folder(output_folder(output_dir, model), resume)
 
 
 def permute(

@@ -9,13 +9,15 @@ import errno
 import fcntl
 import io
 import mmap
+import multiprocessing
 import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from convexprune.pipeline import executors
 
 Tell = Callable[..., None]  # (kind, path, *more), before the operation is done; what it raises comes out of it
 # What a system says when such an operation fails. Most of these have more than one answer.
@@ -140,6 +144,28 @@ def watched(roots: Sequence[Path], tell: Tell) -> Iterator[None]:
             for name in {"load_file", "safe_open"} & set(vars(module)):
                 stack.enter_context(patch.object(module, name, watch.function(module, name, "open")))
         yield
+
+
+@contextmanager
+def forks(first: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[list[Any]]:
+    """Inside, the workers of a pool, of which a list is made, are forks, so that they are quick.
+
+    The `first` of them works inside of a context of its own.
+    """
+    real, started = multiprocessing.get_context("fork"), list[Any]()
+
+    def process(target: Callable[..., None], args: tuple[Any, ...], daemon: bool) -> Any:
+        def do(*args: Any) -> None:
+            with first():
+                target(*args)
+
+        started.append(real.Process(target=target if started else do, args=args, daemon=daemon))
+        return started[-1]
+
+    context = SimpleNamespace(Pipe=real.Pipe, Process=process)
+    names = vars(multiprocessing) | {"get_context": lambda _: context}
+    with patch.object(executors, "multiprocessing", SimpleNamespace(**names)), patch.object(executors, "POLL", 0.01):
+        yield started
 
 
 def stratified(kinds: Sequence[str], each: int) -> list[int]:

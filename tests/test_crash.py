@@ -1,4 +1,4 @@
-"""Every file operation and every allocation of a run fails in turn.
+"""Every file operation and every allocation of a run fails in turn, and the power is cut after each operation.
 
 What follows is one clear error or a result, and then, resumed, the very bits of a run that was left in peace. The slow
 tests do so with every single one, and print how many there were (`pytest -m slow -s tests/test_crash.py`).
@@ -6,25 +6,27 @@ tests do so with every single one, and print how many there were (`pytest -m slo
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from crash import Memory, failing, stratified, watched
+from crash import Memory, failing, forks, stratified, watched
+from disk import POLICIES, Disk, put
 from runs import SETTINGS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline import executors, task, tensors
+from convexprune.pipeline import layer, task, tensors
 
 QUICK = SETTINGS | {"method": "wanda", "bound_rows": 0}
 MODES: dict[str, dict[str, Any]] = {
@@ -54,13 +56,11 @@ class Trial:
         self.roots = (model, self.out)
         self.log = os.open(folder / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)  # of all processes
         self.counts = Counter[tuple[str, str]]()
-        self.run()
+        self.run(resume=True)
         self.expected = _found(self.out)
 
     def run(self, resume: bool = False) -> None:
         settings = QUICK | MODES[self.mode] | ({"executor": "serial", "workers": None} if resume else {})
-        if not resume:
-            shutil.rmtree(self.out, ignore_errors=True)
         convexprune.prune(self.model, output_dir=self.out, resume=resume, **settings)
 
     def watched(self, last: int | None = None, lasting: bool = False) -> list[str]:
@@ -70,6 +70,7 @@ class Trial:
             what kinds of operations there were.
         """
         os.ftruncate(self.log, 0)
+        shutil.rmtree(self.out)
         count = 0
 
         def tell(kind: str, path: Path, *_: Any) -> None:
@@ -79,21 +80,27 @@ class Trial:
             if last is not None and (count > last if lasting else count == last + 1):
                 raise failing(kind, path)
 
-        with watched(self.roots, tell) if self.mode != "pool" else _first_fork(self.roots, tell):
+        watch = partial(watched, self.roots, tell)
+        with watch() if self.mode != "pool" else forks(watch):
             self.run()
         return os.pread(self.log, os.fstat(self.log).st_size, 0).decode().split()
 
     def check(self, what: str, disturbed: Callable[[], object]) -> None:
         """After what was `disturbed` there is a result or one clear error, and resumed it is as it would have been."""
-        try:
-            disturbed()
-            end = "as if nothing had been"
-        except errors.ConvexpruneError as error:
-            assert len(str(error)) < 1000
-            end = "clear error"
-        self.run(resume=True)
-        assert _found(self.out) == self.expected, f"{what}: {end}"
-        self.counts[what, end] += 1
+        error = _raised(disturbed)
+        if error is not None and not isinstance(error, errors.ConvexpruneError):
+            raise AssertionError(f"{what}: {error!r}") from error
+        assert _raised(lambda: self.run(resume=True)) is None, f"{what}: {error}"
+        assert _found(self.out) == self.expected, f"{what}: {error}"
+        self.counts[what, "clear error" if error else "as if nothing had been"] += 1
+
+
+def _raised(run: Callable[[], object]) -> Exception | None:
+    try:
+        run()
+    except Exception as error:
+        return error
+    return None
 
 
 def _found(folder: Path) -> dict[str, Any]:
@@ -102,27 +109,6 @@ def _found(folder: Path) -> dict[str, Any]:
     report = json.loads((folder / "report.json").read_text())
     told = [{name: o[name] for name in ("name", "zeros", "relative_error")} for o in report["operators"]]
     return files | {"report.json": told}
-
-
-@contextmanager
-def _first_fork(roots: Iterable[Path], tell: Callable[..., None]) -> Iterator[None]:
-    """Inside, workers of a pool are forks, so that they are quick, and the first of them is watched."""
-    forks, started = multiprocessing.get_context("fork"), list[Any]()
-
-    def process(target: Callable[..., None], args: tuple[Any, ...], daemon: bool) -> Any:
-        def do(*args: Any) -> None:
-            with watched(tuple(roots), tell):
-                target(*args)
-
-        started.append(forks.Process(target=target if started else do, args=args, daemon=daemon))
-        return started[-1]
-
-    context = SimpleNamespace(Pipe=forks.Pipe, Process=process)
-    with pytest.MonkeyPatch.context() as patch:
-        forking = vars(multiprocessing) | {"get_context": lambda _: context}
-        patch.setattr(executors, "multiprocessing", SimpleNamespace(**forking))
-        patch.setattr(executors, "POLL", 0.01)
-        yield
 
 
 def _operations_fail(trial: Trial, moments: Iterable[int], kinds: list[str], lasting: bool) -> None:
@@ -139,14 +125,77 @@ def test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on(small: P
     _operations_fail(trial, moments[1::2], kinds, lasting=True)
 
 
+def test_a_pool_that_loses_a_worker_tells_of_every_operator(small: Path, tmp_path: Path):
+    told, folder = list[str](), tmp_path / "out"
+
+    def deadly(kind: str, path: Path, *_: Any) -> None:
+        if kind == "flock" and path.parent.name == "claims":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings: dict[str, Any] = (
+        QUICK | MODES["pool"] | {"output_dir": folder, "progress": lambda _: lambda o: told.append(o.name)}
+    )
+    with forks(lambda: watched([folder], deadly)) as workers:
+        assert _raised(lambda: convexprune.prune(small, **settings)) is None
+    assert workers[0].exitcode == -signal.SIGKILL and len(workers) == 2
+    assert sorted(told) == sorted(o["name"] for o in _found(folder)["report.json"]) and len(told) == 14
+
+
+def test_what_a_worker_raises_is_what_the_pool_raises(small: Path, tmp_path: Path):
+    settings: dict[str, Any] = QUICK | MODES["pool"] | {"output_dir": tmp_path / "out"}
+    with forks(lambda: patch.object(layer, "prune_group", side_effect=errors.PruningError("in the worker"))):
+        raised = _raised(lambda: convexprune.prune(small, **settings))
+    assert isinstance(raised, errors.PruningError) and str(raised) == "in the worker"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lasting", [False, True])
-def test_every_operation_fails_in_turn(small: Path, tmp_path: Path, mode, lasting):
+def test_every_operation_fails_in_turn(small: Path, tmp_path: Path, mode: str):
     trial = Trial(small, tmp_path, mode)
     kinds = trial.watched()
-    _operations_fail(trial, range(len(kinds)), kinds, lasting)
-    _print_table(f"{mode}, {'it and all after it fail' if lasting else 'one fails'}", trial.counts)
+    _operations_fail(trial, range(len(kinds)), kinds, lasting=False)
+    _print_table(f"{mode}: one fails", trial.counts)
+    trial.counts.clear()
+    _operations_fail(trial, range(0, len(kinds), 5), kinds, lasting=True)
+    _print_table(f"{mode}: it and all after it fail", trial.counts)
+
+
+def _power_is_cut(trial: Trial, states: Callable[[Disk], Iterable[tuple[int, str]]]) -> None:
+    disk, seen = Disk(trial.out), set[int]()
+    shutil.rmtree(trial.out)
+    with watched([trial.out], disk.tell):
+        trial.run()
+    assert disk.after(disk.moments, "all") == {
+        path: None if path.is_dir() else path.read_bytes() for path in (trial.out, *trial.out.rglob("*"))
+    }
+    for moment, policy in states(disk):
+        held = disk.after(moment, policy)
+        if (state := hash(tuple(sorted(held.items(), key=lambda item: item[0])))) not in seen:
+            seen.add(state)
+            shutil.rmtree(trial.out)
+            put(held)
+            trial.check(policy, lambda: None)
+
+
+def _at_the_end(disk: Disk) -> list[tuple[int, str]]:
+    """When the result has just been finished, nothing of it may be lost any more."""
+    return [(disk.moments, "names"), (disk.moments, "lost")]
+
+
+@pytest.mark.parametrize("mode", ["serial", "sequential"])
+def test_after_a_power_cut_the_run_goes_on(small: Path, tmp_path: Path, mode):
+    trial = Trial(small, tmp_path, mode)
+    _power_is_cut(
+        trial, lambda disk: [(disk.moments * (i + 1) // 7, POLICIES[i]) for i in range(7)] + _at_the_end(disk)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["serial", "sequential"])
+def test_the_power_is_cut_after_every_operation(small: Path, tmp_path: Path, mode):
+    trial = Trial(small, tmp_path, mode)
+    _power_is_cut(trial, lambda disk: [(m, policy) for m in range(disk.moments + 1) for policy in POLICIES])
+    _print_table(f"{mode}, power cuts", trial.counts)
 
 
 @contextmanager
@@ -158,14 +207,14 @@ def _short_of(memory: Memory) -> Iterator[None]:
         with memory:
             prune_layer_task(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "prune_layer_task", counted)
-        patch.setattr(tensors, "bytearray", memory.bytearray, raising=False)
+    own = patch.object(tensors, "bytearray", memory.bytearray, create=True)
+    with patch.object(task, "prune_layer_task", counted), own:
         yield
 
 
 def _memory_runs_out(trial: Trial, moments: Callable[[int], Iterable[int]]) -> None:
     def lacking(last: float) -> int:
+        shutil.rmtree(trial.out)
         with _short_of(memory := Memory(last)):
             trial.run()
         return memory.count

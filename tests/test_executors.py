@@ -96,6 +96,16 @@ def test_a_worker_whose_bits_would_differ_refuses(dense: Path, tmp_path: Path, m
         convexprune.prune(dense, output_dir=tmp_path / "out", executor="pool", workers=2, **SETTINGS)
 
 
+def test_a_job_of_another_installation_is_refused_before_its_model_is_opened(tmp_path: Path):
+    def opened(device: str) -> Any:
+        pytest.fail("opened")
+
+    work: Any = None
+    job = executors.Job(tmp_path, work, opened, 1, machine.installation("cpu") | {"torch": "0.1"})
+    with pytest.raises(errors.PruningError, match=r"This worker has torch '.*', the run '0\.1'"):
+        job.do("cpu")
+
+
 def test_another_number_of_threads_stays_within_the_stated_tolerance(tmp_path: Path):
     """docs/runs.md: equal counts, the mean error within 0.5 % (held-out 1 %), an operator's within 1.5 or 6 %."""
     tokens = torch.randint(4, 4000, (18, 128), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,89 @@
+"""Planted faults in what keeps a run: store, executors, shards, checkpoints, surveys; see `test_mutations`."""
+
+import inspect
+
+import pytest
+import test_checkpoint
+import test_crash
+import test_executors
+import test_hostile
+import test_row_weights
+import test_runs
+import test_streaming
+import test_survey
+from runs import flip
+from test_mutations import CAUGHT, Fault, planted
+
+from convexprune.adapters import checkpoint, reading, shards
+from convexprune.adapters.shards import Shards
+from convexprune.pipeline import FolderStore, executors, files, survey
+
+llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder
+"""Fixtures of these modules."""
+
+FAULTS = (
+    Fault("a damaged layer that is taken as it is", FolderStore.discard_damaged, '!= notes["sha256"]', "is None",
+          test_runs.test_damaged_files_are_found_and_done_again, {"file": "layers/00000.safetensors", "damage": flip}),
+    Fault("damaged hidden states that are taken as they are", FolderStore.hidden, 'sha256(path) == notes["sha256"]',
+          "True", test_runs.test_damaged_files_are_found_and_done_again,
+          {"file": "hidden/00002.dense.bin", "damage": flip}),
+    Fault("layers that are not looked at before the end", FolderStore.require_whole, "self.discard_damaged()", "pass",
+          test_runs.test_a_disk_that_does_not_keep_what_it_is_given_is_found),
+    Fault("an agreement with oneself alone", FolderStore.agreed, "return value", "return make()",
+          test_runs.test_what_the_first_process_has_made_is_what_all_agree_on),
+    Fault("a file that is named before it is flushed", files.publish, "_sync(temporary)", "pass",
+          test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
+    Fault("a name that is not flushed", files.publish, "_sync(path.parent)", "pass",
+          test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
+    Fault("a failing disk that is Python's error", files._told, "raise OutputError(", "raise OSError(",
+          test_crash.test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on,
+          {"mode": "serial", "step": 6}),
+    # Executors.
+    Fault("layers that nobody hears of", executors._Watch.all_finished, "self._tell(report)", "pass",
+          test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
+    Fault("a pool that gives up at once", executors.Pool.run, "RETRIES * len(self.devices)", "0",
+          test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
+    Fault("what a worker raises is lost", executors._do_and_tell, "errors.send(error)", "pass",
+          test_crash.test_what_a_worker_raises_is_what_the_pool_raises),
+    Fault("a worker of another installation", executors.Job.do, "here[name] != self.installed.get(name)", "False",
+          test_executors.test_a_job_of_another_installation_is_refused_before_its_model_is_opened),
+    Fault("workers that hear Ctrl-C", executors._no_interrupts, "{signal.SIGINT}", "()",
+          test_executors.test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it),
+    # Checkpoints.
+    Fault("weights that are made up", checkpoint._read, 'if info["missing_keys"]', "if False",
+          test_checkpoint.test_tensors_that_the_checkpoint_lacks_are_not_made_up),
+    Fault("a tokenizer that is made up", reading.read_tokenizer, "return None", "pass",
+          test_checkpoint.test_a_folder_without_a_tokenizer_has_none),
+    Fault("a dtype that is not kept", checkpoint._read, 'dtype or "auto"', "dtype or torch.float32",
+          test_checkpoint.test_the_embedded_model_loads_in_its_own_precision_or_the_one_asked_for),
+    Fault("a loaded model in its own dtype", checkpoint.load, "dtype=cast", "dtype=None",
+          test_checkpoint.test_a_loaded_model_is_used_in_place),
+    # Shards.
+    Fault("layers that stay in memory", Shards.resident, "load_state_dict(away, assign=True)", "state_dict()",
+          test_streaming.test_one_decoder_layer_at_a_time_is_in_memory),
+    Fault("weights that may change meanwhile", Shards.require_unchanged, "!= self._stamps[path]", "is None",
+          test_hostile.test_weights_that_change_while_the_result_is_written_make_no_model, {}, {"folder": "spoilt"}),
+    Fault("another model in a worker", Shards.require_same, "!= origin.checksums.get(name)", "is None",
+          test_hostile.test_a_worker_takes_the_same_weights_only, {"stream": True}, {"folder": "spoilt"}),
+    Fault("names that have to have the prefix of the head", shards._names,
+          "(name, name.removeprefix(prefix), prefix + name)", "(name,)",
+          test_streaming.test_a_checkpoint_without_the_prefix_of_the_head_keeps_its_names),
+    # Surveys.
+    Fault("half of the way that is less", survey.allot, "else 0.5", "else 0.4",
+          test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
+    Fault("a gap from nowhere", survey.allot, "found.cost - found.gap", "cost",
+          test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
+    Fault("rows that count for nothing", survey.row_weights, ".clamp_min(LEAST)", "",
+          test_row_weights.test_the_weights_of_rows_are_half_of_the_way_and_never_nothing),
+    Fault("an operator that is left out", survey._units, "for name, (size, costs) in found.items()",
+          "for name, (size, costs) in list(found.items())[1:]",
+          test_survey.test_costs_grow_with_the_zeros_and_nothing_is_written),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_makes_its_test_fail(fault, request: pytest.FixtureRequest):
+    names = inspect.signature(fault.test).parameters.keys() - fault.arguments.keys()
+    fixtures = {name: request.getfixturevalue(fault.fixtures.get(name, name)) for name in sorted(names)}
+    with planted(fault), pytest.raises(CAUGHT):
+        fault.test(**fault.arguments, **fixtures)
