@@ -156,7 +156,7 @@ def without_dead_inputs(q: Quadratic) -> Quadratic:
     if not bool(dead.any()):
         return q
     q = q.at(None if q.anchor is None else q.anchor.masked_fill(dead, 0))
-    return type(q)(q.gram + dead.to(q.gram).diag(), q.cross, q.energy, q.anchor)
+    return type(q)(q.gram + dead.to(q.gram).diag(), q.cross, q.energy, q.anchor, checked=False)
 
 
 def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept: Tensor) -> float:

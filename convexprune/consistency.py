@@ -16,8 +16,8 @@ ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens hav
 def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Tensor:
     """The symmetric part of H [n n], if its entries, G [m n] and e [m] can be those of a sum of squares.
 
-    Differences of up to the root of the dtype's precision are taken for rounding: those of targets, in units of what
-    the `anchor` [m n] puts out.
+    Differences of up to 3e-4, the root of float32's precision, are taken for rounding: those of targets, in units of
+    what the `anchor` [m n] puts out.
 
     Raises:
         ProblemError: a value is not finite, H is not symmetric, or an entry is too large for its diagonal and energy.
@@ -25,7 +25,7 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
     for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ProblemError(f"`{name}` holds a value that is NaN or infinite. Look at the data that it was made of.")
-    loose = torch.finfo(gram.dtype).eps ** 0.5
+    loose = torch.finfo(torch.float32).eps ** 0.5  # also of float64: most moments were counted in float32
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()):
         raise ProblemError(

@@ -144,3 +144,11 @@ def test_numbers_of_other_types_are_refused():
 def test_arrays_of_numpy_scalars_are_strengths():
     given: Any = np.array([0.1, 0.2])
     assert torch.equal(torch.as_tensor(L1(given).strength), torch.as_tensor(given))
+
+
+def test_moments_that_were_counted_in_float32_are_taken_in_float64():
+    # Inputs that are all but multiples of each other: |H_jk| is above sqrt(H_jj H_kk) by a rounding error of float32.
+    x = (random(0, 40, 1) @ random(1, 1, 30)).float()
+    gram = x.T @ x
+    assert bool((gram.double().abs() > torch.outer(*[gram.double().diagonal().sqrt()] * 2) * (1 + 1e-8)).any())
+    Quadratic(gram.double(), torch.zeros(1, 30, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
