@@ -81,8 +81,10 @@ def test_the_summary_fits_80_columns_and_says_what_flatters(tmp_path: Path):
     name = "model.decoder.layers.{}.self_attn.out_proj_of_a_very_long_name_indeed"
     operators = [report(name.format(i), 0.01 * (i + 1), damping=0.148, borrowed_tokens=1) for i in range(9)]
     perplexity = {n: {"value": v, "windows": 32, "window": 256} for n, v in (("dense", 70.356), ("pruned", 70.66))}
-    whole = Report({"evaluation": "self"}, {}, {}, operators, {"prune": 179.0}, perplexity)
-    console = Console(file=StringIO(), width=200)
+    whole = Report(
+        {"evaluation": "self"}, {}, {}, operators, {"prune": 179.0}, perplexity, warnings=["too [few] words"]
+    )
+    console = Console(file=StringIO(), width=200, markup=False)
     console.print(summary(whole, tmp_path))
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, shown.splitlines())) <= 80
@@ -91,6 +93,7 @@ def test_the_summary_fits_80_columns_and_says_what_flatters(tmp_path: Path):
         "50.00% of 1,152 weights in 9 operators", "mean 5.0e-02, worst 9.0e-02", "mean 1.0e-01, worst 1.8e-01",
         "damping 0.15", "dense 70.356, pruned 70.660", "wrote itself, which flatters", "1.0e-05, relative",
         "no pruning has less than 0.30 of the error", "179 s; 2.0 MB on disk", "9 operators of experts got fewer",
+        "warning too [few] words",
     ):  # fmt: skip
         assert said in words, said
 

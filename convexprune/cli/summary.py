@@ -74,3 +74,5 @@ def _certificates(report: Report) -> Iterator[tuple[str, str]]:
 def _warnings(report: Report) -> Iterator[tuple[str, str]]:
     if report.short_of_tokens:
         yield "note", f"{len(report.short_of_tokens)} operators of experts got fewer tokens than they have inputs"
+    for warning in report.warnings:
+        yield "warning", warning
