@@ -87,6 +87,7 @@ def planted_links() -> None:
     assert Path("victim").read_text() == "mine", "another file was overwritten through a link"
 
 
+ALIASES = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'] * 9)}]" for n in range(10)]
 REPORTS = {
     "truncated": lambda text: text[: len(text) // 2],
     "object": lambda _: "{}",
@@ -103,7 +104,7 @@ RECIPES = {
     "empty": "",
     "numbers": "1: 2\n",
     "python": "!!python/object/apply:os.system ['touch executed']\n",
-    "alias_top": "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'] * 9)}]\n" for n in range(10)),
+    "alias_top": "\n".join(ALIASES),
     "cut": "model: [\n",
 }
 
@@ -136,7 +137,7 @@ def endless(name: str) -> None:
     if name == "regex":
         new = text.replace("- Linear", "- 're:(.*)*(.*)*(.*)*(.*)*x$'")
     else:
-        new = RECIPES["alias_top"] + text.replace("method_args: {}", "method_args: {a: *a9}")
+        new = text.replace("method_args: {}", "\n  ".join(["method_args:", *ALIASES]))
     assert new != text
     damaged("recipe.yaml", new)
 

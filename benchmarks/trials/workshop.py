@@ -96,7 +96,7 @@ TEXTS: dict[str, Maker] = {
     "ok.txt": _file(lambda: words(OK)),
     "empty.txt": _file(str),
     "oneline.txt": _file(lambda: "one line"),
-    "blank.txt": _file(lambda: "\n" * 1000),
+    "blank.txt": _file(lambda: "\n" * 20),
     "binary.txt": _file(lambda: bytes(random.Random(0).randbytes(50_000))),
     "nul.txt": _file(lambda: b"\0" * 50_000),
     "latin1.txt": _file(lambda: words(OK).encode() + "°".encode("latin-1")),
