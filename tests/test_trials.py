@@ -15,17 +15,18 @@ def trials():
     return runpy.run_path(str(FOLDER), run_name="trials")
 
 
-def test_every_row_has_a_name_of_its_own(trials):
+def test_every_row_has_a_name_of_its_own_and_an_old_answer(trials):
     names = Counter(f"{row.list}/{row.name}" for row in trials["all_rows"]())
     assert len(names) > 500
     assert max(names.values()) == 1
+    assert set(names) == set(trials["before"]())
 
 
 def test_rows_that_were_wrong_are_right(trials, capsys):
     status = trials["main"](["--only", RIGHT])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "| all | 5 |" in printed
+    assert "| all | 5 | 2 | 5 |" in printed
 
 
 def test_a_row_that_is_not_right_is_told(trials, monkeypatch, capsys):

@@ -60,7 +60,8 @@ def read(path: Path, run: Callable[[str], object]) -> list[Row]:
     for line in path.read_text().splitlines():
         name, accepts, within, says, text = line.split("\t")
         accepted, seconds = tuple(accepts.split("|")), float(within or WITHIN)
-        rows.append(Row(path.stem, name, text, text, accepted, says, seconds, lambda t=text: run(t)))
+        slow = seconds > 2 * WITHIN
+        rows.append(Row(path.stem, name, text, text, accepted, says, seconds, lambda t=text: run(t), slow))
     return rows
 
 

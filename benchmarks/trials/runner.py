@@ -75,6 +75,7 @@ def _redirect(out: int) -> None:
 def _leave(run: Callable[[], object]) -> NoReturn:
     """Run, say how it ended, and end this process without what its parent would do at the end."""
     status = FAILED
+    os.environ["HOME"] = os.getcwd()
     try:
         warnings.simplefilter("default")
         status = _status(run)
