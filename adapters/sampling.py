@@ -38,7 +38,7 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
         start = _first_token(model)
         rows = max(1, BATCH_TOKENS // length)
         sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
-        step = begin(f"writing text for {split}", len(sizes) * (length - 1))
+        step = begin(f"writing {num_samples:,} samples of text for {split}", len(sizes) * (length - 1))
         return torch.cat([_sample(model, start, size, length, step) for size in sizes])
 
 

@@ -86,6 +86,8 @@ class Moments:
         device: torch.device | str = "cpu",
         outputs: int | None = None,
     ) -> None:
+        if width < 0 or dtype not in (torch.float32, torch.float64):
+            raise ProblemError(f"Moments of {width} inputs in {dtype}; needed are 0 or more, in float32 or float64.")
         self.tokens = 0
         self.correction: Correction | None = None
         self.outputs = outputs

@@ -20,9 +20,8 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
-from convexprune.adapters.selection import shared_weights
-from convexprune.adapters.sufficiency import shortage
 from convexprune.adapters.written import require_written
+from convexprune.doubts import doubts
 from convexprune.pipeline import (
     FolderStore,
     Job,
@@ -244,9 +243,8 @@ class Request:
     def _report(self, loaded: HuggingFaceModel, windows: Windows) -> Report:
         environment = _environment(loaded) | {"threads": self.threads}
         report = Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
-        widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
-        self._warn(report, shortage(windows["calibration"], widest))
-        self._warn(report, shared_weights(loaded.left_alone, loaded.layers))
+        for doubt in doubts(loaded, windows, self.recipe):
+            self._warn(report, doubt)
         return report
 
     def _warn(self, report: Report, doubt: str | None) -> None:

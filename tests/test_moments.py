@@ -216,3 +216,9 @@ def test_moments_of_outputs_take_less_room_where_they_are_few():
     known.add_lacking(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
     assert known.cross is not None and known.change is not None
     assert (known.cross.shape, known.change.shape) == ((2, 8), (2,))
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(-3, torch.float32), (4, torch.float16)])
+def test_moments_of_fewer_than_no_inputs_or_in_16_bits_are_refused(width, dtype):
+    with pytest.raises(ProblemError, match="float32 or float64"):
+        Moments(width, dtype)

@@ -13,6 +13,8 @@ import convexprune
 from convexprune import errors
 from convexprune.adapters import calibration_tokens
 from convexprune.adapters.sufficiency import refuse_empty_talk, shortage
+from convexprune.doubts import doubts
+from convexprune.pipeline import make_recipe
 from convexprune.report import Report
 
 QUICK: dict[str, Any] = {"method": "wanda", "bound_rows": 0}
@@ -90,3 +92,17 @@ def test_a_model_that_had_more_zeros_than_it_is_asked_for_is_told(build, tmp_pat
     (told,) = report.warnings
     assert told.startswith("14 operators had more zeros before than they were asked for (70.0%; asked 30.0%, now ")
     assert all(o.dense_zeros == round(0.7 * o.outputs * o.inputs) for o in report.operators)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"solver": "cvxpy"}, "solver='cvxpy' solves row by row"),
+        ({"bound_rows": 10**5}, "bound_rows=100000: all rows are bounded of operators with"),
+        ({}, None),
+    ],
+)
+def test_settings_that_may_not_be_what_was_meant_are_told(tiny_llama, settings: dict[str, Any], told: str | None):
+    windows = {"calibration": torch.randint(0, 90, (20, 16), generator=torch.Generator().manual_seed(0))}
+    found = list(doubts(tiny_llama, windows, make_recipe(model="", **settings)))
+    assert [text.startswith(told) for text in found] == [True] if told else found == []

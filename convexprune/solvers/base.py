@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 class Status(Enum):
     """How a solve ended, as a sentence; the worst one last."""
 
-    SOLVED = "The certificate meets the tolerance."
+    SOLVED = "The certificate, of all rows together, meets the tolerance."
     ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
     UNCONFIRMED = (
         "The solver says that it is done, the certificate does not meet the tolerance: the data may not resolve it. "

@@ -1,0 +1,27 @@
+"""What a run tells its user before it works: settings and data that it takes, and that may not be what was meant."""
+
+from collections.abc import Iterator
+
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters.selection import shared_weights
+from convexprune.adapters.sufficiency import shortage
+from convexprune.pipeline import Recipe
+from convexprune.windows import Windows
+
+ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
+
+
+def doubts(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
+    """Too few tokens, shared weights, a solver that is slow on this model, more rows to bound than there are."""
+    shapes = [operator.shape for layer in model.layers for operator in layer.operators]
+    widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
+    for doubt in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):
+        if doubt is not None:
+            yield doubt
+    if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
+        yield (
+            f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
+            f"and this model has up to {widest}. It is slow, and there to check others (convexprune verify)."
+        )
+    if recipe.bound_rows > fewest:
+        yield f"bound_rows={recipe.bound_rows}: all rows are bounded of operators with fewer outputs ({fewest})."
