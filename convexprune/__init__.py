@@ -1,4 +1,4 @@
-"""Prune language models by convex optimization, every solve certified by a duality gap.
+"""Prune language models by convex optimization, the final solves certified by a duality gap.
 
     result = convexprune.prune("facebook/opt-125m", solver="fista", sparsity=0.5, dataset="c4")
 
