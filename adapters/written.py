@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, OutputError
 from convexprune.pipeline.tensors import Entry, Spec, entries
@@ -53,17 +55,23 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
         if here != there:
             raise ModelError(f"{name} should be {here} and is {there}.")
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
-    once = {_place(parameter): name for name, parameter in parameters.items()}
-    stored = {_place(parameter) for name, parameter in parameters.items() if name in found}
+    places = {name: _place(model.model, parameter) for name, parameter in parameters.items()}
+    once = {place: name for name, place in places.items()}
+    stored = {place for name, place in places.items() if name in found}
     here = _totals(stored_at(model.model, name) for place, name in once.items() if place not in stored)
     there = _totals(entry.read() for name, entry in found.items() if name not in names)
     if here != there:
         raise ModelError(f"{here[0]} other numbers, {here[1]} of them 0, are {there[0]}, {there[1]} of them 0.")
 
 
-def _place(parameter: Tensor) -> int:
-    """The same of all that are tied."""
-    return id(parameter) if parameter.is_meta else parameter.untyped_storage().data_ptr()
+def _place(model: PreTrainedModel, parameter: Tensor) -> int:
+    """The same of all that are tied; of what is offloaded the configuration knows that the head is."""
+    if not parameter.is_meta:
+        return parameter.untyped_storage().data_ptr()
+    head: Any = model.get_output_embeddings()
+    if head is not None and parameter is head.weight and model.config.get_text_config().tie_word_embeddings:
+        return id(cast(Any, model.get_input_embeddings()).weight)
+    return id(parameter)
 
 
 def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
