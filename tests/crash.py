@@ -8,7 +8,6 @@ import builtins
 import errno
 import fcntl
 import io
-import mmap
 import multiprocessing
 import os
 import random
@@ -137,12 +136,12 @@ def watched(roots: Sequence[Path], tell: Tell) -> Iterator[None]:
                 stack.enter_context(patch.object(os, name, watch.function(os, name, kind)))
         stack.enter_context(patch.object(os, "close", watch.close))
         stack.enter_context(patch.object(fcntl, "flock", watch.function(fcntl, "flock", "flock")))
-        stack.enter_context(patch.object(mmap, "mmap", watch.function(mmap, "mmap", "mmap")))
         for module in (io, builtins):
             stack.enter_context(patch.object(module, "open", watch.opened))
         for module in [m for name, m in sys.modules.items() if name.startswith("convexprune")]:
-            for name in {"load_file", "safe_open"} & set(vars(module)):
-                stack.enter_context(patch.object(module, name, watch.function(module, name, "open")))
+            for name, kind in {"load_file": "open", "safe_open": "open", "mmap": "mmap"}.items():
+                if callable(vars(module).get(name)):
+                    stack.enter_context(patch.object(module, name, watch.function(module, name, kind)))
         yield
 
 
