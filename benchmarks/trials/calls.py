@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import classifier, llama, small_bert, small_t5
+from architectures import classifier, llama, small_bert, small_t5
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, BertModel, LlamaModel

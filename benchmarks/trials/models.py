@@ -7,50 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import classifier, llama, small_bert, small_mamba, small_t5
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    BertLMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoTokenizer, PreTrainedModel
 
 from convexprune.adapters import EMBEDDED
 
-VOCABULARY = 4096  # the bundled tokenizer's
-POSITIONS = 128
 DOWN = "model.layers.1.mlp.down_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 Maker = Callable[[Path], object]
 
 
-def llama(layers: int = 2, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random decoder of 64 channels with weights ten times the usual, so that its layers do something."""
-    settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": POSITIONS, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 0,
-    } | settings  # fmt: skip
-    return made(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **settings), seed)
-
-
-def made(model: Callable[[Any], PreTrainedModel], config: Any, seed: int = 0) -> PreTrainedModel:
-    """A model with the same random weights each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model(config).eval()
-
-
-def saved(build: Callable[[], PreTrainedModel], tokenizer: bool = True) -> Callable[[Path], None]:
+def saved(build: Callable[[], PreTrainedModel], tokenizer: bool = True) -> Maker:
     """Makes the folder of a model."""
 
     def make(path: Path) -> None:
@@ -61,7 +30,7 @@ def saved(build: Callable[[], PreTrainedModel], tokenizer: bool = True) -> Calla
     return make
 
 
-def changed(change: Callable[[Path], object]) -> Callable[[Path], None]:
+def changed(change: Callable[[Path], object]) -> Maker:
     """Makes the folder of the tiny decoder, changed by hand."""
 
     def make(path: Path) -> None:
@@ -71,17 +40,24 @@ def changed(change: Callable[[Path], object]) -> Callable[[Path], None]:
     return make
 
 
-def with_config(**settings: Any) -> Callable[[Path], None]:
+def with_words(path: Path, **settings: Any) -> None:
+    """Other words in a config.json."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def configure(path: Path, **settings: Any) -> None:
+    """Other words in the config.json of a model."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def with_config(**settings: Any) -> Maker:
     """The tiny decoder with other words in its config.json."""
-
-    def change(path: Path) -> None:
-        file = path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-    return changed(change)
+    return changed(lambda path: configure(path, **settings))
 
 
-def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Maker:
     """The tiny decoder with one tensor changed, or None: without it."""
 
     def make(path: Path) -> None:
@@ -93,7 +69,7 @@ def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]
     return changed(make)
 
 
-def with_file(name: str, content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+def with_file(name: str, content: Callable[[bytes], bytes]) -> Maker:
     """The tiny decoder with another content of one of its files, or a file more."""
 
     def change(path: Path) -> None:
@@ -113,7 +89,7 @@ def first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-def pickled(content: Any = None) -> Callable[[Path], None]:
+def pickled(content: Any = None) -> Maker:
     """The tiny decoder as a pickle: of its weights, or of something else."""
 
     def change(path: Path) -> None:
@@ -135,12 +111,16 @@ def _brought(path: Path) -> None:
     """A configuration that names code of its own."""
     code = "from transformers import LlamaConfig, LlamaForCausalLM\nclass C(LlamaConfig): model_type = 'own'\n"
     (path / "own.py").write_text(code + "class M(LlamaForCausalLM): config_class = C\n")
-    file = path / "config.json"
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    configure(path, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
 
 
-def shards(place: Callable[[int], str]) -> Callable[[Path], None]:
+def _named(path: Path) -> None:
+    """A configuration of a known kind that names code which is there."""
+    (path / "own.py").write_text("raise SystemError('it runs')\n")
+    configure(path, auto_map={"AutoModelForCausalLM": "own.M"})
+
+
+def shards(place: Callable[[int], str]) -> Maker:
     """The tiny decoder in two shards whose names in the index, and places, are those of `place`."""
 
     def change(path: Path) -> None:
@@ -162,32 +142,6 @@ def _adapter(path: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "m/llama", "r": 2, "target_modules": ["q_proj"]}
     (path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 64)}, path / "adapter_model.safetensors")
-
-
-def small_bert(decoder: bool = False) -> PreTrainedModel:
-    """An encoder, or the decoder that the same code makes."""
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=POSITIONS, is_decoder=decoder, initializer_range=0.2,
-    )  # fmt: skip
-    return made(BertLMHeadModel if decoder else BertForMaskedLM, config)
-
-
-def small_t5() -> PreTrainedModel:
-    """An encoder with a decoder."""
-    return made(T5ForConditionalGeneration, T5Config(vocab_size=VOCABULARY, d_model=64, d_ff=128, num_layers=2))
-
-
-def small_mamba() -> PreTrainedModel:
-    """A decoder without attention."""
-    return made(MambaForCausalLM, MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2))
-
-
-def classifier() -> PreTrainedModel:
-    """A decoder with a head for classes."""
-    config = llama().config
-    config.pad_token_id = 0
-    return made(LlamaForSequenceClassification, config)
 
 
 def _without(name: str) -> Maker:
@@ -281,6 +235,7 @@ MODELS: dict[str, Maker] = {
     "unknownarch": with_config(model_type="nosuchmodel", architectures=["NoSuchModel"]),
     "textwidth": with_config(hidden_size="256"),
     "remote": changed(_brought),
+    "named": changed(_named),
     "pickle": pickled(),
     "evil": pickled(Evil()),
     "lora": changed(_adapter),

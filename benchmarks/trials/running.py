@@ -19,6 +19,7 @@ from workshop import RUN, command, ran
 import convexprune
 from convexprune.errors import ConvexpruneError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 rows = Checks("reliability", needs="m/llama m/deep t/ok.txt r/wanda")
 SPARSEGPT = f"prune m/deep {RUN} --method sparsegpt --allocation uniform --output out"
 
@@ -202,3 +203,10 @@ def piped_lines() -> None:
     assert len(layers) >= 2, f"{len(lines)} lines, none of a layer"
     widest = max((line for line in lines if "out" not in line), key=len)
     assert len(widest) <= 80, f"a line of {len(widest)} columns: {widest[:60]}"
+
+
+@rows.row("examples/{} runs.", 300, slow=True, each=sorted(path.name for path in EXAMPLES.glob("*.py")))
+def example(name: str) -> None:
+    script = str(EXAMPLES / name)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=290)
+    assert run.returncode == 0, run.stderr[-160:]
