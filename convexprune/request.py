@@ -275,7 +275,7 @@ _PLAIN = (
 def name_of(source: Any) -> str:
     """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given."""
     text = source.name_or_path if isinstance(source, PreTrainedModel) else source
-    if not text or not isinstance(text, str | Path):
+    if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)
     path = Path(text).expanduser()
     return BUNDLED if path == EMBEDDED else str(path.absolute()) if path.exists() else str(text)

@@ -81,6 +81,15 @@ def test_a_module_that_is_no_model_is_refused():
         convexprune.prune(torch.nn.Linear(3, 3), **SMALL)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_module_without_a_truth_value_is_refused_as_well():
+    class Compiled(torch.nn.Linear):  # torch.compile's wrapper raises where it is asked for its length
+        def __len__(self) -> int:
+            raise TypeError("does not support len()")
+
+    with pytest.raises(errors.ModelError, match="A Compiled is no model of transformers"):
+        convexprune.prune(Compiled(4, 4), dataset=torch.zeros(8, 8, dtype=torch.long))  # pyright: ignore
+
+
 def test_another_result_is_never_overwritten(tiny_opt: HuggingFaceModel, tmp_path: Path):
     (tmp_path / "kept").write_text("x")
     with pytest.raises(errors.OutputError, match="already holds something"):
