@@ -53,7 +53,8 @@ def lacks_memory(error: Exception) -> bool:
     if isinstance(error, ConvexpruneError):
         return False
     known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
+    ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return ran_out or any(words in str(error) for words in known)
 
 
 def default_device(name: str | torch.device) -> str:
