@@ -34,7 +34,7 @@ def answer(row: Row, patience: float = 1.0) -> Answer:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(True)
     if status == WRONG:
         said = said.rpartition(MARK)[2]
-    return Answer(_kind(row, status, said, bool(left)), seconds, said)
+    return Answer(_kind(row, status, said, bool(left)), seconds, said.replace(f"{Path.cwd()}/", ""))
 
 
 def _kind(row: Row, status: int | None, said: str, left: bool) -> str:

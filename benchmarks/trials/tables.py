@@ -16,6 +16,7 @@ from workshop import command
 HERE = Path(__file__).parent
 BEFORE = HERE / "before.json"  # written by `--json` at commit 68a8e2b
 SAID = 160  # characters of a message that are kept
+ERROR = re.compile(r"\b[\w.]*(Error|Exception|Exit)\b: |No such (option|command)|Invalid value")
 
 
 class Result(NamedTuple):
@@ -30,7 +31,7 @@ class Result(NamedTuple):
 
     @classmethod
     def of(cls, row: Row, answer: Answer) -> "Result":
-        return cls(row.list, row.name, answer.kind, row.right(answer), round(answer.seconds, 1), short(answer.said))
+        return cls(row.list, row.name, answer.kind, row.right(answer), round(answer.seconds, 1), short(row, answer))
 
     @property
     def key(self) -> str:
@@ -44,11 +45,17 @@ class Result(NamedTuple):
         return f"{self.name:28s} {was.kind if was else '-':8s} {self.kind:8s} {self.seconds:6.1f} s  {verdict}  {self.said}"
 
 
-def short(said: str) -> str:
-    """The last error of what was said, or else its end."""
-    said = re.sub(r"\x1b\[[0-9;]*m", "", said)
-    errors = [match.start() for match in re.finditer(r"\b[\w.]*(Error|Exception|Exit)\b: ", said)]
-    return said[errors[-1] :][:SAID] if errors else said[-SAID:]
+def short(row: Row, answer: Answer) -> str:
+    """Our first error, another's last, or of what is no error the words that the row looks for."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", answer.said)
+    if answer.kind in ("wrong", "slow", "right"):
+        return said[:SAID] if answer.kind == "wrong" else ""
+    if answer.kind in ("done", "failed"):
+        found = re.search(row.says, said) if row.says else None
+        return f"... {said[max(0, found.start() - 40) :][:SAID]} ..." if found else ""
+    errors = [match.start() for match in ERROR.finditer(said)]
+    at = errors[-1 if answer.kind == "raw" else 0] if errors else max(0, len(said) - SAID)
+    return said[at:][:SAID]
 
 
 def all_rows() -> list[Row]:
