@@ -16,8 +16,8 @@ Each row is a script and can be tried again:
     python benchmarks/trials --slow             also those that kill processes or take minutes
     python benchmarks/trials --only 'dev_'      rows by name
 
-A row is right if its answer is of a kind that it accepts and says what it should, in time; nothing that an error leaves
-behind is overlooked. Commands and calls work on tiny random models (`m/...`), texts (`t/...`) and finished runs
+A row is right if its answer is of a kind that it accepts and says what it should, in time. Messages are cut here to 160
+characters. Commands and calls work on tiny random models (`m/...`), texts (`t/...`) and finished runs
 (`r/...`); `...` in a command stands for `--dataset t/ok.txt --nsamples 4 --seqlen 32`. There is no hub within reach.
 The answers "before" are those of the same script at commit 68a8e2b.
 
