@@ -38,13 +38,13 @@ def refused_or_whole(model: str) -> None:
     assert abs(zeros(loaded) - 0.5) < 0.001, f"pruned to 50 %, and {zeros(loaded):.0%} of the weights are zero"
 
 
-@rows.row("H1: an index that names shards as m/{}: refused, or the result is whole and pruned.",
+@rows.row("An index that names shards as m/{}: refused, or the result is whole and pruned.",
           each=("traversal", "absolute", "subfolders", "samename"))  # fmt: skip
 def index(model: str) -> None:
     refused_or_whole(f"m/{model}")
 
 
-@rows.row("M6: a damaged checkpoint, m/{}, is refused without a traceback, in 60 seconds.",
+@rows.row("A damaged checkpoint, m/{}, is refused without a traceback, in 60 seconds.",
           each=("indextext", "indexlist", "indexempty", "indexnumbers", "dangling", "weightsfolder", "textwidth",
                 "badmerge", "fifo", "millionlayers", "lora", "overlapping"))  # fmt: skip
 def checkpoint(model: str) -> None:
@@ -57,7 +57,7 @@ def evil_pickle() -> None:
     assert not Path("executed").exists(), f"it ran: {said}"
 
 
-@rows.row("M4: a link in the model folder to a file elsewhere is not followed into the result.")
+@rows.row("A link in the model folder to a file elsewhere is not followed into the result.")
 def link() -> None:
     ran(f"prune m/link {RUN} --output out")
     copied = Path("out/notes.txt")
@@ -72,7 +72,7 @@ def brought_code() -> None:
     assert not Path("out/own.py").exists(), "own.py is in the result"
 
 
-@rows.row("M5: links planted under the names of temporary files and of the lock are not written through.")
+@rows.row("Links planted under the names of temporary files and of the lock are not written through.")
 def planted_links() -> None:
     Path("victim").write_text("mine")
     Path("out").mkdir()
@@ -119,18 +119,18 @@ def damaged(file: str, content: str) -> None:
         assert "Traceback" not in said, f"{line.split()[0]}: {said[said.rindex('Traceback') :][-160:]}"
 
 
-@rows.row("M6: report.json of a finished run is damaged ({}): verify and --resume without a traceback.", each=REPORTS)
+@rows.row("report.json of a finished run is damaged ({}): verify and --resume without a traceback.", each=REPORTS)
 def report(name: str) -> None:
     damaged("report.json", REPORTS[name](Path("r/wanda/report.json").read_text()))
 
 
-@rows.row("M6, M7: recipe.yaml of a finished run is damaged ({}): no traceback, no hang, nothing runs.", each=RECIPES)
+@rows.row("recipe.yaml of a finished run is damaged ({}): no traceback, no hang, nothing runs.", each=RECIPES)
 def recipe(name: str) -> None:
     damaged("recipe.yaml", RECIPES[name])
     assert not Path("executed").exists(), "it ran"
 
 
-@rows.row("M7: a recipe with a regular expression that never ends, or with aliases in a known key, does not hang verify.",
+@rows.row("A recipe with a regular expression that never ends, or with aliases in a known key, does not hang verify.",
           each=("regex", "alias"))  # fmt: skip
 def endless(name: str) -> None:
     text = Path("r/wanda/recipe.yaml").read_text()
@@ -142,7 +142,7 @@ def endless(name: str) -> None:
     damaged("recipe.yaml", new)
 
 
-@rows.row("M6: a missing report.json or recipe.yaml ({}): verify and --resume without a traceback.",
+@rows.row("A missing report.json or recipe.yaml ({}): verify and --resume without a traceback.",
           each=("report.json", "recipe.yaml"))  # fmt: skip
 def missing(file: str) -> None:
     shutil.copytree("r/wanda", "out")
@@ -152,7 +152,7 @@ def missing(file: str) -> None:
         assert status is not None and "Traceback" not in said, f"{line.split()[0]}: {said[-160:]}"
 
 
-@rows.row("M6: an output folder that may not be written is refused early, and not with 'make room'.")
+@rows.row("An output folder that may not be written is refused early, and not with 'make room'.")
 def forbidden() -> None:
     Path("out").mkdir(mode=0o555)
     for path in (Path(), *Path("m/llama").iterdir(), Path("t/ok.txt")):
@@ -168,7 +168,7 @@ def forbidden() -> None:
     assert status == REFUSED and "Make room" not in said, f"exit status {status}: {said[-160:]}"
 
 
-@rows.row("M8: perplexity of a vocabulary of 130,000 words takes no more than 300 MB above the model.", 300, slow=True)
+@rows.row("Perplexity of a vocabulary of 130,000 words takes no more than 300 MB above the model.", 300, slow=True)
 def evaluation_memory() -> None:
     import resource
 

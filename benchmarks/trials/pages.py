@@ -54,7 +54,7 @@ def _line(what: str, was: Result | None, now: Result) -> str:
 
 
 def _what(result: Result, text: str) -> str:
-    return f"`{_plain(text)}`" if result.list in ("commands", "calls") else _plain(text)
+    return f"`{_cell(text)}`" if result.list in ("commands", "calls") else _plain(text)
 
 
 def _answer(result: Result | None) -> str:
@@ -62,4 +62,8 @@ def _answer(result: Result | None) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("`", "'").replace("<", "&lt;").replace("\n", " ")
+    return _cell(text).replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")

@@ -51,7 +51,7 @@ TAMPERED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@rows.row("H3: verify finds that a tensor of the result is not what the run made ({}).", each=TAMPERED)
+@rows.row("`verify` finds that a tensor of the result is not what the run made ({}).", each=TAMPERED)
 def verify_tampered(name: str) -> None:
     shutil.copytree("r/sparsegpt", "out")
     changed(*TAMPERED[name])
@@ -78,7 +78,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@rows.row("H4: --resume does not hand back a finished run whose weights are {}.", each=DAMAGE)
+@rows.row("--resume does not hand back a finished run whose weights are {}.", each=DAMAGE)
 def handed_back(name: str) -> None:
     shutil.copytree("r/wanda", "out")
     before = checksums()
@@ -109,7 +109,7 @@ MEANWHILE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@rows.row("H2: weights that are {} while the run is on are noticed: an error of ours, or the undisturbed result.",
+@rows.row("Weights that are {} while the run is on are noticed: an error of ours, or the undisturbed result.",
           each=MEANWHILE)  # fmt: skip
 def input_changes(name: str) -> None:
     shutil.copytree("m/llama", "in")
@@ -155,7 +155,7 @@ def resumed(model: str = "m/llama", **settings: Any) -> convexprune.PruneResult:
     return convexprune.prune(model, output_dir="out", method="wanda", resume=True, **(TINY | settings))
 
 
-@rows.row("H5: the instruction set belongs to the identity of a run.")
+@rows.row("The instruction set belongs to the identity of a run.")
 def instruction_set() -> None:
     stopped()
     capability = torch.backends.cpu.get_cpu_capability()
@@ -165,7 +165,7 @@ def instruction_set() -> None:
 SELF: dict[str, Any] = {"dataset": "self", "evaluation": "self", "num_calibration_samples": 4}
 
 
-@rows.row("M2: a bit flipped in the sampled windows at {}: found, and the error names the file; or the same perplexity.",
+@rows.row("A bit flipped in the sampled windows at {}: found, and the error names the file; or the same perplexity.",
           each=("0.1", "0.3", "0.5", "0.7", "0.9", "0.97"))  # fmt: skip
 def windows_flipped(where: str) -> None:
     stopped(**SELF)
@@ -186,7 +186,7 @@ def windows_flipped(where: str) -> None:
         assert re.search("(?i)damaged|checksum|cut short", said), f"not told from difference: {said[:120]}"
 
 
-@rows.row("M3: run.json that is {}: damage is told from difference, and finished layers are not lost.",
+@rows.row("run.json that is {}: damage is told from difference, and finished layers are not lost.",
           each=("flipped", "truncated", "gone", "edited"))  # fmt: skip
 def run_json(name: str) -> None:
     stopped()

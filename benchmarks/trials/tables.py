@@ -48,9 +48,9 @@ class Result(NamedTuple):
 def short(row: Row, answer: Answer) -> str:
     """Our first error, another's last, or of what is no error the words that the row looks for."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", answer.said)
-    if answer.kind in ("wrong", "slow", "right"):
+    if answer.kind in ("wrong", "right"):
         return said[:SAID] if answer.kind == "wrong" else ""
-    if answer.kind in ("done", "failed"):
+    if answer.kind in ("done", "failed", "slow"):
         found = re.search(row.says, said) if row.says else None
         return f"... {said[max(0, found.start() - 40) :][:SAID]} ..." if found else ""
     errors = [match.start() for match in ERROR.finditer(said)]
