@@ -41,7 +41,8 @@ def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
     """
     first, *others = pieces(model, ids)
     decoder, outputs = model.get_decoder(), list[Any]()
-    watched = decoder if isinstance(decoder, nn.Module) else model
+    named = isinstance(decoder, nn.Module) and decoder is not model  # transformers 4 names none for some families
+    watched = decoder if named else model.base_model
     with watched.register_forward_hook(lambda _, __, output: outputs.append(output)):
         logits = logits_at(model, ids, first)
     yield logits

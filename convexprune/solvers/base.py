@@ -102,12 +102,12 @@ class AbstractSolver(ABC):
         `residual` [m n] is the quadratic's at the start. If not `certified` there need be no solution, nor an exact
         residual; a solver whose certificate is not worth saving just solves.
         """
-        solution = solve(self, problem, start)
-        return Advance(solution.weight, solution.residual, solution.products, solution)
+        solution = solve(self, problem, start, certified)
+        return Advance(solution.weight, solution.residual, solution.products, solution if certified else None)
 
 
-def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None) -> Solution:
-    """What `solver` makes of the problem. The certificate of a solver that is not ours is computed here.
+def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
+    """What `solver` makes of the problem; if `certified`, with a certificate of ours, whatever a solver of others says.
 
     Raises:
         ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
@@ -122,10 +122,12 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None)
         weight = problem.admit(solution.weight)
     except ProblemError as cause:
         raise ProblemError(f"{name}.solve returned a solution that is none. {cause}") from cause
+    solution = replace(solution, weight=weight.to(problem.quadratic.cross), residual=None)
+    if not certified:
+        return solution
     certificate = certify(problem, weight)
     status = Status.of(solution.status, certificate, getattr(solver, "tolerance", TOLERANCE))
-    weight = weight.to(problem.quadratic.cross)
-    return replace(solution, weight=weight, status=status, certificate=certificate, residual=None)
+    return replace(solution, status=status, certificate=certificate)
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
