@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from convexprune.adapters import calibration_tokens, load
+from convexprune.adapters import EMBEDDED, calibration_tokens, load
 from convexprune.penalty import L1, Support
 from convexprune.pipeline import make_recipe
 from convexprune.problem import certify
 from convexprune.solvers import make_solver
 from convexprune.validation.layer_problems import operator_problems
 from convexprune.validation.oracles import block, block_problems
-from convexprune.validation.verify import EMBEDDED
 
 NAMES = {
     "opt-query": "model.decoder.layers.1.self_attn.q_proj",

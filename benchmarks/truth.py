@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from convexprune.adapters import calibration_tokens, load
+from convexprune.adapters import EMBEDDED, calibration_tokens, load
 from convexprune.bound import LowerBound
 from convexprune.moments import Moments
 from convexprune.pattern import parse_pattern
@@ -17,7 +17,6 @@ from convexprune.pruners import ADMM, PRUNERS, Convex, PruningProblem
 from convexprune.pruners.perspective import Perspective
 from convexprune.validation import best_pruning
 from convexprune.validation.layer_problems import operator_problems
-from convexprune.validation.verify import EMBEDDED
 
 
 def main() -> None:
