@@ -103,7 +103,8 @@ class AbstractSolver(ABC):
         residual; a solver whose certificate is not worth saving just solves.
         """
         solution = solve(self, problem, start, certified)
-        return Advance(solution.weight, solution.residual, solution.products, solution if certified else None)
+        proven = solution if certified or _is_ours(self) else None
+        return Advance(solution.weight, solution.residual, solution.products, proven)
 
 
 def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
@@ -113,7 +114,7 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
         ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
     """
     solution = solver.solve(problem, start)
-    if type(solver).__module__.startswith(f"{__package__}."):
+    if _is_ours(solver):
         return solution
     name = type(solver).__name__
     if not isinstance(solution, Solution):
@@ -128,6 +129,10 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
     certificate = certify(problem, weight)
     status = Status.of(solution.status, certificate, getattr(solver, "tolerance", TOLERANCE))
     return replace(solution, status=status, certificate=certificate)
+
+
+def _is_ours(solver: AbstractSolver) -> bool:
+    return type(solver).__module__.startswith(f"{__package__}.")
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
