@@ -1,4 +1,4 @@
-"""Whether a Gram matrix, a cross term and energies can be those of a sum of squares: cheaply, and as a whole.
+"""Whether a Gram matrix, a cross term and energies fit, and can be those of a sum of squares: cheaply, and as a whole.
 
 With H = X X', G = Z X', e_i = |z_i|^2, every [[H, G_i'], [G_i, e_i]] is positive semidefinite.
 What is cheap is its entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H_jj); the whole needs a factorisation.
@@ -7,10 +7,43 @@ What is cheap is its entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H
 import torch
 from torch import Tensor
 
+from convexprune.arrays import Array, as_tensor
 from convexprune.errors import ProblemError
 from convexprune.factor import cholesky
 
+DTYPES = (torch.float32, torch.float64)
 ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
+
+
+def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> tuple[Tensor | None, ...]:
+    """H, G, e and the anchor as tensors: [n n], [m n], [m], [m n], of one dtype and on one device.
+
+    Raises:
+        ProblemError: the first that does not fit is named, with what is needed.
+    """
+    target = as_tensor("cross", cross)
+    if target.ndim != 2 or 0 in target.shape:
+        raise ProblemError(f"`cross` is {list(target.shape)}; it must be [outputs inputs], one of each at least.")
+    m, n = target.shape
+    found = list[Tensor | None]()
+    for name, given, shape in (
+        ("gram", gram, [n, n]), ("cross", target, [m, n]), ("energy", energy, [m]), ("anchor", anchor, [m, n])
+    ):  # fmt: skip
+        tensor = None if given is None else as_tensor(name, given)
+        found.append(tensor)
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape or tensor.dtype not in DTYPES:
+            raise ProblemError(
+                f"`{name}` is {tensor.dtype} {list(tensor.shape)}; a quadratic of a weight {[m, n]} needs {shape}, "
+                "floating point of 32 or 64 bits."
+            )
+        if tensor.dtype != target.dtype or tensor.device != target.device:
+            raise ProblemError(
+                f"`{name}` is {tensor.dtype} on {tensor.device}, `cross` {target.dtype} on {target.device}; all "
+                "tensors of a quadratic have one dtype and one device."
+            )
+    return tuple(found)
 
 
 def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Tensor:

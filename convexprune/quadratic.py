@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from convexprune.arrays import Array, as_tensor
-from convexprune.consistency import is_sum_of_squares, symmetric
+from convexprune.consistency import DTYPES, fitting, is_sum_of_squares, symmetric
 from convexprune.device import has_bfloat16
 from convexprune.errors import ProblemError
 from convexprune.factor import cholesky
-
-POWER_ITERATIONS = 100
-POWER_STARTS = 8
-LIPSCHITZ_MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
-DTYPES = (torch.float32, torch.float64)
+from convexprune.spectrum import largest_eigenvalue, power_of_two
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,25 +47,9 @@ class Quadratic:
     checked: InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
-        for name in ("gram", "cross", "energy", "anchor"):
-            if not isinstance(getattr(self, name), Tensor | None):
-                object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
-        m, n = self.shape
-        expected = {"cross": (m, n), "gram": (n, n), "energy": (m,), "anchor": (m, n)}
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
-                raise ProblemError(
-                    f"`{name}` is {tensor.dtype} {list(tensor.shape)}; a quadratic of a weight {[m, n]} "
-                    f"needs {list(shape)}, floating point of 32 or 64 bits."
-                )
-            if tensor.dtype != self.cross.dtype or tensor.device != self.cross.device:
-                raise ProblemError(
-                    f"`{name}` is {tensor.dtype} on {tensor.device}, `cross` {self.cross.dtype} on "
-                    f"{self.cross.device}; all tensors of a quadratic have one dtype and one device."
-                )
+        names = ("gram", "cross", "energy", "anchor")
+        for name, tensor in zip(names, fitting(*(getattr(self, name) for name in names)), strict=True):
+            object.__setattr__(self, name, tensor)
         if checked:
             object.__setattr__(self, "gram", symmetric(self.gram, self.cross, self.energy, self.anchor))
         self.known.setdefault("given", (torch.finfo(self.energy.dtype).eps, self.energy))
@@ -77,10 +57,6 @@ class Quadratic:
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs and inputs of the operator."""
-        if self.cross.ndim != 2 or 0 in self.cross.shape:
-            raise ProblemError(
-                f"`cross` is {list(self.cross.shape)}; it must be [outputs inputs], one of each at least."
-            )
         return self.cross.shape[0], self.cross.shape[1]
 
     @classmethod
@@ -95,10 +71,8 @@ class Quadratic:
         """
         x, y = as_tensor("inputs", inputs), as_tensor("targets", targets)
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
-            raise ProblemError(
-                f"Inputs {list(x.shape)} and targets {list(y.shape)}; needed are [tokens inputs] and [tokens outputs] "
-                "of the same tokens, one at least."
-            )
+            shapes = f"Inputs {list(x.shape)} and targets {list(y.shape)}"
+            raise ProblemError(f"{shapes}; needed are [tokens inputs] and [tokens outputs] of one token or more.")
         if x.dtype not in DTYPES or x.dtype != y.dtype:
             raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
         about = None if anchor is None else as_tensor("anchor", anchor)
@@ -150,21 +124,12 @@ class Quadratic:
 
     @property
     def lipschitz(self) -> float:
-        """An upper estimate of H's largest eigenvalue: the bound, or the power method with a margin of 1 %."""
+        """An upper estimate of H's largest eigenvalue: the bound, or what the power method says."""
         if self.bound is not None:
             return self.bound
         if "lipschitz" not in self.known:
-            self.known["lipschitz"] = self._power_method()
+            self.known["lipschitz"] = largest_eigenvalue(self.gram)
         return self.known["lipschitz"]
-
-    def _power_method(self) -> float:
-        generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
-        vectors = torch.randn(POWER_STARTS, len(self.gram), generator=generator).to(self.gram)
-        unit = power_of_two(self.gram.diagonal().amax())  # or the squares of a norm overflow
-        for _ in range(POWER_ITERATIONS):  # on rows: thin columns are slow on a CPU
-            norms = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
-            vectors = (vectors / norms @ self.gram) / unit
-        return LIPSCHITZ_MARGIN * float(vectors.norm(dim=1).max()) * float(unit)
 
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
@@ -175,13 +140,9 @@ class Quadratic:
         """The same function of U = V * scale, scale [n] positive."""
         if bool((scale == 1).all()):
             return self  # and what is cached stays
-        return type(self)(
-            (self.gram / scale).div_(scale[:, None]),
-            self.cross / scale,
-            self.energy,
-            None if self.anchor is None else self.anchor * scale,
-            checked=False,
-        )
+        anchor = None if self.anchor is None else self.anchor * scale
+        tensors = (self.gram / scale).div_(scale[:, None]), self.cross / scale, self.energy, anchor
+        return type(self)(*tensors, known={"given": self.known["given"]}, checked=False)
 
     @property
     def target_energy(self) -> float:
@@ -283,10 +244,8 @@ class Quadratic:
         energy = self.energy - torch.linalg.vecdot(image, self.cross)
         gram = inverse.mul_(-(stiffness**2))
         gram.diagonal().add_(stiffness)
-        known = {"relaxes": (stiffness, self)}
-        return type(self)(
-            gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor, stiffness, known, checked=False
-        )
+        tensors = gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor
+        return type(self)(*tensors, stiffness, {"relaxes": (stiffness, self)}, checked=False)
 
     def shifted_inverse(self, shift: float) -> Tensor:
         """(H + shift I)^-1 [n n], by a Cholesky factor.
@@ -313,12 +272,19 @@ class Quadratic:
     def rows(self, chosen: Tensor | slice) -> Self:
         """That of the rows `chosen` alone."""
         anchor = None if self.anchor is None else self.anchor[chosen]
-        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, checked=False)
+        known = {"given": (self.known["given"][0], self.known["given"][1][chosen])}
+        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, known, checked=False)
+
+    def columns(self, chosen: Tensor) -> Self:
+        """That of the inputs `chosen` alone, where the weights of all others stay at the anchor."""
+        anchor = None if self.anchor is None else self.anchor[:, chosen]
+        gram, known = self.gram[chosen][:, chosen], {"given": self.known["given"]}
+        return type(self)(gram, self.cross[:, chosen], self.energy, anchor, known=known, checked=False)
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)
-        energy = self.energy + other.energy
-        return type(self)(self.gram + other.gram, self.cross + other.cross, energy, self.anchor, checked=False)
+        tensors = self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.anchor
+        return type(self)(*tensors, checked=False)
 
     def __mul__(self, factor: float) -> Self:
         if not factor >= 0:
@@ -326,8 +292,3 @@ class Quadratic:
         return type(self)(self.gram * factor, self.cross * factor, self.energy * factor, self.anchor, checked=False)
 
     __rmul__ = __mul__
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """The power of two above positive numbers, at most twice as large; of zero it is one."""
-    return torch.where(size > 0, size / torch.frexp(size).mantissa, torch.ones_like(size))

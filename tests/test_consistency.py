@@ -152,3 +152,24 @@ def test_moments_that_were_counted_in_float32_are_taken_in_float64():
     gram = x.T @ x
     assert bool((gram.double().abs() > torch.outer(*[gram.double().diagonal().sqrt()] * 2) * (1 + 1e-8)).any())
     Quadratic(gram.double(), torch.zeros(1, 30, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
+
+@given(seeds)
+def test_what_is_made_of_a_quadratic_knows_in_which_dtype_it_was_given(seed):
+    layer = make_layer("full rank", 3, 6, seed)
+    q = Quadratic.least_squares(layer.pruned.float(), layer.targets().float())
+    chosen = torch.tensor([0, 2])
+    for made in (q.double, q.double.rows(chosen), q.double.scaled(q.double.scale()), q.double.columns(chosen)):
+        expected = q.rounding[chosen] if len(made.rounding) == 2 else q.rounding
+        torch.testing.assert_close(made.rounding.float(), expected)
+
+
+@given(seeds)
+def test_the_quadratic_of_some_columns_is_that_of_all_with_the_others_at_the_anchor(seed):
+    layer, chosen = make_layer("full rank", 3, 6, seed), torch.tensor([1, 2, 5])
+    q = layer.quadratic()
+    assert q.anchor is not None
+    moved = random(seed + 1, 3, 3)
+    weight = q.anchor.clone()
+    weight[:, chosen] = moved
+    torch.testing.assert_close(q.columns(chosen).values(moved), q.values(weight))

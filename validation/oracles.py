@@ -60,8 +60,7 @@ def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> 
     chosen = (groups[:, None] * width + torch.arange(width)).flatten()
     q = problem.quadratic.double
     assert q.anchor is not None
-    tensors = q.gram[chosen][:, chosen], q.cross[:, chosen], q.energy, q.anchor[:, chosen]
-    return Quadratic(*tensors, known={"given": q.known["given"]}, checked=False), chosen
+    return q.columns(chosen), chosen
 
 
 def block_problems(q: Quadratic, problem: PruningProblem, kept: torch.Tensor) -> dict[str, Problem]:
