@@ -19,20 +19,20 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune import errors, request
-from convexprune.pipeline import executors, machine
+from convexprune.pipeline import executors, machine, worker
 from convexprune.pipeline.files import locked
 from convexprune.report import OperatorReport
 
 
 def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_path: Path, expected, monkeypatch):
     """The first worker is killed as soon as it holds a layer, and another takes that over."""
-    workers, start = [], executors._Worker.__init__
+    workers, start = [], worker.Worker.__init__
 
     def watched(self, job, device):
         start(self, job, device)
         workers.append(self._process)
 
-    lost, is_lost = [], executors._Worker.is_lost
+    lost, is_lost = [], worker.Worker.is_lost
 
     def killing(self):
         if not lost and list((tmp_path / "out" / "work" / "scratch").glob("*")):
@@ -41,8 +41,8 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
         return is_lost(self)
 
     monkeypatch.setattr(executors, "POLL", 0.01)
-    monkeypatch.setattr(executors._Worker, "__init__", watched)
-    monkeypatch.setattr(executors._Worker, "is_lost", killing)
+    monkeypatch.setattr(worker.Worker, "__init__", watched)
+    monkeypatch.setattr(worker.Worker, "is_lost", killing)
     told = []
     result = convexprune.prune(
         dense, output_dir=tmp_path / "out", executor="pool", workers=2, progress=lambda _: told.append, **SETTINGS
@@ -66,13 +66,13 @@ class _Waiting:
 
 
 def _pool_that_waits(folder: Path) -> None:
-    executors._Worker(_Waiting(folder), "cpu")  # pyright: ignore[reportArgumentType]
+    worker.Worker(_Waiting(folder), "cpu")  # pyright: ignore[reportArgumentType]
     time.sleep(60)
 
 
 def test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it(tmp_path: Path, monkeypatch):
     forking = SimpleNamespace(**vars(multiprocessing) | {"get_context": lambda _: multiprocessing.get_context("fork")})
-    monkeypatch.setattr(executors, "multiprocessing", forking)
+    monkeypatch.setattr(worker, "multiprocessing", forking)
     parent = forked(lambda: _pool_that_waits(tmp_path))
     while not (tmp_path / "held").exists() or not (tmp_path / "held").read_text():
         time.sleep(0.01)
@@ -101,7 +101,7 @@ def test_a_job_of_another_installation_is_refused_before_its_model_is_opened(tmp
         pytest.fail("opened")
 
     work: Any = None
-    job = executors.Job(tmp_path, work, opened, 1, machine.installation("cpu") | {"torch": "0.1"})
+    job = worker.Job(tmp_path, work, opened, 1, machine.installation("cpu") | {"torch": "0.1"})
     with pytest.raises(errors.PruningError, match=r"This worker has torch '.*', the run '0\.1'"):
         job.do("cpu")
 

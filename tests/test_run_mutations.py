@@ -16,7 +16,7 @@ from test_mutations import CAUGHT, Fault, planted
 
 from convexprune.adapters import checkpoint, reading, shards
 from convexprune.adapters.shards import Shards
-from convexprune.pipeline import FolderStore, executors, files, survey
+from convexprune.pipeline import FolderStore, executors, files, survey, worker
 
 llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder
 """Fixtures of these modules."""
@@ -43,11 +43,11 @@ FAULTS = (
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
     Fault("a pool that gives up at once", executors.Pool.run, "RETRIES * len(self.devices)", "0",
           test_crash.test_a_pool_that_loses_a_worker_tells_of_every_operator),
-    Fault("what a worker raises is lost", executors._do_and_tell, "errors.send(error)", "pass",
+    Fault("what a worker raises is lost", worker._do_and_tell, "errors.send(error)", "pass",
           test_crash.test_what_a_worker_raises_is_what_the_pool_raises),
-    Fault("a worker of another installation", executors.Job.do, "here[name] != self.installed.get(name)", "False",
+    Fault("a worker of another installation", worker.Job.do, "here[name] != self.installed.get(name)", "False",
           test_executors.test_a_job_of_another_installation_is_refused_before_its_model_is_opened),
-    Fault("workers that hear Ctrl-C", executors._no_interrupts, "{signal.SIGINT}", "()",
+    Fault("workers that hear Ctrl-C", worker._no_interrupts, "{signal.SIGINT}", "()",
           test_executors.test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it),
     # Checkpoints.
     Fault("weights that are made up", checkpoint._read, 'if info["missing_keys"]', "if False",

@@ -1,7 +1,8 @@
 """From a recipe to pruned decoder layers; knows no architecture and no file format of models."""
 
-from convexprune.pipeline.executors import AbstractExecutor, Job, make_executor, threads
+from convexprune.pipeline.executors import AbstractExecutor, make_executor
 from convexprune.pipeline.layer import prune_observed, stage_folds
+from convexprune.pipeline.machine import threads
 from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.passes import observe, stage_inputs, through
 from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
@@ -9,6 +10,7 @@ from convexprune.pipeline.run import check_patterns, checksum, identity, prune_i
 from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.store import FolderStore
 from convexprune.pipeline.task import RecordedCalls, Work, carried
+from convexprune.pipeline.worker import Job
 
 __all__ = [
     "PRESETS",

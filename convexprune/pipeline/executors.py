@@ -3,59 +3,27 @@
 They differ in nothing but who calls `prune_claimed`: the queue is the run's folder, where a layer is claimed by a lock.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
-from convexprune.errors import ConvexpruneError, DependencyError, PruningError, RecipeError, install_hint, unknown
+from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
 from convexprune.model import AbstractModel
-from convexprune.pipeline.files import working
-from convexprune.pipeline.machine import installation, within_memory
+from convexprune.pipeline.machine import threads
 from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.store import FolderStore, TeamStore
-from convexprune.pipeline.task import Work, prune_claimed
+from convexprune.pipeline.task import prune_claimed
 from convexprune.pipeline.team import Team
+from convexprune.pipeline.worker import Job, Worker
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
 POLL = 0.2  # seconds between two looks at the workers
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What another process needs to work on a run: folder, work, model, how many threads, and what is `installed`."""
-
-    folder: Path
-    work: Work
-    open_model: Callable[..., AbstractModel]  # with the keyword "device"
-    threads: int
-    installed: Mapping[str, str]
-
-    def do(self, device: str) -> None:
-        """Prune layers until none is left; PruningError if here is not installed what the run began with."""
-        here = installation(device)
-        if differing := [name for name in here if here[name] != self.installed.get(name)]:
-            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)
-            raise PruningError(
-                f"This worker has {told}: the bits would differ. Workers need the same code, the same versions, and "
-                "the same kind of processor or GPU."
-            )
-
-        with within_memory(), working(self.folder.parent), threads(self.threads):
-            model = self.open_model(device=device)
-            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, lambda _: None)
 
 
 class AbstractExecutor(ABC):
@@ -150,7 +118,7 @@ class Pool(AbstractExecutor):
             PruningError: workers were lost again and again.
         """
         watch = _Watch(store, tell)
-        workers, lost = [_Worker(job, device) for device in self.devices], 0
+        workers, lost = [Worker(job, device) for device in self.devices], 0
         try:
             while not watch.all_finished():
                 time.sleep(POLL)
@@ -162,7 +130,7 @@ class Pool(AbstractExecutor):
                                 f"Workers were lost {lost} times; the last ended with {worker.exit_code}. Is memory "
                                 "short? What is finished is kept: go on with resume=True (--resume)."
                             )
-                        workers[i] = _Worker(job, worker.device)
+                        workers[i] = Worker(job, worker.device)
         finally:
             for worker in workers:
                 worker.stop()
@@ -225,17 +193,6 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
     raise RecipeError(unknown("executor", name, EXECUTORS))
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads: sums are the same bits only on equally many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Watch:
     """Tells of the operators of each layer that appears as finished."""
 
@@ -250,68 +207,6 @@ class _Watch:
                 for report in self._store.reports(n):
                     self._tell(report)
         return len(self._told) == self._store.count
-
-
-class _Worker:
-    """A process that works on a job."""
-
-    def __init__(self, job: Job, device: str) -> None:
-        self.device = device
-        context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
-        self._errors, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_do_and_tell, args=(job, device, theirs), daemon=True)
-        with _no_interrupts():
-            self._process.start()
-        theirs.close()
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.exitcode
-
-    def is_lost(self) -> bool:
-        """Whether it ended before the work did.
-
-        Raises:
-            ConvexpruneError: what it raised.
-        """
-        if self._process.is_alive() or self._process.exitcode == 0:
-            return False
-        try:
-            raise self._errors.recv()
-        except EOFError:
-            return True
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.join()
-
-
-@contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """A process that is started inside never hears Ctrl-C, which a terminal sends to all: the one that waits does."""
-    resource_tracker.ensure_running()  # started with the first worker, it would let Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, whatever is being computed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _do_and_tell(job: Job, device: str, errors: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        job.do(device)
-    except ConvexpruneError as error:
-        errors.send(error)
-        raise SystemExit(1) from error
 
 
 def _do(job: Job, device: str) -> None:

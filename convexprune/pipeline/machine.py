@@ -148,3 +148,14 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads: sums are the same bits only on equally many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from convexprune.errors import PatternError
 from convexprune.model import AbstractModel, DecoderLayer
-from convexprune.pipeline.executors import AbstractExecutor, Job
+from convexprune.pipeline.executors import AbstractExecutor
 from convexprune.pipeline.recipe import Recipe
 from convexprune.pipeline.settings import LayerSettings, Tell
 from convexprune.pipeline.store import FolderStore, MemoryStore
 from convexprune.pipeline.task import Work, prune_claimed
 from convexprune.pipeline.tensors import raw
+from convexprune.pipeline.worker import Job
 
 UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
 
