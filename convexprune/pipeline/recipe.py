@@ -14,6 +14,7 @@ from convexprune.pipeline.settings import LayerSettings
 from convexprune.pipeline.survey import Pattern, check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
 from convexprune.pruners.search import AbstractSearch
+from convexprune.setting_types import make
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
@@ -179,7 +180,7 @@ class Recipe(BaseModel):
             raise RecipeError(f"solver belongs to method='convex'; {method!r} does not take it. Leave one of them out.")
         if self.refit is False and own_refit:
             settings["refit"] = None
-        pruner = _make(method, settings | self.method_args)
+        pruner = make(PRUNERS[method], method, settings | self.method_args)
         return Refitted(pruner, damping=self.damping) if added else pruner
 
     def _solver(self) -> AbstractSolver:
@@ -223,11 +224,3 @@ def _told(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         return unknown("setting", name, Recipe.model_fields)
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
-
-
-def _make(method: str, settings: dict[str, Any]) -> AbstractPruner:
-    known = signature(PRUNERS[method]).parameters
-    for name in settings:
-        if name not in known:
-            raise RecipeError(unknown(f"setting of {method!r}:", name, known))
-    return PRUNERS[method](**settings)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import Count, Ends, NotNegative
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import Count, Ends, NotNegative
 
 
 @dataclass(frozen=True)

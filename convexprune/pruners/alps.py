@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
-from convexprune.pruners.base import (
-    AbstractPruner,
-    Count,
-    NotNegative,
-    Positive,
-    Pruned,
-    PruningProblem,
-    dead_inputs_first,
-)
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import Count, NotNegative, Positive
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers.cg import ConjugateGradient
 

@@ -2,27 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache, wraps
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import TypeVar, cast
 
 import torch
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from convexprune.errors import RecipeError
 from convexprune.moments import Moments
 from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import check_settings
 from convexprune.solvers import Solution
-
-Count = Annotated[int, Field(ge=1)]
-"""The type of a pruner's setting that counts something."""
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Ends = Annotated[tuple[Positive, Positive], Strict(False)]
-"""Where something begins and where it ends; files of settings have a list for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,12 +144,7 @@ class AbstractPruner(ABC):
     """
 
     def __post_init__(self) -> None:
-        for name, accepted in _settings(type(self)).items():
-            value = getattr(self, name)
-            try:
-                accepted.validate_python(value)
-            except ValidationError as error:
-                raise RecipeError(f"{type(self).__name__}: {name}={value!r}: {error.errors()[0]['msg']}.") from None
+        check_settings(self)
 
     @property
     def by_rows(self) -> bool:
@@ -170,14 +157,3 @@ class AbstractPruner(ABC):
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:
         """A weight in the pattern."""
-
-
-@lru_cache
-def _settings(pruner: type) -> dict[str, TypeAdapter[Any]]:
-    """What each setting of a pruner may be, by its annotation."""
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-    try:
-        hints = get_type_hints(pruner, localns={"Count": Count}, include_extras=True)
-    except NameError:  # of a user's own class whose annotations only a type checker resolves
-        return {}
-    return {setting.name: TypeAdapter(hints[setting.name], config=config) for setting in fields(pruner)}

@@ -13,9 +13,9 @@ from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.penalty import L1, AbstractPenalty
 from convexprune.problem import Problem
 from convexprune.pruners.admm import between
-from convexprune.pruners.base import Count, Ends, NotNegative
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import Count, Ends, NotNegative
 from convexprune.solvers import AbstractSolver, Solution, make_solver, solve
 from convexprune.solvers.base import require_penalty
 

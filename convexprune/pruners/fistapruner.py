@@ -8,17 +8,10 @@ from torch import Tensor
 
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners.base import (
-    AbstractPruner,
-    Count,
-    NotNegative,
-    Positive,
-    Pruned,
-    PruningProblem,
-    dead_inputs_first,
-)
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
+from convexprune.setting_types import Count, NotNegative, Positive
 from convexprune.solvers import Solution
 from convexprune.solvers.fista import FISTA
 

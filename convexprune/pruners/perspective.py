@@ -11,10 +11,11 @@ from convexprune.bound import budget
 from convexprune.errors import PruningError
 from convexprune.penalty import ReverseHuber, Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Count, NotNegative, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
+from convexprune.setting_types import Count, NotNegative
 from convexprune.solvers import AbstractSolver, Solution, make_solver, solve
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient

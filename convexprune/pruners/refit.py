@@ -7,9 +7,10 @@ from torch import Tensor
 
 from convexprune.penalty import Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, NotNegative, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.damped import choose_damping, damped
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import NotNegative
 from convexprune.solvers import AbstractSolver, Solution, solve
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
 from convexprune.penalty import Support
-from convexprune.pruners.base import AbstractPruner, NotNegative, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.damped import choose_damping, saliency_coordinates
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
+from convexprune.setting_types import NotNegative
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers.base import require_penalty
 from convexprune.solvers.cg import ConjugateGradient

@@ -9,7 +9,8 @@ from torch import Tensor
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
 from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
-from convexprune.pruners.base import AbstractPruner, Count, NotNegative, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.setting_types import Count, NotNegative
 
 
 @dataclass(frozen=True)

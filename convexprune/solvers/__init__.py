@@ -1,10 +1,10 @@
 """Solvers by name. To add one: a file here, a line in `_PLACES`, a line in the table of tests/test_solvers.py."""
 
-from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 from convexprune.errors import RecipeError, unknown
+from convexprune.setting_types import make
 from convexprune.solvers.base import AbstractSolver, Solution, Status, solve
 
 _PLACES = {
@@ -31,11 +31,7 @@ def make_solver(name: str, **settings: Any) -> AbstractSolver:
         raise RecipeError(unknown("solver", name, _PLACES))
     module, cls = _PLACES[name]
     solver = getattr(import_module(f"convexprune.solvers.{module}"), cls)
-    known = [field.name for field in fields(solver)]
-    for setting in settings:
-        if setting not in known:
-            raise RecipeError(f"Solver {name!r}: {unknown('setting', setting, known)}")
-    return solver(**settings)
+    return make(solver, name, settings)
 
 
 __all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"]

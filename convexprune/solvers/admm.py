@@ -7,6 +7,7 @@ from torch import Tensor
 
 from convexprune.errors import ProblemError
 from convexprune.problem import Problem
+from convexprune.setting_types import Count, Positive
 from convexprune.solvers.base import Status
 from convexprune.solvers.iterative import AbstractIterative
 
@@ -32,10 +33,10 @@ class ADMM(AbstractIterative):
     The answer is Z, which has the penalty's zeros. One product per iteration.
     """
 
-    max_iterations: int = 1000
-    check_every: int = 10
-    rho: float = 0.1
-    relaxation: float = 1.6
+    max_iterations: Count = 1000
+    check_every: Count = 10
+    rho: Positive = 0.1
+    relaxation: Positive = 1.6
 
     def _iterate(
         self, problem: Problem, weight: Tensor, residual: Tensor | None = None

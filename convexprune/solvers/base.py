@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from convexprune.errors import ProblemError, RecipeError, UnsupportedError
+from convexprune.errors import ProblemError, UnsupportedError
 from convexprune.penalty import AbstractPenalty
 from convexprune.problem import Certificate, Problem, certify
+from convexprune.setting_types import check_settings
 
 TOLERANCE = 1e-4
 """The relative gap that is asked of a solver which has no `tolerance` of its own."""
@@ -80,7 +81,14 @@ class Advance(NamedTuple):
 
 
 class AbstractSolver(ABC):
-    """Settings of a solver; a user's own solver is a subclass with `penalties` and `solve`."""
+    """Settings of a solver, of ours a dataclass; a user's own solver is a subclass with `penalties` and `solve`.
+
+    Raises:
+        RecipeError: a setting of a dataclass is not of its type, or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     @abstractmethod
@@ -146,20 +154,6 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
         raise UnsupportedError(
             f"{type(solver).__name__} does not take the penalty {penalty.__name__}; it takes: {takes}."
         )
-
-
-def require_settings(solver: AbstractSolver) -> None:
-    """Refuse a tolerance below zero or counts below one, before a solver works.
-
-    Raises:
-        RecipeError: naming the setting, and what is accepted.
-    """
-    for name, least in (("tolerance", 0), ("max_iterations", 0), ("check_every", 1)):
-        value = getattr(solver, name, 1)
-        whole = name != "tolerance"
-        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not least <= value < inf:
-            kind = "whole number" if whole else "number"
-            raise RecipeError(f"{type(solver).__name__}: {name}={value!r}; it must be a {kind}, {least} or more.")
 
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:

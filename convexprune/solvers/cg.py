@@ -9,7 +9,8 @@ from torch import Tensor
 from convexprune.penalty import AbstractPenalty, Support
 from convexprune.problem import Problem, certify
 from convexprune.quadratic import Quadratic
-from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty, require_settings
+from convexprune.setting_types import Count, NotNegative, Whole
+from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, require_penalty
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,10 @@ class ConjugateGradient(AbstractSolver):
     a solve whose gap falls at once ends one test late.
     """
 
-    tolerance: float = 1e-4
-    max_iterations: int = 200
-    check_every: int = 5
+    tolerance: NotNegative = 1e-4
+    max_iterations: Whole = 200
+    check_every: Count = 5
     scale: bool = True
-
-    def __post_init__(self) -> None:
-        require_settings(self)
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune.errors import RecipeError, unknown
 from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
 from convexprune.problem import Problem, certify
+from convexprune.setting_types import NotNegative
 from convexprune.solvers.base import (
     AbstractSolver,
     Solution,
     Status,
     initial,
     require_penalty,
-    require_settings,
     square_root,
 )
 
@@ -44,19 +43,11 @@ class CVXPY(AbstractSolver):
     the problem unbounded below and cannot come from data.
 
     The status is SOLVED where our certificate is within `tolerance`, whatever the engine says.
-
-    Raises:
-        RecipeError: an engine that is none of the three, or a tolerance below zero.
     """
 
     engine: Literal["OSQP", "CLARABEL", "SCS"] = "CLARABEL"
     options: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 1e-6
-
-    def __post_init__(self) -> None:
-        require_settings(self)
-        if self.engine not in TIGHT:
-            raise RecipeError(unknown("engine", self.engine, TIGHT))
+    tolerance: NotNegative = 1e-6
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convexprune.penalty import AbstractPenalty
 from convexprune.problem import Problem, certify, row_gaps
+from convexprune.setting_types import Count, NotNegative
 from convexprune.solvers.base import (
     AbstractSolver,
     Advance,
@@ -16,7 +17,6 @@ from convexprune.solvers.base import (
     Status,
     initial,
     require_penalty,
-    require_settings,
 )
 
 
@@ -30,14 +30,11 @@ class AbstractIterative(AbstractSolver):
     cheaper.
     """
 
-    tolerance: float = 1e-4
-    max_iterations: int = 2000
-    check_every: int = 20
+    tolerance: NotNegative = 1e-4
+    max_iterations: Count = 2000
+    check_every: Count = 20
     scale: bool = True
     precise: bool = True
-
-    def __post_init__(self) -> None:
-        require_settings(self)
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:

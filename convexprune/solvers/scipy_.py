@@ -10,13 +10,13 @@ from torch import Tensor
 
 from convexprune.penalty import L1, AbstractPenalty, Support
 from convexprune.problem import Problem, certify
+from convexprune.setting_types import Count, NotNegative
 from convexprune.solvers.base import (
     AbstractSolver,
     Solution,
     Status,
     initial,
     require_penalty,
-    require_settings,
     square_root,
 )
 
@@ -33,11 +33,8 @@ class SciPy(AbstractSolver):
     least squares. Nothing is shared with the other solvers but the problem's three tensors.
     """
 
-    tolerance: float = 1e-6
-    max_iterations: int = 1000
-
-    def __post_init__(self) -> None:
-        require_settings(self)
+    tolerance: NotNegative = 1e-6
+    max_iterations: Count = 1000
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:

@@ -1,0 +1,55 @@
+"""What a setting of a solver or a pruner may be: said by its annotation, checked as the object is made."""
+
+from dataclasses import fields
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+
+from convexprune.errors import RecipeError, unknown
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Ends = Annotated[tuple[Positive, Positive], Strict(False)]
+"""Where something begins and where it ends; files of settings have a list for it."""
+
+Made = TypeVar("Made")
+
+
+def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
+    """An object of a dataclass by its settings; `name` is what a user calls it.
+
+    Raises:
+        RecipeError: a setting that it does not have, or out of range.
+    """
+    known = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for setting in settings:
+        if setting not in known:
+            raise RecipeError(unknown(f"setting of {name!r}:", setting, known))
+    return kind(**settings)
+
+
+def check_settings(made: object) -> None:
+    """See that every field of a dataclass is what its annotation says; numbers are finite.
+
+    Raises:
+        RecipeError: the first that is not is named, with its value.
+    """
+    for name, accepted in _accepted(type(made)).items():
+        value = getattr(made, name)
+        try:
+            accepted.validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"{type(made).__name__}: {name}={value!r}: {error.errors()[0]['msg']}.") from None
+
+
+@lru_cache
+def _accepted(kind: type) -> dict[str, TypeAdapter[Any]]:
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        hints = get_type_hints(kind, localns={"Count": Count}, include_extras=True)
+    except NameError:  # of a user's own class whose annotations only a type checker resolves
+        return {}
+    return {field.name: TypeAdapter(hints[field.name], config=config) for field in fields(kind)}
