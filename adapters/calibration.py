@@ -12,9 +12,9 @@ from convexprune.pipeline import Recipe
 
 from .corpora import CORPORA, Split, datasets_package, hub_text
 from .huggingface import HuggingFaceModel
-from .rows import ACCEPTED, as_tensor, read_rows
+from .rows import ACCEPTED, ids_as_tensor, read_rows
 from .sampling import sampled_windows
-from .sufficiency import refuse_empty_talk
+from .sufficiency import refuse_uninformative
 from .text_files import TEXT_FILES, check_text, is_file, read_text
 
 DEFAULT_LENGTH = 2048
@@ -73,7 +73,7 @@ def calibration_and_held_out(
         if num_samples is None:
             raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
         calibration = sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
-        refuse_empty_talk(calibration)
+        refuse_uninformative(calibration)
         if spare == 0:
             return calibration, calibration[:0]
         return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
@@ -81,7 +81,7 @@ def calibration_and_held_out(
     windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
     name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
     chosen, left = _choose(windows, num_samples, spare, seed, split, name)
-    refuse_empty_talk(chosen)
+    refuse_uninformative(chosen)
     return chosen, left
 
 
@@ -141,7 +141,7 @@ def _windows(
     split: Split,
 ) -> Tensor:
     """All windows of a data set, or as many as are sure to be enough."""
-    dataset = as_tensor(dataset) if hasattr(dataset, "__array__") else dataset  # NumPy's
+    dataset = ids_as_tensor(dataset) if hasattr(dataset, "__array__") else dataset  # NumPy's
     match dataset:
         case str() | Path():
             characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN

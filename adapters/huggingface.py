@@ -81,11 +81,10 @@ class HuggingFaceModel(AbstractModel):
         self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
         self._given, self._keeps = Given(model), False
         model.eval().requires_grad_(False)
-        try:
+        with ExitStack() as refused:
+            refused.callback(self._given.give_back)
             self._look(targets, ignore)
-        except BaseException:
-            self._given.give_back()
-            raise
+            refused.pop_all()
 
     def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
         refuse_other_replays(self)
@@ -104,15 +103,18 @@ class HuggingFaceModel(AbstractModel):
         """
         self._keeps = undo
         try:
-            yield self
-        except BaseException:
-            self._keeps = False
-            for layer in self.layers:
-                self.load_state(layer, self._given.layers.get(layer.name, {}))
-            raise
+            with ExitStack() as failed:
+                failed.callback(self._put_back)
+                yield self
+                failed.pop_all()
         finally:
             self._keeps = False
             self._given.give_back()
+
+    def _put_back(self) -> None:
+        self._keeps = False
+        for layer in self.layers:
+            self.load_state(layer, self._given.layers.get(layer.name, {}))
 
     @property
     def device(self) -> torch.device:

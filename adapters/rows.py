@@ -40,7 +40,7 @@ def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> 
 def _ids(item: Any) -> Tensor:
     """The token ids of what a loader yields: a tensor or list, a mapping with "input_ids", a tuple that begins so."""
     if isinstance(item, Mapping):
-        mask = as_tensor(item.get("attention_mask"))
+        mask = ids_as_tensor(item.get("attention_mask"))
         if isinstance(mask, Tensor) and not bool(mask.all()):
             raise CalibrationError("The batches are padded, and padding would be calibrated on. Give full windows.")
         if "input_ids" not in item:
@@ -50,13 +50,13 @@ def _ids(item: Any) -> Tensor:
         item = item["input_ids"]
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
         item = item[0]
-    item = as_tensor(item)
+    item = ids_as_tensor(item)
     if not isinstance(item, Tensor) or item.dim() not in (1, 2):
         raise CalibrationError(f"Token ids cannot be read from a {type(item).__name__}. Accepted: {ACCEPTED}.")
     return item
 
 
-def as_tensor(ids: Any) -> Any:
+def ids_as_tensor(ids: Any) -> Any:
     """NumPy's and plain lists' integers as a tensor; what is neither stays as it is."""
     if not hasattr(ids, "__array__") and not (isinstance(ids, list) and ids and isinstance(ids[0], int | list)):
         return ids

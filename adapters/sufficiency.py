@@ -11,7 +11,7 @@ RUN = 8  # tokens; running text hardly ever repeats so many, one word over and o
 LEAST = 8  # different runs; fewer are one sentence at most
 
 
-def refuse_empty_talk(windows: Tensor) -> None:
+def refuse_uninformative(windows: Tensor) -> None:
     """Refuse windows [windows length] that are the same few tokens over and over: a word, a character, padding.
 
     Raises:

@@ -1,6 +1,7 @@
 """The result of a run, opened again before what it was made of is let go: each tensor there, each zero counted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, OutputError
+from convexprune.model import DecoderLayer
 from convexprune.pipeline.tensors import Entry, Spec, entries
 from convexprune.report import OperatorReport
 
@@ -24,13 +26,8 @@ def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[Ope
     """
     try:
         held = model if model.shards is None else model.shards.written_to(folder)
-        zeros = {report.name: report.zeros for report in reports}
-        for layer in model.layers:
-            with held.resident(layer):
-                for operator in layer.operators:
-                    name, found = f"{layer.name}.{operator.name}", _zeros(operator.read())
-                    if found != zeros.get(name):
-                        raise ModelError(f"{name} has {found} zeros and its report {zeros.get(name)}.")
+        for _, fault in miscounted(model.layers, reports, held.resident):
+            raise ModelError(fault)
         if model.shards is None:
             _require_equal(model, folder)
     except ModelError as cause:
@@ -38,6 +35,24 @@ def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[Ope
             f"{folder}: what was written is not the pruned model: {cause} What is finished is kept: mend the disk, "
             "then go on with resume=True (--resume)."
         ) from cause
+
+
+def miscounted(
+    layers: Iterable[DecoderLayer],
+    reports: Sequence[OperatorReport],
+    resident: Callable[[DecoderLayer], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Iterator[tuple[str, str]]:
+    """The operators of layers whose zeros are not as many as their reports say: names, and what is wrong.
+
+    Inside of `resident` the weights of a layer are in memory.
+    """
+    said = {report.name: report.zeros for report in reports}
+    for layer in layers:
+        with resident(layer):
+            for operator in layer.operators:
+                name, zeros = f"{layer.name}.{operator.name}", _zeros(operator.read())
+                if zeros != said.get(name):
+                    yield name, f"{name}: it has {zeros} zeros, and the report says {said.get(name)}."
 
 
 def _require_equal(model: HuggingFaceModel, folder: Path) -> None:

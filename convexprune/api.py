@@ -232,4 +232,5 @@ def permute(
             found.apply(loaded.model)
         else:
             save_permuted(loaded, found, folder)
-        return PermuteResult(found, folder, read if loaded.streams else lambda: loaded.model)
+        changed = read if loaded.streams else lambda: loaded.model
+        return PermuteResult(permutation=found, output_dir=folder, _model=changed)

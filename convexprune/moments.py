@@ -182,7 +182,7 @@ class Moments:
         """The same moments for the weight with its rows times `factors` [m]."""
         return self.corrected_by(None if self.correction is None else self.correction.scaled(factors))
 
-    def awakened(self, weight: Tensor) -> "Moments":
+    def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
         """The same moments where inputs that are always zero have some energy of their own, the live inputs' mean.
 
         They correlate with no other input. What the columns of `weight` [m n] there add to the outputs of the dense

@@ -21,7 +21,6 @@ from convexprune.adapters import (
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
 from convexprune.adapters.written import require_written
-from convexprune.doubts import doubts
 from convexprune.pipeline import (
     FolderStore,
     Job,
@@ -41,6 +40,7 @@ from convexprune.pipeline.survey import WEIGHED
 from convexprune.progress import begin
 from convexprune.report import OperatorReport, Report
 from convexprune.result import PruneResult
+from convexprune.run_warnings import run_warnings
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.windows import OF_DATASET, Sources, Windows, is_self, name_of_text
 from convexprune.workers import executor_for, team_size
@@ -112,7 +112,7 @@ class Request:
         self._evaluate(report, "pruned", loaded, windows)
         self._warn(report, report.sparser_before)
         report.seconds = self.clock.laps
-        return PruneResult(report, loaded.tokenizer, None, lambda: loaded.model)
+        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: loaded.model)
 
     def in_folder(self, path: Path, resume: bool) -> PruneResult:
         """Prune layer by layer from files to files, or what of it is still to do."""
@@ -152,7 +152,7 @@ class Request:
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
         model = partial(self._read, folder.folder) if loaded.streams else lambda: loaded.model
-        return PruneResult(folder.report(), loaded.tokenizer, folder.folder, model)
+        return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
 
     def _check(self, loaded: HuggingFaceModel) -> None:
         """Refuse, before any work, what the model does not allow."""
@@ -243,16 +243,16 @@ class Request:
     def _report(self, loaded: HuggingFaceModel, windows: Windows) -> Report:
         environment = _environment(loaded) | {"threads": self.threads}
         report = Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
-        for doubt in doubts(loaded, windows, self.recipe):
-            self._warn(report, doubt)
+        for warning in run_warnings(loaded, windows, self.recipe):
+            self._warn(report, warning)
         return report
 
-    def _warn(self, report: Report, doubt: str | None) -> None:
+    def _warn(self, report: Report, warning: str | None) -> None:
         """Tell the user, once, and the report."""
-        if doubt is not None:
-            report.warnings.append(doubt)
+        if warning is not None:
+            report.warnings.append(warning)
             if not self.executor.rank:
-                logger.warning(doubt)
+                logger.warning(warning)
 
     def _tell(self, loaded: HuggingFaceModel) -> Tell:
         operators = sum(len(layer.operators) for layer in loaded.layers)

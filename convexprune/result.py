@@ -11,40 +11,39 @@ from convexprune.adapters.permuting import Permutation
 from convexprune.report import Report
 
 
-@dataclass(frozen=True, eq=False)
-class PruneResult:
-    """What a run gave: its report, and where the pruned model was written, if anywhere."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Result:
+    """A model that was changed, and where it was written, if anywhere."""
+
+    output_dir: Path | None
+    _model: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model: the one that was changed in memory, else read from `output_dir` now."""
+        return self._model()
+
+    def _shown(self, what: object) -> str:
+        place = "in memory" if self.output_dir is None else f"in {self.output_dir}"
+        return f"{type(self).__name__}({what}, {place})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PruneResult(_Result):
+    """What a run gave: its report, and the pruned model."""
 
     report: Report
     tokenizer: PreTrainedTokenizerBase | None
-    output_dir: Path | None
-    _model: Callable[[], PreTrainedModel]
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The pruned model: the one that was pruned in memory, else read from `output_dir` now."""
-        return self._model()
 
     def __repr__(self) -> str:
-        return f"PruneResult({self.report}, {_place(self.output_dir)})"
+        return self._shown(self.report)
 
 
-@dataclass(frozen=True, eq=False)
-class PermuteResult:
-    """What was permuted, and where the permuted model was written, if anywhere."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PermuteResult(_Result):
+    """What was permuted, and the permuted model."""
 
     permutation: Permutation
-    output_dir: Path | None
-    _model: Callable[[], PreTrainedModel]
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """The permuted model: the one that was permuted in memory, else read from `output_dir` now."""
-        return self._model()
 
     def __repr__(self) -> str:
-        return f"PermuteResult({self.permutation}, {_place(self.output_dir)})"
-
-
-def _place(folder: Path | None) -> str:
-    return "in memory" if folder is None else f"in {folder}"
+        return self._shown(self.permutation)

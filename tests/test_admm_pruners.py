@@ -13,8 +13,8 @@ from convexprune.errors import RecipeError, UnsupportedError
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
-from convexprune.pruners.base import Count
 from convexprune.pruners.damped import Damping, saliency_coordinates
+from convexprune.setting_types import Count
 from convexprune.solvers import AbstractSolver, make_solver
 
 PLAIN_PATTERNS = (Unstructured(0.5), Unstructured(0.7, "row"), SemiStructured(2, 4))

@@ -86,7 +86,7 @@ def test_what_a_dead_input_brings_in_the_dense_network_is_still_made_up_for():
     dense = inputs + 0.3 * random(21, *inputs.shape)
     problem = posed(weight, inputs, Unstructured(0.5), dense)
     trial = weight + random(22, *weight.shape)
-    found = problem.awakened().squared_error(trial.masked_fill(dead, 0))
+    found = problem.with_dead_inputs_filled().squared_error(trial.masked_fill(dead, 0))
     torch.testing.assert_close(found, problem.squared_error(trial))
     targets = dense @ weight.T
     torch.testing.assert_close(found, (inputs @ trial.T - targets).square().mean(0))

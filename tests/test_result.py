@@ -80,7 +80,7 @@ def _rounded(tensors: dict[str, Tensor], name: str) -> None:
 
 FAULTS: list[tuple[Callable[[dict[str, Tensor], str], None], str]] = [
     (_without, r"q_proj.weight should be .* and is None"),
-    (_dense_again, r"q_proj has 0 zeros and its report 128"),
+    (_dense_again, r"q_proj: it has 0 zeros, and the report says 128"),
     (_rounded, r"q_proj.weight should be .*'F32'.* and is .*'BF16'"),
 ]
 

@@ -12,10 +12,10 @@ from torch import nn
 import convexprune
 from convexprune import errors
 from convexprune.adapters import calibration_tokens
-from convexprune.adapters.sufficiency import refuse_empty_talk, shortage
-from convexprune.doubts import doubts
+from convexprune.adapters.sufficiency import refuse_uninformative, shortage
 from convexprune.pipeline import make_recipe
 from convexprune.report import Report
+from convexprune.run_warnings import run_warnings
 
 QUICK: dict[str, Any] = {"method": "wanda", "bound_rows": 0}
 NOTHING = {
@@ -56,7 +56,7 @@ def test_a_file_with_nul_bytes_is_no_text(tiny_opt, tmp_path: Path):
     ],
 )
 def test_fewer_tokens_than_inputs_are_told_with_the_number_needed(windows, message: str | None):
-    refuse_empty_talk(windows)
+    refuse_uninformative(windows)
     told = shortage(windows, 100)
     assert told is None if message is None else re.match(message, str(told))
 
@@ -104,5 +104,5 @@ def test_a_model_that_had_more_zeros_than_it_is_asked_for_is_told(build, tmp_pat
 )
 def test_settings_that_may_not_be_what_was_meant_are_told(tiny_llama, settings: dict[str, Any], told: str | None):
     windows = {"calibration": torch.randint(0, 90, (20, 16), generator=torch.Generator().manual_seed(0))}
-    found = list(doubts(tiny_llama, windows, make_recipe(model="", **settings)))
+    found = list(run_warnings(tiny_llama, windows, make_recipe(model="", **settings)))
     assert [text.startswith(told) for text in found] == [True] if told else found == []

@@ -48,18 +48,6 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
     return [ReportedError(report.name, error, report.relative_error) for report in own]
 
 
-def miscounted(pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
-    """What is wrong with the operators whose zeros are not as many as their reports say, by their names."""
-    found = {}
-    said = {report.name: report.zeros for report in reports}
-    for layer in pruned.layers:
-        for operator in layer.operators:
-            name, zeros = f"{layer.name}.{operator.name}", int((operator.read() == 0).sum())
-            if zeros != said.get(name):
-                found[name] = f"{name}: it has {zeros} zeros, and the report says {said.get(name)}"
-    return found
-
-
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:
     """See that the two models and the report of a run have the same operators.
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.selection import matcher
+from convexprune.adapters.written import miscounted
 from convexprune.bound import LowerBound
 from convexprune.errors import RecipeError, require_at_least, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
@@ -24,7 +25,7 @@ from convexprune.report import OperatorReport
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import SolvedProblem, block, block_problems, solve_by_all
-from .reported import ReportedError, miscounted, reported_errors, require_same_shapes
+from .reported import ReportedError, reported_errors, require_same_shapes
 from .source import open_source
 
 AGREEMENT = 1e-6  # relative, of objectives
@@ -189,7 +190,7 @@ def verify(
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     if pruned is not None:
         require_same_shapes(dense, pruned, reports)
-        wrong = miscounted(pruned, reports)
+        wrong = dict(miscounted(pruned.layers, reports))
         names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
     tokens, same = opened.tokens()
     if pruned is not None and not same:

@@ -1,5 +1,6 @@
 """Runs a row in a child of this process, which has imported everything, and names what happened."""
 
+import io
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rows import Answer, Row
 
@@ -69,7 +70,13 @@ def _redirect(out: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for target, source in ((0, null), (1, out), (2, out)):
         os.dup2(source, target)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), errors="replace", write_through=True)
+
+
+def hide(*names: str) -> None:
+    """Have these packages be missing from here on."""
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(names))
 
 
 def _leave(run: Callable[[], object]) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 from hostile import refused
 from reliability import TINY, WANDA, checksums, stopped
 from rows import Checks
-from runner import in_child
+from runner import hide, in_child
 from workshop import RUN, command, ran
 
 import convexprune
@@ -188,7 +188,7 @@ def verify_elsewhere() -> None:
 
 @rows.row("`compare` without matplotlib names --no-plots, or needs none.")
 def no_matplotlib() -> None:
-    sys.modules |= dict.fromkeys([n for n in sys.modules if n.startswith("matplotlib")] + ["matplotlib"])  # type: ignore
+    hide("matplotlib", *[name for name in sys.modules if name.startswith("matplotlib.")])
     line = f"compare m/llama --methods wanda {RUN} --eval-text t/ok.txt --eval-windows 2 --eval-window 32 --output out"
     status, said = ran(line.replace(" --bound-rows 0", ""))
     assert status == 0 or "--no-plots" in said, f"exit status {status}: {said[-160:]}"

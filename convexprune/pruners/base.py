@@ -55,12 +55,12 @@ class PruningProblem:
         """Which inputs are always zero [n]: what their weights are changes no output."""
         return self.moments.sum.diagonal() == 0
 
-    def awakened(self) -> "PruningProblem":
+    def with_dead_inputs_filled(self) -> "PruningProblem":
         """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
 
         That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
         """
-        moments = self.moments.awakened(self.weight)
+        moments = self.moments.with_dead_inputs_filled(self.weight)
         return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
 
     def operators(self) -> list["PruningProblem"]:
@@ -121,8 +121,8 @@ Prune = TypeVar("Prune", bound=Callable[..., Pruned])
 def dead_inputs_first(prune: Prune) -> Prune:
     """A method's `prune` to which the weights on inputs that are always zero (H_jj = 0) are the first to go.
 
-    The method sees the problem `PruningProblem.awakened`. Where the pattern keeps such a weight all the same, because
-    it asks for fewer zeros than there are of them, it keeps its dense value.
+    The method sees the problem `PruningProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
+    same, because it asks for fewer zeros than there are of them, it keeps its dense value.
     """
 
     @wraps(prune)
@@ -130,7 +130,7 @@ def dead_inputs_first(prune: Prune) -> Prune:
     def pruned(self: "AbstractPruner", problem: PruningProblem) -> Pruned:
         if not bool(problem.dead.any()):
             return prune(self, problem)
-        found = prune(self, problem.awakened())
+        found = prune(self, problem.with_dead_inputs_filled())
         return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
 
     return cast(Prune, pruned)

@@ -11,13 +11,13 @@ from convexprune.windows import Windows
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
 
-def doubts(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
+def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
     """Too few tokens, shared weights, a solver that is slow on this model, more rows to bound than there are."""
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
-    for doubt in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):
-        if doubt is not None:
-            yield doubt
+    for warning in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):
+        if warning is not None:
+            yield warning
     if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
         yield (
             f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
