@@ -58,8 +58,8 @@ def load(
     """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
 
     A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
-    is. `dtype` is the checkpoint's own unless
-    given. A folder without a tokenizer is fine as long as it is calibrated with token ids.
+    is. `dtype` is the checkpoint's own unless given. A folder without a tokenizer is fine as long as it is calibrated
+    with token ids.
 
     With `stream` the decoder layers stay on the disk until each is asked for, if the checkpoint allows it: safetensors
     whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says why.

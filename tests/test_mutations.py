@@ -16,6 +16,8 @@ import test_certificate
 import test_closing
 import test_consistency
 import test_fista
+import test_foreign_solvers
+import test_gap
 import test_invariance
 import test_moments
 import test_pattern
@@ -25,7 +27,6 @@ import test_permute
 import test_perspective
 import test_quadratic
 import test_refit
-import test_solvers
 from hypothesis import Phase, settings
 
 from convexprune import bound, consistency, pattern, penalty, permutation, problem, relaxation, split
@@ -97,15 +98,15 @@ FAULTS = (
           "gaps, quadratic.inverse_form(residual - slope))", "gaps, 0.4 * quadratic.inverse_form(residual - slope))",
           test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
     Fault("a support priced without its margins", problem._prices, "/ 2, inf", "/ 4, inf",
-          test_certificate.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
+          test_gap.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
     Fault("any tensors are a sum of squares", consistency.is_sum_of_squares, "factor is not None and enough(factor)",
           "True", test_consistency.test_an_indefinite_gram_matrix_has_no_certificate, {"name": "fista"}),
     Fault("a certificate in the units of the inputs", Quadratic.unit_free.func, "power_of_two(self.scale().double())",
           "torch.ones_like(self.scale().double())",
-          test_certificate.test_the_units_of_the_inputs_do_not_make_an_answer_uncertain,
+          test_gap.test_the_units_of_the_inputs_do_not_make_an_answer_uncertain,
           {"name": "Support", "spread": 1e10}),
     Fault("a status that the certificate does not back", Status.of.__func__, "cls.UNCONFIRMED if", "said if",
-          test_solvers.test_the_certificate_of_a_users_solver_is_ours),
+          test_foreign_solvers.test_the_certificate_of_a_users_solver_is_ours),
     Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(point)", "slack = 0 * values",
           test_certificate.test_the_bound_holds_near_the_solution_too),
     Fault("a KKT residual of nothing", problem.certify, "point + residual / scale, 1.0", "point, 0.0",

@@ -12,6 +12,7 @@ import transformers
 from families import FAMILIES, build_family
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import checksums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -284,7 +285,7 @@ def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch:
         asked.append((path.parent.name if path.suffix == ".bin" else path.name, begin, length))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    with_hints = convexprune.prune(llama, output_dir=tmp_path / "a", **SETTINGS)
+    convexprune.prune(llama, output_dir=tmp_path / "a", **SETTINGS)
     # Each layer: what enters it, four times; what stages 2 and 3 see, in files of scratch/00000, 00001; and what leaves
     # it, which enters the next one.
     assert [place for place, *_ in asked].count("hidden") == 2 * 4 + 1
@@ -293,10 +294,8 @@ def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch:
     second = {(e.begin, e.spec.nbytes) for name, e in stored.items() if ".layers.1." in name}
     assert {(begin, length) for place, begin, length in asked if place == "model.safetensors"} == second
     monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
-    without = convexprune.prune(llama, output_dir=tmp_path / "b", **SETTINGS)
-    assert all(
-        torch.equal(a, b) for a, b in zip(with_hints.model.parameters(), without.model.parameters(), strict=True)
-    )
+    convexprune.prune(llama, output_dir=tmp_path / "b", **SETTINGS)
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
 
 
 def test_a_hint_about_a_file_that_is_gone_is_no_error(tmp_path: Path):

@@ -50,29 +50,30 @@ def prune_group(
         held_out = _relative_errors(team.part(unseen), stored, heights, team)
     bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
     bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts), factors)
-    before = [int((dense == 0).sum()) for dense in stack.split(heights)]
-    for i, (operator, weight) in enumerate(zip(group.operators, stored.split(heights), strict=True)):
+    parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
+    for i, (operator, weight, dense) in enumerate(parts):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
         if zeros < expected:  # more are only what was zero before
             raise PruningError(f"{names[i]}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
-        report = OperatorReport(
-            name=names[i],
-            outputs=operator.shape[0],
-            inputs=operator.shape[1],
-            zeros=zeros,
-            expected_zeros=expected,
-            dense_zeros=before[i],
-            pattern=str(asked[i]),
-            relative_error=errors[i],
-            held_out_error=held_out[i],
-            **_certified(pruned),
-            facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
-            tokens=folds.tokens,
-            held_out_tokens=folds.held_out.tokens,
-            seconds=time.perf_counter() - began,
-            bound=bounds[i],
+        tell(
+            OperatorReport(
+                name=names[i],
+                outputs=operator.shape[0],
+                inputs=operator.shape[1],
+                zeros=zeros,
+                expected_zeros=expected,
+                dense_zeros=int((dense == 0).sum()),
+                pattern=str(asked[i]),
+                relative_error=errors[i],
+                held_out_error=held_out[i],
+                **_certified(pruned),
+                facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
+                tokens=folds.tokens,
+                held_out_tokens=folds.held_out.tokens,
+                seconds=time.perf_counter() - began,
+                bound=bounds[i],
+            )
         )
-        tell(report)
 
 
 def _solved(
