@@ -20,7 +20,7 @@ called one by one against the model's own forward pass (relative, on other token
 Nothing here is described by hand: layers, operators, shared inputs, order, experts and routers are found by watching a few forward
 passes ([adapters/discovery.py](../adapters/discovery.py)), so an architecture that is not in this list works if its decoder layers,
 called one by one, are the model; if not, it is refused. A family costs no line of code in the package, one line in the list that
-`convexprune list` prints, and its configuration in [tests/families.py](../tests/families.py), whose lines are counted
+`convexprune list` prints, and its configuration in [tests/tiny_families.py](../tests/tiny_families.py), whose lines are counted
 [below](#stages). Real models are pruned in [benchmarks.md](benchmarks.md).
 """
 
@@ -79,8 +79,8 @@ def main(paths: list[Path]) -> None:
 
 
 def lines_of_configuration() -> dict[str, int]:
-    """How many lines each family takes in the table of tests/families.py."""
-    tree = ast.parse((Path(__file__).parent.parent / "tests" / "families.py").read_text())
+    """How many lines each family takes in the table of tests/tiny_families.py."""
+    tree = ast.parse((Path(__file__).parent.parent / "tests" / "tiny_families.py").read_text())
     table = next(n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "FAMILIES")
     assert isinstance(table, ast.Dict)
     pairs = zip(table.keys, table.values, strict=True)

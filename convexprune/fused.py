@@ -16,7 +16,7 @@ def fused(function: Function) -> Function:
     """`function` of tensors, the first one's device deciding: compiled where `has_kernels`, op by op elsewhere.
 
     What is memory-bound then reads and writes every tensor once. Give it numbers as `number_like`. Results differ in
-    rounding only (tests/test_fused.py).
+    rounding only (tests/property/test_fused.py).
     """
     compiled = cache(lambda: torch.compile(function, dynamic=True))  # importing it takes a second
 

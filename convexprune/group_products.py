@@ -55,7 +55,7 @@ class GroupProducts(AbstractPenalty):
             u_i = (|v_i| - step strength c_i e_kept(the others' c u))_+
 
         With equal weights one is enough, with others one for every support of more than `kept` entries. That the best
-        of these is the minimiser is an observation (tests/test_group_products.py), not a theorem.
+        of these is the minimiser is an observation (tests/property/test_group_products.py), not a theorem.
         """
         require_step(step)
         magnitude, order = weight.abs().view(-1, self.group).sort(dim=1, stable=True)

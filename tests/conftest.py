@@ -1,4 +1,4 @@
-"""Small models for all tests. Nothing here or in any test needs a network or a GPU."""
+"""Small models for all tests. None needs a network; those of `pytest -m gpu` need a GPU, and the others see none."""
 
 import os
 
@@ -22,6 +22,13 @@ from convexprune.adapters import EMBEDDED, HuggingFaceModel
 from convexprune.errors import ModelError
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, so that a test says the same on every machine."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 VOCABULARY = 4096  # the bundled tokenizer's, so that the tiny models can read text
 POSITIONS = 64

@@ -18,7 +18,7 @@ class Method(NamedTuple):
     """What a method needs for a stack [m n].
 
     `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
-    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/test_cost.py).
+    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/unit/test_cost.py).
     `products` [m n] x [n n] are what it takes on real layers, the refit's among them (docs/benchmarks.md);
     `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
     arithmetic at the rate of a bare product (benchmarks/layer.py).

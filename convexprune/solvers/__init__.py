@@ -1,4 +1,4 @@
-"""Solvers by name. To add one: a file here, a line in `_PLACES`, a line in the table of tests/test_solvers.py."""
+"""Solvers by name. To add one: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
 
 from importlib import import_module
 from typing import Any

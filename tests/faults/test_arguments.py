@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 from door import SMALL, TOKENS
-from families import _COMMON, build_family
+from tiny_families import _COMMON, build_family
 
 import convexprune
 from convexprune import errors

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, TOKENS
+from tiny_families import FAMILIES, TOKENS
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import convexprune
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):

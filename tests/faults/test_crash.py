@@ -1,7 +1,7 @@
 """Every file operation and every allocation of a run fails in turn, and the power is cut after each operation.
 
 What follows is one clear error or a result, and then, resumed, the very bits of a run that was left in peace. The slow
-tests do so with every single one, and print how many there were (`pytest -m slow -s tests/test_crash.py`).
+tests do so with every single one, and print how many there were (`pytest -m slow -s tests/faults/test_crash.py`).
 """
 
 import hashlib

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build_family
 from runs import SETTINGS, TOKENS, checksums, forked
+from tiny_families import build_family
 
 import convexprune
 from convexprune import errors

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "trials"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "trials"
 RIGHT = "^(sp_neg|dev_typo|q_nan|dead_inputs_wanda|instruction_set)$"  # a row of each kind, all of them quick
 
 

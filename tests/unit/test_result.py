@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import SMALL, build_family
 from runs import SETTINGS, checksums, cut, empty, flip
 from safetensors.torch import load_file, save_file
+from tiny_families import SMALL, build_family
 from torch import Tensor
 
 import convexprune

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from families import VOCABULARY, build_family
+from tiny_families import VOCABULARY, build_family
 from torch import Tensor
 
 import convexprune

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build_family
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import checksums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, build_family
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -286,8 +286,7 @@ def test_what_comes_next_is_read_ahead(llama: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     convexprune.prune(llama, output_dir=tmp_path / "a", **SETTINGS)
-    # Each layer: what enters it, four times; what stages 2 and 3 see, in files of scratch/00000, 00001; and what leaves
-    # it, which enters the next one.
+    # Each layer: what enters it, four times; what stages 2 and 3 see, of scratch/00000, 00001; what leaves it.
     assert [place for place, *_ in asked].count("hidden") == 2 * 4 + 1
     assert sum(place.startswith("0000") for place, *_ in asked) == 2 * 2 + 1
     stored = entries(llama / "model.safetensors")[0]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, POSITIONS, SMALL, TOKENS, VOCABULARY, build_family, on_disk, weights
+from tiny_families import FAMILIES, POSITIONS, SMALL, TOKENS, VOCABULARY, build_family, on_disk, weights
 from torch import nn
 
 import convexprune

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import SMALL, TOKENS, build_family, on_disk, weights
+from tiny_families import SMALL, TOKENS, build_family, on_disk, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 

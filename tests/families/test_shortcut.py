@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, build_family
+from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
 import convexprune

@@ -8,8 +8,8 @@ import gguf
 import peft
 import pytest
 import torch
-from families import VOCABULARY, build_family
 from safetensors.torch import load_file, save_file
+from tiny_families import VOCABULARY, build_family
 from transformers import AutoModelForCausalLM
 
 import convexprune

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from families import FAMILIES
+from tiny_families import FAMILIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text()
-TESTS = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("admission", "discovery", "checkpoint"))
+FOLDER = ROOT / "tests" / "families"
+TESTS = "".join((FOLDER / f"test_{name}.py").read_text() for name in ("admission", "discovery", "checkpoint"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, SMALL, TOKENS, build_family
+from tiny_families import FAMILIES, SMALL, TOKENS, build_family
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build_family
+from tiny_families import FAMILIES, build_family
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 

@@ -1,0 +1,41 @@
+"""What a GPU must do as a CPU does: `pytest -m gpu` on a machine that has one; without one they are skipped."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pruning_cases import PATTERNS, correlated, layer_problem
+from runs import checksums
+from strategies import Layer
+
+import convexprune
+from convexprune.pruners import PRUNERS, PruningProblem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+WINDOWS = torch.randint(2, 500, (5, 16), generator=torch.Generator().manual_seed(3))
+
+
+def _problem(pattern: str, device: str) -> PruningProblem:
+    layer = correlated(0, m=6, change=0.3)
+    here = Layer(*(values.to(device) for values in (layer.weight, layer.pruned, layer.dense)))
+    return layer_problem(here, PATTERNS[pattern])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_pruner_gives_the_pattern_and_the_error_that_it_gives_on_the_cpu(name: str, pattern: str):
+    found = PRUNERS[name]().prune(_problem(pattern, "cuda"))
+    exact = _problem(pattern, "cpu")
+    expected = PRUNERS[name]().prune(exact)
+    assert int((~found.mask).sum()) == exact.pattern.zeros(6, 16)
+    here = exact.squared_error(found.weight.cpu()).sum()
+    torch.testing.assert_close(here, exact.squared_error(expected.weight).sum(), rtol=1e-2, atol=0)
+
+
+def test_a_run_gives_the_same_bits_twice_and_every_solve_is_certified(dense: Path, tmp_path: Path):
+    settings: dict[str, Any] = {"dataset": WINDOWS, "num_calibration_samples": 4, "device": "cuda"}
+    results = [convexprune.prune(dense, output_dir=tmp_path / name, **settings) for name in ("first", "second")]
+    assert checksums(tmp_path / "first") == checksums(tmp_path / "second")
+    assert all((r.report.largest_gap or 1) <= 1e-4 for r in results)
