@@ -20,6 +20,8 @@ from convexprune.problem import Problem
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, solve
 
+__all__ = ["Named", "Result", "check", "load", "names"]
+
 FOLDER = Path(__file__).parent / "data" / "problems"
 AGREEMENT = 1e-6  # relative
 

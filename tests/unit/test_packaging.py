@@ -1,9 +1,13 @@
 """What a user installs: one top-level package, with the adapters, the validation and the bundled model inside."""
 
+import os
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import convexprune
 
@@ -19,10 +23,41 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
     assert {f"convexprune/{n}" for n in needed} <= set(names)
 
 
-def test_the_public_names_are_those_that_are_exported():
-    assert sorted(convexprune.__all__) == sorted(set(convexprune.__all__))
-    for name in convexprune.__all__:
-        assert getattr(convexprune, name) is not None
+PUBLIC = {
+    "convexprune": """
+        L1 AbstractPenalty AbstractSolver Certificate Inspection Moments OperatorReport PermuteResult Problem
+        PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support Unstructured
+        Verification certify compare compare_samples errors inspect load make_solver parse_pattern permute perplexity
+        problems prune pruners solver_names solvers verify""",
+    "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
+    "convexprune.problems": "Named Result check load names",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_public_names_are_these(module: str):
+    room = import_module(module)
+    assert sorted(room.__all__) == sorted(PUBLIC[module].split())
+    assert all(getattr(room, name) is not None for name in room.__all__)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["prune", "--help"], ["--version"]])
+def test_help_loads_no_torch_and_takes_no_time(command: list[str]):
+    code = (
+        "import sys\nfrom convexprune.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    before = os.times()
+    subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 3  # of a CPU: 0.5 on a free machine, and torch alone takes more than 2
+
+
+def test_the_names_come_without_torch_until_one_is_used():
+    code = "import sys, convexprune; assert 'prune' in dir(convexprune) and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code + "; convexprune.errors; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_an_unknown_name_is_an_attribute_error():
