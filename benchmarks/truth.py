@@ -14,7 +14,6 @@ from convexprune.moments import Moments
 from convexprune.pattern import parse_pattern
 from convexprune.pipeline import LayerSettings, make_recipe
 from convexprune.pruners import ADMM, PRUNERS, Convex, PruningProblem
-from convexprune.pruners.perspective import Perspective
 from convexprune.validation import best_pruning
 from convexprune.validation.layer_problems import operator_problems
 
@@ -33,7 +32,7 @@ def main() -> None:
     names = [f"{layer.name}.{operator.name}" for operator in layer.operators]
     operators = list(operator_problems(model, tokens, settings, names))
     pruners = {name: cls() for name, cls in PRUNERS.items()}
-    pruners |= {"convex": Convex(damping=1e-4), "admm": ADMM(damping=1e-4), "perspective": Perspective(damping=1e-4)}
+    pruners |= {"convex": Convex(damping=1e-4), "admm": ADMM(damping=1e-4)}
     for pattern in (
         parse_pattern("unstructured", 0.5),
         parse_pattern("unstructured", 0.5, "row"),

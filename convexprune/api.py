@@ -74,8 +74,8 @@ def prune(
             bundled.
         solver: of method="convex": "fista" (production), "admm", "cvxpy" or "scipy" (ground truth, for very small
             models), or your own `AbstractSolver`.
-        method: "convex", "admm" (the pattern as a constraint), "perspective", or a baseline: "alps", "sparsegpt",
-            "wanda", "magnitude", "fistapruner".
+        method: "convex", "admm" (the pattern as a constraint), or a baseline: "alps", "sparsegpt", "wanda",
+            "magnitude", "fistapruner".
         sparsity: share of zeros in every operator, in [0, 1); None is 0.5, or what an N:M pattern fixes.
         pattern: "unstructured", or "N:M" for N non-zeros in every M inputs ("2:4").
         preset: "fistapruner" is the algorithm of arXiv 2408.03728 as published, for comparison.
@@ -85,7 +85,7 @@ def prune(
             least predicted loss as well, from error curves weighted by these gradients (a survey of the dense model,
             which takes about five times as long as SparseGPT); "half-curve", half of the way there; "owl" or
             "skewness", by the shape of each decoder layer's scores. N:M patterns take "uniform" and "curve".
-            None: "rows" for the methods "convex", "admm" and "perspective" with a quota of each matrix, else "uniform".
+            None: "rows" for the methods "convex" and "admm" with a quota of each matrix, else "uniform".
         dataset: calibration tokens: "self" (sampled from the model), "c4", "wikitext2", "ptb" or another data set of
             the hub (needs the package datasets), a .txt or .jsonl path, a list of texts, or token ids: as tensors,
             arrays, lists, or an iterable of them (a DataLoader).

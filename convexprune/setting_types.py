@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from functools import lru_cache
+from inspect import signature
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
@@ -24,7 +25,7 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
     Raises:
         RecipeError: a setting that it does not have, or out of range.
     """
-    known = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    known = signature(kind).parameters
     for setting in settings:
         if setting not in known:
             raise RecipeError(unknown(f"setting of {name!r}:", setting, known))

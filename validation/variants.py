@@ -11,7 +11,7 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings, Recipe, make_recipe
 from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.recipe import SOLVERS
-from convexprune.pruners import PRUNERS
+from convexprune.pruners import PRUNERS, no_method
 
 CONVENTIONS: dict[str, tuple[str, float, Correct]] = {
     "dense": ("dense", 1.0, "operator"),
@@ -155,7 +155,7 @@ def _method(text: str) -> dict[str, Any]:
     """The recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
     if name not in PRUNERS and name not in SOLVERS:
-        raise RecipeError(unknown("method", name, {*PRUNERS, *SOLVERS}))
+        raise RecipeError(no_method(name, SOLVERS))
     settings: dict[str, Any] = {"method": name} if name in PRUNERS else {"method": "convex", "solver": name}
     for pair in pairs:
         key, equals, value = pair.partition("=")

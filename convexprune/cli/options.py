@@ -17,8 +17,8 @@ Quota = Annotated[str, typer.Option(help="Where the share of zeros holds: matrix
 Allocation = Annotated[
     str | None,
     typer.Option(
-        help="How the zeros are spread: uniform, rows, curve, half-curve, owl, skewness. Left out: of convex, admm and "
-        "perspective rows, if unstructured with --quota matrix; else uniform."
+        help="How the zeros are spread: uniform, rows, curve, half-curve, owl, skewness. Left out: of convex and "
+        "admm rows, if unstructured with --quota matrix; else uniform."
     ),
 ]
 Dataset = Annotated[

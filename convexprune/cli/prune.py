@@ -24,7 +24,7 @@ def prune(
     ] = "fista",
     method: Annotated[
         str,
-        typer.Option(help="convex, admm, perspective, or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda."),
+        typer.Option(help="convex, admm, or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda."),
     ] = "convex",
     preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,

@@ -38,7 +38,6 @@ METHODS = {
     "convex": Method(6.9, 28.4, 94, 8, 1.8),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 3.0),
-    "perspective": Method(15.9, 49.0, 90, 8, 8.0),
     "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
     "wanda": Method(5.0, 7.9, 0, 0, 3.0),
 }

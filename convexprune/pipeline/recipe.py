@@ -12,7 +12,7 @@ from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
 from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.settings import LayerSettings
 from convexprune.pipeline.survey import Pattern, check_rule
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners.search import AbstractSearch
 from convexprune.setting_types import make
 from convexprune.solvers import AbstractSolver, solver_names
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
                 f"(--solver {self.method}). The baseline of arXiv 2408.03728 is the method 'fistapruner'."
             )
         if self.method not in PRUNERS:
-            raise RecipeError(unknown("method", self.method, PRUNERS))
+            raise RecipeError(no_method(self.method))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
         for name, value in PUBLISHED.items() if self.preset else ():
@@ -114,14 +114,7 @@ class Recipe(BaseModel):
                     f"preset={self.preset!r} is the algorithm as published, with {name}={value!r}, not "
                     f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
                 )
-        pattern = self.build_pattern()
-        check_rule(self.allocation, pattern)
-        grouped = isinstance(pattern, SemiStructured) and self.allocation == "uniform"
-        if self.method_args.get("penalty") == "group-products" and not grouped:
-            raise RecipeError(
-                f"penalty='group-products' needs one pattern N:M for all operators, as in pattern='2:4'; "
-                f"pattern={self.pattern!r} with allocation={self.allocation!r} is none."
-            )
+        check_rule(self.allocation, self.build_pattern())
         return self
 
     def build_pattern(self) -> Unstructured | SemiStructured:
@@ -188,7 +181,7 @@ class Recipe(BaseModel):
             raise RecipeError(f"solver='cg' solves for fixed supports only (refits). Known: {', '.join(SOLVERS)}.")
         if self.solver not in SOLVERS:
             raise RecipeError(unknown("solver", self.solver, SOLVERS))
-        return Convex.solver_for(self.solver, self.method_args.get("penalty", Convex.penalty))
+        return Convex.solver_for(self.solver)
 
 
 def _own_allocation(given: Mapping[str, Any]) -> str:

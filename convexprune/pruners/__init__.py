@@ -1,12 +1,14 @@
 """Pruners by name. To add one: a file here and a line in `PRUNERS`."""
 
+from collections.abc import Iterable
+
+from convexprune.errors import unknown
 from convexprune.pruners.admm import ADMM
 from convexprune.pruners.alps import ALPS
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.convex import Convex
 from convexprune.pruners.fistapruner import FISTAPruner
 from convexprune.pruners.magnitude import Magnitude
-from convexprune.pruners.perspective import Perspective
 from convexprune.pruners.refit import Refitted
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
@@ -17,10 +19,20 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
     "convex": Convex,
     "fistapruner": FISTAPruner,
     "magnitude": Magnitude,
-    "perspective": Perspective,
     "sparsegpt": SparseGPT,
     "wanda": Wanda,
 }
+
+GONE = {
+    "perspective": "The method 'perspective' is gone: 'convex' and 'admm' have lower errors and take less time. "
+    "Its relaxation is still the lower bound of reports (`LowerBound`).",
+}
+
+
+def no_method(name: str, others: Iterable[str] = ()) -> str:
+    """The message for a name that is no method; `others` are names that are accepted, too."""
+    return GONE.get(name) or unknown("method", name, {*PRUNERS, *others})
+
 
 __all__ = [
     "ADMM",
@@ -30,10 +42,10 @@ __all__ = [
     "Convex",
     "FISTAPruner",
     "Magnitude",
-    "Perspective",
     "Pruned",
     "PruningProblem",
     "Refitted",
     "SparseGPT",
     "Wanda",
+    "no_method",
 ]

@@ -24,9 +24,9 @@ import test_pattern
 import test_penalty
 import test_permutation
 import test_permute
-import test_perspective
 import test_quadratic
 import test_refit
+import test_reverse_huber
 from hypothesis import Phase, settings
 
 from convexprune import bound, consistency, pattern, penalty, permutation, problem, relaxation, split
@@ -87,9 +87,9 @@ FAULTS = (
     Fault("a strength that is not rescaled", L1.scaled, "self.strength / scale", "self.strength",
           test_penalty.test_a_scaled_penalty_is_the_same_function_of_the_scaled_weight),
     Fault("a reverse Huber prox with one branch", ReverseHuber.prox, "size.div_(1 + step * self.curvature)", "soft",
-          test_perspective.test_the_prox_minimises_its_objective),
+          test_reverse_huber.test_the_prox_minimises_its_objective),
     Fault("a reverse Huber conjugate without its price", ReverseHuber.conjugate, " - self.price", "",
-          test_perspective.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
+          test_reverse_huber.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
     Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
     Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - slope) + ", "",

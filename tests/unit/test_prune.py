@@ -101,7 +101,7 @@ def test_a_refit_is_added_to_a_method_that_has_none(build, method: str):
     assert first[1].relative_error < 0.95 * first[0].relative_error
 
 
-@pytest.mark.parametrize("method", ["convex", "admm", "alps", "perspective"])
+@pytest.mark.parametrize("method", ["convex", "admm", "alps"])
 def test_a_refit_is_taken_from_a_method_that_has_one(build, method: str):
     plain, bare = (convexprune.prune(build("opt"), method=method, refit=r, **SMALL).report for r in (True, False))
     first = [report.operators[0] for report in (plain, bare)]

@@ -209,9 +209,6 @@ def test_what_cannot_be_allocated_is_refused():
             convexprune.prune(allocation=rule, pattern="2:4")
     with pytest.raises(RecipeError, match="quota='row' each has its own"):
         convexprune.prune(allocation="rows", quota="row")
-    for pattern, allocation in (("unstructured", "uniform"), ("2:4", "curve")):
-        with pytest.raises(RecipeError, match="needs one pattern N:M for all operators"):
-            convexprune.prune(method_args={"penalty": "group-products"}, pattern=pattern, allocation=allocation)
 
 
 def test_operators_with_one_input_differ_in_their_shares_and_none_is_touched_for_nothing(tiny_llama: HuggingFaceModel):

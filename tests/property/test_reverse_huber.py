@@ -1,16 +1,14 @@
-"""The reverse Huber penalty and the pruner that is made of it."""
+"""The reverse Huber penalty: values, prox, conjugate, and solvers that take it."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import PATTERNS, error, layer_problem
-from strategies import make_chain, make_layer, random, seeds, sizes
+from strategies import make_layer, random, seeds, sizes
 
 from convexprune.errors import ProblemError
 from convexprune.penalty import ReverseHuber
 from convexprune.problem import Problem, certify
-from convexprune.pruners import PRUNERS, Perspective
 from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-12
@@ -97,11 +95,3 @@ def test_fista_certifies_it_and_cvxpy_agrees(kind, seed):
 def test_what_is_not_convex_or_not_finite_is_refused(curvature, price):
     with pytest.raises(ProblemError, match="reverse Huber"):
         ReverseHuber(torch.tensor(curvature), torch.tensor(price))
-
-
-@pytest.mark.parametrize("pattern", [PATTERNS[name] for name in ("matrix", "row", "2:4")], ids=str)
-def test_the_pruner_is_certified_and_better_than_wanda(pattern):
-    problem = layer_problem(make_chain(4, 24, 0, 0.7, tokens=400), pattern)
-    pruned = Perspective(damping=1e-3).prune(problem)
-    assert all(s.certificate.relative_gap <= 1e-4 for s in pruned.solutions)
-    assert float(problem.squared_error(pruned.weight).sum()) < error(problem, PRUNERS["wanda"]())
