@@ -200,7 +200,7 @@ def _needs(found: Inspection) -> Table:
     table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
     laps = ", ".join(f"{name} {_time(lap)}" for name, lap in found.seconds.items())
     total = _time(sum(found.seconds.values()))
-    spread = "layers" if found.recipe["prefix"] == "dense" else "the samples and rows of each layer"
+    spread = "layers" if found.recipe["prefix"] == "dense" else "the samples of each layer"
     table.add_row(
         "time",
         total,

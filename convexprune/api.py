@@ -120,7 +120,7 @@ def prune(
         executor: who prunes: "serial" (this process), "pool" (processes on this machine, one for each GPU), "ranks"
             (of torchrun or SLURM, all started with this same call), or "ray" (needs Ray). All but the
             first need an `output_dir` that all of them see, and a model that can be opened there. With
-            prefix="pruned" layers wait for each other: "ranks" then share out the samples and rows of each layer.
+            prefix="pruned" layers wait for each other: "ranks" then share out the samples of each layer.
         workers: how many, for "pool" and "ray"; None: one for each GPU, or as many as the cores have room for.
         threads: that a layer is pruned on; None: what torch has, divided by the workers. The bits depend on it.
         evaluation: what to measure perplexity on, before and after: "self" (sampled from the dense model, apart from

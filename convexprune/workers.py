@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from convexprune.errors import RecipeError, require_at_least
 from convexprune.pipeline import AbstractExecutor, Recipe, make_executor
 from convexprune.pipeline.machine import default_workers
-from convexprune.pipeline.team import require_meeting
+from convexprune.pipeline.team import require_rendezvous
 
 
 def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
@@ -35,7 +35,7 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
     """
     if recipe.prefix == "dense" or executor.together == 1:
         return 1
-    require_meeting()
+    require_rendezvous()
     batches = -(-recipe.num_calibration_samples // recipe.batch_size)
     if batches < executor.together:
         raise RecipeError(
@@ -58,7 +58,7 @@ def _check_spread(settings: dict[str, Any]) -> None:
     if settings["prefix"] == "pruned" and name != "ranks":
         raise RecipeError(
             f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
-            "cannot be spread. executor='ranks', started by torchrun, spreads the samples and rows of each layer, and "
+            "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "
             "executor='serial' over threads; or use prefix='dense'."
         )
     if name != "ranks" and isinstance(settings["model"], PreTrainedModel):

@@ -16,9 +16,9 @@ from convexprune.errors import DependencyError, PruningError, RecipeError, insta
 from convexprune.model import AbstractModel
 from convexprune.pipeline.machine import threads
 from convexprune.pipeline.settings import Tell
-from convexprune.pipeline.store import FolderStore, TeamStore
+from convexprune.pipeline.store import FolderStore, RankStore
 from convexprune.pipeline.task import prune_claimed
-from convexprune.pipeline.team import Team
+from convexprune.pipeline.team import ProcessGroup
 from convexprune.pipeline.worker import Job, Worker
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
@@ -61,7 +61,7 @@ class Serial(AbstractExecutor):
 class Ranks(AbstractExecutor):
     """One of the `size` processes that torchrun or srun started with the same command.
 
-    They meet in the run's folder only; if layers wait for each other, they are a team that prunes each layer together.
+    They meet in the run's folder only; if layers wait for each other, they prune each layer together.
     Launchers divide the threads themselves.
     """
 
@@ -95,9 +95,9 @@ class Ranks(AbstractExecutor):
             if job.work.settings.prefix == "dense":
                 prune_claimed(model, store, job.work, tell)
                 return
-            with Team.met(self.number, self.size) as team:
-                ours = TeamStore(store.folder, store.count, model.device, team)
-                prune_claimed(model, ours, job.work.shared(team), (lambda _: None) if team.rank else tell)
+            with ProcessGroup.connected(self.number, self.size) as ranks:
+                ours = RankStore(store.folder, store.count, model.device, ranks)
+                prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else tell)
 
 
 @dataclass(frozen=True)

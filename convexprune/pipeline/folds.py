@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune.errors import PruningError
 from convexprune.moments import Correction, Moments
-from convexprune.pipeline.team import Team
+from convexprune.pipeline.team import ProcessGroup
 
 ROOM = 4 << 30
 """Bytes for the moments of the experts that are pruned side by side."""
@@ -107,32 +107,32 @@ class Folds:
             second + shared.counted_as(lacking // 2),
         )
 
-    def add_up(self, team: Team) -> None:
-        """Count what the other ranks of a team have counted, too.
+    def add_up(self, ranks: ProcessGroup) -> None:
+        """Count what the other ranks have counted, too.
 
         Raises:
             PruningError: the ranks do not count the same quantities, or one was lost.
         """
-        if team.size == 1:
+        if ranks.size == 1:
             return
-        device, first_has_more = self.held_out.sum.device, torch.zeros(team.size, dtype=torch.int64)
-        first_has_more[team.rank] = int(self.halves[0].tokens > self.halves[1].tokens)
+        device, first_has_more = self.held_out.sum.device, torch.zeros(ranks.size, dtype=torch.int64)
+        first_has_more[ranks.rank] = int(self.halves[0].tokens > self.halves[1].tokens)
         facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.correction is not None]
-        told, changed, judged, *odd = team.total(torch.tensor([*facts, *first_has_more], device=device)).tolist()
-        if told != team.size * facts[0]:
+        told, changed, judged, *odd = ranks.all_reduce(torch.tensor([*facts, *first_has_more], device=device)).tolist()
+        if told != ranks.size * facts[0]:
             raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
-        if sum(odd[: team.rank]) % 2:  # alone, the next sample would have gone to the second half
+        if sum(odd[: ranks.rank]) % 2:  # alone, the next sample would have gone to the second half
             self._halves = self._halves[1], self._halves[0]
         parts = (*self.halves, self.held_out)
-        tokens = team.total(torch.tensor([part.tokens for part in parts], device=device)).tolist()
+        tokens = ranks.all_reduce(torch.tensor([part.tokens for part in parts], device=device)).tolist()
         for part, number in zip(parts, tokens, strict=True):
             part.tokens = number
-            team.total(part.sum)
+            ranks.all_reduce(part.sum)
         none = partial(Correction.none, self.held_out.sum, self.held_out.outputs)
         if changed:
-            self._change = _added_up(self._change or none(), team)
+            self._change = _added_up(self._change or none(), ranks)
         if judged:
-            self.held_out.correction = _added_up(self.held_out.correction or none(), team)
+            self.held_out.correction = _added_up(self.held_out.correction or none(), ranks)
 
     @property
     def tokens(self) -> int:
@@ -153,9 +153,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _added_up(correction: Correction, team: Team) -> Correction:
-    team.total(correction.cross)
-    team.total(correction.change)
+def _added_up(correction: Correction, ranks: ProcessGroup) -> Correction:
+    ranks.all_reduce(correction.cross)
+    ranks.all_reduce(correction.change)
     return correction
 
 

@@ -15,7 +15,6 @@ from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.lacking import stack_of
 from convexprune.pipeline.settings import LayerSettings, Tell
-from convexprune.pipeline.team import Team
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
@@ -29,7 +28,6 @@ def prune_group(
     tell: Tell,
     began: float,
     facts: dict[str, float],
-    team: Team,
 ) -> None:
     """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
     heights = tuple(operator.shape[0] for operator in group.operators)
@@ -39,17 +37,16 @@ def prune_group(
     pattern, factors = Stacked(asked, heights), settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
-    pruned = _solved(problem, pattern, factors, settings.pruner, team)
+    pruned = _solved(problem, pattern, factors, settings.pruner)
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)
-    errors = _relative_errors(team.part(problem), stored, heights, team)
+    errors = _relative_errors(problem, stored, heights)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
         unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
-        held_out = _relative_errors(team.part(unseen), stored, heights, team)
-    bound_rows = 0 if team.rank else settings.bound_rows  # the first one reports
-    bounds = sampled_bounds(problem, stored, bound_rows, Damping.of(pruned.facts), factors)
+        held_out = _relative_errors(unseen, stored, heights)
+    bounds = sampled_bounds(problem, stored, settings.bound_rows, Damping.of(pruned.facts), factors)
     parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
     for i, (operator, weight, dense) in enumerate(parts):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
@@ -76,15 +73,12 @@ def prune_group(
         )
 
 
-def _solved(
-    problem: PruningProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner, team: Team
-) -> Pruned:
+def _solved(problem: PruningProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> Pruned:
     """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
     dense = problem.weight
     if not pattern.zeros(*dense.shape):
         return Pruned(dense, torch.ones_like(dense, dtype=torch.bool))
-    posed = problem.scaled(factors)
-    pruned = team.prune(pruner, posed, team.part(posed))
+    pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
     parts = zip(pattern.patterns, weight.split(pattern.heights), dense.split(pattern.heights), strict=True)
     chosen = [after if own.zeros(*after.shape) else before for own, after, before in parts]
@@ -124,10 +118,7 @@ def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
     return torch.cat(stored)
 
 
-def _relative_errors(part: PruningProblem, weight: Tensor, heights: Sequence[int], team: Team) -> list[float]:
-    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n], of which a rank has its `part`."""
-    count = len(weight)
-    mine = team.share(count)
-    errors = team.whole(part.squared_error(weight[mine]), count).split(heights)
-    energies = team.whole(part.energy, count).split(heights)
+def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]."""
+    errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
     return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]

@@ -51,7 +51,7 @@ def prune_observed(
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 closes = group is observed.closing and settings.correct == "layer" and settings.correction > 0
                 facts = {"corrects_layer": 1.0} if closes else {}
-                prune_group(layer.name, group, fold, settings, tell, began, facts, hidden.team)
+                prune_group(layer.name, group, fold, settings, tell, began, facts)
                 began = time.perf_counter()
     return {observed.shortcuts[group]: x for group, x in inputs.items() if group in observed.shortcuts}
 
@@ -104,7 +104,7 @@ def stage_folds(
                 if not group.paired and watched is stage:
                     shared[width(group)].add(x, None, held_out)
         for counted in (*folds.values(), *(() if part_number else shared.values())):
-            counted.add_up(hidden.team)
+            counted.add_up(hidden.process_group)
         for group in part:
             if not group.paired:
                 folds[group].borrow(shared[width(group)])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune.pattern import AbstractPattern
 from convexprune.pipeline.passes import Correct
-from convexprune.pipeline.team import ALONE, Team
+from convexprune.pipeline.team import ALONE, ProcessGroup
 from convexprune.pruners import AbstractPruner
 from convexprune.report import OperatorReport
 
@@ -51,11 +51,11 @@ class LayerSettings:
 class HiddenStates:
     """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
 
-    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned. Of a `team` they are
-    this rank's share.
+    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned. Of a
+    `process_group` they are this rank's share.
     """
 
     dense: Sequence[Tensor]
     fed: Sequence[Tensor]
     held_out: int = 0
-    team: Team = ALONE
+    process_group: ProcessGroup = ALONE

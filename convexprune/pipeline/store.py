@@ -18,7 +18,7 @@ from convexprune.errors import OutputError
 from convexprune.model import AbstractModel
 from convexprune.pipeline.files import locked, publish, read_notes, sha256, write_notes, writing
 from convexprune.pipeline.passes import Recorded
-from convexprune.pipeline.team import Team
+from convexprune.pipeline.team import ProcessGroup
 from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
 from convexprune.report import OperatorReport
 
@@ -245,28 +245,28 @@ class FolderStore(AbstractStore):
         path.with_suffix(".bin").unlink(missing_ok=True)
 
 
-class TeamStore(FolderStore):
+class RankStore(FolderStore):
     """The same folder for ranks that prune each layer together: each keeps what enters it of its share of the batches.
 
     Their first rank says which layer is next, and writes the layers.
     """
 
-    def __init__(self, folder: Path, count: int, device: torch.device | str, team: Team) -> None:
+    def __init__(self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup) -> None:
         super().__init__(folder, count, device)
-        self._team = team
-        self._mine = f".{team.rank}"
+        self._ranks = ranks
+        self._mine = f".{ranks.rank}"
 
     @contextmanager
     def claim(self) -> Iterator[int | None]:
         number = next((n for n in range(self.count) if not self.is_finished(n)), self.count)
-        agreed = torch.tensor(0 if self._team.rank else number, device=self._device)
-        number = int(self._team.total(agreed))  # a file may be seen later elsewhere
+        agreed = torch.tensor(0 if self._ranks.rank else number, device=self._device)
+        number = int(self._ranks.all_reduce(agreed))  # a file may be seen later elsewhere
         self._finished.update(range(number))
         yield number if number < self.count else None
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
-        if self._team.rank == 0:
+        if self._ranks.rank == 0:
             super().finish(number, state, reports)
-        int(self._team.total(torch.zeros((), device=self._device)))  # now it is written
+        int(self._ranks.all_reduce(torch.zeros((), device=self._device)))  # now it is written
         self._finished.add(number)
         self._let_go(number)

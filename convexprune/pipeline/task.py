@@ -1,7 +1,7 @@
 """The task that every run is made of: prune one decoder layer, from files to files, and again if need be."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from convexprune.pipeline.layer import prune_observed
 from convexprune.pipeline.passes import Calls, Recorded, observe, through
 from convexprune.pipeline.settings import HiddenStates, LayerSettings, Tell
 from convexprune.pipeline.store import AbstractStore, FolderStore, Stream
-from convexprune.pipeline.team import ALONE, Team
+from convexprune.pipeline.team import ALONE, ProcessGroup, SamePruned
 from convexprune.pipeline.tensors import Batches
 from convexprune.report import OperatorReport
 
@@ -25,16 +25,18 @@ class Work:
     held_out: Tensor
     batch_size: int
     settings: LayerSettings
-    team: Team = ALONE
+    process_group: ProcessGroup = ALONE
 
-    def shared(self, team: Team) -> "Work":
-        """What of it falls to one rank of a team."""
+    def of_rank(self, ranks: ProcessGroup) -> "Work":
+        """The part of one rank: a share of the batches, and all solves. The first rank computes the bounds, too."""
 
-        def mine(windows: Tensor) -> Tensor:
+        def local(windows: Tensor) -> Tensor:
             batches = windows.split(self.batch_size)
-            return torch.cat([windows[:0], *batches[team.share(len(batches))]])
+            return torch.cat([windows[:0], *batches[ranks.local_slice(len(batches))]])
 
-        return Work(mine(self.tokens), mine(self.held_out), self.batch_size, self.settings, team)
+        pruner, bound_rows = SamePruned(self.settings.pruner, ranks.broadcast), self.settings.bound_rows
+        settings = replace(self.settings, pruner=pruner, bound_rows=0 if ranks.rank else bound_rows)
+        return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
 
     @property
     def judges(self) -> list[Tensor]:
@@ -147,7 +149,7 @@ def _entering(
             if not all(store.is_finished(n) for n in range(number)):
                 return None
             found[stream] = _again(model, calls, store, work, number, stream)
-    return HiddenStates(found["dense"], found[streams[-1]], len(work.judges), work.team)
+    return HiddenStates(found["dense"], found[streams[-1]], len(work.judges), work.process_group)
 
 
 def _again(

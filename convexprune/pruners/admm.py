@@ -35,11 +35,6 @@ class ADMM(AbstractSearch):
     every: Count = 5
     relaxation: NotNegative = 0.7
 
-    @property
-    def by_rows(self) -> bool:
-        """See `AbstractPruner.by_rows`."""
-        return True
-
     def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
         """See `AbstractSearch.search`: the scores are the last S, whose rounding is the last D."""
         assert quadratic.anchor is not None

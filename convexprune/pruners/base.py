@@ -146,14 +146,6 @@ class AbstractPruner(ABC):
     def __post_init__(self) -> None:
         check_settings(self)
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether rows meet in the pattern only, which is asked equally often whatever they are.
-
-        Rows of one problem can then be pruned by several processes at once.
-        """
-        return False
-
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:
         """A weight in the pattern."""

@@ -57,11 +57,6 @@ class Convex(AbstractSearch):
         require_penalty(self._solver, L1)
 
     @property
-    def by_rows(self) -> bool:
-        """See `AbstractPruner.by_rows`."""
-        return True
-
-    @property
     def _solver(self) -> AbstractSolver:
         return self.solver or Convex.solver_for("fista")
 

@@ -35,11 +35,6 @@ class Refitted(AbstractPruner):
         AbstractPruner.__post_init__(self)
         require_penalty(self.refit, Support)
 
-    @property
-    def by_rows(self) -> bool:
-        """See `AbstractPruner.by_rows`."""
-        return self.pruner.by_rows
-
     @torch.no_grad()
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.

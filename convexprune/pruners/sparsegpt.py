@@ -31,11 +31,6 @@ class SparseGPT(AbstractPruner):
     block: Count = 128
     damping: NotNegative = 0.01
 
-    @property
-    def by_rows(self) -> bool:
-        """See `AbstractPruner.by_rows`."""
-        return True
-
     @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`.
