@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune.pipeline import FolderStore, Recipe, RecordedCalls
+from convexprune.pipeline import FolderStore, RecordedCalls
 from convexprune.pipeline.passes import Recorded
 from convexprune.pipeline.survey import SURVEYED, WEIGHED, Allotment, Pattern, allot, candidates, survey
+from convexprune.recipe import Recipe
 
 from .gradients import output_fisher
 from .huggingface import HuggingFaceModel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import CalibrationError, shown, unknown
-from convexprune.pipeline import Recipe
+from convexprune.recipe import Recipe
 
 from .corpora import CORPORA, Split, datasets_package, hub_text
 from .huggingface import HuggingFaceModel

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline import check_patterns, cost, make_recipe
+from convexprune.pipeline import check_patterns, cost
 from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.speed import load, measured_speed, seconds
 from convexprune.pipeline.survey import WEIGHED
+from convexprune.recipe import make_recipe
 
 from .allocating import GRADIENTS
 from .calibration import DEFAULT_LENGTH

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline import Recipe, cost
+from convexprune.pipeline import cost
+from convexprune.recipe import Recipe
 
 from .admission import refuse_other_dtypes, refuse_quantised
 from .experts import piles

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from convexprune.adapters import EMBEDDED, calibration_tokens, load
 from convexprune.penalty import L1, Support
-from convexprune.pipeline import make_recipe
 from convexprune.problem import certify
+from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
 from convexprune.validation.layer_problems import operator_problems
 from convexprune.validation.oracles import block, block_problems

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline import HiddenStates, RecordedCalls, make_recipe, prune_observed
+from convexprune.pipeline import HiddenStates, RecordedCalls, prune_observed
 from convexprune.pipeline.speed import measured_speed
+from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
 from convexprune.validation.memory import peak_memory
 

@@ -12,8 +12,9 @@ from convexprune.adapters import EMBEDDED, calibration_tokens, load
 from convexprune.bound import LowerBound
 from convexprune.moments import Moments
 from convexprune.pattern import parse_pattern
-from convexprune.pipeline import LayerSettings, make_recipe
+from convexprune.pipeline import LayerSettings
 from convexprune.pruners import ADMM, PRUNERS, Convex, PruningProblem
+from convexprune.recipe import make_recipe
 from convexprune.validation import best_pruning
 from convexprune.validation.layer_problems import operator_problems
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from convexprune.moments import Moments
     from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
     from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
-    from convexprune.pipeline import Recipe
     from convexprune.problem import Certificate, Problem, certify
     from convexprune.quadratic import Quadratic
+    from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
     from convexprune.validation import Verification, compare, compare_samples, perplexity, verify
@@ -39,7 +39,7 @@ _NAMES = {
     "moments": ("Moments",),
     "pattern": ("SemiStructured", "Unstructured", "parse_pattern"),
     "penalty": ("L1", "AbstractPenalty", "ReverseHuber", "Support"),
-    "pipeline": ("Recipe",),
+    "recipe": ("Recipe",),
     "problem": ("Certificate", "Problem", "certify"),
     "quadratic": ("Quadratic",),
     "report": ("OperatorReport", "Report"),

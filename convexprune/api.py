@@ -15,12 +15,13 @@ from convexprune.adapters.permuting import Permuted, find_permutation, save_perm
 from convexprune.arguments import check_arguments
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
-from convexprune.pipeline import check_output, check_patterns, make_recipe
+from convexprune.pipeline import check_output, check_patterns
 from convexprune.pipeline.files import working
 from convexprune.pipeline.machine import default_device, within_memory
 from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.settings import Tell
 from convexprune.progress import begin
+from convexprune.recipe import make_recipe
 from convexprune.request import Request, name_of
 from convexprune.result import PermuteResult, PruneResult
 from convexprune.solvers import AbstractSolver

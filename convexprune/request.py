@@ -28,16 +28,16 @@ from convexprune.pipeline import (
     Work,
     check_patterns,
     identity,
-    make_recipe,
     prune_in_folder,
     prune_in_place,
 )
 from convexprune.pipeline import threads as use_threads
 from convexprune.pipeline.machine import Clock, check_threads, default_device, installation, processor, versions
-from convexprune.pipeline.recipe_file import given, write_recipe
 from convexprune.pipeline.settings import Tell
 from convexprune.pipeline.survey import WEIGHED
 from convexprune.progress import begin
+from convexprune.recipe import make_recipe
+from convexprune.recipe_file import given, write_recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.result import PruneResult
 from convexprune.run_warnings import run_warnings
@@ -135,7 +135,7 @@ class Request:
         report = self._report(loaded, windows)
         report.environment["folder"] = str(folder.folder.absolute())
         report.identity = identity(
-            self.recipe,
+            self.recipe.model_dump(mode="json"),
             self.layers,
             self.origin.checksums,
             {name: windows[name] for name in OF_DATASET},

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.selection import shared_weights
 from convexprune.adapters.sufficiency import shortage
-from convexprune.pipeline import Recipe
+from convexprune.recipe import Recipe
 from convexprune.windows import Windows
 
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick

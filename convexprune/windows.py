@@ -17,8 +17,8 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError
-from convexprune.pipeline import Recipe
-from convexprune.pipeline.recipe_file import given
+from convexprune.recipe import Recipe
+from convexprune.recipe_file import given
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")

@@ -5,9 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from convexprune.errors import RecipeError, require_at_least
-from convexprune.pipeline import AbstractExecutor, Recipe, make_executor
+from convexprune.pipeline import AbstractExecutor, make_executor
 from convexprune.pipeline.machine import default_workers
 from convexprune.pipeline.team import require_rendezvous
+from convexprune.recipe import Recipe
 
 
 def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:

@@ -22,13 +22,13 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.allocating import allotments
 from convexprune.errors import OutputError, RecipeError, require_at_least
-from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum, make_recipe
+from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum
 from convexprune.pipeline.files import write_json
 from convexprune.pipeline.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune.pipeline.place import output_folder
-from convexprune.pipeline.recipe import spare_samples
 from convexprune.pipeline.tensors import raw
 from convexprune.progress import begin
+from convexprune.recipe import make_recipe, spare_samples
 from convexprune.report import finite
 
 from .plots import draw, will_draw

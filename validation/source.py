@@ -18,10 +18,11 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.model_folder import local_folder
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
-from convexprune.pipeline import Recipe, RunFolder, checksum, make_recipe
+from convexprune.pipeline import RunFolder, checksum
 from convexprune.pipeline.files import checksum_inside
 from convexprune.pipeline.output import differences
-from convexprune.pipeline.recipe_file import GIVEN, RECIPE, read_recipe
+from convexprune.recipe import Recipe, make_recipe
+from convexprune.recipe_file import GIVEN, RECIPE, read_recipe
 from convexprune.report import Report
 
 MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now

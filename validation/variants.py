@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from convexprune.errors import RecipeError, unknown
-from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline import LayerSettings
 from convexprune.pipeline.passes import Correct
-from convexprune.pipeline.recipe import SOLVERS
 from convexprune.pruners import PRUNERS, no_method
+from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
 CONVENTIONS: dict[str, tuple[str, float, Correct]] = {
     "dense": ("dense", 1.0, "operator"),

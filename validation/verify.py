@@ -17,10 +17,11 @@ from convexprune.adapters.selection import matcher
 from convexprune.adapters.written import miscounted
 from convexprune.bound import LowerBound
 from convexprune.errors import RecipeError, require_at_least, unknown
-from convexprune.pipeline import LayerSettings, Recipe, make_recipe
+from convexprune.pipeline import LayerSettings
 from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.survey import with_share
 from convexprune.pruners.damped import damped
+from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OperatorReport
 
 from .layer_problems import OperatorProblem, operator_problems

@@ -66,9 +66,8 @@ def inspect(
 def names() -> None:
     """The families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
-    from convexprune.pipeline import PRESETS
-    from convexprune.pipeline.recipe import SOLVERS
     from convexprune.pruners import PRUNERS
+    from convexprune.recipe import PRESETS, SOLVERS
     from convexprune.solvers import make_solver, solver_names
 
     table = Table(box=None, show_header=False, padding=(0, 2))

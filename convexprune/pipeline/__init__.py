@@ -5,7 +5,6 @@ from convexprune.pipeline.layer import prune_observed, stage_folds
 from convexprune.pipeline.machine import threads
 from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.passes import observe, stage_inputs, through
-from convexprune.pipeline.recipe import PRESETS, Recipe, make_recipe
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
 from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.store import FolderStore
@@ -13,13 +12,11 @@ from convexprune.pipeline.task import RecordedCalls, Work, carried
 from convexprune.pipeline.worker import Job
 
 __all__ = [
-    "PRESETS",
     "AbstractExecutor",
     "FolderStore",
     "HiddenStates",
     "Job",
     "LayerSettings",
-    "Recipe",
     "RecordedCalls",
     "RunFolder",
     "Work",
@@ -29,7 +26,6 @@ __all__ = [
     "checksum",
     "identity",
     "make_executor",
-    "make_recipe",
     "observe",
     "prune_in_folder",
     "prune_in_place",

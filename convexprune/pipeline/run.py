@@ -10,7 +10,6 @@ from torch import Tensor
 from convexprune.errors import PatternError
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pipeline.executors import AbstractExecutor
-from convexprune.pipeline.recipe import Recipe
 from convexprune.pipeline.settings import LayerSettings, Tell
 from convexprune.pipeline.store import FolderStore, MemoryStore
 from convexprune.pipeline.task import Work, prune_claimed
@@ -54,7 +53,7 @@ def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, 
 
 
 def identity(
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     settings: LayerSettings,
     weights: Mapping[str, str],
     tokens: Mapping[str, Tensor],
@@ -67,7 +66,7 @@ def identity(
     depends on besides: device, dtype, threads, ranks.
     """
     installed = dict(installed)
-    plain = recipe.model_dump(mode="json", exclude=set(UNSEEN))
+    plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
     pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
     return {
         "recipe": plain | {"pruner": pruner},

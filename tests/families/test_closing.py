@@ -18,13 +18,13 @@ from convexprune.pipeline import (
     LayerSettings,
     RecordedCalls,
     Work,
-    make_recipe,
     observe,
     prune_observed,
 )
 from convexprune.pipeline.passes import Calls, Observed
 from convexprune.pipeline.task import prune_layer_task
 from convexprune.pruners import SparseGPT
+from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().manual_seed(0))

@@ -35,7 +35,7 @@ def _count_writes(dense: Path, folder: Path, monkeypatch) -> int:
 
 
 def _patch_write(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
-    for room in ("pipeline.files", "pipeline.tensors", "pipeline.output", "adapters.shards", "pipeline.recipe_file"):
+    for room in ("pipeline.files", "pipeline.tensors", "pipeline.output", "adapters.shards", "recipe_file"):
         patch.setattr(f"convexprune.{room}.write", write)
 
 

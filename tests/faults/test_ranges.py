@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import cli, errors
 from convexprune.adapters.inspection import inspect
-from convexprune.pipeline import make_recipe
 from convexprune.pipeline.machine import check_threads, default_device
+from convexprune.recipe import make_recipe
 from convexprune.validation import compare, verify
 from convexprune.validation.variants import make_variants
 

@@ -8,8 +8,8 @@ from strategies import make_chain, random
 
 from convexprune import errors
 from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
-from convexprune.pipeline import make_recipe
 from convexprune.pruners import ADMM, PRUNERS, Convex, FISTAPruner
+from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
 from convexprune.validation.variants import make_variants
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from convexprune import cli, errors
 from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.cli import application
-from convexprune.pipeline import PRESETS
 from convexprune.pruners import PRUNERS
+from convexprune.recipe import PRESETS
 from convexprune.solvers import solver_names
 from convexprune.validation.variants import CONVENTIONS
 

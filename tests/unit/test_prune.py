@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convexprune
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
 from convexprune.penalty import L1
-from convexprune.pipeline import Recipe
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Pruned
+from convexprune.recipe import Recipe
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers.fista import FISTA
 

@@ -13,7 +13,7 @@ import convexprune
 from convexprune import errors
 from convexprune.adapters import calibration_tokens
 from convexprune.adapters.sufficiency import refuse_uninformative, shortage
-from convexprune.pipeline import make_recipe
+from convexprune.recipe import make_recipe
 from convexprune.report import Report
 from convexprune.run_warnings import run_warnings
 

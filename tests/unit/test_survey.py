@@ -19,9 +19,10 @@ from convexprune.adapters.gradients import output_fisher
 from convexprune.adapters.operators import Place
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, make_recipe, observe, prune_observed
+from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, observe, prune_observed
 from convexprune.pipeline.survey import SURVEYED, Unit, allot, candidates, survey
 from convexprune.pruners import Convex
+from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import compare, verify
 from convexprune.validation.variants import make_variants

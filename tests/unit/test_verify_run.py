@@ -17,8 +17,8 @@ from torch import Tensor
 import convexprune
 from convexprune.adapters import BUNDLED, EMBEDDED, calibration, load, selection
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
-from convexprune.pipeline import make_recipe
-from convexprune.pipeline.recipe_file import read_recipe, write_recipe
+from convexprune.recipe import make_recipe
+from convexprune.recipe_file import read_recipe, write_recipe
 from convexprune.report import Report
 from convexprune.request import name_of
 from convexprune.validation import Verification, verify

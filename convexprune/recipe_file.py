@@ -7,7 +7,7 @@ import yaml
 
 from convexprune.errors import RecipeError
 from convexprune.pipeline.files import appearing, read_text, write
-from convexprune.pipeline.recipe import Recipe, make_recipe
+from convexprune.recipe import Recipe, make_recipe
 
 RECIPE = "recipe.yaml"
 GIVEN = " given by the caller"
