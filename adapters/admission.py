@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from convexprune.errors import ModelError
 from convexprune.pipeline.scan import not_finite
 
-from .experts import piles
+from .experts import fused_parameters
 from .operators import LINEAR_MODULES, held, offloaded
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -122,7 +122,7 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
         ModelError: the first of them is named.
     """
     for name, module in layers.named_modules():
-        for parameter in [*piles(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
+        for parameter in [*fused_parameters(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
             dtype = module.get_parameter(parameter).dtype
             if dtype not in WEIGHT_DTYPES:
                 raise ModelError(

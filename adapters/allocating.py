@@ -70,4 +70,4 @@ def allotment(
         with store.scratch(0) as record:
             return asdict(find(record))
 
-    return find(list) if store is None else Allotment(**store.agreed("allocation", lambda: keep(store)))
+    return find(list) if store is None else Allotment(**store.compute_once("allocation", lambda: keep(store)))

@@ -210,7 +210,7 @@ def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
 
 
 def _cut(tokens: Tensor, length: int) -> Tensor:
-    """Disjoint windows [windows length] of a stream [tokens]."""
+    """Disjoint windows [windows length] of token ids [tokens]."""
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convexprune.model import AbstractOperator, DecoderLayer
 
-from .discovery import make_of
+from .discovery import canonical_name
 from .operators import ParameterOperator
 
 TOLERANCE = 1e-3
@@ -113,7 +113,7 @@ def columns(operator: AbstractOperator, start: int = 0) -> Axis:
     return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)
 
 
-def make_and_number(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
-    """See `make_of`: an operator's name without the numbers of equal modules, and these numbers."""
+def canonical_name_of(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
+    """See `canonical_name`: an operator's name without the numbers of equal modules, and these numbers."""
     assert isinstance(operator, ParameterOperator)
-    return make_of(layer.module, operator.place)
+    return canonical_name(layer.module, operator.place)

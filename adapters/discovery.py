@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from convexprune.model import Call, DecoderLayer, Group, ModuleInput
 
-from .experts import Pile, Slice, SliceInput, piles
+from .experts import ExpertIndex, ExpertInput, FusedExperts, fused_parameters
 from .operators import LINEAR_MODULES, ParameterOperator, Place
 from .watching import Seen, place_of, watch
 
 
 @dataclass(frozen=True)
-class Party:
+class GroupSpec:
     """The places of a group, in order of execution; `paired` as in `Group`."""
 
     places: tuple[Place, ...]
     paired: bool
 
 
-Kind = tuple[Party, ...]
+ExpertFamily = tuple[GroupSpec, ...]
 """The groups of one make: one for each expert; of what is not in experts, a single one."""
 
 
@@ -34,7 +34,7 @@ Kind = tuple[Party, ...]
 class Layout:
     """The stages of every decoder layer that is built the same; and the reason for each matrix that is no operator."""
 
-    stages: tuple[tuple[Party, ...], ...]
+    stages: tuple[tuple[GroupSpec, ...], ...]
     left_alone: Mapping[str, str]
 
     @property
@@ -44,13 +44,13 @@ class Layout:
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
         """The decoder layer `module` with those of its operators that are wanted."""
-        watched = {path: Pile(inner) for path, inner in module.named_modules() if piles(inner)}
+        watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
-        def group(party: Party, kept: tuple[Place, ...]) -> Group:
+        def group(party: GroupSpec, kept: tuple[Place, ...]) -> Group:
             operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
             if kept[0].index is None:
                 return Group(operators, ModuleInput(operators[0].module), party.paired)
-            tap = SliceInput(watched[kept[0].module], Slice(kept[0].parameter, kept[0].index))
+            tap = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
             return Group(operators, tap, party.paired)
 
         stages = []
@@ -76,14 +76,16 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
     """
     seen = watch(layer, call, hidden)
 
-    def moved_by(kind: Kind) -> Callable[[Party], bool]:
+    def moved_by(kind: ExpertFamily) -> Callable[[GroupSpec], bool]:
         now = watch(layer, call, hidden, frozenset(place for party in kind for place in party.places))
         return lambda party: _differ(seen, now, party.places[0])
 
     return lay_out(layer, seen, hidden[..., 0].numel(), moved_by)
 
 
-def lay_out(layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> Layout:
+def lay_out(
+    layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
+) -> Layout:
     """The layout of `layer` from what one pass of `tokens` tokens called; `moved_by` says what depends on a kind."""
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
@@ -95,7 +97,7 @@ def lay_out(layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[Kind]
     for place in every:
         if place.name not in placed:
             reasons.setdefault(place.name, "not called in a forward pass")
-    return Layout(stages, reasons | _strangers(layer, kinds, every))
+    return Layout(stages, reasons | _unsupported_parameters(layer, kinds, every))
 
 
 def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
@@ -111,13 +113,15 @@ def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
 # ---- groups
 
 
-def _kinds(layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]) -> list[Kind]:
+def _kinds(
+    layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]
+) -> list[ExpertFamily]:
     """The groups in the order of their first calls, those of equal experts together."""
     together: dict[tuple[object, ...], list[Place]] = {}
     for place, tensor in seen.tensors.items():
         if place.name not in reasons:
             together.setdefault(tensor, []).append(place)
-    named = {place: make_of(layer, place) for place in every}
+    named = {place: canonical_name(layer, place) for place in every}
     found: dict[tuple[str, ...], dict[str, tuple[Place, ...]]] = {}
     for group in together.values():
         makes = tuple(named[place][0] for place in group)
@@ -139,11 +143,11 @@ def _kinds(layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reason
     kinds = []
     for groups in found.values():
         paired = all(whole(places) for places in groups.values())
-        kinds.append(tuple(Party(groups[number], paired) for number in sorted(groups, key=_numerically)))
+        kinds.append(tuple(GroupSpec(groups[number], paired) for number in sorted(groups, key=_numerically)))
     return kinds
 
 
-def make_of(layer: nn.Module, place: Place) -> tuple[str, str]:
+def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
     """The name of a place without the numbers of equal modules in a list, and these numbers."""
     parts, numbers, module = [], [], layer
     for part in place.module.split("."):
@@ -160,9 +164,9 @@ def _numerically(number: str) -> list[int]:
     return [int(part) for part in number.split(".") if part]
 
 
-def _blocks(layer: nn.Module, kinds: list[Kind]) -> dict[str, int]:
+def _blocks(layer: nn.Module, kinds: list[ExpertFamily]) -> dict[str, int]:
     """For each module that holds experts, how many there are."""
-    held = {path: len(p) for path, module in layer.named_modules() for p in piles(module).values()}
+    held = {path: len(p) for path, module in layer.named_modules() for p in fused_parameters(module).values()}
     blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
     for kind in kinds:
         if len(kind) > 1 and not kind[0].paired:
@@ -171,7 +175,7 @@ def _blocks(layer: nn.Module, kinds: list[Kind]) -> dict[str, int]:
     return blocks
 
 
-def _routers(layer: nn.Module, every: list[Place], kinds: list[Kind]) -> dict[str, str]:
+def _routers(layer: nn.Module, every: list[Place], kinds: list[ExpertFamily]) -> dict[str, str]:
     """The linear maps that choose experts: beside them, and no wider than they are many."""
     experts = {place for kind in kinds if len(kind) > 1 for party in kind for place in party.places}
     found = {}
@@ -183,7 +187,7 @@ def _routers(layer: nn.Module, every: list[Place], kinds: list[Kind]) -> dict[st
     return found
 
 
-def _strangers(layer: nn.Module, kinds: list[Kind], every: list[Place]) -> dict[str, str]:
+def _unsupported_parameters(layer: nn.Module, kinds: list[ExpertFamily], every: list[Place]) -> dict[str, str]:
     """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
     known = {place.path for place in every}
     blocks = _blocks(layer, kinds)
@@ -203,15 +207,17 @@ def _inside(path: str, block: str) -> bool:
     return not block or path.startswith(f"{block}.")
 
 
-def _without(kind: Kind, reasons: Mapping[str, str]) -> Kind:
-    kept = (Party(tuple(p for p in party.places if p.name not in reasons), party.paired) for party in kind)
+def _without(kind: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
+    kept = (GroupSpec(tuple(p for p in party.places if p.name not in reasons), party.paired) for party in kind)
     return tuple(party for party in kept if party.places)
 
 
 # ---- stages
 
 
-def _stages(kinds: list[Kind], seen: Seen, moved_by: Callable[[Kind], Callable[[Party], bool]]) -> tuple[Kind, ...]:
+def _stages(
+    kinds: list[ExpertFamily], seen: Seen, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
+) -> tuple[ExpertFamily, ...]:
     """As few stages as the dependencies allow."""
     nothing = moved_by(())
     if any(nothing(party) for kind in kinds for party in kind):

@@ -1,4 +1,4 @@
-"""Matrices piled up in one parameter, as the experts of transformers 5: what reaches each, seen as it is multiplied."""
+"""Experts fused into one parameter, as in transformers 5: the input of each, observed as it is multiplied."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Matrix number `index` of the pile `parameter`."""
+class ExpertIndex:
+    """Which expert: matrix number `index` of the fused parameter named `parameter`."""
 
     parameter: str
     index: int
@@ -20,46 +20,51 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """x' = W x for the inputs x [tokens n]; `transposed` if the pile holds W' [n m]."""
+    """The product W x of expert `slice` with `inputs` x [tokens n]; `transposed` if the parameter stores W' [n m]."""
 
-    slice: Slice
+    slice: ExpertIndex
     inputs: Tensor
     transposed: bool
 
 
-Hear = Callable[[Product], Callable[[Tensor], Tensor] | None]
-"""Hears of a product; what it returns, if anything, is applied to the outputs."""
+MatmulHook = Callable[[Product], Callable[[Tensor], Tensor] | None]
+"""Called with each product; the function it returns, if any, is applied to the outputs."""
 
 
 @dataclass(frozen=True, eq=False)
-class Pile:
-    """A module that holds piles of matrices [number rows columns], and who listens to its products.
+class FusedExperts:
+    """A `module` with fused experts, parameters [number rows columns], and the `hooks` on their products.
 
-    One for all taps of the module, so that a forward pass is watched once, however many experts there are. The key
-    None is for those who hear of every product.
+    All hooks of a module share one object, so that a forward pass is observed once, however many experts there are.
+    Hooks under the key None are called with every product.
     """
 
     module: nn.Module
-    listeners: dict[Slice | None, list[Hear]] = field(default_factory=dict)
+    hooks: dict[ExpertIndex | None, list[MatmulHook]] = field(default_factory=dict)
 
     @contextmanager
-    def listen(self, hear: Hear, to: Slice | None = None) -> Iterator[None]:
-        """Tell `hear` of the products in this context."""
+    def hooked(self, hook: MatmulHook, expert: ExpertIndex | None = None) -> Iterator[None]:
+        """Call `hook` with the products in this context.
+
+        Args:
+            hook: what to call.
+            expert: the expert whose products are meant; None is for all.
+        """
         with ExitStack() as cleaning:
-            if not self.listeners:
+            if not self.hooks:
                 self._watch(cleaning)
-            hearers = self.listeners.setdefault(to, [])
-            hearers.append(hear)
+            hooks = self.hooks.setdefault(expert, [])
+            hooks.append(hook)
             try:
                 yield
             finally:
-                hearers.remove(hear)
-                if not hearers:
-                    del self.listeners[to]
+                hooks.remove(hook)
+                if not hooks:
+                    del self.hooks[expert]
 
     @contextmanager
     def looped(self) -> Iterator[None]:
-        """In this context every forward pass of the module is a plain loop over experts."""
+        """In this context every forward pass of the module is a plain loop over its experts."""
         config = getattr(self.module, "config", None)
         own = getattr(config, "_experts_implementation", None)
         with ExitStack() as cleaning:
@@ -73,12 +78,13 @@ class Pile:
             yield
 
     @contextmanager
-    def listen_backward(self, hear: Callable[[Product], None]) -> Iterator[None]:
-        """Tell `hear` of the products of a backward pass in this context, of a forward pass that was `looped`.
+    def hooked_backward(self, hook: Callable[[Product], None]) -> Iterator[None]:
+        """Call `hook` with the products of a backward pass in this context; the forward pass has to be `looped`.
 
-        Their inputs [tokens m] are the gradients at the outputs of the products before.
+        Args:
+            hook: what to call. The inputs [tokens m] of a product are the gradients at the outputs of the forward one.
         """
-        with _Products(Pile(self.module, {None: [hear]})):
+        with _Products(FusedExperts(self.module, {None: [hook]})):
             yield
 
     def _watch(self, cleaning: ExitStack) -> None:
@@ -98,30 +104,30 @@ class Pile:
 
 
 @dataclass(frozen=True, eq=False)
-class SliceInput:
-    """The tap of one matrix of a pile."""
+class ExpertInput:
+    """The input hook of expert `slice` of the fused `experts`."""
 
-    pile: Pile
-    slice: Slice
+    experts: FusedExperts
+    slice: ExpertIndex
 
     @property
     def module(self) -> nn.Module:
-        """Where it listens."""
-        return self.pile.module
+        """The module whose forward pass is observed."""
+        return self.experts.module
 
     @contextmanager
     def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
-        """Inside this context, tell(inputs [tokens n]) hears what reaches the matrix."""
-        with self.pile.listen(lambda product: tell(product.inputs), self.slice):
+        """In this context, call `tell` with the inputs [tokens n] of the expert."""
+        with self.experts.hooked(lambda product: tell(product.inputs), self.slice):
             yield
 
 
 class _Products(TorchDispatchMode):
-    """Finds the products with slices of a pile among all that torch computes."""
+    """Finds the products with fused experts among all that torch computes."""
 
-    def __init__(self, pile: Pile) -> None:
+    def __init__(self, experts: FusedExperts) -> None:
         TorchDispatchMode.__init__(self)
-        self.pile = pile
+        self.experts = experts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = None
@@ -132,24 +138,24 @@ class _Products(TorchDispatchMode):
         replies = []
         if product is not None:
             for key in (None, product.slice):
-                replies += [hear(product) for hear in self.pile.listeners.get(key, ())]
+                replies += [hook(product) for hook in self.experts.hooks.get(key, ())]
         output = func(*args, **(kwargs or {}))
         for change in replies:
             output = output if change is None else change(output)
         return output
 
     def _product(self, x: Tensor, matrix: Tensor) -> Product | None:
-        """X [tokens n] times `matrix` [n m], if that is a slice of a pile and there is a token."""
-        for name, whole in piles(self.pile.module).items():
+        """X [tokens n] times `matrix` [n m], if that is a fused expert and there is a token."""
+        for name, whole in fused_parameters(self.experts.module).items():
             index, within = divmod(matrix.data_ptr() - whole.data_ptr(), whole[0].nbytes)
             if not within and 0 <= index < len(whole) and matrix.numel() == whole[0].numel() and len(x):
                 # A row [n] of W is contiguous as stored; if the weights of an output are not, it is W' that is stored.
-                return Product(Slice(name, index), x, transposed=matrix.stride(0) != 1)
+                return Product(ExpertIndex(name, index), x, transposed=matrix.stride(0) != 1)
         return None
 
 
-def piles(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the module itself that are piles of matrices."""
+def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the `module` itself, by name, that hold several matrices [number rows columns]."""
     if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return {}  # a kernel
     own = module.named_parameters(recurse=False)

@@ -5,7 +5,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrain
 
 from convexprune.errors import ModelError
 
-from .experts import piles
+from .experts import fused_parameters
 from .operators import LINEAR_MODULES
 
 NO_LIMIT = 2**31
@@ -91,7 +91,7 @@ def _refuse_repeated(path: str, layers: nn.ModuleList) -> None:
 
 def _holds_operators(layers: nn.ModuleList) -> bool:
     return len(layers) > 0 and all(
-        any(isinstance(m, LINEAR_MODULES) or piles(m) for m in layer.modules()) for layer in layers
+        any(isinstance(m, LINEAR_MODULES) or fused_parameters(m) for m in layer.modules()) for layer in layers
     )
 
 

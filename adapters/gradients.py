@@ -14,7 +14,7 @@ from convexprune.pipeline.machine import lacks_memory
 from convexprune.pipeline.passes import Calls, Recorded
 from convexprune.progress import Step, begin
 
-from .experts import Pile, Product, piles
+from .experts import FusedExperts, Product, fused_parameters
 from .huggingface import HuggingFaceModel
 from .operators import LINEAR_MODULES, Place
 
@@ -144,20 +144,20 @@ def _backward(
     """The slopes of what enters a layer, from those of what leaves it; those of its operators are squared and added."""
     before: list[Tensor] = []
     with model.resident(layer), ExitStack() as hooks:
-        experts: dict[str, Pile] = {}
+        experts: dict[str, FusedExperts] = {}
         for path, module in layer.module.named_modules():
             name = f"{layer.name}.{path}".removesuffix(".")
             if isinstance(module, LINEAR_MODULES) and name in squares.sums:
                 hooks.enter_context(module.register_forward_hook(partial(squares.watch, name)))
-            elif piles(module):
-                experts[name] = Pile(module)
+            elif fused_parameters(module):
+                experts[name] = FusedExperts(module)
                 hooks.enter_context(experts[name].looped())
         for hidden, slope in zip(entering, slopes, strict=True):
             hidden = hidden.detach().requires_grad_()
             output = calls(hidden)(layer.module, hidden)
             with ExitStack() as heard:
                 for name, pile in experts.items():
-                    heard.enter_context(pile.listen_backward(partial(squares.hear, name)))
+                    heard.enter_context(pile.hooked_backward(partial(squares.hear, name)))
                 before.append(torch.autograd.grad(output, hidden, slope)[0])
             squares.require_all()
     return before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pipeline import stage_inputs
 
-from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns, make_and_number, rows
+from .channels import HIDDEN, Axis, Channels, NotPermutable, canonical_name_of, close, columns, rows
 from .discovery import signature
 from .huggingface import HuggingFaceModel
 
@@ -112,7 +112,7 @@ def _of_stage(
     axes, consumers = list[Axis](), list[Axis]()
     roles: dict[str, bool | None] = {}  # of an expert that no token reaches, its siblings'
     for group in sorted(stage, key=lambda group: group not in seen):
-        make, _ = make_and_number(layer, group.operators[0])
+        make, _ = canonical_name_of(layer, group.operators[0])
         if group in seen and group in before:
             roles[make] = _reads(before[group], seen[group], order)
         reads = roles.get(make)

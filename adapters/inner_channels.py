@@ -14,7 +14,7 @@ from torch import Tensor
 from convexprune.model import AbstractOperator, Call, DecoderLayer, Group
 from convexprune.pipeline import stage_inputs
 
-from .channels import Channels, close, columns, make_and_number, rows
+from .channels import Channels, canonical_name_of, close, columns, rows
 from .discovery import signature
 from .family import head_size
 from .huggingface import HuggingFaceModel
@@ -60,9 +60,9 @@ def _in_experts(
     makes: dict[str, dict[str, Group]] = {}
     for group in stage:
         if not group.paired:
-            make, number = make_and_number(layer, group.operators[0])
+            make, number = canonical_name_of(layer, group.operators[0])
             makes.setdefault(make, {})[number] = group
-    before = {make_and_number(layer, o): o for group in earlier if not group.paired for o in group.operators}
+    before = {canonical_name_of(layer, o): o for group in earlier if not group.paired for o in group.operators}
     for groups in makes.values():
         seen = stage_inputs(layer, list(groups.values()), call, hidden)
         tried = next((number for number, group in groups.items() if group in seen), None)
@@ -77,7 +77,7 @@ def _in_experts(
             continue
         for number, sibling in groups.items():
             for reached, sources in found.items():
-                own = [(before[make_and_number(layer, operator)[0], number], start) for operator, start in sources]
+                own = [(before[canonical_name_of(layer, operator)[0], number], start) for operator, start in sources]
                 yield _channels(sibling, size, reached, own)
 
 

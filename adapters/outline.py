@@ -17,7 +17,7 @@ from convexprune.pipeline import cost
 from convexprune.recipe import Recipe
 
 from .admission import refuse_other_dtypes, refuse_quantised
-from .experts import piles
+from .experts import fused_parameters
 from .family import decoder_layers, positions
 from .model_folder import NotStreamable, check_layers, place_of
 from .reading import ask, model_class
@@ -63,7 +63,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
             layouts[name].bind(name, module, lambda place, name=name: f"{name}.{place.name}" not in reasons)
             for name, module in named.items()
         )
-        whole = any(piles(module) for module in modules.modules())
+        whole = any(fused_parameters(module) for module in modules.modules())
         size = _size(model, layers, config.get_text_config(), dtype, whole)
     notes = [f"Each linear map counts as a problem of its own: {refused}."] if refused else []
     if whole:
@@ -117,7 +117,9 @@ def _size(
 
 def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
     """The stacks of each stage; of experts each gets an even share of the tokens."""
-    piled = max((len(pile) for module in layer.module.modules() for pile in piles(module).values()), default=0)
+    piled = max(
+        (len(pile) for module in layer.module.modules() for pile in fused_parameters(module).values()), default=0
+    )
     chosen = getattr(config, "num_experts_per_tok", 1)
     return tuple(
         tuple(

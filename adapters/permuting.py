@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convexprune.errors import ModelError
 from convexprune.model import AbstractOperator, DecoderLayer
 from convexprune.pattern import SemiStructured
-from convexprune.permutation import permutation, pruned_share
+from convexprune.permutation import permutation, pruned_fraction
 from convexprune.pipeline import RecordedCalls
 from convexprune.pipeline.tensors import DTYPES, Entry
 
@@ -103,7 +103,7 @@ def find_permutation(
 
     def find(channels: Channels, scores: Tensor) -> Permuted:
         order = permutation(scores, pattern, seed=seed)
-        shares = (pruned_share(each, pattern) for each in (scores, scores[:, order]))
+        shares = (pruned_fraction(each, pattern) for each in (scores, scores[:, order]))
         tell(found := Permuted(channels, order.tolist(), *shares))
         return found
 

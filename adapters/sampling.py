@@ -12,14 +12,14 @@ from convexprune.progress import Step, begin
 from .corpora import Split
 from .huggingface import HuggingFaceModel
 
-Stream = Split | Literal["held-out"]
+SampleSplit = Split | Literal["held-out"]
 
 BATCH_TOKENS = (
     16384  # sampled side by side; a constant, because the batch decides which sample gets which random number
 )
 
 
-def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: Stream) -> Tensor:
+def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
     """Windows [num_samples length] drawn from the model's own distribution, int64, on the CPU.
 
     Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
@@ -31,10 +31,10 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
     """
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
-    stream = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
+    random_seed = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
     device = model.device
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
-        torch.manual_seed(stream)
+        torch.manual_seed(random_seed)
         start = _first_token(model)
         rows = max(1, BATCH_TOKENS // length)
         sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
@@ -42,8 +42,8 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
         return torch.cat([_sample(model, start, size, length, step) for size in sizes])
 
 
-class _Told(StoppingCriteria):
-    """Ends nothing: it is called once a token, and tells."""
+class _ProgressReport(StoppingCriteria):
+    """Stops nothing: transformers calls it once a token, and it reports progress."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
@@ -69,7 +69,10 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: S
     # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
     own, inner.generation_config = inner.generation_config, config
     try:
-        given: dict[str, Any] = {"generation_config": config, "stopping_criteria": StoppingCriteriaList([_Told(step)])}
+        given: dict[str, Any] = {
+            "generation_config": config,
+            "stopping_criteria": StoppingCriteriaList([_ProgressReport(step)]),
+        }
         return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
     finally:
         inner.generation_config = own

@@ -8,7 +8,7 @@ from torch import Tensor
 from convexprune.errors import CalibrationError
 
 RUN = 8  # tokens; running text hardly ever repeats so many, one word over and over does nothing else
-LEAST = 8  # different runs; fewer are one sentence at most
+MIN_DIFFERENT_RUNS = 8  # different runs; fewer are one sentence at most
 
 
 def refuse_uninformative(windows: Tensor) -> None:
@@ -19,7 +19,7 @@ def refuse_uninformative(windows: Tensor) -> None:
     """
     different, runs = _runs(windows)
     tokens = windows.unique().numel()
-    if tokens == 1 or (different < LEAST and runs >= LEAST * different):
+    if tokens == 1 or (different < MIN_DIFFERENT_RUNS and runs >= MIN_DIFFERENT_RUNS * different):
         raise CalibrationError(
             f"The data set says nothing to calibrate on: {tokens} different tokens in {windows.numel():,}, a word or a "
             "character over and over. Give running text."

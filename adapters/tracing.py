@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from convexprune.model import computing
 
-from .discovery import Kind, Layout, Party, lay_out, make_of, signature
-from .experts import piles
+from .discovery import ExpertFamily, GroupSpec, Layout, canonical_name, lay_out, signature
+from .experts import fused_parameters
 from .operators import LINEAR_MODULES, ParameterOperator, Place
 from .watching import Seen, place_of
 
@@ -104,7 +104,7 @@ def _watch(layer: nn.Module, flow: _Flow, found: dict[int, Seen]) -> Iterator[No
                 hooks.enter_context(
                     _watch_module(module, Place(path, transposed=not isinstance(module, nn.Linear)), flow, seen)
                 )
-            elif piles(module):
+            elif fused_parameters(module):
                 hooks.enter_context(_in_place_of_experts(module, path, flow, seen))
         yield
 
@@ -142,7 +142,7 @@ def _in_place_of_experts(module: nn.Module, path: str, flow: _Flow, seen: Seen) 
 
 def _expert_places(module: nn.Module, path: str, width: int) -> list[list[Place]]:
     """The matrices of each pile; the first pile takes inputs of that `width`, and all are stored the same way round."""
-    found = piles(module)
+    found = fused_parameters(module)
     transposed = next(iter(found.values())).shape[-1] != width
     return [[Place(path, name, i, transposed) for i in range(len(pile))] for name, pile in found.items()]
 
@@ -158,7 +158,7 @@ def _note(place: Place, x: Tensor, behind: frozenset[Place], flow: _Flow, seen: 
 
 
 def _layout(layer: nn.Module, flow: _Flow, seen: Seen) -> Layout:
-    def moved_by(kind: Kind) -> Callable[[Party], bool]:
+    def moved_by(kind: ExpertFamily) -> Callable[[GroupSpec], bool]:
         changed = frozenset(place for party in kind for place in party.places)
         return lambda party: bool(flow.inputs.get(party.places[0], frozenset()) & changed)
 
@@ -169,17 +169,17 @@ def _one_by_one(layer: nn.Module) -> Layout:
     """Each linear map called once, with inputs of its own, after all before it; equal ones in a list are experts."""
     seen, rank = Seen(), dict[str, int]()
     for place in _places(layer):
-        make, number = make_of(layer, place)
+        make, number = canonical_name(layer, place)
         rank.setdefault(make, len(rank))
         width = ParameterOperator(layer.get_submodule(place.module), place).shape[1]
         seen.inputs[place] = torch.empty(1 if number else PROBE_TOKENS, width)
         seen.tensors[place] = (place,)
         seen.times[place] += 1
 
-    def when(party: Party) -> int:
-        return rank[make_of(layer, party.places[0])[0]]
+    def when(party: GroupSpec) -> int:
+        return rank[canonical_name(layer, party.places[0])[0]]
 
-    def moved_by(kind: Kind) -> Callable[[Party], bool]:
+    def moved_by(kind: ExpertFamily) -> Callable[[GroupSpec], bool]:
         own = max(map(when, kind), default=len(rank))
         return lambda party: when(party) > own
 
@@ -190,8 +190,8 @@ def _places(layer: nn.Module) -> Iterator[Place]:
     for path, module in layer.named_modules():
         if isinstance(module, LINEAR_MODULES):
             yield place_of(path, module)
-        elif piles(module):
-            width = next(iter(piles(module).values())).shape[-1]
+        elif fused_parameters(module):
+            width = next(iter(fused_parameters(module).values())).shape[-1]
             yield from chain(*_expert_places(module, path, width))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convexprune.model import Call
 
-from .experts import Pile, Product, piles
+from .experts import FusedExperts, Product, fused_parameters
 from .operators import LINEAR_MODULES, Place
 
 
@@ -36,14 +36,14 @@ def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place
         for path, module in layer.named_modules():
             if isinstance(module, LINEAR_MODULES):
                 hooks.enter_context(_watch_module(module, place_of(path, module), seen, changed))
-            elif piles(module):
+            elif fused_parameters(module):
 
-                def hear(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
+                def hook(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
                     place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
                     seen.add(place, product.inputs)
                     return _other if place in changed else None
 
-                hooks.enter_context(Pile(module).listen(hear))
+                hooks.enter_context(FusedExperts(module).hooked(hook))
         call(layer, hidden)
     return seen
 

@@ -50,7 +50,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class SparsityAllocation:
     """A sparsity for each unit, its `cost`, and the `gap`: cost - gap is a lower bound for any allocation."""
 
     sparsities: tuple[float, ...]
@@ -58,7 +58,7 @@ class Allocation:
     gap: float
 
 
-def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> Allocation:
+def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> SparsityAllocation:
     """min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u, with c_u the curves' convex envelopes.
 
     The envelopes are piecewise linear and convex, so the cheapest pieces per zero are taken first until there are
@@ -97,10 +97,12 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> A
     bound = multiplier * zeros + sum(
         min(cost - multiplier * c.size * s for s, cost in zip(c.sparsities, c.costs, strict=True)) for c in envelopes
     )
-    return Allocation(tuple(found), cost, max(0.0, cost - bound))
+    return SparsityAllocation(tuple(found), cost, max(0.0, cost - bound))
 
 
-def spread(statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = 0.08) -> list[float]:
+def allocate_by_outliers(
+    statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = 0.08
+) -> list[float]:
     """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`, to a global share.
 
     The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the share of outliers; here
@@ -118,7 +120,7 @@ def spread(statistics: Sequence[float], sizes: Sequence[int], sparsity: float, r
     return found
 
 
-def protect(statistics: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
     """Sparsities whose kept shares are as the softmax of a statistic of each layer, to a global share.
 
         kept_l = min(1, c exp(statistic_l)),   c such that sum_l size_l kept_l = (1 - sparsity) sum_l size_l

@@ -168,16 +168,16 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept:
     """
     residual = q.residual(weight)
     values = q.values(weight, residual)
-    leaving = residual * weight + split * weight.square() / 2
-    saving = torch.where(split > 0, (residual + split * weight).square() / (2 * split), inf)
-    saving = torch.where((split == 0) & (residual == 0), 0.0, saving)
-    largest = lines(saving).sort(dim=1, descending=True).values.cumsum(1)
+    fixed = residual * weight + split * weight.square() / 2  # the cost of an entry that is zero
+    gain = torch.where(split > 0, (residual + split * weight).square() / (2 * split), inf)  # of one that is kept
+    gain = torch.where((split == 0) & (residual == 0), 0.0, gain)
+    largest = lines(gain).sort(dim=1, descending=True).values.cumsum(1)
     count = kept.long()
-    taken = torch.where(count > 0, largest.gather(1, (count - 1).clamp_min(0)), 0.0)
+    gained = torch.where(count > 0, largest.gather(1, (count - 1).clamp_min(0)), 0.0)
     unit = 4 * (max(q.shape[1], largest.shape[1]) + 4) * torch.finfo(weight.dtype).eps  # of the longest sum
     moved = q.displacement(weight).abs()
-    doubt = q.cross.abs() + moved @ q.gram.abs()  # over which the residual may be wrong by `unit`
-    reach = weight.abs() + residual.abs() / split.clamp_min(torch.finfo(weight.dtype).tiny) + moved
-    wrong = unit * float((doubt * reach).sum() + q.energy.sum() + values.sum() + leaving.abs().sum() + taken.sum())
-    bound = float(values.sum() + leaving.sum() - taken.sum()) - wrong
+    residual_terms = q.cross.abs() + moved @ q.gram.abs()  # the residual is wrong by `unit` times this at most
+    lengths = weight.abs() + residual.abs() / split.clamp_min(torch.finfo(weight.dtype).tiny) + moved
+    terms = (residual_terms * lengths).sum() + q.energy.sum() + values.sum() + fixed.abs().sum() + gained.sum()
+    bound = float(values.sum() + fixed.sum() - gained.sum()) - unit * float(terms)
     return bound if bound > 0 else 0.0  # also where it is not a number: the error is a sum of squares

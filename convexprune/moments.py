@@ -1,5 +1,6 @@
 """The streaming calibration accumulator: tokens go in, their second moments stay."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from convexprune.quadratic import Quadratic
 STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
 
 
-class Correction:
+class ErrorMoments:
     """Second moments of what is to be made up for, and the input x* [n], as sums over tokens.
 
     Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of `outputs`, d [m] is what
@@ -23,26 +24,26 @@ class Correction:
         self.cross, self.change = cross, change
 
     @classmethod
-    def none(cls, gram: Tensor, outputs: int | None = None) -> "Correction":
+    def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
         """That of no token, for inputs whose second moments are `gram` [n n]."""
         if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
         return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
 
     @staticmethod
-    def pays(outputs: int, inputs: int) -> bool:
+    def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
         """Whether it is less to compute of the outputs of a weight [outputs inputs] than of its inputs."""
         return 4 * outputs < 3 * inputs
 
-    def add(self, x: Tensor, lacking: Tensor) -> None:
+    def add(self, x: Tensor, error: Tensor) -> None:
         """Count x* [tokens n] and d, [tokens n] or [tokens m]."""
         if self.change.ndim == 2:
-            _add_square(self.change, lacking)
+            _add_square(self.change, error)
         else:
-            self.change += lacking.square().sum(0)
-        self.cross.addmm_(lacking.T, x)
+            self.change += error.square().sum(0)
+        self.cross.addmm_(error.T, x)
 
-    def through(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """sum (W d) x*' [m n] and sum (W d)^2 [m] for a weight W [m n]; of outputs d is W d already."""
         if self.change.ndim == 1:
             return self.cross.to(weight), self.change.to(weight)
@@ -53,19 +54,19 @@ class Correction:
         """Whether every change counted so far was finite."""
         return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
 
-    def rows(self, chosen: Tensor | slice) -> "Correction":
+    def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
         """For the rows `chosen` of the weight."""
-        return self if self.change.ndim == 2 else Correction(self.cross[chosen], self.change[chosen])
+        return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
 
-    def scaled(self, factors: Tensor) -> "Correction":
+    def scaled(self, factors: Tensor) -> "ErrorMoments":
         """For the weight with its rows times `factors` [m]."""
         if self.change.ndim == 2:
             return self
         factors = factors.to(self.change)
-        return Correction(self.cross * factors[:, None], self.change * factors.square())
+        return ErrorMoments(self.cross * factors[:, None], self.change * factors.square())
 
-    def __add__(self, other: "Correction") -> "Correction":
-        return Correction(self.cross + other.cross, self.change + other.change)
+    def __add__(self, other: "ErrorMoments") -> "ErrorMoments":
+        return ErrorMoments(self.cross + other.cross, self.change + other.change)
 
 
 class Moments:
@@ -76,7 +77,7 @@ class Moments:
     means that error correction never subtracts two nearly equal matrices.
 
     Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`, and m =
-    `outputs` if what is to be made up for is told of the outputs of one weight [m n] (see `Correction`).
+    `outputs` if what is to be made up for is told of the outputs of one weight [m n] (see `ErrorMoments`).
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Moments:
         if width < 0 or dtype not in (torch.float32, torch.float64):
             raise ProblemError(f"Moments of {width} inputs in {dtype}; needed are 0 or more, in float32 or float64.")
         self.tokens = 0
-        self.correction: Correction | None = None
+        self.errors: ErrorMoments | None = None
         self.outputs = outputs
         self.sum = torch.zeros(width, width, dtype=dtype, device=device)  # of x* x*', its upper triangle
 
@@ -109,13 +110,13 @@ class Moments:
         _add_square(self.sum, x)
         self.tokens += x.shape[0]
         if dense is not None:
-            self.add_lacking(x, dense.reshape(x.shape).to(x) - x)
+            self.add_errors(x, dense.reshape(x.shape).to(x) - x)
 
     @torch.no_grad()
-    def add_lacking(self, x: Tensor, lacking: Tensor) -> None:
+    def add_errors(self, x: Tensor, error: Tensor) -> None:
         """Count, of inputs x* [tokens n] that are counted already, what to make up for: d [tokens n], or [tokens m]."""
-        self.correction = self.correction or Correction.none(self.sum, self.outputs)
-        self.correction.add(x.to(self.sum), lacking.to(self.sum))
+        self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
+        self.errors.add(x.to(self.sum), error.to(self.sum))
 
     @property
     def gram(self) -> Tensor:
@@ -130,20 +131,20 @@ class Moments:
     @property
     def cross(self) -> Tensor | None:
         """mean (x - x*) x*' [n n], or mean d x*' [m n] of outputs; None if x = x* throughout."""
-        return None if self.correction is None else self.correction.cross / self.tokens
+        return None if self.errors is None else self.errors.cross / self.tokens
 
     @property
     def change(self) -> Tensor | None:
         """mean (x - x*) (x - x*)' [n n], or mean d^2 [m] of outputs; None if x = x* throughout."""
-        if self.correction is None:
+        if self.errors is None:
             return None
-        change = self.correction.change / self.tokens
+        change = self.errors.change / self.tokens
         return change if change.ndim == 1 else _whole(change)
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
         own = bool(self.sum.diagonal().isfinite().all())
-        return own and (self.correction is None or self.correction.is_finite())
+        return own and (self.errors is None or self.errors.is_finite())
 
     def energy(self, weight: Tensor) -> Tensor:
         """mean |W x|^2 of each row [m], or of outputs mean |W x* + d|^2: the target's energy, the unit of errors.
@@ -152,13 +153,13 @@ class Moments:
             ProblemError: no token was seen.
         """
         energy = _row_form(weight, self.gram)
-        if self.correction is not None:
-            cross, change = self.correction.through(weight)
+        if self.errors is not None:
+            cross, change = self.errors.project(weight)
             energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
         return energy
 
-    def reconstruction(self, weight: Tensor, correction: float = 1.0) -> Quadratic:
-        """1/2 mean |V x* - W (x* + a (x - x*))|^2, about the anchor W [m n], with a = `correction` in [0, 1].
+    def reconstruction(self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None) -> Quadratic:
+        """1/2 mean |V x* - W (x* + a (x - x*))|^2, about the anchor W [m n], with a = `alpha` in [0, 1].
 
         a = 1 is error correction as in FISTAPruner (arXiv 2408.03728, Eq. 2): the target is the dense operator on the
         dense input. a = 0 asks only to reproduce the operator on its own, pruned input, as SparseGPT does.
@@ -166,21 +167,24 @@ class Moments:
         Raises:
             ProblemError: no token was seen.
         """
+        if correction is not None:
+            warnings.warn("`correction` is now called `alpha`.", DeprecationWarning, stacklevel=2)
+            alpha = correction
         weight = weight.to(self.sum)
-        if self.correction is None or correction == 0:
+        if self.errors is None or alpha == 0:
             zero = torch.zeros_like(weight)
             return Quadratic(self.gram, zero, zero[:, 0], weight, checked=False)
-        cross, change = self.correction.through(weight)
-        share = correction / self.tokens
-        return Quadratic(self.gram, cross * share, change * (correction * share), weight, checked=False)
+        cross, change = self.errors.project(weight)
+        factor = alpha / self.tokens
+        return Quadratic(self.gram, cross * factor, change * (alpha * factor), weight, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> "Moments":
         """The same moments for the rows `chosen` of the weight."""
-        return self._with(self.tokens, self.sum, None if self.correction is None else self.correction.rows(chosen))
+        return self._with(self.tokens, self.sum, None if self.errors is None else self.errors.rows(chosen))
 
     def scaled(self, factors: Tensor) -> "Moments":
         """The same moments for the weight with its rows times `factors` [m]."""
-        return self.corrected_by(None if self.correction is None else self.correction.scaled(factors))
+        return self.with_errors(None if self.errors is None else self.errors.scaled(factors))
 
     def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
         """The same moments where inputs that are always zero have some energy of their own, the live inputs' mean.
@@ -191,8 +195,8 @@ class Moments:
         diagonal = self.sum.diagonal()
         dead = diagonal == 0
         energy = diagonal[~dead].mean() if bool(diagonal.any()) else self.tokens
-        correction = None if self.correction is None else Correction(*self.correction.through(weight))
-        return self._with(self.tokens, self.sum + (dead * energy).diag(), correction)
+        errors = None if self.errors is None else ErrorMoments(*self.errors.project(weight))
+        return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
 
     def counted_as(self, tokens: int) -> "Moments":
         """The mean x* x*' without its change, with the weight of `tokens` tokens in a sum.
@@ -203,18 +207,18 @@ class Moments:
         self._require_tokens()
         return self._with(tokens, tokens / self.tokens * self.sum, None)
 
-    def corrected_by(self, correction: Correction | None) -> "Moments":
+    def with_errors(self, errors: ErrorMoments | None) -> "Moments":
         """These moments of x*, with the change of the same tokens."""
-        return self._with(self.tokens, self.sum, correction)
+        return self._with(self.tokens, self.sum, errors)
 
     def __add__(self, other: "Moments") -> "Moments":
-        corrections = [c for c in (self.correction, other.correction) if c is not None]
-        correction = corrections[0] + corrections[1] if len(corrections) == 2 else next(iter(corrections), None)
-        return self._with(self.tokens + other.tokens, self.sum + other.sum, correction)
+        both = [errors for errors in (self.errors, other.errors) if errors is not None]
+        errors = both[0] + both[1] if len(both) == 2 else next(iter(both), None)
+        return self._with(self.tokens + other.tokens, self.sum + other.sum, errors)
 
-    def _with(self, tokens: int, gram: Tensor, correction: Correction | None) -> "Moments":
+    def _with(self, tokens: int, gram: Tensor, errors: ErrorMoments | None) -> "Moments":
         other = Moments(0, gram.dtype, gram.device, self.outputs)
-        other.tokens, other.sum, other.correction = tokens, gram, correction
+        other.tokens, other.sum, other.errors = tokens, gram, errors
         return other
 
     def _tokens(self, pruned: Tensor, dense: Tensor | None) -> Tensor:

@@ -29,15 +29,15 @@ class AbstractPenalty(ABC):
         """argmin_U 1/2 |U - V|^2 + step p(U), written into `out` if given (which may be `weight` itself)."""
 
     @abstractmethod
-    def conjugate(self, slope: Tensor) -> Tensor:
+    def conjugate(self, dual: Tensor) -> Tensor:
         """p*(S) = max_V <S, V> - p(V) of each row [m], for slopes in its domain."""
 
     @abstractmethod
-    def project(self, slope: Tensor) -> Tensor:
+    def project(self, dual: Tensor) -> Tensor:
         """The point nearest to S [m n] where the conjugate is finite."""
 
     @abstractmethod
-    def dual_scale(self, slope: Tensor) -> Tensor:
+    def dual_scale(self, dual: Tensor) -> Tensor:
         """The largest s_i for which the conjugate of each row s_i S_i is finite [m]; may be inf."""
 
     @abstractmethod
@@ -48,8 +48,8 @@ class AbstractPenalty(ABC):
     def to(self, dtype: torch.dtype) -> Self:
         """The same function for weights of another dtype."""
 
-    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor | None:
-        """The subgradient S of p at V that is nearest to `slope` [m n], so that p(V) + p*(S) = <S, V>.
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
+        """The subgradient S of p at V that is nearest to `dual` [m n], so that p(V) + p*(S) = <S, V>.
 
         None where it is what `project` gives, or where it is not known: then certificates are not as tight.
         """
@@ -115,20 +115,20 @@ class L1(AbstractPenalty):
         require_step(step)
         return _shrink(weight, self._like(weight), number_like(step, weight), out)
 
-    def conjugate(self, slope: Tensor) -> Tensor:
+    def conjugate(self, dual: Tensor) -> Tensor:
         """Zero on its domain, the box |S_ij| <= strength_ij."""
-        return slope.new_zeros(slope.shape[0])
+        return dual.new_zeros(dual.shape[0])
 
-    def project(self, slope: Tensor) -> Tensor:
-        return torch.clamp(slope, -self._like(slope), self._like(slope))
+    def project(self, dual: Tensor) -> Tensor:
+        return torch.clamp(dual, -self._like(dual), self._like(dual))
 
-    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor:
-        """strength sign(V) where V is not zero, else the slope clipped to the box."""
-        return torch.where(weight != 0, self._like(slope) * weight.sign(), self.project(slope))
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """strength sign(V) where V is not zero, else the dual point clipped to the box."""
+        return torch.where(weight != 0, self._like(dual) * weight.sign(), self.project(dual))
 
-    def dual_scale(self, slope: Tensor) -> Tensor:
-        ratio = self._like(slope) / slope.abs()
-        return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no slope is too large
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        ratio = self._like(dual) / dual.abs()
+        return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no factor is too large
 
     def scaled(self, scale: Tensor) -> "L1":
         return L1(self.strength / scale, checked=False)
@@ -136,8 +136,8 @@ class L1(AbstractPenalty):
     def to(self, dtype: torch.dtype) -> Self:
         return type(self)(self.strength.to(dtype), False) if isinstance(self.strength, Tensor) else self
 
-    def _like(self, slope: Tensor) -> Tensor:
-        return torch.as_tensor(self.strength, dtype=slope.dtype, device=slope.device)
+    def _like(self, tensor: Tensor) -> Tensor:
+        return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
 
 @fused
@@ -170,16 +170,16 @@ class Support(AbstractPenalty):
         """V on the support, zero elsewhere."""
         return torch.mul(weight, self.mask, out=out)
 
-    def conjugate(self, slope: Tensor) -> Tensor:
+    def conjugate(self, dual: Tensor) -> Tensor:
         """Zero on its domain: slopes that vanish on the support."""
-        return slope.new_zeros(slope.shape[0])
+        return dual.new_zeros(dual.shape[0])
 
-    def project(self, slope: Tensor) -> Tensor:
-        return slope * ~self.mask
+    def project(self, dual: Tensor) -> Tensor:
+        return dual * ~self.mask
 
-    def dual_scale(self, slope: Tensor) -> Tensor:
-        inside = ((slope != 0) & self.mask).any(1)
-        return torch.where(inside, 0.0, inf).to(slope.dtype)
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        inside = ((dual != 0) & self.mask).any(1)
+        return torch.where(inside, 0.0, inf).to(dual.dtype)
 
     def scaled(self, scale: Tensor) -> "Support":
         return self
@@ -228,20 +228,20 @@ class ReverseHuber(AbstractPenalty):
         soft = (size - step * self.slope).clamp_min_(0)
         return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight, out=out)
 
-    def conjugate(self, slope: Tensor) -> Tensor:
+    def conjugate(self, dual: Tensor) -> Tensor:
         """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
-        return (slope.square() / (2 * self.curvature) - self.price).clamp_min(0).sum(1)
+        return (dual.square() / (2 * self.curvature) - self.price).clamp_min(0).sum(1)
 
-    def project(self, slope: Tensor) -> Tensor:
-        return slope
+    def project(self, dual: Tensor) -> Tensor:
+        return dual
 
-    def subgradient(self, weight: Tensor, slope: Tensor) -> Tensor:
-        """sign(V) max(slope, B |V|) where V is not zero, else the slope clipped to that at zero."""
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """sign(V) max(slope, B |V|) where V is not zero, else the dual point clipped to that at zero."""
         steep = torch.maximum(self.slope.expand_as(weight), self.curvature * weight.abs())
-        return torch.where(weight != 0, torch.copysign(steep, weight), slope.clamp(-self.slope, self.slope))
+        return torch.where(weight != 0, torch.copysign(steep, weight), dual.clamp(-self.slope, self.slope))
 
-    def dual_scale(self, slope: Tensor) -> Tensor:
-        return torch.full_like(slope[:, 0], inf)
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        return torch.full_like(dual[:, 0], inf)
 
     def scaled(self, scale: Tensor) -> "ReverseHuber":
         return ReverseHuber(self.curvature / scale.square(), self.price)

@@ -9,7 +9,7 @@ from convexprune.pattern import SemiStructured
 ASSIGNED = 256  # groups at once: an assignment costs the third power of them, and more gain little
 
 
-def pruned_share(scores: Tensor, pattern: SemiStructured) -> float:
+def pruned_fraction(scores: Tensor, pattern: SemiStructured) -> float:
     """The share of all scores [m n] that is on entries which the pattern prunes; 0 where all scores are 0."""
     kept, whole = (float(part.sum(dtype=torch.float64)) for part in (scores.where(pattern.mask(scores), 0), scores))
     return 1 - kept / whole if whole > 0 else 0.0

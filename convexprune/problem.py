@@ -89,7 +89,7 @@ class Certificate:
 def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor) -> Tensor:
     """The duality gap of each row [m] from the residual K [m n], q [m] (`values`) and p [m] (`slack`) at `weight`.
 
-    By Fenchel-Young, for any dual slope S where p* is finite, with c(S) the price of S not being K:
+    By Fenchel-Young, for any dual point S where p* is finite, with c(S) the price of S not being K:
 
         q + p - min (q + p)  <=  p(V) + p*(S) - <S, V> + c(S)
 
@@ -110,12 +110,12 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
     price = (1 - s).square() * (values + quadratic.rounding)
     gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
-    slope = penalty.project(residual)
-    rest = (slack + penalty.conjugate(slope) - torch.linalg.vecdot(slope, weight)).clamp_min(0)
-    gaps = torch.minimum(gaps, quadratic.inverse_form(residual - slope) + rest)
-    slope = penalty.subgradient(weight, residual)
-    if slope is not None:
-        gaps = torch.minimum(gaps, quadratic.inverse_form(residual - slope))
+    dual = penalty.project(residual)
+    rest = (slack + penalty.conjugate(dual) - torch.linalg.vecdot(dual, weight)).clamp_min(0)
+    gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual) + rest)
+    dual = penalty.subgradient(weight, residual)
+    if dual is not None:
+        gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual))
     return gaps + quadratic.rounding
 
 
@@ -177,13 +177,13 @@ def _prices(quadratic: Quadratic, mask: Tensor, residual: Tensor) -> Tensor:
         return torch.full_like(residual[:, 0], inf)
     margin = n * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())  # see `Quadratic.factor`
     parts = []
-    for kept, slope in zip(
+    for kept, gradient in zip(
         *(t.split(max(1, AT_ONCE // n**2)) for t in (mask & ~quadratic.dead, residual)), strict=True
     ):
         on = kept.to(gram)
         squares = gram * on[:, :, None] * on[:, None, :]
         squares.diagonal(dim1=1, dim2=2).add_(torch.where(kept, -margin, 1.0))
         factor, info = torch.linalg.cholesky_ex(squares)
-        solved = torch.linalg.solve_triangular(factor, (slope * on)[:, :, None], upper=False)
+        solved = torch.linalg.solve_triangular(factor, (gradient * on)[:, :, None], upper=False)
         parts.append(torch.where(info == 0, solved.square().sum((1, 2)) / 2, inf))
     return torch.cat(parts)

@@ -15,6 +15,37 @@ from convexprune.errors import ProblemError
 from convexprune.factor import cholesky
 from convexprune.spectrum import largest_eigenvalue, power_of_two
 
+_UNKNOWN: Any = object()  # of a factor that was not tried: None says that there is none
+
+
+@dataclass(eq=False)
+class Cache:
+    """What does not depend on the anchor, computed at most once for all quadratics that differ only in it.
+
+    `gram` [n n] is theirs. `precision` is the rounding error of the dtype in which the tensors were given, and `energy`
+    [m] the energy that was given. `envelope_of` is the quadratic whose Moreau envelope this is, and the stiffness. The
+    others are the properties of `Quadratic` of the same names.
+    """
+
+    gram: Tensor
+    precision: float
+    energy: Tensor
+    envelope_of: "tuple[Quadratic, float] | None" = None
+    target_energy: float | None = None
+    is_sum_of_squares: bool | None = None
+    factor: Tensor | None = _UNKNOWN
+
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """An upper estimate of the largest eigenvalue of H."""
+        return largest_eigenvalue(self.gram)
+
+    @cached_property
+    def gram_of_steps(self) -> Tensor:
+        """H [n n] in the dtype in which steps are multiplied: bfloat16 where the device has it, else H itself."""
+        coarse = self.gram.dtype == torch.float32 and has_bfloat16(self.gram.device)
+        return self.gram.bfloat16() if coarse else self.gram
+
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
@@ -27,7 +58,7 @@ class Quadratic:
     Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
     The anchor is the point near which the solution is expected (the dense weight; None is zero): everything is then
     computed from the small D, and nothing cancels. `bound` is an upper bound on H's eigenvalues, if one is known.
-    Quadratics are closed under addition and non-negative scaling. `known` keeps what has been computed of the
+    Quadratics are closed under addition and non-negative scaling. `cache` keeps what has been computed of the
     function, for all quadratics that write it about other anchors.
 
     The tensors, or NumPy arrays, are float32 or float64, all alike. Whether they can be those of a sum of squares is
@@ -43,7 +74,7 @@ class Quadratic:
     energy: Tensor
     anchor: Tensor | None = None
     bound: float | None = None
-    known: dict[str, Any] = field(default_factory=dict, repr=False)
+    cache: "Cache | None" = field(default=None, repr=False)
     checked: InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
@@ -52,7 +83,8 @@ class Quadratic:
             object.__setattr__(self, name, tensor)
         if checked:
             object.__setattr__(self, "gram", symmetric(self.gram, self.cross, self.energy, self.anchor))
-        self.known.setdefault("given", (torch.finfo(self.energy.dtype).eps, self.energy))
+        if self.cache is None:
+            object.__setattr__(self, "cache", Cache(self.gram, torch.finfo(self.energy.dtype).eps, self.energy))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,11 +141,8 @@ class Quadratic:
         The product is in bfloat16 where that is the device's own (`has_bfloat16`): off by 2^-8 of the change at most,
         which is small where the step is. Certificates and what is reported come from `residual`.
         """
-        if "coarse" not in self.known:
-            coarse = self.gram.dtype == torch.float32 and has_bfloat16(self.gram.device)
-            self.known["coarse"] = self.gram.bfloat16() if coarse else self.gram
-        coarse = self.known["coarse"]
-        change = (step.to(coarse.dtype) @ coarse).to(residual.dtype)
+        gram = self._cache.gram_of_steps
+        change = (step.to(gram.dtype) @ gram).to(residual.dtype)
         return torch.sub(residual, change, out=change)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -127,9 +156,7 @@ class Quadratic:
         """An upper estimate of H's largest eigenvalue: the bound, or what the power method says."""
         if self.bound is not None:
             return self.bound
-        if "lipschitz" not in self.known:
-            self.known["lipschitz"] = largest_eigenvalue(self.gram)
-        return self.known["lipschitz"]
+        return self._cache.largest_eigenvalue
 
     def scale(self) -> Tensor:
         """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
@@ -142,26 +169,26 @@ class Quadratic:
             return self  # and what is cached stays
         anchor = None if self.anchor is None else self.anchor * scale
         tensors = (self.gram / scale).div_(scale[:, None]), self.cross / scale, self.energy, anchor
-        return type(self)(*tensors, known={"given": self.known["given"]}, checked=False)
+        return self._as_precise(*tensors)
 
     @property
     def target_energy(self) -> float:
         """The sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
-        if "target_energy" not in self.known:
-            self.known["target_energy"] = float(2 * self.values(torch.zeros_like(self.cross)).sum())
-        return self.known["target_energy"]
+        if self._cache.target_energy is None:
+            self._cache.target_energy = float(2 * self.values(torch.zeros_like(self.cross)).sum())
+        return self._cache.target_energy
 
     @cached_property
-    def double(self) -> "Quadratic":
+    def double(self) -> Self:
         """The same function in float64, for certificates."""
         if self.gram.dtype == torch.float64:
             return self
         anchor = None if self.anchor is None else self.anchor.double()
         tensors = self.gram.double(), self.cross.double(), self.energy.double(), anchor
-        return Quadratic(*tensors, known={"given": self.known["given"]}, checked=False)
+        return self._as_precise(*tensors)
 
     @cached_property
-    def unit_free(self) -> "tuple[Quadratic, Tensor]":
+    def unit_free(self) -> tuple[Self, Tensor]:
         """The same function, in float64, of U = V * scale, and that scale [n]: sqrt(H_jj) up to a power of two.
 
         Nothing is rounded on the way, and the units of inputs and weights make no difference to what is computed there.
@@ -170,13 +197,12 @@ class Quadratic:
         gram = self.gram.to(torch.float64, copy=True).div_(scale).div_(scale[:, None])
         anchor = None if self.anchor is None else self.anchor * scale
         tensors = gram, self.cross / scale, self.energy.double(), anchor
-        return Quadratic(*tensors, known={"given": self.known["given"]}, checked=False), scale
+        return self._as_precise(*tensors), scale
 
     @property
     def rounding(self) -> Tensor:
         """What of q [m] its tensors do not resolve: rounding errors of the energy, in the dtype it was given in."""
-        precision, energy = self.known["given"]
-        return 4 * precision * energy.to(self.energy)
+        return 4 * self._cache.precision * self._cache.energy.to(self.energy)
 
     @property
     def is_sum_of_squares(self) -> bool:
@@ -184,12 +210,12 @@ class Quadratic:
 
         Only of a quadratic whose H has a diagonal near one, or zero (`unit_free`).
         """
-        if "sum of squares" not in self.known:
+        if self._cache.is_sum_of_squares is None:
             unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
-            self.known["sum of squares"] = is_sum_of_squares(
-                self.gram, self.cross, self.energy, unit, self.known["given"][0], self.factor
+            self._cache.is_sum_of_squares = is_sum_of_squares(
+                self.gram, self.cross, self.energy, unit, self._cache.precision, self.factor
             )
-        return self.known["sum of squares"]
+        return self._cache.is_sum_of_squares
 
     @property
     def factor(self) -> Tensor | None:
@@ -200,34 +226,30 @@ class Quadratic:
         (Higham 2002, theorem 10.3). Inputs that are always zero get a one on the diagonal, so that they do not spoil
         the rest (`inverse_form` knows them).
         """
-        if "factor" not in self.known:
-            self.known["factor"] = self._cholesky()
-        return self.known["factor"]
-
-    def _cholesky(self) -> Tensor | None:
-        diagonal = self.gram.diagonal()
-        margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(diagonal.max())
-        shifted = self.gram + torch.where(self.dead, 1.0, -margin).to(diagonal).diag()
-        return cholesky(shifted)
+        if self._cache.factor is _UNKNOWN:
+            diagonal = self.gram.diagonal()
+            margin = self.gram.shape[0] * torch.finfo(self.gram.dtype).eps * float(diagonal.max())
+            self._cache.factor = cholesky(self.gram + torch.where(self.dead, 1.0, -margin).to(diagonal).diag())
+        return self._cache.factor
 
     @property
     def dead(self) -> Tensor:
         """Which inputs are always zero [n]: the function does not depend on their weights."""
         return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
 
-    def inverse_form(self, slope: Tensor) -> Tensor:
-        """At least 1/2 k H^-1 k' of each row k of `slope` [m n]: [m]. inf if H is not safely positive definite.
+    def inverse_form(self, gradient: Tensor) -> Tensor:
+        """At least 1/2 k H^-1 k' of each row k of `gradient` [m n]: [m]. inf if H is not safely positive definite.
 
         The conjugate of an envelope is that of the function it relaxes plus |k|^2 / (2 stiffness), so that one
         factorisation serves all envelopes.
         """
-        if "relaxes" in self.known:
-            stiffness, inner = self.known["relaxes"]
-            return inner.inverse_form(slope) + torch.linalg.vecdot(slope, slope) / (2 * stiffness)
+        if self._cache.envelope_of is not None:
+            inner, stiffness = self._cache.envelope_of
+            return inner.inverse_form(gradient) + torch.linalg.vecdot(gradient, gradient) / (2 * stiffness)
         if self.factor is None:
-            return torch.where((slope == 0).all(1), 0.0, inf)
-        solved = torch.linalg.solve_triangular(self.factor, slope.T, upper=False)
-        return torch.where(((slope != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
+            return torch.where((gradient == 0).all(1), 0.0, inf)
+        solved = torch.linalg.solve_triangular(self.factor, gradient.T, upper=False)
+        return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
 
     def envelope(self, stiffness: float) -> Self:
         """The relaxed function  min_U q(U) + stiffness/2 |U - V|^2  (Moreau envelope), again a quadratic of V.
@@ -245,7 +267,9 @@ class Quadratic:
         gram = inverse.mul_(-(stiffness**2))
         gram.diagonal().add_(stiffness)
         tensors = gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor
-        return type(self)(*tensors, stiffness, {"relaxes": (stiffness, self)}, checked=False)
+        relaxed = type(self)(*tensors, bound=stiffness, checked=False)
+        relaxed._cache.envelope_of = self, stiffness
+        return relaxed
 
     def shifted_inverse(self, shift: float) -> Tensor:
         """(H + shift I)^-1 [n n], by a Cholesky factor.
@@ -267,19 +291,28 @@ class Quadratic:
         point = torch.zeros_like(self.cross) if anchor is None else anchor
         residual = self.residual(point) if residual is None else residual
         energy = 2 * self.values(point, residual)
-        return type(self)(self.gram, residual, energy, anchor, self.bound, self.known, checked=False)
+        return type(self)(self.gram, residual, energy, anchor, self.bound, self.cache, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> Self:
         """That of the rows `chosen` alone."""
         anchor = None if self.anchor is None else self.anchor[chosen]
-        known = {"given": (self.known["given"][0], self.known["given"][1][chosen])}
-        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, known, checked=False)
+        cache = Cache(self.gram, self._cache.precision, self._cache.energy[chosen])
+        return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
 
     def columns(self, chosen: Tensor) -> Self:
         """That of the inputs `chosen` alone, where the weights of all others stay at the anchor."""
         anchor = None if self.anchor is None else self.anchor[:, chosen]
-        gram, known = self.gram[chosen][:, chosen], {"given": self.known["given"]}
-        return type(self)(gram, self.cross[:, chosen], self.energy, anchor, known=known, checked=False)
+        return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
+
+    def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
+        """Another quadratic, whose rounding errors are those of the tensors that this one was given."""
+        cache = Cache(gram, self._cache.precision, self._cache.energy)
+        return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
+
+    @property
+    def _cache(self) -> "Cache":
+        assert self.cache is not None
+        return self.cache
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)

@@ -1,4 +1,4 @@
-"""The perspective relaxation of pruning: a convex problem in which a weight may be kept by a share of one."""
+"""The perspective relaxation of pruning: a convex problem in which a weight may be kept by a fraction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ Lines = Callable[[Tensor], Tensor]
 class Relaxed:
     """An iterate of `relax`: `point` V [m n] near the minimum, and what going on from there needs.
 
-    `weight` is the copy of V on which the perspective acts, with `share` z, `dual` the sum of their differences, and
+    `weight` is the copy of V on which the perspective acts, with `fraction` z, `dual` the sum of their differences, and
     `price` the logarithm of what a non-zero costs [lines 1].
     """
 
     point: Tensor
     weight: Tensor
-    share: Tensor
+    fraction: Tensor
     dual: Tensor
     price: Tensor | None = None
 
@@ -36,7 +36,7 @@ class Relaxed:
 
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
         """The same with another split than the one `before`: the slope B * dual stays."""
-        return Relaxed(self.point, self.weight, self.share, self.dual * before / split, self.price)
+        return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
 
     @property
     def cost(self) -> Tensor:
@@ -47,7 +47,7 @@ class Relaxed:
     @property
     def gain(self) -> Tensor:
         """V^2 (1 / z - 1) / 2 [m n]: the derivative of the relaxed value by the split."""
-        return torch.where(self.share > 0, self.weight.square() * (1 / self.share.clamp_min(1e-9) - 1) / 2, 0.0)
+        return torch.where(self.fraction > 0, self.weight.square() * (1 / self.fraction.clamp_min(1e-9) - 1) / 2, 0.0)
 
 
 def relax(
@@ -60,25 +60,25 @@ def relax(
     which thirty iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of
     a non-zero is found inside the prox, by bisection.
     """
-    weight, dual, price, point, share = start.weight, start.dual, start.price, start.point, start.share
+    weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
     for _ in range(iterations):
         middle = weight - dual
         point = middle + (q.residual(middle) + split * middle) @ inverse
         target = point + dual
         price = _price(lines(target.abs()), lines(split), kept, price)
-        share = shares(lines(target.abs()), lines(split), price).reshape(weight.shape)
-        weight = target * share / (1 + share)
+        fraction = fractions(lines(target.abs()), lines(split), price).reshape(weight.shape)
+        weight = target * fraction / (1 + fraction)
         dual = target - weight
-    return Relaxed(point, weight, share, dual, price)
+    return Relaxed(point, weight, fraction, dual, price)
 
 
-def shares(target: Tensor, split: Tensor, price: Tensor) -> Tensor:
+def fractions(target: Tensor, split: Tensor, price: Tensor) -> Tensor:
     """z in [0, 1] of each entry of the lines when a non-zero costs exp(price) [lines 1]."""
     return (target * (split / (2 * price.exp())).sqrt() - 1).clamp(0, 1)
 
 
 def _price(target: Tensor, split: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
-    """The logarithm of the least price at which the shares of a line sum to at most `kept` [lines 1]."""
+    """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1]."""
     if price is None:
         high = (target.square() * split / 2).amax(1, keepdim=True).clamp_min(1e-300).log()  # here the last one leaves
         low, count = high - 60, BISECTIONS[0]
@@ -86,6 +86,6 @@ def _price(target: Tensor, split: Tensor, kept: Tensor, price: Tensor | None) ->
         low, high, count = price - WINDOW, price + WINDOW, BISECTIONS[1]
     for _ in range(count):
         middle = (low + high) / 2
-        many = shares(target, split, middle).sum(1, keepdim=True) > kept
+        many = fractions(target, split, middle).sum(1, keepdim=True) > kept
         low, high = torch.where(many, middle, low), torch.where(many, high, middle)
     return high

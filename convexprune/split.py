@@ -49,14 +49,14 @@ def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tens
     if factor is None:
         return split
     inverse = torch.cholesky_inverse(factor)
-    slope = gain - barrier * inverse.diagonal() + FLOOR * barrier / split
+    gradient = gain - barrier * inverse.diagonal() + FLOOR * barrier / split
     del factor
     hessian = inverse.square_().mul_(barrier)
     hessian.diagonal().add_(barrier * FLOOR / split.square())
     factor = cholesky(hessian)
     if factor is None:
         return split
-    move = torch.cholesky_solve(slope[:, None], factor)[:, 0]
+    move = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
     shrinking = move < 0
     length = min(1.0, 0.9 * float((-split / move)[shrinking].min())) if bool(shrinking.any()) else 1.0
     while length > LEAST_LENGTH:

@@ -134,7 +134,7 @@ def _watch(
             total.add(x)
             d = lacking.of(one, i, seen[other], output)
             if d is not None:
-                total.add_lacking(x.flatten(0, -2), d.flatten(0, -2).cpu())
+                total.add_errors(x.flatten(0, -2), d.flatten(0, -2).cpu())
     for (one, other), total in zip(pairs, moments, strict=True):
         rows = torch.arange(height(one)).split([w.shape[0] for w in one.operators])
         for w, v, own in zip(one.operators, other.operators, rows, strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
-from convexprune.moments import Correction
+from convexprune.moments import ErrorMoments
 from convexprune.pipeline.bounding import WIDE, WIDEST
 from convexprune.pipeline.folds import Folds, in_parts
 
@@ -177,15 +177,15 @@ def moments_bytes(stack: Stack, corrected: bool) -> int:
 
 
 def _correction(stack: Stack) -> int:
-    """How many numbers the moments of a correction are (`Correction`)."""
+    """How many numbers the moments of a correction are (`ErrorMoments`)."""
     m, n = stack.outputs, stack.inputs
-    return m * n + m if Correction.pays(m, n) else 2 * n * n
+    return m * n + m if ErrorMoments.cheaper_in_output_space(m, n) else 2 * n * n
 
 
 def _correcting(stack: Stack) -> float:
     """Operations a token for those."""
     m, n = float(stack.outputs), float(stack.inputs)
-    return 4 * m * n if Correction.pays(stack.outputs, stack.inputs) else 3 * n * n
+    return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
 
 
 def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:

@@ -24,7 +24,7 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         OutputError: the disk is full or fails.
     """
-    with _told(f"{path} cannot be written"):
+    with _as_output_error(f"{path} cannot be written"):
         yield
 
 
@@ -35,7 +35,7 @@ def working(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: a file cannot be read, looked at, locked or removed, or is gone.
     """
-    with _told(f"The run in {folder} has stopped"):
+    with _as_output_error(f"The run in {folder} has stopped"):
         yield
 
 
@@ -51,19 +51,19 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_output_error(what: str) -> Iterator[None]:
     try:
         yield
     except (ConvexpruneError, ConnectionError):  # the second is said of what is printed, when nobody reads it
         raise
     except OSError as cause:
-        mend = _MENDS.get(cause.errno or 0, "Mend the disk")
+        advice = _ADVICE.get(cause.errno or 0, "Mend the disk")
         raise OutputError(
-            f"{what}: {cause}. {mend}, then go on with resume=True (--resume): what is finished is kept."
+            f"{what}: {cause}. {advice}, then go on with resume=True (--resume): what is finished is kept."
         ) from cause
 
 
-_MENDS = {
+_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the folder readable and writable for this user"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Keep others from removing what is in use"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import PruningError
-from convexprune.moments import Correction, Moments
+from convexprune.moments import ErrorMoments, Moments
 from convexprune.pipeline.team import ProcessGroup
 
 ROOM = 4 << 30
@@ -24,14 +24,14 @@ class Folds:
     """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
 
     What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
-    of the outputs if it is given how many (see `Correction`).
+    of the outputs if it is given how many (see `ErrorMoments`).
     """
 
     def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
         self._halves = (Moments(width, device=device), Moments(width, device=device))
         self._held_out = Moments(width, device=device, outputs=outputs)
         self.borrowed = 0
-        self._change: Correction | None = None
+        self._change: ErrorMoments | None = None
         self._dealt = [0, 0]  # tokens, to each half
         self._waiting: tuple[list[Counted], ...] = ([], [], [])  # for the halves, and held out
 
@@ -68,9 +68,9 @@ class Folds:
         if changes := [change for _, change in waiting if change is not None]:
             lacking = _joined(changes).to(moments.sum)
             if part == HELD_OUT:
-                moments.add_lacking(x, lacking)
+                moments.add_errors(x, lacking)
             else:
-                self._change = self._change or Correction.none(moments.sum, self._held_out.outputs)
+                self._change = self._change or ErrorMoments.zeros(moments.sum, self._held_out.outputs)
                 self._change.add(x, lacking)
         waiting.clear()
 
@@ -117,7 +117,7 @@ class Folds:
             return
         device, first_has_more = self.held_out.sum.device, torch.zeros(ranks.size, dtype=torch.int64)
         first_has_more[ranks.rank] = int(self.halves[0].tokens > self.halves[1].tokens)
-        facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.correction is not None]
+        facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.errors is not None]
         told, changed, judged, *odd = ranks.all_reduce(torch.tensor([*facts, *first_has_more], device=device)).tolist()
         if told != ranks.size * facts[0]:
             raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
@@ -128,11 +128,11 @@ class Folds:
         for part, number in zip(parts, tokens, strict=True):
             part.tokens = number
             ranks.all_reduce(part.sum)
-        none = partial(Correction.none, self.held_out.sum, self.held_out.outputs)
+        none = partial(ErrorMoments.zeros, self.held_out.sum, self.held_out.outputs)
         if changed:
             self._change = _added_up(self._change or none(), ranks)
         if judged:
-            self.held_out.correction = _added_up(self.held_out.correction or none(), ranks)
+            self.held_out.errors = _added_up(self.held_out.errors or none(), ranks)
 
     @property
     def tokens(self) -> int:
@@ -142,7 +142,7 @@ class Folds:
     @property
     def total(self) -> Moments:
         """The moments of all calibration windows, without those held out."""
-        return (self.halves[0] + self.halves[1]).corrected_by(self._change)
+        return (self.halves[0] + self.halves[1]).with_errors(self._change)
 
     def is_finite(self) -> bool:
         """Whether every input was."""
@@ -153,7 +153,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _added_up(correction: Correction, ranks: ProcessGroup) -> Correction:
+def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
     ranks.all_reduce(correction.cross)
     ranks.all_reduce(correction.change)
     return correction

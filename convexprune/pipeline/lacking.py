@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.model import Group
-from convexprune.moments import Correction
+from convexprune.moments import ErrorMoments
 from convexprune.pipeline.passes import Correct, Observed
 
 
@@ -20,7 +20,9 @@ class Lacking:
         self._closing = observed.closing if correct == "layer" and observed.closing in wanting else None
         self._outputs = observed.outputs
         self._inputs = {group: observed.inputs[group] for group in wanting if group is not self._closing}
-        self._weights = {g: stack_of(g) for g in self._inputs if Correction.pays(height(g), width(g))}
+        self._weights = {
+            g: stack_of(g) for g in self._inputs if ErrorMoments.cheaper_in_output_space(height(g), width(g))
+        }
 
     def of_outputs(self, group: Group) -> bool:
         """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""

@@ -163,7 +163,7 @@ class FolderStore(AbstractStore):
         batches.path = path
         write_notes(self._notes("hidden", name), notes)
 
-    def agreed(self, name: str, make: Callable[[], Any]) -> Any:
+    def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
         """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
         path = self.folder / f"{name}.json"
         while (value := read_notes(path)) is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from convexprune.allocation import Curve, allocate, protect, spread
+from convexprune.allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
 from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pattern import SemiStructured, Stacked, Unstructured
@@ -179,9 +179,9 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[st
     else:
         sizes = [u.size for u in units]
         if rule == "owl":
-            shares = spread([u.outliers for u in units], sizes, pattern.sparsity)
+            shares = allocate_by_outliers([u.outliers for u in units], sizes, pattern.sparsity)
         else:
-            shares = protect([u.skewness for u in units], sizes, pattern.sparsity)
+            shares = allocate_by_skewness([u.skewness for u in units], sizes, pattern.sparsity)
     each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
     return Allotment(each, cost, gap, rows)
 

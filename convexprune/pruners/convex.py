@@ -92,7 +92,7 @@ class Convex(AbstractSearch):
                 posed = Problem(relaxed, self._penalty(scores, pattern, strength))
                 before, slope_before = weight, slope
                 last = number == numbers[-1]
-                weight, slope, made, solution = self._solver.advance(posed, start, slope_start, certified=last)
+                weight, slope, made, solution = self._solver.step(posed, start, slope_start, certified=last)
                 if solution is not None:
                     solutions.append(solution.record())
                 else:

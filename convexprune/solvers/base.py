@@ -1,5 +1,6 @@
 """What every solver promises: a convex problem in, a certified solution out."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -68,7 +69,7 @@ class Solution:
         return replace(self, weight=self.weight.new_empty(len(self.weight), 0), residual=None)
 
 
-class Advance(NamedTuple):
+class StepResult(NamedTuple):
     """A weight [m n] on the way to a solution, and the quadratic's residual there if it is known.
 
     `products` are all that were needed; `solution` is the weight with its certificate, if there is one.
@@ -104,7 +105,12 @@ class AbstractSolver(ABC):
             ProblemError: `start` is not shaped like the problem.
         """
 
-    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> Advance:
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
+        """Old name of `step`."""
+        warnings.warn("`advance` is now called `step`.", DeprecationWarning, stacklevel=2)
+        return self.step(problem, start, residual, certified)
+
+    def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
         """Go from `start` [m n] towards the minimum, for who poses the next problem from there.
 
         `residual` [m n] is the quadratic's at the start. If not `certified` there need be no solution, nor an exact
@@ -112,7 +118,7 @@ class AbstractSolver(ABC):
         """
         solution = solve(self, problem, start, certified)
         proven = solution if certified or _is_ours(self) else None
-        return Advance(solution.weight, solution.residual, solution.products, proven)
+        return StepResult(solution.weight, solution.residual, solution.products, proven)
 
 
 def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:

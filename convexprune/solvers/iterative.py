@@ -12,9 +12,9 @@ from convexprune.problem import Problem, certify, row_gaps
 from convexprune.setting_types import Count, NotNegative
 from convexprune.solvers.base import (
     AbstractSolver,
-    Advance,
     Solution,
     Status,
+    StepResult,
     initial,
     require_penalty,
 )
@@ -48,16 +48,16 @@ class AbstractIterative(AbstractSolver):
         return self._solved(problem, initial(problem, start))
 
     @torch.no_grad()
-    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> Advance:
-        """See `AbstractSolver.advance`: the same iterations, from a residual that need not be computed.
+    def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
+        """See `AbstractSolver.step`: the same iterations, from a residual that need not be computed.
 
         If not `certified` the residual at the end is what `Quadratic.residual_after` makes of it.
         """
         if certified:
             solution = self._solved(problem, start, residual)
-            return Advance(solution.weight, solution.residual, solution.products, solution)
+            return StepResult(solution.weight, solution.residual, solution.products, solution)
         weight, _, _, products = self._from(problem, start, residual)
-        return Advance(weight, problem.quadratic.residual_after(residual, weight - start), products + 1)
+        return StepResult(weight, problem.quadratic.residual_after(residual, weight - start), products + 1)
 
     def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
         """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""

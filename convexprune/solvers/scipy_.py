@@ -83,9 +83,9 @@ class SciPy(AbstractSolver):
             constraints=constraint,
             options={"maxiter": self.max_iterations, "ftol": 1e-15},
         )
-        slopes = root.T @ result.x
+        correlations = root.T @ result.x
         columns = np.concatenate([root, -root], axis=1)
-        slack = np.concatenate([strength - slopes, strength + slopes])
+        slack = np.concatenate([strength - correlations, strength + correlations])
         active = np.flatnonzero(slack <= ACTIVE * (strength.max() + 1))
         halves = np.zeros(columns.shape[1])
         if len(active):

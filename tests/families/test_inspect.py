@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from convexprune import cli
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
-from convexprune.adapters.experts import piles
+from convexprune.adapters.experts import fused_parameters
 from convexprune.adapters.family import decoder_layers
 from convexprune.adapters.inspection import SURVEY, inspect
 from convexprune.adapters.outline import no_initialisation
@@ -124,7 +124,7 @@ def test_experts_are_counted_each_and_a_model_that_fuses_them_is_whole(tmp_path:
     found = inspect(tmp_path)
     assert found.operators == sum(len(layer.operators) for layer in model.layers)
     assert dict(found.left_alone) == dict(model.left_alone)
-    layer, fused = found.size.layers[0], any(piles(module) for module in model.model.modules())
+    layer, fused = found.size.layers[0], any(fused_parameters(module) for module in model.model.modules())
     assert sum(not s.paired for s in layer.stacks) == (8 if fused else 12)
     assert {s.share for s in layer.stacks} == {0.5, 1.0} and "even share" in found.notes[-1]
     assert found.size.whole == fused == ("loaded whole" in " ".join(found.notes))

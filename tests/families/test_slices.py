@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from convexprune.adapters.experts import Pile, Slice, SliceInput
+from convexprune.adapters.experts import ExpertIndex, ExpertInput, FusedExperts
 from convexprune.adapters.operators import ParameterOperator, Place
 
 
@@ -23,7 +23,7 @@ class Bank(nn.Module):
 @torch.no_grad()
 def test_each_product_with_a_slice_of_a_pile_is_heard_with_its_inputs():
     bank, x, heard = Bank(), torch.randn(5, 6), []
-    with Pile(bank).listen(lambda product: heard.append(product)):
+    with FusedExperts(bank).hooked(lambda product: heard.append(product)):
         bank(x)
     bank(x)
     assert [(h.slice.parameter, h.slice.index, h.transposed) for h in heard] == [
@@ -40,12 +40,12 @@ def test_taps_of_a_pile_hear_their_own_slice_and_leave_nothing_behind_when_a_pas
         heard.append(inputs)
         raise ValueError("enough")
 
-    pile = Pile(bank)
-    first, second = (SliceInput(pile, Slice("plain", i)) for i in (0, 1))
+    pile = FusedExperts(bank)
+    first, second = (ExpertInput(pile, ExpertIndex("plain", i)) for i in (0, 1))
     with pytest.raises(ValueError, match="enough"), first(tell), second(tell):
         bank(x)
     bank(x)
-    assert len(heard) == 1 and not pile.listeners
+    assert len(heard) == 1 and not pile.hooks
     assert bank.training and not bank._forward_hooks and not bank._forward_pre_hooks
 
 

@@ -31,7 +31,7 @@ from hypothesis import Phase, settings
 
 from convexprune import bound, consistency, pattern, penalty, permutation, problem, relaxation, split
 from convexprune.adapters import inner_channels
-from convexprune.moments import Correction, Moments
+from convexprune.moments import ErrorMoments, Moments
 from convexprune.penalty import L1, ReverseHuber
 from convexprune.pipeline import bounding, passes
 from convexprune.pipeline.lacking import Lacking
@@ -92,10 +92,10 @@ FAULTS = (
           test_reverse_huber.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
     Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
-    Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - slope) + ", "",
+    Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - dual) + ", "",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
     Fault("a gap with half the price of a subgradient", problem.row_gaps,
-          "gaps, quadratic.inverse_form(residual - slope))", "gaps, 0.4 * quadratic.inverse_form(residual - slope))",
+          "gaps, quadratic.inverse_form(residual - dual))", "gaps, 0.4 * quadratic.inverse_form(residual - dual))",
           test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
     Fault("a support priced without its margins", problem._prices, "/ 2, inf", "/ 4, inf",
           test_gap.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
@@ -116,8 +116,8 @@ FAULTS = (
           test_fista.test_a_certificate_does_not_trust_the_residual_at_the_start),
     Fault("a residual that follows a step the wrong way", Quadratic.residual_after, "torch.sub(", "torch.add(",
           test_fista.test_to_advance_is_to_solve_from_a_residual_that_is_known, {"iterations": 4, "scale": True}),
-    Fault("an envelope priced as what it relaxes", Quadratic.inverse_form, " + torch.linalg.vecdot(slope, slope)",
-          " + 0 * torch.linalg.vecdot(slope, slope)",
+    Fault("an envelope priced as what it relaxes", Quadratic.inverse_form, " + torch.linalg.vecdot(gradient, gradient)",
+          " + 0 * torch.linalg.vecdot(gradient, gradient)",
           test_quadratic.test_the_inverse_form_of_an_envelope_is_that_of_its_own_gram_matrix),
     Fault("bounds of another operator's rows", bounding.sampled_bounds, "first + drawn_rows", "drawn_rows",
           test_bounding.test_operators_that_share_an_input_have_the_bounds_that_each_has_alone,
@@ -132,7 +132,7 @@ FAULTS = (
           test_pattern.test_the_largest_of_the_matrix_are_kept_and_of_equals_the_first),
     Fault("a group that keeps one too few", pattern.SemiStructured.mask, ": self.kept]", ": self.kept - 1]",
           test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
-    Fault("X and X* swapped", Correction.add, "lacking.T, x)", "x.T, lacking)",
+    Fault("X and X* swapped", ErrorMoments.add, "error.T, x)", "x.T, error)",
           test_moments.test_moments_are_means_over_the_tokens),
     Fault("x* - x in place of x - x*", Moments.add, "dense.reshape(x.shape).to(x) - x",
           "x - dense.reshape(x.shape).to(x)",
@@ -145,7 +145,7 @@ FAULTS = (
           test_closing.test_who_closes_a_layer_is_found, {"family": "gemma3_text", "settings": {}, "name": None}),
     Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
           test_moments.test_moments_are_means_over_the_tokens),
-    Fault("a transposed weight", Correction.through, "weight @ self.cross,", "(self.cross @ weight.T).T,",
+    Fault("a transposed weight", ErrorMoments.project, "weight @ self.cross,", "(self.cross @ weight.T).T,",
           test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
     Fault("tokens that depend on the batch", Moments.add, "self.tokens += x.shape[0]", "self.tokens += 1",
           test_invariance.test_how_the_tokens_are_split_into_batches),
@@ -163,7 +163,7 @@ FAULTS = (
           test_bound.test_no_pruning_is_better_than_the_bound),
     Fault("a split that is not below the Gram matrix", split.safe_split, "not is_below(gram, row * shrink)", "False",
           test_bound.test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound),
-    Fault("a relaxation whose prox is off", relaxation.relax, "share / (1 + share)", "share",
+    Fault("a relaxation whose prox is off", relaxation.relax, "fraction / (1 + fraction)", "fraction",
           test_bound.test_the_relaxation_is_solved),
     Fault("a bound that forgets the damping", bounding.sampled_bounds,
           "damped(drawn.scaled(factors), damping)", "drawn.scaled(factors).quadratic",

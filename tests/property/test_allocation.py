@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune.allocation import Curve, allocate, protect, spread
+from convexprune.allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
 from convexprune.errors import PatternError
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -66,25 +66,25 @@ def test_what_is_cheap_to_prune_is_pruned_more():
 
 
 def test_owl_gives_layers_with_more_outliers_less_sparsity():
-    assert spread([0.1, 0.3, 0.2], [10, 10, 10], 0.7) == pytest.approx([0.78, 0.62, 0.70])
-    found = spread([1, 2, 5], [10, 30, 5], 0.6)
+    assert allocate_by_outliers([0.1, 0.3, 0.2], [10, 10, 10], 0.7) == pytest.approx([0.78, 0.62, 0.70])
+    found = allocate_by_outliers([1, 2, 5], [10, 30, 5], 0.6)
     assert (10 * found[0] + 30 * found[1] + 5 * found[2]) / 45 == pytest.approx(0.6)
-    assert spread([1, 1], [3, 4], 0.5) == [0.5, 0.5]
+    assert allocate_by_outliers([1, 1], [3, 4], 0.5) == [0.5, 0.5]
 
 
 def test_skewed_layers_keep_as_the_softmax_says():
     # softmax(0, log 2) = 1/3, 2/3: at 70 % of two layers of a size .6 is to be kept in all, .2 and .4.
-    assert protect([0.0, log(2)], [10, 10], 0.7) == pytest.approx([0.8, 0.6])
-    assert protect([5.0, 5.0 + log(2)], [10, 10], 0.7) == pytest.approx([0.8, 0.6])
+    assert allocate_by_skewness([0.0, log(2)], [10, 10], 0.7) == pytest.approx([0.8, 0.6])
+    assert allocate_by_skewness([5.0, 5.0 + log(2)], [10, 10], 0.7) == pytest.approx([0.8, 0.6])
     # Of sizes 10 and 30, kept are c and 2 c: 10 c + 60 c = .3 * 40.
-    assert protect([0.0, log(2)], [10, 30], 0.7) == pytest.approx([1 - 12 / 70, 1 - 24 / 70])
-    assert protect([3.0, 3.0], [10, 30], 0.7) == pytest.approx([0.7, 0.7])
+    assert allocate_by_skewness([0.0, log(2)], [10, 30], 0.7) == pytest.approx([1 - 12 / 70, 1 - 24 / 70])
+    assert allocate_by_skewness([3.0, 3.0], [10, 30], 0.7) == pytest.approx([0.7, 0.7])
 
 
 def test_what_a_layer_cannot_keep_more_of_goes_to_the_others():
     # 1.5 is to be kept of three; as 1, 2 and 12 the last had 1.2: it keeps 1, the others .5 / 3 and 1 / 3.
-    assert protect([0.0, log(2), log(12)], [10, 10, 10], 0.5) == pytest.approx([5 / 6, 2 / 3, 0.0])
-    assert protect([0.0, 1.0], [10, 10], 0.0) == pytest.approx([0.0, 0.0])
+    assert allocate_by_skewness([0.0, log(2), log(12)], [10, 10, 10], 0.5) == pytest.approx([5 / 6, 2 / 3, 0.0])
+    assert allocate_by_skewness([0.0, 1.0], [10, 10], 0.0) == pytest.approx([0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_what_a_layer_cannot_keep_more_of_goes_to_the_others():
         lambda: allocate([Curve(5, GRID, (0, 1, 2, 3, 4))], 0.8),
         lambda: Curve(5, (0.5, 0.4), (1, 2)),
         lambda: Curve(0, (0.5,), (1,)),
-        lambda: spread([0, 1], [1, 1], 0.95, reach=0.2),
-        lambda: protect([0, 900], [10, 10], 0.5),
+        lambda: allocate_by_outliers([0, 1], [1, 1], 0.95, reach=0.2),
+        lambda: allocate_by_skewness([0, 900], [10, 10], 0.5),
     ],
 )
 def test_what_cannot_be_is_refused(bad):

@@ -202,7 +202,7 @@ def test_the_envelopes_of_the_path_stiffen_from_one_end_to_the_other():
 
 def test_a_path_without_certificates_between_is_the_path_with_all_of_them():
     problem = layer_problem(correlated(0), Unstructured(0.5))
-    recorder = Recorder()  # has no way to advance: it solves
+    recorder = Recorder()  # has no way to step: it solves
     certified = Convex(solver=recorder).prune(problem)
     torch.testing.assert_close(Convex().prune(problem).weight, certified.weight, rtol=0, atol=ROUNDING)
     assert len(recorder.calls) == Convex().rounds

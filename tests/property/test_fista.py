@@ -239,7 +239,7 @@ def test_to_advance_is_to_solve_from_a_residual_that_is_known(scale, iterations)
     solution = solver.solve(problem, start)
     known = problem.quadratic.residual(start)
     for certified in (False, True):
-        step = solver.advance(problem, start, known, certified)
+        step = solver.step(problem, start, known, certified)
         torch.testing.assert_close(step.weight, solution.weight)
         torch.testing.assert_close(step.residual, problem.quadratic.residual(step.weight))
         assert step.products == solution.products - 1  # that of the start is known
@@ -255,7 +255,7 @@ def test_a_certificate_does_not_trust_the_residual_at_the_start():
     _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
     start = torch.ones(3, 6, dtype=torch.float64)
     wrong = problem.quadratic.residual(start) + 1
-    found = FISTA(tolerance=0, max_iterations=3, precise=False).advance(problem, start, wrong, certified=True).solution
+    found = FISTA(tolerance=0, max_iterations=3, precise=False).step(problem, start, wrong, certified=True).solution
     assert found is not None and found.residual is not None
     torch.testing.assert_close(found.residual, problem.quadratic.residual(found.weight))
     own = certify(problem, found.weight, precise=False)
@@ -283,3 +283,12 @@ def test_data_that_is_not_finite_is_a_status(tensor, value, check_every):
         Problem(Quadratic(**tensors, checked=False), L1(0.1))
     )
     assert solution.status is Status.NON_FINITE
+
+
+def test_the_old_name_of_step_still_works():
+    _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
+    start = torch.zeros(3, 6, dtype=torch.float64)
+    residual = problem.quadratic.residual(start)
+    with pytest.warns(DeprecationWarning, match="step"):
+        old = FISTA().advance(problem, start, residual)
+    torch.testing.assert_close(old.weight, FISTA().step(problem, start, residual).weight)

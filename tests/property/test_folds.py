@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convexprune.moments import Correction, Moments
+from convexprune.moments import ErrorMoments, Moments
 from convexprune.pipeline.folds import FEW, Folds
 
 WIDTH, WINDOWS, LENGTH = 6, 50, 32
@@ -24,18 +24,18 @@ def counted(batch: int, x: Tensor = X, lacking: Tensor = LACKING) -> Folds:
 
 def test_short_windows_wait_for_each_other(monkeypatch: pytest.MonkeyPatch):
     tokens, changes = list[int](), list[int]()
-    add, correct = Moments.add, Correction.add
+    add, correct = Moments.add, ErrorMoments.add
 
     def watched(self: Moments, pruned: Tensor, dense: Tensor | None = None) -> None:
         tokens.append(len(pruned))
         add(self, pruned, dense)
 
-    def correcting(self: Correction, x: Tensor, lacking: Tensor) -> None:
+    def correcting(self: ErrorMoments, x: Tensor, lacking: Tensor) -> None:
         changes.append(len(x))
         correct(self, x, lacking)
 
     monkeypatch.setattr(Moments, "add", watched)
-    monkeypatch.setattr(Correction, "add", correcting)
+    monkeypatch.setattr(ErrorMoments, "add", correcting)
     folds = counted(1)
     assert folds.tokens == 36 * LENGTH and folds.held_out.tokens == 14 * LENGTH
     for products in (tokens, changes):

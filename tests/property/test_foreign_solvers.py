@@ -34,7 +34,7 @@ def test_the_certificate_of_a_users_solver_is_ours():
     assert solution.certificate == certify(problem, wrong)
     assert (solution.status, solution.residual) == (Status.UNCONFIRMED, None)
     modest = replace(boast, weight=make_solver("scipy").solve(problem).weight, status=Status.ITERATION_LIMIT)
-    advanced = Stranger(modest).advance(problem, wrong, wrong).solution
+    advanced = Stranger(modest).step(problem, wrong, wrong).solution
     assert advanced is not None and advanced.status is Status.SOLVED
 
 

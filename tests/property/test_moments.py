@@ -184,7 +184,7 @@ def test_moments_of_outputs_pose_the_same_problem(layer, correction, seed):
     for part in (slice(None, 5), slice(5, None)):
         known.add(layer.pruned[part])
         if layer.dense is not layer.pruned:
-            known.add_lacking(layer.pruned[part], (layer.dense[part] - layer.pruned[part]) @ layer.weight.T)
+            known.add_errors(layer.pruned[part], (layer.dense[part] - layer.pruned[part]) @ layer.weight.T)
     weight = random(seed, *layer.weight.shape)
     values = known.reconstruction(layer.weight, correction).values(weight)
     torch.testing.assert_close(values, layer.loss(weight, correction), rtol=1e-9, atol=1e-20)
@@ -200,7 +200,7 @@ def test_in_a_scaled_problem_each_output_counts_by_its_factor(layer, correction,
     known = Moments(layer.weight.shape[1], torch.float64, outputs=len(layer.weight))
     known.add(layer.pruned)
     if layer.dense is not layer.pruned:
-        known.add_lacking(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
+        known.add_errors(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
     for moments in (layer.moments, known):
         plain = PruningProblem(layer.weight, moments, Unstructured(0.5), correction, (moments,))
         scaled = plain.scaled(factors)
@@ -213,7 +213,7 @@ def test_moments_of_outputs_take_less_room_where_they_are_few():
     layer = make_layer("full rank", 2, 8, seed=0)
     known = Moments(8, torch.float64, outputs=2)
     known.add(layer.pruned)
-    known.add_lacking(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
+    known.add_errors(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
     assert known.cross is not None and known.change is not None
     assert (known.cross.shape, known.change.shape) == ((2, 8), (2,))
 
@@ -222,3 +222,10 @@ def test_moments_of_outputs_take_less_room_where_they_are_few():
 def test_moments_of_fewer_than_no_inputs_or_in_16_bits_are_refused(width, dtype):
     with pytest.raises(ProblemError, match="float32 or float64"):
         Moments(width, dtype)
+
+
+def test_the_old_name_of_alpha_still_works():
+    layer = make_layer("full rank", 2, 3, 4, 0)
+    with pytest.warns(DeprecationWarning, match="alpha"):
+        old = layer.moments.reconstruction(layer.weight, correction=0.5)
+    torch.testing.assert_close(old.cross, layer.moments.reconstruction(layer.weight, 0.5).cross)

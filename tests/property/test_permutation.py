@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from convexprune import permutation as module
 from convexprune.errors import PatternError
 from convexprune.pattern import SemiStructured
-from convexprune.permutation import permutation, pruned_share
+from convexprune.permutation import permutation, pruned_fraction
 
 PATTERNS = [
     SemiStructured(2, 4),
@@ -34,13 +34,13 @@ def test_it_is_an_order_and_never_prunes_more(pattern: SemiStructured, rows: int
     scores = drawn(rows, groups * pattern.group, seed)
     order = permutation(scores, pattern, sweeps, seed)
     assert sorted(order.tolist()) == list(range(scores.shape[1]))
-    assert pruned_share(scores[:, order], pattern) <= pruned_share(scores, pattern) + 1e-12
+    assert pruned_fraction(scores[:, order], pattern) <= pruned_fraction(scores, pattern) + 1e-12
 
 
 def test_columns_that_cost_nothing_have_any_order():
     scores = torch.zeros(3, 8)
     assert sorted(permutation(scores, PATTERNS[0]).tolist()) == list(range(8))
-    assert pruned_share(scores, PATTERNS[0]) == 0
+    assert pruned_fraction(scores, PATTERNS[0]) == 0
 
 
 @given(st.sampled_from(PATTERNS), st.integers(1, 6), st.integers(2, 6), st.integers(0, 10**6))
@@ -66,8 +66,8 @@ def test_it_is_near_the_best_of_all_orders():
         scores = drawn(4, 8, seed)
         halves = [(0, *rest) for rest in combinations(range(1, 8), 3)]
         orders = [[*half, *(j for j in range(8) if j not in half)] for half in halves]
-        best = min(pruned_share(scores[:, order], pattern) for order in orders)
-        excess.append(pruned_share(scores[:, permutation(scores, pattern, sweeps=20)], pattern) / best - 1)
+        best = min(pruned_fraction(scores[:, order], pattern) for order in orders)
+        excess.append(pruned_fraction(scores[:, permutation(scores, pattern, sweeps=20)], pattern) / best - 1)
     assert min(excess) > -1e-9
     assert sum(each < 1e-9 for each in excess) >= 15 and sum(excess) / len(excess) < 0.01
 
@@ -76,16 +76,16 @@ def test_columns_that_fit_together_are_found():
     """Half of the columns are all that counts, and stand side by side: an order that loses nothing exists."""
     scores = torch.cat([torch.ones(5, 512), torch.zeros(5, 512)], 1)
     pattern = SemiStructured(2, 4)
-    assert pruned_share(scores, pattern) == pytest.approx(0.5)
-    assert pruned_share(scores[:, permutation(scores, pattern, sweeps=8)], pattern) < 0.02
+    assert pruned_fraction(scores, pattern) == pytest.approx(0.5)
+    assert pruned_fraction(scores[:, permutation(scores, pattern, sweeps=8)], pattern) < 0.02
 
 
 def test_blocks_of_groups_do_nearly_as_well_as_all_at_once(monkeypatch: pytest.MonkeyPatch):
     scores, pattern = drawn(32, 512, 0), SemiStructured(2, 4)
-    whole = pruned_share(scores[:, permutation(scores, pattern)], pattern)
+    whole = pruned_fraction(scores[:, permutation(scores, pattern)], pattern)
     monkeypatch.setattr(module, "ASSIGNED", 32)
-    parts = pruned_share(scores[:, permutation(scores, pattern)], pattern)
-    gain = pruned_share(scores, pattern) - whole
+    parts = pruned_fraction(scores[:, permutation(scores, pattern)], pattern)
+    gain = pruned_fraction(scores, pattern) - whole
     assert abs(parts - whole) < 0.1 * gain
 
 

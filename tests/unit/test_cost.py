@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from convexprune.cli.options import parse_bytes
 from convexprune.errors import RecipeError
 from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
-from convexprune.moments import Correction
+from convexprune.moments import ErrorMoments
 from convexprune.pattern import Unstructured
 from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, prune_observed
 from convexprune.pipeline.bounding import WIDE
@@ -106,7 +106,9 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
     group = Group(operators, ModuleInput(nn.Identity()))
     layer = DecoderLayer("layer", nn.Identity(), ((group,),))
-    folds = Folds(n, torch.device("cpu"), sum(heights) if Correction.pays(sum(heights), n) else None)
+    folds = Folds(
+        n, torch.device("cpu"), sum(heights) if ErrorMoments.cheaper_in_output_space(sum(heights), n) else None
+    )
 
     def fill() -> None:
         for i in range(3):
@@ -132,7 +134,7 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
 @pytest.mark.parametrize("corrected", [False, True])
 def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
     n, kept = 256, []
-    outputs = m if Correction.pays(m, n) else None
+    outputs = m if ErrorMoments.cheaper_in_output_space(m, n) else None
 
     def fill() -> None:
         folds = Folds(n, torch.device("cpu"), outputs)

@@ -224,10 +224,10 @@ def test_a_users_own_solver_is_used_and_named(tiny_opt: HuggingFaceModel):
     class Mine(FISTA):
         certified, advanced = 0, 0
 
-        def advance(self, problem, start, residual, certified=True):
+        def step(self, problem, start, residual, certified=True):
             Mine.certified += certified
             Mine.advanced += 1
-            return super().advance(problem, start, residual, certified)
+            return super().step(problem, start, residual, certified)
 
     report = convexprune.prune(tiny_opt.model, solver=Mine(max_iterations=3), **SMALL).report
     path = Convex()

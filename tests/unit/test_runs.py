@@ -73,7 +73,7 @@ def test_layers_that_are_not_there_at_the_end_are_named(tmp_path: Path):
 
 
 def test_what_the_first_process_has_made_is_what_all_agree_on(tmp_path: Path):
-    assert [FolderStore(tmp_path, 1).agreed("name", lambda value=value: value) for value in (1, 2)] == [1, 1]
+    assert [FolderStore(tmp_path, 1).compute_once("name", lambda value=value: value) for value in (1, 2)] == [1, 1]
 
 
 def test_one_named_gpu_is_one_worker():

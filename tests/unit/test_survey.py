@@ -14,7 +14,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel, allocating
-from convexprune.adapters.experts import Pile, Product, Slice, piles
+from convexprune.adapters.experts import ExpertIndex, FusedExperts, Product, fused_parameters
 from convexprune.adapters.gradients import output_fisher
 from convexprune.adapters.operators import Place
 from convexprune.errors import OutputError, RecipeError
@@ -62,8 +62,8 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
     model, row, step = HuggingFaceModel(build_family(family)), 3, 1e-2
     ids = torch.randint(2, VOCABULARY - 2, (1, 12), generator=torch.Generator().manual_seed(0))
     layer = model.layers[-1]
-    (path,) = [path for path, module in layer.module.named_modules() if piles(module)]
-    pile, found = Pile(layer.module.get_submodule(path)), output_fisher(model, ids)
+    (path,) = [path for path, module in layer.module.named_modules() if fused_parameters(module)]
+    pile, found = FusedExperts(layer.module.get_submodule(path)), output_fisher(model, ids)
     changed: list[tuple[int, float]] = []  # which of the expert's tokens, and by how much
     tokens: list[int] = []
 
@@ -84,7 +84,7 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
     seen = 0
     for expert in range(4):
         squares = 0.0
-        with torch.no_grad(), pile.listen(hear, Slice(parameter, expert)):
+        with torch.no_grad(), pile.hooked(hear, ExpertIndex(parameter, expert)):
             tokens.clear()
             loss()
             own = sum(tokens)
