@@ -13,11 +13,15 @@ STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the who
 
 
 class ErrorMoments:
-    """Second moments of what is to be made up for, and the input x* [n], as sums over tokens.
+    """Second moments of the error d that is to be made up for, and of the input x* [n], as sums over tokens.
 
-    Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of `outputs`, d [m] is what
-    those of one weight W [m n] lack, W (x - x*) or what the residual stream lacks: sum d x*' [m n] and sum d^2 [m].
-    That is less to keep, and less to compute if 4 m < 3 n.
+    Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of outputs, d [m] is the
+    error of the outputs of one weight W [m n], W (x - x*) or the error of the residual stream: sum d x*' [m n] and sum
+    d^2 [m]. The second kind needs less memory, and less work if 4 m < 3 n.
+
+    Args:
+        cross: sum d x*' [n n] or [m n].
+        change: sum d d' [n n] or sum d^2 [m].
     """
 
     def __init__(self, cross: Tensor, change: Tensor) -> None:
@@ -25,18 +29,39 @@ class ErrorMoments:
 
     @classmethod
     def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
-        """That of no token, for inputs whose second moments are `gram` [n n]."""
+        """The moments of no token.
+
+        Args:
+            gram: the second moments [n n] of the inputs, for their shape, dtype and device.
+            outputs: m, if the errors are those of outputs.
+
+        Returns:
+            Zeros.
+        """
         if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
         return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
 
     @staticmethod
     def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
-        """Whether it is less to compute of the outputs of a weight [outputs inputs] than of its inputs."""
+        """Whether moments of the outputs' errors are less to compute than those of the inputs' errors.
+
+        Args:
+            outputs: m of the weight.
+            inputs: n of the weight.
+
+        Returns:
+            True if 4 m < 3 n.
+        """
         return 4 * outputs < 3 * inputs
 
     def add(self, x: Tensor, error: Tensor) -> None:
-        """Count x* [tokens n] and d, [tokens n] or [tokens m]."""
+        """Count tokens.
+
+        Args:
+            x: the inputs x* [tokens n].
+            error: the errors d, [tokens n] or [tokens m].
+        """
         if self.change.ndim == 2:
             _add_square(self.change, error)
         else:
@@ -44,22 +69,29 @@ class ErrorMoments:
         self.cross.addmm_(error.T, x)
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """sum (W d) x*' [m n] and sum (W d)^2 [m] for a weight W [m n]; of outputs d is W d already."""
+        """The moments in the output space of one weight.
+
+        Args:
+            weight: W [m n]. If the errors are those of outputs already, only its dtype and device count.
+
+        Returns:
+            sum (W d) x*' [m n] and sum (W d)^2 [m].
+        """
         if self.change.ndim == 1:
             return self.cross.to(weight), self.change.to(weight)
         weight = weight.to(self.cross)
         return weight @ self.cross, _row_form(weight, _whole(self.change))
 
     def is_finite(self) -> bool:
-        """Whether every change counted so far was finite."""
+        """Whether every error counted so far was finite."""
         return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
 
     def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
-        """For the rows `chosen` of the weight."""
+        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
         return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
 
     def scaled(self, factors: Tensor) -> "ErrorMoments":
-        """For the weight with its rows times `factors` [m]."""
+        """The moments for the weight with its rows times `factors` [m]."""
         if self.change.ndim == 2:
             return self
         factors = factors.to(self.change)
@@ -70,14 +102,20 @@ class ErrorMoments:
 
 
 class Moments:
-    """Second moments, as means over tokens, of an operator's pruned input x* and of the change d = x - x*.
+    """Second moments, as means over tokens, of an operator's pruned input x* and of its error d = x - x*.
 
     x [n] is the input that the operator sees in the dense network, x* the one that it sees once the operators before
     it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
     means that error correction never subtracts two nearly equal matrices.
 
-    Args of the constructor: `width` n, the `dtype` of accumulation (float32 or float64), the `device`, and m =
-    `outputs` if what is to be made up for is told of the outputs of one weight [m n] (see `ErrorMoments`).
+    Args:
+        width: n.
+        dtype: of accumulation, float32 or float64.
+        device: of accumulation.
+        outputs: m, if errors are counted of the outputs of one weight [m n] (see `ErrorMoments`).
+
+    Raises:
+        ProblemError: the width is negative, or the dtype is another one.
     """
 
     def __init__(
@@ -101,7 +139,11 @@ class Moments:
 
     @torch.no_grad()
     def add(self, pruned: Tensor, dense: Tensor | None = None) -> None:
-        """Count a batch of inputs x* [... n]; `dense` [... n] are the same tokens' x if they differ.
+        """Count a batch of inputs.
+
+        Args:
+            pruned: x* [... n].
+            dense: x [... n] of the same tokens, if they differ.
 
         Raises:
             ProblemError: the inputs are not `width` wide, or dense and pruned differ in shape.
@@ -114,13 +156,18 @@ class Moments:
 
     @torch.no_grad()
     def add_errors(self, x: Tensor, error: Tensor) -> None:
-        """Count, of inputs x* [tokens n] that are counted already, what to make up for: d [tokens n], or [tokens m]."""
+        """Count the errors of tokens whose inputs are counted already.
+
+        Args:
+            x: the inputs x* [tokens n].
+            error: d, [tokens n] or [tokens m].
+        """
         self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
         self.errors.add(x.to(self.sum), error.to(self.sum))
 
     @property
     def gram(self) -> Tensor:
-        """mean x* x*' [n n].
+        """The mean of x* x*' [n n]; SparseGPT and GPTQ call twice this matrix the Hessian.
 
         Raises:
             ProblemError: no token was seen.
@@ -147,7 +194,13 @@ class Moments:
         return own and (self.errors is None or self.errors.is_finite())
 
     def energy(self, weight: Tensor) -> Tensor:
-        """mean |W x|^2 of each row [m], or of outputs mean |W x* + d|^2: the target's energy, the unit of errors.
+        """The energy of the target of each row, the unit of relative errors.
+
+        Args:
+            weight: W [m n].
+
+        Returns:
+            mean |W x|^2 [m], or with errors of outputs mean |W x* + d|^2.
 
         Raises:
             ProblemError: no token was seen.
@@ -159,10 +212,18 @@ class Moments:
         return energy
 
     def reconstruction(self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None) -> Quadratic:
-        """1/2 mean |V x* - W (x* + a (x - x*))|^2, about the anchor W [m n], with a = `alpha` in [0, 1].
+        """The layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
 
-        a = 1 is error correction as in FISTAPruner (arXiv 2408.03728, Eq. 2): the target is the dense operator on the
-        dense input. a = 0 asks only to reproduce the operator on its own, pruned input, as SparseGPT does.
+        With alpha = 1 the target is the dense operator on the dense input, the error correction of FISTAPruner (arXiv
+        2408.03728, Eq. 2). With alpha = 0 it is the dense operator on its own, pruned input, as in SparseGPT.
+
+        Args:
+            weight: W [m n], which is also the anchor.
+            alpha: how much of the error is corrected, in [0, 1].
+            correction: the old name of `alpha`.
+
+        Returns:
+            The quadratic of V [m n].
 
         Raises:
             ProblemError: no token was seen.
@@ -179,18 +240,24 @@ class Moments:
         return Quadratic(self.gram, cross * factor, change * (alpha * factor), weight, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> "Moments":
-        """The same moments for the rows `chosen` of the weight."""
+        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
         return self._with(self.tokens, self.sum, None if self.errors is None else self.errors.rows(chosen))
 
     def scaled(self, factors: Tensor) -> "Moments":
-        """The same moments for the weight with its rows times `factors` [m]."""
+        """The moments for the weight with its rows times `factors` [m]."""
         return self.with_errors(None if self.errors is None else self.errors.scaled(factors))
 
     def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
-        """The same moments where inputs that are always zero have some energy of their own, the live inputs' mean.
+        """The moments where inputs that are always zero have the mean energy of the others, and correlate with none.
 
-        They correlate with no other input. What the columns of `weight` [m n] there add to the outputs of the dense
-        network is still to be made up for, whatever these columns are by then.
+        What the columns of the weight at these inputs add to the outputs of the dense network is still made up for,
+        whatever these columns are by then.
+
+        Args:
+            weight: W [m n].
+
+        Returns:
+            Other moments.
         """
         diagonal = self.sum.diagonal()
         dead = diagonal == 0
@@ -199,7 +266,13 @@ class Moments:
         return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
 
     def counted_as(self, tokens: int) -> "Moments":
-        """The mean x* x*' without its change, with the weight of `tokens` tokens in a sum.
+        """The mean of x* x*' without errors, with another count of tokens, which is its weight in a sum.
+
+        Args:
+            tokens: the count.
+
+        Returns:
+            Other moments.
 
         Raises:
             ProblemError: no token was seen.
@@ -208,7 +281,7 @@ class Moments:
         return self._with(tokens, tokens / self.tokens * self.sum, None)
 
     def with_errors(self, errors: ErrorMoments | None) -> "Moments":
-        """These moments of x*, with the change of the same tokens."""
+        """These moments of x* with other `errors` of the same tokens, or with none."""
         return self._with(self.tokens, self.sum, errors)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -249,14 +322,21 @@ def _whole(upper: Tensor) -> Tensor:
 
 
 def sampling_noise(folds: Sequence[Moments]) -> float:
-    """How much of the correlations is noise of the sample, from two disjoint halves of the tokens: in [0, 1).
+    """How much of the correlations of the inputs is sampling noise.
 
-    With C_A, C_B the Gram matrices of the halves and C their mean, all in coordinates where C has a unit diagonal,
+    With C_A, C_B the Gram matrices of two disjoint halves of the tokens and C their mean, all in coordinates where C
+    has a unit diagonal,
 
         noise = 1/4 |offdiag(C_A - C_B)|^2 / |offdiag(C)|^2
 
     estimates the intensity with which shrinking C towards the identity minimises the expected error (Ledoit and Wolf
     2004, with the variance taken from the halves because tokens are not independent).
+
+    Args:
+        folds: the moments of the two halves.
+
+    Returns:
+        The noise in [0, 1).
 
     Raises:
         ProblemError: there are not two folds.

@@ -22,41 +22,86 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def values(self, weight: Tensor) -> Tensor:
-        """p of each row [m]."""
+        """p of each row [m], of the `weight` [m n]."""
 
     @abstractmethod
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
-        """argmin_U 1/2 |U - V|^2 + step p(U), written into `out` if given (which may be `weight` itself)."""
+        """The proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
+
+        Args:
+            weight: V [m n].
+            step: not negative.
+            out: where the result is written, if given; may be `weight` itself.
+
+        Returns:
+            U [m n].
+        """
 
     @abstractmethod
     def conjugate(self, dual: Tensor) -> Tensor:
-        """p*(S) = max_V <S, V> - p(V) of each row [m], for slopes in its domain."""
+        """The convex conjugate p*(S) = max_V <S, V> - p(V) of each row.
+
+        Args:
+            dual: S [m n], in the domain of p*.
+
+        Returns:
+            [m].
+        """
 
     @abstractmethod
     def project(self, dual: Tensor) -> Tensor:
-        """The point nearest to S [m n] where the conjugate is finite."""
+        """The point nearest to S where the conjugate is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m n].
+        """
 
     @abstractmethod
     def dual_scale(self, dual: Tensor) -> Tensor:
-        """The largest s_i for which the conjugate of each row s_i S_i is finite [m]; may be inf."""
+        """The largest factor s_i for which the conjugate of each row s_i S_i is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m]; may be inf.
+        """
 
     @abstractmethod
     def scaled(self, scale: Tensor) -> "AbstractPenalty":
-        """The same function of U = V * scale, scale [n] positive."""
+        """The same function of U = V * scale.
+
+        Args:
+            scale: [n], positive.
+
+        Returns:
+            The penalty of U.
+        """
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
-        """The same function for weights of another dtype."""
+        """The same function for weights of another `dtype`."""
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
-        """The subgradient S of p at V that is nearest to `dual` [m n], so that p(V) + p*(S) = <S, V>.
+        """The subgradient of p that is nearest to a dual point, so that p(V) + p*(S) = <S, V>.
 
-        None where it is what `project` gives, or where it is not known: then certificates are not as tight.
+        Args:
+            weight: V [m n].
+            dual: the point [m n].
+
+        Returns:
+            S [m n]. None where it equals what `project` gives, or is not known: then certificates are not as tight.
         """
         return None
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Refuse to be added to a quadratic of weights of this shape.
+        """Refuse to be added to a quadratic of weights of another shape.
+
+        Args:
+            shape: (m, n) of the weights.
 
         Raises:
             ProblemError: a tensor of the penalty does not broadcast to it.
@@ -71,7 +116,10 @@ class AbstractPenalty(ABC):
 
 
 def require_step(step: float) -> None:
-    """Refuse a step backwards, of which a prox is none.
+    """Refuse a negative step: no prox has one.
+
+    Args:
+        step: the step of a prox.
 
     Raises:
         ProblemError: the step is negative.
@@ -86,10 +134,13 @@ def _broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class L1(AbstractPenalty):
-    """sum_ij strength_ij |V_ij| with non-negative strengths that broadcast to [m n].
+    """sum_ij strength_ij |V_ij|.
 
-    `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs. A strength of zero leaves
-    an entry free. Not `checked` is for who makes strengths in a loop, where looking at them stops a GPU.
+    `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs.
+
+    Args:
+        strength: not negative, of a shape that broadcasts to [m n]. Zero leaves an entry free.
+        checked: whether to check the strengths. False is for those made in a loop, where the check stops a GPU.
 
     Raises:
         ProblemError: a strength is negative or not finite.
@@ -171,7 +222,7 @@ class Support(AbstractPenalty):
         return torch.mul(weight, self.mask, out=out)
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Zero on its domain: slopes that vanish on the support."""
+        """Zero on its domain: dual points that vanish on the support."""
         return dual.new_zeros(dual.shape[0])
 
     def project(self, dual: Tensor) -> Tensor:

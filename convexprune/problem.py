@@ -20,6 +20,10 @@ AT_ONCE = 2**24  # numbers in the factors that are computed together
 class Problem:
     """min_V q(V) + p(V) over weights V [m n].
 
+    Args:
+        quadratic: q.
+        penalty: p, of weights of the same shape.
+
     Raises:
         ProblemError: these are not a quadratic and a penalty of weights of one shape.
     """
@@ -41,12 +45,18 @@ class Problem:
         return self.quadratic.shape
 
     def value(self, weight: Array) -> float:
-        """The objective at `weight`."""
+        """The objective at `weight` [m n]."""
         point = self.admit(weight).to(self.quadratic.cross)
         return float((self.quadratic.values(point) + self.penalty.values(point)).sum())
 
     def admit(self, weight: Array) -> Tensor:
-        """A weight, tensor or array, as a tensor on the problem's device.
+        """A weight as a tensor on the problem's device.
+
+        Args:
+            weight: a tensor or an array [m n].
+
+        Returns:
+            The tensor [m n], in its own dtype.
 
         Raises:
             ProblemError: `weight` is not [m n], or no floating-point numbers.
@@ -62,11 +72,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far a weight is from optimal: `primal` - `gap` <= min_V q + p <= `primal`, summed over the rows.
+    """How far a weight is from optimal: primal - gap <= min_V q + p <= primal, summed over the rows.
 
-    `kkt_residual` is the largest violation of the optimality conditions, free of units (see `certify`). What is not
-    defined or, in a certificate that is not precise, not computed is inf. So is the `gap` of a problem whose tensors
-    are those of no sum of squares: it has no least value, or none that can be known from them.
+    What is not defined or, in a certificate that is not precise, not computed is inf. So is the gap of a problem whose
+    tensors are those of no sum of squares: it has no least value, or none that can be known from them.
+
+    Args:
+        primal: the objective at the weight.
+        gap: the duality gap.
+        kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
     """
 
     primal: float
@@ -87,7 +101,7 @@ class Certificate:
 
 
 def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor) -> Tensor:
-    """The duality gap of each row [m] from the residual K [m n], q [m] (`values`) and p [m] (`slack`) at `weight`.
+    """The duality gap of each row.
 
     By Fenchel-Young, for any dual point S where p* is finite, with c(S) the price of S not being K:
 
@@ -103,6 +117,16 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
 
     On a support, whose price is that of H restricted to it, the second and the third are one. All terms are
     non-negative sums, so nothing cancels near the optimum. What the energy's own rounding hides is added.
+
+    Args:
+        problem: min q + p.
+        weight: V [m n].
+        residual: K [m n], the residual of q at `weight`.
+        values: q of each row [m] at `weight`.
+        slack: p of each row [m] at `weight`.
+
+    Returns:
+        [m].
     """
     quadratic, penalty = problem.quadratic, problem.penalty
     overlap = torch.linalg.vecdot(residual, weight)
@@ -121,17 +145,24 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
 
 @torch.no_grad()
 def certify(problem: Problem, weight: Array, precise: bool = True, residual: Tensor | None = None) -> Certificate:
-    """Bound how far `weight` [m n] is from optimal, whoever found it.
+    """Bound how far a weight is from optimal, whoever found it.
 
-    Only gram, cross and energy (about the anchor) are used, if `precise` in float64 and in coordinates where the Gram
-    matrix has a diagonal near one: neither the calibration inputs nor the solver have to be trusted, and units make no
-    difference. If not `precise`, the `residual` at `weight` saves a product where it is known.
-
-    See `row_gaps` for the gap. On a support, where H is singular, the price of each row is that of H restricted to what
-    the row keeps, if that takes at most `PRICED` operations. The KKT residual is the largest entry of the proximal
-    gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+    Only gram, cross and energy (about the anchor) are used: neither the calibration inputs nor the solver have to be
+    trusted. See `row_gaps` for the gap. On a support, where H is singular, the price of each row is that of H
+    restricted to what the row keeps, if that takes at most `PRICED` operations. The KKT residual is the largest entry
+    of the proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
+
+    Args:
+        problem: min q + p.
+        weight: V [m n].
+        precise: compute in float64, in coordinates where the Gram matrix has a diagonal near one, so that units make no
+            difference; else in the problem's own dtype, without the KKT residual.
+        residual: the residual of q at `weight` [m n]. It saves a product if the certificate is not precise.
+
+    Returns:
+        The certificate.
 
     Raises:
         ProblemError: `weight` is not shaped like the problem.

@@ -28,7 +28,15 @@ AGREEMENT = 1e-6  # relative
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """A problem, its least value, and a weight [m n] that has it; `source` says how that is known."""
+    """A problem whose least value is known.
+
+    Args:
+        name: as `load` takes it.
+        problem: the problem, in float64.
+        value: its least value.
+        solution: a weight [m n] that has this value.
+        source: how that is known.
+    """
 
     name: str
     problem: Problem
@@ -39,7 +47,14 @@ class Named:
 
 @dataclass(frozen=True)
 class Result:
-    """What a solver made of a named problem: `excess` is its value over the least one, relative; `gap` is certified."""
+    """What a solver made of a named problem.
+
+    Args:
+        name: of the problem.
+        excess: the objective over the least value, less one.
+        gap: the certified duality gap, relative to the objective.
+        passed: whether the excess is small enough.
+    """
 
     name: str
     excess: float
@@ -54,6 +69,12 @@ def names() -> list[str]:
 
 def load(name: str) -> Named:
     """The problem of that name, in float64.
+
+    Args:
+        name: one of `names()`.
+
+    Returns:
+        The problem with its solution.
 
     Raises:
         ProblemError: there is none.
@@ -70,7 +91,15 @@ def load(name: str) -> Named:
 
 
 def check(solver: AbstractSolver, tolerance: float = AGREEMENT) -> Iterator[Result]:
-    """Solve every named problem whose penalty the solver takes; passed is an excess of at most `tolerance`."""
+    """Solve every named problem whose penalty the solver takes.
+
+    Args:
+        solver: the solver to test.
+        tolerance: the largest excess, relative to the least value, that passes.
+
+    Yields:
+        One result for each problem.
+    """
     for named in map(load, names()):
         if isinstance(named.problem.penalty, solver.penalties):
             solution = solve(solver, named.problem)

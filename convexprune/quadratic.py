@@ -22,9 +22,14 @@ _UNKNOWN: Any = object()  # of a factor that was not tried: None says that there
 class Cache:
     """What does not depend on the anchor, computed at most once for all quadratics that differ only in it.
 
-    `gram` [n n] is theirs. `precision` is the rounding error of the dtype in which the tensors were given, and `energy`
-    [m] the energy that was given. `envelope_of` is the quadratic whose Moreau envelope this is, and the stiffness. The
-    others are the properties of `Quadratic` of the same names.
+    Args:
+        gram: H [n n].
+        precision: the rounding error of the dtype in which the tensors were given.
+        energy: the energy [m] that was given.
+        envelope_of: the quadratic whose Moreau envelope this is, and the stiffness; None for any other quadratic.
+        target_energy: see `Quadratic.target_energy`; None until it is computed.
+        is_sum_of_squares: see `Quadratic.is_sum_of_squares`; None until it is computed.
+        factor: see `Quadratic.factor`.
     """
 
     gram: Tensor
@@ -56,14 +61,21 @@ class Quadratic:
         q(V) = 1/2 tr(D H D') - tr(D G') + 1/2 sum(e)
 
     Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
-    The anchor is the point near which the solution is expected (the dense weight; None is zero): everything is then
-    computed from the small D, and nothing cancels. `bound` is an upper bound on H's eigenvalues, if one is known.
-    Quadratics are closed under addition and non-negative scaling. `cache` keeps what has been computed of the
-    function, for all quadratics that write it about other anchors.
+    H is what SparseGPT and GPTQ call the Hessian, up to a factor. Everything is computed from the small D, so that
+    nothing cancels. Quadratics are closed under addition and non-negative scaling.
 
-    The tensors, or NumPy arrays, are float32 or float64, all alike. Whether they can be those of a sum of squares is
-    looked at as far as it is cheap (`convexprune.consistency`), and as a whole in a certificate. Not `checked` is for
-    what was computed from the tokens, or from another quadratic: looking at it stops a GPU.
+    The tensors, or NumPy arrays, are float32 or float64, all alike.
+
+    Args:
+        gram: H [n n].
+        cross: G [m n].
+        energy: e [m].
+        anchor: A [m n], the point near which the solution is expected (the dense weight); None is zero.
+        bound: an upper bound on H's eigenvalues, if one is known.
+        cache: what has been computed of the function, for all quadratics that write it about other anchors.
+        checked: whether to check cheaply that the tensors can be those of a sum of squares (`convexprune.consistency`);
+            a certificate checks it in full. False is for what was computed from tokens or from another quadratic,
+            because the check stops a GPU.
 
     Raises:
         ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
@@ -93,10 +105,16 @@ class Quadratic:
 
     @classmethod
     def least_squares(cls, inputs: Array, targets: Array, anchor: Array | None = None) -> Self:
-        """Mean squared error 1/2 mean_t |targets_t - V inputs_t|^2, inputs [tokens n], targets [tokens m].
+        """The mean squared error 1/2 mean_t |targets_t - V inputs_t|^2 of a linear map V.
 
-        Give a good guess as `anchor` [m n] where the fit is nearly exact: in float32 an error of less than 1e-7 of the
-        targets' energy is lost otherwise, and no certificate is small.
+        Args:
+            inputs: [tokens n].
+            targets: [tokens m].
+            anchor: a good guess [m n] where the fit is nearly exact. In float32 an error of less than 1e-7 of the
+                targets' energy is lost otherwise, and no certificate is small.
+
+        Returns:
+            The quadratic of V [m n].
 
         Raises:
             ProblemError: no tokens, values that are not finite, or shapes or dtypes that do not fit.
@@ -117,7 +135,14 @@ class Quadratic:
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
-        """A pull towards `anchor` [m n]: 1/2 sum_ij strength_j (V_ij - A_ij)^2, strength [n].
+        """A pull towards the anchor: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
+
+        Args:
+            anchor: A [m n].
+            strength: [n], not negative.
+
+        Returns:
+            The quadratic, to be added to another one.
 
         Raises:
             ProblemError: a strength is negative.
@@ -128,25 +153,40 @@ class Quadratic:
         return cls(torch.diag(strength), zero, zero[:, 0], anchor, checked=False)
 
     def displacement(self, weight: Tensor) -> Tensor:
-        """D = V - A [m n]."""
+        """V - A [m n] for V = `weight` [m n]."""
         return weight if self.anchor is None else weight - self.anchor
 
     def residual(self, weight: Tensor) -> Tensor:
-        """The negative gradient K = G - D H [m n]: what is left of the target, seen through the inputs."""
+        """The negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
         return torch.addmm(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
     def residual_after(self, residual: Tensor, step: Tensor) -> Tensor:
-        """K - step H [m n]: the residual a `step` V - V_0 [m n] from where it was `residual`, on the way to an answer.
+        """The residual after a small step on the way to an answer.
 
-        The product is in bfloat16 where that is the device's own (`has_bfloat16`): off by 2^-8 of the change at most,
-        which is small where the step is. Certificates and what is reported come from `residual`.
+        The product is in bfloat16 where the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
+        change, which is small where the step is. Certificates and reports use `residual`.
+
+        Args:
+            residual: K [m n] before the step.
+            step: V - V_0 [m n].
+
+        Returns:
+            K - step H [m n].
         """
         gram = self._cache.gram_of_steps
         change = (step.to(gram.dtype) @ gram).to(residual.dtype)
         return torch.sub(residual, change, out=change)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """q of each row [m]; give the `residual` at `weight` if it is known, and no product is needed."""
+        """q of each row.
+
+        Args:
+            weight: V [m n].
+            residual: the residual at `weight` [m n]; if it is known, no product is needed.
+
+        Returns:
+            [m], not negative.
+        """
         residual = self.residual(weight) if residual is None else residual
         values = self.energy - torch.linalg.vecdot(self.displacement(weight), self.cross + residual)
         return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
@@ -164,7 +204,14 @@ class Quadratic:
         return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
 
     def scaled(self, scale: Tensor) -> Self:
-        """The same function of U = V * scale, scale [n] positive."""
+        """The same function of U = V * scale.
+
+        Args:
+            scale: [n], positive.
+
+        Returns:
+            The quadratic of U [m n].
+        """
         if bool((scale == 1).all()):
             return self  # and what is cached stays
         anchor = None if self.anchor is None else self.anchor * scale
@@ -221,10 +268,10 @@ class Quadratic:
     def factor(self) -> Tensor | None:
         """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
 
-        The little that is taken from the diagonal, n rounding errors of the largest entry, is for the factorisation's
-        own error, so that |F^-1 k|^2 errs upwards: it is more than is seen, and less than the n (n + 2) that are proven
+        n rounding errors of the largest entry are taken from the diagonal, for the error of the factorisation itself,
+        so that |F^-1 k|^2 errs upwards. That is more than is observed, and less than the n (n + 2) that are proven
         (Higham 2002, theorem 10.3). Inputs that are always zero get a one on the diagonal, so that they do not spoil
-        the rest (`inverse_form` knows them).
+        the rest; `inverse_form` handles them.
         """
         if self._cache.factor is _UNKNOWN:
             diagonal = self.gram.diagonal()
@@ -238,10 +285,16 @@ class Quadratic:
         return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
-        """At least 1/2 k H^-1 k' of each row k of `gradient` [m n]: [m]. inf if H is not safely positive definite.
+        """An upper bound on 1/2 k H^-1 k' of each row k.
 
         The conjugate of an envelope is that of the function it relaxes plus |k|^2 / (2 stiffness), so that one
         factorisation serves all envelopes.
+
+        Args:
+            gradient: the rows k [m n].
+
+        Returns:
+            [m]; inf where H is not safely positive definite.
         """
         if self._cache.envelope_of is not None:
             inner, stiffness = self._cache.envelope_of
@@ -252,11 +305,17 @@ class Quadratic:
         return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
 
     def envelope(self, stiffness: float) -> Self:
-        """The relaxed function  min_U q(U) + stiffness/2 |U - V|^2  (Moreau envelope), again a quadratic of V.
+        """The Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V.
 
         With R = (H + stiffness I)^-1:  gram s - s^2 R,  cross s G R,  energy e - diag(G R G').  Its eigenvalues lie
         below both H's and `stiffness`, so few iterations solve it; the inner U is V + residual(V) / stiffness.
         Splitting the weight like this is the relaxation of Zheng et al. (arXiv 1807.05411, SR3).
+
+        Args:
+            stiffness: positive.
+
+        Returns:
+            The quadratic of V [m n].
 
         Raises:
             ProblemError: H + stiffness I is not positive definite.
@@ -272,7 +331,13 @@ class Quadratic:
         return relaxed
 
     def shifted_inverse(self, shift: float) -> Tensor:
-        """(H + shift I)^-1 [n n], by a Cholesky factor.
+        """The inverse of H + shift I, by a Cholesky factor.
+
+        Args:
+            shift: not negative.
+
+        Returns:
+            (H + shift I)^-1 [n n].
 
         Raises:
             ProblemError: H + shift I is not positive definite.
@@ -285,7 +350,15 @@ class Quadratic:
         return torch.cholesky_inverse(factor)
 
     def at(self, anchor: Tensor | None, residual: Tensor | None = None) -> Self:
-        """The same function written about another anchor; no product is needed if the `residual` there is known."""
+        """The same function written about another anchor.
+
+        Args:
+            anchor: [m n]; None is zero.
+            residual: the residual at `anchor` [m n]; if it is known, no product is needed.
+
+        Returns:
+            The quadratic; it shares the cache.
+        """
         if anchor is self.anchor:
             return self
         point = torch.zeros_like(self.cross) if anchor is None else anchor
@@ -294,13 +367,13 @@ class Quadratic:
         return type(self)(self.gram, residual, energy, anchor, self.bound, self.cache, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> Self:
-        """That of the rows `chosen` alone."""
+        """The quadratic of the rows `chosen` alone: numbers [k], a mask [m] or a slice."""
         anchor = None if self.anchor is None else self.anchor[chosen]
         cache = Cache(self.gram, self._cache.precision, self._cache.energy[chosen])
         return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
 
     def columns(self, chosen: Tensor) -> Self:
-        """That of the inputs `chosen` alone, where the weights of all others stay at the anchor."""
+        """The quadratic of the inputs `chosen` [k] alone, where the weights of all others stay at the anchor."""
         anchor = None if self.anchor is None else self.anchor[:, chosen]
         return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
 

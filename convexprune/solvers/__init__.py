@@ -22,7 +22,14 @@ def solver_names() -> list[str]:
 
 
 def make_solver(name: str, **settings: Any) -> AbstractSolver:
-    """The solver of that name; its module (and a foreign library behind it) is imported only now.
+    """The solver of that name; its module, and a foreign library behind it, is imported only now.
+
+    Args:
+        name: one of `solver_names()`.
+        settings: those of its class, by name.
+
+    Returns:
+        The solver.
 
     Raises:
         RecipeError: unknown name or setting.

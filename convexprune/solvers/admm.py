@@ -31,6 +31,12 @@ class ADMM(AbstractIterative):
     residual, both relative, where that is more than a factor of 4.
 
     The answer is Z, which has the penalty's zeros. One product per iteration.
+
+    Args:
+        max_iterations: where it stops in any case.
+        check_every: the gap is tested, and rho balanced, every so many iterations.
+        rho: the first penalty parameter, for a unit diagonal.
+        relaxation: over-relaxation, in (0, 2).
     """
 
     max_iterations: Count = 1000

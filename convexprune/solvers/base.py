@@ -36,7 +36,16 @@ class Status(Enum):
 
     @classmethod
     def of(cls, said: "Status", certificate: Certificate, tolerance: float) -> "Status":
-        """How a solve ended of which the solver `said` one thing, and the certificate says another: that one stands."""
+        """How a solve ended, by its certificate; what the solver says decides where the certificate leaves it open.
+
+        Args:
+            said: what the solver says.
+            certificate: of the answer.
+            tolerance: the relative gap that was asked for.
+
+        Returns:
+            The status.
+        """
         if not isfinite(certificate.primal):
             return cls.FAILED if said is cls.FAILED else cls.NON_FINITE
         if certificate.gap == inf:
@@ -48,11 +57,17 @@ class Status(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A weight [m n], how the solve ended, and a certificate that does not depend on the solver.
+    """The answer of a solver, with a certificate that does not depend on the solver.
 
-    `products` counts matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
-    `build_seconds` is spent on translating the problem to the back-end's form, `solve_seconds` in the back-end.
-    `residual` is the quadratic's residual at the weight [m n], for who goes on from there, if the solver knows it.
+    Args:
+        weight: V [m n].
+        status: how the solve ended.
+        certificate: how far the weight is from optimal.
+        iterations: how many were made.
+        products: matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
+        solve_seconds: seconds in the solver or the back-end.
+        build_seconds: seconds of translating the problem to the form of a back-end.
+        residual: the quadratic's residual at the weight [m n], if the solver knows it, for whoever goes on from there.
     """
 
     weight: Tensor
@@ -65,14 +80,18 @@ class Solution:
     residual: Tensor | None = None
 
     def record(self) -> "Solution":
-        """What is to be reported, without the tensors, which are as large as the operator: a weight [m 0]."""
+        """The solution without its large tensors, for a report: its weight is [m 0]."""
         return replace(self, weight=self.weight.new_empty(len(self.weight), 0), residual=None)
 
 
 class StepResult(NamedTuple):
-    """A weight [m n] on the way to a solution, and the quadratic's residual there if it is known.
+    """A weight on the way to a solution.
 
-    `products` are all that were needed; `solution` is the weight with its certificate, if there is one.
+    Args:
+        weight: V [m n].
+        residual: the quadratic's residual there [m n], if it is known.
+        products: all matrix products that were needed.
+        solution: the weight with its certificate, if there is one.
     """
 
     weight: Tensor
@@ -82,7 +101,8 @@ class StepResult(NamedTuple):
 
 
 class AbstractSolver(ABC):
-    """Settings of a solver, of ours a dataclass; a user's own solver is a subclass with `penalties` and `solve`.
+    """The base of all solvers: ours are dataclasses of settings, a user's own is a subclass with `penalties` and
+    `solve`.
 
     Raises:
         RecipeError: a setting of a dataclass is not of its type, or out of range.
@@ -98,7 +118,14 @@ class AbstractSolver(ABC):
 
     @abstractmethod
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
-        """Minimise the problem from `start` [m n] (the anchor, or zero, if None).
+        """Minimise the problem.
+
+        Args:
+            problem: min q + p.
+            start: where to begin [m n]; None is the anchor, or zero.
+
+        Returns:
+            The solution.
 
         Raises:
             UnsupportedError: the penalty is not one of `penalties`.
@@ -106,15 +133,33 @@ class AbstractSolver(ABC):
         """
 
     def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
-        """Old name of `step`."""
+        """The old name of `step`.
+
+        Args:
+            problem: see `step`.
+            start: see `step`.
+            residual: see `step`.
+            certified: see `step`.
+
+        Returns:
+            See `step`.
+        """
         warnings.warn("`advance` is now called `step`.", DeprecationWarning, stacklevel=2)
         return self.step(problem, start, residual, certified)
 
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
-        """Go from `start` [m n] towards the minimum, for who poses the next problem from there.
+        """Go some way towards the minimum, where the next problem is posed from the answer.
 
-        `residual` [m n] is the quadratic's at the start. If not `certified` there need be no solution, nor an exact
-        residual; a solver whose certificate is not worth saving just solves.
+        This default solves, as any solver does whose certificate costs little.
+
+        Args:
+            problem: min q + p.
+            start: where to begin [m n].
+            residual: the quadratic's residual at `start` [m n].
+            certified: if false, there need be no solution, and the residual at the end need not be exact.
+
+        Returns:
+            The weight reached.
         """
         solution = solve(self, problem, start, certified)
         proven = solution if certified or _is_ours(self) else None
@@ -122,7 +167,16 @@ class AbstractSolver(ABC):
 
 
 def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
-    """What `solver` makes of the problem; if `certified`, with a certificate of ours, whatever a solver of others says.
+    """Solve a problem by any solver, also one of a user, whose certificate is then computed here.
+
+    Args:
+        solver: the solver.
+        problem: min q + p.
+        start: where to begin [m n]; None is the solver's choice.
+        certified: whether a user's solver needs our certificate.
+
+    Returns:
+        The solution.
 
     Raises:
         ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
@@ -150,7 +204,11 @@ def _is_ours(solver: AbstractSolver) -> bool:
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
-    """Refuse a penalty that the solver does not take, before it works.
+    """Refuse a penalty that a solver does not take, before it works.
+
+    Args:
+        solver: the solver.
+        penalty: the class of the penalty.
 
     Raises:
         UnsupportedError: naming the penalty, the solver, and what the solver takes.
@@ -163,7 +221,15 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
 
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
-    """Where a solver begins: `start`, else the anchor, else zero."""
+    """Where a solver begins.
+
+    Args:
+        problem: the problem.
+        start: what the caller gave.
+
+    Returns:
+        `start`, else the anchor, else zero [m n].
+    """
     if start is not None:
         return problem.admit(start).to(problem.quadratic.cross)
     anchor = problem.quadratic.anchor
@@ -171,7 +237,14 @@ def initial(problem: Problem, start: Tensor | None) -> Tensor:
 
 
 def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F [rank n] with H = F' F and its pseudo-inverse [n rank], for back-ends that want a sum of squares."""
+    """A square root of a Gram matrix, for back-ends that need a sum of squares.
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        F [rank n] with H = F' F, and its pseudo-inverse [n rank].
+    """
     values, vectors = np.linalg.eigh(gram)
     keep = values > values.max(initial=0) * len(values) * np.finfo(float).eps
     root = np.sqrt(values[keep])

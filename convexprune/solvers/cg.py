@@ -17,15 +17,20 @@ from convexprune.solvers.base import AbstractSolver, Solution, Status, initial, 
 class ConjugateGradient(AbstractSolver):
     """Least squares on each row's support by masked conjugate gradients.
 
-    With P the projection on the support, each row solves (P H P) v = P g by the Hestenes-Stiefel recurrence: one
-    product per iteration whatever the number of rows, each with its own steps. `scale`: in coordinates where the Gram
-    matrix has a unit diagonal, which is preconditioning by the diagonal; where it is the inverse that has a constant
-    diagonal (`saliency_coordinates`) fewer iterations are needed as it is.
+    With P the projection on the support, each row solves (P H P) v = P g by the recurrence of Hestenes and Stiefel
+    (1952): one product per iteration whatever the number of rows, each with its own steps.
 
-    Stops when gap <= tolerance * objective, tested every `check_every` iterations from what the recurrence carries (a
-    triangular solve, no product), when the gradients have shrunk to rounding errors, or after `max_iterations`. While
-    an iteration still gains more than the tolerance the gap is not tested: it was larger than that gain just before. So
-    a solve whose gap falls at once ends one test late.
+    It stops when gap <= tolerance * objective, when the gradients have shrunk to rounding errors, or after
+    `max_iterations`. The gap is computed from what the recurrence carries: a triangular solve, no product. While an
+    iteration still gains more than the tolerance the gap is not tested, because it was larger than that gain just
+    before. So a solve whose gap falls at once ends one test late.
+
+    Args:
+        tolerance: the relative gap that is asked for.
+        max_iterations: where it stops in any case.
+        check_every: the gap is tested every so many iterations.
+        scale: work in coordinates where the Gram matrix has a unit diagonal, which is preconditioning by the diagonal.
+            Where the inverse has a constant diagonal (`saliency_coordinates`), fewer iterations are needed without.
     """
 
     tolerance: NotNegative = 1e-4

@@ -42,7 +42,10 @@ class CVXPY(AbstractSolver):
     eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
     the problem unbounded below and cannot come from data.
 
-    The status is SOLVED where our certificate is within `tolerance`, whatever the engine says.
+    Args:
+        engine: the solver inside CVXPY.
+        options: of the engine, over those in `TIGHT`.
+        tolerance: the relative gap up to which the status is SOLVED, whatever the engine says.
     """
 
     engine: Literal["OSQP", "CLARABEL", "SCS"] = "CLARABEL"

@@ -22,12 +22,15 @@ from convexprune.solvers.base import (
 
 @dataclass(frozen=True)
 class AbstractIterative(AbstractSolver):
-    """Iterates all rows at once, and stops when gap <= tolerance * objective or after `max_iterations`.
+    """Iterates all rows at once, and stops when gap <= tolerance * objective.
 
-    `check_every`: the gap is tested every so many iterations. `scale`: iterate in coordinates where the Gram matrix has
-    a unit diagonal; the penalties are separable, so this is the same problem, up to four orders of magnitude better
-    conditioned. `precise`: the final certificate is computed in float64; else in the problem's own dtype, three times
-    cheaper.
+    Args:
+        tolerance: the relative gap that is asked for.
+        max_iterations: where it stops in any case.
+        check_every: the gap is tested every so many iterations.
+        scale: iterate in coordinates where the Gram matrix has a unit diagonal. The penalties are separable, so this is
+            the same problem, up to four orders of magnitude better conditioned.
+        precise: compute the final certificate in float64; else in the problem's own dtype, three times cheaper.
     """
 
     tolerance: NotNegative = 1e-4

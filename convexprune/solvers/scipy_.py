@@ -31,6 +31,10 @@ class SciPy(AbstractSolver):
     polyhedron  |F' r|_j <= strength_j,  whose Hessian is the identity that SLSQP starts from; the multipliers of the
     active constraints, found by non-negative least squares on F v = y - r, are the weight. On a support it is plain
     least squares. Nothing is shared with the other solvers but the problem's three tensors.
+
+    Args:
+        tolerance: the relative gap up to which the status is SOLVED.
+        max_iterations: of SLSQP, for a row.
     """
 
     tolerance: NotNegative = 1e-6
