@@ -10,9 +10,13 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Curve:
-    """What pruning one unit to each of some sparsities costs; `size` is the number of its weights.
+    """What pruning one unit costs, at some sparsities.
 
-    `costs` are in units that can be added over units: errors weighted by how much they move the final loss.
+    Args:
+        size: the number of its weights.
+        sparsities: ascending.
+        costs: one for each sparsity, in units that can be added over units: errors weighted by how much they move the
+            loss.
 
     Raises:
         PatternError: not one cost for each sparsity, sparsities that do not ascend, or no weights.
@@ -41,7 +45,7 @@ class Curve:
         return Curve(self.size, tuple(x for x, _ in hull), tuple(y for _, y in hull))
 
     def cost(self, sparsity: float) -> float:
-        """The cost at a sparsity, linear between two points."""
+        """The cost at a `sparsity`, linear between two points."""
         points = list(zip(self.sparsities, self.costs, strict=True))
         for a, b in pairwise(points):
             if sparsity <= b[0]:
@@ -51,7 +55,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class SparsityAllocation:
-    """A sparsity for each unit, its `cost`, and the `gap`: cost - gap is a lower bound for any allocation."""
+    """A sparsity for each unit.
+
+    Args:
+        sparsities: one for each unit.
+        cost: their total cost.
+        gap: cost - gap is a lower bound for any allocation.
+    """
 
     sparsities: tuple[float, ...]
     cost: float
@@ -59,15 +69,24 @@ class SparsityAllocation:
 
 
 def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> SparsityAllocation:
-    """min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u, with c_u the curves' convex envelopes.
+    """The cheapest allocation of a sparsity to units: an exact solution of a convex problem.
 
-    The envelopes are piecewise linear and convex, so the cheapest pieces per zero are taken first until there are
-    enough zeros; the slope of the last one is the multiplier l, and weak duality gives the gap:
+        min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u
+
+    with c_u the curves' convex envelopes. These are piecewise linear and convex, so the cheapest pieces per zero are
+    taken first until there are enough zeros; the slope of the last one is the multiplier l, and weak duality gives the
+    gap:
 
         min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
 
-    `whole` takes whole pieces only, so that every unit is at a corner of its envelope (an N:M pattern, say); the share
-    of zeros is then at least the one asked for, and the gap is measured at the share that results.
+    Args:
+        curves: one for each unit.
+        sparsity: of all weights together.
+        whole: take whole pieces only, so that every unit is at a corner of its envelope (for N:M patterns). The
+            sparsity is then at least the one asked for, and the gap is measured at the one that results.
+
+    Returns:
+        The allocation.
 
     Raises:
         PatternError: the curves do not reach that share of zeros.
@@ -103,10 +122,19 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
 def allocate_by_outliers(
     statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = 0.08
 ) -> list[float]:
-    """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`, to a global share.
+    """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`.
 
-    The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the share of outliers; here
-    the mean is weighted by the layers' sizes, so that the global share is exact.
+    The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the fraction of outliers;
+    here the mean is weighted by the layers' sizes, so that the global sparsity is exact.
+
+    Args:
+        statistics: one for each layer.
+        sizes: the number of weights of each layer.
+        sparsity: of all weights together.
+        reach: half of the range.
+
+    Returns:
+        The sparsity of each layer.
 
     Raises:
         PatternError: a layer's sparsity is outside [0, 1).
@@ -121,14 +149,22 @@ def allocate_by_outliers(
 
 
 def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-    """Sparsities whose kept shares are as the softmax of a statistic of each layer, to a global share.
+    """Sparsities whose kept fractions are as the softmax of a statistic of each layer.
 
         kept_l = min(1, c exp(statistic_l)),   c such that sum_l size_l kept_l = (1 - sparsity) sum_l size_l
 
     A reconstruction of the Skew-aware Dynamic Sparsity Allocation of AutoPrune (Kang et al., arXiv 2511.15390), whose
-    statistic is the skewness of a layer's absolute weights, and of whose formula we know from summaries only that a
-    softmax reweighs the sparsities so that skewed layers are protected. That it is the kept shares that are
-    proportional to it, that its temperature is 1, the weighing by size and the limit of 1 are ours.
+    statistic is the skewness of a layer's absolute weights. Of its formula we know from summaries only that a softmax
+    reweighs the sparsities so that skewed layers are protected. That the kept fractions are proportional to it, that
+    its temperature is 1, the weighing by size and the limit of 1 are ours.
+
+    Args:
+        statistics: one for each layer.
+        sizes: the number of weights of each layer.
+        sparsity: of all weights together.
+
+    Returns:
+        The sparsity of each layer.
 
     Raises:
         PatternError: a layer would keep next to nothing.

@@ -12,6 +12,13 @@ Array = Tensor | np.ndarray
 def as_tensor(name: str, value: object) -> Tensor:
     """A tensor as it is; a NumPy array, or nested lists of numbers, as one.
 
+    Args:
+        name: of the value, for the error.
+        value: what the user gave.
+
+    Returns:
+        The tensor.
+
     Raises:
         ProblemError: it is nothing of the kind.
     """

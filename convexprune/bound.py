@@ -16,9 +16,12 @@ from convexprune.split import first_split, fit_split, safe_split
 
 @dataclass(frozen=True)
 class PruningBound:
-    """No weight in the pattern has a squared error (mean |V x* - target|^2, summed over `rows`) below `lower`.
+    """A lower bound on the error of any weight in a pattern.
 
-    `error` is what a pruner achieved on the same rows with the same number of non-zeros.
+    Args:
+        error: the squared error mean |V x* - target|^2, summed over rows, of the pruned weight.
+        lower: no weight in the pattern with the same number of non-zeros has a lower error on these rows.
+        rows: how many.
     """
 
     error: float
@@ -27,7 +30,7 @@ class PruningBound:
 
     @property
     def ratio(self) -> float:
-        """lower / error in [0, 1]: at least this share of the error is unavoidable. 1 where both are zero."""
+        """lower / error in [0, 1]: at least this part of the error is unavoidable. 1 where both are zero."""
         return self.lower / self.error if self.error > 0 else 1.0
 
 
@@ -42,14 +45,20 @@ class LowerBound:
     and the right-hand side is separable: its least value over a pattern that keeps k entries of a line (a row, a
     group of n:m, or all rows) is known in closed form (`lower_bound`). So any V0 and any split give a valid bound.
     The best V0 minimises the perspective relaxation (reverse Huber; Pilanci, Wainwright and El Ghaoui 2015; Dong, Chen
-    and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. `rounds` alternate
-    between `iterations` of ADMM on V0 (`relax`), and a Newton step on
+    and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. Each round makes
+    some iterations of ADMM on V0 (`relax`), and then a Newton step on
 
         max_B  <c, B> + barrier log det(H - B),     c_j = V_j^2 (1 / z_j - 1) / 2
 
-    where c is the derivative of the relaxed value by B, of which that is a concave function. `barriers` fall
-    geometrically, in units of <c, B> / n. `per_row`: every row has its own split, which is tighter and costs four
-    factorisations [n n] a row and round; else all rows share one.
+    where c is the derivative of the relaxed value by B, of which that is a concave function.
+
+    Args:
+        rounds: how many.
+        iterations: of ADMM in a round.
+        last_iterations: of ADMM after the last round.
+        barriers: the first and the last barrier, in units of <c, B> / n; they fall geometrically.
+        per_row: whether every row has its own split, which is tighter and costs four factorisations [n n] a row and
+            round; else all rows share one.
     """
 
     rounds: int = 12
@@ -60,9 +69,17 @@ class LowerBound:
 
     @torch.no_grad()
     def of(self, quadratic: Quadratic, pattern: AbstractPattern, weight: Tensor) -> PruningBound:
-        """The bound for a pruned `weight` [m n], whose rows may be a sample of an operator's rows.
+        """The bound for a pruned weight, whose rows may be a sample of an operator's rows.
 
-        A quota of the whole matrix is then the number of non-zeros that `weight` has in these rows.
+        A quota of the whole matrix is then the number of non-zeros that the weight has in these rows.
+
+        Args:
+            quadratic: the error as a quadratic of weights [m n].
+            pattern: of the operator.
+            weight: the pruned weight [m n].
+
+        Returns:
+            The bound.
 
         Raises:
             ProblemError: the weight is not shaped like the quadratic, or has more non-zeros than the pattern allows.
@@ -74,10 +91,19 @@ class LowerBound:
     def of_each(
         self, quadratic: Quadratic, patterns: Sequence[AbstractPattern], weights: Sequence[Tensor]
     ) -> list[PruningBound]:
-        """The bounds for operators that share their inputs; their rows, one after another, are the quadratic's.
+        """The bounds for operators that share their inputs.
+
+        Args:
+            quadratic: the error of all; their rows, one after another, are its rows.
+            patterns: one for each operator.
+            weights: the pruned weight of each operator.
+
+        Returns:
+            One bound for each operator.
 
         Raises:
-            As `of`.
+            ProblemError: a weight is not shaped like the quadratic, or has more non-zeros than its pattern allows.
+            PatternError: a pattern does not fit.
         """
         weight = torch.cat(list(weights))
         if tuple(weight.shape) != quadratic.shape:
@@ -124,7 +150,14 @@ def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor
 
 
 def budget(pattern: AbstractPattern, weight: Tensor) -> tuple[Lines, Tensor]:
-    """How to view a weight [m n] as lines, and how many non-zeros each line may have [lines 1].
+    """The lines of a weight that have a budget of non-zeros each, and these budgets.
+
+    Args:
+        pattern: unstructured or n:m.
+        weight: [m n].
+
+    Returns:
+        A function that views a tensor [m n] as lines, and how many non-zeros each line may have [lines 1].
 
     Raises:
         ProblemError: the pattern has no lines (a stack: take its operators one by one), or the weight breaks it.
@@ -151,7 +184,14 @@ def budget(pattern: AbstractPattern, weight: Tensor) -> tuple[Lines, Tensor]:
 
 
 def without_dead_inputs(q: Quadratic) -> Quadratic:
-    """q + 1/2 |V|^2 on the inputs that are always zero: the best pruning is the same, with zeros there."""
+    """The quadratic plus 1/2 |V|^2 on the inputs that are always zero: its best pruning has zeros there.
+
+    Args:
+        q: the quadratic.
+
+    Returns:
+        The sum; `q` itself if no input is always zero.
+    """
     dead = q.gram.diagonal() == 0
     if not bool(dead.any()):
         return q
@@ -160,11 +200,21 @@ def without_dead_inputs(q: Quadratic) -> Quadratic:
 
 
 def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept: Tensor) -> float:
-    """A bound below q(V), summed over rows, for every V in the pattern; `split` [m n] must be proven below H.
+    """A bound below q(V), summed over rows, for every V in the pattern.
 
         q(V0) + sum_ij (K V0 + 1/2 B V0^2)_ij - (the `kept` largest (K + B V0)^2 / 2 B of each line)
 
     A bound on the rounding of all that (float64) is subtracted.
+
+    Args:
+        q: the quadratic of weights [m n].
+        split: B [m n], each row proven to be below H.
+        weight: V0 [m n], any weight.
+        lines: see `budget`.
+        kept: how many non-zeros each line may have [lines 1].
+
+    Returns:
+        The bound, not negative.
     """
     residual = q.residual(weight)
     values = q.values(weight, residual)

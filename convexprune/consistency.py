@@ -16,7 +16,16 @@ ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens hav
 
 
 def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> tuple[Tensor | None, ...]:
-    """H, G, e and the anchor as tensors: [n n], [m n], [m], [m n], of one dtype and on one device.
+    """The parts of a quadratic as tensors, of one dtype and on one device.
+
+    Args:
+        gram: H [n n].
+        cross: G [m n].
+        energy: e [m].
+        anchor: A [m n], or None.
+
+    Returns:
+        The four tensors; None for an anchor that is None.
 
     Raises:
         ProblemError: the first that does not fit is named, with what is needed.
@@ -47,10 +56,19 @@ def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> t
 
 
 def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Tensor:
-    """The symmetric part of H [n n], if its entries, G [m n] and e [m] can be those of a sum of squares.
+    """The symmetric part of H, if its entries, G and e can be those of a sum of squares.
 
     Differences of up to 3e-4, the root of float32's precision, are taken for rounding: those of targets, in units of
-    what the `anchor` [m n] puts out.
+    what the anchor puts out.
+
+    Args:
+        gram: H [n n].
+        cross: G [m n].
+        energy: e [m].
+        anchor: A [m n], or None.
+
+    Returns:
+        H, or (H + H') / 2 where H is symmetric only up to rounding.
 
     Raises:
         ProblemError: a value is not finite, H is not symmetric, or an entry is too large for its diagonal and energy.
@@ -95,10 +113,18 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
 def is_sum_of_squares(
     gram: Tensor, cross: Tensor, energy: Tensor, unit: Tensor, precision: float, factor: Tensor | None
 ) -> bool:
-    """Whether H [n n] is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
+    """Whether H is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
 
-    H has a diagonal near one, or zero. `precision` is that of the dtype in which the tensors were given, `unit` [m] the
-    energies that their rounding is measured by, and `factor` the Cholesky factor of H, if it has one.
+    Args:
+        gram: H [n n], with a diagonal near one, or zero.
+        cross: G [m n].
+        energy: e [m].
+        unit: the energies [m] that rounding is measured by.
+        precision: the rounding error of the dtype in which the tensors were given.
+        factor: the Cholesky factor of H [n n], if it has one.
+
+    Returns:
+        Whether both hold.
     """
     room = ROOM * (len(gram) + 64) * precision
     least = energy + room * unit

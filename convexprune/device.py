@@ -8,7 +8,7 @@ import torch
 
 @cache
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies matrices in bfloat16 by instructions of its own: at least twice as fast."""
+    """Whether a `device` multiplies matrices in bfloat16 by instructions of its own, at least twice as fast."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -19,5 +19,5 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether torch.compile writes kernels for the device at once: on a GPU, with Triton."""
+    """Whether torch.compile writes kernels for a `device` at once: on a GPU, with Triton."""
     return device.type == "cuda" and find_spec("triton") is not None

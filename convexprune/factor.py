@@ -9,10 +9,16 @@ BLOCK = 256
 
 
 def cholesky(gram: Tensor) -> Tensor | None:
-    """The lower triangular F [n n] with F F' = H, of a symmetric H [n n]; None if H is not positive definite.
+    """The Cholesky factor of a symmetric matrix.
 
     Blocks are the same sums in another order: bounds on the rounding hold for either (Higham 2002, theorem 10.3). Like
     torch's, the factor lies column by column in memory, as LAPACK wants it.
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        The lower triangular F [n n] with F F' = H; None if H is not positive definite.
     """
     if len(gram) < WIDE or gram.device.type != "cpu":
         factor, info = torch.linalg.cholesky_ex(gram)

@@ -13,10 +13,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fused(function: Function) -> Function:
-    """`function` of tensors, the first one's device deciding: compiled where `has_kernels`, op by op elsewhere.
+    """A function of tensors, compiled into one kernel where the device has kernels (`has_kernels`), op by op elsewhere.
 
-    What is memory-bound then reads and writes every tensor once. Give it numbers as `number_like`. Results differ in
-    rounding only (tests/property/test_fused.py).
+    What is memory-bound then reads and writes every tensor once. Results differ in rounding only
+    (tests/property/test_fused.py).
+
+    Args:
+        function: of tensors, the first of which decides the device. Numbers are given as `number_like`.
+
+    Returns:
+        The function.
     """
     compiled = cache(lambda: torch.compile(function, dynamic=True))  # importing it takes a second
 
@@ -28,5 +34,13 @@ def fused(function: Function) -> Function:
 
 
 def number_like(number: float, tensor: Tensor) -> Tensor:
-    """A number as a tensor without axes beside another: no kernel is compiled for its value, and nothing waits."""
+    """A number as a tensor without axes: no kernel is compiled for its value, and nothing waits for the device.
+
+    Args:
+        number: the number.
+        tensor: whose dtype and device it gets.
+
+    Returns:
+        The tensor [].
+    """
     return tensor.new_full((), number)

@@ -15,6 +15,10 @@ class Call:
     """How a model calls one of its decoder layers: every argument but the hidden states, recorded and replayed.
 
     Arguments are never named here, because their names change between releases of transformers.
+
+    Args:
+        args: the positional arguments behind the hidden states.
+        kwargs: the others, by name.
     """
 
     args: tuple[Any, ...] = ()
@@ -27,7 +31,7 @@ class Call:
 
 
 class AbstractOperator(ABC):
-    """One linear map y = W x of a decoder layer, however its weight is stored; `name` is relative to the layer."""
+    """One linear map y = W x of a decoder layer, however its weight is stored."""
 
     name: str
 
@@ -58,7 +62,7 @@ class Tap(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ModuleInput:
-    """The tap of a module's first argument."""
+    """The hook on the first argument of a `module`."""
 
     module: nn.Module
 
@@ -70,7 +74,12 @@ class ModuleInput:
 
 @contextmanager
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module computes `forward` in place of its own."""
+    """Inside, a module computes another function in place of its own.
+
+    Args:
+        module: the module.
+        forward: the function.
+    """
     own = vars(module).get("forward")  # hooks of other libraries may stand there
     module.forward = forward
     try:
@@ -86,8 +95,11 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 class Group:
     """Operators that share an input: one Gram matrix, one stacked problem.
 
-    `paired`: the dense and the pruned layer send the same tokens here, so that an operator can make up for earlier
-    errors token by token. Not so behind a router.
+    Args:
+        operators: in the order of execution.
+        tap: the hook on their input.
+        paired: whether the dense and the pruned layer send the same tokens here, so that an operator can make up for
+            earlier errors token by token. Not so behind a router.
     """
 
     operators: tuple[AbstractOperator, ...]
@@ -101,6 +113,11 @@ class DecoderLayer:
 
     What one stage outputs, a later stage may see; the groups of one stage do not see each other. For LLaMA, with one
     group a stage: q, k, v | o | gate, up | down.
+
+    Args:
+        name: its path in the model.
+        module: of the layer.
+        stages: the groups of each stage.
     """
 
     name: str
@@ -136,9 +153,15 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """Inside, the weights of `layer` are in memory.
+        """Inside, the weights of a layer are in memory.
 
         If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            The context.
         """
 
     @abstractmethod
@@ -147,20 +170,25 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
-        """The tensors of a layer that is resident, by their names in it."""
+        """The tensors of a `layer` that is resident, by their names in it."""
 
     @abstractmethod
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
-        """Copy what `state` gave into a layer that is resident."""
+        """Copy tensors into a layer that is resident.
+
+        Args:
+            layer: the layer.
+            state: what `state` gave.
+        """
 
     @abstractmethod
     def keep(self, layer: DecoderLayer) -> None:
-        """Note the weights of a layer that is about to change, if they may have to come back."""
+        """Note the weights of a `layer` that is about to change, if they may have to come back."""
 
     @abstractmethod
     def first_inputs(self, batch: Tensor) -> Tensor:
-        """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
+        """The hidden states [batch tokens hidden] that enter the first decoder layer, for a `batch` [batch tokens]."""
 
     @abstractmethod
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a batch of this shape."""
+        """How each decoder layer is called for a `batch` [batch tokens] of this shape."""

@@ -10,13 +10,21 @@ ASSIGNED = 256  # groups at once: an assignment costs the third power of them, a
 
 
 def pruned_fraction(scores: Tensor, pattern: SemiStructured) -> float:
-    """The share of all scores [m n] that is on entries which the pattern prunes; 0 where all scores are 0."""
+    """The part of the sum of all scores that lies on pruned entries.
+
+    Args:
+        scores: [m n], not negative.
+        pattern: the N:M pattern.
+
+    Returns:
+        In [0, 1]; 0 where all scores are 0.
+    """
     kept, whole = (float(part.sum(dtype=torch.float64)) for part in (scores.where(pattern.mask(scores), 0), scores))
     return 1 - kept / whole if whole > 0 else 0.0
 
 
 def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: int = 0) -> Tensor:
-    """An order [n] of the columns of `scores` [m n] (non-negative) in which N:M prunes less of them.
+    """An order of the columns in which N:M prunes less.
 
         min over orders of  sum of the scores [:, order] of the entries that are pruned
 
@@ -28,8 +36,17 @@ def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: 
         sum_i min(b_i, s_i) = sum_i (b_i + s_i - |b_i - s_i|) / 2
 
     whose first two terms are the same for all assignments: the sum of the distances |b - s|_1 is made as large as it
-    can be. A sweep is M steps. To permute channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity
-    (NeurIPS 2021), to do so by linear assignment from RIA (Zhang et al., Plug-and-Play, ICLR 2024).
+    can be. To permute channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity (NeurIPS 2021), to do
+    so by linear assignment from RIA (Zhang et al., Plug-and-Play, ICLR 2024).
+
+    Args:
+        scores: [m n], not negative.
+        pattern: the N:M pattern.
+        sweeps: how many; a sweep is M steps.
+        seed: of the columns drawn.
+
+    Returns:
+        The order [n].
 
     Raises:
         PatternError: n is no multiple of M.

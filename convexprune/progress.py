@@ -15,7 +15,11 @@ _follower: ContextVar[Begin | None] = ContextVar("follower", default=None)
 
 @contextmanager
 def followed_by(follower: Begin) -> Iterator[None]:
-    """Inside, the follower hears of every phase of this thread."""
+    """Inside, a follower is called at every phase of this thread.
+
+    Args:
+        follower: what to call.
+    """
     token = _follower.set(follower)
     try:
         yield
@@ -24,7 +28,15 @@ def followed_by(follower: Begin) -> Iterator[None]:
 
 
 def begin(phase: str, steps: int | None = None) -> Step:
-    """Say that a phase begins; returns what is called after each of its steps."""
+    """Report that a phase begins.
+
+    Args:
+        phase: its name.
+        steps: how many steps it has, if that is known.
+
+    Returns:
+        What to call after each step.
+    """
     follower = _follower.get()
     return follower(phase, steps) if follower is not None else _nobody
 

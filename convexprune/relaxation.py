@@ -17,10 +17,14 @@ Lines = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """An iterate of `relax`: `point` V [m n] near the minimum, and what going on from there needs.
+    """An iterate of `relax`.
 
-    `weight` is the copy of V on which the perspective acts, with `fraction` z, `dual` the sum of their differences, and
-    `price` the logarithm of what a non-zero costs [lines 1].
+    Args:
+        point: V [m n], near the minimum.
+        weight: the copy of V on which the perspective acts.
+        fraction: z [m n] in [0, 1].
+        dual: the sum of their differences [m n].
+        price: the logarithm of what a non-zero costs [lines 1]; None before the first iteration.
     """
 
     point: Tensor
@@ -31,11 +35,19 @@ class Relaxed:
 
     @classmethod
     def at(cls, weight: Tensor) -> "Relaxed":
-        """To begin with, a weight [m n]."""
+        """The first iterate, at a `weight` [m n]."""
         return cls(weight, weight, torch.ones_like(weight), torch.zeros_like(weight))
 
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
-        """The same with another split than the one `before`: the slope B * dual stays."""
+        """The same iterate for another split: B * dual stays.
+
+        Args:
+            before: the split B so far [m n].
+            split: the other one.
+
+        Returns:
+            The iterate.
+        """
         return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
 
     @property
@@ -55,10 +67,22 @@ def relax(
 ) -> Relaxed:
     """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_ij - 1)  over V and 0 <= z <= 1 with sum of z in a line <= kept.
 
-    ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the `inverse`
-    H^-1 [n n] serves every split [m n] of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in
-    which thirty iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of
-    a non-zero is found inside the prox, by bisection.
+    ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
+    serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
+    iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of a non-zero is
+    found inside the prox, by bisection.
+
+    Args:
+        q: the quadratic of weights [m n].
+        inverse: H^-1 [n n].
+        split: B [m n].
+        start: where to begin.
+        lines: see `convexprune.bound.budget`.
+        kept: how many non-zeros each line may have [lines 1].
+        iterations: how many.
+
+    Returns:
+        The last iterate.
     """
     weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
     for _ in range(iterations):
@@ -73,7 +97,16 @@ def relax(
 
 
 def fractions(target: Tensor, split: Tensor, price: Tensor) -> Tensor:
-    """z in [0, 1] of each entry of the lines when a non-zero costs exp(price) [lines 1]."""
+    """The fraction z in [0, 1] of each entry at a price of a non-zero.
+
+    Args:
+        target: |V| [lines width].
+        split: B [lines width].
+        price: the logarithm of the price [lines 1].
+
+    Returns:
+        z [lines width].
+    """
     return (target * (split / (2 * price.exp())).sqrt() - 1).clamp(0, 1)
 
 

@@ -12,7 +12,16 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """Too few tokens, shared weights, a solver that is slow on this model, more rows to bound than there are."""
+    """What a user should know before a run: too few tokens, shared weights, a slow solver, too many rows to bound.
+
+    Args:
+        model: the model.
+        windows: the token ids by use.
+        recipe: of the run.
+
+    Yields:
+        One text for each warning.
+    """
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
     for warning in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):

@@ -20,7 +20,15 @@ Made = TypeVar("Made")
 
 
 def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
-    """An object of a dataclass by its settings; `name` is what a user calls it.
+    """An object of a dataclass of settings.
+
+    Args:
+        kind: the class.
+        name: what a user calls it, for errors.
+        settings: by name.
+
+    Returns:
+        The object.
 
     Raises:
         RecipeError: a setting that it does not have, or out of range.
@@ -33,7 +41,10 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
 
 
 def check_settings(made: object) -> None:
-    """See that every field of a dataclass is what its annotation says; numbers are finite.
+    """Check that every field of a dataclass is what its annotation says; numbers have to be finite.
+
+    Args:
+        made: the object.
 
     Raises:
         RecipeError: the first that is not is named, with its value.

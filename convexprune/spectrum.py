@@ -9,7 +9,14 @@ MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
 
 
 def largest_eigenvalue(gram: Tensor) -> float:
-    """An upper estimate of the largest eigenvalue of H [n n]: the power method with a margin of 1 %."""
+    """An upper estimate of the largest eigenvalue, by the power method with a margin of 1 %.
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        The estimate.
+    """
     generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
     vectors = torch.randn(STARTS, len(gram), generator=generator).to(gram)
     unit = power_of_two(gram.diagonal().amax())  # or the squares of a norm overflow
@@ -20,5 +27,5 @@ def largest_eigenvalue(gram: Tensor) -> float:
 
 
 def power_of_two(size: Tensor) -> Tensor:
-    """The power of two above positive numbers, at most twice as large; of zero it is one."""
+    """The power of two above positive numbers, at most twice as large; one where `size` is zero."""
     return torch.where(size > 0, size / torch.frexp(size).mantissa, torch.ones_like(size))

@@ -12,9 +12,13 @@ FLOOR = 0.1  # of the barrier that keeps a split positive, to the one that keeps
 
 
 def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
-    """H^-1 [n n], and a split [n] to begin with: 1 / [H^-1]_jj, shrunk until H - B is positive semidefinite.
+    """The inverse of H, and a split to begin with: 1 / [H^-1]_jj, shrunk until H - B is positive semidefinite.
 
-    None if H is not positive definite by more than rounding.
+    Args:
+        gram: H [n n].
+
+    Returns:
+        H^-1 [n n] and B [n]; None if H is not positive definite by more than rounding.
     """
     factor = cholesky(_less(gram, torch.full_like(gram[0], rounding(gram))))
     if factor is None:
@@ -32,7 +36,15 @@ def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def safe_split(gram: Tensor, split: Tensor) -> Tensor:
-    """The split [m n] shrunk, row by row, until a Cholesky factorisation proves H - B positive semidefinite."""
+    """A split shrunk, row by row, until a Cholesky factorisation proves H - B positive semidefinite.
+
+    Args:
+        gram: H [n n].
+        split: B [m n], not negative.
+
+    Returns:
+        The split [m n].
+    """
     distinct = split[:1] if split.stride(0) == 0 else split
     rows = []
     for row in distinct:
@@ -44,7 +56,17 @@ def safe_split(gram: Tensor, split: Tensor) -> Tensor:
 
 
 def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
-    """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split [n]."""
+    """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split.
+
+    Args:
+        gram: H [n n].
+        split: B [n].
+        gain: the derivative of the relaxed value by B [n].
+        barrier: positive.
+
+    Returns:
+        The split [n]; as it was if no step is feasible.
+    """
     factor = cholesky(_less(gram, split))
     if factor is None:
         return split
@@ -67,13 +89,28 @@ def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tens
 
 
 def rounding(gram: Tensor) -> float:
-    """What a Cholesky factorisation of H may be wrong by, as a multiple of the identity (Higham 2002, theorem 10.3)."""
+    """A bound on the error of a Cholesky factorisation of H, as a multiple of the identity (Higham 2002, theorem 10.3).
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        n (n + 2) rounding errors of the largest diagonal entry.
+    """
     n = len(gram)
     return n * (n + 2) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
 
 
 def is_below(gram: Tensor, split: Tensor) -> bool:
-    """Whether a Cholesky factorisation proves H - B positive semidefinite."""
+    """Whether a Cholesky factorisation proves H - B positive semidefinite.
+
+    Args:
+        gram: H [n n].
+        split: B [n].
+
+    Returns:
+        True if it is proven.
+    """
     return cholesky(_less(gram, split + rounding(gram))) is not None
 
 

@@ -27,13 +27,19 @@ EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """A data set to calibrate on, and a text to evaluate on, as the caller gave them."""
+    """A data set to calibrate on, and a text to evaluate on.
+
+    Args:
+        dataset: as the caller gave it.
+        evaluation: as the caller gave it; None if nothing is evaluated.
+    """
 
     dataset: Any
     evaluation: Any
 
     def check(self) -> None:
-        """Refuse, before any work, a name or a path that leads nowhere, and what no perplexity can be measured on.
+        """Refuse, before any work, a name or a path that leads nowhere, and data on which no perplexity can be
+        measured.
 
         Raises:
             CalibrationError: it is no text and no tokens, or the file cannot be read.
@@ -50,7 +56,7 @@ class Sources:
             )
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
-        """Those of the windows that the model writes itself."""
+        """Those of the `windows` that the model writes itself."""
         return {name: tokens for name, tokens in windows.items() if is_self(self._by_use[name])}
 
     @property
@@ -61,9 +67,18 @@ class Sources:
     def draw(
         self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
     ) -> Windows:
-        """The windows to fit, those held out, and those to evaluate on; what the model wrote before is `known`.
+        """The windows of token ids that a run needs.
 
-        A model has to be whole in memory to sample text: one that streams is then opened so for that, and let go.
+        A model has to be whole in memory to sample text: a streamed one is opened whole for that, and let go.
+
+        Args:
+            model: the model.
+            recipe: of the run.
+            known: windows that the model wrote before, by use.
+            whole: opens the model whole.
+
+        Returns:
+            Windows by use: "calibration", "held_out" and "evaluation".
 
         Raises:
             CalibrationError, DependencyError: see `calibration_tokens`.
@@ -93,12 +108,19 @@ class Sources:
 
 
 def is_self(text: Any) -> bool:
-    """Whether it asks for text that the model samples itself."""
+    """Whether `text` asks for text that the model samples itself."""
     return isinstance(text, str) and text == "self"
 
 
 def name_of_text(text: Any) -> str:
-    """Of a data set, or a text, for the recipe: the path of a file in full, a name, or what was given."""
+    """The name of a data set or a text, for the recipe.
+
+    Args:
+        text: as the caller gave it.
+
+    Returns:
+        The full path of a file, a name, or a note of what was given.
+    """
     if not isinstance(text, str | Path):
         return given(text)
     path = Path(text).expanduser()

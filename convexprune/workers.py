@@ -12,7 +12,15 @@ from convexprune.recipe import Recipe
 
 
 def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
-    """The executor that a call's `settings` name.
+    """The executor that the settings of a call name.
+
+    Args:
+        settings: of the call, by name.
+        device: where to compute.
+        threads: of each process; None is torch's choice.
+
+    Returns:
+        The executor.
 
     Raises:
         RecipeError: there is none, or it does not fit the run or where we are.
@@ -29,7 +37,14 @@ def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> 
 
 
 def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
-    """How many ranks prune each layer together.
+    """The number of ranks that prune each layer together.
+
+    Args:
+        recipe: of the run.
+        executor: of the run.
+
+    Returns:
+        The number; 1 if each layer has one process.
 
     Raises:
         RecipeError: more than there are batches, or they do not know where they meet.
