@@ -1,12 +1,10 @@
 """From files to a model and back. Only safetensors are read, unless the caller trusts the pickles."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from transformers import (
 
 from convexprune.errors import ModelError
 from convexprune.pipeline import FolderStore
-from convexprune.pipeline.files import flush, make_folder, publish, write_json, writing
+from convexprune.pipeline.files import make_folder, publish, write_json, writing
+from convexprune.pipeline.folders import appearing_folder
 from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import Entry
 
@@ -80,7 +79,7 @@ def load(
             "file, or a name on the hub."
         )
     else:
-        place = _place(source, allow_pickle) | {"revision": revision or "main"}
+        place = place_at(source, allow_pickle) | {"revision": revision or "main"}
         place["trust_remote_code"] = trust_remote_code
         name, because = str(source), "that was asked for"
         if stream:
@@ -91,7 +90,7 @@ def load(
             except NotStreamable as cause:
                 because = str(cause)
                 logger.warning("%s is loaded whole: %s", name, because)
-        model = _read(name, place, dtype, allow_pickle)
+        model = read_model(name, place, dtype, allow_pickle)
         if "gguf_file" in place:
             logger.warning(
                 "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
@@ -155,19 +154,13 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
     Raises:
         OutputError: the disk is full or fails.
     """
-    with writing(folder):
-        make_folder(folder.parent)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-            whole = Path(place, folder.name)
-            if model.shards is None:
-                save(model, whole)
-            else:
-                model.shards.assemble(whole, changed)
-            for name, value in notes.items():
-                write_json(whole / name, value)
-            flush(whole)
-            os.replace(whole, folder)  # an empty folder gives way
-            flush(folder.parent)
+    with appearing_folder(folder) as whole:
+        if model.shards is None:
+            save(model, whole)
+        else:
+            model.shards.assemble(whole, changed)
+        for name, value in notes.items():
+            write_json(whole / name, value)
 
 
 def save_from_store(
@@ -212,8 +205,12 @@ def _publish(place: Path, folder: Path) -> set[Path]:
     return published
 
 
-def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
-    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub."""
+def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
+    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub.
+
+    Raises:
+        ModelError: there is no such folder, or something is wrong with it.
+    """
     path = Path(source).expanduser()
     if str(source) == BUNDLED and not path.exists():
         path = EMBEDDED
@@ -227,7 +224,12 @@ def _place(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     return place_of(source)
 
 
-def _read(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
+def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
+    """What transformers reads at a place, its weights in memory of their own.
+
+    Raises:
+        ModelError: it cannot, the checkpoint is incomplete or quantised, or no model that only decodes text.
+    """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantised(config)
     folder = Path(place["pretrained_model_name_or_path"])

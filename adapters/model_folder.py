@@ -8,8 +8,10 @@ import torch
 from huggingface_hub import constants, get_session, snapshot_download
 from transformers import PretrainedConfig
 
+from convexprune.container.folder import holds_pack
 from convexprune.errors import ModelError
 from convexprune.pipeline.files import PARTS, Stamp, reading
+from convexprune.pipeline.folders import refuse_foreign
 from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import DTYPES, entries
 
@@ -29,7 +31,7 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
     """Name the file that is at fault, which transformers does not.
 
     Raises:
-        ModelError: there is no configuration, an adapter, a file that cannot be read or is none, or only pickles.
+        ModelError: there is no configuration, a pack, an adapter, only pickles, or what cannot be read or is no file.
     """
     with reading(folder):
         paths = sorted(folder.iterdir())
@@ -38,6 +40,10 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
                 Stamp.of(path)
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
+    if holds_pack(folder):
+        raise ModelError(
+            f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
+        )
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json). Merge it first (merge_and_unload of peft) and save "
@@ -127,19 +133,9 @@ def companions(folder: Path, with_code: bool) -> list[Path]:
             ours = path.name in (CONFIG, *OWN) or path.match(PARTS)
             code = path.suffix == ".py" and not with_code
             if path.is_file() and not ours and not code and not path.name.endswith(NOT_COPIED):
-                _refuse_foreign(path)
+                refuse_foreign(path, folder)
                 found.append(path)
     return found
-
-
-def _refuse_foreign(path: Path) -> None:
-    place, target = path.parent.resolve(), path.resolve()
-    blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
-    if not target.is_relative_to(place) and target.parent != blobs:
-        raise ModelError(
-            f"{path} is a link to {target}, outside of the model's folder, and would be copied to the result. Put "
-            "the file itself into the folder, or remove the link."
-        )
 
 
 def hub_answers() -> bool:

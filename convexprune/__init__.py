@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
-    from convexprune.adapters import load
     from convexprune.adapters.inspection import Inspection, inspect
+    from convexprune.adapters.packed import load
     from convexprune.api import PermuteResult, PruneResult, permute, prune
+    from convexprune.container import Packed, pack, unpack
     from convexprune.moments import Moments
     from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
     from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
@@ -25,17 +26,18 @@ if TYPE_CHECKING:
     from convexprune.validation import Verification, compare, compare_samples, perplexity, verify
 
 __all__ = [
-    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Inspection", "Moments", "OperatorReport",
+    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Inspection", "Moments", "OperatorReport", "Packed",
     "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "SemiStructured",
     "Solution", "Status", "Support", "Unstructured", "Verification", "certify", "compare", "compare_samples", "errors",
-    "inspect", "load", "make_solver", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
-    "solver_names", "solvers", "verify",
+    "inspect", "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
+    "solver_names", "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
-    "adapters": ("load",),
     "adapters.inspection": ("Inspection", "inspect"),
+    "adapters.packed": ("load",),
     "api": ("PermuteResult", "PruneResult", "permute", "prune"),
+    "container": ("Packed", "pack", "unpack"),
     "moments": ("Moments",),
     "pattern": ("SemiStructured", "Unstructured", "parse_pattern"),
     "penalty": ("L1", "AbstractPenalty", "ReverseHuber", "Support"),

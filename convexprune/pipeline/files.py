@@ -59,7 +59,7 @@ def _as_output_error(what: str) -> Iterator[None]:
     except OSError as cause:
         advice = _ADVICE.get(cause.errno or 0, "Mend the disk")
         raise OutputError(
-            f"{what}: {cause}. {advice}, then go on with resume=True (--resume): what is finished is kept."
+            f"{what}: {cause}. {advice}, and start again; a run with resume=True (--resume), which keeps what is done."
         ) from cause
 
 

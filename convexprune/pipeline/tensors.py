@@ -90,10 +90,39 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises:
         ModelError: the file cannot be read, is not safetensors, or has not the length that its header says.
     """
+    size, text = Stamp.of(path).size, read_header(path)
+    try:
+        specs, metadata = parse_header(text)
+        start = 8 + len(text)
+        if size != (told := start + sum(spec.nbytes for spec in specs.values())):
+            raise ValueError(f"{size:,} bytes, its header tells of {told:,}")
+    except ValueError as cause:
+        raise damaged(path, cause) from cause
+    found = {}
+    for name, spec in specs.items():
+        found[name] = Entry(path, spec, start)
+        start += spec.nbytes
+    return found, metadata
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file, as it is there; nothing of a file that is too short for what it says.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
     size = Stamp.of(path).size
     with reading(path), path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        text = file.read(start - 8) if start <= min(size, LONGEST_HEADER) else b""
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(length) if 8 + length <= min(size, LONGEST_HEADER) else b""
+
+
+def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
+    """The tensors that the header of a safetensors file tells of, in the order of their bytes, and its metadata.
+
+    Raises:
+        ValueError: it is no such header.
+    """
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
         metadata = header.pop("__metadata__", {})
@@ -101,13 +130,11 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         for begin, end, name in sorted((*value["data_offsets"], name) for name, value in header.items()):
             if begin != last:
                 raise ValueError(f"{name} begins at byte {begin:,}, what is before it ends at {last:,}")
-            found[name] = Entry(path, _spec(name, header[name], end - begin), start + begin)
+            found[name] = _spec(name, header[name], end - begin)
             last = end
-        if size != start + last:
-            raise ValueError(f"{size:,} bytes, its header tells of {start + last:,}")
         "".join((*found, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
-        raise damaged(path, cause) from cause
+    except (KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise ValueError(str(cause)) from cause
     return found, metadata
 
 

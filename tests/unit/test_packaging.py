@@ -25,10 +25,10 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
 
 PUBLIC = {
     "convexprune": """
-        L1 AbstractPenalty AbstractSolver Certificate Inspection Moments OperatorReport PermuteResult Problem
+        L1 AbstractPenalty AbstractSolver Certificate Inspection Moments OperatorReport Packed PermuteResult Problem
         PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support Unstructured
-        Verification certify compare compare_samples errors inspect load make_solver parse_pattern permute perplexity
-        problems prune pruners solver_names solvers verify""",
+        Verification certify compare compare_samples errors inspect load make_solver pack parse_pattern permute
+        perplexity problems prune pruners solver_names solvers unpack verify""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.problems": "Named Result check load names",
 }
