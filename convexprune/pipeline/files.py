@@ -19,7 +19,10 @@ CHUNK = 1 << 20  # bytes that are read at once
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk says while `path` is written into one error that says how to go on.
+    """Turn an error of the disk while a file is written into one that says how to go on.
+
+    Args:
+        path: of the file.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -30,7 +33,10 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def working(folder: Path) -> Iterator[None]:
-    """Turn all that the system says of files while a run in `folder` is on into one error that says how to go on.
+    """Turn any error of the file system during a run into one that says how to go on.
+
+    Args:
+        folder: of the run.
 
     Raises:
         OutputError: a file cannot be read, looked at, locked or removed, or is gone.
@@ -41,7 +47,11 @@ def working(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have what the system says name the file: of one that is open it does not."""
+    """Let an error of the system name the file: that of an open file does not.
+
+    Args:
+        path: of the file.
+    """
     try:
         yield
     except OSError as cause:
@@ -77,9 +87,16 @@ _ADVICE = {
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, written under another name and flushed to the disk, that becomes `path` if the block ends well.
+    """Write a new file atomically: it is written under another name, flushed, and becomes `path` if the block ends
+    well.
 
     Its folder is made if need be.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        The open file.
 
     Raises:
         OutputError: the disk is full or fails; nothing is left behind.
@@ -97,7 +114,11 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it lies in, such that they are there after a power cut."""
+    """Make a folder, and those that it lies in, such that they are there after a power cut.
+
+    Args:
+        folder: to make; it may be there already.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -105,25 +126,43 @@ def make_folder(folder: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, such that after a power cut either all of it is there or nothing."""
+    """Give a finished file its name, such that after a power cut either all of it is there or nothing.
+
+    Args:
+        temporary: the file.
+        path: its name.
+    """
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def flush(folder: Path) -> None:
-    """Have all that lies in a folder on the disk, whoever wrote it."""
+    """Flush all that lies in a folder to the disk, whoever wrote it.
+
+    Args:
+        folder: the folder.
+    """
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Every byte of a run goes through here."""
+    """Write bytes: every byte of a run goes through here.
+
+    Args:
+        file: open to be written.
+        data: the bytes.
+    """
     file.write(data)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Write the bytes of a file of a model to `path`, as every file of a run is written.
+    """Copy a file of a model, as every file of a run is written.
+
+    Args:
+        source: the file.
+        path: of the copy.
 
     Raises:
         ModelError: `source` cannot be read.
@@ -136,7 +175,10 @@ def copy_file(source: Path, path: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the disk says while `path`, a file of a model, is read into one error.
+    """Turn an error of the disk while a file of a model is read into one of ours.
+
+    Args:
+        path: of the file.
 
     Raises:
         ModelError: the file is gone, may not be read, or the disk fails.
@@ -150,7 +192,13 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is written to or replaced."""
+    """What changes when a file is written to or replaced.
+
+    Args:
+        inode: its number in the file system.
+        size: bytes.
+        modified: nanoseconds since the epoch.
+    """
 
     inode: int
     size: int
@@ -159,6 +207,12 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> "Stamp":
         """The stamp of a file as it is now.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The stamp.
 
         Raises:
             ModelError: it is missing, or no file: a pipe or a device would be waited for.
@@ -171,7 +225,11 @@ class Stamp(NamedTuple):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value that JSON can hold; NaN and infinity are kept, as Python reads them back.
+    """Write a value as JSON; NaN and infinity are kept, as Python reads them back.
+
+    Args:
+        path: of the file.
+        value: that JSON can hold.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -181,7 +239,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path, longest: int) -> str:
-    """The text of a file, which is not longer than `longest` bytes.
+    """The text of a file.
+
+    Args:
+        path: of the file.
+        longest: the most bytes that are read.
+
+    Returns:
+        The text.
 
     Raises:
         OutputError: it is missing, no file, too long, or no text.
@@ -201,7 +266,7 @@ def read_text(path: Path, longest: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; None if it is missing or is not JSON."""
+    """The value of the JSON file at `path`; None if it is missing or is not JSON."""
     try:
         with naming(path):
             return json.loads(path.read_bytes())
@@ -212,6 +277,10 @@ def read_json(path: Path) -> Any:
 def write_notes(path: Path, value: Any) -> None:
     """Write a value as `write_json` does, with its checksum.
 
+    Args:
+        path: of the file.
+        value: that JSON can hold.
+
     Raises:
         OutputError: the disk is full or fails.
     """
@@ -219,7 +288,7 @@ def write_notes(path: Path, value: Any) -> None:
 
 
 def read_notes(path: Path) -> Any:
-    """The value that `write_notes` wrote; None if it is missing or is not what was written."""
+    """The value that `write_notes` wrote to `path`; None if it is missing or is not what was written."""
     match read_json(path):
         case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
             return value
@@ -231,7 +300,7 @@ def _checksum(value: Any) -> str:
 
 
 def sha256(path: Path) -> str | None:
-    """The checksum of a file, which is never whole in memory; None if it is missing."""
+    """The checksum of the file at `path`, which is never whole in memory; None if it is missing."""
     try:
         with naming(path), path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -240,16 +309,29 @@ def sha256(path: Path) -> str | None:
 
 
 def checksum_inside(folder: Path, name: str) -> str | None:
-    """That of a file named by someone else; None if there is no such file in the folder, or it is outside of it."""
+    """The checksum of a file named by someone else.
+
+    Args:
+        folder: in which the file has to be.
+        name: its path in the folder.
+
+    Returns:
+        The checksum; None if there is no such file, or it is outside of the folder.
+    """
     path = Path(name)
     inside = not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()  # nor a pipe or a device
     return sha256(folder / path) if inside else None
 
 
 def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
-    """Ask the system to bring bytes of a file, all from `begin` if `length` is 0, into its cache while others compute.
+    """Ask the system to bring bytes of a file into its cache while others compute.
 
     Only a hint: a system that takes none, or a file that is gone, is no error.
+
+    Args:
+        path: of the file.
+        begin: the first byte.
+        length: how many bytes; 0 is all that follow.
     """
     if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows
         with suppress(OSError), path.open("rb") as file:
@@ -258,9 +340,16 @@ def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Whether the lock on `path` was free; it is then held in the block, and gone with the process whatever ends it.
+    """Hold a lock in the block, if it was free; it is gone with the process whatever ends it.
 
-    Many may share a lock, and nobody else can have it meanwhile. Works on any shared file system that has flock.
+    It works on any shared file system that has flock.
+
+    Args:
+        path: of the lock file, which is made if need be.
+        shared: whether many may hold it at once, and nobody may hold it alone meanwhile.
+
+    Yields:
+        Whether the lock was free, and is held now.
 
     Raises:
         DependencyError: the system has no such locks.
@@ -283,7 +372,12 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Put a note that nothing depends on into a file; not if it is a link."""
+    """Put a note that nothing depends on into a file; not if it is a link.
+
+    Args:
+        path: of the file.
+        text: the note.
+    """
     with open(path, "w", opener=_follow_no_link) as file:
         file.write(text)
 

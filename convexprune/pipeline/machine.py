@@ -49,7 +49,7 @@ def within_memory() -> Iterator[None]:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, or threads, as Python or torch says it."""
+    """Whether an `error` of Python or torch says that memory ran out, or threads."""
     if isinstance(error, ConvexpruneError):
         return False
     known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
@@ -58,7 +58,13 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def default_device(name: str | torch.device) -> str:
-    """The device of that name, which has to be here; "auto" is the GPU if there is one.
+    """The name of a device that is here.
+
+    Args:
+        name: of the device; "auto" is the GPU if there is one.
+
+    Returns:
+        The name, as torch takes it.
 
     Raises:
         RecipeError: it is not; those that are here are named.
@@ -76,6 +82,9 @@ def default_device(name: str | torch.device) -> str:
 def check_threads(threads: int | None) -> None:
     """Refuse more threads than make sense here.
 
+    Args:
+        threads: the number; None passes.
+
     Raises:
         RecipeError: they are too many.
     """
@@ -88,36 +97,65 @@ def check_threads(threads: int | None) -> None:
 
 
 def default_workers(device: str, threads: int | None) -> int:
-    """One for each GPU, or as many as the cores have room for."""
+    """How many workers fit: one for each GPU, or as many as the cores have room for.
+
+    Args:
+        device: where they compute.
+        threads: of each worker; None is one.
+
+    Returns:
+        The number.
+    """
     if device.startswith("cuda"):
         return 1 if ":" in device else torch.cuda.device_count()
     return max(1, (os.cpu_count() or 1) // (threads or 1))
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a result depends on, and of Python."""
+    """The versions of the packages that a result depends on, and of Python."""
     return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def steps(device: torch.device | str) -> str:
-    """The number format of products between certificates (`Quadratic.residual_after`), on which a result depends."""
+    """The number format of products between certificates (`Quadratic.residual_after`) on a `device`."""
     return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
 
 
 def processor(device: torch.device | str) -> dict[str, str]:
-    """What decides the order of sums: the instruction set that torch uses here, and the name of the GPU, if on one."""
+    """What decides the order of sums on a device.
+
+    Args:
+        device: where it is computed.
+
+    Returns:
+        The format of steps, the instruction set that torch uses, and the name of the GPU, if on one.
+    """
     device = torch.device(device)
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu
 
 
 def installation(device: torch.device | str) -> dict[str, str]:
-    """What the bits of a result depend on that may be another elsewhere, or later: our code, torch, and so on."""
+    """What the bits of a result depend on that may differ elsewhere, or later.
+
+    Args:
+        device: where it is computed.
+
+    Returns:
+        The checksum of our code, the processor, and the versions of torch and transformers.
+    """
     return {"code": code()} | processor(device) | {name: version(name) for name in ("torch", "transformers")}
 
 
 def code(package: Traversable | None = None) -> str:
-    """The checksum of this package's own code, but for what is only `SHOWING`; the package may be in a zip file."""
+    """The checksum of this package's own code, but for what is only `SHOWING`.
+
+    Args:
+        package: the folder of the package, which may be in a zip file; None is this one.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
     total = hashlib.sha256()
     for name, file in sorted(_modules(files("convexprune") if package is None else package)):
         total.update(name.encode() + file.read_bytes())
@@ -152,7 +190,11 @@ class Clock:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads: sums are the same bits only on equally many."""
+    """Inside, torch computes on a number of threads: sums are the same bits only on equally many.
+
+    Args:
+        number: of threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

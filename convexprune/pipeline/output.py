@@ -44,6 +44,9 @@ PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the ru
 def check_output(folder: Path) -> None:
     """Refuse, before any work, a folder that holds something.
 
+    Args:
+        folder: the folder, which need not be there.
+
     Raises:
         OutputError: the folder is not empty, or is a file.
     """
@@ -52,7 +55,7 @@ def check_output(folder: Path) -> None:
 
 
 class RunFolder:
-    """The output folder of a run and what it says of itself; `work` is for what is between the layers."""
+    """The output `folder` of a run and what it says of itself; `work` is for what is between the layers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,6 +73,9 @@ class RunFolder:
 
     def check(self, resume: bool) -> None:
         """Refuse, before any work, a folder that holds what would be lost.
+
+        Args:
+            resume: whether an unfinished run may be there.
 
         Raises:
             OutputError: it holds something else, an unfinished run that is not to be resumed, or one of which is
@@ -98,7 +104,10 @@ class RunFolder:
     def opened(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor], rank: int | None) -> Iterator[None]:
         """Begin the run, or go on with it if it is the same; meanwhile no other process can.
 
-        `rank` is the process's number if several open the folder on purpose: the first begins, the others wait for it.
+        Args:
+            identity: what the result depends on, as JSON can hold it.
+            tokens: the windows of token ids by use.
+            rank: the process's number if several open the folder on purpose: the first begins, the others wait for it.
 
         Raises:
             OutputError: another process works on the folder, or the run in it differs; what differs is named.
@@ -128,7 +137,10 @@ class RunFolder:
         return {}
 
     def report(self) -> Report:
-        """That of a finished run.
+        """The report of the finished run.
+
+        Returns:
+            The report.
 
         Raises:
             OutputError: it cannot be read or is damaged.
@@ -136,7 +148,7 @@ class RunFolder:
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
     def require_whole(self) -> None:
-        """See that every file of a finished run is as it was written.
+        """Check that every file of a finished run is as it was written.
 
         Raises:
             OutputError: the files that are not are named.
@@ -149,7 +161,11 @@ class RunFolder:
             )
 
     def finish(self, report: Report, written: Iterable[Path] = ()) -> None:
-        """Write the report, with the checksums of the files `written`, and let go of all that was only for the run.
+        """Write the report, and let go of all that was only for the run.
+
+        Args:
+            report: of the run.
+            written: the files of the result; their checksums are put into the report.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -260,7 +276,16 @@ class RunFolder:
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two structures of JSON, each as "its name: then, now"; of checksums only the name."""
+    """What differs between two structures of JSON.
+
+    Args:
+        then: the first.
+        now: the second.
+        name: of the structures.
+
+    Returns:
+        One line "name: then, now" for each difference; of checksums only the name.
+    """
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [*then, *(key for key in now if key not in then)]
         parts = (differences(then.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys)

@@ -9,7 +9,14 @@ from convexprune.errors import OutputError
 
 
 def output_folder(given: str | Path, source: Any = None) -> Path:
-    """The folder that was asked for the result of work on the model `source`, with "~" expanded.
+    """The folder for a result, with "~" expanded.
+
+    Args:
+        given: the folder that was asked for.
+        source: the model that is worked on, as the caller gave it.
+
+    Returns:
+        The folder, which need not be there.
 
     Raises:
         OutputError: it is a file, it cannot be made or written to, or it lies inside of the model's own folder.

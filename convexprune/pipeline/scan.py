@@ -15,7 +15,14 @@ CHUNK = 1 << 24  # bytes, whole numbers of any type
 
 
 def scanned(path: Path, weights: Container[str]) -> str:
-    """The sha256 of a safetensors file, which is never whole in memory; its tensors named in `weights` are looked at.
+    """The sha256 of a safetensors file, which is never whole in memory; some of its tensors are checked on the way.
+
+    Args:
+        path: of the file.
+        weights: the names of the tensors that have to be finite.
+
+    Returns:
+        The checksum in hexadecimal.
 
     Raises:
         ModelError: a weight is NaN or infinite, or the file cannot be read or is damaged.
@@ -38,7 +45,16 @@ def scanned(path: Path, weights: Container[str]) -> str:
 
 
 def not_finite(name: str, broken: int, count: int) -> ModelError:
-    """The error for a weight that is NaN or infinite."""
+    """The error for a weight that is NaN or infinite.
+
+    Args:
+        name: of the weight.
+        broken: how many of its values are.
+        count: how many values it has.
+
+    Returns:
+        The error.
+    """
     return ModelError(
         f"{name} holds {broken:,} of {count:,} values that are NaN or infinite. Repair or download the checkpoint "
         "again; float16 checkpoints may overflow, bfloat16 ones do not."

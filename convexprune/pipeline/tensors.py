@@ -29,7 +29,13 @@ LONGEST_HEADER = 100_000_000  # bytes; that of the library
 
 
 class Spec(NamedTuple):
-    """What the header of a safetensors file says of a tensor."""
+    """What the header of a safetensors file says of a tensor.
+
+    Args:
+        code: the type, as the format names it.
+        shape: of the tensor.
+        nbytes: its bytes.
+    """
 
     code: str
     shape: tuple[int, ...]
@@ -37,13 +43,19 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Spec":
-        """The spec of a tensor as it would be stored."""
+        """The spec of a `tensor` as it would be stored."""
         return cls(CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file, and where its bytes begin."""
+    """A tensor in a safetensors file.
+
+    Args:
+        path: of the file.
+        spec: its type, shape and bytes.
+        begin: where its bytes begin in the file.
+    """
 
     path: Path
     spec: Spec
@@ -51,6 +63,9 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
+
+        Returns:
+            The tensor, on the CPU.
 
         Raises:
             ModelError: its type is none that a weight can have, or the file ends before it.
@@ -66,7 +81,10 @@ class Entry:
         read_ahead(self.path, self.begin, self.spec.nbytes)
 
     def read_bytes(self) -> bytearray:
-        """Its bytes.
+        """The bytes of the tensor.
+
+        Returns:
+            The bytes.
 
         Raises:
             ModelError: the file ends before it.
@@ -83,9 +101,15 @@ class Entry:
 
 
 def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a safetensors file holds, in the order of its bytes, and its metadata; only the header is read.
+    """What a safetensors file holds; only the header is read.
 
     What the library safetensors refuses is refused here.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The tensors by name, in the order of their bytes, and the metadata.
 
     Raises:
         ModelError: the file cannot be read, is not safetensors, or has not the length that its header says.
@@ -170,7 +194,13 @@ def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
 def write_tensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file of these `specs`; `read` is asked for one tensor (or its bytes) after another.
+    """Write a safetensors file, one tensor after another.
+
+    Args:
+        path: of the file.
+        specs: what the header says of each tensor, by name.
+        read: gives a tensor, or its bytes, by name; asked once for each.
+        metadata: for the header.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -190,7 +220,14 @@ def write_tensors(
 
 
 class Batches(Sequence[Tensor]):
-    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used."""
+    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used.
+
+    Args:
+        path: of the file.
+        dtype: of the tensors; None until the first is recorded.
+        shapes: of the tensors that the file has.
+        device: where the tensors are wanted.
+    """
 
     def __init__(
         self,
@@ -237,6 +274,9 @@ class Batches(Sequence[Tensor]):
     def append(self, batch: Tensor) -> None:
         """Record one more.
 
+        Args:
+            batch: the tensor.
+
         Raises:
             OutputError: the disk is full or fails.
         """
@@ -254,11 +294,19 @@ def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor."""
+    """The bytes of a `tensor`."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
-    """The error for a file that is not what it says it is."""
+    """The error for a file that is not what it says it is.
+
+    Args:
+        path: of the file.
+        cause: what is wrong.
+
+    Returns:
+        The error.
+    """
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
