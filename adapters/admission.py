@@ -18,7 +18,10 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def refuse_quantised(config: PretrainedConfig) -> None:
     """Refuse a quantised checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
 
-    GGUF is let through, because transformers turns its weights into ordinary floats while it reads them.
+    GGUF passes, because transformers turns its weights into ordinary floats while it reads them.
+
+    Args:
+        config: of the model.
 
     Raises:
         ModelError: the configuration names a quantisation.
@@ -39,6 +42,9 @@ def refuse_quantised(config: PretrainedConfig) -> None:
 def refuse_adapters(model: object) -> None:
     """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs.
 
+    Args:
+        model: the model, or what was given in its place.
+
     Raises:
         ModelError: the model is wrapped by peft, or carries an adapter.
     """
@@ -52,7 +58,10 @@ def refuse_adapters(model: object) -> None:
 
 
 def refuse_inference_mode(model: nn.Module) -> None:
-    """Refuse inference tensors: torch neither tells when they change nor differentiates what is made of them.
+    """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them.
+
+    Args:
+        model: the model.
 
     Raises:
         ModelError: inference mode is on, or was on when a parameter was made.
@@ -69,7 +78,9 @@ def refuse_inference_mode(model: nn.Module) -> None:
 def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
     """Refuse a model that gives no logits of the next token where something needs them.
 
-    `needs` says what, and what to do instead, if anything.
+    Args:
+        model: the model.
+        needs: by what needs them: what to do instead; empty if nothing can be done.
 
     Raises:
         ModelError: the first need is named.
@@ -83,7 +94,10 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
 
 
 def refuse_unloaded(model: PreTrainedModel) -> None:
-    """Refuse weights that are nowhere. Those that accelerate has offloaded are read and written where it keeps them.
+    """Refuse weights that were never loaded. Those that accelerate has offloaded pass.
+
+    Args:
+        model: the model.
 
     Raises:
         ModelError: a parameter was never loaded.
@@ -99,6 +113,10 @@ def refuse_unloaded(model: PreTrainedModel) -> None:
 
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
     """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it.
+
+    Args:
+        module: whose parameters are checked.
+        prefix: before their names, in the error.
 
     Raises:
         ModelError: a parameter holds a value that is not finite; the message names it and counts them.
@@ -118,6 +136,9 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
 def refuse_other_dtypes(layers: nn.ModuleList) -> None:
     """Refuse linear maps whose weights are no floating-point numbers.
 
+    Args:
+        layers: the decoder layers.
+
     Raises:
         ModelError: the first of them is named.
     """
@@ -132,7 +153,11 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
 
 
 def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
-    """Refuse hidden states that are not one vector for each token of a batch [batch tokens]; Gemma 3n has four.
+    """Refuse hidden states that are not one vector for each token; Gemma 3n has four.
+
+    Args:
+        batch: token ids [batch tokens].
+        hidden: the hidden states that enter the first decoder layer.
 
     Raises:
         ModelError: the shape is named.

@@ -33,15 +33,24 @@ def calibration_tokens(
     seed: int,
     split: Split = "calibration",
 ) -> Tensor:
-    """Token ids [num_samples length], int64, on the CPU.
+    """Token ids to calibrate or evaluate on.
 
     Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is not used. When there
-    are more windows than asked for, a permutation drawn from `seed` chooses: the two splits choose from its two ends,
+    are more windows than asked for, a permutation drawn from the seed chooses: the two splits choose from its two ends,
     so that with one data set and one seed they stay apart as long as it has windows for both. Token ids that already
     have rows are taken row by row.
 
-    `max_seq_length` of None means the rows' own length, or for text the shorter of 2048 and what the model can see.
-    `num_samples` of None means all that there are.
+    Args:
+        dataset: any of `ACCEPTED`.
+        model: whose tokenizer and vocabulary count.
+        num_samples: how many windows; None is all that there are.
+        max_seq_length: tokens of a window. None is the rows' own length, or for text the shorter of 2048 and what the
+            model can see.
+        seed: of the choice of windows, and of sampled text.
+        split: "calibration" or "evaluation".
+
+    Returns:
+        Token ids [num_samples length], int64, on the CPU.
 
     Raises:
         CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
@@ -62,7 +71,19 @@ def calibration_and_held_out(
     seed: int,
     split: Split = "calibration",
 ) -> tuple[Tensor, Tensor]:
-    """`calibration_tokens`, and up to `spare` windows more that are none of them: what the data set has left.
+    """Token ids to calibrate on, and windows that are none of them: what the data set has left.
+
+    Args:
+        dataset: see `calibration_tokens`.
+        model: see `calibration_tokens`.
+        num_samples: see `calibration_tokens`.
+        spare: the most windows to hold out.
+        max_seq_length: see `calibration_tokens`.
+        seed: see `calibration_tokens`.
+        split: see `calibration_tokens`.
+
+    Returns:
+        Token ids [num_samples length] and [up to spare, length].
 
     Raises:
         CalibrationError, DependencyError: see `calibration_tokens`.
@@ -86,12 +107,28 @@ def calibration_and_held_out(
 
 
 def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
-    """The tokens of a window of text: as asked for, or as many as are sensible."""
+    """The tokens of a window of text.
+
+    Args:
+        model: that has to see them.
+        max_seq_length: what was asked for; None is as many as are sensible.
+
+    Returns:
+        The length.
+    """
     return max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
 
 
 def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The windows of `dataset` that a recipe asks for: those to fit and those held out.
+    """The windows that a recipe asks for.
+
+    Args:
+        dataset: see `calibration_tokens`.
+        model: see `calibration_tokens`.
+        recipe: of the run.
+
+    Returns:
+        Token ids to fit and token ids held out, each [windows length].
 
     Raises:
         CalibrationError: the data set is too small for the samples asked.
@@ -115,10 +152,16 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
 def text_windows(
     text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
 ) -> Tensor:
-    """All disjoint windows [windows window] of a text, in order, to evaluate on; a shorter rest is not used.
+    """All disjoint windows of a text, in order, to evaluate on; a shorter rest is not used.
 
-    `text` is the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one. `window` of
-    None is the shorter of 1024 and what the model can see. `name` is what to call the text in an error.
+    Args:
+        text: the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one.
+        model: whose tokenizer counts.
+        window: tokens of a window; None is the shorter of 1024 and what the model can see.
+        name: what to call the text in an error.
+
+    Returns:
+        Token ids [windows window].
 
     Raises:
         CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
@@ -170,6 +213,9 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
 
 def check_dataset(dataset: Any) -> None:
     """Refuse, before any work, a data set whose name or path leads nowhere; others pass.
+
+    Args:
+        dataset: as the caller gave it.
 
     Raises:
         CalibrationError: there is no such file, or no such name.

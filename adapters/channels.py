@@ -28,9 +28,13 @@ class NotPermutable(Exception):
 
 @dataclass(frozen=True)
 class Axis:
-    """The entries from `start` on of dimension `dim` of a parameter, named from the layer or from the model.
+    """Some entries of one dimension of a parameter.
 
-    Of a pile of matrices, those of number `index`.
+    Args:
+        parameter: its name, from the layer or from the model.
+        dim: the dimension.
+        start: the first entry.
+        index: of fused experts, the number of the expert.
     """
 
     parameter: str
@@ -39,12 +43,17 @@ class Axis:
     index: int | None = None
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The parameter, or the matrix of the pile."""
+        """The `parameter`, or the matrix of the expert."""
         return parameter if self.index is None else parameter[self.index]
 
     @torch.no_grad()
     def order(self, parameter: Tensor, order: Tensor) -> None:
-        """Put the entries in this order."""
+        """Put the entries in another order.
+
+        Args:
+            parameter: the parameter.
+            order: [entries].
+        """
         part = self.of(parameter).narrow(self.dim, self.start, len(order))
         part.copy_(part.index_select(self.dim, order.to(part.device)))
 
@@ -53,7 +62,11 @@ class Axis:
 class Channels:
     """Channels that may change places: with all axes ordered alike the model computes the same.
 
-    `consumers` are the axes that are inputs of operators, whose patterns see the order.
+    Args:
+        name: of the channels.
+        size: how many there are.
+        axes: those that are no inputs of operators.
+        consumers: those that are inputs of operators, whose patterns depend on the order.
     """
 
     name: str
@@ -62,13 +75,23 @@ class Channels:
     consumers: tuple[Axis, ...]
 
     def order(self, module: nn.Module, order: Tensor) -> None:
-        """Put the channels of `module`, from which the axes are named, in this order [size]."""
+        """Put the channels in another order.
+
+        Args:
+            module: from which the axes are named.
+            order: [size].
+        """
         for axis in (*self.axes, *self.consumers):
             axis.order(module.get_parameter(axis.parameter), order)
 
     @contextmanager
     def ordered(self, module: nn.Module, order: Tensor) -> Iterator[None]:
-        """Inside, they are in this order [size]."""
+        """Inside, the channels are in another order.
+
+        Args:
+            module: from which the axes are named.
+            order: [size].
+        """
         self.order(module, order)
         try:
             yield
@@ -76,7 +99,7 @@ class Channels:
             self.order(module, order.argsort())
 
     def of_layer(self, layer: str) -> "Channels":
-        """The same, named from the model."""
+        """The same channels, named from the model; `layer` is the path of the layer in it."""
 
         def named(axes: Sequence[Axis]) -> tuple[Axis, ...]:
             return tuple(replace(axis, parameter=f"{layer}.{axis.parameter}") for axis in axes)
@@ -84,7 +107,15 @@ class Channels:
         return Channels(f"{layer}.{self.name}", self.size, named(self.axes), named(self.consumers))
 
     def within(self, layers: Sequence[str], within: bool = True) -> "Channels":
-        """Of its axes those in these layers, or those that are not."""
+        """Some of the axes.
+
+        Args:
+            layers: paths of layers.
+            within: whether the axes in these layers are meant, or all others.
+
+        Returns:
+            The channels with these axes.
+        """
         prefixes = tuple(f"{layer}." for layer in layers)
 
         def chosen(axes: Sequence[Axis]) -> tuple[Axis, ...]:
@@ -94,13 +125,30 @@ class Channels:
 
 
 def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two tensors are the same but for the roundings of sums in `dtype`."""
+    """Whether two tensors are equal up to the rounding of sums.
+
+    Args:
+        expected: one.
+        found: the other, of the same shape.
+        dtype: in which the sums are computed.
+
+    Returns:
+        True if they are.
+    """
     tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)
     return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
 
 
 def rows(operator: AbstractOperator, start: int) -> list[Axis]:
-    """The axes of an operator's outputs: of its weight, and of its bias if it has one."""
+    """The axes of an operator's outputs: of its weight, and of its bias if it has one.
+
+    Args:
+        operator: the operator.
+        start: the first output.
+
+    Returns:
+        The axes.
+    """
     assert isinstance(operator, ParameterOperator)
     place, bias = operator.place, getattr(operator.module, "bias", None)
     axes = [Axis(place.path, int(place.transposed), start, place.index)]
@@ -108,12 +156,28 @@ def rows(operator: AbstractOperator, start: int) -> list[Axis]:
 
 
 def columns(operator: AbstractOperator, start: int = 0) -> Axis:
-    """The axis of an operator's inputs from `start` on."""
+    """The axis of an operator's inputs.
+
+    Args:
+        operator: the operator.
+        start: the first input.
+
+    Returns:
+        The axis.
+    """
     assert isinstance(operator, ParameterOperator)
     return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)
 
 
 def canonical_name_of(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
-    """See `canonical_name`: an operator's name without the numbers of equal modules, and these numbers."""
+    """An operator's `canonical_name`.
+
+    Args:
+        layer: the layer.
+        operator: of the layer.
+
+    Returns:
+        The name without the numbers of equal modules, and these numbers.
+    """
     assert isinstance(operator, ParameterOperator)
     return canonical_name(layer.module, operator.place)

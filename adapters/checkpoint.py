@@ -54,14 +54,27 @@ def load(
     ignore: Sequence[str] = (),
     stream: bool = False,
 ) -> HuggingFaceModel:
-    """A model from a folder, a .gguf file, a name on the hub, or one that is already loaded.
+    """A model of Hugging Face transformers, ready to be pruned.
 
     A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
-    is. `dtype` is the checkpoint's own unless given. A folder without a tokenizer is fine as long as it is calibrated
-    with token ids.
+    is. A folder without a tokenizer is fine as long as it is calibrated with token ids.
 
-    With `stream` the decoder layers stay on the disk until each is asked for, if the checkpoint allows it: safetensors
-    whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says why.
+    Args:
+        source: a folder, a .gguf file, a name on the hub, or a model that is already loaded.
+        device: where to compute.
+        dtype: of the weights; None is the checkpoint's own.
+        tokenizer: in place of the one beside the checkpoint.
+        trust_remote_code: run the code that comes with the checkpoint.
+        allow_pickle: read weights that are stored as pickles, which can run code.
+        revision: of a name on the hub; None is "main".
+        targets: see `convexprune.adapters.selection.left_alone`.
+        ignore: see `convexprune.adapters.selection.left_alone`.
+        stream: leave the decoder layers on the disk until each is asked for, if the checkpoint allows it: safetensors
+            whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says
+            why.
+
+    Returns:
+        The model.
 
     Raises:
         ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
@@ -112,6 +125,14 @@ def load(
 def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
     """The model of a run in another process, streamed if it can be.
 
+    Args:
+        opened: opens the model, given a device and whether to stream.
+        origin: of the model that the run began with.
+        device: where to compute.
+
+    Returns:
+        The model.
+
     Raises:
         ModelError: it is another one by now.
     """
@@ -124,7 +145,12 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
 
 
 def save(model: HuggingFaceModel, folder: str | Path) -> None:
-    """Write the model, and its tokenizer if it has one, as a folder that transformers loads."""
+    """Write a model, and its tokenizer if it has one, as a folder that transformers loads.
+
+    Args:
+        model: the model.
+        folder: where to.
+    """
     inner = model.model
     # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -147,9 +173,13 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
 
 
 def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
-    """Write the model, and JSON files of these names beside it, as a folder that is there whole or not at all.
+    """Write a model as a folder that is there whole or not at all.
 
-    Of a model that streams, some tensors may be `changed`, by their names in the model.
+    Args:
+        model: the model.
+        folder: where to; empty, or not there.
+        changed: tensors that differ from the model's, by their names in it; only of a model that streams.
+        notes: JSON files to write beside it, by name.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -168,8 +198,16 @@ def save_from_store(
 ) -> set[Path]:
     """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
 
-    Returns the files. A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store
-    by now. `tokenizer` is the caller's own, if it is not the one beside the checkpoint.
+    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
+
+    Args:
+        model: the model.
+        store: with all layers finished.
+        folder: where to.
+        tokenizer: the caller's own, if it is not the one beside the checkpoint.
+
+    Returns:
+        The files written.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -262,7 +300,15 @@ def _is_offloaded(model: PreTrainedModel) -> bool:
 
 
 def stored_at(model: PreTrainedModel, name: str) -> Tensor:
-    """A parameter or buffer by its name, from where accelerate keeps it if it is offloaded."""
+    """A parameter or buffer, from where accelerate keeps it if it is offloaded.
+
+    Args:
+        model: the model.
+        name: in the model.
+
+    Returns:
+        The tensor.
+    """
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     return held(module, last) if last in module._parameters else module.get_buffer(last)

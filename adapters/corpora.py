@@ -13,7 +13,14 @@ Split = Literal["calibration", "evaluation"]
 class Corpus:
     """Files of a data set on the hub, fixed by a commit so that a run can be repeated.
 
-    Where there is only a branch to name, `rows` are how many texts the files must have.
+    Args:
+        repository: on the hub.
+        revision: the commit, or a branch where there is only that.
+        calibration: path of the file to calibrate on.
+        evaluation: path of the file to evaluate on.
+        column: that holds the text.
+        separator: between texts.
+        rows: how many texts each file must have, where the revision is only a branch.
     """
 
     repository: str
@@ -25,7 +32,7 @@ class Corpus:
     rows: Mapping[Split, int] = field(default_factory=dict)
 
     def file(self, split: Split) -> str:
-        """The path inside the repository: no split is both calibrated and evaluated on."""
+        """The path in the repository for a `split`: no file is both calibrated and evaluated on."""
         return self.calibration if split == "calibration" else self.evaluation
 
 
@@ -61,10 +68,16 @@ CORPORA = {
 
 
 def hub_text(name: str, split: Split, characters: int | None) -> str:
-    """The beginning of a corpus, in its own order and about `characters` long; all of it for None.
+    """The beginning of a data set on the hub, in its own order.
 
-    `name` is a key of `CORPORA` or the name of any data set on the hub ("organisation/name"), of which the first
-    column of text is read.
+    Args:
+        name: a key of `CORPORA`, or the name of any data set ("organisation/name"), of which the first column of text
+            is read.
+        split: "calibration" or "evaluation".
+        characters: about how many; None is all.
+
+    Returns:
+        The text.
 
     Raises:
         DependencyError: the package `datasets` is missing.
@@ -97,6 +110,9 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
 
 def datasets_package() -> Any:
     """The package that reads data sets of the hub.
+
+    Returns:
+        The module `datasets`.
 
     Raises:
         DependencyError: it is missing.

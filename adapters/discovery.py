@@ -20,7 +20,12 @@ from .watching import Seen, place_of, watch
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """The places of a group, in order of execution; `paired` as in `Group`."""
+    """Where the operators of a group are.
+
+    Args:
+        places: in the order of execution.
+        paired: as in `Group`.
+    """
 
     places: tuple[Place, ...]
     paired: bool
@@ -32,7 +37,12 @@ ExpertFamily = tuple[GroupSpec, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """The stages of every decoder layer that is built the same; and the reason for each matrix that is no operator."""
+    """What a kind of decoder layer consists of; all layers that are built the same share it.
+
+    Args:
+        stages: the groups of each stage.
+        left_alone: the reason for each matrix that is no operator.
+    """
 
     stages: tuple[tuple[GroupSpec, ...], ...]
     left_alone: Mapping[str, str]
@@ -43,7 +53,16 @@ class Layout:
         return [place for stage in self.stages for party in stage for place in party.places]
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
-        """The decoder layer `module` with those of its operators that are wanted."""
+        """A decoder layer with some of its operators.
+
+        Args:
+            name: its path in the model.
+            module: of the layer.
+            wanted: whether an operator at a place is wanted.
+
+        Returns:
+            The layer.
+        """
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
         def group(party: GroupSpec, kept: tuple[Place, ...]) -> Group:
@@ -61,18 +80,33 @@ class Layout:
 
 
 def signature(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that are built the same: their class and the names and shapes of their parameters."""
+    """Equal for layers that are built the same: their class and the names and shapes of their parameters.
+
+    Args:
+        layer: the layer.
+
+    Returns:
+        The class, then a name and a shape for each parameter.
+    """
     return type(layer), *((name, tuple(p.shape)) for name, p in layer.named_parameters())
 
 
 @torch.no_grad()
 def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
-    """The layout of `layer`, whose weights are in memory, from a few forward passes with `hidden` [batch tokens n].
+    """The layout of a layer, found by a few forward passes.
 
     1.  Which linear maps are called, how often, in which order, and with which tensor.
     2.  Experts are alike: one that no token reached is laid out as its siblings. An expert gets some of the tokens
         only, so its group is not paired. What sits beside experts and is as narrow as they are many routes.
-    3.  With the outputs of a group changed, whose inputs change? The experts' groups of one make are tried as one.
+    3.  With the outputs of a group changed, whose inputs change? The groups of one expert family are tried as one.
+
+    Args:
+        layer: with its weights in memory.
+        call: how the model calls it.
+        hidden: what enters it [batch tokens n].
+
+    Returns:
+        The layout.
     """
     seen = watch(layer, call, hidden)
 
@@ -86,7 +120,17 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
 def lay_out(
     layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
 ) -> Layout:
-    """The layout of `layer` from what one pass of `tokens` tokens called; `moved_by` says what depends on a kind."""
+    """The layout of a layer, from what one forward pass called.
+
+    Args:
+        layer: the layer.
+        seen: what the pass called.
+        tokens: how many were sent through.
+        moved_by: for an expert family: a function that says whether the inputs of a group depend on its outputs.
+
+    Returns:
+        The layout.
+    """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
     kinds = _kinds(layer, every, seen, tokens, reasons)
@@ -148,7 +192,15 @@ def _kinds(
 
 
 def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
-    """The name of a place without the numbers of equal modules in a list, and these numbers."""
+    """The name of a place without the numbers of equal modules in a list, and these numbers.
+
+    Args:
+        layer: the layer.
+        place: in the layer.
+
+    Returns:
+        The name, with * for each number, and the numbers.
+    """
     parts, numbers, module = [], [], layer
     for part in place.module.split("."):
         alike = isinstance(module, nn.ModuleList) and len({signature(child) for child in module}) == 1

@@ -155,7 +155,7 @@ class _Products(TorchDispatchMode):
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the `module` itself, by name, that hold several matrices [number rows columns]."""
+    """The parameters of a `module` itself, by name, that hold several matrices [number rows columns]."""
     if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return {}  # a kernel
     own = module.named_parameters(recurse=False)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 
 class Given:
-    """What a model was like: the modes of its modules, which parameters ask for gradients, layers before they changed.
+    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, layers before they
+    changed.
 
     `layers` are copies in the memory of the CPU, by name.
     """
@@ -17,7 +18,12 @@ class Given:
         self.layers: dict[str, dict[str, Tensor]] = {}
 
     def keep(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a layer, unless they are kept already."""
+        """Copy the tensors of a layer, unless they are kept already.
+
+        Args:
+            name: of the layer.
+            state: its tensors by name.
+        """
         if name not in self.layers:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 

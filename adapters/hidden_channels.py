@@ -21,9 +21,15 @@ Inputs = Mapping[Group, Tensor]
 
 @torch.no_grad()
 def hidden_channels(model: HuggingFaceModel) -> Channels:
-    """Those of the hidden states, from the embedding to the head.
+    """The channels of the hidden states, from the embedding to the head.
 
-    What lies outside of the decoder layers is not tried here: the model's own outputs tell.
+    What lies outside of the decoder layers is not tried here: the outputs of the whole model show whether it is right.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The channels.
 
     Raises:
         NotPermutable: they are not to be found, or more than text becomes hidden states.

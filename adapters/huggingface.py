@@ -34,12 +34,21 @@ PROBE_TOKENS = 16
 
 
 class HuggingFaceModel(AbstractModel):
-    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of `shards`.
+    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of shards.
 
     The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients, until it is
     given back (`lent`). `layers` holds every decoder layer; the stages of each hold only the operators to be pruned.
     `left_alone` lists every other linear map of the model, and every other matrix of its decoder layers, with the
     reason.
+
+    Args:
+        model: the model of transformers.
+        tokenizer: of the model, if it has one.
+        name: what to call it; None is its own name.
+        targets: see `convexprune.adapters.selection.left_alone`.
+        ignore: see `convexprune.adapters.selection.left_alone`.
+        shards: where its layers come from if it streams.
+        whole_because: why it does not stream.
 
     Raises:
         ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
@@ -96,10 +105,14 @@ class HuggingFaceModel(AbstractModel):
 
     @contextmanager
     def lent(self, undo: bool = False) -> Iterator[Self]:
-        """Inside, it is a run's; afterwards its modules' modes and parameters' `requires_grad` are as they were given.
+        """Inside, the model is a run's; afterwards its modules' modes and `requires_grad` are as they were given.
 
-        With `undo` the weights of its decoder layers are, too, if the run raises. It costs a copy of the layers that
-        have changed, in the memory of the CPU.
+        Args:
+            undo: restore the weights of its decoder layers, too, if the run raises. It costs a copy of the layers that
+                have changed, in the memory of the CPU.
+
+        Yields:
+            The model.
         """
         self._keeps = undo
         try:
@@ -138,7 +151,11 @@ class HuggingFaceModel(AbstractModel):
         return positions(self.model.config)
 
     def origin(self) -> Origin:
-        """What tells this model from any other: of its files if it streams, else of its tensors, as they are now.
+        """What distinguishes this model from any other: of its files if it streams, else of its tensors, as they are
+        now.
+
+        Returns:
+            The checksums.
 
         Raises:
             ModelError: a weight of a file is NaN or infinite, or a file has changed since it was opened.
@@ -238,7 +255,11 @@ class HuggingFaceModel(AbstractModel):
         return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
     def probe(self) -> tuple[Tensor, list[Call]]:
-        """A few hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called."""
+        """A small input for experiments.
+
+        Returns:
+            Hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called.
+        """
         batch = self.probe_tokens()
         return self.first_inputs(batch), self.calls(batch)
 
@@ -256,13 +277,26 @@ class HuggingFaceModel(AbstractModel):
         return layouts
 
     def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """The positions that predict a token of a batch [batch tokens], as many at a time as to ask logits of."""
+        """The positions that predict a token, in pieces as large as logits are computed at once.
+
+        Args:
+            batch: token ids [batch tokens].
+
+        Returns:
+            The positions of each piece.
+        """
         return pieces(self.model, batch)
 
     def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The logits [batch positions vocabulary] that the hidden states after the last decoder layer lead to.
+        """The logits that the hidden states after the last decoder layer lead to; they have gradients if these have.
 
-        They have gradients if `hidden` has. All positions are asked of if none are named.
+        Args:
+            batch: token ids [batch tokens].
+            hidden: after the last decoder layer [batch tokens hidden].
+            positions: which are wanted; None is all.
+
+        Returns:
+            [batch positions vocabulary].
         """
         with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
             return logits_at(self.model, batch.to(self.device), positions)
@@ -271,7 +305,11 @@ class HuggingFaceModel(AbstractModel):
         return hidden if self._beside is None else (hidden, *self._beside)
 
     def forward(self, batch: Tensor) -> None:
-        """Send token ids [batch tokens] through all decoder layers."""
+        """Send a batch through all decoder layers.
+
+        Args:
+            batch: token ids [batch tokens].
+        """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
 

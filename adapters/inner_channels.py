@@ -26,7 +26,14 @@ Source = tuple[AbstractOperator, int]
 
 @torch.no_grad()
 def inner_channels(model: HuggingFaceModel) -> list[Channels]:
-    """Those inside of decoder layers: of each operator whose inputs come from other operators one by one."""
+    """The channels inside of decoder layers: of each operator whose inputs come from other operators one by one.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The sets of channels.
+    """
     hidden, calls = model.probe()
     known: dict[object, list[Channels]] = {}
     found = []

@@ -15,9 +15,14 @@ NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
 
 
 def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
-    """The positions that predict a token of a batch `ids` [windows window], as many at a time as logits are computed.
+    """The positions that predict a token, all but the last, in pieces as large as logits are computed at once.
 
-    They are all but the last; all at once if the model cannot leave any out.
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+
+    Returns:
+        The positions of each piece; one piece if the model cannot leave any out.
     """
     every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
     if not _leaves_out(model):
@@ -27,7 +32,16 @@ def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The logits [windows positions vocabulary] of a batch `ids` [windows window] at some positions, or at all."""
+    """The logits of a batch at some positions.
+
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+        positions: which are wanted; None is all.
+
+    Returns:
+        [windows positions vocabulary].
+    """
     if positions is not None and _leaves_out(model):
         return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
     logits = model(input_ids=ids, use_cache=False).logits
@@ -35,9 +49,16 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
 
 def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """The logits at each of the `pieces` of a batch, while the model's decoder runs only once, for the first.
+    """The logits of a batch, a piece at a time, while the model's decoder runs only once.
 
     Its output is replayed for the others. If it gave none of all positions, the model runs again, for all others.
+
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+
+    Yields:
+        The logits [windows positions vocabulary] of each of the `pieces`.
     """
     first, *others = pieces(model, ids)
     decoder, outputs = model.get_decoder(), list[Any]()

@@ -28,7 +28,11 @@ class NotStreamable(Exception):
 
 
 def check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Name the file that is at fault, which transformers does not.
+    """Name the file that is at fault in a folder, which transformers does not.
+
+    Args:
+        folder: of a model.
+        allow_pickle: whether weights may be pickles only.
 
     Raises:
         ModelError: there is no configuration, a pack, an adapter, only pickles, or what cannot be read or is no file.
@@ -63,6 +67,10 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
 def check_layers(folder: Path, config: PretrainedConfig) -> None:
     """Refuse, before modules are built, a configuration of more layers than the checkpoint can have.
 
+    Args:
+        folder: of the model.
+        config: of the model.
+
     Raises:
         ModelError: it has more decoder layers than there are tensors.
         NotStreamable: the folder has no safetensors.
@@ -78,6 +86,12 @@ def check_layers(folder: Path, config: PretrainedConfig) -> None:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of the shards of a folder.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        What the JSON file holds.
 
     Raises:
         ModelError: it is no such index, or names a file that is no safetensors file inside the folder.
@@ -106,6 +120,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 def shard_files(folder: Path) -> list[Path]:
     """The shards of a folder, as transformers chooses them.
 
+    Args:
+        folder: of a model.
+
+    Returns:
+        Their paths.
+
     Raises:
         NotStreamable: there are none.
         ModelError: the index is not right, or a shard that it names is missing.
@@ -123,6 +143,13 @@ def shard_files(folder: Path) -> list[Path]:
 
 def companions(folder: Path, with_code: bool) -> list[Path]:
     """The files that are copied to the result: tokenizers and the like, and code if it was trusted.
+
+    Args:
+        folder: of a model.
+        with_code: whether code was trusted.
+
+    Returns:
+        Their paths.
 
     Raises:
         ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
@@ -150,14 +177,30 @@ def hub_answers() -> bool:
 
 
 def place_of(name: str) -> dict[str, Any]:
-    """What transformers is told of where to look; the hub is left alone where it does not answer."""
+    """Where transformers should look for a model; the hub is left alone where it does not answer.
+
+    Args:
+        name: a folder, or a name on the hub.
+
+    Returns:
+        Arguments of `from_pretrained`.
+    """
     return {"pretrained_model_name_or_path": name} | (
         {} if Path(name).exists() else {"local_files_only": not hub_answers()}
     )
 
 
 def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
-    """The folder itself, or the local snapshot of a name on the hub, downloaded if need be."""
+    """The folder of a model, downloaded if need be.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: of a name on the hub.
+        local_files_only: do not ask the hub.
+
+    Returns:
+        The folder itself, or the local snapshot.
+    """
     if Path(source).is_dir():
         return Path(source)
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -168,6 +211,12 @@ def local_folder(source: str, revision: str, local_files_only: bool = False) -> 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The type of the first floating-point tensor, for a config that names none.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        The type.
 
     Raises:
         NotStreamable: there is none.

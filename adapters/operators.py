@@ -41,13 +41,19 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class ParameterOperator(AbstractOperator):
-    """The operator at a place of a decoder layer; it keeps no tensor, so that weights may come and go."""
+    """The operator at a place of a decoder layer; it keeps no tensor, so that weights may come and go.
+
+    Args:
+        module: the submodule that holds its weight.
+        place: where in the layer.
+    """
 
     module: nn.Module
     place: Place
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The name of the place, relative to the layer."""
         return self.place.name
 
     @property
@@ -81,7 +87,15 @@ class ParameterOperator(AbstractOperator):
 
 
 def held(module: nn.Module, parameter: str) -> Tensor:
-    """The values of a parameter, from where accelerate keeps them if they are offloaded."""
+    """The values of a parameter, from where accelerate keeps them if they are offloaded.
+
+    Args:
+        module: that has it.
+        parameter: its name in the module.
+
+    Returns:
+        The tensor, detached.
+    """
     kept = offloaded(module)
     if kept is not None and parameter in kept:
         return kept[parameter]  # a forward pass that was ended early leaves a copy behind, which is not to be used
@@ -90,7 +104,13 @@ def held(module: nn.Module, parameter: str) -> Tensor:
 
 @torch.no_grad()
 def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter or buffer other values, in memory or where accelerate keeps it."""
+    """Give a parameter or buffer other values, in memory or where accelerate keeps it.
+
+    Args:
+        module: that has it.
+        name: its name in the module.
+        value: the values.
+    """
     kept = offloaded(module)
     if kept is not None and name in kept:
         _hand_back(module, name, value)
@@ -99,13 +119,20 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
-    """Where accelerate keeps the weights of a module that it has offloaded; None if it has not."""
+    """Where accelerate keeps the weights of a `module` that it has offloaded; None if it has not."""
     kept = [getattr(hook, "weights_map", None) for hook in _hooks(module)]
     return next((weights for weights in kept if weights is not None), None)
 
 
 def computes_on(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of a module, and what it is called with; None if it does neither."""
+    """Where accelerate brings the weights of a module, and what it is called with.
+
+    Args:
+        module: the module.
+
+    Returns:
+        The device; None if accelerate does neither.
+    """
     devices = [getattr(hook, "execution_device", None) for hook in _hooks(module)]
     return next((torch.device(device) for device in devices if device is not None), None)
 

@@ -29,7 +29,13 @@ LONGEST_CAUSE = 300  # characters of what transformers says
 
 
 def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a caller gave: as an object of transformers, or as a folder or a name on the hub.
+    """The tokenizer that a caller gave.
+
+    Args:
+        tokenizer: an object of transformers, a folder, a name on the hub, or None.
+
+    Returns:
+        The tokenizer; None if none was given.
 
     Raises:
         ModelError: it is neither, or cannot be read.
@@ -49,7 +55,15 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
 
 
 def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """That of a model's folder, .gguf file or name on the hub; None of a folder that has none."""
+    """The tokenizer of a model's folder, .gguf file or name on the hub.
+
+    Args:
+        source: what to call it in errors.
+        place: arguments of `from_pretrained`.
+
+    Returns:
+        The tokenizer; None of a folder that has none.
+    """
     folder = Path(place["pretrained_model_name_or_path"])
     if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -57,7 +71,14 @@ def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBas
 
 
 def ask(source: str, read: Callable[[], Any]) -> Any:
-    """What `read` returns.
+    """Call a function of transformers, and make its many kinds of failure one.
+
+    Args:
+        source: what is read, for errors.
+        read: the function.
+
+    Returns:
+        What it returns.
 
     Raises:
         ModelError: it raises anything.
@@ -85,7 +106,18 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
 
 
 def model_class(source: str, config: PretrainedConfig) -> Any:
-    """The class of transformers that reads a language model with this configuration, wrapped or not."""
+    """The class of transformers that reads a language model with this configuration, wrapped or not.
+
+    Args:
+        source: what to call the model in errors.
+        config: of the model.
+
+    Returns:
+        The class.
+
+    Raises:
+        ModelError: the configuration is of no model that only decodes text.
+    """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:

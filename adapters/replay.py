@@ -23,6 +23,9 @@ TOLERANCE = 1e-3
 def refuse_other_replays(model: "HuggingFaceModel") -> None:
     """Refuse a model that is not its decoder layers. Of one that streams, the calls alone have to be the same.
 
+    Args:
+        model: the model.
+
     Raises:
         ModelError: its hidden states are not one vector a token, or its layers do not give its own outputs.
     """
@@ -42,7 +45,10 @@ def refuse_other_replays(model: "HuggingFaceModel") -> None:
 
 @torch.no_grad()
 def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
-    """Refuse a model whose first layer gives a token something else if the last one is another, as in an encoder.
+    """Refuse a model whose first layer gives a token something else if the last one differs, as in an encoder.
+
+    Args:
+        model: the model.
 
     Raises:
         ModelError: it does.
@@ -62,10 +68,17 @@ def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
 
 @torch.no_grad()
 def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
-    """|replayed - own| / |own| of the last layer's outputs on `batch`, replayed with the calls of another batch.
+    """How far the decoder layers, called one after the other, are from the model.
 
-    Zero where the decoder layers, one after the other, are the model: nothing happens between them, and what they are
-    called with depends on the shape of a batch only.
+    They are replayed with the calls of another batch. The error is zero where nothing happens between the layers, and
+    what they are called with depends on the shape of a batch only.
+
+    Args:
+        model: the model.
+        batch: token ids [batch tokens].
+
+    Returns:
+        |replayed - own| / |own| of the last layer's outputs.
     """
     own: list[Tensor] = []
 

@@ -20,11 +20,21 @@ BATCH_TOKENS = (
 
 
 def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
-    """Windows [num_samples length] drawn from the model's own distribution, int64, on the CPU.
+    """Windows drawn from the model's own distribution.
 
     Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
-    which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share a
-    random stream, whatever their seeds.
+    which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share random
+    numbers, whatever their seeds.
+
+    Args:
+        model: the model.
+        num_samples: how many windows.
+        length: tokens of a window.
+        seed: of the random numbers.
+        split: what the windows are for.
+
+    Returns:
+        Token ids [num_samples length], int64, on the CPU.
 
     Raises:
         CalibrationError: `length` leaves nothing to sample.

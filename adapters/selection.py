@@ -24,11 +24,20 @@ TIED = "tied to "  # begins the reason for weights that share memory
 def left_alone(
     model: PreTrainedModel, layouts: Mapping[str, Layout], targets: Sequence[str], ignore: Sequence[str]
 ) -> dict[str, str]:
-    """The reason, by name, for every matrix of the model that is not to be pruned; `layouts` are the layers' by name.
+    """The reason for every matrix of a model that is not to be pruned.
 
     A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or
     only its last part ("q_proj"; "down_proj" also for each of the experts "mlp.experts.down_proj.0" and so on); a
     class ("Linear" is every linear map); or "re:" and a regular expression that matches the beginning of one of these.
+
+    Args:
+        model: the model.
+        layouts: of its decoder layers, by name.
+        targets: patterns of the operators to prune.
+        ignore: patterns of those to leave.
+
+    Returns:
+        The reasons by name.
 
     Raises:
         ModelError: a pattern matches no linear map, or no operator is left to prune.
@@ -73,7 +82,15 @@ def left_alone(
 
 
 def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
-    """What to tell of operators of decoder layers that are `left` because they share their weights; None if none is."""
+    """A warning about operators of decoder layers that are left because they share their weights.
+
+    Args:
+        left: names and reasons of matrices that are not pruned.
+        layers: the decoder layers.
+
+    Returns:
+        The warning; None if there is no such operator.
+    """
     inside = tuple(f"{layer.name}." for layer in layers)
     tied = [(name, reason) for name, reason in left if name.startswith(inside) and reason.startswith(TIED)]
     if not tied:
@@ -90,6 +107,12 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
     By memory and not by name, because families differ in what they tie. Overlap is what counts: parameters that are
     separate pieces of one storage are not tied. What is not in memory shares only itself.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The partners by name.
     """
     spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
     partners: dict[str, str] = {}
@@ -126,10 +149,16 @@ def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a name is `pattern`, or begins with what "re:" and a regular expression of Python's `re` match.
+    """A test whether a name fits a pattern.
 
     Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches, which
     can, and stops after `PATIENCE` seconds in all.
+
+    Args:
+        pattern: a name, or "re:" and a regular expression that matches the beginning of a name.
+
+    Returns:
+        The test.
 
     Raises:
         RecipeError: it is no regular expression, or longer than any has to be; when it is used, it takes too long.

@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
-    """What a model was read from: checksums by name, and of one that streams the stamps of its files."""
+    """What a model was read from.
+
+    Args:
+        checksums: of its files or tensors, by name.
+        stamps: of its files, if it streams.
+    """
 
     checksums: Mapping[str, str]
     stamps: Mapping[str, Stamp]
@@ -34,7 +39,12 @@ class Origin(NamedTuple):
 class Shards:
     """The safetensors shards of a folder, and a model whose parameters on the meta device they fill when asked.
 
-    Code that comes with the checkpoint is copied to the result only if it is `trusted`.
+    Args:
+        folder: of the checkpoint.
+        model: the model.
+        device: where to compute.
+        inside: the path of its decoder layers.
+        trusted: whether code that comes with the checkpoint is copied to the result.
 
     Raises:
         NotStreamable: the tensors of the folder are not, one by one and as they are, those of the model.
@@ -63,6 +73,9 @@ class Shards:
     def origin(self) -> Origin:
         """The sha256 of every file that decides what the result is, by its name in the folder; reads all of them.
 
+        Returns:
+            Checksums and stamps.
+
         Raises:
             ModelError: a weight is NaN or infinite, or a file has changed since it was opened.
         """
@@ -73,7 +86,10 @@ class Shards:
         return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
 
     def require_same(self, origin: Origin) -> None:
-        """See that these are the files that another process has opened; only those with other stamps are read.
+        """Check that these are the files that another process has opened; only those with other stamps are read.
+
+        Args:
+            origin: of the other process.
 
         Raises:
             ModelError: one of them is not.
@@ -85,7 +101,10 @@ class Shards:
         self.require_unchanged()
 
     def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
-        """See that files, all if none are given, have not been written to or replaced since they were opened.
+        """Check that files have not been written to or replaced since they were opened.
+
+        Args:
+            paths: of the files; None is all.
 
         Raises:
             ModelError: one of them has.
@@ -96,7 +115,10 @@ class Shards:
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """Inside, the weights of `layer` are in memory, as they are in the shards.
+        """Inside, the weights of a layer are in memory, as they are in the shards.
+
+        Args:
+            layer: the layer.
 
         Raises:
             ModelError: a weight is not finite or cannot be read, or its file has changed since it was opened.
@@ -113,7 +135,14 @@ class Shards:
             layer.module.load_state_dict(away, assign=True)
 
     def entry(self, name: str) -> Entry | None:
-        """Where a tensor of the model is stored; None if it is not, but tied to one that is."""
+        """Where a tensor of the model is stored.
+
+        Args:
+            name: in the model.
+
+        Returns:
+            The entry; None if it is not stored, but tied to one that is.
+        """
         return self._stored[self._names[name]] if name in self._names else None
 
     def prefetch(self, layer: DecoderLayer) -> None:
@@ -122,9 +151,13 @@ class Shards:
             self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
 
     def assemble(self, target: Path, pruned: Mapping[str, Entry]) -> None:
-        """Write the checkpoint with some tensors replaced, shard by shard and tensor by tensor; config.json comes last.
+        """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
-        `pruned` are by the names of the model. All else is copied, in the dtype of the model.
+        All other tensors are copied, in the dtype of the model.
+
+        Args:
+            target: the folder.
+            pruned: the tensors that replace others, by their names in the model.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -169,7 +202,13 @@ class Shards:
         return path.relative_to(self.folder).as_posix()
 
     def written_to(self, folder: Path) -> "Shards":
-        """The same tensors as `assemble` has written them to `folder`.
+        """The same tensors as `assemble` has written them.
+
+        Args:
+            folder: where it wrote them.
+
+        Returns:
+            The shards there.
 
         Raises:
             ModelError: a tensor is missing, is not of the source, or has another shape or type.

@@ -12,7 +12,10 @@ MIN_DIFFERENT_RUNS = 8  # different runs; fewer are one sentence at most
 
 
 def refuse_uninformative(windows: Tensor) -> None:
-    """Refuse windows [windows length] that are the same few tokens over and over: a word, a character, padding.
+    """Refuse windows that are the same few tokens over and over: a word, a character, padding.
+
+    Args:
+        windows: token ids [windows length].
 
     Raises:
         CalibrationError: so it is.
@@ -27,9 +30,15 @@ def refuse_uninformative(windows: Tensor) -> None:
 
 
 def shortage(windows: Tensor, widest: int) -> str | None:
-    """What to tell a user whose windows [windows length] have fewer tokens than an operator `widest` inputs; or None.
+    """A warning about fewer calibration tokens than an operator has inputs; tokens that only repeat others do not
+    count.
 
-    Tokens that only repeat others do not count.
+    Args:
+        windows: token ids [windows length].
+        widest: the most inputs of an operator.
+
+    Returns:
+        The warning; None if there are enough.
     """
     different, runs = _runs(windows)
     tokens, share = windows.numel(), different / max(1, runs)

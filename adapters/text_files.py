@@ -9,7 +9,7 @@ TEXT_FILES = (".txt", ".jsonl")
 
 
 def is_file(text: str) -> bool:
-    """Whether a path is meant: it ends like one of a text file, or leads to something."""
+    """Whether `text` is a path: it ends like one of a text file, or leads to something."""
     if text.endswith(TEXT_FILES):
         return True
     try:
@@ -20,6 +20,9 @@ def is_file(text: str) -> bool:
 
 def check_text(path: Path) -> None:
     """Refuse, before any work, a file that `read_text` cannot read.
+
+    Args:
+        path: of the file.
 
     Raises:
         CalibrationError: the file is missing, is of another kind, or cannot be opened.
@@ -35,6 +38,12 @@ def check_text(path: Path) -> None:
 
 def read_text(path: Path) -> str:
     """A .txt file as it stands; of a .jsonl file, the field "text" of every line.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The text.
 
     Raises:
         CalibrationError: the file is missing, is not UTF-8, is of another kind, or a line has no text.

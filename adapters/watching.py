@@ -15,14 +15,25 @@ from .operators import LINEAR_MODULES, Place
 
 @dataclass
 class Seen:
-    """What a forward pass called, in order: the inputs of each place, which tensor they were, and how often."""
+    """What a forward pass called, in order.
+
+    Args:
+        inputs: of each place.
+        tensors: which tensor that was, for each place.
+        times: how often each place was called.
+    """
 
     inputs: dict[Place, Tensor] = field(default_factory=dict)
     tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
     times: Counter[Place] = field(default_factory=Counter)
 
     def add(self, place: Place, x: Tensor) -> None:
-        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory."""
+        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory.
+
+        Args:
+            place: that was called.
+            x: its inputs [... n].
+        """
         if x.numel():  # an expert that is called without a token is not called
             self.inputs.setdefault(place, x)
             self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
@@ -30,7 +41,17 @@ class Seen:
 
 
 def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
-    """One forward pass; the outputs of the places in `changed` are made others."""
+    """One forward pass of a layer, observed.
+
+    Args:
+        layer: with its weights in memory.
+        call: how the model calls it.
+        hidden: what enters it [batch tokens n].
+        changed: the places whose outputs are replaced by others.
+
+    Returns:
+        What the pass called.
+    """
     seen = Seen()
     with ExitStack() as hooks:
         for path, module in layer.named_modules():
@@ -67,5 +88,13 @@ def _other(output: Tensor) -> Tensor:
 
 
 def place_of(path: str, module: nn.Module) -> Place:
-    """The place of a module that is one linear map."""
+    """The place of a module that is one linear map.
+
+    Args:
+        path: of the module in the layer.
+        module: the module.
+
+    Returns:
+        The place.
+    """
     return Place(path, transposed=not isinstance(module, nn.Linear))

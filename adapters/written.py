@@ -19,7 +19,12 @@ from .shards import shard_files
 
 
 def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[OperatorReport]) -> None:
-    """See that the pruned `model` is in `folder`: names, shapes, dtypes, and the zeros that the reports count.
+    """Check that the pruned model is in a folder: names, shapes, dtypes, and the zeros that the reports count.
+
+    Args:
+        model: the pruned model.
+        folder: where it was written.
+        reports: one for each operator.
 
     Raises:
         OutputError: it is not; what is wrong is named.
@@ -42,9 +47,15 @@ def miscounted(
     reports: Sequence[OperatorReport],
     resident: Callable[[DecoderLayer], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Iterator[tuple[str, str]]:
-    """The operators of layers whose zeros are not as many as their reports say: names, and what is wrong.
+    """The operators whose zeros are not as many as their reports say.
 
-    Inside of `resident` the weights of a layer are in memory.
+    Args:
+        layers: decoder layers.
+        reports: one for each operator.
+        resident: brings the weights of a layer into memory.
+
+    Yields:
+        For each such operator its name, and what is wrong.
     """
     said = {report.name: report.zeros for report in reports}
     for layer in layers:
