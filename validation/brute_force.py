@@ -16,10 +16,16 @@ CHUNK = 20_000  # supports solved at once
 
 @torch.no_grad()
 def best_pruning(problem: PruningProblem) -> Tensor:
-    """A weight [m n] in the pattern with the least squared error, n <= 20, by enumeration of every row's supports.
+    """The weight in a pattern with the least squared error, by enumeration of every row's supports.
 
-    Rows do not see each other, so with a quota of the whole matrix the best weight of each row is found for every
-    number of non-zeros, and the numbers are shared out by dynamic programming.
+    Rows are independent, so with a quota of the whole matrix the best weight of each row is found for every number of
+    non-zeros, and these numbers are allocated by dynamic programming.
+
+    Args:
+        problem: of a weight [m n] with n <= 20.
+
+    Returns:
+        The weight [m n].
 
     Raises:
         ProblemError: more than 20 columns, or a pattern that is none of one operator.
@@ -42,12 +48,20 @@ def best_pruning(problem: PruningProblem) -> Tensor:
         return _best(quadratic, torch.tensor(list(combinations(range(n), kept)), dtype=torch.long))[0]
     every = [_best(quadratic, torch.tensor(list(combinations(range(n), k)), dtype=torch.long)) for k in range(n + 1)]
     costs = torch.stack([values for _, values in every])  # [n + 1, m]
-    counts = _share_out(costs.T, m * n - pattern.zeros(m, n))
+    counts = _allocate(costs.T, m * n - pattern.zeros(m, n))
     return torch.stack([every[k][0][i] for i, k in enumerate(counts)])
 
 
 def excess(problem: PruningProblem, pruners: dict[str, AbstractPruner]) -> dict[str, float]:
-    """The squared error of each pruner over that of the best pruning: 1 is optimal."""
+    """How far pruners are from the best pruning.
+
+    Args:
+        problem: see `best_pruning`.
+        pruners: by name.
+
+    Returns:
+        The squared error of each over that of the best pruning: 1 is optimal.
+    """
     least = float(problem.squared_error(best_pruning(problem)).sum())
     return {
         name: float(problem.squared_error(pruner.prune(problem).weight).sum()) / least
@@ -76,7 +90,7 @@ def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
     return weight, best
 
 
-def _share_out(costs: Tensor, total: int) -> list[int]:
+def _allocate(costs: Tensor, total: int) -> list[int]:
     """How many non-zeros each row gets so that they sum to `total` and the costs [m n+1] to the least."""
     options = costs.shape[1]
     least = [0.0] + [float("inf")] * total

@@ -11,10 +11,14 @@ from convexprune.adapters import HuggingFaceModel
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of each window of a text: the mean negative log-likelihood, and the mean KL divergence from the dense model.
+    """How well a network predicts the windows of a text.
 
-    Both in nats, over the predicted tokens: each token after the first, from those before it in its window.
-    `kl` is mean sum_v p_dense(v) (ln p_dense(v) - ln p(v)).
+    Means are over the predicted tokens: each token after the first, from those before it in its window.
+
+    Args:
+        nll: the mean negative log-likelihood of each window, in nats.
+        kl: the mean divergence of each window from the dense model, mean sum_v p_dense(v) (ln p_dense(v) - ln p(v)), in
+            nats.
     """
 
     nll: tuple[float, ...]
@@ -25,11 +29,18 @@ class Likelihood:
 def likelihoods(
     model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """The likelihood of windows for the dense model, named "dense", and for each of the others.
+    """The likelihood of windows for the dense model and for others.
 
-    `batches` [batch tokens] are the windows' token ids, `dense` and each of `others` their final hidden states
-    [batch tokens hidden]. Logits of a few positions at a time are in memory, and the dense model's probabilities are
-    computed once, for all.
+    Logits of a few positions at a time are in memory, and the dense model's probabilities are computed once, for all.
+
+    Args:
+        model: that makes logits of hidden states.
+        batches: token ids [batch tokens] of the windows.
+        dense: the final hidden states [batch tokens hidden] of the dense model, for each batch.
+        others: those of other networks, by name.
+
+    Returns:
+        The likelihoods by name; that of the dense model is "dense".
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
     for i, batch in enumerate(batches):

@@ -23,7 +23,14 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Watch the memory of the block."""
+    """Measure the memory of the block.
+
+    Args:
+        device: where the model computes.
+
+    Yields:
+        The peak, which is known after the block.
+    """
     peak, cuda = Peak(), device.type == "cuda"
     countable = cuda or os.access(REFERENCES, os.W_OK)
     before = 0

@@ -17,7 +17,16 @@ EXACT = 1e-8  # the gap to which the production solver is run for the comparison
 
 @dataclass(frozen=True)
 class Solve:
-    """One solver's answer to one problem: objective, relative excess over the least found, certificate, seconds."""
+    """One solver's answer to one problem.
+
+    Args:
+        solver: its name.
+        objective: q + p at the answer.
+        difference: the objective over the least that any solver found, less one.
+        relative_gap: of its certificate.
+        kkt_residual: of its certificate.
+        seconds: of the solve.
+    """
 
     solver: str
     objective: float
@@ -29,9 +38,14 @@ class Solve:
 
 @dataclass(frozen=True)
 class SolvedProblem:
-    """One problem [rows columns] of an operator, and what every solver made of it; the production solver first.
+    """One problem of an operator, and what every solver made of it.
 
-    The first answer is the production solver's at its default tolerance, the second the same at a gap of 1e-8.
+    Args:
+        operator: its name.
+        penalty: "L1" or "support".
+        rows: m of the problem.
+        columns: n of the problem.
+        solves: the production solver's at its default tolerance, the same solver's at a gap of 1e-8, and the oracles'.
     """
 
     operator: str
@@ -41,7 +55,15 @@ class SolvedProblem:
     solves: tuple[Solve, ...]
 
     def faults(self, tolerance: float, gap: float) -> Iterator[str]:
-        """What misses: objectives that differ by more than `tolerance`, a default gap above `gap`."""
+        """What misses.
+
+        Args:
+            tolerance: the largest relative difference between objectives that passes.
+            gap: the largest relative gap of the production solver at its default that passes.
+
+        Yields:
+            One line for each fault.
+        """
         for solve in self.solves[1:]:
             if not solve.difference <= tolerance:
                 yield f"{solve.solver}: the objective is {solve.difference:.1e} above the least"
@@ -50,9 +72,17 @@ class SolvedProblem:
 
 
 def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
-    """The problem when only some columns may move and the others stay dense: its quadratic, and the columns drawn.
+    """A pruning problem when only some columns may move and the others stay dense.
 
     Columns are drawn one by one, or for an n:m pattern in whole groups.
+
+    Args:
+        problem: of an operator.
+        columns: how many may move, about.
+        generator: of the random numbers.
+
+    Returns:
+        The quadratic of the block, and the columns drawn.
     """
     n = problem.weight.shape[1]
     width = problem.pattern.group if isinstance(problem.pattern, SemiStructured) else 1
@@ -66,7 +96,13 @@ def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> 
 def block_problems(q: Quadratic, problem: PruningProblem, kept: torch.Tensor) -> dict[str, Problem]:
     """The two convex problems of the pruner on a block: reweighted L1 as on its path, and the refit on a support.
 
-    `kept` [rows columns] marks the non-zeros of the pruned weight.
+    Args:
+        q: the quadratic of the block.
+        problem: of the operator.
+        kept: which weights of the block the pruner has kept [rows columns].
+
+    Returns:
+        The problems by the name of their penalty.
     """
     assert q.anchor is not None
     scale = q.scale()
@@ -77,7 +113,14 @@ def block_problems(q: Quadratic, problem: PruningProblem, kept: torch.Tensor) ->
 
 
 def production(penalty: str) -> dict[str, AbstractSolver]:
-    """The production solver of a penalty, at its default and run to the end."""
+    """The production solver of a penalty, at its default and run to the end.
+
+    Args:
+        penalty: "L1" or "support".
+
+    Returns:
+        The solvers by name.
+    """
     if penalty == "L1":
         return {"fista": make_solver("fista"), "fista, 1e-8": make_solver("fista", tolerance=EXACT,
                                                                           max_iterations=20_000)}  # fmt: skip
@@ -85,7 +128,7 @@ def production(penalty: str) -> dict[str, AbstractSolver]:
 
 
 def oracles() -> dict[str, AbstractSolver]:
-    """Three foreign solvers."""
+    """Three foreign solvers, by name."""
     return {
         "cvxpy, Clarabel": make_solver("cvxpy", engine="CLARABEL"),
         "cvxpy, OSQP": make_solver("cvxpy", engine="OSQP"),
@@ -94,7 +137,16 @@ def oracles() -> dict[str, AbstractSolver]:
 
 
 def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
-    """Solve one problem by the production solver and the oracles."""
+    """Solve one problem by the production solver and the oracles.
+
+    Args:
+        name: of the operator.
+        penalty: "L1" or "support".
+        problem: the problem.
+
+    Returns:
+        Their answers.
+    """
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}
     least = min(values.values())

@@ -18,9 +18,16 @@ from convexprune.progress import begin
 class Perplexity:
     """How well a model predicts a text, and everything that the number depends on.
 
-    `value` is exp(`nll`), `nll` the mean negative log-likelihood in nats of the `tokens` that were predicted: each
-    token after the first of each of the `windows`, from those before it in its own window of `window` tokens. Windows
-    start `stride` tokens apart. A model that is broken has a `value` of infinity or NaN, and shows it.
+    A model that is broken has a value of infinity or NaN, and shows it.
+
+    Args:
+        value: exp(nll).
+        nll: the mean negative log-likelihood of the predicted tokens, in nats: each token after the first of each
+            window, from those before it in its own window.
+        tokens: how many were predicted.
+        windows: how many.
+        window: tokens of a window.
+        stride: tokens between the beginnings of two windows.
     """
 
     value: float
@@ -32,10 +39,18 @@ class Perplexity:
 
 
 def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """The perplexity of a causal language model on disjoint windows `tokens` [windows window] of token ids.
+    """The perplexity of a causal language model on disjoint windows of text.
 
     The model is evaluated without dropout and left in the mode that it was in. Logits of a few positions at a time are
     in memory, if the model can leave others out.
+
+    Args:
+        model: of transformers.
+        tokens: token ids [windows window].
+        batch_size: windows at once.
+
+    Returns:
+        The perplexity.
 
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
@@ -50,10 +65,19 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
 
 @torch.no_grad()
 def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """The perplexity of whatever gives the `logits` of a batch [batch window] of `tokens`, in pieces.
+    """The perplexity of whatever gives logits.
 
-    Pieces are [batch positions vocabulary], of all positions but the last, in their order. They are widened to float32
-    one window at a time, and losses summed in float64; batches come in their order, each once.
+    Logits are widened to float32 one window at a time, and losses summed in float64; batches come in their order, each
+    once.
+
+    Args:
+        logits: gives, for a batch [batch window], pieces [batch positions vocabulary] of all positions but the last, in
+            their order.
+        tokens: token ids [windows window].
+        batch_size: windows at once.
+
+    Returns:
+        The perplexity.
 
     Raises:
         CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
@@ -80,9 +104,16 @@ def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, 
 def streamed_perplexity(
     model: HuggingFaceModel, tokens: Tensor, store: FolderStore, pruned: FolderStore | None
 ) -> Perplexity:
-    """The perplexity of a model whose decoder layers are in memory one at a time, as they are or as `pruned` has them.
+    """The perplexity of a model whose decoder layers are in memory one at a time.
 
-    What is between the layers is kept in `store` meanwhile.
+    Args:
+        model: the model.
+        tokens: token ids [windows window].
+        store: where the hidden states between the layers are kept meanwhile.
+        pruned: the store that has the pruned layers; None is for the dense ones.
+
+    Returns:
+        The perplexity.
     """
     batches = list(tokens.split(1))
     calls = RecordedCalls(model, batches)

@@ -13,7 +13,13 @@ Row = Mapping[str, Any]
 
 
 def will_draw(plots: bool | None) -> bool:
-    """Whether plots are drawn; if None was asked, then where there is something to draw with.
+    """Whether plots are drawn.
+
+    Args:
+        plots: what was asked for; None is: if matplotlib is installed.
+
+    Returns:
+        Whether they are.
 
     Raises:
         DependencyError: plots were asked for, and matplotlib is missing.
@@ -25,11 +31,18 @@ def will_draw(plots: bool | None) -> bool:
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write the pictures to `folder`; returns their file names.
+    """Draw the results of a comparison.
 
     Error and held-out error by decoder layer, one panel for each pattern; error against matrix products; error,
     divergence from dense and perplexity against sparsity, one line for each method and convention, one panel for each
     text.
+
+    Args:
+        result: of `compare`.
+        folder: where the pictures are written.
+
+    Returns:
+        Their file names.
     """
     rows = result["rows"]
     panels: dict[str, list[Row]] = {}
@@ -49,9 +62,16 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
-    """Write the picture of a comparison on several samples to `folder`; returns its file name.
+    """Draw the results of a comparison on several samples.
 
     One panel for each text: KL divergence from dense over the first variant's, with two standard errors.
+
+    Args:
+        summary: of `compare_samples`.
+        folder: where the picture is written.
+
+    Returns:
+        Its file name.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -27,7 +27,16 @@ was held while the variant pruned, beyond what was held before."""
 def make_row(
     variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
 ) -> Row:
-    """One variant's results from its layers' records and the texts' likelihoods (by text, then by network)."""
+    """The results of one variant.
+
+    Args:
+        variant: the variant.
+        records: one for each layer.
+        texts: the likelihoods by text, then by network.
+
+    Returns:
+        The row.
+    """
     operators = [o for record in records for o in record["operators"]]
     peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
     gaps = [o["gap"] for o in operators if o["gap"] is not None]
@@ -62,7 +71,13 @@ def make_row(
 def text_result(found: Likelihood, dense: Likelihood) -> Row:
     """Perplexity with its excess over dense, and the KL divergence from dense, in all and by window.
 
-    `difference_error` is the standard error, over windows, of the mean difference of the negative log-likelihoods.
+    Args:
+        found: of the network.
+        dense: of the dense model.
+
+    Returns:
+        The entries by name. `difference_error` is the standard error, over windows, of the mean difference of the
+        negative log-likelihoods.
     """
     nll, differences = fmean(found.nll), [a - b for a, b in zip(found.nll, dense.nll, strict=True)]
     middle, count = fmean(differences), len(differences)
@@ -79,7 +94,14 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """One line a variant, for a terminal: the main columns of the report's table."""
+    """The main columns of the table of a report, for a terminal; one line a variant.
+
+    Args:
+        result: of `compare`.
+
+    Returns:
+        The table.
+    """
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
@@ -87,7 +109,14 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: its header and its lines, the dense model first."""
+    """The table of a report as text.
+
+    Args:
+        result: of `compare`.
+
+    Returns:
+        The header, and the lines, the dense model first.
+    """
     texts = list(result["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
     header += ["error", "median", "held-out", "median", "layer output"]
@@ -105,7 +134,15 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The report: table, what its columns are, plots, and the card by which to reproduce it."""
+    """The report: table, what its columns are, plots, and the card by which to reproduce it.
+
+    Args:
+        result: of `compare`.
+        plots: file names of pictures.
+
+    Returns:
+        The text.
+    """
     header, lines = cells(result)
     shared = result["shared_seconds"]
     parts = [
@@ -122,14 +159,23 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 
 def name_cells(row: Mapping[str, Any]) -> list[str]:
-    """The cells under `NAMES`, which say what variant a row is."""
+    """The cells under `NAMES`, which say what variant a `row` is."""
     target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
     name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
     return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Cells for a terminal, the names to the left and numbers to the right."""
+    """A table for a terminal, names to the left and numbers to the right.
+
+    Args:
+        title: above the table.
+        header: the names of the columns.
+        lines: the cells.
+
+    Returns:
+        The table.
+    """
     shown = Table(title=title, box=SIMPLE_HEAD)
     for i, name in enumerate(header):
         shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
@@ -139,7 +185,15 @@ def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[s
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Cells for a report, the names to the left and numbers to the right."""
+    """A table for a report, names to the left and numbers to the right.
+
+    Args:
+        header: the names of the columns.
+        lines: the cells.
+
+    Returns:
+        The text.
+    """
     marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
 
@@ -170,5 +224,5 @@ def _short(value: float | None) -> str:
 
 
 def to_perplexity(nll: float) -> float:
-    """exp(nll) of a mean negative log-likelihood; infinity where that overflows, or is not a number."""
+    """exp of a mean negative log-likelihood `nll`; infinity where that overflows, or is not a number."""
     return exp(nll) if nll < 700 else float("inf")

@@ -39,7 +39,7 @@ def compare_samples(
     command: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Compare on the calibration sample that each seed draws; the result is what `samples.json` in `output` holds.
+    """Compare on the calibration sample that each seed draws.
 
     Each sample's comparison is in `output/seed-N`, as `compare` leaves it. Evaluation texts are the same for all.
 
@@ -52,6 +52,9 @@ def compare_samples(
         plots: draw them, which needs matplotlib; None: if it is installed.
         command: what to state as the way to reproduce the result.
         settings: see `compare`.
+
+    Returns:
+        What `samples.json` holds.
 
     Raises:
         ConvexpruneError: see `compare`; also for seeds that repeat, and samples that do not belong together.
@@ -135,7 +138,14 @@ def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, floa
 
 
 def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: its header and its lines."""
+    """The table as text.
+
+    Args:
+        summary: of `compare_samples`.
+
+    Returns:
+        The header, and the lines.
+    """
     texts = list(summary["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first")), "layer output", "layer / first"]
     lines = []
@@ -148,13 +158,28 @@ def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """One line a variant, for a terminal."""
+    """The table for a terminal, one line a variant.
+
+    Args:
+        summary: of `compare_samples`.
+
+    Returns:
+        The table.
+    """
     title = f"{summary['card']['model']}: {len(summary['rows'])} variants on {len(summary['card']['seed'])} samples"
     return terminal_table(title, *cells(summary))
 
 
 def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The report: the table, what its columns are, plots, and the command that made it."""
+    """The report: the table, what its columns are, plots, and the command that made it.
+
+    Args:
+        summary: of `compare_samples`.
+        plots: file names of pictures.
+
+    Returns:
+        The text.
+    """
     card = summary["card"]
     parts = [
         f"# {card['model']}: methods side by side on {len(card['seed'])} calibration samples",

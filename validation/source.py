@@ -30,7 +30,15 @@ MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The `dense` model and the data set of the recipe; of a run, its `report` and the model that it has `pruned`."""
+    """The models and the data set that `verify` works on.
+
+    Args:
+        recipe: of the run, or of a pruning to be tried.
+        dense: the dense model.
+        dataset: as the recipe names it, or where it is now.
+        pruned: the model that a run has pruned.
+        report: of that run.
+    """
 
     recipe: Recipe
     dense: HuggingFaceModel
@@ -39,9 +47,11 @@ class Source:
     report: Report | None = None
 
     def tokens(self) -> tuple[Tensor, bool]:
-        """The windows [windows window] to look at, and whether they are those of the run.
+        """The windows to verify on.
 
-        They are not where the model writes another text here than it wrote for the run.
+        Returns:
+            Token ids [windows window], and whether they are those of the run. They are not where the model writes
+            another text here than it wrote for the run.
 
         Raises:
             CalibrationError: the data set is another than that of the run, or too small.
@@ -57,7 +67,15 @@ class Source:
 
 
 def open_source(source: str | Path | None, settings: dict[str, Any], device: str) -> Source:
-    """Open a model, to be pruned as the `settings` of a recipe say, or a finished run; see `verify`.
+    """Open a model, to be pruned as the settings of a recipe say, or a finished run; see `verify`.
+
+    Args:
+        source: a model, or the folder of a run; None is the bundled model.
+        settings: of the recipe; of a run, where its model and data set are now.
+        device: where to compute.
+
+    Returns:
+        The source.
 
     Raises:
         OutputError: a file of the run is missing, or is not what was written.
