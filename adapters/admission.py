@@ -83,7 +83,7 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
         needs: by what needs them: what to do instead; empty if nothing can be done.
 
     Raises:
-        ModelError: the first need is named.
+        ModelError: the model has no head, and something needs it.
     """
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
@@ -140,7 +140,7 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
         layers: the decoder layers.
 
     Raises:
-        ModelError: the first of them is named.
+        ModelError: a weight is of another type; the first is named.
     """
     for name, module in layers.named_modules():
         for parameter in [*fused_parameters(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
@@ -160,7 +160,7 @@ def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
         hidden: the hidden states that enter the first decoder layer.
 
     Raises:
-        ModelError: the shape is named.
+        ModelError: the hidden states have another shape.
     """
     if hidden.shape[:-1] != batch.shape:
         raise ModelError(

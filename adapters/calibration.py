@@ -86,7 +86,8 @@ def calibration_and_held_out(
         Token ids [num_samples length] and [up to spare, length].
 
     Raises:
-        CalibrationError, DependencyError: see `calibration_tokens`.
+        CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
+        DependencyError: a data set of the hub needs a package that is missing.
     """
     _check_request(num_samples, max_seq_length, model)
     length = window_length(model, max_seq_length)

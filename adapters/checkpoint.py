@@ -134,7 +134,7 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
         The model.
 
     Raises:
-        ModelError: it is another one by now.
+        ModelError: its files or weights have changed since.
     """
     model = opened(device=device, stream=True)
     if model.shards is not None:
@@ -246,6 +246,13 @@ def _publish(place: Path, folder: Path) -> set[Path]:
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub.
 
+    Args:
+        source: of the model, as the caller gave it.
+        allow_pickle: whether weights may be pickles only.
+
+    Returns:
+        Arguments of `from_pretrained`.
+
     Raises:
         ModelError: there is no such folder, or something is wrong with it.
     """
@@ -263,10 +270,19 @@ def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
-    """What transformers reads at a place, its weights in memory of their own.
+    """A model read by transformers, its weights in memory of their own.
+
+    Args:
+        source: what to call it in errors.
+        place: arguments of `from_pretrained`.
+        dtype: of the weights; None is the checkpoint's own.
+        allow_pickle: whether weights may be pickles.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: it cannot, the checkpoint is incomplete or quantised, or no model that only decodes text.
+        ModelError: the checkpoint cannot be read, is is incomplete or quantised, or no model that only decodes text.
     """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantised(config)

@@ -115,7 +115,7 @@ def datasets_package() -> Any:
         The module `datasets`.
 
     Raises:
-        DependencyError: it is missing.
+        DependencyError: the package is missing.
     """
     try:
         import datasets

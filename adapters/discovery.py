@@ -1,4 +1,4 @@
-"""What runs inside a decoder layer, found by watching it run: no architecture is known here.
+"""The operators of a decoder layer, found by observing a forward pass: no architecture is known here.
 
 An operator is a linear map that a forward pass calls once. Operators that are given the same tensor form a group; the
 stages of the groups follow from experiments: what changes when a group's outputs are changed depends on it.

@@ -1,4 +1,4 @@
-"""What a model of transformers and its configuration say of its layers; and the families that the tests go through."""
+"""Decoder layers and sizes, from a model of transformers and its configuration; and the families that are tested."""
 
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel

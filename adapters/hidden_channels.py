@@ -16,7 +16,7 @@ from .discovery import signature
 from .huggingface import HuggingFaceModel
 
 Inputs = Mapping[Group, Tensor]
-"""What groups see."""
+"""The inputs of groups."""
 
 
 @torch.no_grad()

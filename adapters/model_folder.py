@@ -72,7 +72,7 @@ def check_layers(folder: Path, config: PretrainedConfig) -> None:
         config: of the model.
 
     Raises:
-        ModelError: it has more decoder layers than there are tensors.
+        ModelError: the configuration has more decoder layers than the checkpoint has tensors.
         NotStreamable: the folder has no safetensors.
     """
     asked = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
@@ -94,7 +94,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         What the JSON file holds.
 
     Raises:
-        ModelError: it is no such index, or names a file that is no safetensors file inside the folder.
+        ModelError: the file is no such index, or names a file that is no safetensors file inside the folder.
     """
     path = folder / INDEX
     with reading(path):
@@ -127,7 +127,7 @@ def shard_files(folder: Path) -> list[Path]:
         Their paths.
 
     Raises:
-        NotStreamable: there are none.
+        NotStreamable: the folder has no safetensors.
         ModelError: the index is not right, or a shard that it names is missing.
     """
     if (folder / WEIGHTS).is_file():
@@ -219,7 +219,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
         The type.
 
     Raises:
-        NotStreamable: there is none.
+        NotStreamable: no tensor is of a floating-point type.
     """
     found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
     dtype = next((d for d in found if d is not None and d.is_floating_point), None)

@@ -35,7 +35,7 @@ class Place:
 
     @property
     def path(self) -> str:
-        """Of the parameter, relative to the layer."""
+        """The name of the parameter, relative to the layer."""
         return f"{self.module}.{self.parameter}".removeprefix(".")
 
 

@@ -1,4 +1,4 @@
-"""What transformers reads, with its many kinds of failure made one; and tokenizers, of which it invents some."""
+"""Reading models and tokenizers by transformers, with its many kinds of failure made one error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
         The tokenizer; None if none was given.
 
     Raises:
-        ModelError: it is neither, or cannot be read.
+        ModelError: it is none of these, or cannot be read.
     """
     if isinstance(tokenizer, str | Path):
         name = str(Path(tokenizer).expanduser())
@@ -81,7 +81,7 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
         What it returns.
 
     Raises:
-        ModelError: it raises anything.
+        ModelError: the function raises any other error.
         DependencyError: a package is missing.
     """
     try:

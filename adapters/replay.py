@@ -51,7 +51,7 @@ def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
         model: the model.
 
     Raises:
-        ModelError: it does.
+        ModelError: the model is an encoder.
     """
     batch, layer = model.probe_tokens(), model.layers[0]
     other = torch.cat([batch[:, :-1], batch[:, :1]], dim=1)

@@ -41,7 +41,7 @@ def left_alone(
 
     Raises:
         ModelError: a pattern matches no linear map, or no operator is left to prune.
-        RecipeError: a regular expression is not one.
+        RecipeError: a regular expression is not valid.
     """
     shared = ties(model)
     names: dict[str, tuple[str, ...]] = {}
@@ -161,7 +161,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         The test.
 
     Raises:
-        RecipeError: it is no regular expression, or longer than any has to be; when it is used, it takes too long.
+        RecipeError: the regular expression is not valid or too large; or, when the test is used, it takes too long.
     """
     if not pattern.startswith("re:"):
         return pattern.__eq__

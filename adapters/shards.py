@@ -92,7 +92,7 @@ class Shards:
             origin: of the other process.
 
         Raises:
-            ModelError: one of them is not.
+            ModelError: a file differs.
         """
         for path, stamp in self._stamps.items():
             name = self._name(path)
@@ -107,7 +107,7 @@ class Shards:
             paths: of the files; None is all.
 
         Raises:
-            ModelError: one of them has.
+            ModelError: a file has changed.
         """
         for path in self._stamps if paths is None else paths:
             if Stamp.of(path) != self._stamps[path]:

@@ -18,7 +18,7 @@ def refuse_uninformative(windows: Tensor) -> None:
         windows: token ids [windows length].
 
     Raises:
-        CalibrationError: so it is.
+        CalibrationError: the windows hold fewer than 8 different runs of tokens, over and over.
     """
     different, runs = _runs(windows)
     tokens = windows.unique().numel()

@@ -27,7 +27,7 @@ def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[Ope
         reports: one for each operator.
 
     Raises:
-        OutputError: it is not; what is wrong is named.
+        OutputError: what was written is not the pruned model.
     """
     try:
         held = model if model.shards is None else model.shards.written_to(folder)
@@ -72,7 +72,7 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
     transformers may take fused experts apart when it saves them. Tied tensors are stored once.
 
     Raises:
-        ModelError: a tensor is missing, or another than in memory.
+        ModelError: a tensor is missing, or differs from that in memory.
     """
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()

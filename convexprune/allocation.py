@@ -89,7 +89,7 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
         The allocation.
 
     Raises:
-        PatternError: the curves do not reach that share of zeros.
+        PatternError: the curves do not reach this sparsity.
     """
     envelopes = [curve.envelope for curve in curves]
     found = [curve.sparsities[0] for curve in envelopes]

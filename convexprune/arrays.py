@@ -1,4 +1,4 @@
-"""What a user may give in place of a tensor."""
+"""Tensors, or arrays in their place."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def as_tensor(name: str, value: object) -> Tensor:
         The tensor.
 
     Raises:
-        ProblemError: it is nothing of the kind.
+        ProblemError: `value` is neither a tensor nor numbers.
     """
     try:
         return torch.as_tensor(value)

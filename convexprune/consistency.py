@@ -28,7 +28,7 @@ def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> t
         The four tensors; None for an anchor that is None.
 
     Raises:
-        ProblemError: the first that does not fit is named, with what is needed.
+        ProblemError: a shape, a dtype or a device does not fit.
     """
     target = as_tensor("cross", cross)
     if target.ndim != 2 or 0 in target.shape:

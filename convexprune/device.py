@@ -1,4 +1,4 @@
-"""What a device can do."""
+"""Capabilities of devices."""
 
 from functools import cache
 from importlib.util import find_spec

@@ -63,7 +63,16 @@ class PruningError(ConvexpruneError, RuntimeError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is not known: what came, what is near, what there is."""
+    """The message for a name that is not known: what came, what is near, what there is.
+
+    Args:
+        kind: what it should name.
+        name: what came.
+        known: all names that there are.
+
+    Returns:
+        The text.
+    """
     names = {each.casefold(): each for each in sorted(known)}
     near = get_close_matches(str(name).casefold(), names, n=1)
     guess = f" Did you mean {names[near[0]]!r}?" if near else ""
@@ -71,7 +80,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """What came, for a message: a line of it at most."""
+    """A `value` for a message: one line of it at most."""
     try:
         text = repr(value)
     except ValueError:  # Python prints no number of so many digits
@@ -80,10 +89,14 @@ def shown(value: object) -> str:
 
 
 def require_at_least(least: float, **given: float | None) -> None:
-    """Refuse what is below `least`, or is NaN, by its name; None passes.
+    """Refuse values that are too small; None passes.
+
+    Args:
+        least: the least value accepted.
+        given: values by name.
 
     Raises:
-        RecipeError: naming what came.
+        RecipeError: a value is below `least` or NaN; it is named.
     """
     for name, value in given.items():
         if value is not None and not value >= least:
@@ -91,7 +104,7 @@ def require_at_least(least: float, **given: float | None) -> None:
 
 
 def install_hint(extra: str) -> str:
-    """The pip command for the packages of an extra, wherever convexprune itself was installed from."""
+    """The pip command for the packages of an `extra`, wherever convexprune itself was installed from."""
     of_extra = re.compile(rf"""([^;]+?)\s*;.*\bextra == ['"]{extra}['"]""")
     packages = [match[1] for match in map(of_extra.match, requires("convexprune") or []) if match]
     return f"pip install {shlex.join(packages)}"

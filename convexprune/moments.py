@@ -115,7 +115,7 @@ class Moments:
         outputs: m, if errors are counted of the outputs of one weight [m n] (see `ErrorMoments`).
 
     Raises:
-        ProblemError: the width is negative, or the dtype is another one.
+        ProblemError: the width is negative, or the dtype is neither float32 nor float64.
     """
 
     def __init__(

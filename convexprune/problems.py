@@ -77,7 +77,7 @@ def load(name: str) -> Named:
         The problem with its solution.
 
     Raises:
-        ProblemError: there is none.
+        ProblemError: no problem has this name.
     """
     if name in _FORMULAS:
         return _FORMULAS[name]()

@@ -1,6 +1,6 @@
-"""What a run does now, told to whoever follows it: its phases, and the steps of each.
+"""Progress of a run: its phases, and the steps of each.
 
-It reaches the follower as a message reaches a log: whoever works says `begin`, and nothing in between hands it on.
+Progress reaches its follower as a message reaches a log: code that works calls `begin`, and nobody hands a callback on.
 """
 
 from collections.abc import Callable, Iterator

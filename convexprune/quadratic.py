@@ -248,7 +248,7 @@ class Quadratic:
 
     @property
     def rounding(self) -> Tensor:
-        """What of q [m] its tensors do not resolve: rounding errors of the energy, in the dtype it was given in."""
+        """The resolution of q [m]: four rounding errors of the energy, in the dtype that it was given in."""
         return 4 * self._cache.precision * self._cache.energy.to(self.energy)
 
     @property

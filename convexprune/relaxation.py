@@ -52,7 +52,7 @@ class Relaxed:
 
     @property
     def cost(self) -> Tensor:
-        """What a non-zero costs [lines 1], from the first iteration on."""
+        """The price of a non-zero [lines 1]; known from the first iteration on."""
         assert self.price is not None
         return self.price.exp()
 

@@ -19,18 +19,36 @@ DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """One operator [outputs inputs] after pruning; errors and counts are those of the weight as stored.
+    """One operator after pruning; errors and counts are those of the weight as stored.
 
-    `pattern` is what was asked of it, `dense_zeros` are those that it had before. `relative_error` is mean
-    |V x* - target|^2 over mean |W x|^2 on the calibration tokens, `held_out_error` the same on tokens that no method
-    saw (None if there are none): the one to judge by. Operators that share an input are solved as one problem, so they
-    share the facts of its solves: `gap` is the relative duality gap of the last solve (the refit), `largest_gap` of any
-    (the path that chooses the support stops early on purpose).
+    Operators that share an input are solved as one problem, so they share its solves.
 
-    `bound` is for a sample of the operator's `rows` (None: not asked, or the operator is too wide): no weight in the
-    pattern has a smaller `error` there than `lower`, and `ratio` is lower / error. That error is the one the pruner
-    minimises: the sum over the rows of mean |V x* - target|^2 and of its damping, whose strength is `damping`, each row
-    times its weight if rows are weighed (`convexprune.pipeline.survey.row_weights`).
+    The bound is for a sample of the operator's rows: no weight in the pattern has a smaller `error` there than `lower`,
+    and `ratio` is lower / error. That error is the one the pruner minimises: the sum over the rows of mean |V x* -
+    target|^2 and of its damping, whose strength is `damping`, each row times its weight if rows are weighed
+    (`convexprune.pipeline.survey.row_weights`).
+
+    Args:
+        name: in the model.
+        outputs: m.
+        inputs: n.
+        zeros: how many of its weights are zero.
+        expected_zeros: how many were asked for.
+        pattern: that was asked for.
+        relative_error: mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens.
+        held_out_error: the same on tokens that no method saw, the one to judge by; None if there are none.
+        gap: the relative duality gap of the last solve (the refit); None if nothing convex was solved.
+        largest_gap: of any certified solve. The path that chooses the support stops early on purpose.
+        kkt_residual: of the last solve.
+        status: of the last solve.
+        solves: how many there were.
+        products: matrix products [m n] x [n n].
+        facts: other numbers of the method, by name.
+        tokens: that the moments are means of.
+        held_out_tokens: that the held-out error is a mean of.
+        seconds: of the method.
+        bound: see above; None if none was asked for, or the operator is too wide.
+        dense_zeros: how many weights were zero before.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -58,7 +76,7 @@ class OperatorReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
+        """The fraction of zeros."""
         return self.zeros / (self.outputs * self.inputs)
 
 
@@ -66,9 +84,17 @@ class OperatorReport:
 class Report:
     """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
 
-    `allocation` holds the `cost` and `gap` of its rule (`convexprune.pipeline.survey.Allotment`), `identity` the
-    checksums and versions that the bits of the result depend on, and `files` the sha256 of every file of the result by
-    its path, if it was written to a folder. `warnings` are what the user was told of the run.
+    Args:
+        recipe: the settings by name.
+        left_alone: by the name of each matrix that was not pruned: the reason.
+        environment: machine, versions, folder.
+        operators: one report for each.
+        seconds: by phase.
+        perplexity: before and after, with what it depends on.
+        allocation: `cost` and `gap` of the allocation's rule (`convexprune.pipeline.survey.Allotment`).
+        identity: the checksums and versions that the bits of the result depend on.
+        files: the sha256 of every file of the result by its path, if it was written to a folder.
+        warnings: that the user was given.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -91,7 +117,7 @@ class Report:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros in all pruned operators together."""
+        """The fraction of zeros in all pruned operators together."""
         return sum(o.zeros for o in self.operators) / max(1, sum(o.outputs * o.inputs for o in self.operators))
 
     @property
@@ -108,12 +134,12 @@ class Report:
 
     @property
     def short_of_tokens(self) -> dict[str, int]:
-        """The experts that were sent fewer tokens than they have inputs, and how many; they borrowed the others'."""
+        """The tokens of each expert that had fewer than it has inputs; its moments borrow those of others."""
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
 
     @property
     def sparser_before(self) -> str | None:
-        """What to tell of operators that had more zeros than they were asked for, if there are any."""
+        """A warning about operators that had more zeros than they were asked for; None if there are none."""
         those = [o for o in self.operators if o.dense_zeros > o.expected_zeros > 0]
         if not those:
             return None
@@ -132,10 +158,17 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, name: str = "The report") -> "Report":
-        """The report that `to_json` wrote; `name` is for the error.
+        """The report that `to_json` wrote.
+
+        Args:
+            text: the JSON.
+            name: what to call it in an error.
+
+        Returns:
+            The report.
 
         Raises:
-            OutputError: it is not what was written, or no report.
+            OutputError: the text is no report, or is not what was written.
         """
         try:
             whole = json.loads(text)
@@ -175,7 +208,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
 
 
 def finite(value: Any) -> Any:
-    """The same structure with inf and nan as text, which JSON has no numbers for."""
+    """The same structure as `value` with inf and nan as text, because JSON has no numbers for them."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

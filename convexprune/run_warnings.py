@@ -1,4 +1,4 @@
-"""What a run tells its user before it works: settings and data that it takes, and that may not be what was meant."""
+"""Warnings before a run: settings and data that are valid, and that may not be what was meant."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a setting of a solver or a pruner may be: said by its annotation, checked as the object is made."""
+"""Types of the settings of solvers and pruners: annotations, checked when the object is made."""
 
 from dataclasses import fields
 from functools import lru_cache
@@ -31,7 +31,7 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
         The object.
 
     Raises:
-        RecipeError: a setting that it does not have, or out of range.
+        RecipeError: the class has no such setting, or a value is out of range.
     """
     known = signature(kind).parameters
     for setting in settings:
@@ -47,7 +47,7 @@ def check_settings(made: object) -> None:
         made: the object.
 
     Raises:
-        RecipeError: the first that is not is named, with its value.
+        RecipeError: a value has another type, or is out of range; the first is named.
     """
     for name, accepted in _accepted(type(made)).items():
         value = getattr(made, name)

@@ -42,7 +42,7 @@ class Sources:
         measured.
 
         Raises:
-            CalibrationError: it is no text and no tokens, or the file cannot be read.
+            CalibrationError: the data set or the text is of no accepted kind, or a file cannot be read.
             DependencyError: a data set of the hub needs a package that is missing.
         """
         check_dataset(self.dataset)
@@ -56,7 +56,7 @@ class Sources:
             )
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
-        """Those of the `windows` that the model writes itself."""
+        """The part of the `windows` that the model writes itself."""
         return {name: tokens for name, tokens in windows.items() if is_self(self._by_use[name])}
 
     @property
@@ -81,7 +81,8 @@ class Sources:
             Windows by use: "calibration", "held_out" and "evaluation".
 
         Raises:
-            CalibrationError, DependencyError: see `calibration_tokens`.
+            CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
+            DependencyError: a data set of the hub needs a package that is missing.
         """
         windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
         if is_self(self.dataset) and self.evaluation is not None and not is_self(self.evaluation):

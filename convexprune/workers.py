@@ -23,7 +23,7 @@ def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> 
         The executor.
 
     Raises:
-        RecipeError: there is none, or it does not fit the run or where we are.
+        RecipeError: no executor has this name, or it fits neither the run nor this machine.
         DependencyError: Ray is missing.
     """
     name, workers = settings["executor"], settings["workers"]
@@ -47,7 +47,7 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
         The number; 1 if each layer has one process.
 
     Raises:
-        RecipeError: more than there are batches, or they do not know where they meet.
+        RecipeError: there are more ranks than batches, or the launcher does not say where they meet.
     """
     if recipe.prefix == "dense" or executor.together == 1:
         return 1

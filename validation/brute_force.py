@@ -28,8 +28,8 @@ def best_pruning(problem: PruningProblem) -> Tensor:
         The weight [m n].
 
     Raises:
-        ProblemError: more than 20 columns, or a pattern that is none of one operator.
-        PatternError: an n:m pattern that does not fit.
+        ProblemError: the weight has more than 20 columns, or the pattern is not that of one operator.
+        PatternError: the n:m pattern does not fit.
     """
     quadratic, pattern = problem.quadratic.double, problem.pattern
     m, n = quadratic.shape

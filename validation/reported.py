@@ -18,7 +18,13 @@ NOTHING = 1e-9  # an error that is only rounding
 
 @dataclass(frozen=True)
 class ReportedError:
-    """The relative error of an operator of a run, measured again on the same tokens, and what the run `reported`."""
+    """The relative error of an operator of a run, and what the run reported.
+
+    Args:
+        operator: its name.
+        error: measured again on the same tokens.
+        reported: by the run.
+    """
 
     operator: str
     error: float
@@ -41,7 +47,15 @@ class ReportedError:
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
-    """The operator's error beside that in its report, which says nothing of its own if it borrowed tokens."""
+    """The error of an operator beside that in its report. A report whose moments borrowed tokens has none of its own.
+
+    Args:
+        operator: with its problem.
+        reports: of the run.
+
+    Returns:
+        One pair, or none.
+    """
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
     own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]
@@ -49,7 +63,12 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:
-    """See that the two models and the report of a run have the same operators.
+    """Check that two models and the report of a run have the same operators.
+
+    Args:
+        dense: the dense model.
+        pruned: the pruned model.
+        reports: one for each operator.
 
     Raises:
         ModelError: they do not; the first that differs is named.

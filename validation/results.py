@@ -1,4 +1,4 @@
-"""What a comparison found: one row for each variant, as JSON and as tables."""
+"""The results of a comparison: one row for each variant, as JSON and as tables."""
 
 from collections.abc import Mapping, Sequence
 from math import exp

@@ -1,4 +1,4 @@
-"""What `verify` looks at: a fresh model, or the folder of a finished run, of which nothing is believed."""
+"""The input of `verify`: a fresh model, or the folder of a finished run, of which nothing is believed."""
 
 import os
 from dataclasses import dataclass
@@ -139,8 +139,8 @@ def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Rep
     """See that the model is the one that was pruned: by its files if it was streamed, else by its tensors.
 
     Raises:
-        ModelError: it is another; what differs is named.
-        OutputError: the report does not say which it was.
+        ModelError: the model is another one; the first differences are named.
+        OutputError: the report does not say which model was pruned.
     """
     then = report.identity.get("weights")
     if not isinstance(then, dict):

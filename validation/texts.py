@@ -22,7 +22,7 @@ def text_of(source: str) -> str:
         The text.
 
     Raises:
-        CalibrationError: neither such a file nor such a name.
+        CalibrationError: there is neither such a file nor such a name.
     """
     if source in TEXTS:
         return TEXTS[source]()

@@ -215,7 +215,7 @@ class Stamp(NamedTuple):
             The stamp.
 
         Raises:
-            ModelError: it is missing, or no file: a pipe or a device would be waited for.
+            ModelError: the file is missing, or is a pipe or a device, which would be waited for.
         """
         with reading(path):
             found = path.stat()
@@ -249,7 +249,7 @@ def read_text(path: Path, longest: int) -> str:
         The text.
 
     Raises:
-        OutputError: it is missing, no file, too long, or no text.
+        OutputError: the file is missing, too long, or no text.
     """
     try:
         if not path.is_file():  # a pipe would be waited for

@@ -11,7 +11,13 @@ from convexprune.pipeline.files import flush, make_folder, publish, writing
 
 @contextmanager
 def appearing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under another name, which becomes `folder` if the block ends well; an empty one gives way.
+    """Write a new folder atomically: it is made under another name, and becomes `folder` if the block ends well.
+
+    Args:
+        folder: where it is wanted; an empty one gives way.
+
+    Yields:
+        The folder under its other name.
 
     Raises:
         OutputError: the disk is full or fails; nothing is left behind.
@@ -27,7 +33,11 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:
-    """See that a file of a model lies in its `folder`, or among the blobs of the hub's cache.
+    """Check that a file of a model lies in its folder, or among the blobs of the hub's cache.
+
+    Args:
+        path: of the file.
+        folder: of the model.
 
     Raises:
         ModelError: it is a link that leads somewhere else, and would be copied from there.

@@ -67,7 +67,7 @@ def default_device(name: str | torch.device) -> str:
         The name, as torch takes it.
 
     Raises:
-        RecipeError: it is not; those that are here are named.
+        RecipeError: the device is not here; those that are here are named.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     name, here = str(name), ["cpu", *(["cuda", *gpus] if gpus else [])]
@@ -86,7 +86,7 @@ def check_threads(threads: int | None) -> None:
         threads: the number; None passes.
 
     Raises:
-        RecipeError: they are too many.
+        RecipeError: there are more than 8 threads for each core.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > THREADS_PER_CORE * cores:

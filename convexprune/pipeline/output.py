@@ -78,7 +78,7 @@ class RunFolder:
             resume: whether an unfinished run may be there.
 
         Raises:
-            OutputError: it holds something else, an unfinished run that is not to be resumed, or one of which is
+            OutputError: the folder holds another thing, an unfinished run that is not to be resumed, or one of which is
                 damaged or gone what it began with.
         """
         done = len(list((self.work / "layers").glob("*.json")))  # first: until they are gone, the rest stays
@@ -143,7 +143,7 @@ class RunFolder:
             The report.
 
         Raises:
-            OutputError: it cannot be read or is damaged.
+            OutputError: the report cannot be read or is damaged.
         """
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
@@ -151,7 +151,7 @@ class RunFolder:
         """Check that every file of a finished run is as it was written.
 
         Raises:
-            OutputError: the files that are not are named.
+            OutputError: a file is missing or damaged; the first five are named.
         """
         files = self.report().files
         if wrong := [fault for name, checksum in files.items() if (fault := self._fault(name, checksum))]:

@@ -19,7 +19,7 @@ def output_folder(given: str | Path, source: Any = None) -> Path:
         The folder, which need not be there.
 
     Raises:
-        OutputError: it is a file, it cannot be made or written to, or it lies inside of the model's own folder.
+        OutputError: the folder is a file, it cannot be made or written to, or it lies inside of the model's own folder.
     """
     try:
         folder = Path(given).expanduser()

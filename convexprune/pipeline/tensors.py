@@ -68,7 +68,7 @@ class Entry:
             The tensor, on the CPU.
 
         Raises:
-            ModelError: its type is none that a weight can have, or the file ends before it.
+            ModelError: its type is none that a weight can have, or the file ends too early.
         """
         if self.spec.code not in DTYPES:
             raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
@@ -87,7 +87,7 @@ class Entry:
             The bytes.
 
         Raises:
-            ModelError: the file ends before it.
+            ModelError: the file ends too early.
         """
         data = bytearray(self.spec.nbytes)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
@@ -130,7 +130,13 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def read_header(path: Path) -> bytes:
-    """The header of a safetensors file, as it is there; nothing of a file that is too short for what it says.
+    """The header of a safetensors file, as it is there.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The bytes; none of a file that is shorter than it says.
 
     Raises:
         ModelError: the file cannot be read.
@@ -142,10 +148,16 @@ def read_header(path: Path) -> bytes:
 
 
 def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
-    """The tensors that the header of a safetensors file tells of, in the order of their bytes, and its metadata.
+    """The tensors that the header of a safetensors file names, in the order of their bytes, and its metadata.
+
+    Args:
+        text: the header.
+
+    Returns:
+        The specs by name, and the metadata.
 
     Raises:
-        ValueError: it is no such header.
+        ValueError: the text is no header of a safetensors file.
     """
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)

@@ -32,7 +32,7 @@ def make_solver(name: str, **settings: Any) -> AbstractSolver:
         The solver.
 
     Raises:
-        RecipeError: unknown name or setting.
+        RecipeError: there is no such solver, or it has no such setting.
     """
     if name not in _PLACES:
         raise RecipeError(unknown("solver", name, _PLACES))

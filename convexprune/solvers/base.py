@@ -1,4 +1,4 @@
-"""What every solver promises: a convex problem in, a certified solution out."""
+"""The interface of every solver: a convex problem in, a certified solution out."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -211,7 +211,7 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
         penalty: the class of the penalty.
 
     Raises:
-        UnsupportedError: naming the penalty, the solver, and what the solver takes.
+        UnsupportedError: the solver does not take the penalty.
     """
     if not issubclass(penalty, solver.penalties):
         takes = ", ".join(p.__name__ for p in solver.penalties)

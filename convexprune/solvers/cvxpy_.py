@@ -54,7 +54,7 @@ class CVXPY(AbstractSolver):
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """What is stated in CVXPY's atoms below."""
+        """The penalties that are stated in CVXPY's atoms below."""
         return (L1, ReverseHuber, Support)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:

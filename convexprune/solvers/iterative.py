@@ -1,4 +1,4 @@
-"""What our iterative solvers of any penalty have in common: coordinates, the test of the gap, the certificate."""
+"""The common part of our iterative solvers: coordinates, the test of the gap, the certificate."""
 
 import time
 from abc import abstractmethod

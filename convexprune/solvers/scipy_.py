@@ -42,7 +42,7 @@ class SciPy(AbstractSolver):
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """What the two methods below can state."""
+        """The penalties that the two methods below can state."""
         return (L1, Support)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
