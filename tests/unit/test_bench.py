@@ -1,0 +1,79 @@
+"""Formats multiply by the weight that they were given, and `bench` times them in turns."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from convexprune import cli, errors
+from convexprune.adapters import HuggingFaceModel
+from convexprune.validation import bench as room
+from convexprune.validation.bench import Timing, bench
+from convexprune.validation.formats import FORMATS, GROUP, SemiStructured
+
+ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, f"int4, groups of {GROUP}": 0.2, "CSR, float32": 1e-6}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_a_format_multiplies_by_its_weight_and_counts_its_bytes(name: str):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 128, generator=generator) * (torch.rand(32, 128, generator=generator) < 0.5)
+    bias, x = torch.randn(32, generator=generator), torch.randn(2, 3, 128, generator=generator)
+    product = FORMATS[name](weight, bias)
+    y = product(x.to(product.dtype)).float()
+    assert y.shape == (2, 3, 32)
+    assert (y - (x @ weight.T + bias)).norm() <= ROUNDING[name] * y.norm()
+    kept = int((weight != 0).sum())
+    expected = {"float32": 4 * 4096, "bfloat16": 2 * 4096, "int8": 4096 + 2 * 32, "CSR, float32": 8 * kept + 4 * 33}
+    assert product.nbytes == expected.get(name, 4096 // 2 + 2 * 2 * 4096 // GROUP)
+
+
+def test_a_format_that_cannot_be_here_says_why():
+    assert SemiStructured.why_not(torch.zeros(4, 4)) == "it needs an NVIDIA GPU"
+    assert "no multiple of 64" in str(FORMATS[f"int4, groups of {GROUP}"].why_not(torch.zeros(16, 32)))
+
+
+def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
+    tiny_llama: HuggingFaceModel, monkeypatch
+):
+    monkeypatch.setattr(room, "LEAST", 2)
+    before = {name: t.clone() for name, t in tiny_llama.model.state_dict().items()}
+    found = bench(tiny_llama.model, batches=(1, 2), prompt=8, new_tokens=2, seconds=0.1)
+    assert all(torch.equal(t, before[name]) for name, t in tiny_llama.model.state_dict().items())
+    assert found.dense == "float32" and found.zeros == 0
+    assert set(found.left_out) == {f"int4, groups of {GROUP}", "2:4, bfloat16"}  # widths of 32 and 48; no GPU
+    keys = [(t.what, t.batch, t.format) for t in found.timings]
+    assert len(keys) == len(set(keys)) == 4 * (3 * 3 + 3)  # formats; shapes times batches and a prompt, and generation
+    assert all(t.milliseconds > 0 and t.over_dense > 0 for t in found.timings)
+    assert all(t.over_dense == 1 for t in found.timings if t.format == "float32")
+    decoded = next(t for t in found.timings if t.what == "decode" and t.batch == 2)
+    assert decoded.tokens_per_second == pytest.approx(2e3 / decoded.milliseconds)
+    assert len(json.loads(json.dumps(found.to_json()))["verdict"]) == len(FORMATS) - 1
+    assert found.line.startswith("Tokens/s at batch 1 on cpu, 1 threads: float32 ")
+
+
+@pytest.mark.parametrize(
+    ("over_dense", "middle_half", "said"),
+    [
+        (2.0, (1.8, 2.2), "2.00 times as slow"),
+        (0.5, (0.4, 0.6), "2.00 times as fast"),
+        (1.1, (0.9, 1.2), "as fast, as"),
+    ],
+)
+def test_the_verdict_knows_what_noise_hides(over_dense, middle_half, said):
+    assert said in room._compared(Timing("decode", 1, "int8", 1.0, over_dense, middle_half, 1, 1.0))
+
+
+def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "LEAST", 2)
+    tiny_llama.model.save_pretrained(tmp_path / "model")
+    run = CliRunner(env={"COLUMNS": "140"}).invoke
+    short = ["--batch", "1", "--prompt", "4", "--new-tokens", "1", "--seconds", "0.1"]
+    result = run(cli.app, ["bench", str(tmp_path / "model"), *short])
+    assert result.exit_code == 0, result.output
+    assert (
+        "The whole model" in result.stdout and "2:4, bfloat16: not timed here: it needs an NVIDIA GPU." in result.stdout
+    )
+    with pytest.raises(errors.RecipeError, match="at least 1, not 0"):
+        bench(tmp_path / "model", prompt=0)
