@@ -19,7 +19,7 @@ from transformers import (
 from convexprune.errors import ModelError
 from convexprune.pipeline import FolderStore
 from convexprune.pipeline.files import make_folder, publish, write_json, writing
-from convexprune.pipeline.folders import appearing_folder
+from convexprune.pipeline.folders import atomic_folder
 from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import Entry
 
@@ -184,7 +184,7 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
     Raises:
         OutputError: the disk is full or fails.
     """
-    with appearing_folder(folder) as whole:
+    with atomic_folder(folder) as whole:
         if model.shards is None:
             save(model, whole)
         else:

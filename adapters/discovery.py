@@ -32,12 +32,12 @@ class GroupSpec:
 
 
 ExpertFamily = tuple[GroupSpec, ...]
-"""The groups of one make: one for each expert; of what is not in experts, a single one."""
+"""The groups of one canonical name: one for each expert; a single one of what is not in experts."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a kind of decoder layer consists of; all layers that are built the same share it.
+    """What one sort of decoder layer consists of; all layers that are built the same share it.
 
     Args:
         stages: the groups of each stage.
@@ -50,7 +50,7 @@ class Layout:
     @property
     def places(self) -> list[Place]:
         """All places in the order of execution."""
-        return [place for stage in self.stages for party in stage for place in party.places]
+        return [place for stage in self.stages for spec in stage for place in spec.places]
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
         """A decoder layer with some of its operators.
@@ -65,17 +65,17 @@ class Layout:
         """
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
-        def group(party: GroupSpec, kept: tuple[Place, ...]) -> Group:
+        def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
             operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
             if kept[0].index is None:
-                return Group(operators, ModuleInput(operators[0].module), party.paired)
+                return Group(operators, ModuleInput(operators[0].module), spec.paired)
             tap = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
-            return Group(operators, tap, party.paired)
+            return Group(operators, tap, spec.paired)
 
         stages = []
         for stage in self.stages:
-            kept = [(party, tuple(place for place in party.places if wanted(place))) for party in stage]
-            stages.append(tuple(group(party, places) for party, places in kept if places))
+            kept = [(spec, tuple(place for place in spec.places if wanted(place))) for spec in stage]
+            stages.append(tuple(group(spec, places) for spec, places in kept if places))
         return DecoderLayer(name, module, tuple(stage for stage in stages if stage))
 
 
@@ -110,9 +110,9 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
     """
     seen = watch(layer, call, hidden)
 
-    def moved_by(kind: ExpertFamily) -> Callable[[GroupSpec], bool]:
-        now = watch(layer, call, hidden, frozenset(place for party in kind for place in party.places))
-        return lambda party: _differ(seen, now, party.places[0])
+    def moved_by(family: ExpertFamily) -> Callable[[GroupSpec], bool]:
+        now = watch(layer, call, hidden, frozenset(place for spec in family for place in spec.places))
+        return lambda spec: _differ(seen, now, spec.places[0])
 
     return lay_out(layer, seen, hidden[..., 0].numel(), moved_by)
 
@@ -133,19 +133,19 @@ def lay_out(
     """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
-    kinds = _kinds(layer, every, seen, tokens, reasons)
-    reasons |= _routers(layer, every, kinds)
-    kinds = [kind for kind in (_without(kind, reasons) for kind in kinds) if kind]
-    stages = _stages(kinds, seen, moved_by)
-    placed = {place.name for stage in stages for party in stage for place in party.places}
+    families = _families(layer, every, seen, tokens, reasons)
+    reasons |= _routers(layer, every, families)
+    families = [family for family in (_without(family, reasons) for family in families) if family]
+    stages = _stages(families, seen, moved_by)
+    placed = {place.name for stage in stages for spec in stage for place in spec.places}
     for place in every:
         if place.name not in placed:
             reasons.setdefault(place.name, "not called in a forward pass")
-    return Layout(stages, reasons | _unsupported_parameters(layer, kinds, every))
+    return Layout(stages, reasons | _unsupported_parameters(layer, families, every))
 
 
 def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
-    """All linear maps of the layer, called or not; of a pile that was multiplied with, all its matrices."""
+    """All linear maps of the layer, called or not; of fused experts that were used, all of them."""
     every = [place_of(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
     used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
     for path, parameter, transposed in used:
@@ -157,7 +157,7 @@ def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
 # ---- groups
 
 
-def _kinds(
+def _families(
     layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]
 ) -> list[ExpertFamily]:
     """The groups in the order of their first calls, those of equal experts together."""
@@ -168,15 +168,15 @@ def _kinds(
     named = {place: canonical_name(layer, place) for place in every}
     found: dict[tuple[str, ...], dict[str, tuple[Place, ...]]] = {}
     for group in together.values():
-        makes = tuple(named[place][0] for place in group)
+        names = tuple(named[place][0] for place in group)
         numbers = {named[place][1] for place in group}
-        # Experts that all get one tensor are one group; it is of no make but its own.
-        key = makes if len(numbers) == 1 else tuple(place.name for place in group)
+        # Experts that all get one tensor are one group, which shares its name with no other.
+        key = names if len(numbers) == 1 else tuple(place.name for place in group)
         found.setdefault(key, {})[min(numbers)] = tuple(group)
-    for makes, groups in found.items():
-        siblings = {number: p for p, (make, number) in named.items() if make == makes[0]}
+    for names, groups in found.items():
+        siblings = {number: p for p, (name, number) in named.items() if name == names[0]}
         for number in siblings.keys() - groups.keys():
-            places = tuple(p for make in makes for p, n in named.items() if n == (make, number))
+            places = tuple(p for name in names for p, n in named.items() if n == (name, number))
             if not any(place in seen.inputs for place in places):
                 groups[number] = places
 
@@ -184,11 +184,11 @@ def _kinds(
         x = seen.inputs.get(places[0])
         return x is not None and x.numel() == tokens * x.shape[-1] and places[0].index is None
 
-    kinds = []
+    families = []
     for groups in found.values():
         paired = all(whole(places) for places in groups.values())
-        kinds.append(tuple(GroupSpec(groups[number], paired) for number in sorted(groups, key=_numerically)))
-    return kinds
+        families.append(tuple(GroupSpec(groups[number], paired) for number in sorted(groups, key=_numerically)))
+    return families
 
 
 def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
@@ -216,22 +216,22 @@ def _numerically(number: str) -> list[int]:
     return [int(part) for part in number.split(".") if part]
 
 
-def _blocks(layer: nn.Module, kinds: list[ExpertFamily]) -> dict[str, int]:
+def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:
     """For each module that holds experts, how many there are."""
     held = {path: len(p) for path, module in layer.named_modules() for p in fused_parameters(module).values()}
     blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
-    for kind in kinds:
-        if len(kind) > 1 and not kind[0].paired:
-            experts = commonpath([party.places[0].module.replace(".", "/") for party in kind])
-            blocks[dirname(experts).replace("/", ".")] = len(kind)
+    for family in families:
+        if len(family) > 1 and not family[0].paired:
+            experts = commonpath([spec.places[0].module.replace(".", "/") for spec in family])
+            blocks[dirname(experts).replace("/", ".")] = len(family)
     return blocks
 
 
-def _routers(layer: nn.Module, every: list[Place], kinds: list[ExpertFamily]) -> dict[str, str]:
+def _routers(layer: nn.Module, every: list[Place], families: list[ExpertFamily]) -> dict[str, str]:
     """The linear maps that choose experts: beside them, and no wider than they are many."""
-    experts = {place for kind in kinds if len(kind) > 1 for party in kind for place in party.places}
+    experts = {place for family in families if len(family) > 1 for spec in family for place in spec.places}
     found = {}
-    for block, number in _blocks(layer, kinds).items():
+    for block, number in _blocks(layer, families).items():
         for place in every:
             rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
             if place not in experts and _inside(place.module, block) and rows <= number:
@@ -239,10 +239,10 @@ def _routers(layer: nn.Module, every: list[Place], kinds: list[ExpertFamily]) ->
     return found
 
 
-def _unsupported_parameters(layer: nn.Module, kinds: list[ExpertFamily], every: list[Place]) -> dict[str, str]:
+def _unsupported_parameters(layer: nn.Module, families: list[ExpertFamily], every: list[Place]) -> dict[str, str]:
     """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
     known = {place.path for place in every}
-    blocks = _blocks(layer, kinds)
+    blocks = _blocks(layer, families)
     found = {}
     for path, module in layer.named_modules():
         for parameter, value in module.named_parameters(recurse=False):
@@ -259,37 +259,39 @@ def _inside(path: str, block: str) -> bool:
     return not block or path.startswith(f"{block}.")
 
 
-def _without(kind: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
-    kept = (GroupSpec(tuple(p for p in party.places if p.name not in reasons), party.paired) for party in kind)
-    return tuple(party for party in kept if party.places)
+def _without(family: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
+    kept = (GroupSpec(tuple(p for p in spec.places if p.name not in reasons), spec.paired) for spec in family)
+    return tuple(spec for spec in kept if spec.places)
 
 
 # ---- stages
 
 
 def _stages(
-    kinds: list[ExpertFamily], seen: Seen, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
+    families: list[ExpertFamily], seen: Seen, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
 ) -> tuple[ExpertFamily, ...]:
     """As few stages as the dependencies allow."""
     nothing = moved_by(())
-    if any(nothing(party) for kind in kinds for party in kind):
-        return tuple(kinds)  # no pass is like another, so differences show nothing: one after the other, as called
-    levels = [0] * len(kinds)
-    for i, kind in enumerate(kinds):
-        moves = moved_by(kind)
-        moved = [any(moves(party) for party in other) for other in kinds]
-        if any(moved[: i + 1]) and any(len(k) > 1 for k in kinds):
+    if any(nothing(spec) for family in families for spec in family):
+        return tuple(families)  # no pass is like another, so differences show nothing: one after the other, as called
+    levels = [0] * len(families)
+    for i, family in enumerate(families):
+        moves = moved_by(family)
+        moved = [any(moves(spec) for spec in other) for other in families]
+        if any(moved[: i + 1]) and any(len(k) > 1 for k in families):
             # These "experts" feed each other: take each group by itself, in the order of the calls.
             order = {place: number for number, place in enumerate(seen.inputs)}
-            parties = [party for k in kinds for party in k if party.places[0] in order]
-            single = [(party,) for party in sorted(parties, key=lambda party: order[party.places[0]])]
+            specs = [spec for k in families for spec in k if spec.places[0] in order]
+            single = [(spec,) for spec in sorted(specs, key=lambda spec: order[spec.places[0]])]
             return _stages(single, seen, moved_by)
-        for j in range(i + 1, len(kinds)):
+        for j in range(i + 1, len(families)):
             if moved[j]:
                 levels[j] = max(levels[j], levels[i] + 1)
     stages = []
     for level in sorted(set(levels)):
-        stages.append(tuple(party for kind, own in zip(kinds, levels, strict=True) if own == level for party in kind))
+        stages.append(
+            tuple(spec for family, own in zip(families, levels, strict=True) if own == level for spec in family)
+        )
     return tuple(stages)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
-class Given:
+class OriginalState:
     """The state of a `model` before a run: modes of modules, parameters that ask for gradients, layers before they
     changed.
 
@@ -27,7 +27,7 @@ class Given:
         if name not in self.layers:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Modes, and parameters that ask for gradients, as they were; no layer is kept any longer."""
         self.layers = {}
         for module in self._training:

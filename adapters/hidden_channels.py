@@ -89,7 +89,7 @@ def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequ
     """The axes found stage by stage, with the hidden states and what is found of the layer in another order.
 
     What a group then sees is in that order too, so its columns have to be; or as before, so its rows have to be if
-    they are as many, for what they make is added to the hidden states. None if neither, or if the layer then computes
+    they are as many, for their outputs are added to the hidden states. None if neither, or if the layer then computes
     something else.
     """
     size = hidden.shape[-1]
@@ -118,10 +118,10 @@ def _of_stage(
     axes, consumers = list[Axis](), list[Axis]()
     roles: dict[str, bool | None] = {}  # of an expert that no token reaches, its siblings'
     for group in sorted(stage, key=lambda group: group not in seen):
-        make, _ = canonical_name_of(layer, group.operators[0])
+        name, _ = canonical_name_of(layer, group.operators[0])
         if group in seen and group in before:
-            roles[make] = _reads(before[group], seen[group], order)
-        reads = roles.get(make)
+            roles[name] = _reads(before[group], seen[group], order)
+        reads = roles.get(name)
         if reads is None:
             return None
         if reads:

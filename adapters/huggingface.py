@@ -22,7 +22,7 @@ from .admission import (
 )
 from .discovery import Layout, discover, signature
 from .family import decoder_layers, positions
-from .given import Given
+from .given import OriginalState
 from .logits import logits_at, pieces
 from .operators import computes_on, held, put
 from .replay import refuse_looking_ahead, refuse_other_replays
@@ -88,10 +88,10 @@ class HuggingFaceModel(AbstractModel):
         self.model = model
         self.tokenizer = tokenizer
         self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
-        self._given, self._keeps = Given(model), False
+        self._original, self._keeps = OriginalState(model), False
         model.eval().requires_grad_(False)
         with ExitStack() as refused:
-            refused.callback(self._given.give_back)
+            refused.callback(self._original.restore)
             self._look(targets, ignore)
             refused.pop_all()
 
@@ -122,12 +122,12 @@ class HuggingFaceModel(AbstractModel):
                 failed.pop_all()
         finally:
             self._keeps = False
-            self._given.give_back()
+            self._original.restore()
 
     def _put_back(self) -> None:
         self._keeps = False
         for layer in self.layers:
-            self.load_state(layer, self._given.layers.get(layer.name, {}))
+            self.load_state(layer, self._original.layers.get(layer.name, {}))
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +195,7 @@ class HuggingFaceModel(AbstractModel):
     def keep(self, layer: DecoderLayer) -> None:
         """See `AbstractModel.keep`; only while it is lent so that it can be undone."""
         if self._keeps:
-            self._given.keep(layer.name, self.state(layer))
+            self._original.keep(layer.name, self.state(layer))
 
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:

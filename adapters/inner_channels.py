@@ -1,7 +1,7 @@
 """Channels inside of decoder layers that may change places, by experiment: in MLPs, attention heads and experts.
 
 Outputs of an operator that are doubled show which inputs of a later one they reach one by one; these channels are then
-tried in another order, and kept only if the later one makes the same of them.
+tried in another order, and kept only if the outputs of the later one stay the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,13 +64,13 @@ def _in_experts(
     layer: DecoderLayer, earlier: Sequence[Group], stage: Sequence[Group], call: Call, hidden: Tensor
 ) -> Iterator[Channels]:
     """Those inside of the experts of a stage: tried on one that tokens reach, and the same in its siblings."""
-    makes: dict[str, dict[str, Group]] = {}
+    families: dict[str, dict[str, Group]] = {}
     for group in stage:
         if not group.paired:
-            make, number = canonical_name_of(layer, group.operators[0])
-            makes.setdefault(make, {})[number] = group
+            family, number = canonical_name_of(layer, group.operators[0])
+            families.setdefault(family, {})[number] = group
     before = {canonical_name_of(layer, o): o for group in earlier if not group.paired for o in group.operators}
-    for groups in makes.values():
+    for groups in families.values():
         seen = stage_inputs(layer, list(groups.values()), call, hidden)
         tried = next((number for number, group in groups.items() if group in seen), None)
         if tried is None:

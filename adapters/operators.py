@@ -20,7 +20,7 @@ class Place:
     """Where in a decoder layer the weight of an operator is; the same place exists in every equal layer.
 
     The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D);
-    or a pile of such matrices, of which W is number `index` (the experts of transformers 5).
+    or several such matrices, of which W is number `index` (the experts of transformers 5).
     """
 
     module: str

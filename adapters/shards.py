@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline.files import Stamp, appearing, copy_file, reading, sha256, write
+from convexprune.pipeline.files import Stamp, atomic_write, copy_file, reading, sha256, write
 from convexprune.pipeline.scan import scanned
 from convexprune.pipeline.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 
@@ -335,5 +335,5 @@ def _equal(one: Entry, other: Entry) -> bool:
 
 
 def _write_text(path: Path, value: Any) -> None:
-    with appearing(path) as file:
+    with atomic_write(path) as file:
         write(file, (json.dumps(value, indent=2) + "\n").encode())

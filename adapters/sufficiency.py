@@ -41,13 +41,13 @@ def shortage(windows: Tensor, widest: int) -> str | None:
         The warning; None if there are enough.
     """
     different, runs = _runs(windows)
-    tokens, share = windows.numel(), different / max(1, runs)
-    if tokens * share >= widest:
+    tokens, part = windows.numel(), different / max(1, runs)
+    if tokens * part >= widest:
         return None
     samples = f"num_calibration_samples (--nsamples) of {-(-widest // windows.shape[1]):,} at least"
-    repeated = share < 0.5
+    repeated = part < 0.5
     return (
-        f"{tokens:,} calibration tokens{f', of which {share:.0%} repeat no others,' if repeated else ''} for operators "
+        f"{tokens:,} calibration tokens{f', of which {part:.0%} repeat no others,' if repeated else ''} for operators "
         f"of up to {widest:,} inputs: weights can fit a sample of fewer tokens exactly, so its errors say little. Give "
         f"{'a text that repeats itself less' if repeated else samples}, and judge by the held-out error."
     )

@@ -1,4 +1,4 @@
-"""How many zeros each part of a model gets, to a global share: an exact convex allocation, and a rule beside it."""
+"""How many zeros each part of a model gets, to a global sparsity: an exact convex allocation, and a rule beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,7 +180,7 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
         kept[u] = unit * weights[u]
     if min(kept) < 1e-6:
         raise PatternError(f"Sparsity {sparsity} leaves nothing of the least skewed layers: take another allocation.")
-    return [1 - share for share in kept]
+    return [1 - fraction for fraction in kept]
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

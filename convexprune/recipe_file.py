@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from convexprune.errors import RecipeError
-from convexprune.pipeline.files import appearing, read_text, write
+from convexprune.pipeline.files import atomic_write, read_text, write
 from convexprune.recipe import Recipe, make_recipe
 
 RECIPE = "recipe.yaml"
@@ -29,7 +29,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     Raises:
         OutputError: the disk is full or fails.
     """
-    with appearing(folder / RECIPE) as file:
+    with atomic_write(folder / RECIPE) as file:
         write(file, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
     return folder / RECIPE
 

@@ -124,7 +124,7 @@ def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, panels: Mapping[s
     for row in rows:
         lines.setdefault((_label(row), row["pattern"] == "unstructured"), []).append(row)
     colours = _colours(lines)
-    shares = sorted({row["asked_sparsity"] for row in rows})
+    sparsities = sorted({row["asked_sparsity"] for row in rows})
     for axis, (what, value) in zip(axes, panels.items(), strict=True):
         for (label, unstructured), members in lines.items():
             points = sorted((row["sparsity"], value(row)) for row in members)
@@ -133,7 +133,7 @@ def _by_sparsity(folder: Path, rows: Sequence[Row], name: str, panels: Mapping[s
             axis.plot(*zip(*points, strict=True), style, color=colours[label], label=shown, linewidth=1, markersize=4)
         axis.set(xlabel="sparsity", ylabel=what, yscale="log")
         axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), major_formatter="{x:.6g}", minor_formatter="")
-        axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
+        axis.set_xticks(sparsities, [f"{sparsity:.0%}" for sparsity in sparsities])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return _save(figure, folder, f"{name}-against-sparsity.png")
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from convexprune.container.format import BLOCK, decode, encode, longest, width
 from convexprune.errors import ModelError, shown
-from convexprune.pipeline.files import appearing, reading, write
+from convexprune.pipeline.files import atomic_write, reading, write
 from convexprune.pipeline.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
 
 SUFFIX, PACKED = ".safetensors", ".pack.safetensors"
@@ -38,7 +38,7 @@ def pack_file(path: Path, target: Path) -> None:
     room = len(_header(text, {n: _wider(e.spec) for n, e in found.items()}, dict.fromkeys(found, "0" * 64), [*found]))
     if room > LONGEST_HEADER:
         raise ModelError(f"{path}: its header has {len(text):,} characters, too many to be packed.")
-    with appearing(target) as out:
+    with atomic_write(target) as out:
         write(out, bytes(8 + room))
         for name, entry in found.items():
             nbytes, checksums[name] = _write_coded(entry, out)
@@ -55,7 +55,7 @@ def unpack_file(path: Path, target: Path) -> None:
         ModelError: `path` is damaged or is no such file; nothing is written.
         OutputError: the disk is full or fails.
     """
-    with appearing(target) as out:
+    with atomic_write(target) as out:
         for data in _unpacked(path):
             write(out, data)
 

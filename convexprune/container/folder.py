@@ -9,7 +9,7 @@ from pathlib import Path
 from convexprune.container.file import PACKED, SUFFIX, contents, is_packed, pack_file, packed_checksum, unpack_file
 from convexprune.errors import ModelError, OutputError
 from convexprune.pipeline.files import PARTS, Stamp, checksum_inside, copy_file, reading
-from convexprune.pipeline.folders import appearing_folder, refuse_foreign
+from convexprune.pipeline.folders import atomic_folder, refuse_foreign
 from convexprune.pipeline.output import RUN, check_output
 from convexprune.pipeline.place import output_folder
 from convexprune.progress import begin
@@ -180,7 +180,7 @@ def _write(
             f"{target}: {needed:,} bytes are needed, and {free:,} are free. Make room, or give another folder."
         )
     step = begin(doing, len(names))
-    with appearing_folder(target) as whole:
+    with atomic_folder(target) as whole:
         for source, name in names.items():
             (convert if name != source else copy_file)(folder / source, whole / name)
             step(str(source))

@@ -86,7 +86,7 @@ _ADVICE = {
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a new file atomically: it is written under another name, flushed, and becomes `path` if the block ends
     well.
 
@@ -168,7 +168,7 @@ def copy_file(source: Path, path: Path) -> None:
         ModelError: `source` cannot be read.
         OutputError: the disk is full or fails.
     """
-    with reading(source), source.open("rb") as file, appearing(path) as copied:
+    with reading(source), source.open("rb") as file, atomic_write(path) as copied:
         while data := file.read(CHUNK):
             write(copied, data)
 
@@ -234,7 +234,7 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OutputError: the disk is full or fails.
     """
-    with appearing(path) as file:
+    with atomic_write(path) as file:
         write(file, json.dumps(value, indent=1).encode())
 
 

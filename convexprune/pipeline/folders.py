@@ -10,7 +10,7 @@ from convexprune.pipeline.files import flush, make_folder, publish, writing
 
 
 @contextmanager
-def appearing_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write a new folder atomically: it is made under another name, and becomes `folder` if the block ends well.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from convexprune.errors import OutputError
 from convexprune.pipeline.files import (
     PARTS,
-    appearing,
+    atomic_write,
     checksum_inside,
     locked,
     make_folder,
@@ -171,7 +171,7 @@ class RunFolder:
             OutputError: the disk is full or fails.
         """
         report.files = {path.relative_to(self.folder).as_posix(): str(sha256(path)) for path in sorted(written)}
-        with appearing(self.folder / REPORT) as file:
+        with atomic_write(self.folder / REPORT) as file:
             write(file, report.to_json().encode())
         os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished
 
@@ -179,8 +179,8 @@ class RunFolder:
     def alone(self) -> Iterator[bool]:
         """Inside, this process is the only one to finish the run; false if another one has."""
         while self.is_unfinished:
-            with locked(self.folder / FINISH) as mine:
-                if mine and self.is_unfinished:
+            with locked(self.folder / FINISH) as is_locked:
+                if is_locked and self.is_unfinished:
                     yield True
                     return
             time.sleep(POLL)
@@ -195,8 +195,8 @@ class RunFolder:
     def _held(self, shared: bool) -> Iterator[None]:
         """The lock on the folder; who holds it in a finished run only tidies up, and is waited for."""
         while True:
-            with locked(self.folder / LOCK, shared=shared) as mine:
-                if mine:
+            with locked(self.folder / LOCK, shared=shared) as is_locked:
+                if is_locked:
                     yield
                     return
                 if not self.is_finished:

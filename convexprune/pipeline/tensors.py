@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ModelError
-from convexprune.pipeline.files import Stamp, appearing, naming, read_ahead, reading, write, writing
+from convexprune.pipeline.files import Stamp, atomic_write, naming, read_ahead, reading, write, writing
 
 # The codes of the safetensors format for the types that a language model is stored in.
 DTYPES = {
@@ -224,7 +224,7 @@ def write_tensors(
         header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data are to be aligned
-    with appearing(path) as file:
+    with atomic_write(path) as file:
         write(file, len(text).to_bytes(8, "little") + text)
         for name in specs:
             value = read(name)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from convexprune.errors import ModelError, OutputError
 from convexprune.pipeline import files, scan
-from convexprune.pipeline.files import appearing, copy_file, locked, make_folder, overwrite
+from convexprune.pipeline.files import atomic_write, copy_file, locked, make_folder, overwrite
 from convexprune.pipeline.scan import scanned
 from convexprune.pipeline.tensors import DTYPES
 
@@ -20,13 +20,13 @@ def test_a_temporary_name_cannot_be_known_and_follows_no_link(tmp_path: Path, mo
     names, victim = set(), tmp_path / "victim"
     victim.write_text("mine")
     for _ in range(2):
-        with appearing(tmp_path / "x") as file:
+        with atomic_write(tmp_path / "x") as file:
             file.write(b"new")
             names |= {path.name for path in tmp_path.glob(files.PARTS)}
     assert len(names) == 2 and (tmp_path / "x").read_bytes() == b"new"
     monkeypatch.setattr(files.secrets, "token_hex", lambda _: "planted")
     (tmp_path / ".planted.part").symlink_to(victim)
-    with pytest.raises(OutputError, match="File exists"), appearing(tmp_path / "x") as file:
+    with pytest.raises(OutputError, match="File exists"), atomic_write(tmp_path / "x") as file:
         file.write(b"lost")
     assert victim.read_text() == "mine" and (tmp_path / "x").read_bytes() == b"new"
 
@@ -35,7 +35,7 @@ def test_a_temporary_name_cannot_be_known_and_follows_no_link(tmp_path: Path, mo
 def test_what_is_written_obeys_the_umask(tmp_path: Path, mask: int, mode: int):
     before = os.umask(mask)
     try:
-        with appearing(tmp_path / "x"), locked(tmp_path / "lock"):
+        with atomic_write(tmp_path / "x"), locked(tmp_path / "lock"):
             pass
     finally:
         os.umask(before)
@@ -62,7 +62,7 @@ def test_a_folder_that_may_not_be_written_to_is_not_called_full(tmp_path: Path, 
     monkeypatch.setattr(Path, "open", refuse)
     with (
         pytest.raises(OutputError, match=r"Permission denied.* Make the folder readable and writable"),
-        appearing(tmp_path / "x"),
+        atomic_write(tmp_path / "x"),
     ):
         pass
 
