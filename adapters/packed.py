@@ -36,6 +36,9 @@ def load(
         trust_remote_code: let transformers run code that a checkpoint brings.
         revision: of a name on the hub: a branch, a tag or a commit.
 
+    Returns:
+        The model of transformers.
+
     Raises:
         ModelError: files are missing or damaged, or hold no model that can be pruned.
         OutputError: the temporary folder has not enough room.

@@ -28,11 +28,17 @@ LEAST, MOST = 5, 200  # rounds
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one thing in one format: the median of the rounds.
+    """The time of one thing in one format: the median of the rounds.
 
-    `what` is the shape of a weight [m n], or "prefill" or "decode" of the whole model; `batch` the number of sequences.
-    `over_dense` is this time over that of the dense format in the same round, the median, and `middle_half` its
-    quartiles. `nbytes` have to be read; `tokens_per_second` is of the whole model, None for a single weight.
+    Args:
+        what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
+        batch: the number of sequences.
+        format: of the weights.
+        milliseconds: the median.
+        over_dense: this time over that of the dense format in the same round, the median.
+        middle_half: the quartiles of that.
+        nbytes: that have to be read.
+        tokens_per_second: of the whole model; None for a single weight.
     """
 
     what: str
@@ -47,7 +53,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was timed on which device; `dense` is the checkpoint's own format, `left_out` says why others are not."""
+    """What was timed on which device.
+
+    Args:
+        model: its name.
+        device: its name.
+        dense: the checkpoint's own format.
+        zeros: the fraction of zeros in the weights.
+        timings: the times.
+        left_out: by format: why it was not timed.
+    """
 
     model: str
     device: str

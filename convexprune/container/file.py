@@ -22,12 +22,16 @@ NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 1
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file has the name of a packed one."""
+    """Whether the file at `path` has the name of a packed one."""
     return path.name.endswith(PACKED)
 
 
 def pack_file(path: Path, target: Path) -> None:
-    """Write the safetensors file at `path` packed to `target`, block by block.
+    """Pack a safetensors file, block by block.
+
+    Args:
+        path: of the file.
+        target: of the packed file.
 
     Raises:
         ModelError: `path` is damaged or cannot be read.
@@ -49,7 +53,11 @@ def pack_file(path: Path, target: Path) -> None:
 
 
 def unpack_file(path: Path, target: Path) -> None:
-    """Write the file that was packed to `path`, byte for byte as it was; block by block.
+    """Write the file that was packed, byte for byte as it was; block by block.
+
+    Args:
+        path: of the packed file.
+        target: of the file.
 
     Raises:
         ModelError: `path` is damaged or is no such file; nothing is written.
@@ -61,7 +69,13 @@ def unpack_file(path: Path, target: Path) -> None:
 
 
 def packed_checksum(path: Path) -> str:
-    """The sha256 of the file that was packed to `path`: all of it is unpacked, block by block, and nothing written.
+    """The sha256 of the file that was packed: all of it is unpacked, block by block, and nothing written.
+
+    Args:
+        path: of the packed file.
+
+    Returns:
+        The checksum in hexadecimal.
 
     Raises:
         ModelError: `path` is damaged or is no such file.
@@ -73,7 +87,13 @@ def packed_checksum(path: Path) -> str:
 
 
 def contents(path: Path) -> tuple[int, int]:
-    """How many weights and how many bytes the file had that was packed to `path`; only its header is read.
+    """The size of the file that was packed; only a header is read.
+
+    Args:
+        path: of the packed file.
+
+    Returns:
+        Its weights, and its bytes.
 
     Raises:
         ModelError: `path` is damaged or is no such file.

@@ -20,9 +20,13 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 @dataclass(frozen=True)
 class Packed:
-    """What packing came to: bytes of all files `before` and `after`, and `bits` a weight in the packed ones.
+    """The sizes of a pack. Once unpacked, the model takes the memory and the time that it took before.
 
-    Once unpacked, the model takes the memory and the time that it took before.
+    Args:
+        output_dir: the folder of the pack.
+        before: bytes of all files of the model.
+        after: bytes of all files of the pack.
+        bits: of a weight in the packed files.
     """
 
     output_dir: Path
@@ -32,7 +36,13 @@ class Packed:
 
     @classmethod
     def of(cls, folder: Path) -> "Packed":
-        """Of the pack in a folder; only headers are read.
+        """The sizes of the pack in a folder; only headers are read.
+
+        Args:
+            folder: of the pack.
+
+        Returns:
+            The sizes.
 
         Raises:
             ModelError: one of its files is damaged or leads elsewhere.
@@ -55,6 +65,9 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
         source: a folder that holds safetensors files, such as `prune` writes.
         output_dir: where to write the pack; must be empty or not there. It is there whole or not at all.
 
+    Returns:
+        The sizes before and after.
+
     Raises:
         ModelError: a file of the model is damaged, cannot be read, or is a link that leads elsewhere; there are no
             safetensors; or it is a pack already.
@@ -72,11 +85,14 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
 
 
 def unpack(source: str | Path, output_dir: str | Path) -> Path:
-    """Write the files that were packed, byte for byte as they were; the folder they are in.
+    """Write the files that were packed, byte for byte as they were.
 
     Args:
         source: the folder of a pack.
         output_dir: where to write the model; must be empty or not there. It is there whole or not at all.
+
+    Returns:
+        The folder of the model.
 
     Raises:
         ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere.
@@ -96,8 +112,14 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
 def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
     """Replace the safetensors files of a run's result by their packs, each once it is seen to unpack to the same.
 
-    `checksums` are the sha256 of the files of the result, by their names. Whenever this stops, each file is there,
-    plain or packed.
+    Whenever this stops, each file is there, plain or packed.
+
+    Args:
+        folder: of the run.
+        checksums: the sha256 of the files of the result, by their names.
+
+    Returns:
+        The sizes.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -116,7 +138,15 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:
-    """The sha256 of a file named by someone else, packed or not; None if there is no such file inside the folder."""
+    """The sha256 of a file named by someone else, packed or not.
+
+    Args:
+        folder: in which the file has to be.
+        name: of the file before it was packed.
+
+    Returns:
+        The checksum of the file as it is or was; None if there is no such file inside the folder.
+    """
     packed = str(_packed_name(Path(name)))
     if packed != name and checksum_inside(folder, packed) is not None:
         return packed_checksum(folder / packed)
@@ -124,7 +154,7 @@ def plain_checksum(folder: Path, name: str) -> str | None:
 
 
 def holds_pack(folder: Path) -> bool:
-    """Whether a folder is a pack."""
+    """Whether a `folder` is a pack."""
     return any(folder.rglob(f"*{PACKED}"))
 
 

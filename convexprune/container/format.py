@@ -28,17 +28,26 @@ Bytes = bytes | bytearray | memoryview
 
 
 def width(bits: int) -> int:
-    """Bytes of an entry of so many bits; of types whose entries are no whole bytes one."""
+    """The bytes of an entry of so many `bits`; one for types whose entries are no whole bytes."""
     return bits // 8 if bits % 8 == 0 else 1
 
 
 def longest(nbytes: int) -> int:
-    """No block of so many bytes is coded in more."""
+    """The most bytes in which a block of `nbytes` bytes is coded."""
     return 2 * nbytes + 1024
 
 
 def encode(block: Bytes, code: str, size: int) -> bytes:
-    """The coded form of a block of entries of `size` bytes, of the safetensors type `code`."""
+    """The coded form of a block of entries.
+
+    Args:
+        block: the bytes.
+        code: the safetensors type of the entries.
+        size: bytes of an entry.
+
+    Returns:
+        The coded bytes.
+    """
     entries = np.frombuffer(block, _unsigned(size))
     kept = np.flatnonzero(entries)
     streams = [np.packbits(entries != 0), *_split(entries.take(kept), code)]
@@ -48,7 +57,16 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
 
 def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
-    """The block of `nbytes` bytes that `encode` was given; nothing larger is ever in memory.
+    """The block that `encode` was given; nothing larger is ever in memory.
+
+    Args:
+        coded: what `encode` returned.
+        nbytes: of the block.
+        code: the safetensors type of the entries.
+        size: bytes of an entry.
+
+    Returns:
+        The bytes of the block.
 
     Raises:
         ValueError: these are not the bytes of such a block.
