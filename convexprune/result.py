@@ -30,7 +30,12 @@ class _Result:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PruneResult(_Result):
-    """What a run gave: its report, and the pruned model."""
+    """A pruned model and its report; see also `output_dir` and `model`.
+
+    Args:
+        report: what happened, operator by operator.
+        tokenizer: of the model, if it has one.
+    """
 
     report: Report
     tokenizer: PreTrainedTokenizerBase | None
@@ -41,7 +46,11 @@ class PruneResult(_Result):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PermuteResult(_Result):
-    """What was permuted, and the permuted model."""
+    """A permuted model; see also `output_dir` and `model`.
+
+    Args:
+        permutation: the order of each set of channels.
+    """
 
     permutation: Permutation
 

@@ -1,4 +1,4 @@
-"""Slices of a pile of matrices in one parameter, as experts are kept: each is heard, read and written by itself."""
+"""Slices of one parameter that holds all experts: each is observed, read and written by itself."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Bank(nn.Module):
 
 
 @torch.no_grad()
-def test_each_product_with_a_slice_of_a_pile_is_heard_with_its_inputs():
+def test_each_product_with_a_fused_expert_is_observed_with_its_inputs():
     bank, x, heard = Bank(), torch.randn(5, 6), []
     with FusedExperts(bank).hooked(lambda product: heard.append(product)):
         bank(x)
@@ -33,19 +33,19 @@ def test_each_product_with_a_slice_of_a_pile_is_heard_with_its_inputs():
 
 
 @torch.no_grad()
-def test_taps_of_a_pile_hear_their_own_slice_and_leave_nothing_behind_when_a_pass_is_ended():
+def test_hooks_get_their_own_expert_and_leave_nothing_behind_when_a_pass_is_ended():
     bank, x, heard = Bank(), torch.randn(5, 6), []
 
     def tell(inputs):
         heard.append(inputs)
         raise ValueError("enough")
 
-    pile = FusedExperts(bank)
-    first, second = (ExpertInput(pile, ExpertIndex("plain", i)) for i in (0, 1))
+    experts = FusedExperts(bank)
+    first, second = (ExpertInput(experts, ExpertIndex("plain", i)) for i in (0, 1))
     with pytest.raises(ValueError, match="enough"), first(tell), second(tell):
         bank(x)
     bank(x)
-    assert len(heard) == 1 and not pile.hooks
+    assert len(heard) == 1 and not experts.hooks
     assert bank.training and not bank._forward_hooks and not bank._forward_pre_hooks
 
 

