@@ -24,12 +24,13 @@ from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import Entry
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
+from .building import parameters_on_meta
 from .family import decoder_layers
 from .huggingface import HuggingFaceModel
 from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
 from .operators import computes_on, held, offloaded
 from .reading import ask, model_class, read_tokenizer
-from .shards import Origin, Shards, parameters_on_meta
+from .shards import Origin, Shards
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
 """The folder of the small OPT model that comes with convexprune (float16)."""

@@ -147,7 +147,7 @@ class _Products(TorchDispatchMode):
     def _product(self, x: Tensor, matrix: Tensor) -> Product | None:
         """X [tokens n] times `matrix` [n m], if that is a fused expert and there is a token."""
         for name, whole in fused_parameters(self.experts.module).items():
-            index, within = divmod(matrix.data_ptr() - whole.data_ptr(), whole[0].nbytes)
+            index, within = divmod(matrix.data_ptr() - whole.data_ptr(), whole.stride(0) * whole.element_size())
             if not within and 0 <= index < len(whole) and matrix.numel() == whole[0].numel() and len(x):
                 # A row [n] of W is contiguous as stored; if the weights of an output are not, it is W' that is stored.
                 return Product(ExpertIndex(name, index), x, transposed=matrix.stride(0) != 1)

@@ -80,10 +80,10 @@ class HuggingFaceModel(AbstractModel):
         path, layers = decoder_layers(model)
         self.shards = shards
         self.whole_because = whole_because
-        if shards is None:
+        if not self.streams:
             refuse_unloaded(model)
+            refuse_non_finite(model)
         refuse_other_dtypes(layers)
-        refuse_non_finite(model)
         self.name = name or model.name_or_path or type(model).__name__
         self.model = model
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""A model as its configuration tells it: its operators and their sizes, built of tensors without memory."""
+"""A model as its configuration tells it: its operators, their sizes, and what is left alone."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import cost
 from convexprune.recipe import Recipe
 
-from .admission import refuse_other_dtypes, refuse_quantised
+from .admission import refuse_quantised
+from .building import parameters_on_meta
 from .experts import fused_parameters
-from .family import decoder_layers, positions
 from .model_folder import NotStreamable, check_layers, place_of
+from .random_weights import RandomModel
 from .reading import ask, model_class
-from .selection import left_alone
-from .tracing import trace
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Outline:
     """
 
     name: str
-    layers: tuple[DecoderLayer, ...]
+    layers: Sequence[DecoderLayer]
     left_alone: Mapping[str, str]
     size: cost.ModelSize
     dtype: torch.dtype
@@ -42,7 +40,7 @@ class Outline:
 
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
-    """The outline of a model from its configuration: it is built of tensors that have shapes and no memory.
+    """The outline of a model from its configuration, by the discovery of a run on random weights.
 
     Raises:
         ModelError: the configuration is missing, of no known model, or of one that is not pruned.
@@ -51,26 +49,17 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
     refuse_quantised(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
     dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
-    with FakeTensorMode(), no_initialisation():
-        model: PreTrainedModel = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote)).eval()
-        model.tie_weights()
-        path, modules = decoder_layers(model)
-        refuse_other_dtypes(modules)
-        named = {f"{path}.{i}": module for i, module in enumerate(modules)}
-        layouts, refused = trace(model, named)
-        reasons = left_alone(model, layouts, recipe.targets, recipe.ignore)
-        layers = tuple(
-            layouts[name].bind(name, module, lambda place, name=name: f"{name}.{place.name}" not in reasons)
-            for name, module in named.items()
-        )
-        whole = any(fused_parameters(module) for module in modules.modules())
-        size = _size(model, layers, config.get_text_config(), dtype, whole)
-    notes = [f"Each linear map counts as a problem of its own: {refused}."] if refused else []
+    with parameters_on_meta():
+        built = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote))
+    model = RandomModel(built, name=str(source), targets=recipe.targets, ignore=recipe.ignore)
+    whole = any(fused_parameters(module) for layer in model.layers for module in layer.module.modules())
+    notes = []
     if whole:
         notes.append("Its experts are fused while transformers loads them, so the model is loaded whole.")
-    if any(not group.paired for layer in layers for group in layer.groups):
+    if any(not group.paired for layer in model.layers for group in layer.groups):
         notes.append("How many tokens each expert is sent is known only in a run: an even share is assumed.")
-    return Outline(str(source), layers, reasons, size, dtype, positions(config), tuple(notes))
+    size = _size(model, config.get_text_config(), dtype, whole)
+    return Outline(model.name, model.layers, dict(model.left_alone), size, dtype, model.max_positions, tuple(notes))
 
 
 def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -87,24 +76,13 @@ def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def no_initialisation() -> Any:
-    """The context of transformers in which nothing is written to new weights."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:  # before transformers 5
-        from transformers.modeling_utils import no_init_weights  # pyright: ignore[reportAttributeAccessIssue]
-    return no_init_weights()
-
-
-def _size(
-    model: PreTrainedModel, layers: Sequence[DecoderLayer], config: PretrainedConfig, dtype: torch.dtype, whole: bool
-) -> cost.ModelSize:
+def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whole: bool) -> cost.ModelSize:
     counted: Counter[tuple[Any, ...]] = Counter()
-    for layer in layers:
+    for layer in model.layers:
         sizes = [p.numel() for p in layer.module.parameters()]
         counted[_stages(layer, config), sum(sizes), max(sizes)] += 1
-    inside = {id(p) for layer in layers for p in layer.module.parameters()}
-    outside = [p.numel() for p in model.parameters() if id(p) not in inside]
+    inside = {id(p) for layer in model.layers for p in layer.module.parameters()}
+    outside = [p.numel() for p in model.model.parameters() if id(p) not in inside]
     return cost.ModelSize(
         layers=tuple(cost.LayerSize(*facts, count=count) for facts, count in counted.items()),
         fixed=sum(outside),

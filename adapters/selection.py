@@ -7,7 +7,6 @@ from math import prod
 
 import regex
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, RecipeError, unknown
@@ -129,9 +128,11 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
 def _span(parameter: Tensor) -> tuple[str, int, int]:
     """Where a parameter is, from and to."""
-    if parameter.is_meta or isinstance(parameter, FakeTensor):
+    if parameter.is_meta:
         return f"nowhere {id(parameter)}", 0, 1
-    return str(parameter.device), parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return str(parameter.device), start, start + (last + 1) * parameter.element_size()
 
 
 def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError
@@ -253,26 +253,6 @@ class Shards:
             if parameter.is_meta and not name.startswith(f"{inside}."):
                 raise NotStreamable(f"nothing fills {name}")
         refuse_non_finite(model, "")
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules that are built get parameters without memory; their buffers are computed as always.
-
-    Buffers that no checkpoint holds, as the tables of rotary embeddings, are thereby right.
-    """
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ LAYERS_A_SHARD = 30
 
 
 def make(folder: Path, layers: int) -> None:
-    from convexprune.adapters.shards import parameters_on_meta
+    from convexprune.adapters.building import parameters_on_meta
     from convexprune.pipeline.files import write_json
     from convexprune.pipeline.tensors import Spec, write_tensors
 

@@ -18,8 +18,8 @@ from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
     "cli", "container", "errors.py", "progress.py", "report.py", "pipeline/cost.py", "pipeline/speed.py",
-    "adapters/inspection.py", "adapters/outline.py", "validation/oracles.py", "validation/plots.py",
-    "validation/reported.py", "validation/source.py", "validation/verify.py",
+    "adapters/inspection.py", "adapters/outline.py", "adapters/random_weights.py", "validation/oracles.py",
+    "validation/plots.py", "validation/reported.py", "validation/source.py", "validation/verify.py",
 )  # fmt: skip
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 

@@ -1,0 +1,45 @@
+"""Models built of their configuration, with parameters that take no memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+LARGE = 2**30  # numbers in a tensor: more than any buffer has, fewer than the experts of the largest models
+FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, modules that are built get parameters without memory; their buffers are computed as always.
+
+    Buffers that no checkpoint holds, as the tables of rotary embeddings, are thereby right.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """What would not fit into memory until it is registered, as all experts of a layer in zeros, is never made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            made = func(*args, **kwargs | {"device": "meta"})
+            if made.numel() > LARGE:
+                return made
+        return func(*args, **kwargs)
