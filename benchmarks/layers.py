@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -39,6 +38,7 @@ from convexprune.pruners import (
     Wanda,
 )
 from convexprune.solvers import make_solver
+from convexprune.validation import excess
 
 OPERATORS = (
     "model.layers.1.self_attn.q_proj,model.layers.15.self_attn.q_proj,model.layers.29.self_attn.q_proj,"
@@ -157,7 +157,7 @@ def compare(
 
 def brute_force(weights: dict[str, Tensor], folds: Folds, methods: list[str], draws: int = 2) -> None:
     """The error of each method over the least of all supports, on small real problems."""
-    problems = []
+    found: list[dict[str, float]] = []
     for operator, weight in weights.items():
         moments = folds[operator][0] + folds[operator][1]
         for draw in range(draws):
@@ -168,29 +168,10 @@ def brute_force(weights: dict[str, Tensor], folds: Folds, methods: list[str], dr
             root = torch.linalg.cholesky(moments.gram.double()[columns][:, columns])
             small.add(root.T * 20**0.5)  # twenty tokens with this very Gram matrix
             problem = PruningProblem(weight[rows][:, columns].double(), small, Unstructured(0.5, "row"))
-            problems.append((problem, least_errors(problem)))
+            found.append(excess(problem, {method: PRUNERS[method] for method in methods}))
     for method in methods:
-        found = [problem.squared_error(PRUNERS[method].prune(problem).weight) for problem, _ in problems]
-        ratios = [float(e.sum() / least.sum()) for e, (_, least) in zip(found, problems, strict=True)]
-        optimal = [
-            float((e <= least * (1 + 1e-6)).double().mean()) for e, (_, least) in zip(found, problems, strict=True)
-        ]
-        worst, share = max(ratios), sum(optimal) / len(optimal)
-        print(
-            f"{method}: mean {sum(ratios) / len(ratios):.4f}, worst {worst:.4f}, optimal rows {share:.0%}", flush=True
-        )
-
-
-def least_errors(problem: PruningProblem, kept: int = 10, batch: int = 20_000) -> Tensor:
-    """mean |v x - w x|^2 of each row [m] on its best support: of what is left out, w (the block of H^-1)^-1 w'."""
-    inverse = torch.linalg.inv(problem.moments.gram)
-    rows, width = problem.weight.shape
-    best = torch.full((rows,), math.inf, dtype=inverse.dtype)
-    for out in torch.tensor(list(combinations(range(width), width - kept))).split(batch):
-        factor = torch.linalg.cholesky(inverse[out[:, :, None], out[:, None, :]])
-        whitened = torch.linalg.solve_triangular(factor, problem.weight[:, out].permute(1, 2, 0), upper=False)
-        best = torch.minimum(best, whitened.square().sum(1).amin(0))
-    return best
+        ratios = [ratio[method] for ratio in found]
+        print(f"{method}: mean {sum(ratios) / len(ratios):.4f}, worst {max(ratios):.4f}", flush=True)
 
 
 def show(rows: list[Row]) -> None:
