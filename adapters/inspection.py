@@ -197,7 +197,7 @@ def _needs(found: Inspection) -> Table:
             "", _gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)"
         )
     table.add_row("products", f"{w.products:,.0f}", f"rows x width times width x width, in {w.problems:,} problems")
-    flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve}
+    flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve + w.judge}
     table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
     laps = ", ".join(f"{name} {_time(lap)}" for name, lap in found.seconds.items())
     total = _time(sum(found.seconds.values()))

@@ -27,7 +27,7 @@ def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
     return {
         "forward": work.forward / speed.forward,
         "gram": work.gram / speed.single,
-        "solve": method.overhead * work.solve / speed.single,
+        "solve": (method.overhead * work.solve + work.judge) / speed.single,
     }
 
 

@@ -23,6 +23,7 @@ from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, pr
 from convexprune.pipeline.bounding import WIDE
 from convexprune.pipeline.folds import ROOM, Folds, in_parts
 from convexprune.pipeline.passes import Observed
+from convexprune.pipeline.speed import Speed, seconds
 from convexprune.pruners import (
     ADMM,
     ALPS,
@@ -173,10 +174,23 @@ def test_work_is_counted_by_hand():
     assert found.forward == 3 * 50 * (once + until_o)
     assert found.gram == 3 * 50 * (64 + 4 * 36)  # what comes second makes up for what comes first
     assert found.problems == 6 and found.products == 3 * (98 + 106)
-    assert found.solve == 3 * (2 * (98 * 12 * 64 + 106 * 8 * 36) + 8 * (8**3 + 6**3))
+    assert found.solve == 3 * (2 * 94 * (12 * 64 + 8 * 36) + 8 * (8**3 + 6**3))
+    assert found.judge == 3 * 2 * (4 * 12 * 64 + 12 * 8 * 36)
     differentiated = cost.work(PLAIN, replace(SETTING, gradients=2))  # twice through 3 layers and back; head, and back
     assert differentiated.forward == found.forward + 20 * (3 * 3 * once + 2 * 2 * 80)
     assert differentiated == replace(found, forward=differentiated.forward)
+
+
+def test_an_overhead_is_that_of_the_methods_own_products():
+    found = cost.work(PLAIN, SETTING)
+    lap = seconds(found, Speed(single=10.0, forward=5.0), cost.METHODS["convex"])
+    assert lap == {
+        "forward": found.forward / 5,
+        "gram": found.gram / 10,
+        "solve": pytest.approx((1.8 * found.solve + found.judge) / 10),
+    }
+    refitted = cost.method_cost("sparsegpt", refit=True)  # one product of its own, sixty of the refit
+    assert refitted.products == 61 and refitted.overhead == pytest.approx((8 + 60 * 3) / 61)
 
 
 def test_what_comes_after_attention_does_not_run_it_again():
