@@ -8,7 +8,7 @@ from torch import Tensor
 from convexprune.adapters import HuggingFaceModel
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 6}
+SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 6, "bound_rows": 0}
 
 
 def state(model: HuggingFaceModel) -> dict[str, Tensor]:

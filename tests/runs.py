@@ -16,6 +16,7 @@ LAYERS = 4
 TOKENS = torch.randint(2, 500, (5, 16), generator=torch.Generator().manual_seed(3))
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt", "dataset": TOKENS, "num_calibration_samples": 4, "batch_size": 2, "threads": 1,
+    "bound_rows": 0,
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ LESS = {  # what is found, where it is less than all three
     "gpt_oss": {HEADS, HIDDEN},  # its experts' rows of gate and up take turns
 }  # fmt: skip
 SMALL: dict[str, Any] = {"dataset": TOKENS, "num_calibration_samples": 4}
+PRUNED: dict[str, Any] = SMALL | {"pattern": "2:4", "bound_rows": 0}
 
 
 def shaken(model: Any) -> Any:
@@ -194,7 +195,7 @@ def test_an_offloaded_model_is_refused(tiny_llama: HuggingFaceModel):
 def test_pruned_after_it_a_model_loses_less(build: Callable[[str], Any]):
     """Wanda and SparseGPT, every operator that sees permuted channels, on a random model."""
     for method in ("wanda", "sparsegpt"):
-        settings: dict[str, Any] = SMALL | {"method": method, "pattern": "2:4", "threads": 1}
+        settings: dict[str, Any] = PRUNED | {"method": method, "threads": 1}
         plain = convexprune.prune(build("llama"), **settings).report.operators
         permuted = convexprune.permute(build("llama"), **SMALL).model
         after = convexprune.prune(permuted, **settings).report.operators
@@ -224,8 +225,7 @@ def test_a_permuted_folder_is_pruned_like_any_other(build: Callable[[str], Any],
     convexprune.permute(tmp_path / "dense", output_dir=tmp_path / "permuted", **SMALL)
     notes = json.loads((tmp_path / "permuted" / "permutation.json").read_text())
     assert notes["pattern"] == "2:4" and [len(one["order"]) for one in notes["permuted"]][-1] == 32
-    settings: dict[str, Any] = SMALL | {"pattern": "2:4", "output_dir": tmp_path / "pruned"}
-    report = convexprune.prune(tmp_path / "permuted", **settings).report
+    report = convexprune.prune(tmp_path / "permuted", **PRUNED, output_dir=tmp_path / "pruned").report
     assert all(o.zeros == o.expected_zeros for o in report.operators)
     assert (tmp_path / "pruned" / "permutation.json").is_file()
 

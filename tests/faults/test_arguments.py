@@ -69,7 +69,7 @@ def test_a_tokenizer_may_be_a_folder(build, tmp_path: Path):
 
 
 def test_what_comes_back_is_told_in_a_line(tiny_llama: HuggingFaceModel):
-    result = convexprune.prune(tiny_llama.model, method="wanda", bound_rows=0, **SMALL)
+    result = convexprune.prune(tiny_llama.model, method="wanda", **SMALL)
     model = "LlamaForCausalLM given by the caller"
     assert repr(result) == f"PruneResult(Report(wanda on {model}: 50.00% zeros in 14 operators), in memory)"
     permuted = convexprune.permute(tiny_llama.model, dataset=TOKENS, num_calibration_samples=4)

@@ -28,7 +28,7 @@ import convexprune
 from convexprune import errors
 from convexprune.pipeline import layer, task, tensors
 
-QUICK = SETTINGS | {"method": "wanda", "bound_rows": 0}
+QUICK = SETTINGS | {"method": "wanda"}
 MODES: dict[str, dict[str, Any]] = {
     "serial": {}, "sequential": {"prefix": "pruned"}, "pool": {"executor": "pool", "workers": 1},
 }  # fmt: skip

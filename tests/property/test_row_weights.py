@@ -17,6 +17,7 @@ from convexprune.pipeline.survey import row_weights
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt", "dataset": TOKENS, "num_calibration_samples": 4, "held_out_samples": 1, "threads": 1,
+    "bound_rows": 0,
 }  # fmt: skip
 
 

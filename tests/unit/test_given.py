@@ -16,7 +16,7 @@ from convexprune.problem import Problem
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers.fista import FISTA
 
-QUICK = SMALL | {"method": "wanda", "bound_rows": 0}
+QUICK = SMALL | {"method": "wanda"}
 PERMUTE = {"dataset": TOKENS, "num_calibration_samples": 6}
 
 
@@ -106,7 +106,7 @@ def test_a_run_that_fails_in_the_middle_leaves_the_model_as_it_was(build, error:
     model = as_given(build)
     before, expected, pruned = bits(model), ways(model), []
     solver = Failing(7 * 2 + 1, error)  # the second stage of the second layer has begun
-    settings = SMALL | {"method_args": {"rounds": 2}, "prefix": prefix, "bound_rows": 0}
+    settings = SMALL | {"method_args": {"rounds": 2}, "prefix": prefix}
     with pytest.raises(type(error)):
         convexprune.prune(model, solver=solver, progress=lambda _: pruned.append, **settings)
     assert len(pruned) > 7
