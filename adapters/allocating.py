@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.pipeline import FolderStore, RecordedCalls
 from convexprune.pipeline.passes import Recorded
-from convexprune.pipeline.survey import SURVEYED, WEIGHED, Allotment, Pattern, allot, candidates, survey
+from convexprune.pipeline.survey import SURVEYED, WEIGHED, Allotment, allot, candidates, survey
 from convexprune.recipe import Recipe
 
 from .gradients import output_fisher
@@ -24,7 +25,7 @@ def allotments(
     model: HuggingFaceModel,
     calibration: Tensor,
     held_out: Tensor,
-    asked: Sequence[tuple[str, Pattern]],
+    asked: Sequence[tuple[str, Constraint]],
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
 ) -> list[Allotment]:

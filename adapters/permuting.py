@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
 from convexprune.model import AbstractOperator, DecoderLayer
-from convexprune.pattern import SemiStructured
 from convexprune.permutation import permutation, pruned_fraction
 from convexprune.pipeline import RecordedCalls
 from convexprune.pipeline.tensors import DTYPES, Entry
@@ -75,7 +75,7 @@ class Permutation:
 def find_permutation(
     model: HuggingFaceModel,
     tokens: Tensor,
-    pattern: SemiStructured,
+    pattern: Constraint,
     batch_size: int = 1,
     seed: int = 0,
     progress: Callable[[int], Callable[[Permuted], None]] | None = None,
@@ -153,10 +153,10 @@ def _columns(layer: DecoderLayer, operator: AbstractOperator) -> Axis:
     return replace(axis, parameter=f"{layer.name}.{axis.parameter}")
 
 
-def _fitting(sets: Sequence[Channels], pattern: SemiStructured, done: Permutation) -> list[Channels]:
+def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -> list[Channels]:
     """Those that make whole groups; the others are left."""
-    odd = [one for one in sets if one.size % pattern.group]
-    done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.group}" for one in odd}
+    odd = [one for one in sets if one.size % pattern.block]
+    done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.block}" for one in odd}
     return [one for one in sets if one not in odd]
 
 

@@ -14,7 +14,6 @@ from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.permuting import Permuted, find_permutation, save_permuted
 from convexprune.arguments import check_arguments
 from convexprune.errors import PatternError
-from convexprune.pattern import SemiStructured
 from convexprune.pipeline import check_output, check_patterns
 from convexprune.pipeline.files import working
 from convexprune.pipeline.machine import default_device, within_memory
@@ -77,8 +76,10 @@ def prune(
             models), or your own `AbstractSolver`.
         method: "convex", "admm" (the pattern as a constraint), or a baseline: "alps", "sparsegpt", "wanda",
             "magnitude", "fistapruner".
-        sparsity: share of zeros in every operator, in [0, 1); None is 0.5, or what an N:M pattern fixes.
-        pattern: "unstructured", or "N:M" for N non-zeros in every M inputs ("2:4").
+        sparsity: share of zeros in every operator, in [0, 1); None is 0.5, or what the pattern fixes.
+        pattern: "unstructured"; "N:M" for N non-zeros in every M inputs ("2:4"); "columns" for inputs that are removed
+            from all rows; or "int8" for rounding to whole numbers of 8 bits times a scale for each row, with no share
+            of zeros (the methods "magnitude" and "wanda").
         preset: "fistapruner" is the algorithm of arXiv 2408.03728 as published, for comparison.
         quota: where the share of zeros holds: in each "matrix" or in each "row" of it.
         allocation: how the zeros are spread: "uniform", the same share in each operator; "rows", that too, but its rows
@@ -201,7 +202,7 @@ def permute(
         dtype=dtype,
     )
     asked = recipe.build_pattern()
-    if not isinstance(asked, SemiStructured):
+    if asked.block == 1:
         raise PatternError(f"Pattern {pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
     place = default_device(recipe.device)
     check_dataset(dataset)

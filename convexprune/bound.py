@@ -7,8 +7,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.errors import ProblemError
-from convexprune.pattern import AbstractPattern, SemiStructured, Unstructured
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Lines, Relaxed, relax
 from convexprune.split import first_split, fit_split, safe_split
@@ -68,7 +68,7 @@ class LowerBound:
     per_row: bool = True
 
     @torch.no_grad()
-    def of(self, quadratic: Quadratic, pattern: AbstractPattern, weight: Tensor) -> PruningBound:
+    def of(self, quadratic: Quadratic, pattern: Constraint, weight: Tensor) -> PruningBound:
         """The bound for a pruned weight, whose rows may be a sample of an operator's rows.
 
         A quota of the whole matrix is then the number of non-zeros that the weight has in these rows.
@@ -89,7 +89,7 @@ class LowerBound:
 
     @torch.no_grad()
     def of_each(
-        self, quadratic: Quadratic, patterns: Sequence[AbstractPattern], weights: Sequence[Tensor]
+        self, quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]
     ) -> list[PruningBound]:
         """The bounds for operators that share their inputs.
 
@@ -108,7 +108,7 @@ class LowerBound:
         weight = torch.cat(list(weights))
         if tuple(weight.shape) != quadratic.shape:
             raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
-        budgets = [budget(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
+        budgets = [lines_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
         heights = [len(part) for part in weights]
         errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
         q = without_dead_inputs(quadratic.double)
@@ -149,11 +149,11 @@ def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor
     return fit_split(gram, split, gain / unit, barrier * float((split * gain).mean() / unit))
 
 
-def budget(pattern: AbstractPattern, weight: Tensor) -> tuple[Lines, Tensor]:
+def lines_of(pattern: Constraint, weight: Tensor) -> tuple[Lines, Tensor]:
     """The lines of a weight that have a budget of non-zeros each, and these budgets.
 
     Args:
-        pattern: unstructured or n:m.
+        pattern: one that has lines (`Constraint.budget`).
         weight: [m n].
 
     Returns:
@@ -163,23 +163,19 @@ def budget(pattern: AbstractPattern, weight: Tensor) -> tuple[Lines, Tensor]:
         ProblemError: the pattern has no lines (a stack: take its operators one by one), or the weight breaks it.
         PatternError: the pattern does not fit.
     """
-    m, n = weight.shape
-    if isinstance(pattern, SemiStructured):
-        pattern.check(m, n)
-        width, kept = pattern.group, pattern.kept
-    elif isinstance(pattern, Unstructured):
-        whole = pattern.quota == "matrix"
-        width = m * n if whole else n
-        kept = int((weight != 0).sum()) if whole else n - pattern.zeros(1, n)
-    else:
+    budget = pattern.budget(weight.shape)
+    if budget is None:
         raise ProblemError(f"A bound needs an unstructured or n:m pattern of one operator; this is {pattern}.")
 
     def lines(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, width)
+        return tensor.reshape(-1, budget.width)
 
     counts = (lines(weight) != 0).sum(1)
+    kept = budget.kept if pattern.by_row else int(counts)  # the rows are a sample of those that compete
     if bool((counts > kept).any()):
-        raise ProblemError(f"The weight keeps up to {int(counts.max())} in a line of {width}; {pattern} keeps {kept}.")
+        raise ProblemError(
+            f"The weight keeps up to {int(counts.max())} in a line of {budget.width}; {pattern} keeps {kept}."
+        )
     return lines, torch.full((len(counts), 1), kept, dtype=torch.float64, device=weight.device)
 
 

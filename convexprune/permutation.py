@@ -4,12 +4,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from convexprune.pattern import SemiStructured
+from convexprune.constraints import Constraint
 
 ASSIGNED = 256  # groups at once: an assignment costs the third power of them, and more gain little
 
 
-def pruned_fraction(scores: Tensor, pattern: SemiStructured) -> float:
+def pruned_fraction(scores: Tensor, pattern: Constraint) -> float:
     """The part of the sum of all scores that lies on pruned entries.
 
     Args:
@@ -23,7 +23,7 @@ def pruned_fraction(scores: Tensor, pattern: SemiStructured) -> float:
     return 1 - kept / whole if whole > 0 else 0.0
 
 
-def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: int = 0) -> Tensor:
+def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int = 0) -> Tensor:
     """An order of the columns in which N:M prunes less.
 
         min over orders of  sum of the scores [:, order] of the entries that are pruned
@@ -52,7 +52,7 @@ def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: 
         PatternError: n is no multiple of M.
     """
     pattern.check(*scores.shape)
-    size, generator = pattern.group, torch.Generator().manual_seed(seed)
+    size, generator = pattern.block, torch.Generator().manual_seed(seed)
     groups = torch.arange(scores.shape[1]).view(-1, size)
     for _ in range(sweeps * size):
         groups = groups.gather(1, torch.rand(groups.shape, generator=generator).argsort(1))
@@ -61,10 +61,12 @@ def permutation(scores: Tensor, pattern: SemiStructured, sweeps: int = 4, seed: 
     return groups.flatten()
 
 
-def _assigned(scores: Tensor, groups: Tensor, pattern: SemiStructured) -> Tensor:
+def _assigned(scores: Tensor, groups: Tensor, pattern: Constraint) -> Tensor:
     """For each of the groups [g M], the number of the one whose first column is to be its own."""
     loose, remaining = scores[:, groups[:, 0]], scores[:, groups[:, 1:].flatten()]
     by_group = remaining.view(len(scores), len(groups), -1)
-    threshold = by_group.kthvalue(pattern.group - pattern.kept, dim=-1).values
+    budget = pattern.budget(scores.shape)
+    assert budget is not None, f"{pattern} does not see the order of columns"
+    threshold = by_group.kthvalue(budget.width - budget.kept, dim=-1).values
     distances = torch.cdist(threshold.T, loose.T, p=1)
     return torch.as_tensor(linear_sum_assignment(distances.cpu().numpy(), maximize=True)[1])

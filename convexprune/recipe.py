@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from convexprune.constraints import Constraint, parse_pattern
 from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
-from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
 from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.settings import LayerSettings
-from convexprune.pipeline.survey import Pattern, check_rule
+from convexprune.pipeline.survey import check_rule
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners.search import AbstractSearch
 from convexprune.setting_types import make
@@ -117,7 +117,7 @@ class Recipe(BaseModel):
         check_rule(self.allocation, self.build_pattern())
         return self
 
-    def build_pattern(self) -> Unstructured | SemiStructured:
+    def build_pattern(self) -> Constraint:
         """The pattern that `sparsity`, `pattern` and `quota` name.
 
         Raises:
@@ -126,7 +126,10 @@ class Recipe(BaseModel):
         return parse_pattern(self.pattern, self.sparsity, self.quota)
 
     def layer_settings(
-        self, pruner: AbstractPruner | None = None, patterns: Mapping[str, Pattern] | None = None, bound_rows: int = 0
+        self,
+        pruner: AbstractPruner | None = None,
+        patterns: Mapping[str, Constraint] | None = None,
+        bound_rows: int = 0,
     ) -> LayerSettings:
         """How every layer is pruned; by `pruner` if the recipe's solver is a user's own."""
         return LayerSettings(

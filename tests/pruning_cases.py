@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from strategies import Layer, make_layer
 
+from convexprune.constraints import Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.moments import Moments
-from convexprune.pattern import AbstractPattern, SemiStructured, Stacked, Unstructured
 from convexprune.problem import Problem
 from convexprune.pruners import (
     AbstractPruner,
@@ -31,7 +31,7 @@ PATTERNS = {
 
 
 def layer_problem(
-    layer: Layer, pattern: AbstractPattern, correction: float = 1.0, folds: tuple[Moments, ...] = ()
+    layer: Layer, pattern: Constraint, correction: float = 1.0, folds: tuple[Moments, ...] = ()
 ) -> PruningProblem:
     return PruningProblem(layer.weight, layer.moments, pattern, correction, folds)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ProblemError
-from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.pruners import AbstractPruner, PruningProblem
 from convexprune.quadratic import Quadratic
 
@@ -35,18 +34,13 @@ def best_pruning(problem: PruningProblem) -> Tensor:
     m, n = quadratic.shape
     if n > LARGEST:
         raise ProblemError(f"All supports of {n} columns are too many; brute force takes at most {LARGEST}.")
-    if isinstance(pattern, SemiStructured):
-        pattern.check(m, n)
-        groups = [torch.tensor(list(combinations(range(j, j + pattern.group), pattern.kept))) for j in
-                  range(0, n, pattern.group)]  # fmt: skip
-        supports = torch.stack([torch.cat(parts) for parts in product(*groups)])
-        return _best(quadratic, supports)[0]
-    if not isinstance(pattern, Unstructured):
+    budget = pattern.budget((m, n))
+    if budget is None:
         raise ProblemError(f"Brute force needs an unstructured or n:m pattern of one operator; this is {pattern}.")
-    if pattern.quota == "row":
-        kept = n - pattern.zeros(1, n)
-        return _best(quadratic, torch.tensor(list(combinations(range(n), kept)), dtype=torch.long))[0]
-    every = [_best(quadratic, torch.tensor(list(combinations(range(n), k)), dtype=torch.long)) for k in range(n + 1)]
+    if pattern.by_row:
+        lines = [_choices(j, budget.width, budget.kept) for j in range(0, n, budget.width)]
+        return _best(quadratic, torch.stack([torch.cat(parts) for parts in product(*lines)]))[0]
+    every = [_best(quadratic, _choices(0, n, k)) for k in range(n + 1)]
     costs = torch.stack([values for _, values in every])  # [n + 1, m]
     counts = _allocate(costs.T, m * n - pattern.zeros(m, n))
     return torch.stack([every[k][0][i] for i, k in enumerate(counts)])
@@ -67,6 +61,11 @@ def excess(problem: PruningProblem, pruners: dict[str, AbstractPruner]) -> dict[
         name: float(problem.squared_error(pruner.prune(problem).weight).sum()) / least
         for name, pruner in pruners.items()
     }
+
+
+def _choices(first: int, width: int, kept: int) -> Tensor:
+    """All ways to keep so many of the `width` columns from `first` on [ways kept]."""
+    return torch.tensor(list(combinations(range(first, first + width), kept)), dtype=torch.long)
 
 
 def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.moments import Moments
-from convexprune.pattern import AbstractPattern
 from convexprune.pipeline import (
     HiddenStates,
     LayerSettings,
@@ -38,7 +38,7 @@ class OperatorProblem:
     dense: Tensor
     pruned: Tensor
     moments: Moments
-    pattern: AbstractPattern
+    pattern: Constraint
     correction: float
     damping: Damping
 

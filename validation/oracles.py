@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from convexprune.pattern import SemiStructured
 from convexprune.penalty import L1, Support
 from convexprune.problem import Problem
 from convexprune.pruners import PruningProblem
@@ -85,7 +84,7 @@ def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> 
         The quadratic of the block, and the columns drawn.
     """
     n = problem.weight.shape[1]
-    width = problem.pattern.group if isinstance(problem.pattern, SemiStructured) else 1
+    width = problem.pattern.block
     groups = torch.randperm(n // width, generator=generator)[: max(1, columns // width)].sort().values
     chosen = (groups[:, None] * width + torch.arange(width)).flatten()
     q = problem.quadratic.double

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings
 from convexprune.pipeline.passes import Correct
@@ -64,8 +65,7 @@ class Variant:
     @property
     def zeros(self) -> float:
         """The share of zeros that is asked for."""
-        kept, _, group = self.pattern.partition(":")
-        return self.sparsity if self.sparsity is not None else 1 - int(kept) / int(group)
+        return parse_pattern(self.pattern, self.sparsity).sparsity
 
     def recipe(self) -> Recipe:
         """The recipe whose method, pattern and convention these are.
@@ -125,7 +125,7 @@ def make_variants(
         _variant(method, pattern, sparsity, convention, own.get("quota", [quota])[0], allocation): None
         for method, own in map(_without_own, methods)
         for pattern in patterns
-        for sparsity in (sparsities if pattern == "unstructured" else [None])
+        for sparsity in (sparsities if parse_pattern(pattern).continuous else [None])
         for convention in own.get("convention", conventions)
         for allocation in own.get("allocation", allocations)
     }

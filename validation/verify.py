@@ -16,10 +16,10 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.selection import matcher
 from convexprune.adapters.written import miscounted
 from convexprune.bound import LowerBound
+from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, require_at_least, unknown
 from convexprune.pipeline import LayerSettings
 from convexprune.pipeline.machine import default_device
-from convexprune.pipeline.survey import with_share
 from convexprune.pruners.damped import damped
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OperatorReport
@@ -200,7 +200,8 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size, reports):
         result.comparisons += _compare(operator, rows, columns, generator)
-        result.bounds.append(bound(operator, bound_rows, generator))
+        if operator.pattern.budget(operator.dense.shape) is not None:
+            result.bounds.append(bound(operator, bound_rows, generator))
         if same:
             result.errors += reported_errors(operator, reports)
         tell(operator.name)
@@ -210,10 +211,14 @@ def verify(
 
 def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
     """Those of the recipe, with the patterns that the reports of a run say were asked for."""
-    pattern = recipe.build_pattern()
-    shares = {o.name: o.expected_zeros / (o.outputs * o.inputs) for o in reports}
-    patterns = {name: with_share(pattern, share) for name, share in shares.items()}
-    return recipe.layer_settings(patterns=patterns)
+    settings = recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
+    for pattern in (settings.pattern, *settings.patterns.values()):
+        if not pattern.selects:
+            raise RecipeError(
+                f"verify judges how entries were chosen, and pattern {pattern} chooses none. Judge such a run by the "
+                "errors in its report, or by `eval`."
+            )
+    return settings
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:

@@ -79,7 +79,9 @@ def names() -> None:
         table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
     table.add_row("methods", ", ".join(sorted(PRUNERS)))
     table.add_row("presets", ", ".join(PRESETS))
-    table.add_row("patterns", "unstructured (quota: matrix, row), N:M for N non-zeros in every M inputs, as 2:4")
+    table.add_row(
+        "patterns", "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, int8"
+    )
     console.print(table)
 
 

@@ -28,7 +28,9 @@ def prune(
     ] = "convex",
     preset: Annotated[str | None, typer.Option(help="fistapruner: the algorithm as published.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros, 0.5 unless the pattern says.")] = None,
-    pattern: Annotated[str, typer.Option(help="unstructured, or N:M (N non-zeros in M), as 2:4.")] = "unstructured",
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, N:M (N non-zeros in M), as 2:4, columns, or int8.")
+    ] = "unstructured",
     quota: options.Quota = "matrix",
     allocation: options.Allocation = None,
     dataset: options.Dataset = "self",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.bound import LowerBound, PruningBound
-from convexprune.pattern import AbstractPattern
+from convexprune.constraints import Constraint
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping, damped
 
@@ -34,13 +34,13 @@ def sampled_bounds(
 
     The error is that of the problem that was posed: mean |V x* - target|^2, of rows times their `factors` [m] if there
     are any, plus the `damping` that the pruner added (see `OperatorReport`). None if no rows are asked, if nothing was
-    to be pruned, or if the operators are too wide.
+    to be pruned, if the constraint has no lines, or if the operators are too wide.
     """
     parts, n = problem.operators(), weight.shape[1]
-    pruned = [part.pattern.zeros(*part.weight.shape) > 0 for part in parts]
+    pruned = [_is_bounded(part) for part in parts]
     if rows == 0 or n > WIDEST or not any(pruned):
         return [None] * len(parts)
-    chosen, patterns, first = list[Tensor](), list[AbstractPattern](), 0
+    chosen, patterns, first = list[Tensor](), list[Constraint](), 0
     for part, wanted in zip(parts, pruned, strict=True):
         if wanted:
             chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
@@ -54,6 +54,11 @@ def sampled_bounds(
     weights = weight[everywhere] if factors is None else weight[everywhere] * factors[:, None]
     found = iter(method.of_each(posed, patterns, weights.split([len(part) for part in chosen])))
     return [_facts(next(found), damping) if wanted else None for wanted in pruned]
+
+
+def _is_bounded(part: PruningProblem) -> bool:
+    shape = part.weight.shape
+    return part.pattern.zeros(*shape) > 0 and part.pattern.budget(shape) is not None
 
 
 def _facts(bound: PruningBound, damping: Damping) -> dict[str, float]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Stacked
 from convexprune.errors import PruningError
 from convexprune.model import Group
-from convexprune.pattern import Stacked
 from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.lacking import stack_of
@@ -50,8 +50,8 @@ def prune_group(
     parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
     for i, (operator, weight, dense) in enumerate(parts):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
-        if zeros < expected:  # more are only what was zero before
-            raise PruningError(f"{names[i]}: {zeros} zeros where the pattern {asked[i]} asks {expected}.")
+        if broken := asked[i].violation(operator.read()):  # zeros that are too many were zero before
+            raise PruningError(f"{names[i]}: {broken} entries break the pattern {asked[i]} ({zeros} zeros).")
         tell(
             OperatorReport(
                 name=names[i],
@@ -76,13 +76,12 @@ def prune_group(
 def _solved(problem: PruningProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> Pruned:
     """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
     dense = problem.weight
-    if not pattern.zeros(*dense.shape):
+    if not pattern.binds(*dense.shape):
         return Pruned(dense, torch.ones_like(dense, dtype=torch.bool))
     pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
-    parts = zip(pattern.patterns, weight.split(pattern.heights), dense.split(pattern.heights), strict=True)
-    chosen = [after if own.zeros(*after.shape) else before for own, after, before in parts]
-    return replace(pruned, weight=torch.cat(chosen))
+    parts = [(weight if own.binds(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
+    return replace(pruned, weight=torch.cat(parts))
 
 
 def _certified(pruned: Pruned) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexprune.pattern import AbstractPattern
+from convexprune.constraints import Constraint
 from convexprune.pipeline.passes import Correct
 from convexprune.pipeline.team import ALONE, ProcessGroup
 from convexprune.pruners import AbstractPruner
@@ -30,15 +30,19 @@ class LayerSettings:
     """
 
     pruner: AbstractPruner
-    pattern: AbstractPattern
+    pattern: Constraint
     correction: float = 1.0
     prefix: Literal["dense", "pruned"] = "dense"
     correct: Correct = "operator"
-    patterns: Mapping[str, AbstractPattern] = field(default_factory=dict)
+    patterns: Mapping[str, Constraint] = field(default_factory=dict)
     bound_rows: int = 0
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def pattern_of(self, operator: str) -> AbstractPattern:
+    def __post_init__(self) -> None:
+        for pattern in {self.pattern, *self.patterns.values()}:
+            self.pruner.require(pattern)
+
+    def pattern_of(self, operator: str) -> Constraint:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
         return self.patterns.get(operator, self.pattern)
 

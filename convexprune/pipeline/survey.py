@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from convexprune.allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.constraints import Constraint, Stacked, Unstructured
 from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pipeline.lacking import stack_of
 from convexprune.pipeline.layer import stage_folds
 from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
@@ -18,7 +18,6 @@ from convexprune.pipeline.tensors import Batches
 from convexprune.progress import begin
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
-Pattern = Unstructured | SemiStructured
 RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
 WEIGHED = RULES[1:4]  # those that need gradients
 SURVEYED = RULES[2:4]  # those that prune for it
@@ -41,11 +40,11 @@ class Allotment:
     gap: float | None = None
     row_weights: dict[str, list[float]] = field(default_factory=dict)
 
-    def patterns(self, pattern: Pattern) -> dict[str, Pattern]:
+    def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
         """The operators' patterns, each of the kind of `pattern`."""
-        return {name: with_share(pattern, share) for name, share in self.shares.items()}
+        return {name: pattern.with_sparsity(share) for name, share in self.shares.items()}
 
-    def allotted(self, settings: LayerSettings, pattern: Pattern) -> LayerSettings:
+    def allotted(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
         """The settings of a run that asks for `pattern` on the whole, with what is allotted."""
         weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
         return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
@@ -60,21 +59,17 @@ class Unit:
 
     name: str
     size: int
-    costs: Mapping[Pattern, float]
+    costs: Mapping[Constraint, float]
     outliers: float
     skewness: float
 
 
-def candidates(pattern: Pattern) -> list[Pattern]:
+def candidates(pattern: Constraint) -> list[Constraint]:
     """The patterns that an operator may get where `pattern` is asked for on the whole, the sparsest last.
 
     For a share of zeros, shares around it; for N:M, every N of that M.
     """
-    if isinstance(pattern, SemiStructured):
-        return [SemiStructured(kept, pattern.group) for kept in range(pattern.group - 1, 0, -1)]
-    steps = round(REACH / STEP)
-    shares = (round(pattern.sparsity + step * STEP, 6) for step in range(-steps, steps + 1))
-    return [Unstructured(share, pattern.quota) for share in shares if 0 <= share < 1]
+    return pattern.ladder(REACH, STEP)
 
 
 @torch.no_grad()
@@ -83,7 +78,7 @@ def survey(
     hidden: Sequence[Tensor],
     held_out: int,
     calls: Callable[[int], Calls],
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Constraint],
     fisher: Mapping[str, Tensor],
     pruner: AbstractPruner | None = None,
     record: Callable[[], Recorded] = list,
@@ -123,7 +118,7 @@ def row_weights(fisher: Tensor) -> Tensor:
     return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
 
 
-def check_rule(rule: str, pattern: Pattern) -> None:
+def check_rule(rule: str, pattern: Constraint) -> None:
     """Refuse, before any work, a rule that there is not, or that the pattern does not allow.
 
     Raises:
@@ -131,22 +126,22 @@ def check_rule(rule: str, pattern: Pattern) -> None:
     """
     if rule not in RULES:
         raise RecipeError(unknown("allocation", rule, RULES))
-    if rule not in ("uniform", "curve") and isinstance(pattern, SemiStructured):
+    if rule != "uniform" and not pattern.selects:
+        raise RecipeError(f"Allocation {rule!r} spreads zeros, and pattern {pattern} asks for none: leave it out.")
+    if rule not in ("uniform", "curve") and not pattern.continuous:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
         )
-    if rule == "rows" and not _rows_compete(pattern):
+    if rule == "rows" and pattern.by_row:
         raise RecipeError(
             "Allocation 'rows' lets the rows of a matrix compete for its non-zeros; with quota='row' each has its own. "
             "Leave one of them out."
         )
 
 
-def _rows_compete(pattern: Pattern) -> bool:
-    return isinstance(pattern, Unstructured) and pattern.quota == "matrix"
-
-
-def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[str, Tensor] | None = None) -> Allotment:
+def allot(
+    units: Sequence[Unit], rule: str, pattern: Constraint, fisher: Mapping[str, Tensor] | None = None
+) -> Allotment:
     """The zeros of `pattern` on the whole, spread over the operators, and over the rows of each, by a rule.
 
     "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
@@ -163,7 +158,7 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[st
     check_rule(rule, pattern)
     if rule == "uniform":
         return Allotment({})
-    weighed = fisher if fisher is not None and rule in WEIGHED and _rows_compete(pattern) else {}
+    weighed = fisher if fisher is not None and rule in WEIGHED and not pattern.by_row else {}
     rows = {name: [float(f"{w:.3g}") for w in row_weights(f).tolist()] for name, f in weighed.items()}  # for a file
     if rule == "rows":
         return Allotment({}, row_weights=rows)
@@ -171,7 +166,7 @@ def allot(units: Sequence[Unit], rule: str, pattern: Pattern, fisher: Mapping[st
     if rule in SURVEYED:
         choice = candidates(pattern)
         curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
-        found = allocate(curves, pattern.sparsity, whole=isinstance(pattern, SemiStructured))
+        found = allocate(curves, pattern.sparsity, whole=not pattern.continuous)
         step = 1.0 if rule == "curve" else 0.5
         shares = [pattern.sparsity + step * (share - pattern.sparsity) for share in found.sparsities]
         cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
@@ -191,12 +186,12 @@ def _units(
     calls: Calls,
     hidden: HiddenStates,
     observed: Observed,
-    patterns: Sequence[Pattern],
+    patterns: Sequence[Constraint],
     fisher: Mapping[str, Tensor],
     pruner: AbstractPruner,
 ) -> list[Unit]:
     settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
-    found = dict[str, tuple[int, dict[Pattern, float]]]()
+    found = dict[str, tuple[int, dict[Constraint, float]]]()
     scores: list[Tensor] = []
     powers = torch.zeros(4, dtype=torch.float64)
     for number in range(len(layer.stages)):
@@ -206,7 +201,7 @@ def _units(
                 weight = stack_of(group)
                 judge = folds.held_out if folds.held_out.tokens else folds.total
                 names = [f"{layer.name}.{operator.name}" for operator in group.operators]
-                costs = {name: dict[Pattern, float]() for name in names}
+                costs = {name: dict[Constraint, float]() for name in names}
                 for pattern in patterns:
                     stack = Stacked.alike(pattern, heights)
                     factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
@@ -240,10 +235,3 @@ def _skewness(powers: Tensor) -> float:
     first, second, third = first / count, second / count, third / count
     variance = second - first**2
     return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0
-
-
-def with_share(pattern: Pattern, share: float) -> Pattern:
-    """The same kind of pattern with another share of zeros."""
-    if isinstance(pattern, SemiStructured):
-        return SemiStructured(round((1 - share) * pattern.group), pattern.group)
-    return Unstructured(share, pattern.quota)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.pattern import AbstractPattern
+from convexprune.constraints import Constraint
 from convexprune.pruners.search import AbstractSearch, Found
 from convexprune.quadratic import Quadratic
 from convexprune.setting_types import Count, Ends, NotNegative
@@ -35,7 +35,7 @@ class ADMM(AbstractSearch):
     every: Count = 5
     relaxation: NotNegative = 0.7
 
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
         """See `AbstractSearch.search`: the scores are the last S, whose rounding is the last D."""
         assert quadratic.anchor is not None
         kept = scores = quadratic.anchor

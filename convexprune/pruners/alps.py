@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from convexprune.pattern import AbstractPattern
+from convexprune.constraints import Constraint
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
@@ -62,7 +62,7 @@ class ALPS(AbstractPruner):
         return Pruned(weight / scale, mask, refits, other_products=products)
 
     def _admm(
-        self, quadratic: Quadratic, eigenvalues: Tensor, vectors: Tensor, pattern: AbstractPattern
+        self, quadratic: Quadratic, eigenvalues: Tensor, vectors: Tensor, pattern: Constraint
     ) -> tuple[Tensor, int]:
         """The last B [m n], and the number of iterations."""
 

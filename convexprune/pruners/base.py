@@ -4,14 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from itertools import accumulate, pairwise
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
+from convexprune.constraints.base import sizes
+from convexprune.errors import PatternError
 from convexprune.moments import Moments
-from convexprune.pattern import AbstractPattern, Stacked
 from convexprune.quadratic import Quadratic
 from convexprune.setting_types import check_settings
 from convexprune.solvers import Solution
@@ -27,7 +28,7 @@ class PruningProblem:
 
     weight: Tensor
     moments: Moments
-    pattern: AbstractPattern
+    pattern: Constraint
     correction: float = 1.0
     folds: tuple[Moments, ...] = ()
 
@@ -65,10 +66,7 @@ class PruningProblem:
 
     def operators(self) -> list["PruningProblem"]:
         """One problem for each operator of the stack."""
-        if not isinstance(self.pattern, Stacked):
-            return [self]
-        ends = pairwise(accumulate(self.pattern.heights, initial=0))
-        return [self.rows(slice(*pair), own) for pair, own in zip(ends, self.pattern.patterns, strict=True)]
+        return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
 
     def scaled(self, factors: Tensor | None) -> "PruningProblem":
         """The problem in which the error of each output counts times the square of its factor [m]; None are ones.
@@ -90,7 +88,7 @@ class PruningProblem:
         same = weight == self.weight * factors.to(self.weight)[:, None]
         return self.weight.where(same, weight / factors.to(weight)[:, None])
 
-    def rows(self, chosen: Tensor | slice, pattern: AbstractPattern) -> "PruningProblem":
+    def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "PruningProblem":
         """The problem of the rows `chosen`, to another pattern."""
         moments = self.moments.rows(chosen)
         return PruningProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
@@ -99,7 +97,6 @@ class PruningProblem:
 @dataclass(frozen=True, eq=False)
 class Pruned:
     """A weight [m n] in the pattern, the mask of what it keeps, and every convex solve behind it, the last one last.
-
     `other_products` are the matrix products [m n] x [n n] that were computed outside of these solves.
     """
 
@@ -113,6 +110,15 @@ class Pruned:
     def products(self) -> int:
         """All matrix products [m n] x [n n], the unit of cost."""
         return self.other_products + sum(solution.products for solution in self.solutions)
+
+
+def projected(problem: PruningProblem, metric: Tensor | None = None) -> Pruned:
+    """The dense weight, projected on the pattern in a metric [n] (see `Constraint.project`)."""
+    if problem.pattern.selects:
+        mask = problem.pattern.mask(sizes(problem.weight, metric))
+        return Pruned(problem.weight * mask, mask)
+    weight = problem.pattern.project(problem.weight, metric)
+    return Pruned(weight, weight != 0)
 
 
 Prune = TypeVar("Prune", bound=Callable[..., Pruned])
@@ -143,8 +149,23 @@ class AbstractPruner(ABC):
         RecipeError: a setting is not of its type, or out of range.
     """
 
+    projects = False
+    """Whether it is a projection of the dense weight, and so takes a pattern that is no choice of entries."""
+
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def require(self, pattern: Constraint) -> None:
+        """Refuse, before any work, a pattern that the method cannot take.
+
+        Raises:
+            PatternError: it searches for entries to keep, and the pattern is no choice of entries.
+        """
+        if not (self.projects or pattern.selects):
+            raise PatternError(
+                f"{type(self).__name__} chooses which weights to keep, and pattern {pattern} is no such choice. "
+                "The methods 'magnitude' and 'wanda' project on any pattern: take one of them, without a refit."
+            )
 
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:

@@ -5,9 +5,9 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.errors import RecipeError
 from convexprune.fused import fused, number_like
-from convexprune.pattern import AbstractPattern
 from convexprune.penalty import L1
 from convexprune.problem import Problem
 from convexprune.pruners.admm import between
@@ -72,7 +72,7 @@ class Convex(AbstractSearch):
         early = {"fista": {"max_iterations": 1, "restart": False}, "admm": {"max_iterations": 2, "rho": 1.0}}[name]
         return make_solver(name, check_every=10, scale=False, precise=False, **early)
 
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
         """See `AbstractSearch.search`: the scores at the end of the path."""
         assert quadratic.anchor is not None
         before = weight = scores = quadratic.anchor
@@ -102,7 +102,7 @@ class Convex(AbstractSearch):
             scores = torch.add(weight, slope, alpha=self.reach / stiffness)
         return Found(scores, tuple(solutions), products)
 
-    def _penalty(self, scores: Tensor, pattern: AbstractPattern, strength: float) -> L1:
+    def _penalty(self, scores: Tensor, pattern: Constraint, strength: float) -> L1:
         threshold = pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
         return L1(_strengths(scores, threshold, number_like(strength, scores)), checked=False)
 

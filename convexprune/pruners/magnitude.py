@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, projected
 
 
 @dataclass(frozen=True)
 class Magnitude(AbstractPruner):
     """Score |W_ij|; kept weights do not change (Han et al. 2015, without the retraining).
 
-    It knows no inputs, dead ones neither.
+    That is the nearest weight in the pattern, all entries counting alike: of int8, rounding to nearest. It knows no
+    inputs, dead ones neither.
     """
+
+    projects = True
 
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""
-        mask = problem.pattern.mask(problem.weight.abs())
-        return Pruned(problem.weight * mask, mask)
+        return projected(problem)

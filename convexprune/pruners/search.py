@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from convexprune.pattern import AbstractPattern
+from convexprune.constraints import Constraint
 from convexprune.penalty import Support
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.pruners.damped import choose_damping, saliency_coordinates
@@ -47,7 +47,7 @@ class AbstractSearch(AbstractPruner):
             require_penalty(self.refit, Support)
 
     @abstractmethod
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: AbstractPattern) -> Found:
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
         """Scores [m n] whose largest are worth keeping: a weight times `scale` [n] near the optimum of `quadratic`."""
 
     @dead_inputs_first

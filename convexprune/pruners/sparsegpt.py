@@ -1,14 +1,13 @@
 """SparseGPT: one sweep over the columns, each error pushed to the columns that are still to come."""
 
 from dataclasses import dataclass
-from math import lcm
 
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
-from convexprune.pattern import AbstractPattern, SemiStructured, Stacked
 from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
 from convexprune.setting_types import Count, NotNegative
 
@@ -49,7 +48,7 @@ class SparseGPT(AbstractPruner):
         unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
         weight = problem.weight + problem.quadratic.cross @ upper.T @ upper
-        width, group = weight.shape[1], _group(problem.pattern)
+        width, group = weight.shape[1], problem.pattern.block
         block = max(group, self.block // group * group)  # a block ends where a group ends
         mask = torch.empty_like(weight, dtype=torch.bool)
         for first in range(0, width, block):
@@ -59,10 +58,10 @@ class SparseGPT(AbstractPruner):
             weight[:, last:] -= errors @ upper[first:last, last:]
         return Pruned(weight * mask, mask)
 
-    def _sweep(self, part: Tensor, u: Tensor, pattern: AbstractPattern, first: int) -> tuple[Tensor, Tensor]:
+    def _sweep(self, part: Tensor, u: Tensor, pattern: Constraint, first: int) -> tuple[Tensor, Tensor]:
         """Prune one block of columns [m b] in place; returns its mask and its errors [m b]."""
         columns = part.shape[1]
-        at_once = _group(pattern) if _group(pattern) > 1 else columns
+        at_once = pattern.block if pattern.block > 1 else columns
         mask, errors = torch.empty_like(part, dtype=torch.bool), torch.empty_like(part)
         for j in range(columns):
             if j % at_once == 0:
@@ -71,10 +70,3 @@ class SparseGPT(AbstractPruner):
             errors[:, j] = part[:, j] * ~mask[:, j] / u[j, j]
             part[:, j:] -= errors[:, j, None] * u[j, j:]
         return mask, errors
-
-
-def _group(pattern: AbstractPattern) -> int:
-    """How many columns must be decided together: M for n:m, else 1."""
-    if isinstance(pattern, Stacked):
-        return lcm(*map(_group, pattern.patterns))
-    return pattern.group if isinstance(pattern, SemiStructured) else 1

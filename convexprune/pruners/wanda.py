@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first, projected
 
 
 @dataclass(frozen=True)
@@ -11,11 +11,13 @@ class Wanda(AbstractPruner):
 
     Differences to the authors' code: |X_j|_2 is taken over all tokens at once; the quota is the pattern's (the paper
     prunes per output: ask for quota="row"); ties are exact; inputs come from the recipe's prefix, by default
-    dense before the layer and pruned inside it: as published with prefix="pruned".
+    dense before the layer and pruned inside it: as published with prefix="pruned". It is the nearest weight in the
+    pattern in the metric diag(H).
     """
+
+    projects = True
 
     @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:
         """See `AbstractPruner.prune`."""
-        mask = problem.pattern.mask(problem.weight.abs() * problem.scale)
-        return Pruned(problem.weight * mask, mask)
+        return projected(problem, problem.quadratic.gram.diagonal())

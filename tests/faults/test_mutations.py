@@ -29,7 +29,7 @@ import test_refit
 import test_reverse_huber
 from hypothesis import Phase, settings
 
-from convexprune import bound, consistency, pattern, penalty, permutation, problem, relaxation, split
+from convexprune import bound, consistency, constraints, penalty, permutation, problem, relaxation, split
 from convexprune.adapters import inner_channels
 from convexprune.moments import ErrorMoments, Moments
 from convexprune.penalty import L1, ReverseHuber
@@ -121,16 +121,16 @@ FAULTS = (
           test_quadratic.test_the_inverse_form_of_an_envelope_is_that_of_its_own_gram_matrix),
     Fault("bounds of another operator's rows", bounding.sampled_bounds, "first + drawn_rows", "drawn_rows",
           test_bounding.test_operators_that_share_an_input_have_the_bounds_that_each_has_alone,
-          {"patterns": (pattern.Unstructured(0.5, "row"),) * 3, "rows": 2}),
+          {"patterns": (constraints.Unstructured(0.5, "row"),) * 3, "rows": 2}),
     Fault("bounds by another operator's pattern", bounding.sampled_bounds, "(posed, patterns,",
           "(posed, patterns[:1] * len(patterns),",
           test_bounding.test_operators_that_share_an_input_have_the_bounds_that_each_has_alone,
-          {"patterns": tuple(pattern.SemiStructured(kept, 4) for kept in (3, 1, 2)), "rows": 2}),
-    Fault("a mask off by one", pattern.keep_largest, "missing = count", "missing = count + 1",
+          {"patterns": tuple(constraints.SemiStructured(kept, 4) for kept in (3, 1, 2)), "rows": 2}),
+    Fault("a mask off by one", constraints.base.keep_largest, "missing = count", "missing = count + 1",
           test_pattern.test_a_mask_has_exactly_the_promised_zeros),
-    Fault("a mask of the smallest", pattern.keep_largest, "above = scores > least", "above = scores < least",
+    Fault("a mask of the smallest", constraints.base.keep_largest, "above = scores > least", "above = scores < least",
           test_pattern.test_the_largest_of_the_matrix_are_kept_and_of_equals_the_first),
-    Fault("a group that keeps one too few", pattern.SemiStructured.mask, ": self.kept]", ": self.kept - 1]",
+    Fault("a group that keeps one too few", constraints.SemiStructured.mask, ": self.kept]", ": self.kept - 1]",
           test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
     Fault("X and X* swapped", ErrorMoments.add, "error.T, x)", "x.T, error)",
           test_moments.test_moments_are_means_over_the_tokens),

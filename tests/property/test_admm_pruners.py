@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from pruning_cases import correlated, error, layer_problem
 from strategies import seeds
 
+from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.errors import RecipeError, UnsupportedError
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
 from convexprune.pruners.damped import Damping, saliency_coordinates

@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from pruning_cases import PATTERNS, correlated, error, layer_problem
 from strategies import Layer, seeds
 
+from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.errors import PruningError
 from convexprune.moments import Moments
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pruners import (
     PRUNERS,
     Convex,

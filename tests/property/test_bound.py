@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pruning_cases import layer_problem
 from strategies import KINDS, make_chain, make_layer, random, seeds
 
-from convexprune.bound import LowerBound, budget, lower_bound, without_dead_inputs
+from convexprune.bound import LowerBound, lines_of, lower_bound, without_dead_inputs
+from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.errors import ProblemError
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pruners import Convex, Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.relaxation import Relaxed, relax
@@ -51,7 +51,7 @@ def test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound(kind, patte
     if first is None:
         return
     _, split = first
-    lines, kept = budget(pattern, best)
+    lines, kept = lines_of(pattern, best)
     anywhere = layer.weight + radius * random(seed, *layer.weight.shape)
     bound = 2 * lower_bound(problem.quadratic, share * split.expand(2, 8), anywhere, lines, kept)
     assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
@@ -63,7 +63,7 @@ def test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound(pattern, see
     layer = case("full rank", seed, 0.3)
     problem = layer_problem(layer, pattern)
     best = best_pruning(problem)
-    lines, kept = budget(pattern, best)
+    lines, kept = lines_of(pattern, best)
     gram, anywhere = problem.quadratic.gram, layer.weight + 30 * random(seed, *layer.weight.shape)
     large = 30 * gram.diagonal().expand(2, 8)
     bound = 2 * lower_bound(problem.quadratic, safe_split(gram, large), anywhere, lines, kept)
@@ -80,7 +80,7 @@ def test_the_relaxation_is_solved(pattern, seed):
     first = first_split(q.gram)
     assert first is not None
     inverse, split = first[0], (first[1] * 0.9).expand(2, 8)
-    lines, kept = budget(pattern, best)
+    lines, kept = lines_of(pattern, best)
     found = relax(q, inverse, split, Relaxed.at(best), lines, kept, 1000)  # one case in 120 needs more than 500
     curved = torch.where(
         found.fraction > 0, split * found.weight.square() * (1 / found.fraction.clamp_min(1e-300) - 1), 0.0

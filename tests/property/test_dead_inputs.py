@@ -6,8 +6,8 @@ from pruning_cases import layer_problem
 from strategies import Layer, make_chain, random
 from torch import Tensor
 
+from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.moments import Moments
-from convexprune.pattern import AbstractPattern, SemiStructured, Unstructured
 from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pruners import PRUNERS, Convex, PruningProblem, Refitted, SparseGPT
 from convexprune.pruners.damped import Damping
@@ -24,14 +24,14 @@ CASES = {  # the pattern, the sizes of live inputs, the number of dead ones
 }
 
 
-def posed(weight: Tensor, inputs: Tensor, pattern: AbstractPattern, dense: Tensor | None = None) -> PruningProblem:
+def posed(weight: Tensor, inputs: Tensor, pattern: Constraint, dense: Tensor | None = None) -> PruningProblem:
     folds = tuple(Moments(inputs.shape[1], torch.float64) for _ in range(2))
     for i, fold in enumerate(folds):
         fold.add(inputs[i::2], None if dense is None else dense[i::2])
     return PruningProblem(weight, folds[0] + folds[1], pattern, folds=folds)
 
 
-def drawn(pattern: AbstractPattern, size: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(pattern: Constraint, size: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """A weight, inputs of about that size, and which of them are dead; for N:M, one of every group."""
     layer = make_chain(ROWS, INPUTS, seed=3, correlation=0.7, tokens=6 * INPUTS)
     dead = torch.zeros(INPUTS, dtype=torch.bool)
@@ -40,7 +40,7 @@ def drawn(pattern: AbstractPattern, size: float, count: int) -> tuple[Tensor, Te
     return layer.weight, inputs.masked_fill(dead, 0), dead
 
 
-def on_the_live(pattern: AbstractPattern, count: int) -> AbstractPattern:
+def on_the_live(pattern: Constraint, count: int) -> Constraint:
     """The pattern with as many non-zeros on the live inputs alone."""
     if isinstance(pattern, SemiStructured):
         return SemiStructured(pattern.kept, pattern.group - 1)

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune import fused as room
 from convexprune import penalty
+from convexprune.constraints import Stacked, Unstructured
 from convexprune.device import has_kernels
 from convexprune.fused import number_like
-from convexprune.pattern import Stacked, Unstructured
 from convexprune.penalty import L1
 from convexprune.problem import Problem
 from convexprune.pruners import Convex, convex

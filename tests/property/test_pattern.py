@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import random, seeds
 
+from convexprune.constraints import SemiStructured, Stacked, Unstructured, parse_pattern
 from convexprune.errors import PatternError
-from convexprune.pattern import SemiStructured, Stacked, Unstructured, parse_pattern
 
 sparsities = st.sampled_from((0.0, 0.1, 1 / 3, 0.5, 0.65, 0.9))
 rows = st.integers(1, 12)
@@ -63,17 +63,6 @@ def test_a_stack_is_its_operators_one_by_one(operators, n, seed, quota):
     levels = [own.threshold(part).expand_as(part) for own, part in parts]
     assert torch.equal(stack.threshold(values), torch.cat(levels))
     assert stack.zeros(*values.shape) == sum(own.zeros(*part.shape) for own, part in parts)
-
-
-@given(st.lists(rows, min_size=1, max_size=4), columns, seeds, st.data())
-def test_some_rows_of_a_stack_are_kept_as_in_the_whole(heights, n, seed, data):
-    """Of patterns whose rows have quotas of their own."""
-    total = sum(heights)
-    patterns = tuple(Unstructured(data.draw(sparsities), "row") for _ in heights)
-    first = data.draw(st.integers(0, total - 1))
-    chosen = slice(first, data.draw(st.integers(first + 1, total)))
-    stack, values = Stacked(patterns, tuple(heights)), scores(seed, total, n)
-    assert torch.equal(stack.rows(chosen).mask(values[chosen]), stack.mask(values)[chosen])
 
 
 def make(name, sparsity):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from pruning_cases import PATTERNS, correlated, error, layer_problem
 from strategies import Layer, seeds
 
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
+from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.pruners import (
     PRUNERS,
     Convex,
@@ -44,7 +44,7 @@ def test_every_operator_of_a_stack_has_its_own_count(name, stack):
     assert isinstance(pattern, Stacked)
     problem = layer_problem(correlated(0, m=6), pattern)
     parts = PRUNERS[name]().prune(problem).weight.split(pattern.heights)
-    for part, own in zip(parts, pattern.patterns, strict=True):
+    for part, own in zip(parts, pattern.constraints, strict=True):
         assert int((part == 0).sum()) == own.zeros(*part.shape)
         own.check(*part.shape)
 

@@ -5,7 +5,7 @@ import torch
 from strategies import Layer, make_chain, random
 from torch import Tensor
 
-from convexprune.pattern import AbstractPattern, SemiStructured, Unstructured
+from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.pruners import ALPS, PruningProblem, SparseGPT, Wanda
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
@@ -14,7 +14,7 @@ PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), Unstructured(0.7, "row"
 KINDS = ("plain", "dead", "ties", "dead and ties")
 
 
-def posed(kind: str, pattern: AbstractPattern, seed: int = 0) -> PruningProblem:
+def posed(kind: str, pattern: Constraint, seed: int = 0) -> PruningProblem:
     layer = make_chain(7, 16, seed, correlation=0.7, tokens=60)
     inputs, weight = layer.pruned * (random(seed + 7, 16) / 2).exp(), layer.weight
     if "dead" in kind:
@@ -24,7 +24,7 @@ def posed(kind: str, pattern: AbstractPattern, seed: int = 0) -> PruningProblem:
     return PruningProblem(weight, Layer(weight, inputs, inputs).moments, pattern)
 
 
-def smallest(scores: Tensor, pattern: AbstractPattern, first: int = 0) -> Tensor:
+def smallest(scores: Tensor, pattern: Constraint, first: int = 0) -> Tensor:
     """Mask of what is pruned of scores [m b], entry by entry; of equal scores the later ones."""
     m, b = scores.shape
     if isinstance(pattern, SemiStructured):
@@ -54,7 +54,7 @@ def with_ones(gram: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_wanda_is_its_formula(kind: str, pattern: AbstractPattern):
+def test_wanda_is_its_formula(kind: str, pattern: Constraint):
     """Sun et al. 2023, Eq. 1: S_ij = |W_ij| |X_j|_2, over all tokens; 0 for a dead input, whatever its weight."""
     problem = posed(kind, pattern)
     sizes = problem.moments.gram.diagonal().sqrt()
@@ -96,7 +96,7 @@ def slow_sparsegpt(problem: PruningProblem, block: int, damping: float) -> Tenso
 @pytest.mark.parametrize("block", [4, 5, 128])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sparsegpt_is_the_paper_column_by_column(kind: str, pattern: AbstractPattern, block: int):
+def test_sparsegpt_is_the_paper_column_by_column(kind: str, pattern: Constraint, block: int):
     for seed in range(3):
         problem = posed(kind, pattern, seed)
         found = SparseGPT(block=block, damping=0.02).prune(problem).weight
@@ -156,7 +156,7 @@ def slow_alps(problem: PruningProblem, damping: float = 0.01) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_alps_is_its_algorithm_with_a_linear_solve_in_every_step(kind: str, pattern: AbstractPattern):
+def test_alps_is_its_algorithm_with_a_linear_solve_in_every_step(kind: str, pattern: Constraint):
     for seed in range(3):
         problem = posed(kind, pattern, seed)
         found, (mask, weight) = ALPS().prune(problem), slow_alps(problem)

@@ -11,8 +11,8 @@ from pruning_cases import layer_problem
 from strategies import make_layer, seeds
 
 import convexprune
+from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.moments import Moments
-from convexprune.pattern import SemiStructured, Stacked, Unstructured
 from convexprune.pipeline import bounding
 from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pruners import ADMM, Convex, PruningProblem, Refitted, Wanda

@@ -30,7 +30,6 @@ NOT_YET = frozenset[str](
     {
         "convexprune.api",
         "convexprune.arguments",
-        "convexprune.pattern",
         "convexprune.recipe",
         "convexprune.recipe_file",
         "convexprune.request",

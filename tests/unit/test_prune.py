@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convexprune
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.errors import ConvexpruneError
 from convexprune.penalty import L1
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Pruned
 from convexprune.recipe import Recipe
@@ -35,6 +36,42 @@ def test_every_operator_of_every_model_has_the_exact_count(tiny: HuggingFaceMode
         assert int((weight == 0).sum()) == o.zeros == o.expected_zeros == weight.numel() // 2
         if pattern == "2:4":
             assert ((weight.view(weight.shape[0], -1, 4) != 0).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_int8_rounds_every_operator_and_asks_for_no_zeros(tiny_llama: HuggingFaceModel, method: str):
+    report = convexprune.prune(tiny_llama.model, pattern="int8", method=method, **SMALL).report
+    weights = state(tiny_llama)
+    for o in report.operators:
+        weight = weights[f"{o.name}.weight"]
+        levels = (weight / weight.abs().amax(1, keepdim=True) * 127).round()
+        assert o.pattern == "int8" and o.expected_zeros == 0 and o.bound is None
+        assert int((weight == 0).sum()) == o.zeros == int((levels == 0).sum())
+        assert 0 < o.relative_error < 1e-3
+
+
+@pytest.mark.parametrize("method", ["convex", "admm", "fistapruner"])
+def test_columns_are_removed_in_all_rows(tiny_opt: HuggingFaceModel, method: str):
+    report = convexprune.prune(tiny_opt.model, pattern="columns", sparsity=0.25, method=method, **SMALL).report
+    weights = state(tiny_opt)
+    for o in report.operators:
+        weight = weights[f"{o.name}.weight"]
+        assert int((weight == 0).all(0).sum()) == o.inputs // 4
+        assert o.zeros == o.expected_zeros == weight.numel() // 4 and o.pattern == "columns 25%" and o.bound is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "convex"}, "Convex chooses which weights to keep, and pattern int8 is no such choice"),
+        ({"method": "magnitude", "refit": True}, "without a refit"),
+        ({"method": "magnitude", "sparsity": 0.5}, "Leave sparsity and quota out"),
+        ({"method": "magnitude", "allocation": "curve"}, "'curve' spreads zeros, and pattern int8 asks for none"),
+    ],
+)
+def test_what_int8_cannot_be_combined_with_is_refused_before_any_work(settings: dict[str, Any], reason: str):
+    with pytest.raises(ConvexpruneError, match=reason):
+        convexprune.prune("no such model", pattern="int8", **settings)
 
 
 @pytest.mark.parametrize("method", [*PRUNERS, "preset"])

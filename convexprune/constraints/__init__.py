@@ -1,0 +1,58 @@
+"""Constraints by name. To add a kind: a file here and a line in `KINDS`."""
+
+import re
+
+from convexprune.constraints.base import Budget, Constraint, Mask, Quota
+from convexprune.constraints.columns import Columns
+from convexprune.constraints.int8 import Int8
+from convexprune.constraints.semi_structured import SemiStructured
+from convexprune.constraints.stacked import Stacked
+from convexprune.constraints.unstructured import Unstructured
+from convexprune.errors import PatternError
+
+KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Int8)
+
+
+def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
+    """The constraint of a name or of a description.
+
+    Args:
+        pattern: "unstructured" or "columns" (a share of zeros), "N:M", "int8"; or what `Constraint.describe` says.
+        sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
+        quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
+
+    Returns:
+        The constraint.
+
+    Raises:
+        PatternError: the name is unknown, or contradicts `sparsity` or `quota`.
+    """
+    found = _parsed(pattern, sparsity, quota) if isinstance(pattern, str) else None
+    if found is None:
+        raise PatternError(
+            f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', 'int8'."
+        )
+    if sparsity is not None and abs(found.sparsity - sparsity) > 1e-9:
+        raise PatternError(
+            f"Pattern {found} has sparsity {found.sparsity:g}, but {sparsity:g} was asked. Leave the sparsity out, "
+            f"or take a pattern that has it (N:M means N non-zeros in M)."
+        )
+    return found
+
+
+def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | None:
+    stack = [re.fullmatch(r"(\d+) rows (.+)", part) for part in text.split("; ")]
+    if all(stack):
+        parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
+        return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
+    for kind in KINDS:
+        found = kind.parse(text, sparsity, quota)
+        if found is not None:
+            return found
+    return None
+
+
+__all__ = [
+    "KINDS", "Budget", "Columns", "Constraint", "Int8", "Mask", "SemiStructured", "Stacked", "Unstructured",
+    "parse_pattern",
+]  # fmt: skip

@@ -1,0 +1,35 @@
+"""A share of zeros: checked, and as a percentage that reads back to the very same number."""
+
+from decimal import Decimal
+from numbers import Real
+
+from convexprune.errors import PatternError
+
+
+def check_share(share: object) -> None:
+    """Refuse what is not a share of zeros.
+
+    Raises:
+        PatternError: it is no number, or outside [0, 1).
+    """
+    if not isinstance(share, Real):
+        raise PatternError(f"Sparsity {share!r} is no number: it is the share of zeros, 0.5 for half.")
+    if not 0 <= float(share) < 1:
+        raise PatternError(f"Sparsity {share} is outside [0, 1): it is the share of zeros, 0.5 for half.")
+
+
+def percent(share: float) -> str:
+    """0.5 as "50%"."""
+    return f"{(Decimal(repr(float(share))) * 100).normalize():f}%"
+
+
+def from_percent(text: str) -> float:
+    """The share of a number of percent: "50" as 0.5."""
+    return float(Decimal(text) / 100)
+
+
+def shares_around(share: float, reach: float, step: float) -> list[float]:
+    """Shares of zeros from `reach` below to `reach` above, as far as they are in [0, 1)."""
+    steps = round(reach / step)
+    every = (round(share + each * step, 6) for each in range(-steps, steps + 1))
+    return [each for each in every if 0 <= each < 1]

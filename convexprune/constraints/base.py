@@ -1,0 +1,249 @@
+"""What every constraint on a weight promises: project on it, see what breaks it, say it in words that parse back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import PatternError
+
+Quota = Literal["matrix", "row"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many non-zeros there may be: `kept` in each line of `width` entries of a weight that is read row by row."""
+
+    width: int
+    kept: int
+
+
+class Constraint(ABC):
+    """A set of weights [m n], for a weight to be put into: masks, grids. Ties go to the lower index.
+
+    A kind of constraint is one file: a frozen dataclass with the abstract methods, and a line in
+    `convexprune.constraints.KINDS`. The properties say what pruners, allocations and bounds may ask of it.
+    """
+
+    sparsity: float
+    """The share of zeros that is asked for."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether it is a choice of entries by a `mask`, whatever the values that are kept; else it is a grid."""
+        return False
+
+    @property
+    def continuous(self) -> bool:
+        """Whether `with_sparsity` can give it any share of zeros."""
+        return False
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row has a budget of its own, so that rows do not compete."""
+        return True
+
+    @property
+    def block(self) -> int:
+        """How many consecutive columns have to be chosen together."""
+        return 1
+
+    @abstractmethod
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """The nearest weight in the set.
+
+        Args:
+            weight: V [m n].
+            metric: h [n], not negative (the diagonal of a Gram matrix, say); None: ones.
+
+        Returns:
+            The P of the set with the least sum_ij h_j (P_ij - V_ij)^2, as near as the kind can find it.
+
+        Raises:
+            PatternError: the constraint does not fit a weight of this shape.
+        """
+
+    @abstractmethod
+    def violation(self, weight: Tensor) -> int:
+        """How many entries of the `weight` [m n] are too many, or off the grid; 0: it is in the set."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A text from which `parse_pattern` makes an equal constraint."""
+
+    @classmethod
+    def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
+        """The constraint of a name, or of what `describe` says.
+
+        Args:
+            text: the name or the description.
+            sparsity: a share of zeros that is given beside a name.
+            quota: where it holds.
+
+        Returns:
+            The constraint; None if the text is of another kind.
+
+        Raises:
+            PatternError: the settings are out of range, or none of this kind.
+        """
+        return None
+
+    def check(self, rows: int, columns: int) -> None:  # noqa: B027 (most fit all)
+        """Refuse a weight that the constraint does not fit.
+
+        Args:
+            rows: m.
+            columns: n.
+
+        Raises:
+            PatternError: it does not fit a weight [rows columns].
+        """
+
+    def budget(self, shape: Sequence[int]) -> Budget | None:
+        """The lines of a weight of that `shape` and what each may keep; None if it is no matter of separate lines."""
+        return None
+
+    def zeros(self, rows: int, columns: int) -> int:
+        """The exact number of zeros that are asked of a weight.
+
+        Args:
+            rows: m.
+            columns: n.
+
+        Returns:
+            The number.
+        """
+        return 0
+
+    def binds(self, rows: int, columns: int) -> bool:
+        """Whether anything is asked of a weight at all.
+
+        Args:
+            rows: m.
+            columns: n.
+
+        Returns:
+            False where every weight of that shape is in the set.
+        """
+        return not self.selects or self.zeros(rows, columns) > 0
+
+    def parts(self, rows: int) -> list[tuple[slice, "Constraint"]]:
+        """The constraint of each operator in a stack of `rows`, with its rows; of one operator itself."""
+        return [(slice(0, rows), self)]
+
+    def with_sparsity(self, sparsity: float) -> "Constraint":
+        """The same kind with another share of zeros, as near as there is.
+
+        Args:
+            sparsity: in [0, 1).
+
+        Returns:
+            The constraint.
+
+        Raises:
+            PatternError: the share is out of range, or the kind has none.
+        """
+        raise PatternError(f"Pattern {self} has no share of zeros to choose.")
+
+    def ladder(self, reach: float, step: float) -> list["Constraint"]:
+        """Constraints of its kind to choose from where this one is asked for on the whole.
+
+        Args:
+            reach: how far their sparsities may be away.
+            step: how far they are apart, where any share can be had.
+
+        Returns:
+            Those there are, the sparsest last.
+        """
+        return [self]
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        """Which entries are kept: those with the largest scores.
+
+        Args:
+            scores: [m n], not negative.
+            first: where they begin, of a weight that is decided in blocks of columns; the blocks' counts add up to the
+                exact count of the whole.
+
+        Returns:
+            [m n], True for what is kept.
+
+        Raises:
+            PatternError: it does not fit scores of this shape, or is no choice of entries.
+        """
+        raise PatternError(f"Pattern {self} is no choice of entries: it has no mask.")
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """What separates the sizes of kept scores from the others.
+
+        It is for weighing scores, not for choosing: of a large matrix it is estimated from a part of the entries.
+
+        Args:
+            scores: [m n].
+
+        Returns:
+            A tensor that broadcasts to [m n].
+
+        Raises:
+            PatternError: see `mask`.
+        """
+        raise PatternError(f"Pattern {self} is no choice of entries: it has no threshold.")
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+class Mask(Constraint):
+    """A rule for which entries of a weight may be non-zero: the projection keeps what is largest in the metric."""
+
+    @property
+    def selects(self) -> bool:
+        """It is."""
+        return True
+
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        return weight * self.mask(sizes(weight, metric))
+
+    def violation(self, weight: Tensor) -> int:
+        budget = self.budget(weight.shape)
+        assert budget is not None, "a mask that has no lines counts for itself"
+        counts = (weight != 0).reshape(-1, budget.width).sum(1)
+        return int((counts - budget.kept).clamp_min(0).sum())
+
+
+def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:
+    """The square root of what it costs in a metric to zero an entry.
+
+    Args:
+        weight: V [m n].
+        metric: h [n]; None: ones.
+
+    Returns:
+        |V_ij| sqrt(h_j) [m n].
+    """
+    return weight.abs() if metric is None else weight.abs() * metric.sqrt()
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Which are the largest of every row; of equal scores the earlier.
+
+    Args:
+        scores: [m n].
+        count: exactly so many of each row.
+
+    Returns:
+        [m n], True for the largest.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    least = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+    kept = scores >= least
+    if int(kept.sum()) == count * len(scores):
+        return kept
+    above = scores > least
+    missing = count - above.sum(1, keepdim=True)
+    ties = kept ^ above
+    return above | (ties & (ties.cumsum(1) <= missing))

@@ -1,0 +1,62 @@
+"""Whole input channels as a constraint."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pruning_cases import correlated, error, layer_problem
+from strategies import random, seeds
+
+from convexprune.constraints import Columns, parse_pattern
+from convexprune.errors import PatternError
+from convexprune.pruners import PRUNERS
+
+
+@given(st.integers(1, 6), st.integers(2, 12), st.sampled_from((0.0, 0.25, 0.5, 0.8)), seeds)
+def test_the_columns_of_least_energy_go_in_all_rows(m: int, n: int, sparsity: float, seed: int):
+    scores = random(seed, m, n).abs()
+    mask = Columns(sparsity).mask(scores)
+    energies = scores.square().sum(0).tolist()
+    kept = sorted(range(n), key=lambda j: -energies[j])[: n - round(sparsity * n)]
+    assert {j for j in range(n) if mask[:, j].all()} == set(kept)
+    assert int((~mask).sum()) == Columns(sparsity).zeros(m, n) == m * (n - len(kept))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), seeds)
+def test_blocks_of_columns_add_up_to_the_count_of_the_whole(widths: list[int], seed: int):
+    pattern, first, zeros = Columns(0.4), 0, 0
+    for width in widths:
+        zeros += int((~pattern.mask(random(seed, 2, width).abs(), first)).sum())
+        first += width
+    assert zeros == pattern.zeros(2, first)
+
+
+@given(seeds, st.sampled_from((0.0, 0.3, 0.5)))
+def test_the_threshold_separates_what_is_kept_from_what_is_not(seed: int, sparsity: float):
+    scores, pattern = random(seed, 4, 16), Columns(sparsity)
+    mask, threshold = pattern.mask(scores.abs()), pattern.threshold(scores)
+    assert (scores.abs()[mask] >= threshold[mask] * (1 - 1e-12)).all()
+    assert (scores.abs()[~mask] <= threshold[~mask]).all()
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_every_method_removes_whole_columns(method: str):
+    problem = layer_problem(correlated(0), Columns(0.25))
+    weight = PRUNERS[method]().prune(problem).weight
+    assert int((weight == 0).all(0).sum()) == 4 and problem.pattern.violation(weight) == 0
+
+
+def test_those_that_search_lose_less_than_those_that_look():
+    problem = layer_problem(correlated(0, m=16, n=32), Columns(0.5))
+    errors = {name: error(problem, PRUNERS[name]()) for name in ("admm", "convex", "wanda", "magnitude")}
+    assert max(errors["admm"], errors["convex"]) < 0.8 * errors["wanda"], errors
+
+
+def test_names_and_what_does_not_fit():
+    assert parse_pattern("columns") == Columns(0.5) and parse_pattern("columns", 0.3) == Columns(0.3)
+    with pytest.raises(PatternError, match="Leave quota out"):
+        parse_pattern("columns", 0.3, "row")
+    for sparsity in (0.01, 0.99):
+        with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of 4 columns rounds to [04] columns"):
+            Columns(sparsity).check(8, 4)
+    assert not torch.equal(*(Columns(0.5).mask(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).T))

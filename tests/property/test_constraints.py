@@ -1,0 +1,120 @@
+"""What every kind of constraint promises: projections, violations, budgets, and words that parse back."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import random, seeds
+
+import convexprune
+from convexprune.constraints import (
+    KINDS,
+    Columns,
+    Constraint,
+    Int8,
+    SemiStructured,
+    Stacked,
+    Unstructured,
+    parse_pattern,
+)
+from convexprune.errors import PatternError
+from convexprune.pipeline.survey import Allotment
+
+shares = st.floats(0, 1, exclude_max=True)
+groups = st.integers(2, 16).flatmap(lambda group: st.tuples(st.integers(1, group - 1), st.just(group)))
+singles = st.one_of(
+    st.builds(Unstructured, shares, st.sampled_from(("matrix", "row"))),
+    groups.map(lambda pair: SemiStructured(*pair)),
+    st.builds(Columns, shares),
+    st.builds(Int8),
+)
+stacks = st.lists(st.tuples(singles, st.integers(1, 4096)), min_size=1, max_size=4).map(
+    lambda parts: Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
+)
+
+SMALL: dict[str, Constraint] = {
+    "matrix": Unstructured(0.5),
+    "row": Unstructured(0.5, "row"),
+    "2:4": SemiStructured(2, 4),
+    "columns": Columns(0.5),
+    "int8": Int8(),
+    "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),
+}
+
+
+@given(st.one_of(singles, stacks))
+def test_a_description_parses_back_to_its_constraint(constraint: Constraint):
+    assert parse_pattern(constraint.describe()) == constraint
+    assert str(constraint) == constraint.describe()
+
+
+@given(st.one_of(singles.filter(lambda c: c.continuous)), st.lists(shares, min_size=1, max_size=3))
+def test_so_do_those_of_an_allocation(asked: Constraint, each: list[float]):
+    patterns = Allotment({f"operator {i}": share for i, share in enumerate(each)}).patterns(asked)
+    assert [parse_pattern(own.describe()) for own in patterns.values()] == [asked.with_sparsity(s) for s in each]
+
+
+def test_every_kind_is_described_here():
+    drawn = {type(constraint) for constraint in SMALL.values()}
+    assert drawn == {*KINDS, Stacked}
+
+
+@pytest.mark.parametrize("text", ["unstructured 50%", "unstructured 150% per row", "columns 0.5", "int4", "x rows 2:4"])
+def test_what_is_no_description_is_refused(text: str):
+    with pytest.raises(PatternError, match=r"Unknown pattern|outside \[0, 1\)"):
+        parse_pattern(text)
+
+
+@given(st.sampled_from(sorted(SMALL)), seeds, st.booleans())
+def test_a_projection_is_in_the_set_and_stays_there(name: str, seed: int, weighted: bool):
+    constraint, weight = SMALL[name], random(seed, 3, 8)
+    metric = random(seed + 1, 8).square() if weighted else None
+    projected = constraint.project(weight, metric)
+    assert constraint.violation(projected) == 0
+    torch.testing.assert_close(constraint.project(projected, metric), projected)
+
+
+@given(st.sampled_from(("matrix", "row", "2:4", "columns")), seeds)
+def test_no_other_choice_of_entries_is_nearer_in_the_metric(name: str, seed: int):
+    constraint, weight, metric = SMALL[name], random(seed, 2, 4), random(seed + 1, 4).square()
+
+    def distance(other: torch.Tensor) -> float:
+        return float(((other - weight).square() * metric).sum())
+
+    choices = (torch.tensor(bits).view(2, 4) * weight for bits in product((0.0, 1.0), repeat=8))
+    least = min(distance(other) for other in choices if constraint.violation(other) == 0)
+    assert distance(constraint.project(weight, metric)) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(("name", "broken"), [("matrix", 12), ("row", 12), ("2:4", 12), ("columns", 4), ("stack", 12)])
+def test_what_is_too_many_is_counted(name: str, broken: int):
+    assert SMALL[name].violation(torch.ones(3, 8)) == broken
+
+
+@given(st.sampled_from(("matrix", "row", "2:4")), st.integers(1, 5), st.integers(1, 3))
+def test_a_budget_counts_the_zeros(name: str, rows: int, eights: int):
+    constraint, columns = SMALL[name], 8 * eights
+    budget = constraint.budget((rows, columns))
+    assert budget is not None
+    assert rows * columns // budget.width * (budget.width - budget.kept) == constraint.zeros(rows, columns)
+
+
+def test_what_has_no_lines_has_no_budget():
+    assert [SMALL[name].budget((3, 8)) for name in ("columns", "int8", "stack")] == [None] * 3
+
+
+def test_what_asks_for_nothing_does_not_bind():
+    assert [c.binds(3, 8) for c in (Unstructured(0.0), Columns(0.0), Int8(), SMALL["stack"])] == [0, 0, 1, 1]
+
+
+def test_nothing_in_the_product_asks_which_kind_a_constraint_is():
+    kinds = "|".join(kind.__name__ for kind in (*KINDS, Stacked, Constraint)) + "|Mask|AbstractPattern"
+    asks = re.compile(rf"(isinstance|issubclass)\(.*\b({kinds})\b|type\(\w*(pattern|constraint)\w*\)")
+    folder = Path(convexprune.__file__).parent
+    files = [path for each in (folder, folder / "adapters", folder / "validation") for path in each.rglob("*.py")]
+    assert len(files) > 100
+    assert [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if asks.search(line)] == []
