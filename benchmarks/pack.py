@@ -1,0 +1,151 @@
+"""The tables of docs/pack.md: bits a weight and speed of packs, and of other codings of the same tensors.
+
+    python benchmarks/pack.py MODEL [--dtype bfloat16] [--codings]
+
+MODEL is a folder with safetensors. The smallest entries of each matrix of its decoder layers are set to zero (magnitude
+pruning), and the model is packed and unpacked. Speeds are bytes of the unpacked files by seconds of one CPU core.
+"""
+
+import argparse
+import filecmp
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from convexprune import pack, unpack
+from convexprune.container import format as coding
+from convexprune.pipeline.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
+
+SHARES = (0.0, 0.5, 0.6, 0.7, 0.8)
+
+
+def is_pruned(name: str, entry: Entry) -> bool:
+    return ".layers." in name and len(entry.spec.shape) == 2
+
+
+def pruned(name: str, entry: Entry, share: float, dtype: torch.dtype) -> Tensor:
+    weight = entry.read().to(dtype)
+    if not share or not is_pruned(name, entry):
+        return weight
+    size = weight.float().abs()
+    threshold = size.flatten().kthvalue(round(share * size.numel())).values
+    return torch.where(size <= threshold, torch.zeros_like(weight), weight)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    before = time.process_time()
+    call()
+    return time.process_time() - before
+
+
+def folders(model: dict[str, Entry], share: float, dtype: torch.dtype) -> tuple[float, float, float, float, float]:
+    """Bits a weight of the pruned matrices alone and of all; size relative to before; MB/s to pack and to unpack."""
+    with TemporaryDirectory() as place:
+        root, sizes = Path(place), dict[bool, float]()
+        for alone in (True, False):
+            chosen = {n: e for n, e in model.items() if not alone or is_pruned(n, e)}
+            for name in ("plain", "packed", "back"):
+                (root / f"{name}{alone}").mkdir()
+            plain = root / f"plain{alone}" / "model.safetensors"
+            write_tensors(
+                plain,
+                {n: spec_of(e, dtype) for n, e in chosen.items()},
+                lambda n: pruned(n, model[n], share, dtype),
+                {},
+            )
+            results = []
+            packing = seconds(lambda: results.append(pack(plain.parent, root / f"packed{alone}")))  # noqa: B023
+            sizes[alone] = results[0].bits
+            unpacking = seconds(lambda: unpack(root / f"packed{alone}", root / f"back{alone}"))  # noqa: B023
+            assert filecmp.cmp(plain, root / f"back{alone}" / plain.name, shallow=False)
+        megabytes = results[0].before / 1e6
+        return (
+            sizes[True],
+            sizes[False],
+            results[0].after / results[0].before,
+            megabytes / packing,
+            megabytes / unpacking,
+        )
+
+
+def spec_of(entry: Entry, dtype: torch.dtype) -> Spec:
+    count = entry.spec.nbytes // DTYPES[entry.spec.code].itemsize
+    return Spec(CODES[dtype], entry.spec.shape, count * dtype.itemsize)
+
+
+# ---- other codings of the same tensors
+
+
+def blocks(model: dict[str, Entry], share: float, dtype: torch.dtype) -> Iterator[bytes]:
+    for name, entry in model.items():
+        if is_pruned(name, entry):
+            data = bytes(raw(pruned(name, entry, share, dtype)))
+            yield from (data[begin : begin + coding.BLOCK] for begin in range(0, len(data), coding.BLOCK))
+
+
+def planes(block: bytes, rotate: bool, level: int) -> int:
+    """A mask and the two bytes of kept values apart, as they are or with the sign behind."""
+    x = np.frombuffer(block, np.uint16)
+    values = x.take(np.flatnonzero(x))
+    if rotate:
+        values = (values << 1) | (values >> 15)
+    compress = zstandard.ZstdCompressor(level=level).compress
+    return sum(len(compress(part.tobytes())) for part in (np.packbits(x != 0), *values.view(np.uint8).reshape(-1, 2).T))
+
+
+def ours(block: bytes, code: str, level: int) -> int:
+    coding.LEVEL = level
+    return len(coding.encode(block, code, 2))
+
+
+def codings(model: dict[str, Entry], dtype: torch.dtype) -> None:
+    code = CODES[dtype]
+    kinds: Mapping[str, Callable[[bytes], float]] = {
+        "the file by zstd -3": lambda b: len(zstandard.compress(b, 3)),
+        "mask, kept values, not compressed": lambda b: len(b) / 16 + 2 * np.count_nonzero(np.frombuffer(b, np.uint16)),
+        "mask, two byte planes, zstd -3": lambda b: planes(b, False, 3),
+        "the same, sign last, zstd -3": lambda b: planes(b, True, 3),
+    } | {f"ours, zstd -{level}": partial(ours, code=code, level=level) for level in (1, 3, 9)}
+    print(
+        "\n| coding |", " | ".join(f"{share:.0%}" for share in SHARES), "| MB/s |\n|---|" + "---|" * (len(SHARES) + 1)
+    )
+    for name, size in kinds.items():
+        bits, took, read = [], 0.0, 0
+        for share in SHARES:
+            data = list(blocks(model, share, dtype))
+            sizes = list[float]()
+            took += seconds(lambda: sizes.extend(map(size, data)))  # noqa: B023
+            read += sum(map(len, data))
+            bits.append(16 * sum(sizes) / sum(map(len, data)))
+        print(f"| {name} |", " | ".join(f"{b:.2f}" for b in bits), f"| {read / took / 1e6:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--codings", action="store_true", help="other codings as well (16-bit types)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    dtype = getattr(torch, given.dtype)
+    model = {n: e for path in sorted(given.model.glob("*.safetensors")) for n, e in entries(path)[0].items()}
+    print(
+        "| zeros | bits a weight, pruned matrices | bits a weight, all | size of the file | MB/s to pack | to unpack |"
+    )
+    print("|---|---|---|---|---|---|")
+    for share in SHARES:
+        alone, everything, relative, packing, unpacking = folders(model, share, dtype)
+        print(f"| {share:.0%} | {alone:.2f} | {everything:.2f} | {relative:.1%} | {packing:.0f} | {unpacking:.0f} |")
+    if given.codings:
+        codings(model, dtype)
+
+
+if __name__ == "__main__":
+    main()
