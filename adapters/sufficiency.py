@@ -2,6 +2,8 @@
 an operator.
 """
 
+from math import ceil
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def shortage(windows: Tensor, widest: int) -> str | None:
     tokens, part = windows.numel(), different / max(1, runs)
     if tokens * part >= widest:
         return None
-    samples = f"num_calibration_samples (--nsamples) of {-(-widest // windows.shape[1]):,} at least"
+    samples = f"num_calibration_samples (--nsamples) of {ceil(widest / part / windows.shape[1]):,} at least"
     repeated = part < 0.5
     return (
         f"{tokens:,} calibration tokens{f', of which {part:.0%} repeat no others,' if repeated else ''} for operators "
