@@ -29,7 +29,24 @@ SURVEY = "The look at the dense model that comes before, for the allocation of t
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found: sizes, needs, an estimate of the time, and whether they fit into `device_memory` bytes."""
+    """Sizes, needs, an estimate of the time, and whether all fits.
+
+    Args:
+        model: its name.
+        recipe: the settings of the run.
+        operators: how many are pruned.
+        weights: how many these have.
+        zeros: how many of them will be zero.
+        left_alone: by the name of each matrix that is not pruned: the reason.
+        size: of the model.
+        memory: bytes by part.
+        work: operations of the run.
+        seconds: estimated, by phase.
+        device: where it is to run.
+        device_memory: bytes of the device, if they are known.
+        changes: settings that need less memory, and the bytes that the run then needs.
+        notes: what could not be known, and what follows from it.
+    """
 
     model: str
     recipe: dict[str, Any]
@@ -93,10 +110,19 @@ def inspect(
     trust_remote_code: bool = False,
     **recipe: Any,
 ) -> Inspection:
-    """What pruning the model of a folder, a hub name or a config.json would do and need.
+    """What pruning a model would do and need; only its configuration is read.
 
-    `recipe` are settings of `Recipe`; only the configuration is read. Memory is by the formulas of `pipeline.cost`;
-    the time is an estimate from a product that is timed here, on `device`.
+    Memory is by the formulas of `pipeline.cost`; the time is an estimate from a product that is timed here.
+
+    Args:
+        source: a folder, a hub name or a config.json.
+        device: where the run is to be.
+        device_memory: bytes of the device, if they differ from those found.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+        recipe: settings of `Recipe`.
+
+    Returns:
+        What was found.
 
     Raises:
         ModelError: the configuration is missing, of no known model, or of one that is not pruned.

@@ -25,9 +25,16 @@ from .reading import ask, model_class
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model without its weights: its operators by layer, what is left alone and why, its size.
+    """What is known of a model without its weights.
 
-    `notes` are what could not be known, and what follows from it.
+    Args:
+        name: of the model.
+        layers: its decoder layers, with their operators.
+        left_alone: by the name of each matrix that is not pruned: the reason.
+        size: of the model.
+        dtype: of its weights.
+        positions: the most tokens that it can see.
+        notes: what could not be known, and what follows from it.
     """
 
     name: str
@@ -41,6 +48,14 @@ class Outline:
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
     """The outline of a model from its configuration, by the discovery of a run on random weights.
+
+    Args:
+        source: a folder, a hub name or a config.json.
+        recipe: of the run.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+        The outline.
 
     Raises:
         ModelError: the configuration is missing, of no known model, or of one that is not pruned.

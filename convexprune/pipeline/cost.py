@@ -51,7 +51,16 @@ REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
 def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
-    """The needs of a method by name, with a refit added behind it if asked, and of rows that are weighed."""
+    """The needs of a method.
+
+    Args:
+        name: of the method.
+        refit: whether a refit follows it.
+        weighed: whether rows are weighed.
+
+    Returns:
+        The needs.
+    """
     own = METHODS[name]
     own = own._replace(rectangles=own.rectangles + SCALED * weighed)
     if not refit:
@@ -67,7 +76,15 @@ def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
 
 @dataclass(frozen=True)
 class Stack:
-    """Operators of some `heights` that share an input: one problem [m n]. `share` of the tokens reaches it."""
+    """Operators that share an input: one problem [m n].
+
+    Args:
+        names: of the operators.
+        heights: outputs of each.
+        inputs: n.
+        paired: as in `Group`.
+        share: the fraction of the tokens that reaches them.
+    """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
@@ -83,7 +100,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Equal decoder layers: their stages of stacks, their parameters, the largest one, and how many layers."""
+    """Decoder layers that are built the same.
+
+    Args:
+        stages: the stacks of each stage.
+        parameters: of one layer.
+        largest: the parameters of its largest tensor.
+        count: how many such layers there are.
+    """
 
     stages: tuple[tuple[Stack, ...], ...]
     parameters: int
@@ -98,7 +122,16 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers; `fixed` parameters are outside of its decoder layers, `whole` if it cannot be streamed."""
+    """A model in numbers.
+
+    Args:
+        layers: its decoder layers.
+        fixed: parameters outside of them.
+        largest_fixed: those of the largest tensor outside of them.
+        hidden: the width of the hidden states.
+        itemsize: bytes of a parameter.
+        whole: whether it cannot be streamed.
+    """
 
     layers: tuple[LayerSize, ...]
     fixed: int
@@ -115,7 +148,19 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is pruned: windows to fit, to judge by and for gradients, tokens a window, windows a batch, and so on."""
+    """How a model is pruned, as far as the cost depends on it.
+
+    Args:
+        samples: windows to fit.
+        held_out: windows held out.
+        length: tokens of a window.
+        batch: windows at once.
+        method: its needs.
+        correction: whether errors of earlier operators are corrected.
+        dense_prefix: whether layers get what the dense network gives them.
+        bound: whether bounds are computed.
+        gradients: windows that gradients are computed on.
+    """
 
     samples: int
     held_out: int
@@ -133,13 +178,31 @@ class Setting:
         return (self.samples + self.held_out) * self.length
 
     def corrects(self, stage: int, stack: Stack) -> bool:
-        """Whether the stack makes up for the operators before it."""
+        """Whether a stack makes up for the operators before it.
+
+        Args:
+            stage: number of its stage.
+            stack: the stack.
+
+        Returns:
+            Whether it does.
+        """
         return self.correction and stack.paired and (stage > 0 or not self.dense_prefix)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by part; on a GPU all but the host's is there, on a CPU all of it is in one memory."""
+    """Bytes at the peak, by part; on a GPU all but the host's is there, on a CPU all of it is in one memory.
+
+    Args:
+        fixed: of parameters outside of the decoder layers.
+        layer: of a decoder layer.
+        moments: of Gram matrices.
+        method: of its largest problem.
+        batch: of hidden states and what a pass makes of them.
+        host: of the main memory, beside a GPU.
+        disk: of hidden states between the layers.
+    """
 
     fixed: int
     layer: int
@@ -162,7 +225,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a run (`judge`: for reported errors); its problems and products [m n] x [n n]."""
+    """Floating-point operations of a whole run.
+
+    Args:
+        forward: of passes through the model.
+        gram: of Gram matrices.
+        solve: of the method.
+        judge: of the errors that are reported.
+        problems: how many are solved.
+        products: how many matrix products [m n] x [n n] they take.
+    """
 
     forward: float
     gram: float
@@ -173,7 +245,15 @@ class Operations:
 
 
 def moments_bytes(stack: Stack, corrected: bool) -> int:
-    """Of the halves and the held-out windows the Gram matrices, and what is corrected: in these, and in the others."""
+    """The memory of the Gram matrices of both halves and of the held-out windows, and of what is corrected.
+
+    Args:
+        stack: the stack.
+        corrected: whether errors are corrected.
+
+    Returns:
+        Bytes.
+    """
     return Folds.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
 
 
@@ -190,7 +270,17 @@ def _correcting(stack: Stack) -> float:
 
 
 def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
-    """What a stack needs beside those: the moments of all windows, and the method's matrices or those of the bound."""
+    """The memory of a problem beside these: the moments of all windows, and the method's matrices or those of the
+    bound.
+
+    Args:
+        stack: the stack.
+        method: its needs.
+        bound: whether a bound is computed.
+
+    Returns:
+        Bytes.
+    """
     m, n = stack.outputs, stack.inputs
     solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
     squares = next((squares for widest, squares in BOUND.items() if n <= widest), None)
@@ -199,7 +289,15 @@ def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
-    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest."""
+    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest.
+
+    Args:
+        model: the model.
+        setting: of the run.
+
+    Returns:
+        Bytes by part.
+    """
     method = setting.method
     peaks = []
     for layer in model.layers:
@@ -226,11 +324,19 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
 
 
 def work(model: ModelSize, setting: Setting) -> Operations:
-    """Passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram matrices, products.
+    """The operations: passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram
+    matrices, products.
 
     Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
     layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
     too little for families without a shortcut (eager attention that returns its weights).
+
+    Args:
+        model: the model.
+        setting: of the run.
+
+    Returns:
+        The operations.
     """
     method, tokens = setting.method, setting.tokens
     forward = gram = solve = judge = products = 0.0
@@ -283,7 +389,15 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
 
 
 def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
-    """What may be changed in place of the device, as it is written on the command line; the least loss first."""
+    """Settings that need less memory, the least loss first.
+
+    Args:
+        setting: of the run.
+        refit: whether a refit follows the method.
+
+    Returns:
+        The settings, by what has to be written on the command line.
+    """
     ways: dict[str, Setting] = {}
     if setting.batch > 1:
         ways["--batch-size 1"] = replace(setting, batch=1)

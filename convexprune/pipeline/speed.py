@@ -16,14 +16,28 @@ WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to b
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second of matrix products: in float32, and in the model's dtype."""
+    """Operations a second of matrix products.
+
+    Args:
+        single: in float32.
+        forward: in the model's dtype.
+    """
 
     single: float
     forward: float
 
 
 def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
-    """An estimate by phase, without reading and writing."""
+    """An estimate of the time by phase, without reading and writing.
+
+    Args:
+        work: the operations.
+        speed: of the device.
+        method: its needs.
+
+    Returns:
+        Seconds by phase.
+    """
     return {
         "forward": work.forward / speed.forward,
         "gram": work.gram / speed.single,
@@ -32,7 +46,15 @@ def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and one in the model's dtype, about a second in all."""
+    """Time a product in float32 and one in the model's dtype, about a second in all.
+
+    Args:
+        device: where.
+        dtype: of the model.
+
+    Returns:
+        The speed.
+    """
     single = _rate(device, torch.float32)
     return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
 

@@ -51,7 +51,6 @@ NOT_YET = frozenset[str](
         "convexprune.pruners.search",
         "convexprune.pruners.sparsegpt",
         "convexprune.pipeline.bounding",
-        "convexprune.pipeline.cost",
         "convexprune.pipeline.executors",
         "convexprune.pipeline.folds",
         "convexprune.pipeline.group",
@@ -61,7 +60,6 @@ NOT_YET = frozenset[str](
         "convexprune.pipeline.run",
         "convexprune.pipeline.settings",
         "convexprune.pipeline.shortcut",
-        "convexprune.pipeline.speed",
         "convexprune.pipeline.store",
         "convexprune.pipeline.survey",
         "convexprune.pipeline.task",
@@ -82,8 +80,6 @@ NOT_YET = frozenset[str](
         "convexprune.cli.verify",
         "convexprune.adapters.allocating",
         "convexprune.adapters.gradients",
-        "convexprune.adapters.inspection",
-        "convexprune.adapters.outline",
         "convexprune.adapters.permuting",
     }
 )
