@@ -30,7 +30,15 @@ GONE = {
 
 
 def no_method(name: str, others: Iterable[str] = ()) -> str:
-    """The message for a name that is no method; `others` are names that are accepted, too."""
+    """The message for a name that is no method.
+
+    Args:
+        name: what came.
+        others: names that are accepted, too.
+
+    Returns:
+        The text.
+    """
     return GONE.get(name) or unknown("method", name, {*PRUNERS, *others})
 
 

@@ -13,21 +13,16 @@ from convexprune.setting_types import Count, Ends, NotNegative
 
 @dataclass(frozen=True)
 class ADMM(AbstractSearch):
-    """min q(B) subject to B = D, D in the pattern, by the alternating direction method of multipliers.
-
-    With the scaled dual U, the penalty rho and the relaxation a (Boyd et al. 2011, sections 3.1.1 and 3.4.3),
-
-        B = argmin q + rho/2 |B - P|^2,   P = D - U
-        S = a B + (1 - a) D + U
-        D = the largest of S that the pattern allows,   U = S - D
-
-    B is P after a step 1 / rho along the negative gradient K of q's Moreau envelope of stiffness rho, so that
-    S = D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
-    rho grows geometrically from one of `stiffnesses` to the other, every `every` iterations, where U shrinks in
-    proportion (rho U is the multiplier). A relaxation below one ends in better supports (docs/tried.md).
+    """= D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
 
     The constraint is not convex: there is no certificate for the support, only for the refit on it. What is ours,
     against Boza (arXiv 2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
+
+    Args:
+        iterations: how many.
+        stiffnesses: the first and the last rho, which grows geometrically.
+        every: rho grows every so many iterations, where U shrinks in proportion (rho U is the multiplier).
+        relaxation: a; below one it ends in better supports (docs/tried.md).
     """
 
     iterations: Count = 80
@@ -59,5 +54,13 @@ class ADMM(AbstractSearch):
 
 
 def between(ends: tuple[float, float], share: float) -> float:
-    """The geometric way from one end (share 0) to the other (share 1)."""
+    """A point of a geometric path.
+
+    Args:
+        ends: its first and its last point, positive.
+        share: how far, in [0, 1].
+
+    Returns:
+        The point.
+    """
     return ends[0] * (ends[1] / ends[0]) ** share

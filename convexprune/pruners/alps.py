@@ -33,6 +33,14 @@ class ALPS(AbstractPruner):
     out; conjugate gradients stop by the gradient of each row, not of each column over all rows; with error correction
     the target is that of the problem (correction=0 is the published method); each operator of a stack has its own
     penalty schedule. The paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag H.
+
+    Args:
+        iterations: the most.
+        rho: the first penalty.
+        every: rho is looked at every so many iterations.
+        settled: iterations after which a small change ends it.
+        damping: the ridge, in units of the mean diagonal of H.
+        refit: the solver of the values; None keeps the last B on the support.
     """
 
     iterations: Count = 300

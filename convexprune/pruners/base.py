@@ -43,7 +43,14 @@ class PruningProblem:
         return self.moments.energy(self.weight)
 
     def squared_error(self, weight: Tensor) -> Tensor:
-        """mean |V x* - target|^2 of each row [m]; over `energy` it is the relative error."""
+        """The squared error of each row; over `energy` it is the relative error.
+
+        Args:
+            weight: V [m n].
+
+        Returns:
+            mean |V x* - target|^2 [m].
+        """
         return 2 * self.quadratic.values(weight)
 
     @cached_property
@@ -60,6 +67,9 @@ class PruningProblem:
         """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
 
         That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
+
+        Returns:
+            The other problem.
         """
         moments = self.moments.with_dead_inputs_filled(self.weight)
         return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
@@ -69,11 +79,17 @@ class PruningProblem:
         return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
 
     def scaled(self, factors: Tensor | None) -> "PruningProblem":
-        """The problem in which the error of each output counts times the square of its factor [m]; None are ones.
+        """The problem in which the error of each output counts times the square of its factor.
 
-        Its weights are those of this one with their rows times `factors`, so that rows compete otherwise for what is
+        Its weights are those of this one with their rows times the factors, so that rows compete otherwise for what is
         kept of the whole matrix. A row's best weights on a support are the same, and so is all where each row, or each
         group of N:M, has its own quota.
+
+        Args:
+            factors: [m]; None are ones.
+
+        Returns:
+            The scaled problem.
         """
         if factors is None:
             return self
@@ -82,22 +98,44 @@ class PruningProblem:
         return PruningProblem(weight, moments, self.pattern, self.correction, folds)
 
     def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
-        """Of a `weight` [m n] of the scaled problem that of this one; what is as it was there is as it was here."""
+        """Undo the row scaling of a weight; unchanged entries come back bit-identical.
+
+        Args:
+            weight: of the scaled problem [m n].
+            factors: [m]; None are ones.
+
+        Returns:
+            The weight [m n] of this problem.
+        """
         if factors is None:
             return weight
         same = weight == self.weight * factors.to(self.weight)[:, None]
         return self.weight.where(same, weight / factors.to(weight)[:, None])
 
     def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "PruningProblem":
-        """The problem of the rows `chosen`, to another pattern."""
+        """The problem of some rows.
+
+        Args:
+            chosen: numbers [k], a mask [m] or a slice.
+            pattern: of these rows.
+
+        Returns:
+            The problem.
+        """
         moments = self.moments.rows(chosen)
         return PruningProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A weight [m n] in the pattern, the mask of what it keeps, and every convex solve behind it, the last one last.
-    `other_products` are the matrix products [m n] x [n n] that were computed outside of these solves.
+    """The answer of a pruner.
+
+    Args:
+        weight: V [m n], in the pattern.
+        mask: which entries it keeps [m n].
+        solutions: every convex solve behind it, the last one last.
+        facts: other numbers for the report, by name.
+        other_products: matrix products [m n] x [n n] outside of these solves.
     """
 
     weight: Tensor
@@ -113,7 +151,15 @@ class Pruned:
 
 
 def projected(problem: PruningProblem, metric: Tensor | None = None) -> Pruned:
-    """The dense weight, projected on the pattern in a metric [n] (see `Constraint.project`)."""
+    """The dense weight, projected on the pattern.
+
+    Args:
+        problem: the problem.
+        metric: [n], see `Constraint.project`; None are ones.
+
+    Returns:
+        The answer.
+    """
     if problem.pattern.selects:
         mask = problem.pattern.mask(sizes(problem.weight, metric))
         return Pruned(problem.weight * mask, mask)
@@ -125,10 +171,16 @@ Prune = TypeVar("Prune", bound=Callable[..., Pruned])
 
 
 def dead_inputs_first(prune: Prune) -> Prune:
-    """A method's `prune` to which the weights on inputs that are always zero (H_jj = 0) are the first to go.
+    """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
 
     The method sees the problem `PruningProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
     same, because it asks for fewer zeros than there are of them, it keeps its dense value.
+
+    Args:
+        prune: the method.
+
+    Returns:
+        The method that does.
     """
 
     @wraps(prune)
@@ -158,6 +210,9 @@ class AbstractPruner(ABC):
     def require(self, pattern: Constraint) -> None:
         """Refuse, before any work, a pattern that the method cannot take.
 
+        Args:
+            pattern: the pattern.
+
         Raises:
             PatternError: it searches for entries to keep, and the pattern is no choice of entries.
         """
@@ -169,4 +224,4 @@ class AbstractPruner(ABC):
 
     @abstractmethod
     def prune(self, problem: PruningProblem) -> Pruned:
-        """A weight in the pattern."""
+        """A weight in the pattern, of a `problem`."""

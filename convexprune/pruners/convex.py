@@ -34,8 +34,17 @@ class Convex(AbstractSearch):
     penalty: one iteration of FISTA each is enough. As the residual is affine, that of P is known from the rounds
     before: a round costs one product. The last problem of every envelope is certified, those before are on the way.
 
-    `solver` solves these problems (None: FISTA as `solver_for` sets it). The constants were chosen on layer problems of
-    SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on others (docs/benchmarks.md).
+    The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on
+    others (docs/benchmarks.md).
+
+    Args:
+        solver: of these problems; None is FISTA as `solver_for` sets it.
+        penalty: the only one is its default.
+        rounds: how many problems.
+        strengths: the first and the last c.
+        stiffnesses: of the first and the last envelope.
+        envelopes: how many.
+        reach: the length of the gradient step of the scores.
 
     Raises:
         RecipeError: a `penalty` that is gone.
@@ -63,6 +72,12 @@ class Convex(AbstractSearch):
     @staticmethod
     def solver_for(name: str) -> AbstractSolver:
         """The solver of that name, set for the path: ours stop early, an oracle cannot.
+
+        Args:
+            name: of the solver.
+
+        Returns:
+            The solver.
 
         Raises:
             RecipeError: unknown name.

@@ -26,7 +26,12 @@ RIDGE = 0.003
 class Damping:
     """A pull towards the dense weight,  1/2 sum_i (V - W)_i S (ridge I + saturating P) S (V - W)_i',  S = sqrt(diag H).
 
-    P = I - KNEE (C + KNEE I)^-1, with the correlations C = S^-1 H S^-1, is small where the sample shows little energy.
+    P = I - k (C + k I)^-1, with the knee k and the correlations C = S^-1 H S^-1, is small where the sample shows little
+    energy.
+
+    Args:
+        ridge: the same in all directions.
+        saturating: in directions of much energy only.
     """
 
     ridge: float
@@ -38,12 +43,19 @@ class Damping:
         return self.ridge + self.saturating
 
     def facts(self, name: str = "damping") -> dict[str, float]:
-        """For a report: its strength, and how much of it saturates, if any."""
+        """The damping for a report.
+
+        Args:
+            name: of its strength.
+
+        Returns:
+            The strength, and how much of it saturates, if any.
+        """
         return {name: self.strength} | ({f"{name}_saturating": self.saturating} if self.saturating else {})
 
     @classmethod
     def of(cls, facts: Mapping[str, float]) -> "Damping":
-        """That of the problem which a pruner was to solve, by its facts or those of its refit; none without them."""
+        """The damping of the problem which a pruner was to solve, by its `facts` or those of its refit."""
         for name in ("damping", "refit_damping"):
             if name in facts:
                 saturating = facts.get(f"{name}_saturating", 0.0)
@@ -52,12 +64,19 @@ class Damping:
 
 
 def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
-    """A ridge of strength `damping`, or if that is None what the calibration sample's noise asks for.
+    """The damping of a problem.
 
     An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
-    texts. Half against half, an eigenvalue below `KNEE` is too small by about the same factor whatever its size, and by
-    more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others). What
-    it has beside the noise is for texts of another kind, which differ however long the sample is.
+    texts. Half against half, an eigenvalue below the knee is too small by about the same factor whatever its size, and
+    by more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others).
+    What it has beside the noise is for texts of another kind, which differ however long the sample is.
+
+    Args:
+        problem: with the folds of its sample.
+        damping: the strength of a ridge; None is what the sample's noise asks for.
+
+    Returns:
+        The damping.
     """
     if damping is not None:
         return Damping(damping)
@@ -69,6 +88,13 @@ def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
 
 def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
     """The reconstruction error plus the damping, a quadratic about the dense weight; nothing pulls at dead inputs.
+
+    Args:
+        problem: the problem.
+        damping: the damping.
+
+    Returns:
+        The quadratic of V [m n].
 
     Raises:
         PruningError: the Gram matrix is not positive semi-definite.
@@ -88,11 +114,18 @@ def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
 
 
 def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Quadratic, Tensor]:
-    """The damped quadratic of U = V * scale in which [H^-1]_jj is constant, and that scale [n].
+    """The damped quadratic in coordinates U = V * scale where [H^-1]_jj is constant.
 
     There |U_ij| is the saliency of Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj): the square root of the error that
     removing the entry costs once all others have adapted. The scale is that of a unit diagonal, sqrt(H_jj), times
     factors with a mean square of 1, so that a stiffness means the same for every operator.
+
+    Args:
+        problem: the problem.
+        damping: the damping.
+
+    Returns:
+        The quadratic of U [m n], and the scale [n].
 
     Raises:
         PruningError: the damped Gram matrix is not positive definite.

@@ -24,15 +24,23 @@ class FISTAPruner(AbstractPruner):
 
     From the best rounded weight so far, `iterations` steps of plain FISTA (no scaling, no restart, Eq. 4), then the
     smallest magnitudes are set to zero (section 3.2). With E = |V_rounded X* - W X|_F and E_round = E - |V X* - W X|_F,
-    the strength is raised if E_round / E > `ratio`, else lowered, by bisection of [0, `largest_strength`] (Eq. 8); it
-    ends when E has not improved by a share of `improvement` for `patience` rounds. Strengths are in units of the sum
-    over tokens, as in the paper. No damping, no refit.
+    the strength is raised if E_round / E > `ratio`, else lowered, by bisection of [0, `largest_strength`] (Eq. 8).
+    Strengths are in units of the sum over tokens, as in the paper. No damping, no refit.
 
     The paper's settings are improvement=1e-3 and warm_start="wanda" for LLaMA, 1e-6 and "sparsegpt" for OPT. The
     defaults are 1e-3 and SparseGPT, which ends with a lower error than Wanda; 1e-6 has a lower one still, for ten times
     the products. Differences: the authors published no code; the initial strength, the interval, `improvement` and the
     exact form of E_round are reconstructed from reviews; the stop on a small step inside the 20 is left out; each
     operator of a stack has its own bisection, as in the paper.
+
+    Args:
+        warm_start: the pruner whose weight it starts from.
+        iterations: of FISTA in a round.
+        ratio: see above.
+        patience: rounds without improvement after which it ends.
+        improvement: the relative decrease of E that counts as one.
+        strength: the first.
+        largest_strength: see above.
     """
 
     warm_start: Literal["sparsegpt", "wanda"] = "sparsegpt"

@@ -20,8 +20,11 @@ from convexprune.solvers.cg import ConjugateGradient
 class Refitted(AbstractPruner):
     """Another pruner's support, with the values that are best on it.
 
-    `damping` is that of the refit alone, the pruner has its own: 0 is plain least squares, None leaves it to the
-    sample's noise (`choose_damping`).
+    Args:
+        pruner: the other pruner.
+        refit: the solver of the values.
+        damping: of the refit alone, the pruner has its own: 0 is plain least squares, None leaves it to the sample's
+            noise (`choose_damping`).
 
     Raises:
         UnsupportedError: `refit` does not take a support.
@@ -52,7 +55,17 @@ class Refitted(AbstractPruner):
 def refitted(
     quadratic: Quadratic, mask: Tensor, start: Tensor, refit: AbstractSolver | None
 ) -> tuple[Tensor, tuple[Solution, ...]]:
-    """The values on `mask` [m n] that `refit` finds from `start` [m n], and its solution; `start` if there is none."""
+    """The best values on a support.
+
+    Args:
+        quadratic: the error as a quadratic of V [m n].
+        mask: the support [m n].
+        start: where to begin [m n].
+        refit: the solver; None keeps the values of `start`.
+
+    Returns:
+        The weight [m n], and the solution, if there is one.
+    """
     start = start * mask
     if refit is None:
         return start, ()

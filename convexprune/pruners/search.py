@@ -19,7 +19,13 @@ from convexprune.solvers.cg import ConjugateGradient
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a search ends with: scores [m n], the convex solves behind them, and the products outside of these."""
+    """The end of a search.
+
+    Args:
+        scores: [m n].
+        solutions: the convex solves behind them.
+        products: matrix products [m n] x [n n] outside of these.
+    """
 
     scores: Tensor
     solutions: tuple[Solution, ...] = ()
@@ -48,7 +54,16 @@ class AbstractSearch(AbstractPruner):
 
     @abstractmethod
     def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
-        """Scores [m n] whose largest are worth keeping: a weight times `scale` [n] near the optimum of `quadratic`."""
+        """Scores whose largest are worth keeping: a weight times `scale` near the optimum.
+
+        Args:
+            quadratic: the damped problem, in the coordinates of the scores.
+            scale: of these coordinates [n].
+            pattern: of the answer.
+
+        Returns:
+            The scores [m n].
+        """
 
     @dead_inputs_first
     def prune(self, problem: PruningProblem) -> Pruned:

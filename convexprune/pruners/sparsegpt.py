@@ -25,6 +25,10 @@ class SparseGPT(AbstractPruner):
     1, and keeps its weights where its block has more of them than zeros. With error correction the sweep starts at the
     damped minimiser W + G (H + damping)^-1 instead of W, so that all methods can share one target; with correction=0 it
     is the published method.
+
+    Args:
+        block: columns of a block.
+        damping: the ridge, in units of the mean diagonal of H.
     """
 
     block: Count = 128
