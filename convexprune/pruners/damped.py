@@ -12,11 +12,11 @@ from convexprune.moments import sampling_noise
 from convexprune.pruners.base import PruningProblem
 from convexprune.quadratic import Quadratic
 
-UNKNOWN = 0.06
+DEFAULT_DAMPING = 0.06
 """The damping for a single sample, which has nothing to be compared with."""
-KNEE = 0.1
+EIGENVALUE_KNEE = 0.1
 """Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
-FOR_OTHERS, PER_NOISE = (0.05, 0.1), 12
+DOMAIN_SHIFT_RANGE, NOISE_GAIN = (0.05, 0.1), 12
 """What the part of the damping that saturates has for other texts: times the noise, within these limits."""
 RIDGE = 0.003
 """The part that does not, for directions in which there is next to no energy."""
@@ -81,9 +81,9 @@ def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
     if damping is not None:
         return Damping(damping)
     if not problem.folds:
-        return Damping(UNKNOWN)
-    noise, (least, most) = sampling_noise(problem.folds), FOR_OTHERS
-    return Damping(RIDGE, noise + min(max(PER_NOISE * noise, least), most))
+        return Damping(DEFAULT_DAMPING)
+    noise, (least, most) = sampling_noise(problem.folds), DOMAIN_SHIFT_RANGE
+    return Damping(RIDGE, noise + min(max(NOISE_GAIN * noise, least), most))
 
 
 def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
@@ -105,8 +105,8 @@ def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
     if not damping.saturating:
         return quadratic + Quadratic.damping(problem.weight, damping.ridge * problem.scale.square())
     shifted = quadratic.gram / scale / scale[:, None]
-    shifted.diagonal().add_(KNEE)
-    pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * KNEE)
+    shifted.diagonal().add_(EIGENVALUE_KNEE)
+    pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * EIGENVALUE_KNEE)
     pull.diagonal().add_(damping.strength)
     zero = torch.zeros_like(problem.weight)
     pull = pull.mul_(torch.outer(problem.scale, problem.scale))

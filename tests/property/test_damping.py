@@ -8,7 +8,7 @@ from strategies import Layer, make_chain, random
 from convexprune.moments import Moments, sampling_noise
 from convexprune.pattern import Unstructured
 from convexprune.pruners import Convex, PruningProblem
-from convexprune.pruners.damped import FOR_OTHERS, KNEE, PER_NOISE, RIDGE, Damping, damped
+from convexprune.pruners.damped import DOMAIN_SHIFT_RANGE, EIGENVALUE_KNEE, NOISE_GAIN, RIDGE, Damping, damped
 
 
 def folds_of(layer: Layer) -> tuple[Moments, Moments]:
@@ -24,7 +24,7 @@ def test_damping_falls_with_the_number_of_tokens_down_to_what_other_texts_ask_fo
         layer = correlated(0, tokens=tokens)
         problem = layer_problem(layer, Unstructured(0.5), folds=folds_of(layer))
         found.append(Convex().prune(problem).facts["damping"])
-    least, most = FOR_OTHERS
+    least, most = DOMAIN_SHIFT_RANGE
     assert found[0] > found[1] > most + RIDGE > found[2] > least + RIDGE
     assert found[2] == pytest.approx(least + RIDGE, rel=0.1)
 
@@ -34,7 +34,7 @@ def test_damping_grows_with_the_noise(tokens, for_others):
     layer = correlated(0, tokens=tokens)
     folds = folds_of(layer)
     facts, noise = Convex().prune(layer_problem(layer, Unstructured(0.5), folds=folds)).facts, sampling_noise(folds)
-    expected = {"least": FOR_OTHERS[0], "some": PER_NOISE * noise, "most": FOR_OTHERS[1]}[for_others]
+    expected = {"least": DOMAIN_SHIFT_RANGE[0], "some": NOISE_GAIN * noise, "most": DOMAIN_SHIFT_RANGE[1]}[for_others]
     assert facts["damping_saturating"] == pytest.approx(noise + expected)
     assert facts["damping"] - facts["damping_saturating"] == pytest.approx(RIDGE)
 
@@ -44,7 +44,7 @@ def test_damping_pulls_as_its_formula_says(saturating):
     problem = layer_problem(correlated(0, change=0.3), Unstructured(0.5))
     found, given, d = damped(problem, Damping(0.2, saturating)), problem.quadratic, problem.scale
     energy, directions = torch.linalg.eigh(given.gram / d / d[:, None])
-    pull = 0.2 + saturating * energy / (energy + KNEE)
+    pull = 0.2 + saturating * energy / (energy + EIGENVALUE_KNEE)
     change = random(1, *problem.weight.shape)  # V - W
     expected = given.values(problem.weight + change) + ((change * d) @ directions).square() @ pull / 2
     torch.testing.assert_close(found.values(problem.weight + change), expected)
