@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.pipeline import FolderStore, RecordedCalls
+from convexprune.pipeline import FolderStore
 from convexprune.pipeline.passes import Recorded
 from convexprune.pipeline.survey import SURVEYED, WEIGHED, Allotment, allot, candidates, survey
 from convexprune.recipe import Recipe
@@ -44,17 +44,13 @@ def allotments(
     calibration = calibration[:WINDOWS]
     judges = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *judges]
-    calls = RecordedCalls(model, batches)
     curves = [pattern for rule, pattern in asked if rule in SURVEYED]
     weighed = any(rule in WEIGHED for rule, _ in asked)
     fisher = output_fisher(model, calibration[:GRADIENTS], batch_size, record) if weighed else {}
     if all(rule in ("uniform", "rows") for rule, _ in asked):
         return [allot((), rule, pattern, fisher) for rule, pattern in asked]
-    hidden = record()
-    for ids in batches:
-        hidden.append(model.first_inputs(ids))
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    units = survey(model, hidden, len(judges), calls.of, patterns, fisher, record=record)
+    units = survey(model, batches, len(judges), patterns, fisher, record=record)
     return [allot(units, rule, pattern, fisher) for rule, pattern in asked]
 
 

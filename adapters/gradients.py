@@ -1,6 +1,6 @@
 """How much the outputs of each operator move the loss: a diagonal Fisher estimate on the calibration tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer
-from convexprune.pipeline import RecordedCalls
+from convexprune.pipeline import LayerCalls, LayerContext, LayerWalk, MemoryStore, propagate
 from convexprune.pipeline.machine import lacks_memory
-from convexprune.pipeline.passes import Calls, Recorded
-from convexprune.progress import Step, begin
+from convexprune.pipeline.passes import Recorded
+from convexprune.progress import begin
 
 from .experts import FusedExperts, Product, fused_parameters
 from .huggingface import HuggingFaceModel
@@ -38,17 +38,17 @@ def output_fisher(
     """
     squares = _Squares(model)
     batches = list(tokens.split(batch_size))
-    calls = RecordedCalls(model, batches)
+    calls = LayerCalls(model, batches)
     parts = [batches] if model.streams else [[batch] for batch in batches]  # of a streamed model, read layers once
-    step = begin("gradients", 2 * len(parts) * len(model.layers))
+    count = len(model.layers)
+    on_layer = begin("gradients", 2 * len(parts) * count)
     for part in parts:
-        entering = _forward(model, calls, part, record, step)
+        states = MemoryStore(range(count), record, keep=True)
+        LayerWalk(model, part, states, on_layer=on_layer, calls=calls).run(propagate)
         with _differentiable("What follows the decoder layers"):
-            slopes = [_loss_slope(model, ids, hidden) for ids, hidden in zip(part, entering.pop(), strict=True)]
-        for number, layer in reversed(list(enumerate(model.layers))):
-            with _differentiable(layer.name):
-                slopes = _backward(model, layer, calls.of(number), entering.pop(), slopes, squares)
-            step(layer.name)
+            gradients = [_loss_gradient(model, ids, x) for ids, x in zip(part, states.take(count), strict=True)]
+        backward = _Backward(gradients, squares)
+        LayerWalk(model, part, states.backward(), on_layer=on_layer, calls=calls).run(backward)
     for name, total in reversed(squares.sums.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
@@ -68,34 +68,17 @@ def _differentiable(what: str) -> Iterator[None]:
         raise ModelError(f"{what} cannot be differentiated: {error} To prune it all the same, {WITHOUT}.") from error
 
 
-@torch.no_grad()
-def _forward(
-    model: HuggingFaceModel, calls: RecordedCalls, batches: Sequence[Tensor], record: Callable[[], Recorded], step: Step
-) -> list[Recorded]:
-    """What enters each layer, and last what leaves the last one."""
-    entering = [record()]
-    for batch in batches:
-        entering[0].append(model.first_inputs(batch))
-    for number, layer in enumerate(model.layers):
-        entering.append(record())
-        with model.resident(layer):
-            for hidden in entering[-2]:
-                entering[-1].append(calls.of(number)(hidden)(layer.module, hidden))
-        step(layer.name)
-    return entering
-
-
 @torch.enable_grad()
-def _loss_slope(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
+def _loss_gradient(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tensor:
     """d loss / d hidden, from the logits of a few positions at a time."""
     hidden = hidden.detach().requires_grad_()
-    slope = torch.zeros_like(hidden)
+    gradient = torch.zeros_like(hidden)
     for positions in model.pieces(ids):
         logits = model.logits(ids, hidden, positions).float()
         labels = ids[:, positions.to(ids.device) + 1].to(logits.device)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        slope += torch.autograd.grad(loss, hidden)[0]
-    return slope
+        gradient += torch.autograd.grad(loss, hidden)[0]
+    return gradient
 
 
 class _Squares:
@@ -132,32 +115,39 @@ class _Squares:
             raise RuntimeError(f"no gradient reaches the outputs of {min(self._waiting)}.")
 
 
-@torch.enable_grad()
-def _backward(
-    model: HuggingFaceModel,
-    layer: DecoderLayer,
-    calls: Calls,
-    entering: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    squares: _Squares,
-) -> list[Tensor]:
-    """The slopes of what enters a layer, from those of what leaves it; those of its operators are squared and added."""
-    before: list[Tensor] = []
-    with model.resident(layer), ExitStack() as hooks:
-        experts: dict[str, FusedExperts] = {}
+class _Backward:
+    """The step of a walk from the last layer to the first: squares and adds the gradients of a layer's operators.
+
+    `gradients` are those of what leaves the layer, of each batch; then they are those of what enters it.
+    """
+
+    def __init__(self, gradients: list[Tensor], squares: _Squares) -> None:
+        self._gradients, self._squares = gradients, squares
+
+    @torch.enable_grad()
+    def __call__(self, context: LayerContext) -> None:
+        layer = context.layer
+        with _differentiable(layer.name), ExitStack() as hooks:
+            experts = self._watch(layer, hooks)
+            before = list[Tensor]()
+            for entering, gradient in zip(context.inputs["dense"], self._gradients, strict=True):
+                hidden = entering.detach().requires_grad_()
+                output = context.calls(hidden)(layer.module, hidden)
+                with ExitStack() as heard:
+                    for name, pile in experts.items():
+                        heard.enter_context(pile.hooked_backward(partial(self._squares.hear, name)))
+                    before.append(torch.autograd.grad(output, hidden, gradient)[0])
+                self._squares.require_all()
+        self._gradients = before
+
+    def _watch(self, layer: DecoderLayer, hooks: ExitStack) -> dict[str, FusedExperts]:
+        """Hook the modules that are operators; fused experts are returned, by "layer.path"."""
+        experts = dict[str, FusedExperts]()
         for path, module in layer.module.named_modules():
             name = f"{layer.name}.{path}".removesuffix(".")
-            if isinstance(module, LINEAR_MODULES) and name in squares.sums:
-                hooks.enter_context(module.register_forward_hook(partial(squares.watch, name)))
+            if isinstance(module, LINEAR_MODULES) and name in self._squares.sums:
+                hooks.enter_context(module.register_forward_hook(partial(self._squares.watch, name)))
             elif fused_parameters(module):
                 experts[name] = FusedExperts(module)
                 hooks.enter_context(experts[name].looped())
-        for hidden, slope in zip(entering, slopes, strict=True):
-            hidden = hidden.detach().requires_grad_()
-            output = calls(hidden)(layer.module, hidden)
-            with ExitStack() as heard:
-                for name, pile in experts.items():
-                    heard.enter_context(pile.hooked_backward(partial(squares.hear, name)))
-                before.append(torch.autograd.grad(output, hidden, slope)[0])
-            squares.require_all()
-    return before
+        return experts

@@ -12,8 +12,8 @@ from convexprune.model import Call, DecoderLayer, Group
 from convexprune.pipeline import stage_inputs
 
 from .channels import HIDDEN, Axis, Channels, NotPermutable, canonical_name_of, close, columns, rows
-from .discovery import signature
 from .huggingface import HuggingFaceModel
+from .kinds import of_each_kind
 
 Inputs = Mapping[Group, Tensor]
 """The inputs of groups."""
@@ -34,17 +34,10 @@ def hidden_channels(model: HuggingFaceModel) -> Channels:
     Raises:
         NotPermutable: they are not to be found, or more than text becomes hidden states.
     """
-    hidden, calls = model.probe()
-    size = hidden.shape[-1]
     outside = _outside(model)
-    known: dict[object, Channels] = {}
-    every = []
-    for layer, call in zip(model.layers, calls, strict=True):
-        key = signature(layer.module)
-        if key not in known:
-            with model.resident(layer):
-                known[key] = _through(layer, call, hidden)
-        every.append(known[key].of_layer(layer.name))
+    found = zip(model.layers, of_each_kind(model, _through), strict=True)
+    every = [channels.of_layer(layer.name) for layer, channels in found]
+    size = every[0].size
     axes = [Axis(name, p.dim() - 1) for name, p in outside.items() if p.shape[-1] == size]
     axes += [Axis(name, 0) for name, p in outside.items() if p.dim() > 1 and p.shape[0] == size != p.shape[-1]]
     axes += chain.from_iterable(one.axes for one in every)

@@ -20,9 +20,10 @@ from .admission import (
     refuse_quantised,
     refuse_unloaded,
 )
-from .discovery import Layout, discover, signature
+from .discovery import Layout, discover
 from .family import decoder_layers, positions
 from .given import OriginalState
+from .kinds import of_each_kind
 from .logits import logits_at, pieces
 from .operators import computes_on, held, put
 from .replay import refuse_looking_ahead, refuse_other_replays
@@ -265,16 +266,8 @@ class HuggingFaceModel(AbstractModel):
 
     def _layouts(self) -> dict[str, Layout]:
         """The layout of each layer by its name; equal layers are watched once."""
-        hidden, calls = self.probe()
-        known: dict[Any, Layout] = {}
-        layouts = {}
-        for layer, call in zip(self.layers, calls, strict=True):
-            key = signature(layer.module)
-            if key not in known:
-                with self.resident(layer):
-                    known[key] = discover(layer.module, call, hidden)
-            layouts[layer.name] = known[key]
-        return layouts
+        found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
+        return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
 
     def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
         """The positions that predict a token, in pieces as large as logits are computed at once.

@@ -15,9 +15,9 @@ from convexprune.model import AbstractOperator, Call, DecoderLayer, Group
 from convexprune.pipeline import stage_inputs
 
 from .channels import Channels, canonical_name_of, close, columns, rows
-from .discovery import signature
 from .family import head_size
 from .huggingface import HuggingFaceModel
+from .kinds import of_each_kind
 from .operators import ParameterOperator
 
 Source = tuple[AbstractOperator, int]
@@ -34,16 +34,10 @@ def inner_channels(model: HuggingFaceModel) -> list[Channels]:
     Returns:
         The sets of channels.
     """
-    hidden, calls = model.probe()
-    known: dict[object, list[Channels]] = {}
-    found = []
-    for layer, call in zip(model.layers, calls, strict=True):
-        key = signature(layer.module)
-        if key not in known:
-            with model.resident(layer):
-                known[key] = list(_inside(layer, call, hidden, head_size(model.model.config)))
-        found += [channels.of_layer(layer.name) for channels in known[key]]
-    return found
+    head = head_size(model.model.config)
+    found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
+    each = zip(model.layers, found, strict=True)
+    return [channels.of_layer(layer.name) for layer, inside in each for channels in inside]
 
 
 def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:

@@ -16,7 +16,7 @@ from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
 from convexprune.model import AbstractOperator, DecoderLayer
 from convexprune.permutation import permutation, pruned_fraction
-from convexprune.pipeline import RecordedCalls
+from convexprune.pipeline import LayerContext, LayerWalk, MemoryStore, propagate
 from convexprune.pipeline.tensors import DTYPES, Entry
 
 from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
@@ -127,11 +127,15 @@ def _found(
     find: Callable[[Channels, Tensor], Permuted],
 ) -> tuple[list[Permuted], list[Permuted]]:
     """What `find` finds for the sets inside of layers and for those through all, in one pass through the layers."""
-    found, parts, step = list[Permuted](), list[Tensor](), _step(model.model, hidden)
-    for layer, scores in _layers_with_scores(model, batches):
-        mine = [one for one in inner if one.name.startswith(f"{layer.name}.")]
-        found += [find(one, scores(one, _step(model.model, [one]))) for one in mine]
-        parts += [scores(one.within([layer.name]), step) for one in hidden]
+    found, parts, stride = list[Permuted](), list[Tensor](), _stride(model.model, hidden)
+
+    def step(context: LayerContext) -> None:
+        scores, name = _propagate_and_score(context), context.layer.name
+        mine = [one for one in inner if one.name.startswith(f"{name}.")]
+        found.extend(find(one, scores(one, _stride(model.model, [one]))) for one in mine)
+        parts.extend(scores(one.within([name]), stride) for one in hidden)
+
+    LayerWalk(model, batches, MemoryStore(range(len(model.layers)))).run(step)
     return found, [find(one, torch.cat(parts)) for one in hidden]
 
 
@@ -160,27 +164,22 @@ def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -
     return [one for one in sets if one not in odd]
 
 
-def _step(model: nn.Module, sets: Sequence[Channels]) -> int:
+def _stride(model: nn.Module, sets: Sequence[Channels]) -> int:
     """Every so manieth row of all that see the channels leaves no more than there are to be."""
     axes = [axis for one in sets for axis in one.consumers]
     rows = sum(axis.of(model.get_parameter(axis.parameter)).shape[1 - axis.dim] for axis in axes)
     return max(1, -(-rows // ROWS))
 
 
-def _layers_with_scores(
-    model: HuggingFaceModel, batches: Sequence[Tensor]
-) -> Iterator[tuple[DecoderLayer, Callable[[Channels, int], Tensor]]]:
-    """One layer after another, in memory, and the scores [rows size] there of all that see a set of channels."""
-    calls = RecordedCalls(model, batches)
-    hidden = [model.first_inputs(batch) for batch in batches]
-    for number, layer in enumerate(model.layers):
-        with model.resident(layer):
-            seen = {group: _Squares(group.operators[0].shape[1], model.device) for group in layer.groups}
-            with ExitStack() as taps:
-                for group, squares in seen.items():
-                    taps.enter_context(group.tap(squares.add))
-                hidden = [calls.of(number)(batch)(layer.module, batch) for batch in hidden]
-            yield layer, partial(_scores, layer, {o: s.mean for g, s in seen.items() for o in g.operators})
+def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Tensor]:
+    """The scores [rows size] of all operators of a layer that see a set of channels, after a pass of the layer."""
+    groups, device = context.layer.groups, context.model.device
+    seen = {group: _Squares(group.operators[0].shape[1], device) for group in groups}
+    with ExitStack() as taps:
+        for group, squares in seen.items():
+            taps.enter_context(group.tap(squares.add))
+        propagate(context)
+    return partial(_scores, context.layer, {o: s.mean for g, s in seen.items() for o in g.operators})
 
 
 def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
@@ -216,14 +215,17 @@ class _Squares:
 
 def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]) -> Tensor:
     """What the model makes of a window [1 length] in this order; it is not changed."""
-    calls, names = model.calls(probe), [layer.name for layer in model.layers]
+    names = [layer.name for layer in model.layers]
+    states = MemoryStore(range(len(names)))
+    walk = LayerWalk(model, [probe], states)
+
+    def step(context: LayerContext) -> None:
+        with _ordered(model.model, permuted, partial(Channels.within, layers=[context.layer.name])):
+            propagate(context)
+
     with _ordered(model.model, permuted, lambda channels: channels.within(names, within=False)):
-        hidden = model.first_inputs(probe)
-        for layer, call in zip(model.layers, calls, strict=True):
-            mine = partial(Channels.within, layers=[layer.name])
-            with model.resident(layer), _ordered(model.model, permuted, mine):
-                hidden = call(layer.module, hidden)
-        return model.logits(probe, hidden)
+        walk.run(step)
+        return model.logits(probe, states.take(len(names))[0])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune.errors import ModelError
 from convexprune.model import Call
+from convexprune.pipeline import LayerCalls, LayerWalk, MemoryStore, propagate
 
 from .admission import refuse_other_shapes
 
@@ -87,9 +88,10 @@ def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
 
     with model.layers[-1].module.register_forward_hook(keep):
         model.forward(batch)
-    hidden = model.first_inputs(batch)
-    for layer, call in zip(model.layers, model.calls(batch.flip(-1)), strict=True):
-        hidden = call(layer.module, hidden)
+    count = len(model.layers)
+    states, calls = MemoryStore(range(count)), LayerCalls(model, [batch.flip(-1)])
+    LayerWalk(model, [batch], states, calls=calls).run(propagate)
+    hidden = states.take(count)[0]
     return float((hidden - own[0]).float().norm() / own[0].float().norm().clamp_min(1e-30))
 
 

@@ -1,7 +1,7 @@
 """The result of a run, opened again before what it was made of is let go: each tensor there, each zero counted."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune.errors import ModelError, OutputError
-from convexprune.model import DecoderLayer
+from convexprune.pipeline import LayerContext, LayerWalk, MemoryStore
 from convexprune.pipeline.tensors import Entry, Spec, entries
 from convexprune.report import OperatorReport
 
@@ -30,8 +30,11 @@ def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[Ope
         OutputError: what was written is not the pruned model.
     """
     try:
-        held = model if model.shards is None else model.shards.written_to(folder)
-        for _, fault in miscounted(model.layers, reports, held.resident):
+        written = model
+        if model.shards is not None:
+            written = copy(model)
+            written.shards = model.shards.written_to(folder)
+        for fault in miscounted(written, reports).values():
             raise ModelError(fault)
         if model.shards is None:
             _require_equal(model, folder)
@@ -42,28 +45,26 @@ def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[Ope
         ) from cause
 
 
-def miscounted(
-    layers: Iterable[DecoderLayer],
-    reports: Sequence[OperatorReport],
-    resident: Callable[[DecoderLayer], AbstractContextManager[None]] = lambda _: nullcontext(),
-) -> Iterator[tuple[str, str]]:
+def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
     """The operators whose zeros are not as many as their reports say.
 
     Args:
-        layers: decoder layers.
+        model: the pruned model.
         reports: one for each operator.
-        resident: brings the weights of a layer into memory.
 
-    Yields:
-        For each such operator its name, and what is wrong.
+    Returns:
+        What is wrong, by the names of these operators.
     """
-    said = {report.name: report.zeros for report in reports}
-    for layer in layers:
-        with resident(layer):
-            for operator in layer.operators:
-                name, zeros = f"{layer.name}.{operator.name}", _zeros(operator.read())
-                if zeros != said.get(name):
-                    yield name, f"{name}: it has {zeros} zeros, and the report says {said.get(name)}."
+    said, wrong = {report.name: report.zeros for report in reports}, dict[str, str]()
+
+    def count(context: LayerContext) -> None:
+        for operator in context.layer.operators:
+            name, zeros = f"{context.layer.name}.{operator.name}", _zeros(operator.read())
+            if zeros != said.get(name):
+                wrong[name] = f"{name}: it has {zeros} zeros, and the report says {said.get(name)}."
+
+    LayerWalk(model, (), MemoryStore(range(len(model.layers))), streams=()).run(count)
+    return wrong
 
 
 def _require_equal(model: HuggingFaceModel, folder: Path) -> None:

@@ -14,7 +14,7 @@ from convexprune.penalty import L1, Support
 from convexprune.problem import certify
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
-from convexprune.validation.layer_problems import operator_problems
+from convexprune.validation.layer_problems import OperatorProblem, operator_problems
 from convexprune.validation.oracles import block, block_problems
 
 NAMES = {
@@ -30,7 +30,8 @@ def main(folder: Path) -> None:
     model = load(EMBEDDED, device="cpu", dtype=torch.float32)
     tokens = calibration_tokens("self", model, num_samples=32, max_seq_length=256, seed=0)
     settings = recipe.layer_settings()
-    found = {p.name: p for p in operator_problems(model, tokens, settings, NAMES.values())}
+    found = dict[str, OperatorProblem]()
+    operator_problems(model, tokens, settings, NAMES.values(), lambda p: found.update({p.name: p}))
     folder.mkdir(parents=True, exist_ok=True)
     for name, operator in NAMES.items():
         generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline import HiddenStates, RecordedCalls, prune_observed
+from convexprune.pipeline import HiddenStates, LayerCalls, prune_observed
 from convexprune.pipeline.speed import measured_speed
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
@@ -62,7 +62,7 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
     tokens = torch.zeros(1, args.length, dtype=torch.long)
     recipe = make_recipe(model=shape, method=method)
     settings = recipe.layer_settings()
-    calls = RecordedCalls(model, [tokens]).of(0)
+    calls = LayerCalls(model, [tokens]).of(0)
     speed, reports = measured_speed(device, dtype), list[OperatorReport]()
     with peak_memory(device) as peak, phases(args.device) as seconds:
         observed = timed_observe(layer, calls, hidden, correct=(settings.correct,))

@@ -16,7 +16,7 @@ from convexprune.pipeline import LayerSettings
 from convexprune.pruners import ADMM, PRUNERS, Convex, PruningProblem
 from convexprune.recipe import make_recipe
 from convexprune.validation import best_pruning
-from convexprune.validation.layer_problems import operator_problems
+from convexprune.validation.layer_problems import OperatorProblem, operator_problems
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
     settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), 0)
     layer = model.layers[1]
     names = [f"{layer.name}.{operator.name}" for operator in layer.operators]
-    operators = list(operator_problems(model, tokens, settings, names))
+    operators = list[OperatorProblem]()
+    operator_problems(model, tokens, settings, names, operators.append)
     pruners = {name: cls() for name, cls in PRUNERS.items()}
     pruners |= {"convex": Convex(damping=1e-4), "admm": ADMM(damping=1e-4)}
     for pattern in (

@@ -1,6 +1,6 @@
 """The layer problems of a model: each operator's dense and pruned weight, and its moments in float64."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -12,8 +12,10 @@ from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.moments import Moments
 from convexprune.pipeline import (
     HiddenStates,
+    LayerContext,
     LayerSettings,
-    RecordedCalls,
+    LayerWalk,
+    MemoryStore,
     observe,
     prune_observed,
     stage_inputs,
@@ -56,45 +58,45 @@ def operator_problems(
     tokens: Tensor,
     settings: LayerSettings,
     names: Collection[str],
+    on_problem: Callable[[OperatorProblem], None],
     pruned: AbstractModel | None = None,
     batch_size: int = 1,
     reports: Iterable[OperatorReport] = (),
-) -> Iterator[OperatorProblem]:
+) -> None:
     """The problems of the operators `names` of the dense `model` on `tokens` [samples length], in order of execution.
+
+    `on_problem` is called with each: one decoder layer's problems at a time are in memory.
 
     x is what an operator sees in the dense layer, x* what it sees in the layer pruned: that of the model `pruned`, or a
     copy that is pruned here as `settings` say; of a dense prefix only the layers that hold one of `names`. The model
     itself is not changed. An expert to which no token is sent is left out. `reports` are those of the run that wrote
     `pruned`.
     """
-    batches = list(tokens.split(batch_size))
-    calls = RecordedCalls(model, batches)
-    dense = fed = [model.first_inputs(batch) for batch in batches]
-    left = set(names)
     damping = {report.name: Damping.of(report.facts) for report in reports}
 
     def tell(report: OperatorReport) -> None:
         damping[report.name] = Damping.of(report.facts)
 
-    for number, layer in enumerate(model.layers):
-        of = calls.of(number)
-        wanted = left & {f"{layer.name}.{operator.name}" for operator in layer.operators}
-        sparse = layer
+    def step(context: LayerContext) -> None:
+        layer, sparse = context.layer, context.layer
+        hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix])
+        wanted = {f"{layer.name}.{operator.name}" for operator in layer.operators}.intersection(names)
         if wanted or settings.prefix == "pruned":
-            sparse = pruned.layers[number] if pruned else _pruned(layer, of, HiddenStates(dense, fed), settings, tell)
-        yield from _watch(layer, sparse, wanted, of, HiddenStates(dense, fed), settings, damping)
-        left -= wanted
-        if not left:
-            return
-        fed = [of(batch)(sparse.module, batch) for batch in fed] if settings.prefix == "pruned" else None
-        dense = [of(batch)(layer.module, batch) for batch in dense]
-        fed = dense if fed is None else fed
+            sparse = pruned.layers[context.number] if pruned else _pruned(context, hidden, settings, tell)
+        for problem in _watch(layer, sparse, wanted, context.calls, hidden, settings, damping):
+            on_problem(problem)
+        if settings.prefix == "pruned":
+            context.hand_on([context.calls(batch)(sparse.module, batch) for batch in hidden.fed], "pruned")
+        context.hand_on(context.outputs())
+
+    needed = [i for i, layer in enumerate(model.layers) if any(name.startswith(f"{layer.name}.") for name in names)]
+    states = MemoryStore(range(max(needed, default=-1) + 1))
+    LayerWalk(model, tokens.split(batch_size), states, settings.streams).run(step)
 
 
-def _pruned(
-    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, settings: LayerSettings, tell: Tell
-) -> DecoderLayer:
-    copy = deepcopy(layer)
+def _pruned(context: LayerContext, hidden: HiddenStates, settings: LayerSettings, tell: Tell) -> DecoderLayer:
+    """A copy of the layer, pruned as a run prunes it."""
+    copy, calls = deepcopy(context.layer), context.calls
     prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense, correct=(settings.correct,)), settings, tell)
     return copy
 

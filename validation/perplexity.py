@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters.logits import logits_in_pieces
 from convexprune.errors import CalibrationError
-from convexprune.pipeline import FolderStore, RecordedCalls, carried
+from convexprune.pipeline import FolderStore, LayerContext, LayerWalk, MemoryStore, propagate
 from convexprune.progress import begin
 
 
@@ -115,13 +115,16 @@ def streamed_perplexity(
     Returns:
         The perplexity.
     """
-    batches = list(tokens.split(1))
-    calls = RecordedCalls(model, batches)
+
+    def step(context: LayerContext) -> None:
+        if pruned is not None:
+            pruned.load(model, context.number, "pruned")
+        propagate(context)
+
     with store.scratch(store.count) as record:
-        first = record()
-        for batch in batches:
-            first.append(model.first_inputs(batch))
-        last = iter(carried(model, calls, first, range(store.count), record, pruned))
+        states = MemoryStore(range(store.count), record)
+        LayerWalk(model, tokens.split(1), states).run(step)
+        last = iter(states.take(store.count))
 
         def logits(batch: Tensor) -> Iterator[Tensor]:
             hidden = next(last)

@@ -16,8 +16,18 @@ import torch
 from torch import Tensor
 
 from convexprune.adapters import HuggingFaceModel
-from convexprune.model import Call, DecoderLayer, Group
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed, stage_folds, through
+from convexprune.model import DecoderLayer, Group
+from convexprune.pipeline import (
+    HiddenStates,
+    LayerContext,
+    LayerSettings,
+    LayerWalk,
+    MemoryStore,
+    observe,
+    prune_observed,
+    stage_folds,
+    through,
+)
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.passes import Observed, Recorded
 from convexprune.pipeline.shortcut import Shortcut
@@ -58,7 +68,7 @@ class Tokens:
 
 
 class Comparison:
-    """The loop over decoder layers and variants; what is recorded in `store` is not done again."""
+    """A walk through decoder layers with the variants in each; what is recorded in `store` is not done again."""
 
     def __init__(
         self,
@@ -72,7 +82,6 @@ class Comparison:
         self._batches, self._device = tokens.batches(batch_size), model.device
         self._held_out = -(-len(tokens.held_out) // batch_size)
         self._networks = (DENSE, *variants)
-        self._recorded: dict[torch.Size, list[Call]] = {}
 
     @property
     def units(self) -> int:
@@ -82,21 +91,35 @@ class Comparison:
     @torch.no_grad()
     def run(self, tell: Callable[[str], None]) -> None:
         """Prune every decoder layer by every variant; `tell` hears of each."""
-        for ids in chain.from_iterable(self._batches.values()):
-            if ids.shape not in self._recorded:
-                self._recorded[ids.shape] = self._model.calls(ids)
         if self._store.recorded(DENSE, 0) is None:
             for stream, batches in self._batches.items():
                 self._store.write_states(DENSE, 0, stream, map(self._model.first_inputs, batches))
             self._store.record(DENSE, 0, {})
+
+        def step(context: LayerContext) -> None:
+            todo = self._todo(context.number)
+            self._layer(context, todo, tell)
+            self._let_go(context.number, todo, tell)
+
+        pending = list[int]()
         for number in range(len(self._model.layers)):
-            todo = [name for name in self._networks if self._store.recorded(name, number + 1) is None]
-            if todo:
-                self._layer(number, todo, tell)
-            for name in self._networks:
-                self._store.drop_states(name, number)
-                if name not in todo:
-                    tell(f"layer {number}, {name}: was done")
+            if self._todo(number):
+                pending.append(number)
+            else:
+                self._let_go(number, (), tell)
+        windows = list(chain.from_iterable(self._batches.values()))
+        LayerWalk(self._model, windows, MemoryStore(pending), streams=()).run(step)
+
+    def _todo(self, number: int) -> list[str]:
+        """The networks of which the layer is not recorded yet."""
+        return [name for name in self._networks if self._store.recorded(name, number + 1) is None]
+
+    def _let_go(self, number: int, todo: Sequence[str], tell: Callable[[str], None]) -> None:
+        """Drop what entered a layer that is recorded of all networks; of those not `todo` it was before."""
+        for name in self._networks:
+            self._store.drop_states(name, number)
+            if name not in todo:
+                tell(f"layer {number}, {name}: was done")
 
     @torch.no_grad()
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
@@ -111,15 +134,14 @@ class Comparison:
         """What was recorded of a network, decoder layer by decoder layer."""
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
-    def _layer(self, number: int, todo: Sequence[str], tell: Callable[[str], None]) -> None:
+    def _layer(self, context: LayerContext, todo: Sequence[str], tell: Callable[[str], None]) -> None:
         """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
-        layer, began = self._model.layers[number], time.perf_counter()
-        calls = self._calls(number)
+        number, layer, calls, began = context.number, context.layer, context.calls, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
         observed = observe(layer, calls, hidden, correct={each.correct for each in self._variants.values()})
         if DENSE in todo:
             for stream in self._batches:
-                batches = observed.outputs if stream == FITTED else self._through(number, DENSE, stream)
+                batches = observed.outputs if stream == FITTED else self._through(context, DENSE, stream)
                 self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
             tell(f"layer {number}, dense")
@@ -134,18 +156,18 @@ class Comparison:
                 parts = stage_folds(layer, 0, calls, states, observed, settings, inputs)
                 first = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
-                record, known = self._prune(number, name, observed, first)
+                record, known = self._prune(context, name, observed, first)
                 for stream in self._advanced(name):
                     taken = known if stream == FITTED else None
-                    self._store.write_states(name, number + 1, stream, self._through(number, name, stream, taken))
+                    self._store.write_states(name, number + 1, stream, self._through(context, name, stream, taken))
             self._store.record(name, number + 1, record)
             tell(f"layer {number}, {name}")
 
     def _prune(
-        self, number: int, name: str, observed: Observed, first: Mapping[Group, Folds]
+        self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, Folds]
     ) -> tuple[dict[str, Any], dict[Shortcut, Recorded]]:
         """Prune one layer by one variant; what came of it, and what is known for later passes of what was fitted."""
-        layer, settings = self._model.layers[number], self._variants[name]
+        number, layer, settings = context.number, context.layer, self._variants[name]
         dense = self._states(DENSE, number, FITTED)
         fed = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
         hidden = HiddenStates(dense, fed, self._held_out)
@@ -154,7 +176,7 @@ class Comparison:
         with peak_memory(self._device) as peak:
             known = prune_observed(
                 layer,
-                self._calls(number),
+                context.calls,
                 hidden,
                 observed,
                 replace(settings, pruner=watched),
@@ -164,7 +186,7 @@ class Comparison:
         seconds = time.perf_counter() - began
         record = {
             "operators": [asdict(report) for report in reports],
-            "output_error": self._output_error(number, dense, observed),
+            "output_error": self._output_error(context, dense, observed),
             "products": watched.products(layer, reports),
             "solve_seconds": watched.seconds,
             "seconds": seconds,
@@ -173,28 +195,25 @@ class Comparison:
         }
         return record, known
 
-    def _output_error(self, number: int, dense: Sequence[Tensor], observed: Observed) -> float | None:
+    def _output_error(self, context: LayerContext, dense: Sequence[Tensor], observed: Observed) -> float | None:
         """Median over the held-out tokens of |y* - y|^2 / |y - x|^2: dense input x, dense and pruned output y, y*."""
         ratios = []
         for i in range(len(dense) - self._held_out, len(dense)):
             x, y = dense[i], observed.outputs[i]
-            wrong = self._calls(number)(x)(self._model.layers[number].module, x) - y
+            wrong = context.calls(x)(context.layer.module, x) - y
             ratios.append((wrong.float().square().sum(-1) / (y - x).float().square().sum(-1)).flatten())
         return float(torch.cat(ratios).median()) if ratios else None
-
-    def _calls(self, number: int) -> Callable[[Tensor], Call]:
-        return lambda batch: self._recorded[batch.shape[:2]][number]
 
     def _states(self, name: str, number: int, stream: str) -> Sequence[Tensor]:
         """What enters a decoder layer; before the first, nothing is pruned yet."""
         return self._store.states(name if number else DENSE, number, stream)
 
     def _through(
-        self, number: int, name: str, stream: str, known: Mapping[Shortcut, Recorded] | None = None
+        self, context: LayerContext, name: str, stream: str, known: Mapping[Shortcut, Recorded] | None = None
     ) -> Iterator[Tensor]:
         """What the layer, as it is by now, makes of a stream."""
-        states = self._states(name, number, stream)
-        return through(self._model.layers[number], self._calls(number), states, known)
+        states = self._states(name, context.number, stream)
+        return through(context.layer, context.calls, states, known)
 
     def _advanced(self, name: str) -> list[str]:
         """The streams that a variant has states of its own for."""

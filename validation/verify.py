@@ -191,20 +191,23 @@ def verify(
     result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
     if pruned is not None:
         require_same_shapes(dense, pruned, reports)
-        wrong = dict(miscounted(pruned.layers, reports))
+        wrong = miscounted(pruned, reports)
         names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
     tokens, same = opened.tokens()
     if pruned is not None and not same:
         result.note = "The model writes another text here than for the run: the report's errors are not compared."
     layer = _layer_settings(recipe, reports)
     generator = torch.Generator().manual_seed(seed)
-    for operator in operator_problems(dense, tokens, layer, names, pruned, recipe.batch_size, reports):
-        result.comparisons += _compare(operator, rows, columns, generator)
+
+    def judge(operator: OperatorProblem) -> None:
+        result.comparisons.extend(_compare(operator, rows, columns, generator))
         if operator.pattern.budget(operator.dense.shape) is not None:
             result.bounds.append(bound(operator, bound_rows, generator))
         if same:
-            result.errors += reported_errors(operator, reports)
+            result.errors.extend(reported_errors(operator, reports))
         tell(operator.name)
+
+    operator_problems(dense, tokens, layer, names, judge, pruned, recipe.batch_size, reports)
     result.seconds = time.perf_counter() - began
     return result
 

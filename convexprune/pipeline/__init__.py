@@ -7,8 +7,9 @@ from convexprune.pipeline.output import RunFolder, check_output
 from convexprune.pipeline.passes import observe, stage_inputs, through
 from convexprune.pipeline.run import check_patterns, checksum, identity, prune_in_folder, prune_in_place
 from convexprune.pipeline.settings import HiddenStates, LayerSettings
-from convexprune.pipeline.store import FolderStore
-from convexprune.pipeline.task import RecordedCalls, Work, carried
+from convexprune.pipeline.store import FolderStore, MemoryStore
+from convexprune.pipeline.task import Work
+from convexprune.pipeline.walk import LayerCalls, LayerContext, LayerWalk, propagate
 from convexprune.pipeline.worker import Job
 
 __all__ = [
@@ -16,17 +17,20 @@ __all__ = [
     "FolderStore",
     "HiddenStates",
     "Job",
+    "LayerCalls",
+    "LayerContext",
     "LayerSettings",
-    "RecordedCalls",
+    "LayerWalk",
+    "MemoryStore",
     "RunFolder",
     "Work",
-    "carried",
     "check_output",
     "check_patterns",
     "checksum",
     "identity",
     "make_executor",
     "observe",
+    "propagate",
     "prune_in_folder",
     "prune_in_place",
     "prune_observed",

@@ -35,7 +35,7 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
 
 def prune_in_place(model: AbstractModel, work: Work, tell: Tell) -> None:
     """Prune every decoder layer of a model in memory; `tell` hears of each operator as it is done."""
-    prune_claimed(model, MemoryStore(len(model.layers)), work, tell)
+    prune_claimed(model, MemoryStore(range(len(model.layers))), work, tell)
 
 
 def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:

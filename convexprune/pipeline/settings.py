@@ -14,6 +14,7 @@ from convexprune.pruners import AbstractPruner
 from convexprune.report import OperatorReport
 
 Tell = Callable[[OperatorReport], None]
+Stream = Literal["dense", "pruned"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class LayerSettings:
     pruner: AbstractPruner
     pattern: Constraint
     correction: float = 1.0
-    prefix: Literal["dense", "pruned"] = "dense"
+    prefix: Stream = "dense"
     correct: Correct = "operator"
     patterns: Mapping[str, Constraint] = field(default_factory=dict)
     bound_rows: int = 0
@@ -45,6 +46,11 @@ class LayerSettings:
     def pattern_of(self, operator: str) -> Constraint:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
         return self.patterns.get(operator, self.pattern)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The networks of which a run has to know what enters a layer."""
+        return ("dense",) if self.prefix == "dense" else ("dense", "pruned")
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:
         """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike."""

@@ -3,11 +3,11 @@
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -18,16 +18,16 @@ from convexprune.errors import OutputError
 from convexprune.model import AbstractModel
 from convexprune.pipeline.files import locked, publish, read_notes, sha256, write_notes, writing
 from convexprune.pipeline.passes import Recorded
+from convexprune.pipeline.settings import Stream
 from convexprune.pipeline.team import ProcessGroup
 from convexprune.pipeline.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
 from convexprune.report import OperatorReport
 
-Stream = Literal["dense", "fed"]
 POLL = 0.05  # seconds between two looks at what the other workers have published
 
 
-class AbstractStore(ABC):
-    """The hidden states that enter each layer, and the layers that are finished."""
+class AbstractStates(ABC):
+    """Which layer is next on a walk, and the hidden states that enter each."""
 
     @abstractmethod
     def claim(self) -> AbstractContextManager[int | None]:
@@ -42,7 +42,7 @@ class AbstractStore(ABC):
         """Inside, the function makes room to record tensors in, which is gone afterwards unless it was put away."""
 
     @abstractmethod
-    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+    def hidden(self, number: int, stream: Stream) -> Recorded | None:
         """The batches that enter a layer; None if they are not there or are damaged."""
 
     @abstractmethod
@@ -50,8 +50,16 @@ class AbstractStore(ABC):
         """Keep what enters layer `number` until that layer is finished."""
 
     @abstractmethod
-    def layer(self, number: int) -> Mapping[str, Tensor]:
-        """The state of a finished layer."""
+    def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
+        """Give a finished layer that is in memory the weights that the stream passes: its dense or its pruned ones.
+
+        Raises:
+            OutputError: it was pruned in the memory of this process, and is no longer dense.
+        """
+
+
+class AbstractStore(AbstractStates):
+    """The states of a run, and the layers that are finished."""
 
     @abstractmethod
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
@@ -59,36 +67,68 @@ class AbstractStore(ABC):
 
 
 class MemoryStore(AbstractStore):
-    """Of a model in memory that is pruned in place by one worker."""
+    """Of one worker that takes the layers in the order of `numbers`; what it prunes is in the model.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._next = 0
+    What is between the layers is where `record` makes a place, until it is used; with `keep`, for a way back, too.
+    """
+
+    def __init__(self, numbers: Iterable[int], record: Callable[[], Recorded] = list, keep: bool = False) -> None:
+        self._numbers, self._record, self._keep = tuple(numbers), record, keep
+        self._pending = list(self._numbers)
         self._hidden: dict[tuple[int, Stream], Recorded] = {}
+        self._made: list[Recorded] = []
+
+    def backward(self) -> "MemoryStore":
+        """The states that were kept, for the same layers from the last to the first."""
+        back = MemoryStore(reversed(self._numbers), self._record)
+        back._hidden, back._made = self._hidden, self._made
+        return back
 
     @contextmanager
     def claim(self) -> Iterator[int | None]:
-        yield self._next if self._next < self.count else None
+        number = self._pending[0] if self._pending else None
+        yield number
+        self._pending = self._pending[1:]
+        if not self._keep:
+            for used in [key for key in self._hidden if key[0] == number]:
+                del self._hidden[used]
+        self._tidy_up()
 
     def is_finished(self, number: int) -> bool:
-        return number < self._next
+        return number not in self._pending
 
     @contextmanager
     def scratch(self, number: int) -> Iterator[Callable[[], Recorded]]:
-        yield list
+        def record() -> Recorded:
+            self._made.append(place := self._record())
+            return place
 
-    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+        yield record
+        self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        """Remove the files that were made here and are needed no longer."""
+        needed = {id(batches) for batches in self._hidden.values()}
+        for place in self._made:
+            if isinstance(place, Batches) and id(place) not in needed:
+                place.path.unlink(missing_ok=True)
+        self._made[:] = [place for place in self._made if id(place) in needed]
+
+    def hidden(self, number: int, stream: Stream) -> Recorded | None:
         return self._hidden.get((number, stream))
 
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
         self._hidden[number, stream] = batches
 
-    def layer(self, number: int) -> Mapping[str, Tensor]:
-        raise AssertionError("a layer that is pruned in place is in the model")
+    def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
+        """See `AbstractStates.load`: what enters a layer is never damaged, so no finished one is passed again."""
+
+    def take(self, number: int) -> Recorded:
+        """What was handed on to layer `number`, which is the caller's now."""
+        return self._hidden.pop((number, "dense"))
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
-        self._next = number + 1
-        self._hidden = {key: batches for key, batches in self._hidden.items() if key[0] > number}
+        pass
 
 
 class FolderStore(AbstractStore):
@@ -145,7 +185,7 @@ class FolderStore(AbstractStore):
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def hidden(self, number: int, stream: Stream) -> Sequence[Tensor] | None:
+    def hidden(self, number: int, stream: Stream) -> Recorded | None:
         name = f"{number:05d}.{stream}{self._mine}"
         notes, path = read_notes(self._notes("hidden", name)), self.folder / "hidden" / f"{name}.bin"
         if notes is not None and sha256(path) == notes["sha256"]:
@@ -192,6 +232,15 @@ class FolderStore(AbstractStore):
         """What was reported of a finished layer."""
         return [OperatorReport(**o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
 
+    def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
+        if not model.streams and number in self.pruned_here:
+            raise OutputError(
+                f"{self.folder}: what enters a layer after {number} is damaged, and the model in memory is no longer "
+                "dense. Load it again and go on with resume=True (--resume)."
+            )
+        if stream == "pruned":
+            model.load_state(model.layers[number], self.layer(number))
+
     def restore(self, model: AbstractModel) -> None:
         """Put into a model in memory what others, or an earlier process, have pruned."""
         for number in set(range(self.count)) - self.pruned_here:
@@ -227,7 +276,7 @@ class FolderStore(AbstractStore):
         for one in (number, number + 1):
             if self._is_used_up(one):
                 self._forget_hidden(one, "dense")
-                self._forget_hidden(one, "fed")
+                self._forget_hidden(one, "pruned")
 
     def _shard(self, number: int) -> Path:
         return self.folder / "layers" / f"{number:05d}.safetensors"

@@ -12,9 +12,10 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.model import AbstractModel, DecoderLayer
 from convexprune.pipeline.lacking import stack_of
 from convexprune.pipeline.layer import stage_folds
-from convexprune.pipeline.passes import Calls, Observed, Recorded, observe
+from convexprune.pipeline.passes import Calls, Observed, Recorded
 from convexprune.pipeline.settings import HiddenStates, LayerSettings
-from convexprune.pipeline.tensors import Batches
+from convexprune.pipeline.store import MemoryStore
+from convexprune.pipeline.walk import LayerContext, LayerWalk
 from convexprune.progress import begin
 from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
 
@@ -75,9 +76,8 @@ def candidates(pattern: Constraint) -> list[Constraint]:
 @torch.no_grad()
 def survey(
     model: AbstractModel,
-    hidden: Sequence[Tensor],
+    windows: Sequence[Tensor],
     held_out: int,
-    calls: Callable[[int], Calls],
     patterns: Sequence[Constraint],
     fisher: Mapping[str, Tensor],
     pruner: AbstractPruner | None = None,
@@ -85,26 +85,25 @@ def survey(
 ) -> list[Unit]:
     """Prune every operator of the dense model to every pattern, write nothing, and report the costs.
 
-    One decoder layer at a time is in memory, and what enters and leaves it where `record` keeps it.
+    One decoder layer at a time is in memory, and what enters and leaves it where `record` keeps it; the first one gets
+    what the model makes of `windows` of token ids [batch length].
 
     A cost is 1/2 sum_i f_i mean (delta y_i)^2: `fisher` holds f_i = mean (d loss / d y_i)^2 of each operator's outputs
     [m], so this is the Gauss-Newton estimate of the loss with a diagonal metric, in nats a token, and comparable across
-    layers. It is taken on the last `held_out` of the batches `hidden`, or on all if none is held out. `pruner` gives
+    layers. It is taken on the last `held_out` of the windows, or on all if none is held out. `pruner` gives
     the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick; rows compete as `row_weights`
-    of f say. `hidden` is used up if it is on disk.
+    of f say.
     """
-    pruner, units = pruner or SparseGPT(), []
-    step = begin("looking at the dense model", len(model.layers))
-    for number, layer in enumerate(model.layers):
-        states = HiddenStates(hidden, hidden, held_out)
-        with model.resident(layer):
-            observed = observe(layer, calls(number), hidden, record)
-            units += _units(layer, calls(number), states, observed, patterns, fisher, pruner)
-        for used in (hidden, *observed.inputs.values()):
-            if isinstance(used, Batches):
-                used.path.unlink()
-        hidden = observed.outputs
-        step(layer.name)
+    pruner, units = pruner or SparseGPT(), list[Unit]()
+
+    def step(context: LayerContext) -> None:
+        observed, hidden = context.observe(), HiddenStates(context.inputs["dense"], context.inputs["dense"], held_out)
+        units.extend(_units(context.layer, context.calls, hidden, observed, patterns, fisher, pruner))
+        context.hand_on(observed.outputs)
+
+    count = len(model.layers)
+    told = begin("looking at the dense model", count)
+    LayerWalk(model, windows, MemoryStore(range(count), record), on_layer=told).run(step)
     return units
 
 

@@ -16,13 +16,13 @@ from convexprune.pipeline import (
     FolderStore,
     HiddenStates,
     LayerSettings,
-    RecordedCalls,
+    LayerWalk,
     Work,
     observe,
     prune_observed,
 )
 from convexprune.pipeline.passes import Calls, Observed
-from convexprune.pipeline.task import prune_layer_task
+from convexprune.pipeline.task import PruneStep
 from convexprune.pruners import SparseGPT
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
@@ -162,7 +162,8 @@ def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_
 
     def task(number: int, folder: Path, tell: Callable[[OperatorReport], None] = lambda _: None) -> None:
         model = HuggingFaceModel(build_family("llama").eval())
-        prune_layer_task(model, RecordedCalls(model, work.batches), FolderStore(folder, 2), work, number, tell)
+        store = FolderStore(folder, 2)
+        LayerWalk(model, work.batches, store).visit(number, PruneStep(store, work, tell))
 
     def overtake(report: OperatorReport) -> None:
         if not FolderStore(tmp_path / "overtaken", 2).is_finished(1):

@@ -22,7 +22,7 @@ from convexprune.adapters.permuting import Permutation, find_permutation
 from convexprune.cli import app
 from convexprune.errors import CalibrationError, ModelError, OutputError, PatternError, RecipeError
 from convexprune.pattern import SemiStructured
-from convexprune.pipeline import stage_inputs
+from convexprune.pipeline import LayerContext, LayerWalk, MemoryStore, stage_inputs
 
 PATTERN = SemiStructured(2, 4)
 OTHERS = TOKENS.flip(0, 1)  # that nothing is measured on
@@ -106,9 +106,14 @@ def test_the_scores_are_those_of_all_that_see_the_channels(tiny_llama: HuggingFa
     hook = mlp.get_submodule("gate_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TOKENS)
     hook.remove()
-    _, of = next(permuting._layers_with_scores(tiny_llama, TOKENS.split(3)))
-    consumers = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
-    scores = of(Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers)), 1)
+    consumers, found = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")], list[torch.Tensor]()
+    channels = Channels("", 16, (), tuple(Axis(name, 1, 4) for name in consumers))
+
+    def step(context: LayerContext) -> None:
+        found.append(permuting._propagate_and_score(context)(channels, 1))
+
+    LayerWalk(tiny_llama, TOKENS.split(3), MemoryStore([0])).run(step)
+    (scores,) = found
     weights = [model.get_parameter(name) for name in consumers]
     expected = [w.square() * seen[0].flatten(0, 1).square().mean(0) for w in weights]
     torch.testing.assert_close(scores, torch.cat([each[:, 4:20] / each.sum() for each in expected]))

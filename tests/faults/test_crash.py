@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline import layer, task, tensors
+from convexprune.pipeline import LayerWalk, layer, tensors
 
 QUICK = SETTINGS | {"method": "wanda"}
 MODES: dict[str, dict[str, Any]] = {
@@ -201,14 +201,14 @@ def test_the_power_is_cut_after_every_operation(small: Path, tmp_path: Path, mod
 @contextmanager
 def _short_of(memory: Memory) -> Iterator[None]:
     """Inside, what the task of a layer allocates is counted, and fails after the last one."""
-    prune_layer_task = task.prune_layer_task
+    visit = LayerWalk.visit
 
     def counted(*args: Any) -> None:
         with memory:
-            prune_layer_task(*args)
+            visit(*args)
 
     own = patch.object(tensors, "bytearray", memory.bytearray, create=True)
-    with patch.object(task, "prune_layer_task", counted), own:
+    with patch.object(LayerWalk, "visit", counted), own:
         yield
 
 

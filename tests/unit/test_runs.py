@@ -211,7 +211,7 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("file", ["hidden/00002.fed.bin", "hidden/*", "layers/00001.safetensors"])
+@pytest.mark.parametrize("file", ["hidden/00002.pruned.bin", "hidden/*", "layers/00001.safetensors"])
 def test_a_pruned_prefix_is_resumed_bit_for_bit(dense: Path, tmp_path: Path, file: str):
     settings: dict[str, Any] = SETTINGS | {"prefix": "pruned"}
     convexprune.prune(dense, output_dir=tmp_path / "peace", **settings)

@@ -19,7 +19,7 @@ from convexprune.adapters.gradients import output_fisher
 from convexprune.adapters.operators import Place
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, RecordedCalls, observe, prune_observed
+from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed
 from convexprune.pipeline.survey import SURVEYED, Unit, allot, candidates, survey
 from convexprune.pruners import Convex
 from convexprune.recipe import make_recipe
@@ -102,9 +102,8 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
 
 
 def surveyed(model: HuggingFaceModel) -> list[Unit]:
-    hidden = [model.first_inputs(ids) for ids in TOKENS.split(1)]
-    calls, fisher = RecordedCalls(model, TOKENS.split(1)), output_fisher(model, TOKENS[:4])
-    return survey(model, hidden, 1, calls.of, [*candidates(HALF), *candidates(TWO_OF_FOUR)], fisher)
+    fisher = output_fisher(model, TOKENS[:4])
+    return survey(model, TOKENS.split(1), 1, [*candidates(HALF), *candidates(TWO_OF_FOUR)], fisher)
 
 
 def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFaceModel):

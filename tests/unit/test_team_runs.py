@@ -125,7 +125,7 @@ def test_a_team_that_loses_a_rank_says_so_and_goes_on_with_the_same_bits(dense: 
 
     assert ended(launched(2, dying)) == [-signal.SIGKILL, 0]
     assert len(list((out / "work" / "layers").glob("*.json"))) == 1
-    (out / "work" / "hidden" / "00001.fed.1.bin").write_bytes(b"damaged")  # what one rank keeps for itself
+    (out / "work" / "hidden" / "00001.pruned.1.bin").write_bytes(b"damaged")  # what one rank keeps for itself
     with pytest.raises(errors.OutputError, match="ranks: 2 then, 1 now"):
         convexprune.prune(dense, output_dir=out, resume=True, **SEQUENTIAL)
     pruned_by(2, out, dense)
