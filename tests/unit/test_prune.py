@@ -318,7 +318,7 @@ def test_the_output_is_an_ordinary_folder_that_transformers_loads(tiny_llama: Hu
 
 
 def test_the_bundled_model_is_pruned_with_little_loss_on_text_that_it_samples(tmp_path: Path):
-    result = convexprune.prune(num_calibration_samples=16, evaluation="self", output_dir=tmp_path / "out")
+    result = convexprune.prune(num_calibration_samples=16, evaluation="self", output_dir=tmp_path / "out", bound_rows=0)
     dense, pruned = (result.report.perplexity[name]["value"] for name in ("dense", "pruned"))
     assert result.report.sparsity == 0.5
     assert dense < pruned < 1.10 * dense
