@@ -42,15 +42,15 @@ def allotments(
     if all(rule == "uniform" for rule, _ in asked):
         return [Allotment({}) for _ in asked]
     calibration = calibration[:WINDOWS]
-    judges = list(held_out.split(batch_size)) if len(held_out) else []
-    batches = [*calibration.split(batch_size), *judges]
+    validation_batches = list(held_out.split(batch_size)) if len(held_out) else []
+    batches = [*calibration.split(batch_size), *validation_batches]
     curves = [pattern for rule, pattern in asked if rule in SURVEYED]
     weighed = any(rule in WEIGHED for rule, _ in asked)
     fisher = output_fisher(model, calibration[:GRADIENTS], batch_size, record) if weighed else {}
     if all(rule in ("uniform", "rows") for rule, _ in asked):
         return [allot((), rule, pattern, fisher) for rule, pattern in asked]
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    units = survey(model, batches, len(judges), patterns, fisher, record=record)
+    units = survey(model, batches, len(validation_batches), patterns, fisher, record=record)
     return [allot(units, rule, pattern, fisher) for rule, pattern in asked]
 
 

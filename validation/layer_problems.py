@@ -21,9 +21,9 @@ from convexprune.pipeline import (
     stage_inputs,
 )
 from convexprune.pipeline.bounding import drawn_rows
-from convexprune.pipeline.lacking import Lacking, height, width
+from convexprune.pipeline.lacking import CorrectionTargets, height, width
 from convexprune.pipeline.layer import Tell
-from convexprune.pipeline.passes import Calls, closing_inputs
+from convexprune.pipeline.passes import Calls, split_last_branch
 from convexprune.pruners import PruningProblem
 from convexprune.pruners.damped import Damping
 from convexprune.report import OperatorReport
@@ -86,7 +86,7 @@ def operator_problems(
         for problem in _watch(layer, sparse, wanted, context.calls, hidden, settings, damping):
             on_problem(problem)
         if settings.prefix == "pruned":
-            context.hand_on([context.calls(batch)(sparse.module, batch) for batch in hidden.fed], "pruned")
+            context.hand_on([context.calls(batch)(sparse.module, batch) for batch in hidden.pruned], "pruned")
         context.hand_on(context.outputs())
 
     needed = [i for i, layer in enumerate(model.layers) if any(name.startswith(f"{layer.name}.") for name in names)]
@@ -119,20 +119,21 @@ def _watch(
         return
     observed = observe(dense, calls, hidden.dense, correct=(settings.correct,))
     same = dense.stages[0] if settings.prefix == "dense" else ()
-    wanting = [one for one, _ in pairs if one.paired and one not in same and settings.correction > 0]
-    lacking = Lacking(wanting, observed, settings.correct)
+    corrected = [one for one, _ in pairs if one.paired and one not in same and settings.correction > 0]
+    lacking = CorrectionTargets(corrected, observed, settings.correct)
     moments = [
-        Moments(width(one), torch.float64, outputs=height(one) if lacking.of_outputs(one) else None) for one, _ in pairs
+        Moments(width(one), torch.float64, outputs=height(one) if lacking.in_output_space(one) else None)
+        for one, _ in pairs
     ]
-    for i, given in enumerate(hidden.fed):
+    for i, given in enumerate(hidden.pruned):
         seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
         for (one, other), total in zip(pairs, moments, strict=True):
             if other not in seen:
                 continue
             x, output = seen[other].cpu(), None
-            if lacking.closes([one]):
-                pruned = closing_inputs(sparse, other, calls(given), given)
-                output = pruned._replace(own=one.tap.module(seen[other])).output
+            if lacking.is_last_branch([one]):
+                pruned = split_last_branch(sparse, other, calls(given), given)
+                output = pruned._replace(branch=one.tap.module(seen[other])).output
             total.add(x)
             d = lacking.of(one, i, seen[other], output)
             if d is not None:

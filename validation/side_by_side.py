@@ -30,7 +30,7 @@ from convexprune.pipeline import (
 )
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.passes import Observed, Recorded
-from convexprune.pipeline.shortcut import Shortcut
+from convexprune.pipeline.shortcut import CachedSubmodule
 from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
 from convexprune.report import OperatorReport
 
@@ -62,8 +62,8 @@ class Tokens:
 
     def batches(self, size: int) -> dict[str, list[Tensor]]:
         """What goes through the network, batch by batch, by the name of its states on disk."""
-        judges = list(self.held_out.split(size)) if len(self.held_out) else []
-        fitted = {FITTED: [*self.calibration.split(size), *judges]}
+        validation_batches = list(self.held_out.split(size)) if len(self.held_out) else []
+        fitted = {FITTED: [*self.calibration.split(size), *validation_batches]}
         return fitted | {_stream(name): list(windows.split(size)) for name, windows in self.texts.items()}
 
 
@@ -165,12 +165,12 @@ class Comparison:
 
     def _prune(
         self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, Folds]
-    ) -> tuple[dict[str, Any], dict[Shortcut, Recorded]]:
+    ) -> tuple[dict[str, Any], dict[CachedSubmodule, Recorded]]:
         """Prune one layer by one variant; what came of it, and what is known for later passes of what was fitted."""
         number, layer, settings = context.number, context.layer, self._variants[name]
         dense = self._states(DENSE, number, FITTED)
-        fed = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
-        hidden = HiddenStates(dense, fed, self._held_out)
+        pruned = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
+        hidden = HiddenStates(dense, pruned, self._held_out)
         watched, reports = Watched(settings.pruner), []
         began = time.perf_counter()
         with peak_memory(self._device) as peak:
@@ -209,7 +209,7 @@ class Comparison:
         return self._store.states(name if number else DENSE, number, stream)
 
     def _through(
-        self, context: LayerContext, name: str, stream: str, known: Mapping[Shortcut, Recorded] | None = None
+        self, context: LayerContext, name: str, stream: str, known: Mapping[CachedSubmodule, Recorded] | None = None
     ) -> Iterator[Tensor]:
         """What the layer, as it is by now, makes of a stream."""
         states = self._states(name, context.number, stream)

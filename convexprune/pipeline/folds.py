@@ -90,7 +90,7 @@ class Folds:
         self._count_all()
         return self._held_out
 
-    def borrow(self, others: "Folds") -> None:
+    def shrink_towards(self, others: "Folds") -> None:
         """Make up for tokens that an expert did not get with what all experts got.
 
         With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean

@@ -10,31 +10,31 @@ from convexprune.moments import ErrorMoments
 from convexprune.pipeline.passes import Correct, Observed
 
 
-class Lacking:
-    """What the groups `wanting` lack, batch by batch (see `LayerSettings.correct`).
+class CorrectionTargets:
+    """What the groups `corrected` lack, batch by batch (see `LayerSettings.correct`).
 
     `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
     """
 
-    def __init__(self, wanting: Collection[Group], observed: Observed, correct: Correct) -> None:
-        self._closing = observed.closing if correct == "layer" and observed.closing in wanting else None
+    def __init__(self, corrected: Collection[Group], observed: Observed, correct: Correct) -> None:
+        self._last_branch = observed.last_branch if correct == "layer" and observed.last_branch in corrected else None
         self._outputs = observed.outputs
-        self._inputs = {group: observed.inputs[group] for group in wanting if group is not self._closing}
+        self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
         self._weights = {
             g: stack_of(g) for g in self._inputs if ErrorMoments.cheaper_in_output_space(height(g), width(g))
         }
 
-    def of_outputs(self, group: Group) -> bool:
+    def in_output_space(self, group: Group) -> bool:
         """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
-        return group is self._closing or group in self._weights
+        return group is self._last_branch or group in self._weights
 
-    def closes(self, stage: Sequence[Group]) -> bool:
-        """Whether the pass of this stage is to be that of `closing_inputs`."""
-        return self._closing is not None and self._closing in stage
+    def is_last_branch(self, stage: Sequence[Group]) -> bool:
+        """Whether the pass of this stage is to be that of `split_last_branch`."""
+        return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
         """At x* [samples tokens n] of batch i, if anything lacks at all; `output` is the layer's with x* and W."""
-        if group is self._closing:
+        if group is self._last_branch:
             assert output is not None
             return self._outputs[i].to(x.device).float() - output.float()
         if group not in self._inputs:

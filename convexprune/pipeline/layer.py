@@ -11,10 +11,10 @@ from convexprune.errors import ModelError
 from convexprune.model import DecoderLayer, Group
 from convexprune.pipeline.folds import Folds, in_parts
 from convexprune.pipeline.group import prune_group
-from convexprune.pipeline.lacking import Lacking, height, width
-from convexprune.pipeline.passes import Calls, Observed, Recorded, closing_inputs, stage_inputs
+from convexprune.pipeline.lacking import CorrectionTargets, height, width
+from convexprune.pipeline.passes import Calls, Observed, Recorded, split_last_branch, stage_inputs
 from convexprune.pipeline.settings import HiddenStates, LayerSettings, Tell
-from convexprune.pipeline.shortcut import Shortcut, taking
+from convexprune.pipeline.shortcut import CachedSubmodule, replaying
 from convexprune.pipeline.tensors import Batches
 
 
@@ -28,7 +28,7 @@ def prune_observed(
     tell: Tell,
     first: Mapping[Group, Folds] | None = None,
     record: Callable[[], Recorded] = list,
-) -> dict[Shortcut, Recorded]:
+) -> dict[CachedSubmodule, Recorded]:
     """Prune the operators of `layer` in place, stage by stage: x* is what the pruned stages make of what feeds it.
 
     `first` are the moments of the first stage, if they are known: with a dense prefix nothing changes them. `record`
@@ -46,14 +46,16 @@ def prune_observed(
         began = time.perf_counter()
         parts = [first] if number == 0 and first is not None else None
         for folds in parts or stage_folds(layer, number, calls, hidden, observed, settings, inputs, record):
-            _prefetch(hidden.fed, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
+            _prefetch(hidden.pruned, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
-                closes = group is observed.closing and settings.correct == "layer" and settings.correction > 0
-                facts = {"corrects_layer": 1.0} if closes else {}
+                is_last_branch = (
+                    group is observed.last_branch and settings.correct == "layer" and settings.correction > 0
+                )
+                facts = {"corrects_layer": 1.0} if is_last_branch else {}
                 prune_group(layer.name, group, fold, settings, tell, began, facts)
                 began = time.perf_counter()
-    return {observed.shortcuts[group]: x for group, x in inputs.items() if group in observed.shortcuts}
+    return {observed.cached[group]: x for group, x in inputs.items() if group in observed.cached}
 
 
 @torch.no_grad()
@@ -73,26 +75,26 @@ def stage_folds(
     shortcut begins with them a pass takes it. Those of this stage are added, where `record` makes a place.
 
     The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
-    than it has inputs borrows from what all of them were sent (`Folds.borrow`); its report says so.
+    than it has inputs borrows from what all of them were sent (`Folds.shrink_towards`); its report says so.
     """
     stage = layer.stages[number]
-    before = [group for group in chain(*layer.stages[:number]) if group in observed.shortcuts and group in inputs]
-    kept = {group: record() for group in stage if group in observed.shortcuts and group not in inputs}
+    before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]
+    kept = {group: record() for group in stage if group in observed.cached and group not in inputs}
     shared = {width(group): _folds(group, False) for group in stage if not group.paired}
     for part_number, part in enumerate(in_parts(stage, width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         known = {group: inputs[group] for group in part if group in inputs}
         same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
-        wanting = [g for g in part if g.paired and g not in same] if settings.correction > 0 else []
-        lacking = Lacking(wanting, observed, settings.correct)
-        folds = {group: _folds(group, lacking.of_outputs(group)) for group in part}
-        for i, batch in enumerate(hidden.fed):
-            held_out = i >= len(hidden.fed) - hidden.held_out
+        corrected = [g for g in part if g.paired and g not in same] if settings.correction > 0 else []
+        lacking = CorrectionTargets(corrected, observed, settings.correct)
+        folds = {group: _folds(group, lacking.in_output_space(group)) for group in part}
+        for i, batch in enumerate(hidden.pruned):
+            held_out = i >= len(hidden.pruned) - hidden.held_out
             seen = {group: x[i].to(batch.device) for group, x in known.items()}
             output = None
-            with taking({observed.shortcuts[g]: inputs[g][i].to(batch.device) for g in before}):
-                if lacking.closes(part):
-                    last = closing_inputs(layer, part[0], calls(batch), batch)
+            with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
+                if lacking.is_last_branch(part):
+                    last = split_last_branch(layer, part[0], calls(batch), batch)
                     seen, output = {part[0]: last.x}, last.output
                 else:
                     seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
@@ -107,7 +109,7 @@ def stage_folds(
             counted.add_up(hidden.process_group)
         for group in part:
             if not group.paired:
-                folds[group].borrow(shared[width(group)])
+                folds[group].shrink_towards(shared[width(group)])
         del lacking  # it holds weights
         yield folds
     inputs |= kept
@@ -120,9 +122,9 @@ def _prefetch(*wanted: Sequence[Tensor]) -> None:
             batches.prefetch()
 
 
-def _folds(group: Group, of_outputs: bool) -> Folds:
+def _folds(group: Group, in_output_space: bool) -> Folds:
     """To be filled."""
-    return Folds(width(group), group.operators[0].read().device, height(group) if of_outputs else None)
+    return Folds(width(group), group.operators[0].read().device, height(group) if in_output_space else None)
 
 
 def _require_usable(folds: Folds, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune.model import Call, DecoderLayer, Group
-from convexprune.pipeline.shortcut import Shortcut, looking_for_shortcuts, taking
+from convexprune.pipeline.shortcut import CachedSubmodule, find_cached_submodules, replaying
 from convexprune.pipeline.tensors import Batches
 
 Calls = Callable[[Tensor], Call]
@@ -21,18 +21,18 @@ Correct = Literal["layer", "operator"]
 class Observed:
     """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, which go to the CPU.
 
-    `shortcuts` are what later passes of the layer may leave out; `closing` is the group that closes the layer, if it
-    was looked for (see `closes`).
+    `cached` are what later passes of the layer may leave out; `last_branch` is the group that closes the layer, if it
+    was looked for (see `is_last_branch`).
     """
 
     outputs: Recorded
     inputs: Mapping[Group, Recorded]
-    shortcuts: Mapping[Group, Shortcut] = field(default_factory=dict)
-    closing: Group | None = None
+    cached: Mapping[Group, CachedSubmodule] = field(default_factory=dict)
+    last_branch: Group | None = None
 
     def read_for(self, group: Group) -> Sequence[Tensor]:
         """What of the dense layer the group is compared with, if anything."""
-        return self.inputs.get(group, self.outputs if group is self.closing else ())
+        return self.inputs.get(group, self.outputs if group is self.last_branch else ())
 
 
 @torch.no_grad()
@@ -49,14 +49,16 @@ def observe(
     no more than the "layer", the inputs of the group that closes it are not kept. What is recorded: tokens times the
     widths of the stages. The first batch shows the shortcuts, too.
     """
-    closing = next((g for g in layer.groups[-1:] if "layer" in correct and closes(layer, g, calls, batches)), None)
-    asked = [g for g in layer.groups if g.paired and (g is not closing or "operator" in correct)]
+    last_branch = next(
+        (g for g in layer.groups[-1:] if "layer" in correct and is_last_branch(layer, g, calls, batches)), None
+    )
+    asked = [g for g in layer.groups if g.paired and (g is not last_branch or "operator" in correct)]
     inputs = {group: record() for group in asked}
-    outputs, shortcuts = record(), dict[Group, Shortcut]()
+    outputs, cached = record(), dict[Group, CachedSubmodule]()
     for batch in batches:
         with ExitStack() as taps:
             if not outputs:
-                taps.enter_context(looking_for_shortcuts(layer, len(batch), shortcuts))
+                taps.enter_context(find_cached_submodules(layer, len(batch), cached))
             for group, seen in inputs.items():
 
                 def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
@@ -64,10 +66,10 @@ def observe(
 
                 taps.enter_context(group.tap(keep))
             outputs.append(calls(batch)(layer.module, batch))
-    return Observed(outputs, inputs, shortcuts, closing)
+    return Observed(outputs, inputs, cached, last_branch)
 
 
-def closes(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
+def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
     """Whether the layer's output is that of `group`, a single operator and alone in the last stage, added to the rest.
 
     Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
@@ -76,44 +78,47 @@ def closes(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Te
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.paired or not batches:
         return False
     call, batch = calls(batches[0]), batches[0]
-    last = closing_inputs(layer, group, call, batch)
-    return last.own.numel() == last.rest.numel() and torch.equal(last.output, call(layer.module, batch))
+    last = split_last_branch(layer, group, call, batch)
+    return last.branch.numel() == last.residual.numel() and torch.equal(last.output, call(layer.module, batch))
 
 
 def through(
-    layer: DecoderLayer, calls: Calls, batches: Sequence[Tensor], known: Mapping[Shortcut, Recorded] | None = None
+    layer: DecoderLayer,
+    calls: Calls,
+    batches: Sequence[Tensor],
+    known: Mapping[CachedSubmodule, Recorded] | None = None,
 ) -> Iterator[Tensor]:
     """What the layer, as it is by now, makes of each batch; the shortcuts are taken whose inputs are `known`."""
     for i, batch in enumerate(batches):
-        with taking({shortcut: x[i].to(batch.device) for shortcut, x in (known or {}).items()}):
+        with replaying({cached_submodule: x[i].to(batch.device) for cached_submodule, x in (known or {}).items()}):
             output = calls(batch)(layer.module, batch)
         yield output
 
 
-class Closing(NamedTuple):
+class LastBranch(NamedTuple):
     """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it."""
 
     x: Tensor
-    own: Tensor
-    rest: Tensor
+    branch: Tensor
+    residual: Tensor
 
     @property
     def output(self) -> Tensor:
         """The layer's output, if the group closes it."""
-        return self.rest + self.own.reshape(self.rest.shape)
+        return self.residual + self.branch.reshape(self.residual.shape)
 
 
-def closing_inputs(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> Closing:
+def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> LastBranch:
     """One pass of the layer in which the last group makes zeros."""
     seen, made = list[Tensor](), list[Tensor]()
 
-    def silence(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def zero_branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         made.append(output)
         return torch.zeros_like(output)
 
-    with group.tap(seen.append), group.tap.module.register_forward_hook(silence):
-        rest = call(layer.module, batch)
-    return Closing(_by_sample(seen[0], len(batch)), made[0], rest)
+    with group.tap(seen.append), group.tap.module.register_forward_hook(zero_branch):
+        residual = call(layer.module, batch)
+    return LastBranch(_by_sample(seen[0], len(batch)), made[0], residual)
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:

@@ -25,7 +25,8 @@ class LayerSettings:
     (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
     W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
     the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
-    the decoder layer lack, for the operator that closes it (`passes.closes`): what reached them by other ways, too.
+    the decoder layer lack, for the operator that is its last residual branch (`passes.is_last_branch`): what reached
+    them by other ways, too.
     `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
     pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
     """
@@ -61,11 +62,11 @@ class LayerSettings:
 class HiddenStates:
     """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
 
-    `dense` are those of the dense network, `fed` those that the layer gets while it is pruned. Of a
+    `dense` are those of the dense network, `pruned` those that the layer gets while it is pruned. Of a
     `process_group` they are this rank's share.
     """
 
     dense: Sequence[Tensor]
-    fed: Sequence[Tensor]
+    pruned: Sequence[Tensor]
     held_out: int = 0
     process_group: ProcessGroup = ALONE

@@ -12,7 +12,7 @@ from convexprune.model import DecoderLayer, Group, ModuleInput, computing
 
 
 @dataclass(frozen=True, eq=False)
-class Shortcut:
+class CachedSubmodule:
     """`module` returns the very tensor that `linear` inside of it returns, alone or in a tuple with `beside` after it.
 
     So attention is not run again for what comes after it, once the inputs of its output projection are known.
@@ -23,7 +23,7 @@ class Shortcut:
     beside: tuple[None, ...] | None
 
     @contextmanager
-    def taken(self, x: Tensor) -> Iterator[None]:
+    def replayed(self, x: Tensor) -> Iterator[None]:
         """Inside, the module runs nothing but its linear map, with the weight that it has by now, on x [... n]."""
 
         def forward(*_: Any, **__: Any) -> Any:
@@ -35,16 +35,16 @@ class Shortcut:
 
 
 @contextmanager
-def taking(shortcuts: Mapping[Shortcut, Tensor]) -> Iterator[None]:
+def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
     """Inside, all of these are taken, each on its x."""
     with ExitStack() as stack:
-        for shortcut, x in shortcuts.items():
-            stack.enter_context(shortcut.taken(x))
+        for cached_submodule, x in cached.items():
+            stack.enter_context(cached_submodule.replayed(x))
         yield
 
 
 @contextmanager
-def looking_for_shortcuts(layer: DecoderLayer, samples: int, found: dict[Group, Shortcut]) -> Iterator[None]:
+def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group, CachedSubmodule]) -> Iterator[None]:
     """Inside is to be one pass of the dense layer with `samples` windows; after it `found` has what that pass showed.
 
     Nothing is assumed of any architecture: the output of the module has to be that of the linear map, the same object
@@ -58,7 +58,7 @@ def looking_for_shortcuts(layer: DecoderLayer, samples: int, found: dict[Group, 
                 hooks.callback(module.register_forward_hook(look.at_module).remove)
         yield
     for group, look in looks.items():
-        for outermost in look.shortcuts()[:1]:
+        for outermost in look.cached()[:1]:
             found[group] = outermost
 
 
@@ -104,7 +104,7 @@ class _Look:
         if same and all(other is None for other in others):
             self.ends[module] = tuple(None for _ in others) if type(output) is tuple else None
 
-    def shortcuts(self) -> list[Shortcut]:
+    def cached(self) -> list[CachedSubmodule]:
         """All that there are, the outermost first."""
         once = [m for m in self.around if m in self.ends and self.times[m] == self.times[self.linear] == 1]
-        return [Shortcut(module, self.linear, self.ends[module]) for module in once]
+        return [CachedSubmodule(module, self.linear, self.ends[module]) for module in once]

@@ -156,8 +156,8 @@ class FolderStore(AbstractStore):
                 # The lowest can always be worked on: what enters it is there, or has to be computed again.
                 if n != pending[0] and not self._notes("hidden", f"{n:05d}.dense").exists():
                     continue
-                with locked(self.folder / "claims" / f"{n:05d}.lock") as mine:
-                    if mine and not self.is_finished(n):
+                with locked(self.folder / "claims" / f"{n:05d}.lock") as is_locked:
+                    if is_locked and not self.is_finished(n):
                         yield n
                         return
             time.sleep(POLL)
@@ -207,8 +207,8 @@ class FolderStore(AbstractStore):
         """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
         path = self.folder / f"{name}.json"
         while (value := read_notes(path)) is None:
-            with locked(self.folder / f"{name}.lock") as mine:
-                if mine and read_notes(path) is None:
+            with locked(self.folder / f"{name}.lock") as is_locked:
+                if is_locked and read_notes(path) is None:
                     write_notes(path, make())
             time.sleep(POLL)
         return value
@@ -308,8 +308,8 @@ class RankStore(FolderStore):
     @contextmanager
     def claim(self) -> Iterator[int | None]:
         number = next((n for n in range(self.count) if not self.is_finished(n)), self.count)
-        agreed = torch.tensor(0 if self._ranks.rank else number, device=self._device)
-        number = int(self._ranks.all_reduce(agreed))  # a file may be seen later elsewhere
+        first = torch.tensor(0 if self._ranks.rank else number, device=self._device)
+        number = int(self._ranks.all_reduce(first))  # a file may be seen later elsewhere
         self._finished.update(range(number))
         yield number if number < self.count else None
 

@@ -36,14 +36,14 @@ class Work:
         return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
 
     @property
-    def judges(self) -> list[Tensor]:
+    def validation_batches(self) -> list[Tensor]:
         """The batches that are never fitted, the last ones."""
         return list(self.held_out.split(self.batch_size)) if len(self.held_out) else []
 
     @property
     def batches(self) -> list[Tensor]:
         """All of them [batch length]."""
-        return [*self.tokens.split(self.batch_size), *self.judges]
+        return [*self.tokens.split(self.batch_size), *self.validation_batches]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +77,8 @@ class PruneStep:
         if more:
             context.hand_on(observed.outputs)
         context.model.keep(layer)
-        judges, ranks = len(self.work.judges), self.work.process_group
-        hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix], judges, ranks)
+        validation_batches, ranks = len(self.work.validation_batches), self.work.process_group
+        hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix], validation_batches, ranks)
         replayed = prune_observed(layer, context.calls, hidden, observed, settings, report, record=context.record)
         if more and settings.prefix == "pruned":
             context.hand_on(context.outputs("pruned", replayed), "pruned")

@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.model import AbstractModel, Call, DecoderLayer
 from convexprune.pipeline.passes import Calls, Correct, Observed, Recorded, observe, through
 from convexprune.pipeline.settings import Stream
-from convexprune.pipeline.shortcut import Shortcut
+from convexprune.pipeline.shortcut import CachedSubmodule
 from convexprune.pipeline.store import AbstractStates, MemoryStore
 
 
@@ -65,7 +65,7 @@ class LayerContext:
         """
         return observe(self.layer, self.calls, self.inputs["dense"], self.record, correct)
 
-    def outputs(self, stream: Stream = "dense", replayed: Mapping[Shortcut, Recorded] | None = None) -> Recorded:
+    def outputs(self, stream: Stream = "dense", replayed: Mapping[CachedSubmodule, Recorded] | None = None) -> Recorded:
         """What the layer, as it is by now, makes of what enters it.
 
         Args:

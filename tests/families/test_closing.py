@@ -67,11 +67,11 @@ def prune(
 def test_who_closes_a_layer_is_found(family: str, settings: dict[str, Any], name: str | None):
     layer, calls, hidden = layer_of(family, **settings)
     observed = observe(layer, calls, hidden, correct=("layer",))
-    assert (observed.closing and observed.closing.operators[0].name) == name
+    assert (observed.last_branch and observed.last_branch.operators[0].name) == name
     paired = {group for group in layer.groups if group.paired}
-    assert set(observed.inputs) == paired - {observed.closing}, "what nobody asks for is not kept"
+    assert set(observed.inputs) == paired - {observed.last_branch}, "what nobody asks for is not kept"
     assert set(observe(layer, calls, hidden, correct=("layer", "operator")).inputs) == paired
-    assert observe(layer, calls, hidden).closing is None
+    assert observe(layer, calls, hidden).last_branch is None
 
 
 @pytest.mark.parametrize("correction", [0.5, 1.0])

@@ -92,13 +92,13 @@ def test_borrowed_moments_are_the_mean_of_all_experts_tokens():
     own, others = torch.randn(1, 2, 6), torch.randn(4, 7, 6)
     starved.add(own, None, False)
     shared.add(others, None, False)
-    starved.borrow(shared)
+    starved.shrink_towards(shared)
     assert (starved.tokens, starved.borrowed, starved.total.tokens) == (2, 4, 6)
     mean = others.flatten(0, 1).T @ others.flatten(0, 1) / 28
     torch.testing.assert_close(starved.total.gram, (own[0].T @ own[0] + 4 * mean) / 6)
     rich = Folds(4, torch.device("cpu"))
     rich.add(x, None, False)
-    rich.borrow(rich)
+    rich.shrink_towards(rich)
     assert rich.borrowed == 0 and rich.total.tokens == 35
 
 

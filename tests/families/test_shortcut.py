@@ -26,10 +26,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def shortcuts(model: HuggingFaceModel) -> list[str]:
+def cached(model: HuggingFaceModel) -> list[str]:
     """The names of the modules that need not run again, in the first layer."""
     layer, call, hidden = model.layers[0], model.calls(TOKENS)[0], model.first_inputs(TOKENS)
-    found = observe(layer, lambda _: call, [hidden]).shortcuts.values()
+    found = observe(layer, lambda _: call, [hidden]).cached.values()
     return [name for name, module in layer.module.named_modules() for way in found if way.module is module]
 
 
@@ -40,7 +40,7 @@ def pruned(model: Any, **settings: Any) -> tuple[dict[str, Tensor], list[dict[st
 
 
 def no_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "looking_for_shortcuts", lambda *_: nullcontext())
+    monkeypatch.setattr(passes, "find_cached_submodules", lambda *_: nullcontext())
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -51,7 +51,7 @@ def assert_same(first: Any, second: Any) -> None:
 @pytest.mark.parametrize("prefix", ["dense", "pruned"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text", "gpt2", "mixtral"])
 def test_shortcuts_change_no_bit(family: str, prefix: str, monkeypatch: pytest.MonkeyPatch):
-    assert shortcuts(HuggingFaceModel(build_family(family))) == ["attn" if family == "gpt2" else "self_attn"]
+    assert cached(HuggingFaceModel(build_family(family))) == ["attn" if family == "gpt2" else "self_attn"]
     short = pruned(build_family(family), prefix=prefix)
     no_shortcuts(monkeypatch)
     assert_same(short, pruned(build_family(family), prefix=prefix))
@@ -101,7 +101,7 @@ def test_what_is_done_after_the_operator_is_not_left_out(change: Any, monkeypatc
         return change(output), *others
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
-    assert shortcuts(HuggingFaceModel(build_family("llama"))) == []
+    assert cached(HuggingFaceModel(build_family("llama"))) == []
     short = pruned(build_family("llama"))
     no_shortcuts(monkeypatch)
     assert_same(short, pruned(build_family("llama")))
@@ -110,7 +110,7 @@ def test_what_is_done_after_the_operator_is_not_left_out(change: Any, monkeypatc
 def test_attention_that_returns_its_weights_is_run_again():
     model = build_family("llama")
     model.set_attn_implementation("eager")
-    assert shortcuts(HuggingFaceModel(model)) == []
+    assert cached(HuggingFaceModel(model)) == []
 
 
 class Deaf(nn.Module):
@@ -139,7 +139,7 @@ def test_no_operator_of_a_later_stage_is_left_out():
     module, x = Layer().requires_grad_(False), torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     layer: DecoderLayer = discover(module, Call(), x).bind("layer", module, lambda _: True)
     assert [[g.operators[0].name for g in s] for s in layer.stages] == [["first"], ["inner.o"], ["inner.later"]]
-    assert observe(layer, lambda _: Call(), [x]).shortcuts == {}
+    assert observe(layer, lambda _: Call(), [x]).cached == {}
 
 
 def test_a_survey_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch):

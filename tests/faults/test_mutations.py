@@ -34,7 +34,7 @@ from convexprune.adapters import inner_channels
 from convexprune.moments import ErrorMoments, Moments
 from convexprune.penalty import L1, ReverseHuber
 from convexprune.pipeline import bounding, passes
-from convexprune.pipeline.lacking import Lacking
+from convexprune.pipeline.lacking import CorrectionTargets
 from convexprune.pruners.wanda import Wanda
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import Status, fista
@@ -137,10 +137,10 @@ FAULTS = (
     Fault("x* - x in place of x - x*", Moments.add, "dense.reshape(x.shape).to(x) - x",
           "x - dense.reshape(x.shape).to(x)",
           test_moments.test_the_reconstruction_is_the_loss_on_the_tokens),
-    Fault("a layer's error with the wrong sign", Lacking.of, "- output.float()", "+ output.float()",
+    Fault("a layer's error with the wrong sign", CorrectionTargets.of, "- output.float()", "+ output.float()",
           test_closing.test_its_error_is_that_of_the_layers_output,
           {"family": "llama", "prefix": "dense", "correction": 1.0}),
-    Fault("an operator that closes a layer behind a norm", passes.closes,
+    Fault("an operator that closes a layer behind a norm", passes.is_last_branch,
           "torch.equal(last.output, call(layer.module, batch))", "True",
           test_closing.test_who_closes_a_layer_is_found, {"family": "gemma3_text", "settings": {}, "name": None}),
     Fault("a sum in place of a mean", Moments.gram.fget, "/ self.tokens", "/ 1",  # pyright: ignore
