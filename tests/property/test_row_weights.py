@@ -102,7 +102,7 @@ def test_gradients_need_the_logits_of_few_positions_at_a_time(
 
 
 def test_gradients_that_are_not_finite_are_told(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gradients, "_loss_slope", lambda _, __, hidden: torch.full_like(hidden, torch.inf))
+    monkeypatch.setattr(gradients, "_loss_gradient", lambda _, __, hidden: torch.full_like(hidden, torch.inf))
     with pytest.raises(ModelError, match=r"at the outputs of .* is not finite.*wider dtype.*'uniform'"):
         convexprune.prune(tiny_llama.model, allocation="rows", **SETTINGS)
 
