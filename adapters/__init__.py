@@ -1,3 +1,5 @@
+from convexprune.settings import BUNDLED
+
 from .calibration import (
     calibration_and_held_out,
     calibration_tokens,
@@ -6,7 +8,7 @@ from .calibration import (
     text_windows,
     window_length,
 )
-from .checkpoint import BUNDLED, EMBEDDED, EMBEDDED_WINDOW, load, reopen, save, save_from_store
+from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen, save, save_from_store
 from .family import TESTED
 from .huggingface import HuggingFaceModel
 from .reading import given_tokenizer
@@ -17,6 +19,7 @@ __all__ = [
     "EMBEDDED_WINDOW",
     "TESTED",
     "HuggingFaceModel",
+    "bundled_if_none",
     "calibration_and_held_out",
     "calibration_tokens",
     "check_dataset",

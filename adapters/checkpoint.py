@@ -22,6 +22,7 @@ from convexprune.pipeline.files import make_folder, publish, write_json, writing
 from convexprune.pipeline.folders import atomic_folder
 from convexprune.pipeline.output import OWN, WORK
 from convexprune.pipeline.tensors import Entry
+from convexprune.settings import BUNDLED
 
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .building import parameters_on_meta
@@ -32,14 +33,28 @@ from .operators import computes_on, held, offloaded
 from .reading import ask, model_class, read_tokenizer
 from .shards import Origin, Shards
 
-EMBEDDED = Path(str(files("convexprune"))) / "data" / "opt-books"
+EMBEDDED = Path(str(files("convexprune"))) / "data" / BUNDLED
 """The folder of the small OPT model that comes with convexprune (float16)."""
-BUNDLED = "opt-books"
-"""Its name, in recipes and wherever a model is named, unless there is a folder of that name."""
 EMBEDDED_WINDOW = 256
 """The tokens that it was trained on at once."""
 
 logger = logging.getLogger(__name__)
+
+
+def bundled_if_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a call: where they name no model, those of the bundled one, as it was trained.
+
+    Args:
+        settings: by the names of `convexprune.settings`.
+
+    Returns:
+        With a model, a dtype and a length of windows.
+    """
+    if settings.get("model") is not None:
+        return dict(settings)
+    plain = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW}
+    chosen = {name: settings.get(name) or value for name, value in plain.items()}
+    return {**settings, "model": EMBEDDED, **chosen}
 
 
 def load(

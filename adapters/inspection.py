@@ -11,6 +11,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from convexprune.doors import INSPECT
 from convexprune.errors import CalibrationError
 from convexprune.model import DecoderLayer
 from convexprune.pipeline import check_patterns, cost
@@ -18,9 +19,11 @@ from convexprune.pipeline.machine import default_device
 from convexprune.pipeline.speed import load, measured_speed, seconds
 from convexprune.pipeline.survey import WEIGHED
 from convexprune.recipe import make_recipe
+from convexprune.schema import documented
 
 from .allocating import GRADIENTS
 from .calibration import DEFAULT_LENGTH
+from .checkpoint import bundled_if_none
 from .outline import read_outline
 
 GIB = 1 << 30
@@ -102,37 +105,35 @@ class Inspection:
         yield _needs(self)
 
 
-def inspect(
-    source: str | Path,
-    *,
-    device: str = "cpu",
-    device_memory: int | None = None,
-    trust_remote_code: bool = False,
-    **recipe: Any,
-) -> Inspection:
-    """What pruning a model would do and need; only its configuration is read.
+@documented(INSPECT)
+def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
+    """What a run by these settings would do to a model and need, found without its weights.
 
-    Memory is by the formulas of `pipeline.cost`; the time is an estimate from a product that is timed here.
+    Only the configuration is read. Memory is by the formulas of `pipeline.cost`; the time is an estimate, from products
+    that are timed on `device` now.
 
     Args:
-        source: a folder, a hub name or a config.json.
-        device: where the run is to be.
-        device_memory: bytes of the device, if they differ from those found.
-        trust_remote_code: let transformers run code that the checkpoint brings.
-        recipe: settings of `Recipe`.
+        source: a folder, a config.json, or a name on the hub; None: the bundled model.
+        settings: by name:
+        {settings}
 
     Returns:
         What was found.
 
     Raises:
-        ModelError: the configuration is missing, of no known model, or of one that is not pruned.
         RecipeError, PatternError: settings that do not exist or do not fit.
-        CalibrationError: windows longer than the model can see.
+        ModelError: the configuration cannot be read, or names a model that cannot be pruned.
+        CalibrationError: the model does not see so many tokens.
     """
-    checked, device = make_recipe(model=str(source), **recipe), default_device(device)
-    settings, pattern = checked.layer_settings(), checked.build_pattern()
-    outline = read_outline(source, checked, trust_remote_code)
-    check_patterns(outline.layers, settings)
+    asked, settings = INSPECT.read(settings)
+    device_memory: int | None = asked.device_memory
+    settings = bundled_if_none(settings | {"model": source})
+    place: str | Path = settings["model"]
+    checked = make_recipe(**settings | {"model": str(place)})
+    device = default_device(checked.device)
+    pattern = checked.build_pattern()
+    outline = read_outline(place, checked, asked.trust_remote_code)
+    check_patterns(outline.layers, checked.layer_settings())
     length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     if length > outline.positions:
         raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")

@@ -8,6 +8,7 @@ import yaml
 from convexprune.errors import RecipeError
 from convexprune.pipeline.files import atomic_write, read_text, write
 from convexprune.recipe import Recipe, make_recipe
+from convexprune.settings import GROUPS
 
 RECIPE = "recipe.yaml"
 GIVEN = " given by the caller"
@@ -29,8 +30,12 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     Raises:
         OutputError: the disk is full or fails.
     """
+    values, parts = recipe.model_dump(mode="json"), list[str]()
+    for group in GROUPS:
+        settings = {name: values[name] for name in group.model_fields}
+        parts.append(f"# {group.group}\n{yaml.safe_dump(settings, sort_keys=False)}")
     with atomic_write(folder / RECIPE) as file:
-        write(file, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())
+        write(file, "\n".join(parts).encode())
     return folder / RECIPE
 
 
@@ -39,15 +44,15 @@ def given(value: object) -> str:
     return f"{type(value).__name__}{GIVEN}"
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe in a folder, which may be someone else's.
+def read_recipe(place: Path) -> Recipe:
+    """The recipe in a file, or in the folder of a run, which may be someone else's.
 
     Raises:
         OutputError: it is missing, too long, or no text.
         RecipeError: it is no recipe; what is wrong is named.
         PatternError: sparsity and pattern name no pattern.
     """
-    path = folder / RECIPE
+    path = place if place.is_file() else place / RECIPE
     try:
         given = yaml.load(read_text(path, LONGEST), _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as cause:

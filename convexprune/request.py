@@ -21,6 +21,8 @@ from convexprune.adapters import (
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
 from convexprune.adapters.written import require_written
+from convexprune.doors import Call
+from convexprune.errors import RecipeError
 from convexprune.pipeline import (
     FolderStore,
     Job,
@@ -41,6 +43,7 @@ from convexprune.recipe_file import given, write_recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.result import PruneResult
 from convexprune.run_warnings import run_warnings
+from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation import perplexity, streamed_perplexity
 from convexprune.windows import OF_DATASET, Sources, Windows, is_self, name_of_text
 from convexprune.workers import executor_for, team_size
@@ -51,39 +54,36 @@ logger = logging.getLogger(__name__)
 class Request:
     """A call of `prune`, checked: its recipe, its executor, and how to open its model."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.source, solver = settings["model"], settings["solver"]
-        dataset, evaluation = settings["dataset"], settings["evaluation"]
-        self.recipe = make_recipe(
-            model=name_of(self.source),
-            solver=solver if isinstance(solver, str) else type(solver).__name__,
-            dataset=name_of_text(dataset),
-            evaluation=None if evaluation is None else name_of_text(evaluation),
-            targets=tuple(settings["targets"]),
-            ignore=tuple(settings["ignore"]),
-            method_args=settings["method_args"] or {},
-            **{name: settings[name] for name in _PLAIN},
-        )
-        recipe = self.recipe
-        pruner = recipe.build_pruner(None if isinstance(solver, str) else solver)
-        self.layers = recipe.layer_settings(pruner, bound_rows=recipe.bound_rows)
-        self.sources, self.progress = Sources(dataset, evaluation), settings["progress"]
+    def __init__(self, settings: dict[str, Any], call: Call) -> None:
+        self.source, solver = settings["model"], settings.get("solver")
+        own = None if solver is None or isinstance(solver, str) else _require_solver(solver)
+        texts = {name: settings[name] for name in ("dataset", "evaluation") if name in settings}
+        named = [name for name, text in texts.items() if name == "dataset" or text is not None]
+        names: dict[str, Any] = {name: name_of_text(texts[name]) for name in named}
+        names |= {"model": name_of(self.source)} | ({} if own is None else {"solver": type(own).__name__})
+        self.recipe = recipe = make_recipe(**settings | names)
+        self.layers = recipe.layer_settings(recipe.build_pruner(own), bound_rows=recipe.bound_rows)
+        self.sources = Sources(texts.get("dataset", recipe.dataset), texts.get("evaluation"))
         self.device = default_device(recipe.device)
         check_threads(recipe.threads)
         self.sources.check()
-        self.executor = executor_for(settings, self.device, recipe.threads)
+        self.call, self.progress = call, call.progress
+        self.executor = executor_for(call, recipe, self.source, self.device)
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
-        settings = settings | {"tokenizer": given_tokenizer(settings["tokenizer"])}
-        self.given_tokenizer, self.trust_remote_code = settings["tokenizer"], settings["trust_remote_code"]
+        self.given_tokenizer = given_tokenizer(call.tokenizer)
         self.installed = installation(self.device)
         self.open = partial(
             load,
             self.source,
             dtype=recipe.torch_dtype,
-            **{name: settings[name] for name in _OPENING},
+            tokenizer=self.given_tokenizer,
+            trust_remote_code=call.trust_remote_code,
+            allow_pickle=call.allow_pickle,
+            targets=recipe.targets,
+            ignore=recipe.ignore,
         )
         self.clock = Clock()
 
@@ -229,7 +229,7 @@ class Request:
             self.clock.lap("allocation")
 
     def _read(self, folder: Path) -> PreTrainedModel:
-        with load(folder, device=self.device, trust_remote_code=self.trust_remote_code).lent() as loaded:
+        with load(folder, device=self.device, trust_remote_code=self.call.trust_remote_code).lent() as loaded:
             return loaded.model
 
     def _work(self, windows: Windows) -> Work:
@@ -264,12 +264,19 @@ class Request:
             self.clock.lap("evaluation")
 
 
-_OPENING = ("tokenizer", "trust_remote_code", "allow_pickle", "targets", "ignore")
-_PLAIN = (
-    "method", "preset", "sparsity", "pattern", "quota", "allocation", "error_correction", "correct", "prefix",
-    "damping", "refit", "num_calibration_samples", "held_out_samples", "max_seq_length", "batch_size", "seed",
-    "bound_rows", "device", "dtype", "threads",
-)  # fmt: skip
+def _require_solver(solver: Any) -> AbstractSolver:
+    """A user's own solver.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if isinstance(solver, AbstractSolver):
+        return solver
+    found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
+    raise RecipeError(
+        f"solver is {found}. Accepted: {', '.join(solver_names())}, or an object of a class of your own that derives "
+        "from convexprune.AbstractSolver."
+    )
 
 
 def name_of(source: Any) -> str:

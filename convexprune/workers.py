@@ -4,20 +4,22 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from convexprune.errors import RecipeError, require_at_least
+from convexprune.doors import Call
+from convexprune.errors import RecipeError
 from convexprune.pipeline import AbstractExecutor, make_executor
 from convexprune.pipeline.machine import default_workers
 from convexprune.pipeline.team import require_rendezvous
 from convexprune.recipe import Recipe
 
 
-def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> AbstractExecutor:
-    """The executor that the settings of a call name.
+def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> AbstractExecutor:
+    """The executor that a call names.
 
     Args:
-        settings: of the call, by name.
+        call: what it says beside its recipe.
+        recipe: of the run.
+        source: its model, as it was given.
         device: where to compute.
-        threads: of each process; None is torch's choice.
 
     Returns:
         The executor.
@@ -26,14 +28,13 @@ def executor_for(settings: dict[str, Any], device: str, threads: int | None) -> 
         RecipeError: no executor has this name, or it fits neither the run nor this machine.
         DependencyError: Ray is missing.
     """
-    name, workers = settings["executor"], settings["workers"]
-    require_at_least(1, workers=workers)
+    name, workers = call.executor, call.workers
     if workers is not None and name in ("serial", "ranks"):
         why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
         raise RecipeError(f"workers={workers}: executor={name!r} {why}. Leave it out, or take 'pool' or 'ray'.")
     if name != "serial":
-        _check_spread(settings)
-    return make_executor(name, workers or default_workers(device, threads), device)
+        _check_spread(call, recipe, source)
+    return make_executor(name, workers or default_workers(device, recipe.threads), device)
 
 
 def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
@@ -61,21 +62,21 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
     return executor.together
 
 
-def _check_spread(settings: dict[str, Any]) -> None:
+def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
     """Refuse what cannot be spread over processes.
 
     Raises:
         RecipeError: the run has no folder to meet in, or its layers wait for each other, or its model is in the memory
             of this process.
     """
-    name = settings["executor"]
-    if settings["output_dir"] is None:
+    name = call.executor
+    if call.output_dir is None:
         raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
-    if settings["prefix"] == "pruned" and name != "ranks":
+    if recipe.prefix == "pruned" and name != "ranks":
         raise RecipeError(
             f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
             "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "
             "executor='serial' over threads; or use prefix='dense'."
         )
-    if name != "ranks" and isinstance(settings["model"], PreTrainedModel):
+    if name != "ranks" and isinstance(source, PreTrainedModel):
         raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")

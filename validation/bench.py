@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convexprune.adapters import HuggingFaceModel, load
+from convexprune.adapters import HuggingFaceModel, bundled_if_none, load
 from convexprune.adapters.operators import LINEAR_MODULES, ParameterOperator
-from convexprune.errors import ModelError, RecipeError
+from convexprune.doors import BENCH
+from convexprune.errors import ModelError
 from convexprune.pipeline.machine import default_device
 from convexprune.progress import begin
+from convexprune.schema import documented
 
 from .formats import FORMATS, AbstractProduct
 
@@ -102,29 +104,17 @@ def _compared(timing: Timing) -> str:
 
 
 @torch.no_grad()
-def bench(
-    model: str | Path | PreTrainedModel,
-    *,
-    device: str | torch.device = "auto",
-    batches: Sequence[int] = (1, 8, 64),
-    prompt: int = 512,
-    new_tokens: int = 8,
-    seconds: float = 60.0,
-    trust_remote_code: bool = False,
-) -> Bench:
+@documented(BENCH)
+def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
     """Time a model's largest weights and its generation, dense and in every format that is there.
 
     Formats take turns, so that all meet the same noise. Speed does not depend on what is pruned but for the sparse
     formats, and these only on how much: CSR reads non-zeros only, and 2:4 needs that pattern.
 
     Args:
-        model: a folder, a name on the hub, or a loaded model.
-        device: "auto" is the GPU if there is one.
-        batches: numbers of sequences that are generated at once.
-        prompt: tokens of a prompt, for "prefill"; fewer if the model cannot see as many.
-        new_tokens: tokens that are generated in each round, for "decode".
-        seconds: about how long it may take, reading aside; at least five rounds of everything are timed.
-        trust_remote_code: let transformers run code that a checkpoint brings.
+        model: a folder, a name on the hub, or a loaded model; None: the bundled one.
+        settings: by name:
+        {settings}
 
     Returns:
         medians, their spread, and bytes, by format.
@@ -133,10 +123,11 @@ def bench(
         ModelError: the model cannot be loaded, or has no linear layer of its own.
         RecipeError: a number is less than one.
     """
-    _check(batches=min(batches, default=0), prompt=prompt, new_tokens=new_tokens)
-    place = default_device(device)
+    asked, shared = BENCH.read(settings)
+    place, batches = default_device(shared.get("device", "auto")), asked.batches
     begin("loading the model")
-    with load(model, device=place, trust_remote_code=trust_remote_code).lent() as loaded:
+    source = bundled_if_none({"model": model})["model"]
+    with load(source, device=place, trust_remote_code=asked.trust_remote_code).lent() as loaded:
         linears = _linears(loaded)
         if not linears:
             raise ModelError(
@@ -147,18 +138,14 @@ def bench(
         dense = "float32" if loaded.model.dtype == torch.float32 else "bfloat16"
         left_out = {name: why for name in FORMATS if (why := _why_not(FORMATS[name], weights))}
         formats = {name: made for name, made in FORMATS.items() if name not in left_out}
-        timings = _layers(weights, formats, dense, (*batches, prompt), place, seconds / 3)
-        timings += _generation(loaded, linears, formats, dense, batches, prompt, new_tokens, place, seconds * 2 / 3)
+        timings = _layers(weights, formats, dense, (*batches, asked.prompt), place, asked.seconds / 3)
+        timings += _generation(
+            loaded, linears, formats, dense, batches, asked.prompt, asked.new_tokens, place, asked.seconds * 2 / 3
+        )
         where = (
             torch.cuda.get_device_name(place) if place.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
         )
         return Bench(loaded.name, where, dense, zeros, timings, left_out)
-
-
-def _check(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise RecipeError(f"{name} has to be at least 1, not {number}.")
 
 
 Linear = tuple[nn.Module, Tensor, Tensor | None]  # a module, its weight [m n], its bias [m]

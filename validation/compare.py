@@ -13,23 +13,25 @@ import torch
 
 from convexprune.adapters import (
     EMBEDDED,
-    EMBEDDED_WINDOW,
     HuggingFaceModel,
+    bundled_if_none,
     calibration_and_held_out,
     check_dataset,
     load,
     text_windows,
 )
 from convexprune.adapters.allocating import allotments
-from convexprune.errors import OutputError, RecipeError, require_at_least
+from convexprune.doors import COMPARE
+from convexprune.errors import OutputError, RecipeError
 from convexprune.pipeline import LayerSettings, check_output, check_patterns, checksum
 from convexprune.pipeline.files import write_json
 from convexprune.pipeline.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune.pipeline.place import output_folder
 from convexprune.pipeline.tensors import raw
 from convexprune.progress import begin
-from convexprune.recipe import make_recipe, spare_samples
+from convexprune.recipe import make_recipe
 from convexprune.report import finite
+from convexprune.schema import UNSET, documented
 
 from .plots import draw, will_draw
 from .results import make_row, markdown, text_result
@@ -39,103 +41,85 @@ from .texts import text_of
 from .variants import Variant, make_variants
 
 
+@documented(COMPARE)
 def compare(
-    model: str | Path | None,
-    methods: Sequence[str],
-    sparsities: Sequence[float],
-    patterns: Sequence[str],
-    conventions: Sequence[str],
-    output: Path,
+    model: str | Path | None = None,
+    methods: Sequence[str] = UNSET,
+    sparsities: Sequence[float] = UNSET,
+    patterns: Sequence[str] = UNSET,
+    conventions: Sequence[str] = UNSET,
+    output: str | Path = UNSET,
     *,
-    allocations: Sequence[str] = ("own",),
-    quota: str = "own",
-    dataset: Any = "self",
-    num_calibration_samples: int = 64,
-    held_out_samples: int | None = None,
-    max_seq_length: int | None = None,
-    batch_size: int = 1,
-    seed: int = 0,
-    eval_texts: Sequence[str] = ("python-docs", "licences"),
-    eval_window: int | None = None,
-    eval_windows: int | None = 20,
-    targets: Sequence[str] = ("Linear",),
-    ignore: Sequence[str] = (),
-    device: str = "cpu",
-    dtype: str | None = "float32",
-    resume: bool = False,
-    plots: bool | None = None,
     command: str = "",
     progress: Callable[[int], Callable[[str], None]] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Compare methods on the same tokens; the result is what `compare.json` in `output` holds.
 
+    Beside the result the folder holds `work` meanwhile. Variants are described at `make_variants`.
+
     Args:
-        model: a folder or a name on the hub; None is the small OPT that is bundled.
-        methods, sparsities, patterns, conventions, allocations, quota: see `make_variants`.
-        output: the folder for the result; must be empty, unless `resume`. Beside the result it holds `work` meanwhile.
-        dataset, num_calibration_samples, held_out_samples, max_seq_length, batch_size, seed, targets, ignore,
-            device, dtype: see `convexprune.prune`.
-        eval_texts: .txt or .jsonl files, or the names of texts that installations carry (`validation.texts.TEXTS`).
-        eval_window: tokens of an evaluation window (None: 1024, or the model's limit if less).
-        eval_windows: how many windows of each text, from its beginning; None: all.
-        resume: go on with an interrupted comparison; its settings must be the same.
-        plots: draw them, which needs matplotlib; None: if it is installed.
         command: what to state as the way to reproduce the result.
         progress: called with the number of steps, returns what is called with a description of each step done.
+        settings: by name:
+        {settings}
+
+    Returns:
+        What was compared and found, as in `compare.json`.
 
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
-    shared = make_recipe(
-        model="", num_calibration_samples=num_calibration_samples, held_out_samples=held_out_samples,
-        max_seq_length=max_seq_length, batch_size=batch_size, seed=seed, device=device, dtype=dtype,
-    )  # fmt: skip
-    place = {"device": default_device(shared.device), "dtype": shared.torch_dtype}
-    require_at_least(2, eval_window=eval_window)
-    require_at_least(1, eval_windows=eval_windows)
-    variants = make_variants(methods, sparsities, patterns, conventions, quota, allocations)
-    drawing = will_draw(plots)
+    lists = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "conventions": conventions}
+    asked, shared = COMPARE.read(settings | lists | {"output": output})
+    dataset = shared.pop("dataset", "self")
+    recipe = make_recipe(**bundled_if_none(shared | {"model": model}) | {"model": ""})
+    place = {"device": default_device(recipe.device), "dtype": recipe.torch_dtype}
+    variants = make_variants(
+        asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
+    )
+    drawing = will_draw(asked.plots)
     check_dataset(dataset)
-    output = output_folder(output, model)
-    work = output / "work"
-    if resume and not (work / "identity.json").is_file():
-        raise OutputError(f"{output} holds no comparison that was interrupted, so there is nothing to resume.")
-    if not resume:
-        check_output(output)
-    texts = _texts(eval_texts)
+    folder = output_folder(asked.output, model)
+    work = folder / "work"
+    if asked.resume and not (work / "identity.json").is_file():
+        raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
+    if not asked.resume:
+        check_output(folder)
+    texts = _texts(asked.eval_texts)
     begin("loading the model")
-    loaded = load(EMBEDDED if model is None else model, **place, targets=targets, ignore=ignore)
+    loaded = load(EMBEDDED if model is None else model, **place, targets=recipe.targets, ignore=recipe.ignore)
     settings = {variant.name: variant.layer_settings() for variant in variants}
     _check(loaded, settings)
-    length = max_seq_length or (EMBEDDED_WINDOW if model is None else None)
-    spare = spare_samples(num_calibration_samples, held_out_samples)
-    windows = {name: text_windows(text, loaded, eval_window, name)[:eval_windows] for name, text in texts.items()}
+    some = slice(asked.eval_windows or None)
+    windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
     fitted = calibration_and_held_out(
-        dataset, loaded, num_samples=num_calibration_samples, spare=spare, max_seq_length=length, seed=seed
-    )
+        dataset, loaded, num_samples=recipe.num_calibration_samples, spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length, seed=recipe.seed,
+    )  # fmt: skip
     tokens = Tokens(*fitted, windows)
     card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
-        "seed": seed,
-        "batch size": batch_size,
+        "seed": recipe.seed,
+        "batch size": recipe.batch_size,
         "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
     }
     recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
-    _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), resume)
+    _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
     clock = Clock()
-    asked = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
-    found = allotments(loaded, *fitted, list(asked.values()), batch_size)
-    for (name, (_, pattern)), allotment in zip(asked.items(), found, strict=True):
+    patterns_of = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
+    found = allotments(loaded, *fitted, list(patterns_of.values()), recipe.batch_size)
+    for (name, (_, pattern)), allotment in zip(patterns_of.items(), found, strict=True):
         settings[name] = allotment.allotted(settings[name], pattern)
     _check(loaded, settings)
     clock.lap("survey for allocations")
-    comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), batch_size)
+    comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
     clock.lap("layers")
     result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
-    write_json(output / "compare.json", finite(result))
-    drawn = draw(result, output) if drawing else []
-    (output / "report.md").write_text(markdown(result, drawn))
+    write_json(folder / "compare.json", finite(result))
+    drawn = draw(result, folder) if drawing else []
+    (folder / "report.md").write_text(markdown(result, drawn))
     shutil.rmtree(work)
     return result
 

@@ -10,19 +10,18 @@ import yaml
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings
-from convexprune.pipeline.passes import Correct
 from convexprune.pruners import PRUNERS, no_method
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
-CONVENTIONS: dict[str, tuple[str, float, Correct]] = {
+CONVENTIONS: dict[str, tuple[str, float, str]] = {
     "dense": ("dense", 1.0, "operator"),
     "dense-half": ("dense", 0.5, "operator"),
     "dense-none": ("dense", 0.0, "operator"),
-    "dense-layer": ("dense", 1.0, "layer"),
+    "dense-layer": ("dense", 1.0, "residual_stream"),
     "pruned-own": ("pruned", 0.0, "operator"),
     "pruned-half": ("pruned", 0.5, "operator"),
     "pruned-dense": ("pruned", 1.0, "operator"),
-    "pruned-layer": ("pruned", 0.5, "layer"),
+    "pruned-layer": ("pruned", 0.5, "residual_stream"),
 }
 """Which network feeds a decoder layer, how much of earlier errors an operator corrects, and which (docs/method.md)."""
 
@@ -74,7 +73,7 @@ class Variant:
             RecipeError: an unknown method or setting.
             PatternError: no such pattern or sparsity.
         """
-        prefix, correction, correct = CONVENTIONS[self.convention]
+        prefix, correction, target = CONVENTIONS[self.convention]
         return make_recipe(
             model="",
             **_method(self.method),
@@ -84,7 +83,7 @@ class Variant:
             allocation=self.allocation,
             prefix=prefix,
             error_correction=correction,
-            correct=correct,
+            error_target=target,
         )
 
     def layer_settings(self) -> LayerSettings:
@@ -196,6 +195,6 @@ def _own(method: str) -> str:
     if name in OWN:
         return OWN[name]
     recipe = make_recipe(model="")
-    default = recipe.prefix, recipe.error_correction, recipe.correct
+    default = recipe.prefix, recipe.error_correction, recipe.error_target
     (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
     return convention

@@ -17,20 +17,20 @@ from convexprune.adapters.selection import matcher
 from convexprune.adapters.written import miscounted
 from convexprune.bound import LowerBound
 from convexprune.constraints import parse_pattern
-from convexprune.errors import RecipeError, require_at_least, unknown
+from convexprune.doors import VERIFY
+from convexprune.errors import RecipeError, unknown
 from convexprune.pipeline import LayerSettings
 from convexprune.pipeline.machine import default_device
 from convexprune.pruners.damped import damped
-from convexprune.recipe import Recipe, make_recipe
+from convexprune.recipe import Recipe
 from convexprune.report import OperatorReport
+from convexprune.schema import documented
 
 from .layer_problems import OperatorProblem, operator_problems
 from .oracles import SolvedProblem, block, block_problems, solve_by_all
 from .reported import ReportedError, reported_errors, require_same_shapes
 from .source import open_source
 
-AGREEMENT = 1e-6  # relative, of objectives
-GAP = 1e-4  # relative, of the production solvers at their defaults
 WIDE = 1024  # above, a split for every row costs too much: rows share one
 
 
@@ -64,8 +64,8 @@ class Verification:
 
     source: str
     settings: dict[str, Any]
-    tolerance: float = AGREEMENT
-    gap: float = GAP
+    tolerance: float
+    gap: float
     comparisons: list[SolvedProblem] = field(default_factory=list)
     bounds: list[BoundReport] = field(default_factory=list)
     miscounted: list[str] = field(default_factory=list)
@@ -138,41 +138,24 @@ class Verification:
         return [solves, bounds, *([errors] if self.errors else [])]
 
 
+@documented(VERIFY)
 def verify(
-    source: str | Path | None = None,
-    *,
-    operators: Sequence[str] = (),
-    sample: int | None = 4,
-    rows: int = 4,
-    columns: int = 32,
-    bound_rows: int = 4,
-    tolerance: float = AGREEMENT,
-    gap: float = GAP,
-    seed: int = 0,
-    device: str = "cpu",
-    tell: Callable[[str], None] = lambda _: None,
-    **settings: Any,
+    source: str | Path | None = None, *, tell: Callable[[str], None] = lambda _: None, **settings: Any
 ) -> Verification:
     """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
 
+    Settings of the recipe are those of a fresh model, whose allocation is "uniform": to judge another, prune, and
+    verify the folder of the run. Of a run, only `model` and `dataset` may be given: where they are now, if they are not
+    where they were.
+
     Args:
-        source: a model (folder or hub name), which is pruned in memory as `settings` say; or the folder of a finished
+        source: a model (folder or hub name), which is pruned in memory as the settings say; or the folder of a finished
             run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged:
             its files by the checksums in its report, and its zeros and errors by what the report says of them. None:
             the bundled model.
-        operators: names of operators, or "re:" and a regular expression that matches the beginning of some names;
-            none: `sample` of them, drawn at random (None: all).
-        rows: rows of the block that the oracles solve.
-        columns: its columns; the others stay dense.
-        bound_rows: rows that the lower bound is for, drawn at random.
-        tolerance: the largest relative difference of objectives.
-        gap: the largest relative duality gap of a production solver at its default settings.
-        seed: of what is drawn here.
-        device: where the model runs.
         tell: called with each operator's name as it is done.
-        settings: of the recipe, as for `convexprune.prune`: pattern, sparsity, dataset, num_calibration_samples, ...
-            The allocation is "uniform"; to judge another, prune, and verify the folder of the run. Of a run, only
-            where its `model` and `dataset` are now, if they are not where they were.
+        settings: by name:
+        {settings}
 
     Raises:
         OutputError: a file of the run is missing or damaged, or the run is not finished.
@@ -181,14 +164,12 @@ def verify(
         ModelError, CalibrationError: the model or the data set is not that of the run.
     """
     began = time.perf_counter()
-    require_at_least(1, sample=sample, rows=rows, columns=columns, bound_rows=bound_rows)
-    require_at_least(0, tolerance=tolerance, gap=gap)
-    make_recipe(model="", seed=seed)
-    opened = open_source(source, settings, default_device(device))
+    asked, settings = VERIFY.read(settings)
+    opened = open_source(source, settings, default_device(settings.pop("device", "auto")))
     recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
     reports = [] if opened.report is None else opened.report.operators
-    names = _choose(dense, operators, sample, seed)
-    result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), tolerance, gap)
+    names = _choose(dense, asked.operators, asked.sample or None, asked.seed)
+    result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), asked.tolerance, asked.gap)
     if pruned is not None:
         require_same_shapes(dense, pruned, reports)
         wrong = miscounted(pruned, reports)
@@ -197,12 +178,12 @@ def verify(
     if pruned is not None and not same:
         result.note = "The model writes another text here than for the run: the report's errors are not compared."
     layer = _layer_settings(recipe, reports)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(asked.seed)
 
     def judge(operator: OperatorProblem) -> None:
-        result.comparisons.extend(_compare(operator, rows, columns, generator))
+        result.comparisons.extend(_compare(operator, asked.rows, asked.columns, generator))
         if operator.pattern.budget(operator.dense.shape) is not None:
-            result.bounds.append(bound(operator, bound_rows, generator))
+            result.bounds.append(bound(operator, asked.bound_rows, generator))
         if same:
             result.errors.extend(reported_errors(operator, reports))
         tell(operator.name)

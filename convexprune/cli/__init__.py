@@ -18,6 +18,7 @@ __all__ = ["app", "bench", "compare", "inspect", "main", "pack", "permute", "pru
 def main() -> None:
     """Run the command line; an error that is the user's to mend is one message and exit status 2."""
     warnings.simplefilter("default")
+    warnings.formatwarning = _line
     listen()
     try:
         _run()
@@ -27,6 +28,11 @@ def main() -> None:
         message = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
+
+
+def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning without the place in the code, which is no user's of a command line."""
+    return f"{category.__name__}: {message}\n"
 
 
 def _run() -> None:

@@ -1,36 +1,25 @@
 """`convexprune bench`."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.cli import options
 from convexprune.cli.application import app, console, show
+from convexprune.cli.options import AsJson, with_settings
 from convexprune.cli.progress import following
 from convexprune.cli.stopping import stoppable
+from convexprune.doors import BENCH
 
 if TYPE_CHECKING:
     from convexprune.validation.bench import Bench
 
 
 @app.command()
-def bench(
-    model: Annotated[str, typer.Argument(help="Folder or hub name, of a pruned model or a dense one.")],
-    device: options.Device = "auto",
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; repeat it. Left out: 1, 8, 64.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate in each round.")] = 8,
-    seconds: Annotated[float, typer.Option(help="About how long it may take.")] = 60.0,
-    trust_remote_code: options.RemoteCode = False,
-    as_json: options.AsJson = False,
-) -> None:
+@with_settings(BENCH, "model")
+def bench(settings: dict[str, Any], as_json: AsJson = False) -> None:
     """How fast this machine multiplies by a model's weights and generates: dense, 8 and 4 bits, and sparse."""
-    settings = dict(locals())
-    del settings["as_json"]
-    settings["batches"] = tuple(settings.pop("batch") or (1, 8, 64))
     with stoppable(), following():
         from transformers.utils.logging import disable_progress_bar
 

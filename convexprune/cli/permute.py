@@ -3,39 +3,25 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.cli import options
 from convexprune.cli.application import app, console, show
+from convexprune.cli.options import with_settings
 from convexprune.cli.progress import following
 from convexprune.cli.stopping import stoppable
+from convexprune.doors import PERMUTE
 
 if TYPE_CHECKING:
     from convexprune.adapters.permuting import Permutation, Permuted
 
 
 @app.command()
-def permute(
-    model: options.Model = None,
-    pattern: Annotated[str, typer.Option(help="N:M, which is to prune less.")] = "2:4",
-    dataset: options.Dataset = "self",
-    num_calibration_samples: Annotated[int, typer.Option(*options.SAMPLES, help="Samples to measure inputs on.")] = 16,
-    max_seq_length: options.Length = None,
-    batch_size: options.BatchSize = 1,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="As for prune. Left out: the checkpoint's.")] = None,
-    output: options.Output = Path("permuted"),
-    trust_remote_code: options.RemoteCode = False,
-    allow_pickle: Annotated[bool, typer.Option(help="Read pickled checkpoints, which can run code.")] = False,
-) -> None:
+@with_settings(PERMUTE, "model", output_dir=Path("permuted"))
+def permute(settings: dict[str, Any]) -> None:
     """Order the channels of a dense model such that N:M prunes less of it. The model computes the same as before."""
-    settings = dict(locals())
-    settings["output_dir"] = settings.pop("output")
     with stoppable(), following() as shown:
         from transformers.utils.logging import disable_progress_bar
 

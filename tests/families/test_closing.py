@@ -137,22 +137,23 @@ def test_the_others_are_pruned_the_same():
 
 
 @pytest.mark.parametrize(
-    ("given", "correction", "correct"),
+    ("given", "correction", "target"),
     [
-        ({}, 1.0, "layer"),
-        ({"prefix": "pruned"}, 0.5, "layer"),
-        ({"prefix": "pruned", "error_correction": True}, 1.0, "layer"),
-        ({"prefix": "pruned", "error_correction": 0}, 0.0, "layer"),
+        ({}, 1.0, "residual_stream"),
+        ({"prefix": "pruned"}, 0.5, "residual_stream"),
+        ({"prefix": "pruned", "error_correction": True}, 1.0, "residual_stream"),
+        ({"prefix": "pruned", "error_correction": 0}, 0.0, "residual_stream"),
         ({"preset": "fistapruner"}, 1.0, "operator"),
         ({"method": "fistapruner", "prefix": "pruned"}, 0.5, "operator"),
-        ({"method": "fistapruner", "correct": "layer"}, 1.0, "layer"),
-        ({"correct": None, "error_correction": None}, 1.0, "layer"),
+        ({"method": "fistapruner", "error_target": "residual_stream"}, 1.0, "residual_stream"),
+        ({"error_target": None, "error_correction": None}, 1.0, "residual_stream"),
     ],
 )
-def test_what_a_recipe_corrects_follows_from_its_other_settings(given: Any, correction: float, correct: str):
+def test_what_a_recipe_corrects_follows_from_its_other_settings(given: Any, correction: float, target: str):
     recipe = make_recipe(model="", **given)
-    assert (recipe.error_correction, recipe.correct) == (correction, correct)
+    assert (recipe.error_correction, recipe.error_target) == (correction, target)
     settings = recipe.layer_settings()
+    correct = "layer" if target == "residual_stream" else "operator"
     assert (settings.correction, settings.correct, settings.prefix) == (correction, correct, recipe.prefix)
 
 

@@ -49,7 +49,11 @@ BAD = {
         errors.RecipeError,
         "Leave prefix out",
     ),
-    "preset and correct": ({"preset": "fistapruner", "correct": "layer"}, errors.RecipeError, "correct='operator'"),
+    "preset and error_target": (
+        {"preset": "fistapruner", "error_target": "residual_stream"},
+        errors.RecipeError,
+        "error_target='operator'",
+    ),
     "quota of N:M": ({"pattern": "2:4", "quota": "row"}, errors.PatternError, "Leave quota out"),
     "warm start": (
         {"preset": "fistapruner", "method_args": {"warm_start": "sparsgpt"}},

@@ -106,7 +106,7 @@ def test_compare_takes_several_seeds_and_refuses_what_is_none(folder: Path, monk
     assert "…" not in row and row.split()[-3:] == ["1.000", "±", "0.000"]
     assert (folder / "compared" / "seed-1" / "report.md").is_file()
     result = run(*given, "--seed", "0,x", "--output", folder / "not")
-    assert "'x' is no whole number" in str(result.exception) and not (folder / "not").exists()
+    assert "seeds.1='x'" in str(result.exception) and not (folder / "not").exists()
 
 
 def test_threads_are_left_as_the_user_set_them(folder: Path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from convexprune.cli.options import parse_bytes
+from convexprune.doors import INSPECT
 from convexprune.errors import RecipeError
 from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune.moments import ErrorMoments
@@ -232,10 +232,10 @@ def test_what_needs_less_is_offered():
     ("text", "size"), [("24GiB", 24 << 30), ("80 GB", 80 * 10**9), ("512mib", 512 << 20), ("1.5kB", 1500), ("7", 7)]
 )
 def test_amounts_of_memory(text: str, size: int):
-    assert parse_bytes(text) == size
+    assert INSPECT.read({"device_memory": text})[0].device_memory == size
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1GiB", "3 XB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str):
-    with pytest.raises(RecipeError, match="Write it as 24GiB"):
-        parse_bytes(text)
+    with pytest.raises(RecipeError, match="device_memory="):
+        INSPECT.read({"device_memory": text})

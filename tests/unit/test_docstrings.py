@@ -29,7 +29,6 @@ ERRORS = {node.name for node in ast.parse((PACKAGE / "errors.py").read_text()).b
 NOT_YET = frozenset[str](
     {
         "convexprune.api",
-        "convexprune.arguments",
         "convexprune.recipe",
         "convexprune.recipe_file",
         "convexprune.request",

@@ -114,7 +114,7 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
 
     monkeypatch.setattr(room, "prune_group", halve)
     dense = copy.deepcopy(tiny_llama)
-    convexprune.prune(tiny_llama.model, **SMALL, correct="operator")
+    convexprune.prune(tiny_llama.model, **SMALL, error_target="operator")
     layer, call, hidden = dense.layers[-1], dense.calls(TOKENS[:1])[-1], None
     hidden = [dense.first_inputs(TOKENS[i : i + 1]) for i in range(6)]
     first_call = dense.calls(TOKENS[:1])[0]

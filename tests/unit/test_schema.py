@@ -1,0 +1,168 @@
+"""One schema: the command line, the functions, their descriptions and recipe.yaml have the settings of the recipe."""
+
+import inspect
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from door import TOKENS
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import convexprune
+from convexprune import cli, doors, errors
+from convexprune.adapters import HuggingFaceModel
+from convexprune.pipeline.survey import RULES
+from convexprune.pruners import PRUNERS
+from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
+from convexprune.recipe_file import read_recipe, write_recipe
+from convexprune.schema import RECIPE, Door
+from convexprune.settings import GROUPS
+
+FUNCTIONS: dict[str, tuple[Any, Door[Any]]] = {
+    "prune": (convexprune.prune, doors.PRUNE),
+    "permute": (convexprune.permute, doors.PERMUTE),
+    "compare": (convexprune.compare, doors.COMPARE),
+    "verify": (convexprune.verify, doors.VERIFY),
+    "inspect": (convexprune.inspect, doors.INSPECT),
+}
+COMMANDS = {name: door for name, (_, door) in FUNCTIONS.items()} | {
+    "compare": doors.COMPARE_SAMPLES, "eval": doors.EVALUATE, "bench": doors.BENCH,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_has_its_settings_with_their_defaults_and_words(name: str):
+    function, door = FUNCTIONS[name]
+    parameters, words = inspect.signature(function).parameters, " ".join((function.__doc__ or "").split())
+    for setting, info in door.fields.items():
+        assert parameters[setting].default == info.default
+        assert f"{setting}: {info.description}" in words
+    assert "{settings}" not in words and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_an_option_for_each_setting(name: str):
+    command: Any = get_command(cli.app)
+    options = {each.name: each for each in command.commands[name].params}
+    for setting, info in COMMANDS[name].fields.items():
+        if setting in ("tokenizer", "progress"):  # objects
+            assert setting not in options
+        else:
+            assert options[setting].default is None
+            assert options[setting].param_type_name == "argument" or info.description in options[setting].help
+
+
+def test_every_setting_is_described_and_belongs_to_one_group():
+    names = [name for group in GROUPS for name in group.model_fields]
+    assert len(names) == len(set(names)) and set(names) == set(Recipe.model_fields)
+    for door in COMMANDS.values():
+        assert all(info.description and info.description.endswith(".") for info in door.fields.values())
+
+
+def test_the_words_name_all_that_can_be_chosen():
+    for setting, known in {"method": PRUNERS, "solver": SOLVERS, "preset": PRESETS, "allocation": RULES}.items():
+        assert set(known) <= set(re.findall(r"[\w-]+", RECIPE[setting].description or ""))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_unknown_setting_is_one_clear_error_of_every_function(name: str):
+    function, _ = FUNCTIONS[name]
+    with pytest.raises(errors.RecipeError, match=r"Unknown setting 'dtyp'\. Did you mean 'dtype'\?"):
+        function(Path("nowhere"), dtyp="float32")
+
+
+# ---- recipe.yaml
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+NUMBER = st.floats(0, 1, exclude_max=True)
+SETTINGS = st.fixed_dictionaries(
+    {"model": TEXT},
+    optional={
+        "dtype": st.sampled_from([None, "float32", "bfloat16"]),
+        "dataset": TEXT,
+        "num_calibration_samples": st.integers(1, 10**6),
+        "held_out_samples": st.none() | st.integers(0, 10**6),
+        "seed": st.integers(0, 2**63 - 1),
+        "sparsity": st.none() | NUMBER,
+        "quota": st.sampled_from(["matrix", "row"]),
+        "targets": st.lists(TEXT, max_size=3).map(tuple),
+        "method": st.sampled_from(sorted(PRUNERS)),
+        "damping": st.none() | st.floats(0, 1e9),
+        "refit": st.sampled_from([None, True, False]),
+        "error_correction": NUMBER,
+        "error_target": st.sampled_from(["operator", "residual_stream"]),
+        "prefix": st.sampled_from(["dense", "pruned"]),
+        "method_args": st.dictionaries(TEXT, st.none() | st.booleans() | st.integers() | NUMBER | TEXT, max_size=3),
+        "evaluation": st.none() | TEXT,
+        "threads": st.none() | st.integers(1, 64),
+    },
+)
+
+
+@given(settings=SETTINGS)
+def test_a_recipe_that_is_written_is_read_as_it_was(settings: dict[str, Any], tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = make_recipe(**settings)
+    write_recipe(recipe, folder)
+    assert read_recipe(folder) == read_recipe(folder / "recipe.yaml") == recipe
+    assert make_recipe(**recipe.chosen) == recipe
+
+
+def test_a_recipe_of_the_release_before_is_read(tmp_path: Path):
+    old = "model: a\nmethod: sparsegpt\nallocation: uniform\nerror_correction: 1.0\ncorrect: layer\ndtype: null\n"
+    (tmp_path / "recipe.yaml").write_text(old)
+    with pytest.warns(DeprecationWarning, match="correct='layer' is now error_target='residual_stream'"):
+        recipe = read_recipe(tmp_path)
+    assert recipe == make_recipe(model="a", method="sparsegpt")
+
+
+def test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own(build, tmp_path: Path):
+    settings: dict[str, Any] = {"dataset": TOKENS, "method": "wanda", "num_calibration_samples": 4, "bound_rows": 0}
+    first = convexprune.prune(build("llama"), **settings, sparsity=0.3, output_dir=tmp_path / "out")
+    for recipe in (tmp_path / "out", tmp_path / "out" / "recipe.yaml", read_recipe(tmp_path / "out")):
+        again = convexprune.prune(build("llama"), recipe=recipe, dataset=TOKENS)
+        assert again.report.recipe == first.report.recipe
+        assert all(map(torch.equal, again.model.parameters(), first.model.parameters()))
+    other = convexprune.prune(build("llama"), recipe=tmp_path / "out", dataset=TOKENS, sparsity=0.5, prefix="pruned")
+    assert other.report.sparsity == 0.5 and other.report.recipe["error_correction"] == 0.5  # it follows from the prefix
+    with pytest.raises(errors.RecipeError, match=r"The dataset of this recipe was a Tensor given by the caller\. Name"):
+        convexprune.prune(build("llama"), recipe=tmp_path / "out")
+
+
+def test_a_recipe_trusts_no_code(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("model: a\ntrust_remote_code: true\n")
+    with pytest.raises(errors.RecipeError, match="Unknown setting 'trust_remote_code'"):
+        convexprune.prune(recipe=tmp_path)
+
+
+# ---- old names
+
+
+def test_an_old_name_is_taken_with_a_warning_where_it_was_written(tiny_llama: HuggingFaceModel):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(errors.RecipeError, match="Did you mean 'wanda'"):
+            convexprune.prune(tiny_llama.model, method="wando", correct="operator")
+    (warning,) = told
+    assert warning.category is DeprecationWarning and warning.filename == __file__
+    with pytest.raises(errors.RecipeError, match="correct is the old name of error_target"):
+        make_recipe(correct="layer", error_target="operator")
+
+
+def test_an_old_option_is_taken_and_told_in_a_line(monkeypatch: pytest.MonkeyPatch):
+    with pytest.warns(DeprecationWarning, match="is now error_target='operator'") as told:
+        result = CliRunner().invoke(cli.app, ["prune", "nowhere", "--method", "wando", "--correct", "operator"])
+    assert "Did you mean 'wanda'" in str(result.exception)
+    assert "--correct" not in CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "200"}).output
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(cli, "_run", lambda: None)
+    with warnings.catch_warnings():
+        cli.main()
+    line = warnings.formatwarning(told[0].message, told[0].category, "core.py", 1)
+    assert line.startswith("DeprecationWarning: correct='operator' is now") and line.count("\n") == 1
