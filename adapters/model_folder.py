@@ -44,10 +44,7 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
                 Stamp.of(path)
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
-    if holds_pack(folder):
-        raise ModelError(
-            f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
-        )
+    refuse_packed(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json). Merge it first (merge_and_unload of peft) and save "
@@ -62,6 +59,21 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
         )
     for path in weights:
         entries(path)
+
+
+def refuse_packed(folder: Path) -> None:
+    """Refuse a folder whose tensors are packed.
+
+    Args:
+        folder: of a model.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if holds_pack(folder):
+        raise ModelError(
+            f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
+        )
 
 
 def check_layers(folder: Path, config: PretrainedConfig) -> None:

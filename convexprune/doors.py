@@ -69,6 +69,10 @@ class Call(Progress, Output, Opening):
     resume: bool = setting(
         False, "Go on with the unfinished run in the output folder, if there is one; a finished one is handed back."
     )
+    pack: bool = setting(
+        False,
+        "Make the result a pack, smaller to store and to download; convexprune unpack makes an ordinary folder of it.",
+    )
     executor: str = setting(
         "serial",
         "Who prunes: serial, this process; pool, processes on this machine, one for each GPU; ranks, of torchrun or "
@@ -86,6 +90,8 @@ class Call(Progress, Output, Opening):
     def _has_folder(self) -> "Call":
         if self.resume and self.output_dir is None:
             raise RecipeError("resume=True goes on with a run in a folder. Give output_dir, or leave resume out.")
+        if self.pack and self.output_dir is None:
+            raise RecipeError("pack=True packs the result in a folder. Give output_dir, or leave pack out.")
         return self
 
 

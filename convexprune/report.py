@@ -93,8 +93,10 @@ class Report:
         perplexity: before and after, with what it depends on.
         allocation: `cost` and `gap` of the allocation's rule (`convexprune.pipeline.survey.Allotment`).
         identity: the checksums and versions that the bits of the result depend on.
-        files: the sha256 of every file of the result by its path, if it was written to a folder.
+        files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
+            what it unpacks to.
         warnings: that the user was given.
+        packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -109,6 +111,7 @@ class Report:
     identity: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    packed: dict[str, Number] | None = None
 
     def __repr__(self) -> str:
         gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"

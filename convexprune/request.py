@@ -20,7 +20,9 @@ from convexprune.adapters import (
 )
 from convexprune.adapters.admission import refuse_headless
 from convexprune.adapters.allocating import allotment
+from convexprune.adapters.packed import load as load_packed
 from convexprune.adapters.written import require_written
+from convexprune.container.folder import discard_packs, holds_pack, pack_in_place, plain_checksum
 from convexprune.doors import Call
 from convexprune.errors import RecipeError
 from convexprune.pipeline import (
@@ -199,16 +201,23 @@ class Request:
             store.restore(loaded)
             self._evaluate(report, "pruned", loaded, windows)
         begin("writing the result")
+        discard_packs(folder.folder)
         written = save_from_store(loaded, store, folder.folder, self.given_tokenizer)
         recipe = write_recipe(self.recipe, folder.folder)
         require_written(loaded, folder.folder, report.operators)
+        report.files = folder.checksums([*written, recipe])
+        if self.call.pack:
+            packed = pack_in_place(folder.folder, report.files)
+            report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
         self.clock.lap("write")
         report.seconds = self.clock.laps
-        folder.finish(report, [*written, recipe])
+        folder.finish(report)
 
     def _check_finished(self, folder: RunFolder) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""
-        folder.require_whole()
+        folder.require_whole(plain_checksum)
+        if self.call.pack and not holds_pack(folder.folder):
+            logger.warning("%s is finished without pack. For one: convexprune pack %s DIR", *2 * [folder.folder])
         measured = folder.report().recipe.get("evaluation")
         if self.recipe.evaluation not in (None, measured):
             logger.warning(
@@ -229,8 +238,7 @@ class Request:
             self.clock.lap("allocation")
 
     def _read(self, folder: Path) -> PreTrainedModel:
-        with load(folder, device=self.device, trust_remote_code=self.call.trust_remote_code).lent() as loaded:
-            return loaded.model
+        return load_packed(folder, device=self.device, trust_remote_code=self.call.trust_remote_code)
 
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)

@@ -16,7 +16,7 @@ from convexprune.adapters import (
     load,
     recipe_windows,
 )
-from convexprune.adapters.model_folder import local_folder
+from convexprune.adapters.model_folder import local_folder, refuse_packed
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.pipeline import RunFolder, checksum
 from convexprune.pipeline.files import checksum_inside
@@ -105,6 +105,7 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
     run = RunFolder(folder)
     if run.is_unfinished:
         raise OutputError(f"{folder} holds an unfinished run. Finish it with resume=True (--resume), then verify it.")
+    refuse_packed(folder)
     run.require_whole()
     recipe, report = read_recipe(folder), run.report()
     place = {name: _found(name, folder, recipe, report) for name in MOVED if name not in settings} | settings

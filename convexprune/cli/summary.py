@@ -22,6 +22,8 @@ def summary(report: Report, folder: Path) -> Table:
     for row in (*_errors(report), *_perplexity(report), *_certificates(report), *_warnings(report)):
         table.add_row(*row)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    for row in _packed(report):
+        table.add_row(*row)
     table.add_row("time, size", f"{sum(report.seconds.values()):.0f} s; {sum(sizes) / 1e6:,.1f} MB on disk")
     return table
 
@@ -69,6 +71,13 @@ def _certificates(report: Report) -> Iterator[tuple[str, str]]:
             f"it is proven that no pruning has less than {report.median_bound_ratio:.2f} of the error (median); "
             "what is possible may be much nearer to 1",
         )
+
+
+def _packed(report: Report) -> Iterator[tuple[str, str]]:
+    if report.packed is not None:
+        before, after = report.packed["before"] / 1e6, report.packed["after"] / 1e6
+        sizes = f"{after:,.1f} MB, packed from {before:,.1f} MB ({report.packed['bits']:.2f} bits a weight)"
+        yield "download", f"{sizes}; unpacked, memory and speed are those of the {before:,.1f} MB"
 
 
 def _warnings(report: Report) -> Iterator[tuple[str, str]]:

@@ -30,11 +30,11 @@ def pack_file(path: Path, target: Path) -> None:
     """Pack a safetensors file, block by block.
 
     Args:
-        path: of the file.
-        target: of the packed file.
+        path: the file.
+        target: where to write it packed.
 
     Raises:
-        ModelError: `path` is damaged or cannot be read.
+        ModelError: `path` is damaged or cannot be read, or its header is too long to be packed.
         OutputError: the disk is full or fails.
     """
     found, text = entries(path)[0], read_header(path).decode()
@@ -53,11 +53,11 @@ def pack_file(path: Path, target: Path) -> None:
 
 
 def unpack_file(path: Path, target: Path) -> None:
-    """Write the file that was packed, byte for byte as it was; block by block.
+    """Write a file byte for byte as it was before it was packed, block by block.
 
     Args:
-        path: of the packed file.
-        target: of the file.
+        path: the packed file.
+        target: where to write it as it was.
 
     Raises:
         ModelError: `path` is damaged or is no such file; nothing is written.
@@ -69,13 +69,13 @@ def unpack_file(path: Path, target: Path) -> None:
 
 
 def packed_checksum(path: Path) -> str:
-    """The sha256 of the file that was packed: all of it is unpacked, block by block, and nothing written.
+    """Unpack a file block by block, and write nothing.
 
     Args:
-        path: of the packed file.
+        path: the packed file.
 
     Returns:
-        The checksum in hexadecimal.
+        The sha256 of the file as it was before it was packed.
 
     Raises:
         ModelError: `path` is damaged or is no such file.
@@ -87,13 +87,13 @@ def packed_checksum(path: Path) -> str:
 
 
 def contents(path: Path) -> tuple[int, int]:
-    """The size of the file that was packed; only a header is read.
+    """Read from its header what a packed file holds.
 
     Args:
-        path: of the packed file.
+        path: the packed file.
 
     Returns:
-        Its weights, and its bytes.
+        The number of its weights, and the bytes that it had before it was packed.
 
     Raises:
         ModelError: `path` is damaged or is no such file.

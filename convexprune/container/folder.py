@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,13 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 @dataclass(frozen=True)
 class Packed:
-    """The sizes of a pack. Once unpacked, the model takes the memory and the time that it took before.
+    """What packing came to. Once unpacked, the model takes the memory and the time that it took before.
 
     Args:
         output_dir: the folder of the pack.
-        before: bytes of all files of the model.
+        before: bytes of all files before they were packed.
         after: bytes of all files of the pack.
-        bits: of a weight in the packed files.
+        bits: bits a weight in the packed files.
     """
 
     output_dir: Path
@@ -35,19 +35,20 @@ class Packed:
     bits: float
 
     @classmethod
-    def of(cls, folder: Path) -> "Packed":
-        """The sizes of the pack in a folder; only headers are read.
+    def of(cls, folder: Path, names: Iterable[Path]) -> "Packed":
+        """Read the outcome from the headers of a pack.
 
         Args:
-            folder: of the pack.
+            folder: the pack.
+            names: its files.
 
         Returns:
-            The sizes.
+            Sizes before and after.
 
         Raises:
             ModelError: one of its files is damaged or leads elsewhere.
         """
-        files = [folder / name for name in _files(folder)]
+        files = [folder / name for name in names]
         packs = {path: contents(path) for path in files if is_packed(path)}
         sizes = {path: Stamp.of(path).size for path in files}
         before = sum(packs[path][1] if path in packs else size for path, size in sizes.items())
@@ -66,7 +67,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
         output_dir: where to write the pack; must be empty or not there. It is there whole or not at all.
 
     Returns:
-        The sizes before and after.
+        The folder, and sizes before and after.
 
     Raises:
         ModelError: a file of the model is damaged, cannot be read, or is a link that leads elsewhere; there are no
@@ -81,11 +82,11 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
     names = {path: _packed_name(path) for path in files if path not in left_out}
-    return Packed.of(_write("packing", folder, names, pack_file, output_dir))
+    return Packed.of(_write("packing", folder, names, pack_file, output_dir), names.values())
 
 
 def unpack(source: str | Path, output_dir: str | Path) -> Path:
-    """Write the files that were packed, byte for byte as they were.
+    """Write the files of a pack, byte for byte as they were before they were packed.
 
     Args:
         source: the folder of a pack.
@@ -106,7 +107,7 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
     }
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
-    return _write("unpacking", folder, names, unpack_file, output_dir, Packed.of(folder).before)
+    return _write("unpacking", folder, names, unpack_file, output_dir, Packed.of(folder, files).before)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
@@ -115,14 +116,14 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
     Whenever this stops, each file is there, plain or packed.
 
     Args:
-        folder: of the run.
-        checksums: the sha256 of the files of the result, by their names.
+        folder: the result.
+        checksums: the sha256 of its files, by their names.
 
     Returns:
-        The sizes.
+        Sizes before and after.
 
     Raises:
-        OutputError: the disk is full or fails.
+        OutputError: the disk is full or fails, or a pack is not what it should be.
     """
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
@@ -134,18 +135,18 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
                     f"{packed}: this is not {path.name}. Mend the disk, then go on with resume=True (--resume)."
                 )
             path.unlink()
-    return Packed.of(folder)
+    return Packed.of(folder, map(_packed_name, map(Path, checksums)))
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:
-    """The sha256 of a file named by someone else, packed or not.
+    """Compute the sha256 of a file, packed or not.
 
     Args:
-        folder: in which the file has to be.
-        name: of the file before it was packed.
+        folder: that the file is in.
+        name: of the file when it is not packed; others may have chosen it.
 
     Returns:
-        The checksum of the file as it is or was; None if there is no such file inside the folder.
+        The sha256 of the file when it is not packed; None if there is no such file inside the folder.
     """
     packed = str(_packed_name(Path(name)))
     if packed != name and checksum_inside(folder, packed) is not None:
@@ -153,8 +154,14 @@ def plain_checksum(folder: Path, name: str) -> str | None:
     return checksum_inside(folder, name)
 
 
+def discard_packs(folder: Path) -> None:
+    """Remove from `folder` the packs that `pack_in_place` made before it was stopped."""
+    for path in folder.rglob(f"*{PACKED}"):
+        path.unlink()
+
+
 def holds_pack(folder: Path) -> bool:
-    """Whether a `folder` is a pack."""
+    """Whether `folder` is a pack."""
     return any(folder.rglob(f"*{PACKED}"))
 
 

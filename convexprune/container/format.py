@@ -28,25 +28,25 @@ Bytes = bytes | bytearray | memoryview
 
 
 def width(bits: int) -> int:
-    """The bytes of an entry of so many `bits`; one for types whose entries are no whole bytes."""
+    """Bytes of an entry of `bits` bits; 1 if an entry is no whole number of bytes."""
     return bits // 8 if bits % 8 == 0 else 1
 
 
 def longest(nbytes: int) -> int:
-    """The most bytes in which a block of `nbytes` bytes is coded."""
+    """The most bytes that a block of `nbytes` bytes is coded in."""
     return 2 * nbytes + 1024
 
 
 def encode(block: Bytes, code: str, size: int) -> bytes:
-    """The coded form of a block of entries.
+    """Code a block of entries.
 
     Args:
-        block: the bytes.
-        code: the safetensors type of the entries.
-        size: bytes of an entry.
+        block: their bytes.
+        code: their type, as safetensors names it.
+        size: bytes of an entry, as `width` says.
 
     Returns:
-        The coded bytes.
+        The coded block.
     """
     entries = np.frombuffer(block, _unsigned(size))
     kept = np.flatnonzero(entries)
@@ -57,16 +57,16 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
 
 def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
-    """The block that `encode` was given; nothing larger is ever in memory.
+    """Decode a block; nothing larger than it is ever in memory.
 
     Args:
-        coded: what `encode` returned.
-        nbytes: of the block.
-        code: the safetensors type of the entries.
-        size: bytes of an entry.
+        coded: what `encode` has returned.
+        nbytes: the bytes of the block.
+        code: the type of its entries, as safetensors names it.
+        size: bytes of an entry, as `width` says.
 
     Returns:
-        The bytes of the block.
+        The block.
 
     Raises:
         ValueError: these are not the bytes of such a block.

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,30 +147,43 @@ class RunFolder:
         """
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
-    def require_whole(self) -> None:
+    def require_whole(self, checksum: Callable[[Path, str], str | None] = checksum_inside) -> None:
         """Check that every file of a finished run is as it was written.
+
+        Args:
+            checksum: gives the sha256 of a file, by the folder and its name; None if it is missing.
 
         Raises:
             OutputError: a file is missing or damaged; the first five are named.
         """
         files = self.report().files
-        if wrong := [fault for name, checksum in files.items() if (fault := self._fault(name, checksum))]:
+        faults = (_fault(name, known, checksum(self.folder, name)) for name, known in files.items())
+        if wrong := [fault for fault in faults if fault]:
             raise OutputError(
                 f"{self.folder}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if wrong[5:] else ''}, by the "
                 f"checksums in {REPORT}. Put back what was written, or remove the folder and prune again."
             )
 
-    def finish(self, report: Report, written: Iterable[Path] = ()) -> None:
+    def checksums(self, written: Iterable[Path]) -> dict[str, str]:
+        """Compute the checksums of files of the result.
+
+        Args:
+            written: the files.
+
+        Returns:
+            The sha256 of each by its name in the folder.
+        """
+        return {path.relative_to(self.folder).as_posix(): str(sha256(path)) for path in sorted(written)}
+
+    def finish(self, report: Report) -> None:
         """Write the report, and let go of all that was only for the run.
 
         Args:
             report: of the run.
-            written: the files of the result; their checksums are put into the report.
 
         Raises:
             OutputError: the disk is full or fails.
         """
-        report.files = {path.relative_to(self.folder).as_posix(): str(sha256(path)) for path in sorted(written)}
         with atomic_write(self.folder / REPORT) as file:
             write(file, report.to_json().encode())
         os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished
@@ -185,11 +198,6 @@ class RunFolder:
                     return
             time.sleep(POLL)
         yield False
-
-    def _fault(self, name: str, checksum: str) -> str:
-        """What is wrong with a file of the result; nothing if it is as it was written."""
-        found = checksum_inside(self.folder, name)
-        return "" if found == checksum else f"{name} is {'missing' if found is None else 'damaged'}"
 
     @contextmanager
     def _held(self, shared: bool) -> Iterator[None]:
@@ -273,6 +281,11 @@ class RunFolder:
     def _is_ours(self) -> bool:
         names = {path.name for path in self.folder.iterdir() if not path.match(PARTS)}
         return self.is_unfinished or self.is_finished or names <= {WORK, LOCK, FINISH}
+
+
+def _fault(name: str, known: str, found: str | None) -> str:
+    """What is wrong with a file of the result; nothing if it is as it was written."""
+    return "" if found == known else f"{name} is {'missing' if found is None else 'damaged'}"
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:

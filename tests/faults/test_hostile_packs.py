@@ -206,6 +206,16 @@ def test_a_folder_that_was_spoilt_is_refused_and_nothing_is_left(folder: Path, t
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def test_a_pack_in_the_cache_of_the_hub_is_links_to_its_blobs(folder: Path, dense: Path, tmp_path: Path):
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        (snapshot / path.name).symlink_to(path.replace(blobs / str(number)))
+    out = convexprune.unpack(snapshot, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {p.name: p.read_bytes() for p in dense.iterdir()}
+
+
 def test_an_index_that_leads_out_of_the_pack_is_refused(folder: Path):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 import struct
 import tracemalloc
 from pathlib import Path
@@ -12,17 +13,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import SETTINGS
+from rich.console import Console
+from runs import SETTINGS, flip
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import convexprune
 from convexprune.adapters import packed as reader
 from convexprune.cli import app
+from convexprune.cli.summary import summary
 from convexprune.container import file as packing
 from convexprune.container.file import contents, pack_file, packed_checksum, unpack_file
 from convexprune.container.format import decode, encode, longest, width
-from convexprune.errors import ModelError, OutputError
+from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
+from convexprune.pipeline import RunFolder
 from convexprune.pipeline.files import sha256
 from convexprune.pipeline.tensors import BITS, Spec, entries, write_tensors
 
@@ -247,3 +251,95 @@ def test_an_unfinished_run_is_not_packed(stopped: Path, tmp_path: Path):
 def test_notes_are_plain_json(packed: Path):
     metadata = entries(next(packed.glob("*.safetensors")))[1]
     assert json.loads(metadata[packing.NOTES]).keys() == {"version", "header", "checksums", "coded"}
+
+
+# ---- prune --pack
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in _files(folder).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="module")
+def delivered(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of a run that packs."""
+    folder = tmp_path_factory.mktemp("delivered") / "out"
+    convexprune.prune(dense, sparsity=0.7, output_dir=folder, pack=True, **SETTINGS)
+    return folder
+
+
+def test_a_run_that_packs_gives_the_pack_of_its_result(delivered: Path, pruned: Path, packed: Path, tmp_path: Path):
+    assert _weights(delivered) == _weights(packed)
+    back = convexprune.unpack(delivered, tmp_path / "back")
+    assert _weights(back) == _weights(pruned)
+    RunFolder(back).require_whole()  # its report has the checksums of the files as they are unpacked
+
+
+def test_the_report_of_a_run_that_packs_tells_sizes(delivered: Path, dense: Path):
+    report = convexprune.Report.from_json((delivered / "report.json").read_text())
+    names = [name for name in _files(delivered) if name != "report.json"]
+    assert report.packed and report.packed["after"] == sum((delivered / name).stat().st_size for name in names)
+    assert report.packed["before"] > report.packed["after"]
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(summary(report, delivered))
+    assert "packed from" in text.get() and "memory and speed" in text.get()
+
+
+def test_a_finished_pack_is_handed_back_and_read(delivered: Path, pruned: Path, dense: Path):
+    again = convexprune.prune(dense, sparsity=0.7, output_dir=delivered, pack=True, resume=True, **SETTINGS)
+    expected = convexprune.load(pruned, device="cpu").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_a_run_that_was_stopped_while_it_packed_goes_on(
+    dense: Path, pruned: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, still: bool
+):
+    made = []
+
+    def pack_one(path: Path, target: Path) -> None:
+        if made:
+            raise KeyboardInterrupt
+        made.append(pack_file(path, target))
+
+    settings = SETTINGS | {"sparsity": 0.7, "output_dir": tmp_path / "out"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("convexprune.container.folder.pack_file", pack_one)
+        convexprune.prune(dense, pack=True, **settings)
+    assert len(list((tmp_path / "out").glob("*.pack.safetensors"))) == 1
+    convexprune.prune(dense, pack=still, resume=True, **settings)
+    assert _weights(tmp_path / "out") == _weights(packed if still else pruned)
+
+
+def test_a_pack_that_is_not_what_was_pruned_is_not_kept(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def pack_wrong(path: Path, target: Path) -> None:
+        save_file({"w": torch.zeros(2)}, path.with_name("other"))
+        pack_file(path.with_name("other"), target)
+
+    monkeypatch.setattr("convexprune.container.folder.pack_file", pack_wrong)
+    with pytest.raises(OutputError, match=r"model-00001.*pack\.safetensors: this is not model-00001"):
+        convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, **SETTINGS)
+    assert any(not path.name.endswith(".pack.safetensors") for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_damaged_pack_of_a_run_is_found(delivered: Path, dense: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(delivered, tmp_path / "out"))
+    flip(min(folder.glob("*.pack.safetensors")))
+    with pytest.raises(ConvexpruneError, match="damaged"):
+        convexprune.prune(dense, sparsity=0.7, output_dir=folder, pack=True, resume=True, **SETTINGS)
+
+
+def test_a_run_that_is_finished_is_not_packed_and_says_so(pruned: Path, dense: Path, caplog):
+    convexprune.prune(dense, sparsity=0.7, output_dir=pruned, pack=True, resume=True, **SETTINGS)
+    assert f"is finished without pack. For one: convexprune pack {pruned} DIR" in caplog.text
+
+
+def test_what_is_pruned_in_memory_is_not_packed(dense: Path):
+    with pytest.raises(RecipeError, match=r"pack=True .* output_dir"):
+        convexprune.prune(dense, pack=True, **SETTINGS)
+
+
+def test_a_run_that_packs_is_verified_once_it_is_unpacked(delivered: Path):
+    with pytest.raises(ModelError, match="is a pack"):
+        convexprune.verify(delivered)
