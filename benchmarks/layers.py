@@ -32,7 +32,7 @@ from convexprune.pruners import (
     AbstractPruner,
     Convex,
     FISTAPruner,
-    PruningProblem,
+    LayerProblem,
     Refitted,
     SparseGPT,
     Wanda,
@@ -145,8 +145,8 @@ def compare(
     count, text = case
     pattern = parse_pattern(text) if ":" in text else parse_pattern("unstructured", float(text))
     for operator, weight in weights.items():
-        problem = PruningProblem(weight, folds[operator][0] + folds[operator][1], pattern, folds=folds[operator])
-        unseen = PruningProblem(weight, held[operator], pattern)
+        problem = LayerProblem(weight, folds[operator][0] + folds[operator][1], pattern, folds=folds[operator])
+        unseen = LayerProblem(weight, held[operator], pattern)
         for method in methods:
             began = time.perf_counter()
             pruned = PRUNERS[method].prune(problem)
@@ -167,7 +167,7 @@ def brute_force(weights: dict[str, Tensor], folds: Folds, methods: list[str], dr
             small = Moments(20, torch.float64)
             root = torch.linalg.cholesky(moments.gram.double()[columns][:, columns])
             small.add(root.T * 20**0.5)  # twenty tokens with this very Gram matrix
-            problem = PruningProblem(weight[rows][:, columns].double(), small, Unstructured(0.5, "row"))
+            problem = LayerProblem(weight[rows][:, columns].double(), small, Unstructured(0.5, "row"))
             found.append(excess(problem, {method: PRUNERS[method] for method in methods}))
     for method in methods:
         ratios = [ratio[method] for ratio in found]

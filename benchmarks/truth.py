@@ -13,7 +13,7 @@ from convexprune.bound import LowerBound
 from convexprune.moments import Moments
 from convexprune.pattern import parse_pattern
 from convexprune.pipeline import LayerSettings
-from convexprune.pruners import ADMM, PRUNERS, Convex, PruningProblem
+from convexprune.pruners import ADMM, PRUNERS, Convex, LayerProblem
 from convexprune.recipe import make_recipe
 from convexprune.validation import best_pruning
 from convexprune.validation.layer_problems import OperatorProblem, operator_problems
@@ -54,7 +54,7 @@ def main() -> None:
             print(f"| {pattern} | {name} | {mean:.4f} | {max(values):.4f} | {optimal} of {len(values)} |", flush=True)
 
 
-def small(weight, moments: Moments, rows: int, columns: int, pattern, seed: int) -> PruningProblem:
+def small(weight, moments: Moments, rows: int, columns: int, pattern, seed: int) -> LayerProblem:
     """Some rows and columns of an operator as a pruning problem of their own."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(weight.shape[1], generator=generator)[:columns].sort().values
@@ -62,7 +62,7 @@ def small(weight, moments: Moments, rows: int, columns: int, pattern, seed: int)
     part = Moments(columns, torch.float64)
     part.tokens = moments.tokens
     part.sum = moments.sum[chosen][:, chosen]
-    return PruningProblem(weight[drawn][:, chosen].double(), part, pattern, 0.0)
+    return LayerProblem(weight[drawn][:, chosen].double(), part, pattern, 0.0)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune.errors import OutputError
+from convexprune.pruners.damping import Damping
 
 Number = int | float  # infinity and NaN are text in JSON
 DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # written for readers, and not read
@@ -43,12 +44,13 @@ class OperatorReport:
         status: of the last solve.
         solves: how many there were.
         products: matrix products [m n] x [n n].
-        facts: other numbers of the method, by name.
+        facts: other numbers of the method, by name, for the reader only.
         tokens: that the moments are means of.
         held_out_tokens: that the held-out error is a mean of.
         seconds: of the method.
         bound: see above; None if none was asked for, or the operator is too wide.
         dense_zeros: how many weights were zero before.
+        damping: of the problem that was posed to the pruner; None if it has none.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -73,11 +75,43 @@ class OperatorReport:
     seconds: float
     bound: dict[str, Number] | None = None
     dense_zeros: int = 0
+    damping: Damping | None = None
+
+    @classmethod
+    def read(cls, written: dict[str, Any]) -> "OperatorReport":
+        """That of a dictionary which `asdict` wrote.
+
+        Args:
+            written: by the names of the fields; of an older report, too.
+
+        Returns:
+            The report.
+
+        Raises:
+            pydantic.ValidationError: a field is missing, or not what it should be.
+        """
+        return TypeAdapter(_Written).validate_python(written)
 
     @property
     def sparsity(self) -> float:
         """The fraction of zeros."""
         return self.zeros / (self.outputs * self.inputs)
+
+
+def _with_typed_damping(operator: Any) -> Any:
+    """An operator's record, in which older releases had the damping among the facts."""
+    facts = operator.get("facts") if isinstance(operator, dict) else None
+    if not isinstance(facts, dict) or "damping" in operator:
+        return operator
+    name = next((name for name in ("damping", "refit_damping") if name in facts), None)
+    if name is None:
+        return operator
+    saturating = facts.get(f"{name}_saturating", 0.0)
+    rest = {key: value for key, value in facts.items() if "damping" not in key}
+    return operator | {"facts": rest, "damping": {"ridge": facts[name] - saturating, "saturating": saturating}}
+
+
+_Written = Annotated[OperatorReport, BeforeValidator(_with_typed_damping)]
 
 
 @dataclass(repr=False)
@@ -104,7 +138,7 @@ class Report:
     recipe: dict[str, Any]
     left_alone: dict[str, str]
     environment: dict[str, Any]
-    operators: list[OperatorReport] = field(default_factory=list)
+    operators: list[_Written] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, Number]] = field(default_factory=dict)
     allocation: dict[str, Number | None] = field(default_factory=dict)
@@ -206,7 +240,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield "-" if o.gap is None else f"{o.gap:.0e}"
     yield "-" if o.bound is None else f"{o.bound['ratio']:.2f}"
     yield str(o.solves)
-    yield f"{o.facts['damping']:.3f}" if "damping" in o.facts else "-"
+    yield "-" if o.damping is None else f"{o.damping.strength:.3f}"
     yield f"{o.seconds:.1f}"
 
 

@@ -11,7 +11,7 @@ from convexprune.problem import Problem
 from convexprune.pruners import (
     AbstractPruner,
     Convex,
-    PruningProblem,
+    LayerProblem,
 )
 from convexprune.solvers import AbstractSolver, Solution
 
@@ -32,15 +32,15 @@ PATTERNS = {
 
 def layer_problem(
     layer: Layer, pattern: Constraint, correction: float = 1.0, folds: tuple[Moments, ...] = ()
-) -> PruningProblem:
-    return PruningProblem(layer.weight, layer.moments, pattern, correction, folds)
+) -> LayerProblem:
+    return LayerProblem(layer.weight, layer.moments, pattern, correction, folds)
 
 
 def correlated(seed: int, m: int = 8, n: int = 16, change: float = 0.0, tokens: int | None = None) -> Layer:
     return make_layer("full rank", m, n, seed, change, tokens, mixing=CORRELATED)
 
 
-def error(problem: PruningProblem, pruner: AbstractPruner) -> float:
+def error(problem: LayerProblem, pruner: AbstractPruner) -> float:
     """mean |V x* - target|^2, from the moments: they equal the tokens by test_moments.py."""
     return float(problem.squared_error(pruner.prune(problem).weight).sum())
 

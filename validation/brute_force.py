@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.errors import ProblemError
-from convexprune.pruners import AbstractPruner, PruningProblem
+from convexprune.pruners import AbstractPruner, LayerProblem
 from convexprune.quadratic import Quadratic
 
 LARGEST = 20  # columns: 184 756 supports of one half
@@ -14,7 +14,7 @@ CHUNK = 20_000  # supports solved at once
 
 
 @torch.no_grad()
-def best_pruning(problem: PruningProblem) -> Tensor:
+def best_pruning(problem: LayerProblem) -> Tensor:
     """The weight in a pattern with the least squared error, by enumeration of every row's supports.
 
     Rows are independent, so with a quota of the whole matrix the best weight of each row is found for every number of
@@ -46,7 +46,7 @@ def best_pruning(problem: PruningProblem) -> Tensor:
     return torch.stack([every[k][0][i] for i, k in enumerate(counts)])
 
 
-def excess(problem: PruningProblem, pruners: dict[str, AbstractPruner]) -> dict[str, float]:
+def excess(problem: LayerProblem, pruners: dict[str, AbstractPruner]) -> dict[str, float]:
     """How far pruners are from the best pruning.
 
     Args:

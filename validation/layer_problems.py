@@ -24,8 +24,8 @@ from convexprune.pipeline.bounding import drawn_rows
 from convexprune.pipeline.lacking import CorrectionTargets, height, width
 from convexprune.pipeline.layer import Tell
 from convexprune.pipeline.passes import Calls, split_last_branch
-from convexprune.pruners import PruningProblem
-from convexprune.pruners.damped import Damping
+from convexprune.pruners import LayerProblem
+from convexprune.pruners.damping import NO_DAMPING, Damping
 from convexprune.report import OperatorReport
 
 
@@ -44,12 +44,12 @@ class OperatorProblem:
     correction: float
     damping: Damping
 
-    def rows(self, count: int | None, generator: torch.Generator) -> tuple[PruningProblem, Tensor]:
+    def rows(self, count: int | None, generator: torch.Generator) -> tuple[LayerProblem, Tensor]:
         """The pruning problem of `count` rows drawn at random (None: all), and the pruned weight of these rows."""
         chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
         moments = self.moments.rows(chosen)
-        return PruningProblem(dense, moments, self.pattern, self.correction), self.pruned[chosen].double()
+        return LayerProblem(dense, moments, self.pattern, self.correction), self.pruned[chosen].double()
 
 
 @torch.no_grad()
@@ -72,10 +72,10 @@ def operator_problems(
     itself is not changed. An expert to which no token is sent is left out. `reports` are those of the run that wrote
     `pruned`.
     """
-    damping = {report.name: Damping.of(report.facts) for report in reports}
+    damping = {report.name: report.damping for report in reports}
 
     def tell(report: OperatorReport) -> None:
-        damping[report.name] = Damping.of(report.facts)
+        damping[report.name] = report.damping
 
     def step(context: LayerContext) -> None:
         layer, sparse = context.layer, context.layer
@@ -108,7 +108,7 @@ def _watch(
     calls: Calls,
     hidden: HiddenStates,
     settings: LayerSettings,
-    damping: Mapping[str, Damping],
+    damping: Mapping[str, Damping | None],
 ) -> Iterator[OperatorProblem]:
     pairs = [
         (one, other)
@@ -144,5 +144,5 @@ def _watch(
             name = f"{dense.name}.{w.name}"
             if name in wanted and total.tokens:
                 weights = w.read().cpu(), v.read().cpu()
-                asked = settings.pattern_of(name), settings.correction, damping.get(name, Damping(0.0))
+                asked = settings.pattern_of(name), settings.correction, damping.get(name) or NO_DAMPING
                 yield OperatorProblem(name, *weights, total.rows(own), *asked)

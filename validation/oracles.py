@@ -7,7 +7,7 @@ import torch
 
 from convexprune.penalty import L1, Support
 from convexprune.problem import Problem
-from convexprune.pruners import PruningProblem
+from convexprune.pruners import LayerProblem
 from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, make_solver
 
@@ -70,7 +70,7 @@ class SolvedProblem:
             yield f"{self.solves[0].solver}: the gap at default settings is {self.solves[0].relative_gap:.1e}"
 
 
-def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
+def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
     """A pruning problem when only some columns may move and the others stay dense.
 
     Columns are drawn one by one, or for an n:m pattern in whole groups.
@@ -92,7 +92,7 @@ def block(problem: PruningProblem, columns: int, generator: torch.Generator) -> 
     return q.columns(chosen), chosen
 
 
-def block_problems(q: Quadratic, problem: PruningProblem, kept: torch.Tensor) -> dict[str, Problem]:
+def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
     """The two convex problems of the pruner on a block: reweighted L1 as on its path, and the refit on a support.
 
     Args:

@@ -31,7 +31,7 @@ from convexprune.pipeline import (
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.passes import Observed, Recorded
 from convexprune.pipeline.shortcut import CachedSubmodule
-from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OperatorReport
 
 from .likelihood import Likelihood, likelihoods
@@ -228,7 +228,7 @@ class Watched(AbstractPruner):
     seconds: float = 0.0
     surplus: float = 0.0
 
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         began = time.perf_counter()
         pruned = self.pruner.prune(problem)

@@ -23,7 +23,7 @@ from convexprune import (
     make_solver,
 )
 from convexprune.errors import ConvexpruneError
-from convexprune.pruners import PRUNERS, FISTAPruner, PruningProblem
+from convexprune.pruners import PRUNERS, FISTAPruner, LayerProblem
 
 rows = Checks("mathematics")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -67,7 +67,7 @@ def dead_inputs(name: str) -> None:
     for inputs, part, kept in ((x * alive, weight, 0.5), (x[:, alive], weight[:, alive], 0.5 * 40 / 32)):
         moments = Moments(part.shape[1], torch.float64)
         moments.add(inputs)
-        problem = PruningProblem(part, moments, Unstructured(1 - kept), 0.0)
+        problem = LayerProblem(part, moments, Unstructured(1 - kept), 0.0)
         errors.append(float(problem.squared_error(PRUNERS[name]().prune(problem).weight).sum()))
     assert errors[0] <= 1.15 * errors[1], f"{errors[0] / errors[1]:.2f} times the error"
 
@@ -80,7 +80,7 @@ def units(name: str) -> None:
     for unit, size in ((1, 1), (1e-3, 1), (1e3, 1), (1, 1e-3)):
         moments = Moments(32, torch.float64)
         moments.add(x * unit)
-        pruned = PRUNERS[name]().prune(PruningProblem(weight * size, moments, Unstructured(0.5), 0.0))
+        pruned = PRUNERS[name]().prune(LayerProblem(weight * size, moments, Unstructured(0.5), 0.0))
         kept.append(pruned.weight != 0)
     moved = max(float((kept[0] != other).double().mean()) for other in kept[1:])
     assert moved <= 0.05, f"{moved:.0%} of the kept weights are others"

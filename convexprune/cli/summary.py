@@ -45,8 +45,8 @@ def _errors(report: Report) -> Iterator[tuple[str, str]]:
 def _facts(o: OperatorReport) -> str:
     """What may be why its error is what it is."""
     facts = [f"{o.outputs}x{o.inputs}", f"{o.sparsity:.0%} zeros", f"{o.tokens:,} tokens"]
-    if "damping" in o.facts:
-        facts.append(f"damping {o.facts['damping']:.2f}")
+    if o.damping is not None:
+        facts.append(f"damping {o.damping.strength:.2f}")
     if o.status not in (None, "SOLVED"):
         facts.append(str(o.status))
     return f"({', '.join(facts)})"

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from convexprune.bound import LowerBound, PruningBound
 from convexprune.constraints import Constraint
-from convexprune.pruners import PruningProblem
-from convexprune.pruners.damped import Damping, damped
+from convexprune.pruners import LayerProblem
+from convexprune.pruners.damped import damped
+from convexprune.pruners.damping import Damping
 
 QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)
 """For a report: it must cost little beside the pruning. `verify` takes its time."""
@@ -28,7 +29,7 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
 
 
 def sampled_bounds(
-    problem: PruningProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
+    problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
 ) -> list[dict[str, float] | None]:
     """The quick bound for `rows` rows of each operator of a pruned stack [m n], the same ones in every run.
 
@@ -56,7 +57,7 @@ def sampled_bounds(
     return [_facts(next(found), damping) if wanted else None for wanted in pruned]
 
 
-def _is_bounded(part: PruningProblem) -> bool:
+def _is_bounded(part: LayerProblem) -> bool:
     shape = part.weight.shape
     return part.pattern.zeros(*shape) > 0 and part.pattern.budget(shape) is not None
 

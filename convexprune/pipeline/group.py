@@ -15,8 +15,8 @@ from convexprune.pipeline.bounding import sampled_bounds
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.lacking import stack_of
 from convexprune.pipeline.settings import LayerSettings, Tell
-from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
-from convexprune.pruners.damped import Damping
+from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners.damping import NO_DAMPING
 from convexprune.report import OperatorReport
 
 
@@ -36,7 +36,7 @@ def prune_group(
     asked = tuple(settings.pattern_of(name) for name in names)
     pattern, factors = Stacked(asked, heights), settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
-    problem = PruningProblem(stack, folds.total, pattern, settings.correction, halves)
+    problem = LayerProblem(stack, folds.total, pattern, settings.correction, halves)
     pruned = _solved(problem, pattern, factors, settings.pruner)
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
@@ -44,9 +44,9 @@ def prune_group(
     errors = _relative_errors(problem, stored, heights)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
-        unseen = PruningProblem(stack, folds.held_out, pattern, settings.correction)
+        unseen = LayerProblem(stack, folds.held_out, pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
-    bounds = sampled_bounds(problem, stored, settings.bound_rows, Damping.of(pruned.facts), factors)
+    bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
     parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
     for i, (operator, weight, dense) in enumerate(parts):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
@@ -69,22 +69,23 @@ def prune_group(
                 held_out_tokens=folds.held_out.tokens,
                 seconds=time.perf_counter() - began,
                 bound=bounds[i],
+                damping=pruned.damping,
             )
         )
 
 
-def _solved(problem: PruningProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> Pruned:
+def _solved(problem: LayerProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
     """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
     dense = problem.weight
     if not pattern.binds(*dense.shape):
-        return Pruned(dense, torch.ones_like(dense, dtype=torch.bool))
+        return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
     pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
     parts = [(weight if own.binds(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
     return replace(pruned, weight=torch.cat(parts))
 
 
-def _certified(pruned: Pruned) -> dict[str, Any]:
+def _certified(pruned: LayerEdit) -> dict[str, Any]:
     """What an operator's report says of the convex solves behind its stack."""
     certificates = [solution.certificate for solution in pruned.solutions]
     last = pruned.solutions[-1] if pruned.solutions else None
@@ -98,7 +99,7 @@ def _certified(pruned: Pruned) -> dict[str, Any]:
     }
 
 
-def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
+def _store(group: Group, pruned: LayerEdit, dense: Tensor) -> Tensor:
     """Write the stack's weights and return them [m n] as stored, float32.
 
     A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
@@ -117,7 +118,7 @@ def _store(group: Group, pruned: Pruned, dense: Tensor) -> Tensor:
     return torch.cat(stored)
 
 
-def _relative_errors(problem: PruningProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
+def _relative_errors(problem: LayerProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
     """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]."""
     errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
     return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]

@@ -230,7 +230,7 @@ class FolderStore(AbstractStore):
 
     def reports(self, number: int) -> list[OperatorReport]:
         """What was reported of a finished layer."""
-        return [OperatorReport(**o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
+        return [OperatorReport.read(o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
 
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
         if not model.streams and number in self.pruned_here:

@@ -17,7 +17,7 @@ from convexprune.pipeline.settings import HiddenStates, LayerSettings
 from convexprune.pipeline.store import MemoryStore
 from convexprune.pipeline.walk import LayerContext, LayerWalk
 from convexprune.progress import begin
-from convexprune.pruners import AbstractPruner, PruningProblem, SparseGPT
+from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
 
 RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
 WEIGHED = RULES[1:4]  # those that need gradients
@@ -204,9 +204,9 @@ def _units(
                 for pattern in patterns:
                     stack = Stacked.alike(pattern, heights)
                     factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
-                    problem = PruningProblem(weight, folds.total, stack, 0.0)
+                    problem = LayerProblem(weight, folds.total, stack, 0.0)
                     pruned = problem.unscaled(pruner.prune(problem.scaled(factors)).weight, factors)
-                    errors = PruningProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
+                    errors = LayerProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from convexprune.errors import PruningError, RecipeError
-from convexprune.pruners import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 
 PATIENCE = timedelta(hours=6)  # one rank may have to compute again what enters a layer; the others wait
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
@@ -88,7 +88,7 @@ class SamePruned(AbstractPruner):
     broadcast: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         pruned = self.pruner.prune(problem)
         weight = self.broadcast(pruned.weight)

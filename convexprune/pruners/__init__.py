@@ -1,11 +1,13 @@
 """Pruners by name. To add one: a file here and a line in `PRUNERS`."""
 
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from convexprune.errors import unknown
 from convexprune.pruners.admm import ADMM
 from convexprune.pruners.alps import ALPS
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.pruners.convex import Convex
 from convexprune.pruners.fistapruner import FISTAPruner
 from convexprune.pruners.magnitude import Magnitude
@@ -49,11 +51,21 @@ __all__ = [
     "AbstractPruner",
     "Convex",
     "FISTAPruner",
+    "LayerEdit",
+    "LayerProblem",
     "Magnitude",
-    "Pruned",
-    "PruningProblem",
     "Refitted",
     "SparseGPT",
     "Wanda",
     "no_method",
 ]
+
+_RENAMED = {"PruningProblem": LayerProblem, "Pruned": LayerEdit}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        renamed = _RENAMED[name]
+        warnings.warn(f"{name} is {renamed.__name__} now.", DeprecationWarning, stacklevel=2)
+        return renamed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
 from convexprune.setting_types import Count, NotNegative, Positive
@@ -51,7 +51,7 @@ class ALPS(AbstractPruner):
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=1e-4, max_iterations=10))
 
     @dead_inputs_first
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         gram = problem.quadratic.gram
         ridge = self.damping * gram.diagonal().mean().expand(len(gram))
@@ -67,7 +67,7 @@ class ALPS(AbstractPruner):
             products = max(products, count)
         scores, mask = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         weight, refits = refitted(whole, mask, scores, self.refit)
-        return Pruned(weight / scale, mask, refits, other_products=products)
+        return LayerEdit(weight / scale, mask, refits, other_products=products)
 
     def _admm(
         self, quadratic: Quadratic, eigenvalues: Tensor, vectors: Tensor, pattern: Constraint

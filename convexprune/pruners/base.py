@@ -1,4 +1,4 @@
-"""What every pruner promises: a weight, its moments and a pattern in; a weight in the pattern out."""
+"""What every pruner promises: a `LayerProblem` in, a `LayerEdit` out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,13 +13,14 @@ from convexprune.constraints import Constraint
 from convexprune.constraints.base import sizes
 from convexprune.errors import PatternError
 from convexprune.moments import Moments
+from convexprune.pruners.damping import Damping
 from convexprune.quadratic import Quadratic
 from convexprune.setting_types import check_settings
 from convexprune.solvers import Solution
 
 
 @dataclass(frozen=True, eq=False)
-class PruningProblem:
+class LayerProblem:
     """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
 
     `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
@@ -63,7 +64,7 @@ class PruningProblem:
         """Which inputs are always zero [n]: what their weights are changes no output."""
         return self.moments.sum.diagonal() == 0
 
-    def with_dead_inputs_filled(self) -> "PruningProblem":
+    def with_dead_inputs_filled(self) -> "LayerProblem":
         """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
 
         That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
@@ -74,11 +75,11 @@ class PruningProblem:
         moments = self.moments.with_dead_inputs_filled(self.weight)
         return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
 
-    def operators(self) -> list["PruningProblem"]:
+    def operators(self) -> list["LayerProblem"]:
         """One problem for each operator of the stack."""
         return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
 
-    def scaled(self, factors: Tensor | None) -> "PruningProblem":
+    def scaled(self, factors: Tensor | None) -> "LayerProblem":
         """The problem in which the error of each output counts times the square of its factor.
 
         Its weights are those of this one with their rows times the factors, so that rows compete otherwise for what is
@@ -95,7 +96,7 @@ class PruningProblem:
             return self
         weight = self.weight * factors.to(self.weight)[:, None]
         moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
-        return PruningProblem(weight, moments, self.pattern, self.correction, folds)
+        return LayerProblem(weight, moments, self.pattern, self.correction, folds)
 
     def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
         """Undo the row scaling of a weight; unchanged entries come back bit-identical.
@@ -112,7 +113,7 @@ class PruningProblem:
         same = weight == self.weight * factors.to(self.weight)[:, None]
         return self.weight.where(same, weight / factors.to(weight)[:, None])
 
-    def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "PruningProblem":
+    def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "LayerProblem":
         """The problem of some rows.
 
         Args:
@@ -123,24 +124,26 @@ class PruningProblem:
             The problem.
         """
         moments = self.moments.rows(chosen)
-        return PruningProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
+        return LayerProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned:
-    """The answer of a pruner.
+class LayerEdit:
+    """What a pruner makes of a `LayerProblem`.
 
     Args:
         weight: V [m n], in the pattern.
-        mask: which entries it keeps [m n].
+        mask: which entries it keeps [m n]; of a pattern that is no choice of entries, which are not zero.
         solutions: every convex solve behind it, the last one last.
-        facts: other numbers for the report, by name.
+        damping: of the problem that was posed; None if it had none.
+        facts: other numbers for the reader of a report, by name.
         other_products: matrix products [m n] x [n n] outside of these solves.
     """
 
     weight: Tensor
     mask: Tensor
     solutions: tuple[Solution, ...] = ()
+    damping: Damping | None = None
     facts: dict[str, float] = field(default_factory=dict)
     other_products: int = 0
 
@@ -150,7 +153,7 @@ class Pruned:
         return self.other_products + sum(solution.products for solution in self.solutions)
 
 
-def projected(problem: PruningProblem, metric: Tensor | None = None) -> Pruned:
+def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     """The dense weight, projected on the pattern.
 
     Args:
@@ -162,18 +165,18 @@ def projected(problem: PruningProblem, metric: Tensor | None = None) -> Pruned:
     """
     if problem.pattern.selects:
         mask = problem.pattern.mask(sizes(problem.weight, metric))
-        return Pruned(problem.weight * mask, mask)
+        return LayerEdit(problem.weight * mask, mask)
     weight = problem.pattern.project(problem.weight, metric)
-    return Pruned(weight, weight != 0)
+    return LayerEdit(weight, weight != 0)
 
 
-Prune = TypeVar("Prune", bound=Callable[..., Pruned])
+Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
 def dead_inputs_first(prune: Prune) -> Prune:
     """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
 
-    The method sees the problem `PruningProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
+    The method sees the problem `LayerProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
     same, because it asks for fewer zeros than there are of them, it keeps its dense value.
 
     Args:
@@ -185,7 +188,7 @@ def dead_inputs_first(prune: Prune) -> Prune:
 
     @wraps(prune)
     @torch.no_grad()
-    def pruned(self: "AbstractPruner", problem: PruningProblem) -> Pruned:
+    def pruned(self: "AbstractPruner", problem: LayerProblem) -> LayerEdit:
         if not bool(problem.dead.any()):
             return prune(self, problem)
         found = prune(self, problem.with_dead_inputs_filled())
@@ -223,5 +226,5 @@ class AbstractPruner(ABC):
             )
 
     @abstractmethod
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """A weight in the pattern, of a `problem`."""

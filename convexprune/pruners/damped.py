@@ -1,69 +1,24 @@
 """The damped problem, in the coordinates of Optimal Brain Surgeon."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
 from convexprune.moments import sampling_noise
-from convexprune.pruners.base import PruningProblem
+from convexprune.pruners.base import LayerProblem
+from convexprune.pruners.damping import EIGENVALUE_KNEE, Damping
 from convexprune.quadratic import Quadratic
 
 DEFAULT_DAMPING = 0.06
 """The damping for a single sample, which has nothing to be compared with."""
-EIGENVALUE_KNEE = 0.1
-"""Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
 DOMAIN_SHIFT_RANGE, NOISE_GAIN = (0.05, 0.1), 12
 """What the part of the damping that saturates has for other texts: times the noise, within these limits."""
 RIDGE = 0.003
 """The part that does not, for directions in which there is next to no energy."""
 
 
-@dataclass(frozen=True)
-class Damping:
-    """A pull towards the dense weight,  1/2 sum_i (V - W)_i S (ridge I + saturating P) S (V - W)_i',  S = sqrt(diag H).
-
-    P = I - k (C + k I)^-1, with the knee k and the correlations C = S^-1 H S^-1, is small where the sample shows little
-    energy.
-
-    Args:
-        ridge: the same in all directions.
-        saturating: in directions of much energy only.
-    """
-
-    ridge: float
-    saturating: float = 0.0
-
-    @property
-    def strength(self) -> float:
-        """Of the pull in directions of much energy."""
-        return self.ridge + self.saturating
-
-    def facts(self, name: str = "damping") -> dict[str, float]:
-        """The damping for a report.
-
-        Args:
-            name: of its strength.
-
-        Returns:
-            The strength, and how much of it saturates, if any.
-        """
-        return {name: self.strength} | ({f"{name}_saturating": self.saturating} if self.saturating else {})
-
-    @classmethod
-    def of(cls, facts: Mapping[str, float]) -> "Damping":
-        """The damping of the problem which a pruner was to solve, by its `facts` or those of its refit."""
-        for name in ("damping", "refit_damping"):
-            if name in facts:
-                saturating = facts.get(f"{name}_saturating", 0.0)
-                return cls(facts[name] - saturating, saturating)
-        return cls(0.0)
-
-
-def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
+def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
     """The damping of a problem.
 
     An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
@@ -86,7 +41,7 @@ def choose_damping(problem: PruningProblem, damping: float | None) -> Damping:
     return Damping(RIDGE, noise + min(max(NOISE_GAIN * noise, least), most))
 
 
-def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
+def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
     """The reconstruction error plus the damping, a quadratic about the dense weight; nothing pulls at dead inputs.
 
     Args:
@@ -113,7 +68,7 @@ def damped(problem: PruningProblem, damping: Damping) -> Quadratic:
     return quadratic + Quadratic(pull, zero, zero[:, 0], problem.weight, checked=False)
 
 
-def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Quadratic, Tensor]:
+def saliency_coordinates(problem: LayerProblem, damping: Damping) -> tuple[Quadratic, Tensor]:
     """The damped quadratic in coordinates U = V * scale where [H^-1]_jj is constant.
 
     There |U_ij| is the saliency of Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj): the square root of the error that
@@ -136,7 +91,7 @@ def saliency_coordinates(problem: PruningProblem, damping: Damping) -> tuple[Qua
     return quadratic.scaled(metric), problem.scale * metric
 
 
-def _inverse(gram: Tensor, problem: PruningProblem, damping: Damping) -> Tensor:
+def _inverse(gram: Tensor, problem: LayerProblem, damping: Damping) -> Tensor:
     factor = cholesky(gram)
     if factor is None:
         raise PruningError(

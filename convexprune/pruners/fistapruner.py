@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.pruners.sparsegpt import SparseGPT
 from convexprune.pruners.wanda import Wanda
 from convexprune.setting_types import Count, NotNegative, Positive
@@ -52,7 +52,7 @@ class FISTAPruner(AbstractPruner):
     largest_strength: Positive = 1e6
 
     @dead_inputs_first
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`.
 
         Raises:
@@ -61,9 +61,9 @@ class FISTAPruner(AbstractPruner):
         parts = [self._prune(operator) for operator in problem.operators()]
         solutions = tuple(s for part in parts for s in part.solutions)
         weight, mask = torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts])
-        return Pruned(weight, mask, solutions, other_products=max(p.other_products for p in parts))
+        return LayerEdit(weight, mask, solutions, other_products=max(p.other_products for p in parts))
 
-    def _prune(self, problem: PruningProblem) -> Pruned:
+    def _prune(self, problem: LayerProblem) -> LayerEdit:
         first = WARM_STARTS[self.warm_start].prune(problem)
         best, mask, error = first.weight, first.mask, _norm(problem, first.weight)
         solver = FISTA(
@@ -84,9 +84,9 @@ class FISTAPruner(AbstractPruner):
             stale = 0 if error - total > self.improvement * error else stale + 1
             if total < error:
                 best, mask, error = rounded, kept, total
-        return Pruned(best, mask, tuple(solutions), other_products=1 + 2 * len(solutions))  # of the errors
+        return LayerEdit(best, mask, tuple(solutions), other_products=1 + 2 * len(solutions))  # of the errors
 
 
-def _norm(problem: PruningProblem, weight: Tensor) -> float:
+def _norm(problem: LayerProblem, weight: Tensor) -> float:
     """|V X* - W X|_F over sqrt(tokens)."""
     return float(problem.squared_error(weight).sum().sqrt())

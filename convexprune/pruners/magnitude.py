@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, projected
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, projected
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,6 @@ class Magnitude(AbstractPruner):
 
     projects = True
 
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         return projected(problem)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune.penalty import Support
 from convexprune.problem import Problem
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.pruners.damped import choose_damping, damped
 from convexprune.quadratic import Quadratic
 from convexprune.setting_types import NotNegative
@@ -39,7 +39,7 @@ class Refitted(AbstractPruner):
         require_penalty(self.refit, Support)
 
     @torch.no_grad()
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`.
 
         Raises:
@@ -48,8 +48,7 @@ class Refitted(AbstractPruner):
         pruned = self.pruner.prune(problem)
         damping = choose_damping(problem, self.damping)
         weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
-        facts = pruned.facts | damping.facts("refit_damping")
-        return replace(pruned, weight=weight, solutions=pruned.solutions + refits, facts=facts)
+        return replace(pruned, weight=weight, solutions=pruned.solutions + refits, damping=pruned.damping or damping)
 
 
 def refitted(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune.constraints import Constraint
 from convexprune.penalty import Support
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.pruners.damped import choose_damping, saliency_coordinates
 from convexprune.pruners.refit import refitted
 from convexprune.quadratic import Quadratic
@@ -66,7 +66,7 @@ class AbstractSearch(AbstractPruner):
         """
 
     @dead_inputs_first
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`.
 
         Raises:
@@ -77,4 +77,4 @@ class AbstractSearch(AbstractPruner):
         found = self.search(quadratic, scale, problem.pattern)
         mask = problem.pattern.mask(found.scores.abs())
         weight, refits = refitted(quadratic, mask, found.scores, self.refit)
-        return Pruned(weight / scale, mask, found.solutions + refits, damping.facts(), found.products)
+        return LayerEdit(weight / scale, mask, found.solutions + refits, damping, other_products=found.products)

@@ -8,7 +8,7 @@ from torch import Tensor
 from convexprune.constraints import Constraint
 from convexprune.errors import PruningError
 from convexprune.factor import cholesky
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.setting_types import Count, NotNegative
 
 
@@ -35,7 +35,7 @@ class SparseGPT(AbstractPruner):
     damping: NotNegative = 0.01
 
     @dead_inputs_first
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`.
 
         Raises:
@@ -60,7 +60,7 @@ class SparseGPT(AbstractPruner):
             part, u = weight[:, first:last], upper[first:last, first:last]
             mask[:, first:last], errors = self._sweep(part, u, problem.pattern, first)
             weight[:, last:] -= errors @ upper[first:last, last:]
-        return Pruned(weight * mask, mask)
+        return LayerEdit(weight * mask, mask)
 
     def _sweep(self, part: Tensor, u: Tensor, pattern: Constraint, first: int) -> tuple[Tensor, Tensor]:
         """Prune one block of columns [m b] in place; returns its mask and its errors [m b]."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from convexprune.pruners.base import AbstractPruner, Pruned, PruningProblem, dead_inputs_first, projected
+from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first, projected
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,6 @@ class Wanda(AbstractPruner):
     projects = True
 
     @dead_inputs_first
-    def prune(self, problem: PruningProblem) -> Pruned:
+    def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         return projected(problem, problem.quadratic.gram.diagonal())

@@ -10,14 +10,14 @@ from runs import checksums
 from strategies import Layer
 
 import convexprune
-from convexprune.pruners import PRUNERS, PruningProblem
+from convexprune.pruners import PRUNERS, LayerProblem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 WINDOWS = torch.randint(2, 500, (5, 16), generator=torch.Generator().manual_seed(3))
 
 
-def _problem(pattern: str, device: str) -> PruningProblem:
+def _problem(pattern: str, device: str) -> LayerProblem:
     layer = correlated(0, m=6, change=0.3)
     here = Layer(*(values.to(device) for values in (layer.weight, layer.pruned, layer.dense)))
     return layer_problem(here, PATTERNS[pattern])

@@ -12,8 +12,9 @@ from strategies import seeds
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.errors import RecipeError, UnsupportedError
 from convexprune.penalty import L1
-from convexprune.pruners import ADMM, ALPS, PRUNERS, PruningProblem, Refitted, SparseGPT, Wanda
-from convexprune.pruners.damped import Damping, saliency_coordinates
+from convexprune.pruners import ADMM, ALPS, PRUNERS, LayerProblem, Refitted, SparseGPT, Wanda
+from convexprune.pruners.damped import saliency_coordinates
+from convexprune.pruners.damping import Damping
 from convexprune.setting_types import Count
 from convexprune.solvers import AbstractSolver, make_solver
 
@@ -36,7 +37,7 @@ def largest(scores: torch.Tensor, pattern) -> torch.Tensor:
     return out.view_as(scores)
 
 
-def slow_admm(problem: PruningProblem, pruner: ADMM) -> torch.Tensor:
+def slow_admm(problem: LayerProblem, pruner: ADMM) -> torch.Tensor:
     """Boyd et al. 2011, sections 3.4.3 and 9.1, with the multiplier itself and every system solved as it comes."""
     assert pruner.damping is not None
     quadratic, scale = saliency_coordinates(problem, Damping(pruner.damping))
@@ -67,7 +68,7 @@ def test_admm_is_the_textbook_iteration(relaxation, pattern, seed):
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.abs().max()))
 
 
-def slow_alps(problem: PruningProblem, pruner: ALPS) -> torch.Tensor:
+def slow_alps(problem: LayerProblem, pruner: ALPS) -> torch.Tensor:
     """mazumder-lab/ALPS, alps.py, step by step in its own layout (inputs by outputs), with ten plain CG steps."""
     raw = problem.quadratic.gram
     n = len(raw)
@@ -137,7 +138,7 @@ def test_alps_prunes_each_operator_of_a_stack_on_its_own_schedule():
     layer, heights = correlated(0, m=12, change=0.3), (4, 8)
     whole = ALPS(refit=None).prune(layer_problem(layer, Stacked.alike(Unstructured(0.5), heights))).weight
     for part, weight in zip(whole.split(heights), layer.weight.split(heights), strict=True):
-        alone = ALPS(refit=None).prune(PruningProblem(weight, layer.moments, Unstructured(0.5))).weight
+        alone = ALPS(refit=None).prune(LayerProblem(weight, layer.moments, Unstructured(0.5))).weight
         torch.testing.assert_close(part, alone, rtol=0, atol=ROUNDING)
 
 
@@ -179,10 +180,10 @@ def test_a_refit_lowers_the_error_of_every_baseline(name):
     assert error(problem, Refitted(baseline, damping=0.0)) < error(problem, baseline)
 
 
-def test_a_refit_adds_its_solve_and_its_damping_to_what_the_pruner_says():
+def test_a_refit_adds_its_solve_and_leaves_the_damping_of_the_search():
     problem = layer_problem(correlated(0), Unstructured(0.5))
     pruned = Refitted(ADMM(refit=None, damping=0.2, iterations=5), damping=0.1).prune(problem)
-    assert pruned.facts == {"damping": 0.2, "refit_damping": 0.1}
+    assert pruned.damping == Damping(0.2)
     assert pruned.products == 5 + 1 + pruned.solutions[-1].products
 
 

@@ -11,8 +11,8 @@ from convexprune.pruners import (
     PRUNERS,
     Convex,
     FISTAPruner,
+    LayerProblem,
     Magnitude,
-    PruningProblem,
     SparseGPT,
     Wanda,
 )
@@ -26,7 +26,7 @@ def test_wanda_is_its_formula_by_hand():
     weight = torch.tensor([[-1.0, 8.0, 1.0], [2.0, 3.0, -6.0]])
     moments = Moments(3)
     moments.add(torch.tensor([[3.0, 1.0, 0.0], [4.0, 0.0, -2.0]]))
-    pruned = Wanda().prune(PruningProblem(weight, moments, Unstructured(0.5)))
+    pruned = Wanda().prune(LayerProblem(weight, moments, Unstructured(0.5)))
     assert pruned.weight.tolist() == [[0.0, 8.0, 0.0], [2.0, 0.0, -6.0]]
 
 
@@ -34,7 +34,7 @@ def test_magnitude_keeps_the_largest_whatever_the_inputs():
     weight = torch.tensor([[-1.0, 4.0, 1.0], [2.0, 3.0, -6.0]])
     moments = Moments(3)
     moments.add(torch.tensor([[30.0, 0.1, 0.0]]))
-    pruned = Magnitude().prune(PruningProblem(weight, moments, Unstructured(0.5)))
+    pruned = Magnitude().prune(LayerProblem(weight, moments, Unstructured(0.5)))
     assert pruned.weight.tolist() == [[0.0, 4.0, 0.0], [0.0, 3.0, -6.0]]
 
 
@@ -78,7 +78,7 @@ def test_fistapruner_prunes_each_operator_of_a_stack_on_its_own():
     layer, heights = correlated(0, m=6), (2, 4)
     whole = FISTAPruner().prune(layer_problem(layer, Stacked.alike(Unstructured(0.5), heights))).weight
     for part, weight in zip(whole.split(heights), layer.weight.split(heights), strict=True):
-        alone = FISTAPruner().prune(PruningProblem(weight, layer.moments, Unstructured(0.5))).weight
+        alone = FISTAPruner().prune(LayerProblem(weight, layer.moments, Unstructured(0.5))).weight
         torch.testing.assert_close(part, alone, rtol=0, atol=ROUNDING)
 
 

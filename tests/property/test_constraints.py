@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import random, seeds
 
 import convexprune
+from convexprune import pattern, pruners
 from convexprune.constraints import (
     KINDS,
     Columns,
@@ -118,3 +119,12 @@ def test_nothing_in_the_product_asks_which_kind_a_constraint_is():
     files = [path for each in (folder, folder / "adapters", folder / "validation") for path in each.rglob("*.py")]
     assert len(files) > 100
     assert [f"{path}: {line}" for path in files for line in path.read_text().splitlines() if asks.search(line)] == []
+
+
+def test_old_names_work_for_a_release_and_say_what_they_are_called_now():
+    for module, old, new in ((pruners, "PruningProblem", "LayerProblem"), (pruners, "Pruned", "LayerEdit"),
+                             (pattern, "AbstractPattern", "Constraint")):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=f"{old} is .*{new} now"):
+            assert getattr(module, old).__name__ == new
+        with pytest.raises(AttributeError, match="nothing"):
+            module.nothing  # noqa: B018

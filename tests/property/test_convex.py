@@ -17,7 +17,7 @@ from convexprune.penalty import L1
 from convexprune.pruners import (
     PRUNERS,
     Convex,
-    PruningProblem,
+    LayerProblem,
     SparseGPT,
     Wanda,
 )
@@ -37,7 +37,7 @@ def test_convex_has_the_smallest_error_on_correlated_inputs(rival, pattern):
         assert error(problem, Convex()) < error(problem, PRUNERS[rival]())
 
 
-def best_rows(problem: PruningProblem, kept: int) -> torch.Tensor:
+def best_rows(problem: LayerProblem, kept: int) -> torch.Tensor:
     """mean |v x - w x|^2 of each row [m] for its best support of `kept` inputs, by trying every one."""
     gram, weight = problem.moments.gram, problem.weight
     m, n = weight.shape
@@ -54,7 +54,7 @@ def best_rows(problem: PruningProblem, kept: int) -> torch.Tensor:
     return best
 
 
-def few_inputs(correlation: float) -> list[PruningProblem]:
+def few_inputs(correlation: float) -> list[LayerProblem]:
     """Five layers so narrow that every support can be tried."""
     layers = [make_chain(12, 10, seed, correlation, tokens=200) for seed in range(5)]
     return [layer_problem(layer, Unstructured(0.5, "row")) for layer in layers]

@@ -7,8 +7,9 @@ from strategies import Layer, make_chain, random
 
 from convexprune.moments import Moments, sampling_noise
 from convexprune.pattern import Unstructured
-from convexprune.pruners import Convex, PruningProblem
-from convexprune.pruners.damped import DOMAIN_SHIFT_RANGE, EIGENVALUE_KNEE, NOISE_GAIN, RIDGE, Damping, damped
+from convexprune.pruners import Convex, LayerProblem
+from convexprune.pruners.damped import DOMAIN_SHIFT_RANGE, NOISE_GAIN, RIDGE, damped
+from convexprune.pruners.damping import EIGENVALUE_KNEE, Damping
 
 
 def folds_of(layer: Layer) -> tuple[Moments, Moments]:
@@ -18,12 +19,18 @@ def folds_of(layer: Layer) -> tuple[Moments, Moments]:
     return first, second
 
 
+def posed(pruner: Convex, problem: LayerProblem) -> Damping:
+    damping = pruner.prune(problem).damping
+    assert damping is not None
+    return damping
+
+
 def test_damping_falls_with_the_number_of_tokens_down_to_what_other_texts_ask_for():
     found = []
     for tokens in (24, 100, 20_000):
         layer = correlated(0, tokens=tokens)
         problem = layer_problem(layer, Unstructured(0.5), folds=folds_of(layer))
-        found.append(Convex().prune(problem).facts["damping"])
+        found.append(posed(Convex(), problem).strength)
     least, most = DOMAIN_SHIFT_RANGE
     assert found[0] > found[1] > most + RIDGE > found[2] > least + RIDGE
     assert found[2] == pytest.approx(least + RIDGE, rel=0.1)
@@ -33,10 +40,10 @@ def test_damping_falls_with_the_number_of_tokens_down_to_what_other_texts_ask_fo
 def test_damping_grows_with_the_noise(tokens, for_others):
     layer = correlated(0, tokens=tokens)
     folds = folds_of(layer)
-    facts, noise = Convex().prune(layer_problem(layer, Unstructured(0.5), folds=folds)).facts, sampling_noise(folds)
+    damping, noise = posed(Convex(), layer_problem(layer, Unstructured(0.5), folds=folds)), sampling_noise(folds)
     expected = {"least": DOMAIN_SHIFT_RANGE[0], "some": NOISE_GAIN * noise, "most": DOMAIN_SHIFT_RANGE[1]}[for_others]
-    assert facts["damping_saturating"] == pytest.approx(noise + expected)
-    assert facts["damping"] - facts["damping_saturating"] == pytest.approx(RIDGE)
+    assert damping.saturating == pytest.approx(noise + expected)
+    assert damping.ridge == pytest.approx(RIDGE)
 
 
 @pytest.mark.parametrize("saturating", [0.0, 0.5])
@@ -55,7 +62,7 @@ def test_damping_helps_on_tokens_that_were_not_seen():
     for seed in range(5):
         seen, unseen = (make_chain(8, 16, seed + 1000 * k, 0.7, tokens) for k, tokens in enumerate((20, 4000)))
         problem = layer_problem(seen, Unstructured(0.5), folds=folds_of(seen))
-        judge = PruningProblem(seen.weight, unseen.moments, Unstructured(0.5))
+        judge = LayerProblem(seen.weight, unseen.moments, Unstructured(0.5))
         for damping in errors:
             errors[damping] += float(judge.squared_error(Convex(damping=damping).prune(problem).weight).sum())
     assert errors[None] < errors[1e-6]

@@ -9,8 +9,8 @@ from torch import Tensor
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.moments import Moments
 from convexprune.pipeline.bounding import sampled_bounds
-from convexprune.pruners import PRUNERS, Convex, PruningProblem, Refitted, SparseGPT
-from convexprune.pruners.damped import Damping
+from convexprune.pruners import PRUNERS, Convex, LayerProblem, Refitted, SparseGPT
+from convexprune.pruners.damping import Damping
 
 ROWS, INPUTS = 16, 40
 LOOKING = sorted(PRUNERS.keys() - {"magnitude"})  # which does not look at the inputs
@@ -24,11 +24,11 @@ CASES = {  # the pattern, the sizes of live inputs, the number of dead ones
 }
 
 
-def posed(weight: Tensor, inputs: Tensor, pattern: Constraint, dense: Tensor | None = None) -> PruningProblem:
+def posed(weight: Tensor, inputs: Tensor, pattern: Constraint, dense: Tensor | None = None) -> LayerProblem:
     folds = tuple(Moments(inputs.shape[1], torch.float64) for _ in range(2))
     for i, fold in enumerate(folds):
         fold.add(inputs[i::2], None if dense is None else dense[i::2])
-    return PruningProblem(weight, folds[0] + folds[1], pattern, folds=folds)
+    return LayerProblem(weight, folds[0] + folds[1], pattern, folds=folds)
 
 
 def drawn(pattern: Constraint, size: float, count: int) -> tuple[Tensor, Tensor, Tensor]:

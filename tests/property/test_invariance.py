@@ -10,7 +10,7 @@ from convexprune.moments import Moments
 from convexprune.pattern import SemiStructured, Unstructured
 from convexprune.penalty import L1
 from convexprune.problem import Problem
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex, FISTAPruner, PruningProblem
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, FISTAPruner, LayerProblem
 from convexprune.solvers import make_solver
 
 SOLVER = make_solver("fista", tolerance=1e-10, max_iterations=20_000)
@@ -27,7 +27,7 @@ def lasso(layer, strength, solver=SOLVER):
 def prune(layer, pattern, dtype=torch.float64):
     moments = Moments(layer.weight.shape[1], dtype)
     moments.add(layer.pruned.to(dtype), layer.dense.to(dtype))
-    return Convex(damping=0.01).prune(PruningProblem(layer.weight.to(dtype), moments, pattern)).weight
+    return Convex(damping=0.01).prune(LayerProblem(layer.weight.to(dtype), moments, pattern)).weight
 
 
 def close(found, expected):
@@ -51,7 +51,7 @@ def test_units_of_the_inputs(seed, pattern):
 @given(seeds, st.sampled_from(PATTERNS[1:]))
 def test_units_of_the_outputs_where_rows_do_not_compete(seed, pattern):
     layer, units = draw(seed), random(seed + 9, 3).exp()
-    problem = PruningProblem(layer.weight, layer.moments, pattern)
+    problem = LayerProblem(layer.weight, layer.moments, pattern)
     close(Convex(damping=0.01).prune(problem.scaled(units)).weight / units[:, None], prune(layer, pattern))
 
 
@@ -83,7 +83,7 @@ def test_how_the_tokens_are_split_into_batches(seed, size):
         moments.add(x, dense)
     torch.testing.assert_close(moments.gram, layer.moments.gram)
     pruner = Convex(damping=0.01)
-    found = pruner.prune(PruningProblem(layer.weight, moments, PATTERNS[0])).weight
+    found = pruner.prune(LayerProblem(layer.weight, moments, PATTERNS[0])).weight
     close(found, prune(layer, PATTERNS[0]))
 
 
@@ -127,7 +127,7 @@ def pruned_in_units(name: str, layer: Layer, pattern, inputs: float, outputs: fl
     if isinstance(pruner, FISTAPruner):  # its strengths are as published: absolute
         unit = inputs * outputs
         pruner = FISTAPruner(strength=1e-5 * unit, largest_strength=1e6 * unit)
-    problem = PruningProblem(other.weight, halves[0] + halves[1], pattern, folds=tuple(halves))
+    problem = LayerProblem(other.weight, halves[0] + halves[1], pattern, folds=tuple(halves))
     weight = pruner.prune(problem).weight
     return weight * (inputs / outputs), float(problem.squared_error(weight).sum() / problem.energy.sum())
 

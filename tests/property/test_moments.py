@@ -7,7 +7,7 @@ from strategies import corrections, layers, make_layer, random, seeds
 from convexprune.errors import ProblemError
 from convexprune.moments import Moments, sampling_noise
 from convexprune.pattern import Unstructured
-from convexprune.pruners import PruningProblem
+from convexprune.pruners import LayerProblem
 
 ROUNDING = 1e-12  # float64 sums of a few dozen tokens, relative to the largest entry
 SINGLE = 1e-5  # the same in float32
@@ -202,7 +202,7 @@ def test_in_a_scaled_problem_each_output_counts_by_its_factor(layer, correction,
     if layer.dense is not layer.pruned:
         known.add_errors(layer.pruned, (layer.dense - layer.pruned) @ layer.weight.T)
     for moments in (layer.moments, known):
-        plain = PruningProblem(layer.weight, moments, Unstructured(0.5), correction, (moments,))
+        plain = LayerProblem(layer.weight, moments, Unstructured(0.5), correction, (moments,))
         scaled = plain.scaled(factors)
         errors = scaled.squared_error(weight * factors[:, None])
         torch.testing.assert_close(errors, plain.squared_error(weight) * factors.square(), rtol=1e-9, atol=1e-20)

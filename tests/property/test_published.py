@@ -6,7 +6,7 @@ from strategies import Layer, make_chain, random
 from torch import Tensor
 
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
-from convexprune.pruners import ALPS, PruningProblem, SparseGPT, Wanda
+from convexprune.pruners import ALPS, LayerProblem, SparseGPT, Wanda
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
 DEAD = [3, 4, 9]
@@ -14,14 +14,14 @@ PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), Unstructured(0.7, "row"
 KINDS = ("plain", "dead", "ties", "dead and ties")
 
 
-def posed(kind: str, pattern: Constraint, seed: int = 0) -> PruningProblem:
+def posed(kind: str, pattern: Constraint, seed: int = 0) -> LayerProblem:
     layer = make_chain(7, 16, seed, correlation=0.7, tokens=60)
     inputs, weight = layer.pruned * (random(seed + 7, 16) / 2).exp(), layer.weight
     if "dead" in kind:
         inputs[:, DEAD] = 0
     if "ties" in kind:
         weight = weight.mul(1.5).round()  # many are equal, and some are zero
-    return PruningProblem(weight, Layer(weight, inputs, inputs).moments, pattern)
+    return LayerProblem(weight, Layer(weight, inputs, inputs).moments, pattern)
 
 
 def smallest(scores: Tensor, pattern: Constraint, first: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ def test_wanda_is_its_formula(kind: str, pattern: Constraint):
 # SparseGPT
 
 
-def slow_sparsegpt(problem: PruningProblem, block: int, damping: float) -> Tensor:
+def slow_sparsegpt(problem: LayerProblem, block: int, damping: float) -> Tensor:
     """Frantar and Alistarh 2023, section 3: every column's own inverse of the Hessian of the columns that are left.
 
     After column j the inverse loses its first row and column by a step of Gaussian elimination (their Eq. 4),
@@ -108,7 +108,7 @@ def test_sparsegpt_is_the_paper_column_by_column(kind: str, pattern: Constraint,
 # ALPS
 
 
-def slow_alps(problem: PruningProblem, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def slow_alps(problem: LayerProblem, damping: float = 0.01) -> tuple[Tensor, Tensor]:
     """Meng et al. 2024, Algorithm 1 and its code: the mask, and the weights after ten conjugate gradients on it."""
     live = problem.moments.gram.diagonal() > 0
     gram, dense = with_ones(problem.moments.gram, problem.weight)

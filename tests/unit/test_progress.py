@@ -16,13 +16,14 @@ from convexprune.cli import progress
 from convexprune.cli.stopping import Stopped, listen
 from convexprune.cli.summary import summary
 from convexprune.progress import begin, followed_by
+from convexprune.pruners.damping import Damping
 from convexprune.report import OperatorReport, Report
 
 
-def report(name: str, error: float = 0.01, **facts: float) -> OperatorReport:
+def report(name: str, error: float = 0.01, damping: float = 0.1, **facts: float) -> OperatorReport:
     return OperatorReport(
         name, 8, 16, 64, 64, "0.5", error, 2 * error, 1e-5, 1e-3, 1e-6, "SOLVED", 5, 60, facts, 512, 64, 0.5,
-        {"rows": 2, "ratio": 0.3, "lower": 0.1, "error": 0.3, "damping": 0.1},
+        {"rows": 2, "ratio": 0.3, "lower": 0.1, "error": 0.3, "damping": damping}, damping=Damping(damping),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import convexprune
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
 from convexprune.errors import ConvexpruneError
 from convexprune.penalty import L1
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Pruned
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, LayerEdit
 from convexprune.recipe import Recipe
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers.fista import FISTA
@@ -218,7 +218,7 @@ def test_a_kept_weight_too_small_for_the_dtype_is_stored_as_the_smallest_number(
 
     class Shrink(AbstractPruner):
         def prune(self, problem):
-            return Pruned(problem.weight * 2.0**-14, problem.pattern.mask(torch.rand(problem.weight.shape)))
+            return LayerEdit(problem.weight * 2.0**-14, problem.pattern.mask(torch.rand(problem.weight.shape)))
 
     settings: dict[str, Any] = SMALL | {"targets": ["model.layers.0.self_attn.q_proj"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -310,7 +310,7 @@ def test_the_output_is_an_ordinary_folder_that_transformers_loads(tiny_llama: Hu
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, result.model(TOKENS).logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "pruned")) > 0
-    recipe = convexprune.pipeline.make_recipe(**yaml.safe_load((tmp_path / "pruned" / "recipe.yaml").read_text()))
+    recipe = convexprune.recipe.make_recipe(**yaml.safe_load((tmp_path / "pruned" / "recipe.yaml").read_text()))
     assert recipe.pattern == "2:4"
     report = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert report["sparsity"] == 0.5 and len(report["operators"]) == 14

@@ -18,7 +18,7 @@ from convexprune import errors
 from convexprune.pattern import Unstructured
 from convexprune.pipeline.folds import Folds
 from convexprune.pipeline.team import ProcessGroup, SamePruned
-from convexprune.pruners import Convex, Pruned
+from convexprune.pruners import Convex, LayerEdit
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def test_all_ranks_take_the_answer_of_the_first(seed: int, size: int):
     """Even if a rank's own processor rounds in another way."""
     problem, pruner = layer_problem(correlated(seed, m=5, change=0.3), Unstructured(0.5)), Convex()
 
-    def pruned_by(ranks: ProcessGroup) -> Pruned:
+    def pruned_by(ranks: ProcessGroup) -> LayerEdit:
         own = replace(problem, weight=problem.weight * (1 + 1e-3 * ranks.rank))
         return SamePruned(pruner, ranks.broadcast).prune(own)
 

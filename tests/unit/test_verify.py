@@ -12,7 +12,7 @@ from test_cli import folder, run
 import convexprune
 from convexprune.errors import OutputError, ProblemError, RecipeError
 from convexprune.pattern import SemiStructured
-from convexprune.pruners import PruningProblem
+from convexprune.pruners import LayerProblem
 from convexprune.report import Report
 from convexprune.solvers.fista import FISTA
 from convexprune.validation import Verification, best_pruning, verify
@@ -51,7 +51,7 @@ def test_a_finished_run_is_read_again_and_judged_by_its_own_weights(
     again = verify(folder / "model", rows=2, columns=8, bound_rows=999, operators=[operator], **settings)
     (judged,), (fresh,) = result.bounds, again.bounds
     report = Report.from_json((folder / "out" / "report.json").read_text())
-    assert [o.facts["damping"] for o in report.operators if o.name == operator] == [judged.damping]
+    assert [o.damping and o.damping.strength for o in report.operators if o.name == operator] == [judged.damping]
     assert fresh.plain_error == pytest.approx(judged.plain_error, rel=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_a_block_moves_only_its_columns():
     from strategies import make_layer
 
     layer = make_layer("full rank", 3, 8, 0)
-    problem = PruningProblem(layer.weight, layer.moments, SemiStructured(2, 4))
+    problem = LayerProblem(layer.weight, layer.moments, SemiStructured(2, 4))
     quadratic, chosen = block(problem, 4, torch.Generator().manual_seed(0))
     assert chosen.tolist() in ([0, 1, 2, 3], [4, 5, 6, 7])  # whole groups
     moved = layer.weight.clone()
@@ -133,4 +133,4 @@ def test_brute_force_refuses_what_is_too_large():
 
     layer = make_layer("full rank", 1, 24, 0)
     with pytest.raises(ProblemError, match="at most 20"):
-        best_pruning(PruningProblem(layer.weight, layer.moments, SemiStructured(2, 4)))
+        best_pruning(LayerProblem(layer.weight, layer.moments, SemiStructured(2, 4)))

@@ -1,0 +1,30 @@
+"""The damping of a layer problem: how a solution is pulled towards the dense weight."""
+
+from dataclasses import dataclass
+
+EIGENVALUE_KNEE = 0.1
+"""Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
+
+
+@dataclass(frozen=True)
+class Damping:
+    """A pull towards the dense weight,  1/2 sum_i (V - W)_i S (ridge I + saturating P) S (V - W)_i',  S = sqrt(diag H).
+
+    P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1 and k = `EIGENVALUE_KNEE`, is small where the sample
+    shows little energy.
+
+    Args:
+        ridge: the pull in all directions.
+        saturating: the pull in those of much energy, beside it.
+    """
+
+    ridge: float
+    saturating: float = 0.0
+
+    @property
+    def strength(self) -> float:
+        """Of the pull in directions of much energy."""
+        return self.ridge + self.saturating
+
+
+NO_DAMPING = Damping(0.0)
