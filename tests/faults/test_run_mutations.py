@@ -50,11 +50,11 @@ FAULTS = (
     Fault("workers that hear Ctrl-C", worker._no_interrupts, "{signal.SIGINT}", "()",
           test_executors.test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it),
     # Checkpoints.
-    Fault("weights that are made up", checkpoint._read, 'if info["missing_keys"]', "if False",
+    Fault("weights that are made up", checkpoint.read_model, 'if info["missing_keys"]', "if False",
           test_checkpoint.test_tensors_that_the_checkpoint_lacks_are_not_made_up),
     Fault("a tokenizer that is made up", reading.read_tokenizer, "return None", "pass",
           test_checkpoint.test_a_folder_without_a_tokenizer_has_none),
-    Fault("a dtype that is not kept", checkpoint._read, 'dtype or "auto"', "dtype or torch.float32",
+    Fault("a dtype that is not kept", checkpoint.read_model, 'dtype or "auto"', "dtype or torch.float32",
           test_checkpoint.test_the_embedded_model_loads_in_its_own_precision_or_the_one_asked_for),
     Fault("a loaded model in its own dtype", checkpoint.load, "dtype=cast", "dtype=None",
           test_checkpoint.test_a_loaded_model_is_used_in_place),
