@@ -24,13 +24,22 @@ WITHOUT = "take an allocation without gradients (allocation='uniform')"
 def output_fisher(
     model: HuggingFaceModel, tokens: Tensor, batch_size: int = 1, record: Callable[[], Recorded] = list
 ) -> dict[str, Tensor]:
-    """f_i = mean over tokens of (d loss / d y_i)^2 for the outputs y [m] of each operator, by "layer.operator".
+    """The empirical Fisher information of the outputs of each operator, f_i = mean over tokens of (d loss / d y_i)^2.
 
-    The loss is the summed negative log-likelihood of a window of `tokens` [windows length] (the empirical Fisher: the
-    labels are the text's own). It is differentiated layer by layer, from the last to the first, so that a model that
-    streams has one decoder layer at a time in memory; what enters each of its layers is recorded meanwhile.
+    The loss is the summed negative log-likelihood of a window (the labels are the text's own). It is differentiated
+    layer by layer, from the last to the first, so that a model that streams has one decoder layer at a time in memory;
+    what enters each of its layers is recorded meanwhile.
 
     An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
+
+    Args:
+        model: the model.
+        tokens: token ids [windows length].
+        batch_size: windows at once.
+        record: makes a place for what enters a layer.
+
+    Returns:
+        f [m] by "layer.operator".
 
     Raises:
         ModelError: a gradient is not finite; the last operator is named where one is not. Or torch cannot

@@ -31,7 +31,14 @@ PROBE = 64  # tokens on which the model has to compute what it did
 
 @dataclass(frozen=True)
 class Permuted:
-    """A set of channels, the order [size] that is found for them, and the share of their scores that N:M prunes."""
+    """A set of channels and its new order.
+
+    Args:
+        channels: the set.
+        order: [size].
+        before: the fraction of their scores that N:M prunes in the old order.
+        after: the same in the new order.
+    """
 
     channels: Channels
     order: list[int]
@@ -46,9 +53,13 @@ class Permuted:
 
 @dataclass(repr=False)
 class Permutation:
-    """For a `pattern`, every set of channels with its order, and what stays as it is, with the reason.
+    """Every set of channels with its order, and what stays as it is.
 
-    An operator of which no set is an input is named without the numbers of its layer and expert.
+    Args:
+        pattern: N:M, as text.
+        permuted: the sets.
+        left: the reason by name. An operator of which no set is an input is named without the numbers of its layer and
+            expert.
     """
 
     pattern: str
@@ -63,7 +74,7 @@ class Permutation:
         return asdict(self)
 
     def apply(self, model: nn.Module) -> None:
-        """Put the channels of a model in memory in their order."""
+        """Put the channels of a `model` in memory in their order."""
         for one in self.permuted:
             one.channels.order(model, torch.tensor(one.order))
 
@@ -80,13 +91,23 @@ def find_permutation(
     seed: int = 0,
     progress: Callable[[int], Callable[[Permuted], None]] | None = None,
 ) -> Permutation:
-    """An order of the channels of a dense `model` of which an N:M pattern prunes less; the model is not changed.
+    """An order of the channels of a dense model of which an N:M pattern prunes less; the model is not changed.
 
-    The scores are W_ij^2 mean x_j^2 (Wanda's, squared) on `tokens` [windows length], those of all operators that see a
-    set of channels together, each relative to its sum. The sets are those inside of decoder layers, and the hidden
-    states (`channels`); one decoder layer is in memory at a time. The model is tried in the new order on a few tokens,
-    and what makes it compute something else stays in its own. `progress` is called with the number of sets, returns
-    what is called with each.
+    The scores are W_ij^2 mean x_j^2 (Wanda's, squared), those of all operators that see a set of channels together,
+    each relative to its sum. The sets are those inside of decoder layers, and the hidden states (`channels`); one
+    decoder layer is in memory at a time. The model is tried in the new order on a few tokens, and what makes it compute
+    something else stays in its own.
+
+    Args:
+        model: the dense model.
+        tokens: token ids [windows length].
+        pattern: N:M.
+        batch_size: windows at once.
+        seed: of what is drawn.
+        progress: called with the number of sets; returns what is called with each.
+
+    Returns:
+        The order of each set.
 
     Raises:
         ModelError: its weights are offloaded.
@@ -258,6 +279,11 @@ def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> 
     """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
 
     A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
+
+    Args:
+        model: the model.
+        found: the new order.
+        folder: where to.
 
     Raises:
         OutputError: the disk is full or fails.

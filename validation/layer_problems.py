@@ -31,9 +31,16 @@ from convexprune.report import OperatorReport
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """One operator [m n]: its `dense` weight, the `pruned` one that was achieved, and the `moments` of its problem.
+    """One operator and the problem that its pruner was to solve.
 
-    `damping` is what its pruner was damped by.
+    Args:
+        name: "layer.operator".
+        dense: its dense weight [m n].
+        pruned: the weight [m n] that was achieved.
+        moments: of its input.
+        pattern: that was asked for.
+        correction: how much of earlier errors it corrects.
+        damping: that its pruner added.
     """
 
     name: str
@@ -45,7 +52,15 @@ class OperatorProblem:
     damping: Damping
 
     def rows(self, count: int | None, generator: torch.Generator) -> tuple[LayerProblem, Tensor]:
-        """The pruning problem of `count` rows drawn at random (None: all), and the pruned weight of these rows."""
+        """The pruning problem of some rows.
+
+        Args:
+            count: how many, drawn at random; None is all.
+            generator: of the random numbers.
+
+        Returns:
+            The problem, and the pruned weight of these rows.
+        """
         chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
         moments = self.moments.rows(chosen)
@@ -63,14 +78,21 @@ def operator_problems(
     batch_size: int = 1,
     reports: Iterable[OperatorReport] = (),
 ) -> None:
-    """The problems of the operators `names` of the dense `model` on `tokens` [samples length], in order of execution.
+    """The problems of some operators of a dense model, in order of execution.
 
-    `on_problem` is called with each: one decoder layer's problems at a time are in memory.
+    x is what an operator sees in the dense layer, x* what it sees in the layer pruned; of a dense prefix only the
+    layers that hold one of the operators are pruned. One decoder layer's problems at a time are in memory. The model
+    itself is not changed. An expert to which no token is sent is left out.
 
-    x is what an operator sees in the dense layer, x* what it sees in the layer pruned: that of the model `pruned`, or a
-    copy that is pruned here as `settings` say; of a dense prefix only the layers that hold one of `names`. The model
-    itself is not changed. An expert to which no token is sent is left out. `reports` are those of the run that wrote
-    `pruned`.
+    Args:
+        model: the dense model.
+        tokens: token ids [samples length].
+        settings: of the run.
+        names: of the operators.
+        on_problem: called with each problem.
+        pruned: the pruned model; None prunes a copy of each layer here.
+        batch_size: windows at once.
+        reports: those of the run that wrote `pruned`.
     """
     damping = {report.name: report.damping for report in reports}
 

@@ -23,7 +23,13 @@ class Store:
         self._device = device
 
     def write_states(self, network: str, layer: int, stream: str, batches: Iterable[Tensor]) -> None:
-        """Keep the hidden states [batch tokens hidden] of a stream of batches before decoder layer `layer`.
+        """Keep hidden states before a decoder layer.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            stream: name of the batches.
+            batches: the hidden states [batch tokens hidden].
 
         Raises:
             OutputError: the disk is full or fails.
@@ -42,21 +48,49 @@ class Store:
             publish(temporary, path)
 
     def states(self, network: str, layer: int, stream: str) -> Batches:
-        """The hidden states of `write_states`, read from the file as they are used."""
+        """The hidden states of `write_states`, read from the file as they are used.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            stream: name of the batches.
+
+        Returns:
+            The batches.
+        """
         path = self._states(network, layer, stream)
         notes = read_json(path.with_suffix(".json"))
         return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
 
     def drop_states(self, network: str, layer: int) -> None:
-        """Forget the states before decoder layer `layer`."""
+        """Forget the states before a decoder layer.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+        """
         shutil.rmtree(self._states(network, layer, "").parent, ignore_errors=True)
 
     def record(self, network: str, layer: int, facts: Any) -> None:
-        """Write down that decoder layer `layer` is done for a network, with what came of it."""
+        """Write down that a decoder layer is done for a network.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            facts: what came of it, as JSON can hold it.
+        """
         write_json(self._record(network, layer), facts)
 
     def recorded(self, network: str, layer: int) -> Any:
-        """What `record` wrote, or None."""
+        """What `record` wrote.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+
+        Returns:
+            The facts; None if there are none.
+        """
         return read_json(self._record(network, layer))
 
     def _states(self, network: str, layer: int, stream: str) -> Path:

@@ -41,7 +41,16 @@ QUOTAS = ("matrix", "own", "row")
 
 @dataclass(frozen=True)
 class Variant:
-    """One method at one pattern under one convention; `sparsity` is None where the pattern fixes it."""
+    """One method at one pattern under one convention.
+
+    Args:
+        method: its name, with settings.
+        pattern: "unstructured" or N:M.
+        sparsity: of an unstructured pattern.
+        convention: of prefix and correction.
+        quota: of an unstructured pattern: "matrix" or "row".
+        allocation: the rule.
+    """
 
     method: str
     pattern: str

@@ -38,8 +38,17 @@ WIDE = 1024  # above, a split for every row costs too much: rows share one
 class BoundReport:
     """What was achieved on a sample of an operator's rows, and the bound on every pruning of them.
 
-    `error` is mean |V x* - target|^2 plus the `damping` that the pruner added: what it was to minimise. `plain_error`
-    is without damping, on the calibration tokens alone.
+    Args:
+        operator: its name.
+        rows: how many.
+        damping: the strength that the pruner added.
+        error: mean |V x* - target|^2 plus this damping: what the pruner was to minimise.
+        lower: the bound on `error`.
+        ratio: lower / error.
+        plain_error: without damping, on the calibration tokens alone.
+        plain_lower: the bound on `plain_error`.
+        plain_ratio: plain_lower / plain_error.
+        seconds: of both bounds.
     """
 
     operator: str
@@ -58,8 +67,17 @@ class BoundReport:
 class Verification:
     """Everything that was compared; `faults` says in words what missed its tolerance.
 
-    Of a run, `miscounted` names the operators whose zeros are not those of the report, `errors` are the report's beside
-    those measured here, and `note` says why there are none.
+    Args:
+        source: what was verified.
+        settings: of its recipe.
+        tolerance: the largest relative difference of objectives that passes.
+        gap: the largest relative duality gap that passes.
+        comparisons: the solves.
+        bounds: the bounds.
+        miscounted: of a run, the operators whose zeros are not those of the report.
+        errors: of a run, the report's errors beside those measured here.
+        note: why there are none.
+        seconds: in all.
     """
 
     source: str
@@ -206,7 +224,16 @@ def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerS
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
-    """The bounds for `rows` rows of an operator drawn at random (None: all), with its pruner's damping and without."""
+    """The bounds for rows of an operator, with its pruner's damping and without.
+
+    Args:
+        operator: with its problem.
+        rows: how many, drawn at random; None is all.
+        generator: of the random numbers.
+
+    Returns:
+        The bounds.
+    """
     began = time.perf_counter()
     problem, achieved = operator.rows(rows, generator)
     method = LowerBound(per_row=problem.weight.shape[1] <= WIDE and rows is not None)

@@ -22,7 +22,16 @@ WIDEST = 4096
 
 
 def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tensor:
-    """The indices of `rows` of `count` rows drawn at random; all of them in their order if None or too many."""
+    """Rows drawn at random.
+
+    Args:
+        count: how many there are.
+        rows: how many are wanted; None is all.
+        generator: of the random numbers.
+
+    Returns:
+        Their numbers; all of them in their order if none are left out.
+    """
     if rows is None or rows >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[:rows]
@@ -31,11 +40,21 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
 def sampled_bounds(
     problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
 ) -> list[dict[str, float] | None]:
-    """The quick bound for `rows` rows of each operator of a pruned stack [m n], the same ones in every run.
+    """The quick bound for some rows of each operator of a pruned stack, the same ones in every run.
 
-    The error is that of the problem that was posed: mean |V x* - target|^2, of rows times their `factors` [m] if there
-    are any, plus the `damping` that the pruner added (see `OperatorReport`). None if no rows are asked, if nothing was
-    to be pruned, if the constraint has no lines, or if the operators are too wide.
+    The error is that of the problem that was posed: mean |V x* - target|^2, plus the damping that the pruner added (see
+    `OperatorReport`).
+
+    Args:
+        problem: of the stack.
+        weight: the pruned weight [m n].
+        rows: how many of each operator.
+        damping: that the pruner added.
+        factors: of the rows [m], if they are weighed.
+
+    Returns:
+        One bound for each operator; None if no rows are asked, if nothing was to be pruned, or if the operators are too
+        wide.
     """
     parts, n = problem.operators(), weight.shape[1]
     pruned = [_is_bounded(part) for part in parts]

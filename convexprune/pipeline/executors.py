@@ -46,7 +46,14 @@ class AbstractExecutor(ABC):
 
     @abstractmethod
     def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
-        """Return when all layers are finished; `model` and `store` are those of this process."""
+        """Return when all layers are finished.
+
+        Args:
+            job: what to prune.
+            model: of this process.
+            store: of this process.
+            tell: called with the report of each operator.
+        """
 
 
 class Serial(AbstractExecutor):
@@ -59,10 +66,14 @@ class Serial(AbstractExecutor):
 
 @dataclass(frozen=True)
 class Ranks(AbstractExecutor):
-    """One of the `size` processes that torchrun or srun started with the same command.
+    """One of the processes that torchrun or srun started with the same command.
 
     They meet in the run's folder only; if layers wait for each other, they prune each layer together.
     Launchers divide the threads themselves.
+
+    Args:
+        number: of this process.
+        size: how many there are.
     """
 
     number: int
@@ -138,7 +149,11 @@ class Pool(AbstractExecutor):
 
 @dataclass(frozen=True)
 class OnRay(AbstractExecutor):
-    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost."""
+    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost.
+
+    Args:
+        workers: how many tasks.
+    """
 
     workers: int
 
@@ -173,6 +188,14 @@ EXECUTORS = ("serial", "pool", "ranks", "ray")
 
 def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
     """The executor of that name.
+
+    Args:
+        name: "serial", "pool", "ranks" or "ray".
+        workers: how many.
+        device: where they compute.
+
+    Returns:
+        The executor.
 
     Raises:
         RecipeError: there is none, or it does not fit where we are.

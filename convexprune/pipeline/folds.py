@@ -37,14 +37,26 @@ class Folds:
 
     @staticmethod
     def bytes(width: int) -> int:
-        """How much memory three Gram matrices take."""
+        """The memory of three Gram matrices, in bytes.
+
+        Args:
+            width: n of each.
+
+        Returns:
+            The bytes.
+        """
         return 3 * 4 * width * width
 
     def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count x* [samples tokens n]; each sample goes whole to one half, the one that has seen less.
+        """Count inputs; each sample goes whole to one half, the one that has seen less.
 
-        `lacking` is what the same tokens are to be corrected for, if anything: x - x* or, told of outputs,
-        [samples tokens m]. Samples of less than `FEW` tokens wait until so many are there.
+        Samples of less than `FEW` tokens wait until so many are there.
+
+        Args:
+            x: x* [samples tokens n].
+            lacking: what the same tokens are to be corrected for, if anything: x - x*, or of outputs [samples tokens
+                m].
+            held_out: whether they are held out.
         """
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
@@ -110,6 +122,9 @@ class Folds:
     def add_up(self, ranks: ProcessGroup) -> None:
         """Count what the other ranks have counted, too.
 
+        Args:
+            ranks: that prune together.
+
         Raises:
             PruningError: the ranks do not count the same quantities, or one was lost.
         """
@@ -172,7 +187,15 @@ Item = TypeVar("Item", bound=Paired)
 
 
 def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
-    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room."""
+    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room.
+
+    Args:
+        stage: the groups, or what stands for them.
+        width: gives the inputs of one.
+
+    Returns:
+        The parts.
+    """
     groups = list(stage)
     parts, room = [[group for group in groups if group.paired]], ROOM
     for group in groups:

@@ -29,7 +29,20 @@ def prune_group(
     began: float,
     facts: dict[str, float],
 ) -> None:
-    """Operators that share an input are one stack of rows, solved as one problem; `facts` are for its report."""
+    """Prune operators that share an input: one stack of rows, solved as one problem.
+
+    Args:
+        layer: its name.
+        group: the operators.
+        folds: the moments of their input.
+        settings: of the run.
+        tell: called with the report of each operator.
+        began: when the group's work began, by `time.perf_counter`.
+        facts: numbers for the reports, by name.
+
+    Raises:
+        PruningError: the pruned weight is not what was asked for.
+    """
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = stack_of(group)
     names = [f"{layer}.{operator.name}" for operator in group.operators]

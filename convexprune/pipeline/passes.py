@@ -31,7 +31,7 @@ class Observed:
     last_branch: Group | None = None
 
     def read_for(self, group: Group) -> Sequence[Tensor]:
-        """What of the dense layer the group is compared with, if anything."""
+        """The recorded tensors that a `group` is compared with, if any."""
         return self.inputs.get(group, self.outputs if group is self.last_branch else ())
 
 
@@ -43,11 +43,20 @@ def observe(
     record: Callable[[], Recorded] = list,
     correct: Collection[Correct] = ("operator",),
 ) -> Observed:
-    """One pass of the dense layer over all batches; `record` makes a place to keep them, in memory or on disk.
+    """One pass of the dense layer over all batches.
 
-    `calls` gives the other arguments for a batch. `correct` says what will be asked for (`LayerSettings.correct`): if
-    no more than the "layer", the inputs of the group that closes it are not kept. What is recorded: tokens times the
-    widths of the stages. The first batch shows the shortcuts, too.
+    What is recorded: tokens times the widths of the stages. The first batch shows the shortcuts, too.
+
+    Args:
+        layer: the layer.
+        calls: gives the other arguments for a batch.
+        batches: what enters the layer [batch tokens hidden].
+        record: makes a place to keep tensors, in memory or on disk.
+        correct: what will be asked for (`LayerSettings.correct`): if no more than the "layer", the inputs of the group
+            that closes it are not kept.
+
+    Returns:
+        What was observed.
     """
     last_branch = next(
         (g for g in layer.groups[-1:] if "layer" in correct and is_last_branch(layer, g, calls, batches)), None
@@ -88,7 +97,17 @@ def through(
     batches: Sequence[Tensor],
     known: Mapping[CachedSubmodule, Recorded] | None = None,
 ) -> Iterator[Tensor]:
-    """What the layer, as it is by now, makes of each batch; the shortcuts are taken whose inputs are `known`."""
+    """The outputs of the layer, as it is by now, for each batch.
+
+    Args:
+        layer: the layer.
+        calls: gives the other arguments for a batch.
+        batches: what enters the layer [batch tokens hidden].
+        known: the inputs of shortcuts, which are then taken.
+
+    Yields:
+        The outputs [batch tokens hidden].
+    """
     for i, batch in enumerate(batches):
         with replaying({cached_submodule: x[i].to(batch.device) for cached_submodule, x in (known or {}).items()}):
             output = calls(batch)(layer.module, batch)
@@ -122,9 +141,16 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """What the groups of a stage see [samples tokens n]; the layer is run no further than that.
+    """The inputs of the groups of a stage; the layer is run no further than that.
 
-    Of a group that is not paired all tokens count as one sample; one that no token reaches is left out.
+    Args:
+        layer: the layer.
+        stage: the groups.
+        call: how the model calls the layer.
+        batch: what enters it [batch tokens hidden].
+
+    Returns:
+        [samples tokens n] of each group that a token reaches. Of one that is not paired all tokens count as one sample.
     """
     seen: dict[Group, Tensor] = {}
     if not stage:

@@ -22,6 +22,10 @@ UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may
 def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
     """Refuse, before any work, a pattern that some operator does not fit.
 
+    Args:
+        layers: the decoder layers.
+        settings: of the run.
+
     Raises:
         PatternError: the operator is named.
     """
@@ -34,12 +38,25 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
 
 
 def prune_in_place(model: AbstractModel, work: Work, tell: Tell) -> None:
-    """Prune every decoder layer of a model in memory; `tell` hears of each operator as it is done."""
+    """Prune every decoder layer of a model in memory.
+
+    Args:
+        model: the model.
+        work: what to prune on.
+        tell: called with the report of each operator.
+    """
     prune_claimed(model, MemoryStore(range(len(model.layers))), work, tell)
 
 
 def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
-    """Prune every decoder layer that the store does not have yet; `tell` hears first of those that it has.
+    """Prune every decoder layer that a store does not have yet.
+
+    Args:
+        executor: who prunes.
+        job: what to prune.
+        model: the model.
+        store: of the run.
+        tell: called with the report of each operator, first those that the store has.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -62,8 +79,16 @@ def identity(
 ) -> dict[str, Any]:
     """All that the bits of a result depend on: a run is gone on with only if this is the same.
 
-    `weights` are checksums by name, `installed` is what `machine.installation` says, `numerics` what the arithmetic
-    depends on besides: device, dtype, threads, ranks.
+    Args:
+        recipe: settings by name.
+        settings: of the run.
+        weights: checksums by name.
+        tokens: windows of token ids by use.
+        installed: as `machine.installation` says.
+        numerics: what the arithmetic depends on besides: device, dtype, threads, ranks.
+
+    Returns:
+        A structure that JSON can hold.
     """
     installed = dict(installed)
     plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
@@ -78,5 +103,5 @@ def identity(
 
 
 def checksum(tensor: Tensor) -> str:
-    """The sha256 of a tensor's bytes."""
+    """The sha256 of the bytes of a `tensor`."""
     return hashlib.sha256(raw(tensor)).hexdigest()

@@ -35,23 +35,49 @@ class AbstractStates(ABC):
 
     @abstractmethod
     def is_finished(self, number: int) -> bool:
-        """Whether the layer is."""
+        """Whether the layer of that `number` is finished."""
 
     @abstractmethod
     def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
-        """Inside, the function makes room to record tensors in, which is gone afterwards unless it was put away."""
+        """Inside, make places to record tensors in, which are gone afterwards unless they were put away.
+
+        Args:
+            number: of the layer that is worked on.
+
+        Returns:
+            A context that gives a function which makes a place.
+        """
 
     @abstractmethod
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
-        """The batches that enter a layer; None if they are not there or are damaged."""
+        """The batches that enter a layer.
+
+        Args:
+            number: of the layer.
+            stream: of which network.
+
+        Returns:
+            The hidden states [batch tokens hidden] of each batch; None if they are not there or are damaged.
+        """
 
     @abstractmethod
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
-        """Keep what enters layer `number` until that layer is finished."""
+        """Keep what enters a layer until that layer is finished.
+
+        Args:
+            number: of the layer.
+            stream: of which network.
+            batches: the hidden states [batch tokens hidden].
+        """
 
     @abstractmethod
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
-        """Give a finished layer that is in memory the weights that the stream passes: its dense or its pruned ones.
+        """Give a finished layer that is in memory the weights of one network: its dense or its pruned ones.
+
+        Args:
+            model: the model.
+            number: of the layer.
+            stream: which network.
 
         Raises:
             OutputError: it was pruned in the memory of this process, and is no longer dense.
@@ -63,7 +89,13 @@ class AbstractStore(AbstractStates):
 
     @abstractmethod
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
-        """Keep the pruned layer for good."""
+        """Keep a pruned layer for good.
+
+        Args:
+            number: of the layer.
+            state: its tensors by name.
+            reports: one for each operator.
+        """
 
 
 class MemoryStore(AbstractStore):
@@ -136,6 +168,11 @@ class FolderStore(AbstractStore):
 
     A layer is claimed by a lock that vanishes with its process, so a killed worker's layer is free at once. Every file
     appears whole, and its checksum stands in a JSON file beside it, which is written last: what it names is there.
+
+    Args:
+        folder: the folder.
+        count: how many decoder layers there are.
+        device: where hidden states are wanted.
     """
 
     def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu") -> None:
@@ -175,7 +212,14 @@ class FolderStore(AbstractStore):
 
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
-        """An empty folder for whoever has claimed the layer; gone afterwards."""
+        """An empty folder for whoever has claimed a layer; gone afterwards.
+
+        Args:
+            number: of the layer.
+
+        Yields:
+            The folder.
+        """
         place = self.folder / "scratch" / f"{number:05d}{self._mine}"
         shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
         with writing(place):
@@ -204,7 +248,15 @@ class FolderStore(AbstractStore):
         write_notes(self._notes("hidden", name), notes)
 
     def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What the first process to ask for `name` has made, a value that JSON can hold; the others wait for it."""
+        """A value that one process computes for all: the first to ask; the others wait for it.
+
+        Args:
+            name: of the value.
+            make: computes it; JSON has to be able to hold it.
+
+        Returns:
+            The value.
+        """
         path = self.folder / f"{name}.json"
         while (value := read_notes(path)) is None:
             with locked(self.folder / f"{name}.lock") as is_locked:
@@ -214,10 +266,11 @@ class FolderStore(AbstractStore):
         return value
 
     def layer(self, number: int) -> Mapping[str, Tensor]:
+        """The tensors of the finished layer of that `number`, by name."""
         return load_file(self._shard(number))
 
     def entries(self, number: int) -> dict[str, Entry]:
-        """Where the tensors of a finished layer lie."""
+        """Where the tensors of the finished layer of that `number` lie."""
         return entries(self._shard(number))[0]
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
@@ -229,7 +282,7 @@ class FolderStore(AbstractStore):
         self._let_go(number)
 
     def reports(self, number: int) -> list[OperatorReport]:
-        """What was reported of a finished layer."""
+        """The reports of the finished layer of that `number`."""
         return [OperatorReport.read(o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
 
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
@@ -242,7 +295,7 @@ class FolderStore(AbstractStore):
             model.load_state(model.layers[number], self.layer(number))
 
     def restore(self, model: AbstractModel) -> None:
-        """Put into a model in memory what others, or an earlier process, have pruned."""
+        """Put into a `model` in memory what others, or an earlier process, have pruned."""
         for number in set(range(self.count)) - self.pruned_here:
             model.load_state(model.layers[number], self.layer(number))
 
@@ -295,9 +348,15 @@ class FolderStore(AbstractStore):
 
 
 class RankStore(FolderStore):
-    """The same folder for ranks that prune each layer together: each keeps what enters it of its share of the batches.
+    """The same folder for ranks that prune each layer together: each keeps what enters it of its own batches.
 
     Their first rank says which layer is next, and writes the layers.
+
+    Args:
+        folder: the folder.
+        count: how many decoder layers there are.
+        device: where hidden states are wanted.
+        ranks: that prune together.
     """
 
     def __init__(self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup) -> None:

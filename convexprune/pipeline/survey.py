@@ -66,9 +66,15 @@ class Unit:
 
 
 def candidates(pattern: Constraint) -> list[Constraint]:
-    """The patterns that an operator may get where `pattern` is asked for on the whole, the sparsest last.
+    """The patterns that an operator may get, the sparsest last.
 
-    For a share of zeros, shares around it; for N:M, every N of that M.
+    For a sparsity, sparsities around it; for N:M, every N of that M.
+
+    Args:
+        pattern: that is asked for on the whole.
+
+    Returns:
+        The patterns.
     """
     return pattern.ladder(REACH, STEP)
 
@@ -85,14 +91,22 @@ def survey(
 ) -> list[Unit]:
     """Prune every operator of the dense model to every pattern, write nothing, and report the costs.
 
-    One decoder layer at a time is in memory, and what enters and leaves it where `record` keeps it; the first one gets
-    what the model makes of `windows` of token ids [batch length].
+    One decoder layer at a time is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of
+    the loss with a diagonal metric, in nats a token, and comparable across layers. It is taken on the windows held out,
+    or on all if none is.
 
-    A cost is 1/2 sum_i f_i mean (delta y_i)^2: `fisher` holds f_i = mean (d loss / d y_i)^2 of each operator's outputs
-    [m], so this is the Gauss-Newton estimate of the loss with a diagonal metric, in nats a token, and comparable across
-    layers. It is taken on the last `held_out` of the windows, or on all if none is held out. `pruner` gives
-    the weights, SparseGPT unless given: a curve's shape is what matters, and it is quick; rows compete as `row_weights`
-    of f say.
+    Args:
+        model: the dense model.
+        windows: token ids [batch length].
+        held_out: how many of the windows, the last ones, are held out.
+        patterns: to survey.
+        fisher: f_i = mean (d loss / d y_i)^2 of each operator's outputs [m].
+        pruner: that gives the weights; None is SparseGPT, because the shape of a curve is what matters, and it is
+            quick. Rows compete as `row_weights` of f say.
+        record: makes a place for what enters and leaves a layer.
+
+    Returns:
+        One unit for each operator.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
 
@@ -108,17 +122,27 @@ def survey(
 
 
 def row_weights(fisher: Tensor) -> Tensor:
-    """sqrt(f_i / mean f) for rows whose outputs [m] move the loss by f_i = mean (d loss / d y_i)^2.
+    """The weights of rows in their competition: sqrt(f_i / mean f).
 
     With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
     the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (docs/tried.md).
+
+    Args:
+        fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
+
+    Returns:
+        [m].
     """
     middle = fisher.mean()
     return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
 
 
 def check_rule(rule: str, pattern: Constraint) -> None:
-    """Refuse, before any work, a rule that there is not, or that the pattern does not allow.
+    """Refuse, before any work, a rule that does not exist, or that the pattern does not allow.
+
+    Args:
+        rule: its name.
+        pattern: that is asked for on the whole.
 
     Raises:
         RecipeError: it is such a rule.

@@ -43,7 +43,15 @@ class ProcessGroup:
     @classmethod
     @contextmanager
     def connected(cls, rank: int, size: int) -> Iterator["ProcessGroup"]:
-        """Inside, the ranks of a launcher can communicate; see `require_rendezvous`."""
+        """Inside, the ranks of a launcher can communicate; see `require_rendezvous`.
+
+        Args:
+            rank: of this process.
+            size: how many ranks there are.
+
+        Yields:
+            The group.
+        """
         if size == 1 or dist.is_initialized():  # by the script that prunes
             yield cls(rank, size)
             return
@@ -60,6 +68,12 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place.
 
+        Args:
+            tensor: of this rank.
+
+        Returns:
+            The same tensor.
+
         Raises:
             PruningError: another rank was lost.
         """
@@ -73,7 +87,7 @@ class ProcessGroup:
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The tensor of the first rank."""
+        """The `tensor` of the first rank."""
         return tensor if self.size == 1 else self.all_reduce(torch.zeros_like(tensor) if self.rank else tensor.clone())
 
 

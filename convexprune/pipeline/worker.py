@@ -21,7 +21,15 @@ from convexprune.pipeline.task import Work, prune_claimed
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What another process needs to work on a run: folder, work, model, how many threads, and what is `installed`."""
+    """What another process needs to work on a run.
+
+    Args:
+        folder: of the run's store.
+        work: what to prune on.
+        open_model: opens the model on a device.
+        threads: of each process.
+        installed: what `machine.installation` said where the run began.
+    """
 
     folder: Path
     work: Work
@@ -30,7 +38,14 @@ class Job:
     installed: Mapping[str, str]
 
     def do(self, device: str) -> None:
-        """Prune layers until none is left; PruningError if here is not installed what the run began with."""
+        """Prune layers until none is left.
+
+        Args:
+            device: where to compute.
+
+        Raises:
+            PruningError: another version of our code, torch or transformers is installed here than where the run began.
+        """
         here = installation(device)
         if differing := [name for name in here if here[name] != self.installed.get(name)]:
             told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)
@@ -45,7 +60,12 @@ class Job:
 
 
 class Worker:
-    """A process that works on a job, on a device; it ends with this one."""
+    """A process that works on a job; it ends with this one.
+
+    Args:
+        job: the job.
+        device: where it computes.
+    """
 
     def __init__(self, job: Job, device: str) -> None:
         self.device = device
@@ -58,6 +78,7 @@ class Worker:
 
     @property
     def exit_code(self) -> int | None:
+        """The exit code of the process; None while it works."""
         return self._process.exitcode
 
     def is_lost(self) -> bool:
@@ -74,6 +95,7 @@ class Worker:
             return True
 
     def stop(self) -> None:
+        """End the process."""
         self._process.terminate()
         self._process.join()
 
