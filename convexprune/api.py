@@ -72,11 +72,10 @@ def prune(
     call, asked = PRUNE.read(given)
     _require_named(asked)
     with within_memory():
-        request = Request(bundled_if_none(asked), call)
         if call.output_dir is None:
-            return request.in_memory()
+            return Request(bundled_if_none(asked), call).in_memory()
         with working(call.output_dir):
-            return request.in_folder(output_folder(call.output_dir, model), call.resume)
+            return Request(bundled_if_none(asked), call).in_folder(output_folder(call.output_dir, model), call.resume)
 
 
 def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -20,9 +21,11 @@ from rich.progress import (
 from rich.table import Column
 
 from convexprune.progress import Step, followed_by
-from convexprune.report import OperatorReport
 
-Tell = Callable[[OperatorReport], None]
+if TYPE_CHECKING:
+    from convexprune.report import OperatorReport
+
+Tell = Callable[["OperatorReport"], None]
 QUIET = 60.0  # seconds after which a line says that a long phase goes on
 
 
@@ -106,10 +109,10 @@ class Lines:
 
     def operators(self, total: int) -> Tell:
         """Begin to prune so many operators; returns what is called with the report of each."""
-        began, done, layer = time.monotonic(), 0, list[OperatorReport]()
+        began, done, layer = time.monotonic(), 0, list["OperatorReport"]()
         self._say(f"pruning: {total} operators")
 
-        def tell(report: OperatorReport) -> None:
+        def tell(report: "OperatorReport") -> None:
             nonlocal done
             if layer and _layer(layer[0]) != _layer(report):
                 self._say(f"pruned {_count(done, total, time.monotonic() - began)}  {_summary(layer)}")
@@ -126,13 +129,13 @@ class Lines:
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
-def _layer(report: OperatorReport) -> str:
+def _layer(report: "OperatorReport") -> str:
     """The name of the decoder layer: up to the first number."""
     match = re.match(r".*?\.\d+(?=\.)", report.name)
     return match[0] if match else report.name
 
 
-def _summary(layer: Sequence[OperatorReport]) -> str:
+def _summary(layer: Sequence["OperatorReport"]) -> str:
     worst = max(layer, key=lambda report: report.relative_error)
     gaps = [report.gap for report in layer if report.gap is not None]
     gap = f", gap {max(gaps):.0e}" if gaps else ""

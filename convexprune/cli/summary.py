@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from convexprune.report import OperatorReport, Report
+if TYPE_CHECKING:
+    from convexprune.report import OperatorReport, Report
 
 WIDTH = 80
 
 
-def summary(report: Report, folder: Path) -> Table:
+def summary(report: "Report", folder: Path) -> Table:
     """Totals, mean and worst errors and whose they are, perplexity, certificates, time and size."""
     table = Table.grid(padding=(0, 2))
     table.width = WIDTH
@@ -28,9 +30,9 @@ def summary(report: Report, folder: Path) -> Table:
     return table
 
 
-def _errors(report: Report) -> Iterator[tuple[str, str]]:
+def _errors(report: "Report") -> Iterator[tuple[str, str]]:
     """Relative errors, on tokens that were fitted and on those that were not."""
-    kinds: dict[str, Callable[[OperatorReport], float | None]] = {
+    kinds: dict[str, Callable[["OperatorReport"], float | None]] = {
         "error": lambda o: o.relative_error,
         "held-out error": lambda o: o.held_out_error,
     }
@@ -42,7 +44,7 @@ def _errors(report: Report) -> Iterator[tuple[str, str]]:
             yield name, f"mean {mean:.1e}, worst {error:.1e}: {worst.name} {_facts(worst)}"
 
 
-def _facts(o: OperatorReport) -> str:
+def _facts(o: "OperatorReport") -> str:
     """What may be why its error is what it is."""
     facts = [f"{o.outputs}x{o.inputs}", f"{o.sparsity:.0%} zeros", f"{o.tokens:,} tokens"]
     if o.damping is not None:
@@ -52,7 +54,7 @@ def _facts(o: OperatorReport) -> str:
     return f"({', '.join(facts)})"
 
 
-def _perplexity(report: Report) -> Iterator[tuple[str, str]]:
+def _perplexity(report: "Report") -> Iterator[tuple[str, str]]:
     found = report.perplexity
     if found:
         values = ", ".join(f"{name} {p['value']:.3f}" for name, p in found.items())
@@ -62,7 +64,7 @@ def _perplexity(report: Report) -> Iterator[tuple[str, str]]:
         yield "perplexity", f"{values} on {p['windows']} windows of {p['window']} tokens {text}"
 
 
-def _certificates(report: Report) -> Iterator[tuple[str, str]]:
+def _certificates(report: "Report") -> Iterator[tuple[str, str]]:
     if report.largest_gap is not None:
         yield "largest gap", f"{report.largest_gap:.1e}, relative, of a final convex solve"
     if report.median_bound_ratio is not None:
@@ -73,14 +75,14 @@ def _certificates(report: Report) -> Iterator[tuple[str, str]]:
         )
 
 
-def _packed(report: Report) -> Iterator[tuple[str, str]]:
+def _packed(report: "Report") -> Iterator[tuple[str, str]]:
     if report.packed is not None:
         before, after = report.packed["before"] / 1e6, report.packed["after"] / 1e6
         sizes = f"{after:,.1f} MB, packed from {before:,.1f} MB ({report.packed['bits']:.2f} bits a weight)"
         yield "download", f"{sizes}; unpacked, memory and speed are those of the {before:,.1f} MB"
 
 
-def _warnings(report: Report) -> Iterator[tuple[str, str]]:
+def _warnings(report: "Report") -> Iterator[tuple[str, str]]:
     if report.short_of_tokens:
         yield "note", f"{len(report.short_of_tokens)} operators of experts got fewer tokens than they have inputs"
     for warning in report.warnings:
