@@ -83,10 +83,10 @@ def test_perplexities_and_errors_are_those_of_prune(
     result = compared(folder, methods=["fista", "sparsegpt"], conventions=conventions, batch_size=2)
     assert len(result["rows"]) == 8
     for row in result["rows"]:
-        prefix, correction, correct = CONVENTIONS[row["convention"]]
+        prefix, correction, target = CONVENTIONS[row["convention"]]
         model = load(folder / "model", device="cpu")
         method: dict[str, Any] = {"solver": "fista"} if row["method"] == "fista" else {"method": "sparsegpt"}
-        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "correct": correct}
+        settings = CALIBRATION | method | {"prefix": prefix, "error_correction": correction, "error_target": target}
         settings |= {"batch_size": 2, "bound_rows": 0}
         pruned = convexprune.prune(model.model, **settings)
         for name in ("text", "other"):

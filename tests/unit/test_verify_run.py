@@ -210,7 +210,7 @@ RECIPES = {
     "sexagesimal": ("model: x\nseed: -1" + ":59" * 9000, "seed="),
     "unknown": ("model: x\nsparsty: 1", "Unknown setting 'sparsty'. Did you mean 'sparsity'"),
     "many": ("model: x\n" + "".join(f"a{i}: 1\n" for i in range(1000)), "Unknown setting 'a0'"),
-    "values": ("model: [x]\nmethod: 5\nseed: '" + "x" * 9000 + "'", "model=.*method=5.*seed="),
+    "values": ("model: [x]\nmethod: 5\nseed: '" + "x" * 9000 + "'", "model=.*seed=.*method=5"),
     "not YAML": ("a: b: c", "damaged, or no recipe"), "no text": ("model: \0", "damaged, or no recipe"),
 }  # fmt: skip
 
