@@ -32,7 +32,7 @@ def summary(report: "Report", folder: Path) -> Table:
 
 def _errors(report: "Report") -> Iterator[tuple[str, str]]:
     """Relative errors, on tokens that were fitted and on those that were not."""
-    kinds: dict[str, Callable[["OperatorReport"], float | None]] = {
+    kinds: dict[str, Callable[[OperatorReport], float | None]] = {
         "error": lambda o: o.relative_error,
         "held-out error": lambda o: o.held_out_error,
     }
