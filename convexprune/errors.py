@@ -88,21 +88,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def require_at_least(least: float, **given: float | None) -> None:
-    """Refuse values that are too small; None passes.
-
-    Args:
-        least: the least value accepted.
-        given: values by name.
-
-    Raises:
-        RecipeError: a value is below `least` or NaN; it is named.
-    """
-    for name, value in given.items():
-        if value is not None and not value >= least:
-            raise RecipeError(f"{name}={value}: it has to be at least {least}.")
-
-
 def install_hint(extra: str) -> str:
     """The pip command for the packages of an `extra`, wherever convexprune itself was installed from."""
     of_extra = re.compile(rf"""([^;]+?)\s*;.*\bextra == ['"]{extra}['"]""")

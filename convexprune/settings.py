@@ -114,6 +114,13 @@ class TargetSettings(Settings):
     )
     ignore: tuple[str, ...] = setting((), "Operators to leave alone, named the same way; repeat it for more.")
 
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            raise RecipeError(f"Targets and ignore are lists of names; got the text {names!r}. Write [{names!r}].")
+        return names
+
 
 class MethodSettings(Settings):
     """How an operator is pruned, and what it is to reproduce."""

@@ -68,7 +68,7 @@ def test_what_is_no_text_is_refused_and_a_folder_is_none(tmp_path: Path):
 
 def test_eval_counts_from_one():
     for settings in ({"max_windows": -1}, {"window": 1}):
-        with pytest.raises(errors.RecipeError, match="it has to be at least"):
+        with pytest.raises(errors.RecipeError, match="greater than or equal"):
             evaluated(text="nosuch.txt", **settings)
 
 

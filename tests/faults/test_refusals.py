@@ -60,6 +60,7 @@ BAD = {
         errors.RecipeError,
         "warm_start='sparsgpt': Input should be 'sparsegpt' or 'wanda'",
     ),
+    "a text for targets": ({"targets": "q_proj"}, errors.RecipeError, r"got the text 'q_proj'\. Write \['q_proj'\]"),
     "quota": ({"quota": "column"}, errors.RecipeError, "quota='column'"),
     "error_correction": ({"error_correction": 2.0}, errors.RecipeError, "error_correction=2.0"),
     "prefix": ({"prefix": "sparse"}, errors.RecipeError, "prefix='sparse'"),
