@@ -1,6 +1,18 @@
-from convexprune.settings import BUNDLED
+"""Models of Hugging Face transformers, as decoder layers with linear operators; and texts to calibrate on."""
 
-from .calibration import (
+from convexprune._schema.settings import BUNDLED
+
+from ._checkpoints.checkpoint import (
+    EMBEDDED,
+    EMBEDDED_WINDOW,
+    bundled_if_none,
+    load,
+    reopen,
+    save,
+    save_from_store,
+)
+from ._checkpoints.reading import given_tokenizer
+from ._data.calibration import (
     calibration_and_held_out,
     calibration_tokens,
     check_dataset,
@@ -8,10 +20,8 @@ from .calibration import (
     text_windows,
     window_length,
 )
-from .checkpoint import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen, save, save_from_store
-from .family import TESTED
-from .huggingface import HuggingFaceModel
-from .reading import given_tokenizer
+from ._discovery.family import TESTED
+from ._huggingface import HuggingFaceModel
 
 __all__ = [
     "BUNDLED",

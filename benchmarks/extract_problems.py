@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from convexprune.adapters import EMBEDDED, calibration_tokens, load
-from convexprune.penalty import L1, Support
-from convexprune.problem import certify
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import certify
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
-from convexprune.validation.layer_problems import OperatorProblem, operator_problems
-from convexprune.validation.oracles import block, block_problems
+from convexprune.validation._layer_problems import OperatorProblem, operator_problems
+from convexprune.validation._oracles import block, block_problems
 
 NAMES = {
     "opt-query": "model.decoder.layers.1.self_attn.q_proj",

@@ -16,12 +16,14 @@ from phases import medians, phases, report
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from convexprune._layerwise.settings import HiddenStates
+from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.walk import LayerCalls
+from convexprune._runs.speed import measured_speed
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline import HiddenStates, LayerCalls, prune_observed
-from convexprune.pipeline.speed import measured_speed
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
-from convexprune.validation.memory import peak_memory
+from convexprune.validation._memory import peak_memory
 
 SHAPES = {  # hidden size, intermediate size, heads, key and value heads: OPT-125M's, LLaMA 3.2 1B's, LLaMA 2's
     "125M": (768, 3072, 12, 12),
@@ -77,7 +79,7 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
 
 def timed_observe(*args, **settings):
     """`observe` as the phases see it: looked up when it is called."""
-    from convexprune.pipeline import passes
+    from convexprune._layerwise import capture as passes
 
     return passes.observe(*args, **settings)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convexprune import Moments, parse_pattern
 from convexprune.adapters import load, text_windows
-from convexprune.pattern import Unstructured
+from convexprune.constraints import Unstructured
 from convexprune.pruners import (
     ADMM,
     ALPS,

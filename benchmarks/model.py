@@ -14,8 +14,8 @@ import torch
 from phases import medians, phases, report
 
 import convexprune
-from convexprune.adapters.inspection import inspect
-from convexprune.validation.memory import peak_memory
+from convexprune.adapters._discovery.inspection import inspect
+from convexprune.validation._memory import peak_memory
 
 
 def main() -> None:

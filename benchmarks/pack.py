@@ -20,8 +20,8 @@ import zstandard
 from torch import Tensor
 
 from convexprune import pack, unpack
-from convexprune.container import format as coding
-from convexprune.pipeline.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
+from convexprune._container import format as coding
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
 
 SHARES = (0.0, 0.5, 0.6, 0.7, 0.8)
 

@@ -61,7 +61,7 @@ def tokens(model: str, dataset: str, samples: int, length: int) -> torch.Tensor:
 
 
 def convexprune(model: str, folder: Path) -> dict[str, float]:
-    from convexprune.api import prune
+    from convexprune._api.calls import prune
 
     windows = torch.load(folder / "tokens.pt")
     output = tempfile.mkdtemp(dir=folder)

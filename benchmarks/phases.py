@@ -14,10 +14,12 @@ from unittest.mock import patch
 
 import torch
 
-from convexprune import request
-from convexprune.pipeline import layer, passes, task
-from convexprune.pipeline.folds import Folds
-from convexprune.pipeline.store import FolderStore
+from convexprune._api import request
+from convexprune._layerwise import capture as passes
+from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.steps import prune as task
+from convexprune._layerwise.steps import stages as layer
+from convexprune._layerwise.store import FolderStore
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {

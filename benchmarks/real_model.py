@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import convexprune
+from convexprune._api.request import PruneResult
 from convexprune.adapters import HuggingFaceModel, load, save, text_windows
-from convexprune.request import PruneResult
 from convexprune.validation import perplexity
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convexprune import L1, Moments, Problem, Quadratic
 from convexprune.adapters import HuggingFaceModel, calibration_tokens, load
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 
 SOLVERS = {
     "plain": {"scale": False, "restart": False},

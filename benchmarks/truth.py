@@ -8,15 +8,15 @@ import math
 
 import torch
 
+from convexprune._layerwise.settings import LayerSettings
 from convexprune.adapters import EMBEDDED, calibration_tokens, load
-from convexprune.bound import LowerBound
-from convexprune.moments import Moments
-from convexprune.pattern import parse_pattern
-from convexprune.pipeline import LayerSettings
+from convexprune.constraints import parse_pattern
+from convexprune.core._bound import LowerBound
+from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, PRUNERS, Convex, LayerProblem
 from convexprune.recipe import make_recipe
 from convexprune.validation import best_pruning
-from convexprune.validation.layer_problems import OperatorProblem, operator_problems
+from convexprune.validation._layer_problems import OperatorProblem, operator_problems
 
 
 def main() -> None:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
-    from convexprune.adapters.inspection import Inspection, inspect
-    from convexprune.adapters.packed import load
-    from convexprune.api import PermuteResult, PruneResult, permute, prune
-    from convexprune.container import Packed, pack, unpack
-    from convexprune.moments import Moments
-    from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
-    from convexprune.penalty import L1, AbstractPenalty, ReverseHuber, Support
-    from convexprune.problem import Certificate, Problem, certify
-    from convexprune.quadratic import Quadratic
+    from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
+    from convexprune._container import Packed, pack, unpack
+    from convexprune.adapters._checkpoints.packed import load
+    from convexprune.adapters._discovery.inspection import Inspection, inspect
+    from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
+    from convexprune.core._moments import Moments
+    from convexprune.core._penalty import L1, AbstractPenalty, ReverseHuber, Support
+    from convexprune.core._problem import Certificate, Problem, certify
+    from convexprune.core._quadratic import Quadratic
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
@@ -34,16 +34,23 @@ __all__ = [
 ]  # fmt: skip
 
 _NAMES = {
-    "adapters.inspection": ("Inspection", "inspect"),
-    "adapters.packed": ("load",),
-    "api": ("PermuteResult", "PruneResult", "permute", "prune"),
-    "container": ("Packed", "pack", "unpack"),
-    "moments": ("Moments",),
-    "pattern": ("SemiStructured", "Unstructured", "parse_pattern"),
-    "penalty": ("L1", "AbstractPenalty", "ReverseHuber", "Support"),
+    "adapters._discovery.inspection": ("Inspection", "inspect"),
+    "adapters._checkpoints.packed": ("load",),
+    "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
+    "_container": ("Packed", "pack", "unpack"),
+    "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
+    "core": (
+        "L1",
+        "AbstractPenalty",
+        "Certificate",
+        "Moments",
+        "Problem",
+        "Quadratic",
+        "ReverseHuber",
+        "Support",
+        "certify",
+    ),
     "recipe": ("Recipe",),
-    "problem": ("Certificate", "Problem", "certify"),
-    "quadratic": ("Quadratic",),
     "report": ("OperatorReport", "Report"),
     "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "solver_names"),
     "validation": ("Verification", "compare", "compare_samples", "perplexity", "verify"),

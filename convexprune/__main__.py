@@ -1,5 +1,5 @@
 """`python -m convexprune`."""
 
-from convexprune.cli import main
+from convexprune._cli import main
 
 main()

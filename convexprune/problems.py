@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError, unknown
-from convexprune.penalty import L1, Support
-from convexprune.problem import Problem
-from convexprune.quadratic import Quadratic
 from convexprune.solvers import AbstractSolver, solve
 
 __all__ = ["Named", "Result", "check", "load", "names"]

@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from pydantic import model_validator
 
-from convexprune.constraints import Constraint, parse_pattern
-from convexprune.errors import RecipeError, unknown
-from convexprune.pipeline.settings import LayerSettings
-from convexprune.pipeline.survey import check_rule
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted, no_method
-from convexprune.pruners.search import AbstractSearch
-from convexprune.setting_types import make
-from convexprune.settings import (
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.steps.survey import check_rule
+from convexprune._schema.settings import (
     DataSettings,
     DeviceSettings,
     MethodSettings,
@@ -24,6 +19,11 @@ from convexprune.settings import (
     checked,
     renamed,
 )
+from convexprune.constraints import Constraint, parse_pattern
+from convexprune.core._setting_types import make
+from convexprune.errors import RecipeError, unknown
+from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted, no_method
+from convexprune.pruners._search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
@@ -32,7 +32,7 @@ PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operat
 
 
 class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSettings, ModelSettings):
-    """What to prune, how, and on which tokens: all that decides a result. `convexprune.settings` describes it.
+    """What to prune, how, and on which tokens: all that decides a result. `convexprune._schema.settings` describes it.
 
     Some defaults depend on other settings (`_following`).
     """

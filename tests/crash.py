@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convexprune.pipeline import executors, worker
+from convexprune._runs import executors, worker
 
 Tell = Callable[..., None]  # (kind, path, *more), before the operation is done; what it raises comes out of it
 # What a system says when such an operation fails. Most of these have more than one answer.

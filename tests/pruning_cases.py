@@ -6,8 +6,8 @@ import torch
 from strategies import Layer, make_layer
 
 from convexprune.constraints import Constraint, SemiStructured, Stacked, Unstructured
-from convexprune.moments import Moments
-from convexprune.problem import Problem
+from convexprune.core._moments import Moments
+from convexprune.core._problem import Problem
 from convexprune.pruners import (
     AbstractPruner,
     Convex,

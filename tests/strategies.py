@@ -6,10 +6,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convexprune.moments import Moments
-from convexprune.penalty import L1, AbstractPenalty, Support
-from convexprune.problem import Problem
-from convexprune.quadratic import Quadratic
+from convexprune.core._moments import Moments
+from convexprune.core._penalty import L1, AbstractPenalty, Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
 
 LARGEST = 8  # rows and columns: enough for every case, small enough for the oracles
 KINDS = ("full rank", "rank deficient", "ill-conditioned")

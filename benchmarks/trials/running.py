@@ -27,7 +27,7 @@ SPARSEGPT = f"prune m/deep {RUN} --method sparsegpt --allocation uniform --outpu
 def signalled(number: int, line: str = SPARSEGPT) -> tuple[int, str]:
     """(exit status, what was printed) of a command that got a signal once its first layer was finished."""
     with Path("printed").open("w+") as printed:
-        code = "import sys; sys.argv[0] = 'convexprune'; from convexprune.cli import main; main()"
+        code = "import sys; sys.argv[0] = 'convexprune'; from convexprune._cli import main; main()"
         words = [sys.executable, "-c", code, *line.split()]
         process = subprocess.Popen(words, stdout=printed, stderr=printed, start_new_session=True)
         until = time.monotonic() + 100
@@ -81,12 +81,12 @@ def _works_in(process: Path, folder: str) -> bool:
 
 @rows.row("Ctrl-C before there is a folder does not say that anything is kept in it.")
 def early_interrupt() -> None:
-    import convexprune.api
+    import convexprune._api.calls
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    convexprune.api.prune = interrupt
+    convexprune._api.calls.prune = interrupt
     status, said = ran(WANDA)
     assert "kept" not in said, f"exit status {status}: {said[-120:]}"
 
@@ -196,7 +196,7 @@ def no_matplotlib() -> None:
 
 @rows.row("Into a pipe there is a line for each layer, and the final table fits 80 columns.")
 def piped_lines() -> None:
-    words = [sys.executable, "-c", "from convexprune.cli import main; main()", *WANDA.split()]
+    words = [sys.executable, "-c", "from convexprune._cli import main; main()", *WANDA.split()]
     environment = os.environ | {"COLUMNS": "80", "TERM": "dumb"}
     lines = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=110).stdout.splitlines()
     layers = [line for line in lines if re.search(r"(?i)layer.*\b(0|1|2)\b", line)]

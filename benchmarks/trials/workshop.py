@@ -12,8 +12,8 @@ from typing import Any
 from models import MODELS, Maker
 from runner import in_child
 
+from convexprune._cli import main as command_line
 from convexprune.adapters import EMBEDDED
-from convexprune.cli import main as command_line
 
 SAMPLES = "--dataset t/ok.txt --nsamples 4 --seqlen 32"
 RUN = f"{SAMPLES} --bound-rows 0"

@@ -2,12 +2,12 @@
 
 import re
 
-from convexprune.constraints.base import Budget, Constraint, Mask, Quota
-from convexprune.constraints.columns import Columns
-from convexprune.constraints.int8 import Int8
-from convexprune.constraints.semi_structured import SemiStructured
-from convexprune.constraints.stacked import Stacked
-from convexprune.constraints.unstructured import Unstructured
+from convexprune.constraints._base import Budget, Constraint, Mask, Quota
+from convexprune.constraints._columns import Columns
+from convexprune.constraints._int8 import Int8
+from convexprune.constraints._semi_structured import SemiStructured
+from convexprune.constraints._stacked import Stacked
+from convexprune.constraints._unstructured import Unstructured
 from convexprune.errors import PatternError
 
 KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Int8)

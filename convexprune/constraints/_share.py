@@ -9,6 +9,9 @@ from convexprune.errors import PatternError
 def check_share(share: object) -> None:
     """Refuse what is not a share of zeros.
 
+    Args:
+        share: what came.
+
     Raises:
         PatternError: it is no number, or outside [0, 1).
     """
@@ -19,17 +22,26 @@ def check_share(share: object) -> None:
 
 
 def percent(share: float) -> str:
-    """0.5 as "50%"."""
+    """A `share` as a percentage that reads back: 0.5 as "50%"."""
     return f"{(Decimal(repr(float(share))) * 100).normalize():f}%"
 
 
 def from_percent(text: str) -> float:
-    """The share of a number of percent: "50" as 0.5."""
+    """The share of a `text` of percent: "50" as 0.5."""
     return float(Decimal(text) / 100)
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:
-    """Shares of zeros from `reach` below to `reach` above, as far as they are in [0, 1)."""
+    """Shares of zeros around one, as far as they are in [0, 1).
+
+    Args:
+        share: the one in the middle.
+        reach: how far below and above.
+        step: from one to the next.
+
+    Returns:
+        The shares.
+    """
     steps = round(reach / step)
     every = (round(share + each * step, 6) for each in range(-steps, steps + 1))
     return [each for each in every if 0 <= each < 1]

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from convexprune.errors import unknown
-from convexprune.pruners.admm import ADMM
-from convexprune.pruners.alps import ALPS
-from convexprune.pruners.base import AbstractPruner, LayerEdit, LayerProblem
-from convexprune.pruners.convex import Convex
-from convexprune.pruners.fistapruner import FISTAPruner
-from convexprune.pruners.magnitude import Magnitude
-from convexprune.pruners.refit import Refitted
-from convexprune.pruners.sparsegpt import SparseGPT
-from convexprune.pruners.wanda import Wanda
+from convexprune.pruners._admm import ADMM
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._baselines.alps import ALPS
+from convexprune.pruners._baselines.fistapruner import FISTAPruner
+from convexprune.pruners._baselines.magnitude import Magnitude
+from convexprune.pruners._baselines.sparsegpt import SparseGPT
+from convexprune.pruners._baselines.wanda import Wanda
+from convexprune.pruners._convex import Convex
+from convexprune.pruners._refit import Refitted
 
 PRUNERS: dict[str, type[AbstractPruner]] = {
     "admm": ADMM,

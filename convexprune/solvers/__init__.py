@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import Any
 
+from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
-from convexprune.setting_types import make
-from convexprune.solvers.base import AbstractSolver, Solution, Status, solve
+from convexprune.solvers._base import AbstractSolver, Solution, Status, solve
 
 _PLACES = {
-    "admm": ("admm", "ADMM"),
-    "cg": ("cg", "ConjugateGradient"),
-    "cvxpy": ("cvxpy_", "CVXPY"),
-    "fista": ("fista", "FISTA"),
-    "scipy": ("scipy_", "SciPy"),
+    "admm": ("_admm", "ADMM"),
+    "cg": ("_cg", "ConjugateGradient"),
+    "cvxpy": ("_cvxpy", "CVXPY"),
+    "fista": ("_fista", "FISTA"),
+    "scipy": ("_scipy", "SciPy"),
 }
 
 

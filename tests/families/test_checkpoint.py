@@ -192,7 +192,7 @@ def test_an_offloaded_model_keeps_its_dtype(refused, tmp_path: Path):
 
 
 def test_what_is_lost_when_it_is_written_is_noticed(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from convexprune.adapters import operators
+    from convexprune.adapters._discovery import operators
 
     model = load(offloaded_to_disk("opt", tmp_path), device="cpu")
     monkeypatch.setattr(operators, "_hand_back", lambda *_: None)

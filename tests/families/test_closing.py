@@ -9,20 +9,15 @@ import torch
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor
 
+from convexprune._layerwise.capture import Calls, Observed, observe
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps.prune import PruneStep, Work
+from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.store import FolderStore
+from convexprune._layerwise.walk import LayerWalk
 from convexprune.adapters import HuggingFaceModel
-from convexprune.model import DecoderLayer
-from convexprune.pattern import Unstructured
-from convexprune.pipeline import (
-    FolderStore,
-    HiddenStates,
-    LayerSettings,
-    LayerWalk,
-    Work,
-    observe,
-    prune_observed,
-)
-from convexprune.pipeline.passes import Calls, Observed
-from convexprune.pipeline.task import PruneStep
+from convexprune.constraints import Unstructured
 from convexprune.pruners import SparseGPT
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport

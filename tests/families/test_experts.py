@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import convexprune
+from convexprune._layerwise.statistics import Folds
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline.folds import Folds
 
 MOE = ["deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe"]
 
@@ -42,7 +42,7 @@ def test_each_expert_sees_the_tokens_that_are_routed_to_it(family: str):
 
 
 def test_a_fused_expert_gets_the_moments_of_its_own_tokens(monkeypatch: pytest.MonkeyPatch):
-    from convexprune.pipeline import layer as room
+    from convexprune._layerwise.steps import stages as room
 
     def keep(layer: str, group: Any, folds: Folds, *_: Any):
         moments.setdefault(group.operators[0].name, folds.total)
@@ -103,7 +103,7 @@ def test_borrowed_moments_are_the_mean_of_all_experts_tokens():
 
 
 def test_experts_are_pruned_alike_however_many_have_room(monkeypatch: pytest.MonkeyPatch):
-    from convexprune.pipeline import folds as room
+    from convexprune._layerwise import statistics as room
 
     results = []
     for bytes_ in (4 << 30, 1):

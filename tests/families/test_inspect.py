@@ -9,15 +9,15 @@ import torch
 from tiny_families import FAMILIES, build_family
 from typer.testing import CliRunner
 
-from convexprune import cli
+from convexprune import _cli as cli
+from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
-from convexprune.adapters.experts import fused_parameters
-from convexprune.adapters.inspection import SURVEY, inspect
-from convexprune.adapters.outline import read_outline
+from convexprune.adapters._discovery.experts import fused_parameters
+from convexprune.adapters._discovery.inspection import SURVEY, inspect
+from convexprune.adapters._discovery.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
-from convexprune.model import DecoderLayer, Group
 from convexprune.recipe import make_recipe
-from convexprune.validation.memory import peak_memory
+from convexprune.validation._memory import peak_memory
 
 LLAMA_2_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,

@@ -12,17 +12,20 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, permuting
-from convexprune.adapters import hidden_channels as hidden
-from convexprune.adapters import inner_channels as inner
-from convexprune.adapters.channels import HIDDEN, Axis, Channels
-from convexprune.adapters.hidden_channels import hidden_channels
-from convexprune.adapters.inner_channels import inner_channels
-from convexprune.adapters.permuting import Permutation, find_permutation
-from convexprune.cli import app
+from convexprune._cli import app
+from convexprune._layerwise.capture import stage_inputs
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._channels import hidden_channels as hidden
+from convexprune.adapters._channels import inner_channels as inner
+from convexprune.adapters._channels import permuting
+from convexprune.adapters._channels.channels import HIDDEN, Axis, Channels
+from convexprune.adapters._channels.hidden_channels import hidden_channels
+from convexprune.adapters._channels.inner_channels import inner_channels
+from convexprune.adapters._channels.permuting import Permutation, find_permutation
+from convexprune.constraints import SemiStructured
 from convexprune.errors import CalibrationError, ModelError, OutputError, PatternError, RecipeError
-from convexprune.pattern import SemiStructured
-from convexprune.pipeline import LayerContext, LayerWalk, MemoryStore, stage_inputs
 
 PATTERN = SemiStructured(2, 4)
 OTHERS = TOKENS.flip(0, 1)  # that nothing is measured on
@@ -248,7 +251,7 @@ def test_a_full_disk_leaves_nothing(build: Callable[[str], Any], tmp_path: Path,
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("convexprune.adapters.checkpoint.write_json", full)
+    monkeypatch.setattr("convexprune.adapters._checkpoints.checkpoint.write_json", full)
     with pytest.raises(OutputError, match="No space left"):
         convexprune.permute(build("llama"), output_dir=tmp_path / "permuted", **SMALL)
     assert not list(tmp_path.iterdir())

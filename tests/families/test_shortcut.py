@@ -12,11 +12,15 @@ from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
 import convexprune
+from convexprune._layerwise import capture as passes
+from convexprune._layerwise.capture import observe, through
+from convexprune._layerwise.model import Call, DecoderLayer
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps import survey
+from convexprune._layerwise.steps.stages import prune_observed
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters.discovery import discover
-from convexprune.model import Call, DecoderLayer
-from convexprune.pattern import Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, passes, prune_observed, survey, through
+from convexprune.adapters._discovery.discovery import discover
+from convexprune.constraints import Unstructured
 from convexprune.pruners import SparseGPT
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (5, 24), generator=torch.Generator().manual_seed(0))

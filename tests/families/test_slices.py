@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from convexprune.adapters.experts import ExpertIndex, ExpertInput, FusedExperts
-from convexprune.adapters.operators import ParameterOperator, Place
+from convexprune.adapters._discovery.experts import ExpertIndex, ExpertInput, FusedExperts
+from convexprune.adapters._discovery.operators import ParameterOperator, Place
 
 
 class Bank(nn.Module):

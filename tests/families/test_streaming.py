@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import convexprune
+from convexprune._layerwise.steps import stages as room
+from convexprune._storage.tensors import DTYPES, Batches, Spec, entries, write_tensors
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.errors import ModelError
-from convexprune.pipeline import layer as room
-from convexprune.pipeline.tensors import DTYPES, Batches, Spec, entries, write_tensors
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {
@@ -100,7 +100,7 @@ def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path)
 
 def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
     opened: list[HuggingFaceModel] = []
-    monkeypatch.setattr(convexprune.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
+    monkeypatch.setattr(convexprune._api.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
     prune_group, resident = room.prune_group, []
 
     def look(name, *rest):
@@ -179,7 +179,7 @@ def test_a_name_on_the_hub_is_its_local_snapshot(llama: Path, tmp_path: Path, mo
     refs.mkdir()
     (refs / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    from convexprune.adapters.model_folder import local_folder
+    from convexprune.adapters._checkpoints.model_folder import local_folder
 
     assert local_folder("someone/tiny", "main") == snapshot
 

@@ -12,11 +12,11 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import convexprune
+from convexprune._device.machine import steps
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters.admission import refuse_non_finite
-from convexprune.adapters.replay import replay_error
+from convexprune.adapters._checkpoints.admission import refuse_non_finite
+from convexprune.adapters._discovery.replay import replay_error
 from convexprune.errors import ModelError
-from convexprune.pipeline.machine import steps
 
 
 @torch.no_grad()

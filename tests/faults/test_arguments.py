@@ -12,8 +12,8 @@ from tiny_families import _COMMON, build_family
 import convexprune
 from convexprune import errors
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
-from convexprune.adapters.inspection import inspect
-from convexprune.solvers.fista import FISTA
+from convexprune.adapters._discovery.inspection import inspect
+from convexprune.solvers._fista import FISTA
 
 
 class OnlySolves:

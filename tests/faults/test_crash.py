@@ -26,7 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline import LayerWalk, layer, tensors
+from convexprune._layerwise.steps import stages as layer
+from convexprune._layerwise.walk import LayerWalk
+from convexprune._storage import tensors
 
 QUICK = SETTINGS | {"method": "wanda"}
 MODES: dict[str, dict[str, Any]] = {

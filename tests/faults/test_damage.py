@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline.files import locked
-from convexprune.pipeline.output import RunFolder
+from convexprune._runs.folder import RunFolder
+from convexprune._storage.files import locked
 
 SAMPLED: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
 
@@ -61,7 +61,7 @@ def test_damaged_windows_are_sampled_again_and_are_the_same(dense: Path, sampled
 
 
 def test_windows_that_come_out_otherwise_are_refused_as_damage(dense: Path, sampled: Path, monkeypatch):
-    from convexprune.adapters import calibration
+    from convexprune.adapters._data import calibration
 
     sampled_windows = calibration.sampled_windows
     cut(sampled / "work" / "tokens.safetensors")

@@ -15,8 +15,9 @@ from runs import SETTINGS, TOKENS, checksums, killed
 
 import convexprune
 from convexprune import errors
-from convexprune.pipeline import files, output
-from convexprune.pipeline.files import locked
+from convexprune._runs import folder as output
+from convexprune._storage import files
+from convexprune._storage.files import locked
 from convexprune.report import Report
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from convexprune._storage import files, scan
+from convexprune._storage.files import atomic_write, copy_file, locked, make_folder, overwrite
+from convexprune._storage.scan import scanned
+from convexprune._storage.tensors import DTYPES
 from convexprune.errors import ModelError, OutputError
-from convexprune.pipeline import files, scan
-from convexprune.pipeline.files import atomic_write, copy_file, locked, make_folder, overwrite
-from convexprune.pipeline.scan import scanned
-from convexprune.pipeline.tensors import DTYPES
 
 
 def test_a_temporary_name_cannot_be_known_and_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

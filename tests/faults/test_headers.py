@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from convexprune._storage.tensors import BITS, entries
 from convexprune.errors import ModelError
-from convexprune.pipeline.tensors import BITS, entries
 
 COUNTS = st.integers(-2, 9) | st.sampled_from([True, 2.0, "4", None, 1 << 63, 1 << 64, -0.0, [1], {}])
 SHAPES = st.lists(COUNTS, max_size=3) | st.sampled_from(["", "12", None, 4, {"0": 1}])

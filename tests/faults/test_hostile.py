@@ -16,10 +16,11 @@ from runs import SETTINGS, checksums, flip
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, checkpoint, given_tokenizer, load, model_folder, reopen
-from convexprune.adapters.inspection import inspect
-from convexprune.adapters.model_folder import INDEX
-from convexprune.adapters.shards import Shards
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, given_tokenizer, load, reopen
+from convexprune.adapters._checkpoints import checkpoint, model_folder
+from convexprune.adapters._checkpoints.model_folder import INDEX
+from convexprune.adapters._checkpoints.shards import Shards
+from convexprune.adapters._discovery.inspection import inspect
 from convexprune.errors import ModelError, OutputError
 
 

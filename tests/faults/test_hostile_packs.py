@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import convexprune
-from convexprune.container.file import CHECKSUM, NOTES, pack_file, packed_checksum, unpack_file
-from convexprune.container.format import decode
+from convexprune._container.file import CHECKSUM, NOTES, pack_file, packed_checksum, unpack_file
+from convexprune._container.format import decode
+from convexprune._storage.files import sha256
+from convexprune._storage.tensors import Spec, entries, write_tensors
 from convexprune.errors import ModelError, OutputError
-from convexprune.pipeline.files import sha256
-from convexprune.pipeline.tensors import Spec, entries, write_tensors
 
 PACK = "model.pack.safetensors"
 
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("convexprune.container.file.write", full)
+    monkeypatch.setattr("convexprune._container.file.write", full)
     with pytest.raises(OutputError, match="Make room, and start again"):
         convexprune.unpack(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]

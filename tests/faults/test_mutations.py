@@ -29,18 +29,41 @@ import test_refit
 import test_reverse_huber
 from hypothesis import Phase, settings
 
-from convexprune import bound, consistency, constraints, penalty, permutation, problem, relaxation, split
-from convexprune.adapters import inner_channels
-from convexprune.moments import ErrorMoments, Moments
-from convexprune.penalty import L1, ReverseHuber
-from convexprune.pipeline import bounding, passes
-from convexprune.pipeline.lacking import CorrectionTargets
-from convexprune.pruners.wanda import Wanda
-from convexprune.quadratic import Quadratic
-from convexprune.solvers import Status, fista
-from convexprune.solvers.cg import ConjugateGradient
-from convexprune.solvers.fista import FISTA
-from convexprune.solvers.iterative import AbstractIterative
+from convexprune import constraints
+from convexprune._layerwise import capture as passes
+from convexprune._layerwise.steps import bounds as bounding
+from convexprune._layerwise.targets import CorrectionTargets
+from convexprune.adapters._channels import inner_channels
+from convexprune.core import (
+    _bound as bound,
+)
+from convexprune.core import (
+    _consistency as consistency,
+)
+from convexprune.core import (
+    _penalty as penalty,
+)
+from convexprune.core import (
+    _permutation as permutation,
+)
+from convexprune.core import (
+    _problem as problem,
+)
+from convexprune.core import (
+    _relaxation as relaxation,
+)
+from convexprune.core import (
+    _split as split,
+)
+from convexprune.core._moments import ErrorMoments, Moments
+from convexprune.core._penalty import L1, ReverseHuber
+from convexprune.core._quadratic import Quadratic
+from convexprune.pruners._baselines.wanda import Wanda
+from convexprune.solvers import Status
+from convexprune.solvers import _fista as fista
+from convexprune.solvers._cg import ConjugateGradient
+from convexprune.solvers._fista import FISTA
+from convexprune.solvers._iterative import AbstractIterative
 
 CAUGHT = (AssertionError, pytest.fail.Exception)  # the second: of an error that was to be raised; not what crashes
 

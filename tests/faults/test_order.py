@@ -9,9 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune import cli, errors
-from convexprune.adapters import HuggingFaceModel, calibration
-from convexprune.pipeline.place import output_folder
+from convexprune import _cli as cli
+from convexprune import errors
+from convexprune._storage.place import output_folder
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._data import calibration
 from convexprune.validation import compare, verify
 
 NOWHERE = Path("nowhere")  # no model is looked for before these checks
@@ -122,7 +124,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path: Path, mo
     def full(**_: object) -> str:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("convexprune.pipeline.place.mkdtemp", full)
+    monkeypatch.setattr("convexprune._storage.place.mkdtemp", full)
     with pytest.raises(errors.OutputError, match="Read-only file system"):
         convexprune.prune(NOWHERE, output_dir=tmp_path / "out")
 

@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune import cli, errors
-from convexprune.adapters.inspection import inspect
-from convexprune.pipeline.machine import check_threads, default_device
+from convexprune import _cli as cli
+from convexprune import errors
+from convexprune._device.machine import check_threads, default_device
+from convexprune.adapters._discovery.inspection import inspect
 from convexprune.recipe import make_recipe
 from convexprune.validation import compare, verify
-from convexprune.validation.variants import make_variants
+from convexprune.validation._variants import make_variants
 
 NOWHERE = Path("nowhere")  # no model is looked for before these checks
 

@@ -14,9 +14,12 @@ import test_survey
 from runs import flip
 from test_mutations import CAUGHT, Fault, planted
 
-from convexprune.adapters import checkpoint, reading, shards
-from convexprune.adapters.shards import Shards
-from convexprune.pipeline import FolderStore, executors, files, survey, worker
+from convexprune._layerwise.steps import survey
+from convexprune._layerwise.store import FolderStore
+from convexprune._runs import executors, worker
+from convexprune._storage import files
+from convexprune.adapters._checkpoints import checkpoint, reading, shards
+from convexprune.adapters._checkpoints.shards import Shards
 
 llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder
 """Fixtures of these modules."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune.allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
 from convexprune.errors import PatternError
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7)

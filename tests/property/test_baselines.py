@@ -5,8 +5,8 @@ from pruning_cases import PATTERNS, correlated, error, layer_problem
 from strategies import Layer, seeds
 
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
+from convexprune.core._moments import Moments
 from convexprune.errors import PruningError
-from convexprune.moments import Moments
 from convexprune.pruners import (
     PRUNERS,
     Convex,
@@ -16,7 +16,7 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from pruning_cases import layer_problem
 from strategies import KINDS, make_chain, make_layer, random, seeds
 
-from convexprune.bound import LowerBound, lines_of, lower_bound, without_dead_inputs
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
+from convexprune.core._bound import LowerBound, lines_of, lower_bound, without_dead_inputs
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._relaxation import Relaxed, relax
+from convexprune.core._split import first_split, safe_split
 from convexprune.errors import ProblemError
 from convexprune.pruners import Convex, Wanda
-from convexprune.quadratic import Quadratic
-from convexprune.relaxation import Relaxed, relax
-from convexprune.split import first_split, safe_split
 from convexprune.validation import best_pruning
 
 PATTERNS = {"matrix": Unstructured(0.5), "row": Unstructured(0.5, "row"), "2:4": SemiStructured(2, 4)}

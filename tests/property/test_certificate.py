@@ -15,10 +15,10 @@ from strategies import (
     sizes,
 )
 
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import Problem, certify, row_gaps
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
-from convexprune.penalty import L1, Support
-from convexprune.problem import Problem, certify, row_gaps
-from convexprune.quadratic import Quadratic
 from convexprune.solvers import make_solver
 
 ROUNDING = 1e-10  # of the objective and of the energy: float64, Gram matrices of condition up to 1e12 or so

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, make_layer, random, seeds, sizes
 
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
-from convexprune.penalty import L1, Support
-from convexprune.problem import Problem, certify
-from convexprune.quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 
 TRIANGLE = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, -0.9], [0.9, -0.9, 1.0]], dtype=torch.float64)

@@ -12,6 +12,7 @@ from strategies import random, seeds
 
 import convexprune
 from convexprune import pattern, pruners
+from convexprune._layerwise.steps.survey import Allotment
 from convexprune.constraints import (
     KINDS,
     Columns,
@@ -23,7 +24,6 @@ from convexprune.constraints import (
     parse_pattern,
 )
 from convexprune.errors import PatternError
-from convexprune.pipeline.survey import Allotment
 
 shares = st.floats(0, 1, exclude_max=True)
 groups = st.integers(2, 16).flatmap(lambda group: st.tuples(st.integers(1, group - 1), st.just(group)))

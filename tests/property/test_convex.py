@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pruning_cases import PATTERNS, Recorder, correlated, error, layer_problem
 from strategies import Layer, make_chain, random, seeds
 
+from convexprune.constraints import SemiStructured, Unstructured
+from convexprune.core._penalty import L1
 from convexprune.errors import UnsupportedError
-from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.penalty import L1
 from convexprune.pruners import (
     PRUNERS,
     Convex,
@@ -21,7 +21,7 @@ from convexprune.pruners import (
     SparseGPT,
     Wanda,
 )
-from convexprune.pruners.convex import _strengths
+from convexprune.pruners._convex import _strengths
 from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-9  # float64 factorisations of well-conditioned Gram matrices

@@ -6,11 +6,11 @@ from pruning_cases import layer_problem
 from strategies import Layer, make_chain, random
 from torch import Tensor
 
+from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
-from convexprune.moments import Moments
-from convexprune.pipeline.bounding import sampled_bounds
+from convexprune.core._moments import Moments
 from convexprune.pruners import PRUNERS, Convex, LayerProblem, Refitted, SparseGPT
-from convexprune.pruners.damping import Damping
+from convexprune.pruners._damping import Damping
 
 ROWS, INPUTS = 16, 40
 LOOKING = sorted(PRUNERS.keys() - {"magnitude"})  # which does not look at the inputs

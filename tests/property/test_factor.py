@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune import factor
-from convexprune.factor import cholesky
-from convexprune.split import rounding
+from convexprune.core import _factor as factor
+from convexprune.core._factor import cholesky
+from convexprune.core._split import rounding
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PENALTIES, make_problem, problems, random, seeds
 
-from convexprune.penalty import L1
-from convexprune.problem import Problem, certify
-from convexprune.quadratic import Quadratic
+from convexprune.core._penalty import L1
+from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 
 ROUNDING = 1e-12  # float64, a handful of operations
 LONG = 1e-9  # float64, hundreds of iterations

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from convexprune.moments import ErrorMoments, Moments
-from convexprune.pipeline.folds import FEW, Folds
+from convexprune._layerwise.statistics import FEW, Folds
+from convexprune.core._moments import ErrorMoments, Moments
 
 WIDTH, WINDOWS, LENGTH = 6, 50, 32
 X, LACKING = torch.randn(2, WINDOWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).unbind(0)

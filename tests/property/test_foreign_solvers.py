@@ -6,9 +6,9 @@ import pytest
 import torch
 from strategies import make_problem
 
+from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._problem import Certificate, certify
 from convexprune.errors import ProblemError, RecipeError
-from convexprune.penalty import AbstractPenalty
-from convexprune.problem import Certificate, certify
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve
 
 

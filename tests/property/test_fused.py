@@ -12,16 +12,17 @@ import torch
 from pruning_cases import correlated, layer_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convexprune import fused as room
-from convexprune import penalty
+from convexprune._device import kernels as room
+from convexprune._device.capabilities import has_kernels
+from convexprune._device.kernels import number_like
 from convexprune.constraints import Stacked, Unstructured
-from convexprune.device import has_kernels
-from convexprune.fused import number_like
-from convexprune.penalty import L1
-from convexprune.problem import Problem
-from convexprune.pruners import Convex, convex
-from convexprune.solvers.cg import ConjugateGradient
-from convexprune.solvers.fista import FISTA
+from convexprune.core import _penalty as penalty
+from convexprune.core._penalty import L1
+from convexprune.core._problem import Problem
+from convexprune.pruners import Convex
+from convexprune.pruners import _convex as convex
+from convexprune.solvers._cg import ConjugateGradient
+from convexprune.solvers._fista import FISTA
 
 ROUNDING = 1e-6  # float32, a few operations
 
@@ -85,9 +86,9 @@ def test_a_compiled_round_is_the_round():
 
 def test_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch):
     assert not has_kernels(torch.device("cpu"))
-    monkeypatch.setattr("convexprune.device.find_spec", lambda name: object())
+    monkeypatch.setattr("convexprune._device.capabilities.find_spec", lambda name: object())
     assert has_kernels.__wrapped__(torch.device("cuda")) and not has_kernels.__wrapped__(torch.device("mps"))
-    monkeypatch.setattr("convexprune.device.find_spec", lambda name: None)
+    monkeypatch.setattr("convexprune._device.capabilities.find_spec", lambda name: None)
     assert not has_kernels.__wrapped__(torch.device("cuda"))
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PENALTIES, make_chain, make_layer, make_penalty, problems, random, seeds
 
-from convexprune.penalty import L1, AbstractPenalty, Support
-from convexprune.problem import Problem, certify
-from convexprune.quadratic import Quadratic
+from convexprune.core._penalty import L1, AbstractPenalty, Support
+from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 
 L1S = PENALTIES[:3]

@@ -8,7 +8,7 @@ from pruning_cases import correlated, layer_problem
 from strategies import random, seeds
 
 from convexprune.constraints import Int8, Stacked, Unstructured, parse_pattern
-from convexprune.constraints.int8 import LARGEST, rounded
+from convexprune.constraints._int8 import LARGEST, rounded
 from convexprune.errors import PatternError
 from convexprune.pruners import PRUNERS, Magnitude, Wanda
 

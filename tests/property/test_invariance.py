@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Layer, make_layer, random, seeds
 
-from convexprune.moments import Moments
-from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.penalty import L1
-from convexprune.problem import Problem
+from convexprune.constraints import SemiStructured, Unstructured
+from convexprune.core._moments import Moments
+from convexprune.core._penalty import L1
+from convexprune.core._problem import Problem
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, FISTAPruner, LayerProblem
 from convexprune.solvers import make_solver
 

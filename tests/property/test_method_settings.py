@@ -7,11 +7,11 @@ from pruning_cases import correlated, layer_problem
 from strategies import make_chain, random
 
 from convexprune import errors
-from convexprune.pattern import SemiStructured, Unstructured, parse_pattern
+from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
 from convexprune.pruners import ADMM, PRUNERS, Convex, FISTAPruner
 from convexprune.recipe import make_recipe
 from convexprune.solvers import make_solver
-from convexprune.validation.variants import make_variants
+from convexprune.validation._variants import make_variants
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "text for a number": ("sparsegpt", {"damping": "abc"}, "SparseGPT: damping='abc': Input should be a valid number"),

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds
 
+from convexprune.constraints import Unstructured
+from convexprune.core._moments import Moments, sampling_noise
 from convexprune.errors import ProblemError
-from convexprune.moments import Moments, sampling_noise
-from convexprune.pattern import Unstructured
 from convexprune.pruners import LayerProblem
 
 ROUNDING = 1e-12  # float64 sums of a few dozen tokens, relative to the largest entry

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import random, seeds, sizes
 
+from convexprune.core._penalty import L1, ReverseHuber, Support
 from convexprune.errors import ProblemError
-from convexprune.penalty import L1, ReverseHuber, Support
 
 ROUNDING = 1e-12  # float64, values of order one
 GRID = torch.linspace(-6, 6, 2401, dtype=torch.float64)  # wider than any entry drawn below

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from convexprune import permutation as module
+from convexprune.constraints import SemiStructured
+from convexprune.core import _permutation as module
+from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import PatternError
-from convexprune.pattern import SemiStructured
-from convexprune.permutation import permutation, pruned_fraction
 
 PATTERNS = [
     SemiStructured(2, 4),

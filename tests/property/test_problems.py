@@ -3,8 +3,8 @@
 import pytest
 
 from convexprune import problems
+from convexprune.core._problem import certify
 from convexprune.errors import ProblemError
-from convexprune.problem import certify
 from convexprune.solvers import make_solver
 
 SOLVERS = {

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds, sizes
 
-from convexprune.device import has_bfloat16
+from convexprune._device.capabilities import has_bfloat16
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
-from convexprune.quadratic import Quadratic
 
 ROUNDING = 1e-12  # float64 at widths of at most 8, relative to the largest term
 SOLVED = 1e-8  # a linear solve with a condition number up to 1e6 or so
@@ -136,7 +136,7 @@ def test_the_inverse_form_of_a_singular_matrix_is_infinite_but_at_zero():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(monkeypatch, native):
-    monkeypatch.setattr("convexprune.quadratic.has_bfloat16", lambda device: native)
+    monkeypatch.setattr("convexprune.core._quadratic.has_bfloat16", lambda device: native)
     layer = make_layer("full rank", 6, 40, 0)
     exactly = layer.quadratic()
     q = Quadratic(exactly.gram.float(), exactly.cross.float(), exactly.energy.float())
@@ -150,7 +150,7 @@ def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(mon
 
 
 def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
-    monkeypatch.setattr("convexprune.quadratic.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("convexprune.core._quadratic.has_bfloat16", lambda device: True)
     layer = make_layer("full rank", 3, 6, 0)
     q, step = layer.quadratic(), random(1, *layer.weight.shape)
     close(q.residual_after(q.residual(layer.weight), step), q.residual(layer.weight + step), SOLVED)

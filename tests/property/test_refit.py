@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import make_layer, make_problem, problems, random, seeds, sizes
 
-from convexprune.penalty import Support
-from convexprune.problem import Problem
-from convexprune.quadratic import Quadratic
+from convexprune.core._penalty import Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status
-from convexprune.solvers.cg import ConjugateGradient
+from convexprune.solvers._cg import ConjugateGradient
 
 TIGHT = ConjugateGradient(tolerance=1e-12, max_iterations=200)
 SOLVED = 1e-6  # float64 normal equations of condition up to 1e6 or so

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import make_layer, random, seeds, sizes
 
+from convexprune.core._penalty import ReverseHuber
+from convexprune.core._problem import Problem, certify
 from convexprune.errors import ProblemError
-from convexprune.penalty import ReverseHuber
-from convexprune.problem import Problem, certify
 from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-12

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, allocating, gradients
-from convexprune.adapters.gradients import output_fisher
+from convexprune._layerwise.capture import stage_inputs
+from convexprune._layerwise.steps.survey import row_weights
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters import _allocating as allocating
+from convexprune.adapters import _gradients as gradients
+from convexprune.adapters._gradients import output_fisher
 from convexprune.errors import ModelError
-from convexprune.pipeline.passes import stage_inputs
-from convexprune.pipeline.survey import row_weights
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS: dict[str, Any] = {
@@ -94,7 +96,7 @@ def test_gradients_need_the_logits_of_few_positions_at_a_time(
     def keeping(input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor) -> Any:
         return watched(input_ids, use_cache, logits_to_keep=logits_to_keep)
 
-    monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._data.logits.POSITIONS", 5)
     monkeypatch.setattr(tiny_llama.model, "forward", keeping if keeps else watched)
     found = output_fisher(tiny_llama, TOKENS[:2], 2)
     assert sizes == ([5, 5, 5, 5, 3] if keeps else [24])

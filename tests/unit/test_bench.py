@@ -6,11 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convexprune import cli, errors
+from convexprune import _cli as cli
+from convexprune import errors
 from convexprune.adapters import HuggingFaceModel
-from convexprune.validation import bench as room
-from convexprune.validation.bench import Timing, bench
-from convexprune.validation.formats import FORMATS, GROUP, SemiStructured
+from convexprune.validation import _bench as room
+from convexprune.validation._bench import Timing, bench
+from convexprune.validation._formats import FORMATS, GROUP, SemiStructured
 
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, f"int4, groups of {GROUP}": 0.2, "CSR, float32": 1e-6}
 

@@ -11,13 +11,13 @@ from pruning_cases import layer_problem
 from strategies import make_layer, seeds
 
 import convexprune
+from convexprune._layerwise.steps import bounds as bounding
+from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
-from convexprune.moments import Moments
-from convexprune.pipeline import bounding
-from convexprune.pipeline.bounding import sampled_bounds
+from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, Convex, LayerProblem, Refitted, Wanda
-from convexprune.pruners.damped import damped
-from convexprune.pruners.damping import NO_DAMPING, Damping
+from convexprune.pruners._damped import damped
+from convexprune.pruners._damping import NO_DAMPING, Damping
 from convexprune.report import Report
 from convexprune.validation import best_pruning
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from convexprune.adapters import HuggingFaceModel, calibration_tokens, text_windows
-from convexprune.adapters.corpora import CORPORA
+from convexprune.adapters._data.corpora import CORPORA
 from convexprune.errors import CalibrationError, DependencyError
 
 STREAM = torch.arange(4000)  # every token once, so that windows which overlap would repeat one

@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from convexprune import cli, errors
+from convexprune import _cli as cli
+from convexprune import errors
+from convexprune._cli import application
 from convexprune.adapters import TESTED, HuggingFaceModel
-from convexprune.cli import application
 from convexprune.pruners import PRUNERS
 from convexprune.recipe import PRESETS
 from convexprune.solvers import solver_names
-from convexprune.validation.variants import CONVENTIONS
+from convexprune.validation._variants import CONVENTIONS
 
 TEXT = "It was the best of times, it was the worst of times. " * 200
 

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 import convexprune
 from convexprune import errors
+from convexprune._device import machine
 from convexprune.adapters import HuggingFaceModel, load, text_windows
-from convexprune.pipeline import machine
 from convexprune.pruners import SparseGPT
-from convexprune.validation import compare, perplexity, plots
-from convexprune.validation.plots import _colours, will_draw
-from convexprune.validation.side_by_side import Comparison
-from convexprune.validation.variants import CONVENTIONS, make_variants
+from convexprune.validation import _plots as plots
+from convexprune.validation import compare, perplexity
+from convexprune.validation._plots import _colours, will_draw
+from convexprune.validation._side_by_side import Comparison
+from convexprune.validation._variants import CONVENTIONS, make_variants
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 60
 OTHER = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 60

@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from convexprune.doors import INSPECT
+from convexprune._layerwise.capture import Observed
+from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.statistics import ROOM, Folds, in_parts
+from convexprune._layerwise.steps import bounds as bounding
+from convexprune._layerwise.steps.bounds import WIDE
+from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._runs import cost
+from convexprune._runs.speed import Speed, seconds
+from convexprune._schema.functions import INSPECT
+from convexprune.constraints import Unstructured
+from convexprune.core._moments import ErrorMoments
 from convexprune.errors import RecipeError
-from convexprune.model import AbstractOperator, DecoderLayer, Group, ModuleInput
-from convexprune.moments import ErrorMoments
-from convexprune.pattern import Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, bounding, cost, prune_observed
-from convexprune.pipeline.bounding import WIDE
-from convexprune.pipeline.folds import ROOM, Folds, in_parts
-from convexprune.pipeline.passes import Observed
-from convexprune.pipeline.speed import Speed, seconds
 from convexprune.pruners import (
     ADMM,
     ALPS,

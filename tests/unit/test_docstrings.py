@@ -1,6 +1,7 @@
 """Public functions, methods and classes say what they take, return and raise.
 
-The rule, for every function and method without a leading underscore, in a module without one:
+The rule, for every function and method without a leading underscore, in every room but that of the command line,
+where docstrings are help texts:
 
 1.  It has a docstring. (An override needs none: the words stand at the method that it overrides.)
 2.  `Args:` names exactly its parameters, `self` and `cls` aside.
@@ -28,39 +29,26 @@ PACKAGE = Path(convexprune.__file__).parent
 ERRORS = {node.name for node in ast.parse((PACKAGE / "errors.py").read_text()).body if isinstance(node, ast.ClassDef)}
 NOT_YET = frozenset[str](
     {
-        "convexprune.api",
+        "convexprune._api.calls",
         "convexprune.recipe",
-        "convexprune.recipe_file",
-        "convexprune.request",
-        "convexprune.validation.compare",
-        "convexprune.validation.formats",
-        "convexprune.validation.side_by_side",
-        "convexprune.validation.states",
-        "convexprune.validation.variants",
-        "convexprune.validation.verify",
-        "convexprune.pipeline.executors",
-        "convexprune.pipeline.folds",
-        "convexprune.pipeline.lacking",
-        "convexprune.pipeline.passes",
-        "convexprune.pipeline.settings",
-        "convexprune.pipeline.shortcut",
-        "convexprune.pipeline.survey",
-        "convexprune.pipeline.task",
-        "convexprune.pipeline.worker",
-        "convexprune.cli.application",
-        "convexprune.cli.bench",
-        "convexprune.cli.compare",
-        "convexprune.cli.inspect",
-        "convexprune.cli.options",
-        "convexprune.cli.pack",
-        "convexprune.cli.permute",
-        "convexprune.cli.progress",
-        "convexprune.cli.prune",
-        "convexprune.cli.stopping",
-        "convexprune.cli.summary",
-        "convexprune.cli.unpack",
-        "convexprune.cli.verify",
-        "convexprune.adapters.allocating",
+        "convexprune._recipe_file",
+        "convexprune._api.request",
+        "convexprune.validation._compare",
+        "convexprune.validation._formats",
+        "convexprune.validation._side_by_side",
+        "convexprune.validation._states",
+        "convexprune.validation._variants",
+        "convexprune.validation._verify",
+        "convexprune._runs.executors",
+        "convexprune._layerwise.statistics",
+        "convexprune._layerwise.targets",
+        "convexprune._layerwise.capture",
+        "convexprune._layerwise.settings",
+        "convexprune._layerwise.replay",
+        "convexprune._layerwise.steps.survey",
+        "convexprune._layerwise.steps.prune",
+        "convexprune._runs.worker",
+        "convexprune.adapters._allocating",
     }
 )
 """Modules that still break the rule. The list may only shrink: a module on it without an offence fails the test."""
@@ -69,12 +57,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def modules() -> dict[str, Path]:
-    """Every public module by its dotted name; the links `adapters` and `validation` are followed."""
+    """Every module by its dotted name; the links `adapters` and `validation` are followed."""
     found = {}
     folders = [PACKAGE]
     while folders:
         for path in sorted(folders.pop().iterdir()):
-            if path.name.startswith(("_", ".")) and path.name != "__init__.py":
+            if path.name in ("_cli", "__main__.py", "__pycache__"):
                 continue
             if path.is_dir() and (path / "__init__.py").is_file():
                 folders.append(path)

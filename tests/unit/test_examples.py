@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from convexprune import windows
-from convexprune.adapters import calibration
+from convexprune._api import windows
+from convexprune.adapters._data import calibration
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {"prune_opt.py": ["8"]}

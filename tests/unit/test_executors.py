@@ -19,9 +19,11 @@ from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune import errors, request
-from convexprune.pipeline import executors, machine, worker
-from convexprune.pipeline.files import locked
+from convexprune import errors
+from convexprune._api import request
+from convexprune._device import machine
+from convexprune._runs import executors, worker
+from convexprune._storage.files import locked
 from convexprune.report import OperatorReport
 
 

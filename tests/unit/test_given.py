@@ -10,11 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import convexprune
+from convexprune.core._penalty import L1
+from convexprune.core._problem import Problem
 from convexprune.errors import ModelError
-from convexprune.penalty import L1
-from convexprune.problem import Problem
 from convexprune.solvers import AbstractSolver, Solution
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 
 QUICK = SMALL | {"method": "wanda"}
 PERMUTE = {"dataset": TOKENS, "num_calibration_samples": 6}
@@ -117,7 +117,7 @@ def test_an_error_after_pruning_undoes_it_too_and_the_folder_can_be_gone_on_with
     model = build("llama")
     before = bits(model)
     with monkeypatch.context() as patch:
-        patch.setattr("convexprune.request.save_from_store", lambda *_: 1 / 0)
+        patch.setattr("convexprune._api.request.save_from_store", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convexprune.prune(model, output_dir=tmp_path / "out", **QUICK)
     assert same(model, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convexprune.pipeline import machine
+from convexprune._device import machine
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "computes"),
     [
-        ("solvers/fista.py", True), ("pipeline/group.py", True), ("adapters/sampling.py", True), ("quadratic.py", True),
-        ("cli/prune.py", False), ("validation/plots.py", False), ("validation/verify.py", False), ("report.py", False),
+        ("solvers/_fista.py", True), ("_layerwise/steps/group.py", True), ("adapters/_data/sampling.py", True),
+        ("core/_quadratic.py", True), ("_cli/prune.py", False), ("validation/_plots.py", False),
+        ("validation/_verify.py", False), ("report.py", False),
     ],
 )  # fmt: skip
 def test_an_edit_of_what_computes_makes_another_run_and_of_what_shows_does_not(

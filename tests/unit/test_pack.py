@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune.adapters import packed as reader
-from convexprune.cli import app
-from convexprune.cli.summary import summary
-from convexprune.container import file as packing
-from convexprune.container.file import contents, pack_file, packed_checksum, unpack_file
-from convexprune.container.format import decode, encode, longest, width
+from convexprune._cli import app
+from convexprune._cli.summary import summary
+from convexprune._container import file as packing
+from convexprune._container.file import contents, pack_file, packed_checksum, unpack_file
+from convexprune._container.format import decode, encode, longest, width
+from convexprune._runs.folder import RunFolder
+from convexprune._storage.files import sha256
+from convexprune._storage.tensors import BITS, Spec, entries, write_tensors
+from convexprune.adapters._checkpoints import packed as reader
 from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
-from convexprune.pipeline import RunFolder
-from convexprune.pipeline.files import sha256
-from convexprune.pipeline.tensors import BITS, Spec, entries, write_tensors
 
 CODES = st.sampled_from(sorted(BITS))
 # Zeros, negative zeros, quiet and signalling NaNs, infinities, denormals and all else, in any type.
@@ -305,7 +305,7 @@ def test_a_run_that_was_stopped_while_it_packed_goes_on(
 
     settings = SETTINGS | {"sparsity": 0.7, "output_dir": tmp_path / "out"}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("convexprune.container.folder.pack_file", pack_one)
+        patch.setattr("convexprune._container.folder.pack_file", pack_one)
         convexprune.prune(dense, pack=True, **settings)
     assert len(list((tmp_path / "out").glob("*.pack.safetensors"))) == 1
     convexprune.prune(dense, pack=still, resume=True, **settings)
@@ -317,7 +317,7 @@ def test_a_pack_that_is_not_what_was_pruned_is_not_kept(dense: Path, tmp_path: P
         save_file({"w": torch.zeros(2)}, path.with_name("other"))
         pack_file(path.with_name("other"), target)
 
-    monkeypatch.setattr("convexprune.container.folder.pack_file", pack_wrong)
+    monkeypatch.setattr("convexprune._container.folder.pack_file", pack_wrong)
     with pytest.raises(OutputError, match=r"model-00001.*pack\.safetensors: this is not model-00001"):
         convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, **SETTINGS)
     assert any(not path.name.endswith(".pack.safetensors") for path in (tmp_path / "out").glob("*.safetensors"))

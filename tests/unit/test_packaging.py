@@ -19,7 +19,7 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
     subprocess.run(command, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"convexprune"}
-    needed = ("adapters/huggingface.py", "validation/perplexity.py", "data/opt-books/model.safetensors", "py.typed")
+    needed = ("adapters/_huggingface.py", "validation/_perplexity.py", "data/opt-books/model.safetensors", "py.typed")
     assert {f"convexprune/{n}" for n in needed} <= set(names)
 
 
@@ -29,9 +29,26 @@ PUBLIC = {
         PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support Unstructured
         Verification certify compare compare_samples errors inspect load make_solver pack parse_pattern permute
         perplexity problems prune pruners solver_names solvers unpack verify""",
+    "convexprune.core": "L1 AbstractPenalty Certificate Moments Problem Quadratic ReverseHuber Support certify",
+    "convexprune.constraints": """
+        KINDS Budget Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.problems": "Named Result check load names",
 }
+
+
+MODULES = {
+    "adapters", "constraints", "core", "errors", "problems", "pruners", "recipe", "report", "solvers", "validation",
+}  # fmt: skip
+
+
+def test_modules_that_are_not_for_users_have_an_underscore_somewhere_in_their_names():
+    package = Path(convexprune.__file__).parent
+    found = {path.relative_to(package).with_suffix("").parts for path in package.glob("*.py")}
+    for room in (each for each in package.iterdir() if (each / "__init__.py").is_file()):
+        found |= {path.relative_to(package).with_suffix("").parts for path in room.rglob("*.py")}
+    public = {tuple(p for p in parts if p != "__init__") for parts in found}
+    assert {".".join(p) for p in public if p and not any(part.startswith("_") for part in p)} == MODULES
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -44,7 +61,7 @@ def test_the_public_names_are_these(module: str):
 @pytest.mark.parametrize("command", [["--help"], ["prune", "--help"], ["--version"]])
 def test_help_loads_no_torch_and_takes_no_time(command: list[str]):
     code = (
-        "import sys\nfrom convexprune.cli import main\n"
+        "import sys\nfrom convexprune._cli import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from convexprune._layerwise.store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
 from convexprune.errors import CalibrationError
-from convexprune.pipeline import FolderStore
 from convexprune.validation import Perplexity, perplexity, streamed_perplexity
-from convexprune.validation.likelihood import likelihoods
+from convexprune.validation._likelihood import likelihoods
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
@@ -146,14 +146,14 @@ def test_the_logits_of_a_whole_window_are_never_in_memory(
     """And what is measured is the same to the last bit."""
     with Largest() as whole:
         expected = measure(tiny_llama, tmp_path)
-    monkeypatch.setattr("convexprune.adapters.logits.NUMBERS", 20 * 4096)
+    monkeypatch.setattr("convexprune.adapters._data.logits.NUMBERS", 20 * 4096)
     with Largest() as pieces:
         assert measure(tiny_llama, tmp_path) == expected
     assert pieces.numbers < 63 * 4096 <= whole.numbers
 
 
 def test_the_decoder_runs_once_a_window(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._data.logits.POSITIONS", 5)
     runs = list[int]()
     with tiny_llama.layers[0].module.register_forward_hook(lambda *_: runs.append(1)):
         perplexity(tiny_llama.model, LONG)
@@ -163,7 +163,7 @@ def test_the_decoder_runs_once_a_window(tiny_llama: HuggingFaceModel, monkeypatc
 def test_a_decoder_whose_output_cannot_be_replayed_runs_again(tiny_llama: HuggingFaceModel, monkeypatch):
     """It is not where transformers says, or what it gives is not of all positions."""
     expected = perplexity(tiny_llama.model, LONG)
-    monkeypatch.setattr("convexprune.adapters.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._data.logits.POSITIONS", 5)
     for other in (None, tiny_llama.model, tiny_llama.model.get_input_embeddings()):
         monkeypatch.setattr(tiny_llama.model, "get_decoder", lambda other=other: other)
         assert perplexity(tiny_llama.model, LONG).nll == pytest.approx(expected.nll, rel=1e-6)

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import convexprune.api
-from convexprune import cli
-from convexprune.cli import progress
-from convexprune.cli.stopping import Stopped, listen
-from convexprune.cli.summary import summary
-from convexprune.progress import begin, followed_by
-from convexprune.pruners.damping import Damping
+import convexprune._api.calls
+from convexprune import _cli as cli
+from convexprune._cli import progress
+from convexprune._cli.stopping import Stopped, listen
+from convexprune._cli.summary import summary
+from convexprune._progress import begin, followed_by
+from convexprune.pruners._damping import Damping
 from convexprune.report import OperatorReport, Report
 
 
@@ -110,7 +110,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(
         raise stop
 
     arguments = ["prune", "some model", "--output", str(tmp_path)]
-    monkeypatch.setattr(convexprune.api, "prune", fail)
+    monkeypatch.setattr(convexprune._api.calls, "prune", fail)
     monkeypatch.setattr(sys, "argv", ["/bin/convexprune", *arguments])
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == status

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convexprune
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.core._penalty import L1
 from convexprune.errors import ConvexpruneError
-from convexprune.penalty import L1
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, LayerEdit
 from convexprune.recipe import Recipe
 from convexprune.solvers import AbstractSolver
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 
 
 def operator_names(model: HuggingFaceModel) -> set[str]:
@@ -103,7 +103,7 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     """The moments a pruner gets for `o_proj` are those of the layer with q, k, v pruned against the dense layer."""
     import copy
 
-    from convexprune.pipeline import layer as room
+    from convexprune._layerwise.steps import stages as room
 
     seen = {}
 
@@ -183,7 +183,7 @@ def test_by_default_an_eighth_is_held_out_if_there_is_so_much(tiny_opt: HuggingF
 
 
 def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_llama: HuggingFaceModel, monkeypatch):
-    from convexprune.pipeline import layer as room
+    from convexprune._layerwise.steps import stages as room
 
     seen = {}
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import convexprune
 from convexprune import errors
-from convexprune.adapters import checkpoint
-from convexprune.adapters.shards import Shards
-from convexprune.pruners.damping import Damping
+from convexprune.adapters._checkpoints import checkpoint
+from convexprune.adapters._checkpoints.shards import Shards
+from convexprune.pruners._damping import Damping
 from convexprune.report import OperatorReport, Report
 
 

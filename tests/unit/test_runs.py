@@ -13,9 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune import errors, request
-from convexprune.pipeline import FolderStore, executors, layer, machine
-from convexprune.pipeline.output import RunFolder, differences
+from convexprune import errors
+from convexprune._api import request
+from convexprune._device import machine
+from convexprune._layerwise.steps import stages as layer
+from convexprune._layerwise.store import FolderStore
+from convexprune._runs import executors
+from convexprune._runs.folder import RunFolder, differences
 from convexprune.report import OperatorReport
 
 
@@ -228,7 +232,7 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     settings: dict[str, Any] = {
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
-    monkeypatch.setattr("convexprune.windows.EVALUATION_SAMPLES", 1)
+    monkeypatch.setattr("convexprune._api.windows.EVALUATION_SAMPLES", 1)
     told = []
 
     def tell(report: OperatorReport) -> None:
@@ -238,7 +242,8 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
 
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(output_dir=tmp_path / "out", progress=lambda _: tell, **settings)
-    monkeypatch.setattr("convexprune.adapters.calibration.sampled_windows", lambda *_, **__: pytest.fail("sampled"))
+    sampler = "convexprune.adapters._data.calibration.sampled_windows"
+    monkeypatch.setattr(sampler, lambda *_, **__: pytest.fail("sampled"))
     result = convexprune.prune(output_dir=tmp_path / "out", resume=True, **settings)
     assert set(result.report.perplexity) == {"dense", "pruned"}
     assert result.report.environment["loading"] == "layer by layer"

@@ -11,7 +11,8 @@ from test_compare import CALIBRATION, compared, interrupt, saved, without_times
 
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel
-from convexprune.validation import compare_samples, samples
+from convexprune.validation import _samples as samples
+from convexprune.validation import compare_samples
 
 METHODS: dict[str, Any] = {"methods": ["wanda", "sparsegpt"], "patterns": ["unstructured", "2:4"]}
 

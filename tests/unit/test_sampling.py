@@ -60,6 +60,6 @@ def test_sampled_text_follows_the_models_distribution_whatever_its_generation_se
 
 
 def test_more_samples_than_one_batch_are_all_different(tiny_opt, monkeypatch):
-    monkeypatch.setattr("convexprune.adapters.sampling.BATCH_TOKENS", 48)
+    monkeypatch.setattr("convexprune.adapters._data.sampling.BATCH_TOKENS", 48)
     windows = sample(tiny_opt, num_samples=7)
     assert len(windows.unique(dim=0)) == 7

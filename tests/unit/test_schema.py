@@ -15,14 +15,16 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import convexprune
-from convexprune import cli, doors, errors
+from convexprune import _cli as cli
+from convexprune import errors
+from convexprune._layerwise.steps.survey import RULES
+from convexprune._recipe_file import read_recipe, write_recipe
+from convexprune._schema import functions as doors
+from convexprune._schema.door import RECIPE, Door
+from convexprune._schema.settings import GROUPS
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline.survey import RULES
 from convexprune.pruners import PRUNERS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
-from convexprune.recipe_file import read_recipe, write_recipe
-from convexprune.schema import RECIPE, Door
-from convexprune.settings import GROUPS
 
 FUNCTIONS: dict[str, tuple[Any, Door[Any]]] = {
     "prune": (convexprune.prune, doors.PRUNE),

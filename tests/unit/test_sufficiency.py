@@ -11,11 +11,11 @@ from torch import nn
 
 import convexprune
 from convexprune import errors
+from convexprune._api.run_warnings import run_warnings
 from convexprune.adapters import calibration_tokens
-from convexprune.adapters.sufficiency import refuse_uninformative, shortage
+from convexprune.adapters._data.sufficiency import refuse_uninformative, shortage
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
-from convexprune.run_warnings import run_warnings
 
 QUICK: dict[str, Any] = {"method": "wanda"}
 NOTHING = {

@@ -13,20 +13,23 @@ from tiny_models import TINY
 from torch import Tensor
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, allocating
-from convexprune.adapters.experts import ExpertIndex, FusedExperts, Product, fused_parameters
-from convexprune.adapters.gradients import output_fisher
-from convexprune.adapters.operators import Place
+from convexprune._layerwise.capture import observe
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.steps.survey import SURVEYED, Unit, allot, candidates, survey
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters import _allocating as allocating
+from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
+from convexprune.adapters._discovery.operators import Place
+from convexprune.adapters._gradients import output_fisher
+from convexprune.constraints import SemiStructured, Unstructured
 from convexprune.errors import OutputError, RecipeError
-from convexprune.pattern import SemiStructured, Unstructured
-from convexprune.pipeline import HiddenStates, LayerSettings, observe, prune_observed
-from convexprune.pipeline.survey import SURVEYED, Unit, allot, candidates, survey
 from convexprune.pruners import Convex
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import compare, verify
-from convexprune.validation.variants import make_variants
-from convexprune.validation.verify import _layer_settings
+from convexprune.validation._variants import make_variants
+from convexprune.validation._verify import _layer_settings
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)

@@ -15,9 +15,9 @@ from strategies import seeds
 from torch import Tensor
 
 from convexprune import errors
-from convexprune.pattern import Unstructured
-from convexprune.pipeline.folds import Folds
-from convexprune.pipeline.team import ProcessGroup, SamePruned
+from convexprune._layerwise.processes import ProcessGroup, SamePruned
+from convexprune._layerwise.statistics import Folds
+from convexprune.constraints import Unstructured
 from convexprune.pruners import Convex, LayerEdit
 
 T = TypeVar("T")

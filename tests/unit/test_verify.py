@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from test_cli import folder, run
 
 import convexprune
+from convexprune.constraints import SemiStructured
 from convexprune.errors import OutputError, ProblemError, RecipeError
-from convexprune.pattern import SemiStructured
 from convexprune.pruners import LayerProblem
 from convexprune.report import Report
-from convexprune.solvers.fista import FISTA
+from convexprune.solvers._fista import FISTA
 from convexprune.validation import Verification, best_pruning, verify
-from convexprune.validation.oracles import block
+from convexprune.validation._oracles import block
 
 __all__ = ["folder"]  # a fixture of test_cli
 

@@ -15,14 +15,16 @@ from test_cli import folder
 from torch import Tensor
 
 import convexprune
-from convexprune.adapters import BUNDLED, EMBEDDED, calibration, load, selection
+from convexprune._api.request import name_of
+from convexprune._api.windows import name_of_text
+from convexprune._recipe_file import read_recipe, write_recipe
+from convexprune.adapters import BUNDLED, EMBEDDED, load
+from convexprune.adapters._data import calibration
+from convexprune.adapters._discovery import selection
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import make_recipe
-from convexprune.recipe_file import read_recipe, write_recipe
 from convexprune.report import Report
-from convexprune.request import name_of
 from convexprune.validation import Verification, verify
-from convexprune.windows import name_of_text
 
 __all__ = ["folder"]  # a fixture of test_cli
 

@@ -10,9 +10,10 @@ import torch
 from tiny_families import TOKENS, build_family
 
 import convexprune
+from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._storage.tensors import Batches
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pipeline import FolderStore, LayerContext, LayerWalk, MemoryStore, propagate
-from convexprune.pipeline.tensors import Batches
 
 PRODUCT = Path(convexprune.__file__).parent
 LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -1,0 +1,1 @@
+"""Channels that may change places, and the order of which N:M prunes less."""

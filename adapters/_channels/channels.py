@@ -1,0 +1,183 @@
+"""Channels that may change places: axes of parameters which have to be ordered alike.
+
+Which they are is found by experiments, as no architecture is known here: `inner_channels` and `hidden_channels`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import AbstractOperator, DecoderLayer
+
+from .._discovery.discovery import canonical_name
+from .._discovery.operators import ParameterOperator
+
+TOLERANCE = 1e-3
+"""Relative, in float32, and eight roundings in others: to tell another order of a sum from another function."""
+
+HIDDEN = "hidden states"
+"""The name of the channels that go through the whole model."""
+
+
+class NotPermutable(Exception):
+    """Why channels have to stay in their order."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Some entries of one dimension of a parameter.
+
+    Args:
+        parameter: its name, from the layer or from the model.
+        dim: the dimension.
+        start: the first entry.
+        index: of fused experts, the number of the expert.
+    """
+
+    parameter: str
+    dim: int
+    start: int = 0
+    index: int | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The `parameter`, or the matrix of the expert."""
+        return parameter if self.index is None else parameter[self.index]
+
+    @torch.no_grad()
+    def order(self, parameter: Tensor, order: Tensor) -> None:
+        """Put the entries in another order.
+
+        Args:
+            parameter: the parameter.
+            order: [entries].
+        """
+        part = self.of(parameter).narrow(self.dim, self.start, len(order))
+        part.copy_(part.index_select(self.dim, order.to(part.device)))
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that may change places: with all axes ordered alike the model computes the same.
+
+    Args:
+        name: of the channels.
+        size: how many there are.
+        axes: those that are no inputs of operators.
+        consumers: those that are inputs of operators, whose patterns depend on the order.
+    """
+
+    name: str
+    size: int
+    axes: tuple[Axis, ...]
+    consumers: tuple[Axis, ...]
+
+    def order(self, module: nn.Module, order: Tensor) -> None:
+        """Put the channels in another order.
+
+        Args:
+            module: from which the axes are named.
+            order: [size].
+        """
+        for axis in (*self.axes, *self.consumers):
+            axis.order(module.get_parameter(axis.parameter), order)
+
+    @contextmanager
+    def ordered(self, module: nn.Module, order: Tensor) -> Iterator[None]:
+        """Inside, the channels are in another order.
+
+        Args:
+            module: from which the axes are named.
+            order: [size].
+        """
+        self.order(module, order)
+        try:
+            yield
+        finally:
+            self.order(module, order.argsort())
+
+    def of_layer(self, layer: str) -> "Channels":
+        """The same channels, named from the model; `layer` is the path of the layer in it."""
+
+        def named(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+            return tuple(replace(axis, parameter=f"{layer}.{axis.parameter}") for axis in axes)
+
+        return Channels(f"{layer}.{self.name}", self.size, named(self.axes), named(self.consumers))
+
+    def within(self, layers: Sequence[str], within: bool = True) -> "Channels":
+        """Some of the axes.
+
+        Args:
+            layers: paths of layers.
+            within: whether the axes in these layers are meant, or all others.
+
+        Returns:
+            The channels with these axes.
+        """
+        prefixes = tuple(f"{layer}." for layer in layers)
+
+        def chosen(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+            return tuple(axis for axis in axes if axis.parameter.startswith(prefixes) is within)
+
+        return replace(self, axes=chosen(self.axes), consumers=chosen(self.consumers))
+
+
+def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal up to the rounding of sums.
+
+    Args:
+        expected: one.
+        found: the other, of the same shape.
+        dtype: in which the sums are computed.
+
+    Returns:
+        True if they are.
+    """
+    tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)
+    return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
+
+
+def rows(operator: AbstractOperator, start: int) -> list[Axis]:
+    """The axes of an operator's outputs: of its weight, and of its bias if it has one.
+
+    Args:
+        operator: the operator.
+        start: the first output.
+
+    Returns:
+        The axes.
+    """
+    assert isinstance(operator, ParameterOperator)
+    place, bias = operator.place, getattr(operator.module, "bias", None)
+    axes = [Axis(place.path, int(place.transposed), start, place.index)]
+    return axes if bias is None or place.index is not None else [*axes, Axis(f"{place.module}.bias", 0, start)]
+
+
+def columns(operator: AbstractOperator, start: int = 0) -> Axis:
+    """The axis of an operator's inputs.
+
+    Args:
+        operator: the operator.
+        start: the first input.
+
+    Returns:
+        The axis.
+    """
+    assert isinstance(operator, ParameterOperator)
+    return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)
+
+
+def canonical_name_of(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
+    """An operator's `canonical_name`.
+
+    Args:
+        layer: the layer.
+        operator: of the layer.
+
+    Returns:
+        The name without the numbers of equal modules, and these numbers.
+    """
+    assert isinstance(operator, ParameterOperator)
+    return canonical_name(layer.module, operator.place)

@@ -1,0 +1,156 @@
+"""Channels inside of decoder layers that may change places, by experiment: in MLPs, attention heads and experts.
+
+Outputs of an operator that are doubled show which inputs of a later one they reach one by one; these channels are then
+tried in another order, and kept only if the outputs of the later one stay the same.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import stage_inputs
+from convexprune._layerwise.model import AbstractOperator, Call, DecoderLayer, Group
+
+from .._discovery.family import head_size
+from .._discovery.kinds import of_each_kind
+from .._discovery.operators import ParameterOperator
+from .._huggingface import HuggingFaceModel
+from .channels import Channels, canonical_name_of, close, columns, rows
+
+Source = tuple[AbstractOperator, int]
+"""An operator, and where its outputs begin that are a set of channels."""
+
+
+@torch.no_grad()
+def inner_channels(model: HuggingFaceModel) -> list[Channels]:
+    """The channels inside of decoder layers: of each operator whose inputs come from other operators one by one.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The sets of channels.
+    """
+    head = head_size(model.model.config)
+    found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
+    each = zip(model.layers, found, strict=True)
+    return [channels.of_layer(layer.name) for layer, inside in each for channels in inside]
+
+
+def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:
+    for number, stage in enumerate(layer.stages):
+        earlier = list(chain(*layer.stages[:number]))
+        paired = [operator for group in earlier if group.paired for operator in group.operators]
+        for group in stage:
+            for size in (group.operators[0].shape[1], head) if group.paired else ():
+                found = _coupled(layer, group, paired, call, hidden, size)
+                sets = [_channels(group, size, reached, sources) for reached, sources in found.items()]
+                if sets and _same(layer, group, sets, call, hidden):
+                    yield from sets
+                    break
+        yield from _in_experts(layer, earlier, stage, call, hidden)
+
+
+def _in_experts(
+    layer: DecoderLayer, earlier: Sequence[Group], stage: Sequence[Group], call: Call, hidden: Tensor
+) -> Iterator[Channels]:
+    """Those inside of the experts of a stage: tried on one that tokens reach, and the same in its siblings."""
+    families: dict[str, dict[str, Group]] = {}
+    for group in stage:
+        if not group.paired:
+            family, number = canonical_name_of(layer, group.operators[0])
+            families.setdefault(family, {})[number] = group
+    before = {canonical_name_of(layer, o): o for group in earlier if not group.paired for o in group.operators}
+    for groups in families.values():
+        seen = stage_inputs(layer, list(groups.values()), call, hidden)
+        tried = next((number for number, group in groups.items() if group in seen), None)
+        if tried is None:
+            continue
+        group = groups[tried]
+        size = group.operators[0].shape[1]
+        found = _coupled(layer, group, [o for (_, n), o in before.items() if n == tried], call, hidden, size)
+        if not found or not _same(
+            layer, group, [_channels(group, size, *each) for each in found.items()], call, hidden
+        ):
+            continue
+        for number, sibling in groups.items():
+            for reached, sources in found.items():
+                own = [(before[canonical_name_of(layer, operator)[0], number], start) for operator, start in sources]
+                yield _channels(sibling, size, reached, own)
+
+
+def _coupled(
+    layer: DecoderLayer, group: Group, earlier: Sequence[AbstractOperator], call: Call, hidden: Tensor, size: int
+) -> dict[tuple[int, ...], list[Source]]:
+    """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one."""
+    sources: dict[tuple[int, ...], list[Source]] = {}
+    if group.operators[0].shape[1] % size == 0:
+        for operator in earlier:
+            for start in range(0, operator.shape[0] - size + 1, size):
+                reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
+                if reached:
+                    sources.setdefault(reached, []).append((operator, start))
+    return sources
+
+
+def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequence[Source]) -> Channels:
+    axes = tuple(axis for operator, start in sources for axis in rows(operator, start))
+    consumers = tuple(columns(operator, block * size) for operator in group.operators for block in reached)
+    name = group.operators[0].name
+    return Channels(
+        name if size == group.operators[0].shape[1] else f"{name}[{reached[0] * size}]", size, axes, consumers
+    )
+
+
+def _reached(
+    layer: DecoderLayer, group: Group, operator: AbstractOperator, outputs: slice, call: Call, hidden: Tensor
+) -> tuple[int, ...]:
+    """The blocks of the group's inputs that these outputs reach one by one: with half of them doubled, these change."""
+    size = outputs.stop - outputs.start
+    chosen = torch.rand(size, generator=torch.Generator().manual_seed(outputs.start)) < 0.5
+    before = _inputs(layer, group, call, hidden)
+    with _doubled(operator, outputs, chosen):
+        after = _inputs(layer, group, call, hidden)
+    changed = (before != after).flatten(0, -2).any(0).view(-1, size).cpu()
+    spread = bool((changed & ~chosen).any())
+    return () if spread else tuple(changed.any(1).nonzero().flatten().tolist())
+
+
+@contextmanager
+def _doubled(operator: AbstractOperator, outputs: slice, chosen: Tensor) -> Iterator[None]:
+    """Inside, those of the outputs that are chosen are twice what they are: exactly, in any dtype."""
+    axes, doubled = rows(operator, 0), chosen.nonzero().flatten() + outputs.start
+    assert isinstance(operator, ParameterOperator)
+    held = [axis.of(operator.module.get_parameter(axis.parameter.rpartition(".")[2])) for axis in axes]
+    kept = [parameter.clone() for parameter in held]
+    try:
+        for axis, parameter in zip(axes, held, strict=True):
+            factors = torch.ones(parameter.shape[axis.dim], dtype=parameter.dtype).index_fill(0, doubled, 2)
+            shape = [-1 if dim == axis.dim else 1 for dim in range(parameter.dim())]
+            parameter.mul_(factors.view(shape).to(parameter.device))
+        yield
+    finally:
+        for parameter, before in zip(held, kept, strict=True):
+            parameter.copy_(before)
+
+
+def _same(layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Call, hidden: Tensor) -> bool:
+    """Whether the group's outputs are the same with all these channels in another order."""
+
+    def outputs() -> Tensor:
+        x = _inputs(layer, group, call, hidden).float()
+        return torch.cat([x @ operator.read().float().T for operator in group.operators], -1)
+
+    before = outputs()
+    with ExitStack() as stack:  # undone from the last to the first: they may overlap, if it is not the same
+        for i, one in enumerate(found):
+            order = torch.randperm(one.size, generator=torch.Generator().manual_seed(i))
+            stack.enter_context(one.ordered(layer.module, order))
+        return close(before, outputs(), hidden.dtype)
+
+
+def _inputs(layer: DecoderLayer, group: Group, call: Call, hidden: Tensor) -> Tensor:
+    return stage_inputs(layer, (group,), call, hidden)[group]

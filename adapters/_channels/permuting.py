@@ -1,0 +1,305 @@
+"""An order of a model's channels of which N:M patterns prune less, and the model in that order."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import AbstractOperator, DecoderLayer
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._storage.tensors import DTYPES, Entry
+from convexprune.constraints import Constraint
+from convexprune.core._permutation import permutation, pruned_fraction
+from convexprune.errors import ModelError
+
+from .._checkpoints.checkpoint import save_new
+from .._huggingface import HuggingFaceModel
+from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
+from .hidden_channels import hidden_channels
+from .inner_channels import inner_channels
+
+ROWS = 2**15  # of scores tell one order from another; they are taken evenly from all operators
+PROBE = 64  # tokens on which the model has to compute what it did
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """A set of channels and its new order.
+
+    Args:
+        channels: the set.
+        order: [size].
+        before: the fraction of their scores that N:M prunes in the old order.
+        after: the same in the new order.
+    """
+
+    channels: Channels
+    order: list[int]
+    before: float
+    after: float
+
+    @property
+    def kind(self) -> str:
+        """Its name without numbers: of the same sets in all layers."""
+        return _kind(self.channels.name)
+
+
+@dataclass(repr=False)
+class Permutation:
+    """Every set of channels with its order, and what stays as it is.
+
+    Args:
+        pattern: N:M, as text.
+        permuted: the sets.
+        left: the reason by name. An operator of which no set is an input is named without the numbers of its layer and
+            expert.
+    """
+
+    pattern: str
+    permuted: list[Permuted] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Permutation(for {self.pattern}: {len(self.permuted)} sets of channels; {len(self.left)} left)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it: `Channels.order` with the inverse of an order undoes it."""
+        return asdict(self)
+
+    def apply(self, model: nn.Module) -> None:
+        """Put the channels of a `model` in memory in their order."""
+        for one in self.permuted:
+            one.channels.order(model, torch.tensor(one.order))
+
+
+# ---- finding it
+
+
+@torch.no_grad()
+def find_permutation(
+    model: HuggingFaceModel,
+    tokens: Tensor,
+    pattern: Constraint,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: Callable[[int], Callable[[Permuted], None]] | None = None,
+) -> Permutation:
+    """An order of the channels of a dense model of which an N:M pattern prunes less; the model is not changed.
+
+    The scores are W_ij^2 mean x_j^2 (Wanda's, squared), those of all operators that see a set of channels together,
+    each relative to its sum. The sets are those inside of decoder layers, and the hidden states (`channels`); one
+    decoder layer is in memory at a time. The model is tried in the new order on a few tokens, and what makes it compute
+    something else stays in its own.
+
+    Args:
+        model: the dense model.
+        tokens: token ids [windows length].
+        pattern: N:M.
+        batch_size: windows at once.
+        seed: of what is drawn.
+        progress: called with the number of sets; returns what is called with each.
+
+    Returns:
+        The order of each set.
+
+    Raises:
+        ModelError: its weights are offloaded.
+    """
+    if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
+        raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
+    done = Permutation(str(pattern))
+    inner, hidden = _fitting(inner_channels(model), pattern, done), list[Channels]()
+    try:
+        hidden = _fitting([hidden_channels(model)], pattern, done)
+    except NotPermutable as cause:
+        done.left[HIDDEN] = str(cause)
+    tell = progress(len(inner) + len(hidden)) if progress else lambda _: None
+
+    def find(channels: Channels, scores: Tensor) -> Permuted:
+        order = permutation(scores, pattern, seed=seed)
+        shares = (pruned_fraction(each, pattern) for each in (scores, scores[:, order]))
+        tell(found := Permuted(channels, order.tolist(), *shares))
+        return found
+
+    found = _found(model, tokens.split(batch_size), inner, hidden, find)
+    probe = tokens[:1, :PROBE]
+    dense = _logits(model, probe, [])
+    for name, sets in zip(("operators", HIDDEN), found, strict=True):
+        if close(dense, _logits(model, probe, [*done.permuted, *sets]), model.model.dtype):
+            done.permuted += sets
+        else:
+            done.left[name] = "the model computes something else with them in another order"
+    done.left |= {name: "its inputs stay in their order" for name in _unpermuted(model, done)}
+    return done
+
+
+def _found(
+    model: HuggingFaceModel,
+    batches: Sequence[Tensor],
+    inner: Sequence[Channels],
+    hidden: Sequence[Channels],
+    find: Callable[[Channels, Tensor], Permuted],
+) -> tuple[list[Permuted], list[Permuted]]:
+    """What `find` finds for the sets inside of layers and for those through all, in one pass through the layers."""
+    found, parts, stride = list[Permuted](), list[Tensor](), _stride(model.model, hidden)
+
+    def step(context: LayerContext) -> None:
+        scores, name = _propagate_and_score(context), context.layer.name
+        mine = [one for one in inner if one.name.startswith(f"{name}.")]
+        found.extend(find(one, scores(one, _stride(model.model, [one]))) for one in mine)
+        parts.extend(scores(one.within([name]), stride) for one in hidden)
+
+    LayerWalk(model, batches, MemoryStore(range(len(model.layers)))).run(step)
+    return found, [find(one, torch.cat(parts)) for one in hidden]
+
+
+def _unpermuted(model: HuggingFaceModel, done: Permutation) -> Iterator[str]:
+    permuted = {(axis.parameter, axis.index) for one in done.permuted for axis in one.channels.consumers}
+    for layer in model.layers:
+        for operator in layer.operators:
+            axis = _columns(layer, operator)
+            if (axis.parameter, axis.index) not in permuted:
+                yield _kind(f"{layer.name}.{operator.name}")
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\b", ".*", re.sub(r"\[\d+\]$", "", name))
+
+
+def _columns(layer: DecoderLayer, operator: AbstractOperator) -> Axis:
+    axis = columns(operator)
+    return replace(axis, parameter=f"{layer.name}.{axis.parameter}")
+
+
+def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -> list[Channels]:
+    """Those that make whole groups; the others are left."""
+    odd = [one for one in sets if one.size % pattern.block]
+    done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.block}" for one in odd}
+    return [one for one in sets if one not in odd]
+
+
+def _stride(model: nn.Module, sets: Sequence[Channels]) -> int:
+    """Every so manieth row of all that see the channels leaves no more than there are to be."""
+    axes = [axis for one in sets for axis in one.consumers]
+    rows = sum(axis.of(model.get_parameter(axis.parameter)).shape[1 - axis.dim] for axis in axes)
+    return max(1, -(-rows // ROWS))
+
+
+def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Tensor]:
+    """The scores [rows size] of all operators of a layer that see a set of channels, after a pass of the layer."""
+    groups, device = context.layer.groups, context.model.device
+    seen = {group: _Squares(group.operators[0].shape[1], device) for group in groups}
+    with ExitStack() as taps:
+        for group, squares in seen.items():
+            taps.enter_context(group.tap(squares.add))
+        propagate(context)
+    return partial(_scores, context.layer, {o: s.mean for g, s in seen.items() for o in g.operators})
+
+
+def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
+    """Those [rows size] of all operators of the layer that see the channels, every so manieth row of each.
+
+    `squares` are the mean squares [n] of what each of them sees.
+    """
+    seen = {_columns(layer, operator): operator for operator in squares}
+    parts = []
+    for axis in channels.consumers:
+        operator = seen[replace(axis, start=0)]
+        scores = operator.read()[::step].float().square() * squares[operator]
+        total = scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)  # inputs may all be dead
+        parts.append(scores[:, axis.start : axis.start + channels.size] / total)
+    return torch.cat(parts)
+
+
+class _Squares:
+    """The mean square [n] of what a group sees; of an expert that no token reaches, one."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._sum, self._count = torch.zeros(inputs, device=device), 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of x [... n]."""
+        self._sum += x.float().square().flatten(0, -2).sum(0)
+        self._count += x.numel() // x.shape[-1]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / self._count if self._count else torch.ones_like(self._sum)
+
+
+def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]) -> Tensor:
+    """What the model makes of a window [1 length] in this order; it is not changed."""
+    names = [layer.name for layer in model.layers]
+    states = MemoryStore(range(len(names)))
+    walk = LayerWalk(model, [probe], states)
+
+    def step(context: LayerContext) -> None:
+        with _ordered(model.model, permuted, partial(Channels.within, layers=[context.layer.name])):
+            propagate(context)
+
+    with _ordered(model.model, permuted, lambda channels: channels.within(names, within=False)):
+        walk.run(step)
+        return model.logits(probe, states.take(len(names))[0])
+
+
+@contextmanager
+def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Channels], Channels]) -> Iterator[None]:
+    """Inside, this part of the channels is in its order."""
+    with ExitStack() as stack:
+        for one in permuted:
+            stack.enter_context(part(one.channels).ordered(model, torch.tensor(one.order)))
+        yield
+
+
+# ---- writing it
+
+
+@dataclass(frozen=True)
+class _PermutedEntry(Entry):
+    """A tensor in a file, with entries of some of its axes in other orders."""
+
+    orders: tuple[tuple[Axis, list[int]], ...] = ()
+
+    def read_bytes(self) -> bytearray:
+        data = super().read_bytes()
+        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
+        for axis, order in self.orders:
+            axis.order(tensor, torch.tensor(order))
+        return data
+
+
+def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
+    """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
+
+    A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
+
+    Args:
+        model: the model.
+        found: the new order.
+        folder: where to.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    changed = {}
+    if model.shards is None:
+        found.apply(model.model)
+    else:
+        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
+        for one in found.permuted:
+            for axis in (*one.channels.axes, *one.channels.consumers):
+                orders[axis.parameter].append((axis, one.order))
+        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
+        for name, parameter in model.model.named_parameters(remove_duplicate=False):
+            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
+            if own in orders and entry is not None:
+                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
+    save_new(model, folder, changed, {"permutation.json": found.to_dict()})

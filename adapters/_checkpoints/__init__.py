@@ -1,0 +1,1 @@
+"""Models from files, layer by layer, and back."""

@@ -1,0 +1,169 @@
+"""Which models are refused before any work is done on them, and why."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from convexprune._storage.scan import not_finite
+from convexprune.errors import ModelError
+
+from .._discovery.experts import fused_parameters
+from .._discovery.operators import LINEAR_MODULES, held, offloaded
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse_quantised(config: PretrainedConfig) -> None:
+    """Refuse a quantised checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
+
+    GGUF passes, because transformers turns its weights into ordinary floats while it reads them.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        ModelError: the configuration names a quantisation.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    # A dict when it was read from config.json, an object once transformers has loaded the model.
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    method = str(getattr(method, "value", method))
+    if method != "gguf":
+        raise ModelError(
+            f"The model is quantised ({method}); only floating-point weights can be pruned. "
+            "Prune the model that it was quantised from, then quantise the result."
+        )
+
+
+def refuse_adapters(model: object) -> None:
+    """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs.
+
+    Args:
+        model: the model, or what was given in its place.
+
+    Raises:
+        ModelError: the model is wrapped by peft, or carries an adapter.
+    """
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if type(module).__module__.split(".")[0] == "peft":
+                raise ModelError(
+                    f"{name or 'The model'} is a {type(module).__name__} of peft. Merge the adapter first "
+                    "(model = model.merge_and_unload()), prune the result, and train a new adapter on it."
+                )
+
+
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ModelError: inference mode is on, or was on when a parameter was made.
+    """
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made or torch.is_inference_mode_enabled():
+        what = f"{made[0]} was made inside torch.inference_mode()" if made else "torch.inference_mode() is on"
+        raise ModelError(
+            f"{what}: pruning has to see which tensors change, and to differentiate. Load and prune outside of it; "
+            "torch.no_grad() may be on."
+        )
+
+
+def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
+    """Refuse a model that gives no logits of the next token where something needs them.
+
+    Args:
+        model: the model.
+        needs: by what needs them: what to do instead; empty if nothing can be done.
+
+    Raises:
+        ModelError: the model has no head, and something needs it.
+    """
+    if needs and model.get_output_embeddings() is None:
+        what, instead = next(iter(needs.items()))
+        raise ModelError(
+            f"A {type(model).__name__} has no head that gives the logits of the next token, and {what} needs them. "
+            f"Give the model with its head (a ...ForCausalLM){instead and ', or '}{instead}."
+        )
+
+
+def refuse_unloaded(model: PreTrainedModel) -> None:
+    """Refuse weights that were never loaded. Those that accelerate has offloaded pass.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ModelError: a parameter was never loaded.
+    """
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and offloaded(module) is None:
+                raise ModelError(
+                    f"{path}.{name} is on the meta device and was never loaded, so there is nothing to prune. "
+                    "Load the model with its weights (from_pretrained, not from_config)."
+                )
+
+
+def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
+    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it.
+
+    Args:
+        module: whose parameters are checked.
+        prefix: before their names, in the error.
+
+    Raises:
+        ModelError: a parameter holds a value that is not finite; the message names it and counts them.
+    """
+    for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta and offloaded(part) is None:
+                continue
+            value = held(part, name)
+            if not bool(value.sum().isfinite()):  # one pass; a sum may overflow where no value is broken
+                broken = value.numel() - int(torch.isfinite(value).sum())
+                if not broken:
+                    continue
+                raise not_finite(f"{path}.{name}", broken, value.numel())
+
+
+def refuse_other_dtypes(layers: nn.ModuleList) -> None:
+    """Refuse linear maps whose weights are no floating-point numbers.
+
+    Args:
+        layers: the decoder layers.
+
+    Raises:
+        ModelError: a weight is of another type; the first is named.
+    """
+    for name, module in layers.named_modules():
+        for parameter in [*fused_parameters(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
+            dtype = module.get_parameter(parameter).dtype
+            if dtype not in WEIGHT_DTYPES:
+                raise ModelError(
+                    f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
+                    f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantised checkpoint."
+                )
+
+
+def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
+    """Refuse hidden states that are not one vector for each token; Gemma 3n has four.
+
+    Args:
+        batch: token ids [batch tokens].
+        hidden: the hidden states that enter the first decoder layer.
+
+    Raises:
+        ModelError: the hidden states have another shape.
+    """
+    if hidden.shape[:-1] != batch.shape:
+        raise ModelError(
+            f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
+            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
+        )

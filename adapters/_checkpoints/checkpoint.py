@@ -1,0 +1,370 @@
+"""From files to a model and back. Only safetensors are read, unless the caller trusts the pickles."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from convexprune._layerwise.store import FolderStore
+from convexprune._runs.folder import OWN, WORK
+from convexprune._schema.settings import BUNDLED
+from convexprune._storage.files import make_folder, publish, write_json, writing
+from convexprune._storage.folders import atomic_folder
+from convexprune._storage.tensors import Entry
+from convexprune.errors import ModelError
+
+from .._discovery.family import decoder_layers
+from .._discovery.operators import computes_on, held, offloaded
+from .._huggingface import HuggingFaceModel
+from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
+from .building import parameters_on_meta
+from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
+from .reading import ask, model_class, read_tokenizer
+from .shards import Origin, Shards
+
+EMBEDDED = Path(str(files("convexprune"))) / "data" / BUNDLED
+"""The folder of the small OPT model that comes with convexprune (float16)."""
+EMBEDDED_WINDOW = 256
+"""The tokens that it was trained on at once."""
+
+logger = logging.getLogger(__name__)
+
+
+def bundled_if_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a call: where they name no model, those of the bundled one, as it was trained.
+
+    Args:
+        settings: by the names of `convexprune._schema.settings`.
+
+    Returns:
+        With a model, a dtype and a length of windows.
+    """
+    if settings.get("model") is not None:
+        return dict(settings)
+    plain = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW}
+    chosen = {name: settings.get(name) or value for name, value in plain.items()}
+    return {**settings, "model": EMBEDDED, **chosen}
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    targets: Sequence[str] = ("Linear",),
+    ignore: Sequence[str] = (),
+    stream: bool = False,
+) -> HuggingFaceModel:
+    """A model of Hugging Face transformers, ready to be pruned.
+
+    A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
+    is. A folder without a tokenizer is fine as long as it is calibrated with token ids.
+
+    Args:
+        source: a folder, a .gguf file, a name on the hub, or a model that is already loaded.
+        device: where to compute.
+        dtype: of the weights; None is the checkpoint's own.
+        tokenizer: in place of the one beside the checkpoint.
+        trust_remote_code: run the code that comes with the checkpoint.
+        allow_pickle: read weights that are stored as pickles, which can run code.
+        revision: of a name on the hub; None is "main".
+        targets: see `convexprune.adapters._discovery.selection.left_alone`.
+        ignore: see `convexprune.adapters._discovery.selection.left_alone`.
+        stream: leave the decoder layers on the disk until each is asked for, if the checkpoint allows it: safetensors
+            whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says
+            why.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
+            that `HuggingFaceModel` refuses.
+        DependencyError: a .gguf file was given and the package that reads it is missing.
+    """
+    refuse_adapters(source)
+    options: dict[str, Any] = {"targets": targets, "ignore": ignore}
+    if isinstance(source, PreTrainedModel):
+        model, name, because = source, None, "it was given loaded"
+        refuse_quantised(model.config)
+    elif not isinstance(source, str | Path):
+        raise ModelError(
+            f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
+            "file, or a name on the hub."
+        )
+    else:
+        place = place_at(source, allow_pickle) | {"revision": revision or "main"}
+        place["trust_remote_code"] = trust_remote_code
+        name, because = str(source), "that was asked for"
+        if stream:
+            try:
+                model, shards = _stream(name, place, dtype, device)
+                tokenizer = tokenizer or read_tokenizer(name, place)
+                return HuggingFaceModel(model, tokenizer, name=name, shards=shards, **options)
+            except NotStreamable as cause:
+                because = str(cause)
+                logger.warning("%s is loaded whole: %s", name, because)
+        model = read_model(name, place, dtype, allow_pickle)
+        if "gguf_file" in place:
+            logger.warning(
+                "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
+            )
+        tokenizer = tokenizer or read_tokenizer(name, place)
+    refuse_unloaded(model)
+    # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
+    cast = dtype if isinstance(source, PreTrainedModel) else None
+    if all(computes_on(module) is None for module in model.modules()):
+        model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
+    elif dtype not in (None, model.dtype):
+        raise ModelError(
+            f"accelerate has placed the model, so it keeps its dtype, {model.dtype}. "
+            f"Load it as {dtype}, or leave dtype out."
+        )
+    return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
+
+
+def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
+    """The model of a run in another process, streamed if it can be.
+
+    Args:
+        opened: opens the model, given a device and whether to stream.
+        origin: of the model that the run began with.
+        device: where to compute.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: its files or weights have changed since.
+    """
+    model = opened(device=device, stream=True)
+    if model.shards is not None:
+        model.shards.require_same(origin)
+    elif model.origin() != origin:
+        raise ModelError(f"{model.name} is not the model that the run began with: its files have changed since.")
+    return model
+
+
+def save(model: HuggingFaceModel, folder: str | Path) -> None:
+    """Write a model, and its tokenizer if it has one, as a folder that transformers loads.
+
+    Args:
+        model: the model.
+        folder: where to.
+    """
+    inner = model.model
+    # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(inner):
+            delattr(inner, attribute)
+    if "quantization_config" in vars(inner.config):
+        delattr(inner.config, "quantization_config")
+    if inner.generation_config is not None:
+        try:
+            inner.generation_config.validate(strict=True)
+        except ValueError as cause:
+            # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
+            logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
+            inner.generation_config.do_sample = True
+    # What is offloaded is on the meta device in the model's own state.
+    whole = {name: stored_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    inner.save_pretrained(folder, state_dict=whole)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
+    """Write a model as a folder that is there whole or not at all.
+
+    Args:
+        model: the model.
+        folder: where to; empty, or not there.
+        changed: tensors that differ from the model's, by their names in it; only of a model that streams.
+        notes: JSON files to write beside it, by name.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with atomic_folder(folder) as whole:
+        if model.shards is None:
+            save(model, whole)
+        else:
+            model.shards.assemble(whole, changed)
+        for name, value in notes.items():
+            write_json(whole / name, value)
+
+
+def save_from_store(
+    model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> set[Path]:
+    """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
+
+    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
+
+    Args:
+        model: the model.
+        store: with all layers finished.
+        folder: where to.
+        tokenizer: the caller's own, if it is not the one beside the checkpoint.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    if model.shards is None:
+        with writing(folder), store.scratch_folder(store.count) as place:
+            save(model, place)
+            return _publish(place, folder)
+    layers = enumerate(model.layers)
+    pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
+    model.shards.assemble(folder, pruned)
+    source, written = model.shards.folder, set[Path]()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and (source / name).is_file() and name.parts[0] not in (WORK, *OWN):
+            written.add(path)
+    if tokenizer is not None:
+        with writing(folder), store.scratch_folder(store.count) as place:
+            tokenizer.save_pretrained(place)
+            written |= _publish(place, folder)
+    return written
+
+
+def _publish(place: Path, folder: Path) -> set[Path]:
+    """Move all files of `place` into `folder`, flushed, config.json last; where they are now."""
+    published = set[Path]()
+    for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
+        if path.is_file():
+            target = folder / path.relative_to(place)
+            make_folder(target.parent)
+            publish(path, target)
+            published.add(target)
+    return published
+
+
+def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
+    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub.
+
+    Args:
+        source: of the model, as the caller gave it.
+        allow_pickle: whether weights may be pickles only.
+
+    Returns:
+        Arguments of `from_pretrained`.
+
+    Raises:
+        ModelError: there is no such folder, or something is wrong with it.
+    """
+    path = Path(source).expanduser()
+    if str(source) == BUNDLED and not path.exists():
+        path = EMBEDDED
+    if path.is_file() and path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        check_folder(path, allow_pickle)
+        return {"pretrained_model_name_or_path": str(path)}
+    if isinstance(source, Path) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source}: no such folder. Give a folder that has a config.json, or a name on the hub.")
+    return place_of(source)
+
+
+def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
+    """A model read by transformers, its weights in memory of their own.
+
+    Args:
+        source: what to call it in errors.
+        place: arguments of `from_pretrained`.
+        dtype: of the weights; None is the checkpoint's own.
+        allow_pickle: whether weights may be pickles.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: the checkpoint cannot be read, is is incomplete or quantised, or no model that only decodes text.
+    """
+    config = ask(source, lambda: AutoConfig.from_pretrained(**place))
+    refuse_quantised(config)
+    folder = Path(place["pretrained_model_name_or_path"])
+    if folder.is_dir() and "gguf_file" not in place:
+        with suppress(NotStreamable):
+            ask(source, lambda: check_layers(folder, config))
+    reader = model_class(source, config)
+    options = place | {"dtype": dtype or "auto", "output_loading_info": True}
+    if "gguf_file" not in place:
+        # With pickles allowed, safetensors are still preferred where both are there.
+        options["use_safetensors"] = None if allow_pickle else True
+    elif "GgufConfig" in dir(transformers):
+        # Releases before this class always unpack a GGUF file; later ones only if there is no kernel for its blocks.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, info = ask(source, lambda: reader.from_pretrained(**options))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
+            "they would be random. Copy or download it again, or correct its config.json."
+        )
+    # On a CPU transformers maps the weights from their files: what is written to these would change the model.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return any(offloaded(module) is not None for module in model.modules())
+
+
+def stored_at(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter or buffer, from where accelerate keeps it if it is offloaded.
+
+    Args:
+        model: the model.
+        name: in the model.
+
+    Returns:
+        The tensor.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return held(module, last) if last in module._parameters else module.get_buffer(last)
+
+
+def _stream(
+    source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
+) -> tuple[PreTrainedModel, Shards]:
+    """The model with its decoder layers left on the disk.
+
+    Raises:
+        NotStreamable: they cannot be.
+    """
+    if "gguf_file" in place:
+        raise NotStreamable("a GGUF file is unpacked whole")
+    config = ask(source, lambda: AutoConfig.from_pretrained(**place))
+    reader = model_class(source, config)
+    refuse_quantised(config)
+    where = ("pretrained_model_name_or_path", "revision", "local_files_only")
+    folder = ask(source, lambda: local_folder(*(place[key] for key in where if key in place)))
+    check_folder(folder, allow_pickle=True)
+    ask(source, lambda: check_layers(folder, config))
+    remote = {"trust_remote_code": place["trust_remote_code"]}
+    stored = getattr(config, "dtype", None) or ask(source, lambda: stored_dtype(folder))
+    with parameters_on_meta():
+        model = ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
+    return model, Shards(folder, model, device, decoder_layers(model)[0], place["trust_remote_code"])

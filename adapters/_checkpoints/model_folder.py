@@ -1,0 +1,240 @@
+"""The files of a model folder: which hold its weights, which are copied to the result, and what it is refused for."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_session, snapshot_download
+from transformers import PretrainedConfig
+
+from convexprune._container.folder import holds_pack
+from convexprune._runs.folder import OWN, WORK
+from convexprune._storage.files import PARTS, Stamp, reading
+from convexprune._storage.folders import refuse_foreign
+from convexprune._storage.tensors import DTYPES, entries
+from convexprune.errors import ModelError
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format; and
+# what is said of the dense model.
+NOT_COPIED = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", "README.md",
+)  # fmt: skip
+
+
+class NotStreamable(Exception):
+    """Why a checkpoint has to be loaded whole."""
+
+
+def check_folder(folder: Path, allow_pickle: bool) -> None:
+    """Name the file that is at fault in a folder, which transformers does not.
+
+    Args:
+        folder: of a model.
+        allow_pickle: whether weights may be pickles only.
+
+    Raises:
+        ModelError: there is no configuration, a pack, an adapter, only pickles, or what cannot be read or is no file.
+    """
+    with reading(folder):
+        paths = sorted(folder.iterdir())
+        for path in paths:
+            if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
+                Stamp.of(path)
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
+    refuse_packed(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter (adapter_config.json). Merge it first (merge_and_unload of peft) and save "
+            "the result, or remove it to prune the weights without it."
+        )
+    weights = [path for path in paths if path.suffix == ".safetensors"]
+    pickles = [path.name for path in paths if path.suffix == ".bin"]
+    if not weights and not (folder / INDEX).exists() and pickles and not allow_pickle:
+        raise ModelError(
+            f"{folder}: holds its weights only as pickles ({', '.join(pickles)}), which can run code when they are "
+            "read. Convert them to safetensors, or pass allow_pickle=True if you trust them."
+        )
+    for path in weights:
+        entries(path)
+
+
+def refuse_packed(folder: Path) -> None:
+    """Refuse a folder whose tensors are packed.
+
+    Args:
+        folder: of a model.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if holds_pack(folder):
+        raise ModelError(
+            f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
+        )
+
+
+def check_layers(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse, before modules are built, a configuration of more layers than the checkpoint can have.
+
+    Args:
+        folder: of the model.
+        config: of the model.
+
+    Raises:
+        ModelError: the configuration has more decoder layers than the checkpoint has tensors.
+        NotStreamable: the folder has no safetensors.
+    """
+    asked = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    stored = sum(len(entries(path)[0]) for path in shard_files(folder))
+    if asked > stored:
+        raise ModelError(
+            f"{folder}: config.json asks for {asked:,} decoder layers, the checkpoint holds {stored:,} tensors. "
+            "Copy or download both again."
+        )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of the shards of a folder.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        What the JSON file holds.
+
+    Raises:
+        ModelError: the file is no such index, or names a file that is no safetensors file inside the folder.
+    """
+    path = folder / INDEX
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        index = json.loads(text)
+        names = {PurePosixPath(name) for name in index["weight_map"].values()}
+        dict(index.get("metadata", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise ModelError(
+            f'{path} is no index of shards: {{"weight_map": {{tensor: file}}}} is needed. Copy or download it again.'
+        ) from cause
+    for name in sorted(names):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if name.is_absolute() or hidden or name.parts[:1] == (WORK,) or name.suffix != ".safetensors":
+            raise ModelError(
+                f"{path} names {str(name)!r}. Accepted: safetensors files in the folder itself or below it, not "
+                f"hidden and not in {WORK}/. Move the file there."
+            )
+    return index
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder, as transformers chooses them.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        NotStreamable: the folder has no safetensors.
+        ModelError: the index is not right, or a shard that it names is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise NotStreamable(f"there is no {WEIGHTS} and no {INDEX}")
+    files = sorted({folder / name for name in read_index(folder)["weight_map"].values()})
+    missing = [str(path.relative_to(folder)) for path in files if not path.exists()]
+    if missing:
+        raise ModelError(f"{folder}: {INDEX} names {', '.join(missing)}, which is missing. Download it again.")
+    return files
+
+
+def companions(folder: Path, with_code: bool) -> list[Path]:
+    """The files that are copied to the result: tokenizers and the like, and code if it was trusted.
+
+    Args:
+        folder: of a model.
+        with_code: whether code was trusted.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
+    """
+    found = []
+    with reading(folder):
+        for path in sorted(folder.iterdir()):
+            ours = path.name in (CONFIG, *OWN) or path.match(PARTS)
+            code = path.suffix == ".py" and not with_code
+            if path.is_file() and not ours and not code and not path.name.endswith(NOT_COPIED):
+                refuse_foreign(path, folder)
+                found.append(path)
+    return found
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached: asked once, where each file would be asked for five times."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # the kinds are those of requests or httpx, by the release of huggingface_hub
+        return False
+    return True
+
+
+def place_of(name: str) -> dict[str, Any]:
+    """Where transformers should look for a model; the hub is left alone where it does not answer.
+
+    Args:
+        name: a folder, or a name on the hub.
+
+    Returns:
+        Arguments of `from_pretrained`.
+    """
+    return {"pretrained_model_name_or_path": name} | (
+        {} if Path(name).exists() else {"local_files_only": not hub_answers()}
+    )
+
+
+def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
+    """The folder of a model, downloaded if need be.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: of a name on the hub.
+        local_files_only: do not ask the hub.
+
+    Returns:
+        The folder itself, or the local snapshot.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    return Path(
+        snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+    )
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the first floating-point tensor, for a config that names none.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        The type.
+
+    Raises:
+        NotStreamable: no tensor is of a floating-point type.
+    """
+    found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
+    dtype = next((d for d in found if d is not None and d.is_floating_point), None)
+    if dtype is None:
+        raise NotStreamable("it stores no floating-point tensor")
+    return dtype

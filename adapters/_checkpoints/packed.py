@@ -1,0 +1,71 @@
+"""A model of transformers from a pack, or from any other folder or name on the hub."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from convexprune._container.folder import holds_pack, unpack
+from convexprune._device.machine import default_device
+from convexprune.recipe import make_recipe
+
+from .checkpoint import place_at, read_model
+from .model_folder import check_folder, local_folder
+from .reading import ask
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The model in a pack, ready to use: `from_pretrained` for packs; what is no pack is read as well.
+
+    A pack is unpacked to a temporary folder (the variable TMPDIR says where), which takes the room of the unpacked
+    model while it is read. A tokenizer needs nothing of this: `AutoTokenizer.from_pretrained(source)`.
+
+    Args:
+        source: a folder, or a name on the hub.
+        device: "auto" is the GPU if there is one; "cpu", "cuda", "cuda:1", or torch's own object.
+        dtype: "float32", "bfloat16", "float16", or torch's own object; None is the one that is stored.
+        trust_remote_code: let transformers run code that a checkpoint brings.
+        revision: of a name on the hub: a branch, a tag or a commit.
+
+    Returns:
+        The model of transformers.
+
+    Raises:
+        ModelError: files are missing or damaged, or hold no model that can be pruned.
+        OutputError: the temporary folder has not enough room.
+        RecipeError: there is no such device here, or no such dtype.
+    """
+    recipe = make_recipe(model=str(source), device=device, dtype=dtype)
+    target = default_device(recipe.device)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    with TemporaryDirectory() as temporary:
+        place = _unpacked(source, options, Path(temporary, "model"))
+        model = read_model(str(source), place | options, recipe.torch_dtype, allow_pickle=False)
+    model.name_or_path = model.config.name_or_path = str(source)
+    model.to(device=target)  # pyright: ignore[reportCallIssue]
+    return model
+
+
+def _unpacked(source: str | Path, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Where transformers is to look; in `folder`, if what it would find is a pack."""
+    path = Path(source).expanduser()
+    if not (path.is_dir() and holds_pack(path)):
+        place = place_at(source, allow_pickle=False)
+        if "local_files_only" not in place:  # a folder or a file
+            return place
+        name, offline = place["pretrained_model_name_or_path"], place["local_files_only"]
+        path = ask(name, lambda: local_folder(name, options["revision"], offline))
+        if not holds_pack(path):
+            return place
+    unpack(path, folder)
+    check_folder(folder, allow_pickle=False)
+    return {"pretrained_model_name_or_path": str(folder)}

@@ -1,0 +1,319 @@
+"""A checkpoint that is never whole in memory: one decoder layer's weights at a time, and the pruned one assembled."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._storage.files import Stamp, atomic_write, copy_file, reading, sha256, write
+from convexprune._storage.scan import scanned
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
+from convexprune.errors import ModelError
+
+from .admission import refuse_non_finite
+from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
+
+logger = logging.getLogger(__name__)
+
+
+class Origin(NamedTuple):
+    """What a model was read from.
+
+    Args:
+        checksums: of its files or tensors, by name.
+        stamps: of its files, if it streams.
+    """
+
+    checksums: Mapping[str, str]
+    stamps: Mapping[str, Stamp]
+
+
+class Shards:
+    """The safetensors shards of a folder, and a model whose parameters on the meta device they fill when asked.
+
+    Args:
+        folder: of the checkpoint.
+        model: the model.
+        device: where to compute.
+        inside: the path of its decoder layers.
+        trusted: whether code that comes with the checkpoint is copied to the result.
+
+    Raises:
+        NotStreamable: the tensors of the folder are not, one by one and as they are, those of the model.
+        ModelError: a shard is damaged, or a file that would be copied is a link that leads out of the folder.
+    """
+
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, device: torch.device | str, inside: str, trusted: bool = False
+    ) -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self.dtype = model.dtype
+        self.files = shard_files(folder)
+        self.trusted = trusted
+        companions(folder, trusted)
+        self._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *self.files)}
+        self._metadata: dict[Path, dict[str, str]] = {}
+        self._stored: dict[str, Entry] = {}
+        for path in self.files:
+            found, self._metadata[path] = entries(path)
+            self._stored |= found
+        self._names = _names(model, self._stored, inside)
+        self._weights = {self._names[name] for name, _ in model.named_parameters() if name in self._names}
+        self._fill_fixed(model, inside)
+
+    def origin(self) -> Origin:
+        """The sha256 of every file that decides what the result is, by its name in the folder; reads all of them.
+
+        Returns:
+            Checksums and stamps.
+
+        Raises:
+            ModelError: a weight is NaN or infinite, or a file has changed since it was opened.
+        """
+        found = {CONFIG: str(sha256(self.folder / CONFIG))}
+        found |= {self._name(path): scanned(path, self._weights) for path in self.files}
+        found |= {self._name(path): str(sha256(path)) for path in companions(self.folder, self.trusted)}
+        self.require_unchanged()
+        return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
+
+    def require_same(self, origin: Origin) -> None:
+        """Check that these are the files that another process has opened; only those with other stamps are read.
+
+        Args:
+            origin: of the other process.
+
+        Raises:
+            ModelError: a file differs.
+        """
+        for path, stamp in self._stamps.items():
+            name = self._name(path)
+            if stamp != origin.stamps.get(name) and sha256(path) != origin.checksums.get(name):
+                raise _changed(path)
+        self.require_unchanged()
+
+    def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
+        """Check that files have not been written to or replaced since they were opened.
+
+        Args:
+            paths: of the files; None is all.
+
+        Raises:
+            ModelError: a file has changed.
+        """
+        for path in self._stamps if paths is None else paths:
+            if Stamp.of(path) != self._stamps[path]:
+                raise _changed(path)
+
+    @contextmanager
+    def resident(self, layer: DecoderLayer) -> Iterator[None]:
+        """Inside, the weights of a layer are in memory, as they are in the shards.
+
+        Args:
+            layer: the layer.
+
+        Raises:
+            ModelError: a weight is not finite or cannot be read, or its file has changed since it was opened.
+        """
+        away = layer.module.state_dict()
+        here = {name: self._read(f"{layer.name}.{name}", tensor) for name, tensor in away.items()}
+        self.require_unchanged({self._stored[self._names[f"{layer.name}.{name}"]].path for name in away})
+        layer.module.load_state_dict(here, assign=True)
+        del here
+        try:
+            refuse_non_finite(layer.module, f"{layer.name}.")
+            yield
+        finally:
+            layer.module.load_state_dict(away, assign=True)
+
+    def entry(self, name: str) -> Entry | None:
+        """Where a tensor of the model is stored.
+
+        Args:
+            name: in the model.
+
+        Returns:
+            The entry; None if it is not stored, but tied to one that is.
+        """
+        return self._stored[self._names[name]] if name in self._names else None
+
+    def prefetch(self, layer: DecoderLayer) -> None:
+        """Have the disk read the weights of `layer` while something else is computed."""
+        for name in layer.module.state_dict():
+            self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
+
+    def assemble(self, target: Path, pruned: Mapping[str, Entry]) -> None:
+        """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
+
+        All other tensors are copied, in the dtype of the model.
+
+        Args:
+            target: the folder.
+            pruned: the tensors that replace others, by their names in the model.
+
+        Raises:
+            OutputError: the disk is full or fails.
+            ModelError: a file of the checkpoint has changed since it was opened.
+        """
+        self.require_unchanged()
+        replaced = {self._names[name]: entry for name, entry in pruned.items()}
+        total = sum(self._write_shard(path, target / self._name(path), replaced) for path in self.files)
+        self._copy_companions(target)
+        if self.files != [self.folder / WEIGHTS]:
+            index = read_index(self.folder)
+            index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+            _write_text(target / INDEX, index)
+        config = self._settings(self.folder / CONFIG)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
+        self.require_unchanged()
+        _write_text(target / CONFIG, config)
+
+    def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry]) -> int:
+        """Write a shard; how many bytes its tensors have."""
+        casts = {n: self._cast(replaced.get(n, entry)) for n, entry in self._stored.items() if entry.path == path}
+        specs = {n: spec for n, (spec, _) in casts.items()}
+        write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
+        return sum(spec.nbytes for spec in specs.values())
+
+    def _copy_companions(self, target: Path) -> None:
+        for path in companions(self.folder, self.trusted):
+            if not self.trusted and path.suffix == ".json" and b'"auto_map"' in path.read_bytes():
+                _write_text(target / path.name, self._settings(path))
+            else:
+                copy_file(path, target / path.name)
+
+    def _settings(self, path: Path) -> Any:
+        """What a JSON file says, but for where code lies that was not trusted and is not copied."""
+        with reading(path):
+            value = json.loads(path.read_bytes())
+        if not self.trusted and isinstance(value, dict) and value.pop("auto_map", None):
+            logger.warning("%s: auto_map is left out, because its code was not trusted", path)
+        return value
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def written_to(self, folder: Path) -> "Shards":
+        """The same tensors as `assemble` has written them.
+
+        Args:
+            folder: where it wrote them.
+
+        Returns:
+            The shards there.
+
+        Raises:
+            ModelError: a tensor is missing, is not of the source, or has another shape or type.
+        """
+        other = copy(self)
+        other.folder, other.files, other._stored = folder, shard_files(folder), {}
+        other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}
+        for path in other.files:
+            other._stored |= entries(path)[0]
+        expected = {name: self._cast(entry)[0] for name, entry in self._stored.items()}
+        found = {name: entry.spec for name, entry in other._stored.items()}
+        for name in {**expected, **found}:
+            if expected.get(name) != found.get(name):
+                raise ModelError(f"{folder}: {name} should be {expected.get(name)} and is {found.get(name)}.")
+        return other
+
+    def _cast(self, entry: Entry) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
+        """What is to be written of a tensor, and how to get it."""
+        stored = DTYPES.get(entry.spec.code)
+        if stored is None or not stored.is_floating_point or stored == self.dtype:
+            return entry.spec, entry.read_bytes
+        elements = entry.spec.nbytes // stored.itemsize
+        spec = Spec(CODES[self.dtype], entry.spec.shape, elements * self.dtype.itemsize)
+        return spec, lambda: entry.read().to(self.dtype)
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        return self._stored[self._names[name]].read().to(self.device, like.dtype)
+
+    @torch.no_grad()
+    def _fill_fixed(self, model: PreTrainedModel, inside: str) -> None:
+        """Load all that is outside of the decoder layers."""
+        outside = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{inside}.")}
+        for name, tensor in outside.items():
+            if name in self._names:
+                module, _, last = name.rpartition(".")
+                model.get_submodule(module).load_state_dict({last: self._read(name, tensor)}, strict=False, assign=True)
+        model.tie_weights()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(self.device), name not in module._non_persistent_buffers_set)
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta and not name.startswith(f"{inside}."):
+                raise NotStreamable(f"nothing fills {name}")
+        refuse_non_finite(model, "")
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The stored name by the name that transformers gives it while it loads; tensors that it changes are refused."""
+    if model.dtype in (torch.float16, torch.bfloat16) and (
+        model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None)
+    ):
+        raise NotStreamable("some of its modules are kept in float32")
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # before transformers 5 nothing was converted
+        return {key: key for key in keys}
+    transforms, names = get_model_conversion_mapping(model), {}
+    for key in keys:
+        name = key
+        for transform in transforms:
+            renamed, matched = transform.rename_source_key(name)
+            if isinstance(transform, WeightConverter) and matched is not None:
+                raise NotStreamable(f"transformers converts {key} while it loads")
+            name = renamed
+        names[name] = key
+    return names
+
+
+def _names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
+    """The stored name of every tensor of the model but those that are tied to another.
+
+    Checkpoints of the model without its head lack the prefix that its tensors have with it.
+    """
+    prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[str, str] = {}
+    filled: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        known = next((a for a in (name, name.removeprefix(prefix), prefix + name) if a in renamed), None)
+        if known is not None:
+            alias = renamed[known]
+            if stored[alias].spec.shape != tuple(tensor.shape):
+                raise NotStreamable(f"{alias} is {list(stored[alias].spec.shape)}, the model's {list(tensor.shape)}")
+            names[name] = alias
+            twin = filled.setdefault(id(parameters.get(name, tensor)), name)
+            if twin != name and (name.startswith(f"{inside}.") or not _equal(stored[alias], stored[names[twin]])):
+                raise NotStreamable(f"{name} and {twin} are tied, but stored apart")
+    for name, tensor in model.state_dict().items():
+        if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
+            raise NotStreamable(f"the checkpoint has no {name}")
+    return names
+
+
+def _changed(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
+        "begin again in another folder."
+    )
+
+
+def _equal(one: Entry, other: Entry) -> bool:
+    return one.spec == other.spec and one.read_bytes() == other.read_bytes()
+
+
+def _write_text(path: Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        write(file, (json.dumps(value, indent=2) + "\n").encode())

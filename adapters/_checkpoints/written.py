@@ -1,0 +1,118 @@
+"""The result of a run, opened again before what it was made of is let go: each tensor there, each zero counted."""
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._storage.tensors import Entry, Spec, entries
+from convexprune.errors import ModelError, OutputError
+from convexprune.report import OperatorReport
+
+from .._huggingface import HuggingFaceModel
+from .checkpoint import stored_at
+from .shards import shard_files
+
+
+def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[OperatorReport]) -> None:
+    """Check that the pruned model is in a folder: names, shapes, dtypes, and the zeros that the reports count.
+
+    Args:
+        model: the pruned model.
+        folder: where it was written.
+        reports: one for each operator.
+
+    Raises:
+        OutputError: what was written is not the pruned model.
+    """
+    try:
+        written = model
+        if model.shards is not None:
+            written = copy(model)
+            written.shards = model.shards.written_to(folder)
+        for fault in miscounted(written, reports).values():
+            raise ModelError(fault)
+        if model.shards is None:
+            _require_equal(model, folder)
+    except ModelError as cause:
+        raise OutputError(
+            f"{folder}: what was written is not the pruned model: {cause} What is finished is kept: mend the disk, "
+            "then go on with resume=True (--resume)."
+        ) from cause
+
+
+def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
+    """The operators whose zeros are not as many as their reports say.
+
+    Args:
+        model: the pruned model.
+        reports: one for each operator.
+
+    Returns:
+        What is wrong, by the names of these operators.
+    """
+    said, wrong = {report.name: report.zeros for report in reports}, dict[str, str]()
+
+    def count(context: LayerContext) -> None:
+        for operator in context.layer.operators:
+            name, zeros = f"{context.layer.name}.{operator.name}", _zeros(operator.read())
+            if zeros != said.get(name):
+                wrong[name] = f"{name}: it has {zeros} zeros, and the report says {said.get(name)}."
+
+    LayerWalk(model, (), MemoryStore(range(len(model.layers))), streams=()).run(count)
+    return wrong
+
+
+def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
+    """Each tensor in the folder as it is in memory; of those that are stored under other names, all together.
+
+    transformers may take fused experts apart when it saves them. Tied tensors are stored once.
+
+    Raises:
+        ModelError: a tensor is missing, or differs from that in memory.
+    """
+    found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
+    names = model.model.state_dict().keys()
+    for name in found.keys() & names:
+        here, there = _summary(stored_at(model.model, name)), _summary(found[name])
+        if here != there:
+            raise ModelError(f"{name} should be {here} and is {there}.")
+    parameters = dict(model.model.named_parameters(remove_duplicate=False))
+    places = {name: _place(model.model, parameter) for name, parameter in parameters.items()}
+    once = {place: name for name, place in places.items()}
+    stored = {place for name, place in places.items() if name in found}
+    here = _totals(stored_at(model.model, name) for place, name in once.items() if place not in stored)
+    there = _totals(entry.read() for name, entry in found.items() if name not in names)
+    if here != there:
+        raise ModelError(f"{here[0]} other numbers, {here[1]} of them 0, are {there[0]}, {there[1]} of them 0.")
+
+
+def _place(model: PreTrainedModel, parameter: Tensor) -> int:
+    """The same of all that are tied; of what is offloaded the configuration knows that the head is."""
+    if not parameter.is_meta:
+        return parameter.untyped_storage().data_ptr()
+    head: Any = model.get_output_embeddings()
+    if head is not None and parameter is head.weight and model.config.get_text_config().tie_word_embeddings:
+        return id(cast(Any, model.get_input_embeddings()).weight)
+    return id(parameter)
+
+
+def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
+    """Type, shape and zeros."""
+    if isinstance(tensor, Entry):
+        return tensor.spec, _zeros(tensor.read())
+    return Spec.of(tensor), _zeros(tensor)
+
+
+def _zeros(tensor: Tensor) -> int:
+    return int((tensor == 0).sum())
+
+
+def _totals(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    counts = [(tensor.numel(), _zeros(tensor)) for tensor in tensors]
+    return sum(numbers for numbers, _ in counts), sum(zeros for _, zeros in counts)

@@ -1,0 +1,295 @@
+"""Calibration tokens: whatever the user has, as disjoint windows of token ids, with nothing cut off in silence."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import CalibrationError, shown, unknown
+from convexprune.recipe import Recipe
+
+from .._huggingface import HuggingFaceModel
+from .corpora import CORPORA, Split, datasets_package, hub_text
+from .rows import ACCEPTED, ids_as_tensor, read_rows
+from .sampling import sampled_windows
+from .sufficiency import refuse_uninformative
+from .text_files import TEXT_FILES, check_text, is_file, read_text
+
+DEFAULT_LENGTH = 2048
+EVALUATION_WINDOW = 1024
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
+CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
+LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text is one
+
+
+def calibration_tokens(
+    dataset: Any,
+    model: HuggingFaceModel,
+    *,
+    num_samples: int | None,
+    max_seq_length: int | None,
+    seed: int,
+    split: Split = "calibration",
+) -> Tensor:
+    """Token ids to calibrate or evaluate on.
+
+    Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is not used. When there
+    are more windows than asked for, a permutation drawn from the seed chooses: the two splits choose from its two ends,
+    so that with one data set and one seed they stay apart as long as it has windows for both. Token ids that already
+    have rows are taken row by row.
+
+    Args:
+        dataset: any of `ACCEPTED`.
+        model: whose tokenizer and vocabulary count.
+        num_samples: how many windows; None is all that there are.
+        max_seq_length: tokens of a window. None is the rows' own length, or for text the shorter of 2048 and what the
+            model can see.
+        seed: of the choice of windows, and of sampled text.
+        split: "calibration" or "evaluation".
+
+    Returns:
+        Token ids [num_samples length], int64, on the CPU.
+
+    Raises:
+        CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
+            vocabulary; or the windows are longer than the model can see.
+        DependencyError: a data set of the hub needs a package that is missing.
+    """
+    settings = {"max_seq_length": max_seq_length, "seed": seed, "split": split}
+    return calibration_and_held_out(dataset, model, num_samples=num_samples, spare=0, **settings)[0]
+
+
+def calibration_and_held_out(
+    dataset: Any,
+    model: HuggingFaceModel,
+    *,
+    num_samples: int | None,
+    spare: int,
+    max_seq_length: int | None,
+    seed: int,
+    split: Split = "calibration",
+) -> tuple[Tensor, Tensor]:
+    """Token ids to calibrate on, and windows that are none of them: what the data set has left.
+
+    Args:
+        dataset: see `calibration_tokens`.
+        model: see `calibration_tokens`.
+        num_samples: see `calibration_tokens`.
+        spare: the most windows to hold out.
+        max_seq_length: see `calibration_tokens`.
+        seed: see `calibration_tokens`.
+        split: see `calibration_tokens`.
+
+    Returns:
+        Token ids [num_samples length] and [up to spare, length].
+
+    Raises:
+        CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
+        DependencyError: a data set of the hub needs a package that is missing.
+    """
+    _check_request(num_samples, max_seq_length, model)
+    length = window_length(model, max_seq_length)
+    if isinstance(dataset, str) and dataset == "self":
+        if num_samples is None:
+            raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
+        calibration = sampled_windows(model, num_samples=num_samples, length=length, seed=seed, split=split)
+        refuse_uninformative(calibration)
+        if spare == 0:
+            return calibration, calibration[:0]
+        return calibration, sampled_windows(model, num_samples=spare, length=length, seed=seed, split="held-out")
+    wanted = None if num_samples is None else num_samples + spare
+    windows = _valid(_windows(dataset, model, wanted, max_seq_length, length, split), model)
+    name = str(dataset) if isinstance(dataset, str | Path) else f"a {type(dataset).__name__}"
+    chosen, left = _choose(windows, num_samples, spare, seed, split, name)
+    refuse_uninformative(chosen)
+    return chosen, left
+
+
+def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
+    """The tokens of a window of text.
+
+    Args:
+        model: that has to see them.
+        max_seq_length: what was asked for; None is as many as are sensible.
+
+    Returns:
+        The length.
+    """
+    return max_seq_length or min(DEFAULT_LENGTH, model.max_positions)
+
+
+def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The windows that a recipe asks for.
+
+    Args:
+        dataset: see `calibration_tokens`.
+        model: see `calibration_tokens`.
+        recipe: of the run.
+
+    Returns:
+        Token ids to fit and token ids held out, each [windows length].
+
+    Raises:
+        CalibrationError: the data set is too small for the samples asked.
+    """
+    tokens, held_out = calibration_and_held_out(
+        dataset,
+        model,
+        num_samples=recipe.num_calibration_samples,
+        spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length,
+        seed=recipe.seed,
+    )
+    if len(held_out) < (recipe.held_out_samples or 0):
+        raise CalibrationError(
+            f"The data set has {len(held_out)} windows left after {len(tokens)} for calibration; "
+            f"held_out_samples={recipe.held_out_samples} were asked for. Ask for fewer, or leave it out."
+        )
+    return tokens, held_out
+
+
+def text_windows(
+    text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
+) -> Tensor:
+    """All disjoint windows of a text, in order, to evaluate on; a shorter rest is not used.
+
+    Args:
+        text: the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one.
+        model: whose tokenizer counts.
+        window: tokens of a window; None is the shorter of 1024 and what the model can see.
+        name: what to call the text in an error.
+
+    Returns:
+        Token ids [windows window].
+
+    Raises:
+        CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
+    """
+    window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
+    _check_request(None, window, model)
+    is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
+    windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
+    return _choose(
+        _valid(windows, model), None, 0, 0, "evaluation", name or (str(text) if is_path else "the text given")
+    )[0]
+
+
+def _windows(
+    dataset: Any,
+    model: HuggingFaceModel,
+    num_samples: int | None,
+    max_seq_length: int | None,
+    length: int,
+    split: Split,
+) -> Tensor:
+    """All windows of a data set, or as many as are sure to be enough."""
+    dataset = ids_as_tensor(dataset) if hasattr(dataset, "__array__") else dataset  # NumPy's
+    match dataset:
+        case str() | Path():
+            characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN
+            return _cut(_tokenise(_text_of(dataset, split, characters), model), length)
+        case list() | tuple() if dataset and all(isinstance(item, str) for item in dataset):
+            return _cut(_tokenise("\n\n".join(dataset), model), length)
+        case Tensor() if dataset.dim() == 1:
+            return _cut(dataset, length)
+        case Tensor() | Mapping():
+            return read_rows([dataset], None, max_seq_length)
+        case Iterable():
+            limit = None if isinstance(dataset, list | tuple) else num_samples
+            return read_rows(dataset, limit, max_seq_length)
+    raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
+
+
+def _check_request(num_samples: int | None, length: int | None, model: HuggingFaceModel) -> None:
+    if num_samples is not None and num_samples < 1:
+        raise CalibrationError(f"num_samples={num_samples}: at least 1 is needed.")
+    if length is not None and not 1 <= length <= model.max_positions:
+        raise CalibrationError(
+            f"Windows of {length} tokens: {model.name} can see from 1 to {model.max_positions}. "
+            "Leave their length out to have as many as are sensible."
+        )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse, before any work, a data set whose name or path leads nowhere; others pass.
+
+    Args:
+        dataset: as the caller gave it.
+
+    Raises:
+        CalibrationError: there is no such file, or no such name.
+        DependencyError: a data set of the hub needs a package that is missing.
+    """
+    if dataset is None or isinstance(dataset, int | float | bytes):
+        raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
+    if not isinstance(dataset, str | Path) or dataset == "self":
+        return
+    if isinstance(dataset, str) and dataset in CORPORA:
+        datasets_package()
+    elif isinstance(dataset, Path) or is_file(dataset):
+        check_text(Path(dataset))
+    elif len(dataset.split()) > 1 or len(dataset) > LONGEST_NAME:
+        raise CalibrationError(
+            f"dataset is a text of {len(dataset):,} characters, {shown(dataset[:40])}, and no name of a data set. Give "
+            "texts as a list: dataset=[text]."
+        )
+    elif dataset.count("/") == 1:
+        datasets_package()
+    else:
+        raise CalibrationError(f"{unknown('data set', dataset, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+
+
+def _text_of(source: str | Path, split: Split, characters: int | None) -> str:
+    check_dataset(source)
+    if isinstance(source, Path) or (source not in CORPORA and is_file(source)):
+        return read_text(Path(source))
+    return hub_text(source, split, characters)
+
+
+def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
+    """All token ids [tokens] of a text, begun as the tokenizer begins any text."""
+    if model.tokenizer is None:
+        raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
+    # Not verbose: a text longer than the model can see is no mistake here, it is cut into windows next.
+    return torch.tensor(model.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _cut(tokens: Tensor, length: int) -> Tensor:
+    """Disjoint windows [windows length] of token ids [tokens]."""
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
+    """The windows as int64 on the CPU, if the model can read them."""
+    if windows.dtype not in INTEGERS:
+        raise CalibrationError(f"Token ids are integers; got {windows.dtype}. Give what the tokenizer returned.")
+    windows = windows.to("cpu", torch.int64)
+    if windows.shape[1] > model.max_positions:
+        raise CalibrationError(
+            f"Windows of {windows.shape[1]} tokens; {model.name} sees {model.max_positions} at most. Cut them shorter."
+        )
+    if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < model.vocab_size:
+        raise CalibrationError(
+            f"Token ids from {int(windows.min())} to {int(windows.max())}; {model.name} knows 0 to "
+            f"{model.vocab_size - 1}. Is it another model's tokenizer?"
+        )
+    return windows
+
+
+def _choose(
+    windows: Tensor, num_samples: int | None, spare: int, seed: int, split: Split, name: str
+) -> tuple[Tensor, Tensor]:
+    count, length = windows.shape
+    wanted = max(1, count if num_samples is None else num_samples)
+    if count < wanted:
+        raise CalibrationError(
+            f"The data set for {split}, {name}, holds {count} full windows of {length} tokens; {wanted} were asked "
+            "for. Give more text, or lower num_samples or max_seq_length."
+        )
+    if count == wanted:
+        return windows, windows[:0]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = order if split == "calibration" else order.flip(0)
+    return windows[order[:wanted]], windows[order[wanted : wanted + spare]]

@@ -1,0 +1,80 @@
+"""Logits of a few positions at a time: those of a whole window can take more memory than all the rest of a run."""
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.model import computing
+
+POSITIONS = 128  # of each window, at most
+NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
+
+
+def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
+    """The positions that predict a token, all but the last, in pieces as large as logits are computed at once.
+
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+
+    Returns:
+        The positions of each piece; one piece if the model cannot leave any out.
+    """
+    every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
+    if not _leaves_out(model):
+        return (every,)
+    vocabulary = model.config.get_text_config().vocab_size
+    return every.split(max(1, min(POSITIONS, NUMBERS // (vocabulary * len(ids)))))
+
+
+def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The logits of a batch at some positions.
+
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+        positions: which are wanted; None is all.
+
+    Returns:
+        [windows positions vocabulary].
+    """
+    if positions is not None and _leaves_out(model):
+        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+    logits = model(input_ids=ids, use_cache=False).logits
+    return logits if positions is None else logits[:, positions]
+
+
+def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """The logits of a batch, a piece at a time, while the model's decoder runs only once.
+
+    Its output is replayed for the others. If it gave none of all positions, the model runs again, for all others.
+
+    Args:
+        model: the model.
+        ids: token ids [windows window].
+
+    Yields:
+        The logits [windows positions vocabulary] of each of the `pieces`.
+    """
+    first, *others = pieces(model, ids)
+    decoder, outputs = model.get_decoder(), list[Any]()
+    named = isinstance(decoder, nn.Module) and decoder is not model  # transformers 4 names none for some families
+    watched = decoder if named else model.base_model
+    with watched.register_forward_hook(lambda _, __, output: outputs.append(output)):
+        logits = logits_at(model, ids, first)
+    yield logits
+    if others and (len(outputs) != 1 or outputs[0][0].shape[:2] != ids.shape):
+        yield logits_at(model, ids, torch.cat(others))
+        return
+    for positions in others:
+        with computing(watched, lambda *_, **__: outputs[0]):
+            logits = logits_at(model, ids, positions)
+        yield logits
+
+
+def _leaves_out(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in signature(model.forward).parameters

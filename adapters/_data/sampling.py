@@ -1,0 +1,105 @@
+"""Text that a model writes itself: calibration without any data, network or licence."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from convexprune._progress import Step, begin
+from convexprune.errors import CalibrationError
+
+from .._huggingface import HuggingFaceModel
+from .corpora import Split
+
+SampleSplit = Split | Literal["held-out"]
+
+BATCH_TOKENS = (
+    16384  # sampled side by side; a constant, because the batch decides which sample gets which random number
+)
+
+
+def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
+    """Windows drawn from the model's own distribution.
+
+    Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
+    which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share random
+    numbers, whatever their seeds.
+
+    Args:
+        model: the model.
+        num_samples: how many windows.
+        length: tokens of a window.
+        seed: of the random numbers.
+        split: what the windows are for.
+
+    Returns:
+        Token ids [num_samples length], int64, on the CPU.
+
+    Raises:
+        CalibrationError: `length` leaves nothing to sample.
+    """
+    if length < 2:
+        raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
+    random_seed = {"calibration": 2 * seed, "evaluation": 2 * seed + 1, "held-out": -1 - seed}[split]
+    device = model.device
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_rng_type(device)):
+        torch.manual_seed(random_seed)
+        start = _first_token(model)
+        rows = max(1, BATCH_TOKENS // length)
+        sizes = [min(rows, num_samples - done) for done in range(0, num_samples, rows)]
+        step = begin(f"writing {num_samples:,} samples of text for {split}", len(sizes) * (length - 1))
+        return torch.cat([_sample(model, start, size, length, step) for size in sizes])
+
+
+class _ProgressReport(StoppingCriteria):
+    """Stops nothing: transformers calls it once a token, and it reports progress."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """See `StoppingCriteria.__call__`."""
+        self._step("")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: Step) -> Tensor:
+    inner: Any = model.model  # typed, transformers says of none of its own models that it can generate
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=length - 1,
+        max_new_tokens=length - 1,
+        pad_token_id=start,  # never used, but asked for
+    )
+    prompt = torch.full((rows, 1), start, device=model.device)
+    # What a generation config leaves open is filled from the model's own: penalties, suppressed tokens, its end token.
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        given: dict[str, Any] = {
+            "generation_config": config,
+            "stopping_criteria": StoppingCriteriaList([_ProgressReport(step)]),
+        }
+        return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
+    finally:
+        inner.generation_config = own
+
+
+def _first_token(model: HuggingFaceModel) -> int:
+    """The token that starts a text, else the one that ends it, else a random one.
+
+    A model has to be given something; where it has no such token, any other is as good, and the seed decides.
+    """
+    for token in (model.model.config.bos_token_id, model.model.config.eos_token_id):
+        if isinstance(token, list):
+            token = token[0]
+        if token is not None and 0 <= token < model.vocab_size:
+            return token
+    return int(torch.randint(model.vocab_size, ()))
+
+
+def _rng_type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type

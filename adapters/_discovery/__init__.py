@@ -1,0 +1,1 @@
+"""What is in a decoder layer, found by watching it run."""

@@ -1,0 +1,302 @@
+"""The operators of a decoder layer, found by observing a forward pass: no architecture is known here.
+
+An operator is a linear map that a forward pass calls once. Operators that are given the same tensor form a group; the
+stages of the groups follow from experiments: what changes when a group's outputs are changed depends on it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from posixpath import commonpath, dirname
+
+import torch
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import Call, DecoderLayer, Group, ModuleInput
+
+from .experts import ExpertIndex, ExpertInput, FusedExperts, fused_parameters
+from .operators import LINEAR_MODULES, ParameterOperator, Place
+from .watching import Seen, place_of, watch
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """Where the operators of a group are.
+
+    Args:
+        places: in the order of execution.
+        paired: as in `Group`.
+    """
+
+    places: tuple[Place, ...]
+    paired: bool
+
+
+ExpertFamily = tuple[GroupSpec, ...]
+"""The groups of one canonical name: one for each expert; a single one of what is not in experts."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one sort of decoder layer consists of; all layers that are built the same share it.
+
+    Args:
+        stages: the groups of each stage.
+        left_alone: the reason for each matrix that is no operator.
+    """
+
+    stages: tuple[tuple[GroupSpec, ...], ...]
+    left_alone: Mapping[str, str]
+
+    @property
+    def places(self) -> list[Place]:
+        """All places in the order of execution."""
+        return [place for stage in self.stages for spec in stage for place in spec.places]
+
+    def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
+        """A decoder layer with some of its operators.
+
+        Args:
+            name: its path in the model.
+            module: of the layer.
+            wanted: whether an operator at a place is wanted.
+
+        Returns:
+            The layer.
+        """
+        watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
+
+        def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
+            operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
+            if kept[0].index is None:
+                return Group(operators, ModuleInput(operators[0].module), spec.paired)
+            tap = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
+            return Group(operators, tap, spec.paired)
+
+        stages = []
+        for stage in self.stages:
+            kept = [(spec, tuple(place for place in spec.places if wanted(place))) for spec in stage]
+            stages.append(tuple(group(spec, places) for spec, places in kept if places))
+        return DecoderLayer(name, module, tuple(stage for stage in stages if stage))
+
+
+def signature(layer: nn.Module) -> tuple[object, ...]:
+    """Equal for layers that are built the same: their class and the names and shapes of their parameters.
+
+    Args:
+        layer: the layer.
+
+    Returns:
+        The class, then a name and a shape for each parameter.
+    """
+    return type(layer), *((name, tuple(p.shape)) for name, p in layer.named_parameters())
+
+
+@torch.no_grad()
+def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
+    """The layout of a layer, found by a few forward passes.
+
+    1.  Which linear maps are called, how often, in which order, and with which tensor.
+    2.  Experts are alike: one that no token reached is laid out as its siblings. An expert gets some of the tokens
+        only, so its group is not paired. What sits beside experts and is as narrow as they are many routes.
+    3.  With the outputs of a group changed, whose inputs change? The groups of one expert family are tried as one.
+
+    Args:
+        layer: with its weights in memory.
+        call: how the model calls it.
+        hidden: what enters it [batch tokens n].
+
+    Returns:
+        The layout.
+    """
+    seen = watch(layer, call, hidden)
+
+    def moved_by(family: ExpertFamily) -> Callable[[GroupSpec], bool]:
+        now = watch(layer, call, hidden, frozenset(place for spec in family for place in spec.places))
+        return lambda spec: _differ(seen, now, spec.places[0])
+
+    return lay_out(layer, seen, hidden[..., 0].numel(), moved_by)
+
+
+def lay_out(
+    layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
+) -> Layout:
+    """The layout of a layer, from what one forward pass called.
+
+    Args:
+        layer: the layer.
+        seen: what the pass called.
+        tokens: how many were sent through.
+        moved_by: for an expert family: a function that says whether the inputs of a group depend on its outputs.
+
+    Returns:
+        The layout.
+    """
+    every = _every_place(layer, seen)
+    reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
+    families = _families(layer, every, seen, tokens, reasons)
+    reasons |= _routers(layer, every, families)
+    families = [family for family in (_without(family, reasons) for family in families) if family]
+    stages = _stages(families, seen, moved_by)
+    placed = {place.name for stage in stages for spec in stage for place in spec.places}
+    for place in every:
+        if place.name not in placed:
+            reasons.setdefault(place.name, "not called in a forward pass")
+    return Layout(stages, reasons | _unsupported_parameters(layer, families, every))
+
+
+def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
+    """All linear maps of the layer, called or not; of fused experts that were used, all of them."""
+    every = [place_of(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
+    used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
+    for path, parameter, transposed in used:
+        number = len(layer.get_submodule(path).get_parameter(parameter))
+        every += [Place(path, parameter, index, transposed) for index in range(number)]
+    return every
+
+
+# ---- groups
+
+
+def _families(
+    layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]
+) -> list[ExpertFamily]:
+    """The groups in the order of their first calls, those of equal experts together."""
+    together: dict[tuple[object, ...], list[Place]] = {}
+    for place, tensor in seen.tensors.items():
+        if place.name not in reasons:
+            together.setdefault(tensor, []).append(place)
+    named = {place: canonical_name(layer, place) for place in every}
+    found: dict[tuple[str, ...], dict[str, tuple[Place, ...]]] = {}
+    for group in together.values():
+        names = tuple(named[place][0] for place in group)
+        numbers = {named[place][1] for place in group}
+        # Experts that all get one tensor are one group, which shares its name with no other.
+        key = names if len(numbers) == 1 else tuple(place.name for place in group)
+        found.setdefault(key, {})[min(numbers)] = tuple(group)
+    for names, groups in found.items():
+        siblings = {number: p for p, (name, number) in named.items() if name == names[0]}
+        for number in siblings.keys() - groups.keys():
+            places = tuple(p for name in names for p, n in named.items() if n == (name, number))
+            if not any(place in seen.inputs for place in places):
+                groups[number] = places
+
+    def whole(places: tuple[Place, ...]) -> bool:
+        x = seen.inputs.get(places[0])
+        return x is not None and x.numel() == tokens * x.shape[-1] and places[0].index is None
+
+    families = []
+    for groups in found.values():
+        paired = all(whole(places) for places in groups.values())
+        families.append(tuple(GroupSpec(groups[number], paired) for number in sorted(groups, key=_numerically)))
+    return families
+
+
+def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
+    """The name of a place without the numbers of equal modules in a list, and these numbers.
+
+    Args:
+        layer: the layer.
+        place: in the layer.
+
+    Returns:
+        The name, with * for each number, and the numbers.
+    """
+    parts, numbers, module = [], [], layer
+    for part in place.module.split("."):
+        alike = isinstance(module, nn.ModuleList) and len({signature(child) for child in module}) == 1
+        numbers += [part] if alike else []
+        parts.append("*" if alike else part)
+        module = module.get_submodule(part)
+    if place.index is not None:
+        return ".".join([*parts, place.parameter]), str(place.index)
+    return ".".join(parts), ".".join(numbers)
+
+
+def _numerically(number: str) -> list[int]:
+    return [int(part) for part in number.split(".") if part]
+
+
+def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:
+    """For each module that holds experts, how many there are."""
+    held = {path: len(p) for path, module in layer.named_modules() for p in fused_parameters(module).values()}
+    blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
+    for family in families:
+        if len(family) > 1 and not family[0].paired:
+            experts = commonpath([spec.places[0].module.replace(".", "/") for spec in family])
+            blocks[dirname(experts).replace("/", ".")] = len(family)
+    return blocks
+
+
+def _routers(layer: nn.Module, every: list[Place], families: list[ExpertFamily]) -> dict[str, str]:
+    """The linear maps that choose experts: beside them, and no wider than they are many."""
+    experts = {place for family in families if len(family) > 1 for spec in family for place in spec.places}
+    found = {}
+    for block, number in _blocks(layer, families).items():
+        for place in every:
+            rows = ParameterOperator(layer.get_submodule(place.module), place).shape[0]
+            if place not in experts and _inside(place.module, block) and rows <= number:
+                found[place.name] = "routes tokens to experts"
+    return found
+
+
+def _unsupported_parameters(layer: nn.Module, families: list[ExpertFamily], every: list[Place]) -> dict[str, str]:
+    """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
+    known = {place.path for place in every}
+    blocks = _blocks(layer, families)
+    found = {}
+    for path, module in layer.named_modules():
+        for parameter, value in module.named_parameters(recurse=False):
+            name = f"{path}.{parameter}".removeprefix(".")
+            if value.dim() < 2 or name in known or "bias" in parameter:
+                continue
+            narrow = [_inside(path, block) and value.shape[0] <= number for block, number in blocks.items()]
+            routes = value.dim() == 2 and any(narrow)
+            found[name] = "routes tokens to experts" if routes else f"in a {type(module).__name__}, no known linear map"
+    return found
+
+
+def _inside(path: str, block: str) -> bool:
+    return not block or path.startswith(f"{block}.")
+
+
+def _without(family: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
+    kept = (GroupSpec(tuple(p for p in spec.places if p.name not in reasons), spec.paired) for spec in family)
+    return tuple(spec for spec in kept if spec.places)
+
+
+# ---- stages
+
+
+def _stages(
+    families: list[ExpertFamily], seen: Seen, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
+) -> tuple[ExpertFamily, ...]:
+    """As few stages as the dependencies allow."""
+    nothing = moved_by(())
+    if any(nothing(spec) for family in families for spec in family):
+        return tuple(families)  # no pass is like another, so differences show nothing: one after the other, as called
+    levels = [0] * len(families)
+    for i, family in enumerate(families):
+        moves = moved_by(family)
+        moved = [any(moves(spec) for spec in other) for other in families]
+        if any(moved[: i + 1]) and any(len(k) > 1 for k in families):
+            # These "experts" feed each other: take each group by itself, in the order of the calls.
+            order = {place: number for number, place in enumerate(seen.inputs)}
+            specs = [spec for k in families for spec in k if spec.places[0] in order]
+            single = [(spec,) for spec in sorted(specs, key=lambda spec: order[spec.places[0]])]
+            return _stages(single, seen, moved_by)
+        for j in range(i + 1, len(families)):
+            if moved[j]:
+                levels[j] = max(levels[j], levels[i] + 1)
+    stages = []
+    for level in sorted(set(levels)):
+        stages.append(
+            tuple(spec for family, own in zip(families, levels, strict=True) if own == level for spec in family)
+        )
+    return tuple(stages)
+
+
+def _differ(first: Seen, second: Seen, place: Place) -> bool:
+    a, b = first.inputs.get(place), second.inputs.get(place)
+    if a is None or b is None:
+        return a is not b
+    return a.shape != b.shape or not torch.equal(a, b)

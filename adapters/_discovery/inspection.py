@@ -1,0 +1,249 @@
+"""`inspect`: what a run on a model would do and need, from its configuration alone; no weight is read."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune._device.machine import default_device
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.steps.survey import WEIGHED
+from convexprune._runs import cost
+from convexprune._runs.run import check_patterns
+from convexprune._runs.speed import load, measured_speed, seconds
+from convexprune._schema.door import documented
+from convexprune._schema.functions import INSPECT
+from convexprune.errors import CalibrationError
+from convexprune.recipe import make_recipe
+
+from .._allocating import GRADIENTS
+from .._checkpoints.checkpoint import bundled_if_none
+from .._data.calibration import DEFAULT_LENGTH
+from .outline import read_outline
+
+GIB = 1 << 30
+SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Sizes, needs, an estimate of the time, and whether all fits.
+
+    Args:
+        model: its name.
+        recipe: the settings of the run.
+        operators: how many are pruned.
+        weights: how many these have.
+        zeros: how many of them will be zero.
+        left_alone: by the name of each matrix that is not pruned: the reason.
+        size: of the model.
+        memory: bytes by part.
+        work: operations of the run.
+        seconds: estimated, by phase.
+        device: where it is to run.
+        device_memory: bytes of the device, if they are known.
+        changes: settings that need less memory, and the bytes that the run then needs.
+        notes: what could not be known, and what follows from it.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    operators: int
+    weights: int
+    zeros: int
+    left_alone: Mapping[str, str]
+    size: cost.ModelSize
+    memory: cost.Memory
+    work: cost.Operations
+    seconds: Mapping[str, float]
+    device: str
+    device_memory: int | None
+    changes: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the device."""
+        return self.memory.device
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits; true if nobody said into what."""
+        return self.device_memory is None or self.needed <= self.device_memory
+
+    def verdict(self) -> Iterator[str]:
+        """Whether it fits, and if not what to change, as sentences."""
+        if self.device_memory is None:
+            return
+        room = _gib(self.device_memory)
+        if self.fits:
+            yield f"It fits: {_gib(self.needed)} of {room}."
+            return
+        yield f"It does not fit: {_gib(self.needed)} of {room}. What other settings need:"
+        for way, needed in self.changes.items():
+            yield f"  {way}: {_gib(needed)}, which {'fits' if needed <= self.device_memory else 'is too much as well'}"
+        widest = max(
+            (s for layer in self.size.layers for s in layer.stacks), key=lambda s: s.inputs * (s.inputs + s.outputs)
+        )
+        yield f"  --ignore {' --ignore '.join(dict.fromkeys(widest.names))}: leaves the largest problem out"
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        more = {"fits": self.fits, "device_bytes": self.memory.device, "cpu_bytes": self.memory.all}
+        return json.dumps(asdict(self) | more, indent=2)
+
+    def tables(self) -> Iterator[Table]:
+        """What is pruned, what is not, and what it takes, for a terminal."""
+        yield _problems(self)
+        if self.left_alone:
+            yield _left_alone(self.left_alone)
+        yield _needs(self)
+
+
+@documented(INSPECT)
+def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
+    """What a run by these settings would do to a model and need, found without its weights.
+
+    Only the configuration is read. Memory is by the formulas of `pipeline.cost`; the time is an estimate, from products
+    that are timed on `device` now.
+
+    Args:
+        source: a folder, a config.json, or a name on the hub; None: the bundled model.
+        settings: by name:
+        {settings}
+
+    Returns:
+        What was found.
+
+    Raises:
+        RecipeError, PatternError: settings that do not exist or do not fit.
+        ModelError: the configuration cannot be read, or names a model that cannot be pruned.
+        CalibrationError: the model does not see so many tokens.
+    """
+    asked, settings = INSPECT.read(settings)
+    device_memory: int | None = asked.device_memory
+    settings = bundled_if_none(settings | {"model": source})
+    place: str | Path = settings["model"]
+    checked = make_recipe(**settings | {"model": str(place)})
+    device = default_device(checked.device)
+    pattern = checked.build_pattern()
+    outline = read_outline(place, checked, asked.trust_remote_code)
+    check_patterns(outline.layers, checked.layer_settings())
+    length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
+    if length > outline.positions:
+        raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
+    name, refit, weighed = checked.preset or checked.method, bool(checked.refit), checked.allocation in WEIGHED
+    setting = cost.Setting(
+        samples=checked.num_calibration_samples,
+        held_out=checked.spare_samples,
+        length=length,
+        batch=checked.batch_size,
+        method=cost.method_cost(name, refit, weighed),
+        correction=checked.error_correction > 0,
+        dense_prefix=checked.prefix == "dense",
+        bound=checked.bound_rows > 0,
+        gradients=min(GRADIENTS, checked.num_calibration_samples) if weighed else 0,
+    )
+    if device != "cpu" and device_memory is None:
+        device_memory = torch.cuda.get_device_properties(device).total_memory
+    memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
+    changes = {way: cost.memory(outline.size, s).device for way, s in cost.cheaper(setting, refit).items()}
+    return Inspection(
+        model=outline.name,
+        recipe=checked.model_dump(mode="json") | {"max_seq_length": length},
+        operators=sum(len(layer.operators) for layer in outline.layers),
+        weights=sum(_weights(layer) for layer in outline.layers),
+        zeros=sum(pattern.zeros(*operator.shape) for layer in outline.layers for operator in layer.operators),
+        left_alone=outline.left_alone,
+        size=outline.size,
+        memory=memory,
+        work=work,
+        seconds=seconds(work, measured_speed(device, outline.dtype), setting.method),
+        device=device,
+        device_memory=device_memory,
+        changes=changes,
+        notes=outline.notes if checked.allocation in ("uniform", "rows") else (*outline.notes, SURVEY),
+    )
+
+
+def _weights(layer: DecoderLayer) -> int:
+    return sum(operator.shape[0] * operator.shape[1] for operator in layer.operators)
+
+
+# ---- tables
+
+
+def _problems(found: Inspection) -> Table:
+    title = f"{found.model}: {found.operators} operators, {found.weights:,} weights, {found.zeros:,} of them to be zero"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    table.add_column("operators of one problem")
+    for name in ("rows x width", "stage", "layers", "weight and Gram"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in found.size.layers:
+        for number, stage in enumerate(layer.stages):
+            alike = Counter((s.outputs, s.inputs, s.paired) for s in stage)
+            first = {(s.outputs, s.inputs, s.paired): s for s in reversed(stage)}
+            for key, count in alike.items():
+                names = ", ".join(first[key].names) + (f" and {count - 1} alike" if count > 1 else "")
+                heavy = count * 4 * (key[0] * key[1] + key[1] ** 2)
+                cells = f"{key[0]} x {key[1]}", str(number + 1), str(layer.count), _gib(heavy)
+                table.add_row(names, *cells)
+    return table
+
+
+def _left_alone(reasons: Mapping[str, str]) -> Table:
+    table = Table(title=f"Left alone: {len(reasons)}", box=SIMPLE_HEAD)
+    table.add_column("linear map")
+    table.add_column("why")
+    together: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        together.setdefault(reason, []).append(name)
+    for reason, names in together.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(names[0] + more, reason)
+    return table
+
+
+def _needs(found: Inspection) -> Table:
+    m, w = found.memory, found.work
+    table = Table(title="What it takes", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    parts = {"fixed": m.fixed, "layer": m.layer, "moments": m.moments, "method": m.method, "batch": m.batch}
+    table.add_row("device", _gib(m.device), " + ".join(f"{name} {_gib(part)}" for name, part in parts.items() if part))
+    table.add_row("host", _gib(m.host), f"beside a GPU; on a CPU all is in one memory: {_gib(m.all)}")
+    table.add_row("disk", _gib(m.disk), "finished layers, the result, hidden states, recorded inputs")
+    if found.recipe["dataset"] == "self":
+        table.add_row(
+            "", _gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)"
+        )
+    table.add_row("products", f"{w.products:,.0f}", f"rows x width times width x width, in {w.problems:,} problems")
+    flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve + w.judge}
+    table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
+    laps = ", ".join(f"{name} {_time(lap)}" for name, lap in found.seconds.items())
+    total = _time(sum(found.seconds.values()))
+    spread = "layers" if found.recipe["prefix"] == "dense" else "the samples of each layer"
+    table.add_row(
+        "time",
+        total,
+        f"an estimate on this machine ({found.device}) {load()}: {laps}; {spread} can be spread over workers",
+    )
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _time(span: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if span >= 2 * length:
+            return f"{span / length:.1f} {unit}"
+    return f"{span:.1f} s"

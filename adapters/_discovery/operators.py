@@ -1,0 +1,159 @@
+"""Linear maps as views of the parameters that hold them: plain, transposed, one slice of many, off the device."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from convexprune._layerwise.model import AbstractOperator
+from convexprune.errors import ModelError
+
+LINEAR_MODULES = (nn.Linear, Conv1D)
+"""The modules that are one linear map each."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a decoder layer the weight of an operator is; the same place exists in every equal layer.
+
+    The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D);
+    or several such matrices, of which W is number `index` (the experts of transformers 5).
+    """
+
+    module: str
+    parameter: str = "weight"
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Relative to the layer: "self_attn.q_proj", or "mlp.experts.down_proj.3"."""
+        return self.module if self.index is None else f"{self.path}.{self.index}"
+
+    @property
+    def path(self) -> str:
+        """The name of the parameter, relative to the layer."""
+        return f"{self.module}.{self.parameter}".removeprefix(".")
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterOperator(AbstractOperator):
+    """The operator at a place of a decoder layer; it keeps no tensor, so that weights may come and go.
+
+    Args:
+        module: the submodule that holds its weight.
+        place: where in the layer.
+    """
+
+    module: nn.Module
+    place: Place
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The name of the place, relative to the layer."""
+        return self.place.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.module.get_parameter(self.place.parameter).shape[-2:]
+        return (columns, rows) if self.place.transposed else (rows, columns)
+
+    def read(self) -> Tensor:
+        return self._view(held(self.module, self.place.parameter))
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """See `AbstractOperator.write`.
+
+        Raises:
+            ModelError: the weight is not in memory, and what was written to where it is kept cannot be read back.
+        """
+        whole = held(self.module, self.place.parameter)
+        view = self._view(whole)
+        view.copy_(weight)
+        if offloaded(self.module) is not None:
+            _hand_back(self.module, self.place.parameter, whole)
+            if not torch.equal(self.read(), view):
+                raise ModelError(
+                    f"{self.name} was offloaded, and what is written to it is lost. Load the model onto one device."
+                )
+
+    def _view(self, whole: Tensor) -> Tensor:
+        matrix = whole if self.place.index is None else whole[self.place.index]
+        return matrix.T if self.place.transposed else matrix
+
+
+def held(module: nn.Module, parameter: str) -> Tensor:
+    """The values of a parameter, from where accelerate keeps them if they are offloaded.
+
+    Args:
+        module: that has it.
+        parameter: its name in the module.
+
+    Returns:
+        The tensor, detached.
+    """
+    kept = offloaded(module)
+    if kept is not None and parameter in kept:
+        return kept[parameter]  # a forward pass that was ended early leaves a copy behind, which is not to be used
+    return module.get_parameter(parameter).detach()
+
+
+@torch.no_grad()
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer other values, in memory or where accelerate keeps it.
+
+    Args:
+        module: that has it.
+        name: its name in the module.
+        value: the values.
+    """
+    kept = offloaded(module)
+    if kept is not None and name in kept:
+        _hand_back(module, name, value)
+    else:
+        (module.get_parameter if name in module._parameters else module.get_buffer)(name).copy_(value)
+
+
+def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
+    """Where accelerate keeps the weights of a `module` that it has offloaded; None if it has not."""
+    kept = [getattr(hook, "weights_map", None) for hook in _hooks(module)]
+    return next((weights for weights in kept if weights is not None), None)
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of a module, and what it is called with.
+
+    Args:
+        module: the module.
+
+    Returns:
+        The device; None if accelerate does neither.
+    """
+    devices = [getattr(hook, "execution_device", None) for hook in _hooks(module)]
+    return next((torch.device(device) for device in devices if device is not None), None)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of accelerate; looked at and not imported, as most models are loaded without."""
+    hook: Any = vars(module).get("_hf_hook")
+    return list(getattr(hook, "hooks", [hook]))
+
+
+def _hand_back(module: nn.Module, parameter: str, value: Tensor) -> None:
+    """Give accelerate the new value to load before each forward pass; a file is never written to.
+
+    What it keeps is nested: prefixes around a mapping, or around a loader, of which `state_dict` goes before files.
+    """
+    kept: Any = offloaded(module)
+    name = parameter
+    while not isinstance(kept, MutableMapping):
+        inner = getattr(kept, "dataset", None)
+        if inner is None:
+            kept = kept.state_dict
+        else:
+            kept, name = inner, f"{kept.prefix}{name}"
+    kept[name] = value

@@ -1,0 +1,129 @@
+"""A model as its configuration tells it: its operators, their sizes, and what is left alone."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._runs import cost
+from convexprune.errors import ModelError
+from convexprune.recipe import Recipe
+
+from .._checkpoints.admission import refuse_quantised
+from .._checkpoints.building import parameters_on_meta
+from .._checkpoints.model_folder import NotStreamable, check_layers, place_of
+from .._checkpoints.reading import ask, model_class
+from .experts import fused_parameters
+from .random_weights import RandomModel
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights.
+
+    Args:
+        name: of the model.
+        layers: its decoder layers, with their operators.
+        left_alone: by the name of each matrix that is not pruned: the reason.
+        size: of the model.
+        dtype: of its weights.
+        positions: the most tokens that it can see.
+        notes: what could not be known, and what follows from it.
+    """
+
+    name: str
+    layers: Sequence[DecoderLayer]
+    left_alone: Mapping[str, str]
+    size: cost.ModelSize
+    dtype: torch.dtype
+    positions: int
+    notes: tuple[str, ...]
+
+
+def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
+    """The outline of a model from its configuration, by the discovery of a run on random weights.
+
+    Args:
+        source: a folder, a hub name or a config.json.
+        recipe: of the run.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+        The outline.
+
+    Raises:
+        ModelError: the configuration is missing, of no known model, or of one that is not pruned.
+    """
+    config = _config(source, trust_remote_code)
+    refuse_quantised(config)
+    reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
+    dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
+    with parameters_on_meta():
+        built = ask(str(source), lambda: reader.from_config(config, dtype=dtype, **remote))
+    model = RandomModel(built, name=str(source), targets=recipe.targets, ignore=recipe.ignore)
+    whole = any(fused_parameters(module) for layer in model.layers for module in layer.module.modules())
+    notes = []
+    if whole:
+        notes.append("Its experts are fused while transformers loads them, so the model is loaded whole.")
+    if any(not group.paired for layer in model.layers for group in layer.groups):
+        notes.append("How many tokens each expert is sent is known only in a run: an even share is assumed.")
+    size = _size(model, config.get_text_config(), dtype, whole)
+    return Outline(model.name, model.layers, dict(model.left_alone), size, dtype, model.max_positions, tuple(notes))
+
+
+def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json, so it is not a model folder of transformers.")
+    if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
+        raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
+    place: dict[str, Any] = place_of(str(path if path.exists() else source)) | {"trust_remote_code": trust_remote_code}
+    config = ask(str(source), lambda: AutoConfig.from_pretrained(**place))
+    if path.is_dir():
+        with suppress(NotStreamable):
+            ask(str(source), lambda: check_layers(path, config))
+    return config
+
+
+def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whole: bool) -> cost.ModelSize:
+    counted: Counter[tuple[Any, ...]] = Counter()
+    for layer in model.layers:
+        sizes = [p.numel() for p in layer.module.parameters()]
+        counted[_stages(layer, config), sum(sizes), max(sizes)] += 1
+    inside = {id(p) for layer in model.layers for p in layer.module.parameters()}
+    outside = [p.numel() for p in model.model.parameters() if id(p) not in inside]
+    return cost.ModelSize(
+        layers=tuple(cost.LayerSize(*facts, count=count) for facts, count in counted.items()),
+        fixed=sum(outside),
+        largest_fixed=max(outside, default=0),
+        hidden=config.hidden_size,
+        itemsize=dtype.itemsize,
+        whole=whole,
+    )
+
+
+def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
+    """The stacks of each stage; of experts each gets an even share of the tokens."""
+    piled = max(
+        (len(pile) for module in layer.module.modules() for pile in fused_parameters(module).values()), default=0
+    )
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    return tuple(
+        tuple(
+            cost.Stack(
+                tuple(operator.name for operator in group.operators),
+                tuple(operator.shape[0] for operator in group.operators),
+                group.operators[0].shape[1],
+                group.paired,
+                1.0 if group.paired else min(1.0, chosen / (piled or sum(not other.paired for other in stage))),
+            )
+            for group in stage
+        )
+        for stage in layer.stages
+    )

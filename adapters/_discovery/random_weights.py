@@ -1,0 +1,99 @@
+"""A model known by its configuration alone, with random weights that take no memory and multiply in no time.
+
+So `inspect` finds operators as a run does, by the same discovery, on a machine that could not hold one layer.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.model import DecoderLayer
+
+from .._huggingface import HuggingFaceModel
+from .experts import FusedExperts, fused_parameters
+from .family import decoder_layers
+
+ADDED = torch.ops.aten.addmm.default
+PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+
+
+class RandomModel(HuggingFaceModel):
+    """A model built with its parameters on the meta device; those of a decoder layer are random while it is resident.
+
+    Args:
+        model: Its parameters are on the meta device, its buffers are not.
+        options: What `HuggingFaceModel` takes.
+    """
+
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        inside, _ = decoder_layers(model)
+        outside = {n: t for n, t in model.state_dict().items() if not n.startswith(f"{inside}.")}
+        model.load_state_dict(_random(outside), strict=False, assign=True)
+        model.tie_weights()
+        super().__init__(model, **options)
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    @contextmanager
+    def resident(self, layer: DecoderLayer) -> Iterator[None]:
+        """See `AbstractModel.resident`."""
+        away = layer.module.state_dict()
+        layer.module.load_state_dict(_random(away), assign=True)
+        try:
+            with _every_expert_by_itself(layer.module), _QuickProducts():
+                yield
+        finally:
+            layer.module.load_state_dict(away, assign=True)
+
+
+class _QuickProducts(TorchDispatchMode):
+    """Products with random weights are replaced: the weights of an output are one of its own and one for all inputs.
+
+    It still depends on every input, which is all that discovery asks.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in PRODUCTS or not _overlaps(args[-1]):
+            return func(*args, **(kwargs or {}))
+        x, weight = args[-2:]
+        inputs, outputs = weight.shape[-2:]
+        own = x[..., torch.arange(outputs) % inputs] * weight[..., :1, :]
+        product = own + x.mean(-1, keepdim=True)
+        return product + args[0] if func is ADDED else product
+
+
+@contextmanager
+def _every_expert_by_itself(layer: nn.Module) -> Iterator[None]:
+    with ExitStack() as looped:
+        for module in layer.modules():
+            if fused_parameters(module):
+                looped.enter_context(FusedExperts(module).looped())
+        yield
+
+
+def _random(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values for the tensors that have none, always the same: random matrices, and vectors of ones."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: _values(tensor, generator) if tensor.is_meta else tensor for name, tensor in state.items()}
+
+
+def _values(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Ones, or a matrix whose rows are windows of one short random sequence: W[i, j] = r[2 i + j]."""
+    if like.dim() < 2:
+        return torch.ones_like(like, device="cpu")
+    strides = tuple(range(like.dim(), 0, -1))
+    length = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
+    numbers = torch.randn(length, dtype=torch.float32, generator=generator)
+    return numbers.to(like.dtype).as_strided(like.shape, strides)
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Whether its rows overlap in memory, as those of random weights do."""
+    return weight.untyped_storage().nbytes() < weight.nbytes

@@ -1,0 +1,196 @@
+"""Which operators of a model are pruned, and the reason for each linear map that is left alone."""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+
+import regex
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.model import DecoderLayer
+from convexprune.errors import ModelError, RecipeError, unknown
+
+from .discovery import Layout
+from .operators import LINEAR_MODULES
+
+PATIENCE = 10.0  # seconds for all names that a regular expression is matched with
+LONGEST = 1000  # characters of a regular expression, and repetitions that its counts make
+TIED = "tied to "  # begins the reason for weights that share memory
+
+
+def left_alone(
+    model: PreTrainedModel, layouts: Mapping[str, Layout], targets: Sequence[str], ignore: Sequence[str]
+) -> dict[str, str]:
+    """The reason for every matrix of a model that is not to be pruned.
+
+    A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or
+    only its last part ("q_proj"; "down_proj" also for each of the experts "mlp.experts.down_proj.0" and so on); a
+    class ("Linear" is every linear map); or "re:" and a regular expression that matches the beginning of one of these.
+
+    Args:
+        model: the model.
+        layouts: of its decoder layers, by name.
+        targets: patterns of the operators to prune.
+        ignore: patterns of those to leave.
+
+    Returns:
+        The reasons by name.
+
+    Raises:
+        ModelError: a pattern matches no linear map, or no operator is left to prune.
+        RecipeError: a regular expression is not valid.
+    """
+    shared = ties(model)
+    names: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LINEAR_MODULES) and not any(name.startswith(f"{layer}.") for layer in layouts):
+            names[name] = name, name.rpartition(".")[2], type(module).__name__
+            tied = shared.get(f"{name}.weight")
+            reasons[name] = f"{TIED}{tied}" if tied else "not inside a decoder layer"
+    operators = []
+    for layer, layout in layouts.items():
+        for relative, reason in layout.left_alone.items():
+            reasons[f"{layer}.{relative}"] = reason
+            names[f"{layer}.{relative}"] = f"{layer}.{relative}", relative, relative.rpartition(".")[2]
+        for place in layout.places:
+            operators.append(f"{layer}.{place.name}")
+            parameter = f"{layer}.{place.path}"
+            last = place.name if place.index is None else place.path
+            kind = type(model.get_submodule(f"{layer}.{place.module}".removesuffix("."))).__name__
+            names[operators[-1]] = operators[-1], place.name, last, last.rpartition(".")[2], kind, "Linear"
+            if parameter in shared:
+                reasons[operators[-1]] = f"{TIED}{shared[parameter]}"
+    targeted, ignored = _matches(targets, names), _matches(ignore, names)
+    for name in operators:
+        if name in ignored:
+            reasons.setdefault(name, "ignored by the recipe")
+        elif name not in targeted:
+            reasons.setdefault(name, "not among the targets of the recipe")
+    if not any(name not in reasons for name in operators):
+        examples = {reason: name for name, reason in reasons.items()}
+        listed = "; ".join(f"{name}: {reason}" for reason, name in examples.items())
+        known = dict.fromkeys(place.name for layout in layouts.values() for place in layout.places)
+        raise ModelError(
+            f"targets={list(targets)} and ignore={list(ignore)} leave no operator to prune ({listed}). "
+            f"Operators of a decoder layer: {', '.join(known) or 'none'}."
+        )
+    return reasons
+
+
+def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
+    """A warning about operators of decoder layers that are left because they share their weights.
+
+    Args:
+        left: names and reasons of matrices that are not pruned.
+        layers: the decoder layers.
+
+    Returns:
+        The warning; None if there is no such operator.
+    """
+    inside = tuple(f"{layer.name}." for layer in layers)
+    tied = [(name, reason) for name, reason in left if name.startswith(inside) and reason.startswith(TIED)]
+    if not tied:
+        return None
+    name, reason = tied[0]
+    return (
+        f"{len(tied)} operators are left as they are, because what is written to one is written to another: {name} is "
+        f"{reason}{', ...' if tied[1:] else ''}. Give each its own weight to have them pruned."
+    )
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """For each parameter that shares memory with another, the name of one that it shares it with.
+
+    By memory and not by name, because families differ in what they tie. Overlap is what counts: parameters that are
+    separate pieces of one storage are not tied. What is not in memory shares only itself.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The partners by name.
+    """
+    spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
+    partners: dict[str, str] = {}
+    holder = ("", 0, 0, "")  # of the spans so far, the one that reaches farthest
+    for span in spans:
+        device, start, end, name = span
+        if device == holder[0] and start < holder[2]:
+            partners[name] = holder[3]
+            partners.setdefault(holder[3], name)
+        if device != holder[0] or end > holder[2]:
+            holder = span
+    return partners
+
+
+def _span(parameter: Tensor) -> tuple[str, int, int]:
+    """Where a parameter is, from and to."""
+    if parameter.is_meta:
+        return f"nowhere {id(parameter)}", 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = parameter.data_ptr()
+    return str(parameter.device), start, start + (last + 1) * parameter.element_size()
+
+
+def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:
+    """The whole names of all that match any pattern; each pattern must match something, or it is misspelt."""
+    if isinstance(patterns, str):
+        raise RecipeError(f"Targets and ignore are lists of names; got the text {patterns!r}. Write [{patterns!r}].")
+    matched: set[str] = set()
+    for pattern in patterns:
+        matches = matcher(pattern)
+        found = {whole for whole, aliases in names.items() if any(map(matches, aliases))}
+        if not found:
+            raise ModelError(unknown("operator", pattern, _examples(names.values())))
+        matched |= found
+    return matched
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """A test whether a name fits a pattern.
+
+    Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches, which
+    can, and stops after `PATIENCE` seconds in all.
+
+    Args:
+        pattern: a name, or "re:" and a regular expression that matches the beginning of a name.
+
+    Returns:
+        The test.
+
+    Raises:
+        RecipeError: the regular expression is not valid or too large; or, when the test is used, it takes too long.
+    """
+    if not pattern.startswith("re:"):
+        return pattern.__eq__
+    text, left = pattern.removeprefix("re:"), PATIENCE
+    try:
+        re.compile(text)
+        counts = prod(max(1, int(count)) for count in re.findall(r"[{,](\d+)(?=[,}])", text))
+        if len(text) > LONGEST or counts > LONGEST:
+            raise RecipeError(f"The pattern {pattern[:60]!r} is too large. Name the operators, or write a simpler one.")
+        expression = regex.compile(text)
+    except (re.error, regex.error, RecursionError, OverflowError) as cause:
+        raise RecipeError(f"{pattern[:200]!r} is not a regular expression: {cause}. See Python's re module.") from cause
+
+    def matches(name: str) -> bool:
+        nonlocal left
+        began = time.monotonic()
+        try:
+            return expression.match(name, timeout=max(left, 1e-3)) is not None
+        except TimeoutError as cause:
+            raise RecipeError(
+                f"The pattern {pattern[:60]!r} takes too long to match. Name the operators, or write a simpler one."
+            ) from cause
+        finally:
+            left -= time.monotonic() - began
+
+    return matches
+
+
+def _examples(names: Iterable[tuple[str, ...]]) -> set[str]:
+    """Enough names to see how they are written: of the many layers, only what is relative to them."""
+    return {alias for _, *short in names for alias in short}

@@ -1,0 +1,100 @@
+"""One forward pass of a decoder layer, watched: which linear maps it calls, in which order, and with what."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import Call
+
+from .experts import FusedExperts, Product, fused_parameters
+from .operators import LINEAR_MODULES, Place
+
+
+@dataclass
+class Seen:
+    """What a forward pass called, in order.
+
+    Args:
+        inputs: of each place.
+        tensors: which tensor that was, for each place.
+        times: how often each place was called.
+    """
+
+    inputs: dict[Place, Tensor] = field(default_factory=dict)
+    tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
+    times: Counter[Place] = field(default_factory=Counter)
+
+    def add(self, place: Place, x: Tensor) -> None:
+        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory.
+
+        Args:
+            place: that was called.
+            x: its inputs [... n].
+        """
+        if x.numel():  # an expert that is called without a token is not called
+            self.inputs.setdefault(place, x)
+            self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
+            self.times[place] += 1
+
+
+def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
+    """One forward pass of a layer, observed.
+
+    Args:
+        layer: with its weights in memory.
+        call: how the model calls it.
+        hidden: what enters it [batch tokens n].
+        changed: the places whose outputs are replaced by others.
+
+    Returns:
+        What the pass called.
+    """
+    seen = Seen()
+    with ExitStack() as hooks:
+        for path, module in layer.named_modules():
+            if isinstance(module, LINEAR_MODULES):
+                hooks.enter_context(_watch_module(module, place_of(path, module), seen, changed))
+            elif fused_parameters(module):
+
+                def hook(product: Product, path: str = path) -> Callable[[Tensor], Tensor] | None:
+                    place = Place(path, product.slice.parameter, product.slice.index, product.transposed)
+                    seen.add(place, product.inputs)
+                    return _other if place in changed else None
+
+                hooks.enter_context(FusedExperts(module).hooked(hook))
+        call(layer, hidden)
+    return seen
+
+
+@contextmanager
+def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozenset[Place]) -> Iterator[None]:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args:  # the taps read the first argument, so an input that comes by name is none
+            seen.add(place, args[0])
+
+    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return _other(output) if place in changed else None
+
+    with module.register_forward_pre_hook(before), module.register_forward_hook(after):
+        yield
+
+
+def _other(output: Tensor) -> Tensor:
+    """Other outputs: the order differs, which no norm hides, and so does the sum."""
+    return output.roll(1, -1) + 1
+
+
+def place_of(path: str, module: nn.Module) -> Place:
+    """The place of a module that is one linear map.
+
+    Args:
+        path: of the module in the layer.
+        module: the module.
+
+    Returns:
+        The place.
+    """
+    return Place(path, transposed=not isinstance(module, nn.Linear))

@@ -1,0 +1,331 @@
+"""A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer, computing
+from convexprune._runs.run import checksum
+from convexprune.errors import ModelError
+
+from ._checkpoints.admission import (
+    refuse_adapters,
+    refuse_inference_mode,
+    refuse_non_finite,
+    refuse_other_dtypes,
+    refuse_quantised,
+    refuse_unloaded,
+)
+from ._checkpoints.given import OriginalState
+from ._checkpoints.shards import Origin, Shards
+from ._data.logits import logits_at, pieces
+from ._discovery.discovery import Layout, discover
+from ._discovery.family import decoder_layers, positions
+from ._discovery.kinds import of_each_kind
+from ._discovery.operators import computes_on, held, put
+from ._discovery.replay import refuse_looking_ahead, refuse_other_replays
+from ._discovery.selection import left_alone
+
+PROBE_TOKENS = 16
+"""How many tokens are sent through the model to see what its layers do."""
+
+
+class HuggingFaceModel(AbstractModel):
+    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of shards.
+
+    The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients, until it is
+    given back (`lent`). `layers` holds every decoder layer; the stages of each hold only the operators to be pruned.
+    `left_alone` lists every other linear map of the model, and every other matrix of its decoder layers, with the
+    reason.
+
+    Args:
+        model: the model of transformers.
+        tokenizer: of the model, if it has one.
+        name: what to call it; None is its own name.
+        targets: see `convexprune.adapters._discovery.selection.left_alone`.
+        ignore: see `convexprune.adapters._discovery.selection.left_alone`.
+        shards: where its layers come from if it streams.
+        whole_because: why it does not stream.
+
+    Raises:
+        ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
+            not to be found, or do not give its own outputs when they are called one by one; `targets` or `ignore`
+            name what does not exist or leave nothing to prune.
+        RecipeError: `targets` or `ignore` hold a bad regular expression.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    layers: Sequence[DecoderLayer]
+    left_alone: list[tuple[str, str]]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        name: str | None = None,
+        targets: Sequence[str] = ("Linear",),
+        ignore: Sequence[str] = (),
+        shards: Shards | None = None,
+        whole_because: str = "it was given loaded",
+    ) -> None:
+        refuse_adapters(model)
+        refuse_inference_mode(model)
+        refuse_quantised(model.config)
+        path, layers = decoder_layers(model)
+        self.shards = shards
+        self.whole_because = whole_because
+        if not self.streams:
+            refuse_unloaded(model)
+            refuse_non_finite(model)
+        refuse_other_dtypes(layers)
+        self.name = name or model.name_or_path or type(model).__name__
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
+        self._original, self._keeps = OriginalState(model), False
+        model.eval().requires_grad_(False)
+        with ExitStack() as refused:
+            refused.callback(self._original.restore)
+            self._look(targets, ignore)
+            refused.pop_all()
+
+    def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
+        refuse_other_replays(self)
+        refuse_looking_ahead(self)
+        layouts = self._layouts()
+        reasons = left_alone(self.model, layouts, targets, ignore)
+        self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
+        self.left_alone = list(reasons.items())
+
+    @contextmanager
+    def lent(self, undo: bool = False) -> Iterator[Self]:
+        """Inside, the model is a run's; afterwards its modules' modes and `requires_grad` are as they were given.
+
+        Args:
+            undo: restore the weights of its decoder layers, too, if the run raises. It costs a copy of the layers that
+                have changed, in the memory of the CPU.
+
+        Yields:
+            The model.
+        """
+        self._keeps = undo
+        try:
+            with ExitStack() as failed:
+                failed.callback(self._put_back)
+                yield self
+                failed.pop_all()
+        finally:
+            self._keeps = False
+            self._original.restore()
+
+    def _put_back(self) -> None:
+        self._keeps = False
+        for layer in self.layers:
+            self.load_state(layer, self._original.layers.get(layer.name, {}))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go; of an offloaded model, where accelerate computes."""
+        own = self.model.get_input_embeddings().weight
+        assert isinstance(own, Tensor)
+        if not own.is_meta:
+            return own.device
+        return next(device for m in self.model.modules() if (device := computes_on(m)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids run from 0 to one less than this."""
+        embedding = self.model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.num_embeddings
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that the model can see at once."""
+        return positions(self.model.config)
+
+    def origin(self) -> Origin:
+        """What distinguishes this model from any other: of its files if it streams, else of its tensors, as they are
+        now.
+
+        Returns:
+            The checksums.
+
+        Raises:
+            ModelError: a weight of a file is NaN or infinite, or a file has changed since it was opened.
+        """
+        if self.shards is not None:
+            return self.shards.origin()
+        return Origin({name: checksum(self._held(name, t)) for name, t in self.model.state_dict().items()}, {})
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        path, _, last = name.rpartition(".")
+        return held(self.model.get_submodule(path), last) if tensor.is_meta else tensor
+
+    @property
+    def streams(self) -> bool:
+        return self.shards is not None
+
+    def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
+        """See `AbstractModel.resident`; of a loaded model everything always is."""
+        return nullcontext() if self.shards is None else self.shards.resident(layer)
+
+    def prefetch(self, layer: DecoderLayer) -> None:
+        """See `AbstractModel.prefetch`: of a streamed model, the shards are read into the system's cache."""
+        if self.shards is not None:
+            self.shards.prefetch(layer)
+
+    def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        """See `AbstractModel.state`; what is offloaded comes from where it is kept."""
+        return {n: self._held(f"{layer.name}.{n}", tensor) for n, tensor in layer.module.state_dict().items()}
+
+    def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
+        """See `AbstractModel.load_state`."""
+        self.keep(layer)
+        for name, value in state.items():
+            path, _, last = name.rpartition(".")
+            put(layer.module.get_submodule(path), last, value)
+
+    def keep(self, layer: DecoderLayer) -> None:
+        """See `AbstractModel.keep`; only while it is lent so that it can be undone."""
+        if self._keeps:
+            self._original.keep(layer.name, self.state(layer))
+
+    @torch.no_grad()
+    def first_inputs(self, batch: Tensor) -> Tensor:
+        """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
+        reached: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reached.append(_split(args, kwargs)[0])
+            raise _Reached
+
+        hook = self.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with suppress(_Reached):
+                self.forward(batch)
+        finally:
+            hook.remove()
+        return reached[0]
+
+    @torch.no_grad()
+    def calls(self, batch: Tensor) -> list[Call]:
+        """How each decoder layer is called for a batch of this shape; recorded on a forward pass.
+
+        Layer by layer, because some families give each layer its own mask or rotary table. Only the first layer
+        computes; the others hand on what they get in the form that it returns, so that their weights are not needed.
+        """
+        recorded: list[Call] = []
+        handed: list[Tensor] = []
+        self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
+
+        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            recorded.append(_split(args, kwargs)[1])
+            self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
+            handed.append(output if isinstance(output, Tensor) else output[0])
+
+        def bridge(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            recorded.append(call)
+            if not torch.equal(hidden, handed[0]):
+                raise ModelError(
+                    f"{self.name}: something happens between its decoder layers, so that they are not the model when "
+                    "they are called one by one; such a model cannot be pruned layer by layer."
+                )
+            return self._returned(hidden)
+
+        hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
+        try:
+            with self.resident(self.layers[0]), _forwards(self.layers[1:], bridge):
+                self.forward(batch)
+        finally:
+            hook.remove()
+        assert len(recorded) == len(self.layers)
+        return recorded
+
+    def probe_tokens(self) -> Tensor:
+        """Token ids [1 tokens], all different."""
+        length = min(PROBE_TOKENS, self.max_positions)
+        return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
+
+    def probe(self) -> tuple[Tensor, list[Call]]:
+        """A small input for experiments.
+
+        Returns:
+            Hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called.
+        """
+        batch = self.probe_tokens()
+        return self.first_inputs(batch), self.calls(batch)
+
+    def _layouts(self) -> dict[str, Layout]:
+        """The layout of each layer by its name; equal layers are watched once."""
+        found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
+        return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
+
+    def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """The positions that predict a token, in pieces as large as logits are computed at once.
+
+        Args:
+            batch: token ids [batch tokens].
+
+        Returns:
+            The positions of each piece.
+        """
+        return pieces(self.model, batch)
+
+    def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The logits that the hidden states after the last decoder layer lead to; they have gradients if these have.
+
+        Args:
+            batch: token ids [batch tokens].
+            hidden: after the last decoder layer [batch tokens hidden].
+            positions: which are wanted; None is all.
+
+        Returns:
+            [batch positions vocabulary].
+        """
+        with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
+            return logits_at(self.model, batch.to(self.device), positions)
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return hidden if self._beside is None else (hidden, *self._beside)
+
+    def forward(self, batch: Tensor) -> None:
+        """Send a batch through all decoder layers.
+
+        Args:
+            batch: token ids [batch tokens].
+        """
+        # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
+        self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+
+
+@contextmanager
+def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the layers compute `forward` in place of their own."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(computing(layer.module, forward))
+        yield
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first decoder layer."""
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states, and all the other arguments of a decoder layer."""
+    if args:
+        return args[0], Call(args[1:], dict(kwargs))
+    return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})
+
+
+def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:
+    return layout.bind(layer.name, layer.module, lambda place: f"{layer.name}.{place.name}" not in reasons)

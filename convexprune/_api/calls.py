@@ -1,0 +1,160 @@
+"""The user's doors: `prune`, and `permute` before it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convexprune._api.request import Request, name_of
+from convexprune._api.result import PermuteResult, PruneResult
+from convexprune._api.windows import is_self, name_of_text
+from convexprune._device.machine import default_device, within_memory
+from convexprune._layerwise.settings import Tell
+from convexprune._progress import begin
+from convexprune._recipe_file import GIVEN, read_recipe
+from convexprune._runs.folder import check_output
+from convexprune._runs.run import check_patterns
+from convexprune._schema.door import UNSET, documented
+from convexprune._schema.functions import PERMUTE, PRUNE
+from convexprune._storage.files import working
+from convexprune._storage.place import output_folder
+from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
+from convexprune.adapters._channels.permuting import Permuted, find_permutation, save_permuted
+from convexprune.adapters._checkpoints.admission import refuse_headless
+from convexprune.errors import PatternError, RecipeError
+from convexprune.recipe import Recipe, make_recipe
+from convexprune.solvers import AbstractSolver
+
+
+@documented(PRUNE)
+def prune(
+    model: str | Path | PreTrainedModel | None = None,
+    solver: str | AbstractSolver = UNSET,
+    method: str = UNSET,
+    sparsity: float | None = UNSET,
+    pattern: str = UNSET,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    dataset: Any = UNSET,
+    evaluation: str | Path | Tensor | None = UNSET,
+    device: str | torch.device = UNSET,
+    output_dir: str | Path | None = None,
+    resume: bool = UNSET,
+    progress: Callable[[int], Tell] | None = None,
+    **settings: Any,
+) -> PruneResult:
+    """Prune a language model; the report has the certificate of every operator's convex solve.
+
+    A model may be a loaded one, which moves to `device` and `dtype` and is changed in place: it keeps its modes (train,
+    eval) and `requires_grad`, and is pruned only if the run succeeds. For that, a copy of its decoder layers is in the
+    memory of the CPU meanwhile. A data set may also be a list of texts, or token ids: as tensors, arrays, lists, or an
+    iterable of them (a DataLoader); a text to evaluate on may be token windows [windows window]; a solver may be your
+    own `AbstractSolver`. With `output_dir` the model is never whole in memory, if its checkpoint allows it
+    (docs/runs.md), the run can be interrupted, and `recipe.yaml` and `report.json` lie beside the result.
+
+    Args:
+        recipe: a `Recipe`, its file, or the folder of a run: settings that are given besides replace its own, and what
+            merely follows from others, as the allocation from the pattern, follows anew.
+        settings: by name:
+        {settings}
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("recipe", "settings")} | settings
+    if model is None:
+        del given["model"]
+    if recipe is not None:
+        given = _settings_of(recipe) | {name: value for name, value in given.items() if value is not UNSET}
+    call, asked = PRUNE.read(given)
+    _require_named(asked)
+    with within_memory():
+        if call.output_dir is None:
+            return Request(bundled_if_none(asked), call).in_memory()
+        with working(call.output_dir):
+            return Request(bundled_if_none(asked), call).in_folder(output_folder(call.output_dir, model), call.resume)
+
+
+def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:
+    """Those that a recipe chose, which may be in a file."""
+    return (recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())).chosen
+
+
+def _require_named(settings: Mapping[str, Any]) -> None:
+    """Refuse a recipe of what its caller had in memory, unless that is given again."""
+    for name in ("model", "dataset", "evaluation"):
+        if isinstance(text := settings.get(name), str) and text.endswith(GIVEN):
+            raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
+
+
+@documented(PERMUTE)
+def permute(
+    model: str | Path | PreTrainedModel | None = None,
+    pattern: str = UNSET,
+    *,
+    dataset: Any = UNSET,
+    progress: Callable[[int], Callable[[Permuted], None]] | None = None,
+    **settings: Any,
+) -> PermuteResult:
+    """Put the channels of a dense model in an order of which an N:M pattern prunes less; it computes what it did.
+
+    What an N:M pattern keeps depends on which inputs stand side by side. Channels inside of an MLP, inside of an
+    attention head, and those of the hidden states may change places without a change of the function, if the rows that
+    make them and the columns that read them do so alike (Pool & Yu, NeurIPS 2021): which they are is found by
+    experiments on the model, and the result is tried. Prune the permuted model as any other. Adapters (LoRA) that were
+    trained on the model in its old order do not fit the new one. A loaded model is changed in place; with `output_dir`
+    the model is never whole in memory, if its checkpoint allows it, and `permutation.json` holds every order.
+
+    Args:
+        settings: by name:
+        {settings}
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    given = {"model": model, "pattern": pattern, "dataset": dataset, "progress": progress}
+    call, asked = PERMUTE.read(given | settings)
+    asked = bundled_if_none(asked)
+    source: Any = asked["model"]
+    dataset = asked.get("dataset", "self")
+    names = {"model": name_of(source), "dataset": name_of_text(dataset), "pattern": call.pattern}
+    recipe = make_recipe(**asked | names, held_out_samples=0)
+    order_of = recipe.build_pattern()
+    if order_of.block == 1:
+        raise PatternError(f"Pattern {call.pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
+    place = default_device(recipe.device)
+    check_dataset(dataset)
+    folder = None if call.output_dir is None else output_folder(call.output_dir, source)
+    if folder is not None:
+        check_output(folder)
+    opened = partial(
+        load,
+        device=place,
+        dtype=recipe.torch_dtype,
+        tokenizer=given_tokenizer(call.tokenizer),
+        trust_remote_code=call.trust_remote_code,
+        allow_pickle=call.allow_pickle,
+    )
+
+    def read() -> PreTrainedModel:
+        with opened(folder or source).lent() as permuted:
+            return permuted.model
+
+    begin("loading the model")
+    with opened(source, stream=folder is not None).lent() as loaded:
+        refuse_headless(loaded.model, {"permute": ""})
+        check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
+        sampler = opened(source) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
+        tokens, _ = recipe_windows(dataset, sampler, recipe)
+        del sampler
+        found = find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed, call.progress)
+        if folder is None:
+            found.apply(loaded.model)
+        else:
+            save_permuted(loaded, found, folder)
+        changed = read if loaded.streams else lambda: loaded.model
+        return PermuteResult(permutation=found, output_dir=folder, _model=changed)

@@ -1,0 +1,36 @@
+"""Warnings before a run: settings and data that are valid, and that may not be what was meant."""
+
+from collections.abc import Iterator
+
+from convexprune._api.windows import Windows
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._data.sufficiency import shortage
+from convexprune.adapters._discovery.selection import shared_weights
+from convexprune.recipe import Recipe
+
+ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
+
+
+def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
+    """What a user should know before a run: too few tokens, shared weights, a slow solver, too many rows to bound.
+
+    Args:
+        model: the model.
+        windows: the token ids by use.
+        recipe: of the run.
+
+    Yields:
+        One text for each warning.
+    """
+    shapes = [operator.shape for layer in model.layers for operator in layer.operators]
+    widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
+    for warning in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):
+        if warning is not None:
+            yield warning
+    if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
+        yield (
+            f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
+            f"and this model has up to {widest}. It is slow, and there to check others (convexprune verify)."
+        )
+    if recipe.bound_rows > fewest:
+        yield f"bound_rows={recipe.bound_rows}: all rows are bounded of operators with fewer outputs ({fewest})."

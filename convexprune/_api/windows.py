@@ -1,0 +1,128 @@
+"""What a run is calibrated and evaluated on: the windows of token ids, and where they come from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from convexprune._recipe_file import given
+from convexprune.adapters import (
+    HuggingFaceModel,
+    calibration_tokens,
+    check_dataset,
+    recipe_windows,
+    text_windows,
+    window_length,
+)
+from convexprune.adapters._data.text_files import TEXT_FILES, check_text
+from convexprune.errors import CalibrationError
+from convexprune.recipe import Recipe
+
+Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
+OF_DATASET = ("calibration", "held_out")
+EVALUATION_SAMPLES = 32  # of text that the model samples itself
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """A data set to calibrate on, and a text to evaluate on.
+
+    Args:
+        dataset: as the caller gave it.
+        evaluation: as the caller gave it; None if nothing is evaluated.
+    """
+
+    dataset: Any
+    evaluation: Any
+
+    def check(self) -> None:
+        """Refuse, before any work, a name or a path that leads nowhere, and data on which no perplexity can be
+        measured.
+
+        Raises:
+            CalibrationError: the data set or the text is of no accepted kind, or a file cannot be read.
+            DependencyError: a data set of the hub needs a package that is missing.
+        """
+        check_dataset(self.dataset)
+        text = self.evaluation
+        if isinstance(text, str | Path) and not is_self(text):
+            check_text(Path(text))
+        elif not (text is None or isinstance(text, str | Tensor)):
+            raise CalibrationError(
+                f"evaluation is a {type(text).__name__}. Accepted: 'self', a path to a .txt or .jsonl file, or token "
+                "ids as a tensor [windows window]."
+            )
+
+    def sampled(self, windows: Windows) -> dict[str, Tensor]:
+        """The part of the `windows` that the model writes itself."""
+        return {name: tokens for name, tokens in windows.items() if is_self(self._by_use[name])}
+
+    @property
+    def has_sampled(self) -> bool:
+        """Whether the model is to write text itself."""
+        return any(map(is_self, self._by_use.values()))
+
+    def draw(
+        self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
+    ) -> Windows:
+        """The windows of token ids that a run needs.
+
+        A model has to be whole in memory to sample text: a streamed one is opened whole for that, and let go.
+
+        Args:
+            model: the model.
+            recipe: of the run.
+            known: windows that the model wrote before, by use.
+            whole: opens the model whole.
+
+        Returns:
+            Windows by use: "calibration", "held_out" and "evaluation".
+
+        Raises:
+            CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
+            DependencyError: a data set of the hub needs a package that is missing.
+        """
+        windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
+        if is_self(self.dataset) and self.evaluation is not None and not is_self(self.evaluation):
+            # Before the model writes its own text, which takes long: this one may be too short.
+            windows["evaluation"] = self._to_evaluate(model, window_length(model, recipe.max_seq_length), recipe)
+        sampler = whole() if model.streams and not windows.keys() >= set(to_sample) else model
+        if "calibration" not in windows:
+            windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, recipe)
+        if self.evaluation is not None and "evaluation" not in windows:
+            windows["evaluation"] = self._to_evaluate(sampler, windows["calibration"].shape[1], recipe)
+        return windows
+
+    def _to_evaluate(self, model: HuggingFaceModel, window: int, recipe: Recipe) -> Tensor:
+        if isinstance(self.evaluation, Tensor):
+            return self.evaluation
+        if is_self(self.evaluation):
+            settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
+            return calibration_tokens("self", model, split="evaluation", **settings)
+        return text_windows(Path(self.evaluation), model, window)
+
+    @property
+    def _by_use(self) -> dict[str, Any]:
+        return dict.fromkeys(OF_DATASET, self.dataset) | {"evaluation": self.evaluation}
+
+
+def is_self(text: Any) -> bool:
+    """Whether `text` asks for text that the model samples itself."""
+    return isinstance(text, str) and text == "self"
+
+
+def name_of_text(text: Any) -> str:
+    """The name of a data set or a text, for the recipe.
+
+    Args:
+        text: as the caller gave it.
+
+    Returns:
+        The full path of a file, a name, or a note of what was given.
+    """
+    if not isinstance(text, str | Path):
+        return given(text)
+    path = Path(text).expanduser()
+    return str(path.absolute()) if path.suffix in TEXT_FILES and path.is_file() else str(text)

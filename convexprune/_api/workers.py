@@ -1,0 +1,82 @@
+"""Who prunes: the executor that a call of `prune` asks for, or why its layers cannot be spread like that."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from convexprune._device.machine import default_workers
+from convexprune._layerwise.processes import require_rendezvous
+from convexprune._runs.executors import AbstractExecutor, make_executor
+from convexprune._schema.functions import Call
+from convexprune.errors import RecipeError
+from convexprune.recipe import Recipe
+
+
+def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> AbstractExecutor:
+    """The executor that a call names.
+
+    Args:
+        call: what it says beside its recipe.
+        recipe: of the run.
+        source: its model, as it was given.
+        device: where to compute.
+
+    Returns:
+        The executor.
+
+    Raises:
+        RecipeError: no executor has this name, or it fits neither the run nor this machine.
+        DependencyError: Ray is missing.
+    """
+    name, workers = call.executor, call.workers
+    if workers is not None and name in ("serial", "ranks"):
+        why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
+        raise RecipeError(f"workers={workers}: executor={name!r} {why}. Leave it out, or take 'pool' or 'ray'.")
+    if name != "serial":
+        _check_spread(call, recipe, source)
+    return make_executor(name, workers or default_workers(device, recipe.threads), device)
+
+
+def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
+    """The number of ranks that prune each layer together.
+
+    Args:
+        recipe: of the run.
+        executor: of the run.
+
+    Returns:
+        The number; 1 if each layer has one process.
+
+    Raises:
+        RecipeError: there are more ranks than batches, or the launcher does not say where they meet.
+    """
+    if recipe.prefix == "dense" or executor.together == 1:
+        return 1
+    require_rendezvous()
+    batches = -(-recipe.num_calibration_samples // recipe.batch_size)
+    if batches < executor.together:
+        raise RecipeError(
+            f"{executor.together} ranks share {batches} batches of calibration samples, and one would have none. Give "
+            "more samples, smaller batches (batch_size), or fewer ranks."
+        )
+    return executor.together
+
+
+def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
+    """Refuse what cannot be spread over processes.
+
+    Raises:
+        RecipeError: the run has no folder to meet in, or its layers wait for each other, or its model is in the memory
+            of this process.
+    """
+    name = call.executor
+    if call.output_dir is None:
+        raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
+    if recipe.prefix == "pruned" and name != "ranks":
+        raise RecipeError(
+            f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
+            "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "
+            "executor='serial' over threads; or use prefix='dense'."
+        )
+    if name != "ranks" and isinstance(source, PreTrainedModel):
+        raise RecipeError(f"executor={name!r}: the workers cannot open a model that is loaded. Give its folder.")

@@ -1,0 +1,45 @@
+"""The command line, thin over the Python functions of the same names: one file for each command."""
+
+import sys
+import warnings
+
+from rich.console import Console
+from rich.text import Text
+
+from convexprune._cli import bench, compare, inspect, pack, permute, prune, unpack, verify
+from convexprune._cli.application import app
+from convexprune._cli.stopping import listen, status
+from convexprune.errors import ConvexpruneError
+
+# Each file adds its commands to the application.
+__all__ = ["app", "bench", "compare", "inspect", "main", "pack", "permute", "prune", "unpack", "verify"]
+
+
+def main() -> None:
+    """Run the command line; an error that is the user's to mend is one message and exit status 2."""
+    warnings.simplefilter("default")
+    warnings.formatwarning = _line
+    listen()
+    try:
+        _run()
+    except KeyboardInterrupt as stop:
+        sys.exit(status(stop))
+    except ConvexpruneError as error:
+        message = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
+        sys.exit(2)
+
+
+def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning without the place in the code, which is no user's of a command line."""
+    return f"{category.__name__}: {message}\n"
+
+
+def _run() -> None:
+    try:
+        app(standalone_mode=True)
+    except (MemoryError, RuntimeError) as error:
+        from convexprune._device.machine import within_memory
+
+        with within_memory():
+            raise error

@@ -1,0 +1,60 @@
+"""`convexprune inspect` and `convexprune list`."""
+
+from typing import Any
+
+import typer
+from rich.table import Table
+
+from convexprune._cli.application import app, console
+from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+from convexprune._schema.functions import INSPECT
+
+
+@app.command()
+@with_settings(INSPECT, "model")
+def inspect(settings: dict[str, Any], as_json: AsJson = False) -> None:
+    """What pruning a model would do and need: operators, memory, an estimate of the time. No weight is read.
+
+    Ends with exit status 1 if the device memory is not enough.
+    """
+    with stoppable(), following():
+        from convexprune.adapters._discovery.inspection import inspect as inspect_model
+
+        found = inspect_model(settings.pop("model", None), **settings)
+    if as_json:
+        print(found.to_json())
+    else:
+        for table in found.tables():
+            console.print(table)
+        for line in (*found.notes, *found.verdict()):
+            console.print(line, highlight=False, soft_wrap=True)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def names() -> None:
+    """The families, solvers, methods, presets and patterns that there are."""
+    from convexprune.adapters import TESTED
+    from convexprune.pruners import PRUNERS
+    from convexprune.recipe import PRESETS, SOLVERS
+    from convexprune.solvers import make_solver, solver_names
+
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    families = ", ".join(TESTED.values())
+    table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
+    for number, name in enumerate(solver_names()):
+        takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
+        use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
+        table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
+    table.add_row("methods", ", ".join(sorted(PRUNERS)))
+    table.add_row("presets", ", ".join(PRESETS))
+    table.add_row(
+        "patterns", "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, int8"
+    )
+    console.print(table)
+
+
+_PENALTIES = {"AbstractPenalty": "any penalty", "Support": "a fixed support"}

@@ -1,0 +1,92 @@
+"""The options of a command, made from the settings of its door: names, types, defaults and help."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from convexprune._schema.door import LISTED, Door
+from convexprune._schema.settings import RENAMED
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+Command = Callable[..., None]
+READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: str, dict: str, ByteSize: str}
+
+
+def with_settings(
+    door: Door[Any], argument: str | None = None, **defaults: Any
+) -> Callable[[Any], Callable[..., None]]:
+    """Give a command an option for each setting of a door, in place of its parameter `settings`.
+
+    It gets those that the user gave, and the `defaults` of the command line for others. `argument` names the setting
+    that has no option, but comes first.
+    """
+
+    def decorate(command: Command) -> Command:
+        parameters = inspect.signature(command).parameters.values()
+        own = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters if each.name != "settings"]
+        options = [_option(door, name, name == argument, defaults.get(name)) for name in door.fields]
+        old = [_old(name) for name, (new, _) in RENAMED.items() if new in door.fields]
+        every = [*filter(None, options), *own, *old]
+
+        def run(**given: Any) -> None:
+            mine = {each.name: given.pop(each.name) for each in own}
+            chosen = {name: value for name, value in given.items() if value is not None and value != []}
+            command(settings={**defaults, **chosen}, **mine)
+
+        run.__dict__["__signature__"] = inspect.Signature(sorted(every, key=lambda each: each.name != argument))
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> inspect.Parameter | None:
+    info = door.fields[name]
+    kind = _kind(info)
+    if kind is None:  # what no text can say
+        return None
+    required = info.default is PydanticUndefined
+    names = [f"--{name.replace('_', '-')}", *door.options_of(name)]
+    if kind is bool:
+        names[0] += f"/--no-{names[0][2:]}"
+    help = f"{info.description}{_default(info.default if default is None else default)}"
+    place = (
+        typer.Argument(help=info.description, show_default=False)
+        if is_argument
+        else typer.Option(*names, help=help, show_default=False, rich_help_panel=door.group_of(name))
+    )
+    return _parameter(name, kind if required else kind | None, place, required)
+
+
+def _old(name: str) -> inspect.Parameter:
+    return _parameter(name, str | None, typer.Option(f"--{name}", hidden=True))
+
+
+def _parameter(name: str, kind: Any, place: Any, required: bool = False) -> inspect.Parameter:
+    """What typer makes an option of; None says that the user did not give it."""
+    default = inspect.Parameter.empty if required else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, place])
+
+
+def _kind(info: FieldInfo) -> Any:
+    """As what a setting is read from the command line; its own check makes of it what it has to be."""
+    kind = info.annotation
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    origin = get_origin(kind) or kind
+    if origin is tuple:
+        return str if LISTED in info.metadata else list[str]
+    return READ_AS.get(origin)
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False or value is PydanticUndefined or value in ((), {}):
+        return ""
+    return f" Default: {', '.join(map(str, value)) if isinstance(value, tuple) else value}."

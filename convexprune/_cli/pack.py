@@ -1,0 +1,29 @@
+"""`convexprune pack`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convexprune._cli.application import app, console
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of a model: safetensors files, and others beside them.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the pack; must be empty or not there.")],
+) -> None:
+    """Make a pruned model smaller to store and to download; lossless. Its memory and speed stay what they are."""
+    with stoppable(), following():
+        from convexprune import _container as container
+
+        packed = container.pack(source, output)
+    before, after = packed.before / 1e6, packed.after / 1e6
+    share = packed.after / max(1, packed.before)
+    console.print(f"{before:,.1f} MB -> {after:,.1f} MB ({share:.1%}; {packed.bits:.2f} bits a weight)")
+    console.print(f"pack: {packed.output_dir.resolve()}", soft_wrap=True)
+    console.print(
+        "Unpacked (convexprune unpack), it takes the memory and the time that it took before.", soft_wrap=True
+    )

@@ -1,0 +1,149 @@
+"""What a command does now, on stderr: a bar on a terminal; elsewhere plain lines, one for each phase and layer."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+from convexprune._progress import Step, followed_by
+
+if TYPE_CHECKING:
+    from convexprune.report import OperatorReport
+
+Tell = Callable[["OperatorReport"], None]
+QUIET = 60.0  # seconds after which a line says that a long phase goes on
+
+
+@contextmanager
+def following(console: Console | None = None) -> Iterator["Bar | Lines"]:
+    """Inside, every phase that begins is shown; the first one is that Python starts."""
+    console = console or Console(stderr=True, markup=False)
+    if not console.is_terminal:
+        lines = Lines(console)
+        lines("starting")
+        with followed_by(lines):
+            yield lines
+        return
+    with Progress(*_columns(), console=console, transient=True, expand=True) as progress:
+        bar = Bar(progress)
+        bar("starting")
+        with followed_by(bar):
+            yield bar
+
+
+def _columns() -> Sequence[ProgressColumn]:
+    """The description gives way where the terminal is narrow; counter and clocks never do."""
+    words = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False, table_column=words),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7, justify="right")),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        left,
+        TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+    )
+
+
+class Bar:
+    """A bar for the phase that is on, which says what its last step was."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, phase: str, steps: int | None = None) -> Step:
+        """Begin a phase."""
+        task = self._progress.add_task(phase, total=steps)
+        self._show(task)
+
+        def step(what: str = "") -> None:
+            self._progress.update(task, advance=1, description=f"{phase}  {what}" if what else phase)
+            self._show(task)
+
+        return step
+
+    def _show(self, task: TaskID) -> None:
+        for each in self._progress.task_ids:
+            self._progress.update(each, visible=each == task)
+
+    def operators(self, total: int) -> Tell:
+        """Begin to prune so many operators; returns what is called with the report of each."""
+        step = self("pruning", total)
+        return lambda report: step(f"{report.name}  error {report.relative_error:.1e}")
+
+
+class Lines:
+    """A line as a phase begins, as a layer is pruned, and now and then while a phase goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = time.monotonic()
+
+    def __call__(self, phase: str, steps: int | None = None) -> Step:
+        """Begin a phase."""
+        began, done = time.monotonic(), 0
+        self._say(phase)
+
+        def step(what: str = "") -> None:
+            nonlocal done
+            done += 1
+            if time.monotonic() - self._last >= QUIET:
+                self._say(f"{phase} {_count(done, steps, time.monotonic() - began)}  {what}".rstrip())
+
+        return step
+
+    def operators(self, total: int) -> Tell:
+        """Begin to prune so many operators; returns what is called with the report of each."""
+        began, done, layer = time.monotonic(), 0, list["OperatorReport"]()
+        self._say(f"pruning: {total} operators")
+
+        def tell(report: "OperatorReport") -> None:
+            nonlocal done
+            if layer and _layer(layer[0]) != _layer(report):
+                self._say(f"pruned {_count(done, total, time.monotonic() - began)}  {_summary(layer)}")
+                layer.clear()
+            layer.append(report)
+            done += 1
+            if done == total:
+                self._say(f"pruned {_count(done, total, time.monotonic() - began)}  {_summary(layer)}")
+
+        return tell
+
+    def _say(self, line: str) -> None:
+        self._last = time.monotonic()
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _layer(report: "OperatorReport") -> str:
+    """The name of the decoder layer: up to the first number."""
+    match = re.match(r".*?\.\d+(?=\.)", report.name)
+    return match[0] if match else report.name
+
+
+def _summary(layer: Sequence["OperatorReport"]) -> str:
+    worst = max(layer, key=lambda report: report.relative_error)
+    gaps = [report.gap for report in layer if report.gap is not None]
+    gap = f", gap {max(gaps):.0e}" if gaps else ""
+    return f"{_layer(worst)}: error at most {worst.relative_error:.1e}{gap}"
+
+
+def _count(done: int, steps: int | None, seconds: float) -> str:
+    if steps is None:
+        return f"{done}"
+    left = timedelta(seconds=round(seconds / done * (steps - done)))
+    return f"{done}/{steps}" + (f", about {left} left" if done < steps else "")

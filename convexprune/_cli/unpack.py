@@ -1,0 +1,23 @@
+"""`convexprune unpack`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convexprune._cli.application import app, console
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+
+
+@app.command()
+def unpack(
+    source: Annotated[Path, typer.Argument(help="Folder of a pack.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
+) -> None:
+    """Make an ordinary model folder of a pack: the files that were packed, byte for byte."""
+    with stoppable(), following():
+        from convexprune import _container as container
+
+        folder = container.unpack(source, output)
+    console.print(f"model: {folder.resolve()}", soft_wrap=True)

@@ -1,0 +1,52 @@
+"""`convexprune verify`."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from convexprune._cli.application import app, console, show
+from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+from convexprune._schema.functions import VERIFY
+
+
+@app.command()
+@with_settings(VERIFY)
+def verify(
+    settings: dict[str, Any],
+    source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check answers against three foreign solvers, and pruned weights against a bound that no pruning can beat.
+
+    Settings of the recipe are those of a fresh model; of a run, model and dataset say where these are now. Ends with
+    exit status 1 if a tolerance is missed.
+    """
+    with stoppable(), following() as shown:
+        from transformers.utils.logging import disable_progress_bar
+
+        from convexprune import validation
+
+        disable_progress_bar()
+
+        def verified(name: str) -> None:
+            shown(f"verified {name}")
+
+        result = validation.verify(source, tell=verified, **settings)
+    if as_json:
+        print(result.to_json())
+    else:
+        for table in result.tables():
+            show(table)
+        if result.note:
+            console.print(result.note, soft_wrap=True)
+        for fault in result.faults:
+            console.print(Text.assemble(("missed", "bold red"), f": {fault}"), soft_wrap=True)
+        verdict = ("passed", "bold green") if result.passed else ("failed", "bold red")
+        figures = f"{len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}, "
+        figures += f"undamped {result.median_plain_ratio:.2f}; {result.seconds:.0f} s"
+        console.print(Text.assemble(verdict, f": {figures}"), soft_wrap=True)
+    if not result.passed:
+        raise typer.Exit(1)

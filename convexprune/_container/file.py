@@ -1,0 +1,267 @@
+"""A safetensors file and its packed form: each tensor under its own name as coded bytes, or as it was if that is less.
+
+The metadata of a packed file holds the original header as it was, the sha256 of every tensor, and which of them are
+coded; so the original comes back byte for byte. Nothing is believed before it was checked: these notes by a checksum of
+their own, every size against the file and the original header, every tensor by its sha256.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from convexprune._container.format import BLOCK, decode, encode, longest, width
+from convexprune._storage.files import atomic_write, reading, write
+from convexprune._storage.tensors import (
+    BITS,
+    LONGEST_HEADER,
+    Entry,
+    Spec,
+    damaged,
+    entries,
+    parse_header,
+    read_header,
+)
+from convexprune.errors import ModelError, shown
+
+SUFFIX, PACKED = ".safetensors", ".pack.safetensors"
+NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 1
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the file at `path` has the name of a packed one."""
+    return path.name.endswith(PACKED)
+
+
+def pack_file(path: Path, target: Path) -> None:
+    """Pack a safetensors file, block by block.
+
+    Args:
+        path: the file.
+        target: where to write it packed.
+
+    Raises:
+        ModelError: `path` is damaged or cannot be read, or its header is too long to be packed.
+        OutputError: the disk is full or fails.
+    """
+    found, text = entries(path)[0], read_header(path).decode()
+    specs, checksums, coded = dict[str, Spec](), dict[str, str](), list[str]()
+    room = len(_header(text, {n: _wider(e.spec) for n, e in found.items()}, dict.fromkeys(found, "0" * 64), [*found]))
+    if room > LONGEST_HEADER:
+        raise ModelError(f"{path}: its header has {len(text):,} characters, too many to be packed.")
+    with atomic_write(target) as out:
+        write(out, bytes(8 + room))
+        for name, entry in found.items():
+            nbytes, checksums[name] = _write_coded(entry, out)
+            specs[name] = entry.spec if nbytes is None else Spec("U8", (nbytes,), nbytes)
+            coded += [] if nbytes is None else [name]
+        out.seek(0)
+        write(out, room.to_bytes(8, "little") + _header(text, specs, checksums, coded).ljust(room))
+
+
+def unpack_file(path: Path, target: Path) -> None:
+    """Write a file byte for byte as it was before it was packed, block by block.
+
+    Args:
+        path: the packed file.
+        target: where to write it as it was.
+
+    Raises:
+        ModelError: `path` is damaged or is no such file; nothing is written.
+        OutputError: the disk is full or fails.
+    """
+    with atomic_write(target) as out:
+        for data in _unpacked(path):
+            write(out, data)
+
+
+def packed_checksum(path: Path) -> str:
+    """Unpack a file block by block, and write nothing.
+
+    Args:
+        path: the packed file.
+
+    Returns:
+        The sha256 of the file as it was before it was packed.
+
+    Raises:
+        ModelError: `path` is damaged or is no such file.
+    """
+    digest = hashlib.sha256()
+    for data in _unpacked(path):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def contents(path: Path) -> tuple[int, int]:
+    """Read from its header what a packed file holds.
+
+    Args:
+        path: the packed file.
+
+    Returns:
+        The number of its weights, and the bytes that it had before it was packed.
+
+    Raises:
+        ModelError: `path` is damaged or is no such file.
+    """
+    header, parts = _parts(path)
+    weights = sum(8 * part.spec.nbytes // BITS[part.spec.code] for part in parts)
+    return weights, len(header) + sum(part.spec.nbytes for part in parts)
+
+
+# ---- packing
+
+
+def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str]:
+    """Write a tensor coded, or as it is if that is not longer: how many bytes it is coded in, if it is; its sha256."""
+    begin, code, digest = out.tell(), entry.spec.code, hashlib.sha256()
+    for block in _blocks(entry):
+        digest.update(block)
+        coded = encode(block, code, width(BITS[code]))
+        write(out, len(coded).to_bytes(4, "little") + coded)
+    nbytes = out.tell() - begin
+    if nbytes < entry.spec.nbytes:
+        return nbytes, digest.hexdigest()
+    out.seek(begin)
+    out.truncate()
+    for block in _blocks(entry):
+        write(out, block)
+    return None, digest.hexdigest()
+
+
+def _header(text: str, specs: Mapping[str, Spec], checksums: Mapping[str, str], coded: list[str]) -> bytes:
+    """The header of a packed file."""
+    notes = json.dumps({"version": VERSION, "header": text, "checksums": checksums, "coded": coded})
+    header: dict[str, Any] = {"__metadata__": {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()}}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _wider(spec: Spec) -> Spec:
+    """One that takes more of a header than that of the tensor does, coded or not."""
+    return Spec(spec.code, (*spec.shape, spec.nbytes), spec.nbytes)
+
+
+# ---- unpacking
+
+
+class _Part(NamedTuple):
+    """A tensor in a packed file: where its bytes are, what it was, and whether it is coded."""
+
+    entry: Entry
+    spec: Spec
+    checksum: str
+    coded: bool
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    """The bytes of the file that was packed to `path`, a block at a time."""
+    header, parts = _parts(path)
+    yield header
+    for part in parts:
+        yield from _tensor(part)
+
+
+def _parts(path: Path) -> tuple[bytes, list[_Part]]:
+    """The header of the file that was packed to `path`, with its length, and its tensors."""
+    found, metadata = entries(path)
+    try:
+        notes = _notes(metadata)
+        text, checksums, coded = notes["header"].encode(), notes["checksums"], set(notes["coded"])
+        specs, _ = parse_header(text)
+        if not specs.keys() == found.keys() == checksums.keys() >= coded:
+            raise ValueError("its tensors are not those that it tells of")
+        parts = [_Part(found[name], spec, checksums[name], name in coded) for name, spec in specs.items()]
+        if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
+            raise ValueError(f"{wrong[0]} is not what it was")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise damaged(path, cause) from cause
+    return len(text).to_bytes(8, "little") + text, parts
+
+
+def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `pack_file` has noted."""
+    if NOTES not in metadata:
+        raise ValueError("it was not packed by convexprune")
+    text = metadata[NOTES]
+    if hashlib.sha256(text.encode()).hexdigest() != metadata[CHECKSUM]:
+        raise ValueError("its notes are not those that were written")
+    notes = json.loads(text)
+    if notes["version"] != VERSION:
+        raise ModelError(f"It was packed in version {shown(notes['version'])} of the format. Known: {VERSION}.")
+    return notes
+
+
+def _tensor(part: _Part) -> Iterator[bytes]:
+    """The bytes of a tensor, a block at a time; refused at its end if they are not those that were packed."""
+    digest = hashlib.sha256()
+    for block in _decoded(part) if part.coded else _blocks(part.entry):
+        digest.update(block)
+        yield block
+    if digest.hexdigest() != part.checksum:
+        raise damaged(part.entry.path, "a tensor is not the one that was packed")
+
+
+def _decoded(part: _Part) -> Iterator[bytes]:
+    """The same of one that is coded."""
+    code, path = part.spec.code, part.entry.path
+    with _opened(part.entry) as source:
+        for nbytes in _sizes(part.spec):
+            length = int.from_bytes(source.read(4), "little")
+            if length > longest(nbytes):
+                raise damaged(path, f"{length:,} bytes for a block of {nbytes:,}")
+            coded = source.read(length)
+            try:
+                block = decode(coded, nbytes, code, width(BITS[code]))
+            except ValueError as cause:
+                raise damaged(path, cause) from cause
+            yield block
+        if source.left:
+            raise damaged(path, f"{source.left:,} bytes more than a tensor has")
+
+
+# ---- both
+
+
+def _blocks(entry: Entry) -> Iterator[bytes]:
+    """The bytes of a tensor that is not coded, a block at a time."""
+    with _opened(entry) as source:
+        for nbytes in _sizes(entry.spec):
+            yield source.read(nbytes)
+
+
+def _sizes(spec: Spec) -> Iterator[int]:
+    """How many bytes each of its blocks has."""
+    return (min(BLOCK, spec.nbytes - begin) for begin in range(0, spec.nbytes, BLOCK))
+
+
+@contextmanager
+def _opened(entry: Entry) -> Iterator["_Source"]:
+    with reading(entry.path), entry.path.open("rb") as file:
+        file.seek(entry.begin)
+        yield _Source(file, entry)
+
+
+class _Source:
+    """The bytes of a tensor in a file, of which `left` are not read yet."""
+
+    def __init__(self, file: BinaryIO, entry: Entry) -> None:
+        self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
+
+    def read(self, nbytes: int) -> bytes:
+        """The next so many.
+
+        Raises:
+            ModelError: there are not so many.
+        """
+        data = self._file.read(min(nbytes, self.left))
+        self.left -= len(data)
+        if len(data) != nbytes:
+            raise damaged(self._path)
+        return data

@@ -1,0 +1,232 @@
+"""A model folder and its pack: the same files under the same names, those of tensors packed, all others copied."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from convexprune._container.file import (
+    PACKED,
+    SUFFIX,
+    contents,
+    is_packed,
+    pack_file,
+    packed_checksum,
+    unpack_file,
+)
+from convexprune._progress import begin
+from convexprune._runs.folder import RUN, check_output
+from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, reading
+from convexprune._storage.folders import atomic_folder, refuse_foreign
+from convexprune._storage.place import output_folder
+from convexprune.errors import ModelError, OutputError
+
+logger = logging.getLogger(__name__)
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing came to. Once unpacked, the model takes the memory and the time that it took before.
+
+    Args:
+        output_dir: the folder of the pack.
+        before: bytes of all files before they were packed.
+        after: bytes of all files of the pack.
+        bits: bits a weight in the packed files.
+    """
+
+    output_dir: Path
+    before: int
+    after: int
+    bits: float
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[Path]) -> "Packed":
+        """Read the outcome from the headers of a pack.
+
+        Args:
+            folder: the pack.
+            names: its files.
+
+        Returns:
+            Sizes before and after.
+
+        Raises:
+            ModelError: one of its files is damaged or leads elsewhere.
+        """
+        files = [folder / name for name in names]
+        packs = {path: contents(path) for path in files if is_packed(path)}
+        sizes = {path: Stamp.of(path).size for path in files}
+        before = sum(packs[path][1] if path in packs else size for path, size in sizes.items())
+        weights = sum(count for count, _ in packs.values())
+        bits = 8 * sum(sizes[path] for path in packs) / max(1, weights)
+        return cls(folder, before, sum(sizes.values()), bits)
+
+
+def pack(source: str | Path, output_dir: str | Path) -> Packed:
+    """Write a model folder as a smaller one, from which `unpack` makes the same files again, byte for byte.
+
+    Any safetensors checkpoint can be packed, zeros make it small (docs/pack.md). It takes a few MB of memory.
+
+    Args:
+        source: a folder that holds safetensors files, such as `prune` writes.
+        output_dir: where to write the pack; must be empty or not there. It is there whole or not at all.
+
+    Returns:
+        The folder, and sizes before and after.
+
+    Raises:
+        ModelError: a file of the model is damaged, cannot be read, or is a link that leads elsewhere; there are no
+            safetensors; or it is a pack already.
+        OutputError: the output folder holds something, the source holds an unfinished run, or the disk is full.
+    """
+    folder, files = _source(source)
+    if any(map(is_packed, files)):
+        raise ModelError(f"{folder} is a pack already. Give a folder of plain safetensors files.")
+    if not any(path.suffix == SUFFIX for path in files):
+        raise ModelError(f"{folder} holds no safetensors file: there is nothing to pack. Save the model as such first.")
+    if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
+        logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
+    names = {path: _packed_name(path) for path in files if path not in left_out}
+    return Packed.of(_write("packing", folder, names, pack_file, output_dir), names.values())
+
+
+def unpack(source: str | Path, output_dir: str | Path) -> Path:
+    """Write the files of a pack, byte for byte as they were before they were packed.
+
+    Args:
+        source: the folder of a pack.
+        output_dir: where to write the model; must be empty or not there. It is there whole or not at all.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere.
+        OutputError: the output folder holds something, or the disk has not enough room.
+    """
+    folder, files = _source(source)
+    if not any(map(is_packed, files)):
+        raise ModelError(f"{folder} is no pack: it holds no file whose name ends in {PACKED}.")
+    names = {
+        path: path.with_name(path.name.removesuffix(PACKED) + SUFFIX) if is_packed(path) else path for path in files
+    }
+    if len(set(names.values())) < len(names):
+        raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
+    return _write("unpacking", folder, names, unpack_file, output_dir, Packed.of(folder, files).before)
+
+
+def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
+    """Replace the safetensors files of a run's result by their packs, each once it is seen to unpack to the same.
+
+    Whenever this stops, each file is there, plain or packed.
+
+    Args:
+        folder: the result.
+        checksums: the sha256 of its files, by their names.
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        OutputError: the disk is full or fails, or a pack is not what it should be.
+    """
+    for path in (folder / name for name in checksums):
+        if path.suffix == SUFFIX:
+            begin(f"packing {path.name}")
+            packed = folder / _packed_name(path)
+            pack_file(path, packed)
+            if packed_checksum(packed) != checksums[path.relative_to(folder).as_posix()]:
+                raise OutputError(
+                    f"{packed}: this is not {path.name}. Mend the disk, then go on with resume=True (--resume)."
+                )
+            path.unlink()
+    return Packed.of(folder, map(_packed_name, map(Path, checksums)))
+
+
+def plain_checksum(folder: Path, name: str) -> str | None:
+    """Compute the sha256 of a file, packed or not.
+
+    Args:
+        folder: that the file is in.
+        name: of the file when it is not packed; others may have chosen it.
+
+    Returns:
+        The sha256 of the file when it is not packed; None if there is no such file inside the folder.
+    """
+    packed = str(_packed_name(Path(name)))
+    if packed != name and checksum_inside(folder, packed) is not None:
+        return packed_checksum(folder / packed)
+    return checksum_inside(folder, name)
+
+
+def discard_packs(folder: Path) -> None:
+    """Remove from `folder` the packs that `pack_in_place` made before it was stopped."""
+    for path in folder.rglob(f"*{PACKED}"):
+        path.unlink()
+
+
+def holds_pack(folder: Path) -> bool:
+    """Whether `folder` is a pack."""
+    return any(folder.rglob(f"*{PACKED}"))
+
+
+def _packed_name(path: Path) -> Path:
+    return path.with_name(path.stem + PACKED) if path.suffix == SUFFIX else path
+
+
+def _source(source: str | Path) -> tuple[Path, list[Path]]:
+    """The folder to read, and the names of its files.
+
+    Raises:
+        ModelError: it is no folder, or holds what is no file of a model.
+        OutputError: it holds an unfinished run.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"{source}: no such folder. Give the folder of a model; one on the hub has to be downloaded first."
+        )
+    if (folder / RUN).is_file():
+        raise OutputError(f"{folder} holds an unfinished run. Finish it with resume=True (--resume) first.")
+    return folder, _files(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The names of the files in a folder, without those in hidden folders (.git, .cache) and unfinished ones."""
+    found = []
+    with reading(folder):
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            hidden = any(part.startswith(".") for part in name.parts[:-1])
+            if not hidden and not path.match(PARTS) and (path.is_symlink() or not path.is_dir()):
+                refuse_foreign(path, folder)
+                Stamp.of(path)
+                found.append(name)
+    return found
+
+
+def _write(
+    doing: str,
+    folder: Path,
+    names: Mapping[Path, Path],
+    convert: Callable[[Path, Path], None],
+    output_dir: str | Path,
+    needed: int = 0,
+) -> Path:
+    """Write files under new names, those whose name changes converted; the folder, in which all are or nothing is."""
+    target = output_folder(output_dir, folder)
+    check_output(target)
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if needed > (free := shutil.disk_usage(there).free):
+        raise OutputError(
+            f"{target}: {needed:,} bytes are needed, and {free:,} are free. Make room, or give another folder."
+        )
+    step = begin(doing, len(names))
+    with atomic_folder(target) as whole:
+        for source, name in names.items():
+            (convert if name != source else copy_file)(folder / source, whole / name)
+            step(str(source))
+    return target

@@ -1,0 +1,204 @@
+"""Where a run happens: its device, how many workers fit, the versions of what it depends on, and its seconds."""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+import torch
+
+from convexprune._device.capabilities import has_bfloat16
+from convexprune.errors import ConvexpruneError, PruningError, RecipeError
+
+PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
+SHOWING = (
+    "_cli", "_container", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/speed.py",
+    "adapters/_discovery/inspection.py", "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
+    "validation/_bench.py", "validation/_formats.py", "validation/_oracles.py", "validation/_plots.py",
+    "validation/_reported.py", "validation/_source.py", "validation/_verify.py",
+)  # fmt: skip
+"""Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
+
+
+MOST_SAID = 200  # characters of what torch says
+THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that began on a larger machine
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Turn the ways in which memory runs out into one error that says what to lower.
+
+    Raises:
+        PruningError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as cause:
+        if not lacks_memory(cause):
+            raise
+        said = (str(cause) or type(cause).__name__).partition("\n")[0]
+        raise PruningError(
+            f"Memory ran out: {said[:MOST_SAID]}. Free some, or have fewer workers, and go on with resume=True "
+            "(--resume) if the run has a folder: what is finished is kept. Or begin again with a smaller batch_size "
+            "(--batch-size) or max_seq_length (--seqlen); `convexprune inspect MODEL` says what a run needs."
+        ) from cause
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an `error` of Python or torch says that memory ran out, or threads."""
+    if isinstance(error, ConvexpruneError):
+        return False
+    known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
+    ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return ran_out or any(words in str(error) for words in known)
+
+
+def default_device(name: str | torch.device) -> str:
+    """The name of a device that is here.
+
+    Args:
+        name: of the device; "auto" is the GPU if there is one.
+
+    Returns:
+        The name, as torch takes it.
+
+    Raises:
+        RecipeError: the device is not here; those that are here are named.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    name, here = str(name), ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name not in here:
+        none = "" if gpus else f" torch {torch.__version__} sees no GPU."
+        raise RecipeError(f"device={name!r} is not here. Known: auto, {', '.join(here)}.{none}")
+    return name
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than make sense here.
+
+    Args:
+        threads: the number; None passes.
+
+    Raises:
+        RecipeError: there are more than 8 threads for each core.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > THREADS_PER_CORE * cores:
+        raise RecipeError(
+            f"threads={threads}: this machine has {cores} cores, on which at most {THREADS_PER_CORE * cores} threads "
+            "are started. Leave threads out to have as many as torch takes."
+        )
+
+
+def default_workers(device: str, threads: int | None) -> int:
+    """How many workers fit: one for each GPU, or as many as the cores have room for.
+
+    Args:
+        device: where they compute.
+        threads: of each worker; None is one.
+
+    Returns:
+        The number.
+    """
+    if device.startswith("cuda"):
+        return 1 if ":" in device else torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // (threads or 1))
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on, and of Python."""
+    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def steps(device: torch.device | str) -> str:
+    """The number format of products between certificates (`Quadratic.residual_after`) on a `device`."""
+    return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
+
+
+def processor(device: torch.device | str) -> dict[str, str]:
+    """What decides the order of sums on a device.
+
+    Args:
+        device: where it is computed.
+
+    Returns:
+        The format of steps, the instruction set that torch uses, and the name of the GPU, if on one.
+    """
+    device = torch.device(device)
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu
+
+
+def installation(device: torch.device | str) -> dict[str, str]:
+    """What the bits of a result depend on that may differ elsewhere, or later.
+
+    Args:
+        device: where it is computed.
+
+    Returns:
+        The checksum of our code, the processor, and the versions of torch and transformers.
+    """
+    return {"code": code()} | processor(device) | {name: version(name) for name in ("torch", "transformers")}
+
+
+def code(package: Traversable | None = None) -> str:
+    """The checksum of this package's own code, but for what is only `SHOWING`.
+
+    Args:
+        package: the folder of the package, which may be in a zip file; None is this one.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
+    total = hashlib.sha256()
+    for name, file in sorted(_modules(files("convexprune") if package is None else package)):
+        total.update(name.encode() + file.read_bytes())
+    return total.hexdigest()
+
+
+def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:
+    """The Python files that compute, each with its path in the package."""
+    found = []
+    for child in folder.iterdir():
+        name = inside + child.name
+        if name not in SHOWING and child.is_dir():
+            found += _modules(child, f"{name}/")
+        elif name not in SHOWING and name.endswith(".py"):
+            found.append((name, child))
+    return found
+
+
+class Clock:
+    """Seconds of each phase of a run."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add what has passed since the last lap to the phase `name`."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Inside, torch computes on a number of threads: sums are the same bits only on equally many.
+
+    Args:
+        number: of threads.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

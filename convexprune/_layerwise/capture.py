@@ -1,0 +1,177 @@
+"""Passes through one decoder layer: what the dense one shows, and what the operators of a stage see."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import Call, DecoderLayer, Group
+from convexprune._layerwise.replay import CachedSubmodule, find_cached_submodules, replaying
+from convexprune._storage.tensors import Batches
+
+Calls = Callable[[Tensor], Call]
+Recorded = list[Tensor] | Batches
+Correct = Literal["layer", "operator"]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, which go to the CPU.
+
+    `cached` are what later passes of the layer may leave out; `last_branch` is the group that closes the layer, if it
+    was looked for (see `is_last_branch`).
+    """
+
+    outputs: Recorded
+    inputs: Mapping[Group, Recorded]
+    cached: Mapping[Group, CachedSubmodule] = field(default_factory=dict)
+    last_branch: Group | None = None
+
+    def read_for(self, group: Group) -> Sequence[Tensor]:
+        """The recorded tensors that a `group` is compared with, if any."""
+        return self.inputs.get(group, self.outputs if group is self.last_branch else ())
+
+
+@torch.no_grad()
+def observe(
+    layer: DecoderLayer,
+    calls: Calls,
+    batches: Sequence[Tensor],
+    record: Callable[[], Recorded] = list,
+    correct: Collection[Correct] = ("operator",),
+) -> Observed:
+    """One pass of the dense layer over all batches.
+
+    What is recorded: tokens times the widths of the stages. The first batch shows the shortcuts, too.
+
+    Args:
+        layer: the layer.
+        calls: gives the other arguments for a batch.
+        batches: what enters the layer [batch tokens hidden].
+        record: makes a place to keep tensors, in memory or on disk.
+        correct: what will be asked for (`LayerSettings.correct`): if no more than the "layer", the inputs of the group
+            that closes it are not kept.
+
+    Returns:
+        What was observed.
+    """
+    last_branch = next(
+        (g for g in layer.groups[-1:] if "layer" in correct and is_last_branch(layer, g, calls, batches)), None
+    )
+    asked = [g for g in layer.groups if g.paired and (g is not last_branch or "operator" in correct)]
+    inputs = {group: record() for group in asked}
+    outputs, cached = record(), dict[Group, CachedSubmodule]()
+    for batch in batches:
+        with ExitStack() as taps:
+            if not outputs:
+                taps.enter_context(find_cached_submodules(layer, len(batch), cached))
+            for group, seen in inputs.items():
+
+                def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
+                    seen.append(_by_sample(x, samples).cpu())
+
+                taps.enter_context(group.tap(keep))
+            outputs.append(calls(batch)(layer.module, batch))
+    return Observed(outputs, inputs, cached, last_branch)
+
+
+def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
+    """Whether the layer's output is that of `group`, a single operator and alone in the last stage, added to the rest.
+
+    Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
+    to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
+    """
+    if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.paired or not batches:
+        return False
+    call, batch = calls(batches[0]), batches[0]
+    last = split_last_branch(layer, group, call, batch)
+    return last.branch.numel() == last.residual.numel() and torch.equal(last.output, call(layer.module, batch))
+
+
+def through(
+    layer: DecoderLayer,
+    calls: Calls,
+    batches: Sequence[Tensor],
+    known: Mapping[CachedSubmodule, Recorded] | None = None,
+) -> Iterator[Tensor]:
+    """The outputs of the layer, as it is by now, for each batch.
+
+    Args:
+        layer: the layer.
+        calls: gives the other arguments for a batch.
+        batches: what enters the layer [batch tokens hidden].
+        known: the inputs of shortcuts, which are then taken.
+
+    Yields:
+        The outputs [batch tokens hidden].
+    """
+    for i, batch in enumerate(batches):
+        with replaying({cached_submodule: x[i].to(batch.device) for cached_submodule, x in (known or {}).items()}):
+            output = calls(batch)(layer.module, batch)
+        yield output
+
+
+class LastBranch(NamedTuple):
+    """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it."""
+
+    x: Tensor
+    branch: Tensor
+    residual: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """The layer's output, if the group closes it."""
+        return self.residual + self.branch.reshape(self.residual.shape)
+
+
+def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> LastBranch:
+    """One pass of the layer in which the last group makes zeros."""
+    seen, made = list[Tensor](), list[Tensor]()
+
+    def zero_branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        made.append(output)
+        return torch.zeros_like(output)
+
+    with group.tap(seen.append), group.tap.module.register_forward_hook(zero_branch):
+        residual = call(layer.module, batch)
+    return LastBranch(_by_sample(seen[0], len(batch)), made[0], residual)
+
+
+def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
+    """The inputs of the groups of a stage; the layer is run no further than that.
+
+    Args:
+        layer: the layer.
+        stage: the groups.
+        call: how the model calls the layer.
+        batch: what enters it [batch tokens hidden].
+
+    Returns:
+        [samples tokens n] of each group that a token reaches. Of one that is not paired all tokens count as one sample.
+    """
+    seen: dict[Group, Tensor] = {}
+    if not stage:
+        return seen
+    with ExitStack() as taps:
+        for group in stage:
+
+            def keep(x: Tensor, group: Group = group) -> None:
+                seen[group] = _by_sample(x, len(batch) if group.paired else 1)
+                if len(seen) == len(stage):
+                    raise _Reached
+
+            taps.enter_context(group.tap(keep))
+        with suppress(_Reached):
+            call(layer.module, batch)
+    return seen
+
+
+class _Reached(Exception):
+    """Ends a forward pass."""
+
+
+def _by_sample(x: Tensor, samples: int) -> Tensor:
+    return x.reshape(samples, -1, x.shape[-1])

@@ -1,0 +1,72 @@
+"""How the layers of a run are pruned, and on what: the settings of all, and the hidden states of one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Correct
+from convexprune._layerwise.processes import ALONE, ProcessGroup
+from convexprune.constraints import Constraint
+from convexprune.pruners import AbstractPruner
+from convexprune.report import OperatorReport
+
+Tell = Callable[[OperatorReport], None]
+Stream = Literal["dense", "pruned"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSettings:
+    """How every layer of a run is pruned: by what, to what, and what its operators see and aim at.
+
+    `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
+    (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
+    W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
+    the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
+    the decoder layer lack, for the operator that is its last residual branch (`passes.is_last_branch`): what reached
+    them by other ways, too.
+    `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
+    pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
+    """
+
+    pruner: AbstractPruner
+    pattern: Constraint
+    correction: float = 1.0
+    prefix: Stream = "dense"
+    correct: Correct = "operator"
+    patterns: Mapping[str, Constraint] = field(default_factory=dict)
+    bound_rows: int = 0
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern in {self.pattern, *self.patterns.values()}:
+            self.pruner.require(pattern)
+
+    def pattern_of(self, operator: str) -> Constraint:
+        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
+        return self.patterns.get(operator, self.pattern)
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The networks of which a run has to know what enters a layer."""
+        return ("dense",) if self.prefix == "dense" else ("dense", "pruned")
+
+    def row_factors(self, operators: Sequence[str]) -> Tensor | None:
+        """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike."""
+        return torch.cat([self.row_weights[name] for name in operators]).sqrt() if self.row_weights else None
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
+
+    `dense` are those of the dense network, `pruned` those that the layer gets while it is pruned. Of a
+    `process_group` they are this rank's share.
+    """
+
+    dense: Sequence[Tensor]
+    pruned: Sequence[Tensor]
+    held_out: int = 0
+    process_group: ProcessGroup = ALONE

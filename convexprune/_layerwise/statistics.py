@@ -1,0 +1,208 @@
+"""The moments of one input in three disjoint parts: two halves that fit, and a part that judges."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.processes import ProcessGroup
+from convexprune.core._moments import ErrorMoments, Moments
+from convexprune.errors import PruningError
+
+ROOM = 4 << 30
+"""Bytes for the moments of the experts that are pruned side by side."""
+FEW = 128
+"""Tokens. A product of fewer takes most of its time to fetch and store the matrix that it is added to."""
+HELD_OUT = 2
+
+Counted = tuple[Tensor, Tensor | None]  # x* [tokens n], and what it lacks
+
+
+class Folds:
+    """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
+
+    What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
+    of the outputs if it is given how many (see `ErrorMoments`).
+    """
+
+    def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
+        self._halves = (Moments(width, device=device), Moments(width, device=device))
+        self._held_out = Moments(width, device=device, outputs=outputs)
+        self.borrowed = 0
+        self._change: ErrorMoments | None = None
+        self._dealt = [0, 0]  # tokens, to each half
+        self._waiting: tuple[list[Counted], ...] = ([], [], [])  # for the halves, and held out
+
+    @staticmethod
+    def bytes(width: int) -> int:
+        """The memory of three Gram matrices, in bytes.
+
+        Args:
+            width: n of each.
+
+        Returns:
+            The bytes.
+        """
+        return 3 * 4 * width * width
+
+    def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
+        """Count inputs; each sample goes whole to one half, the one that has seen less.
+
+        Samples of less than `FEW` tokens wait until so many are there.
+
+        Args:
+            x: x* [samples tokens n].
+            lacking: what the same tokens are to be corrected for, if anything: x - x*, or of outputs [samples tokens
+                m].
+            held_out: whether they are held out.
+        """
+        for i in range(len(x)):
+            half = int(self._dealt[0] > self._dealt[1])
+            waiting = self._waiting[HELD_OUT if held_out else half]
+            if not held_out:
+                self._dealt[half] += x.shape[1]
+            counted = x[i], None if lacking is None else lacking[i]
+            if x.shape[1] < FEW:  # else the batch would stay in memory with them
+                counted = counted[0].clone(), None if counted[1] is None else counted[1].clone()
+            waiting.append(counted)
+            if sum(len(tokens) for tokens, _ in waiting) >= FEW:
+                self._count(HELD_OUT if held_out else half)
+
+    def _count(self, part: int) -> None:
+        """Count what waits for one of the halves, or held out."""
+        if not (waiting := self._waiting[part]):
+            return
+        moments = (*self._halves, self._held_out)[part]
+        x = _joined([tokens for tokens, _ in waiting]).to(moments.sum)
+        moments.add(x)
+        if changes := [change for _, change in waiting if change is not None]:
+            lacking = _joined(changes).to(moments.sum)
+            if part == HELD_OUT:
+                moments.add_errors(x, lacking)
+            else:
+                self._change = self._change or ErrorMoments.zeros(moments.sum, self._held_out.outputs)
+                self._change.add(x, lacking)
+        waiting.clear()
+
+    def _count_all(self) -> None:
+        for part in range(len(self._waiting)):
+            self._count(part)
+
+    @property
+    def halves(self) -> tuple[Moments, Moments]:
+        """Those of the two halves of the calibration windows."""
+        self._count_all()
+        return self._halves
+
+    @property
+    def held_out(self) -> Moments:
+        """Those of the held-out windows."""
+        self._count_all()
+        return self._held_out
+
+    def shrink_towards(self, others: "Folds") -> None:
+        """Make up for tokens that an expert did not get with what all experts got.
+
+        With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
+        moments of `others` are added, with the weight of as many tokens as are lacking to one for each input.
+        """
+        lacking = self.halves[0].width - self.tokens
+        if lacking <= 0 or not others.tokens:
+            return
+        first, second = self.halves
+        shared = others.total
+        self.borrowed = lacking
+        self._halves = (
+            first + shared.counted_as(lacking - lacking // 2),
+            second + shared.counted_as(lacking // 2),
+        )
+
+    def add_up(self, ranks: ProcessGroup) -> None:
+        """Count what the other ranks have counted, too.
+
+        Args:
+            ranks: that prune together.
+
+        Raises:
+            PruningError: the ranks do not count the same quantities, or one was lost.
+        """
+        if ranks.size == 1:
+            return
+        device, first_has_more = self.held_out.sum.device, torch.zeros(ranks.size, dtype=torch.int64)
+        first_has_more[ranks.rank] = int(self.halves[0].tokens > self.halves[1].tokens)
+        facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.errors is not None]
+        told, changed, judged, *odd = ranks.all_reduce(torch.tensor([*facts, *first_has_more], device=device)).tolist()
+        if told != ranks.size * facts[0]:
+            raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
+        if sum(odd[: ranks.rank]) % 2:  # alone, the next sample would have gone to the second half
+            self._halves = self._halves[1], self._halves[0]
+        parts = (*self.halves, self.held_out)
+        tokens = ranks.all_reduce(torch.tensor([part.tokens for part in parts], device=device)).tolist()
+        for part, number in zip(parts, tokens, strict=True):
+            part.tokens = number
+            ranks.all_reduce(part.sum)
+        none = partial(ErrorMoments.zeros, self.held_out.sum, self.held_out.outputs)
+        if changed:
+            self._change = _added_up(self._change or none(), ranks)
+        if judged:
+            self.held_out.errors = _added_up(self.held_out.errors or none(), ranks)
+
+    @property
+    def tokens(self) -> int:
+        """How many calibration tokens were counted, without the borrowed ones."""
+        return sum(half.tokens for half in self.halves) - self.borrowed
+
+    @property
+    def total(self) -> Moments:
+        """The moments of all calibration windows, without those held out."""
+        return (self.halves[0] + self.halves[1]).with_errors(self._change)
+
+    def is_finite(self) -> bool:
+        """Whether every input was."""
+        return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
+    ranks.all_reduce(correction.cross)
+    ranks.all_reduce(correction.change)
+    return correction
+
+
+class Paired(Protocol):
+    """What has one input, which is that of every token or not (see `Group`)."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether it is."""
+        ...
+
+
+Item = TypeVar("Item", bound=Paired)
+
+
+def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
+    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room.
+
+    Args:
+        stage: the groups, or what stands for them.
+        width: gives the inputs of one.
+
+    Returns:
+        The parts.
+    """
+    groups = list(stage)
+    parts, room = [[group for group in groups if group.paired]], ROOM
+    for group in groups:
+        if not group.paired:
+            room -= Folds.bytes(width(group))
+            if room < 0 and parts[-1]:
+                parts.append([])
+                room = ROOM - Folds.bytes(width(group))
+            parts[-1].append(group)
+    return [part for part in parts if part]

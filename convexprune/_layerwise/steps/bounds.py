@@ -1,0 +1,86 @@
+"""How far a pruned operator is from the best possible, on a few of its rows."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints import Constraint
+from convexprune.core._bound import LowerBound, PruningBound
+from convexprune.pruners import LayerProblem
+from convexprune.pruners._damped import damped
+from convexprune.pruners._damping import Damping
+
+QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)
+"""For a report: it must cost little beside the pruning. `verify` takes its time."""
+
+WIDE = 1024
+"""Inputs beyond which its split is the first one, 1 / [H^-1]_jj shrunk: the Newton steps would cost the most."""
+
+WIDEST = 4096
+"""Inputs of an operator beyond which a report has no bound: its cost grows with their cube, in float64."""
+
+
+def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tensor:
+    """Rows drawn at random.
+
+    Args:
+        count: how many there are.
+        rows: how many are wanted; None is all.
+        generator: of the random numbers.
+
+    Returns:
+        Their numbers; all of them in their order if none are left out.
+    """
+    if rows is None or rows >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:rows]
+
+
+def sampled_bounds(
+    problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
+) -> list[dict[str, float] | None]:
+    """The quick bound for some rows of each operator of a pruned stack, the same ones in every run.
+
+    The error is that of the problem that was posed: mean |V x* - target|^2, plus the damping that the pruner added (see
+    `OperatorReport`).
+
+    Args:
+        problem: of the stack.
+        weight: the pruned weight [m n].
+        rows: how many of each operator.
+        damping: that the pruner added.
+        factors: of the rows [m], if they are weighed.
+
+    Returns:
+        One bound for each operator; None if no rows are asked, if nothing was to be pruned, or if the operators are too
+        wide.
+    """
+    parts, n = problem.operators(), weight.shape[1]
+    pruned = [_is_bounded(part) for part in parts]
+    if rows == 0 or n > WIDEST or not any(pruned):
+        return [None] * len(parts)
+    chosen, patterns, first = list[Tensor](), list[Constraint](), 0
+    for part, wanted in zip(parts, pruned, strict=True):
+        if wanted:
+            chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
+            patterns.append(part.pattern)
+        first += len(part.weight)
+    everywhere = torch.cat(chosen).to(weight.device)
+    factors = None if factors is None else factors.to(weight)[everywhere]
+    drawn = problem.rows(everywhere, problem.pattern)
+    posed = damped(drawn.scaled(factors), damping)
+    method = replace(QUICK, rounds=0) if n > WIDE else QUICK
+    weights = weight[everywhere] if factors is None else weight[everywhere] * factors[:, None]
+    found = iter(method.of_each(posed, patterns, weights.split([len(part) for part in chosen])))
+    return [_facts(next(found), damping) if wanted else None for wanted in pruned]
+
+
+def _is_bounded(part: LayerProblem) -> bool:
+    shape = part.weight.shape
+    return part.pattern.zeros(*shape) > 0 and part.pattern.budget(shape) is not None
+
+
+def _facts(bound: PruningBound, damping: Damping) -> dict[str, float]:
+    facts = {"rows": bound.rows, "damping": damping.strength}
+    return facts | {"error": bound.error, "lower": bound.lower, "ratio": bound.ratio}

@@ -1,0 +1,137 @@
+"""One group of operators: posed as one problem, solved, stored in the model, and reported."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.model import Group
+from convexprune._layerwise.settings import LayerSettings, Tell
+from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.steps.bounds import sampled_bounds
+from convexprune._layerwise.targets import stack_of
+from convexprune.constraints import Stacked
+from convexprune.errors import PruningError
+from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._damping import NO_DAMPING
+from convexprune.report import OperatorReport
+
+
+def prune_group(
+    layer: str,
+    group: Group,
+    folds: Folds,
+    settings: LayerSettings,
+    tell: Tell,
+    began: float,
+    facts: dict[str, float],
+) -> None:
+    """Prune operators that share an input: one stack of rows, solved as one problem.
+
+    Args:
+        layer: its name.
+        group: the operators.
+        folds: the moments of their input.
+        settings: of the run.
+        tell: called with the report of each operator.
+        began: when the group's work began, by `time.perf_counter`.
+        facts: numbers for the reports, by name.
+
+    Raises:
+        PruningError: the pruned weight is not what was asked for.
+    """
+    heights = tuple(operator.shape[0] for operator in group.operators)
+    stack = stack_of(group)
+    names = [f"{layer}.{operator.name}" for operator in group.operators]
+    asked = tuple(settings.pattern_of(name) for name in names)
+    pattern, factors = Stacked(asked, heights), settings.row_factors(names)
+    halves = folds.halves if all(half.tokens for half in folds.halves) else ()
+    problem = LayerProblem(stack, folds.total, pattern, settings.correction, halves)
+    pruned = _solved(problem, pattern, factors, settings.pruner)
+    if not bool(pruned.weight.isfinite().all()):
+        raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
+    stored = _store(group, pruned, stack)
+    errors = _relative_errors(problem, stored, heights)
+    held_out: list[float] | list[None] = [None] * len(heights)
+    if folds.held_out.tokens:
+        unseen = LayerProblem(stack, folds.held_out, pattern, settings.correction)
+        held_out = _relative_errors(unseen, stored, heights)
+    bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
+    parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
+    for i, (operator, weight, dense) in enumerate(parts):
+        expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
+        if broken := asked[i].violation(operator.read()):  # zeros that are too many were zero before
+            raise PruningError(f"{names[i]}: {broken} entries break the pattern {asked[i]} ({zeros} zeros).")
+        tell(
+            OperatorReport(
+                name=names[i],
+                outputs=operator.shape[0],
+                inputs=operator.shape[1],
+                zeros=zeros,
+                expected_zeros=expected,
+                dense_zeros=int((dense == 0).sum()),
+                pattern=str(asked[i]),
+                relative_error=errors[i],
+                held_out_error=held_out[i],
+                **_certified(pruned),
+                facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
+                tokens=folds.tokens,
+                held_out_tokens=folds.held_out.tokens,
+                seconds=time.perf_counter() - began,
+                bound=bounds[i],
+                damping=pruned.damping,
+            )
+        )
+
+
+def _solved(problem: LayerProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
+    """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
+    dense = problem.weight
+    if not pattern.binds(*dense.shape):
+        return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
+    pruned = pruner.prune(problem.scaled(factors))
+    weight = problem.unscaled(pruned.weight, factors)
+    parts = [(weight if own.binds(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
+    return replace(pruned, weight=torch.cat(parts))
+
+
+def _certified(pruned: LayerEdit) -> dict[str, Any]:
+    """What an operator's report says of the convex solves behind its stack."""
+    certificates = [solution.certificate for solution in pruned.solutions]
+    last = pruned.solutions[-1] if pruned.solutions else None
+    return {
+        "gap": last.certificate.relative_gap if last else None,
+        "largest_gap": max((c.relative_gap for c in certificates), default=None),
+        "kkt_residual": last.certificate.kkt_residual if last else None,
+        "status": last.status.name if last else None,
+        "solves": len(certificates),
+        "products": pruned.products,
+    }
+
+
+def _store(group: Group, pruned: LayerEdit, dense: Tensor) -> Tensor:
+    """Write the stack's weights and return them [m n] as stored, float32.
+
+    A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
+    """
+    stored = []
+    heights = [operator.shape[0] for operator in group.operators]
+    parts = zip(pruned.weight.split(heights), pruned.mask.split(heights), dense.split(heights), strict=True)
+    for operator, (weight, mask, before) in zip(group.operators, parts, strict=True):
+        dtype = operator.read().dtype
+        rounded = weight.to(dtype)
+        smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        vanished = mask & (rounded == 0) & (before != 0)
+        rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
+        operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
+        stored.append(operator.read().float())
+    return torch.cat(stored)
+
+
+def _relative_errors(problem: LayerProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]."""
+    errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
+    return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]

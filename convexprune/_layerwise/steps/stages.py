@@ -1,0 +1,160 @@
+"""One decoder layer: its operators are pruned stage by stage, each on what the pruned stages before it make."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Calls, Observed, Recorded, split_last_branch, stage_inputs
+from convexprune._layerwise.model import DecoderLayer, Group
+from convexprune._layerwise.replay import CachedSubmodule, replaying
+from convexprune._layerwise.settings import HiddenStates, LayerSettings, Tell
+from convexprune._layerwise.statistics import Folds, in_parts
+from convexprune._layerwise.steps.group import prune_group
+from convexprune._layerwise.targets import CorrectionTargets, height, width
+from convexprune._storage.tensors import Batches
+from convexprune.errors import ModelError
+
+
+@torch.no_grad()
+def prune_observed(
+    layer: DecoderLayer,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    settings: LayerSettings,
+    tell: Tell,
+    first: Mapping[Group, Folds] | None = None,
+    record: Callable[[], Recorded] = list,
+) -> dict[CachedSubmodule, Recorded]:
+    """Prune the operators of a layer in place, stage by stage: x* is what the pruned stages make of what feeds it.
+
+    Args:
+        layer: the layer.
+        calls: gives the other arguments for a batch.
+        hidden: what enters it.
+        observed: what the dense layer makes of that.
+        settings: of the run.
+        tell: called with the report of each operator.
+        first: the moments of the first stage, if they are known: with a dense prefix nothing changes them.
+        record: makes a place to keep what the shortcuts begin with: tokens times the widths of their operators.
+
+    Returns:
+        The inputs of shortcuts, for later passes of what feeds the layer.
+
+    Raises:
+        ModelError: an activation is not finite; the operator is named.
+        PruningError: the pruned weight is not what was asked; the operator is named.
+    """
+    inputs: dict[Group, Recorded] = {}
+    if settings.prefix == "dense":
+        inputs |= {g: observed.inputs[g] for g in chain(*layer.stages[:1]) if g in observed.inputs}
+    for number in range(len(layer.stages)):
+        began = time.perf_counter()
+        parts = [first] if number == 0 and first is not None else None
+        for folds in parts or stage_folds(layer, number, calls, hidden, observed, settings, inputs, record):
+            _prefetch(hidden.pruned, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
+            for group, fold in folds.items():
+                _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
+                is_last_branch = (
+                    group is observed.last_branch and settings.correct == "layer" and settings.correction > 0
+                )
+                facts = {"corrects_layer": 1.0} if is_last_branch else {}
+                prune_group(layer.name, group, fold, settings, tell, began, facts)
+                began = time.perf_counter()
+    return {observed.cached[group]: x for group, x in inputs.items() if group in observed.cached}
+
+
+@torch.no_grad()
+def stage_folds(
+    layer: DecoderLayer,
+    number: int,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    settings: LayerSettings,
+    inputs: dict[Group, Recorded],
+    record: Callable[[], Recorded] = list,
+) -> Iterator[dict[Group, Folds]]:
+    """The moments of the groups of a stage, with the stages before it as they are by now, in parts.
+
+    The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
+    than it has inputs borrows from what all of them were sent (`Folds.borrow`); its report says so.
+
+    Args:
+        layer: the layer.
+        number: of the stage.
+        calls: gives the other arguments for a batch.
+        hidden: what enters the layer.
+        observed: what the dense layer makes of that.
+        settings: of the run.
+        inputs: the x* that are known already, of whichever groups: they need no pass through the layer, and where a
+            shortcut begins with them a pass takes it. Those of this stage are added.
+        record: makes a place for them.
+
+    Yields:
+        The moments of the groups of a part.
+    """
+    stage = layer.stages[number]
+    before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]
+    kept = {group: record() for group in stage if group in observed.cached and group not in inputs}
+    shared = {width(group): _folds(group, False) for group in stage if not group.paired}
+    for part_number, part in enumerate(in_parts(stage, width)):
+        watched = part if part_number else stage  # the first pass is for what the experts share, too
+        known = {group: inputs[group] for group in part if group in inputs}
+        same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
+        corrected = [g for g in part if g.paired and g not in same] if settings.correction > 0 else []
+        lacking = CorrectionTargets(corrected, observed, settings.correct)
+        folds = {group: _folds(group, lacking.in_output_space(group)) for group in part}
+        for i, batch in enumerate(hidden.pruned):
+            held_out = i >= len(hidden.pruned) - hidden.held_out
+            seen = {group: x[i].to(batch.device) for group, x in known.items()}
+            output = None
+            with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
+                if lacking.is_last_branch(part):
+                    last = split_last_branch(layer, part[0], calls(batch), batch)
+                    seen, output = {part[0]: last.x}, last.output
+                else:
+                    seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
+            for group, x in seen.items():
+                if group in folds:
+                    folds[group].add(x, lacking.of(group, i, x, output), held_out)
+                if group in kept:
+                    kept[group].append(x.cpu())
+                if not group.paired and watched is stage:
+                    shared[width(group)].add(x, None, held_out)
+        for counted in (*folds.values(), *(() if part_number else shared.values())):
+            counted.add_up(hidden.process_group)
+        for group in part:
+            if not group.paired:
+                folds[group].shrink_towards(shared[width(group)])
+        del lacking  # it holds weights
+        yield folds
+    inputs |= kept
+
+
+def _prefetch(*wanted: Sequence[Tensor]) -> None:
+    """What the next stage reads comes from the disk while this one is solved."""
+    for batches in wanted:
+        if isinstance(batches, Batches):
+            batches.prefetch()
+
+
+def _folds(group: Group, in_output_space: bool) -> Folds:
+    """To be filled."""
+    return Folds(width(group), group.operators[0].read().device, height(group) if in_output_space else None)
+
+
+def _require_usable(folds: Folds, name: str) -> None:
+    if not any(half.tokens for half in folds.halves):
+        raise ModelError(
+            f"No calibration token was sent to {name}, nor to another expert beside it. Calibrate with more tokens, "
+            "or leave these operators out (ignore=)."
+        )
+    if not folds.is_finite():
+        raise ModelError(
+            f"The input of {name} is not finite on the calibration tokens. "
+            f"Load the model in a wider dtype (dtype='float32'), or look for a damaged weight before it."
+        )

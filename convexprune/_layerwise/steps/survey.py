@@ -1,0 +1,260 @@
+"""What pruning each part of a model to each pattern would cost: one pass over the dense model, which stays as it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Calls, Observed, Recorded
+from convexprune._layerwise.model import AbstractModel, DecoderLayer
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps.stages import stage_folds
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.targets import stack_of
+from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._progress import begin
+from convexprune.constraints import Constraint, Stacked, Unstructured
+from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.errors import RecipeError, unknown
+from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
+
+RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
+WEIGHED = RULES[1:4]  # those that need gradients
+SURVEYED = RULES[2:4]  # those that prune for it
+REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
+OUTLIER = 5  # times the mean score; OWL's M
+LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
+
+    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are. Of a
+    rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
+    allotment could cost at most, by the same curves.
+    """
+
+    shares: dict[str, float]
+    cost: float | None = None
+    gap: float | None = None
+    row_weights: dict[str, list[float]] = field(default_factory=dict)
+
+    def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
+        """The operators' patterns, each of the kind of `pattern`."""
+        return {name: pattern.with_sparsity(share) for name, share in self.shares.items()}
+
+    def allotted(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
+        """The settings of a run that asks for `pattern` on the whole, with what is allotted."""
+        weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
+        return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
+
+    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
+    """
+
+    name: str
+    size: int
+    costs: Mapping[Constraint, float]
+    outliers: float
+    skewness: float
+
+
+def candidates(pattern: Constraint) -> list[Constraint]:
+    """The patterns that an operator may get, the sparsest last.
+
+    For a sparsity, sparsities around it; for N:M, every N of that M.
+
+    Args:
+        pattern: that is asked for on the whole.
+
+    Returns:
+        The patterns.
+    """
+    return pattern.ladder(REACH, STEP)
+
+
+@torch.no_grad()
+def survey(
+    model: AbstractModel,
+    windows: Sequence[Tensor],
+    held_out: int,
+    patterns: Sequence[Constraint],
+    fisher: Mapping[str, Tensor],
+    pruner: AbstractPruner | None = None,
+    record: Callable[[], Recorded] = list,
+) -> list[Unit]:
+    """Prune every operator of the dense model to every pattern, write nothing, and report the costs.
+
+    One decoder layer at a time is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of
+    the loss with a diagonal metric, in nats a token, and comparable across layers. It is taken on the windows held out,
+    or on all if none is.
+
+    Args:
+        model: the dense model.
+        windows: token ids [batch length].
+        held_out: how many of the windows, the last ones, are held out.
+        patterns: to survey.
+        fisher: f_i = mean (d loss / d y_i)^2 of each operator's outputs [m].
+        pruner: that gives the weights; None is SparseGPT, because the shape of a curve is what matters, and it is
+            quick. Rows compete as `row_weights` of f say.
+        record: makes a place for what enters and leaves a layer.
+
+    Returns:
+        One unit for each operator.
+    """
+    pruner, units = pruner or SparseGPT(), list[Unit]()
+
+    def step(context: LayerContext) -> None:
+        observed, hidden = context.observe(), HiddenStates(context.inputs["dense"], context.inputs["dense"], held_out)
+        units.extend(_units(context.layer, context.calls, hidden, observed, patterns, fisher, pruner))
+        context.hand_on(observed.outputs)
+
+    count = len(model.layers)
+    told = begin("looking at the dense model", count)
+    LayerWalk(model, windows, MemoryStore(range(count), record), on_layer=told).run(step)
+    return units
+
+
+def row_weights(fisher: Tensor) -> Tensor:
+    """The weights of rows in their competition: sqrt(f_i / mean f).
+
+    With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
+    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (docs/tried.md).
+
+    Args:
+        fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
+
+    Returns:
+        [m].
+    """
+    middle = fisher.mean()
+    return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
+
+
+def check_rule(rule: str, pattern: Constraint) -> None:
+    """Refuse, before any work, a rule that does not exist, or that the pattern does not allow.
+
+    Args:
+        rule: its name.
+        pattern: that is asked for on the whole.
+
+    Raises:
+        RecipeError: it is such a rule.
+    """
+    if rule not in RULES:
+        raise RecipeError(unknown("allocation", rule, RULES))
+    if rule != "uniform" and not pattern.selects:
+        raise RecipeError(f"Allocation {rule!r} spreads zeros, and pattern {pattern} asks for none: leave it out.")
+    if rule not in ("uniform", "curve") and not pattern.continuous:
+        raise RecipeError(
+            f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
+        )
+    if rule == "rows" and pattern.by_row:
+        raise RecipeError(
+            "Allocation 'rows' lets the rows of a matrix compete for its non-zeros; with quota='row' each has its own. "
+            "Leave one of them out."
+        )
+
+
+def allot(
+    units: Sequence[Unit], rule: str, pattern: Constraint, fisher: Mapping[str, Tensor] | None = None
+) -> Allotment:
+    """The zeros of `pattern` on the whole, spread over the operators, and over the rows of each, by a rule.
+
+    "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
+    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs
+    (`core._allocation.allocate`); "half-curve" goes half of the way there from the uniform shares, as the costs
+    are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175)
+    gives a layer with more outlying scores less sparsity (`allocation.spread`), "skewness" one whose weights are more
+    skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it could be reconstructed (`allocation.protect`).
+
+    Raises:
+        RecipeError: see `check_rule`.
+        PatternError: the share of zeros cannot be allocated so.
+    """
+    check_rule(rule, pattern)
+    if rule == "uniform":
+        return Allotment({})
+    weighed = fisher if fisher is not None and rule in WEIGHED and not pattern.by_row else {}
+    rows = {name: [float(f"{w:.3g}") for w in row_weights(f).tolist()] for name, f in weighed.items()}  # for a file
+    if rule == "rows":
+        return Allotment({}, row_weights=rows)
+    cost = gap = None
+    if rule in SURVEYED:
+        choice = candidates(pattern)
+        curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
+        found = allocate(curves, pattern.sparsity, whole=not pattern.continuous)
+        step = 1.0 if rule == "curve" else 0.5
+        shares = [pattern.sparsity + step * (share - pattern.sparsity) for share in found.sparsities]
+        cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
+        gap = max(0.0, cost - (found.cost - found.gap))
+    else:
+        sizes = [u.size for u in units]
+        if rule == "owl":
+            shares = allocate_by_outliers([u.outliers for u in units], sizes, pattern.sparsity)
+        else:
+            shares = allocate_by_skewness([u.skewness for u in units], sizes, pattern.sparsity)
+    each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
+    return Allotment(each, cost, gap, rows)
+
+
+def _units(
+    layer: DecoderLayer,
+    calls: Calls,
+    hidden: HiddenStates,
+    observed: Observed,
+    patterns: Sequence[Constraint],
+    fisher: Mapping[str, Tensor],
+    pruner: AbstractPruner,
+) -> list[Unit]:
+    settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
+    found = dict[str, tuple[int, dict[Constraint, float]]]()
+    scores: list[Tensor] = []
+    powers = torch.zeros(4, dtype=torch.float64)
+    for number in range(len(layer.stages)):
+        for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
+            for group, folds in part.items():
+                heights = tuple(operator.shape[0] for operator in group.operators)
+                weight = stack_of(group)
+                judge = folds.held_out if folds.held_out.tokens else folds.total
+                names = [f"{layer.name}.{operator.name}" for operator in group.operators]
+                costs = {name: dict[Constraint, float]() for name in names}
+                for pattern in patterns:
+                    stack = Stacked.alike(pattern, heights)
+                    factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
+                    problem = LayerProblem(weight, folds.total, stack, 0.0)
+                    pruned = problem.unscaled(pruner.prune(problem.scaled(factors)).weight, factors)
+                    errors = LayerProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
+                    for name, error in zip(names, errors.split(heights), strict=True):
+                        costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
+                sizes = [height * weight.shape[1] for height in heights]
+                found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
+                powers += _powers(weight)
+                scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
+    outliers = _outliers(torch.cat(scores)) if scores else 0.0
+    return [Unit(name, size, costs, outliers, _skewness(powers)) for name, (size, costs) in found.items()]
+
+
+def _outliers(scores: Tensor) -> float:
+    """The share of scores above `OUTLIER` times their mean."""
+    return float((scores > OUTLIER * scores.mean()).float().mean())
+
+
+def _powers(weight: Tensor) -> Tensor:
+    """The sums of |W|^k, k = 0 to 3."""
+    sizes = weight.abs().double()
+    return torch.stack([sizes.pow(k).sum() for k in range(4)]).cpu()
+
+
+def _skewness(powers: Tensor) -> float:
+    """The third central moment over the variance to the power of 3/2, by the sums of four powers."""
+    count, first, second, third = powers.tolist()
+    first, second, third = first / count, second / count, third / count
+    variance = second - first**2
+    return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0

@@ -1,0 +1,58 @@
+"""What operators are to make up for: what their outputs lack because of the operators that are pruned before them."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Correct, Observed
+from convexprune._layerwise.model import Group
+from convexprune.core._moments import ErrorMoments
+
+
+class CorrectionTargets:
+    """What the groups `corrected` lack, batch by batch (see `LayerSettings.correct`).
+
+    `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
+    """
+
+    def __init__(self, corrected: Collection[Group], observed: Observed, correct: Correct) -> None:
+        self._last_branch = observed.last_branch if correct == "layer" and observed.last_branch in corrected else None
+        self._outputs = observed.outputs
+        self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
+        self._weights = {
+            g: stack_of(g) for g in self._inputs if ErrorMoments.cheaper_in_output_space(height(g), width(g))
+        }
+
+    def in_output_space(self, group: Group) -> bool:
+        """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
+        return group is self._last_branch or group in self._weights
+
+    def is_last_branch(self, stage: Sequence[Group]) -> bool:
+        """Whether the pass of this stage is to be that of `split_last_branch`."""
+        return self._last_branch is not None and self._last_branch in stage
+
+    def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
+        """At x* [samples tokens n] of batch i, if anything lacks at all; `output` is the layer's with x* and W."""
+        if group is self._last_branch:
+            assert output is not None
+            return self._outputs[i].to(x.device).float() - output.float()
+        if group not in self._inputs:
+            return None
+        change = self._inputs[group][i].to(x.device).float() - x.float()
+        return change @ self._weights[group].to(change).T if group in self._weights else change
+
+
+def width(group: Group) -> int:
+    """n, its inputs."""
+    return group.operators[0].shape[1]
+
+
+def height(group: Group) -> int:
+    """m, the outputs of all its operators."""
+    return sum(operator.shape[0] for operator in group.operators)
+
+
+def stack_of(group: Group) -> Tensor:
+    """The weights of operators that share an input [m n]: their rows, in float32."""
+    return torch.cat([operator.read().float() for operator in group.operators])

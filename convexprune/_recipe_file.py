@@ -1,0 +1,62 @@
+"""recipe.yaml: the recipe beside a result, written by a run and read again by whoever has the folder."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convexprune._schema.settings import GROUPS
+from convexprune._storage.files import atomic_write, read_text, write
+from convexprune.errors import RecipeError
+from convexprune.recipe import Recipe, make_recipe
+
+RECIPE = "recipe.yaml"
+GIVEN = " given by the caller"
+LONGEST = 1 << 18  # bytes; thousands of targets have less
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only: an alias, which can make a few lines into gigabytes, is refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name)")
+        return super().compose_node(parent, index)
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> Path:
+    """Write the recipe into a folder, and say where.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    values, parts = recipe.model_dump(mode="json"), list[str]()
+    for group in GROUPS:
+        settings = {name: values[name] for name in group.model_fields}
+        parts.append(f"# {group.group}\n{yaml.safe_dump(settings, sort_keys=False)}")
+    with atomic_write(folder / RECIPE) as file:
+        write(file, "\n".join(parts).encode())
+    return folder / RECIPE
+
+
+def given(value: object) -> str:
+    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again."""
+    return f"{type(value).__name__}{GIVEN}"
+
+
+def read_recipe(place: Path) -> Recipe:
+    """The recipe in a file, or in the folder of a run, which may be someone else's.
+
+    Raises:
+        OutputError: it is missing, too long, or no text.
+        RecipeError: it is no recipe; what is wrong is named.
+        PatternError: sparsity and pattern name no pattern.
+    """
+    path = place if place.is_file() else place / RECIPE
+    try:
+        given = yaml.load(read_text(path, LONGEST), _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as cause:
+        raise RecipeError(f"{path} is damaged, or no recipe: {' '.join(str(cause).split())[:200]}.") from cause
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise RecipeError(f"{path} is damaged, or no recipe: it is no list of settings and their values.")
+    return make_recipe(**given)

@@ -1,0 +1,414 @@
+"""What a run will need, from sizes alone: memory, disk, arithmetic, and an estimate of the time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
+
+from convexprune._layerwise.statistics import Folds, in_parts
+from convexprune._layerwise.steps.bounds import WIDE, WIDEST
+from convexprune.core._moments import ErrorMoments
+
+FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
+LIBRARIES = 520 << 20  # bytes of Python, torch, transformers and a tokenizer in use (measured, Linux, CPU)
+KEPT = 0.35  # of the moments and the method's matrices: freed memory that the C library keeps (the same)
+
+
+class Method(NamedTuple):
+    """What a method needs for a stack [m n].
+
+    `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
+    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/unit/test_cost.py).
+    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (docs/benchmarks.md);
+    `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
+    arithmetic at the rate of a bare product (benchmarks/layer.py). Both stay constants: a group that is pruned here in
+    a second is so narrow that its time, carried over, was 1.2 to 2.7 times the true one.
+    """
+
+    squares: float
+    rectangles: float
+    products: float
+    factorisations: float
+    overhead: float
+    apart: float = 0.0
+
+
+METHODS = {
+    "admm": Method(7.3, 28.2, 125, 18, 2.3),
+    "alps": Method(10.5, 30.7, 45, 12, 4.0),
+    "convex": Method(6.9, 28.4, 94, 8, 1.8),
+    "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
+    "magnitude": Method(5.0, 7.9, 0, 0, 1.0),
+    "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
+    "wanda": Method(5.0, 7.9, 0, 0, 1.0),
+}
+BOUND = {WIDE: 15.4, WIDEST: 12.3}
+"""Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
+HELD = 4.3  # matrices [m n] that are alive meanwhile
+JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
+SCALED = 1  # matrix [m n] more at the peak, if rows are weighed; what they were scaled to is gone by the next one
+REFIT = Method(8.3, 29.2, 60, 2, 3.0)
+
+
+def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
+    """The needs of a method.
+
+    Args:
+        name: of the method.
+        refit: whether a refit follows it.
+        weighed: whether rows are weighed.
+
+    Returns:
+        The needs.
+    """
+    own = METHODS[name]
+    own = own._replace(rectangles=own.rectangles + SCALED * weighed)
+    if not refit:
+        return own
+    return own._replace(
+        squares=max(own.squares, REFIT.squares),
+        rectangles=max(own.rectangles, REFIT.rectangles),
+        products=own.products + REFIT.products,
+        factorisations=own.factorisations + REFIT.factorisations,
+        overhead=(own.overhead * own.products + REFIT.overhead * REFIT.products) / (own.products + REFIT.products),
+    )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Operators that share an input: one problem [m n].
+
+    Args:
+        names: of the operators.
+        heights: outputs of each.
+        inputs: n.
+        paired: as in `Group`.
+        share: the fraction of the tokens that reaches them.
+    """
+
+    names: tuple[str, ...]
+    heights: tuple[int, ...]
+    inputs: int
+    paired: bool = True
+    share: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """m: those of all operators together."""
+        return sum(self.heights)
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Decoder layers that are built the same.
+
+    Args:
+        stages: the stacks of each stage.
+        parameters: of one layer.
+        largest: the parameters of its largest tensor.
+        count: how many such layers there are.
+    """
+
+    stages: tuple[tuple[Stack, ...], ...]
+    parameters: int
+    largest: int
+    count: int
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """All of them, in the order of execution."""
+        return list(chain.from_iterable(self.stages))
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model in numbers.
+
+    Args:
+        layers: its decoder layers.
+        fixed: parameters outside of them.
+        largest_fixed: those of the largest tensor outside of them.
+        hidden: the width of the hidden states.
+        itemsize: bytes of a parameter.
+        whole: whether it cannot be streamed.
+    """
+
+    layers: tuple[LayerSize, ...]
+    fixed: int
+    largest_fixed: int
+    hidden: int
+    itemsize: int
+    whole: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of the checkpoint."""
+        return self.itemsize * (self.fixed + sum(layer.count * layer.parameters for layer in self.layers))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is pruned, as far as the cost depends on it.
+
+    Args:
+        samples: windows to fit.
+        held_out: windows held out.
+        length: tokens of a window.
+        batch: windows at once.
+        method: its needs.
+        correction: whether errors of earlier operators are corrected.
+        dense_prefix: whether layers get what the dense network gives them.
+        bound: whether bounds are computed.
+        gradients: windows that gradients are computed on.
+    """
+
+    samples: int
+    held_out: int
+    length: int
+    batch: int
+    method: Method
+    correction: bool = True
+    dense_prefix: bool = True
+    bound: bool = False
+    gradients: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """That go through every layer."""
+        return (self.samples + self.held_out) * self.length
+
+    def corrects(self, stage: int, stack: Stack) -> bool:
+        """Whether a stack makes up for the operators before it.
+
+        Args:
+            stage: number of its stage.
+            stack: the stack.
+
+        Returns:
+            Whether it does.
+        """
+        return self.correction and stack.paired and (stage > 0 or not self.dense_prefix)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by part; on a GPU all but the host's is there, on a CPU all of it is in one memory.
+
+    Args:
+        fixed: of parameters outside of the decoder layers.
+        layer: of a decoder layer.
+        moments: of Gram matrices.
+        method: of its largest problem.
+        batch: of hidden states and what a pass makes of them.
+        host: of the main memory, beside a GPU.
+        disk: of hidden states between the layers.
+    """
+
+    fixed: int
+    layer: int
+    moments: int
+    method: int
+    batch: int
+    host: int
+    disk: int
+
+    @property
+    def device(self) -> int:
+        """Of the GPU."""
+        return self.fixed + self.layer + self.moments + self.method + self.batch
+
+    @property
+    def all(self) -> int:
+        """Of a process on a CPU."""
+        return self.device + LIBRARIES + round(KEPT * (self.moments + self.method))
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a whole run.
+
+    Args:
+        forward: of passes through the model.
+        gram: of Gram matrices.
+        solve: of the method.
+        judge: of the errors that are reported.
+        problems: how many are solved.
+        products: how many matrix products [m n] x [n n] they take.
+    """
+
+    forward: float
+    gram: float
+    solve: float
+    judge: float
+    problems: int
+    products: float
+
+
+def moments_bytes(stack: Stack, corrected: bool) -> int:
+    """The memory of the Gram matrices of both halves and of the held-out windows, and of what is corrected.
+
+    Args:
+        stack: the stack.
+        corrected: whether errors are corrected.
+
+    Returns:
+        Bytes.
+    """
+    return Folds.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
+
+
+def _correction(stack: Stack) -> int:
+    """How many numbers the moments of a correction are (`ErrorMoments`)."""
+    m, n = stack.outputs, stack.inputs
+    return m * n + m if ErrorMoments.cheaper_in_output_space(m, n) else 2 * n * n
+
+
+def _correcting(stack: Stack) -> float:
+    """Operations a token for those."""
+    m, n = float(stack.outputs), float(stack.inputs)
+    return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
+
+
+def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
+    """The memory of a problem beside these: the moments of all windows, and the method's matrices or those of the
+    bound.
+
+    Args:
+        stack: the stack.
+        method: its needs.
+        bound: whether a bound is computed.
+
+    Returns:
+        Bytes.
+    """
+    m, n = stack.outputs, stack.inputs
+    solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
+    squares = next((squares for widest, squares in BOUND.items() if n <= widest), None)
+    bounding = (1 + squares) * n * n + HELD * m * n if bound and squares else 0
+    return round(FLOAT * (n * n + max(solving, bounding)))
+
+
+def memory(model: ModelSize, setting: Setting) -> Memory:
+    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest.
+
+    Args:
+        model: the model.
+        setting: of the run.
+
+    Returns:
+        Bytes by part.
+    """
+    method = setting.method
+    peaks = []
+    for layer in model.layers:
+        for number, stage in enumerate(layer.stages):
+            for part in in_parts(stage, lambda s: s.inputs):
+                moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
+                moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
+                solving = max(problem_bytes(s, method, setting.bound) for s in part)
+                batch = _batch_bytes(model, layer, stage, setting)
+                peaks.append((moments + max(solving, batch), moments, solving, batch))
+    _, moments, solving, batch = max(peaks)
+    layers = model.itemsize * sum(layer.count * layer.parameters for layer in model.layers)
+    biggest = model.itemsize * max(layer.parameters for layer in model.layers)
+    tensor = model.itemsize * max(model.largest_fixed, *(layer.largest for layer in model.layers))
+    return Memory(
+        fixed=model.itemsize * model.fixed,
+        layer=layers if model.whole else biggest,
+        moments=moments,
+        method=solving if solving >= batch else 0,
+        batch=batch if batch > solving else 0,
+        host=LIBRARIES + (model.bytes if model.whole else 2 * tensor),
+        disk=_disk_bytes(model, setting, layers),
+    )
+
+
+def work(model: ModelSize, setting: Setting) -> Operations:
+    """The operations: passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram
+    matrices, products.
+
+    Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
+    layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
+    too little for families without a shortcut (eager attention that returns its weights).
+
+    Args:
+        model: the model.
+        setting: of the run.
+
+    Returns:
+        The operations.
+    """
+    method, tokens = setting.method, setting.tokens
+    forward = gram = solve = judge = products = 0.0
+    for layer in model.layers:
+        weights = [2.0 * sum(s.share * s.outputs * s.inputs for s in stage) for stage in layer.stages]
+        attention = 4.0 * setting.length * model.hidden
+        passes = once = sum(weights) + attention
+        alone = [n for n, stage in enumerate(layer.stages) if n and [s.heights for s in stage] == [(model.hidden,)]]
+        end = min(alone, default=len(layer.stages))
+        for number, stage in enumerate(layer.stages):
+            if number > 0:
+                again = sum(weights[end:number]) if number > end else sum(weights[:number]) + attention
+                passes += len(in_parts(stage, lambda s: s.inputs)) * again
+            for s in stage:
+                n2 = float(s.inputs) ** 2
+                gram += layer.count * tokens * s.share * (n2 + (_correcting(s) if setting.corrects(number, s) else 0))
+                judging = layer.count * (JUDGING + CORRECTING * setting.corrects(number, s))
+                judge += 2 * s.outputs * n2 * judging
+                solve += layer.count * n2 * (2 * s.outputs * method.products + method.factorisations * s.inputs)
+                products += layer.count * method.products + judging
+        if not setting.dense_prefix:
+            passes += sum(weights[end:]) if end < len(weights) else sum(weights) + attention
+        forward += layer.count * (tokens * passes + 3 * setting.gradients * setting.length * once)
+    forward += 2 * setting.gradients * setting.length * 2 * model.largest_fixed  # the head, and back
+    problems = sum(layer.count * len(layer.stacks) for layer in model.layers)
+    return Operations(forward, gram, solve, judge, problems, products)
+
+
+def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], setting: Setting) -> int:
+    """A batch of hidden states, the layer's widest activations, and the inputs of a stage in float32, twice."""
+    tokens = setting.batch * setting.length
+    widest = max((s.outputs for s in layer.stacks), default=0)
+    inputs = max(s.inputs for s in stage)
+    return tokens * (model.itemsize * (4 * model.hidden + 3 * widest) + 3 * FLOAT * inputs)
+
+
+def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
+    """The finished layers and the result, what enters a layer, and what one layer's operators see.
+
+    Single operators may begin a shortcut for a later stage, so what the pruned layer shows them is kept as well.
+    """
+    hidden = model.itemsize * setting.tokens * model.hidden * (1 if setting.dense_prefix else 2)
+    widths = []
+    for layer in model.layers:
+        kept = chain(*layer.stages[int(setting.dense_prefix) : -1])  # nothing changes a first stage that is fed densely
+        single = sum(s.inputs for s in kept if s.paired and len(s.heights) == 1)
+        widths.append(sum(s.inputs for s in layer.stacks if s.paired) + single)
+    seen = model.itemsize * setting.tokens * max(widths)
+    return layers + model.bytes + 2 * hidden + seen
+
+
+def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
+    """Settings that need less memory, the least loss first.
+
+    Args:
+        setting: of the run.
+        refit: whether a refit follows the method.
+
+    Returns:
+        The settings, by what has to be written on the command line.
+    """
+    ways: dict[str, Setting] = {}
+    if setting.batch > 1:
+        ways["--batch-size 1"] = replace(setting, batch=1)
+    if setting.gradients:
+        alike = setting.method._replace(rectangles=setting.method.rectangles - SCALED)
+        ways["--allocation uniform"] = replace(setting, gradients=0, method=alike)
+    if setting.correction:
+        ways["--error-correction 0"] = replace(setting, correction=False)
+    light = method_cost("sparsegpt", False)
+    if setting.method.rectangles > light.rectangles:
+        ways["--method sparsegpt" + (" --no-refit" if refit else "")] = replace(setting, method=light)
+        if setting.correction:
+            ways["--method sparsegpt --error-correction 0"] = replace(setting, method=light, correction=False)
+    return ways

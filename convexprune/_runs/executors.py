@@ -1,0 +1,236 @@
+"""Who works on the layers of a run: this process, a pool of them, the ranks of a launcher, or a Ray cluster.
+
+They differ in nothing but who calls `prune_claimed`: the queue is the run's folder, where a layer is claimed by a lock.
+"""
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from convexprune._device.machine import threads
+from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.processes import ProcessGroup
+from convexprune._layerwise.settings import Tell
+from convexprune._layerwise.steps.prune import prune_claimed
+from convexprune._layerwise.store import FolderStore, RankStore
+from convexprune._runs.worker import Job, Worker
+from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
+
+RETRIES = 3  # workers started again, for each that there is, before a run is given up
+POLL = 0.2  # seconds between two looks at the workers
+RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+
+
+class AbstractExecutor(ABC):
+    """Sees to it that all layers of a run get finished."""
+
+    @property
+    def rank(self) -> int | None:
+        """The number of this process, if several open the run's folder on purpose."""
+        return None
+
+    @property
+    def processes(self) -> int:
+        """How many share the threads of this one."""
+        return 1
+
+    @property
+    def together(self) -> int:
+        """How many can prune one layer together."""
+        return 1
+
+    @abstractmethod
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        """Return when all layers are finished.
+
+        Args:
+            job: what to prune.
+            model: of this process.
+            store: of this process.
+            tell: called with the report of each operator.
+        """
+
+
+class Serial(AbstractExecutor):
+    """Only this process, layer by layer."""
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        with threads(job.threads):
+            prune_claimed(model, store, job.work, tell)
+
+
+@dataclass(frozen=True)
+class Ranks(AbstractExecutor):
+    """One of the processes that torchrun or srun started with the same command.
+
+    They meet in the run's folder only; if layers wait for each other, they prune each layer together.
+    Launchers divide the threads themselves.
+
+    Args:
+        number: of this process.
+        size: how many there are.
+    """
+
+    number: int
+    size: int
+
+    @classmethod
+    def here(cls) -> "Ranks":
+        """The rank that the launcher has given this process.
+
+        Raises:
+            RecipeError: no launcher has.
+        """
+        for rank, size in RANKS:
+            if rank in os.environ and size in os.environ:
+                return cls(int(os.environ[rank]), int(os.environ[size]))
+        raise RecipeError(
+            "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
+        )
+
+    @property
+    def rank(self) -> int | None:
+        return self.number
+
+    @property
+    def together(self) -> int:
+        return self.size
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        with threads(job.threads):
+            if job.work.settings.prefix == "dense":
+                prune_claimed(model, store, job.work, tell)
+                return
+            with ProcessGroup.connected(self.number, self.size) as ranks:
+                ours = RankStore(store.folder, store.count, model.device, ranks)
+                prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else tell)
+
+
+@dataclass(frozen=True)
+class Pool(AbstractExecutor):
+    """Processes on this machine, one for each of `devices`; one that is lost is started again."""
+
+    devices: Sequence[str]
+
+    @property
+    def processes(self) -> int:
+        return len(self.devices)
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        """See `AbstractExecutor.run`.
+
+        Raises:
+            ConvexpruneError: what a worker raised.
+            PruningError: workers were lost again and again.
+        """
+        watch = _Watch(store, tell)
+        workers, lost = [Worker(job, device) for device in self.devices], 0
+        try:
+            while not watch.all_finished():
+                time.sleep(POLL)
+                for i, worker in enumerate(workers):
+                    if worker.is_lost():
+                        lost += 1
+                        if lost > RETRIES * len(self.devices):
+                            raise PruningError(
+                                f"Workers were lost {lost} times; the last ended with {worker.exit_code}. Is memory "
+                                "short? What is finished is kept: go on with resume=True (--resume)."
+                            )
+                        workers[i] = Worker(job, worker.device)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+@dataclass(frozen=True)
+class OnRay(AbstractExecutor):
+    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost.
+
+    Args:
+        workers: how many tasks.
+    """
+
+    workers: int
+
+    @property
+    def processes(self) -> int:
+        return self.workers
+
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        on_gpu = model.device.type == "cuda"
+        task = ray.remote(num_cpus=job.threads, num_gpus=int(on_gpu), max_retries=RETRIES)(_do)
+        watch = _Watch(store, tell)
+        waiting = [task.remote(job, "cuda" if on_gpu else "cpu") for _ in range(self.workers)]
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=POLL)
+                ray.get(done)
+                watch.all_finished()
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        finally:
+            for one in waiting:
+                ray.cancel(one, force=True)
+
+
+EXECUTORS = ("serial", "pool", "ranks", "ray")
+
+
+def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
+    """The executor of that name.
+
+    Args:
+        name: "serial", "pool", "ranks" or "ray".
+        workers: how many.
+        device: where they compute.
+
+    Returns:
+        The executor.
+
+    Raises:
+        RecipeError: there is none, or it does not fit where we are.
+        DependencyError: Ray is missing.
+    """
+    match name:
+        case "serial":
+            return Serial()
+        case "ranks":
+            return Ranks.here()
+        case "pool":
+            gpus = [f"cuda:{i % torch.cuda.device_count()}" for i in range(workers)] if device == "cuda" else []
+            return Pool(tuple(gpus) or (device,) * workers)
+        case "ray":
+            if find_spec("ray") is None:
+                raise DependencyError(f"executor='ray' needs Ray: {install_hint('ray')}")
+            return OnRay(workers)
+    raise RecipeError(unknown("executor", name, EXECUTORS))
+
+
+class _Watch:
+    """Tells of the operators of each layer that appears as finished."""
+
+    def __init__(self, store: FolderStore, tell: Tell) -> None:
+        self._store, self._tell = store, tell
+        self._told = {n for n in range(store.count) if store.is_finished(n)}
+
+    def all_finished(self) -> bool:
+        for n in range(self._store.count):
+            if n not in self._told and self._store.is_finished(n):
+                self._told.add(n)
+                for report in self._store.reports(n):
+                    self._tell(report)
+        return len(self._told) == self._store.count
+
+
+def _do(job: Job, device: str) -> None:
+    job.do(device)

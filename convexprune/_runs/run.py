@@ -1,0 +1,107 @@
+"""From a model and its tokens to pruned layers, in memory or in a folder; and what makes a run the same run."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from convexprune._layerwise.model import AbstractModel, DecoderLayer
+from convexprune._layerwise.settings import LayerSettings, Tell
+from convexprune._layerwise.steps.prune import Work, prune_claimed
+from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._runs.executors import AbstractExecutor
+from convexprune._runs.worker import Job
+from convexprune._storage.tensors import raw
+from convexprune.errors import PatternError
+
+UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
+
+
+def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
+    """Refuse, before any work, a pattern that some operator does not fit.
+
+    Args:
+        layers: the decoder layers.
+        settings: of the run.
+
+    Raises:
+        PatternError: the operator is named.
+    """
+    for layer in layers:
+        for operator in layer.operators:
+            try:
+                settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
+            except PatternError as error:
+                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
+
+
+def prune_in_place(model: AbstractModel, work: Work, tell: Tell) -> None:
+    """Prune every decoder layer of a model in memory.
+
+    Args:
+        model: the model.
+        work: what to prune on.
+        tell: called with the report of each operator.
+    """
+    prune_claimed(model, MemoryStore(range(len(model.layers))), work, tell)
+
+
+def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    """Prune every decoder layer that a store does not have yet.
+
+    Args:
+        executor: who prunes.
+        job: what to prune.
+        model: the model.
+        store: of the run.
+        tell: called with the report of each operator, first those that the store has.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    store.discard_damaged()
+    for number in range(store.count):
+        if store.is_finished(number):
+            for report in store.reports(number):
+                tell(report)
+    executor.run(job, model, store, tell)
+
+
+def identity(
+    recipe: Mapping[str, Any],
+    settings: LayerSettings,
+    weights: Mapping[str, str],
+    tokens: Mapping[str, Tensor],
+    installed: Mapping[str, str],
+    **numerics: Any,
+) -> dict[str, Any]:
+    """All that the bits of a result depend on: a run is gone on with only if this is the same.
+
+    Args:
+        recipe: settings by name.
+        settings: of the run.
+        weights: checksums by name.
+        tokens: windows of token ids by use.
+        installed: as `machine.installation` says.
+        numerics: what the arithmetic depends on besides: device, dtype, threads, ranks.
+
+    Returns:
+        A structure that JSON can hold.
+    """
+    installed = dict(installed)
+    plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
+    pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
+    return {
+        "recipe": plain | {"pruner": pruner},
+        "weights": dict(weights),
+        "tokens": {name: checksum(t) for name, t in tokens.items()},
+        "code": installed.pop("code"),
+        "numerics": numerics | installed,
+    }
+
+
+def checksum(tensor: Tensor) -> str:
+    """The sha256 of the bytes of a `tensor`."""
+    return hashlib.sha256(raw(tensor)).hexdigest()

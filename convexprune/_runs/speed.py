@@ -1,0 +1,83 @@
+"""How fast a device multiplies matrices, and what that makes of a run's arithmetic: an estimate of its time."""
+
+import os
+import time
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from convexprune._runs.cost import Method, Operations
+
+SECONDS = 0.1  # that a matrix product is timed for, each time
+TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause
+WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations a second of matrix products.
+
+    Args:
+        single: in float32.
+        forward: in the model's dtype.
+    """
+
+    single: float
+    forward: float
+
+
+def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
+    """An estimate of the time by phase, without reading and writing.
+
+    Args:
+        work: the operations.
+        speed: of the device.
+        method: its needs.
+
+    Returns:
+        Seconds by phase.
+    """
+    return {
+        "forward": work.forward / speed.forward,
+        "gram": work.gram / speed.single,
+        "solve": (method.overhead * work.solve + work.judge) / speed.single,
+    }
+
+
+def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
+    """Time a product in float32 and one in the model's dtype, about a second in all.
+
+    Args:
+        device: where.
+        dtype: of the model.
+
+    Returns:
+        The speed.
+    """
+    single = _rate(device, torch.float32)
+    return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
+
+
+def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """The best of all repeats: the nearest to what the device can do when nobody else uses it."""
+    width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
+    a = torch.full((width, width), 0.5, dtype=dtype, device=device)
+    best = inf
+    for number in range(TIMES):
+        time.sleep(PAUSE if number else 0)
+        end = time.perf_counter() + SECONDS
+        while True:
+            began = time.perf_counter()
+            float((a @ a)[0, 0])  # which waits for the device
+            best = min(best, time.perf_counter() - began)
+            if time.perf_counter() >= end:
+                break
+    return 2 * width**3 / best
+
+
+def load() -> str:
+    """How busy this machine is now, for whoever reads an estimate."""
+    if not hasattr(os, "getloadavg"):  # on Windows
+        return "at its present load"
+    return f"at its present load ({os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"

@@ -1,0 +1,128 @@
+"""What a worker of a run is: the job that it is given, and a process that does it."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from convexprune._device.machine import installation, threads, within_memory
+from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.steps.prune import Work, prune_claimed
+from convexprune._layerwise.store import FolderStore
+from convexprune._storage.files import working
+from convexprune.errors import ConvexpruneError, PruningError
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What another process needs to work on a run.
+
+    Args:
+        folder: of the run's store.
+        work: what to prune on.
+        open_model: opens the model on a device.
+        threads: of each process.
+        installed: what `machine.installation` said where the run began.
+    """
+
+    folder: Path
+    work: Work
+    open_model: Callable[..., AbstractModel]  # with the keyword "device"
+    threads: int
+    installed: Mapping[str, str]
+
+    def do(self, device: str) -> None:
+        """Prune layers until none is left.
+
+        Args:
+            device: where to compute.
+
+        Raises:
+            PruningError: another version of our code, torch or transformers is installed here than where the run began.
+        """
+        here = installation(device)
+        if differing := [name for name in here if here[name] != self.installed.get(name)]:
+            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)
+            raise PruningError(
+                f"This worker has {told}: the bits would differ. Workers need the same code, the same versions, and "
+                "the same kind of processor or GPU."
+            )
+
+        with within_memory(), working(self.folder.parent), threads(self.threads):
+            model = self.open_model(device=device)
+            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, lambda _: None)
+
+
+class Worker:
+    """A process that works on a job; it ends with this one.
+
+    Args:
+        job: the job.
+        device: where it computes.
+    """
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.device = device
+        context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
+        self._errors, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_do_and_tell, args=(job, device, theirs), daemon=True)
+        with _no_interrupts():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code of the process; None while it works."""
+        return self._process.exitcode
+
+    def is_lost(self) -> bool:
+        """Whether it ended before the work did.
+
+        Raises:
+            ConvexpruneError: what it raised.
+        """
+        if self._process.is_alive() or self._process.exitcode == 0:
+            return False
+        try:
+            raise self._errors.recv()
+        except EOFError:
+            return True
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A process that is started inside never hears Ctrl-C, which a terminal sends to all: the one that waits does."""
+    resource_tracker.ensure_running()  # started with the first worker, it would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, whatever is being computed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do_and_tell(job: Job, device: str, errors: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        job.do(device)
+    except ConvexpruneError as error:
+        errors.send(error)
+        raise SystemExit(1) from error

@@ -1,0 +1,134 @@
+"""What a function and its command take, made from settings: their names, checks, signature and description."""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from convexprune._schema.settings import GROUPS, Settings, checked, renamed
+from convexprune.errors import RecipeError, unknown
+
+UNSET: Any = inspect.Parameter.empty
+"""Of an argument that was left out: the schema, or a recipe, has its default."""
+RECIPE = {name: info for group in GROUPS for name, info in group.model_fields.items()}
+LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+"""Of a setting that may be a text with commas."""
+Own = TypeVar("Own", bound=Settings)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Door(Generic[Own]):
+    """The settings that a function takes.
+
+    Args:
+        own: the group of those that no recipe holds.
+        shared: the names of those of the recipe.
+        defaults: of shared ones, where they differ from the recipe's.
+    """
+
+    own: type[Own]
+    shared: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fields(self) -> dict[str, FieldInfo]:
+        """Every setting by its name, the recipe's first."""
+        shared = {name: RECIPE[name] for name in self.shared}
+        for name, default in self.defaults.items():
+            shared[name] = shared[name]._copy()
+            shared[name].default = default
+        return shared | dict(self.own.model_fields)
+
+    def group_of(self, name: str) -> str:
+        """The group that a setting belongs to.
+
+        Args:
+            name: of the setting.
+
+        Returns:
+            The group's name.
+        """
+        kinds = [kind for kind in reversed(self.own.__mro__) if issubclass(kind, Settings)]
+        return next(kind.group for kind in (*kinds, *GROUPS) if name in kind.model_fields)
+
+    def options_of(self, name: str) -> list[str]:
+        """What a setting is called as well on the command line.
+
+        Args:
+            name: of the setting.
+
+        Returns:
+            Options, as "--nsamples".
+        """
+        extra: Any = self.fields[name].json_schema_extra
+        return extra["options"]
+
+    def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
+        """Sort what a call was given.
+
+        Args:
+            given: settings by name; `UNSET` are left out.
+
+        Returns:
+            The function's own settings, checked, and those of the recipe as they came, with the door's defaults.
+
+        Raises:
+            RecipeError: a setting is unknown, or one of the function's own is out of range.
+        """
+        settings = renamed({name: value for name, value in given.items() if value is not UNSET})
+        for name in settings:
+            if name not in self.fields:
+                raise RecipeError(unknown("setting", name, self.fields))
+        own = {name: value for name, value in settings.items() if name in self.own.model_fields}
+        shared = {name: value for name, value in settings.items() if name not in own}
+        return checked(self.own, own), {**self.defaults, **shared}
+
+
+def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Give a function that takes `**settings` its signature, and their words for "{settings}" in its docstring.
+
+    Args:
+        door: what the function takes.
+
+    Returns:
+        A decorator.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = dict(inspect.signature(function).parameters)
+        del parameters["settings"]
+        for name, info in door.fields.items():
+            default = None if info.default is PydanticUndefined else info.default
+            plain = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
+            parameters[name] = parameters.get(name, plain).replace(default=default)
+        function.__dict__["__signature__"] = inspect.Signature(list(parameters.values()))
+        function.__doc__ = (function.__doc__ or "").replace("{settings}", _described(door, function.__doc__ or ""))
+        return function
+
+    return decorate
+
+
+def _described(door: Door[Any], words: str) -> str:
+    """The settings as they stand in a docstring, below "Args:", but for those that its words explain already."""
+    indent = " " * 8
+    lines = [
+        textwrap.fill(
+            f"{name}: {info.description}",
+            112,
+            initial_indent=indent,
+            subsequent_indent=indent + "    ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+        for name, info in door.fields.items()
+        if f"\n        {name}: " not in words
+    ]
+    return "\n".join(lines).lstrip()

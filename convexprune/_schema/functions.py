@@ -1,0 +1,213 @@
+"""What each function of the top takes, and its command: settings of the recipe, and those of its own."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ByteSize, Field, field_validator, model_validator
+
+from convexprune._schema.door import LISTED, RECIPE, Door
+from convexprune._schema.settings import LARGEST_SEED, Settings, setting
+from convexprune.errors import OutputError, RecipeError
+
+
+class RemoteCode(Settings):
+    """Whom to trust."""
+
+    group = "model"
+    trust_remote_code: bool = setting(False, "Let transformers run code that the checkpoint brings.")
+
+
+class Opening(RemoteCode):
+    """How a model is opened."""
+
+    group = "model"
+    allow_pickle: bool = setting(False, "Read pickled checkpoints, which can run code.")
+    tokenizer: Any = setting(
+        None, "For a loaded model and a data set of text: an object of transformers, or its folder or name."
+    )
+
+
+class Output(Settings):
+    """Where the result goes."""
+
+    group = "run"
+    output_dir: Path | None = setting(
+        None,
+        "Folder for the result; must be empty or not there. In Python it may be left out: the result is in memory.",
+        "--output",
+    )
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _named(cls, folder: Any) -> Any:
+        if isinstance(folder, str) and not folder.strip():
+            raise OutputError("output_dir is an empty text. Give a folder, '.' for this one; or leave it out.")
+        return folder
+
+
+class Progress(Settings):
+    """Who follows a run."""
+
+    group = "run"
+    progress: Any = setting(None, "Called with the number of steps, returns what is called with each as it is done.")
+
+    @field_validator("progress")
+    @classmethod
+    def _callable(cls, progress: Any) -> Any:
+        if progress is not None and not callable(progress):
+            raise RecipeError(
+                f"progress is a {type(progress).__name__}. Accepted: a function that gets a number of steps and "
+                "returns one that is called with each."
+            )
+        return progress
+
+
+class Call(Progress, Output, Opening):
+    """What a call of `prune` says beside its recipe."""
+
+    group = "run"
+    resume: bool = setting(
+        False, "Go on with the unfinished run in the output folder, if there is one; a finished one is handed back."
+    )
+    pack: bool = setting(
+        False,
+        "Make the result a pack, smaller to store and to download; convexprune unpack makes an ordinary folder of it.",
+    )
+    executor: str = setting(
+        "serial",
+        "Who prunes: serial, this process; pool, processes on this machine, one for each GPU; ranks, of torchrun or "
+        "SLURM, all started with this same call; ray (needs Ray). All but serial need an output folder that all of "
+        "them see, and a model that can be opened there. With the prefix pruned layers wait for each other: ranks then "
+        "share out the samples of each layer.",
+    )
+    workers: int | None = setting(
+        None,
+        "Processes of pool, tasks of ray. Left out: one for each GPU, or as many as the cores have room for.",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _has_folder(self) -> "Call":
+        if self.resume and self.output_dir is None:
+            raise RecipeError("resume=True goes on with a run in a folder. Give output_dir, or leave resume out.")
+        if self.pack and self.output_dir is None:
+            raise RecipeError("pack=True packs the result in a folder. Give output_dir, or leave pack out.")
+        return self
+
+
+class Permute(Progress, Output, Opening):
+    """What a call of `permute` says beside its model and its tokens."""
+
+    group = "target"
+    pattern: str = setting("2:4", "N:M for N non-zeros in every M inputs, which is to prune less.")
+
+
+class Inspect(RemoteCode):
+    """What a model is to fit into."""
+
+    group = "device"
+    device_memory: ByteSize | None = setting(None, "What has to be enough, as 24GiB; or a number of bytes.")
+
+
+class Compare(Settings):
+    """What is compared, and on which texts."""
+
+    group = "comparison"
+    methods: Annotated[tuple[str, ...], LISTED] = setting(
+        ("fista", "sparsegpt", "wanda", "magnitude"),
+        "Methods, or solvers of the method convex; with settings of their own as in sparsegpt:damping=0.1 or "
+        "fista:convention=pruned-layer.",
+    )
+    sparsities: Annotated[tuple[float, ...], LISTED] = setting(
+        (0.5,), "Shares of zeros, for unstructured.", "--sparsity"
+    )
+    patterns: Annotated[tuple[str, ...], LISTED] = setting(("unstructured",), "unstructured, N:M.", "--pattern")
+    conventions: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "Which network feeds a decoder layer, and which of earlier errors are corrected: own, what each method's paper "
+        "has, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-half, pruned-dense, "
+        "pruned-layer (docs/method.md).",
+        "--convention",
+    )
+    allocations: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "own (what prune takes if it is left out), or one for all: uniform, rows, curve, half-curve, owl, skewness.",
+        "--allocation",
+    )
+    quota: str = setting(
+        "own", "Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row."
+    )
+    output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.")
+    eval_texts: tuple[str, ...] = setting(
+        ("python-docs", "licences"),
+        "Texts to evaluate on: .txt or .jsonl files, python-docs or licences; repeat it for more.",
+        "--eval-text",
+    )
+    eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
+    eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
+    plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
+
+
+class CompareSamples(Compare):
+    """What is compared on several samples."""
+
+    group = "comparison"
+    seeds: Annotated[tuple[int, ...], LISTED] = setting(
+        (0,), "Of the choice of samples; of several, 0,1,2, each is compared, and the means are told.", "--seed"
+    )
+
+
+class Verify(Settings):
+    """What is verified, and how closely."""
+
+    group = "verification"
+    operators: tuple[str, ...] = setting(
+        (), "Operators to verify, names or re:REGEX that matches the beginning of some; repeat it for more."
+    )
+    sample: int | None = setting(3, "Operators drawn if none is named; 0: all.", ge=0)
+    rows: int = setting(4, "Rows of the blocks that oracles solve.", ge=1)
+    columns: int = setting(32, "Columns of the blocks that oracles solve; the others stay dense.", ge=1)
+    bound_rows: int = setting(4, "Rows of an operator that the lower bound is for, drawn at random.", ge=1)
+    tolerance: float = setting(1e-6, "Largest relative difference of objectives.", ge=0)
+    gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
+    seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
+
+
+class Evaluate(Settings):
+    """What perplexity is measured on."""
+
+    group = "data"
+    text: Path = setting(..., "A .txt or .jsonl file.")
+    window: int | None = setting(
+        None, "Tokens of a window; they do not overlap. Left out: 1024, or the model's limit if less.", ge=2
+    )
+    max_windows: int | None = setting(None, "Only the first so many windows. Left out: all.", ge=1)
+
+
+class Bench(RemoteCode):
+    """What is timed."""
+
+    group = "timing"
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
+        (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
+    )
+    prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
+    new_tokens: int = setting(8, "Tokens to generate in each round.", ge=1)
+    seconds: float = setting(
+        60.0, "About how long it may take, reading aside; at least five rounds of everything are timed.", gt=0
+    )
+
+
+SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")
+COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
+VERIFIED = tuple(name for name in RECIPE if name not in ("seed", "bound_rows"))  # it has its own
+
+PRUNE = Door(Call, tuple(RECIPE))
+PERMUTE = Door(Permute, SAMPLED, {"num_calibration_samples": 16})
+COMPARE = Door(Compare, COMPARED, {"num_calibration_samples": 64, "dtype": "float32"})
+COMPARE_SAMPLES = Door(CompareSamples, tuple(name for name in COMPARED if name != "seed"), COMPARE.defaults)
+INSPECT = Door(Inspect, tuple(RECIPE))
+VERIFY = Door(Verify, VERIFIED)
+EVALUATE = Door(Evaluate, ("model", "device"))
+BENCH = Door(Bench, ("model", "device"))

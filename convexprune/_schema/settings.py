@@ -1,0 +1,287 @@
+"""Every setting of a run, by groups: its name, type, default and help stand here and nowhere else.
+
+The recipe (`convexprune.recipe`) is made of these groups, and from them are made the command line's options, the
+arguments of the functions and their descriptions (`_schema.functions`). Nothing here loads torch, so help is quick.
+"""
+
+import warnings
+from collections.abc import Mapping
+from sys import _getframe
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
+
+BUNDLED = "opt-books"
+"""The name of the small OPT model that comes with convexprune, unless there is a folder of that name."""
+FAULTS = 5  # that one error tells
+LARGEST_SEED = 2**63 - 1  # torch's generators take no more
+RENAMED = {"correct": ("error_target", {"layer": "residual_stream"})}  # old name: the new one, and values of new names
+
+Made = TypeVar("Made", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A group of settings; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    group: ClassVar[str] = ""
+
+
+def setting(default: Any, help: str, *options: str, **limits: Any) -> Any:
+    """A setting's default and help.
+
+    Args:
+        default: what it is if it is left out; `...` if it may not be.
+        help: what it means, and what is accepted.
+        options: what it is called as well on the command line.
+        limits: as pydantic's `Field` has them.
+
+    Returns:
+        A field of pydantic.
+    """
+    return Field(default, description=help, json_schema_extra={"options": list(options)}, **limits)
+
+
+class ModelSettings(Settings):
+    """What is pruned."""
+
+    group = "model"
+    model: str = setting(BUNDLED, "Folder, or name on the hub. Left out: the small OPT model that is bundled.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
+        None, "float32, bfloat16 or float16. Left out: as the checkpoint is stored; the bundled model in float32."
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _name_of_dtype(cls, value: Any) -> Any:
+        """torch's own object by its name."""
+        return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
+
+
+class DataSettings(Settings):
+    """The tokens that it is pruned and judged on."""
+
+    group = "data"
+    dataset: str = setting(
+        "self",
+        "Text to calibrate on: self (sampled from the model), c4, wikitext2, ptb, OWNER/NAME on the hub (needs the "
+        "package datasets), or a .txt or .jsonl file.",
+    )
+    num_calibration_samples: int = setting(128, "Samples to fit on.", "--nsamples", ge=1)
+    held_out_samples: int | None = setting(
+        None,
+        "More samples, on which errors are measured and nothing is fitted. Left out: an eighth as many, or what the "
+        "data set has left.",
+        ge=0,
+    )
+    max_seq_length: int | None = setting(
+        None,
+        "Tokens of a sample. Left out: 2048, or the model's limit if less; 256 for the bundled model; of token ids "
+        "their own length.",
+        "--seqlen",
+        ge=2,
+    )
+    batch_size: int = setting(1, "Samples in one forward pass.", ge=1)
+    seed: int = setting(0, "Decides which samples are drawn, and what a model writes.", ge=0, le=LARGEST_SEED)
+
+
+class TargetSettings(Settings):
+    """How sparse which operators become."""
+
+    group = "target"
+    sparsity: float | None = setting(None, "Share of zeros, in [0, 1). Left out: 0.5, or what an N:M pattern fixes.")
+    pattern: str = setting(
+        "unstructured",
+        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are removed from all "
+        "rows; or int8, for rounding to 8 bits times a scale for each row, with no share of zeros (the methods "
+        "magnitude and wanda).",
+    )
+    quota: Literal["matrix", "row"] = setting(
+        "matrix", "Where the share of zeros holds: in each matrix, or in each row of it."
+    )
+    allocation: str = setting(
+        None,
+        "How the zeros are spread: uniform, the same share in each operator; rows, that too, but the rows of an "
+        "operator compete for it by how much they move the loss; curve, shares of least predicted loss as well, after "
+        "a survey of the dense model that takes about five times as long as SparseGPT; half-curve, half of the way "
+        "there; owl or skewness, by the scores of each decoder layer. N:M takes uniform and curve. Left out: rows for "
+        "the methods convex and admm if unstructured with quota matrix, else uniform.",
+    )
+    targets: tuple[str, ...] = setting(
+        ("Linear",), "Operators to prune: a name, its end, re:REGEX, or Linear for all; repeat it for more."
+    )
+    ignore: tuple[str, ...] = setting((), "Operators to leave alone, named the same way; repeat it for more.")
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        if isinstance(names, str):
+            raise RecipeError(f"Targets and ignore are lists of names; got the text {names!r}. Write [{names!r}].")
+        return names
+
+
+class MethodSettings(Settings):
+    """How an operator is pruned, and what it is to reproduce."""
+
+    group = "method"
+    method: str = setting(
+        "convex",
+        "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda.",
+    )
+    solver: str = setting(
+        "fista", "Solver of the method convex: fista, admm; for very small models cvxpy, scipy (minutes each)."
+    )
+    preset: str | None = setting(None, "fistapruner: the algorithm of arXiv 2408.03728 as published, for comparison.")
+    damping: float | None = setting(
+        None,
+        "Of convex, admm and a refit that is added: pull to the dense weight, relative to the diagonal of the Gram "
+        "matrix. Left out: from the noise of the sample. Other methods have theirs in method_args.",
+        ge=0,
+    )
+    refit: bool | None = setting(
+        None, "Least squares on the support that was found, for any method or for none. Left out: as the method has it."
+    )
+    error_correction: float = setting(
+        None,
+        "How much an operator makes up for the errors of those pruned before it, 0 to 1. Left out: 1, or 1/2 with the "
+        "prefix pruned.",
+        ge=0,
+        le=1,
+    )
+    error_target: Literal["operator", "residual_stream"] = setting(
+        None,
+        "Which error to make up for: operator, what the outputs of the operator itself lack, as published; or "
+        "residual_stream, for the operator that ends a decoder layer all that the layer's outputs lack. Left out: "
+        "residual_stream; for fistapruner operator.",
+    )
+    prefix: Literal["dense", "pruned"] = setting(
+        "dense",
+        "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
+        "far.",
+    )
+    method_args: dict[str, Any] = setting(
+        {}, "Further settings of the method's class in convexprune.pruners, as {name: value, ...}."
+    )
+
+    @field_validator("error_correction", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, bool) else value
+
+    @field_validator("method_args", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return {} if value is None else value
+        import yaml
+
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+
+
+class RunSettings(Settings):
+    """What is measured beside."""
+
+    group = "run"
+    bound_rows: int = setting(
+        2,
+        "Rows of each operator (all, if it has fewer) whose error the report compares with a certified lower bound on "
+        "that of any pruning (docs/certificates.md); 0: none.",
+        ge=0,
+    )
+    evaluation: str | None = setting(
+        None,
+        "Text to measure perplexity on, before and after: self (sampled from the dense model, apart from the "
+        "calibration samples), or a .txt or .jsonl file. Left out: none; on the command line self, if the dataset is.",
+        "--eval-text",
+    )
+
+
+class DeviceSettings(Settings):
+    """Where it is computed."""
+
+    group = "device"
+    device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...")
+    threads: int | None = setting(
+        None,
+        "Threads that a layer is pruned on; the last bits depend on it. Left out: those of torch, divided by the "
+        "workers.",
+        ge=1,
+    )
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _name_of_device(cls, value: Any) -> Any:
+        """torch's own object by its name."""
+        return str(value) if type(value).__name__ == "device" else value
+
+
+GROUPS = (ModelSettings, DataSettings, TargetSettings, MethodSettings, RunSettings, DeviceSettings)
+
+
+def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
+    """A group of settings from keywords, with one readable error for all that is wrong.
+
+    Args:
+        kind: the group.
+        settings: by name.
+
+    Returns:
+        The group.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+        ConvexpruneError: what a check of the group says.
+    """
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        causes = [fault.get("ctx", {}).get("error") for fault in error.errors()]
+        if ours := [cause for cause in causes if isinstance(cause, ConvexpruneError)]:
+            raise ours[0] from None  # it is ours and says it all
+        raise RecipeError(" ".join(_told(fault, kind) for fault in error.errors()[:FAULTS])) from error
+
+
+def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])[:100]
+    if fault["type"] == "extra_forbidden":
+        return unknown("setting", name, kind.model_fields)
+    return f"{name}={shown(fault['input'])}: {fault['msg']}."
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by today's names; an old name is taken for one more release, with a warning.
+
+    Args:
+        settings: by name, old or new.
+
+    Returns:
+        The same by new names.
+
+    Raises:
+        RecipeError: a setting comes by both names.
+    """
+    found = dict(settings)
+    for old, (new, values) in RENAMED.items():
+        if (value := found.pop(old, None)) is None:
+            continue
+        if found.get(new) is not None:
+            raise RecipeError(f"{old} is the old name of {new}. Leave {old} out.")
+        found[new] = values.get(value, value) if isinstance(value, str) else value
+        told = f"{old}={value!r} is now {new}={found[new]!r}: the next release does not know the old name."
+        warnings.warn(told, DeprecationWarning, stacklevel=_depth_of_caller())
+    return found
+
+
+def _depth_of_caller() -> int:
+    """How many frames lie between `renamed` and whoever called the package: Python shows warnings of scripts only."""
+    depth = 1
+    while (frame := _getframe(depth)).f_back and frame.f_globals.get("__name__", "").startswith(
+        ("convexprune.", "pydantic")
+    ):
+        depth += 1
+    return depth

@@ -1,0 +1,1 @@
+"""Files and tensors on the disk, whole or not at all."""

@@ -1,0 +1,51 @@
+"""Folders that appear whole or not at all, and links that lead out of the folder of a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from convexprune._storage.files import flush, make_folder, publish, writing
+from convexprune.errors import ModelError
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Write a new folder atomically: it is made under another name, and becomes `folder` if the block ends well.
+
+    Args:
+        folder: where it is wanted; an empty one gives way.
+
+    Yields:
+        The folder under its other name.
+
+    Raises:
+        OutputError: the disk is full or fails; nothing is left behind.
+    """
+    with writing(folder):
+        make_folder(folder.parent)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
+            whole = Path(place, folder.name)
+            whole.mkdir()
+            yield whole
+            flush(whole)
+            publish(whole, folder)
+
+
+def refuse_foreign(path: Path, folder: Path) -> None:
+    """Check that a file of a model lies in its folder, or among the blobs of the hub's cache.
+
+    Args:
+        path: of the file.
+        folder: of the model.
+
+    Raises:
+        ModelError: it is a link that leads somewhere else, and would be copied from there.
+    """
+    place, target = folder.resolve(), path.resolve()
+    blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
+    if not target.is_relative_to(place) and target.parent != blobs:
+        raise ModelError(
+            f"{path} is a link to {target}, outside of the model's folder, and would be copied to the result. Put "
+            "the file itself into the folder, or remove the link."
+        )

@@ -1,0 +1,324 @@
+"""Tensors on disk, one at a time: safetensors files, and batches that are recorded and mapped back into memory."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from convexprune._storage.files import Stamp, atomic_write, naming, read_ahead, reading, write, writing
+from convexprune.errors import ModelError
+
+# The codes of the safetensors format for the types that a language model is stored in.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Those of all types that the format has; what cannot be a weight is copied as it is.
+BITS = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | {
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes; that of the library
+
+
+class Spec(NamedTuple):
+    """What the header of a safetensors file says of a tensor.
+
+    Args:
+        code: the type, as the format names it.
+        shape: of the tensor.
+        nbytes: its bytes.
+    """
+
+    code: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        """The spec of a `tensor` as it would be stored."""
+        return cls(CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file.
+
+    Args:
+        path: of the file.
+        spec: its type, shape and bytes.
+        begin: where its bytes begin in the file.
+    """
+
+    path: Path
+    spec: Spec
+    begin: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Returns:
+            The tensor, on the CPU.
+
+        Raises:
+            ModelError: its type is none that a weight can have, or the file ends too early.
+        """
+        if self.spec.code not in DTYPES:
+            raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
+        dtype, data = DTYPES[self.spec.code], self.read_bytes()
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(self.spec.shape)
+
+    def prefetch(self) -> None:
+        """Have the disk read while something else is computed."""
+        read_ahead(self.path, self.begin, self.spec.nbytes)
+
+    def read_bytes(self) -> bytearray:
+        """The bytes of the tensor.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            ModelError: the file ends too early.
+        """
+        data = bytearray(self.spec.nbytes)
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.begin)
+            view = memoryview(data)
+            while view and (count := file.readinto(view)):  # the system reads 2 GiB at most at once
+                view = view[count:]
+        if view:
+            raise damaged(self.path)
+        return data
+
+
+def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file holds; only the header is read.
+
+    What the library safetensors refuses is refused here.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The tensors by name, in the order of their bytes, and the metadata.
+
+    Raises:
+        ModelError: the file cannot be read, is not safetensors, or has not the length that its header says.
+    """
+    size, text = Stamp.of(path).size, read_header(path)
+    try:
+        specs, metadata = parse_header(text)
+        start = 8 + len(text)
+        if size != (told := start + sum(spec.nbytes for spec in specs.values())):
+            raise ValueError(f"{size:,} bytes, its header tells of {told:,}")
+    except ValueError as cause:
+        raise damaged(path, cause) from cause
+    found = {}
+    for name, spec in specs.items():
+        found[name] = Entry(path, spec, start)
+        start += spec.nbytes
+    return found, metadata
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a safetensors file, as it is there.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The bytes; none of a file that is shorter than it says.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    size = Stamp.of(path).size
+    with reading(path), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return file.read(length) if 8 + length <= min(size, LONGEST_HEADER) else b""
+
+
+def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
+    """The tensors that the header of a safetensors file names, in the order of their bytes, and its metadata.
+
+    Args:
+        text: the header.
+
+    Returns:
+        The specs by name, and the metadata.
+
+    Raises:
+        ValueError: the text is no header of a safetensors file.
+    """
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
+        metadata = header.pop("__metadata__", {})
+        found, last = {}, 0
+        for begin, end, name in sorted((*value["data_offsets"], name) for name, value in header.items()):
+            if begin != last:
+                raise ValueError(f"{name} begins at byte {begin:,}, what is before it ends at {last:,}")
+            found[name] = _spec(name, header[name], end - begin)
+            last = end
+        "".join((*found, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
+    except (KeyError, TypeError, AttributeError, RecursionError) as cause:
+        raise ValueError(str(cause)) from cause
+    return found, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that comes twice")
+    return found
+
+
+def _count(digits: str) -> int:
+    if digits.startswith("-") or len(digits) > 19:
+        raise ValueError(f"{digits[:30]} is no number of bytes")
+    return int(digits)
+
+
+def _refused(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
+    """What a header says of a tensor, if it is right."""
+    code, shape = value["dtype"], value["shape"]
+    if value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} has {', '.join(value)}")
+    if not isinstance(shape, list) or not all(type(count) is int for count in (*shape, *value["data_offsets"])):
+        raise ValueError(f"{name} has a size that is no whole number")
+    if 8 * nbytes != prod(shape) * BITS[code] or prod(max(1, count) for count in shape) * BITS[code] >= 1 << 64:
+        raise ValueError(f"{name}: {nbytes:,} bytes for {code} {shape}")
+    return Spec(code, tuple(shape), nbytes)
+
+
+def write_tensors(
+    path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, one tensor after another.
+
+    Args:
+        path: of the file.
+        specs: what the header says of each tensor, by name.
+        read: gives a tensor, or its bytes, by name; asked once for each.
+        metadata: for the header.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are to be aligned
+    with atomic_write(path) as file:
+        write(file, len(text).to_bytes(8, "little") + text)
+        for name in specs:
+            value = read(name)
+            write(file, raw(value) if isinstance(value, Tensor) else value)
+
+
+class Batches(Sequence[Tensor]):
+    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used.
+
+    Args:
+        path: of the file.
+        dtype: of the tensors; None until the first is recorded.
+        shapes: of the tensors that the file has.
+        device: where the tensors are wanted.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype | None = None,
+        shapes: Iterable[Sequence[int]] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.shapes = [tuple(shape) for shape in shapes]
+        self._ends = [0]
+        for shape in self.shapes:
+            self._ends.append(self._ends[-1] + _size(shape, dtype))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        begin, end = self._ends[i : i + 2]
+        start = begin - begin % ALLOCATIONGRANULARITY
+        with naming(self.path), self.path.open("rb", buffering=0) as file:
+            mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
+        assert self.dtype is not None
+        return torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i]).to(self.device)
+
+    def prefetch(self) -> None:
+        """Have the disk read while something else is computed."""
+        read_ahead(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """How long the file should be."""
+        return self._ends[-1]
+
+    def append(self, batch: Tensor) -> None:
+        """Record one more.
+
+        Args:
+            batch: the tensor.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        self.dtype = self.dtype or batch.dtype
+        assert batch.dtype == self.dtype
+        with writing(self.path), self.path.open("ab") as file:
+            write(file, raw(batch))
+        self.shapes.append(tuple(batch.shape))
+        self._ends.append(self._ends[-1] + _size(batch.shape, self.dtype))
+
+
+def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:
+    assert dtype is not None
+    return prod(shape) * dtype.itemsize
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a `tensor`."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
+    """The error for a file that is not what it says it is.
+
+    Args:
+        path: of the file.
+        cause: what is wrong.
+
+    Returns:
+        The error.
+    """
+    return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")

@@ -1,0 +1,86 @@
+"""Whole input channels: the same columns are zero in all rows of an operator."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
+from convexprune.constraints._share import check_share, from_percent, percent, shares_around
+from convexprune.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Columns(Mask):
+    """round(sparsity * n) columns of a weight [m n] are zero in all rows, those of the least energy sum_i S_ij^2.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1).
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_share(self.sparsity)
+
+    def describe(self) -> str:
+        return f"columns {percent(self.sparsity)}"
+
+    @classmethod
+    def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
+        match = re.fullmatch(r"columns(?: ([\d.]+)%)?", text)
+        if match is None:
+            return None
+        if quota != "matrix":
+            raise PatternError("Pattern 'columns' removes columns from all rows. Leave quota out.")
+        return cls(from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Any weight fits, as long as a column is removed and one is left."""
+        removed = self._removed(columns)
+        if removed >= columns or (removed == 0 and self.sparsity > 0):
+            raise PatternError(f"Sparsity {self.sparsity} of {columns} columns rounds to {removed} columns.")
+
+    @property
+    def continuous(self) -> bool:
+        """To a column."""
+        return True
+
+    @property
+    def by_row(self) -> bool:
+        """All rows choose together."""
+        return False
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return rows * self._removed(columns)
+
+    def violation(self, weight: Tensor) -> int:
+        kept = int((weight != 0).any(0).sum())
+        return max(0, kept - weight.shape[1] + self._removed(weight.shape[1]))
+
+    def with_sparsity(self, sparsity: float) -> "Columns":
+        return replace(self, sparsity=sparsity)
+
+    def ladder(self, reach: float, step: float) -> list[Constraint]:
+        return [self.with_sparsity(each) for each in shares_around(self.sparsity, reach, step)]
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        columns = scores.shape[1]
+        removed = self._removed(first + columns) - self._removed(first)
+        return keep_largest(_norms(scores), columns - removed).expand(scores.shape).clone()
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """A column counts as a whole: each of its scores is to its threshold as its norm is to that of all columns."""
+        norms = _norms(scores)
+        between = norms.kthvalue(min(self._removed(norms.shape[1]) + 1, norms.shape[1]), dim=1, keepdim=True).values
+        return scores.abs() * (between / norms.clamp_min(torch.finfo(scores.dtype).tiny))
+
+    def _removed(self, columns: int) -> int:
+        return round(self.sparsity * columns)
+
+
+def _norms(scores: Tensor) -> Tensor:
+    """That of each column [1 n]."""
+    return scores.square().sum(0, keepdim=True).sqrt()

@@ -1,0 +1,229 @@
+"""How good could any pruning be? A certified lower bound on the error of the best weight in a pattern."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints import Constraint
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._relaxation import Lines, Relaxed, relax
+from convexprune.core._split import first_split, fit_split, safe_split
+from convexprune.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class PruningBound:
+    """A lower bound on the error of any weight in a pattern.
+
+    Args:
+        error: the squared error mean |V x* - target|^2, summed over rows, of the pruned weight.
+        lower: no weight in the pattern with the same number of non-zeros has a lower error on these rows.
+        rows: how many.
+    """
+
+    error: float
+    lower: float
+    rows: int
+
+    @property
+    def ratio(self) -> float:
+        """lower / error in [0, 1]: at least this part of the error is unavoidable. 1 where both are zero."""
+        return self.lower / self.error if self.error > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """The perspective relaxation of the cardinality-constrained problem, with a split that is fitted to it.
+
+    Take a diagonal split B >= 0 with H - B positive semidefinite. At any weight V0 with negative gradient K,
+
+        q(V) >= q(V0) - <K, V - V0> + 1/2 sum_j B_j (V_j - V0_j)^2
+
+    and the right-hand side is separable: its least value over a pattern that keeps k entries of a line (a row, a
+    group of n:m, or all rows) is known in closed form (`lower_bound`). So any V0 and any split give a valid bound.
+    The best V0 minimises the perspective relaxation (reverse Huber; Pilanci, Wainwright and El Ghaoui 2015; Dong, Chen
+    and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. Each round makes
+    some iterations of ADMM on V0 (`relax`), and then a Newton step on
+
+        max_B  <c, B> + barrier log det(H - B),     c_j = V_j^2 (1 / z_j - 1) / 2
+
+    where c is the derivative of the relaxed value by B, of which that is a concave function.
+
+    Args:
+        rounds: how many.
+        iterations: of ADMM in a round.
+        last_iterations: of ADMM after the last round.
+        barriers: the first and the last barrier, in units of <c, B> / n; they fall geometrically.
+        per_row: whether every row has its own split, which is tighter and costs four factorisations [n n] a row and
+            round; else all rows share one.
+    """
+
+    rounds: int = 12
+    iterations: int = 20
+    last_iterations: int = 100
+    barriers: tuple[float, float] = (1.0, 1e-2)
+    per_row: bool = True
+
+    @torch.no_grad()
+    def of(self, quadratic: Quadratic, pattern: Constraint, weight: Tensor) -> PruningBound:
+        """The bound for a pruned weight, whose rows may be a sample of an operator's rows.
+
+        A quota of the whole matrix is then the number of non-zeros that the weight has in these rows.
+
+        Args:
+            quadratic: the error as a quadratic of weights [m n].
+            pattern: of the operator.
+            weight: the pruned weight [m n].
+
+        Returns:
+            The bound.
+
+        Raises:
+            ProblemError: the weight is not shaped like the quadratic, or has more non-zeros than the pattern allows.
+            PatternError: the pattern does not fit.
+        """
+        return self.of_each(quadratic, [pattern], [weight])[0]
+
+    @torch.no_grad()
+    def of_each(
+        self, quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]
+    ) -> list[PruningBound]:
+        """The bounds for operators that share their inputs.
+
+        Args:
+            quadratic: the error of all; their rows, one after another, are its rows.
+            patterns: one for each operator.
+            weights: the pruned weight of each operator.
+
+        Returns:
+            One bound for each operator.
+
+        Raises:
+            ProblemError: a weight is not shaped like the quadratic, or has more non-zeros than its pattern allows.
+            PatternError: a pattern does not fit.
+        """
+        weight = torch.cat(list(weights))
+        if tuple(weight.shape) != quadratic.shape:
+            raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
+        budgets = [lines_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
+        heights = [len(part) for part in weights]
+        errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
+        q = without_dead_inputs(quadratic.double)
+        scale = q.scale()
+        q = q.scaled(scale)
+        first = first_split(q.gram)
+        if first is None:
+            return [PruningBound(error, 0.0, rows) for error, rows in zip(errors, heights, strict=True)]
+        bounds = []
+        for rows, (lines, kept), error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True):
+            part = q.rows(rows)
+            split, point = self._ascend(part, *first, weight[rows].double() * scale, lines, kept)
+            proven = safe_split(part.gram, split) if self.rounds else split  # the first one is
+            lower = lower_bound(part, proven, point, lines, kept)
+            bounds.append(PruningBound(error, 2 * lower, len(rows)))
+        return bounds
+
+    def _ascend(
+        self, q: Quadratic, inverse: Tensor, first: Tensor, weight: Tensor, lines: Lines, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The split B and the weight V0 [m n] at which the bound is best, from the `first` split [n]."""
+        split = first.expand(weight.shape)
+        found = Relaxed.at(weight)
+        for number in range(self.rounds):
+            found = relax(q, inverse, split, found, lines, kept, self.iterations)
+            barrier = self.barriers[0] * (self.barriers[1] / self.barriers[0]) ** (number / max(1, self.rounds - 1))
+            gain = found.gain if self.per_row else found.gain.mean(0, keepdim=True)
+            before, rows = split, split if self.per_row else split[:1]
+            split = torch.stack([_fitted(q.gram, b, c, barrier) for b, c in zip(rows, gain, strict=True)])
+            split = split.expand(weight.shape)
+            found = found.moved(before, split)
+        return split, relax(q, inverse, split, found, lines, kept, self.last_iterations).point
+
+
+def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
+    """The split [n] after a Newton step, with the barrier in units of the mean of gain times split."""
+    unit = gain.mean().clamp_min(torch.finfo(gain.dtype).tiny)
+    return fit_split(gram, split, gain / unit, barrier * float((split * gain).mean() / unit))
+
+
+def lines_of(pattern: Constraint, weight: Tensor) -> tuple[Lines, Tensor]:
+    """The lines of a weight that have a budget of non-zeros each, and these budgets.
+
+    Args:
+        pattern: one that has lines (`Constraint.budget`).
+        weight: [m n].
+
+    Returns:
+        A function that views a tensor [m n] as lines, and how many non-zeros each line may have [lines 1].
+
+    Raises:
+        ProblemError: the pattern has no lines (a stack: take its operators one by one), or the weight breaks it.
+        PatternError: the pattern does not fit.
+    """
+    budget = pattern.budget(weight.shape)
+    if budget is None:
+        raise ProblemError(f"A bound needs an unstructured or n:m pattern of one operator; this is {pattern}.")
+
+    def lines(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, budget.width)
+
+    counts = (lines(weight) != 0).sum(1)
+    kept = budget.kept if pattern.by_row else int(counts)  # the rows are a sample of those that compete
+    if bool((counts > kept).any()):
+        raise ProblemError(
+            f"The weight keeps up to {int(counts.max())} in a line of {budget.width}; {pattern} keeps {kept}."
+        )
+    return lines, torch.full((len(counts), 1), kept, dtype=torch.float64, device=weight.device)
+
+
+def without_dead_inputs(q: Quadratic) -> Quadratic:
+    """The quadratic plus 1/2 |V|^2 on the inputs that are always zero: its best pruning has zeros there.
+
+    Args:
+        q: the quadratic.
+
+    Returns:
+        The sum; `q` itself if no input is always zero.
+    """
+    dead = q.gram.diagonal() == 0
+    if not bool(dead.any()):
+        return q
+    q = q.at(None if q.anchor is None else q.anchor.masked_fill(dead, 0))
+    return type(q)(q.gram + dead.to(q.gram).diag(), q.cross, q.energy, q.anchor, checked=False)
+
+
+def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept: Tensor) -> float:
+    """A bound below q(V), summed over rows, for every V in the pattern.
+
+        q(V0) + sum_ij (K V0 + 1/2 B V0^2)_ij - (the `kept` largest (K + B V0)^2 / 2 B of each line)
+
+    A bound on the rounding of all that (float64) is subtracted.
+
+    Args:
+        q: the quadratic of weights [m n].
+        split: B [m n], each row proven to be below H.
+        weight: V0 [m n], any weight.
+        lines: see `budget`.
+        kept: how many non-zeros each line may have [lines 1].
+
+    Returns:
+        The bound, not negative.
+    """
+    residual = q.residual(weight)
+    values = q.values(weight, residual)
+    fixed = residual * weight + split * weight.square() / 2  # the cost of an entry that is zero
+    gain = torch.where(split > 0, (residual + split * weight).square() / (2 * split), inf)  # of one that is kept
+    gain = torch.where((split == 0) & (residual == 0), 0.0, gain)
+    largest = lines(gain).sort(dim=1, descending=True).values.cumsum(1)
+    count = kept.long()
+    gained = torch.where(count > 0, largest.gather(1, (count - 1).clamp_min(0)), 0.0)
+    unit = 4 * (max(q.shape[1], largest.shape[1]) + 4) * torch.finfo(weight.dtype).eps  # of the longest sum
+    moved = q.displacement(weight).abs()
+    residual_terms = q.cross.abs() + moved @ q.gram.abs()  # the residual is wrong by `unit` times this at most
+    lengths = weight.abs() + residual.abs() / split.clamp_min(torch.finfo(weight.dtype).tiny) + moved
+    terms = (residual_terms * lengths).sum() + q.energy.sum() + values.sum() + fixed.abs().sum() + gained.sum()
+    bound = float(values.sum() + fixed.sum() - gained.sum()) - unit * float(terms)
+    return bound if bound > 0 else 0.0  # also where it is not a number: the error is a sum of squares

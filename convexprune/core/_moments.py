@@ -1,0 +1,358 @@
+"""The streaming calibration accumulator: tokens go in, their second moments stay."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convexprune.core._quadratic import Quadratic
+from convexprune.errors import ProblemError
+
+STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
+
+
+class ErrorMoments:
+    """Second moments of the error d that is to be made up for, and of the input x* [n], as sums over tokens.
+
+    Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of outputs, d [m] is the
+    error of the outputs of one weight W [m n], W (x - x*) or the error of the residual stream: sum d x*' [m n] and sum
+    d^2 [m]. The second kind needs less memory, and less work if 4 m < 3 n.
+
+    Args:
+        cross: sum d x*' [n n] or [m n].
+        change: sum d d' [n n] or sum d^2 [m].
+    """
+
+    def __init__(self, cross: Tensor, change: Tensor) -> None:
+        self.cross, self.change = cross, change
+
+    @classmethod
+    def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
+        """The moments of no token.
+
+        Args:
+            gram: the second moments [n n] of the inputs, for their shape, dtype and device.
+            outputs: m, if the errors are those of outputs.
+
+        Returns:
+            Zeros.
+        """
+        if outputs is None:
+            return cls(torch.zeros_like(gram), torch.zeros_like(gram))
+        return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
+
+    @staticmethod
+    def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
+        """Whether moments of the outputs' errors are less to compute than those of the inputs' errors.
+
+        Args:
+            outputs: m of the weight.
+            inputs: n of the weight.
+
+        Returns:
+            True if 4 m < 3 n.
+        """
+        return 4 * outputs < 3 * inputs
+
+    def add(self, x: Tensor, error: Tensor) -> None:
+        """Count tokens.
+
+        Args:
+            x: the inputs x* [tokens n].
+            error: the errors d, [tokens n] or [tokens m].
+        """
+        if self.change.ndim == 2:
+            _add_square(self.change, error)
+        else:
+            self.change += error.square().sum(0)
+        self.cross.addmm_(error.T, x)
+
+    def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments in the output space of one weight.
+
+        Args:
+            weight: W [m n]. If the errors are those of outputs already, only its dtype and device count.
+
+        Returns:
+            sum (W d) x*' [m n] and sum (W d)^2 [m].
+        """
+        if self.change.ndim == 1:
+            return self.cross.to(weight), self.change.to(weight)
+        weight = weight.to(self.cross)
+        return weight @ self.cross, _row_form(weight, _whole(self.change))
+
+    def is_finite(self) -> bool:
+        """Whether every error counted so far was finite."""
+        return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
+
+    def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
+        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
+        return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
+
+    def scaled(self, factors: Tensor) -> "ErrorMoments":
+        """The moments for the weight with its rows times `factors` [m]."""
+        if self.change.ndim == 2:
+            return self
+        factors = factors.to(self.change)
+        return ErrorMoments(self.cross * factors[:, None], self.change * factors.square())
+
+    def __add__(self, other: "ErrorMoments") -> "ErrorMoments":
+        return ErrorMoments(self.cross + other.cross, self.change + other.change)
+
+
+class Moments:
+    """Second moments, as means over tokens, of an operator's pruned input x* and of its error d = x - x*.
+
+    x [n] is the input that the operator sees in the dense network, x* the one that it sees once the operators before
+    it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
+    means that error correction never subtracts two nearly equal matrices.
+
+    Args:
+        width: n.
+        dtype: of accumulation, float32 or float64.
+        device: of accumulation.
+        outputs: m, if errors are counted of the outputs of one weight [m n] (see `ErrorMoments`).
+
+    Raises:
+        ProblemError: the width is negative, or the dtype is neither float32 nor float64.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        outputs: int | None = None,
+    ) -> None:
+        if width < 0 or dtype not in (torch.float32, torch.float64):
+            raise ProblemError(f"Moments of {width} inputs in {dtype}; needed are 0 or more, in float32 or float64.")
+        self.tokens = 0
+        self.errors: ErrorMoments | None = None
+        self.outputs = outputs
+        self.sum = torch.zeros(width, width, dtype=dtype, device=device)  # of x* x*', its upper triangle
+
+    @property
+    def width(self) -> int:
+        """n, the number of inputs of the operator."""
+        return self.sum.shape[0]
+
+    @torch.no_grad()
+    def add(self, pruned: Tensor, dense: Tensor | None = None) -> None:
+        """Count a batch of inputs.
+
+        Args:
+            pruned: x* [... n].
+            dense: x [... n] of the same tokens, if they differ.
+
+        Raises:
+            ProblemError: the inputs are not `width` wide, or dense and pruned differ in shape.
+        """
+        x = self._tokens(pruned, dense)
+        _add_square(self.sum, x)
+        self.tokens += x.shape[0]
+        if dense is not None:
+            self.add_errors(x, dense.reshape(x.shape).to(x) - x)
+
+    @torch.no_grad()
+    def add_errors(self, x: Tensor, error: Tensor) -> None:
+        """Count the errors of tokens whose inputs are counted already.
+
+        Args:
+            x: the inputs x* [tokens n].
+            error: d, [tokens n] or [tokens m].
+        """
+        self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
+        self.errors.add(x.to(self.sum), error.to(self.sum))
+
+    @property
+    def gram(self) -> Tensor:
+        """The mean of x* x*' [n n]; SparseGPT and GPTQ call twice this matrix the Hessian.
+
+        Raises:
+            ProblemError: no token was seen.
+        """
+        self._require_tokens()
+        return _whole(self.sum / self.tokens)
+
+    @property
+    def cross(self) -> Tensor | None:
+        """mean (x - x*) x*' [n n], or mean d x*' [m n] of outputs; None if x = x* throughout."""
+        return None if self.errors is None else self.errors.cross / self.tokens
+
+    @property
+    def change(self) -> Tensor | None:
+        """mean (x - x*) (x - x*)' [n n], or mean d^2 [m] of outputs; None if x = x* throughout."""
+        if self.errors is None:
+            return None
+        change = self.errors.change / self.tokens
+        return change if change.ndim == 1 else _whole(change)
+
+    def is_finite(self) -> bool:
+        """Whether every input counted so far was finite."""
+        own = bool(self.sum.diagonal().isfinite().all())
+        return own and (self.errors is None or self.errors.is_finite())
+
+    def energy(self, weight: Tensor) -> Tensor:
+        """The energy of the target of each row, the unit of relative errors.
+
+        Args:
+            weight: W [m n].
+
+        Returns:
+            mean |W x|^2 [m], or with errors of outputs mean |W x* + d|^2.
+
+        Raises:
+            ProblemError: no token was seen.
+        """
+        energy = _row_form(weight, self.gram)
+        if self.errors is not None:
+            cross, change = self.errors.project(weight)
+            energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
+        return energy
+
+    def reconstruction(self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None) -> Quadratic:
+        """The layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
+
+        With alpha = 1 the target is the dense operator on the dense input, the error correction of FISTAPruner (arXiv
+        2408.03728, Eq. 2). With alpha = 0 it is the dense operator on its own, pruned input, as in SparseGPT.
+
+        Args:
+            weight: W [m n], which is also the anchor.
+            alpha: how much of the error is corrected, in [0, 1].
+            correction: the old name of `alpha`.
+
+        Returns:
+            The quadratic of V [m n].
+
+        Raises:
+            ProblemError: no token was seen.
+        """
+        if correction is not None:
+            warnings.warn("`correction` is now called `alpha`.", DeprecationWarning, stacklevel=2)
+            alpha = correction
+        weight = weight.to(self.sum)
+        if self.errors is None or alpha == 0:
+            zero = torch.zeros_like(weight)
+            return Quadratic(self.gram, zero, zero[:, 0], weight, checked=False)
+        cross, change = self.errors.project(weight)
+        factor = alpha / self.tokens
+        return Quadratic(self.gram, cross * factor, change * (alpha * factor), weight, checked=False)
+
+    def rows(self, chosen: Tensor | slice) -> "Moments":
+        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
+        return self._with(self.tokens, self.sum, None if self.errors is None else self.errors.rows(chosen))
+
+    def scaled(self, factors: Tensor) -> "Moments":
+        """The moments for the weight with its rows times `factors` [m]."""
+        return self.with_errors(None if self.errors is None else self.errors.scaled(factors))
+
+    def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
+        """The moments where inputs that are always zero have the mean energy of the others, and correlate with none.
+
+        What the columns of the weight at these inputs add to the outputs of the dense network is still made up for,
+        whatever these columns are by then.
+
+        Args:
+            weight: W [m n].
+
+        Returns:
+            Other moments.
+        """
+        diagonal = self.sum.diagonal()
+        dead = diagonal == 0
+        energy = diagonal[~dead].mean() if bool(diagonal.any()) else self.tokens
+        errors = None if self.errors is None else ErrorMoments(*self.errors.project(weight))
+        return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
+
+    def counted_as(self, tokens: int) -> "Moments":
+        """The mean of x* x*' without errors, with another count of tokens, which is its weight in a sum.
+
+        Args:
+            tokens: the count.
+
+        Returns:
+            Other moments.
+
+        Raises:
+            ProblemError: no token was seen.
+        """
+        self._require_tokens()
+        return self._with(tokens, tokens / self.tokens * self.sum, None)
+
+    def with_errors(self, errors: ErrorMoments | None) -> "Moments":
+        """These moments of x* with other `errors` of the same tokens, or with none."""
+        return self._with(self.tokens, self.sum, errors)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        both = [errors for errors in (self.errors, other.errors) if errors is not None]
+        errors = both[0] + both[1] if len(both) == 2 else next(iter(both), None)
+        return self._with(self.tokens + other.tokens, self.sum + other.sum, errors)
+
+    def _with(self, tokens: int, gram: Tensor, errors: ErrorMoments | None) -> "Moments":
+        other = Moments(0, gram.dtype, gram.device, self.outputs)
+        other.tokens, other.sum, other.errors = tokens, gram, errors
+        return other
+
+    def _tokens(self, pruned: Tensor, dense: Tensor | None) -> Tensor:
+        """x* as [tokens n]."""
+        if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
+            shape = None if dense is None else list(dense.shape)
+            raise ProblemError(
+                f"Inputs {list(pruned.shape)} and dense inputs {shape}; "
+                f"these moments take equal shapes, {self.width} wide."
+            )
+        return pruned.reshape(-1, self.width).to(self.sum)
+
+    def _require_tokens(self) -> None:
+        if self.tokens == 0:
+            raise ProblemError("These moments have seen no token; call `add` first.")
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """total += x' x, but only on and above the diagonal: the rest is symmetric, and would cost as much again."""
+    rows = -(-len(total) // STRIPS)
+    for first in range(0, len(total), rows):
+        total[first : first + rows, first:].addmm_(x[:, first : first + rows].T, x[:, first:])
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """The symmetric matrix with that upper triangle."""
+    return upper.triu() + upper.triu(1).T
+
+
+def sampling_noise(folds: Sequence[Moments]) -> float:
+    """How much of the correlations of the inputs is sampling noise.
+
+    With C_A, C_B the Gram matrices of two disjoint halves of the tokens and C their mean, all in coordinates where C
+    has a unit diagonal,
+
+        noise = 1/4 |offdiag(C_A - C_B)|^2 / |offdiag(C)|^2
+
+    estimates the intensity with which shrinking C towards the identity minimises the expected error (Ledoit and Wolf
+    2004, with the variance taken from the halves because tokens are not independent).
+
+    Args:
+        folds: the moments of the two halves.
+
+    Returns:
+        The noise in [0, 1).
+
+    Raises:
+        ProblemError: there are not two folds.
+    """
+    if len(folds) != 2:
+        raise ProblemError(f"Sampling noise needs two folds; {len(folds)} given.")
+    first, second = folds[0].gram, folds[1].gram
+    mean = (first + second) / 2
+    scale = mean.diagonal().clamp_min(torch.finfo(mean.dtype).tiny).sqrt()
+    outer = torch.outer(scale, scale)
+    signal = mean.div_(outer).fill_diagonal_(0).square_().sum()
+    noise = first.sub_(second).div_(outer).fill_diagonal_(0).square_().sum() / 4
+    return float((noise / signal).clamp(0, 0.99)) if signal > 0 else 0.0
+
+
+def _row_form(weight: Tensor, matrix: Tensor) -> Tensor:
+    """diag(W M W') [m]."""
+    weight = weight.to(matrix)
+    return ((weight @ matrix) * weight).sum(1)

@@ -1,0 +1,301 @@
+"""The penalties: each owns all the mathematics of its term, so that solvers and certificates know only these verbs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import InitVar, dataclass, fields, is_dataclass
+from math import inf
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune._device.kernels import fused, number_like
+from convexprune.core._arrays import as_tensor
+from convexprune.errors import ProblemError
+
+
+class AbstractPenalty(ABC):
+    """A closed function of the weight V [m n], separable over its entries or groups of them, with p(V) >= p(0) = 0.
+
+    It is convex unless its class says that it is not: the bounds that follow from the conjugate hold either way, but
+    they can only be tight for a convex one.
+    """
+
+    @abstractmethod
+    def values(self, weight: Tensor) -> Tensor:
+        """p of each row [m], of the `weight` [m n]."""
+
+    @abstractmethod
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """The proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
+
+        Args:
+            weight: V [m n].
+            step: not negative.
+            out: where the result is written, if given; may be `weight` itself.
+
+        Returns:
+            U [m n].
+        """
+
+    @abstractmethod
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """The convex conjugate p*(S) = max_V <S, V> - p(V) of each row.
+
+        Args:
+            dual: S [m n], in the domain of p*.
+
+        Returns:
+            [m].
+        """
+
+    @abstractmethod
+    def project(self, dual: Tensor) -> Tensor:
+        """The point nearest to S where the conjugate is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m n].
+        """
+
+    @abstractmethod
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        """The largest factor s_i for which the conjugate of each row s_i S_i is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m]; may be inf.
+        """
+
+    @abstractmethod
+    def scaled(self, scale: Tensor) -> "AbstractPenalty":
+        """The same function of U = V * scale.
+
+        Args:
+            scale: [n], positive.
+
+        Returns:
+            The penalty of U.
+        """
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same function for weights of another `dtype`."""
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
+        """The subgradient of p that is nearest to a dual point, so that p(V) + p*(S) = <S, V>.
+
+        Args:
+            weight: V [m n].
+            dual: the point [m n].
+
+        Returns:
+            S [m n]. None where it equals what `project` gives, or is not known: then certificates are not as tight.
+        """
+        return None
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse to be added to a quadratic of weights of another shape.
+
+        Args:
+            shape: (m, n) of the weights.
+
+        Raises:
+            ProblemError: a tensor of the penalty does not broadcast to it.
+        """
+        for field in fields(self) if is_dataclass(self) else ():
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, Tensor) and not _broadcasts(tensor.shape, shape):
+                raise ProblemError(
+                    f"`{field.name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
+                    f"problem's {list(shape)} [outputs inputs]."
+                )
+
+
+def require_step(step: float) -> None:
+    """Refuse a negative step: no prox has one.
+
+    Args:
+        step: the step of a prox.
+
+    Raises:
+        ProblemError: the step is negative.
+    """
+    if step < 0:
+        raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
+
+
+def _broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
+    return len(shape) <= 2 and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class L1(AbstractPenalty):
+    """sum_ij strength_ij |V_ij|.
+
+    `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs.
+
+    Args:
+        strength: not negative, of a shape that broadcasts to [m n]. Zero leaves an entry free.
+        checked: whether to check the strengths. False is for those made in a loop, where the check stops a GPU.
+
+    Raises:
+        ProblemError: a strength is negative or not finite.
+    """
+
+    strength: float | Tensor
+    checked: InitVar[bool] = True
+
+    def __post_init__(self, checked: bool) -> None:
+        if not checked:
+            return
+        if not isinstance(self.strength, Tensor | float | int):
+            object.__setattr__(self, "strength", as_tensor("strength", self.strength))
+        least, largest = torch.as_tensor(self.strength, dtype=torch.float64).aminmax()  # NaN if there is one
+        if not (least >= 0 and largest < inf):
+            raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
+
+    def values(self, weight: Tensor) -> Tensor:
+        return (weight.abs() * self.strength).sum(1)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """Soft thresholding, sign(V) (|V| - step strength)_+."""
+        require_step(step)
+        return _shrink(weight, self._like(weight), number_like(step, weight), out)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """Zero on its domain, the box |S_ij| <= strength_ij."""
+        return dual.new_zeros(dual.shape[0])
+
+    def project(self, dual: Tensor) -> Tensor:
+        return torch.clamp(dual, -self._like(dual), self._like(dual))
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """strength sign(V) where V is not zero, else the dual point clipped to the box."""
+        return torch.where(weight != 0, self._like(dual) * weight.sign(), self.project(dual))
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        ratio = self._like(dual) / dual.abs()
+        return ratio.nan_to_num_(nan=inf, posinf=inf).amin(1)  # 0 / 0: no factor is too large
+
+    def scaled(self, scale: Tensor) -> "L1":
+        return L1(self.strength / scale, checked=False)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.strength.to(dtype), False) if isinstance(self.strength, Tensor) else self
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
+
+
+@fused
+def _shrink(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) -> Tensor:
+    """sign(V) (|V| - step strength)_+."""
+    return torch.copysign(weight.abs().addcmul_(strength, step, value=-1).clamp_min_(0), weight, out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class Support(AbstractPenalty):
+    """Infinite for a non-zero outside `mask` [m n], else zero: the values are free, their places are fixed.
+
+    Raises:
+        ProblemError: the mask is not boolean.
+    """
+
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor):
+            object.__setattr__(self, "mask", as_tensor("mask", self.mask))
+        if self.mask.dtype != torch.bool:
+            raise ProblemError(f"The mask of a support is {self.mask.dtype}; it must be boolean, true where V is free.")
+
+    def values(self, weight: Tensor) -> Tensor:
+        outside = ((weight != 0) & ~self.mask).any(1)
+        return torch.where(outside, inf, 0.0).to(weight.dtype)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """V on the support, zero elsewhere."""
+        return torch.mul(weight, self.mask, out=out)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """Zero on its domain: dual points that vanish on the support."""
+        return dual.new_zeros(dual.shape[0])
+
+    def project(self, dual: Tensor) -> Tensor:
+        return dual * ~self.mask
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        inside = ((dual != 0) & self.mask).any(1)
+        return torch.where(inside, 0.0, inf).to(dual.dtype)
+
+    def scaled(self, scale: Tensor) -> "Support":
+        return self
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ReverseHuber(AbstractPenalty):
+    """What non-zeros cost once they may be fractions: linear near zero, a parabola beyond (the perspective penalty).
+
+        p(V) = sum_ij min_{0 <= z <= 1} B_ij V_ij^2 / 2 z + mu_ij z
+             = sum_ij  sqrt(2 mu B) |V|     if |V| <= sqrt(2 mu / B),     else  B V^2 / 2 + mu
+
+    the largest convex function below B V^2 / 2 + mu [V != 0], with `curvature` B positive and `price` mu non-negative,
+    both of a shape that broadcasts to [m n] (Dong, Chen and Linderoth 2015, arXiv 1510.06083).
+
+    Raises:
+        ProblemError: a curvature is not positive, a price is negative, or one of them is not finite.
+    """
+
+    curvature: Tensor
+    price: Tensor
+
+    def __post_init__(self) -> None:
+        if not bool(((self.curvature > 0) & (self.curvature < inf)).all()):
+            raise ProblemError("A curvature of the reverse Huber penalty is not in (0, inf).")
+        if not bool(((self.price >= 0) & (self.price < inf)).all()):
+            raise ProblemError("A price of the reverse Huber penalty is not in [0, inf).")
+
+    @property
+    def slope(self) -> Tensor:
+        """sqrt(2 mu B): the price of a small weight, per unit."""
+        return (2 * self.price * self.curvature).sqrt()
+
+    def values(self, weight: Tensor) -> Tensor:
+        size = weight.abs()
+        beyond = (size - self.slope / self.curvature).clamp_min(0)
+        return (self.slope * size + self.curvature / 2 * beyond.square()).sum(1)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
+        require_step(step)
+        size = weight.abs()
+        soft = (size - step * self.slope).clamp_min_(0)
+        return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight, out=out)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
+        return (dual.square() / (2 * self.curvature) - self.price).clamp_min(0).sum(1)
+
+    def project(self, dual: Tensor) -> Tensor:
+        return dual
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """sign(V) max(slope, B |V|) where V is not zero, else the dual point clipped to that at zero."""
+        steep = torch.maximum(self.slope.expand_as(weight), self.curvature * weight.abs())
+        return torch.where(weight != 0, torch.copysign(steep, weight), dual.clamp(-self.slope, self.slope))
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        return torch.full_like(dual[:, 0], inf)
+
+    def scaled(self, scale: Tensor) -> "ReverseHuber":
+        return ReverseHuber(self.curvature / scale.square(), self.price)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.curvature.to(dtype), self.price.to(dtype))

@@ -1,0 +1,220 @@
+"""The abstract layer-wise problem, and the certificate of any answer to it."""
+
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import torch
+from torch import Tensor
+
+from convexprune.core._arrays import Array, as_tensor
+from convexprune.core._penalty import AbstractPenalty, Support
+from convexprune.core._quadratic import Quadratic
+from convexprune.errors import ProblemError
+
+PRICED = 1e12
+"""Operations, m n^3, that pricing each row of a support by a factor of its own may take."""
+AT_ONCE = 2**24  # numbers in the factors that are computed together
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """min_V q(V) + p(V) over weights V [m n].
+
+    Args:
+        quadratic: q.
+        penalty: p, of weights of the same shape.
+
+    Raises:
+        ProblemError: these are not a quadratic and a penalty of weights of one shape.
+    """
+
+    quadratic: Quadratic
+    penalty: AbstractPenalty
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.quadratic, Quadratic) or not isinstance(self.penalty, AbstractPenalty):
+            given = f"{type(self.quadratic).__name__} and {type(self.penalty).__name__}"
+            raise ProblemError(
+                f"Problem({given}): needed are a Quadratic and a penalty (L1, Support, ...), in this order."
+            )
+        self.penalty.check(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs of the operator."""
+        return self.quadratic.shape
+
+    def value(self, weight: Array) -> float:
+        """The objective at `weight` [m n]."""
+        point = self.admit(weight).to(self.quadratic.cross)
+        return float((self.quadratic.values(point) + self.penalty.values(point)).sum())
+
+    def admit(self, weight: Array) -> Tensor:
+        """A weight as a tensor on the problem's device.
+
+        Args:
+            weight: a tensor or an array [m n].
+
+        Returns:
+            The tensor [m n], in its own dtype.
+
+        Raises:
+            ProblemError: `weight` is not [m n], or no floating-point numbers.
+        """
+        point = as_tensor("weight", weight)
+        if tuple(point.shape) != self.shape or not point.is_floating_point():
+            raise ProblemError(
+                f"The weight is {point.dtype} {list(point.shape)}; this problem needs {list(self.shape)} "
+                "[outputs inputs], floating point."
+            )
+        return point.to(self.quadratic.cross.device)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a weight is from optimal: primal - gap <= min_V q + p <= primal, summed over the rows.
+
+    What is not defined or, in a certificate that is not precise, not computed is inf. So is the gap of a problem whose
+    tensors are those of no sum of squares: it has no least value, or none that can be known from them.
+
+    Args:
+        primal: the objective at the weight.
+        gap: the duality gap.
+        kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
+    """
+
+    primal: float
+    gap: float
+    kkt_residual: float
+
+    @property
+    def dual(self) -> float:
+        """A lower bound on the optimal value."""
+        return self.primal - self.gap if isfinite(self.primal) else -inf
+
+    @property
+    def relative_gap(self) -> float:
+        """gap / primal; zero when both are. Rows that are small beside others may be farther from their own optimum."""
+        if self.gap == 0:
+            return 0.0
+        return self.gap / self.primal if self.primal > 0 and isfinite(self.primal) else inf
+
+
+def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor) -> Tensor:
+    """The duality gap of each row.
+
+    By Fenchel-Young, for any dual point S where p* is finite, with c(S) the price of S not being K:
+
+        q + p - min (q + p)  <=  p(V) + p*(S) - <S, V> + c(S)
+
+    Three choices of S are tried, and for each row the smallest bound stands:
+
+        scaling      S = s K,          c = (1 - s)^2 q         (the residual scaled into the dual ball, as celer does)
+        clipping     S = project(K),   c = 1/2 (K - S) H^-1 (K - S)'   (only if H is positive definite, or K is in the
+                     domain anyway)
+        subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
+                     the distance to the optimum, where clipping falls with the distance
+
+    On a support, whose price is that of H restricted to it, the second and the third are one. All terms are
+    non-negative sums, so nothing cancels near the optimum. What the energy's own rounding hides is added.
+
+    Args:
+        problem: min q + p.
+        weight: V [m n].
+        residual: K [m n], the residual of q at `weight`.
+        values: q of each row [m] at `weight`.
+        slack: p of each row [m] at `weight`.
+
+    Returns:
+        [m].
+    """
+    quadratic, penalty = problem.quadratic, problem.penalty
+    overlap = torch.linalg.vecdot(residual, weight)
+    best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
+    s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
+    price = (1 - s).square() * (values + quadratic.rounding)
+    gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
+    dual = penalty.project(residual)
+    rest = (slack + penalty.conjugate(dual) - torch.linalg.vecdot(dual, weight)).clamp_min(0)
+    gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual) + rest)
+    dual = penalty.subgradient(weight, residual)
+    if dual is not None:
+        gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual))
+    return gaps + quadratic.rounding
+
+
+@torch.no_grad()
+def certify(problem: Problem, weight: Array, precise: bool = True, residual: Tensor | None = None) -> Certificate:
+    """Bound how far a weight is from optimal, whoever found it.
+
+    Only gram, cross and energy (about the anchor) are used: neither the calibration inputs nor the solver have to be
+    trusted. See `row_gaps` for the gap. On a support, where H is singular, the price of each row is that of H
+    restricted to what the row keeps, if that takes at most `PRICED` operations. The KKT residual is the largest entry
+    of the proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+
+        max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
+
+    Args:
+        problem: min q + p.
+        weight: V [m n].
+        precise: compute in float64, in coordinates where the Gram matrix has a diagonal near one, so that units make no
+            difference; else in the problem's own dtype, without the KKT residual.
+        residual: the residual of q at `weight` [m n]. It saves a product if the certificate is not precise.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ProblemError: `weight` is not shaped like the problem.
+    """
+    point, given = problem.admit(weight), problem.quadratic
+    if precise:
+        quadratic, unit = given.unit_free
+        problem, point = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit)), point.double() * unit
+    else:
+        point = point.to(given.cross)
+    if precise or residual is None:
+        residual = problem.quadratic.residual(point)
+    values = problem.quadratic.values(point, residual)
+    slack = problem.penalty.values(point)
+    primal = values + slack
+    if not bool(primal.isfinite().all()):
+        return Certificate(inf, inf, inf)
+    if precise and not problem.quadratic.is_sum_of_squares:
+        return Certificate(float(primal.sum()), inf, inf)
+    gaps = row_gaps(problem, point, residual, values, slack)
+    if not precise:
+        return Certificate(float(primal.sum()), float(gaps.sum()), inf)
+    if isinstance(problem.penalty, Support) and problem.quadratic.factor is None:
+        mask = problem.penalty.mask.expand(problem.shape)
+        gaps = torch.minimum(gaps, _prices(problem.quadratic, mask, residual) + problem.quadratic.rounding)
+    scale = problem.quadratic.scale()
+    reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
+    gaps += 4 * torch.finfo(reach.dtype).eps * reach
+    point = point * scale
+    step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
+    largest, energy = float(step.max()), given.target_energy  # only a unit
+    kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
+    return Certificate(float(primal.sum()), float(gaps.sum()), kkt)
+
+
+def _prices(quadratic: Quadratic, mask: Tensor, residual: Tensor) -> Tensor:
+    """1/2 k H_SS^-1 k' of the residual k of each row on its support S, the `mask` [m n]: [m]; inf if H_SS is singular.
+
+    That is the gap itself: what least squares on the support would still gain.
+    """
+    (m, n), gram = quadratic.shape, quadratic.gram
+    if m * n**3 > PRICED:
+        return torch.full_like(residual[:, 0], inf)
+    margin = n * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())  # see `Quadratic.factor`
+    parts = []
+    for kept, gradient in zip(
+        *(t.split(max(1, AT_ONCE // n**2)) for t in (mask & ~quadratic.dead, residual)), strict=True
+    ):
+        on = kept.to(gram)
+        squares = gram * on[:, :, None] * on[:, None, :]
+        squares.diagonal(dim1=1, dim2=2).add_(torch.where(kept, -margin, 1.0))
+        factor, info = torch.linalg.cholesky_ex(squares)
+        solved = torch.linalg.solve_triangular(factor, (gradient * on)[:, :, None], upper=False)
+        parts.append(torch.where(info == 0, solved.square().sum((1, 2)) / 2, inf))
+    return torch.cat(parts)

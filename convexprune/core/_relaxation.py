@@ -1,0 +1,124 @@
+"""The perspective relaxation of pruning: a convex problem in which a weight may be kept by a fraction."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.core._quadratic import Quadratic
+
+BISECTIONS = (60, 12)  # of the price of a non-zero: at the first iteration, and from the price before
+WINDOW = 0.5  # by which the logarithm of a price may move between two iterations
+
+Lines = Callable[[Tensor], Tensor]
+"""A weight [m n] as lines [lines width], each with a budget of non-zeros: a row, a group of n:m, or all rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Relaxed:
+    """An iterate of `relax`.
+
+    Args:
+        point: V [m n], near the minimum.
+        weight: the copy of V on which the perspective acts.
+        fraction: z [m n] in [0, 1].
+        dual: the sum of their differences [m n].
+        price: the logarithm of what a non-zero costs [lines 1]; None before the first iteration.
+    """
+
+    point: Tensor
+    weight: Tensor
+    fraction: Tensor
+    dual: Tensor
+    price: Tensor | None = None
+
+    @classmethod
+    def at(cls, weight: Tensor) -> "Relaxed":
+        """The first iterate, at a `weight` [m n]."""
+        return cls(weight, weight, torch.ones_like(weight), torch.zeros_like(weight))
+
+    def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
+        """The same iterate for another split: B * dual stays.
+
+        Args:
+            before: the split B so far [m n].
+            split: the other one.
+
+        Returns:
+            The iterate.
+        """
+        return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
+
+    @property
+    def cost(self) -> Tensor:
+        """The price of a non-zero [lines 1]; known from the first iteration on."""
+        assert self.price is not None
+        return self.price.exp()
+
+    @property
+    def gain(self) -> Tensor:
+        """V^2 (1 / z - 1) / 2 [m n]: the derivative of the relaxed value by the split."""
+        return torch.where(self.fraction > 0, self.weight.square() * (1 / self.fraction.clamp_min(1e-9) - 1) / 2, 0.0)
+
+
+def relax(
+    q: Quadratic, inverse: Tensor, split: Tensor, start: Relaxed, lines: Lines, kept: Tensor, iterations: int
+) -> Relaxed:
+    """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_ij - 1)  over V and 0 <= z <= 1 with sum of z in a line <= kept.
+
+    ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
+    serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
+    iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of a non-zero is
+    found inside the prox, by bisection.
+
+    Args:
+        q: the quadratic of weights [m n].
+        inverse: H^-1 [n n].
+        split: B [m n].
+        start: where to begin.
+        lines: see `convexprune.core._bound.budget`.
+        kept: how many non-zeros each line may have [lines 1].
+        iterations: how many.
+
+    Returns:
+        The last iterate.
+    """
+    weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
+    for _ in range(iterations):
+        middle = weight - dual
+        point = middle + (q.residual(middle) + split * middle) @ inverse
+        target = point + dual
+        price = _price(lines(target.abs()), lines(split), kept, price)
+        fraction = fractions(lines(target.abs()), lines(split), price).reshape(weight.shape)
+        weight = target * fraction / (1 + fraction)
+        dual = target - weight
+    return Relaxed(point, weight, fraction, dual, price)
+
+
+def fractions(target: Tensor, split: Tensor, price: Tensor) -> Tensor:
+    """The fraction z in [0, 1] of each entry at a price of a non-zero.
+
+    Args:
+        target: |V| [lines width].
+        split: B [lines width].
+        price: the logarithm of the price [lines 1].
+
+    Returns:
+        z [lines width].
+    """
+    return (target * (split / (2 * price.exp())).sqrt() - 1).clamp(0, 1)
+
+
+def _price(target: Tensor, split: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
+    """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1]."""
+    if price is None:
+        high = (target.square() * split / 2).amax(1, keepdim=True).clamp_min(1e-300).log()  # here the last one leaves
+        low, count = high - 60, BISECTIONS[0]
+    else:
+        low, high, count = price - WINDOW, price + WINDOW, BISECTIONS[1]
+    for _ in range(count):
+        middle = (low + high) / 2
+        many = fractions(target, split, middle).sum(1, keepdim=True) > kept
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return high

@@ -1,0 +1,66 @@
+"""Our ADMM on the problem with the pattern as a constraint: not convex, and the way to the best supports we know."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints import Constraint
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import Count, Ends, NotNegative
+from convexprune.pruners._search import AbstractSearch, Found
+
+
+@dataclass(frozen=True)
+class ADMM(AbstractSearch):
+    """= D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
+
+    The constraint is not convex: there is no certificate for the support, only for the refit on it. What is ours,
+    against Boza (arXiv 2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
+
+    Args:
+        iterations: how many.
+        stiffnesses: the first and the last rho, which grows geometrically.
+        every: rho grows every so many iterations, where U shrinks in proportion (rho U is the multiplier).
+        relaxation: a; below one it ends in better supports (docs/tried.md).
+    """
+
+    iterations: Count = 80
+    stiffnesses: Ends = (0.1, 1.0)
+    every: Count = 5
+    relaxation: NotNegative = 0.7
+
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
+        """See `AbstractSearch.search`: the scores are the last S, whose rounding is the last D."""
+        assert quadratic.anchor is not None
+        kept = scores = quadratic.anchor
+        dual = torch.zeros_like(kept)
+        rho, products = 0.0, 0
+        for numbers in (chunk.tolist() for chunk in torch.arange(self.iterations).split(self.every)):
+            before, rho = rho, between(self.stiffnesses, numbers[0] / (self.iterations - 1 or 1))
+            relaxed = quadratic.envelope(rho)
+            dual = dual * (before / rho)
+            point = kept - dual
+            slope = relaxed.residual(point)
+            for number in numbers:
+                if number > numbers[0]:
+                    last, point = point, kept - dual
+                    slope = relaxed.residual_after(slope, point - last)
+                scores = torch.add(kept, slope, alpha=self.relaxation / rho).add_(dual, alpha=1 - self.relaxation)
+                kept = scores * pattern.mask(scores.abs())
+                dual = scores - kept
+            products += 1 + len(numbers)  # one is the envelope's
+        return Found(scores, products=products)
+
+
+def between(ends: tuple[float, float], share: float) -> float:
+    """A point of a geometric path.
+
+    Args:
+        ends: its first and its last point, positive.
+        share: how far, in [0, 1].
+
+    Returns:
+        The point.
+    """
+    return ends[0] * (ends[1] / ends[0]) ** share

@@ -1,0 +1,230 @@
+"""What every pruner promises: a `LayerProblem` in, a `LayerEdit` out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints import Constraint
+from convexprune.constraints._base import sizes
+from convexprune.core._moments import Moments
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import check_settings
+from convexprune.errors import PatternError
+from convexprune.pruners._damping import Damping
+from convexprune.solvers import Solution
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
+
+    `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
+    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens.
+    """
+
+    weight: Tensor
+    moments: Moments
+    pattern: Constraint
+    correction: float = 1.0
+    folds: tuple[Moments, ...] = ()
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The reconstruction error, undamped: what is reported, whatever the pruner minimised."""
+        return self.moments.reconstruction(self.weight, self.correction)
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """mean |W x|^2 of each row [m]."""
+        return self.moments.energy(self.weight)
+
+    def squared_error(self, weight: Tensor) -> Tensor:
+        """The squared error of each row; over `energy` it is the relative error.
+
+        Args:
+            weight: V [m n].
+
+        Returns:
+            mean |V x* - target|^2 [m].
+        """
+        return 2 * self.quadratic.values(weight)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """sqrt(H_jj) [n]; |W| * scale are Wanda's scores."""
+        return self.quadratic.gram.diagonal().sqrt()
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """Which inputs are always zero [n]: what their weights are changes no output."""
+        return self.moments.sum.diagonal() == 0
+
+    def with_dead_inputs_filled(self) -> "LayerProblem":
+        """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
+
+        That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
+
+        Returns:
+            The other problem.
+        """
+        moments = self.moments.with_dead_inputs_filled(self.weight)
+        return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
+
+    def operators(self) -> list["LayerProblem"]:
+        """One problem for each operator of the stack."""
+        return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
+
+    def scaled(self, factors: Tensor | None) -> "LayerProblem":
+        """The problem in which the error of each output counts times the square of its factor.
+
+        Its weights are those of this one with their rows times the factors, so that rows compete otherwise for what is
+        kept of the whole matrix. A row's best weights on a support are the same, and so is all where each row, or each
+        group of N:M, has its own quota.
+
+        Args:
+            factors: [m]; None are ones.
+
+        Returns:
+            The scaled problem.
+        """
+        if factors is None:
+            return self
+        weight = self.weight * factors.to(self.weight)[:, None]
+        moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
+        return LayerProblem(weight, moments, self.pattern, self.correction, folds)
+
+    def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
+        """Undo the row scaling of a weight; unchanged entries come back bit-identical.
+
+        Args:
+            weight: of the scaled problem [m n].
+            factors: [m]; None are ones.
+
+        Returns:
+            The weight [m n] of this problem.
+        """
+        if factors is None:
+            return weight
+        same = weight == self.weight * factors.to(self.weight)[:, None]
+        return self.weight.where(same, weight / factors.to(weight)[:, None])
+
+    def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "LayerProblem":
+        """The problem of some rows.
+
+        Args:
+            chosen: numbers [k], a mask [m] or a slice.
+            pattern: of these rows.
+
+        Returns:
+            The problem.
+        """
+        moments = self.moments.rows(chosen)
+        return LayerProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """What a pruner makes of a `LayerProblem`.
+
+    Args:
+        weight: V [m n], in the pattern.
+        mask: which entries it keeps [m n]; of a pattern that is no choice of entries, which are not zero.
+        solutions: every convex solve behind it, the last one last.
+        damping: of the problem that was posed; None if it had none.
+        facts: other numbers for the reader of a report, by name.
+        other_products: matrix products [m n] x [n n] outside of these solves.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    solutions: tuple[Solution, ...] = ()
+    damping: Damping | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    other_products: int = 0
+
+    @property
+    def products(self) -> int:
+        """All matrix products [m n] x [n n], the unit of cost."""
+        return self.other_products + sum(solution.products for solution in self.solutions)
+
+
+def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
+    """The dense weight, projected on the pattern.
+
+    Args:
+        problem: the problem.
+        metric: [n], see `Constraint.project`; None are ones.
+
+    Returns:
+        The answer.
+    """
+    if problem.pattern.selects:
+        mask = problem.pattern.mask(sizes(problem.weight, metric))
+        return LayerEdit(problem.weight * mask, mask)
+    weight = problem.pattern.project(problem.weight, metric)
+    return LayerEdit(weight, weight != 0)
+
+
+Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
+
+
+def dead_inputs_first(prune: Prune) -> Prune:
+    """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
+
+    The method sees the problem `LayerProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
+    same, because it asks for fewer zeros than there are of them, it keeps its dense value.
+
+    Args:
+        prune: the method.
+
+    Returns:
+        The method that does.
+    """
+
+    @wraps(prune)
+    @torch.no_grad()
+    def pruned(self: "AbstractPruner", problem: LayerProblem) -> LayerEdit:
+        if not bool(problem.dead.any()):
+            return prune(self, problem)
+        found = prune(self, problem.with_dead_inputs_filled())
+        return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
+
+    return cast(Prune, pruned)
+
+
+class AbstractPruner(ABC):
+    """Settings of a pruner, a dataclass.
+
+    Raises:
+        RecipeError: a setting is not of its type, or out of range.
+    """
+
+    projects = False
+    """Whether it is a projection of the dense weight, and so takes a pattern that is no choice of entries."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def require(self, pattern: Constraint) -> None:
+        """Refuse, before any work, a pattern that the method cannot take.
+
+        Args:
+            pattern: the pattern.
+
+        Raises:
+            PatternError: it searches for entries to keep, and the pattern is no choice of entries.
+        """
+        if not (self.projects or pattern.selects):
+            raise PatternError(
+                f"{type(self).__name__} chooses which weights to keep, and pattern {pattern} is no such choice. "
+                "The methods 'magnitude' and 'wanda' project on any pattern: take one of them, without a refit."
+            )
+
+    @abstractmethod
+    def prune(self, problem: LayerProblem) -> LayerEdit:
+        """A weight in the pattern, of a `problem`."""

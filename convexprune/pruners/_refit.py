@@ -1,0 +1,72 @@
+"""The refit: the values of least squares on a support that some pruner has found."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from convexprune.core._penalty import Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import NotNegative
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._damped import choose_damping, damped
+from convexprune.solvers import AbstractSolver, Solution, solve
+from convexprune.solvers._base import require_penalty
+from convexprune.solvers._cg import ConjugateGradient
+
+
+@dataclass(frozen=True)
+class Refitted(AbstractPruner):
+    """Another pruner's support, with the values that are best on it.
+
+    Args:
+        pruner: the other pruner.
+        refit: the solver of the values.
+        damping: of the refit alone, the pruner has its own: 0 is plain least squares, None leaves it to the sample's
+            noise (`choose_damping`).
+
+    Raises:
+        UnsupportedError: `refit` does not take a support.
+    """
+
+    pruner: AbstractPruner
+    refit: AbstractSolver = field(default_factory=ConjugateGradient)
+    damping: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
+        require_penalty(self.refit, Support)
+
+    @torch.no_grad()
+    def prune(self, problem: LayerProblem) -> LayerEdit:
+        """See `AbstractPruner.prune`.
+
+        Raises:
+            PruningError: the pruner's, or the Gram matrix is not positive semi-definite.
+        """
+        pruned = self.pruner.prune(problem)
+        damping = choose_damping(problem, self.damping)
+        weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
+        return replace(pruned, weight=weight, solutions=pruned.solutions + refits, damping=pruned.damping or damping)
+
+
+def refitted(
+    quadratic: Quadratic, mask: Tensor, start: Tensor, refit: AbstractSolver | None
+) -> tuple[Tensor, tuple[Solution, ...]]:
+    """The best values on a support.
+
+    Args:
+        quadratic: the error as a quadratic of V [m n].
+        mask: the support [m n].
+        start: where to begin [m n].
+        refit: the solver; None keeps the values of `start`.
+
+    Returns:
+        The weight [m n], and the solution, if there is one.
+    """
+    start = start * mask
+    if refit is None:
+        return start, ()
+    solution = solve(refit, Problem(quadratic, Support(mask)), start)
+    return solution.weight, (solution,)

@@ -1,0 +1,80 @@
+"""What the pruners that search a support have in common: damping, coordinates, rounding, refit."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from convexprune.constraints import Constraint
+from convexprune.core._penalty import Support
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import NotNegative
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
+from convexprune.pruners._damped import choose_damping, saliency_coordinates
+from convexprune.pruners._refit import refitted
+from convexprune.solvers import AbstractSolver, Solution
+from convexprune.solvers._base import require_penalty
+from convexprune.solvers._cg import ConjugateGradient
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The end of a search.
+
+    Args:
+        scores: [m n].
+        solutions: the convex solves behind them.
+        products: matrix products [m n] x [n n] outside of these.
+    """
+
+    scores: Tensor
+    solutions: tuple[Solution, ...] = ()
+    products: int = 0
+
+
+@dataclass(frozen=True)
+class AbstractSearch(AbstractPruner):
+    """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
+
+    The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
+    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`).
+    `refit` is the solver of the values; None keeps the scores on the support.
+
+    Raises:
+        UnsupportedError: `refit` does not take a support.
+    """
+
+    refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
+    damping: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        AbstractPruner.__post_init__(self)
+        if self.refit is not None:
+            require_penalty(self.refit, Support)
+
+    @abstractmethod
+    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
+        """Scores whose largest are worth keeping: a weight times `scale` near the optimum.
+
+        Args:
+            quadratic: the damped problem, in the coordinates of the scores.
+            scale: of these coordinates [n].
+            pattern: of the answer.
+
+        Returns:
+            The scores [m n].
+        """
+
+    @dead_inputs_first
+    def prune(self, problem: LayerProblem) -> LayerEdit:
+        """See `AbstractPruner.prune`.
+
+        Raises:
+            PruningError: the damped Gram matrix is not positive definite.
+        """
+        damping = choose_damping(problem, self.damping)
+        quadratic, scale = saliency_coordinates(problem, damping)
+        found = self.search(quadratic, scale, problem.pattern)
+        mask = problem.pattern.mask(found.scores.abs())
+        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
+        return LayerEdit(weight / scale, mask, found.solutions + refits, damping, other_products=found.products)

@@ -1,0 +1,251 @@
+"""The interface of every solver: a convex problem in, a certified solution out."""
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import inf, isfinite
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._problem import Certificate, Problem, certify
+from convexprune.core._setting_types import check_settings
+from convexprune.errors import ProblemError, UnsupportedError
+
+TOLERANCE = 1e-4
+"""The relative gap that is asked of a solver which has no `tolerance` of its own."""
+
+
+class Status(Enum):
+    """How a solve ended, as a sentence; the worst one last."""
+
+    SOLVED = "The certificate, of all rows together, meets the tolerance."
+    ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
+    UNCONFIRMED = (
+        "The solver says that it is done, the certificate does not meet the tolerance: the data may not resolve it. "
+        "Use float64, an anchor near the answer, damping, or a looser tolerance."
+    )
+    NON_FINITE = "The iterates are no longer finite: the problem has non-finite data, or the step is too long."
+    INCONSISTENT = (
+        "The problem is no sum of squares: its Gram matrix is indefinite, or an energy too small for its cross term."
+    )
+    FAILED = "The back-end gave no answer."
+
+    @classmethod
+    def of(cls, said: "Status", certificate: Certificate, tolerance: float) -> "Status":
+        """How a solve ended, by its certificate; what the solver says decides where the certificate leaves it open.
+
+        Args:
+            said: what the solver says.
+            certificate: of the answer.
+            tolerance: the relative gap that was asked for.
+
+        Returns:
+            The status.
+        """
+        if not isfinite(certificate.primal):
+            return cls.FAILED if said is cls.FAILED else cls.NON_FINITE
+        if certificate.gap == inf:
+            return cls.INCONSISTENT
+        if certificate.relative_gap <= tolerance:
+            return cls.SOLVED
+        return cls.UNCONFIRMED if said is cls.SOLVED else said
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The answer of a solver, with a certificate that does not depend on the solver.
+
+    Args:
+        weight: V [m n].
+        status: how the solve ended.
+        certificate: how far the weight is from optimal.
+        iterations: how many were made.
+        products: matrix products [m n] x [n n], the unit of cost; foreign back-ends report zero.
+        solve_seconds: seconds in the solver or the back-end.
+        build_seconds: seconds of translating the problem to the form of a back-end.
+        residual: the quadratic's residual at the weight [m n], if the solver knows it, for whoever goes on from there.
+    """
+
+    weight: Tensor
+    status: Status
+    certificate: Certificate
+    iterations: int
+    products: int
+    solve_seconds: float
+    build_seconds: float = 0.0
+    residual: Tensor | None = None
+
+    def record(self) -> "Solution":
+        """The solution without its large tensors, for a report: its weight is [m 0]."""
+        return replace(self, weight=self.weight.new_empty(len(self.weight), 0), residual=None)
+
+
+class StepResult(NamedTuple):
+    """A weight on the way to a solution.
+
+    Args:
+        weight: V [m n].
+        residual: the quadratic's residual there [m n], if it is known.
+        products: all matrix products that were needed.
+        solution: the weight with its certificate, if there is one.
+    """
+
+    weight: Tensor
+    residual: Tensor | None
+    products: int
+    solution: Solution | None = None
+
+
+class AbstractSolver(ABC):
+    """The base of all solvers: ours are dataclasses of settings, a user's own is a subclass with `penalties` and
+    `solve`.
+
+    Raises:
+        RecipeError: a setting of a dataclass is not of its type, or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    @abstractmethod
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """The penalties that this solver takes."""
+
+    @abstractmethod
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """Minimise the problem.
+
+        Args:
+            problem: min q + p.
+            start: where to begin [m n]; None is the anchor, or zero.
+
+        Returns:
+            The solution.
+
+        Raises:
+            UnsupportedError: the penalty is not one of `penalties`.
+            ProblemError: `start` is not shaped like the problem.
+        """
+
+    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
+        """The old name of `step`.
+
+        Args:
+            problem: see `step`.
+            start: see `step`.
+            residual: see `step`.
+            certified: see `step`.
+
+        Returns:
+            See `step`.
+        """
+        warnings.warn("`advance` is now called `step`.", DeprecationWarning, stacklevel=2)
+        return self.step(problem, start, residual, certified)
+
+    def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
+        """Go some way towards the minimum, where the next problem is posed from the answer.
+
+        This default solves, as any solver does whose certificate costs little.
+
+        Args:
+            problem: min q + p.
+            start: where to begin [m n].
+            residual: the quadratic's residual at `start` [m n].
+            certified: if false, there need be no solution, and the residual at the end need not be exact.
+
+        Returns:
+            The weight reached.
+        """
+        solution = solve(self, problem, start, certified)
+        proven = solution if certified or _is_ours(self) else None
+        return StepResult(solution.weight, solution.residual, solution.products, proven)
+
+
+def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
+    """Solve a problem by any solver, also one of a user, whose certificate is then computed here.
+
+    Args:
+        solver: the solver.
+        problem: min q + p.
+        start: where to begin [m n]; None is the solver's choice.
+        certified: whether a user's solver needs our certificate.
+
+    Returns:
+        The solution.
+
+    Raises:
+        ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
+    """
+    solution = solver.solve(problem, start)
+    if _is_ours(solver):
+        return solution
+    name = type(solver).__name__
+    if not isinstance(solution, Solution):
+        raise ProblemError(f"{name}.solve returned a {type(solution).__name__}; it must return a Solution.")
+    try:
+        weight = problem.admit(solution.weight)
+    except ProblemError as cause:
+        raise ProblemError(f"{name}.solve returned a solution that is none. {cause}") from cause
+    solution = replace(solution, weight=weight.to(problem.quadratic.cross), residual=None)
+    if not certified:
+        return solution
+    certificate = certify(problem, weight)
+    status = Status.of(solution.status, certificate, getattr(solver, "tolerance", TOLERANCE))
+    return replace(solution, status=status, certificate=certificate)
+
+
+def _is_ours(solver: AbstractSolver) -> bool:
+    return type(solver).__module__.startswith(f"{__package__}.")
+
+
+def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
+    """Refuse a penalty that a solver does not take, before it works.
+
+    Args:
+        solver: the solver.
+        penalty: the class of the penalty.
+
+    Raises:
+        UnsupportedError: the solver does not take the penalty.
+    """
+    if not issubclass(penalty, solver.penalties):
+        takes = ", ".join(p.__name__ for p in solver.penalties)
+        raise UnsupportedError(
+            f"{type(solver).__name__} does not take the penalty {penalty.__name__}; it takes: {takes}."
+        )
+
+
+def initial(problem: Problem, start: Tensor | None) -> Tensor:
+    """Where a solver begins.
+
+    Args:
+        problem: the problem.
+        start: what the caller gave.
+
+    Returns:
+        `start`, else the anchor, else zero [m n].
+    """
+    if start is not None:
+        return problem.admit(start).to(problem.quadratic.cross)
+    anchor = problem.quadratic.anchor
+    return problem.quadratic.cross.new_zeros(problem.shape) if anchor is None else anchor
+
+
+def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A square root of a Gram matrix, for back-ends that need a sum of squares.
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        F [rank n] with H = F' F, and its pseudo-inverse [n rank].
+    """
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > values.max(initial=0) * len(values) * np.finfo(float).eps
+    root = np.sqrt(values[keep])
+    return root[:, None] * vectors[:, keep].T, vectors[:, keep] / root

@@ -1,0 +1,112 @@
+"""The ground truth: the same problem, handed to CVXPY row by row."""
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cvxpy as cp
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexprune.core._penalty import L1, AbstractPenalty, ReverseHuber, Support
+from convexprune.core._problem import Problem, certify
+from convexprune.core._setting_types import NotNegative
+from convexprune.solvers._base import (
+    AbstractSolver,
+    Solution,
+    Status,
+    initial,
+    require_penalty,
+    square_root,
+)
+
+TIGHT: dict[str, dict[str, Any]] = {
+    "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True, "adaptive_rho_interval": 50},
+    "CLARABEL": {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-12},
+    "SCS": {"eps_abs": 1e-10, "eps_rel": 1e-10, "max_iters": 200_000},
+}
+STATUS = {
+    cp.OPTIMAL: Status.SOLVED,
+    cp.OPTIMAL_INACCURATE: Status.ITERATION_LIMIT,
+    cp.USER_LIMIT: Status.ITERATION_LIMIT,
+}
+
+
+@dataclass(frozen=True)
+class CVXPY(AbstractSolver):
+    """CVXPY with one of three engines, set to oracle accuracy; for small problems.
+
+    Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
+    eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
+    the problem unbounded below and cannot come from data.
+
+    Args:
+        engine: the solver inside CVXPY.
+        options: of the engine, over those in `TIGHT`.
+        tolerance: the relative gap up to which the status is SOLVED, whatever the engine says.
+    """
+
+    engine: Literal["OSQP", "CLARABEL", "SCS"] = "CLARABEL"
+    options: dict[str, Any] = field(default_factory=dict)
+    tolerance: NotNegative = 1e-6
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """The penalties that are stated in CVXPY's atoms below."""
+        return (L1, ReverseHuber, Support)
+
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """See `AbstractSolver.solve`."""
+        require_penalty(self, type(problem.penalty))
+        began = time.perf_counter()
+        initial(problem, start)  # checks the shape; the engines are started by themselves
+        quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
+        stated = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
+        roots = square_root(quadratic.gram.cpu().numpy())
+        statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
+        built = time.perf_counter()
+        rows, statuses = [], []
+        for variable, statement in statements:
+            value, status = self._solve_row(variable, statement)
+            rows.append(value)
+            statuses.append(status)
+        solved = time.perf_counter()
+        displacement = (torch.from_numpy(np.stack(rows)).to(unit) / unit).to(problem.quadratic.cross)
+        anchor = problem.quadratic.anchor
+        weight = displacement if anchor is None else displacement + anchor
+        worst = max(statuses, key=list(Status).index)
+        if isinstance(problem.penalty, Support):
+            weight = weight * problem.penalty.mask
+        certificate = certify(problem, weight)
+        status = Status.of(worst, certificate, self.tolerance)
+        return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
+
+    def _solve_row(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate" is the status that we return
+            statement.solve(solver=self.engine, **{**TIGHT[self.engine], **self.options})
+        if variable.value is None:
+            return np.full(variable.shape, np.nan), Status.FAILED
+        return variable.value, STATUS.get(statement.status, Status.FAILED)
+
+    def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
+        q = problem.quadratic
+        cross = q.cross[i].cpu().numpy()
+        anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy()
+        target = cross @ inverse
+        d = cp.Variable(len(cross))
+        smooth = cp.sum_squares(factor @ d - target) / 2
+        if isinstance(problem.penalty, Support):
+            outside = np.flatnonzero(~problem.penalty.mask.expand(problem.shape)[i].cpu().numpy())
+            return d, cp.Problem(cp.Minimize(smooth), [d[outside] == -anchor[outside]] if len(outside) else [])
+        if isinstance(problem.penalty, ReverseHuber):
+            penalty = problem.penalty
+            curvature, slope = (t.expand(problem.shape)[i].cpu().numpy() for t in (penalty.curvature, penalty.slope))
+            size = cp.abs(d + anchor)
+            parabola = curvature / 2 @ cp.square(cp.pos(size - slope / curvature))
+            return d, cp.Problem(cp.Minimize(smooth + slope @ size + parabola))
+        assert isinstance(problem.penalty, L1)
+        strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
+        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.abs(d + anchor)))

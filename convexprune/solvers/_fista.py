@@ -1,0 +1,79 @@
+"""FISTA, the production solver: one matrix product per iteration, in place, certified by its duality gap."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.core._problem import Problem
+from convexprune.solvers._base import Status
+from convexprune.solvers._iterative import AbstractIterative
+
+
+@dataclass(frozen=True)
+class FISTA(AbstractIterative):
+    """Accelerated proximal gradient (Beck and Teboulle 2009, FISTA with constant step), all rows at once.
+
+        Z_k+1 = prox_{p/L}(Y_k - gradient(Y_k) / L)
+        t_k+1 = (1 + sqrt(1 + 4 t_k^2)) / 2
+        Y_k+1 = Z_k+1 + (t_k - 1) / t_k+1 (Z_k+1 - Z_k)
+
+    Two additions, each a setting: `scale` (see `AbstractIterative`), and `restart`: forget the momentum of a row
+    (t = 1) when it points uphill, <Y_k - Z_k+1, Z_k+1 - Z_k> > 0 (O'Donoghue and Candes 2015, gradient scheme).
+    """
+
+    restart: bool = True
+
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The first step from `weight`, and the loop: (weight, status, iterations, products)."""
+        q = problem.quadratic
+        lipschitz = q.lipschitz
+        if lipschitz == 0:  # q is linear at most: p(0) = 0 is its least value, and so is the prox with a long step
+            return torch.zeros_like(weight), Status.SOLVED, 0, 0
+        anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
+        if residual is None and torch.equal(weight, anchor):
+            residual = q.cross
+        products = 1 if residual is None else 0
+        new = torch.add(weight, q.residual(weight) if residual is None else residual, alpha=1 / lipschitz)
+        problem.penalty.prox(new, 1 / lipschitz, out=new)
+        if self.max_iterations == 1 < self.check_every:
+            return new, Status.ITERATION_LIMIT, 1, products
+        return self._accelerate(problem, weight - anchor, new.sub_(anchor), products)
+
+    def _accelerate(self, problem: Problem, old: Tensor, new: Tensor, products: int) -> tuple[Tensor, Status, int, int]:
+        """From the first step `old` -> `new`, both less the anchor: one product an iteration, all else in place."""
+        q = problem.quadratic
+        lipschitz = q.lipschitz
+        anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
+        # In D = V - anchor a gradient step is one product: D - (D H - G) / L = D (I - H / L) + G / L.
+        step, shift = _gradient_step(q.gram, lipschitz), q.cross / lipschitz
+        move, point = torch.empty_like(old), old.clone()
+        t = old.new_ones(q.shape[0], 1)
+        for iteration in range(1, self.max_iterations + 1):
+            if iteration > 1:
+                torch.addmm(shift, point, step, out=new).add_(anchor)
+                problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
+                products += 1
+            if iteration % self.check_every == 0:
+                products += 1
+                status = self._status(problem, new + anchor)
+                if status is not None:
+                    return new + anchor, status, iteration, products
+            if iteration == self.max_iterations:
+                break
+            torch.sub(new, old, out=move)
+            if self.restart:
+                uphill = torch.linalg.vecdot(point.sub_(new), move)[:, None] > 0
+                t.masked_fill_(uphill, 1.0)
+            t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
+            torch.addcmul(new, (t - 1) / t_next, move, out=point)
+            t, old, new = t_next, new, old
+        return new.add_(anchor), Status.ITERATION_LIMIT, self.max_iterations, products
+
+
+def _gradient_step(gram: Tensor, lipschitz: float) -> Tensor:
+    """I - H / L [n n]."""
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return identity.sub_(gram, alpha=1 / lipschitz)

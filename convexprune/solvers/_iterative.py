@@ -1,0 +1,95 @@
+"""The common part of our iterative solvers: coordinates, the test of the gap, the certificate."""
+
+import time
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._problem import Problem, certify, row_gaps
+from convexprune.core._setting_types import Count, NotNegative
+from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
+
+
+@dataclass(frozen=True)
+class AbstractIterative(AbstractSolver):
+    """Iterates all rows at once, and stops when gap <= tolerance * objective.
+
+    Args:
+        tolerance: the relative gap that is asked for.
+        max_iterations: where it stops in any case.
+        check_every: the gap is tested every so many iterations.
+        scale: iterate in coordinates where the Gram matrix has a unit diagonal. The penalties are separable, so this is
+            the same problem, up to four orders of magnitude better conditioned.
+        precise: compute the final certificate in float64; else in the problem's own dtype, three times cheaper.
+    """
+
+    tolerance: NotNegative = 1e-4
+    max_iterations: Count = 2000
+    check_every: Count = 20
+    scale: bool = True
+    precise: bool = True
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """Every penalty has a prox."""
+        return (AbstractPenalty,)
+
+    @torch.no_grad()
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """See `AbstractSolver.solve`."""
+        require_penalty(self, type(problem.penalty))
+        return self._solved(problem, initial(problem, start))
+
+    @torch.no_grad()
+    def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
+        """See `AbstractSolver.step`: the same iterations, from a residual that need not be computed.
+
+        If not `certified` the residual at the end is what `Quadratic.residual_after` makes of it.
+        """
+        if certified:
+            solution = self._solved(problem, start, residual)
+            return StepResult(solution.weight, solution.residual, solution.products, solution)
+        weight, _, _, products = self._from(problem, start, residual)
+        return StepResult(weight, problem.quadratic.residual_after(residual, weight - start), products + 1)
+
+    def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
+        """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""
+        began = time.perf_counter()
+        weight, status, iterations, products = self._from(problem, start, residual)
+        residual = None if self.precise else problem.quadratic.residual(weight)
+        certificate = certify(problem, weight, self.precise, residual)
+        status = Status.of(status, certificate, self.tolerance)
+        seconds = time.perf_counter() - began
+        return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
+
+    def _from(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The loop from `weight`, in the coordinates that are asked for."""
+        if not self.scale:
+            return self._iterate(problem, weight, residual)
+        scale = problem.quadratic.scale()
+        inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
+        residual = None if residual is None else residual / scale
+        weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
+        return weight / scale, status, iterations, products
+
+    @abstractmethod
+    def _iterate(
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Status, int, int]:
+        """The loop: (weight, status, iterations, products); `residual` is that at the `weight` it starts from."""
+
+    def _status(self, problem: Problem, weight: Tensor) -> Status | None:
+        """How the solve ends at `weight`, or None if it goes on. One product."""
+        residual = problem.quadratic.residual(weight)
+        values = problem.quadratic.values(weight, residual)
+        slack = problem.penalty.values(weight)
+        primal = float((values + slack).sum())
+        gap = float(row_gaps(problem, weight, residual, values, slack).sum())
+        if primal != primal or primal == float("inf"):
+            return Status.NON_FINITE
+        return Status.SOLVED if gap <= self.tolerance * primal else None

@@ -1,0 +1,204 @@
+"""The door to comparisons: from names and a folder to `compare.json`, `report.md` and plots, resumable."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._progress import begin
+from convexprune._runs.folder import check_output
+from convexprune._runs.run import check_patterns, checksum
+from convexprune._schema.door import UNSET, documented
+from convexprune._schema.functions import COMPARE
+from convexprune._storage.files import write_json
+from convexprune._storage.place import output_folder
+from convexprune._storage.tensors import raw
+from convexprune.adapters import (
+    EMBEDDED,
+    HuggingFaceModel,
+    bundled_if_none,
+    calibration_and_held_out,
+    check_dataset,
+    load,
+    text_windows,
+)
+from convexprune.adapters._allocating import allotments
+from convexprune.errors import OutputError, RecipeError
+from convexprune.recipe import make_recipe
+from convexprune.report import finite
+
+from ._plots import draw, will_draw
+from ._results import make_row, markdown, text_result
+from ._side_by_side import DENSE, Comparison, Tokens
+from ._states import Store
+from ._texts import text_of
+from ._variants import Variant, make_variants
+
+
+@documented(COMPARE)
+def compare(
+    model: str | Path | None = None,
+    methods: Sequence[str] = UNSET,
+    sparsities: Sequence[float] = UNSET,
+    patterns: Sequence[str] = UNSET,
+    conventions: Sequence[str] = UNSET,
+    output: str | Path = UNSET,
+    *,
+    command: str = "",
+    progress: Callable[[int], Callable[[str], None]] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compare methods on the same tokens; the result is what `compare.json` in `output` holds.
+
+    Beside the result the folder holds `work` meanwhile. Variants are described at `make_variants`.
+
+    Args:
+        command: what to state as the way to reproduce the result.
+        progress: called with the number of steps, returns what is called with a description of each step done.
+        settings: by name:
+        {settings}
+
+    Returns:
+        What was compared and found, as in `compare.json`.
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    lists = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "conventions": conventions}
+    asked, shared = COMPARE.read(settings | lists | {"output": output})
+    dataset = shared.pop("dataset", "self")
+    recipe = make_recipe(**bundled_if_none(shared | {"model": model}) | {"model": ""})
+    place = {"device": default_device(recipe.device), "dtype": recipe.torch_dtype}
+    variants = make_variants(
+        asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
+    )
+    drawing = will_draw(asked.plots)
+    check_dataset(dataset)
+    folder = output_folder(asked.output, model)
+    work = folder / "work"
+    if asked.resume and not (work / "identity.json").is_file():
+        raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
+    if not asked.resume:
+        check_output(folder)
+    texts = _texts(asked.eval_texts)
+    begin("loading the model")
+    loaded = load(EMBEDDED if model is None else model, **place, targets=recipe.targets, ignore=recipe.ignore)
+    settings = {variant.name: variant.layer_settings() for variant in variants}
+    _check(loaded, settings)
+    some = slice(asked.eval_windows or None)
+    windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
+    fitted = calibration_and_held_out(
+        dataset, loaded, num_samples=recipe.num_calibration_samples, spare=recipe.spare_samples,
+        max_seq_length=recipe.max_seq_length, seed=recipe.seed,
+    )  # fmt: skip
+    tokens = Tokens(*fitted, windows)
+    card = _card(loaded, tokens) | {
+        "model": "the bundled OPT" if model is None else Path(model).name,
+        "seed": recipe.seed,
+        "batch size": recipe.batch_size,
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
+    }
+    recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
+    _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
+    clock = Clock()
+    patterns_of = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
+    found = allotments(loaded, *fitted, list(patterns_of.values()), recipe.batch_size)
+    for (name, (_, pattern)), allotment in zip(patterns_of.items(), found, strict=True):
+        settings[name] = allotment.allotted(settings[name], pattern)
+    _check(loaded, settings)
+    clock.lap("survey for allocations")
+    comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)
+    comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
+    clock.lap("layers")
+    result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
+    write_json(folder / "compare.json", finite(result))
+    drawn = draw(result, folder) if drawing else []
+    (folder / "report.md").write_text(markdown(result, drawn))
+    shutil.rmtree(work)
+    return result
+
+
+def _check(model: HuggingFaceModel, settings: Mapping[str, LayerSettings]) -> None:
+    for each in settings.values():
+        check_patterns(model.layers, each)
+
+
+def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
+    """What a result depends on beside the settings: tokens, weights, arithmetic, versions."""
+    installed = installation(model.device)
+    return {
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "tokens": {name: f"{ids.shape[0]} x {ids.shape[1]}" for name, ids in tokens.streams.items()},
+        "hashes": {"model": _model_hash(model)} | {name: checksum(ids) for name, ids in tokens.streams.items()},
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        **{name: value for name, value in installed.items() if name not in PACKAGES},
+        "versions": versions(),
+    }
+
+
+def _machine(model: HuggingFaceModel) -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {model.device}"
+
+
+def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    begin("evaluating")
+    found = comparison.likelihoods()
+    clock.lap("evaluation")
+    return {
+        "card": card,
+        "dense": {"texts": {text: text_result(of[DENSE], of[DENSE]) for text, of in found.items()}},
+        "rows": [make_row(variant, comparison.records(variant.name), found) for variant in variants],
+        "shared_seconds": {
+            "dense": sum(record["seconds"] for record in comparison.records(DENSE)),
+            "survey for allocations": clock.laps["survey for allocations"],
+            "evaluation": clock.laps["evaluation"],
+            "this process": sum(clock.laps.values()),
+        },
+    }
+
+
+def _texts(sources: Sequence[str]) -> dict[str, str]:
+    """The texts by a short name.
+
+    Raises:
+        RecipeError: there is none, or two have one name.
+    """
+    if not 0 < len({Path(source).stem for source in sources}) == len(sources):
+        raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
+    return {Path(source).stem: text_of(source) for source in sources}
+
+
+def _claim(path: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Write down what is compared; or, to resume, see that it is the same.
+
+    Raises:
+        RecipeError: it is another comparison.
+    """
+    if not resume:
+        write_json(path, identity)
+        return
+    before = json.loads(path.read_text())
+    differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+    if differing:
+        raise RecipeError(
+            f"{path.parent.parent} holds another comparison: {', '.join(differing)} differ. Give the settings that it "
+            "began with, or another output folder."
+        )
+
+
+def _model_hash(model: HuggingFaceModel) -> str:
+    """Of all parameters, by name, as they are in memory."""
+    total = hashlib.sha256()
+    for name, parameter in model.model.named_parameters():
+        total.update(name.encode())
+        total.update(raw(parameter))
+    return total.hexdigest()

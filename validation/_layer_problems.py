@@ -1,0 +1,163 @@
+"""The layer problems of a model: each operator's dense and pruned weight, and its moments in float64."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Calls, observe, split_last_branch, stage_inputs
+from convexprune._layerwise.model import AbstractModel, DecoderLayer
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps.bounds import drawn_rows
+from convexprune._layerwise.steps.stages import Tell, prune_observed
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.targets import CorrectionTargets, height, width
+from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune.constraints import Constraint
+from convexprune.core._moments import Moments
+from convexprune.pruners import LayerProblem
+from convexprune.pruners._damping import NO_DAMPING, Damping
+from convexprune.report import OperatorReport
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorProblem:
+    """One operator and the problem that its pruner was to solve.
+
+    Args:
+        name: "layer.operator".
+        dense: its dense weight [m n].
+        pruned: the weight [m n] that was achieved.
+        moments: of its input.
+        pattern: that was asked for.
+        correction: how much of earlier errors it corrects.
+        damping: that its pruner added.
+    """
+
+    name: str
+    dense: Tensor
+    pruned: Tensor
+    moments: Moments
+    pattern: Constraint
+    correction: float
+    damping: Damping
+
+    def rows(self, count: int | None, generator: torch.Generator) -> tuple[LayerProblem, Tensor]:
+        """The pruning problem of some rows.
+
+        Args:
+            count: how many, drawn at random; None is all.
+            generator: of the random numbers.
+
+        Returns:
+            The problem, and the pruned weight of these rows.
+        """
+        chosen = drawn_rows(len(self.dense), count, generator)
+        dense = self.dense[chosen].double()
+        moments = self.moments.rows(chosen)
+        return LayerProblem(dense, moments, self.pattern, self.correction), self.pruned[chosen].double()
+
+
+@torch.no_grad()
+def operator_problems(
+    model: AbstractModel,
+    tokens: Tensor,
+    settings: LayerSettings,
+    names: Collection[str],
+    on_problem: Callable[[OperatorProblem], None],
+    pruned: AbstractModel | None = None,
+    batch_size: int = 1,
+    reports: Iterable[OperatorReport] = (),
+) -> None:
+    """The problems of some operators of a dense model, in order of execution.
+
+    x is what an operator sees in the dense layer, x* what it sees in the layer pruned; of a dense prefix only the
+    layers that hold one of the operators are pruned. One decoder layer's problems at a time are in memory. The model
+    itself is not changed. An expert to which no token is sent is left out.
+
+    Args:
+        model: the dense model.
+        tokens: token ids [samples length].
+        settings: of the run.
+        names: of the operators.
+        on_problem: called with each problem.
+        pruned: the pruned model; None prunes a copy of each layer here.
+        batch_size: windows at once.
+        reports: those of the run that wrote `pruned`.
+    """
+    damping = {report.name: report.damping for report in reports}
+
+    def tell(report: OperatorReport) -> None:
+        damping[report.name] = report.damping
+
+    def step(context: LayerContext) -> None:
+        layer, sparse = context.layer, context.layer
+        hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix])
+        wanted = {f"{layer.name}.{operator.name}" for operator in layer.operators}.intersection(names)
+        if wanted or settings.prefix == "pruned":
+            sparse = pruned.layers[context.number] if pruned else _pruned(context, hidden, settings, tell)
+        for problem in _watch(layer, sparse, wanted, context.calls, hidden, settings, damping):
+            on_problem(problem)
+        if settings.prefix == "pruned":
+            context.hand_on([context.calls(batch)(sparse.module, batch) for batch in hidden.pruned], "pruned")
+        context.hand_on(context.outputs())
+
+    needed = [i for i, layer in enumerate(model.layers) if any(name.startswith(f"{layer.name}.") for name in names)]
+    states = MemoryStore(range(max(needed, default=-1) + 1))
+    LayerWalk(model, tokens.split(batch_size), states, settings.streams).run(step)
+
+
+def _pruned(context: LayerContext, hidden: HiddenStates, settings: LayerSettings, tell: Tell) -> DecoderLayer:
+    """A copy of the layer, pruned as a run prunes it."""
+    copy, calls = deepcopy(context.layer), context.calls
+    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense, correct=(settings.correct,)), settings, tell)
+    return copy
+
+
+def _watch(
+    dense: DecoderLayer,
+    sparse: DecoderLayer,
+    wanted: Collection[str],
+    calls: Calls,
+    hidden: HiddenStates,
+    settings: LayerSettings,
+    damping: Mapping[str, Damping | None],
+) -> Iterator[OperatorProblem]:
+    pairs = [
+        (one, other)
+        for one, other in zip(dense.groups, sparse.groups, strict=True)
+        if any(f"{dense.name}.{operator.name}" in wanted for operator in one.operators)
+    ]
+    if not pairs:
+        return
+    observed = observe(dense, calls, hidden.dense, correct=(settings.correct,))
+    same = dense.stages[0] if settings.prefix == "dense" else ()
+    corrected = [one for one, _ in pairs if one.paired and one not in same and settings.correction > 0]
+    lacking = CorrectionTargets(corrected, observed, settings.correct)
+    moments = [
+        Moments(width(one), torch.float64, outputs=height(one) if lacking.in_output_space(one) else None)
+        for one, _ in pairs
+    ]
+    for i, given in enumerate(hidden.pruned):
+        seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
+        for (one, other), total in zip(pairs, moments, strict=True):
+            if other not in seen:
+                continue
+            x, output = seen[other].cpu(), None
+            if lacking.is_last_branch([one]):
+                pruned = split_last_branch(sparse, other, calls(given), given)
+                output = pruned._replace(branch=one.tap.module(seen[other])).output
+            total.add(x)
+            d = lacking.of(one, i, seen[other], output)
+            if d is not None:
+                total.add_errors(x.flatten(0, -2), d.flatten(0, -2).cpu())
+    for (one, other), total in zip(pairs, moments, strict=True):
+        rows = torch.arange(height(one)).split([w.shape[0] for w in one.operators])
+        for w, v, own in zip(one.operators, other.operators, rows, strict=True):
+            name = f"{dense.name}.{w.name}"
+            if name in wanted and total.tokens:
+                weights = w.read().cpu(), v.read().cpu()
+                asked = settings.pattern_of(name), settings.correction, damping.get(name) or NO_DAMPING
+                yield OperatorProblem(name, *weights, total.rows(own), *asked)

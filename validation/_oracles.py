@@ -1,0 +1,164 @@
+"""The production solvers against the oracles, on blocks of real layer problems small enough for the oracles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
+from convexprune.pruners import LayerProblem
+from convexprune.solvers import AbstractSolver, make_solver
+
+EXACT = 1e-8  # the gap to which the production solver is run for the comparison
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One solver's answer to one problem.
+
+    Args:
+        solver: its name.
+        objective: q + p at the answer.
+        difference: the objective over the least that any solver found, less one.
+        relative_gap: of its certificate.
+        kkt_residual: of its certificate.
+        seconds: of the solve.
+    """
+
+    solver: str
+    objective: float
+    difference: float
+    relative_gap: float
+    kkt_residual: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SolvedProblem:
+    """One problem of an operator, and what every solver made of it.
+
+    Args:
+        operator: its name.
+        penalty: "L1" or "support".
+        rows: m of the problem.
+        columns: n of the problem.
+        solves: the production solver's at its default tolerance, the same solver's at a gap of 1e-8, and the oracles'.
+    """
+
+    operator: str
+    penalty: str
+    rows: int
+    columns: int
+    solves: tuple[Solve, ...]
+
+    def faults(self, tolerance: float, gap: float) -> Iterator[str]:
+        """What misses.
+
+        Args:
+            tolerance: the largest relative difference between objectives that passes.
+            gap: the largest relative gap of the production solver at its default that passes.
+
+        Yields:
+            One line for each fault.
+        """
+        for solve in self.solves[1:]:
+            if not solve.difference <= tolerance:
+                yield f"{solve.solver}: the objective is {solve.difference:.1e} above the least"
+        if not self.solves[0].relative_gap <= gap:
+            yield f"{self.solves[0].solver}: the gap at default settings is {self.solves[0].relative_gap:.1e}"
+
+
+def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
+    """A pruning problem when only some columns may move and the others stay dense.
+
+    Columns are drawn one by one, or for an n:m pattern in whole groups.
+
+    Args:
+        problem: of an operator.
+        columns: how many may move, about.
+        generator: of the random numbers.
+
+    Returns:
+        The quadratic of the block, and the columns drawn.
+    """
+    n = problem.weight.shape[1]
+    width = problem.pattern.block
+    groups = torch.randperm(n // width, generator=generator)[: max(1, columns // width)].sort().values
+    chosen = (groups[:, None] * width + torch.arange(width)).flatten()
+    q = problem.quadratic.double
+    assert q.anchor is not None
+    return q.columns(chosen), chosen
+
+
+def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
+    """The two convex problems of the pruner on a block: reweighted L1 as on its path, and the refit on a support.
+
+    Args:
+        q: the quadratic of the block.
+        problem: of the operator.
+        kept: which weights of the block the pruner has kept [rows columns].
+
+    Returns:
+        The problems by the name of their penalty.
+    """
+    assert q.anchor is not None
+    scale = q.scale()
+    scores = q.anchor.abs() * scale
+    threshold = problem.pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
+    strength = threshold * torch.exp(-(scores / threshold).square()) * scale
+    return {"L1": Problem(q, L1(strength)), "support": Problem(q, Support(kept))}
+
+
+def production(penalty: str) -> dict[str, AbstractSolver]:
+    """The production solver of a penalty, at its default and run to the end.
+
+    Args:
+        penalty: "L1" or "support".
+
+    Returns:
+        The solvers by name.
+    """
+    if penalty == "L1":
+        return {"fista": make_solver("fista"), "fista, 1e-8": make_solver("fista", tolerance=EXACT,
+                                                                          max_iterations=20_000)}  # fmt: skip
+    return {"cg": make_solver("cg"), "cg, 1e-8": make_solver("cg", tolerance=EXACT, max_iterations=1000)}
+
+
+def oracles() -> dict[str, AbstractSolver]:
+    """Three foreign solvers, by name."""
+    return {
+        "cvxpy, Clarabel": make_solver("cvxpy", engine="CLARABEL"),
+        "cvxpy, OSQP": make_solver("cvxpy", engine="OSQP"),
+        "scipy": make_solver("scipy"),
+    }
+
+
+def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
+    """Solve one problem by the production solver and the oracles.
+
+    Args:
+        name: of the operator.
+        penalty: "L1" or "support".
+        problem: the problem.
+
+    Returns:
+        Their answers.
+    """
+    solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
+    values = {key: solution.certificate.primal for key, solution in solutions.items()}
+    least = min(values.values())
+    unit = max(least, torch.finfo(torch.float64).tiny)
+    solves = tuple(
+        Solve(
+            key,
+            values[key],
+            (values[key] - least) / unit,
+            solution.certificate.relative_gap,
+            solution.certificate.kkt_residual,
+            solution.solve_seconds,
+        )
+        for key, solution in solutions.items()
+    )
+    return SolvedProblem(name, penalty, *problem.shape, solves)

@@ -1,0 +1,144 @@
+"""Perplexity on fixed windows of text, as the pruning literature reports it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._progress import begin
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._data.logits import logits_in_pieces
+from convexprune.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text, and everything that the number depends on.
+
+    A model that is broken has a value of infinity or NaN, and shows it.
+
+    Args:
+        value: exp(nll).
+        nll: the mean negative log-likelihood of the predicted tokens, in nats: each token after the first of each
+            window, from those before it in its own window.
+        tokens: how many were predicted.
+        windows: how many.
+        window: tokens of a window.
+        stride: tokens between the beginnings of two windows.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+    stride: int
+
+
+def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> Perplexity:
+    """The perplexity of a causal language model on disjoint windows of text.
+
+    The model is evaluated without dropout and left in the mode that it was in. Logits of a few positions at a time are
+    in memory, if the model can leave others out.
+
+    Args:
+        model: of transformers.
+        tokens: token ids [windows window].
+        batch_size: windows at once.
+
+    Returns:
+        The perplexity.
+
+    Raises:
+        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+    """
+    training = model.training
+    model.eval()
+    try:
+        return perplexity_of(lambda ids: logits_in_pieces(model, ids.to(model.device)), tokens, batch_size)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
+    """The perplexity of whatever gives logits.
+
+    Logits are widened to float32 one window at a time, and losses summed in float64; batches come in their order, each
+    once.
+
+    Args:
+        logits: gives, for a batch [batch window], pieces [batch positions vocabulary] of all positions but the last, in
+            their order.
+        tokens: token ids [windows window].
+        batch_size: windows at once.
+
+    Returns:
+        The perplexity.
+
+    Raises:
+        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+    """
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise CalibrationError(
+            f"Perplexity needs windows of 2 or more tokens [windows window]; got {list(tokens.shape)}."
+        )
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size={batch_size}: at least 1 is needed.")
+    windows, window = tokens.shape
+    batches = tokens.split(batch_size)
+    step, total = begin("perplexity", len(batches)), 0.0
+    for batch in batches:
+        total += _batch_nll(logits(batch), batch)
+        step("")
+    count = windows * (window - 1)
+    nll = torch.as_tensor(total, dtype=torch.float64) / count
+    # torch's exponential, because Python's raises where the answer is infinity.
+    return Perplexity(nll.exp().item(), nll.item(), tokens=count, windows=windows, window=window, stride=window)
+
+
+@torch.no_grad()
+def streamed_perplexity(
+    model: HuggingFaceModel, tokens: Tensor, store: FolderStore, pruned: FolderStore | None
+) -> Perplexity:
+    """The perplexity of a model whose decoder layers are in memory one at a time.
+
+    Args:
+        model: the model.
+        tokens: token ids [windows window].
+        store: where the hidden states between the layers are kept meanwhile.
+        pruned: the store that has the pruned layers; None is for the dense ones.
+
+    Returns:
+        The perplexity.
+    """
+
+    def step(context: LayerContext) -> None:
+        if pruned is not None:
+            pruned.load(model, context.number, "pruned")
+        propagate(context)
+
+    with store.scratch(store.count) as record:
+        states = MemoryStore(range(store.count), record)
+        LayerWalk(model, tokens.split(1), states).run(step)
+        last = iter(states.take(store.count))
+
+        def logits(batch: Tensor) -> Iterator[Tensor]:
+            hidden = next(last)
+            return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
+
+        return perplexity_of(logits, tokens)
+
+
+def _batch_nll(pieces: Iterable[Tensor], batch: Tensor) -> float:
+    """The summed negative log-likelihood of a batch [windows window]."""
+    losses, labels = list[Tensor](), batch[:, 1:]
+    for logits in pieces:
+        now, labels = labels[:, : logits.shape[1]].to(logits.device), labels[:, logits.shape[1] :]
+        each = zip(logits, now, strict=True)
+        losses.append(torch.stack([nn.functional.cross_entropy(z.float(), y, reduction="none") for z, y in each]))
+    return sum(window.double().sum().item() for window in torch.cat(losses, 1))

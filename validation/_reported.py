@@ -1,0 +1,83 @@
+"""What the report of a run says, beside what is found in the run's folder."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isclose, isnan
+
+import torch
+
+from convexprune.adapters import HuggingFaceModel
+from convexprune.errors import ModelError
+from convexprune.report import OperatorReport
+
+from ._layer_problems import OperatorProblem
+
+SAME = 0.05  # relative: another machine may round the hidden states otherwise
+NOTHING = 1e-9  # an error that is only rounding
+
+
+@dataclass(frozen=True)
+class ReportedError:
+    """The relative error of an operator of a run, and what the run reported.
+
+    Args:
+        operator: its name.
+        error: measured again on the same tokens.
+        reported: by the run.
+    """
+
+    operator: str
+    error: float
+    reported: float
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it; nothing if it agrees."""
+        return (
+            ""
+            if self.agrees
+            else f"{self.operator}: its error is {self.error:.3e}, not {self.reported:.3e} as reported"
+        )
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two are as near as they are on another machine; NaN is that of an operator without input."""
+        both = isnan(self.error) and isnan(self.reported)
+        return both or isclose(self.error, self.reported, rel_tol=SAME, abs_tol=NOTHING)
+
+
+def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
+    """The error of an operator beside that in its report. A report whose moments borrowed tokens has none of its own.
+
+    Args:
+        operator: with its problem.
+        reports: of the run.
+
+    Returns:
+        One pair, or none.
+    """
+    problem, achieved = operator.rows(None, torch.Generator())
+    error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
+    own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]
+    return [ReportedError(report.name, error, report.relative_error) for report in own]
+
+
+def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:
+    """Check that two models and the report of a run have the same operators.
+
+    Args:
+        dense: the dense model.
+        pruned: the pruned model.
+        reports: one for each operator.
+
+    Raises:
+        ModelError: they do not; the first that differs is named.
+    """
+    shapes = [{f"{y.name}.{o.name}": o.shape for y in m.layers for o in y.operators} for m in (dense, pruned)]
+    shapes.append({report.name: (report.outputs, report.inputs) for report in reports})
+    for name in dict.fromkeys(name for each in shapes for name in each):
+        here, there, said = (each.get(name) for each in shapes)
+        if not here == there == said:
+            raise ModelError(
+                f"{name} is {here} in the dense model, {there} in the run and {said} in its report: not of one model."
+            )

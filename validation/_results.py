@@ -1,0 +1,228 @@
+"""The results of a comparison: one row for each variant, as JSON and as tables."""
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from statistics import fmean, median
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ._likelihood import Likelihood
+from ._variants import Variant
+
+Row = dict[str, Any]
+
+NAMES = ("method", "sparsity", "convention")
+
+CAPTION = """\
+Errors are mean |V x* - target|^2 over mean |W x|^2, each under its own convention's target: compare them within a
+convention. *held-out* is on tokens that no method saw. *layer output* compares decoder layers fed with the dense hidden
+states, median over held-out tokens of |y* - y|^2 / |y - x|^2: comparable everywhere. *products* [m n] x [n n] are the
+mean over the groups of operators that share an input. *solve* are the seconds of the method itself; *all* has its
+passes through the layer too. *gap* is the largest relative duality gap of a last solve. *more* is the most memory that
+was held while the variant pruned, beyond what was held before."""
+
+
+def make_row(
+    variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
+) -> Row:
+    """The results of one variant.
+
+    Args:
+        variant: the variant.
+        records: one for each layer.
+        texts: the likelihoods by text, then by network.
+
+    Returns:
+        The row.
+    """
+    operators = [o for record in records for o in record["operators"]]
+    peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
+    gaps = [o["gap"] for o in operators if o["gap"] is not None]
+    return {
+        "name": variant.name,
+        "method": variant.method,
+        "pattern": variant.pattern,
+        "quota": variant.quota,
+        "allocation": variant.allocation,
+        "asked_sparsity": variant.zeros,
+        "sparsity": sum(o["zeros"] for o in operators) / sum(o["outputs"] * o["inputs"] for o in operators),
+        "convention": variant.convention,
+        "error": _summary([o["relative_error"] for o in operators]),
+        "held_out_error": _summary([o["held_out_error"] for o in operators]),
+        "output_error": _summary([r["output_error"] for r in records]),
+        "error_by_layer": [_mean([o["relative_error"] for o in r["operators"]]) for r in records],
+        "held_out_error_by_layer": [_mean([o["held_out_error"] for o in r["operators"]]) for r in records],
+        "output_error_by_layer": [r["output_error"] for r in records],
+        "texts": {
+            text: text_result(found[variant.name], found["dense"]) for text, found in texts.items()
+        },
+        "solve_seconds": sum(r["solve_seconds"] for r in records),
+        "seconds": sum(r["seconds"] for r in records),
+        "products": fmean(r["products"] for r in records),
+        "largest_gap": max(gaps, default=None),
+        "peak_bytes": max(peaks["peak_bytes"], default=None),
+        "more_bytes": max(peaks["more_bytes"], default=None),
+        "operators": operators,
+    }  # fmt: skip
+
+
+def text_result(found: Likelihood, dense: Likelihood) -> Row:
+    """Perplexity with its excess over dense, and the KL divergence from dense, in all and by window.
+
+    Args:
+        found: of the network.
+        dense: of the dense model.
+
+    Returns:
+        The entries by name. `difference_error` is the standard error, over windows, of the mean difference of the
+        negative log-likelihoods.
+    """
+    nll, differences = fmean(found.nll), [a - b for a, b in zip(found.nll, dense.nll, strict=True)]
+    middle, count = fmean(differences), len(differences)
+    spread = (sum((d - middle) ** 2 for d in differences) / (count - 1)) ** 0.5 if count > 1 else None
+    return {
+        "perplexity": to_perplexity(nll),
+        "excess": to_perplexity(nll) - to_perplexity(fmean(dense.nll)),
+        "kl": fmean(found.kl),
+        "nll": nll,
+        "difference_error": None if spread is None else spread / count**0.5,
+        "nll_by_window": found.nll,
+        "kl_by_window": found.kl,
+    }
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """The main columns of the table of a report, for a terminal; one line a variant.
+
+    Args:
+        result: of `compare`.
+
+    Returns:
+        The table.
+    """
+    header, lines = cells(result)
+    columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
+    title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
+    return terminal_table(title, [header[i] for i in columns], [[line[i] for i in columns] for line in lines])
+
+
+def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of a report as text.
+
+    Args:
+        result: of `compare`.
+
+    Returns:
+        The header, and the lines, the dense model first.
+    """
+    texts = list(result["dense"]["texts"])
+    header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
+    header += ["error", "median", "held-out", "median", "layer output"]
+    header += ["products", "solve s", "all s", "gap", "more MB"]
+    blank = ["-"] * 10
+    lines = [["dense", "-", "-", *_text_cells(result["dense"], texts), *blank]]
+    for row in result["rows"]:
+        errors = [_short(row[key][kind]) for key in ("error", "held_out_error") for kind in ("mean", "median")]
+        more = None if row["more_bytes"] is None else row["more_bytes"] / 2**20
+        gap = "-" if row["largest_gap"] is None else f"{row['largest_gap']:.0e}"
+        line = [*name_cells(row), *_text_cells(row, texts), *errors, _short(row["output_error"]["mean"])]
+        line += [f"{row[key]:.0f}" for key in ("products", "solve_seconds", "seconds")]
+        lines.append([*line, gap, "-" if more is None else f"{more:.0f}"])
+    return header, lines
+
+
+def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
+    """The report: table, what its columns are, plots, and the card by which to reproduce it.
+
+    Args:
+        result: of `compare`.
+        plots: file names of pictures.
+
+    Returns:
+        The text.
+    """
+    header, lines = cells(result)
+    shared = result["shared_seconds"]
+    parts = [
+        f"# {result['card']['model']}: methods side by side",
+        markdown_table(header, lines),
+        f"Of each text: perplexity, its excess over dense, mean KL divergence from dense in nats. {CAPTION}",
+        f"Shared by all, in no row: {', '.join(f'{seconds:.0f} s {name}' for name, seconds in shared.items())}.",
+        *(f"![{name}]({name})" for name in plots),
+        "## Reproduce",
+        f"```sh\n{result['card']['command']}\n```",
+        "\n".join(f"- {key}: {value}" for key, value in _flat(result["card"]) if key != "command"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def name_cells(row: Mapping[str, Any]) -> list[str]:
+    """The cells under `NAMES`, which say what variant a `row` is."""
+    target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
+    name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
+    return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
+
+
+def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """A table for a terminal, names to the left and numbers to the right.
+
+    Args:
+        title: above the table.
+        header: the names of the columns.
+        lines: the cells.
+
+    Returns:
+        The table.
+    """
+    shown = Table(title=title, box=SIMPLE_HEAD)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a report, names to the left and numbers to the right.
+
+    Args:
+        header: the names of the columns.
+        lines: the cells.
+
+    Returns:
+        The text.
+    """
+    marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
+
+
+def _text_cells(row: Mapping[str, Any], texts: Sequence[str]) -> list[str]:
+    each = (row["texts"][text] for text in texts)
+    return [c for t in each for c in (f"{t['perplexity']:.2f}", f"{t['excess']:.2f}", f"{t['kl']:.4f}")]
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(prefix, value)]
+    return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}, {key}" if prefix else str(key))]
+
+
+def _summary(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {"mean": _mean(known), "median": median(known) if known else None}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def to_perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood `nll`; infinity where that overflows, or is not a number."""
+    return exp(nll) if nll < 700 else float("inf")

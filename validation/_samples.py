@@ -1,0 +1,198 @@
+"""A comparison on several samples of the calibration text, which says what of a difference is chance."""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import exp, inf, log
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from convexprune._runs.folder import check_output
+from convexprune._storage.files import write_json
+from convexprune._storage.place import output_folder
+from convexprune.errors import OutputError, RecipeError
+from convexprune.report import finite
+
+from ._compare import compare
+from ._plots import draw_samples, will_draw
+from ._results import NAMES, Row, markdown_table, name_cells, terminal_table, to_perplexity
+
+SAMPLES = "samples.json"
+SAME = ("name", "method", "pattern", "quota", "allocation", "asked_sparsity", "convention")
+"""What the rows of a variant have in common; its zeros may depend on the sample, by a survey or by ties."""
+CAPTION = """\
+Means over the samples are geometric. *KL / first* is the KL divergence from dense over that of the first variant of the
+same pattern and share, on the same sample: geometric mean, and the standard error of its logarithm over the samples.
+*layer / first* is the same of the error of the decoder layers' outputs. A difference within two standard errors, or
+from so few samples that they are not known well, is no difference."""
+
+
+def compare_samples(
+    model: str | Path | None,
+    seeds: Sequence[int],
+    output: Path,
+    *,
+    resume: bool = False,
+    plots: bool | None = None,
+    command: str = "",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compare on the calibration sample that each seed draws.
+
+    Each sample's comparison is in `output/seed-N`, as `compare` leaves it. Evaluation texts are the same for all.
+
+    Args:
+        model: see `compare`.
+        seeds: of the choice of calibration windows, at least two. The text should have many more windows than a sample
+            takes: samples that share their windows differ less than samples do.
+        output: the folder for the results; must be empty, unless `resume`.
+        resume: go on with interrupted samples; those that are done are kept.
+        plots: draw them, which needs matplotlib; None: if it is installed.
+        command: what to state as the way to reproduce the result.
+        settings: see `compare`.
+
+    Returns:
+        What `samples.json` holds.
+
+    Raises:
+        ConvexpruneError: see `compare`; also for seeds that repeat, and samples that do not belong together.
+    """
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
+    drawing = will_draw(plots)
+    output = output_folder(output, model)
+    if not resume:
+        check_output(output)
+    elif not any(output.glob("seed-*")):
+        raise OutputError(f"{output} holds no samples that were interrupted, so there is nothing to resume.")
+    results: list[dict[str, Any]] = []
+    for seed in seeds:
+        folder = output / f"seed-{seed}"
+        if not (folder / "compare.json").is_file():
+            going_on = resume and (folder / "work" / "identity.json").is_file()
+            compare(model, output=folder, seed=seed, resume=going_on, plots=plots, command=command, **settings)
+        results.append(json.loads((folder / "compare.json").read_text()))
+        _check(results[0], results[-1], folder)
+    card = results[0]["card"] | {"seed": list(seeds), "command": command}
+    summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
+    write_json(output / SAMPLES, finite(summary))
+    drawn = [draw_samples(summary, output)] if drawing else []
+    (output / "report.md").write_text(markdown(summary, drawn))
+    return summary
+
+
+def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
+    """Samples differ in their calibration windows only.
+
+    Raises:
+        RecipeError: a sample was compared by other settings, on other texts or of another model.
+    """
+
+    def identity(of: Mapping[str, Any]) -> str:
+        card = {k: v for k, v in of["card"].items() if k not in ("seed", "command", "machine", "hashes")}
+        hashes = {k: v for k, v in of["card"]["hashes"].items() if k not in ("calibration", "held-out")}
+        rows = [[row[key] for key in SAME] for row in of["rows"]]
+        return json.dumps([card, hashes, rows], sort_keys=True)
+
+    if identity(first) != identity(result):
+        raise RecipeError(
+            f"{folder} holds a comparison of another model, other texts or other settings than the first sample. "
+            "Give the settings that it began with, or another output folder."
+        )
+
+
+def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
+    """Each variant over the samples; its ratios are to the first variant of its pattern and share."""
+    targets = [(row["pattern"], row["asked_sparsity"]) for row in samples[0]]
+    rows = []
+    for number, target in enumerate(targets):
+        first = targets.index(target)
+        pairs = [(sample[number], sample[first]) for sample in samples]
+        texts = {
+            text: {
+                "perplexity": to_perplexity(fmean(float(row["texts"][text]["nll"]) for row, _ in pairs)),
+                "kl": _over_first([[row["texts"][text]["kl"] for row in pair] for pair in pairs]),
+            }
+            for text in samples[0][number]["texts"]
+        }
+        layer = _over_first([[row["output_error"]["mean"] for row in pair] for pair in pairs])
+        known = {key: samples[0][number][key] for key in SAME}
+        known["sparsity"] = fmean(row["sparsity"] for row, _ in pairs)
+        rows.append(known | {"first": samples[0][first]["name"], "texts": texts, "layer": layer})
+    return rows
+
+
+def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, float] | None:
+    """Geometric means of a value and of its ratio to the first's, with the standard error of the ratio's logarithm.
+
+    None where one is not known, not finite (text in JSON) or not positive, as of what changes nothing.
+    """
+    known = [[float("nan" if value is None else value) for value in pair] for pair in pairs]
+    if not all(0 < value < inf for pair in known for value in pair):
+        return None
+    logs = [log(value / first) for value, first in known]
+    mean = exp(fmean(log(value) for value, _ in known))
+    return {"mean": mean, "ratio": exp(fmean(logs)), "error": stdev(logs) / len(logs) ** 0.5}
+
+
+def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table as text.
+
+    Args:
+        summary: of `compare_samples`.
+
+    Returns:
+        The header, and the lines.
+    """
+    texts = list(summary["dense"]["texts"])
+    header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first")), "layer output", "layer / first"]
+    lines = []
+    for row in summary["rows"]:
+        line = name_cells(row)
+        for found in (row["texts"][text] for text in texts):
+            line += [f"{found['perplexity']:.2f}", *_of_first(found["kl"], ".4f")]
+        lines.append([*line, *_of_first(row["layer"], ".2e")])
+    return header, lines
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The table for a terminal, one line a variant.
+
+    Args:
+        summary: of `compare_samples`.
+
+    Returns:
+        The table.
+    """
+    title = f"{summary['card']['model']}: {len(summary['rows'])} variants on {len(summary['card']['seed'])} samples"
+    return terminal_table(title, *cells(summary))
+
+
+def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
+    """The report: the table, what its columns are, plots, and the command that made it.
+
+    Args:
+        summary: of `compare_samples`.
+        plots: file names of pictures.
+
+    Returns:
+        The text.
+    """
+    card = summary["card"]
+    parts = [
+        f"# {card['model']}: methods side by side on {len(card['seed'])} calibration samples",
+        markdown_table(*cells(summary)),
+        CAPTION,
+        *(f"![{name}]({name})" for name in plots),
+        f"Each sample by itself: {', '.join(f'[seed {s}](seed-{s}/report.md)' for s in card['seed'])}.",
+        f"## Reproduce\n\n```sh\n{card['command']}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_first(mean: Mapping[str, float] | None, style: str) -> list[str]:
+    if mean is None:
+        return ["-", "-"]
+    return [format(mean["mean"], style), f"{mean['ratio']:.3f} ± {mean['error']:.3f}"]

@@ -1,0 +1,158 @@
+"""The input of `verify`: a fresh model, or the folder of a finished run, of which nothing is believed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
+from convexprune._runs.folder import RunFolder, differences
+from convexprune._runs.run import checksum
+from convexprune._storage.files import checksum_inside
+from convexprune.adapters import (
+    BUNDLED,
+    EMBEDDED,
+    EMBEDDED_WINDOW,
+    HuggingFaceModel,
+    check_dataset,
+    load,
+    recipe_windows,
+)
+from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
+from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
+from convexprune.recipe import Recipe, make_recipe
+from convexprune.report import Report
+
+MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The models and the data set that `verify` works on.
+
+    Args:
+        recipe: of the run, or of a pruning to be tried.
+        dense: the dense model.
+        dataset: as the recipe names it, or where it is now.
+        pruned: the model that a run has pruned.
+        report: of that run.
+    """
+
+    recipe: Recipe
+    dense: HuggingFaceModel
+    dataset: Any
+    pruned: HuggingFaceModel | None = None
+    report: Report | None = None
+
+    def tokens(self) -> tuple[Tensor, bool]:
+        """The windows to verify on.
+
+        Returns:
+            Token ids [windows window], and whether they are those of the run. They are not where the model writes
+            another text here than it wrote for the run.
+
+        Raises:
+            CalibrationError: the data set is another than that of the run, or too small.
+        """
+        tokens = recipe_windows(self.dataset, self.dense, self.recipe)[0]
+        if self.report is None:
+            return tokens, False
+        known = self.report.identity.get("tokens")
+        same = isinstance(known, dict) and known.get("calibration") == checksum(tokens)
+        if not same and self.recipe.dataset != "self":
+            raise CalibrationError(f"{self.dataset} does not give the tokens of the run. Name its own: dataset=...")
+        return tokens, same
+
+
+def open_source(source: str | Path | None, settings: dict[str, Any], device: str) -> Source:
+    """Open a model, to be pruned as the settings of a recipe say, or a finished run; see `verify`.
+
+    Args:
+        source: a model, or the folder of a run; None is the bundled model.
+        settings: of the recipe; of a run, where its model and data set are now.
+        device: where to compute.
+
+    Returns:
+        The source.
+
+    Raises:
+        OutputError: a file of the run is missing, or is not what was written.
+        RecipeError: settings beside a run's own recipe; or its model or tokens are not where they were.
+        ModelError: the model found is not that of the run.
+        CalibrationError: there is no such data set.
+    """
+    folder = None if source is None else Path(source).expanduser()
+    if folder is not None and any((folder / name).is_file() for name in (RECIPE, "report.json", "run.json")):
+        return _open_run(folder, settings, device)
+    if "model" in settings:
+        raise RecipeError(f"model={str(settings['model'])!r} is for the folder of a run; {source} is a model itself.")
+    if source is None:
+        settings = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW, "num_calibration_samples": 64} | settings
+    settings = settings | {"allocation": settings.get("allocation") or "uniform"}
+    if settings["allocation"] != "uniform":
+        raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
+    recipe = make_recipe(model=BUNDLED if source is None else str(source), **settings)
+    check_dataset(recipe.dataset)
+    dense = _load(recipe.model, recipe, device)
+    return Source(recipe, dense, recipe.dataset)
+
+
+def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
+    if others := [name for name in settings if name not in MOVED]:
+        raise RecipeError(f"{folder} is a finished run with its own recipe; leave out: {', '.join(others)}.")
+    run = RunFolder(folder)
+    if run.is_unfinished:
+        raise OutputError(f"{folder} holds an unfinished run. Finish it with resume=True (--resume), then verify it.")
+    refuse_packed(folder)
+    run.require_whole()
+    recipe, report = read_recipe(folder), run.report()
+    place = {name: _found(name, folder, recipe, report) for name in MOVED if name not in settings} | settings
+    model, dataset = place["model"], place["dataset"]
+    check_dataset(dataset)
+    dense = _load(model, recipe, device)
+    _require_same_model(dense, model, report)
+    pruned = _load(folder, recipe, device)
+    return Source(recipe, dense, dataset, pruned, report)
+
+
+def _load(source: str | Path, recipe: Recipe, device: str) -> HuggingFaceModel:
+    return load(source, device=device, dtype=recipe.torch_dtype, targets=recipe.targets, ignore=recipe.ignore)
+
+
+def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
+    """Where the model or the data set of a run is: where it was, or where it is if it was moved with the folder."""
+    text: str = getattr(recipe, name)
+    if text.endswith(GIVEN):
+        raise RecipeError(f"The {name} of this run was a {text}. Name one that is the same: {name}=... (--{name}).")
+    path, was = Path(text), report.environment.get("folder")
+    if not path.is_absolute():  # a name
+        return text
+    places = [path, *([folder / os.path.relpath(path, was)] if isinstance(was, str) else [])]
+    for place in places:
+        if place.is_dir() or place.is_file():
+            return str(place)
+    raise RecipeError(f"The {name} of this run, {text}, is not there. Say where it is now: {name}=... (--{name}).")
+
+
+def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Report) -> None:
+    """See that the model is the one that was pruned: by its files if it was streamed, else by its tensors.
+
+    Raises:
+        ModelError: the model is another one; the first differences are named.
+        OutputError: the report does not say which model was pruned.
+    """
+    then = report.identity.get("weights")
+    if not isinstance(then, dict):
+        raise OutputError("The report of the run does not say which model it pruned.")
+    if report.environment.get("loading") == "layer by layer":
+        folder = local_folder(str(source), "main") if str(source) != BUNDLED else EMBEDDED
+        now = {name: checksum_inside(folder, name) for name in then}
+    else:
+        now = dense.origin().checksums
+    if differing := differences(then, now):
+        raise ModelError(
+            f"{source} is not the model that was pruned; it differs in {', '.join(differing[:5])}. Say where that one "
+            "is: model=... (--model)."
+        )

@@ -1,0 +1,105 @@
+"""The working folder of a comparison: what lets it hold one problem in memory, and go on where it stopped."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._storage.files import publish, read_json, write_json, writing
+from convexprune._storage.tensors import CODES, DTYPES, Batches
+
+
+class Store:
+    """For each network (the dense one, each variant) hidden states and records.
+
+    Files appear whole. Hidden states before decoder layer k are kept until everything that reads them is recorded.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder = folder
+        self._device = device
+
+    def write_states(self, network: str, layer: int, stream: str, batches: Iterable[Tensor]) -> None:
+        """Keep hidden states before a decoder layer.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            stream: name of the batches.
+            batches: the hidden states [batch tokens hidden].
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        path = self._states(network, layer, stream)
+        temporary = path.with_suffix(".part")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+        recorded = Batches(temporary)
+        for batch in batches:
+            recorded.append(batch)
+        assert recorded.dtype is not None, "a stream without a batch"
+        write_json(path.with_suffix(".json"), {"dtype": CODES[recorded.dtype], "shapes": recorded.shapes})
+        with writing(path):
+            publish(temporary, path)
+
+    def states(self, network: str, layer: int, stream: str) -> Batches:
+        """The hidden states of `write_states`, read from the file as they are used.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            stream: name of the batches.
+
+        Returns:
+            The batches.
+        """
+        path = self._states(network, layer, stream)
+        notes = read_json(path.with_suffix(".json"))
+        return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
+
+    def drop_states(self, network: str, layer: int) -> None:
+        """Forget the states before a decoder layer.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+        """
+        shutil.rmtree(self._states(network, layer, "").parent, ignore_errors=True)
+
+    def record(self, network: str, layer: int, facts: Any) -> None:
+        """Write down that a decoder layer is done for a network.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+            facts: what came of it, as JSON can hold it.
+        """
+        write_json(self._record(network, layer), facts)
+
+    def recorded(self, network: str, layer: int) -> Any:
+        """What `record` wrote.
+
+        Args:
+            network: its name.
+            layer: number of the layer.
+
+        Returns:
+            The facts; None if there are none.
+        """
+        return read_json(self._record(network, layer))
+
+    def _states(self, network: str, layer: int, stream: str) -> Path:
+        return self._folder / _safe(network) / f"states-{layer:03d}" / f"{stream}.bin"
+
+    def _record(self, network: str, layer: int) -> Path:
+        return self._folder / _safe(network) / f"layer-{layer:03d}.json"
+
+
+def _safe(network: str) -> str:
+    """A folder's name for a network's."""
+    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in network)

@@ -1,0 +1,79 @@
+"""Texts to evaluate on: files, and texts of another kind that every installation carries."""
+
+import ast
+import sysconfig
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+
+from convexprune.adapters._data.text_files import TEXT_FILES, read_text
+from convexprune.errors import CalibrationError, unknown
+
+LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+
+
+def text_of(source: str) -> str:
+    """The text that a path or a name stands for.
+
+    Args:
+        source: a path (.txt or .jsonl), or a name in `TEXTS`.
+
+    Returns:
+        The text.
+
+    Raises:
+        CalibrationError: there is neither such a file nor such a name.
+    """
+    if source in TEXTS:
+        return TEXTS[source]()
+    if source.endswith(TEXT_FILES):
+        return read_text(Path(source))
+    raise CalibrationError(f"{unknown('text', source, TEXTS)} Or give a path that ends in {' or '.join(TEXT_FILES)}.")
+
+
+def python_docs() -> str:
+    """The docstrings of Python's standard library, module by module in the order of their paths.
+
+    The words of programmers: they change with the version of Python, so a report states it beside the text's hash.
+
+    Returns:
+        The text.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    files = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
+    return "\n\n".join(doc for path in files for doc in _docstrings(path))
+
+
+def licences() -> str:
+    """The licences of the installed packages in the order of their names, each paragraph once.
+
+    The words of lawyers: they change with what is installed, so a report states the text's hash.
+
+    Returns:
+        The text.
+    """
+    paragraphs: dict[str, None] = {}
+    for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"].lower()):
+        for file in sorted(distribution.files or [], key=str):
+            if file.name.upper().startswith(LICENCE_NAMES) and file.suffix not in (".py", ".pyc"):
+                path = Path(str(file.locate()))
+                text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+                paragraphs |= {" ".join(part.split()): None for part in text.split("\n\n")}
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+TEXTS: dict[str, Callable[[], str]] = {"python-docs": python_docs, "licences": licences}
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of a source file that are longer than a line or two."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # the library carries a few files that are wrong on purpose
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node)
+            if doc is not None and len(doc) >= 200:
+                yield doc

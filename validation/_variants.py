@@ -1,0 +1,209 @@
+"""What is compared: every method, sparsity, pattern and convention by name, and what the names stand for."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from convexprune._layerwise.settings import LayerSettings
+from convexprune.constraints import parse_pattern
+from convexprune.errors import RecipeError, unknown
+from convexprune.pruners import PRUNERS, no_method
+from convexprune.recipe import SOLVERS, Recipe, make_recipe
+
+CONVENTIONS: dict[str, tuple[str, float, str]] = {
+    "dense": ("dense", 1.0, "operator"),
+    "dense-half": ("dense", 0.5, "operator"),
+    "dense-none": ("dense", 0.0, "operator"),
+    "dense-layer": ("dense", 1.0, "residual_stream"),
+    "pruned-own": ("pruned", 0.0, "operator"),
+    "pruned-half": ("pruned", 0.5, "operator"),
+    "pruned-dense": ("pruned", 1.0, "operator"),
+    "pruned-layer": ("pruned", 0.5, "residual_stream"),
+}
+"""Which network feeds a decoder layer, how much of earlier errors an operator corrects, and which (docs/method.md)."""
+
+OWN = {
+    "alps": "pruned-own",
+    "fistapruner": "dense",
+    "magnitude": "dense-none",
+    "sparsegpt": "pruned-own",
+    "wanda": "pruned-own",
+}
+"""What each method's paper or code does; of ours, the recipe's default."""
+
+BY_ROW = ("wanda",)
+"""Methods whose paper prunes every row alike; the others choose from a whole matrix."""
+QUOTAS = ("matrix", "own", "row")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method at one pattern under one convention.
+
+    Args:
+        method: its name, with settings.
+        pattern: "unstructured" or N:M.
+        sparsity: of an unstructured pattern.
+        convention: of prefix and correction.
+        quota: of an unstructured pattern: "matrix" or "row".
+        allocation: the rule.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float | None
+    convention: str
+    quota: str = "matrix"
+    allocation: str = "uniform"
+
+    @property
+    def name(self) -> str:
+        """Of the variant among others, and of its folder."""
+        spread = "" if self.allocation == "uniform" else f" {self.allocation}"
+        return f"{self.method} {self.target} {self.convention}{spread}{' by row' if self.quota == 'row' else ''}"
+
+    @property
+    def target(self) -> str:
+        """The pattern as one reads it."""
+        return self.pattern if self.sparsity is None else f"{self.sparsity:g}"
+
+    @property
+    def zeros(self) -> float:
+        """The share of zeros that is asked for."""
+        return parse_pattern(self.pattern, self.sparsity).sparsity
+
+    def recipe(self) -> Recipe:
+        """The recipe whose method, pattern and convention these are.
+
+        Raises:
+            RecipeError: an unknown method or setting.
+            PatternError: no such pattern or sparsity.
+        """
+        prefix, correction, target = CONVENTIONS[self.convention]
+        return make_recipe(
+            model="",
+            **_method(self.method),
+            pattern=self.pattern,
+            sparsity=self.sparsity,
+            quota=self.quota,
+            allocation=self.allocation,
+            prefix=prefix,
+            error_correction=correction,
+            error_target=target,
+        )
+
+    def layer_settings(self) -> LayerSettings:
+        """How every layer is pruned."""
+        return self.recipe().layer_settings()
+
+
+_LISTS = ("methods", "sparsity", "pattern", "convention", "allocation")
+
+
+def make_variants(
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    patterns: Sequence[str],
+    conventions: Sequence[str],
+    quota: str = "own",
+    allocations: Sequence[str] = ("own",),
+) -> list[Variant]:
+    """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
+
+    A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
+    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+    Allocations are the rules of `_layerwise.steps.survey`, or "own", what the recipe takes if none is given. The
+    quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
+    the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
+    all: "fista:convention=pruned-layer:allocation=half-curve".
+
+    Raises:
+        RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, or nothing to
+            compare.
+        PatternError: no such pattern or sparsity.
+    """
+    for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise RecipeError(f"{name} names {twice[0]} twice. Leave one of them out.")
+    variants = {
+        _variant(method, pattern, sparsity, convention, own.get("quota", [quota])[0], allocation): None
+        for method, own in map(_without_own, methods)
+        for pattern in patterns
+        for sparsity in (sparsities if parse_pattern(pattern).continuous else [None])
+        for convention in own.get("convention", conventions)
+        for allocation in own.get("allocation", allocations)
+    }
+    for variant in variants:
+        variant.layer_settings()
+    if not variants:
+        raise RecipeError("There is nothing to compare: name at least one method, sparsity, pattern and convention.")
+    return list(variants)
+
+
+def _variant(
+    method: str, pattern: str, sparsity: float | None, convention: str, quota: str, allocation: str
+) -> Variant:
+    """The variant where "own" stands for what the method has."""
+    if quota not in QUOTAS:
+        raise RecipeError(unknown("quota", quota, QUOTAS))
+    if pattern != "unstructured":
+        quota = "matrix"  # N:M has none
+    elif quota == "own":
+        quota = "row" if method.partition(":")[0] in BY_ROW and allocation != "rows" else "matrix"
+    if allocation == "own":
+        allocation = make_recipe(model="", **_method(method), pattern=pattern, quota=quota).allocation
+    return Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation)
+
+
+def _method(text: str) -> dict[str, Any]:
+    """The recipe's settings of a method named as in `make_variants`."""
+    name, *pairs = text.split(":")
+    if name not in PRUNERS and name not in SOLVERS:
+        raise RecipeError(no_method(name, SOLVERS))
+    settings: dict[str, Any] = {"method": name} if name in PRUNERS else {"method": "convex", "solver": name}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
+        place = settings if key == "refit" else settings.setdefault("method_args", {})
+        place[key] = _value(value)
+    return settings
+
+
+def _value(text: str) -> Any:
+    """A setting's value as YAML has it, and numbers without a point (1e-6), which YAML takes for text."""
+    with suppress(ValueError):
+        return float(text) if "e" in text.lower() else int(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
+    """A method's text without the convention, the allocation and the quota that it may name, and these."""
+    pairs = [(part, *part.partition("=")) for part in text.split(":")]
+    own = {key: [value] for _, key, _, value in pairs if key in ("convention", "allocation", "quota")}
+    return ":".join(part for part, key, *_ in pairs if key not in own), own
+
+
+def _known_convention(name: str, method: str) -> str:
+    """The convention of that name, of a method."""
+    if name not in ("own", *CONVENTIONS):
+        raise RecipeError(unknown("convention", name, ["own", *CONVENTIONS]))
+    return _own(method) if name == "own" else name
+
+
+def _own(method: str) -> str:
+    """The convention of the method's paper; for ours, of the recipe's defaults."""
+    name = method.partition(":")[0]
+    if name in OWN:
+        return OWN[name]
+    recipe = make_recipe(model="")
+    default = recipe.prefix, recipe.error_correction, recipe.error_target
+    (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
+    return convention

@@ -1,0 +1,275 @@
+"""Verify: the answers of the production solvers against oracles, and the pruning against a bound nobody can beat."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune._device.machine import default_device
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._schema.door import documented
+from convexprune._schema.functions import VERIFY
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._checkpoints.written import miscounted
+from convexprune.adapters._discovery.selection import matcher
+from convexprune.constraints import parse_pattern
+from convexprune.core._bound import LowerBound
+from convexprune.errors import RecipeError, unknown
+from convexprune.pruners._damped import damped
+from convexprune.recipe import Recipe
+from convexprune.report import OperatorReport
+
+from ._layer_problems import OperatorProblem, operator_problems
+from ._oracles import SolvedProblem, block, block_problems, solve_by_all
+from ._reported import ReportedError, reported_errors, require_same_shapes
+from ._source import open_source
+
+WIDE = 1024  # above, a split for every row costs too much: rows share one
+
+
+@dataclass(frozen=True)
+class BoundReport:
+    """What was achieved on a sample of an operator's rows, and the bound on every pruning of them.
+
+    Args:
+        operator: its name.
+        rows: how many.
+        damping: the strength that the pruner added.
+        error: mean |V x* - target|^2 plus this damping: what the pruner was to minimise.
+        lower: the bound on `error`.
+        ratio: lower / error.
+        plain_error: without damping, on the calibration tokens alone.
+        plain_lower: the bound on `plain_error`.
+        plain_ratio: plain_lower / plain_error.
+        seconds: of both bounds.
+    """
+
+    operator: str
+    rows: int
+    damping: float
+    error: float
+    lower: float
+    ratio: float
+    plain_error: float
+    plain_lower: float
+    plain_ratio: float
+    seconds: float
+
+
+@dataclass
+class Verification:
+    """Everything that was compared; `faults` says in words what missed its tolerance.
+
+    Args:
+        source: what was verified.
+        settings: of its recipe.
+        tolerance: the largest relative difference of objectives that passes.
+        gap: the largest relative duality gap that passes.
+        comparisons: the solves.
+        bounds: the bounds.
+        miscounted: of a run, the operators whose zeros are not those of the report.
+        errors: of a run, the report's errors beside those measured here.
+        note: why there are none.
+        seconds: in all.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    tolerance: float
+    gap: float
+    comparisons: list[SolvedProblem] = field(default_factory=list)
+    bounds: list[BoundReport] = field(default_factory=list)
+    miscounted: list[str] = field(default_factory=list)
+    errors: list[ReportedError] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def faults(self) -> list[str]:
+        """What missed a tolerance; empty if all is well."""
+        found = [
+            f"{c.operator} [{c.penalty}] {text}"
+            for c in self.comparisons
+            for text in c.faults(self.tolerance, self.gap)
+        ]
+        found += [
+            f"{b.operator}: the error {b.error:.3e} is below the bound {b.lower:.3e}, which no weight can be"
+            for b in self.bounds
+            if not (b.lower <= b.error * (1 + self.tolerance) and b.plain_lower <= b.plain_error * (1 + self.tolerance))
+        ]
+        found += [*self.miscounted, *(e.fault for e in self.errors if e.fault)]
+        return found if self.comparisons else [*found, "nothing was compared"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tolerance was met."""
+        return not self.faults
+
+    @property
+    def median_ratio(self) -> float:
+        """The median over the operators of bound / error."""
+        return _median(b.ratio for b in self.bounds)
+
+    @property
+    def median_plain_ratio(self) -> float:
+        """The same without damping."""
+        return _median(b.plain_ratio for b in self.bounds)
+
+    def to_json(self) -> str:
+        """All of it as JSON; numbers that are not finite are written as text."""
+        whole = asdict(self) | {"faults": self.faults, "passed": self.passed, "median_ratio": self.median_ratio}
+        whole["median_plain_ratio"] = self.median_plain_ratio
+        return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
+
+    def tables(self) -> list[Table]:
+        """One line for each solve, and one for each bound."""
+        solves = Table(title="The same problem, several solvers", box=SIMPLE_HEAD)
+        solves.add_column("operator", no_wrap=True)
+        solves.add_column("problem", no_wrap=True)
+        for name in ("solver", "objective", "difference", "gap", "KKT", "s"):
+            solves.add_column(name, justify="right", no_wrap=True)
+        for c in self.comparisons:
+            for i, s in enumerate(c.solves):
+                head = ("", "") if i else (c.operator, f"{c.penalty} {c.rows}x{c.columns}")
+                figures = (f"{x:.0e}" for x in (s.difference, s.relative_gap, s.kkt_residual))
+                solves.add_row(*head, s.solver, f"{s.objective:.9e}", *figures, f"{s.seconds:.3f}")
+        bounds = Table(title="Squared error achieved, and what no pruning can beat", box=SIMPLE_HEAD)
+        bounds.add_column("operator", no_wrap=True)
+        for name in ("rows", "damping", "error", "lower bound", "ratio", "undamped: error", "bound", "ratio", "s"):
+            bounds.add_column(name, justify="right", no_wrap=True)
+        for b in self.bounds:
+            bounds.add_row(b.operator, str(b.rows), f"{b.damping:.3f}", f"{b.error:.2e}", f"{b.lower:.2e}",
+                           f"{b.ratio:.3f}", f"{b.plain_error:.2e}", f"{b.plain_lower:.2e}", f"{b.plain_ratio:.3f}",
+                           f"{b.seconds:.1f}")  # fmt: skip
+        errors = Table(title="Errors of the run, measured again", box=SIMPLE_HEAD)
+        for name in ("operator", "relative error", "in the report"):
+            errors.add_column(name, justify="left" if name == "operator" else "right", no_wrap=True)
+        for e in self.errors:
+            errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}")
+        return [solves, bounds, *([errors] if self.errors else [])]
+
+
+@documented(VERIFY)
+def verify(
+    source: str | Path | None = None, *, tell: Callable[[str], None] = lambda _: None, **settings: Any
+) -> Verification:
+    """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
+
+    Settings of the recipe are those of a fresh model, whose allocation is "uniform": to judge another, prune, and
+    verify the folder of the run. Of a run, only `model` and `dataset` may be given: where they are now, if they are not
+    where they were.
+
+    Args:
+        source: a model (folder or hub name), which is pruned in memory as the settings say; or the folder of a finished
+            run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged:
+            its files by the checksums in its report, and its zeros and errors by what the report says of them. None:
+            the bundled model.
+        tell: called with each operator's name as it is done.
+        settings: by name:
+        {settings}
+
+    Raises:
+        OutputError: a file of the run is missing or damaged, or the run is not finished.
+        RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run,
+            which has its own; or its model or data set is not where it was.
+        ModelError, CalibrationError: the model or the data set is not that of the run.
+    """
+    began = time.perf_counter()
+    asked, settings = VERIFY.read(settings)
+    opened = open_source(source, settings, default_device(settings.pop("device", "auto")))
+    recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
+    reports = [] if opened.report is None else opened.report.operators
+    names = _choose(dense, asked.operators, asked.sample or None, asked.seed)
+    result = Verification(str(source or "bundled model"), recipe.model_dump(mode="json"), asked.tolerance, asked.gap)
+    if pruned is not None:
+        require_same_shapes(dense, pruned, reports)
+        wrong = miscounted(pruned, reports)
+        names, result.miscounted = [name for name in names if name not in wrong], list(wrong.values())
+    tokens, same = opened.tokens()
+    if pruned is not None and not same:
+        result.note = "The model writes another text here than for the run: the report's errors are not compared."
+    layer = _layer_settings(recipe, reports)
+    generator = torch.Generator().manual_seed(asked.seed)
+
+    def judge(operator: OperatorProblem) -> None:
+        result.comparisons.extend(_compare(operator, asked.rows, asked.columns, generator))
+        if operator.pattern.budget(operator.dense.shape) is not None:
+            result.bounds.append(bound(operator, asked.bound_rows, generator))
+        if same:
+            result.errors.extend(reported_errors(operator, reports))
+        tell(operator.name)
+
+    operator_problems(dense, tokens, layer, names, judge, pruned, recipe.batch_size, reports)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
+    """Those of the recipe, with the patterns that the reports of a run say were asked for."""
+    settings = recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
+    for pattern in (settings.pattern, *settings.patterns.values()):
+        if not pattern.selects:
+            raise RecipeError(
+                f"verify judges how entries were chosen, and pattern {pattern} chooses none. Judge such a run by the "
+                "errors in its report, or by `eval`."
+            )
+    return settings
+
+
+def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
+    """The bounds for rows of an operator, with its pruner's damping and without.
+
+    Args:
+        operator: with its problem.
+        rows: how many, drawn at random; None is all.
+        generator: of the random numbers.
+
+    Returns:
+        The bounds.
+    """
+    began = time.perf_counter()
+    problem, achieved = operator.rows(rows, generator)
+    method = LowerBound(per_row=problem.weight.shape[1] <= WIDE and rows is not None)
+    plain = method.of(problem.quadratic, problem.pattern, achieved)
+    r = operator.damping
+    posed = plain if r.strength == 0 else method.of(damped(problem, r), problem.pattern, achieved)
+    figures = (x for b in (posed, plain) for x in (b.error, b.lower, b.ratio))
+    return BoundReport(operator.name, plain.rows, r.strength, *figures, seconds=time.perf_counter() - began)
+
+
+def _median(ratios: Iterable[float]) -> float:
+    known = torch.tensor(list(ratios), dtype=torch.float64)
+    return float(known.quantile(0.5)) if len(known) else nan
+
+
+def _choose(model: HuggingFaceModel, operators: Sequence[str], sample: int | None, seed: int) -> list[str]:
+    every = [f"{layer.name}.{operator.name}" for layer in model.layers for operator in layer.operators]
+    if operators:
+        named = {asked: _named(asked, every) for asked in operators}
+        for asked, found in named.items():
+            if not found:
+                raise RecipeError(unknown("operator", asked, every))
+        return [name for name in every if any(name in found for found in named.values())]
+    if sample is None or sample >= len(every):
+        return every
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:sample]
+    return [every[i] for i in drawn.sort().values.tolist()]
+
+
+def _named(asked: str, every: Sequence[str]) -> list[str]:
+    matches = matcher(asked)
+    return [name for name in every if matches(name)]
+
+
+def _compare(operator: OperatorProblem, rows: int, columns: int, generator: torch.Generator) -> list[SolvedProblem]:
+    problem, achieved = operator.rows(rows, generator)
+    quadratic, chosen = block(problem, columns, generator)
+    problems = block_problems(quadratic, problem, achieved[:, chosen] != 0)
+    return [solve_by_all(operator.name, penalty, p) for penalty, p in problems.items()]
