@@ -62,7 +62,8 @@ class Trial:
         self.expected = _found(self.out)
 
     def run(self, resume: bool = False) -> None:
-        settings = QUICK | MODES[self.mode] | ({"executor": "serial", "workers": None} if resume else {})
+        here: dict[str, Any] = {"executor": "serial", "workers": None} if resume else {}
+        settings: dict[str, Any] = QUICK | MODES[self.mode] | here
         convexprune.prune(self.model, output_dir=self.out, resume=resume, **settings)
 
     def watched(self, last: int | None = None, lasting: bool = False) -> list[str]:

@@ -167,14 +167,14 @@ class Ridge(AbstractPenalty):
     def prox(self, weight, step, out=None):
         return torch.div(weight, 1 + step, out=out)
 
-    def conjugate(self, slope):
-        return slope.square().sum(1) / 2
+    def conjugate(self, dual):
+        return dual.square().sum(1) / 2
 
-    def project(self, slope):
-        return slope
+    def project(self, dual):
+        return dual
 
-    def dual_scale(self, slope):
-        return torch.full_like(slope[:, 0], float("inf"))
+    def dual_scale(self, dual):
+        return torch.full_like(dual[:, 0], float("inf"))
 
     def scaled(self, scale):
         raise NotImplementedError

@@ -107,7 +107,7 @@ def test_operators_that_share_an_input_have_the_bounds_that_each_has_alone(patte
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_a_run_reports_bounds_and_its_weights_do_not_depend_on_them(tiny_opt, pattern):
     dense = state(tiny_opt)
-    with_bounds = convexprune.prune(tiny_opt.model, pattern=pattern, **SMALL | {"bound_rows": 2}).report
+    with_bounds = convexprune.prune(tiny_opt.model, pattern=pattern, **{**SMALL, "bound_rows": 2}).report
     pruned = state(tiny_opt)
     for o in with_bounds.operators:
         assert o.bound is not None

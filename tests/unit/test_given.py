@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from convexprune.errors import ModelError
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._fista import FISTA
 
-QUICK = SMALL | {"method": "wanda"}
+QUICK: dict[str, Any] = SMALL | {"method": "wanda"}
 PERMUTE = {"dataset": TOKENS, "num_calibration_samples": 6}
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,15 @@ def test_one_named_gpu_is_one_worker():
 
 
 def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked, load = [], request.load
-    monkeypatch.setattr(request, "load", lambda *a, **b: (asked.append(b["trust_remote_code"]), load(*a, **b))[1])
+    asked = list[bool]()
+    for name in ("load", "load_packed"):
+        real = getattr(request, name)
+
+        def heard(*a: Any, real: Callable[..., Any] = real, **b: Any) -> Any:
+            asked.append(b["trust_remote_code"])
+            return real(*a, **b)
+
+        monkeypatch.setattr(request, name, heard)
     result = convexprune.prune(dense, output_dir=tmp_path / "out", trust_remote_code=True, **SETTINGS)
     assert result.model is not None and asked == [True, True]
 

@@ -265,7 +265,9 @@ def test_prune_spreads_the_zeros_in_memory_and_in_a_folder_alike(tiny_llama: Hug
 def test_quotas_of_matrices_of_rows_and_of_groups_are_allocated_and_bounded(
     tiny_llama: HuggingFaceModel, asked: dict[str, Any]
 ):
-    report = convexprune.prune(tiny_llama.model, allocation="curve", **asked, **SETTINGS | {"bound_rows": 2}).report
+    report = convexprune.prune(
+        tiny_llama.model, allocation="curve", **asked, **SETTINGS | dict[str, Any](bound_rows=2)
+    ).report
     assert len({o.pattern for o in report.operators}) > 1
     assert all(o.zeros == o.expected_zeros for o in report.operators)
     assert all(o.bound is not None and o.bound["lower"] <= o.bound["error"] for o in report.operators)
