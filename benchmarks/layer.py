@@ -67,7 +67,7 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
     calls = LayerCalls(model, [tokens]).of(0)
     speed, reports = measured_speed(device, dtype), list[OperatorReport]()
     with peak_memory(device) as peak, phases(args.device) as seconds:
-        observed = timed_observe(layer, calls, hidden, correct=(settings.correct,))
+        observed = timed_observe(layer, calls, hidden, error_targets=(settings.error_target,))
         prune_observed(layer, calls, HiddenStates(hidden, hidden, 1), observed, settings, reports.append)
     stacks = {r.name: 2 * r.products * r.outputs * r.inputs**2 for r in reports}
     bare = sum(stacks.values()) / speed.single

@@ -16,7 +16,7 @@ import torch
 
 from convexprune._api import request
 from convexprune._layerwise import capture as passes
-from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps import prune as task
 from convexprune._layerwise.steps import stages as layer
 from convexprune._layerwise.store import FolderStore
@@ -24,7 +24,7 @@ from convexprune._layerwise.store import FolderStore
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
-    "Gram": [(Folds, "add")],
+    "Gram": [(CalibrationStatistics, "add")],
     "solve": [(layer, "prune_group")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (request, "save_from_store")],
 }

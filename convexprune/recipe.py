@@ -90,7 +90,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             self.build_pattern(),
             self.error_correction,
             self.prefix,
-            "layer" if self.error_target == "residual_stream" else "operator",
+            self.error_target,
             patterns or {},
             bound_rows,
         )

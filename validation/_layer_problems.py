@@ -112,7 +112,9 @@ def operator_problems(
 def _pruned(context: LayerContext, hidden: HiddenStates, settings: LayerSettings, tell: Tell) -> DecoderLayer:
     """A copy of the layer, pruned as a run prunes it."""
     copy, calls = deepcopy(context.layer), context.calls
-    prune_observed(copy, calls, hidden, observe(copy, calls, hidden.dense, correct=(settings.correct,)), settings, tell)
+    prune_observed(
+        copy, calls, hidden, observe(copy, calls, hidden.dense, error_targets=(settings.error_target,)), settings, tell
+    )
     return copy
 
 
@@ -132,10 +134,10 @@ def _watch(
     ]
     if not pairs:
         return
-    observed = observe(dense, calls, hidden.dense, correct=(settings.correct,))
+    observed = observe(dense, calls, hidden.dense, error_targets=(settings.error_target,))
     same = dense.stages[0] if settings.prefix == "dense" else ()
-    corrected = [one for one, _ in pairs if one.paired and one not in same and settings.correction > 0]
-    lacking = CorrectionTargets(corrected, observed, settings.correct)
+    corrected = [one for one, _ in pairs if one.token_aligned and one not in same and settings.correction > 0]
+    lacking = CorrectionTargets(corrected, observed, settings.error_target)
     moments = [
         Moments(width(one), torch.float64, outputs=height(one) if lacking.in_output_space(one) else None)
         for one, _ in pairs
@@ -148,7 +150,7 @@ def _watch(
             x, output = seen[other].cpu(), None
             if lacking.is_last_branch([one]):
                 pruned = split_last_branch(sparse, other, calls(given), given)
-                output = pruned._replace(branch=one.tap.module(seen[other])).output
+                output = pruned._replace(branch=one.input_hook.module(seen[other])).output
             total.add(x)
             d = lacking.of(one, i, seen[other], output)
             if d is not None:

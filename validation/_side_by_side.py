@@ -19,7 +19,7 @@ from convexprune._layerwise.capture import Observed, Recorded, observe, through
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.stages import prune_observed, stage_folds
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk
@@ -131,14 +131,14 @@ class Comparison:
         """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
         number, layer, calls, began = context.number, context.layer, context.calls, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
-        observed = observe(layer, calls, hidden, correct={each.correct for each in self._variants.values()})
+        observed = observe(layer, calls, hidden, error_targets={each.error_target for each in self._variants.values()})
         if DENSE in todo:
             for stream in self._batches:
                 batches = observed.outputs if stream == FITTED else self._through(context, DENSE, stream)
                 self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
             tell(f"layer {number}, dense")
-        first: dict[Group, Folds] = {}
+        first: dict[Group, CalibrationStatistics] = {}
         for name in todo:
             if name == DENSE:
                 continue
@@ -157,7 +157,7 @@ class Comparison:
             tell(f"layer {number}, {name}")
 
     def _prune(
-        self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, Folds]
+        self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, CalibrationStatistics]
     ) -> tuple[dict[str, Any], dict[CachedSubmodule, Recorded]]:
         """Prune one layer by one variant; what came of it, and what is known for later passes of what was fitted."""
         number, layer, settings = context.number, context.layer, self._variants[name]

@@ -43,10 +43,10 @@ def inner_channels(model: HuggingFaceModel) -> list[Channels]:
 def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Iterator[Channels]:
     for number, stage in enumerate(layer.stages):
         earlier = list(chain(*layer.stages[:number]))
-        paired = [operator for group in earlier if group.paired for operator in group.operators]
+        token_aligned = [operator for group in earlier if group.token_aligned for operator in group.operators]
         for group in stage:
-            for size in (group.operators[0].shape[1], head) if group.paired else ():
-                found = _coupled(layer, group, paired, call, hidden, size)
+            for size in (group.operators[0].shape[1], head) if group.token_aligned else ():
+                found = _coupled(layer, group, token_aligned, call, hidden, size)
                 sets = [_channels(group, size, reached, sources) for reached, sources in found.items()]
                 if sets and _same(layer, group, sets, call, hidden):
                     yield from sets
@@ -60,10 +60,10 @@ def _in_experts(
     """Those inside of the experts of a stage: tried on one that tokens reach, and the same in its siblings."""
     families: dict[str, dict[str, Group]] = {}
     for group in stage:
-        if not group.paired:
+        if not group.token_aligned:
             family, number = canonical_name_of(layer, group.operators[0])
             families.setdefault(family, {})[number] = group
-    before = {canonical_name_of(layer, o): o for group in earlier if not group.paired for o in group.operators}
+    before = {canonical_name_of(layer, o): o for group in earlier if not group.token_aligned for o in group.operators}
     for groups in families.values():
         seen = stage_inputs(layer, list(groups.values()), call, hidden)
         tried = next((number for number, group in groups.items() if group in seen), None)

@@ -197,9 +197,9 @@ def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Ten
     """The scores [rows size] of all operators of a layer that see a set of channels, after a pass of the layer."""
     groups, device = context.layer.groups, context.model.device
     seen = {group: _Squares(group.operators[0].shape[1], device) for group in groups}
-    with ExitStack() as taps:
+    with ExitStack() as hooks:
         for group, squares in seen.items():
-            taps.enter_context(group.tap(squares.add))
+            hooks.enter_context(group.input_hook(squares.add))
         propagate(context)
     return partial(_scores, context.layer, {o: s.mean for g, s in seen.items() for o in g.operators})
 

@@ -24,11 +24,11 @@ class GroupSpec:
 
     Args:
         places: in the order of execution.
-        paired: as in `Group`.
+        token_aligned: as in `Group`.
     """
 
     places: tuple[Place, ...]
-    paired: bool
+    token_aligned: bool
 
 
 ExpertFamily = tuple[GroupSpec, ...]
@@ -68,9 +68,9 @@ class Layout:
         def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
             operators = tuple(ParameterOperator(module.get_submodule(place.module), place) for place in kept)
             if kept[0].index is None:
-                return Group(operators, ModuleInput(operators[0].module), spec.paired)
-            tap = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
-            return Group(operators, tap, spec.paired)
+                return Group(operators, ModuleInput(operators[0].module), spec.token_aligned)
+            input_hook = ExpertInput(watched[kept[0].module], ExpertIndex(kept[0].parameter, kept[0].index))
+            return Group(operators, input_hook, spec.token_aligned)
 
         stages = []
         for stage in self.stages:
@@ -97,7 +97,7 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
 
     1.  Which linear maps are called, how often, in which order, and with which tensor.
     2.  Experts are alike: one that no token reached is laid out as its siblings. An expert gets some of the tokens
-        only, so its group is not paired. What sits beside experts and is as narrow as they are many routes.
+        only, so its group is not token-aligned. What sits beside experts and is as narrow as they are many routes.
     3.  With the outputs of a group changed, whose inputs change? The groups of one expert family are tried as one.
 
     Args:
@@ -186,8 +186,8 @@ def _families(
 
     families = []
     for groups in found.values():
-        paired = all(whole(places) for places in groups.values())
-        families.append(tuple(GroupSpec(groups[number], paired) for number in sorted(groups, key=_numerically)))
+        token_aligned = all(whole(places) for places in groups.values())
+        families.append(tuple(GroupSpec(groups[number], token_aligned) for number in sorted(groups, key=_numerically)))
     return families
 
 
@@ -221,7 +221,7 @@ def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:
     held = {path: len(p) for path, module in layer.named_modules() for p in fused_parameters(module).values()}
     blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
     for family in families:
-        if len(family) > 1 and not family[0].paired:
+        if len(family) > 1 and not family[0].token_aligned:
             experts = commonpath([spec.places[0].module.replace(".", "/") for spec in family])
             blocks[dirname(experts).replace("/", ".")] = len(family)
     return blocks
@@ -260,7 +260,7 @@ def _inside(path: str, block: str) -> bool:
 
 
 def _without(family: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
-    kept = (GroupSpec(tuple(p for p in spec.places if p.name not in reasons), spec.paired) for spec in family)
+    kept = (GroupSpec(tuple(p for p in spec.places if p.name not in reasons), spec.token_aligned) for spec in family)
     return tuple(spec for spec in kept if spec.places)
 
 

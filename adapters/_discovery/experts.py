@@ -116,9 +116,9 @@ class ExpertInput:
         return self.experts.module
 
     @contextmanager
-    def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
-        """In this context, call `tell` with the inputs [tokens n] of the expert."""
-        with self.experts.hooked(lambda product: tell(product.inputs), self.slice):
+    def __call__(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
+        """In this context, call `heard` with the inputs [tokens n] of the expert."""
+        with self.experts.hooked(lambda product: heard(product.inputs), self.slice):
             yield
 
 

@@ -187,8 +187,8 @@ def _problems(found: Inspection) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for layer in found.size.layers:
         for number, stage in enumerate(layer.stages):
-            alike = Counter((s.outputs, s.inputs, s.paired) for s in stage)
-            first = {(s.outputs, s.inputs, s.paired): s for s in reversed(stage)}
+            alike = Counter((s.outputs, s.inputs, s.token_aligned) for s in stage)
+            first = {(s.outputs, s.inputs, s.token_aligned): s for s in reversed(stage)}
             for key, count in alike.items():
                 names = ", ".join(first[key].names) + (f" and {count - 1} alike" if count > 1 else "")
                 heavy = count * 4 * (key[0] * key[1] + key[1] ** 2)

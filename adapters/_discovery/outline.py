@@ -71,7 +71,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
     notes = []
     if whole:
         notes.append("Its experts are fused while transformers loads them, so the model is loaded whole.")
-    if any(not group.paired for layer in model.layers for group in layer.groups):
+    if any(not group.token_aligned for layer in model.layers for group in layer.groups):
         notes.append("How many tokens each expert is sent is known only in a run: an even share is assumed.")
     size = _size(model, config.get_text_config(), dtype, whole)
     return Outline(model.name, model.layers, dict(model.left_alone), size, dtype, model.max_positions, tuple(notes))
@@ -120,8 +120,10 @@ def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.S
                 tuple(operator.name for operator in group.operators),
                 tuple(operator.shape[0] for operator in group.operators),
                 group.operators[0].shape[1],
-                group.paired,
-                1.0 if group.paired else min(1.0, chosen / (piled or sum(not other.paired for other in stage))),
+                group.token_aligned,
+                1.0
+                if group.token_aligned
+                else min(1.0, chosen / (piled or sum(not other.token_aligned for other in stage))),
             )
             for group in stage
         )

@@ -72,7 +72,7 @@ def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place
 @contextmanager
 def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozenset[Place]) -> Iterator[None]:
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args:  # the taps read the first argument, so an input that comes by name is none
+        if args:  # the input hooks read the first argument, so an input that comes by name is none
             seen.add(place, args[0])
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

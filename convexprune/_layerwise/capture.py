@@ -14,12 +14,12 @@ from convexprune._storage.tensors import Batches
 
 Calls = Callable[[Tensor], Call]
 Recorded = list[Tensor] | Batches
-Correct = Literal["layer", "operator"]
+ErrorTarget = Literal["residual_stream", "operator"]
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What the dense decoder layer makes of each batch: its outputs, and paired groups' inputs, which go to the CPU.
+    """What the dense decoder layer makes of each batch: its outputs, and inputs of token-aligned groups, on the CPU.
 
     `cached` are what later passes of the layer may leave out; `last_branch` is the group that closes the layer, if it
     was looked for (see `is_last_branch`).
@@ -41,7 +41,7 @@ def observe(
     calls: Calls,
     batches: Sequence[Tensor],
     record: Callable[[], Recorded] = list,
-    correct: Collection[Correct] = ("operator",),
+    error_targets: Collection[ErrorTarget] = ("operator",),
 ) -> Observed:
     """One pass of the dense layer over all batches.
 
@@ -52,28 +52,33 @@ def observe(
         calls: gives the other arguments for a batch.
         batches: what enters the layer [batch tokens hidden].
         record: makes a place to keep tensors, in memory or on disk.
-        correct: what will be asked for (`LayerSettings.correct`): if no more than the "layer", the inputs of the group
-            that closes it are not kept.
+        error_targets: those that will be asked for (`LayerSettings.error_target`): if no more than
+            "residual_stream", the inputs of the group that closes it are not kept.
 
     Returns:
         What was observed.
     """
     last_branch = next(
-        (g for g in layer.groups[-1:] if "layer" in correct and is_last_branch(layer, g, calls, batches)), None
+        (
+            g
+            for g in layer.groups[-1:]
+            if "residual_stream" in error_targets and is_last_branch(layer, g, calls, batches)
+        ),
+        None,
     )
-    asked = [g for g in layer.groups if g.paired and (g is not last_branch or "operator" in correct)]
+    asked = [g for g in layer.groups if g.token_aligned and (g is not last_branch or "operator" in error_targets)]
     inputs = {group: record() for group in asked}
     outputs, cached = record(), dict[Group, CachedSubmodule]()
     for batch in batches:
-        with ExitStack() as taps:
+        with ExitStack() as hooks:
             if not outputs:
-                taps.enter_context(find_cached_submodules(layer, len(batch), cached))
+                hooks.enter_context(find_cached_submodules(layer, len(batch), cached))
             for group, seen in inputs.items():
 
                 def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
                     seen.append(_by_sample(x, samples).cpu())
 
-                taps.enter_context(group.tap(keep))
+                hooks.enter_context(group.input_hook(keep))
             outputs.append(calls(batch)(layer.module, batch))
     return Observed(outputs, inputs, cached, last_branch)
 
@@ -84,7 +89,7 @@ def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Seq
     Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
     to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
     """
-    if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.paired or not batches:
+    if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
     call, batch = calls(batches[0]), batches[0]
     last = split_last_branch(layer, group, call, batch)
@@ -135,7 +140,7 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
         made.append(output)
         return torch.zeros_like(output)
 
-    with group.tap(seen.append), group.tap.module.register_forward_hook(zero_branch):
+    with group.input_hook(seen.append), group.input_hook.module.register_forward_hook(zero_branch):
         residual = call(layer.module, batch)
     return LastBranch(_by_sample(seen[0], len(batch)), made[0], residual)
 
@@ -150,20 +155,20 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
         batch: what enters it [batch tokens hidden].
 
     Returns:
-        [samples tokens n] of each group that a token reaches. Of one that is not paired all tokens count as one sample.
+        [samples tokens n] of each group that a token reaches. Unless it is token-aligned, all tokens are one sample.
     """
     seen: dict[Group, Tensor] = {}
     if not stage:
         return seen
-    with ExitStack() as taps:
+    with ExitStack() as hooks:
         for group in stage:
 
             def keep(x: Tensor, group: Group = group) -> None:
-                seen[group] = _by_sample(x, len(batch) if group.paired else 1)
+                seen[group] = _by_sample(x, len(batch) if group.token_aligned else 1)
                 if len(seen) == len(stage):
                     raise _Reached
 
-            taps.enter_context(group.tap(keep))
+            hooks.enter_context(group.input_hook(keep))
         with suppress(_Reached):
             call(layer.module, batch)
     return seen

@@ -49,15 +49,15 @@ class AbstractOperator(ABC):
         """Store `weight` [m n], rounded to the dtype of the model."""
 
 
-class Tap(Protocol):
-    """Inside the context of tap(tell), tell(inputs [... n]) is called with what reaches the operators."""
+class InputHook(Protocol):
+    """Inside the context of hook(heard), heard(inputs [... n]) is called with what reaches the operators."""
 
     @property
     def module(self) -> nn.Module:
         """Where it listens."""
         ...
 
-    def __call__(self, tell: Callable[[Tensor], None]) -> AbstractContextManager[None]: ...
+    def __call__(self, heard: Callable[[Tensor], None]) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,8 @@ class ModuleInput:
     module: nn.Module
 
     @contextmanager
-    def __call__(self, tell: Callable[[Tensor], None]) -> Iterator[None]:
-        with self.module.register_forward_pre_hook(lambda _, args: tell(args[0])):
+    def __call__(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
+        with self.module.register_forward_pre_hook(lambda _, args: heard(args[0])):
             yield
 
 
@@ -97,14 +97,14 @@ class Group:
 
     Args:
         operators: in the order of execution.
-        tap: the hook on their input.
-        paired: whether the dense and the pruned layer send the same tokens here, so that an operator can make up for
+        input_hook: the hook on their input.
+        token_aligned: whether the dense and the pruned layer send the same tokens here, so that an operator can correct
             earlier errors token by token. Not so behind a router.
     """
 
     operators: tuple[AbstractOperator, ...]
-    tap: Tap
-    paired: bool = True
+    input_hook: InputHook
+    token_aligned: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,10 +69,10 @@ def _candidates(layer: DecoderLayer) -> Iterator[tuple[Group, nn.Module, list[nn
     """
     parts = {module: set(module.modules()) for module in layer.module.modules()}
     for number, stage in enumerate(layer.stages[:-1]):
-        later = {group.tap.module for after in layer.stages[number + 1 :] for group in after}
+        later = {group.input_hook.module for after in layer.stages[number + 1 :] for group in after}
         for group in stage:
-            if group.paired and len(group.operators) == 1 and isinstance(group.tap, ModuleInput):
-                linear = group.tap.module
+            if group.token_aligned and len(group.operators) == 1 and isinstance(group.input_hook, ModuleInput):
+                linear = group.input_hook.module
                 around = [m for m, inside in parts.items() if linear in inside and not later & inside]
                 yield group, linear, [m for m in around if m not in (layer.module, linear)]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Correct
+from convexprune._layerwise.capture import ErrorTarget
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
 from convexprune.pruners import AbstractPruner
@@ -24,9 +24,9 @@ class LayerSettings:
     `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
     (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
     W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
-    the dense network (arXiv 2408.03728, section 3.3). If `correct` is "layer", not "operator", d is what the outputs of
-    the decoder layer lack, for the operator that is its last residual branch (`passes.is_last_branch`): what reached
-    them by other ways, too.
+    the dense network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not
+    "operator", d is what the outputs of the decoder layer lack, for the operator that is its last residual branch
+    (`capture.is_last_branch`): what reached them by other ways, too.
     `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
     pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
     """
@@ -35,7 +35,7 @@ class LayerSettings:
     pattern: Constraint
     correction: float = 1.0
     prefix: Stream = "dense"
-    correct: Correct = "operator"
+    error_target: ErrorTarget = "operator"
     patterns: Mapping[str, Constraint] = field(default_factory=dict)
     bound_rows: int = 0
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)

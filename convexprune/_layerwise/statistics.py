@@ -20,7 +20,7 @@ HELD_OUT = 2
 Counted = tuple[Tensor, Tensor | None]  # x* [tokens n], and what it lacks
 
 
-class Folds:
+class CalibrationStatistics:
     """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
 
     What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
@@ -102,7 +102,7 @@ class Folds:
         self._count_all()
         return self._held_out
 
-    def shrink_towards(self, others: "Folds") -> None:
+    def shrink_towards(self, others: "CalibrationStatistics") -> None:
         """Make up for tokens that an expert did not get with what all experts got.
 
         With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
@@ -135,7 +135,7 @@ class Folds:
         facts = [self.held_out.outputs or 0, self._change is not None, self.held_out.errors is not None]
         told, changed, judged, *odd = ranks.all_reduce(torch.tensor([*facts, *first_has_more], device=device)).tolist()
         if told != ranks.size * facts[0]:
-            raise PruningError("The ranks do not see the same operator close a layer. Use correct='operator'.")
+            raise PruningError("The ranks do not see the same operator close a layer. Use error_target='operator'.")
         if sum(odd[: ranks.rank]) % 2:  # alone, the next sample would have gone to the second half
             self._halves = self._halves[1], self._halves[0]
         parts = (*self.halves, self.held_out)
@@ -178,7 +178,7 @@ class Paired(Protocol):
     """What has one input, which is that of every token or not (see `Group`)."""
 
     @property
-    def paired(self) -> bool:
+    def token_aligned(self) -> bool:
         """Whether it is."""
         ...
 
@@ -187,7 +187,7 @@ Item = TypeVar("Item", bound=Paired)
 
 
 def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
-    """The groups of a stage in parts: all that are paired with the first, of the others as many as there is room.
+    """The groups of a stage in parts: all token-aligned ones first, then as many of the others as fit.
 
     Args:
         stage: the groups, or what stands for them.
@@ -197,12 +197,12 @@ def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[I
         The parts.
     """
     groups = list(stage)
-    parts, room = [[group for group in groups if group.paired]], ROOM
+    parts, room = [[group for group in groups if group.token_aligned]], ROOM
     for group in groups:
-        if not group.paired:
-            room -= Folds.bytes(width(group))
+        if not group.token_aligned:
+            room -= CalibrationStatistics.bytes(width(group))
             if room < 0 and parts[-1]:
                 parts.append([])
-                room = ROOM - Folds.bytes(width(group))
+                room = ROOM - CalibrationStatistics.bytes(width(group))
             parts[-1].append(group)
     return [part for part in parts if part]

@@ -5,19 +5,21 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Correct, Observed
+from convexprune._layerwise.capture import ErrorTarget, Observed
 from convexprune._layerwise.model import Group
 from convexprune.core._moments import ErrorMoments
 
 
 class CorrectionTargets:
-    """What the groups `corrected` lack, batch by batch (see `LayerSettings.correct`).
+    """What the groups `corrected` lack, batch by batch (see `LayerSettings.error_target`).
 
     `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
     """
 
-    def __init__(self, corrected: Collection[Group], observed: Observed, correct: Correct) -> None:
-        self._last_branch = observed.last_branch if correct == "layer" and observed.last_branch in corrected else None
+    def __init__(self, corrected: Collection[Group], observed: Observed, error_target: ErrorTarget) -> None:
+        self._last_branch = (
+            observed.last_branch if error_target == "residual_stream" and observed.last_branch in corrected else None
+        )
         self._outputs = observed.outputs
         self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
         self._weights = {

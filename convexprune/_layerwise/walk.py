@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Calls, Correct, Observed, Recorded, observe, through
+from convexprune._layerwise.capture import Calls, ErrorTarget, Observed, Recorded, observe, through
 from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 from convexprune._layerwise.replay import CachedSubmodule
 from convexprune._layerwise.settings import Stream
@@ -54,16 +54,16 @@ class LayerContext:
         """The layer itself."""
         return self.model.layers[self.number]
 
-    def observe(self, correct: Collection[Correct] = ("operator",)) -> Observed:
+    def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
         """One pass of the dense layer.
 
         Args:
-            correct: what will be asked for; see `passes.observe`.
+            error_targets: those that will be asked for; see `capture.observe`.
 
         Returns:
             What it shows.
         """
-        return observe(self.layer, self.calls, self.inputs["dense"], self.record, correct)
+        return observe(self.layer, self.calls, self.inputs["dense"], self.record, error_targets)
 
     def outputs(self, stream: Stream = "dense", replayed: Mapping[CachedSubmodule, Recorded] | None = None) -> Recorded:
         """What the layer, as it is by now, makes of what enters it.

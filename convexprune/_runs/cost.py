@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
-from convexprune._layerwise.statistics import Folds, in_parts
+from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.bounds import WIDE, WIDEST
 from convexprune.core._moments import ErrorMoments
 
@@ -82,14 +82,14 @@ class Stack:
         names: of the operators.
         heights: outputs of each.
         inputs: n.
-        paired: as in `Group`.
+        token_aligned: as in `Group`.
         share: the fraction of the tokens that reaches them.
     """
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
     inputs: int
-    paired: bool = True
+    token_aligned: bool = True
     share: float = 1.0
 
     @property
@@ -187,7 +187,7 @@ class Setting:
         Returns:
             Whether it does.
         """
-        return self.correction and stack.paired and (stage > 0 or not self.dense_prefix)
+        return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def moments_bytes(stack: Stack, corrected: bool) -> int:
     Returns:
         Bytes.
     """
-    return Folds.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
+    return CalibrationStatistics.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
 
 
 def _correction(stack: Stack) -> int:
@@ -304,7 +304,9 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
         for number, stage in enumerate(layer.stages):
             for part in in_parts(stage, lambda s: s.inputs):
                 moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
-                moments += sum(Folds.bytes(width) for width in {s.inputs for s in stage if not s.paired})
+                moments += sum(
+                    CalibrationStatistics.bytes(width) for width in {s.inputs for s in stage if not s.token_aligned}
+                )
                 solving = max(problem_bytes(s, method, setting.bound) for s in part)
                 batch = _batch_bytes(model, layer, stage, setting)
                 peaks.append((moments + max(solving, batch), moments, solving, batch))
@@ -382,8 +384,8 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
     widths = []
     for layer in model.layers:
         kept = chain(*layer.stages[int(setting.dense_prefix) : -1])  # nothing changes a first stage that is fed densely
-        single = sum(s.inputs for s in kept if s.paired and len(s.heights) == 1)
-        widths.append(sum(s.inputs for s in layer.stacks if s.paired) + single)
+        single = sum(s.inputs for s in kept if s.token_aligned and len(s.heights) == 1)
+        widths.append(sum(s.inputs for s in layer.stacks if s.token_aligned) + single)
     seen = model.itemsize * setting.tokens * max(widths)
     return layers + model.bytes + 2 * hidden + seen
 

@@ -1,4 +1,4 @@
-"""Decoder layers, recorded and replayed one by one, are the model; no hook stays, and a copy is tapped by itself."""
+"""Decoder layers, recorded and replayed one by one, are the model; no hook stays, and a copy is watched by itself."""
 
 from typing import Any
 
@@ -98,7 +98,7 @@ def test_a_copy_of_a_model_is_tapped_and_pruned_by_itself(tiny):
         other.write(other.read() * 0)
         assert torch.equal(own.read(), before) and not other.read().any()
     seen = []
-    with twin.layers[0].groups[0].tap(seen.append), torch.no_grad():
+    with twin.layers[0].groups[0].input_hook(seen.append), torch.no_grad():
         tiny.model(BATCH)
         assert not seen
         twin.model(BATCH)

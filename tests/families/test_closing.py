@@ -61,11 +61,11 @@ def prune(
 )
 def test_who_closes_a_layer_is_found(family: str, settings: dict[str, Any], name: str | None):
     layer, calls, hidden = layer_of(family, **settings)
-    observed = observe(layer, calls, hidden, correct=("layer",))
+    observed = observe(layer, calls, hidden, error_targets=("residual_stream",))
     assert (observed.last_branch and observed.last_branch.operators[0].name) == name
-    paired = {group for group in layer.groups if group.paired}
-    assert set(observed.inputs) == paired - {observed.last_branch}, "what nobody asks for is not kept"
-    assert set(observe(layer, calls, hidden, correct=("layer", "operator")).inputs) == paired
+    token_aligned = {group for group in layer.groups if group.token_aligned}
+    assert set(observed.inputs) == token_aligned - {observed.last_branch}, "what nobody asks for is not kept"
+    assert set(observe(layer, calls, hidden, error_targets=("residual_stream", "operator")).inputs) == token_aligned
     assert observe(layer, calls, hidden).last_branch is None
 
 
@@ -77,10 +77,10 @@ def test_its_error_is_that_of_the_layers_output(family: str, prefix: Any, correc
     layer, calls, dense = layer_of(family)
     noise = torch.Generator().manual_seed(1)
     fed = dense if prefix == "dense" else [x + 0.1 * torch.randn(x.shape, generator=noise) for x in dense]
-    observed = observe(layer, calls, dense, correct=("layer",))
+    observed = observe(layer, calls, dense, error_targets=("residual_stream",))
     last = layer.groups[-1].operators[0]
     before = last.read().clone()
-    settings = {"correct": "layer", "prefix": prefix, "correction": correction}
+    settings = {"error_target": "residual_stream", "prefix": prefix, "correction": correction}
     *others, report = prune(layer, calls, HiddenStates(dense, fed, 1), observed, **settings)
     assert [r.facts.get("corrects_layer") for r in (*others, report)] == [None] * len(others) + [1]
     achieved, after = outputs(layer, calls, fed), last.read().clone()
@@ -105,28 +105,30 @@ def outputs(layer: DecoderLayer, calls: Calls, fed: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("prefix", ["dense", "pruned"])
 def test_nothing_lacks_where_nothing_is_pruned(prefix: Any):
     layer, calls, hidden = layer_of("llama")
-    observed = observe(layer, calls, hidden, correct=("layer",))
-    reports = prune(layer, calls, HiddenStates(hidden, hidden), observed, share=0.0, prefix=prefix, correct="layer")
+    observed = observe(layer, calls, hidden, error_targets=("residual_stream",))
+    reports = prune(
+        layer, calls, HiddenStates(hidden, hidden), observed, share=0.0, prefix=prefix, error_target="residual_stream"
+    )
     assert [report.relative_error for report in reports] == [0.0] * 7
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox", "mixtral"])
 def test_where_no_operator_closes_all_aim_at_their_own_outputs(family: str):
     results = []
-    for correct in ("layer", "operator"):
+    for error_target in ("residual_stream", "operator"):
         layer, calls, hidden = layer_of(family)
-        observed = observe(layer, calls, hidden, correct=(correct,))
-        prune(layer, calls, HiddenStates(hidden, hidden), observed, correct=correct)
+        observed = observe(layer, calls, hidden, error_targets=(error_target,))
+        prune(layer, calls, HiddenStates(hidden, hidden), observed, error_target=error_target)
         results.append([operator.read().clone() for operator in layer.operators])
     assert all(map(torch.equal, *results))
 
 
 def test_the_others_are_pruned_the_same():
     results = []
-    for correct in ("layer", "operator"):
+    for error_target in ("residual_stream", "operator"):
         layer, calls, hidden = layer_of("llama")
-        observed = observe(layer, calls, hidden, correct=(correct,))
-        prune(layer, calls, HiddenStates(hidden, hidden), observed, correct=correct)
+        observed = observe(layer, calls, hidden, error_targets=(error_target,))
+        prune(layer, calls, HiddenStates(hidden, hidden), observed, error_target=error_target)
         results.append({operator.name: operator.read().clone() for operator in layer.operators})
     assert [name for name, w in results[0].items() if not torch.equal(w, results[1][name])] == ["mlp.down_proj"]
 
@@ -148,12 +150,11 @@ def test_what_a_recipe_corrects_follows_from_its_other_settings(given: Any, corr
     recipe = make_recipe(model="", **given)
     assert (recipe.error_correction, recipe.error_target) == (correction, target)
     settings = recipe.layer_settings()
-    correct = "layer" if target == "residual_stream" else "operator"
-    assert (settings.correction, settings.correct, settings.prefix) == (correction, correct, recipe.prefix)
+    assert (settings.correction, settings.error_target, settings.prefix) == (correction, target, recipe.prefix)
 
 
 def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_aims_at(tmp_path: Path):
-    settings = LayerSettings(SparseGPT(), Unstructured(0.5), correct="layer")
+    settings = LayerSettings(SparseGPT(), Unstructured(0.5), error_target="residual_stream")
     work = Work(TOKENS[:4], TOKENS[4:], 2, settings)
 
     def task(number: int, folder: Path, tell: Callable[[OperatorReport], None] = lambda _: None) -> None:

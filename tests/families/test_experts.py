@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 import convexprune
-from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune.adapters import HuggingFaceModel
 
 MOE = ["deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe"]
@@ -44,7 +44,7 @@ def test_each_expert_sees_the_tokens_that_are_routed_to_it(family: str):
 def test_a_fused_expert_gets_the_moments_of_its_own_tokens(monkeypatch: pytest.MonkeyPatch):
     from convexprune._layerwise.steps import stages as room
 
-    def keep(layer: str, group: Any, folds: Folds, *_: Any):
+    def keep(layer: str, group: Any, folds: CalibrationStatistics, *_: Any):
         moments.setdefault(group.operators[0].name, folds.total)
 
     model, moments = build_family("gpt_oss"), {}
@@ -88,7 +88,7 @@ def test_experts_without_a_token_are_named_and_borrow_from_all(family: str):
 
 def test_borrowed_moments_are_the_mean_of_all_experts_tokens():
     x = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(0))
-    starved, shared = Folds(6, torch.device("cpu")), Folds(6, torch.device("cpu"))
+    starved, shared = CalibrationStatistics(6, torch.device("cpu")), CalibrationStatistics(6, torch.device("cpu"))
     own, others = torch.randn(1, 2, 6), torch.randn(4, 7, 6)
     starved.add(own, None, False)
     shared.add(others, None, False)
@@ -96,7 +96,7 @@ def test_borrowed_moments_are_the_mean_of_all_experts_tokens():
     assert (starved.tokens, starved.borrowed, starved.total.tokens) == (2, 4, 6)
     mean = others.flatten(0, 1).T @ others.flatten(0, 1) / 28
     torch.testing.assert_close(starved.total.gram, (own[0].T @ own[0] + 4 * mean) / 6)
-    rich = Folds(4, torch.device("cpu"))
+    rich = CalibrationStatistics(4, torch.device("cpu"))
     rich.add(x, None, False)
     rich.shrink_towards(rich)
     assert rich.borrowed == 0 and rich.total.tokens == 35

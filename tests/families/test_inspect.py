@@ -46,7 +46,7 @@ def run(*arguments: object):
 
 def stages(layer: DecoderLayer) -> list[list[tuple[list[str], list[tuple[int, int]], bool]]]:
     def described(group: Group) -> tuple[list[str], list[tuple[int, int]], bool]:
-        return [o.name for o in group.operators], [o.shape for o in group.operators], group.paired
+        return [o.name for o in group.operators], [o.shape for o in group.operators], group.token_aligned
 
     return [[described(group) for group in stage] for stage in layer.stages]
 
@@ -130,7 +130,7 @@ def test_experts_are_counted_each_and_a_model_that_fuses_them_is_whole(tmp_path:
     assert found.operators == sum(len(layer.operators) for layer in model.layers)
     assert dict(found.left_alone) == dict(model.left_alone)
     layer, fused = found.size.layers[0], any(fused_parameters(module) for module in model.model.modules())
-    assert sum(not s.paired for s in layer.stacks) == (8 if fused else 12)
+    assert sum(not s.token_aligned for s in layer.stacks) == (8 if fused else 12)
     assert {s.share for s in layer.stacks} == {0.5, 1.0} and "even share" in found.notes[-1]
     assert found.size.whole == fused == ("loaded whole" in " ".join(found.notes))
     assert not fused or found.memory.layer > found.size.itemsize * layer.parameters

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.statistics import FEW, Folds
+from convexprune._layerwise.statistics import FEW, CalibrationStatistics
 from convexprune.core._moments import ErrorMoments, Moments
 
 WIDTH, WINDOWS, LENGTH = 6, 50, 32
@@ -12,8 +12,8 @@ X, LACKING = torch.randn(2, WINDOWS, LENGTH, WIDTH, generator=torch.Generator().
 JUDGED = 14  # the last ones
 
 
-def counted(batch: int, x: Tensor = X, lacking: Tensor = LACKING) -> Folds:
-    folds = Folds(WIDTH, torch.device("cpu"))
+def counted(batch: int, x: Tensor = X, lacking: Tensor = LACKING) -> CalibrationStatistics:
+    folds = CalibrationStatistics(WIDTH, torch.device("cpu"))
     for part, held_out in ((slice(-JUDGED), False), (slice(-JUDGED, None), True)):
         for inputs, change in zip(x[part].split(batch), lacking[part].split(batch), strict=True):
             own = inputs.clone()
@@ -42,7 +42,7 @@ def test_short_windows_wait_for_each_other(monkeypatch: pytest.MonkeyPatch):
         assert sum(products) == WINDOWS * LENGTH
         assert sorted(products)[3:] == [FEW] * (len(products) - 3)  # one rest of each half and of what judges
     tokens.clear()
-    Folds(WIDTH, torch.device("cpu")).add(torch.ones(2, FEW, WIDTH), None, False)
+    CalibrationStatistics(WIDTH, torch.device("cpu")).add(torch.ones(2, FEW, WIDTH), None, False)
     assert tokens == [FEW, FEW]
 
 
@@ -64,6 +64,6 @@ def test_no_token_is_lost_whatever_the_batches(batch: int):
 
 
 def test_a_waiting_token_that_is_not_finite_is_noticed():
-    folds = Folds(WIDTH, torch.device("cpu"))
+    folds = CalibrationStatistics(WIDTH, torch.device("cpu"))
     folds.add(torch.full((1, 1, WIDTH), torch.nan), None, False)
     assert not folds.is_finite()

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from convexprune._layerwise.capture import Observed
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.statistics import ROOM, Folds, in_parts
+from convexprune._layerwise.statistics import ROOM, CalibrationStatistics, in_parts
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.steps.bounds import WIDE
 from convexprune._layerwise.steps.stages import prune_observed
@@ -110,7 +110,7 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
     group = Group(operators, ModuleInput(nn.Identity()))
     layer = DecoderLayer("layer", nn.Identity(), ((group,),))
-    folds = Folds(
+    folds = CalibrationStatistics(
         n, torch.device("cpu"), sum(heights) if ErrorMoments.cheaper_in_output_space(sum(heights), n) else None
     )
 
@@ -141,7 +141,7 @@ def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
     outputs = m if ErrorMoments.cheaper_in_output_space(m, n) else None
 
     def fill() -> None:
-        folds = Folds(n, torch.device("cpu"), outputs)
+        folds = CalibrationStatistics(n, torch.device("cpu"), outputs)
         for i in range(3):
             folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, outputs or n) if corrected else None, i == 2)
         kept.append((folds, folds.held_out))  # asked for it, what waits is counted
@@ -220,10 +220,13 @@ def test_disk_is_counted_by_hand():
 
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 4))
 def test_experts_come_in_parts_that_fit(widths: int, experts: int, seed: int):
-    stage = [cost.Stack((str(i),), (8,), 2048 * widths, paired=False) for i in range(experts)]
+    stage = [cost.Stack((str(i),), (8,), 2048 * widths, token_aligned=False) for i in range(experts)]
     parts = in_parts([cost.Stack(("q",), (8,), 8), *stage], lambda s: s.inputs)
     assert [s for part in parts for s in part][1:] == stage and all(parts)
-    assert all(sum(Folds.bytes(s.inputs) for s in p if not s.paired) <= ROOM or len(p) == 1 for p in parts[1:])
+    assert all(
+        sum(CalibrationStatistics.bytes(s.inputs) for s in p if not s.token_aligned) <= ROOM or len(p) == 1
+        for p in parts[1:]
+    )
 
 
 def test_what_needs_less_is_offered():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convexprune import errors
 from convexprune._layerwise.processes import ProcessGroup, SamePruned
-from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune.constraints import Unstructured
 from convexprune.pruners import Convex, LayerEdit
 
@@ -78,8 +78,8 @@ def test_moments_add_up_to_those_of_all_samples(outputs, seed: int, samples: int
     x = torch.randint(-3, 4, (samples + held_out, 7, 6), generator=draw).float()  # sums of integers are exact
     d = torch.randint(-3, 4, (samples + held_out, 7, outputs or 6), generator=draw).float()
 
-    def counted(ranks: ProcessGroup) -> Folds:
-        folds = Folds(6, torch.device("cpu"), outputs)
+    def counted(ranks: ProcessGroup) -> CalibrationStatistics:
+        folds = CalibrationStatistics(6, torch.device("cpu"), outputs)
         for i in range(samples)[ranks.local_slice(samples)]:
             folds.add(x[i : i + 1], d[i : i + 1], held_out=False)
         for i in range(samples, samples + held_out)[ranks.local_slice(held_out)]:
@@ -102,7 +102,7 @@ def test_moments_add_up_to_those_of_all_samples(outputs, seed: int, samples: int
 
 def test_ranks_that_count_different_things_say_so():
     def counted(ranks: ProcessGroup) -> None:
-        folds = Folds(4, torch.device("cpu"), outputs=3 if ranks.rank else None)
+        folds = CalibrationStatistics(4, torch.device("cpu"), outputs=3 if ranks.rank else None)
         with pytest.raises(errors.PruningError, match="do not see the same operator"):
             folds.add_up(ranks)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings, Tell
-from convexprune._layerwise.statistics import Folds
+from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune._layerwise.targets import stack_of
 from convexprune.constraints import Stacked
@@ -23,7 +23,7 @@ from convexprune.report import OperatorReport
 def prune_group(
     layer: str,
     group: Group,
-    folds: Folds,
+    folds: CalibrationStatistics,
     settings: LayerSettings,
     tell: Tell,
     began: float,

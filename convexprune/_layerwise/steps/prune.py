@@ -73,7 +73,7 @@ class PruneStep:
 
         layer, following = context.layer, context.number + 1
         more = following < len(context.model.layers) and not self.store.is_finished(following)
-        observed = context.observe((settings.correct,))
+        observed = context.observe((settings.error_target,))
         if more:
             context.hand_on(observed.outputs)
         context.model.keep(layer)

@@ -11,7 +11,7 @@ from convexprune._layerwise.capture import Calls, Observed, Recorded, split_last
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, replaying
 from convexprune._layerwise.settings import HiddenStates, LayerSettings, Tell
-from convexprune._layerwise.statistics import Folds, in_parts
+from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.group import prune_group
 from convexprune._layerwise.targets import CorrectionTargets, height, width
 from convexprune._storage.tensors import Batches
@@ -26,7 +26,7 @@ def prune_observed(
     observed: Observed,
     settings: LayerSettings,
     tell: Tell,
-    first: Mapping[Group, Folds] | None = None,
+    first: Mapping[Group, CalibrationStatistics] | None = None,
     record: Callable[[], Recorded] = list,
 ) -> dict[CachedSubmodule, Recorded]:
     """Prune the operators of a layer in place, stage by stage: x* is what the pruned stages make of what feeds it.
@@ -59,7 +59,9 @@ def prune_observed(
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
                 is_last_branch = (
-                    group is observed.last_branch and settings.correct == "layer" and settings.correction > 0
+                    group is observed.last_branch
+                    and settings.error_target == "residual_stream"
+                    and settings.correction > 0
                 )
                 facts = {"corrects_layer": 1.0} if is_last_branch else {}
                 prune_group(layer.name, group, fold, settings, tell, began, facts)
@@ -77,11 +79,11 @@ def stage_folds(
     settings: LayerSettings,
     inputs: dict[Group, Recorded],
     record: Callable[[], Recorded] = list,
-) -> Iterator[dict[Group, Folds]]:
+) -> Iterator[dict[Group, CalibrationStatistics]]:
     """The moments of the groups of a stage, with the stages before it as they are by now, in parts.
 
     The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
-    than it has inputs borrows from what all of them were sent (`Folds.borrow`); its report says so.
+    than it has inputs borrows from what all of them were sent (`shrink_towards`); its report says so.
 
     Args:
         layer: the layer.
@@ -100,13 +102,13 @@ def stage_folds(
     stage = layer.stages[number]
     before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]
     kept = {group: record() for group in stage if group in observed.cached and group not in inputs}
-    shared = {width(group): _folds(group, False) for group in stage if not group.paired}
+    shared = {width(group): _folds(group, False) for group in stage if not group.token_aligned}
     for part_number, part in enumerate(in_parts(stage, width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         known = {group: inputs[group] for group in part if group in inputs}
         same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
-        corrected = [g for g in part if g.paired and g not in same] if settings.correction > 0 else []
-        lacking = CorrectionTargets(corrected, observed, settings.correct)
+        corrected = [g for g in part if g.token_aligned and g not in same] if settings.correction > 0 else []
+        lacking = CorrectionTargets(corrected, observed, settings.error_target)
         folds = {group: _folds(group, lacking.in_output_space(group)) for group in part}
         for i, batch in enumerate(hidden.pruned):
             held_out = i >= len(hidden.pruned) - hidden.held_out
@@ -123,12 +125,12 @@ def stage_folds(
                     folds[group].add(x, lacking.of(group, i, x, output), held_out)
                 if group in kept:
                     kept[group].append(x.cpu())
-                if not group.paired and watched is stage:
+                if not group.token_aligned and watched is stage:
                     shared[width(group)].add(x, None, held_out)
         for counted in (*folds.values(), *(() if part_number else shared.values())):
             counted.add_up(hidden.process_group)
         for group in part:
-            if not group.paired:
+            if not group.token_aligned:
                 folds[group].shrink_towards(shared[width(group)])
         del lacking  # it holds weights
         yield folds
@@ -142,12 +144,14 @@ def _prefetch(*wanted: Sequence[Tensor]) -> None:
             batches.prefetch()
 
 
-def _folds(group: Group, in_output_space: bool) -> Folds:
+def _folds(group: Group, in_output_space: bool) -> CalibrationStatistics:
     """To be filled."""
-    return Folds(width(group), group.operators[0].read().device, height(group) if in_output_space else None)
+    return CalibrationStatistics(
+        width(group), group.operators[0].read().device, height(group) if in_output_space else None
+    )
 
 
-def _require_usable(folds: Folds, name: str) -> None:
+def _require_usable(folds: CalibrationStatistics, name: str) -> None:
     if not any(half.tokens for half in folds.halves):
         raise ModelError(
             f"No calibration token was sent to {name}, nor to another expert beside it. Calibrate with more tokens, "
