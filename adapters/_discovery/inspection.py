@@ -110,7 +110,7 @@ class Inspection:
 def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     """What a run by these settings would do to a model and need, found without its weights.
 
-    Only the configuration is read. Memory is by the formulas of `pipeline.cost`; the time is an estimate, from products
+    Only the configuration is read. Memory is by the formulas of `_runs.cost`; the time is an estimate, from products
     that are timed on `device` now.
 
     Args:

@@ -329,7 +329,7 @@ def work(model: ModelSize, setting: Setting) -> Operations:
     """The operations: passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram
     matrices, products.
 
-    Passes after the stage that ends attention begin with it (`pipeline.shortcut`). Which one that is shows only when a
+    Passes after the stage that ends attention begin with it (`_layerwise.replay`). Which one that is shows only when a
     layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
     too little for families without a shortcut (eager attention that returns its weights).
 

@@ -36,7 +36,7 @@ def _count_writes(dense: Path, folder: Path, monkeypatch) -> int:
 
 
 def _patch_write(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
-    for room in ("pipeline.files", "pipeline.tensors", "pipeline.output", "adapters.shards", "recipe_file"):
+    for room in ("_storage.files", "_storage.tensors", "_runs.folder", "adapters._checkpoints.shards", "_recipe_file"):
         patch.setattr(f"convexprune.{room}.write", write)
 
 

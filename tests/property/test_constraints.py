@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import random, seeds
 
 import convexprune
-from convexprune import pattern, pruners
+from convexprune import pruners
 from convexprune._layerwise.steps.survey import Allotment
 from convexprune.constraints import (
     KINDS,
@@ -122,9 +122,8 @@ def test_nothing_in_the_product_asks_which_kind_a_constraint_is():
 
 
 def test_old_names_work_for_a_release_and_say_what_they_are_called_now():
-    for module, old, new in ((pruners, "PruningProblem", "LayerProblem"), (pruners, "Pruned", "LayerEdit"),
-                             (pattern, "AbstractPattern", "Constraint")):  # fmt: skip
+    for old, new in (("PruningProblem", "LayerProblem"), ("Pruned", "LayerEdit")):
         with pytest.warns(DeprecationWarning, match=f"{old} is .*{new} now"):
-            assert getattr(module, old).__name__ == new
+            assert getattr(pruners, old).__name__ == new
         with pytest.raises(AttributeError, match="nothing"):
-            module.nothing  # noqa: B018
+            pruners.nothing  # noqa: B018
