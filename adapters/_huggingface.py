@@ -20,7 +20,7 @@ from ._checkpoints.admission import (
     refuse_quantised,
     refuse_unloaded,
 )
-from ._checkpoints.given import OriginalState
+from ._checkpoints.given import OriginalState, beside_the_weights
 from ._checkpoints.shards import Origin, Shards
 from ._data.logits import logits_at, pieces
 from ._discovery.discovery import Layout, discover
@@ -152,8 +152,8 @@ class HuggingFaceModel(AbstractModel):
         return positions(self.model.config)
 
     def origin(self) -> Origin:
-        """What distinguishes this model from any other: of its files if it streams, else of its tensors, as they are
-        now.
+        """What distinguishes this model from any other: of its files if it streams, else of its tensors, settings of
+        generation and tokenizer, as they are now.
 
         Returns:
             The checksums.
@@ -163,7 +163,8 @@ class HuggingFaceModel(AbstractModel):
         """
         if self.shards is not None:
             return self.shards.origin()
-        return Origin({name: checksum(self._held(name, t)) for name, t in self.model.state_dict().items()}, {})
+        found = {name: checksum(self._held(name, t)) for name, t in self.model.state_dict().items()}
+        return Origin(found | beside_the_weights(self.model, self.tokenizer), {})
 
     def _held(self, name: str, tensor: Tensor) -> Tensor:
         path, _, last = name.rpartition(".")

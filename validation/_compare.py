@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -31,6 +32,7 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters._allocating import allotments
+from convexprune.adapters._data.sufficiency import shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import finite
@@ -41,6 +43,8 @@ from ._side_by_side import DENSE, Comparison, Tokens
 from ._states import Store
 from ._texts import text_of
 from ._variants import Variant, make_variants
+
+logger = logging.getLogger(__name__)
 
 
 @documented(COMPARE)
@@ -100,6 +104,9 @@ def compare(
         max_seq_length=recipe.max_seq_length, seed=recipe.seed,
     )  # fmt: skip
     tokens = Tokens(*fitted, windows)
+    widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
+    if (warning := shortage(tokens.calibration, widest)) is not None:
+        logger.warning(warning)
     card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "seed": recipe.seed,

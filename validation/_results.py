@@ -1,4 +1,7 @@
-"""The results of a comparison: one row for each variant, as JSON and as tables."""
+"""The results of a comparison: one row for each variant, as JSON and as tables.
+
+The rows are few and of our own shape, so pandas and tabulate would save less than they cost every installation.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import exp

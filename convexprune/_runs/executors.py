@@ -1,6 +1,7 @@
 """Who works on the layers of a run: this process, a pool of them, the ranks of a launcher, or a Ray cluster.
 
 They differ in nothing but who calls `prune_claimed`: the queue is the run's folder, where a layer is claimed by a lock.
+The pool is our own: concurrent.futures gives a whole pool up when one worker dies, and here the others go on.
 """
 
 import os

@@ -15,6 +15,7 @@ from convexprune import errors
 from convexprune._device import machine
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.pruners import SparseGPT
+from convexprune.validation import _compare as door
 from convexprune.validation import _plots as plots
 from convexprune.validation import compare, perplexity
 from convexprune.validation._plots import _colours, will_draw
@@ -171,8 +172,10 @@ def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
         assert alone["dense"] == together["dense"]
 
 
-def test_report_and_plots_are_drawn(folder: Path):
+def test_report_and_plots_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(door, "shortage", lambda tokens, widest: f"{tokens.numel()} tokens, {widest} inputs")
     result = compared(folder, methods=["wanda", "fista"], patterns=["unstructured", "2:4"], plots=True)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == ["96 tokens, 48 inputs"]
     report = (folder / "out" / "report.md").read_text()
     assert "| wanda | 2:4 | pruned-own |" in report and "| fista, rows | 50.0% | dense-layer |" in report
     drawn = {p.name for p in (folder / "out").glob("*.png")}

@@ -33,6 +33,9 @@ PUBLIC = {
     "convexprune.constraints": """
         KINDS Budget Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
+    "convexprune.pruners": """
+        ADMM ALPS PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted SparseGPT Wanda
+        no_method""",
     "convexprune.problems": "Named Result check load names",
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, stop_after
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import convexprune
 from convexprune import errors
@@ -193,6 +193,25 @@ def test_a_report_that_is_not_what_was_written_is_done_again(dense: Path, stoppe
     _lie(stopped / "work" / "layers" / "00001.json")
     result = convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
     assert all(o.zeros == o.expected_zeros for o in result.report.operators)
+
+
+def test_a_loaded_model_with_other_settings_of_generation_or_another_tokenizer_is_another_run(
+    build: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+):
+    settings: dict[str, Any] = SETTINGS | {"output_dir": tmp_path / "out", "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(build("llama"), tokenizer=tokenizer, progress=stop_after(1), **settings)
+    other = build("llama")
+    assert other.generation_config is not None
+    other.generation_config.max_new_tokens = 7
+    with pytest.raises(errors.OutputError, match=r"it differs in.*weights.generation settings"):
+        convexprune.prune(other, tokenizer=tokenizer, **settings)
+    template, tokenizer.chat_template = tokenizer.chat_template, "{{ messages }}"
+    with pytest.raises(errors.OutputError, match=r"it differs in.*weights.tokenizer"):
+        convexprune.prune(build("llama"), tokenizer=tokenizer, **settings)
+    tokenizer.chat_template = template
+    tokenizer("some text", truncation=True, max_length=2)  # which is no setting of the tokenizer
+    assert convexprune.prune(build("llama"), tokenizer=tokenizer, **settings).report.sparsity == 0.5
 
 
 def test_another_folder_is_left_alone_even_when_resuming(dense: Path, tmp_path: Path):
