@@ -82,3 +82,16 @@ def test_the_names_come_without_torch_until_one_is_used():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(convexprune, "prone")
+
+
+def test_an_interrupt_while_the_command_line_is_loaded_is_no_traceback():
+    code = (
+        "import sys, convexprune.__main__ as door\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "door.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Stopped.\n")
