@@ -1,6 +1,7 @@
 """docs/models.md, written by `.ci/matrix`, is of today's families and refusals; links between pages lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,10 @@ def test_a_link_leads_to_a_file_and_to_a_heading_in_it(page: Path, link: str):
     if anchor:  # as GitHub names headings
         headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
         assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_the_picture_of_the_architecture_has_every_floor():
+    floors = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    rooms = [room.strip().removeprefix("convexprune.") for floor in floors for room in floor.split("|")]
+    assert len(rooms) > 10 and all(f">{room}<" in picture for room in rooms)
