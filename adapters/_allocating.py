@@ -35,6 +35,17 @@ def allotments(
     with SparseGPT's weights, so that an allotment does not depend on the method that uses it. Only the rules with
     curves prune for that; they and "rows" need gradients, on the first 4 windows. Both go layer by layer.
 
+    Args:
+        model: the dense model.
+        calibration: windows [samples length].
+        held_out: windows [samples length].
+        asked: the rules and patterns.
+        batch_size: windows in a forward pass.
+        record: makes a place to keep tensors in.
+
+    Returns:
+        One allotment for each that is asked.
+
     Raises:
         RecipeError, PatternError: see `convexprune._layerwise.steps.survey.allot`.
         ModelError: see `output_fisher`.
@@ -57,7 +68,18 @@ def allotments(
 def allotment(
     model: HuggingFaceModel, calibration: Tensor, held_out: Tensor, recipe: Recipe, store: FolderStore | None
 ) -> Allotment:
-    """That of a run, found once for all processes that share the store and for whoever goes on with it."""
+    """That of a run, found once for all processes that share the store and for whoever goes on with it.
+
+    Args:
+        model: the dense model.
+        calibration: windows [samples length].
+        held_out: windows [samples length].
+        recipe: of the run.
+        store: that of its folder, if it has one.
+
+    Returns:
+        The allotment.
+    """
 
     def find(record: Callable[[], Recorded]) -> Allotment:
         asked = [(recipe.allocation, recipe.build_pattern())]

@@ -27,6 +27,13 @@ class _PlainLoader(yaml.SafeLoader):
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
     """Write the recipe into a folder, and say where.
 
+    Args:
+        recipe: the recipe.
+        folder: of the run.
+
+    Returns:
+        The file.
+
     Raises:
         OutputError: the disk is full or fails.
     """
@@ -40,12 +47,25 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
 
 
 def given(value: object) -> str:
-    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again."""
+    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again.
+
+    Args:
+        value: what was handed over.
+
+    Returns:
+        The text.
+    """
     return f"{type(value).__name__}{GIVEN}"
 
 
 def read_recipe(place: Path) -> Recipe:
     """The recipe in a file, or in the folder of a run, which may be someone else's.
+
+    Args:
+        place: the file, or the folder that holds it.
+
+    Returns:
+        The recipe.
 
     Raises:
         OutputError: it is missing, too long, or no text.

@@ -73,6 +73,9 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
     def build_pattern(self) -> Constraint:
         """The pattern that `sparsity`, `pattern` and `quota` name.
 
+        Returns:
+            The constraint.
+
         Raises:
             PatternError: they name none.
         """
@@ -84,7 +87,16 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         patterns: Mapping[str, Constraint] | None = None,
         bound_rows: int = 0,
     ) -> LayerSettings:
-        """How every layer is pruned; by `pruner` if the recipe's solver is a user's own."""
+        """How every layer is pruned; by `pruner` if the recipe's solver is a user's own.
+
+        Args:
+            pruner: a pruner of one's own, or None.
+            patterns: of operators that differ in theirs.
+            bound_rows: rows of each operator to bound.
+
+        Returns:
+            The settings.
+        """
         return LayerSettings(
             pruner or self.build_pruner(),
             self.build_pattern(),
@@ -107,6 +119,12 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
         """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.
+
+        Args:
+            solver: a user's own, or None.
+
+        Returns:
+            The pruner.
 
         Raises:
             RecipeError: an unknown name, or settings that the method does not have.
@@ -157,12 +175,26 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:
-    """How many windows to hold out: as asked, or an eighth of those for calibration."""
+    """How many windows to hold out: as asked, or an eighth of those for calibration.
+
+    Args:
+        num_calibration_samples: windows to fit on.
+        held_out_samples: as asked, or None.
+
+    Returns:
+        The number of windows.
+    """
     return max(1, num_calibration_samples // 8) if held_out_samples is None else held_out_samples
 
 
 def make_recipe(**settings: Any) -> Recipe:
     """A recipe from keyword settings, with one readable error for all that is wrong.
+
+    Args:
+        settings: by name.
+
+    Returns:
+        The recipe.
 
     Raises:
         RecipeError: a setting is unknown or out of range.

@@ -11,7 +11,12 @@ GROUP = 64  # inputs that share a scale, of 4 bits
 
 
 class AbstractProduct(nn.Module, ABC):
-    """y = x W' + b for x [... n] of `dtype`; made from W [m n], which it keeps in a format of its own."""
+    """y = x W' + b for x [... n] of `dtype`; made from W [m n], which it keeps in a format of its own.
+
+    Args:
+        weight: W [m n].
+        bias: b [m], or None.
+    """
 
     dtype: torch.dtype
 
@@ -22,18 +27,43 @@ class AbstractProduct(nn.Module, ABC):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        """Why the format cannot hold this weight [m n] here; None if it can."""
+        """Why the format cannot hold this weight [m n] here; None if it can.
+
+        Args:
+            weight: W [m n].
+
+        Returns:
+            The reason.
+        """
 
     @abstractmethod
     def keep(self, weight: Tensor) -> None:
-        """Turn W [m n] into the format; its tensors become buffers."""
+        """Turn W [m n] into the format; its tensors become buffers.
+
+        Args:
+            weight: W [m n].
+        """
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """x W' [tokens m] for x [tokens n]."""
+        """x W' [tokens m] for x [tokens n].
+
+        Args:
+            x: [tokens n].
+
+        Returns:
+            [tokens m].
+        """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W' + b."""
+        """x W' + b.
+
+        Args:
+            x: [... n].
+
+        Returns:
+            [... m].
+        """
         y = self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

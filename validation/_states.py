@@ -16,6 +16,10 @@ class Store:
     """For each network (the dense one, each variant) hidden states and records.
 
     Files appear whole. Hidden states before decoder layer k are kept until everything that reads them is recorded.
+
+    Args:
+        folder: the working folder.
+        device: where states are wanted.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:

@@ -78,6 +78,9 @@ class Variant:
     def recipe(self) -> Recipe:
         """The recipe whose method, pattern and convention these are.
 
+        Returns:
+            The recipe.
+
         Raises:
             RecipeError: an unknown method or setting.
             PatternError: no such pattern or sparsity.
@@ -119,6 +122,17 @@ def make_variants(
     quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
     the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
     all: "fista:convention=pruned-layer:allocation=half-curve".
+
+    Args:
+        methods: names, with settings.
+        sparsities: shares of zeros.
+        patterns: "unstructured" or "N:M".
+        conventions: names.
+        quota: "own", "matrix" or "row".
+        allocations: names of rules.
+
+    Returns:
+        One for each that makes sense.
 
     Raises:
         RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, or nothing to

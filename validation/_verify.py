@@ -175,6 +175,9 @@ def verify(
         settings: by name:
         {settings}
 
+    Returns:
+        What was compared, and what missed its tolerance.
+
     Raises:
         OutputError: a file of the run is missing or damaged, or the run is not finished.
         RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run,

@@ -62,6 +62,9 @@ def prune(
         settings: by name:
         {settings}
 
+    Returns:
+        The result: its report, and the pruned model when it is asked for.
+
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """

@@ -56,7 +56,12 @@ logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A call of `prune`, checked: its recipe, its executor, and how to open its model."""
+    """A call of `prune`, checked: its recipe, its executor, and how to open its model.
+
+    Args:
+        settings: those of the recipe, by name, and the model and texts as they were given.
+        call: those that no recipe holds.
+    """
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         self.source, solver = settings["model"], settings.get("solver")
@@ -119,7 +124,15 @@ class Request:
         return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: loaded.model)
 
     def in_folder(self, path: Path, resume: bool) -> PruneResult:
-        """Prune layer by layer from files to files, or what of it is still to do."""
+        """Prune layer by layer from files to files, or what of it is still to do.
+
+        Args:
+            path: of the run's folder.
+            resume: whether to go on with a run that is there.
+
+        Returns:
+            The result, in the folder.
+        """
         folder = RunFolder(path)
         folder.check(resume or self.executor.rank is not None)
         if folder.is_finished and not self.executor.rank:
@@ -290,7 +303,14 @@ def _require_solver(solver: Any) -> AbstractSolver:
 
 
 def name_of(source: Any) -> str:
-    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given."""
+    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given.
+
+    Args:
+        source: a name, a path or a loaded model.
+
+    Returns:
+        What a recipe says of it.
+    """
     text = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)

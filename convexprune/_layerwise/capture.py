@@ -23,6 +23,12 @@ class Observed:
 
     `cached` are what later passes of the layer may leave out; `last_branch` is the group that closes the layer, if it
     was looked for (see `is_last_branch`).
+
+    Args:
+        outputs: of each batch [batch tokens hidden].
+        inputs: of each token-aligned group [samples tokens n], batch by batch.
+        cached: what later passes of the layer may leave out.
+        last_branch: the group that closes the layer, if it was looked for.
     """
 
     outputs: Recorded
@@ -88,6 +94,15 @@ def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Seq
 
     Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
     to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
+
+    Args:
+        layer: the layer.
+        group: one of its groups.
+        calls: gives the other arguments for a batch.
+        batches: what enters the layer [batch tokens hidden]; the first is tried.
+
+    Returns:
+        Whether it does.
     """
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
@@ -120,7 +135,13 @@ def through(
 
 
 class LastBranch(NamedTuple):
-    """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it."""
+    """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it.
+
+    Args:
+        x: what the group sees [samples tokens n].
+        branch: what it makes of that.
+        residual: the layer's output without it [batch tokens hidden].
+    """
 
     x: Tensor
     branch: Tensor
@@ -133,7 +154,17 @@ class LastBranch(NamedTuple):
 
 
 def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> LastBranch:
-    """One pass of the layer in which the last group makes zeros."""
+    """One pass of the layer in which the last group makes zeros.
+
+    Args:
+        layer: the layer.
+        group: its last group.
+        call: the other arguments.
+        batch: what enters the layer [batch tokens hidden].
+
+    Returns:
+        The two parts of the layer's output.
+    """
     seen, made = list[Tensor](), list[Tensor]()
 
     def zero_branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:

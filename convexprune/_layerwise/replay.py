@@ -24,7 +24,11 @@ class CachedSubmodule:
 
     @contextmanager
     def replayed(self, x: Tensor) -> Iterator[None]:
-        """Inside, the module runs nothing but its linear map, with the weight that it has by now, on x [... n]."""
+        """Inside, the module runs nothing but its linear map, with the weight that it has by now, on x [... n].
+
+        Args:
+            x: the input [samples tokens n] of its linear map.
+        """
 
         def forward(*_: Any, **__: Any) -> Any:
             y = self.linear(x)
@@ -36,7 +40,11 @@ class CachedSubmodule:
 
 @contextmanager
 def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
-    """Inside, all of these are taken, each on its x."""
+    """Inside, all of these are taken, each on its x.
+
+    Args:
+        cached: the submodules, and the input of the linear map in each.
+    """
     with ExitStack() as stack:
         for cached_submodule, x in cached.items():
             stack.enter_context(cached_submodule.replayed(x))
@@ -49,6 +57,11 @@ def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group,
 
     Nothing is assumed of any architecture: the output of the module has to be that of the linear map, the same object
     and not written to since, and both have to be called once. The outermost such module is taken.
+
+    Args:
+        layer: the layer, which is run inside.
+        samples: of the batch.
+        found: where they are put, by group.
     """
     looks = {group: _Look(linear, around, samples) for group, linear, around in _candidates(layer)}
     with ExitStack() as hooks:

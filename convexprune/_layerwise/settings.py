@@ -29,6 +29,16 @@ class LayerSettings:
     (`capture.is_last_branch`): what reached them by other ways, too.
     `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
     pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
+
+    Args:
+        pruner: prunes each group.
+        pattern: what every operator is pruned to.
+        correction: a, how much of the error is corrected, 0 to 1.
+        prefix: which network feeds the layer.
+        error_target: which error is corrected.
+        patterns: of operators that differ in theirs, by name.
+        bound_rows: rows of each operator to bound.
+        row_weights: [m] by the name of the operator.
     """
 
     pruner: AbstractPruner
@@ -45,7 +55,14 @@ class LayerSettings:
             self.pruner.require(pattern)
 
     def pattern_of(self, operator: str) -> Constraint:
-        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
+        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all.
+
+        Args:
+            operator: its name.
+
+        Returns:
+            Its pattern.
+        """
         return self.patterns.get(operator, self.pattern)
 
     @property
@@ -54,7 +71,14 @@ class LayerSettings:
         return ("dense",) if self.prefix == "dense" else ("dense", "pruned")
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:
-        """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike."""
+        """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike.
+
+        Args:
+            operators: their names, in the order of the stack.
+
+        Returns:
+            Factors [m], or None.
+        """
         return torch.cat([self.row_weights[name] for name in operators]).sqrt() if self.row_weights else None
 
 

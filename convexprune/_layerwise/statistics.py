@@ -25,6 +25,11 @@ class CalibrationStatistics:
 
     What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
     of the outputs if it is given how many (see `ErrorMoments`).
+
+    Args:
+        width: n, of the inputs.
+        device: where they are added up.
+        outputs: m, if errors are counted in output space.
     """
 
     def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
@@ -107,6 +112,9 @@ class CalibrationStatistics:
 
         With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
         moments of `others` are added, with the weight of as many tokens as are lacking to one for each input.
+
+        Args:
+            others: those of all experts beside this one.
         """
         lacking = self.halves[0].width - self.tokens
         if lacking <= 0 or not others.tokens:

@@ -84,6 +84,9 @@ class Ranks(AbstractExecutor):
     def here(cls) -> "Ranks":
         """The rank that the launcher has given this process.
 
+        Returns:
+            The ranks, of which this process is one.
+
         Raises:
             RecipeError: no launcher has.
         """

@@ -84,6 +84,9 @@ class Worker:
     def is_lost(self) -> bool:
         """Whether it ended before the work did.
 
+        Returns:
+            Whether it is.
+
         Raises:
             ConvexpruneError: what it raised.
         """

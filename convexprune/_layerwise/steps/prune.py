@@ -16,7 +16,15 @@ from convexprune.report import OperatorReport
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What all layers of a run are pruned on: windows [samples length] to fit and to judge by, how, and by whom."""
+    """What all layers of a run are pruned on: windows [samples length] to fit and to judge by, how, and by whom.
+
+    Args:
+        tokens: windows to fit on [samples length].
+        held_out: windows to judge by [samples length].
+        batch_size: windows in a forward pass.
+        settings: how layers are pruned.
+        process_group: the ranks that prune each layer together.
+    """
 
     tokens: Tensor
     held_out: Tensor
@@ -25,7 +33,14 @@ class Work:
     process_group: ProcessGroup = ALONE
 
     def of_rank(self, ranks: ProcessGroup) -> "Work":
-        """The part of one rank: a share of the batches, and all solves. The first rank computes the bounds, too."""
+        """The part of one rank: a share of the batches, and all solves. The first rank computes the bounds, too.
+
+        Args:
+            ranks: the process group.
+
+        Returns:
+            This rank's share of it.
+        """
 
         def local(windows: Tensor) -> Tensor:
             batches = windows.split(self.batch_size)
@@ -52,6 +67,10 @@ class PruneStep:
 
     All that it reads is in the model and the store, and all that it leaves is in the store: done again, it leaves the
     same.
+
+    Args:
+        work: what layers are pruned on, and how.
+        tell: called with each operator's report.
     """
 
     store: AbstractStore
@@ -90,5 +109,11 @@ def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, tell: 
 
     With a dense prefix the next layer can be claimed by another worker as soon as this one has looked at what its dense
     layer makes of the tokens: before it is pruned.
+
+    Args:
+        model: the model.
+        store: hands the layers out and keeps them.
+        work: what they are pruned on, and how.
+        tell: called with each operator's report.
     """
     LayerWalk(model, work.batches, store, work.settings.streams).run(PruneStep(store, work, tell))

@@ -34,6 +34,12 @@ class Allotment:
     `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are. Of a
     rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
     allotment could cost at most, by the same curves.
+
+    Args:
+        shares: of zeros, by operator.
+        cost: the predicted loss, in nats a token.
+        gap: how much less another could cost at most.
+        row_weights: [m] by operator.
     """
 
     shares: dict[str, float]
@@ -46,7 +52,15 @@ class Allotment:
         return {name: pattern.with_sparsity(share) for name, share in self.shares.items()}
 
     def allotted(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
-        """The settings of a run that asks for `pattern` on the whole, with what is allotted."""
+        """The settings of a run that asks for `pattern` on the whole, with what is allotted.
+
+        Args:
+            settings: of a run.
+            pattern: what is asked for on the whole.
+
+        Returns:
+            The settings with what is allotted.
+        """
         weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
         return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
 
@@ -56,6 +70,13 @@ class Unit:
     """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
 
     `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
+
+    Args:
+        name: "layer.operator".
+        size: its weights.
+        costs: by pattern, in nats a token.
+        outliers: the share of outlying scores of its layer.
+        skewness: of its layer's weights.
     """
 
     name: str
@@ -173,6 +194,15 @@ def allot(
     are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175)
     gives a layer with more outlying scores less sparsity (`allocation.spread`), "skewness" one whose weights are more
     skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it could be reconstructed (`allocation.protect`).
+
+    Args:
+        units: what was surveyed.
+        rule: one of `RULES`.
+        pattern: what is asked for on the whole.
+        fisher: f [m] by operator, for rules that weigh rows.
+
+    Returns:
+        The allotment.
 
     Raises:
         RecipeError: see `check_rule`.
