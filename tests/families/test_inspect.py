@@ -130,7 +130,8 @@ def test_experts_are_counted_each_and_a_model_that_fuses_them_is_whole(tmp_path:
     assert found.operators == sum(len(layer.operators) for layer in model.layers)
     assert dict(found.left_alone) == dict(model.left_alone)
     layer, fused = found.size.layers[0], any(fused_parameters(module) for module in model.model.modules())
-    assert sum(not s.token_aligned for s in layer.stacks) == (8 if fused else 12)
+    assert sum(not s.token_aligned for s in layer.stacks) == 8  # of each of 4: gate and up, down
+    assert sum(not group.token_aligned for group in model.layers[0].groups) == 8
     assert {s.share for s in layer.stacks} == {0.5, 1.0} and "even share" in found.notes[-1]
     assert found.size.whole == fused == ("loaded whole" in " ".join(found.notes))
     assert not fused or found.memory.layer > found.size.itemsize * layer.parameters
