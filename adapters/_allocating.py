@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.capture import Recorded
-from convexprune._layerwise.steps.survey import SURVEYED, WEIGHED, Allotment, allot, candidates, survey
+from convexprune._layerwise.steps.survey import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates, survey
 from convexprune._layerwise.store import FolderStore
 from convexprune.constraints import Constraint
 from convexprune.recipe import Recipe
@@ -21,18 +21,18 @@ GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they
 
 
 @torch.no_grad()
-def allotments(
+def allocate_each(
     model: HuggingFaceModel,
     calibration: Tensor,
     held_out: Tensor,
     asked: Sequence[tuple[str, Constraint]],
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
-) -> list[Allotment]:
-    """For each rule and pattern asked for, what each operator is allotted, from windows [windows length].
+) -> list[ModelAllocation]:
+    """For each rule and pattern asked for, what each operator is allocated, from windows [windows length].
 
     The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
-    with SparseGPT's weights, so that an allotment does not depend on the method that uses it. Only the rules with
+    with SparseGPT's weights, so that an allocation does not depend on the method that uses it. Only the rules with
     curves prune for that; they and "rows" need gradients, on the first 4 windows. Both go layer by layer.
 
     Args:
@@ -44,14 +44,14 @@ def allotments(
         record: makes a place to keep tensors in.
 
     Returns:
-        One allotment for each that is asked.
+        One allocation for each that is asked.
 
     Raises:
-        RecipeError, PatternError: see `convexprune._layerwise.steps.survey.allot`.
+        RecipeError, PatternError: see `convexprune._layerwise.steps.survey.allocate_by_rule`.
         ModelError: see `output_fisher`.
     """
     if all(rule == "uniform" for rule, _ in asked):
-        return [Allotment({}) for _ in asked]
+        return [ModelAllocation({}) for _ in asked]
     calibration = calibration[:WINDOWS]
     validation_batches = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *validation_batches]
@@ -59,15 +59,15 @@ def allotments(
     weighed = any(rule in WEIGHED for rule, _ in asked)
     fisher = output_fisher(model, calibration[:GRADIENTS], batch_size, record) if weighed else {}
     if all(rule in ("uniform", "rows") for rule, _ in asked):
-        return [allot((), rule, pattern, fisher) for rule, pattern in asked]
+        return [allocate_by_rule((), rule, pattern, fisher) for rule, pattern in asked]
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
     units = survey(model, batches, len(validation_batches), patterns, fisher, record=record)
-    return [allot(units, rule, pattern, fisher) for rule, pattern in asked]
+    return [allocate_by_rule(units, rule, pattern, fisher) for rule, pattern in asked]
 
 
-def allotment(
+def allocate(
     model: HuggingFaceModel, calibration: Tensor, held_out: Tensor, recipe: Recipe, store: FolderStore | None
-) -> Allotment:
+) -> ModelAllocation:
     """That of a run, found once for all processes that share the store and for whoever goes on with it.
 
     Args:
@@ -78,15 +78,15 @@ def allotment(
         store: that of its folder, if it has one.
 
     Returns:
-        The allotment.
+        The allocation.
     """
 
-    def find(record: Callable[[], Recorded]) -> Allotment:
+    def find(record: Callable[[], Recorded]) -> ModelAllocation:
         asked = [(recipe.allocation, recipe.build_pattern())]
-        return allotments(model, calibration, held_out, asked, recipe.batch_size, record)[0]
+        return allocate_each(model, calibration, held_out, asked, recipe.batch_size, record)[0]
 
     def keep(store: FolderStore) -> dict[str, Any]:
         with store.scratch(0) as record:
             return asdict(find(record))
 
-    return find(list) if store is None else Allotment(**store.compute_once("allocation", lambda: keep(store)))
+    return find(list) if store is None else ModelAllocation(**store.compute_once("allocation", lambda: keep(store)))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Annotated, Any
@@ -112,6 +112,7 @@ def _with_typed_damping(operator: Any) -> Any:
 
 
 _Written = Annotated[OperatorReport, BeforeValidator(_with_typed_damping)]
+OnOperator = Callable[[OperatorReport], None]  # called with the report of each operator as it is done
 
 
 @dataclass(repr=False)
@@ -125,7 +126,7 @@ class Report:
         operators: one report for each.
         seconds: by phase.
         perplexity: before and after, with what it depends on.
-        allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.steps.survey.Allotment`).
+        allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.steps.survey.ModelAllocation`).
         identity: the checksums and versions that the bits of the result depend on.
         files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
             what it unpacks to.

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune._runs import executors, worker
 
-Tell = Callable[..., None]  # (kind, path, *more), before the operation is done; what it raises comes out of it
+OnOperation = Callable[..., None]  # (kind, path, *more), before the operation is done; what it raises comes out of it
 # What a system says when such an operation fails. Most of these have more than one answer.
 ANSWERS = {
     "open": errno.EACCES, "read": errno.EIO, "write": errno.ENOSPC, "fsync": errno.EIO, "rename": errno.EIO,
@@ -49,9 +49,9 @@ def failing(kind: str, path: Path) -> OSError:
 
 
 class _Watch:
-    def __init__(self, roots: Sequence[Path], tell: Tell) -> None:
+    def __init__(self, roots: Sequence[Path], on_operation: OnOperation) -> None:
         self.roots = tuple(f"{os.path.abspath(root)}{os.sep}" for root in roots)
-        self.tell = tell
+        self.on_operation = on_operation
         self.paths: dict[int, Path] = {}  # by descriptor
         self.open = io.open
 
@@ -84,7 +84,7 @@ class _Watch:
             path = self.path(place, more.get("dir_fd"))
             if path is not None:
                 creates = name == "open" and bool(rest[0] & os.O_CREAT)
-                self.tell(kind, path, *([self.path(rest[0])] if kind == "rename" else ["a"] if creates else []))
+                self.on_operation(kind, path, *([self.path(rest[0])] if kind == "rename" else ["a"] if creates else []))
             result = real(place, *rest, **more)
             if name == "open" and path is not None:
                 self.paths[result] = path
@@ -103,21 +103,21 @@ class _Raw(io.FileIO):
     def __init__(self, watch: _Watch, path: Path, file: Any, mode: str, opener: Any) -> None:
         self._watch, self._path = watch, path
         if not isinstance(file, int):
-            watch.tell("open", path, mode)
+            watch.on_operation("open", path, mode)
         super().__init__(file, mode, opener=opener)
         watch.paths[self.fileno()] = path
 
     def write(self, data: Any, /) -> int:
         end = os.fstat(self.fileno()).st_size if "a" in self.mode else self.tell()
-        self._watch.tell("write", self._path, end, bytes(data))
+        self._watch.on_operation("write", self._path, end, bytes(data))
         return super().write(data)
 
     def readinto(self, buffer: Any, /) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._watch.tell("read", self._path)
+        self._watch.on_operation("read", self._path)
         return super().readinto(buffer)
 
     def readall(self) -> bytes:
-        self._watch.tell("read", self._path)
+        self._watch.on_operation("read", self._path)
         return super().readall()
 
     def close(self) -> None:
@@ -127,9 +127,9 @@ class _Raw(io.FileIO):
 
 
 @contextmanager
-def watched(roots: Sequence[Path], tell: Tell) -> Iterator[None]:
-    """Inside, `tell` is called before every operation on a file below `roots`, in this process and its forks."""
-    watch = _Watch(roots, tell)
+def watched(roots: Sequence[Path], on_operation: OnOperation) -> Iterator[None]:
+    """Inside, `on_operation` is called before each operation on a file below `roots`, in this process and its forks."""
+    watch = _Watch(roots, on_operation)
     with ExitStack() as stack:
         for name, kind in _BY_PATH.items():
             if hasattr(os, name):

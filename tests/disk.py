@@ -41,7 +41,7 @@ class Disk:
         self._changes: list[_Change] = []
         self._files: dict[Path, int] = {}  # the number of the file that has a name now
 
-    def tell(self, kind: str, path: Path, *more: Any) -> None:
+    def record(self, kind: str, path: Path, *more: Any) -> None:
         """Every operation, before it is done."""
         self.moments += 1
         match kind:

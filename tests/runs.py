@@ -28,12 +28,12 @@ def stop_after(number: int) -> Callable[[int], Callable[[OperatorReport], None]]
     """A `progress` that interrupts the run like Ctrl-C once `number` layers are finished and the next one is begun."""
     told = []
 
-    def tell(report: OperatorReport) -> None:
+    def on_operator(report: OperatorReport) -> None:
         told.append(report)
         if len(told) == 7 * number + 1:
             raise KeyboardInterrupt
 
-    return lambda _: tell
+    return lambda _: on_operator
 
 
 def flip(path: Path) -> None:

@@ -31,7 +31,7 @@ from convexprune.adapters import (
     load,
     text_windows,
 )
-from convexprune.adapters._allocating import allotments
+from convexprune.adapters._allocating import allocate_each
 from convexprune.adapters._data.sufficiency import shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import make_recipe
@@ -117,9 +117,9 @@ def compare(
     _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
     clock = Clock()
     patterns_of = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
-    found = allotments(loaded, *fitted, list(patterns_of.values()), recipe.batch_size)
-    for (name, (_, pattern)), allotment in zip(patterns_of.items(), found, strict=True):
-        settings[name] = allotment.allotted(settings[name], pattern)
+    found = allocate_each(loaded, *fitted, list(patterns_of.values()), recipe.batch_size)
+    for (name, (_, pattern)), allocation in zip(patterns_of.items(), found, strict=True):
+        settings[name] = allocation.apply_to(settings[name], pattern)
     _check(loaded, settings)
     clock.lap("survey for allocations")
     comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)

@@ -11,7 +11,7 @@ from convexprune._layerwise.capture import Calls, observe, split_last_branch, st
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.bounds import drawn_rows
-from convexprune._layerwise.steps.stages import Tell, prune_observed
+from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.targets import CorrectionTargets, height, width
 from convexprune._layerwise.walk import LayerContext, LayerWalk
@@ -19,7 +19,7 @@ from convexprune.constraints import Constraint
 from convexprune.core._moments import Moments
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damping import NO_DAMPING, Damping
-from convexprune.report import OperatorReport
+from convexprune.report import OnOperator, OperatorReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def operator_problems(
     """
     damping = {report.name: report.damping for report in reports}
 
-    def tell(report: OperatorReport) -> None:
+    def on_operator(report: OperatorReport) -> None:
         damping[report.name] = report.damping
 
     def step(context: LayerContext) -> None:
@@ -97,7 +97,7 @@ def operator_problems(
         hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix])
         wanted = {f"{layer.name}.{operator.name}" for operator in layer.operators}.intersection(names)
         if wanted or settings.prefix == "pruned":
-            sparse = pruned.layers[context.number] if pruned else _pruned(context, hidden, settings, tell)
+            sparse = pruned.layers[context.number] if pruned else _pruned(context, hidden, settings, on_operator)
         for problem in _watch(layer, sparse, wanted, context.calls, hidden, settings, damping):
             on_problem(problem)
         if settings.prefix == "pruned":
@@ -109,12 +109,13 @@ def operator_problems(
     LayerWalk(model, tokens.split(batch_size), states, settings.streams).run(step)
 
 
-def _pruned(context: LayerContext, hidden: HiddenStates, settings: LayerSettings, tell: Tell) -> DecoderLayer:
+def _pruned(
+    context: LayerContext, hidden: HiddenStates, settings: LayerSettings, on_operator: OnOperator
+) -> DecoderLayer:
     """A copy of the layer, pruned as a run prunes it."""
     copy, calls = deepcopy(context.layer), context.calls
-    prune_observed(
-        copy, calls, hidden, observe(copy, calls, hidden.dense, error_targets=(settings.error_target,)), settings, tell
-    )
+    observed = observe(copy, calls, hidden.dense, error_targets=(settings.error_target,))
+    prune_observed(copy, calls, hidden, observed, settings, on_operator)
     return copy
 
 

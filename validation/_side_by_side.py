@@ -98,12 +98,12 @@ class Comparison:
 
     @property
     def units(self) -> int:
-        """How often `run` tells of progress."""
+        """How often `run` calls `on_layer`."""
         return len(self._model.layers) * len(self._networks)
 
     @torch.no_grad()
-    def run(self, tell: Callable[[str], None]) -> None:
-        """Prune every decoder layer by every variant; `tell` hears of each."""
+    def run(self, on_layer: Callable[[str], None]) -> None:
+        """Prune every decoder layer by every variant; `on_layer` is called with the name of each."""
         if self._store.recorded(DENSE, 0) is None:
             for stream, batches in self._batches.items():
                 self._store.write_states(DENSE, 0, stream, map(self._model.first_inputs, batches))
@@ -111,15 +111,15 @@ class Comparison:
 
         def step(context: LayerContext) -> None:
             todo = self._todo(context.number)
-            self._layer(context, todo, tell)
-            self._let_go(context.number, todo, tell)
+            self._layer(context, todo, on_layer)
+            self._let_go(context.number, todo, on_layer)
 
         pending = list[int]()
         for number in range(len(self._model.layers)):
             if self._todo(number):
                 pending.append(number)
             else:
-                self._let_go(number, (), tell)
+                self._let_go(number, (), on_layer)
         windows = list(chain.from_iterable(self._batches.values()))
         LayerWalk(self._model, windows, MemoryStore(pending), streams=()).run(step)
 
@@ -127,12 +127,12 @@ class Comparison:
         """The networks of which the layer is not recorded yet."""
         return [name for name in self._networks if self._store.recorded(name, number + 1) is None]
 
-    def _let_go(self, number: int, todo: Sequence[str], tell: Callable[[str], None]) -> None:
+    def _let_go(self, number: int, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
         """Drop what entered a layer that is recorded of all networks; of those not `todo` it was before."""
         for name in self._networks:
             self._store.drop_states(name, number)
             if name not in todo:
-                tell(f"layer {number}, {name}: was done")
+                on_layer(f"layer {number}, {name}: was done")
 
     @torch.no_grad()
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
@@ -154,7 +154,7 @@ class Comparison:
         """
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
-    def _layer(self, context: LayerContext, todo: Sequence[str], tell: Callable[[str], None]) -> None:
+    def _layer(self, context: LayerContext, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
         """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
         number, layer, calls, began = context.number, context.layer, context.calls, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
@@ -164,7 +164,7 @@ class Comparison:
                 batches = observed.outputs if stream == FITTED else self._through(context, DENSE, stream)
                 self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
-            tell(f"layer {number}, dense")
+            on_layer(f"layer {number}, dense")
         first: dict[Group, CalibrationStatistics] = {}
         for name in todo:
             if name == DENSE:
@@ -181,7 +181,7 @@ class Comparison:
                     taken = known if stream == FITTED else None
                     self._store.write_states(name, number + 1, stream, self._through(context, name, stream, taken))
             self._store.record(name, number + 1, record)
-            tell(f"layer {number}, {name}")
+            on_layer(f"layer {number}, {name}")
 
     def _prune(
         self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, CalibrationStatistics]

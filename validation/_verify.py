@@ -158,7 +158,7 @@ class Verification:
 
 @documented(VERIFY)
 def verify(
-    source: str | Path | None = None, *, tell: Callable[[str], None] = lambda _: None, **settings: Any
+    source: str | Path | None = None, *, on_operator: Callable[[str], None] = lambda _: None, **settings: Any
 ) -> Verification:
     """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
 
@@ -171,7 +171,7 @@ def verify(
             run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged:
             its files by the checksums in its report, and its zeros and errors by what the report says of them. None:
             the bundled model.
-        tell: called with each operator's name as it is done.
+        on_operator: called with each operator's name as it is done.
         settings: by name:
         {settings}
 
@@ -207,7 +207,7 @@ def verify(
             result.bounds.append(bound(operator, asked.bound_rows, generator))
         if same:
             result.errors.extend(reported_errors(operator, reports))
-        tell(operator.name)
+        on_operator(operator.name)
 
     operator_problems(dense, tokens, layer, names, judge, pruned, recipe.batch_size, reports)
     result.seconds = time.perf_counter() - began

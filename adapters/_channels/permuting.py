@@ -121,12 +121,12 @@ def find_permutation(
         hidden = _fitting([hidden_channels(model)], pattern, done)
     except NotPermutable as cause:
         done.left[HIDDEN] = str(cause)
-    tell = progress(len(inner) + len(hidden)) if progress else lambda _: None
+    on_permuted = progress(len(inner) + len(hidden)) if progress else lambda _: None
 
     def find(channels: Channels, scores: Tensor) -> Permuted:
         order = permutation(scores, pattern, seed=seed)
         shares = (pruned_fraction(each, pattern) for each in (scores, scores[:, order]))
-        tell(found := Permuted(channels, order.tolist(), *shares))
+        on_permuted(found := Permuted(channels, order.tolist(), *shares))
         return found
 
     found = _found(model, tokens.split(batch_size), inner, hidden, find)

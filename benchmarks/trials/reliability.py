@@ -115,13 +115,13 @@ def input_changes(name: str) -> None:
     shutil.copytree("m/llama", "in")
     told: list[Any] = []
 
-    def tell(report: Any) -> None:
+    def on_operator(report: Any) -> None:
         if not told:
             MEANWHILE[name](Path("in/model.safetensors"))
         told.append(report)
 
     try:
-        convexprune.prune("in", output_dir="out", method="wanda", progress=lambda _: tell, **TINY)
+        convexprune.prune("in", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
     except ConvexpruneError:
         return
     convexprune.prune("m/llama", output_dir="peace", method="wanda", **TINY)
@@ -138,13 +138,13 @@ def stopped(model: str = "m/llama", **settings: Any) -> None:
     """The folder `out` of a run by Wanda that was interrupted in its second layer."""
     told: list[Any] = []
 
-    def tell(report: Any) -> None:
+    def on_operator(report: Any) -> None:
         told.append(report)
         if len(told) == 8:
             raise KeyboardInterrupt
 
     try:
-        convexprune.prune(model, output_dir="out", method="wanda", progress=lambda _: tell, **(TINY | settings))
+        convexprune.prune(model, output_dir="out", method="wanda", progress=lambda _: on_operator, **(TINY | settings))
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was not stopped")

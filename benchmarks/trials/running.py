@@ -127,13 +127,13 @@ def memory_limit(megabytes: str) -> None:
 def folder_vanishes(path: str) -> None:
     done: list[Any] = []
 
-    def tell(_: Any) -> None:
+    def on_operator(_: Any) -> None:
         if not done:
             shutil.rmtree(path)
         done.append(path)
 
     try:
-        convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: tell, **TINY)
+        convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
     except ConvexpruneError:
         return
 
@@ -142,11 +142,11 @@ def folder_vanishes(path: str) -> None:
 def folder_in_use() -> None:
     said: list[str] = []
 
-    def tell(_: Any) -> None:
+    def on_operator(_: Any) -> None:
         if not said:
             said.append(ran(WANDA.replace(RUN, f"{RUN} --threads 1"))[1])
 
-    convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: tell, **TINY)
+    convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
     assert re.search("(?i)process", said[0]), said[0][-160:]
 
 

@@ -13,7 +13,6 @@ from convexprune._api.request import Request, name_of
 from convexprune._api.result import PermuteResult, PruneResult
 from convexprune._api.windows import is_self, name_of_text
 from convexprune._device.machine import default_device, within_memory
-from convexprune._layerwise.settings import Tell
 from convexprune._progress import begin
 from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.folder import check_output
@@ -27,6 +26,7 @@ from convexprune.adapters._channels.permuting import Permuted, find_permutation,
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
+from convexprune.report import OnOperator
 from convexprune.solvers import AbstractSolver
 
 
@@ -44,7 +44,7 @@ def prune(
     device: str | torch.device = UNSET,
     output_dir: str | Path | None = None,
     resume: bool = UNSET,
-    progress: Callable[[int], Tell] | None = None,
+    progress: Callable[[int], OnOperator] | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a language model; the report has the certificate of every operator's convex solve.

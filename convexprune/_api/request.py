@@ -23,7 +23,6 @@ from convexprune._device.machine import (
     versions,
 )
 from convexprune._device.machine import threads as use_threads
-from convexprune._layerwise.settings import Tell
 from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.steps.survey import WEIGHED
 from convexprune._layerwise.store import FolderStore
@@ -42,13 +41,13 @@ from convexprune.adapters import (
     reopen,
     save_from_store,
 )
-from convexprune.adapters._allocating import allotment
+from convexprune.adapters._allocating import allocate
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.packed import load as load_packed
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
-from convexprune.report import OperatorReport, Report
+from convexprune.report import OnOperator, OperatorReport, Report
 from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation import perplexity, streamed_perplexity
 
@@ -110,11 +109,11 @@ class Request:
         self._evaluate(report, "dense", loaded, windows)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report)
-            tell = self._tell(loaded)
+            on_operator = self._on_operator(loaded)
 
             def record(operator: OperatorReport) -> None:
                 report.operators.append(operator)
-                tell(operator)
+                on_operator(operator)
 
             prune_in_place(loaded, self._work(windows), record)
         self.clock.lap("prune")
@@ -188,10 +187,10 @@ class Request:
         store = FolderStore(folder.work, len(loaded.layers), self.device)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
-        tell = self._tell(loaded)
+        on_operator = self._on_operator(loaded)
         opened = partial(reopen, self.open, self.origin)
         job = Job(folder.work, self._work(windows), opened, self.threads, self.installed)
-        prune_in_folder(self.executor, job, loaded, store, tell)
+        prune_in_folder(self.executor, job, loaded, store, on_operator)
         self.clock.lap("prune")
         with folder.alone() as unfinished:
             if unfinished:
@@ -246,8 +245,8 @@ class Request:
     ) -> None:
         """Spread the zeros as the recipe says, or as they were spread when the run in the store began."""
         if self.recipe.allocation != "uniform":
-            found = allotment(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
-            self.layers = found.allotted(self.layers, self.recipe.build_pattern())
+            found = allocate(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
+            self.layers = found.apply_to(self.layers, self.recipe.build_pattern())
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
@@ -277,7 +276,7 @@ class Request:
             if not self.executor.rank:
                 logger.warning(warning)
 
-    def _tell(self, loaded: HuggingFaceModel) -> Tell:
+    def _on_operator(self, loaded: HuggingFaceModel) -> OnOperator:
         operators = sum(len(layer.operators) for layer in loaded.layers)
         return self.progress(operators) if self.progress is not None else lambda _: None
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -23,9 +23,8 @@ from rich.table import Column
 from convexprune._progress import Step, followed_by
 
 if TYPE_CHECKING:
-    from convexprune.report import OperatorReport
+    from convexprune.report import OnOperator, OperatorReport
 
-Tell = Callable[["OperatorReport"], None]
 QUIET = 60.0  # seconds after which a line says that a long phase goes on
 
 
@@ -81,7 +80,7 @@ class Bar:
         for each in self._progress.task_ids:
             self._progress.update(each, visible=each == task)
 
-    def operators(self, total: int) -> Tell:
+    def operators(self, total: int) -> "OnOperator":
         """Begin to prune so many operators; returns what is called with the report of each."""
         step = self("pruning", total)
         return lambda report: step(f"{report.name}  error {report.relative_error:.1e}")
@@ -107,12 +106,12 @@ class Lines:
 
         return step
 
-    def operators(self, total: int) -> Tell:
+    def operators(self, total: int) -> "OnOperator":
         """Begin to prune so many operators; returns what is called with the report of each."""
         began, done, layer = time.monotonic(), 0, list["OperatorReport"]()
         self._say(f"pruning: {total} operators")
 
-        def tell(report: "OperatorReport") -> None:
+        def on_operator(report: "OperatorReport") -> None:
             nonlocal done
             if layer and _layer(layer[0]) != _layer(report):
                 self._say(f"pruned {_count(done, total, time.monotonic() - began)}  {_summary(layer)}")
@@ -122,7 +121,7 @@ class Lines:
             if done == total:
                 self._say(f"pruned {_count(done, total, time.monotonic() - began)}  {_summary(layer)}")
 
-        return tell
+        return on_operator
 
     def _say(self, line: str) -> None:
         self._last = time.monotonic()

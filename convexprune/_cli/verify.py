@@ -34,7 +34,7 @@ def verify(
         def verified(name: str) -> None:
             shown(f"verified {name}")
 
-        result = validation.verify(source, tell=verified, **settings)
+        result = validation.verify(source, on_operator=verified, **settings)
     if as_json:
         print(result.to_json())
     else:

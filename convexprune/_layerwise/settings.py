@@ -1,6 +1,6 @@
 """How the layers of a run are pruned, and on what: the settings of all, and the hidden states of one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +11,7 @@ from convexprune._layerwise.capture import ErrorTarget
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
 from convexprune.pruners import AbstractPruner
-from convexprune.report import OperatorReport
 
-Tell = Callable[[OperatorReport], None]
 Stream = Literal["dense", "pruned"]
 
 

@@ -16,11 +16,11 @@ import torch
 from convexprune._device.machine import threads
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.settings import Tell
 from convexprune._layerwise.steps.prune import prune_claimed
 from convexprune._layerwise.store import FolderStore, RankStore
 from convexprune._runs.worker import Job, Worker
 from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
+from convexprune.report import OnOperator
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
 POLL = 0.2  # seconds between two looks at the workers
@@ -46,23 +46,23 @@ class AbstractExecutor(ABC):
         return 1
 
     @abstractmethod
-    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         """Return when all layers are finished.
 
         Args:
             job: what to prune.
             model: of this process.
             store: of this process.
-            tell: called with the report of each operator.
+            on_operator: called with the report of each operator.
         """
 
 
 class Serial(AbstractExecutor):
     """Only this process, layer by layer."""
 
-    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         with threads(job.threads):
-            prune_claimed(model, store, job.work, tell)
+            prune_claimed(model, store, job.work, on_operator)
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ class Ranks(AbstractExecutor):
     def together(self) -> int:
         return self.size
 
-    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         with threads(job.threads):
             if job.work.settings.prefix == "dense":
-                prune_claimed(model, store, job.work, tell)
+                prune_claimed(model, store, job.work, on_operator)
                 return
             with ProcessGroup.connected(self.number, self.size) as ranks:
                 ours = RankStore(store.folder, store.count, model.device, ranks)
-                prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else tell)
+                prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else on_operator)
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ class Pool(AbstractExecutor):
     def processes(self) -> int:
         return len(self.devices)
 
-    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         """See `AbstractExecutor.run`.
 
         Raises:
             ConvexpruneError: what a worker raised.
             PruningError: workers were lost again and again.
         """
-        watch = _Watch(store, tell)
+        watch = _Watch(store, on_operator)
         workers, lost = [Worker(job, device) for device in self.devices], 0
         try:
             while not watch.all_finished():
@@ -165,7 +165,7 @@ class OnRay(AbstractExecutor):
     def processes(self) -> int:
         return self.workers
 
-    def run(self, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+    def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         import ray  # pyright: ignore[reportMissingImports]
         from ray.exceptions import RayTaskError  # pyright: ignore[reportMissingImports]
 
@@ -173,7 +173,7 @@ class OnRay(AbstractExecutor):
             ray.init(log_to_driver=False)
         on_gpu = model.device.type == "cuda"
         task = ray.remote(num_cpus=job.threads, num_gpus=int(on_gpu), max_retries=RETRIES)(_do)
-        watch = _Watch(store, tell)
+        watch = _Watch(store, on_operator)
         waiting = [task.remote(job, "cuda" if on_gpu else "cpu") for _ in range(self.workers)]
         try:
             while waiting:
@@ -221,19 +221,19 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
 
 
 class _Watch:
-    """Tells of the operators of each layer that appears as finished."""
+    """Calls `on_operator` with the reports of each layer that has been finished since the last look."""
 
-    def __init__(self, store: FolderStore, tell: Tell) -> None:
-        self._store, self._tell = store, tell
-        self._told = {n for n in range(store.count) if store.is_finished(n)}
+    def __init__(self, store: FolderStore, on_operator: OnOperator) -> None:
+        self._store, self._on_operator = store, on_operator
+        self._reported = {n for n in range(store.count) if store.is_finished(n)}
 
     def all_finished(self) -> bool:
         for n in range(self._store.count):
-            if n not in self._told and self._store.is_finished(n):
-                self._told.add(n)
+            if n not in self._reported and self._store.is_finished(n):
+                self._reported.add(n)
                 for report in self._store.reports(n):
-                    self._tell(report)
-        return len(self._told) == self._store.count
+                    self._on_operator(report)
+        return len(self._reported) == self._store.count
 
 
 def _do(job: Job, device: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
-from convexprune._layerwise.settings import LayerSettings, Tell
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.prune import Work, prune_claimed
 from convexprune._layerwise.store import FolderStore, MemoryStore
 from convexprune._runs.executors import AbstractExecutor
 from convexprune._runs.worker import Job
 from convexprune._storage.tensors import raw
 from convexprune.errors import PatternError
+from convexprune.report import OnOperator
 
 UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
 
@@ -37,18 +38,20 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
                 raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
 
 
-def prune_in_place(model: AbstractModel, work: Work, tell: Tell) -> None:
+def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) -> None:
     """Prune every decoder layer of a model in memory.
 
     Args:
         model: the model.
         work: what to prune on.
-        tell: called with the report of each operator.
+        on_operator: called with the report of each operator.
     """
-    prune_claimed(model, MemoryStore(range(len(model.layers))), work, tell)
+    prune_claimed(model, MemoryStore(range(len(model.layers))), work, on_operator)
 
 
-def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, tell: Tell) -> None:
+def prune_in_folder(
+    executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
+) -> None:
     """Prune every decoder layer that a store does not have yet.
 
     Args:
@@ -56,7 +59,7 @@ def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, 
         job: what to prune.
         model: the model.
         store: of the run.
-        tell: called with the report of each operator, first those that the store has.
+        on_operator: called with the report of each operator, first those that the store has.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -65,8 +68,8 @@ def prune_in_folder(executor: AbstractExecutor, job: Job, model: AbstractModel, 
     for number in range(store.count):
         if store.is_finished(number):
             for report in store.reports(number):
-                tell(report)
-    executor.run(job, model, store, tell)
+                on_operator(report)
+    executor.run(job, model, store, on_operator)
 
 
 def identity(

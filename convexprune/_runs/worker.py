@@ -71,7 +71,7 @@ class Worker:
         self.device = device
         context = multiprocessing.get_context("spawn")  # a forked torch hangs in its threads, and has no CUDA
         self._errors, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_do_and_tell, args=(job, device, theirs), daemon=True)
+        self._process = context.Process(target=_do_and_send, args=(job, device, theirs), daemon=True)
         with _no_interrupts():
             self._process.start()
         theirs.close()
@@ -122,7 +122,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do_and_tell(job: Job, device: str, errors: Connection) -> None:
+def _do_and_send(job: Job, device: str, errors: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job.do(device)

@@ -157,10 +157,10 @@ def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_
     settings = LayerSettings(SparseGPT(), Unstructured(0.5), error_target="residual_stream")
     work = Work(TOKENS[:4], TOKENS[4:], 2, settings)
 
-    def task(number: int, folder: Path, tell: Callable[[OperatorReport], None] = lambda _: None) -> None:
+    def task(number: int, folder: Path, on_operator: Callable[[OperatorReport], None] = lambda _: None) -> None:
         model = HuggingFaceModel(build_family("llama").eval())
         store = FolderStore(folder, 2)
-        LayerWalk(model, work.batches, store).visit(number, PruneStep(store, work, tell))
+        LayerWalk(model, work.batches, store).visit(number, PruneStep(store, work, on_operator))
 
     def overtake(report: OperatorReport) -> None:
         if not FolderStore(tmp_path / "overtaken", 2).is_finished(1):

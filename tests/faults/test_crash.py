@@ -76,14 +76,14 @@ class Trial:
         shutil.rmtree(self.out)
         count = 0
 
-        def tell(kind: str, path: Path, *_: Any) -> None:
+        def on_operation(kind: str, path: Path, *_: Any) -> None:
             nonlocal count
             count += 1
             os.write(self.log, f"{kind}\n".encode())
             if last is not None and (count > last if lasting else count == last + 1):
                 raise failing(kind, path)
 
-        watch = partial(watched, self.roots, tell)
+        watch = partial(watched, self.roots, on_operation)
         with watch() if self.mode != "pool" else forks(watch):
             self.run()
         return os.pread(self.log, os.fstat(self.log).st_size, 0).decode().split()
@@ -166,7 +166,7 @@ def test_every_operation_fails_in_turn(small: Path, tmp_path: Path, mode: str):
 def _power_is_cut(trial: Trial, states: Callable[[Disk], Iterable[tuple[int, str]]]) -> None:
     disk, seen = Disk(trial.out), set[int]()
     shutil.rmtree(trial.out)
-    with watched([trial.out], disk.tell):
+    with watched([trial.out], disk.record):
         trial.run()
     assert disk.after(disk.moments, "all") == {
         path: None if path.is_dir() else path.read_bytes() for path in (trial.out, *trial.out.rglob("*"))

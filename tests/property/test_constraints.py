@@ -12,7 +12,7 @@ from strategies import random, seeds
 
 import convexprune
 from convexprune import pruners
-from convexprune._layerwise.steps.survey import Allotment
+from convexprune._layerwise.steps.survey import ModelAllocation
 from convexprune.constraints import (
     KINDS,
     Columns,
@@ -55,7 +55,7 @@ def test_a_description_parses_back_to_its_constraint(constraint: Constraint):
 
 @given(st.one_of(singles.filter(lambda c: c.continuous)), st.lists(shares, min_size=1, max_size=3))
 def test_so_do_those_of_an_allocation(asked: Constraint, each: list[float]):
-    patterns = Allotment({f"operator {i}": share for i, share in enumerate(each)}).patterns(asked)
+    patterns = ModelAllocation({f"operator {i}": share for i, share in enumerate(each)}).patterns(asked)
     assert [parse_pattern(own.describe()) for own in patterns.values()] == [asked.with_sparsity(s) for s in each]
 
 

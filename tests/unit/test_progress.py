@@ -31,9 +31,9 @@ def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
     terminal = Console(file=StringIO(), width=80, force_terminal=True)
     with progress.following(terminal) as bar:
         assert "starting" in _screen(bar)
-        tell = bar.operators(210)
+        on_operator = bar.operators(210)
         for number in range(27):
-            tell(report(f"model.decoder.layers.{number}.self_attn.out_proj"))
+            on_operator(report(f"model.decoder.layers.{number}.self_attn.out_proj"))
         line = next(line for line in _screen(bar).splitlines() if "pruning" in line)
         assert "…" in line and " 27/210 " in line and "0:00:0" in line and line.rstrip().endswith("left")
         step = begin("perplexity", 3)
@@ -52,9 +52,9 @@ def _screen(bar: object) -> str:
 def test_without_a_terminal_there_is_a_line_for_each_phase_and_each_layer(monkeypatch: pytest.MonkeyPatch):
     shown = StringIO()
     with progress.following(Console(file=shown, width=40)) as lines:
-        tell = lines.operators(4)
+        on_operator = lines.operators(4)
         for name in ("a.layers.0.q", "a.layers.0.fc1.1", "a.layers.1.q", "a.layers.1.fc1.1"):
-            tell(report(name, error=0.5 if name.endswith("1") else 0.01))
+            on_operator(report(name, error=0.5 if name.endswith("1") else 0.01))
         monkeypatch.setattr(progress, "QUIET", 0.0)
         begin("gradients", 2)("a.layers.1")
     first, *rest = shown.getvalue().splitlines()

@@ -262,13 +262,13 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
     monkeypatch.setattr("convexprune._api.windows.EVALUATION_SAMPLES", 1)
     told = []
 
-    def tell(report: OperatorReport) -> None:
+    def on_operator(report: OperatorReport) -> None:
         told.append(report)
         if len(told) == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(output_dir=tmp_path / "out", progress=lambda _: tell, **settings)
+        convexprune.prune(output_dir=tmp_path / "out", progress=lambda _: on_operator, **settings)
     sampler = "convexprune.adapters._data.calibration.sampled_windows"
     monkeypatch.setattr(sampler, lambda *_, **__: pytest.fail("sampled"))
     result = convexprune.prune(output_dir=tmp_path / "out", resume=True, **settings)

@@ -16,7 +16,7 @@ import convexprune
 from convexprune._layerwise.capture import observe
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.stages import prune_observed
-from convexprune._layerwise.steps.survey import SURVEYED, Unit, allot, candidates, survey
+from convexprune._layerwise.steps.survey import SURVEYED, Unit, allocate_by_rule, candidates, survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
@@ -125,7 +125,7 @@ def test_costs_grow_with_the_zeros_and_nothing_is_written(tiny_llama: HuggingFac
 def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel, rule: Any):
     units = surveyed(tiny_llama)
     for asked in [HALF] if rule != "curve" else [HALF, TWO_OF_FOUR]:
-        found = allot(units, rule, asked)
+        found = allocate_by_rule(units, rule, asked)
         patterns = found.patterns(asked)
         assert (found.gap is not None) == (rule in SURVEYED) and (rule == "half-curve" or (found.gap or 0) <= 1e-9)
         operators = {f"{la.name}.{o.name}": o.shape for la in tiny_llama.layers for o in la.operators}
@@ -133,7 +133,7 @@ def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel
         zeros = sum(patterns[name].zeros(*shape) for name, shape in operators.items())
         total = sum(m * n for m, n in operators.values())
         assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
-    assert allot(units, "uniform", HALF).patterns(HALF) == {}
+    assert allocate_by_rule(units, "uniform", HALF).patterns(HALF) == {}
 
 
 def test_layers_whose_weights_are_skewed_keep_more(tiny_llama: HuggingFaceModel):
@@ -141,7 +141,7 @@ def test_layers_whose_weights_are_skewed_keep_more(tiny_llama: HuggingFaceModel)
         for operator in tiny_llama.layers[1].operators:
             operator.write(operator.read() * (1 + (torch.arange(operator.shape[1]) % 10 == 0)))
     units = {unit.name: unit.skewness for unit in surveyed(tiny_llama)}
-    shares, skewness = allot(surveyed(tiny_llama), "skewness", HALF).shares, list[float]()
+    shares, skewness = allocate_by_rule(surveyed(tiny_llama), "skewness", HALF).shares, list[float]()
     for layer in tiny_llama.layers:
         sizes = torch.cat([operator.read().abs().flatten() for operator in layer.operators]).double()
         skewness.append(((sizes - sizes.mean()) / sizes.std(correction=0)).pow(3).mean().item())
@@ -154,7 +154,7 @@ def test_layers_whose_weights_are_skewed_keep_more(tiny_llama: HuggingFaceModel)
 
 def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_llama: HuggingFaceModel):
     units = surveyed(tiny_llama)
-    whole, half = allot(units, "curve", HALF), allot(units, "half-curve", HALF)
+    whole, half = allocate_by_rule(units, "curve", HALF), allocate_by_rule(units, "half-curve", HALF)
     assert half.shares == {name: pytest.approx(0.25 + share / 2, abs=1e-6) for name, share in whole.shares.items()}
     assert whole.cost is not None and half.cost is not None and half.gap is not None
     uniform = sum(unit.costs[HALF] for unit in units)
@@ -164,13 +164,13 @@ def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_ll
 
 def test_curves_are_of_the_first_windows(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocating, "WINDOWS", 3)
-    few, many = (allocating.allotments(tiny_llama, TOKENS[:n], TOKENS[4:], [("curve", HALF)]) for n in (3, 4))
+    few, many = (allocating.allocate_each(tiny_llama, TOKENS[:n], TOKENS[4:], [("curve", HALF)]) for n in (3, 4))
     assert few == many
 
 
 def test_gradients_are_of_the_first_windows_of_those(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocating, "GRADIENTS", 2)
-    few = allocating.allotments(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)])
+    few = allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)])
     seen: list[int] = []
 
     def first_two(model, tokens, *args):
@@ -179,7 +179,7 @@ def test_gradients_are_of_the_first_windows_of_those(tiny_llama: HuggingFaceMode
 
     monkeypatch.setattr(allocating, "GRADIENTS", 4)
     monkeypatch.setattr(allocating, "output_fisher", first_two)
-    assert few == allocating.allotments(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)]) and seen == [4]
+    assert few == allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)]) and seen == [4]
 
 
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.model import Group
-from convexprune._layerwise.settings import LayerSettings, Tell
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune._layerwise.targets import stack_of
@@ -17,7 +17,7 @@ from convexprune.constraints import Stacked
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.pruners._damping import NO_DAMPING
-from convexprune.report import OperatorReport
+from convexprune.report import OnOperator, OperatorReport
 
 
 def prune_group(
@@ -25,7 +25,7 @@ def prune_group(
     group: Group,
     folds: CalibrationStatistics,
     settings: LayerSettings,
-    tell: Tell,
+    on_operator: OnOperator,
     began: float,
     facts: dict[str, float],
 ) -> None:
@@ -36,7 +36,7 @@ def prune_group(
         group: the operators.
         folds: the moments of their input.
         settings: of the run.
-        tell: called with the report of each operator.
+        on_operator: called with the report of each operator.
         began: when the group's work began, by `time.perf_counter`.
         facts: numbers for the reports, by name.
 
@@ -65,7 +65,7 @@ def prune_group(
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
         if broken := asked[i].violation(operator.read()):  # zeros that are too many were zero before
             raise PruningError(f"{names[i]}: {broken} entries break the pattern {asked[i]} ({zeros} zeros).")
-        tell(
+        on_operator(
             OperatorReport(
                 name=names[i],
                 outputs=operator.shape[0],

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ALONE, ProcessGroup, SamePruned
-from convexprune._layerwise.settings import HiddenStates, LayerSettings, Tell
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._layerwise.store import AbstractStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk
-from convexprune.report import OperatorReport
+from convexprune.report import OnOperator, OperatorReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +70,12 @@ class PruneStep:
 
     Args:
         work: what layers are pruned on, and how.
-        tell: called with each operator's report.
+        on_operator: called with each operator's report.
     """
 
     store: AbstractStore
     work: Work
-    tell: Tell
+    on_operator: OnOperator
 
     def __call__(self, context: LayerContext) -> None:
         """Prune the layer.
@@ -88,7 +88,7 @@ class PruneStep:
 
         def report(operator: OperatorReport) -> None:
             reports.append(operator)
-            self.tell(operator)
+            self.on_operator(operator)
 
         layer, following = context.layer, context.number + 1
         more = following < len(context.model.layers) and not self.store.is_finished(following)
@@ -104,7 +104,7 @@ class PruneStep:
         self.store.finish(context.number, context.model.state(layer), reports)
 
 
-def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, tell: Tell) -> None:
+def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:
     """Prune one layer after another as the store hands them out, until all are finished, by whomever.
 
     With a dense prefix the next layer can be claimed by another worker as soon as this one has looked at what its dense
@@ -114,6 +114,6 @@ def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, tell: 
         model: the model.
         store: hands the layers out and keeps them.
         work: what they are pruned on, and how.
-        tell: called with each operator's report.
+        on_operator: called with each operator's report.
     """
-    LayerWalk(model, work.batches, store, work.settings.streams).run(PruneStep(store, work, tell))
+    LayerWalk(model, work.batches, store, work.settings.streams).run(PruneStep(store, work, on_operator))

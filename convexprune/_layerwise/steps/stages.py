@@ -10,12 +10,13 @@ from torch import Tensor
 from convexprune._layerwise.capture import Calls, Observed, Recorded, split_last_branch, stage_inputs
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, replaying
-from convexprune._layerwise.settings import HiddenStates, LayerSettings, Tell
+from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.group import prune_group
 from convexprune._layerwise.targets import CorrectionTargets, height, width
 from convexprune._storage.tensors import Batches
 from convexprune.errors import ModelError
+from convexprune.report import OnOperator
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def prune_observed(
     hidden: HiddenStates,
     observed: Observed,
     settings: LayerSettings,
-    tell: Tell,
+    on_operator: OnOperator,
     first: Mapping[Group, CalibrationStatistics] | None = None,
     record: Callable[[], Recorded] = list,
 ) -> dict[CachedSubmodule, Recorded]:
@@ -37,7 +38,7 @@ def prune_observed(
         hidden: what enters it.
         observed: what the dense layer makes of that.
         settings: of the run.
-        tell: called with the report of each operator.
+        on_operator: called with the report of each operator.
         first: the moments of the first stage, if they are known: with a dense prefix nothing changes them.
         record: makes a place to keep what the shortcuts begin with: tokens times the widths of their operators.
 
@@ -64,7 +65,7 @@ def prune_observed(
                     and settings.correction > 0
                 )
                 facts = {"corrects_layer": 1.0} if is_last_branch else {}
-                prune_group(layer.name, group, fold, settings, tell, began, facts)
+                prune_group(layer.name, group, fold, settings, on_operator, began, facts)
                 began = time.perf_counter()
     return {observed.cached[group]: x for group, x in inputs.items() if group in observed.cached}
 

@@ -28,12 +28,12 @@ LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves noth
 
 
 @dataclass(frozen=True)
-class Allotment:
+class ModelAllocation:
     """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
 
     `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are. Of a
     rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
-    allotment could cost at most, by the same curves.
+    allocation could cost at most, by the same curves.
 
     Args:
         shares: of zeros, by operator.
@@ -51,15 +51,15 @@ class Allotment:
         """The operators' patterns, each of the kind of `pattern`."""
         return {name: pattern.with_sparsity(share) for name, share in self.shares.items()}
 
-    def allotted(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
-        """The settings of a run that asks for `pattern` on the whole, with what is allotted.
+    def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
+        """The settings of a run that asks for `pattern` on the whole, with this allocation.
 
         Args:
             settings: of a run.
             pattern: what is asked for on the whole.
 
         Returns:
-            The settings with what is allotted.
+            The settings with it.
         """
         weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
         return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
@@ -137,8 +137,8 @@ def survey(
         context.hand_on(observed.outputs)
 
     count = len(model.layers)
-    told = begin("looking at the dense model", count)
-    LayerWalk(model, windows, MemoryStore(range(count), record), on_layer=told).run(step)
+    on_layer = begin("looking at the dense model", count)
+    LayerWalk(model, windows, MemoryStore(range(count), record), on_layer=on_layer).run(step)
     return units
 
 
@@ -183,17 +183,17 @@ def check_rule(rule: str, pattern: Constraint) -> None:
         )
 
 
-def allot(
+def allocate_by_rule(
     units: Sequence[Unit], rule: str, pattern: Constraint, fisher: Mapping[str, Tensor] | None = None
-) -> Allotment:
-    """The zeros of `pattern` on the whole, spread over the operators, and over the rows of each, by a rule.
+) -> ModelAllocation:
+    """Allocate the zeros of `pattern` to the operators, and to the rows of each, by a rule.
 
     "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
-    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs
-    (`core._allocation.allocate`); "half-curve" goes half of the way there from the uniform shares, as the costs
-    are of one text and of errors that do not know of each other (docs/benchmarks.md). "owl" (arXiv 2310.05175)
-    gives a layer with more outlying scores less sparsity (`allocation.spread`), "skewness" one whose weights are more
-    skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it could be reconstructed (`allocation.protect`).
+    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs (`core._allocation`);
+    "half-curve" goes half of the way there from the uniform shares, as the costs are of one text, and count the errors
+    of operators as independent (docs/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with more outlying scores
+    less sparsity, "skewness" one whose weights are more skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it
+    could be reconstructed.
 
     Args:
         units: what was surveyed.
@@ -202,7 +202,7 @@ def allot(
         fisher: f [m] by operator, for rules that weigh rows.
 
     Returns:
-        The allotment.
+        The allocation.
 
     Raises:
         RecipeError: see `check_rule`.
@@ -210,11 +210,11 @@ def allot(
     """
     check_rule(rule, pattern)
     if rule == "uniform":
-        return Allotment({})
+        return ModelAllocation({})
     weighed = fisher if fisher is not None and rule in WEIGHED and not pattern.by_row else {}
     rows = {name: [float(f"{w:.3g}") for w in row_weights(f).tolist()] for name, f in weighed.items()}  # for a file
     if rule == "rows":
-        return Allotment({}, row_weights=rows)
+        return ModelAllocation({}, row_weights=rows)
     cost = gap = None
     if rule in SURVEYED:
         choice = candidates(pattern)
@@ -231,7 +231,7 @@ def allot(
         else:
             shares = allocate_by_skewness([u.skewness for u in units], sizes, pattern.sparsity)
     each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
-    return Allotment(each, cost, gap, rows)
+    return ModelAllocation(each, cost, gap, rows)
 
 
 def _units(
