@@ -2,16 +2,9 @@
 
 from convexprune._schema.settings import BUNDLED
 
-from ._checkpoints.checkpoint import (
-    EMBEDDED,
-    EMBEDDED_WINDOW,
-    bundled_if_none,
-    load,
-    reopen,
-    save,
-    save_from_store,
-)
+from ._checkpoints.loading import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen
 from ._checkpoints.reading import given_tokenizer
+from ._checkpoints.saving import save, save_from_store
 from ._data.calibration import (
     calibration_and_held_out,
     calibration_tokens,

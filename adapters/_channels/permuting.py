@@ -20,7 +20,7 @@ from convexprune.constraints import Constraint
 from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import ModelError
 
-from .._checkpoints.checkpoint import save_new
+from .._checkpoints.saving import save_new
 from .._huggingface import HuggingFaceModel
 from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
 from .hidden_channels import hidden_channels

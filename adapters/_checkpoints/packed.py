@@ -11,7 +11,7 @@ from convexprune._container.folder import holds_pack, unpack
 from convexprune._device.machine import default_device
 from convexprune.recipe import make_recipe
 
-from .checkpoint import place_at, read_model
+from .loading import place_at, read_model
 from .model_folder import check_folder, local_folder
 from .reading import ask
 

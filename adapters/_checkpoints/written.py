@@ -15,7 +15,7 @@ from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport
 
 from .._huggingface import HuggingFaceModel
-from .checkpoint import stored_at
+from .saving import stored_at
 from .shards import shard_files
 
 

@@ -23,7 +23,7 @@ from convexprune.errors import CalibrationError
 from convexprune.recipe import make_recipe
 
 from .._allocating import GRADIENTS
-from .._checkpoints.checkpoint import bundled_if_none
+from .._checkpoints.loading import bundled_if_none
 from .._data.calibration import DEFAULT_LENGTH
 from .outline import read_outline
 

@@ -18,7 +18,7 @@ from convexprune._layerwise.steps import survey
 from convexprune._layerwise.store import FolderStore
 from convexprune._runs import executors, worker
 from convexprune._storage import files
-from convexprune.adapters._checkpoints import checkpoint, reading, shards
+from convexprune.adapters._checkpoints import loading, reading, shards
 from convexprune.adapters._checkpoints.shards import Shards
 
 llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder
@@ -53,13 +53,13 @@ FAULTS = (
     Fault("workers that hear Ctrl-C", worker._no_interrupts, "{signal.SIGINT}", "()",
           test_executors.test_a_worker_ends_with_its_parent_at_once_and_leaves_ctrl_c_to_it),
     # Checkpoints.
-    Fault("weights that are made up", checkpoint.read_model, 'if info["missing_keys"]', "if False",
+    Fault("weights that are made up", loading.read_model, 'if info["missing_keys"]', "if False",
           test_checkpoint.test_tensors_that_the_checkpoint_lacks_are_not_made_up),
     Fault("a tokenizer that is made up", reading.read_tokenizer, "return None", "pass",
           test_checkpoint.test_a_folder_without_a_tokenizer_has_none),
-    Fault("a dtype that is not kept", checkpoint.read_model, 'dtype or "auto"', "dtype or torch.float32",
+    Fault("a dtype that is not kept", loading.read_model, 'dtype or "auto"', "dtype or torch.float32",
           test_checkpoint.test_the_embedded_model_loads_in_its_own_precision_or_the_one_asked_for),
-    Fault("a loaded model in its own dtype", checkpoint.load, "dtype=cast", "dtype=None",
+    Fault("a loaded model in its own dtype", loading._move, "dtype=dtype", "dtype=None",
           test_checkpoint.test_a_loaded_model_is_used_in_place),
     # Shards.
     Fault("layers that stay in memory", Shards.resident, "load_state_dict(away, assign=True)", "state_dict()",

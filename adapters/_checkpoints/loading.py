@@ -1,4 +1,4 @@
-"""From files to a model and back. Only safetensors are read, unless the caller trusts the pickles."""
+"""From files to a model. Only safetensors are read, unless the caller trusts the pickles."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -9,23 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._layerwise.store import FolderStore
-from convexprune._runs.folder import OWN, WORK
 from convexprune._schema.settings import BUNDLED
-from convexprune._storage.files import make_folder, publish, write_json, writing
-from convexprune._storage.folders import atomic_folder
-from convexprune._storage.tensors import Entry
 from convexprune.errors import ModelError
 
 from .._discovery.family import decoder_layers
-from .._discovery.operators import computes_on, held, offloaded
+from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .building import parameters_on_meta
@@ -98,44 +88,53 @@ def load(
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
     refuse_adapters(source)
-    options: dict[str, Any] = {"targets": targets, "ignore": ignore}
+    chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
-        model, name, because = source, None, "it was given loaded"
-        refuse_quantised(model.config)
-    elif not isinstance(source, str | Path):
+        refuse_quantised(source.config)
+        refuse_unloaded(source)
+        _move(source, device, dtype)
+        return HuggingFaceModel(source, tokenizer, **chosen)
+    if not isinstance(source, str | Path):
         raise ModelError(
             f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
             "file, or a name on the hub."
         )
-    else:
-        place = place_at(source, allow_pickle) | {"revision": revision or "main"}
-        place["trust_remote_code"] = trust_remote_code
-        name, because = str(source), "that was asked for"
-        if stream:
-            try:
-                model, shards = _stream(name, place, dtype, device)
-                tokenizer = tokenizer or read_tokenizer(name, place)
-                return HuggingFaceModel(model, tokenizer, name=name, shards=shards, **options)
-            except NotStreamable as cause:
-                because = str(cause)
-                logger.warning("%s is loaded whole: %s", name, because)
-        model = read_model(name, place, dtype, allow_pickle)
-        if "gguf_file" in place:
-            logger.warning(
-                "%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype
-            )
-        tokenizer = tokenizer or read_tokenizer(name, place)
-    refuse_unloaded(model)
-    # What was read has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
-    cast = dtype if isinstance(source, PreTrainedModel) else None
+    name, place = str(source), place_at(source, allow_pickle) | {"revision": revision or "main"}
+    place["trust_remote_code"] = trust_remote_code
+    model, shards, because = None, None, "that was asked for"
+    if stream:
+        try:
+            model, shards = _stream(name, place, dtype, device)
+        except NotStreamable as cause:
+            because = str(cause)
+            logger.warning("%s is loaded whole: %s", name, because)
+    if model is None:
+        model = _whole(name, place, dtype, device, allow_pickle)
+    tokenizer = read_tokenizer(name, place) if tokenizer is None else tokenizer
+    return HuggingFaceModel(model, tokenizer, name=name, shards=shards, whole_because=because, **chosen)
+
+
+def _move(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Move a loaded model in place; one that accelerate has placed stays where it is."""
     if all(computes_on(module) is None for module in model.modules()):
-        model.to(device=device, dtype=cast)  # pyright: ignore[reportCallIssue]
+        model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
         raise ModelError(
             f"accelerate has placed the model, so it keeps its dtype, {model.dtype}. "
             f"Load it as {dtype}, or leave dtype out."
         )
-    return HuggingFaceModel(model, tokenizer, name=name, whole_because=because, **options)
+
+
+def _whole(
+    name: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device, allow_pickle: bool
+) -> PreTrainedModel:
+    """The model with all its weights in memory."""
+    model = read_model(name, place, dtype, allow_pickle)
+    if "gguf_file" in place:
+        logger.warning("%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype)
+    refuse_unloaded(model)
+    # It has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
+    return model.to(device=device)  # pyright: ignore[reportCallIssue]
 
 
 def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
@@ -158,105 +157,6 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
     elif model.origin() != origin:
         raise ModelError(f"{model.name} is not the model that the run began with: its files have changed since.")
     return model
-
-
-def save(model: HuggingFaceModel, folder: str | Path) -> None:
-    """Write a model, and its tokenizer if it has one, as a folder that transformers loads.
-
-    Args:
-        model: the model.
-        folder: where to.
-    """
-    inner = model.model
-    # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if attribute in vars(inner):
-            delattr(inner, attribute)
-    if "quantization_config" in vars(inner.config):
-        delattr(inner.config, "quantization_config")
-    if inner.generation_config is not None:
-        try:
-            inner.generation_config.validate(strict=True)
-        except ValueError as cause:
-            # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
-            logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
-            inner.generation_config.do_sample = True
-    # What is offloaded is on the meta device in the model's own state.
-    whole = {name: stored_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
-    inner.save_pretrained(folder, state_dict=whole)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
-
-
-def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
-    """Write a model as a folder that is there whole or not at all.
-
-    Args:
-        model: the model.
-        folder: where to; empty, or not there.
-        changed: tensors that differ from the model's, by their names in it; only of a model that streams.
-        notes: JSON files to write beside it, by name.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    with atomic_folder(folder) as whole:
-        if model.shards is None:
-            save(model, whole)
-        else:
-            model.shards.assemble(whole, changed)
-        for name, value in notes.items():
-            write_json(whole / name, value)
-
-
-def save_from_store(
-    model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
-) -> set[Path]:
-    """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
-
-    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
-
-    Args:
-        model: the model.
-        store: with all layers finished.
-        folder: where to.
-        tokenizer: the caller's own, if it is not the one beside the checkpoint.
-
-    Returns:
-        The files written.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    if model.shards is None:
-        with writing(folder), store.scratch_folder(store.count) as place:
-            save(model, place)
-            return _publish(place, folder)
-    layers = enumerate(model.layers)
-    pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
-    model.shards.assemble(folder, pruned)
-    source, written = model.shards.folder, set[Path]()
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and (source / name).is_file() and name.parts[0] not in (WORK, *OWN):
-            written.add(path)
-    if tokenizer is not None:
-        with writing(folder), store.scratch_folder(store.count) as place:
-            tokenizer.save_pretrained(place)
-            written |= _publish(place, folder)
-    return written
-
-
-def _publish(place: Path, folder: Path) -> set[Path]:
-    """Move all files of `place` into `folder`, flushed, config.json last; where they are now."""
-    published = set[Path]()
-    for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
-        if path.is_file():
-            target = folder / path.relative_to(place)
-            make_folder(target.parent)
-            publish(path, target)
-            published.add(target)
-    return published
 
 
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
@@ -298,7 +198,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         The model.
 
     Raises:
-        ModelError: the checkpoint cannot be read, is is incomplete or quantised, or no model that only decodes text.
+        ModelError: the checkpoint cannot be read, is incomplete or quantised, or no model that only decodes text.
     """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantised(config)
@@ -325,25 +225,6 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
-
-
-def _is_offloaded(model: PreTrainedModel) -> bool:
-    return any(offloaded(module) is not None for module in model.modules())
-
-
-def stored_at(model: PreTrainedModel, name: str) -> Tensor:
-    """A parameter or buffer, from where accelerate keeps it if it is offloaded.
-
-    Args:
-        model: the model.
-        name: in the model.
-
-    Returns:
-        The tensor.
-    """
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    return held(module, last) if last in module._parameters else module.get_buffer(last)
 
 
 def _stream(

@@ -1,0 +1,138 @@
+"""A model written as a folder that transformers loads: of one that streams tensor by tensor, of a loaded one whole."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from convexprune._layerwise.store import FolderStore
+from convexprune._runs.folder import OWN, WORK
+from convexprune._storage.files import make_folder, publish, write_json, writing
+from convexprune._storage.folders import atomic_folder
+from convexprune._storage.tensors import Entry
+
+from .._discovery.operators import held, offloaded
+from .._huggingface import HuggingFaceModel
+
+logger = logging.getLogger(__name__)
+
+
+def save(model: HuggingFaceModel, folder: str | Path) -> None:
+    """Write a model, and its tokenizer if it has one, as a folder that transformers loads.
+
+    Args:
+        model: the model.
+        folder: where to.
+    """
+    inner = model.model
+    # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(inner):
+            delattr(inner, attribute)
+    if "quantization_config" in vars(inner.config):
+        delattr(inner.config, "quantization_config")
+    if inner.generation_config is not None:
+        try:
+            inner.generation_config.validate(strict=True)
+        except ValueError as cause:
+            # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
+            logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
+            inner.generation_config.do_sample = True
+    # What is offloaded is on the meta device in the model's own state.
+    whole = {name: stored_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    inner.save_pretrained(folder, state_dict=whole)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
+    """Write a model as a folder that is there whole or not at all.
+
+    Args:
+        model: the model.
+        folder: where to; empty, or not there.
+        changed: tensors that differ from the model's, by their names in it; only of a model that streams.
+        notes: JSON files to write beside it, by name.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with atomic_folder(folder) as whole:
+        if model.shards is None:
+            save(model, whole)
+        else:
+            model.shards.assemble(whole, changed)
+        for name, value in notes.items():
+            write_json(whole / name, value)
+
+
+def save_from_store(
+    model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> set[Path]:
+    """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
+
+    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
+
+    Args:
+        model: the model.
+        store: with all layers finished.
+        folder: where to.
+        tokenizer: the caller's own, if it is not the one beside the checkpoint.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    if model.shards is None:
+        with writing(folder), store.scratch_folder(store.count) as place:
+            save(model, place)
+            return _publish(place, folder)
+    layers = enumerate(model.layers)
+    pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
+    model.shards.assemble(folder, pruned)
+    source, written = model.shards.folder, set[Path]()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and (source / name).is_file() and name.parts[0] not in (WORK, *OWN):
+            written.add(path)
+    if tokenizer is not None:
+        with writing(folder), store.scratch_folder(store.count) as place:
+            tokenizer.save_pretrained(place)
+            written |= _publish(place, folder)
+    return written
+
+
+def _publish(place: Path, folder: Path) -> set[Path]:
+    """Move all files of `place` into `folder`, flushed, config.json last; where they are now."""
+    published = set[Path]()
+    for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
+        if path.is_file():
+            target = folder / path.relative_to(place)
+            make_folder(target.parent)
+            publish(path, target)
+            published.add(target)
+    return published
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    return any(offloaded(module) is not None for module in model.modules())
+
+
+def stored_at(model: PreTrainedModel, name: str) -> Tensor:
+    """A parameter or buffer, from where accelerate keeps it if it is offloaded.
+
+    Args:
+        model: the model.
+        name: in the model.
+
+    Returns:
+        The tensor.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    return held(module, last) if last in module._parameters else module.get_buffer(last)
