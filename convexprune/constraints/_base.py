@@ -91,8 +91,8 @@ class Constraint(ABC):
         """
         return None
 
-    def check(self, rows: int, columns: int) -> None:  # noqa: B027 (most fit all)
-        """Refuse a weight that the constraint does not fit.
+    def check(self, rows: int, columns: int) -> None:
+        """Refuse a weight that the constraint does not fit: its zeros are all of it, or none where some are asked for.
 
         Args:
             rows: m.
@@ -101,6 +101,9 @@ class Constraint(ABC):
         Raises:
             PatternError: it does not fit a weight [rows columns].
         """
+        zeros = self.zeros(rows, columns)
+        if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
+            raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
 
     def budget(self, shape: Sequence[int]) -> Budget | None:
         """The lines of a weight of that `shape` and what each may keep; None if it is no matter of separate lines."""

@@ -37,12 +37,6 @@ class Columns(Mask):
             raise PatternError("Pattern 'columns' removes columns from all rows. Leave quota out.")
         return cls(from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity)
 
-    def check(self, rows: int, columns: int) -> None:
-        """Any weight fits, as long as a column is removed and one is left."""
-        removed = self._removed(columns)
-        if removed >= columns or (removed == 0 and self.sparsity > 0):
-            raise PatternError(f"Sparsity {self.sparsity} of {columns} columns rounds to {removed} columns.")
-
     @property
     def continuous(self) -> bool:
         """To a column."""

@@ -41,12 +41,6 @@ class Unstructured(Mask):
         match = re.fullmatch(r"unstructured ([\d.]+)% per (matrix|row)", text)
         return None if match is None else cls(from_percent(match[1]), "row" if match[2] == "row" else "matrix")
 
-    def check(self, rows: int, columns: int) -> None:
-        """Any weight fits, as long as something is pruned of it and something is left."""
-        zeros = self.zeros(rows, columns)
-        if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
-            raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
-
     def zeros(self, rows: int, columns: int) -> int:
         return rows * round(self.sparsity * columns) if self.by_row else round(self.sparsity * rows * columns)
 

@@ -87,7 +87,7 @@ class Convex(AbstractSearch):
         early = {"fista": {"max_iterations": 1, "restart": False}, "admm": {"max_iterations": 2, "rho": 1.0}}[name]
         return make_solver(name, check_every=10, scale=False, precise=False, **early)
 
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
+    def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
         """See `AbstractSearch.search`: the scores at the end of the path."""
         assert quadratic.anchor is not None
         before = weight = scores = quadratic.anchor

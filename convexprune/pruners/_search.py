@@ -53,12 +53,11 @@ class AbstractSearch(AbstractPruner):
             require_penalty(self.refit, Support)
 
     @abstractmethod
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
-        """Scores whose largest are worth keeping: a weight times `scale` near the optimum.
+    def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
+        """Scores whose largest are worth keeping: a weight near the optimum, in the coordinates of the search.
 
         Args:
-            quadratic: the damped problem, in the coordinates of the scores.
-            scale: of these coordinates [n].
+            quadratic: the damped problem, in these coordinates.
             pattern: of the answer.
 
         Returns:
@@ -74,7 +73,7 @@ class AbstractSearch(AbstractPruner):
         """
         damping = choose_damping(problem, self.damping)
         quadratic, scale = saliency_coordinates(problem, damping)
-        found = self.search(quadratic, scale, problem.pattern)
+        found = self.search(quadratic, problem.pattern)
         mask = problem.pattern.mask(found.scores.abs())
         weight, refits = refitted(quadratic, mask, found.scores, self.refit)
         return LayerEdit(weight / scale, mask, found.solutions + refits, damping, other_products=found.products)
