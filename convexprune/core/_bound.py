@@ -206,7 +206,7 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept:
         q: the quadratic of weights [m n].
         split: B [m n], each row proven to be below H.
         weight: V0 [m n], any weight.
-        lines: see `budget`.
+        lines: see `lines_of`.
         kept: how many non-zeros each line may have [lines 1].
 
     Returns:

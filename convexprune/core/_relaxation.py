@@ -77,7 +77,7 @@ def relax(
         inverse: H^-1 [n n].
         split: B [m n].
         start: where to begin.
-        lines: see `convexprune.core._bound.budget`.
+        lines: see `convexprune.core._bound.lines_of`.
         kept: how many non-zeros each line may have [lines 1].
         iterations: how many.
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from convexprune.constraints import Constraint
 from convexprune.core._quadratic import Quadratic
@@ -13,7 +12,16 @@ from convexprune.pruners._search import AbstractSearch, Found
 
 @dataclass(frozen=True)
 class ADMM(AbstractSearch):
-    """= D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
+    """min q(B) subject to B = D, D in the pattern, by the alternating direction method of multipliers.
+
+    With the scaled dual U, the penalty rho and the relaxation a (Boyd et al. 2011, sections 3.1.1 and 3.4.3),
+
+        B = argmin q + rho/2 |B - P|^2,   P = D - U
+        S = a B + (1 - a) D + U
+        D = the largest of S that the pattern allows,   U = S - D
+
+    B is P after a step 1 / rho along the negative gradient K of q's Moreau envelope of stiffness rho, so that
+    S = D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
 
     The constraint is not convex: there is no certificate for the support, only for the refit on it. What is ours,
     against Boza (arXiv 2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
@@ -30,7 +38,7 @@ class ADMM(AbstractSearch):
     every: Count = 5
     relaxation: NotNegative = 0.7
 
-    def search(self, quadratic: Quadratic, scale: Tensor, pattern: Constraint) -> Found:
+    def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
         """See `AbstractSearch.search`: the scores are the last S, whose rounding is the last D."""
         assert quadratic.anchor is not None
         kept = scores = quadratic.anchor

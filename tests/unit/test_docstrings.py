@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -192,6 +193,15 @@ def test_public_names_say_what_they_take_return_and_raise(name: str) -> None:
         assert found, f"{name} breaks the rule no longer: take it off the list NOT_YET."
     else:
         assert not found, "\n".join(found)
+
+
+def test_what_docstrings_and_pages_refer_to_is_there() -> None:
+    pages = (path for folder in (PACKAGE.parent, PACKAGE.parent / "docs") for path in folder.glob("*.md"))
+    files = [*modules().values(), *(page for page in pages if page.name != "CHANGELOG.md")]
+    named = {name for path in files for name in re.findall(r"`(convexprune(?:\.\w+)+)`", path.read_text())}
+    assert len(named) > 10
+    for name in sorted(named):
+        resolve_name(name)
 
 
 def test_the_list_of_exceptions_names_modules_that_are_there() -> None:
