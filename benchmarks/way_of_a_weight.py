@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import convexprune
 
 SHAPE = (24, 40)  # of down_proj; the others are (24, 24) and (40, 24)
-CHECKOUT = str(Path(convexprune.__file__).resolve().parents[1])
+CHECKOUT = Path(convexprune.__file__).resolve().parents[1]
+OURS = tuple(f"{CHECKOUT / room}/" for room in ("convexprune", "adapters", "validation"))  # and no .venv beside them
 
 
 def _holds(value: Any) -> bool:
@@ -44,7 +45,7 @@ class Way:
     def __call__(self, frame: FrameType, event: str, result: Any) -> None:
         code = frame.f_code
         place = str(Path(code.co_filename).resolve())
-        if event not in ("call", "return") or not place.startswith(CHECKOUT):
+        if event not in ("call", "return") or not place.startswith(OURS):
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         values = [result] if event == "return" else [frame.f_locals[name] for name in names if name in frame.f_locals]
@@ -54,7 +55,7 @@ class Way:
         if code.co_name == "prox":
             depth, at = 0, frame
             while at is not None:
-                depth += str(Path(at.f_code.co_filename).resolve()).startswith(CHECKOUT)
+                depth += str(Path(at.f_code.co_filename).resolve()).startswith(OURS)
                 at = at.f_back
             self.deepest = max(self.deepest, depth)
 
