@@ -23,7 +23,7 @@ CONVENTIONS: dict[str, tuple[str, float, str]] = {
     "pruned-dense": ("pruned", 1.0, "operator"),
     "pruned-layer": ("pruned", 0.5, "residual_stream"),
 }
-"""Which network feeds a decoder layer, how much of earlier errors an operator corrects, and which (docs/method.md)."""
+"""Which network feeds a decoder layer, how much of earlier errors an operator corrects, and which (docs/compare.md)."""
 
 OWN = {
     "alps": "pruned-own",
