@@ -49,7 +49,7 @@ def evaluate(settings: dict[str, Any]) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._device.machine import default_device
-        from convexprune.adapters import load, text_windows
+        from convexprune.adapters import bundled_if_none, load, text_windows
         from convexprune.adapters._data.text_files import check_text
         from convexprune.validation import perplexity
 
@@ -57,7 +57,7 @@ def evaluate(settings: dict[str, Any]) -> None:
         place = default_device(shared.get("device", "auto"))
         check_text(own.text)
         shown("loading the model")
-        loaded = load(shared["model"], device=place)
+        loaded = load(bundled_if_none(shared)["model"], device=place)
         p = perplexity(loaded.model, text_windows(own.text, loaded, own.window)[: own.max_windows])
     counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
     console.print(f"perplexity {p.value:.3f}  ({counted})")

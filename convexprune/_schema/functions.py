@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from convexprune._schema.door import LISTED, RECIPE, Door
 from convexprune._schema.settings import LARGEST_SEED, Settings, setting
-from convexprune.errors import OutputError, RecipeError
+from convexprune.errors import OutputError, RecipeError, shown
 
 
 class RemoteCode(Settings):
@@ -107,6 +107,16 @@ class Inspect(RemoteCode):
 
     group = "device"
     device_memory: ByteSize | None = setting(None, "What has to be enough, as 24GiB; or a number of bytes.")
+
+    @field_validator("device_memory", mode="wrap")
+    @classmethod
+    def _amount(cls, memory: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return read(memory)
+        except ValidationError:
+            raise RecipeError(
+                f"Memory {shown(memory)} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
+            ) from None
 
 
 class Compare(Settings):

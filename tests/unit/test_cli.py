@@ -62,6 +62,11 @@ def test_eval_states_what_the_number_depends_on(folder: Path):
     assert "62 tokens predicted in 2 windows of 32, stride 32" in result.output
 
 
+def test_eval_without_a_model_is_of_the_bundled_one(folder: Path):
+    result = run("eval", "--text", folder / "text.txt", "--window", 32, "--max-windows", 1)
+    assert result.exit_code == 0 and "perplexity" in result.stdout, result.output
+
+
 def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsys):
     arguments = ["convexprune", "prune", str(folder / "model"), "--method", "wando", "--output", str(folder / "out")]
     monkeypatch.setattr(sys, "argv", arguments)

@@ -243,5 +243,5 @@ def test_amounts_of_memory(text: str, size: int):
 
 @pytest.mark.parametrize("text", ["", "many", "-1GiB", "3 XB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str):
-    with pytest.raises(RecipeError, match="device_memory="):
+    with pytest.raises(RecipeError, match=r"is no amount of bytes\. Write it as 24GiB"):
         INSPECT.read({"device_memory": text})
