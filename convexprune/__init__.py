@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from convexprune.adapters._discovery.inspection import Inspection, inspect
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
     from convexprune.core._moments import Moments
-    from convexprune.core._penalty import L1, AbstractPenalty, ReverseHuber, Support
+    from convexprune.core._penalty import L1, AbstractPenalty, Support
     from convexprune.core._problem import Certificate, Problem, certify
     from convexprune.core._quadratic import Quadratic
+    from convexprune.core._reverse_huber import ReverseHuber
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names

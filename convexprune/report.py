@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from convexprune.core._damping import Damping
 from convexprune.errors import OutputError
-from convexprune.pruners._damping import Damping
 
 Number = int | float  # infinity and NaN are text in JSON
 DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # written for readers, and not read

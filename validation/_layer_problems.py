@@ -16,9 +16,9 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.targets import CorrectionTargets, height, width
 from convexprune._layerwise.walk import LayerContext, LayerWalk
 from convexprune.constraints import Constraint
+from convexprune.core._damping import NO_DAMPING, Damping
 from convexprune.core._moments import Moments
 from convexprune.pruners import LayerProblem
-from convexprune.pruners._damping import NO_DAMPING, Damping
 from convexprune.report import OnOperator, OperatorReport
 
 

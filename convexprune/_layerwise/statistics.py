@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune.core._moments import ErrorMoments, Moments
+from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import Moments
 from convexprune.errors import PruningError
 
 ROOM = 4 << 30

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune._layerwise.capture import ErrorTarget, Observed
 from convexprune._layerwise.model import Group
-from convexprune.core._moments import ErrorMoments
+from convexprune.core._error_moments import ErrorMoments
 
 
 class CorrectionTargets:

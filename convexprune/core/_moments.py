@@ -6,99 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from convexprune.core._error_moments import ErrorMoments
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._triangle import add_square, from_upper, quadratic_forms
 from convexprune.errors import ProblemError
-
-STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
-
-
-class ErrorMoments:
-    """Second moments of the error d that is to be made up for, and of the input x* [n], as sums over tokens.
-
-    Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of outputs, d [m] is the
-    error of the outputs of one weight W [m n], W (x - x*) or the error of the residual stream: sum d x*' [m n] and sum
-    d^2 [m]. The second kind needs less memory, and less work if 4 m < 3 n.
-
-    Args:
-        cross: sum d x*' [n n] or [m n].
-        change: sum d d' [n n] or sum d^2 [m].
-    """
-
-    def __init__(self, cross: Tensor, change: Tensor) -> None:
-        self.cross, self.change = cross, change
-
-    @classmethod
-    def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
-        """The moments of no token.
-
-        Args:
-            gram: the second moments [n n] of the inputs, for their shape, dtype and device.
-            outputs: m, if the errors are those of outputs.
-
-        Returns:
-            Zeros.
-        """
-        if outputs is None:
-            return cls(torch.zeros_like(gram), torch.zeros_like(gram))
-        return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
-
-    @staticmethod
-    def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
-        """Whether moments of the outputs' errors are less to compute than those of the inputs' errors.
-
-        Args:
-            outputs: m of the weight.
-            inputs: n of the weight.
-
-        Returns:
-            True if 4 m < 3 n.
-        """
-        return 4 * outputs < 3 * inputs
-
-    def add(self, x: Tensor, error: Tensor) -> None:
-        """Count tokens.
-
-        Args:
-            x: the inputs x* [tokens n].
-            error: the errors d, [tokens n] or [tokens m].
-        """
-        if self.change.ndim == 2:
-            _add_square(self.change, error)
-        else:
-            self.change += error.square().sum(0)
-        self.cross.addmm_(error.T, x)
-
-    def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The moments in the output space of one weight.
-
-        Args:
-            weight: W [m n]. If the errors are those of outputs already, only its dtype and device count.
-
-        Returns:
-            sum (W d) x*' [m n] and sum (W d)^2 [m].
-        """
-        if self.change.ndim == 1:
-            return self.cross.to(weight), self.change.to(weight)
-        weight = weight.to(self.cross)
-        return weight @ self.cross, _row_form(weight, _whole(self.change))
-
-    def is_finite(self) -> bool:
-        """Whether every error counted so far was finite."""
-        return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
-
-    def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
-        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
-        return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
-
-    def scaled(self, factors: Tensor) -> "ErrorMoments":
-        """The moments for the weight with its rows times `factors` [m]."""
-        if self.change.ndim == 2:
-            return self
-        factors = factors.to(self.change)
-        return ErrorMoments(self.cross * factors[:, None], self.change * factors.square())
-
-    def __add__(self, other: "ErrorMoments") -> "ErrorMoments":
-        return ErrorMoments(self.cross + other.cross, self.change + other.change)
 
 
 class Moments:
@@ -149,7 +60,7 @@ class Moments:
             ProblemError: the inputs are not `width` wide, or dense and pruned differ in shape.
         """
         x = self._tokens(pruned, dense)
-        _add_square(self.sum, x)
+        add_square(self.sum, x)
         self.tokens += x.shape[0]
         if dense is not None:
             self.add_errors(x, dense.reshape(x.shape).to(x) - x)
@@ -173,7 +84,7 @@ class Moments:
             ProblemError: no token was seen.
         """
         self._require_tokens()
-        return _whole(self.sum / self.tokens)
+        return from_upper(self.sum / self.tokens)
 
     @property
     def cross(self) -> Tensor | None:
@@ -186,7 +97,7 @@ class Moments:
         if self.errors is None:
             return None
         change = self.errors.change / self.tokens
-        return change if change.ndim == 1 else _whole(change)
+        return change if change.ndim == 1 else from_upper(change)
 
     def is_finite(self) -> bool:
         """Whether every input counted so far was finite."""
@@ -205,7 +116,7 @@ class Moments:
         Raises:
             ProblemError: no token was seen.
         """
-        energy = _row_form(weight, self.gram)
+        energy = quadratic_forms(weight, self.gram)
         if self.errors is not None:
             cross, change = self.errors.project(weight)
             energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
@@ -309,18 +220,6 @@ class Moments:
             raise ProblemError("These moments have seen no token; call `add` first.")
 
 
-def _add_square(total: Tensor, x: Tensor) -> None:
-    """total += x' x, but only on and above the diagonal: the rest is symmetric, and would cost as much again."""
-    rows = -(-len(total) // STRIPS)
-    for first in range(0, len(total), rows):
-        total[first : first + rows, first:].addmm_(x[:, first : first + rows].T, x[:, first:])
-
-
-def _whole(upper: Tensor) -> Tensor:
-    """The symmetric matrix with that upper triangle."""
-    return upper.triu() + upper.triu(1).T
-
-
 def sampling_noise(folds: Sequence[Moments]) -> float:
     """How much of the correlations of the inputs is sampling noise.
 
@@ -350,9 +249,3 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
     signal = mean.div_(outer).fill_diagonal_(0).square_().sum()
     noise = first.sub_(second).div_(outer).fill_diagonal_(0).square_().sum() / 4
     return float((noise / signal).clamp(0, 0.99)) if signal > 0 else 0.0
-
-
-def _row_form(weight: Tensor, matrix: Tensor) -> Tensor:
-    """diag(W M W') [m]."""
-    weight = weight.to(matrix)
-    return ((weight @ matrix) * weight).sum(1)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from convexprune.constraints import Constraint
 from convexprune.constraints._base import sizes
+from convexprune.core._damping import Damping
 from convexprune.core._moments import Moments
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import check_settings
 from convexprune.errors import PatternError
-from convexprune.pruners._damping import Damping
 from convexprune.solvers import Solution
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from convexprune.core._damping import EIGENVALUE_KNEE, Damping
 from convexprune.core._factor import cholesky
 from convexprune.core._moments import sampling_noise
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import PruningError
 from convexprune.pruners._base import LayerProblem
-from convexprune.pruners._damping import EIGENVALUE_KNEE, Damping
 
 DEFAULT_DAMPING = 0.06
 """The damping for a single sample, which has nothing to be compared with."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import L1, AbstractPenalty, ReverseHuber, Support
+from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
+from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._setting_types import NotNegative
 from convexprune.solvers._base import (
     AbstractSolver,

@@ -56,9 +56,11 @@ from convexprune.core import (
 from convexprune.core import (
     _split as split,
 )
-from convexprune.core._moments import ErrorMoments, Moments
-from convexprune.core._penalty import L1, ReverseHuber
+from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import Moments
+from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.solvers import Status
 from convexprune.solvers import _fista as fista

@@ -6,10 +6,10 @@ from pruning_cases import correlated, layer_problem
 from strategies import Layer, make_chain, random
 
 from convexprune.constraints import Unstructured
+from convexprune.core._damping import EIGENVALUE_KNEE, Damping
 from convexprune.core._moments import Moments, sampling_noise
 from convexprune.pruners import Convex, LayerProblem
 from convexprune.pruners._damped import DOMAIN_SHIFT_RANGE, NOISE_GAIN, RIDGE, damped
-from convexprune.pruners._damping import EIGENVALUE_KNEE, Damping
 
 
 def folds_of(layer: Layer) -> tuple[Moments, Moments]:

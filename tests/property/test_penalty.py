@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import random, seeds, sizes
 
-from convexprune.core._penalty import L1, ReverseHuber, Support
+from convexprune.core._penalty import L1, Support
+from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.errors import ProblemError
 
 ROUNDING = 1e-12  # float64, values of order one

@@ -14,10 +14,10 @@ import convexprune
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
+from convexprune.core._damping import NO_DAMPING, Damping
 from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, Convex, LayerProblem, Refitted, Wanda
 from convexprune.pruners._damped import damped
-from convexprune.pruners._damping import NO_DAMPING, Damping
 from convexprune.report import Report
 from convexprune.validation import best_pruning
 

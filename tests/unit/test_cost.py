@@ -25,7 +25,7 @@ from convexprune._runs import cost
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import INSPECT
 from convexprune.constraints import Unstructured
-from convexprune.core._moments import ErrorMoments
+from convexprune.core._error_moments import ErrorMoments
 from convexprune.errors import RecipeError
 from convexprune.pruners import (
     ADMM,

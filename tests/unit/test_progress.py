@@ -16,7 +16,7 @@ from convexprune._cli import progress
 from convexprune._cli.stopping import Stopped, listen
 from convexprune._cli.summary import summary
 from convexprune._progress import begin, followed_by
-from convexprune.pruners._damping import Damping
+from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 
 

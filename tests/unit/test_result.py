@@ -17,7 +17,7 @@ import convexprune
 from convexprune import errors
 from convexprune.adapters._checkpoints import checkpoint
 from convexprune.adapters._checkpoints.shards import Shards
-from convexprune.pruners._damping import Damping
+from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from convexprune.constraints import Constraint
 from convexprune.core._bound import LowerBound, PruningBound
+from convexprune.core._damping import Damping
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import damped
-from convexprune.pruners._damping import Damping
 
 QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)
 """For a report: it must cost little beside the pruning. `verify` takes its time."""

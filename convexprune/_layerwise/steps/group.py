@@ -14,9 +14,9 @@ from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune._layerwise.targets import stack_of
 from convexprune.constraints import Stacked
+from convexprune.core._damping import NO_DAMPING
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
-from convexprune.pruners._damping import NO_DAMPING
 from convexprune.report import OnOperator, OperatorReport
 
 

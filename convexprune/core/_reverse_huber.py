@@ -1,0 +1,73 @@
+"""The reverse Huber penalty: the convex relaxation of a price for each non-zero."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune.core._penalty import AbstractPenalty, require_step
+from convexprune.errors import ProblemError
+
+
+@dataclass(frozen=True, eq=False)
+class ReverseHuber(AbstractPenalty):
+    """What non-zeros cost once they may be fractions: linear near zero, a parabola beyond (the perspective penalty).
+
+        p(V) = sum_ij min_{0 <= z <= 1} B_ij V_ij^2 / 2 z + mu_ij z
+             = sum_ij  sqrt(2 mu B) |V|     if |V| <= sqrt(2 mu / B),     else  B V^2 / 2 + mu
+
+    the largest convex function below B V^2 / 2 + mu [V != 0], with `curvature` B positive and `price` mu non-negative,
+    both of a shape that broadcasts to [m n] (Dong, Chen and Linderoth 2015, arXiv 1510.06083).
+
+    Raises:
+        ProblemError: a curvature is not positive, a price is negative, or one of them is not finite.
+    """
+
+    curvature: Tensor
+    price: Tensor
+
+    def __post_init__(self) -> None:
+        if not bool(((self.curvature > 0) & (self.curvature < inf)).all()):
+            raise ProblemError("A curvature of the reverse Huber penalty is not in (0, inf).")
+        if not bool(((self.price >= 0) & (self.price < inf)).all()):
+            raise ProblemError("A price of the reverse Huber penalty is not in [0, inf).")
+
+    @property
+    def slope(self) -> Tensor:
+        """sqrt(2 mu B): the price of a small weight, per unit."""
+        return (2 * self.price * self.curvature).sqrt()
+
+    def values(self, weight: Tensor) -> Tensor:
+        size = weight.abs()
+        beyond = (size - self.slope / self.curvature).clamp_min(0)
+        return (self.slope * size + self.curvature / 2 * beyond.square()).sum(1)
+
+    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+        """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
+        require_step(step)
+        size = weight.abs()
+        soft = (size - step * self.slope).clamp_min_(0)
+        return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight, out=out)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
+        return (dual.square() / (2 * self.curvature) - self.price).clamp_min(0).sum(1)
+
+    def project(self, dual: Tensor) -> Tensor:
+        return dual
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """sign(V) max(slope, B |V|) where V is not zero, else the dual point clipped to that at zero."""
+        steep = torch.maximum(self.slope.expand_as(weight), self.curvature * weight.abs())
+        return torch.where(weight != 0, torch.copysign(steep, weight), dual.clamp(-self.slope, self.slope))
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        return torch.full_like(dual[:, 0], inf)
+
+    def scaled(self, scale: Tensor) -> "ReverseHuber":
+        return ReverseHuber(self.curvature / scale.square(), self.price)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.curvature.to(dtype), self.price.to(dtype))
