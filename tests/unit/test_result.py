@@ -15,7 +15,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune import errors
-from convexprune.adapters._checkpoints import checkpoint
+from convexprune.adapters._checkpoints import saving
 from convexprune.adapters._checkpoints.shards import Shards
 from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
@@ -119,7 +119,7 @@ def test_a_result_that_is_not_what_was_pruned_is_noticed_while_the_layers_are_th
     ],
 )
 def test_so_is_that_of_a_model_that_was_loaded_whole(tmp_path: Path, monkeypatch, family, tensor: str, message: str):
-    save = checkpoint.save
+    save = saving.save
 
     def faulty(model: Any, folder: Path) -> None:
         save(model, folder)
@@ -128,7 +128,7 @@ def test_so_is_that_of_a_model_that_was_loaded_whole(tmp_path: Path, monkeypatch
         tensors[tensor].fill_(0)
         save_file(tensors, path, {"format": "pt"})
 
-    monkeypatch.setattr(checkpoint, "save", faulty)
+    monkeypatch.setattr(saving, "save", faulty)
     with pytest.raises(errors.OutputError, match=f"not the pruned model: .*{message}"):
         convexprune.prune(build_family(family), output_dir=tmp_path / "out", method="magnitude", **SMALL)
 
