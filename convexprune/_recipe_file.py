@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from convexprune._schema.settings import GROUPS
-from convexprune._storage.files import atomic_write, read_text, write
+from convexprune._storage.files import atomic_write, write
+from convexprune._storage.notes import read_text
 from convexprune.errors import RecipeError
 from convexprune.recipe import Recipe, make_recipe
 

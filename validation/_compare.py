@@ -19,7 +19,7 @@ from convexprune._runs.folder import check_output
 from convexprune._runs.run import check_patterns, checksum
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
-from convexprune._storage.files import write_json
+from convexprune._storage.notes import write_json
 from convexprune._storage.place import output_folder
 from convexprune._storage.tensors import raw
 from convexprune.adapters import (

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from convexprune._runs.folder import check_output
-from convexprune._storage.files import write_json
+from convexprune._storage.notes import write_json
 from convexprune._storage.place import output_folder
 from convexprune.errors import OutputError, RecipeError
 from convexprune.report import finite

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._storage.files import publish, read_json, write_json, writing
-from convexprune._storage.tensors import CODES, DTYPES, Batches
+from convexprune._storage.batches import Batches
+from convexprune._storage.failures import writing
+from convexprune._storage.files import publish
+from convexprune._storage.notes import read_json, write_json
+from convexprune._storage.tensors import CODES, DTYPES
 
 
 class Store:

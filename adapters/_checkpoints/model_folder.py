@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from convexprune._container.folder import holds_pack
 from convexprune._runs.folder import OWN, WORK
-from convexprune._storage.files import PARTS, Stamp, reading
+from convexprune._storage.failures import reading
+from convexprune._storage.files import PARTS, Stamp
 from convexprune._storage.folders import refuse_foreign
 from convexprune._storage.tensors import DTYPES, entries
 from convexprune.errors import ModelError

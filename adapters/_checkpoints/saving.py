@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.store import FolderStore
 from convexprune._runs.folder import OWN, WORK
-from convexprune._storage.files import make_folder, publish, write_json, writing
+from convexprune._storage.failures import writing
+from convexprune._storage.files import make_folder, publish
 from convexprune._storage.folders import atomic_folder
+from convexprune._storage.notes import write_json
 from convexprune._storage.tensors import Entry
 
 from .._discovery.operators import held, offloaded

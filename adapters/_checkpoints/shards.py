@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
-from convexprune._storage.files import Stamp, atomic_write, copy_file, reading, sha256, write
+from convexprune._storage.failures import reading
+from convexprune._storage.files import Stamp, atomic_write, copy_file, sha256, write
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.errors import ModelError

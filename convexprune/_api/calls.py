@@ -19,7 +19,7 @@ from convexprune._runs.folder import check_output
 from convexprune._runs.run import check_patterns
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import PERMUTE, PRUNE
-from convexprune._storage.files import working
+from convexprune._storage.failures import working
 from convexprune._storage.place import output_folder
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters._channels.permuting import Permuted, find_permutation, save_permuted

@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from convexprune._container.format import BLOCK, decode, encode, longest, width
-from convexprune._storage.files import atomic_write, reading, write
-from convexprune._storage.tensors import (
-    BITS,
-    LONGEST_HEADER,
-    Entry,
-    Spec,
-    damaged,
-    entries,
-    parse_header,
-    read_header,
-)
+from convexprune._storage.failures import reading
+from convexprune._storage.files import atomic_write, write
+from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
 from convexprune.errors import ModelError, shown
 
 SUFFIX, PACKED = ".safetensors", ".pack.safetensors"

@@ -17,7 +17,8 @@ from convexprune._container.file import (
 )
 from convexprune._progress import begin
 from convexprune._runs.folder import RUN, check_output
-from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, reading
+from convexprune._storage.failures import reading
+from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file
 from convexprune._storage.folders import atomic_folder, refuse_foreign
 from convexprune._storage.place import output_folder
 from convexprune.errors import ModelError, OutputError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convexprune._layerwise.model import Call, DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, find_cached_submodules, replaying
-from convexprune._storage.tensors import Batches
+from convexprune._storage.batches import Batches
 
 Calls = Callable[[Tensor], Call]
 Recorded = list[Tensor] | Batches

@@ -18,8 +18,12 @@ from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.settings import Stream
-from convexprune._storage.files import locked, publish, read_notes, sha256, write_notes, writing
-from convexprune._storage.tensors import CODES, DTYPES, Batches, Entry, Spec, entries, write_tensors
+from convexprune._storage.batches import Batches
+from convexprune._storage.failures import writing
+from convexprune._storage.files import publish, sha256
+from convexprune._storage.locks import locked
+from convexprune._storage.notes import read_notes, write_notes
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import OperatorReport
 

@@ -14,20 +14,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convexprune._storage.files import (
-    PARTS,
-    atomic_write,
-    checksum_inside,
-    locked,
-    make_folder,
-    overwrite,
-    read_notes,
-    read_text,
-    sha256,
-    write,
-    write_notes,
-    writing,
-)
+from convexprune._storage.failures import writing
+from convexprune._storage.files import PARTS, atomic_write, checksum_inside, make_folder, sha256, write
+from convexprune._storage.locks import locked, overwrite
+from convexprune._storage.notes import read_notes, read_text, write_notes
 from convexprune._storage.tensors import Spec, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import Report

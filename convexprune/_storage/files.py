@@ -1,94 +1,24 @@
-"""Files that appear whole or not at all, their checksums, and locks that vanish with the process that holds them."""
+"""Files that appear whole or not at all, and their checksums."""
 
-import errno
 import hashlib
-import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from convexprune.errors import ConvexpruneError, DependencyError, ModelError, OutputError
+from convexprune._storage.failures import naming, reading, writing
+from convexprune.errors import ModelError
 
 PARTS = ".*.part"  # files that are being written, or were when their process was killed
 CHUNK = 1 << 20  # bytes that are read at once
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file is written into one that says how to go on.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    with _as_output_error(f"{path} cannot be written"):
-        yield
-
-
-@contextmanager
-def working(folder: Path) -> Iterator[None]:
-    """Turn any error of the file system during a run into one that says how to go on.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        OutputError: a file cannot be read, looked at, locked or removed, or is gone.
-    """
-    with _as_output_error(f"The run in {folder} has stopped"):
-        yield
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name the file: that of an open file does not.
-
-    Args:
-        path: of the file.
-    """
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno is not None and cause.filename is None:
-            cause.filename = str(path)
-        raise
-
-
-@contextmanager
-def _as_output_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ConvexpruneError, ConnectionError):  # the second is said of what is printed, when nobody reads it
-        raise
-    except OSError as cause:
-        advice = _ADVICE.get(cause.errno or 0, "Mend the disk")
-        raise OutputError(
-            f"{what}: {cause}. {advice}, and start again; a run with resume=True (--resume), which keeps what is done."
-        ) from cause
-
-
-_ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the folder readable and writable for this user"),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Keep others from removing what is in use"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
-    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "Use a file system that has locks (flock)"),
-    errno.EROFS: "Make the file system writable",
-    errno.ELOOP: "No link is followed here: remove it",
-    errno.ENOMEM: "Free memory",
-}
-
-
-@contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a new file atomically: it is written under another name, flushed, and becomes `path` if the block ends
-    well.
+    """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well.
 
     Its folder is made if need be.
 
@@ -173,24 +103,6 @@ def copy_file(source: Path, path: Path) -> None:
             write(copied, data)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file of a model is read into one of ours.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ModelError: the file is gone, may not be read, or the disk fails.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as cause:
-        raise ModelError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
-
-
 class Stamp(NamedTuple):
     """What changes when a file is written to or replaced.
 
@@ -202,7 +114,7 @@ class Stamp(NamedTuple):
 
     inode: int
     size: int
-    modified: int  # nanoseconds
+    modified: int
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
@@ -222,81 +134,6 @@ class Stamp(NamedTuple):
         if not stat.S_ISREG(found.st_mode):
             raise ModelError(f"{path} is no ordinary file. Put the file itself here.")
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; NaN and infinity are kept, as Python reads them back.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    with atomic_write(path) as file:
-        write(file, json.dumps(value, indent=1).encode())
-
-
-def read_text(path: Path, longest: int) -> str:
-    """The text of a file.
-
-    Args:
-        path: of the file.
-        longest: the most bytes that are read.
-
-    Returns:
-        The text.
-
-    Raises:
-        OutputError: the file is missing, too long, or no text.
-    """
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OutputError(f"{path}: there is no such file.")
-        if path.stat().st_size > longest:
-            raise OutputError(f"{path} has {path.stat().st_size:,} bytes, and at most {longest:,} are read.")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as cause:
-        raise OutputError(f"{path} is damaged: it is no text.") from cause
-    except OutputError:
-        raise
-    except OSError as cause:
-        raise OutputError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
-
-
-def read_json(path: Path) -> Any:
-    """The value of the JSON file at `path`; None if it is missing or is not JSON."""
-    try:
-        with naming(path):
-            return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def write_notes(path: Path, value: Any) -> None:
-    """Write a value as `write_json` does, with its checksum.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    write_json(path, {"checksum": _checksum(value), "notes": value})
-
-
-def read_notes(path: Path) -> Any:
-    """The value that `write_notes` wrote to `path`; None if it is missing or is not what was written."""
-    match read_json(path):
-        case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
-            return value
-    return None
-
-
-def _checksum(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str | None:
@@ -336,54 +173,6 @@ def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
     if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows
         with suppress(OSError), path.open("rb") as file:
             os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_WILLNEED)
-
-
-@contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock in the block, if it was free; it is gone with the process whatever ends it.
-
-    It works on any shared file system that has flock.
-
-    Args:
-        path: of the lock file, which is made if need be.
-        shared: whether many may hold it at once, and nobody may hold it alone meanwhile.
-
-    Yields:
-        Whether the lock was free, and is held now.
-
-    Raises:
-        DependencyError: the system has no such locks.
-        OutputError: the file cannot be made, or is a link.
-    """
-    try:
-        import fcntl
-    except ImportError as cause:  # on Windows
-        raise DependencyError(f"{path}: a run in a folder needs the file locks of a POSIX system.") from cause
-    with writing(path):
-        descriptor = _follow_no_link(path, os.O_RDWR | os.O_CREAT)
-    with os.fdopen(descriptor, "rb") as file:
-        try:
-            with naming(path):
-                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def overwrite(path: Path, text: str) -> None:
-    """Put a note that nothing depends on into a file; not if it is a link.
-
-    Args:
-        path: of the file.
-        text: the note.
-    """
-    with open(path, "w", opener=_follow_no_link) as file:
-        file.write(text)
-
-
-def _follow_no_link(path: str | Path, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # not on Windows
 
 
 def _sync(path: Path) -> None:

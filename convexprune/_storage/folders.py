@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from convexprune._storage.files import flush, make_folder, publish, writing
+from convexprune._storage.failures import writing
+from convexprune._storage.files import flush, make_folder, publish
 from convexprune.errors import ModelError
 
 

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import torch
 
-from convexprune._storage.files import reading
+from convexprune._storage.failures import reading
 from convexprune._storage.tensors import DTYPES, damaged, entries
 from convexprune.errors import ModelError
 

@@ -1,17 +1,17 @@
-"""Tensors on disk, one at a time: safetensors files, and batches that are recorded and mapped back into memory."""
+"""Safetensors files, read and written a tensor at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from convexprune._storage.files import Stamp, atomic_write, naming, read_ahead, reading, write, writing
+from convexprune._storage.failures import reading
+from convexprune._storage.files import Stamp, atomic_write, read_ahead, write
 from convexprune.errors import ModelError
 
 # The codes of the safetensors format for the types that a language model is stored in.
@@ -229,80 +229,6 @@ def write_tensors(
         for name in specs:
             value = read(name)
             write(file, raw(value) if isinstance(value, Tensor) else value)
-
-
-class Batches(Sequence[Tensor]):
-    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used.
-
-    Args:
-        path: of the file.
-        dtype: of the tensors; None until the first is recorded.
-        shapes: of the tensors that the file has.
-        device: where the tensors are wanted.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        dtype: torch.dtype | None = None,
-        shapes: Iterable[Sequence[int]] = (),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.path = path
-        self.device = device
-        self.dtype = dtype
-        self.shapes = [tuple(shape) for shape in shapes]
-        self._ends = [0]
-        for shape in self.shapes:
-            self._ends.append(self._ends[-1] + _size(shape, dtype))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        begin, end = self._ends[i : i + 2]
-        start = begin - begin % ALLOCATIONGRANULARITY
-        with naming(self.path), self.path.open("rb", buffering=0) as file:
-            mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
-        assert self.dtype is not None
-        return torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i]).to(self.device)
-
-    def prefetch(self) -> None:
-        """Have the disk read while something else is computed."""
-        read_ahead(self.path)
-
-    @property
-    def nbytes(self) -> int:
-        """How long the file should be."""
-        return self._ends[-1]
-
-    def append(self, batch: Tensor) -> None:
-        """Record one more.
-
-        Args:
-            batch: the tensor.
-
-        Raises:
-            OutputError: the disk is full or fails.
-        """
-        self.dtype = self.dtype or batch.dtype
-        assert batch.dtype == self.dtype
-        with writing(self.path), self.path.open("ab") as file:
-            write(file, raw(batch))
-        self.shapes.append(tuple(batch.shape))
-        self._ends.append(self._ends[-1] + _size(batch.shape, self.dtype))
-
-
-def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:
-    assert dtype is not None
-    return prod(shape) * dtype.itemsize
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import convexprune
 from convexprune._layerwise.steps import stages as room
-from convexprune._storage.tensors import DTYPES, Batches, Spec, entries, write_tensors
+from convexprune._storage.batches import Batches
+from convexprune._storage.tensors import DTYPES, Spec, entries, write_tensors
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.errors import ModelError
 

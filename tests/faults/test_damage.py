@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import convexprune
 from convexprune import errors
 from convexprune._runs.folder import RunFolder
-from convexprune._storage.files import locked
+from convexprune._storage.locks import locked
 
 SAMPLED: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
 

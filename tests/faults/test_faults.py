@@ -17,7 +17,8 @@ import convexprune
 from convexprune import errors
 from convexprune._runs import folder as output
 from convexprune._storage import files
-from convexprune._storage.files import locked
+from convexprune._storage.locks import locked
+from convexprune._storage.notes import read_notes
 from convexprune.report import Report
 
 
@@ -36,7 +37,9 @@ def _count_writes(dense: Path, folder: Path, monkeypatch) -> int:
 
 
 def _patch_write(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
-    for room in ("_storage.files", "_storage.tensors", "_runs.folder", "adapters._checkpoints.shards", "_recipe_file"):
+    rooms = ("files", "notes", "tensors", "batches")
+    others = ("_runs.folder", "adapters._checkpoints.shards", "_recipe_file")
+    for room in (*(f"_storage.{name}" for name in rooms), *others):
         patch.setattr(f"convexprune.{room}.write", write)
 
 
@@ -178,7 +181,7 @@ def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(
     def finishing(path: Path):
         if path.name == output.RUN and folder.is_unfinished:
             folder.finish(report)
-        return files.read_notes(path)
+        return read_notes(path)
 
     monkeypatch.setattr(output, "read_notes", finishing)
     with folder.opened({"a": 1}, tokens, 1):

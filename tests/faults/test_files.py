@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from convexprune._storage import files, scan
-from convexprune._storage.files import atomic_write, copy_file, locked, make_folder, overwrite
+from convexprune._storage.files import atomic_write, copy_file, make_folder
+from convexprune._storage.locks import locked, overwrite
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import DTYPES
 from convexprune.errors import ModelError, OutputError

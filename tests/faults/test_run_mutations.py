@@ -17,7 +17,7 @@ from test_mutations import CAUGHT, Fault, planted
 from convexprune._layerwise.steps import survey
 from convexprune._layerwise.store import FolderStore
 from convexprune._runs import executors, worker
-from convexprune._storage import files
+from convexprune._storage import failures, files
 from convexprune.adapters._checkpoints import loading, reading, shards
 from convexprune.adapters._checkpoints.shards import Shards
 
@@ -38,7 +38,7 @@ FAULTS = (
           test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
     Fault("a name that is not flushed", files.publish, "_sync(path.parent)", "pass",
           test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
-    Fault("a failing disk that is Python's error", files._as_output_error, "raise OutputError(", "raise OSError(",
+    Fault("a failing disk that is Python's error", failures._as_output_error, "raise OutputError(", "raise OSError(",
           test_crash.test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on,
           {"mode": "serial", "step": 6}),
     # Executors.

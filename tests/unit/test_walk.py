@@ -12,7 +12,7 @@ from tiny_families import TOKENS, build_family
 import convexprune
 from convexprune._layerwise.store import FolderStore, MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
-from convexprune._storage.tensors import Batches
+from convexprune._storage.batches import Batches
 from convexprune.adapters import HuggingFaceModel
 
 PRODUCT = Path(convexprune.__file__).parent

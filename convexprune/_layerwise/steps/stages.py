@@ -14,7 +14,7 @@ from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.group import prune_group
 from convexprune._layerwise.targets import CorrectionTargets, height, width
-from convexprune._storage.tensors import Batches
+from convexprune._storage.batches import Batches
 from convexprune.errors import ModelError
 from convexprune.report import OnOperator
 

@@ -1,0 +1,93 @@
+"""Errors of the file system, raised again as errors that name the file and say how to go on."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convexprune.errors import ConvexpruneError, ModelError, OutputError
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Make the folder readable and writable for this user"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), "Keep others from removing what is in use"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "Use a file system that has locks (flock)"),
+    errno.EROFS: "Make the file system writable",
+    errno.ELOOP: "No link is followed here: remove it",
+    errno.ENOMEM: "Free memory",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk while a file is written into one that says how to go on.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with _as_output_error(f"{path} cannot be written"):
+        yield
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[None]:
+    """Turn any error of the file system during a run into one that says how to go on.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        OutputError: a file cannot be read, looked at, locked or removed, or is gone.
+    """
+    with _as_output_error(f"The run in {folder} has stopped"):
+        yield
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file: that of an open file does not.
+
+    Args:
+        path: of the file.
+    """
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno is not None and cause.filename is None:
+            cause.filename = str(path)
+        raise
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the disk while a file of a model is read into one of ours.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ModelError: the file is gone, may not be read, or the disk fails.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as cause:
+        raise ModelError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+
+
+@contextmanager
+def _as_output_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConvexpruneError, ConnectionError):  # a broken pipe is of standard output, not of the disk
+        raise
+    except OSError as cause:
+        advice = _ADVICE.get(cause.errno or 0, "Mend the disk")
+        raise OutputError(
+            f"{what}: {cause}. {advice}, and start again; a run with resume=True (--resume), which keeps what is done."
+        ) from cause

@@ -1,0 +1,57 @@
+"""Locks that vanish with the process that holds them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convexprune._storage.failures import naming, writing
+from convexprune.errors import DependencyError
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold a lock in the block, if it was free; it is gone with the process whatever ends it.
+
+    It works on any shared file system that has flock.
+
+    Args:
+        path: of the lock file, which is made if need be.
+        shared: whether many may hold it at once, and nobody may hold it alone meanwhile.
+
+    Yields:
+        Whether the lock was free, and is held now.
+
+    Raises:
+        DependencyError: the system has no such locks.
+        OutputError: the file cannot be made, or is a link.
+    """
+    try:
+        import fcntl
+    except ImportError as cause:  # on Windows
+        raise DependencyError(f"{path}: a run in a folder needs the file locks of a POSIX system.") from cause
+    with writing(path):
+        descriptor = _follow_no_link(path, os.O_RDWR | os.O_CREAT)
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            with naming(path):
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Put a note that nothing depends on into a file; not if it is a link.
+
+    Args:
+        path: of the file.
+        text: the note.
+    """
+    with open(path, "w", opener=_follow_no_link) as file:
+        file.write(text)
+
+
+def _follow_no_link(path: str | Path, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # not on Windows
