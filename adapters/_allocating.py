@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.survey import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates, survey
-from convexprune._layerwise.store import FolderStore
 from convexprune.constraints import Constraint
 from convexprune.recipe import Recipe
 

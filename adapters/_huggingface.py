@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer, computing
-from convexprune._runs.run import checksum
+from convexprune._runs.identity import checksum
 from convexprune.errors import ModelError
 
 from ._checkpoints.admission import (

@@ -16,10 +16,10 @@ import torch
 
 from convexprune._api import request
 from convexprune._layerwise import capture as passes
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps import prune as task
 from convexprune._layerwise.steps import stages as layer
-from convexprune._layerwise.store import FolderStore
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {

@@ -16,7 +16,8 @@ from convexprune._device.machine import PACKAGES, Clock, default_device, install
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import begin
 from convexprune._runs.folder import check_output
-from convexprune._runs.run import check_patterns, checksum
+from convexprune._runs.identity import checksum
+from convexprune._runs.run import check_patterns
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
 from convexprune._storage.notes import write_json

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel

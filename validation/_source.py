@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
-from convexprune._runs.folder import RunFolder, differences
-from convexprune._runs.run import checksum
+from convexprune._runs.folder import RunFolder
+from convexprune._runs.identity import checksum, differences
 from convexprune._storage.files import checksum_inside
 from convexprune.adapters import (
     BUNDLED,

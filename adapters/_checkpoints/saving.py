@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._layerwise.store import FolderStore
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._runs.folder import OWN, WORK
 from convexprune._storage.failures import writing
 from convexprune._storage.files import make_folder, publish

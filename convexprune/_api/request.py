@@ -23,13 +23,14 @@ from convexprune._device.machine import (
     versions,
 )
 from convexprune._device.machine import threads as use_threads
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.steps.survey import WEIGHED
-from convexprune._layerwise.store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import given, write_recipe
 from convexprune._runs.folder import RunFolder
-from convexprune._runs.run import check_patterns, identity, prune_in_folder, prune_in_place
+from convexprune._runs.identity import identity
+from convexprune._runs.run import check_patterns, prune_in_folder, prune_in_place
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
 from convexprune.adapters import (

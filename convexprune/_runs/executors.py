@@ -14,10 +14,10 @@ from importlib.util import find_spec
 import torch
 
 from convexprune._device.machine import threads
+from convexprune._layerwise.folder_store import FolderStore, RankStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.steps.prune import prune_claimed
-from convexprune._layerwise.store import FolderStore, RankStore
 from convexprune._runs.worker import Job, Worker
 from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
 from convexprune.report import OnOperator

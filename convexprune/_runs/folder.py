@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from convexprune._runs.identity import differences
 from convexprune._storage.failures import writing
 from convexprune._storage.files import PARTS, atomic_write, checksum_inside, make_folder, sha256, write
 from convexprune._storage.locks import locked, overwrite
@@ -276,34 +276,3 @@ class RunFolder:
 def _fault(name: str, known: str, found: str | None) -> str:
     """What is wrong with a file of the result; nothing if it is as it was written."""
     return "" if found == known else f"{name} is {'missing' if found is None else 'damaged'}"
-
-
-def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two structures of JSON.
-
-    Args:
-        then: the first.
-        now: the second.
-        name: of the structures.
-
-    Returns:
-        One line "name: then, now" for each difference; of checksums only the name.
-    """
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [*then, *(key for key in now if key not in then)]
-        parts = (differences(then.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys)
-        return [line for part in parts for line in part]
-    if then == now:
-        return []
-    if _is_checksum(then) or _is_checksum(now):
-        return [f"{name} (missing now)" if now is None else f"{name} (new)" if then is None else name]
-    return [f"{name}: {_short(then)} then, {_short(now)} now"]
-
-
-def _is_checksum(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:56]} ..."

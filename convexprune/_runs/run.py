@@ -1,23 +1,16 @@
-"""From a model and its tokens to pruned layers, in memory or in a folder; and what makes a run the same run."""
+"""From a model and its tokens to pruned layers, in memory or in a folder."""
 
-import hashlib
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from torch import Tensor
-
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.prune import Work, prune_claimed
-from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._layerwise.store import MemoryStore
 from convexprune._runs.executors import AbstractExecutor
 from convexprune._runs.worker import Job
-from convexprune._storage.tensors import raw
 from convexprune.errors import PatternError
 from convexprune.report import OnOperator
-
-UNSEEN = ("model", "device", "evaluation")  # of a recipe, in which two runs may differ: compared itself, or no matter
 
 
 def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
@@ -70,41 +63,3 @@ def prune_in_folder(
             for report in store.reports(number):
                 on_operator(report)
     executor.run(job, model, store, on_operator)
-
-
-def identity(
-    recipe: Mapping[str, Any],
-    settings: LayerSettings,
-    weights: Mapping[str, str],
-    tokens: Mapping[str, Tensor],
-    installed: Mapping[str, str],
-    **numerics: Any,
-) -> dict[str, Any]:
-    """All that the bits of a result depend on: a run is gone on with only if this is the same.
-
-    Args:
-        recipe: settings by name.
-        settings: of the run.
-        weights: checksums by name.
-        tokens: windows of token ids by use.
-        installed: as `machine.installation` says.
-        numerics: what the arithmetic depends on besides: device, dtype, threads, ranks.
-
-    Returns:
-        A structure that JSON can hold.
-    """
-    installed = dict(installed)
-    plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
-    pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
-    return {
-        "recipe": plain | {"pruner": pruner},
-        "weights": dict(weights),
-        "tokens": {name: checksum(t) for name, t in tokens.items()},
-        "code": installed.pop("code"),
-        "numerics": numerics | installed,
-    }
-
-
-def checksum(tensor: Tensor) -> str:
-    """The sha256 of the bytes of a `tensor`."""
-    return hashlib.sha256(raw(tensor)).hexdigest()

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from convexprune._device.machine import installation, threads, within_memory
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.steps.prune import Work, prune_claimed
-from convexprune._layerwise.store import FolderStore
 from convexprune._storage.failures import working
 from convexprune.errors import ConvexpruneError, PruningError
 

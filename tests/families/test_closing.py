@@ -10,11 +10,11 @@ from tiny_families import VOCABULARY, build_family
 from torch import Tensor
 
 from convexprune._layerwise.capture import Calls, Observed, observe
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.prune import PruneStep, Work
 from convexprune._layerwise.steps.stages import prune_observed
-from convexprune._layerwise.store import FolderStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Unstructured

@@ -14,8 +14,8 @@ import test_survey
 from runs import flip
 from test_mutations import CAUGHT, Fault, planted
 
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import survey
-from convexprune._layerwise.store import FolderStore
 from convexprune._runs import executors, worker
 from convexprune._storage import failures, files
 from convexprune.adapters._checkpoints import loading, reading, shards

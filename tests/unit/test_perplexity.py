@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from convexprune._layerwise.store import FolderStore
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
 from convexprune.errors import CalibrationError
 from convexprune.validation import Perplexity, perplexity, streamed_perplexity

@@ -17,10 +17,11 @@ import convexprune
 from convexprune import errors
 from convexprune._api import request
 from convexprune._device import machine
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import stages as layer
-from convexprune._layerwise.store import FolderStore
 from convexprune._runs import executors
-from convexprune._runs.folder import RunFolder, differences
+from convexprune._runs.folder import RunFolder
+from convexprune._runs.identity import differences
 from convexprune.report import OperatorReport
 
 

@@ -10,7 +10,8 @@ import torch
 from tiny_families import TOKENS, build_family
 
 import convexprune
-from convexprune._layerwise.store import FolderStore, MemoryStore
+from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
 from convexprune._storage.batches import Batches
 from convexprune.adapters import HuggingFaceModel

@@ -1,0 +1,247 @@
+"""The store of a run in a folder that survives whatever ends the process, shared by any number of processes."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.processes import ProcessGroup
+from convexprune._layerwise.settings import Stream
+from convexprune._layerwise.store import AbstractStore
+from convexprune._storage.batches import Batches
+from convexprune._storage.failures import writing
+from convexprune._storage.files import publish, sha256
+from convexprune._storage.locks import locked
+from convexprune._storage.notes import read_notes, write_notes
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
+from convexprune.errors import OutputError
+from convexprune.report import OperatorReport
+
+POLL = 0.05  # seconds between two looks at what the other workers have published
+
+
+class FolderStore(AbstractStore):
+    """The folder `work` of a run; any number of processes may share it.
+
+    A layer is claimed by a lock that vanishes with its process, so a killed worker's layer is free at once. Every file
+    appears whole, and its checksum stands in a JSON file beside it, which is written last: what it names is there.
+
+    Args:
+        folder: the folder.
+        count: how many decoder layers there are.
+        device: where hidden states are wanted.
+    """
+
+    def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.count = count
+        self.pruned_here: set[int] = set()
+        self._device = device
+        self._mine = ""  # in the names of what only this process reads
+        self._finished: set[int] = set()
+        with writing(folder):
+            for name in ("hidden", "layers", "claims", "scratch"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        while pending := [n for n in range(self.count) if not self.is_finished(n)]:
+            for n in pending:
+                # The lowest can always be worked on: what enters it is there, or has to be computed again.
+                if n != pending[0] and not self._notes("hidden", f"{n:05d}.dense").exists():
+                    continue
+                with locked(self.folder / "claims" / f"{n:05d}.lock") as is_locked:
+                    if is_locked and not self.is_finished(n):
+                        yield n
+                        return
+            time.sleep(POLL)
+        yield None
+
+    def is_finished(self, number: int) -> bool:
+        if number not in self._finished and self._notes("layers", f"{number:05d}").exists():
+            self._finished.add(number)
+        return number in self._finished
+
+    @contextmanager
+    def scratch(self, number: int) -> Iterator[Callable[[], Recorded]]:
+        with self.scratch_folder(number) as place:
+            yield lambda: Batches(place / f"{uuid4().hex}.bin", device=self._device)
+
+    @contextmanager
+    def scratch_folder(self, number: int) -> Iterator[Path]:
+        """An empty folder for whoever has claimed a layer; gone afterwards.
+
+        Args:
+            number: of the layer.
+
+        Yields:
+            The folder.
+        """
+        place = self.folder / "scratch" / f"{number:05d}{self._mine}"
+        shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
+        with writing(place):
+            place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def hidden(self, number: int, stream: Stream) -> Recorded | None:
+        name = f"{number:05d}.{stream}{self._mine}"
+        notes, path = read_notes(self._notes("hidden", name)), self.folder / "hidden" / f"{name}.bin"
+        if notes is not None and sha256(path) == notes["sha256"]:
+            return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
+        self._forget_hidden(number, stream)
+        return None
+
+    def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
+        assert isinstance(batches, Batches) and batches.dtype is not None
+        name = f"{number:05d}.{stream}{self._mine}"
+        path = self.folder / "hidden" / f"{name}.bin"
+        notes = {"dtype": CODES[batches.dtype], "shapes": batches.shapes, "sha256": sha256(batches.path)}
+        with writing(path):
+            publish(batches.path, path)
+        batches.path = path
+        write_notes(self._notes("hidden", name), notes)
+
+    def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A value that one process computes for all: the first to ask; the others wait for it.
+
+        Args:
+            name: of the value.
+            make: computes it; JSON has to be able to hold it.
+
+        Returns:
+            The value.
+        """
+        path = self.folder / f"{name}.json"
+        while (value := read_notes(path)) is None:
+            with locked(self.folder / f"{name}.lock") as is_locked:
+                if is_locked and read_notes(path) is None:
+                    write_notes(path, make())
+            time.sleep(POLL)
+        return value
+
+    def layer(self, number: int) -> Mapping[str, Tensor]:
+        """The tensors of the finished layer of that `number`, by name."""
+        return load_file(self._shard(number))
+
+    def entries(self, number: int) -> dict[str, Entry]:
+        """Where the tensors of the finished layer of that `number` lie."""
+        return entries(self._shard(number))[0]
+
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        path = self._shard(number)
+        write_tensors(path, {name: Spec.of(t) for name, t in state.items()}, state.__getitem__, {"format": "pt"})
+        write_notes(
+            self._notes("layers", path.stem), {"sha256": sha256(path), "operators": [asdict(r) for r in reports]}
+        )
+        self._let_go(number)
+
+    def reports(self, number: int) -> list[OperatorReport]:
+        """The reports of the finished layer of that `number`."""
+        return [OperatorReport.read(o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
+
+    def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
+        if not model.streams and number in self.pruned_here:
+            raise OutputError(
+                f"{self.folder}: what enters a layer after {number} is damaged, and the model in memory is no longer "
+                "dense. Load it again and go on with resume=True (--resume)."
+            )
+        if stream == "pruned":
+            model.load_state(model.layers[number], self.layer(number))
+
+    def restore(self, model: AbstractModel) -> None:
+        """Put into a `model` in memory what others, or an earlier process, have pruned."""
+        for number in set(range(self.count)) - self.pruned_here:
+            model.load_state(model.layers[number], self.layer(number))
+
+    def require_whole(self) -> None:
+        """See that every layer is on the disk as it was written.
+
+        Raises:
+            OutputError: a layer is not.
+        """
+        self.discard_damaged()
+        if lost := [n for n in range(self.count) if not self._notes("layers", f"{n:05d}").exists()]:
+            raise OutputError(
+                f"{self.folder}: the disk does not hold what was written to it (layers {lost}). Mend it, then go on "
+                "with resume=True (--resume)."
+            )
+
+    def discard_damaged(self) -> list[int]:
+        """Forget every finished layer whose file or report is not what was written, and name them."""
+        damaged = []
+        for notes_path in sorted((self.folder / "layers").glob("*.json")):
+            notes = read_notes(notes_path)
+            if notes is None or sha256(notes_path.with_suffix(".safetensors")) != notes["sha256"]:
+                notes_path.unlink(missing_ok=True)
+                self._finished.discard(int(notes_path.stem))
+                damaged.append(int(notes_path.stem))
+        return damaged
+
+    def _let_go(self, number: int) -> None:
+        """Of what entered a layer, now that this one is finished."""
+        self.pruned_here.add(number)
+        for one in (number, number + 1):
+            if self._is_used_up(one):
+                self._forget_hidden(one, "dense")
+                self._forget_hidden(one, "pruned")
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / "layers" / f"{number:05d}.safetensors"
+
+    def _notes(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.json"
+
+    def _is_used_up(self, number: int) -> bool:
+        """What enters a layer is what leaves the one before it, which aims at it until it is finished, too."""
+        return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
+
+    def _forget_hidden(self, number: int, stream: Stream) -> None:
+        path = self._notes("hidden", f"{number:05d}.{stream}{self._mine}")
+        path.unlink(missing_ok=True)
+        path.with_suffix(".bin").unlink(missing_ok=True)
+
+
+class RankStore(FolderStore):
+    """The same folder for ranks that prune each layer together: each keeps what enters it of its own batches.
+
+    Their first rank says which layer is next, and writes the layers.
+
+    Args:
+        folder: the folder.
+        count: how many decoder layers there are.
+        device: where hidden states are wanted.
+        ranks: that prune together.
+    """
+
+    def __init__(self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup) -> None:
+        super().__init__(folder, count, device)
+        self._ranks = ranks
+        self._mine = f".{ranks.rank}"
+
+    @contextmanager
+    def claim(self) -> Iterator[int | None]:
+        number = next((n for n in range(self.count) if not self.is_finished(n)), self.count)
+        first = torch.tensor(0 if self._ranks.rank else number, device=self._device)
+        number = int(self._ranks.all_reduce(first))  # a file may be seen later elsewhere
+        self._finished.update(range(number))
+        yield number if number < self.count else None
+
+    def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
+        if self._ranks.rank == 0:
+            super().finish(number, state, reports)
+        int(self._ranks.all_reduce(torch.zeros((), device=self._device)))  # now it is written
+        self._finished.add(number)
+        self._let_go(number)
