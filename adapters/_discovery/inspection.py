@@ -14,7 +14,7 @@ from rich.table import Table
 from convexprune._device.machine import default_device
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.steps.survey import WEIGHED
-from convexprune._runs import cost
+from convexprune._runs import cost, sizes
 from convexprune._runs.run import check_patterns
 from convexprune._runs.speed import load, measured_speed, seconds
 from convexprune._schema.door import documented
@@ -58,7 +58,7 @@ class Inspection:
     weights: int
     zeros: int
     left_alone: Mapping[str, str]
-    size: cost.ModelSize
+    size: sizes.ModelSize
     memory: cost.Memory
     work: cost.Operations
     seconds: Mapping[str, float]
@@ -139,12 +139,12 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     if length > outline.positions:
         raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
     name, refit, weighed = checked.preset or checked.method, bool(checked.refit), checked.allocation in WEIGHED
-    setting = cost.Setting(
+    setting = sizes.Setting(
         samples=checked.num_calibration_samples,
         held_out=checked.spare_samples,
         length=length,
         batch=checked.batch_size,
-        method=cost.method_cost(name, refit, weighed),
+        method=sizes.method_cost(name, refit, weighed),
         correction=checked.error_correction > 0,
         dense_prefix=checked.prefix == "dense",
         bound=checked.bound_rows > 0,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from convexprune._layerwise.model import DecoderLayer
-from convexprune._runs import cost
+from convexprune._runs.sizes import LayerSize, ModelSize, Stack
 from convexprune.errors import ModelError
 from convexprune.recipe import Recipe
 
@@ -40,7 +40,7 @@ class Outline:
     name: str
     layers: Sequence[DecoderLayer]
     left_alone: Mapping[str, str]
-    size: cost.ModelSize
+    size: ModelSize
     dtype: torch.dtype
     positions: int
     notes: tuple[str, ...]
@@ -91,15 +91,15 @@ def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whole: bool) -> cost.ModelSize:
+def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whole: bool) -> ModelSize:
     counted: Counter[tuple[Any, ...]] = Counter()
     for layer in model.layers:
         sizes = [p.numel() for p in layer.module.parameters()]
         counted[_stages(layer, config), sum(sizes), max(sizes)] += 1
     inside = {id(p) for layer in model.layers for p in layer.module.parameters()}
     outside = [p.numel() for p in model.model.parameters() if id(p) not in inside]
-    return cost.ModelSize(
-        layers=tuple(cost.LayerSize(*facts, count=count) for facts, count in counted.items()),
+    return ModelSize(
+        layers=tuple(LayerSize(*facts, count=count) for facts, count in counted.items()),
         fixed=sum(outside),
         largest_fixed=max(outside, default=0),
         hidden=config.hidden_size,
@@ -108,7 +108,7 @@ def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whol
     )
 
 
-def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.Stack, ...], ...]:
+def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[Stack, ...], ...]:
     """The stacks of each stage; of experts each gets an even share of the tokens."""
     piled = max(
         (len(pile) for module in layer.module.modules() for pile in fused_parameters(module).values()), default=0
@@ -116,7 +116,7 @@ def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[cost.S
     chosen = getattr(config, "num_experts_per_tok", 1)
     return tuple(
         tuple(
-            cost.Stack(
+            Stack(
                 tuple(operator.name for operator in group.operators),
                 tuple(operator.shape[0] for operator in group.operators),
                 group.operators[0].shape[1],

@@ -17,7 +17,8 @@ from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
-    "_cli", "_container", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/speed.py",
+    "_cli", "_container", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/sizes.py",
+    "_runs/speed.py",
     "adapters/_discovery/inspection.py", "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
     "validation/_bench.py", "validation/_formats.py", "validation/_oracles.py", "validation/_plots.py",
     "validation/_reported.py", "validation/_source.py", "validation/_verify.py",

@@ -1,193 +1,21 @@
-"""What a run will need, from sizes alone: memory, disk, arithmetic, and an estimate of the time."""
+"""What a run will need, from sizes alone: memory, disk and arithmetic."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple
 
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.bounds import WIDE, WIDEST
+from convexprune._runs.sizes import SCALED, LayerSize, Method, ModelSize, Setting, Stack, method_cost
 from convexprune.core._error_moments import ErrorMoments
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
 LIBRARIES = 520 << 20  # bytes of Python, torch, transformers and a tokenizer in use (measured, Linux, CPU)
 KEPT = 0.35  # of the moments and the method's matrices: freed memory that the C library keeps (the same)
-
-
-class Method(NamedTuple):
-    """What a method needs for a stack [m n].
-
-    `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
-    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/unit/test_cost.py).
-    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (docs/benchmarks.md);
-    `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
-    arithmetic at the rate of a bare product (benchmarks/layer.py). Both stay constants: a group that is pruned here in
-    a second is so narrow that its time, carried over, was 1.2 to 2.7 times the true one.
-    """
-
-    squares: float
-    rectangles: float
-    products: float
-    factorisations: float
-    overhead: float
-    apart: float = 0.0
-
-
-METHODS = {
-    "admm": Method(7.3, 28.2, 125, 18, 2.3),
-    "alps": Method(10.5, 30.7, 45, 12, 4.0),
-    "convex": Method(6.9, 28.4, 94, 8, 1.8),
-    "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
-    "magnitude": Method(5.0, 7.9, 0, 0, 1.0),
-    "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
-    "wanda": Method(5.0, 7.9, 0, 0, 1.0),
-}
 BOUND = {WIDE: 15.4, WIDEST: 12.3}
 """Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
 HELD = 4.3  # matrices [m n] that are alive meanwhile
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
-SCALED = 1  # matrix [m n] more at the peak, if rows are weighed; what they were scaled to is gone by the next one
-REFIT = Method(8.3, 29.2, 60, 2, 3.0)
-
-
-def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
-    """The needs of a method.
-
-    Args:
-        name: of the method.
-        refit: whether a refit follows it.
-        weighed: whether rows are weighed.
-
-    Returns:
-        The needs.
-    """
-    own = METHODS[name]
-    own = own._replace(rectangles=own.rectangles + SCALED * weighed)
-    if not refit:
-        return own
-    return own._replace(
-        squares=max(own.squares, REFIT.squares),
-        rectangles=max(own.rectangles, REFIT.rectangles),
-        products=own.products + REFIT.products,
-        factorisations=own.factorisations + REFIT.factorisations,
-        overhead=(own.overhead * own.products + REFIT.overhead * REFIT.products) / (own.products + REFIT.products),
-    )
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Operators that share an input: one problem [m n].
-
-    Args:
-        names: of the operators.
-        heights: outputs of each.
-        inputs: n.
-        token_aligned: as in `Group`.
-        share: the fraction of the tokens that reaches them.
-    """
-
-    names: tuple[str, ...]
-    heights: tuple[int, ...]
-    inputs: int
-    token_aligned: bool = True
-    share: float = 1.0
-
-    @property
-    def outputs(self) -> int:
-        """m: those of all operators together."""
-        return sum(self.heights)
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """Decoder layers that are built the same.
-
-    Args:
-        stages: the stacks of each stage.
-        parameters: of one layer.
-        largest: the parameters of its largest tensor.
-        count: how many such layers there are.
-    """
-
-    stages: tuple[tuple[Stack, ...], ...]
-    parameters: int
-    largest: int
-    count: int
-
-    @property
-    def stacks(self) -> list[Stack]:
-        """All of them, in the order of execution."""
-        return list(chain.from_iterable(self.stages))
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A model in numbers.
-
-    Args:
-        layers: its decoder layers.
-        fixed: parameters outside of them.
-        largest_fixed: those of the largest tensor outside of them.
-        hidden: the width of the hidden states.
-        itemsize: bytes of a parameter.
-        whole: whether it cannot be streamed.
-    """
-
-    layers: tuple[LayerSize, ...]
-    fixed: int
-    largest_fixed: int
-    hidden: int
-    itemsize: int
-    whole: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """Of the checkpoint."""
-        return self.itemsize * (self.fixed + sum(layer.count * layer.parameters for layer in self.layers))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model is pruned, as far as the cost depends on it.
-
-    Args:
-        samples: windows to fit.
-        held_out: windows held out.
-        length: tokens of a window.
-        batch: windows at once.
-        method: its needs.
-        correction: whether errors of earlier operators are corrected.
-        dense_prefix: whether layers get what the dense network gives them.
-        bound: whether bounds are computed.
-        gradients: windows that gradients are computed on.
-    """
-
-    samples: int
-    held_out: int
-    length: int
-    batch: int
-    method: Method
-    correction: bool = True
-    dense_prefix: bool = True
-    bound: bool = False
-    gradients: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """That go through every layer."""
-        return (self.samples + self.held_out) * self.length
-
-    def corrects(self, stage: int, stack: Stack) -> bool:
-        """Whether a stack makes up for the operators before it.
-
-        Args:
-            stage: number of its stage.
-            stack: the stack.
-
-        Returns:
-            Whether it does.
-        """
-        return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from math import inf
 
 import torch
 
-from convexprune._runs.cost import Method, Operations
+from convexprune._runs.cost import Operations
+from convexprune._runs.sizes import Method
 
 SECONDS = 0.1  # that a matrix product is timed for, each time
 TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause

@@ -21,7 +21,7 @@ from convexprune._layerwise.statistics import ROOM, CalibrationStatistics, in_pa
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.steps.bounds import WIDE
 from convexprune._layerwise.steps.stages import prune_observed
-from convexprune._runs import cost
+from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import INSPECT
 from convexprune.constraints import Unstructured
@@ -130,8 +130,8 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
         prune_observed(layer, calls, hidden, observed, settings, lambda _: None, {group: folds})
 
     measured = allocated(prune)
-    stack = cost.Stack(tuple(o.name for o in operators), heights, n)
-    return measured, cost.problem_bytes(stack, cost.method_cost(method, "refit" in more, weighed), bound)
+    stack = sizes.Stack(tuple(o.name for o in operators), heights, n)
+    return measured, cost.problem_bytes(stack, sizes.method_cost(method, "refit" in more, weighed), bound)
 
 
 @pytest.mark.parametrize("m", [64, 512])
@@ -146,17 +146,17 @@ def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
             folds.add(torch.ones(1, 2, n), torch.zeros(1, 2, outputs or n) if corrected else None, i == 2)
         kept.append((folds, folds.held_out))  # asked for it, what waits is counted
 
-    assert cost.moments_bytes(cost.Stack(("w",), (m,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
+    assert cost.moments_bytes(sizes.Stack(("w",), (m,), n), corrected) == pytest.approx(allocated(fill), rel=0.05)
 
 
 def test_every_method_has_a_cost():
-    assert cost.METHODS.keys() == PRUNERS.keys()
+    assert sizes.METHODS.keys() == PRUNERS.keys()
 
 
-PLAIN = cost.ModelSize(
+PLAIN = sizes.ModelSize(
     layers=(
-        cost.LayerSize(
-            stages=((cost.Stack(("q", "k"), (8, 4), 8),), (cost.Stack(("o",), (8,), 6),)),
+        sizes.LayerSize(
+            stages=((sizes.Stack(("q", "k"), (8, 4), 8),), (sizes.Stack(("o",), (8,), 6),)),
             parameters=150,
             largest=96,
             count=3,
@@ -167,7 +167,7 @@ PLAIN = cost.ModelSize(
     hidden=8,
     itemsize=2,
 )
-SETTING = cost.Setting(samples=4, held_out=1, length=10, batch=1, method=cost.METHODS["convex"])
+SETTING = sizes.Setting(samples=4, held_out=1, length=10, batch=1, method=sizes.METHODS["convex"])
 
 
 def test_work_is_counted_by_hand():
@@ -186,19 +186,19 @@ def test_work_is_counted_by_hand():
 
 def test_an_overhead_is_that_of_the_methods_own_products():
     found = cost.work(PLAIN, SETTING)
-    lap = seconds(found, Speed(single=10.0, forward=5.0), cost.METHODS["convex"])
+    lap = seconds(found, Speed(single=10.0, forward=5.0), sizes.METHODS["convex"])
     assert lap == {
         "forward": found.forward / 5,
         "gram": found.gram / 10,
         "solve": pytest.approx((1.8 * found.solve + found.judge) / 10),
     }
-    refitted = cost.method_cost("sparsegpt", refit=True)  # one product of its own, sixty of the refit
+    refitted = sizes.method_cost("sparsegpt", refit=True)  # one product of its own, sixty of the refit
     assert refitted.products == 61 and refitted.overhead == pytest.approx((8 + 60 * 3) / 61)
 
 
 def test_what_comes_after_attention_does_not_run_it_again():
     (layer,) = PLAIN.layers
-    after = (cost.Stack(("fc1",), (20,), 8),), (cost.Stack(("fc2",), (8,), 20),)
+    after = (sizes.Stack(("fc1",), (20,), 8),), (sizes.Stack(("fc2",), (8,), 20),)
     model = replace(PLAIN, layers=(replace(layer, stages=layer.stages + after),))
     attention = 4 * 10 * 8
     once, until_o, until_fc1, until_fc2 = 2 * (144 + 320) + attention, 2 * 96 + attention, 2 * 48, 2 * (48 + 160)
@@ -220,8 +220,8 @@ def test_disk_is_counted_by_hand():
 
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 4))
 def test_experts_come_in_parts_that_fit(widths: int, experts: int, seed: int):
-    stage = [cost.Stack((str(i),), (8,), 2048 * widths, token_aligned=False) for i in range(experts)]
-    parts = in_parts([cost.Stack(("q",), (8,), 8), *stage], lambda s: s.inputs)
+    stage = [sizes.Stack((str(i),), (8,), 2048 * widths, token_aligned=False) for i in range(experts)]
+    parts = in_parts([sizes.Stack(("q",), (8,), 8), *stage], lambda s: s.inputs)
     assert [s for part in parts for s in part][1:] == stage and all(parts)
     assert all(
         sum(CalibrationStatistics.bytes(s.inputs) for s in p if not s.token_aligned) <= ROOM or len(p) == 1
