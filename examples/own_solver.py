@@ -6,7 +6,6 @@ python examples/own_solver.py
 import time
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import convexprune
@@ -26,7 +25,7 @@ class ISTA(AbstractSolver):
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         began = time.perf_counter()
         step = 1 / problem.quadratic.lipschitz
-        weight = torch.zeros(problem.shape) if start is None else start
+        weight = problem.quadratic.cross.new_zeros(problem.shape) if start is None else start
         for _ in range(self.iterations):
             weight = problem.penalty.prox(weight + step * problem.quadratic.residual(weight), step)
         seconds = time.perf_counter() - began
