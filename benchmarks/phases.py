@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from convexprune._api import request
+from convexprune._api import in_folder
 from convexprune._layerwise import capture as passes
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.statistics import CalibrationStatistics
@@ -26,7 +26,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
     "Gram": [(CalibrationStatistics, "add")],
     "solve": [(layer, "prune_group")],
-    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (request, "save_from_store")],
+    "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (in_folder, "save_from_store")],
 }
 
 

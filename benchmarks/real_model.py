@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune._api.request import PruneResult
+from convexprune import PruneResult
 from convexprune.adapters import HuggingFaceModel, load, save, text_windows
 from convexprune.validation import perplexity
 

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import begin
+from convexprune._recipe_file import given
 from convexprune._runs.folder import check_output
 from convexprune._runs.identity import checksum
 from convexprune._runs.run import check_patterns
@@ -27,9 +28,9 @@ from convexprune.adapters import (
     EMBEDDED,
     HuggingFaceModel,
     bundled_if_none,
-    calibration_and_held_out,
     check_dataset,
     load,
+    recipe_windows,
     text_windows,
 )
 from convexprune.adapters._allocating import allocate_each
@@ -88,42 +89,27 @@ def compare(
     drawing = will_draw(asked.plots)
     check_dataset(dataset)
     folder = output_folder(asked.output, model)
-    work = folder / "work"
-    if asked.resume and not (work / "identity.json").is_file():
-        raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
-    if not asked.resume:
-        check_output(folder)
+    work = _work_folder(folder, asked.resume)
     texts = _texts(asked.eval_texts)
     begin("loading the model")
     loaded = load(EMBEDDED if model is None else model, **place, targets=recipe.targets, ignore=recipe.ignore)
-    settings = {variant.name: variant.layer_settings() for variant in variants}
-    _check(loaded, settings)
+    _check(loaded, [variant.layer_settings() for variant in variants])
     some = slice(asked.eval_windows or None)
     windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
-    fitted = calibration_and_held_out(
-        dataset, loaded, num_samples=recipe.num_calibration_samples, spare=recipe.spare_samples,
-        max_seq_length=recipe.max_seq_length, seed=recipe.seed,
-    )  # fmt: skip
-    tokens = Tokens(*fitted, windows)
-    widest = max(operator.shape[1] for layer in loaded.layers for operator in layer.operators)
-    if (warning := shortage(tokens.calibration, widest)) is not None:
-        logger.warning(warning)
+    tokens = Tokens(*recipe_windows(dataset, loaded, recipe), windows)
+    _warn_if_short(loaded, tokens)
     card = _card(loaded, tokens) | {
         "model": "the bundled OPT" if model is None else Path(model).name,
         "seed": recipe.seed,
         "batch size": recipe.batch_size,
-        "dataset": str(dataset) if isinstance(dataset, str | Path) else f"{type(dataset).__name__} given by the caller",
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
     }
     recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
     _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
     clock = Clock()
-    patterns_of = {v.name: (v.allocation, v.recipe().build_pattern()) for v in variants}
-    found = allocate_each(loaded, *fitted, list(patterns_of.values()), recipe.batch_size)
-    for (name, (_, pattern)), allocation in zip(patterns_of.items(), found, strict=True):
-        settings[name] = allocation.apply_to(settings[name], pattern)
-    _check(loaded, settings)
+    layer_settings = _allocated(loaded, tokens, variants, recipe.batch_size)
     clock.lap("survey for allocations")
-    comparison = Comparison(loaded, tokens, settings, Store(work, loaded.device), recipe.batch_size)
+    comparison = Comparison(loaded, tokens, layer_settings, Store(work, loaded.device), recipe.batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
     clock.lap("layers")
     result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
@@ -134,8 +120,42 @@ def compare(
     return result
 
 
-def _check(model: HuggingFaceModel, settings: Mapping[str, LayerSettings]) -> None:
-    for each in settings.values():
+def _work_folder(folder: Path, resume: bool) -> Path:
+    """Where a comparison works, in its `folder`.
+
+    Raises:
+        OutputError: there is nothing to resume, or the folder of a new comparison holds something.
+    """
+    work = folder / "work"
+    if resume and not (work / "identity.json").is_file():
+        raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
+    if not resume:
+        check_output(folder)
+    return work
+
+
+def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
+    widest = max(operator.shape[1] for layer in model.layers for operator in layer.operators)
+    if (warning := shortage(tokens.calibration, widest)) is not None:
+        logger.warning(warning)
+
+
+def _allocated(
+    model: HuggingFaceModel, tokens: Tokens, variants: Sequence[Variant], batch_size: int
+) -> dict[str, LayerSettings]:
+    """How each variant prunes the layers: its zeros spread over them by its allocation."""
+    asked = [(variant.allocation, variant.recipe().build_pattern()) for variant in variants]
+    found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
+    settings = {
+        variant.name: allocation.apply_to(variant.layer_settings(), pattern)
+        for variant, allocation, (_, pattern) in zip(variants, found, asked, strict=True)
+    }
+    _check(model, settings.values())
+    return settings
+
+
+def _check(model: HuggingFaceModel, settings: Iterable[LayerSettings]) -> None:
+    for each in settings:
         check_patterns(model.layers, each)
 
 

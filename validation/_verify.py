@@ -186,6 +186,7 @@ def verify(
     """
     began = time.perf_counter()
     asked, settings = VERIFY.read(settings)
+    settings |= {} if asked.model is None else {"model": asked.model}
     opened = open_source(source, settings, default_device(settings.pop("device", "auto")))
     recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
     reports = [] if opened.report is None else opened.report.operators

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.request import Request, name_of
+from convexprune._api.in_folder import InFolder
+from convexprune._api.in_memory import InMemory
+from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult
 from convexprune._api.windows import is_self, name_of_text
 from convexprune._device.machine import default_device, within_memory
@@ -77,9 +79,9 @@ def prune(
     _require_named(asked)
     with within_memory():
         if call.output_dir is None:
-            return Request(bundled_if_none(asked), call).in_memory()
+            return InMemory(bundled_if_none(asked), call).run()
         with working(call.output_dir):
-            return Request(bundled_if_none(asked), call).in_folder(output_folder(call.output_dir, model), call.resume)
+            return InFolder(bundled_if_none(asked), call).run()
 
 
 def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:

@@ -43,8 +43,9 @@ class Door(Generic[Own]):
         """Every setting by its name, the recipe's first."""
         shared = {name: RECIPE[name] for name in self.shared}
         for name, default in self.defaults.items():
-            shared[name] = shared[name]._copy()
-            shared[name].default = default
+            shared[name] = info = shared[name]._copy()
+            info.default = default
+            info.description = (info.description or "").partition(" Left out:")[0]  # is what the recipe takes
         return shared | dict(self.own.model_fields)
 
     def group_of(self, name: str) -> str:

@@ -172,6 +172,7 @@ class Verify(Settings):
     """What is verified, and how closely."""
 
     group = "verification"
+    model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
     operators: tuple[str, ...] = setting(
         (), "Operators to verify, names or re:REGEX that matches the beginning of some; repeat it for more."
     )
@@ -211,7 +212,9 @@ class Bench(RemoteCode):
 
 SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")
 COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
-VERIFIED = tuple(name for name in RECIPE if name not in ("seed", "bound_rows"))  # it has its own
+OF_VERIFY = ("model", "seed", "bound_rows")  # it has its own
+UNUSED = ("held_out_samples", "evaluation", "threads")  # what a run does besides, or how
+VERIFIED = tuple(name for name in RECIPE if name not in (*OF_VERIFY, *UNUSED))
 
 PRUNE = Door(Call, tuple(RECIPE))
 PERMUTE = Door(Permute, SAMPLED, {"num_calibration_samples": 16})

@@ -216,6 +216,11 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path, case: str):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fewer_samples_held_out_than_asked_for_are_refused(folder: Path):
+    with pytest.raises(errors.CalibrationError, match="1 windows left after 4 for calibration; held_out_samples=2"):
+        compared(folder, held_out_samples=2)
+
+
 def test_names_stand_for_methods_solvers_and_settings():
     variants = make_variants(["fista", "sparsegpt:damping=0.1"], [0.5, 0.7], ["unstructured", "2:4"], ["own", "dense"])
     assert [v.name for v in variants if v.pattern == "2:4"] == [

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import convexprune
 from convexprune import errors
-from convexprune._api import request
+from convexprune._api import in_folder, request
 from convexprune._device import machine
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import stages as layer
@@ -88,14 +88,14 @@ def test_one_named_gpu_is_one_worker():
 
 def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = list[bool]()
-    for name in ("load", "load_packed"):
-        real = getattr(request, name)
+    for room, name in ((request, "load"), (in_folder, "load_packed")):
+        real = getattr(room, name)
 
         def heard(*a: Any, real: Callable[..., Any] = real, **b: Any) -> Any:
             asked.append(b["trust_remote_code"])
             return real(*a, **b)
 
-        monkeypatch.setattr(request, name, heard)
+        monkeypatch.setattr(room, name, heard)
     result = convexprune.prune(dense, output_dir=tmp_path / "out", trust_remote_code=True, **SETTINGS)
     assert result.model is not None and asked == [True, True]
 

@@ -72,6 +72,17 @@ def test_the_words_name_all_that_can_be_chosen():
         assert set(known) <= set(re.findall(r"[\w-]+", RECIPE[setting].description or ""))
 
 
+def test_a_default_of_its_own_is_not_told_beside_that_of_the_recipe():
+    assert "Left out" in (RECIPE["dtype"].description or "") and RECIPE["dtype"].default is None
+    assert doors.COMPARE.fields["dtype"].description == "float32, bfloat16 or float16."
+
+
+@pytest.mark.parametrize("setting", ["threads", "evaluation", "held_out_samples"])
+def test_verify_refuses_what_it_would_not_use(setting: str):
+    with pytest.raises(errors.RecipeError, match=f"Unknown setting '{setting}'"):
+        convexprune.verify(**{setting: 2})
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_unknown_setting_is_one_clear_error_of_every_function(name: str):
     function, _ = FUNCTIONS[name]
@@ -135,6 +146,12 @@ def test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own(bu
     assert other.report.sparsity == 0.5 and other.report.recipe["error_correction"] == 0.5  # it follows from the prefix
     with pytest.raises(errors.RecipeError, match=r"The dataset of this recipe was a Tensor given by the caller\. Name"):
         convexprune.prune(build("llama"), recipe=tmp_path / "out")
+
+
+def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_names(dense: Path):
+    recipe = make_recipe(model=str(dense), method="magnitude")
+    with pytest.raises(errors.OutputError, match="lies inside of the model's own folder"):
+        convexprune.prune(recipe=recipe, dataset=TOKENS % 500, output_dir=dense / "out")
 
 
 def test_a_recipe_trusts_no_code(tmp_path: Path):

@@ -1,0 +1,143 @@
+"""A call of `prune` with an output folder: layer by layer from files to files, to be resumed if it is interrupted."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from convexprune._api.request import Request
+from convexprune._api.result import PruneResult
+from convexprune._api.windows import OF_DATASET, Windows
+from convexprune._container.folder import discard_packs, holds_pack, pack_in_place, plain_checksum
+from convexprune._device.machine import threads as use_threads
+from convexprune._layerwise.store import FolderStore
+from convexprune._progress import begin
+from convexprune._recipe_file import write_recipe
+from convexprune._runs.folder import RunFolder
+from convexprune._runs.run import identity, prune_in_folder
+from convexprune._runs.worker import Job
+from convexprune._schema.functions import Call
+from convexprune._storage.place import output_folder
+from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
+from convexprune.adapters._checkpoints.packed import load as load_packed
+from convexprune.adapters._checkpoints.written import require_written
+from convexprune.report import Report
+from convexprune.validation import streamed_perplexity
+
+logger = logging.getLogger(__name__)
+
+
+class InFolder(Request):
+    """A request whose `call` names a folder, and says whether to go on with a run that is there; `settings` as ever."""
+
+    def __init__(self, settings: dict[str, Any], call: Call) -> None:
+        super().__init__(settings, call)
+        assert call.output_dir is not None
+        self.folder = RunFolder(output_folder(call.output_dir, self.source))
+
+    def run(self) -> PruneResult:
+        """Prune what is not yet pruned; the result, in the folder."""
+        folder = self.folder
+        folder.check(self.call.resume or self.executor.rank is not None)
+        if folder.is_finished and not self.executor.rank:
+            self._check_finished()
+        begin("loading the model")
+        opened = self.open(device=self.device, stream=True)
+        with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
+            return self._pruned(loaded)
+
+    def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
+        folder = self.folder
+        self._check(loaded)
+        begin("reading the weights")
+        self.origin = loaded.origin()  # weights that are not finite are found here, before any work
+        self.clock.lap("load")
+        continues = self.call.resume and self.sources.has_sampled and folder.is_unfinished
+        windows = self._windows(loaded, folder.sampled() if continues else {})
+        report = self._report(loaded, windows)
+        report.environment["folder"] = str(folder.folder.absolute())
+        report.identity = self._identity(windows, report)
+        with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
+            written = not folder.is_finished and self._finish(loaded, windows, report)
+        if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
+            pruned = self._read()
+            for layer in loaded.layers:
+                loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
+        model = self._read if loaded.streams else lambda: loaded.model
+        return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
+
+    def _identity(self, windows: Windows, report: Report) -> dict[str, Any]:
+        """All that the result depends on: a run that is resumed must have the same."""
+        return identity(
+            self.recipe.model_dump(mode="json"),
+            self.layers,
+            self.origin.checksums,
+            {name: windows[name] for name in OF_DATASET},
+            self.installed,
+            device=torch.device(self.device).type,
+            dtype=report.environment["dtype"],
+            threads=self.threads,
+            ranks=self.team_size,
+        )
+
+    def _finish(self, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
+        """Prune what is not yet, and write the result unless another rank does; whether this one has."""
+        if not loaded.streams:  # once it is pruned in place, it is too late
+            self._evaluate(report, "dense", loaded, windows)
+        store = FolderStore(self.folder.work, len(loaded.layers), self.device)
+        with use_threads(self.threads):
+            self._allocate(loaded, windows, report, store)
+        opened = partial(reopen, self.open, self.origin)
+        job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed)
+        prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
+        self.clock.lap("prune")
+        with self.folder.alone() as unfinished:
+            if unfinished:
+                self._write(loaded, store, windows, report)
+        return unfinished
+
+    def _write(self, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report) -> None:
+        """Assemble the result from the finished layers."""
+        begin("looking at what is finished")
+        store.require_whole()
+        report.operators = [o for number in range(store.count) for o in store.reports(number)]
+        self._warn(report, report.sparser_before)
+        if not loaded.streams:
+            store.restore(loaded)
+            self._evaluate(report, "pruned", loaded, windows)
+        elif "evaluation" in windows:
+            for name, pruned in (("dense", None), ("pruned", store)):
+                report.perplexity[name] = vars(streamed_perplexity(loaded, windows["evaluation"], store, pruned))
+                self.clock.lap("evaluation")
+        begin("writing the result")
+        folder = self.folder.folder
+        discard_packs(folder)
+        written = save_from_store(loaded, store, folder, self.given_tokenizer)
+        recipe = write_recipe(self.recipe, folder)
+        require_written(loaded, folder, report.operators)
+        report.files = self.folder.checksums([*written, recipe])
+        if self.call.pack:
+            packed = pack_in_place(folder, report.files)
+            report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
+        self.clock.lap("write")
+        report.seconds = self.clock.laps
+        self.folder.finish(report)
+
+    def _check_finished(self) -> None:
+        """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""
+        folder = self.folder.folder
+        self.folder.require_whole(plain_checksum)
+        if self.call.pack and not holds_pack(folder):
+            logger.warning("%s is finished without pack. For one: convexprune pack %s DIR", folder, folder)
+        measured = self.folder.report().recipe.get("evaluation")
+        if self.recipe.evaluation not in (None, measured):
+            logger.warning(
+                "%s is finished, and its report is of the text %s: %s is not evaluated. For its perplexity: "
+                "convexprune eval %s --text %s",
+                folder, measured, self.recipe.evaluation, folder, self.recipe.evaluation,
+            )  # fmt: skip
+
+    def _read(self) -> PreTrainedModel:
+        return load_packed(self.folder.folder, device=self.device, trust_remote_code=self.call.trust_remote_code)
