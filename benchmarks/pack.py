@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-from convexprune import pack, unpack
+from convexprune import Packed, pack, unpack
 from convexprune._container import format as coding
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
 
 SHARES = (0.0, 0.5, 0.6, 0.7, 0.8)
+Made = TypeVar("Made")
 
 
 def is_pruned(name: str, entry: Entry) -> bool:
@@ -39,40 +41,25 @@ def pruned(name: str, entry: Entry, share: float, dtype: torch.dtype) -> Tensor:
     return torch.where(size <= threshold, torch.zeros_like(weight), weight)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], Made]) -> tuple[Made, float]:
+    """What a call gives, and the CPU seconds that it takes."""
     before = time.process_time()
-    call()
-    return time.process_time() - before
+    made = call()
+    return made, time.process_time() - before
 
 
-def folders(model: dict[str, Entry], share: float, dtype: torch.dtype) -> tuple[float, float, float, float, float]:
-    """Bits a weight of the pruned matrices alone and of all; size relative to before; MB/s to pack and to unpack."""
+def folder(model: dict[str, Entry], share: float, dtype: torch.dtype) -> tuple[Packed, float, float]:
+    """The pack of the pruned model, which was unpacked and compared; MB/s to pack and to unpack."""
     with TemporaryDirectory() as place:
-        root, sizes = Path(place), dict[bool, float]()
-        for alone in (True, False):
-            chosen = {n: e for n, e in model.items() if not alone or is_pruned(n, e)}
-            for name in ("plain", "packed", "back"):
-                (root / f"{name}{alone}").mkdir()
-            plain = root / f"plain{alone}" / "model.safetensors"
-            write_tensors(
-                plain,
-                {n: spec_of(e, dtype) for n, e in chosen.items()},
-                lambda n: pruned(n, model[n], share, dtype),
-                {},
-            )
-            results = []
-            packing = seconds(lambda: results.append(pack(plain.parent, root / f"packed{alone}")))  # noqa: B023
-            sizes[alone] = results[0].bits
-            unpacking = seconds(lambda: unpack(root / f"packed{alone}", root / f"back{alone}"))  # noqa: B023
-            assert filecmp.cmp(plain, root / f"back{alone}" / plain.name, shallow=False)
-        megabytes = results[0].before / 1e6
-        return (
-            sizes[True],
-            sizes[False],
-            results[0].after / results[0].before,
-            megabytes / packing,
-            megabytes / unpacking,
-        )
+        plain, packed, back = (Path(place) / name for name in ("plain", "packed", "back"))
+        plain.mkdir()
+        specs = {name: spec_of(entry, dtype) for name, entry in model.items()}
+        file = plain / "model.safetensors"
+        write_tensors(file, specs, lambda name: pruned(name, model[name], share, dtype), {})
+        made, packing = timed(lambda: pack(plain, packed))
+        _, unpacking = timed(lambda: unpack(packed, back))
+        assert filecmp.cmp(file, back / file.name, shallow=False)
+    return made, made.before / 1e6 / packing, made.before / 1e6 / unpacking
 
 
 def spec_of(entry: Entry, dtype: torch.dtype) -> Spec:
@@ -117,13 +104,13 @@ def codings(model: dict[str, Entry], dtype: torch.dtype) -> None:
         "\n| coding |", " | ".join(f"{share:.0%}" for share in SHARES), "| MB/s |\n|---|" + "---|" * (len(SHARES) + 1)
     )
     for name, size in kinds.items():
-        bits, took, read = [], 0.0, 0
+        bits, took, read = list[float](), 0.0, 0
         for share in SHARES:
             data = list(blocks(model, share, dtype))
-            sizes = list[float]()
-            took += seconds(lambda: sizes.extend(map(size, data)))  # noqa: B023
-            read += sum(map(len, data))
-            bits.append(16 * sum(sizes) / sum(map(len, data)))
+            sizes, more = timed(partial(list, map(size, data)))
+            count = sum(map(len, data))
+            bits.append(16 * sum(sizes) / count)
+            took, read = took + more, read + count
         print(f"| {name} |", " | ".join(f"{b:.2f}" for b in bits), f"| {read / took / 1e6:.0f} |")
 
 
@@ -140,9 +127,11 @@ def main() -> None:
         "| zeros | bits a weight, pruned matrices | bits a weight, all | size of the file | MB/s to pack | to unpack |"
     )
     print("|---|---|---|---|---|---|")
+    matrices = {name: entry for name, entry in model.items() if is_pruned(name, entry)}
     for share in SHARES:
-        alone, everything, relative, packing, unpacking = folders(model, share, dtype)
-        print(f"| {share:.0%} | {alone:.2f} | {everything:.2f} | {relative:.1%} | {packing:.0f} | {unpacking:.0f} |")
+        alone, (whole, packing, unpacking) = folder(matrices, share, dtype)[0], folder(model, share, dtype)
+        cells = [f"{share:.0%}", f"{alone.bits:.2f}", f"{whole.bits:.2f}", f"{whole.after / whole.before:.1%}"]
+        print("|", " | ".join([*cells, f"{packing:.0f}", f"{unpacking:.0f}"]), "|")
     if given.codings:
         codings(model, dtype)
 

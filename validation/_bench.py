@@ -1,12 +1,10 @@
 """`bench`: how fast this machine multiplies by a model's own weights and generates, in each of torch's formats."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any, cast
 
 import torch
@@ -15,42 +13,18 @@ from transformers import PreTrainedModel
 
 from convexprune._device.machine import default_device
 from convexprune._progress import begin
+from convexprune._schema import functions as doors
 from convexprune._schema.door import documented
-from convexprune._schema.functions import BENCH
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load
 from convexprune.adapters._discovery.operators import LINEAR_MODULES, ParameterOperator
 from convexprune.errors import ModelError
 
 from ._formats import FORMATS, AbstractProduct
+from ._timing import Timing, merged, time_in_turns, timing
 
 SHAPES = 3  # of operators, those with most weights
+OF_LAYERS = 1 / 3  # the share of the time that single layers get; generation has the rest
 CACHE = 1 << 28  # bytes: so much is read before a weight is read again, that no cache has it, if the model is as large
-LEAST, MOST = 5, 200  # rounds
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The time of one thing in one format: the median of the rounds.
-
-    Args:
-        what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
-        batch: the number of sequences.
-        format: of the weights.
-        milliseconds: the median.
-        over_dense: this time over that of the dense format in the same round, the median.
-        middle_half: the quartiles of that.
-        nbytes: that have to be read.
-        tokens_per_second: of the whole model; None for a single weight.
-    """
-
-    what: str
-    batch: int
-    format: str
-    milliseconds: float
-    over_dense: float
-    middle_half: tuple[float, float]
-    nbytes: int
-    tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +34,10 @@ class Bench:
     Args:
         model: its name.
         device: its name.
-        dense: the checkpoint's own format.
+        dense: the format that others stand beside: "float32", or "bfloat16" for a checkpoint in 16 bits.
         zeros: the fraction of zeros in the weights.
         timings: the times.
-        left_out: by format: why it was not timed.
+        left_out: why a format was not timed, by its name.
     """
 
     model: str
@@ -78,13 +52,13 @@ class Bench:
         return asdict(self) | {"verdict": self.verdict()}
 
     def verdict(self) -> list[str]:
-        """A sentence for each format: generation with it, against the checkpoint's own format."""
+        """A sentence for each format: generation with it beside the dense one, or why it was not timed."""
         lines = []
         for name in FORMATS:
             if name in self.left_out:
                 lines.append(f"{name}: not timed here: {self.left_out[name]}.")
             elif name != self.dense:
-                parts = [_compared(t) for t in self.timings if t.format == name and t.what == "decode"]
+                parts = [t.verdict for t in self.timings if t.format == name and t.what == "decode"]
                 lines.append(f"{name} beside {self.dense}, generating here: {', '.join(parts)}.")
         return lines
 
@@ -95,16 +69,8 @@ class Bench:
         return f"Tokens/s at batch 1 on {self.device}: {', '.join(rates)} ({self.zeros:.0%} zeros)."
 
 
-def _compared(timing: Timing) -> str:
-    lower, upper = timing.middle_half
-    if lower <= 1 <= upper:
-        return f"batch {timing.batch} as fast, as far as the noise lets one see"
-    ratio = timing.over_dense
-    return f"batch {timing.batch} {max(ratio, 1 / ratio):.2f} times as {'slow' if ratio > 1 else 'fast'}"
-
-
 @torch.no_grad()
-@documented(BENCH)
+@documented(doors.BENCH)
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
     """Time a model's largest weights and its generation, dense and in every format that is there.
 
@@ -117,34 +83,32 @@ def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) ->
         {settings}
 
     Returns:
-        medians, their spread, and bytes, by format.
+        Medians, their spread, and bytes, by format.
 
     Raises:
         ModelError: the model cannot be loaded, or has no linear layer of its own.
         RecipeError: a number is less than one.
     """
-    asked, shared = BENCH.read(settings)
-    place, batches = default_device(shared.get("device", "auto")), asked.batches
+    asked, shared = doors.BENCH.read(settings)
+    place = default_device(shared.get("device", "auto"))
     begin("loading the model")
     source = bundled_if_none({"model": model})["model"]
     with load(source, device=place, trust_remote_code=asked.trust_remote_code).lent() as loaded:
         linears = _linears(loaded)
         if not linears:
             raise ModelError(
-                "All operators of this model are piled up in one parameter each (experts): none can be exchanged."
+                "All operators of this model are experts in fused parameters, which bench keeps as they are: there is "
+                "nothing to time. Give a model with linear layers of its own."
             )
         weights = [weight for _, weight, _ in linears]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         dense = "float32" if loaded.model.dtype == torch.float32 else "bfloat16"
         left_out = {name: why for name in FORMATS if (why := _why_not(FORMATS[name], weights))}
         formats = {name: made for name, made in FORMATS.items() if name not in left_out}
-        timings = _layers(weights, formats, dense, (*batches, asked.prompt), place, asked.seconds / 3)
-        timings += _generation(
-            loaded, linears, formats, dense, batches, asked.prompt, asked.new_tokens, place, asked.seconds * 2 / 3
-        )
-        where = (
-            torch.cuda.get_device_name(place) if place.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-        )
+        timings = _layers(weights, formats, dense, asked, place)
+        timings += _generation(loaded, linears, formats, dense, asked, place)
+        is_gpu = place.startswith("cuda")
+        where = torch.cuda.get_device_name(place) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
         return Bench(loaded.name, where, dense, zeros, timings, left_out)
 
 
@@ -152,7 +116,7 @@ Linear = tuple[nn.Module, Tensor, Tensor | None]  # a module, its weight [m n], 
 
 
 def _linears(model: HuggingFaceModel) -> list[Linear]:
-    """The operators that are modules of their own; piled experts stay as they are in every format."""
+    """The operators that are modules of their own; fused experts stay as they are in every format."""
     found = []
     for layer in model.layers:
         for operator in layer.operators:
@@ -182,22 +146,23 @@ def _layers(
     weights: Sequence[Tensor],
     formats: Mapping[str, type[AbstractProduct]],
     dense: str,
-    batches: Sequence[int],
+    asked: doors.Bench,
     device: str,
-    seconds: float,
 ) -> list[Timing]:
     """Products with weights of the largest shapes; one after the other, as in the model, so that no cache helps."""
     shapes = sorted({tuple(w.shape) for w in weights}, key=lambda shape: -shape[0] * shape[1])[:SHAPES]
+    batches = (*asked.batches, asked.prompt)
     step, found = begin("timing layers", len(shapes) * len(batches)), []
+    seconds = asked.seconds * OF_LAYERS / (len(shapes) * len(batches))
     for m, n in shapes:
         alike = [w for w in weights if tuple(w.shape) == (m, n)]
         alike = list(islice(alike, max(1, CACHE // alike[0].nbytes)))
         made = {name: [product(w, None) for w in alike] for name, product in formats.items()}
         for batch in batches:
             runs = {name: _all_products(each, batch, n, device) for name, each in made.items()}
-            times = _interleaved(runs, device, seconds / len(shapes) / len(batches))
+            times = time_in_turns(runs, device, seconds)
             for name, each in made.items():
-                found.append(_timing(f"{m}x{n}", batch, name, times, dense, len(alike), each[0].nbytes))
+                found.append(timing(f"{m}x{n}", batch, name, times, dense, len(alike), each[0].nbytes))
             step(f"{m}x{n}, batch {batch}")
     return found
 
@@ -212,27 +177,26 @@ def _generation(
     linears: Sequence[Linear],
     formats: Mapping[str, type[AbstractProduct]],
     dense: str,
-    batches: Sequence[int],
-    prompt: int,
-    new_tokens: int,
+    asked: doors.Bench,
     device: str,
-    seconds: float,
 ) -> list[Timing]:
     """The whole model: a prompt, and tokens behind it. Two are in memory: the dense one, and it in one format."""
-    others = [name for name in formats if name != dense]
+    others = [name for name in formats if name != dense] or [dense]
     step, found = begin("timing generation", len(others)), []
     reference = _converted(model, linears, formats[dense])
-    prompt = max(1, min(prompt, model.max_positions - new_tokens))
-    for name in others or [dense]:
+    prompt = max(1, min(asked.prompt, model.max_positions - asked.new_tokens))
+    seconds = asked.seconds * (1 - OF_LAYERS) / (len(others) * (1 + len(asked.batches)))
+    for name in others:
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
         runs = {("prefill", 1, prompt): {n: _prefill(m, prompt, device) for n, m in pair.items()}}
-        runs |= {("decode", b, b): {n: _decode(m, b, new_tokens, device) for n, m in pair.items()} for b in batches}
+        for b in asked.batches:
+            runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device) for n, m in pair.items()}
         for (what, batch, tokens), each in runs.items():
-            times = _interleaved(each, device, seconds / len(others or [dense]) / len(runs))
-            rounds = new_tokens if what == "decode" else 1
-            found += [_timing(what, batch, n, times, dense, rounds, _nbytes(m), tokens) for n, m in pair.items()]
+            times = time_in_turns(each, device, seconds)
+            rounds = asked.new_tokens if what == "decode" else 1
+            found += [timing(what, batch, n, times, dense, rounds, _nbytes(m), tokens) for n, m in pair.items()]
         step(name)
-    return _merged(found)
+    return merged(found)
 
 
 def _converted(model: HuggingFaceModel, linears: Sequence[Linear], made: type[AbstractProduct]) -> PreTrainedModel:
@@ -253,54 +217,9 @@ def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str) ->
     return lambda: cast(Any, model).generate(token, attention_mask=token, pad_token_id=0, **asked)
 
 
-def _interleaved(runs: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run, round by round; the first round, which prepares, does not count."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    end = time.perf_counter() + seconds
-    for number in range(MOST):
-        for name, run in runs.items():
-            wait()
-            began = time.perf_counter()
-            run()
-            wait()
-            if number:
-                times[name].append(time.perf_counter() - began)
-        if number >= LEAST and time.perf_counter() > end:
-            break
-    return times
-
-
-def _timing(
-    what: str,
-    batch: int,
-    name: str,
-    times: Mapping[str, Sequence[float]],
-    dense: str,
-    parts: int,
-    nbytes: int,
-    tokens: int | None = None,
-) -> Timing:
-    """What the rounds come to, in each of which a thing was done `parts` times."""
-    ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
-    lower, middle, upper = quantiles(ratios, n=4)
-    seconds = median(times[name]) / parts
-    return Timing(
-        what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, tokens / seconds if tokens else None
-    )
-
-
 def _nbytes(model: nn.Module) -> int:
     """What one token has to read: all weights but the table of embeddings, unless it is the head, too."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     head = getattr(model.get_submodule("lm_head"), "weight", None) if hasattr(model, "lm_head") else None
     read = [p for p in model.parameters() if p is head or all(p is not table for table in tables)]
     return sum(p.nbytes for p in read) + sum(m.nbytes for m in model.modules() if isinstance(m, AbstractProduct))
-
-
-def _merged(timings: Iterable[Timing]) -> list[Timing]:
-    """The dense model was timed beside each format: of it, the timing that is in the middle."""
-    by_key: dict[tuple[str, int, str], list[Timing]] = {}
-    for t in timings:
-        by_key.setdefault((t.what, t.batch, t.format), []).append(t)
-    return [sorted(each, key=lambda t: t.milliseconds)[len(each) // 2] for each in by_key.values()]

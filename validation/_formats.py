@@ -1,4 +1,8 @@
-"""Ways that torch has to keep the weight of a linear layer and to multiply by it: dense, 8 and 4 bits, and sparse."""
+"""Ways that torch has to keep the weight of a linear layer and to multiply by it: dense, 8 and 4 bits, and sparse.
+
+Those of 8 and 4 bits are operators of torch that it does not document. A release or a device without one is no error:
+`bench` tries each format, leaves out what fails, and says why.
+"""
 
 import warnings
 from abc import ABC, abstractmethod

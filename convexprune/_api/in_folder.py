@@ -12,11 +12,12 @@ from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
 from convexprune._container.folder import discard_packs, holds_pack, pack_in_place, plain_checksum
 from convexprune._device.machine import threads as use_threads
-from convexprune._layerwise.store import FolderStore
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._runs.folder import RunFolder
-from convexprune._runs.run import identity, prune_in_folder
+from convexprune._runs.identity import identity
+from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
 from convexprune._storage.place import output_folder

@@ -21,7 +21,7 @@ SHOWING = (
     "_runs/speed.py",
     "adapters/_discovery/inspection.py", "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
     "validation/_bench.py", "validation/_formats.py", "validation/_oracles.py", "validation/_plots.py",
-    "validation/_reported.py", "validation/_source.py", "validation/_verify.py",
+    "validation/_reported.py", "validation/_source.py", "validation/_timing.py", "validation/_verify.py",
 )  # fmt: skip
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 

@@ -184,6 +184,11 @@ class Verify(Settings):
     gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
     seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_of_model(cls, model: Any) -> Any:
+        return str(model) if isinstance(model, Path) else model
+
 
 class Evaluate(Settings):
     """What perplexity is measured on."""

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel
-from convexprune.validation import _bench as room
-from convexprune.validation._bench import Timing, bench
-from convexprune.validation._formats import FORMATS, GROUP, SemiStructured
+from convexprune.validation import _timing as room
+from convexprune.validation._bench import bench
+from convexprune.validation._formats import FORMATS, GROUP, Int8, SemiStructured
+from convexprune.validation._timing import Timing
 
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, f"int4, groups of {GROUP}": 0.2, "CSR, float32": 1e-6}
 
@@ -54,6 +55,15 @@ def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
     assert found.line.startswith("Tokens/s at batch 1 on cpu, 1 threads: float32 ")
 
 
+def test_a_product_that_this_torch_lacks_is_left_out_and_told(tiny_llama: HuggingFaceModel, monkeypatch):
+    monkeypatch.setattr(room, "LEAST", 2)
+    monkeypatch.setattr(Int8, "product", lambda self, x: torch.ops.aten._no_such_product(x, self.codes, self.scale))
+    found = bench(tiny_llama.model, batches=(1,), prompt=4, new_tokens=1, seconds=0.1)
+    assert all(t.format != "int8" for t in found.timings)
+    (told,) = [line for line in found.verdict() if line.startswith("int8")]
+    assert told.startswith(f"int8: not timed here: torch {torch.__version__}: ") and "_no_such_product" in told
+
+
 @pytest.mark.parametrize(
     ("over_dense", "middle_half", "said"),
     [
@@ -63,7 +73,7 @@ def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
     ],
 )
 def test_the_verdict_knows_what_noise_hides(over_dense, middle_half, said):
-    assert said in room._compared(Timing("decode", 1, "int8", 1.0, over_dense, middle_half, 1, 1.0))
+    assert said in Timing("decode", 1, "int8", 1.0, over_dense, middle_half, 1, 1.0).verdict
 
 
 def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):

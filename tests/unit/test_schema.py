@@ -79,8 +79,9 @@ def test_a_default_of_its_own_is_not_told_beside_that_of_the_recipe():
 
 @pytest.mark.parametrize("setting", ["threads", "evaluation", "held_out_samples"])
 def test_verify_refuses_what_it_would_not_use(setting: str):
+    unused: dict[str, Any] = {setting: 2}
     with pytest.raises(errors.RecipeError, match=f"Unknown setting '{setting}'"):
-        convexprune.verify(**{setting: 2})
+        convexprune.verify(**unused)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

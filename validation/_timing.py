@@ -1,0 +1,112 @@
+"""Runs that are timed in turns, so that all meet the same noise, and what their rounds come to."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+LEAST, MOST = 5, 200  # rounds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one thing in one format: the median of the rounds.
+
+    Args:
+        what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
+        batch: the number of sequences.
+        format: of the weights.
+        milliseconds: the median.
+        over_dense: this time over that of the dense format in the same round, the median.
+        middle_half: the quartiles of that.
+        nbytes: that have to be read.
+        tokens_per_second: of the whole model; None for a single weight.
+    """
+
+    what: str
+    batch: int
+    format: str
+    milliseconds: float
+    over_dense: float
+    middle_half: tuple[float, float]
+    nbytes: int
+    tokens_per_second: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """How much slower or faster it is than dense, if the noise lets one see."""
+        lower, upper = self.middle_half
+        if lower <= 1 <= upper:
+            return f"batch {self.batch} as fast, as far as the noise lets one see"
+        ratio = self.over_dense
+        return f"batch {self.batch} {max(ratio, 1 / ratio):.2f} times as {'slow' if ratio > 1 else 'fast'}"
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each run, round by round; the first round, which prepares, does not count.
+
+    Args:
+        runs: by the name of their format.
+        device: where they compute.
+        seconds: after which no further round begins, if there were enough.
+
+    Returns:
+        The seconds by format, one of each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    end = time.perf_counter() + seconds
+    for number in range(MOST):
+        for name, run in runs.items():
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            if number:
+                times[name].append(time.perf_counter() - began)
+        if number >= LEAST and time.perf_counter() > end:
+            break
+    return times
+
+
+def timing(
+    what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, parts: int, nbytes: int,
+    tokens: int | None = None,
+) -> Timing:  # fmt: skip
+    """What the rounds come to.
+
+    Args:
+        what: see `Timing`.
+        batch: see `Timing`.
+        name: of the format.
+        times: of `time_in_turns`.
+        dense: the name of the dense format.
+        parts: how often the thing was done in each round.
+        nbytes: see `Timing`.
+        tokens: that one part makes; None if it makes none.
+
+    Returns:
+        The timing.
+    """
+    ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
+    lower, middle, upper = quantiles(ratios, n=4)
+    seconds = median(times[name]) / parts
+    rate = None if tokens is None else tokens / seconds
+    return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, rate)
+
+
+def merged(timings: Iterable[Timing]) -> list[Timing]:
+    """One timing of each thing, batch and format: of several, as the dense model has, the one in the middle.
+
+    Args:
+        timings: as they were taken.
+
+    Returns:
+        The timings.
+    """
+    by_key: dict[tuple[str, int, str], list[Timing]] = {}
+    for t in timings:
+        by_key.setdefault((t.what, t.batch, t.format), []).append(t)
+    return [sorted(each, key=lambda t: t.milliseconds)[len(each) // 2] for each in by_key.values()]
