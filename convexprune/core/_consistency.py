@@ -12,6 +12,7 @@ from convexprune.core._factor import cholesky
 from convexprune.errors import ProblemError
 
 DTYPES = (torch.float32, torch.float64)
+LOOSE = torch.finfo(torch.float32).eps ** 0.5  # also of float64: most moments were counted in float32
 ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
 
 
@@ -76,7 +77,24 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
     for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ProblemError(f"`{name}` holds a value that is NaN or infinite. Look at the data that it was made of.")
-    loose = torch.finfo(torch.float32).eps ** 0.5  # also of float64: most moments were counted in float32
+    gram = _symmetric_part(gram)
+    size = gram.diagonal().sqrt()
+    reach = ((1 + LOOSE) * energy.clamp_min(0)).sqrt()
+    if anchor is not None:
+        reach = reach + LOOSE * (anchor.abs() @ size)
+    wrong = (energy < 0) | (cross.abs() > reach[:, None] * size).any(1)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0, 0])
+        raise ProblemError(
+            f"`energy` of output {i} is {float(energy[i]):.6g}, too small for its `cross`: |G_ij| <= sqrt(e_i H_jj). "
+            "It is the sum of squares of the target, the constant of the quadratic, and cannot be left out; where an "
+            "input is always zero, the cross term is zero."
+        )
+    return gram
+
+
+def _symmetric_part(gram: Tensor) -> Tensor:
+    """H, or (H + H') / 2 where H is symmetric only up to rounding; refused if it is no Gram matrix by its entries."""
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()):
         raise ProblemError(
@@ -85,27 +103,16 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
     size = diagonal.sqrt()
     room = torch.outer(size, size)
     if not torch.equal(gram, gram.T):
-        if bool(((gram - gram.T).abs() > loose * room).any()):
+        if bool(((gram - gram.T).abs() > LOOSE * room).any()):
             j, k = divmod(int((gram - gram.T).abs().argmax()), len(gram))
             raise ProblemError(
                 f"`gram` is not symmetric: entry [{j} {k}] is {float(gram[j, k]):.6g}, entry [{k} {j}] is "
                 f"{float(gram[k, j]):.6g}. A Gram matrix is X X'; (gram + gram.T) / 2 is its symmetric part."
             )
         gram = (gram + gram.T) / 2
-    if bool((gram.abs() > (1 + loose) * room).any()):
+    if bool((gram.abs() > (1 + LOOSE) * room).any()):
         raise ProblemError(
             "`gram` is not positive semidefinite, as X X' is: an entry is too large for |H_jk| <= sqrt(H_jj H_kk)."
-        )
-    reach = ((1 + loose) * energy.clamp_min(0)).sqrt()
-    if anchor is not None:
-        reach = reach + loose * (anchor.abs() @ size)
-    wrong = (energy < 0) | (cross.abs() > reach[:, None] * size).any(1)
-    if bool(wrong.any()):
-        i = int(wrong.nonzero()[0, 0])
-        raise ProblemError(
-            f"`energy` of output {i} is {float(energy[i]):.6g}, too small for its `cross`: |G_ij| <= sqrt(e_i H_jj). "
-            "It is the sum of squares of the target, the constant of the quadratic, and cannot be left out; where an "
-            "input is always zero, the cross term is zero."
         )
     return gram
 

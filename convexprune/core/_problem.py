@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune.core._arrays import Array, as_tensor
+from convexprune.core._factor import rounding_margin
 from convexprune.core._penalty import AbstractPenalty, Support
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
@@ -191,11 +192,16 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     scale = problem.quadratic.scale()
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach
-    point = point * scale
-    step = (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
-    largest, energy = float(step.max()), given.target_energy  # only a unit
-    kkt = 0.0 if largest == 0 else largest / energy**0.5 if energy > 0 else inf
+    step = _proximal_step(problem, point, residual, scale)
+    energy = given.target_energy  # only a unit
+    kkt = 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf
     return Certificate(float(primal.sum()), float(gaps.sum()), kkt)
+
+
+def _proximal_step(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> float:
+    """The largest entry of |U - prox_p(U + K)| in coordinates U = V * scale."""
+    point = point * scale
+    return float((point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs().max())
 
 
 def _prices(quadratic: Quadratic, mask: Tensor, residual: Tensor) -> Tensor:
@@ -206,8 +212,7 @@ def _prices(quadratic: Quadratic, mask: Tensor, residual: Tensor) -> Tensor:
     (m, n), gram = quadratic.shape, quadratic.gram
     if m * n**3 > PRICED:
         return torch.full_like(residual[:, 0], inf)
-    margin = n * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())  # see `Quadratic.factor`
-    parts = []
+    margin, parts = rounding_margin(gram), []
     for kept, gradient in zip(
         *(t.split(max(1, AT_ONCE // n**2)) for t in (mask & ~quadratic.dead, residual)), strict=True
     ):

@@ -135,7 +135,7 @@ FAULTS = (
           test_foreign_solvers.test_the_certificate_of_a_users_solver_is_ours),
     Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(point)", "slack = 0 * values",
           test_certificate.test_the_bound_holds_near_the_solution_too),
-    Fault("a KKT residual of nothing", problem.certify, "point + residual / scale, 1.0", "point, 0.0",
+    Fault("a KKT residual of nothing", problem._proximal_step, "point + residual / scale, 1.0", "point, 0.0",
           test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),
     Fault("a certificate from the residual at the start", AbstractIterative._solved,
           "problem.quadratic.residual(weight)", "residual",

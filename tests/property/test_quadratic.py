@@ -136,7 +136,7 @@ def test_the_inverse_form_of_a_singular_matrix_is_infinite_but_at_zero():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(monkeypatch, native):
-    monkeypatch.setattr("convexprune.core._quadratic.has_bfloat16", lambda device: native)
+    monkeypatch.setattr("convexprune.core._sum_of_squares.has_bfloat16", lambda device: native)
     layer = make_layer("full rank", 6, 40, 0)
     exactly = layer.quadratic()
     q = Quadratic(exactly.gram.float(), exactly.cross.float(), exactly.energy.float())
@@ -150,7 +150,7 @@ def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(mon
 
 
 def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
-    monkeypatch.setattr("convexprune.core._quadratic.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("convexprune.core._sum_of_squares.has_bfloat16", lambda device: True)
     layer = make_layer("full rank", 3, 6, 0)
     q, step = layer.quadratic(), random(1, *layer.weight.shape)
     close(q.residual_after(q.residual(layer.weight), step), q.residual(layer.weight + step), SOLVED)

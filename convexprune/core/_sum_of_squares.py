@@ -1,0 +1,222 @@
+"""A sum of squares of the weight: its values, its residuals, and what a factor of its Gram matrix tells."""
+
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._device.capabilities import has_bfloat16
+from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
+from convexprune.core._factor import cholesky, rounding_margin
+from convexprune.core._spectrum import largest_eigenvalue
+from convexprune.errors import ProblemError
+
+_UNKNOWN: Any = object()  # of a factor that was not tried: None says that there is none
+
+
+@dataclass(eq=False)
+class Cache:
+    """What does not depend on the anchor, computed at most once for all quadratics that differ only in it.
+
+    Args:
+        gram: H [n n].
+        precision: the rounding error of the dtype in which the tensors were given.
+        energy: the energy [m] that was given.
+        envelope_of: the quadratic whose Moreau envelope this is, and the stiffness; None for any other quadratic.
+        target_energy: see `SumOfSquares.target_energy`; None until it is computed.
+        is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until it is computed.
+        factor: see `SumOfSquares.factor`.
+    """
+
+    gram: Tensor
+    precision: float
+    energy: Tensor
+    envelope_of: "tuple[SumOfSquares, float] | None" = None
+    target_energy: float | None = None
+    is_sum_of_squares: bool | None = None
+    factor: Tensor | None = _UNKNOWN
+
+    @cached_property
+    def largest_eigenvalue(self) -> float:
+        """An upper estimate of the largest eigenvalue of H."""
+        return largest_eigenvalue(self.gram)
+
+    @cached_property
+    def gram_of_steps(self) -> Tensor:
+        """H [n n] in the dtype in which steps are multiplied: bfloat16 where the device has it, else H itself."""
+        coarse = self.gram.dtype == torch.float32 and has_bfloat16(self.gram.device)
+        return self.gram.bfloat16() if coarse else self.gram
+
+
+@dataclass(frozen=True, eq=False)
+class SumOfSquares:
+    """What can be asked of a `Quadratic`, which says what `gram`, `cross`, `energy`, `anchor`, `bound` and `cache` are.
+
+    Args:
+        checked: see `Quadratic`.
+
+    Raises:
+        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    anchor: Tensor | None = None
+    bound: float | None = None
+    cache: "Cache | None" = field(default=None, repr=False)
+    checked: InitVar[bool] = True
+
+    def __post_init__(self, checked: bool) -> None:
+        names = ("gram", "cross", "energy", "anchor")
+        for name, tensor in zip(names, fitting(*(getattr(self, name) for name in names)), strict=True):
+            object.__setattr__(self, name, tensor)
+        if checked:
+            object.__setattr__(self, "gram", symmetric(self.gram, self.cross, self.energy, self.anchor))
+        if self.cache is None:
+            object.__setattr__(self, "cache", Cache(self.gram, torch.finfo(self.energy.dtype).eps, self.energy))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs of the operator."""
+        return self.cross.shape[0], self.cross.shape[1]
+
+    def displacement(self, weight: Tensor) -> Tensor:
+        """V - A [m n] for V = `weight` [m n]."""
+        return weight if self.anchor is None else weight - self.anchor
+
+    def residual(self, weight: Tensor) -> Tensor:
+        """The negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
+        return torch.addmm(self.cross, self.displacement(weight), self.gram, alpha=-1)
+
+    def residual_after(self, residual: Tensor, step: Tensor) -> Tensor:
+        """The residual after a small step on the way to an answer.
+
+        The product is in bfloat16 where the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
+        change, which is small where the step is. Certificates and reports use `residual`.
+
+        Args:
+            residual: K [m n] before the step.
+            step: V - V_0 [m n].
+
+        Returns:
+            K - step H [m n].
+        """
+        gram = self._cache.gram_of_steps
+        change = (step.to(gram.dtype) @ gram).to(residual.dtype)
+        return torch.sub(residual, change, out=change)
+
+    def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """q of each row.
+
+        Args:
+            weight: V [m n].
+            residual: the residual at `weight` [m n]; if it is known, no product is needed.
+
+        Returns:
+            [m], not negative.
+        """
+        residual = self.residual(weight) if residual is None else residual
+        values = self.energy - torch.linalg.vecdot(self.displacement(weight), self.cross + residual)
+        return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
+
+    @property
+    def lipschitz(self) -> float:
+        """An upper estimate of H's largest eigenvalue: the bound, or what the power method says."""
+        if self.bound is not None:
+            return self.bound
+        return self._cache.largest_eigenvalue
+
+    def scale(self) -> Tensor:
+        """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
+        diagonal = self.gram.diagonal()
+        return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+
+    @property
+    def target_energy(self) -> float:
+        """The sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
+        if self._cache.target_energy is None:
+            self._cache.target_energy = float(2 * self.values(torch.zeros_like(self.cross)).sum())
+        return self._cache.target_energy
+
+    @property
+    def rounding(self) -> Tensor:
+        """The resolution of q [m]: four rounding errors of the energy, in the dtype that it was given in."""
+        return 4 * self._cache.precision * self._cache.energy.to(self.energy)
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether H is positive semidefinite and every energy large enough for its cross term, up to rounding.
+
+        Only of a quadratic whose H has a diagonal near one, or zero (`unit_free`).
+        """
+        if self._cache.is_sum_of_squares is None:
+            unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
+            self._cache.is_sum_of_squares = is_sum_of_squares(
+                self.gram, self.cross, self.energy, unit, self._cache.precision, self.factor
+            )
+        return self._cache.is_sum_of_squares
+
+    @property
+    def factor(self) -> Tensor | None:
+        """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
+
+        `rounding_margin` is taken from the diagonal, so that |F^-1 k|^2 errs upwards. Inputs that are always zero get a
+        one on the diagonal, so that they do not spoil the rest; `inverse_form` handles them.
+        """
+        if self._cache.factor is _UNKNOWN:
+            shift = torch.where(self.dead, 1.0, -rounding_margin(self.gram)).to(self.gram)
+            self._cache.factor = cholesky(self.gram + shift.diag())
+        return self._cache.factor
+
+    @property
+    def dead(self) -> Tensor:
+        """Which inputs are always zero [n]: the function does not depend on their weights."""
+        return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
+
+    def inverse_form(self, gradient: Tensor) -> Tensor:
+        """An upper bound on 1/2 k H^-1 k' of each row k.
+
+        The conjugate of an envelope is that of the function it relaxes plus |k|^2 / (2 stiffness), so that one
+        factorisation serves all envelopes.
+
+        Args:
+            gradient: the rows k [m n].
+
+        Returns:
+            [m]; inf where H is not safely positive definite.
+        """
+        if self._cache.envelope_of is not None:
+            inner, stiffness = self._cache.envelope_of
+            return inner.inverse_form(gradient) + torch.linalg.vecdot(gradient, gradient) / (2 * stiffness)
+        if self.factor is None:
+            return torch.where((gradient == 0).all(1), 0.0, inf)
+        solved = torch.linalg.solve_triangular(self.factor, gradient.T, upper=False)
+        return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
+
+    def shifted_inverse(self, shift: float) -> Tensor:
+        """The inverse of H + shift I, by a Cholesky factor.
+
+        Args:
+            shift: not negative.
+
+        Returns:
+            (H + shift I)^-1 [n n].
+
+        Raises:
+            ProblemError: H + shift I is not positive definite.
+        """
+        shifted = self.gram.clone()
+        shifted.diagonal().add_(shift)
+        factor = cholesky(shifted)
+        if factor is None:
+            raise ProblemError(f"The Gram matrix plus {shift} is not positive definite; it is no Gram matrix.")
+        return torch.cholesky_inverse(factor)
+
+    @property
+    def _cache(self) -> "Cache":
+        assert self.cache is not None
+        return self.cache
