@@ -10,6 +10,7 @@ from torch import Tensor
 from convexprune.constraints import Constraint
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._relaxation import Lines, Relaxed, relax
+from convexprune.core._setting_types import between
 from convexprune.core._split import first_split, fit_split, safe_split
 from convexprune.errors import ProblemError
 
@@ -134,7 +135,7 @@ class LowerBound:
         found = Relaxed.at(weight)
         for number in range(self.rounds):
             found = relax(q, inverse, split, found, lines, kept, self.iterations)
-            barrier = self.barriers[0] * (self.barriers[1] / self.barriers[0]) ** (number / max(1, self.rounds - 1))
+            barrier = between(self.barriers, number / max(1, self.rounds - 1))
             gain = found.gain if self.per_row else found.gain.mean(0, keepdim=True)
             before, rows = split, split if self.per_row else split[:1]
             split = torch.stack([_fitted(q.gram, b, c, barrier) for b, c in zip(rows, gain, strict=True)])

@@ -14,9 +14,22 @@ Whole = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Ends = Annotated[tuple[Positive, Positive], Strict(False)]
-"""Where something begins and where it ends; files of settings have a list for it."""
+"""Where something begins and where it ends (`between`); files of settings have a list for it."""
 
 Made = TypeVar("Made")
+
+
+def between(ends: tuple[float, float], share: float) -> float:
+    """A point of a geometric path.
+
+    Args:
+        ends: its first and its last point, positive.
+        share: how far, in [0, 1].
+
+    Returns:
+        The point.
+    """
+    return ends[0] * (ends[1] / ends[0]) ** share
 
 
 def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:

@@ -6,7 +6,7 @@ import torch
 
 from convexprune.constraints import Constraint
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, Ends, NotNegative
+from convexprune.core._setting_types import Count, Ends, NotNegative, between
 from convexprune.pruners._search import AbstractSearch, Found
 
 
@@ -59,16 +59,3 @@ class ADMM(AbstractSearch):
                 dual = scores - kept
             products += 1 + len(numbers)  # one is the envelope's
         return Found(scores, products=products)
-
-
-def between(ends: tuple[float, float], share: float) -> float:
-    """A point of a geometric path.
-
-    Args:
-        ends: its first and its last point, positive.
-        share: how far, in [0, 1].
-
-    Returns:
-        The point.
-    """
-    return ends[0] * (ends[1] / ends[0]) ** share

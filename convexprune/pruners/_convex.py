@@ -10,9 +10,8 @@ from convexprune.constraints import Constraint
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, Ends, NotNegative
+from convexprune.core._setting_types import Count, Ends, NotNegative, between
 from convexprune.errors import RecipeError
-from convexprune.pruners._admm import between
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty

@@ -14,14 +14,7 @@ from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._setting_types import NotNegative
-from convexprune.solvers._base import (
-    AbstractSolver,
-    Solution,
-    Status,
-    initial,
-    require_penalty,
-    square_root,
-)
+from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 
 TIGHT: dict[str, dict[str, Any]] = {
     "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True, "adaptive_rho_interval": 50},

@@ -11,14 +11,7 @@ from torch import Tensor
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._setting_types import Count, NotNegative
-from convexprune.solvers._base import (
-    AbstractSolver,
-    Solution,
-    Status,
-    initial,
-    require_penalty,
-    square_root,
-)
+from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 
 ACTIVE = 1e-7  # a dual constraint this near to its bound may carry a weight, of a target of length one
 
