@@ -10,9 +10,8 @@ from torch import Tensor
 
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
-from convexprune._storage.files import publish
 from convexprune._storage.notes import read_json, write_json
-from convexprune._storage.tensors import CODES, DTYPES
+from convexprune.errors import OutputError
 
 
 class Store:
@@ -49,10 +48,7 @@ class Store:
         recorded = Batches(temporary)
         for batch in batches:
             recorded.append(batch)
-        assert recorded.dtype is not None, "a stream without a batch"
-        write_json(path.with_suffix(".json"), {"dtype": CODES[recorded.dtype], "shapes": recorded.shapes})
-        with writing(path):
-            publish(temporary, path)
+        recorded.keep(path)
 
     def states(self, network: str, layer: int, stream: str) -> Batches:
         """The hidden states of `write_states`, read from the file as they are used.
@@ -64,10 +60,14 @@ class Store:
 
         Returns:
             The batches.
+
+        Raises:
+            OutputError: the file is missing or damaged.
         """
         path = self._states(network, layer, stream)
-        notes = read_json(path.with_suffix(".json"))
-        return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
+        if (found := Batches.kept(path, self._device)) is None:
+            raise OutputError(f"{path} is missing or damaged. Remove {self._folder}, and begin the comparison again.")
+        return found
 
     def drop_states(self, network: str, layer: int) -> None:
         """Forget the states before a decoder layer.

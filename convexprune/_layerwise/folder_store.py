@@ -20,10 +20,10 @@ from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import AbstractStore
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
-from convexprune._storage.files import publish, sha256
+from convexprune._storage.files import sha256
 from convexprune._storage.locks import locked
 from convexprune._storage.notes import read_notes, write_notes
-from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
+from convexprune._storage.tensors import Entry, Spec, entries, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import OperatorReport
 
@@ -97,22 +97,14 @@ class FolderStore(AbstractStore):
             shutil.rmtree(place, ignore_errors=True)
 
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
-        name = f"{number:05d}.{stream}{self._mine}"
-        notes, path = read_notes(self._notes("hidden", name)), self.folder / "hidden" / f"{name}.bin"
-        if notes is not None and sha256(path) == notes["sha256"]:
-            return Batches(path, DTYPES[notes["dtype"]], notes["shapes"], self._device)
-        self._forget_hidden(number, stream)
-        return None
+        found = Batches.kept(self._hidden(number, stream), self._device)
+        if found is None:
+            self._forget_hidden(number, stream)
+        return found
 
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
-        assert isinstance(batches, Batches) and batches.dtype is not None
-        name = f"{number:05d}.{stream}{self._mine}"
-        path = self.folder / "hidden" / f"{name}.bin"
-        notes = {"dtype": CODES[batches.dtype], "shapes": batches.shapes, "sha256": sha256(batches.path)}
-        with writing(path):
-            publish(batches.path, path)
-        batches.path = path
-        write_notes(self._notes("hidden", name), notes)
+        assert isinstance(batches, Batches)
+        batches.keep(self._hidden(number, stream))
 
     def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
         """A value that one process computes for all: the first to ask; the others wait for it.
@@ -209,9 +201,12 @@ class FolderStore(AbstractStore):
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
-        path = self._notes("hidden", f"{number:05d}.{stream}{self._mine}")
+        path = self._hidden(number, stream)
+        path.with_suffix(".json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        path.with_suffix(".bin").unlink(missing_ok=True)
+
+    def _hidden(self, number: int, stream: Stream) -> Path:
+        return self.folder / "hidden" / f"{number:05d}.{stream}{self._mine}.bin"
 
 
 class RankStore(FolderStore):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from convexprune._storage.failures import naming, writing
-from convexprune._storage.files import read_ahead, write
-from convexprune._storage.tensors import raw
+from convexprune._storage.files import publish, read_ahead, sha256, write
+from convexprune._storage.notes import read_notes, write_notes
+from convexprune._storage.tensors import CODES, DTYPES, raw
 
 
 class Batches(Sequence[Tensor]):
@@ -38,6 +39,38 @@ class Batches(Sequence[Tensor]):
         self._ends = [0]
         for shape in self.shapes:
             self._ends.append(self._ends[-1] + _size(shape, dtype))
+
+    @classmethod
+    def kept(cls, path: Path, device: torch.device | str = "cpu") -> "Batches | None":
+        """Find what `keep` has kept.
+
+        Args:
+            path: of the file.
+            device: where the tensors are wanted.
+
+        Returns:
+            The batches; None if they are missing or damaged.
+        """
+        notes = read_notes(path.with_suffix(".json"))
+        if notes is None or sha256(path) != notes["sha256"]:
+            return None
+        return cls(path, DTYPES[notes["dtype"]], notes["shapes"], device)
+
+    def keep(self, path: Path) -> None:
+        """Move the file to where `kept` finds it: notes beside it, written last, have its dtype, shapes and checksum.
+
+        Args:
+            path: its new name; that of the notes ends in ".json".
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        assert self.dtype is not None, "nothing was recorded"
+        notes = {"dtype": CODES[self.dtype], "shapes": self.shapes, "sha256": sha256(self.path)}
+        with writing(path):
+            publish(self.path, path)
+        self.path = path
+        write_notes(path.with_suffix(".json"), notes)
 
     def __len__(self) -> int:
         return len(self.shapes)

@@ -18,6 +18,7 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import survey
 from convexprune._runs import executors, worker
 from convexprune._storage import failures, files
+from convexprune._storage.batches import Batches
 from convexprune.adapters._checkpoints import loading, reading, shards
 from convexprune.adapters._checkpoints.shards import Shards
 
@@ -27,8 +28,8 @@ llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, tes
 FAULTS = (
     Fault("a damaged layer that is taken as it is", FolderStore.discard_damaged, '!= notes["sha256"]', "is None",
           test_runs.test_damaged_files_are_found_and_done_again, {"file": "layers/00000.safetensors", "damage": flip}),
-    Fault("damaged hidden states that are taken as they are", FolderStore.hidden, 'sha256(path) == notes["sha256"]',
-          "True", test_runs.test_damaged_files_are_found_and_done_again,
+    Fault("damaged hidden states that are taken as they are", Batches.kept,
+          'sha256(path) != notes["sha256"]', "False", test_runs.test_damaged_files_are_found_and_done_again,
           {"file": "hidden/00002.dense.bin", "damage": flip}),
     Fault("layers that are not looked at before the end", FolderStore.require_whole, "self.discard_damaged()", "pass",
           test_runs.test_a_disk_that_does_not_keep_what_it_is_given_is_found),

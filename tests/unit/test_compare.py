@@ -147,6 +147,12 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     with monkeypatch.context() as patch, pytest.raises(errors.RecipeError, match="another comparison: code differ"):
         patch.setattr(machine, "code", lambda: "another")
         compared(folder, **settings, resume=True)
+    states = next((folder / "out").rglob("states-*/*.bin"))
+    whole_states = states.read_bytes()
+    states.write_bytes(whole_states[:-1] + bytes([whole_states[-1] ^ 1]))
+    with pytest.raises(errors.OutputError, match=r"\.bin is missing or damaged\. Remove"):
+        compared(folder, **settings, resume=True)
+    states.write_bytes(whole_states)
     told: list[str] = []
     assert without_times(compared(folder, **settings, resume=True, progress=lambda _: told.append)) == without_times(
         whole
