@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer, computing
-from convexprune._runs.identity import checksum
 from convexprune.errors import ModelError
 
 from ._checkpoints.admission import (
@@ -20,13 +19,14 @@ from ._checkpoints.admission import (
     refuse_quantised,
     refuse_unloaded,
 )
-from ._checkpoints.given import OriginalState, beside_the_weights
-from ._checkpoints.shards import Origin, Shards
+from ._checkpoints.given import OriginalState
+from ._checkpoints.origin import Origin, origin_of_loaded
+from ._checkpoints.shards import Shards
 from ._data.logits import logits_at, pieces
 from ._discovery.discovery import Layout, discover
 from ._discovery.family import decoder_layers, positions
 from ._discovery.kinds import of_each_kind
-from ._discovery.operators import computes_on, held, put
+from ._discovery.operators import computes_on, put, tensor_of
 from ._discovery.replay import refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone
 
@@ -152,23 +152,16 @@ class HuggingFaceModel(AbstractModel):
         return positions(self.model.config)
 
     def origin(self) -> Origin:
-        """What distinguishes this model from any other: of its files if it streams, else of its tensors, settings of
-        generation and tokenizer, as they are now.
+        """What this model was made of, as it is now: of its files if it streams, else of what is in memory.
 
         Returns:
             The checksums.
 
         Raises:
-            ModelError: a weight of a file is NaN or infinite, or a file has changed since it was opened.
+            ModelError: a weight of a file is NaN or infinite, a file has changed since it was opened, or the tokenizer
+                cannot be saved.
         """
-        if self.shards is not None:
-            return self.shards.origin()
-        found = {name: checksum(self._held(name, t)) for name, t in self.model.state_dict().items()}
-        return Origin(found | beside_the_weights(self.model, self.tokenizer), {})
-
-    def _held(self, name: str, tensor: Tensor) -> Tensor:
-        path, _, last = name.rpartition(".")
-        return held(self.model.get_submodule(path), last) if tensor.is_meta else tensor
+        return origin_of_loaded(self.model, self.tokenizer) if self.shards is None else self.shards.origin()
 
     @property
     def streams(self) -> bool:
@@ -185,7 +178,7 @@ class HuggingFaceModel(AbstractModel):
 
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
         """See `AbstractModel.state`; what is offloaded comes from where it is kept."""
-        return {n: self._held(f"{layer.name}.{n}", tensor) for n, tensor in layer.module.state_dict().items()}
+        return {name: tensor_of(layer.module, name) for name in layer.module.state_dict()}
 
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
         """See `AbstractModel.load_state`."""

@@ -1,36 +1,8 @@
 """A caller's model in the hands of a run: what is noted of it before, and how it is given back."""
 
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def beside_the_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
-    """What of a loaded model goes into a result beside its weights.
-
-    Args:
-        model: has settings of generation, if it generates.
-        tokenizer: its tokenizer, if it has one.
-
-    Returns:
-        Checksums by name.
-    """
-    found: dict[str, Any] = {}
-    if (settings := getattr(model, "generation_config", None)) is not None:
-        found["generation settings"] = settings.to_dict()
-    if tokenizer is not None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-        of_last_call = ("truncation", "padding")
-        found["tokenizer"] = {key: value for key, value in state.items() if key not in of_last_call} | {
-            "template": tokenizer.chat_template, "special": tokenizer.special_tokens_map,
-        }  # fmt: skip
-    texts = {name: json.dumps(each, sort_keys=True, default=str) for name, each in found.items()}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 class OriginalState:

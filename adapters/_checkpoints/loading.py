@@ -20,8 +20,9 @@ from .._huggingface import HuggingFaceModel
 from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
 from .building import parameters_on_meta
 from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
+from .origin import Origin
 from .reading import ask, model_class, read_tokenizer
-from .shards import Origin, Shards
+from .shards import Shards
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / BUNDLED
 """The folder of the small OPT model that comes with convexprune (float16)."""

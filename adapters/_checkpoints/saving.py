@@ -1,11 +1,12 @@
 """A model written as a folder that transformers loads: of one that streams tensor by tensor, of a loaded one whole."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import FolderStore
@@ -16,7 +17,7 @@ from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json
 from convexprune._storage.tensors import Entry
 
-from .._discovery.operators import held, offloaded
+from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,32 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
             delattr(inner, attribute)
     if "quantization_config" in vars(inner.config):
         delattr(inner.config, "quantization_config")
-    if inner.generation_config is not None:
-        try:
-            inner.generation_config.validate(strict=True)
-        except ValueError as cause:
-            # Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
-            logger.warning("The generation settings of %s cannot be saved as they are: %s", model.name, cause)
-            inner.generation_config.do_sample = True
     # What is offloaded is on the meta device in the model's own state.
-    whole = {name: stored_at(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
-    inner.save_pretrained(folder, state_dict=whole)
+    whole = {name: tensor_of(inner, name) for name in inner.state_dict()} if _is_offloaded(inner) else None
+    with _valid_generation(inner, model.name):
+        inner.save_pretrained(folder, state_dict=whole)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _valid_generation(model: Any, name: str) -> Iterator[None]:
+    """Inside, its settings of generation can be saved.
+
+    Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
+    """
+    own = model.generation_config
+    if own is not None:
+        try:
+            own.validate(strict=True)
+        except ValueError as cause:
+            logger.warning("The generation settings of %s cannot be saved as they are: %s", name, cause)
+            model.generation_config = deepcopy(own)
+            model.generation_config.do_sample = True
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
@@ -123,18 +138,3 @@ def _publish(place: Path, folder: Path) -> set[Path]:
 
 def _is_offloaded(model: PreTrainedModel) -> bool:
     return any(offloaded(module) is not None for module in model.modules())
-
-
-def stored_at(model: PreTrainedModel, name: str) -> Tensor:
-    """A parameter or buffer, from where accelerate keeps it if it is offloaded.
-
-    Args:
-        model: the model.
-        name: in the model.
-
-    Returns:
-        The tensor.
-    """
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    return held(module, last) if last in module._parameters else module.get_buffer(last)

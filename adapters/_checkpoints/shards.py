@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,10 @@ from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite
 from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
+from .origin import Origin
+from .stored_names import stored_names
 
 logger = logging.getLogger(__name__)
-
-
-class Origin(NamedTuple):
-    """What a model was read from.
-
-    Args:
-        checksums: of its files or tensors, by name.
-        stamps: of its files, if it streams.
-    """
-
-    checksums: Mapping[str, str]
-    stamps: Mapping[str, Stamp]
 
 
 class Shards:
@@ -67,7 +57,7 @@ class Shards:
         for path in self.files:
             found, self._metadata[path] = entries(path)
             self._stored |= found
-        self._names = _names(model, self._stored, inside)
+        self._names = stored_names(model, self._stored, inside)
         self._weights = {self._names[name] for name, _ in model.named_parameters() if name in self._names}
         self._fill_fixed(model, inside)
 
@@ -256,63 +246,11 @@ class Shards:
         refuse_non_finite(model, "")
 
 
-def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """The stored name by the name that transformers gives it while it loads; tensors that it changes are refused."""
-    if model.dtype in (torch.float16, torch.bfloat16) and (
-        model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None)
-    ):
-        raise NotStreamable("some of its modules are kept in float32")
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:  # before transformers 5 nothing was converted
-        return {key: key for key in keys}
-    transforms, names = get_model_conversion_mapping(model), {}
-    for key in keys:
-        name = key
-        for transform in transforms:
-            renamed, matched = transform.rename_source_key(name)
-            if isinstance(transform, WeightConverter) and matched is not None:
-                raise NotStreamable(f"transformers converts {key} while it loads")
-            name = renamed
-        names[name] = key
-    return names
-
-
-def _names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
-    """The stored name of every tensor of the model but those that are tied to another.
-
-    Checkpoints of the model without its head lack the prefix that its tensors have with it.
-    """
-    prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names: dict[str, str] = {}
-    filled: dict[int, str] = {}
-    for name, tensor in model.state_dict().items():
-        known = next((a for a in (name, name.removeprefix(prefix), prefix + name) if a in renamed), None)
-        if known is not None:
-            alias = renamed[known]
-            if stored[alias].spec.shape != tuple(tensor.shape):
-                raise NotStreamable(f"{alias} is {list(stored[alias].spec.shape)}, the model's {list(tensor.shape)}")
-            names[name] = alias
-            twin = filled.setdefault(id(parameters.get(name, tensor)), name)
-            if twin != name and (name.startswith(f"{inside}.") or not _equal(stored[alias], stored[names[twin]])):
-                raise NotStreamable(f"{name} and {twin} are tied, but stored apart")
-    for name, tensor in model.state_dict().items():
-        if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
-            raise NotStreamable(f"the checkpoint has no {name}")
-    return names
-
-
 def _changed(path: Path) -> ModelError:
     return ModelError(
         f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
         "begin again in another folder."
     )
-
-
-def _equal(one: Entry, other: Entry) -> bool:
-    return one.spec == other.spec and one.read_bytes() == other.read_bytes()
 
 
 def _write_text(path: Path, value: Any) -> None:

@@ -14,9 +14,9 @@ from convexprune._storage.tensors import Entry, Spec, entries
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport
 
+from .._discovery.operators import tensor_of
 from .._huggingface import HuggingFaceModel
-from .saving import stored_at
-from .shards import shard_files
+from .model_folder import shard_files
 
 
 def require_written(model: HuggingFaceModel, folder: Path, reports: Sequence[OperatorReport]) -> None:
@@ -79,14 +79,14 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()
     for name in found.keys() & names:
-        here, there = _summary(stored_at(model.model, name)), _summary(found[name])
+        here, there = _summary(tensor_of(model.model, name)), _summary(found[name])
         if here != there:
             raise ModelError(f"{name} should be {here} and is {there}.")
     parameters = dict(model.model.named_parameters(remove_duplicate=False))
     places = {name: _place(model.model, parameter) for name, parameter in parameters.items()}
     once = {place: name for name, place in places.items()}
     stored = {place for name, place in places.items() if name in found}
-    here = _totals(stored_at(model.model, name) for place, name in once.items() if place not in stored)
+    here = _totals(tensor_of(model.model, name) for place, name in once.items() if place not in stored)
     there = _totals(entry.read() for name, entry in found.items() if name not in names)
     if here != there:
         raise ModelError(f"{here[0]} other numbers, {here[1]} of them 0, are {there[0]}, {there[1]} of them 0.")

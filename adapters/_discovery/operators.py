@@ -86,20 +86,34 @@ class ParameterOperator(AbstractOperator):
         return matrix.T if self.place.transposed else matrix
 
 
-def held(module: nn.Module, parameter: str) -> Tensor:
-    """The values of a parameter, from where accelerate keeps them if they are offloaded.
+def held(module: nn.Module, name: str) -> Tensor:
+    """The values of a parameter or buffer, from where accelerate keeps them if they are offloaded.
 
     Args:
         module: that has it.
-        parameter: its name in the module.
+        name: its name in the module.
 
     Returns:
         The tensor, detached.
     """
     kept = offloaded(module)
-    if kept is not None and parameter in kept:
-        return kept[parameter]  # a forward pass that was ended early leaves a copy behind, which is not to be used
-    return module.get_parameter(parameter).detach()
+    if kept is not None and name in kept:
+        return kept[name]  # a forward pass that was ended early leaves a copy behind, which is not to be used
+    return _own(module, name).detach()
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """What `held` gives for a tensor of a model, or of any module.
+
+    Args:
+        model: the model.
+        name: of a parameter or buffer, from the model.
+
+    Returns:
+        The tensor, detached.
+    """
+    path, _, last = name.rpartition(".")
+    return held(model.get_submodule(path), last)
 
 
 @torch.no_grad()
@@ -115,7 +129,11 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
     if kept is not None and name in kept:
         _hand_back(module, name, value)
     else:
-        (module.get_parameter if name in module._parameters else module.get_buffer)(name).copy_(value)
+        _own(module, name).copy_(value)
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    return module.get_parameter(name) if name in module._parameters else module.get_buffer(name)
 
 
 def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:

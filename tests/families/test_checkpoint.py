@@ -138,6 +138,7 @@ def test_generation_settings_that_contradict_themselves_do_not_lose_the_weights(
     tiny_llama.model.generation_config.do_sample = False
     save(tiny_llama, tmp_path)
     assert load(tmp_path, device="cpu").model.generation_config.temperature == 0.9
+    assert tiny_llama.model.generation_config.do_sample is False
 
 
 # ---- other ways in

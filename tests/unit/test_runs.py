@@ -196,7 +196,7 @@ def test_a_report_that_is_not_what_was_written_is_done_again(dense: Path, stoppe
     assert all(o.zeros == o.expected_zeros for o in result.report.operators)
 
 
-def test_a_loaded_model_with_other_settings_of_generation_or_another_tokenizer_is_another_run(
+def test_a_loaded_model_with_other_settings_or_another_tokenizer_is_another_run(
     build: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ):
     settings: dict[str, Any] = SETTINGS | {"output_dir": tmp_path / "out", "resume": True}
@@ -206,6 +206,10 @@ def test_a_loaded_model_with_other_settings_of_generation_or_another_tokenizer_i
     assert other.generation_config is not None
     other.generation_config.max_new_tokens = 7
     with pytest.raises(errors.OutputError, match=r"it differs in.*weights.generation settings"):
+        convexprune.prune(other, tokenizer=tokenizer, **settings)
+    other = build("llama")
+    other.config.rms_norm_eps = 1e-5
+    with pytest.raises(errors.OutputError, match=r"it differs in.*weights.configuration"):
         convexprune.prune(other, tokenizer=tokenizer, **settings)
     template, tokenizer.chat_template = tokenizer.chat_template, "{{ messages }}"
     with pytest.raises(errors.OutputError, match=r"it differs in.*weights.tokenizer"):

@@ -1,0 +1,73 @@
+"""Which tensor of a checkpoint is which of the model, where transformers only renames them while it loads."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from convexprune._storage.tensors import Entry
+
+from .model_folder import NotStreamable
+
+
+def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """The stored name by the name that transformers gives it while it loads; tensors that it changes are refused."""
+    if model.dtype in (torch.float16, torch.bfloat16) and (
+        model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None)
+    ):
+        raise NotStreamable("some of its modules are kept in float32")
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # before transformers 5 nothing was converted
+        return {key: key for key in keys}
+    transforms, names = get_model_conversion_mapping(model), {}
+    for key in keys:
+        name = key
+        for transform in transforms:
+            renamed, matched = transform.rename_source_key(name)
+            if isinstance(transform, WeightConverter) and matched is not None:
+                raise NotStreamable(f"transformers converts {key} while it loads")
+            name = renamed
+        names[name] = key
+    return names
+
+
+def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
+    """The stored name of every tensor of the model but those that are tied to another.
+
+    Checkpoints of the model without its head lack the prefix that its tensors have with it.
+
+    Args:
+        model: the model.
+        stored: the tensors of the checkpoint, by name.
+        inside: the path of the decoder layers in the model.
+
+    Returns:
+        The stored names by the names in the model.
+
+    Raises:
+        NotStreamable: the tensors of the checkpoint are not, one by one and as they are, those of the model.
+    """
+    prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[str, str] = {}
+    filled: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        known = next((a for a in (name, name.removeprefix(prefix), prefix + name) if a in renamed), None)
+        if known is not None:
+            alias = renamed[known]
+            if stored[alias].spec.shape != tuple(tensor.shape):
+                raise NotStreamable(f"{alias} is {list(stored[alias].spec.shape)}, the model's {list(tensor.shape)}")
+            names[name] = alias
+            twin = filled.setdefault(id(parameters.get(name, tensor)), name)
+            if twin != name and (name.startswith(f"{inside}.") or not _equal(stored[alias], stored[names[twin]])):
+                raise NotStreamable(f"{name} and {twin} are tied, but stored apart")
+    for name, tensor in model.state_dict().items():
+        if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
+            raise NotStreamable(f"the checkpoint has no {name}")
+    return names
+
+
+def _equal(one: Entry, other: Entry) -> bool:
+    return one.spec == other.spec and one.read_bytes() == other.read_bytes()
