@@ -1,15 +1,14 @@
 """A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer, computing
-from convexprune.errors import ModelError
+from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 
 from ._checkpoints.admission import (
     refuse_adapters,
@@ -23,9 +22,11 @@ from ._checkpoints.given import OriginalState
 from ._checkpoints.origin import Origin, origin_of_loaded
 from ._checkpoints.shards import Shards
 from ._data.logits import logits_at, pieces
-from ._discovery.discovery import Layout, discover
+from ._discovery.calling import CallRecorder, entering, standing_in
+from ._discovery.discovery import discover
 from ._discovery.family import decoder_layers, positions
 from ._discovery.kinds import of_each_kind
+from ._discovery.layout import Layout
 from ._discovery.operators import computes_on, put, tensor_of
 from ._discovery.replay import refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone
@@ -195,54 +196,17 @@ class HuggingFaceModel(AbstractModel):
     @torch.no_grad()
     def first_inputs(self, batch: Tensor) -> Tensor:
         """The hidden states [batch tokens hidden] that enter the first decoder layer for `batch` [batch tokens]."""
-        reached: list[Tensor] = []
-
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reached.append(_split(args, kwargs)[0])
-            raise _Reached
-
-        hook = self.layers[0].module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with suppress(_Reached):
-                self.forward(batch)
-        finally:
-            hook.remove()
-        return reached[0]
+        return entering(self.layers[0], lambda: self.forward(batch))
 
     @torch.no_grad()
     def calls(self, batch: Tensor) -> list[Call]:
         """How each decoder layer is called for a batch of this shape; recorded on a forward pass.
 
-        Layer by layer, because some families give each layer its own mask or rotary table. Only the first layer
-        computes; the others hand on what they get in the form that it returns, so that their weights are not needed.
+        Layer by layer, because some families give each layer its own mask or rotary table.
         """
-        recorded: list[Call] = []
-        handed: list[Tensor] = []
-        self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
-
-        def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            recorded.append(_split(args, kwargs)[1])
-            self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
-            handed.append(output if isinstance(output, Tensor) else output[0])
-
-        def bridge(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = _split(args, kwargs)
-            recorded.append(call)
-            if not torch.equal(hidden, handed[0]):
-                raise ModelError(
-                    f"{self.name}: something happens between its decoder layers, so that they are not the model when "
-                    "they are called one by one; such a model cannot be pruned layer by layer."
-                )
-            return self._returned(hidden)
-
-        hook = self.layers[0].module.register_forward_hook(watch, with_kwargs=True)
-        try:
-            with self.resident(self.layers[0]), _forwards(self.layers[1:], bridge):
-                self.forward(batch)
-        finally:
-            hook.remove()
-        assert len(recorded) == len(self.layers)
-        return recorded
+        self._recorder = CallRecorder(self.name, self.layers)
+        with self.resident(self.layers[0]):
+            return self._recorder.record(lambda: self.forward(batch))
 
     def probe_tokens(self) -> Tensor:
         """Token ids [1 tokens], all different."""
@@ -285,11 +249,8 @@ class HuggingFaceModel(AbstractModel):
         Returns:
             [batch positions vocabulary].
         """
-        with _forwards(self.layers, lambda *_, **__: self._returned(hidden)):
+        with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return logits_at(self.model, batch.to(self.device), positions)
-
-    def _returned(self, hidden: Tensor) -> Any:
-        return hidden if self._beside is None else (hidden, *self._beside)
 
     def forward(self, batch: Tensor) -> None:
         """Send a batch through all decoder layers.
@@ -299,26 +260,6 @@ class HuggingFaceModel(AbstractModel):
         """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
-
-
-@contextmanager
-def _forwards(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the layers compute `forward` in place of their own."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(computing(layer.module, forward))
-        yield
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the first decoder layer."""
-
-
-def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states, and all the other arguments of a decoder layer."""
-    if args:
-        return args[0], Call(args[1:], dict(kwargs))
-    return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})
 
 
 def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 
-from .._discovery.discovery import canonical_name
+from .._discovery.layout import canonical_name
 from .._discovery.operators import ParameterOperator
 
 TOLERANCE = 1e-3

@@ -1,12 +1,10 @@
-"""An order of a model's channels of which N:M patterns prune less, and the model in that order."""
+"""An order of a model's channels of which N:M patterns prune less."""
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +13,10 @@ from torch import Tensor, nn
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
-from convexprune._storage.tensors import DTYPES, Entry
 from convexprune.constraints import Constraint
 from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import ModelError
 
-from .._checkpoints.saving import save_new
 from .._huggingface import HuggingFaceModel
 from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
 from .hidden_channels import hidden_channels
@@ -78,9 +74,6 @@ class Permutation:
         """Put the channels of a `model` in memory in their order."""
         for one in self.permuted:
             one.channels.order(model, torch.tensor(one.order))
-
-
-# ---- finding it
 
 
 @torch.no_grad()
@@ -257,49 +250,3 @@ def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Cha
         for one in permuted:
             stack.enter_context(part(one.channels).ordered(model, torch.tensor(one.order)))
         yield
-
-
-# ---- writing it
-
-
-@dataclass(frozen=True)
-class _PermutedEntry(Entry):
-    """A tensor in a file, with entries of some of its axes in other orders."""
-
-    orders: tuple[tuple[Axis, list[int]], ...] = ()
-
-    def read_bytes(self) -> bytearray:
-        data = super().read_bytes()
-        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
-        for axis, order in self.orders:
-            axis.order(tensor, torch.tensor(order))
-        return data
-
-
-def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
-    """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
-
-    A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
-
-    Args:
-        model: the model.
-        found: the new order.
-        folder: where to.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    changed = {}
-    if model.shards is None:
-        found.apply(model.model)
-    else:
-        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
-        for one in found.permuted:
-            for axis in (*one.channels.axes, *one.channels.consumers):
-                orders[axis.parameter].append((axis, one.order))
-        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
-        for name, parameter in model.model.named_parameters(remove_duplicate=False):
-            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
-            if own in orders and entry is not None:
-                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
-    save_new(model, folder, changed, {"permutation.json": found.to_dict()})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._runs.run import checksum
+from convexprune._runs.identity import checksum
 from convexprune._storage.files import Stamp
 from convexprune.errors import ModelError, shown
 

@@ -9,7 +9,7 @@ from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk
 
-from .discovery import signature
+from .layout import signature
 
 if TYPE_CHECKING:
     from .._huggingface import HuggingFaceModel

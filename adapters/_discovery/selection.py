@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from convexprune._layerwise.model import DecoderLayer
 from convexprune.errors import ModelError, RecipeError, unknown
 
-from .discovery import Layout
+from .layout import Layout
 from .operators import LINEAR_MODULES
 
 PATIENCE = 10.0  # seconds for all names that a regular expression is matched with

@@ -24,7 +24,8 @@ from convexprune._schema.functions import PERMUTE, PRUNE
 from convexprune._storage.failures import working
 from convexprune._storage.place import output_folder
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
-from convexprune.adapters._channels.permuting import Permuted, find_permutation, save_permuted
+from convexprune.adapters._channels.permuting import Permuted, find_permutation
+from convexprune.adapters._channels.saving import save_permuted
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe

@@ -208,7 +208,7 @@ FAULTS = (
 @contextmanager
 def planted(fault: Fault) -> Iterator[None]:
     """The fault in the code of the function itself, so that everyone who has imported it runs it."""
-    function = inspect.unwrap(fault.place)
+    function = inspect.unwrap(getattr(fault.place, "__func__", fault.place))  # of a classmethod, what is under it
     assert isinstance(function, FunctionType)
     source = textwrap.dedent(inspect.getsource(function))
     assert fault.old in source, f"{fault.old!r} is no longer in {function.__qualname__}"

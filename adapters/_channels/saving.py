@@ -1,0 +1,57 @@
+"""A model written with its channels in another order; of one that streams, no tensor is changed but as it is copied."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from convexprune._storage.tensors import DTYPES, Entry
+
+from .._checkpoints.saving import save_new
+from .._huggingface import HuggingFaceModel
+from .channels import Axis
+from .permuting import Permutation
+
+
+@dataclass(frozen=True)
+class _PermutedEntry(Entry):
+    """A tensor in a file, with entries of some of its axes in other orders."""
+
+    orders: tuple[tuple[Axis, list[int]], ...] = ()
+
+    def read_bytes(self) -> bytearray:
+        data = super().read_bytes()
+        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
+        for axis, order in self.orders:
+            axis.order(tensor, torch.tensor(order))
+        return data
+
+
+def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
+    """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
+
+    A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
+
+    Args:
+        model: the model.
+        found: the new order.
+        folder: where to.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    changed = {}
+    if model.shards is None:
+        found.apply(model.model)
+    else:
+        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
+        for one in found.permuted:
+            for axis in (*one.channels.axes, *one.channels.consumers):
+                orders[axis.parameter].append((axis, one.order))
+        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
+        for name, parameter in model.model.named_parameters(remove_duplicate=False):
+            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
+            if own in orders and entry is not None:
+                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
+    save_new(model, folder, changed, {"permutation.json": found.to_dict()})

@@ -1,0 +1,112 @@
+"""Decoder layers inside a forward pass of their model: what enters them, how they are called, what may stand in."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convexprune._layerwise.model import Call, DecoderLayer, computing
+from convexprune.errors import ModelError
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first decoder layer."""
+
+
+def entering(layer: DecoderLayer, forward: Callable[[], None]) -> Tensor:
+    """The hidden states that enter a layer.
+
+    Args:
+        layer: the layer.
+        forward: a forward pass of the model, which ends there.
+
+    Returns:
+        [batch tokens hidden].
+    """
+    reached: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(_split(args, kwargs)[0])
+        raise _Reached
+
+    with layer.module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+        forward()
+    return reached[0]
+
+
+class CallRecorder:
+    """Records how the decoder layers of a model are called.
+
+    Only the first layer computes; the others hand on what they get, in the form that it returns, so that their weights
+    are not needed.
+
+    Args:
+        model: its name, for errors.
+        layers: the decoder layers, of which the first is in memory.
+    """
+
+    def __init__(self, model: str, layers: Sequence[DecoderLayer]) -> None:
+        self._model, self._layers = model, layers
+        self._calls: list[Call] = []
+        self._handed: Tensor | None = None
+        self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
+
+    def record(self, forward: Callable[[], None]) -> list[Call]:
+        """The call of each layer.
+
+        Args:
+            forward: a forward pass of the model.
+
+        Returns:
+            One call for each layer.
+
+        Raises:
+            ModelError: a layer gets other hidden states than the one before it has returned.
+        """
+        first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
+        with first, standing_in(self._layers[1:], self._hand_on):
+            forward()
+        assert len(self._calls) == len(self._layers)
+        return self._calls
+
+    def returned(self, hidden: Tensor) -> Any:
+        """What a layer returns whose hidden states are `hidden`."""
+        return hidden if self._beside is None else (hidden, *self._beside)
+
+    def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._calls.append(_split(args, kwargs)[1])
+        self._beside = None if isinstance(output, Tensor) else tuple(output[1:])
+        self._handed = output if isinstance(output, Tensor) else output[0]
+
+    def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, call = _split(args, kwargs)
+        self._calls.append(call)
+        if self._handed is None or not torch.equal(hidden, self._handed):
+            raise ModelError(
+                f"{self._model}: something happens between its decoder layers, so that they are not the model when "
+                "they are called one by one; such a model cannot be pruned layer by layer."
+            )
+        return self.returned(hidden)
+
+
+@contextmanager
+def standing_in(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the layers compute something else.
+
+    Args:
+        layers: the layers.
+        forward: what they compute in place of their own.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(computing(layer.module, forward))
+        yield
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states, and all the other arguments of a decoder layer."""
+    if args:
+        return args[0], Call(args[1:], dict(kwargs))
+    return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})
