@@ -7,6 +7,7 @@ when it is first used: torch and transformers take seconds, and whoever wants he
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("convexprune")
     if name in _PLACES:
         return getattr(import_module(f"convexprune.{_PLACES[name]}"), name)
     if name in __all__:

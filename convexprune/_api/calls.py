@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from convexprune._api.in_folder import InFolder
 from convexprune._api.in_memory import InMemory
+from convexprune._api.report_copies import write_copies
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult
 from convexprune._api.windows import is_self, name_of_text
@@ -20,13 +21,14 @@ from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.folder import check_output
 from convexprune._runs.run import check_patterns
 from convexprune._schema.door import UNSET, documented
-from convexprune._schema.functions import PERMUTE, PRUNE
+from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._storage.failures import working
 from convexprune._storage.place import output_folder
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters._channels.permuting import Permuted, find_permutation
 from convexprune.adapters._channels.saving import save_permuted
 from convexprune.adapters._checkpoints.admission import refuse_headless
+from convexprune.adapters._discovery.inspection import Inspection
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator
@@ -72,17 +74,45 @@ def prune(
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
     given = {name: value for name, value in locals().items() if name not in ("recipe", "settings")} | settings
-    if model is None:
-        del given["model"]
+    call, asked = _asked(given, recipe)
+    with within_memory():
+        if call.output_dir is None:
+            result = InMemory(asked, call).run()
+        else:
+            with working(call.output_dir):
+                result = InFolder(asked, call).run()
+    write_copies(result.report, call)
+    return result
+
+
+def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspection:
+    """What `prune` would do, after all of its checks; nothing is computed for it, and nothing is written.
+
+    Args:
+        recipe: see `prune`.
+        settings: see `prune`; with an output folder.
+
+    Returns:
+        Operators, memory and time.
+
+    Raises:
+        ConvexpruneError: what `prune` raises before it begins.
+    """
+    call, asked = _asked(settings, recipe)
+    if call.output_dir is None:
+        raise RecipeError("A plan is that of a run in a folder. Give output_dir.")
+    with within_memory():
+        return InFolder(asked, call).plan()
+
+
+def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[Call, dict[str, Any]]:
+    """The settings of a call: those that no recipe holds, and those of the recipe."""
+    given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
         given = _settings_of(recipe) | {name: value for name, value in given.items() if value is not UNSET}
     call, asked = PRUNE.read(given)
     _require_named(asked)
-    with within_memory():
-        if call.output_dir is None:
-            return InMemory(bundled_if_none(asked), call).run()
-        with working(call.output_dir):
-            return InFolder(bundled_if_none(asked), call).run()
+    return call, bundled_if_none(asked)
 
 
 def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:

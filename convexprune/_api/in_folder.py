@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from convexprune._api.replacing import Replacement
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
@@ -24,6 +25,7 @@ from convexprune._storage.place import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
 from convexprune.adapters._checkpoints.packed import load as load_packed
 from convexprune.adapters._checkpoints.written import require_written
+from convexprune.adapters._discovery.inspection import Inspection, inspect
 from convexprune.report import Report
 from convexprune.validation import streamed_perplexity
 
@@ -36,10 +38,15 @@ class InFolder(Request):
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         super().__init__(settings, call)
         assert call.output_dir is not None
-        self.folder = RunFolder(output_folder(call.output_dir, self.source))
+        self.place = output_folder(call.output_dir, self.source)
+        self.replacement = Replacement(self.place) if call.overwrite else None
+        self.folder = RunFolder(self.replacement.new if self.replacement is not None else self.place)
 
     def run(self) -> PruneResult:
         """Prune what is not yet pruned; the result, in the folder."""
+        if self.replacement is not None:
+            self.replacement.check()
+            self.replacement.clear(self.call.resume)
         folder = self.folder
         folder.check(self.call.resume or self.executor.rank is not None)
         if folder.is_finished and not self.executor.rank:
@@ -48,6 +55,22 @@ class InFolder(Request):
         opened = self.open(device=self.device, stream=True)
         with opened.lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
             return self._pruned(loaded)
+
+    def plan(self) -> Inspection:
+        """Everything that is checked before a run begins, and what it would do and need; nothing is written."""
+        if self.replacement is not None:
+            self.replacement.check()
+        else:
+            self.folder.check(self.call.resume or self.executor.rank is not None)
+        begin("loading the model")
+        with self.open(device=self.device, stream=True).lent() as loaded:
+            self._check(loaded)
+            begin("reading the weights")
+            loaded.origin()
+            if not self.sources.has_sampled:
+                self._windows(loaded, {})
+        settings = {name: value for name, value in self.recipe.chosen.items() if name != "model"}
+        return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
         folder = self.folder
@@ -58,10 +81,13 @@ class InFolder(Request):
         continues = self.call.resume and self.sources.has_sampled and folder.is_unfinished
         windows = self._windows(loaded, folder.sampled() if continues else {})
         report = self._report(loaded, windows)
-        report.environment["folder"] = str(folder.folder.absolute())
+        report.environment["folder"] = str(self.place.absolute())
         report.identity = self._identity(windows, report)
         with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._finish(loaded, windows, report)
+        if self.replacement is not None:
+            self.replacement.take_place()
+            self.folder = folder = RunFolder(self.place)
         if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
             pruned = self._read()
             for layer in loaded.layers:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from convexprune._api.report_copies import check_copies
 from convexprune._api.run_warnings import run_warnings
 from convexprune._api.windows import Sources, Windows, is_self, name_of_text
 from convexprune._api.workers import executor_for, team_size
@@ -52,6 +53,7 @@ class Request:
         self.device = default_device(recipe.device)
         check_threads(recipe.threads)
         self.sources.check()
+        check_copies(call)
         self.call, self.progress = call, call.progress
         self.executor = executor_for(call, recipe, self.source, self.device)
         self.team_size = team_size(recipe, self.executor)

@@ -32,6 +32,8 @@ def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> Abstra
     if workers is not None and name in ("serial", "ranks"):
         why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
         raise RecipeError(f"workers={workers}: executor={name!r} {why}. Leave it out, or take 'pool' or 'ray'.")
+    if call.overwrite and name == "ranks":
+        raise RecipeError("overwrite=True with executor='ranks': one process replaces a folder. Remove it yourself.")
     if name != "serial":
         _check_spread(call, recipe, source)
     return make_executor(name, workers or default_workers(device, recipe.threads), device)

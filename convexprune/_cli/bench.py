@@ -1,13 +1,12 @@
 """`convexprune bench`."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune._cli.application import app, console, show
-from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import BENCH
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
     from convexprune.validation._bench import Bench
 
 
-@app.command()
+@app.command(context_settings=also_called(BENCH))
 @with_settings(BENCH, "model")
-def bench(settings: dict[str, Any], as_json: AsJson = False) -> None:
+def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """How fast this machine multiplies by a model's weights and generates: dense, 8 and 4 bits, and sparse."""
-    with stoppable(), following():
+    with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune.validation._bench import bench as timed
@@ -28,7 +27,7 @@ def bench(settings: dict[str, Any], as_json: AsJson = False) -> None:
         disable_progress_bar()
         found = timed(**settings)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
         return
     for title, decoded in (("One weight", False), ("The whole model", True)):
         show(_table(found, title, decoded))

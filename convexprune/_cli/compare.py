@@ -4,23 +4,26 @@ import shlex
 import sys
 from typing import Any
 
-from convexprune._cli.application import app, console, show
-from convexprune._cli.options import with_settings
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import COMPARE_SAMPLES
 from convexprune.errors import install_hint
 
 
-@app.command()
+@app.command(context_settings=also_called(COMPARE_SAMPLES))
 @with_settings(COMPARE_SAMPLES, "model")
-def compare(settings: dict[str, Any]) -> None:
+def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
     asked, _ = COMPARE_SAMPLES.read(settings)
     seeds, output, model = asked.seeds, asked.output, settings.pop("model", None)
     settings.pop("seeds", None)
     settings["command"] = shlex.join(["convexprune", *sys.argv[1:]])
-    with stoppable(output, "work/identity.json" if len(seeds) == 1 else f"seed-{seeds[0]}"), following() as shown:
+    with (
+        stoppable(output, "work/identity.json" if len(seeds) == 1 else f"seed-{seeds[0]}"),
+        following(quiet=quiet) as shown,
+    ):
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._storage.place import output_folder
@@ -34,10 +37,13 @@ def compare(settings: dict[str, Any]) -> None:
         output = output_folder(output, model)
         settings |= {"model": model, "output": output, "progress": lambda total: shown("comparing", total)}
         if len(seeds) == 1:
-            table = results.table(compare_sample(**settings, seed=seeds[0]))
+            result, table = compare_sample(**settings, seed=seeds[0]), results.table
         else:
-            table = samples.table(compare_samples(**settings, seeds=seeds))
-    show(table)
+            result, table = compare_samples(**settings, seeds=seeds), samples.table
+    if as_json:
+        print_json(result | {"output_dir": str(output.resolve())})
+        return
+    show(table(result))
     if asked.plots is None and not will_draw(None):
         console.print(f"No plots were drawn: that needs matplotlib ({install_hint('plot')}).")
     console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)

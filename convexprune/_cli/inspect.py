@@ -1,28 +1,36 @@
 """`convexprune inspect` and `convexprune list`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
-from convexprune._cli.application import app, console
-from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.application import app, console, print_json
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import INSPECT
 
+if TYPE_CHECKING:
+    from convexprune.adapters._discovery.inspection import Inspection
 
-@app.command()
+
+@app.command(context_settings=also_called(INSPECT))
 @with_settings(INSPECT, "model")
-def inspect(settings: dict[str, Any], as_json: AsJson = False) -> None:
+def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """What pruning a model would do and need: operators, memory, an estimate of the time. No weight is read.
 
     Ends with exit status 1 if the device memory is not enough.
     """
-    with stoppable(), following():
+    with stoppable(), following(quiet=quiet):
         from convexprune.adapters._discovery.inspection import inspect as inspect_model
 
         found = inspect_model(settings.pop("model", None), **settings)
+    show_inspection(found, as_json)
+
+
+def show_inspection(found: "Inspection", as_json: bool) -> None:
+    """Print what was found; exit status 1 if it does not fit."""
     if as_json:
         print(found.to_json())
     else:
@@ -35,13 +43,24 @@ def inspect(settings: dict[str, Any], as_json: AsJson = False) -> None:
 
 
 @app.command("list")
-def names() -> None:
+def names(as_json: AsJson = False) -> None:
     """The families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
     from convexprune.pruners import PRUNERS
     from convexprune.recipe import PRESETS, SOLVERS
     from convexprune.solvers import make_solver, solver_names
 
+    if as_json:
+        print_json(
+            {
+                "families": list(TESTED.values()),
+                "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
+                "methods": sorted(PRUNERS),
+                "presets": list(PRESETS),
+                "patterns": ["unstructured", "N:M", "columns", "int8"],
+            }
+        )
+        return
     table = Table(box=None, show_header=False, padding=(0, 2))
     families = ", ".join(TESTED.values())
     table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")

@@ -11,10 +11,18 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from convexprune._cli.application import dashed
 from convexprune._schema.door import LISTED, Door
 from convexprune._schema.settings import RENAMED
+from convexprune.errors import RecipeError
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+PRINTED = "what is printed"
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.", rich_help_panel=PRINTED)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.", rich_help_panel=PRINTED)
+]
 Command = Callable[..., None]
 READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: str, dict: str, ByteSize: str}
 
@@ -33,10 +41,14 @@ def with_settings(
         own = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters if each.name != "settings"]
         options = [_option(door, name, name == argument, defaults.get(name)) for name in door.fields]
         old = [_old(name) for name, (new, _) in RENAMED.items() if new in door.fields]
-        every = [*filter(None, options), *own, *old]
+        every = [*filter(None, options), *own, *old, *([] if argument is None else [_named_argument(argument)])]
 
         def run(**given: Any) -> None:
             mine = {each.name: given.pop(each.name) for each in own}
+            if argument is not None and (named := given.pop(f"{argument}_")) is not None:
+                if given[argument] is not None:
+                    raise RecipeError(f"The {argument} came twice: {given[argument]!r} and --{argument} {named!r}.")
+                given[argument] = named
             chosen = {name: value for name, value in given.items() if value is not None and value != []}
             command(settings={**defaults, **chosen}, **mine)
 
@@ -47,22 +59,47 @@ def with_settings(
     return decorate
 
 
+def also_called(door: Door[Any]) -> dict[str, Any]:
+    """What a command has to know to take the options of a door by all of their names, with underscores or dashes."""
+    names = {option[2:]: dashed(name) for name in door.fields for option in _long(door, name)}
+    return {"token_normalize_func": lambda word: names.get(dashed(word), dashed(word))}
+
+
 def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> inspect.Parameter | None:
     info = door.fields[name]
     kind = _kind(info)
     if kind is None:  # what no text can say
         return None
     required = info.default is PydanticUndefined
-    names = [f"--{name.replace('_', '-')}", *door.options_of(name)]
+    others, choices = _long(door, name), door.choices_of(name)
+    names = [f"--{dashed(name)}", *(each for each in door.options_of(name) if each not in others)]
     if kind is bool:
         names[0] += f"/--no-{names[0][2:]}"
     help = f"{info.description}{_default(info.default if default is None else default)}"
+    help += f" Also {', '.join(others)}." if others else ""
     place = (
         typer.Argument(help=info.description, show_default=False)
         if is_argument
-        else typer.Option(*names, help=help, show_default=False, rich_help_panel=door.group_of(name))
+        else typer.Option(
+            *names,
+            help=help,
+            show_default=False,
+            metavar=f"[{'|'.join(choices)}]" if choices else None,
+            autocompletion=(lambda: list(choices)) if choices else None,
+            rich_help_panel=None if door.comes_first(name) else door.group_of(name),
+        )
     )
     return _parameter(name, kind if required else kind | None, place, required)
+
+
+def _long(door: Door[Any], name: str) -> list[str]:
+    """The long options that a setting has beside its own, which the help tells in words."""
+    return [option for option in door.options_of(name) if option.startswith("--")]
+
+
+def _named_argument(name: str) -> inspect.Parameter:
+    """The argument that comes first may also be named, as other tools have it."""
+    return _parameter(f"{name}_", str | None, typer.Option(f"--{name}", hidden=True))
 
 
 def _old(name: str) -> inspect.Parameter:

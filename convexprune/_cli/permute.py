@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune._cli.application import app, console, show
-from convexprune._cli.options import with_settings
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import PERMUTE
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from convexprune.adapters._channels.permuting import Permutation, Permuted
 
 
-@app.command()
+@app.command(context_settings=also_called(PERMUTE))
 @with_settings(PERMUTE, "model", output_dir=Path("permuted"))
-def permute(settings: dict[str, Any]) -> None:
+def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Order the channels of a dense model such that N:M prunes less of it. The model computes the same as before."""
-    with stoppable(), following() as shown:
+    with stoppable(), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._api import calls as api
@@ -34,12 +34,15 @@ def permute(settings: dict[str, Any]) -> None:
             return lambda one: step(f"{one.channels.name}  {one.before:.4f} -> {one.after:.4f}")
 
         result = api.permute(**settings, progress=follow)
-    done = result.permutation
+    done, folder = result.permutation, result.output_dir
+    assert folder is not None
+    if as_json:
+        print_json(done.to_dict() | {"output_dir": str(folder.resolve())})
+        return
     show(_table(done))
     for name, why in done.left.items():
         console.print(f"left in their order: {name}: {why}", soft_wrap=True)
-    assert result.output_dir is not None
-    console.print(f"permuted model: {result.output_dir.resolve()}", soft_wrap=True)
+    console.print(f"permuted model: {folder.resolve()}", soft_wrap=True)
 
 
 def _table(done: "Permutation") -> Table:

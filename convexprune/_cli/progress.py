@@ -1,7 +1,9 @@
 """What a command does now, on stderr: a bar on a terminal; elsewhere plain lines, one for each phase and layer."""
 
+import logging
 import re
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,8 +31,12 @@ QUIET = 60.0  # seconds after which a line says that a long phase goes on
 
 
 @contextmanager
-def following(console: Console | None = None) -> Iterator["Bar | Lines"]:
-    """Inside, every phase that begins is shown; the first one is that Python starts."""
+def following(console: Console | None = None, quiet: bool = False) -> Iterator["Bar | Lines"]:
+    """Inside, every phase that begins is shown; the first one is that Python starts. If quiet, no warning either."""
+    if quiet:
+        with _without_warnings():
+            yield Lines(Console(quiet=True))
+        return
     console = console or Console(stderr=True, markup=False)
     if not console.is_terminal:
         lines = Lines(console)
@@ -43,6 +49,18 @@ def following(console: Console | None = None) -> Iterator["Bar | Lines"]:
         bar("starting")
         with followed_by(bar):
             yield bar
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _columns() -> Sequence[ProgressColumn]:

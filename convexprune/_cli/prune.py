@@ -1,46 +1,71 @@
 """`convexprune prune` and `convexprune eval`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from convexprune._cli.application import app, console, show
-from convexprune._cli.options import with_settings
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.inspect import show_inspection
+from convexprune._cli.options import PRINTED, AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._cli.summary import summary
 from convexprune._schema.functions import EVALUATE, PRUNE
+from convexprune._storage.place import beside
 
 
-@app.command()
+@app.command(context_settings=also_called(PRUNE))
 @with_settings(PRUNE, "model", output_dir=Path("pruned"))
 def prune(
     settings: dict[str, Any],
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A recipe.yaml, or the folder of a run: prune as it says, but for what other options say."),
+        typer.Option(
+            help="A recipe.yaml, or the folder of a run: prune as it says, but for what other options say.",
+            rich_help_panel="run",
+        ),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for each operator as well.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, say what would be done, and do nothing.", rich_help_panel="run"
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print a line for each operator as well.", rich_help_panel=PRINTED)
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face folder."""
     if recipe is None and settings.get("dataset", "self") == "self":
         settings = {"evaluation": "self"} | settings
-    with stoppable(settings["output_dir"]), following() as shown:
+    folder = beside(settings["output_dir"]) if settings.get("overwrite") else settings["output_dir"]
+    with stoppable(folder), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._api import calls as api
 
         disable_progress_bar()  # ours says more
-        result = api.prune(**settings, recipe=recipe, progress=shown.operators)
-    assert result.output_dir is not None
+        plan = api.plan(**settings, recipe=recipe) if dry_run else None
+        result = None if dry_run else api.prune(**settings, recipe=recipe, progress=shown.operators)
+    if plan is not None:
+        show_inspection(plan, as_json)
+        return
+    assert result is not None and result.output_dir is not None
+    if as_json:
+        report = json.loads(result.report.to_json())
+        print_json({"output_dir": str(result.output_dir.resolve()), "report": report})
+        return
     if verbose:
         show(result.report.table())
     console.print(summary(result.report, result.output_dir))
     console.print(f"pruned model: {result.output_dir.resolve()}  (every operator: report.json)", soft_wrap=True)
 
 
-@app.command("eval")
+@app.command("eval", context_settings=also_called(EVALUATE))
 @with_settings(EVALUATE, "model")
 def evaluate(settings: dict[str, Any]) -> None:
     """Perplexity of a model on a text, with all that the number depends on."""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from convexprune._cli.application import app, console
+from convexprune._cli.application import app, console, print_json
+from convexprune._cli.options import AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
@@ -14,10 +15,15 @@ from convexprune._cli.stopping import stoppable
 def unpack(
     source: Annotated[Path, typer.Argument(help="Folder of a pack.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make an ordinary model folder of a pack: the files that were packed, byte for byte."""
-    with stoppable(), following():
+    with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
         folder = container.unpack(source, output)
+    if as_json:
+        print_json({"output_dir": str(folder.resolve())})
+        return
     console.print(f"model: {folder.resolve()}", soft_wrap=True)

@@ -6,25 +6,26 @@ import typer
 from rich.text import Text
 
 from convexprune._cli.application import app, console, show
-from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import VERIFY
 
 
-@app.command()
+@app.command(context_settings=also_called(VERIFY))
 @with_settings(VERIFY)
 def verify(
     settings: dict[str, Any],
     source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check answers against three foreign solvers, and pruned weights against a bound that no pruning can beat.
 
     Settings of the recipe are those of a fresh model; of a run, model and dataset say where these are now. Ends with
     exit status 1 if a tolerance is missed.
     """
-    with stoppable(), following() as shown:
+    with stoppable(), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune import validation

@@ -90,7 +90,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
         raise ModelError(f"{folder} holds no safetensors file: there is nothing to pack. Save the model as such first.")
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
-    names = {path: _packed_name(path) for path in files if path not in left_out}
+    names = {path: packed_name(path) for path in files if path not in left_out}
     return Packed.of(_write("packing", folder, names, pack_file, output_dir), names.values())
 
 
@@ -137,14 +137,14 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
             begin(f"packing {path.name}")
-            packed = folder / _packed_name(path)
+            packed = folder / packed_name(path)
             pack_file(path, packed)
             if packed_checksum(packed) != checksums[path.relative_to(folder).as_posix()]:
                 raise OutputError(
                     f"{packed}: this is not {path.name}. Mend the disk, then go on with resume=True (--resume)."
                 )
             path.unlink()
-    return Packed.of(folder, map(_packed_name, map(Path, checksums)))
+    return Packed.of(folder, map(packed_name, map(Path, checksums)))
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:
@@ -157,7 +157,7 @@ def plain_checksum(folder: Path, name: str) -> str | None:
     Returns:
         The sha256 of the file when it is not packed; None if there is no such file inside the folder.
     """
-    packed = str(_packed_name(Path(name)))
+    packed = str(packed_name(Path(name)))
     if packed != name and checksum_inside(folder, packed) is not None:
         return packed_checksum(folder / packed)
     return checksum_inside(folder, name)
@@ -174,7 +174,8 @@ def holds_pack(folder: Path) -> bool:
     return any(folder.rglob(f"*{PACKED}"))
 
 
-def _packed_name(path: Path) -> Path:
+def packed_name(path: Path) -> Path:
+    """The name of the pack of the file at `path`; that of the file itself if it is not packed."""
     return path.with_name(path.stem + PACKED) if path.suffix == SUFFIX else path
 
 

@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, ParamSpec, TypeVar
+from types import UnionType
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
@@ -69,8 +70,35 @@ class Door(Generic[Own]):
         Returns:
             Options, as "--nsamples".
         """
-        extra: Any = self.fields[name].json_schema_extra
-        return extra["options"]
+        return _extra(self.fields[name])["options"]
+
+    def comes_first(self, name: str) -> bool:
+        """Whether a setting, by its `name`, is one of the few that people need first."""
+        return _extra(self.fields[name])["first"]
+
+    def choices_of(self, name: str) -> tuple[str, ...]:
+        """All that a setting may be, if that is a closed list of names.
+
+        Args:
+            name: of the setting.
+
+        Returns:
+            The names; none if the list is open.
+        """
+        info = self.fields[name]
+        kinds = get_args(info.annotation) if get_origin(info.annotation) in (Union, UnionType) else (info.annotation,)
+        named = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+        return next(named, tuple(_extra(info)["choices"]))
+
+    def _by_their_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that came by what else they are called, as `nsamples`, by their names."""
+        others = {option[2:].replace("-", "_"): name for name in self.fields for option in self.options_of(name)}
+        found = dict(given)
+        for other in [name for name in given if name in others and name not in self.fields]:
+            if found.get(others[other]) is not None:
+                raise RecipeError(f"{other} is another name of {others[other]}. Leave one of them out.")
+            found[others[other]] = found.pop(other)
+        return found
 
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
         """Sort what a call was given.
@@ -84,13 +112,19 @@ class Door(Generic[Own]):
         Raises:
             RecipeError: a setting is unknown, or one of the function's own is out of range.
         """
-        settings = renamed({name: value for name, value in given.items() if value is not UNSET})
+        settings = renamed(self._by_their_names({name: v for name, v in given.items() if v is not UNSET}))
         for name in settings:
             if name not in self.fields:
                 raise RecipeError(unknown("setting", name, self.fields))
         own = {name: value for name, value in settings.items() if name in self.own.model_fields}
         shared = {name: value for name, value in settings.items() if name not in own}
         return checked(self.own, own), {**self.defaults, **shared}
+
+
+def _extra(info: FieldInfo) -> dict[str, Any]:
+    """What pydantic does not know of a setting."""
+    extra: Any = info.json_schema_extra
+    return extra
 
 
 def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:

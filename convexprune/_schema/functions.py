@@ -35,6 +35,9 @@ class Output(Settings):
         None,
         "Folder for the result; must be empty or not there. In Python it may be left out: the result is in memory.",
         "--output",
+        "--save-model",
+        "-o",
+        first=True,
     )
 
     @field_validator("output_dir", mode="before")
@@ -67,7 +70,17 @@ class Call(Progress, Output, Opening):
 
     group = "run"
     resume: bool = setting(
-        False, "Go on with the unfinished run in the output folder, if there is one; a finished one is handed back."
+        False,
+        "Go on with the unfinished run in the output folder, if there is one; a finished one is handed back.",
+        first=True,
+    )
+    overwrite: bool = setting(
+        False,
+        "Replace the run that is in the output folder: it stays until the new one is whole. A folder that holds "
+        "anything else is refused.",
+    )
+    report_dir: Path | None = setting(
+        None, "Folder for a copy of report.json and recipe.yaml, which lie beside the result too.", "--save"
     )
     pack: bool = setting(
         False,
@@ -79,6 +92,7 @@ class Call(Progress, Output, Opening):
         "SLURM, all started with this same call; ray (needs Ray). All but serial need an output folder that all of "
         "them see, and a model that can be opened there. With the prefix pruned layers wait for each other: ranks then "
         "share out the samples of each layer.",
+        choices=("serial", "pool", "ranks", "ray"),
     )
     workers: int | None = setting(
         None,
@@ -90,6 +104,8 @@ class Call(Progress, Output, Opening):
     def _has_folder(self) -> "Call":
         if self.resume and self.output_dir is None:
             raise RecipeError("resume=True goes on with a run in a folder. Give output_dir, or leave resume out.")
+        if self.overwrite and self.output_dir is None:
+            raise RecipeError("overwrite=True replaces the run in a folder. Give output_dir, or leave overwrite out.")
         if self.pack and self.output_dir is None:
             raise RecipeError("pack=True packs the result in a folder. Give output_dir, or leave pack out.")
         return self
@@ -127,11 +143,14 @@ class Compare(Settings):
         ("fista", "sparsegpt", "wanda", "magnitude"),
         "Methods, or solvers of the method convex; with settings of their own as in sparsegpt:damping=0.1 or "
         "fista:convention=pruned-layer.",
+        first=True,
     )
     sparsities: Annotated[tuple[float, ...], LISTED] = setting(
-        (0.5,), "Shares of zeros, for unstructured.", "--sparsity"
+        (0.5,), "Shares of zeros, for unstructured.", "--sparsity", "-s", first=True
     )
-    patterns: Annotated[tuple[str, ...], LISTED] = setting(("unstructured",), "unstructured, N:M.", "--pattern")
+    patterns: Annotated[tuple[str, ...], LISTED] = setting(
+        ("unstructured",), "unstructured, N:M.", "--pattern", first=True
+    )
     conventions: Annotated[tuple[str, ...], LISTED] = setting(
         ("own",),
         "Which network feeds a decoder layer, and which of earlier errors are corrected: own, what each method's paper "
@@ -145,13 +164,16 @@ class Compare(Settings):
         "--allocation",
     )
     quota: str = setting(
-        "own", "Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row."
+        "own",
+        "Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row.",
+        choices=("own", "matrix", "row"),
     )
-    output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.")
+    output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.", "-o", first=True)
     eval_texts: tuple[str, ...] = setting(
         ("python-docs", "licences"),
         "Texts to evaluate on: .txt or .jsonl files, python-docs or licences; repeat it for more.",
         "--eval-text",
+        first=True,
     )
     eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
     eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)

@@ -29,19 +29,24 @@ class Settings(BaseModel):
     group: ClassVar[str] = ""
 
 
-def setting(default: Any, help: str, *options: str, **limits: Any) -> Any:
+def setting(
+    default: Any, help: str, *options: str, choices: tuple[str, ...] = (), first: bool = False, **limits: Any
+) -> Any:
     """A setting's default and help.
 
     Args:
         default: what it is if it is left out; `...` if it may not be.
         help: what it means, and what is accepted.
-        options: what it is called as well on the command line.
+        options: what it is called as well on the command line, and, without dashes, in Python.
+        choices: all that is accepted, if that is a closed list of names and its type does not say so.
+        first: whether it is one of the few that people need first; they head the help of a command.
         limits: as pydantic's `Field` has them.
 
     Returns:
         A field of pydantic.
     """
-    return Field(default, description=help, json_schema_extra={"options": list(options)}, **limits)
+    known: Any = {"options": list(options), "choices": list(choices), "first": first}
+    return Field(default, description=help, json_schema_extra=known, **limits)
 
 
 class ModelSettings(Settings):
@@ -68,8 +73,9 @@ class DataSettings(Settings):
         "self",
         "Text to calibrate on: self (sampled from the model), c4, wikitext2, ptb, OWNER/NAME on the hub (needs the "
         "package datasets), or a .txt or .jsonl file.",
+        first=True,
     )
-    num_calibration_samples: int = setting(128, "Samples to fit on.", "--nsamples", ge=1)
+    num_calibration_samples: int = setting(128, "Samples to fit on.", "--nsamples", ge=1, first=True)
     held_out_samples: int | None = setting(
         None,
         "More samples, on which errors are measured and nothing is fitted. Left out: an eighth as many, or what the "
@@ -82,6 +88,7 @@ class DataSettings(Settings):
         "their own length.",
         "--seqlen",
         ge=2,
+        first=True,
     )
     batch_size: int = setting(1, "Samples in one forward pass.", ge=1)
     seed: int = setting(0, "Decides which samples are drawn, and what a model writes.", ge=0, le=LARGEST_SEED)
@@ -91,12 +98,20 @@ class TargetSettings(Settings):
     """How sparse which operators become."""
 
     group = "target"
-    sparsity: float | None = setting(None, "Share of zeros, in [0, 1). Left out: 0.5, or what an N:M pattern fixes.")
+    sparsity: float | None = setting(
+        None,
+        "Share of zeros, in [0, 1). Left out: 0.5, or what an N:M pattern fixes.",
+        "--sparsity-ratio",
+        "-s",
+        first=True,
+    )
     pattern: str = setting(
         "unstructured",
         "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are removed from all "
         "rows; or int8, for rounding to 8 bits times a scale for each row, with no share of zeros (the methods "
         "magnitude and wanda).",
+        "--sparsity-type",
+        first=True,
     )
     quota: Literal["matrix", "row"] = setting(
         "matrix", "Where the share of zeros holds: in each matrix, or in each row of it."
@@ -108,6 +123,7 @@ class TargetSettings(Settings):
         "a survey of the dense model that takes about five times as long as SparseGPT; half-curve, half of the way "
         "there; owl or skewness, by the scores of each decoder layer. N:M takes uniform and curve. Left out: rows for "
         "the methods convex and admm if unstructured with quota matrix, else uniform.",
+        choices=("uniform", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
         ("Linear",), "Operators to prune: a name, its end, re:REGEX, or Linear for all; repeat it for more."
@@ -129,11 +145,20 @@ class MethodSettings(Settings):
     method: str = setting(
         "convex",
         "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda.",
+        "--prune-method",
+        choices=("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda"),
+        first=True,
     )
     solver: str = setting(
-        "fista", "Solver of the method convex: fista, admm; for very small models cvxpy, scipy (minutes each)."
+        "fista",
+        "Solver of the method convex: fista, admm; for very small models cvxpy, scipy (minutes each).",
+        choices=("fista", "admm", "cvxpy", "scipy"),
     )
-    preset: str | None = setting(None, "fistapruner: the algorithm of arXiv 2408.03728 as published, for comparison.")
+    preset: str | None = setting(
+        None,
+        "fistapruner: the algorithm of arXiv 2408.03728 as published, for comparison.",
+        choices=("fistapruner",),
+    )
     damping: float | None = setting(
         None,
         "Of convex, admm and a refit that is added: pull to the dense weight, relative to the diagonal of the Gram "
@@ -198,6 +223,7 @@ class RunSettings(Settings):
         "Text to measure perplexity on, before and after: self (sampled from the dense model, apart from the "
         "calibration samples), or a .txt or .jsonl file. Left out: none; on the command line self, if the dataset is.",
         "--eval-text",
+        first=True,
     )
 
 
@@ -205,7 +231,7 @@ class DeviceSettings(Settings):
     """Where it is computed."""
 
     group = "device"
-    device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...")
+    device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True)
     threads: int | None = setting(
         None,
         "Threads that a layer is pruned on; the last bits depend on it. Left out: those of torch, divided by the "

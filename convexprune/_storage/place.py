@@ -8,6 +8,20 @@ from typing import Any
 from convexprune.errors import OutputError
 
 
+def beside(folder: Path, what: str = "new") -> Path:
+    """The folder beside another in which what is to take its place is made.
+
+    Args:
+        folder: the other.
+        what: "new", or "old" for what was in its place.
+
+    Returns:
+        The folder, which need not be there.
+    """
+    whole = folder.expanduser().absolute()
+    return whole.with_name(f".{whole.name}.{what}")
+
+
 def output_folder(given: str | Path, source: Any = None) -> Path:
     """The folder for a result, with "~" expanded.
 

@@ -1,0 +1,264 @@
+"""What people who come from wanda, SparseGPT, llm-compressor and others have in their fingers: a row for each habit."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from door import TOKENS
+from test_cli import folder, run
+from typer.testing import CliRunner
+
+import convexprune
+from convexprune import _cli as cli
+from convexprune import errors
+from convexprune._api import calls
+from convexprune._schema import functions as doors
+
+__all__ = ["folder"]  # a fixture of test_cli
+
+
+class Asked(Exception):
+    """What a command line came to."""
+
+
+def asked(*arguments: str, function: str = "prune") -> dict[str, Any]:
+    """The settings that a command line gives to the function of that name, which does not run."""
+
+    def stop(**settings: Any) -> None:
+        raise Asked(settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, function, stop)
+        result = CliRunner().invoke(cli.app, ["prune", *arguments])
+    assert isinstance(result.exception, Asked), result.output
+    (settings,) = result.exception.args
+    return settings
+
+
+WANDA = (
+    "--prune_method wanda --sparsity_ratio 0.5 --sparsity_type 2:4 --nsamples 128 --seed 0 --save D --save_model E "
+    "--model X"
+)
+
+
+def a_wanda_line() -> None:
+    settings = asked(*WANDA.split())
+    expected = {"model": "X", "method": "wanda", "sparsity": 0.5, "pattern": "2:4", "num_calibration_samples": 128}
+    expected |= {"seed": 0, "report_dir": Path("D"), "output_dir": Path("E")}
+    assert {name: settings[name] for name in expected} == expected
+
+
+def model_as_an_option() -> None:
+    assert asked("--model", "X")["model"] == asked("X")["model"] == "X"
+    result = CliRunner().invoke(cli.app, ["prune", "X", "--model", "Y"])
+    assert "The model came twice: 'X' and --model 'Y'." in str(result.exception)
+
+
+def names_of_wanda() -> None:
+    settings = asked("--prune-method", "magnitude", "--sparsity-ratio", "0.3", "--sparsity-type", "unstructured")
+    assert (settings["method"], settings["sparsity"], settings["pattern"]) == ("magnitude", 0.3, "unstructured")
+
+
+def short_names_in_python() -> None:
+    own, shared = doors.PRUNE.read({"nsamples": 4, "seqlen": 8, "prune_method": "wanda", "save": "D"})
+    assert shared == {"num_calibration_samples": 4, "max_seq_length": 8, "method": "wanda"}
+    assert own.report_dir == Path("D")
+    with pytest.raises(errors.RecipeError, match="nsamples is another name of num_calibration_samples"):
+        doors.PRUNE.read({"nsamples": 4, "num_calibration_samples": 4})
+
+
+def names_of_llm_compressor() -> None:
+    given = {"num_calibration_samples": 4, "max_seq_length": 8, "targets": ["Linear"], "ignore": ["re:.*k_proj"]}
+    _, shared = doors.PRUNE.read(given)
+    assert shared == given
+
+
+def underscores() -> None:
+    settings = asked("--num_calibration_samples", "4", "--max_seq_length", "8", "--output_dir", "D", "--no_pack")
+    assert (settings["num_calibration_samples"], settings["max_seq_length"]) == (4, 8)
+    assert settings["output_dir"] == Path("D") and settings["pack"] is False
+    assert asked("--output-dir", "D", "--trust_remote_code")["trust_remote_code"]
+
+
+def a_recipe() -> None:
+    assert asked("--recipe", "recipe.yaml")["recipe"] == Path("recipe.yaml")
+
+
+def several_sparsities() -> None:
+    own, _ = doors.COMPARE.read({"sparsities": "0.5,0.6"})
+    assert own.sparsities == (0.5, 0.6)
+
+
+def completion() -> None:
+    complete = {"_CONVEXPRUNE_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+    offered = CliRunner().invoke(
+        cli.app, prog_name="convexprune", env=complete | {"COMP_WORDS": "convexprune prune --method "}
+    )
+    assert offered.output.split() == ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda"]
+
+
+def the_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "convexprune", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == convexprune.__version__
+
+
+def the_version() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == convexprune.__version__
+
+
+def short_options() -> None:
+    assert CliRunner().invoke(cli.app, ["prune", "-h"]).exit_code == 0
+    settings = asked("-o", "D", "-s", "0.7")
+    assert settings["output_dir"] == Path("D") and settings["sparsity"] == 0.7
+
+
+def a_dry_run() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calls, "prune", None)
+        assert asked("--dry_run", "-s", "0.7", function="plan")["sparsity"] == 0.7
+
+
+def torchs_objects() -> None:
+    recipe = convexprune.Recipe(dtype=torch.bfloat16, device=torch.device("cpu"))  # pyright: ignore
+    assert (recipe.dtype, recipe.device) == ("bfloat16", "cpu")
+
+
+def closed_lists() -> None:
+    shown = CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "400"}).output
+    for name in ("quota", "method", "solver", "allocation", "executor", "dtype"):
+        assert f"[{'|'.join(doors.PRUNE.choices_of(name))}]" in shown
+    with pytest.raises(errors.RecipeError, match="'matrix' or 'row'"):
+        convexprune.recipe.make_recipe(quota="rows")
+
+
+def the_first_ten() -> None:
+    shown = CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "200"}).output
+    first = shown.partition("─ Options ─")[2].partition("╰─")[0]
+    assert sum(line.startswith("│ --") and "--help" not in line for line in first.splitlines()) == 10
+
+
+ELSEWHERE = "a test of its own has it"
+NOT_HERE = "not part of the command line"
+ROWS: dict[str, Callable[[], None] | str] = {
+    "wanda line pasted after `convexprune prune`": a_wanda_line,
+    "`--model X` beside the positional argument": model_as_an_option,
+    "`--prune_method`, `--sparsity_ratio`, `--sparsity_type`, `--save`, `--save_model`": names_of_wanda,
+    "`--nsamples`, `--seqlen`, `--seed`": short_names_in_python,
+    "llm-compressor's names": names_of_llm_compressor,
+    "the same on the CLI": underscores,
+    "`oneshot(model, recipe=[Modifier...])`": "docs/coming-from.md translates it",
+    "recipe.yaml fed back, CLI": a_recipe,
+    "recipe.yaml fed back, Python": "test_schema.py: a recipe prunes as it did",
+    "per-operator rules": "absent",
+    "several sparsities in one run": several_sparsities,
+    "lm_eval on the pruned folder": "plain transformers load it: test_prune.py",
+    "zero-shot evaluation by the project": "absent",
+    "perplexity on WikiText-2, C4, PTB by name in `eval`": "absent",
+    "shell completion": completion,
+    "`python -m convexprune`": the_module,
+    "`--version`, `convexprune.__version__`": the_version,
+    "`-h`, `-o`, `-s`": short_options,
+    "`--dry-run`": a_dry_run,
+    "`--quiet`": "test_quiet_prints_the_result_and_nothing_else",
+    "`--json`": "test_json_is_one_object_on_stdout",
+    "`--overwrite`": "test_overwriting.py",
+    "hub: push_to_hub": "not of the command line alone: publishing",
+    "model card in the output": "not of the command line: publishing",
+    "sparsity marked in config.json": "not of the command line: publishing",
+    "load by plain transformers": "test_prune.py",
+    "continue training, zeros kept": "not of the command line: training",
+    "HTML report or plots of one run": "not of the command line: the report",
+    "docs site, API reference": "not of the command line: docs",
+    "PyPI": "absent: a release",
+    "torch objects: `dtype=torch.bfloat16`, `device=torch.device('cpu')`": torchs_objects,
+    "DataLoader of dicts / tuples, HF tokenised rows": "test_given.py",
+    "`datasets.Dataset`, generators, NumPy, nested lists": "test_given.py",
+    "GGUF in": "tests/families/test_checkpoint.py",
+    "GGUF / compressed-tensors / 2:4 kernels out": "not of the command line: formats",
+    "Ctrl-C, exit codes": "test_trials.py",
+    "scikit-learn / CVXPY manners in the mathematics": "tests/property/test_problems.py",
+    "closed lists are choices": closed_lists,
+    "the ten options that people need come first": the_first_ten,
+}
+
+
+@pytest.mark.parametrize("habit", ROWS)
+def test_a_habit_of_the_field_works(habit: str) -> None:
+    check = ROWS[habit]
+    if isinstance(check, str):
+        pytest.skip(check)
+    check()
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
+LINES = re.findall(r"^convexprune prune (.+)$", PAGE.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_of_the_page_is_understood(line: str) -> None:
+    _, settings = doors.PRUNE.read({n: v for n, v in asked(*shlex.split(line)).items() if n != "recipe"})
+    assert settings["model"] == "X"
+
+
+def test_the_options_that_the_page_names_are_there() -> None:
+    shown = CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "400"}).output
+    shown += CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "400"}).output
+    ours = PAGE.read_text().partition("What commands have in common")[2]
+    named = re.findall(r"`(--?[a-z-]+)`", ours)
+    assert len(named) > 7 and [option for option in named if option not in shown] == []
+
+
+SMALL = ("--method", "magnitude", "--nsamples", 2, "--seqlen", 8)
+
+
+def test_json_is_one_object_on_stdout(folder: Path) -> None:
+    text = folder / "text.txt"
+    given = ("prune", "--model", folder / "model", "--dataset", text, *SMALL, "--save", folder / "logs")
+    done = run(*given, "--json", "--output", folder / "out")
+    found = json.loads(done.stdout)
+    assert found["output_dir"] == str(folder / "out") and len(found["report"]["operators"]) == 12
+    assert "pruned 12/12" in done.stderr
+    for name in ("report.json", "recipe.yaml"):
+        assert (folder / "logs" / name).read_text() == (folder / "out" / name).read_text()
+    refused = run(*given, "--output", folder / "out2")
+    assert "already holds report.json and recipe.yaml" in str(refused.exception) and not (folder / "out2").exists()
+    assert json.loads(run("pack", folder / "out", folder / "packed", "--json").stdout)["after"] > 0
+    assert json.loads(run("unpack", folder / "packed", folder / "plain", "--json").stdout)["output_dir"]
+    assert "wanda" in json.loads(run("list", "--json").stdout)["methods"]
+
+
+def test_quiet_prints_the_result_and_nothing_else(folder: Path) -> None:
+    given = ("prune", folder / "model", "--dataset", folder / "text.txt", *SMALL, "--quiet")
+    done = run(*given, "--output", folder / "out")
+    assert done.exit_code == 0 and done.stderr == "" and "50.00% of " in done.stdout
+
+
+def test_a_dry_run_checks_everything_and_does_nothing(folder: Path) -> None:
+    given = ("prune", folder / "model", *SMALL, "--dry-run", "--output", folder / "out", "--dataset")
+    before = sorted(folder.rglob("*"))
+    done = run(*given, folder / "text.txt")
+    assert done.exit_code == 0 and "12 operators" in done.stdout, done.output
+    assert json.loads(run(*given, folder / "text.txt", "--json").stdout)["operators"] == 12
+    assert sorted(folder.rglob("*")) == before
+    short = folder / "short.txt"
+    short.write_text("Too short.")
+    assert "full windows" in str(run(*given, short).exception)
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").touch()
+    assert "already holds something" in str(run(*given, folder / "text.txt").exception)
+
+
+def test_reports_of_a_run_in_memory_are_kept_where_the_caller_wants(build, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dataset": TOKENS, "method": "magnitude", "nsamples": 4, "bound_rows": 0}
+    result = convexprune.prune(build("llama"), **settings, report_dir=tmp_path / "logs")
+    kept = json.loads((tmp_path / "logs" / "report.json").read_text())
+    assert kept["sparsity"] == result.report.sparsity
+    assert yaml.safe_load((tmp_path / "logs" / "recipe.yaml").read_text())["method"] == "magnitude"

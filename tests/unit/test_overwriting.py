@@ -1,0 +1,104 @@
+"""`--overwrite`: a run takes the place of another, whole or not at all; what no run wrote is not touched."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from door import SMALL
+from safetensors.torch import load_file
+
+import convexprune
+from convexprune import errors
+from convexprune._api import replacing
+from convexprune._layerwise.folder_store import FolderStore
+
+GIVEN: dict[str, Any] = SMALL | {"method": "magnitude"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def done(build, tmp_path: Path) -> Path:
+    """A finished run, which others are to replace."""
+    convexprune.prune(build("llama"), **GIVEN, sparsity=0.3, output_dir=tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_run_takes_the_place_of_another(build, done: Path, pack: bool):
+    convexprune.prune(build("llama"), **GIVEN, sparsity=0.4, output_dir=done, overwrite=True, pack=pack)
+    result = convexprune.prune(build("llama"), **GIVEN, sparsity=0.5, output_dir=done, overwrite=True)
+    assert result.output_dir == done and result.report.sparsity == 0.5
+    assert result.report.environment["folder"] == str(done)
+    weight = load_file(done / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert (weight == 0).sum().item() == weight.numel() // 2
+    assert [path.name for path in done.parent.iterdir()] == ["out"]  # nothing is left beside it
+
+
+def test_where_nothing_is_overwriting_is_an_ordinary_run(build, tmp_path: Path):
+    convexprune.prune(build("llama"), **GIVEN, output_dir=tmp_path / "deep" / "out", overwrite=True)
+    assert (tmp_path / "deep" / "out" / "report.json").is_file()
+    with pytest.raises(errors.RecipeError, match="Give output_dir, or leave overwrite out"):
+        convexprune.prune(build("llama"), **GIVEN, overwrite=True)
+
+
+def spoil(folder: Path, how: str) -> str:
+    if how == "a file of the user":
+        (folder / "notes.txt").write_text("mine")
+        return "notes.txt"
+    if how == "a folder of the user":
+        (folder / "work").mkdir()
+        (folder / "work" / "thesis.tex").write_text("mine")
+        return "work/thesis.tex"
+    (folder / "config.json").write_text("{}")
+    return "config.json"
+
+
+@pytest.mark.parametrize("how", ["a file of the user", "a folder of the user", "a file that the user changed"])
+def test_what_no_run_wrote_is_not_touched(build, done: Path, how: str):
+    name = spoil(done, how)
+    before = files(done)
+    with pytest.raises(errors.OutputError, match=f"holds what no run wrote, or what was changed since: {name}"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    assert files(done) == before
+
+
+def test_a_folder_that_is_no_run_is_not_touched(build, tmp_path: Path):
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    with pytest.raises(errors.OutputError, match="holds what no run wrote, or what was changed since: work"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "work").is_dir()
+
+
+def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(build, done: Path, monkeypatch: pytest.MonkeyPatch):
+    before = files(done)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "require_whole", fail)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    assert files(done) == before and (done.parent / ".out.new" / "run.json").is_file()
+    result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
+    assert result.report.sparsity == 0.5 and [path.name for path in done.parent.iterdir()] == ["out"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(build, done: Path, monkeypatch: pytest.MonkeyPatch):
+    before, rename = files(done), replacing.os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == ".out.new":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replacing.os, "rename", fail)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    assert not done.exists() and files(done.parent / ".out.old") == before
+    result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
+    assert result.report.sparsity == 0.5 and [path.name for path in done.parent.iterdir()] == ["out"]
