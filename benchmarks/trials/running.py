@@ -25,7 +25,19 @@ SPARSEGPT = f"prune m/deep {RUN} --method sparsegpt --allocation uniform --outpu
 
 
 def signalled(number: int, line: str = SPARSEGPT) -> tuple[int, str]:
-    """(exit status, what was printed) of a command that got a signal once its first layer was finished."""
+    """(exit status, what was printed) of a command that got a signal once its first layer was finished.
+
+    On a busy machine the command may have ended before the signal comes: then it is begun again.
+    """
+    for _ in range(5):
+        status, said = _signalled_once(number, line)
+        if status:
+            break
+        shutil.rmtree("out")
+    return status, said
+
+
+def _signalled_once(number: int, line: str) -> tuple[int, str]:
     with Path("printed").open("w+") as printed:
         code = "import sys; sys.argv[0] = 'convexprune'; from convexprune._cli import main; main()"
         words = [sys.executable, "-c", code, *line.split()]
