@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 
 import torch
@@ -56,7 +57,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds
         The seconds by format, one of each round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     end = time.perf_counter() + seconds
     for number in range(MOST):
         for name, run in runs.items():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from convexprune._api.windows import Windows
+from convexprune._device.kernels import eager_because
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.sufficiency import shortage
 from convexprune.adapters._discovery.selection import shared_weights
@@ -12,7 +13,7 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """What a user should know before a run: too few tokens, shared weights, a slow solver, too many rows to bound.
+    """What a user should know before a run: too few tokens, shared weights, no compiler, a slow solver, too many rows.
 
     Args:
         model: the model.
@@ -24,7 +25,8 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
     """
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
-    for warning in (shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)):
+    few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)
+    for warning in (few, shared, eager_because(model.device)):
         if warning is not None:
             yield warning
     if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:

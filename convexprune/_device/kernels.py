@@ -1,5 +1,6 @@
 """Elementwise work of an iteration as one kernel, on devices that torch writes kernels for."""
 
+import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, TypeVar, cast
@@ -11,12 +12,17 @@ from convexprune._device.capabilities import has_kernels
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+logger = logging.getLogger(__name__)
+_failures: list[str] = []
+"""Why nothing is compiled in this process any more; empty until that fails."""
+
 
 def fused(function: Function) -> Function:
     """A function of tensors, compiled into one kernel where the device has kernels (`has_kernels`), op by op elsewhere.
 
     What is memory-bound then reads and writes every tensor once. Results differ in rounding only
-    (tests/property/test_fused.py).
+    (tests/property/test_fused.py). Where the compiler fails (there is Triton, but no C compiler, say) and op by op it
+    works, that is said once, and all that follows is op by op.
 
     Args:
         function: of tensors, the first of which decides the device. Numbers are given as `number_like`.
@@ -28,9 +34,56 @@ def fused(function: Function) -> Function:
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
-        return (compiled() if has_kernels(first.device) else function)(first, *args)
+        if _failures or not has_kernels(first.device):
+            return function(first, *args)
+        try:
+            return compiled()(first, *args)
+        except Exception as error:
+            result = function(first, *args)  # what fails here as well is not the compiler's fault, and is raised
+            _failures.append(_said(error))
+            logger.warning(_told())
+            return result
 
     return cast(Function, run)
+
+
+def _said(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0][:200]
+
+
+def eager_because(device: torch.device | str) -> str | None:
+    """Why a GPU works op by op, for whoever reads a report; something small is compiled to know.
+
+    Args:
+        device: where.
+
+    Returns:
+        A sentence; None on a CPU, and where kernels are compiled.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    if not has_kernels(device):
+        return "Kernels are not fused: Triton is missing (pip install triton). Steps take longer."
+    if not _failures:
+        _try_to_compile(device)
+    return _told() if _failures else None
+
+
+@cache
+def _try_to_compile(device: torch.device) -> None:
+    try:
+        torch.compile(lambda tensor: tensor + 1, dynamic=True)(torch.zeros(2, device=device))
+    except Exception as error:
+        _failures.append(_said(error))
+
+
+def _told() -> str:
+    return (
+        f"Kernels are not fused: torch.compile failed ({_failures[0]}). Steps take longer. It needs Triton and a C "
+        "compiler (apt-get install gcc)."
+    )
 
 
 def number_like(number: float, tensor: Tensor) -> Tensor:

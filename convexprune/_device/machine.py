@@ -13,11 +13,12 @@ from importlib.resources.abc import Traversable
 import torch
 
 from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.kernels import eager_because
 from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
-    "_cli", "_container", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/sizes.py",
+    "_cli", "_container", "_doctor", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/sizes.py",
     "_runs/speed.py",
     "adapters/_discovery/inspection.py", "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
     "validation/_bench.py", "validation/_formats.py", "validation/_oracles.py", "validation/_plots.py",
@@ -130,10 +131,12 @@ def processor(device: torch.device | str) -> dict[str, str]:
         device: where it is computed.
 
     Returns:
-        The format of steps, the instruction set that torch uses, and the name of the GPU, if on one.
+        The format of steps, the instruction set that torch uses, and on a GPU its name, and whether kernels are fused.
     """
-    device = torch.device(device)
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    device, gpu = torch.device(device), dict[str, str]()
+    if device.type == "cuda":
+        kernels = "op by op" if eager_because(device) else "fused"
+        gpu = {"gpu": torch.cuda.get_device_name(device), "kernels": kernels}
     return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu
 
 

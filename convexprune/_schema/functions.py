@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, ValidationError, ValidatorFunctionWrapHand
 
 from convexprune._schema.door import LISTED, RECIPE, Door
 from convexprune._schema.settings import LARGEST_SEED, Settings, setting
-from convexprune.errors import OutputError, RecipeError, shown
+from convexprune.errors import OutputError, RecipeError, shown, unknown
 
 
 class RemoteCode(Settings):
@@ -237,6 +237,24 @@ class Bench(RemoteCode):
     )
 
 
+CHECKS = ("kernels", "products", "iterations", "masks", "copies", "answers", "determinism", "runs")
+
+
+class Doctor(Settings):
+    """What is checked."""
+
+    group = "device"
+    checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, checks: tuple[str, ...]) -> tuple[str, ...]:
+        for name in checks:
+            if name not in CHECKS:
+                raise RecipeError(unknown("check", name, CHECKS))
+        return checks
+
+
 SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")
 COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
 OF_VERIFY = ("model", "seed", "bound_rows")  # it has its own
@@ -251,3 +269,4 @@ INSPECT = Door(Inspect, tuple(RECIPE))
 VERIFY = Door(Verify, VERIFIED)
 EVALUATE = Door(Evaluate, ("model", "device"))
 BENCH = Door(Bench, ("model", "device"))
+DOCTOR = Door(Doctor, ("device",))

@@ -10,6 +10,8 @@ from runs import checksums
 from strategies import Layer
 
 import convexprune
+from convexprune._doctor.checkup import doctor
+from convexprune._schema.functions import CHECKS
 from convexprune.pruners import PRUNERS, LayerProblem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
@@ -39,3 +41,9 @@ def test_a_run_gives_the_same_bits_twice_and_every_solve_is_certified(dense: Pat
     results = [convexprune.prune(dense, output_dir=tmp_path / name, **settings) for name in ("first", "second")]
     assert checksums(tmp_path / "first") == checksums(tmp_path / "second")
     assert all((r.report.largest_gap or 1) <= 1e-4 for r in results)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_doctor_finds_nothing(check: str):
+    found = doctor(device="cuda", checks=(check,))
+    assert found.rows and not found.failed, list(found.verdict())

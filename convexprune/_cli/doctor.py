@@ -1,0 +1,52 @@
+"""`convexprune doctor`."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune._cli.application import app, console, show
+from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+from convexprune._schema.functions import DOCTOR
+
+if TYPE_CHECKING:
+    from convexprune._doctor.checkup import Checkup
+
+MARKS = {True: "passed", False: "FAILED", None: ""}
+
+
+@app.command()
+@with_settings(DOCTOR)
+def doctor(settings: dict[str, Any], as_json: AsJson = False) -> None:
+    """Whether this machine computes right, and how fast: every method, kernels, masks, copies, and a small run.
+
+    Takes about two minutes on a GPU. Ends with exit status 1 if a check fails.
+    """
+    with stoppable(), following():
+        from transformers.utils.logging import disable_progress_bar
+
+        from convexprune._doctor.checkup import doctor as checked
+
+        disable_progress_bar()
+        found = checked(**settings)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        show(_table(found))
+        for line in found.verdict():
+            console.print(line, highlight=False, soft_wrap=True)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _table(found: "Checkup") -> Table:
+    table = Table("check", "of", "", "measured", box=SIMPLE_HEAD, title=f"Doctor on {found.device}")
+    before = ""
+    for row in found.rows:
+        table.add_row("" if row.check == before else row.check, row.case, MARKS[row.found.passed], row.found.said)
+        before = row.check
+    return table

@@ -1,0 +1,145 @@
+"""One problem by every method on the device, beside the same in float64 on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from convexprune._doctor.check import Bed, Case, Found
+from convexprune.constraints import Constraint, SemiStructured, Unstructured
+from convexprune.core._moments import Moments
+from convexprune.pruners import PRUNERS, LayerEdit, LayerProblem
+
+LARGEST_GAP = 1e-4
+LARGEST_DIFFERENCE = 0.01  # of the errors
+CHANGE = 0.1  # of the inputs, by what was pruned before
+
+
+class Group:
+    """An operator of random weights whose inputs are correlated and fall in energy as those of a language model do.
+
+    Args:
+        bed: where it is solved, and its shape.
+    """
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+
+    @cached_property
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight [m n], and the dense and the pruned inputs [2 n, n] of as many tokens."""
+        (m, n), random = self.bed.group, torch.Generator().manual_seed(0)
+        normal = partial(torch.randn, generator=random)
+        falling = torch.arange(1, n + 1).rsqrt()
+        dense = normal(2 * n, n) * falling @ (normal(n, n) / n**0.5) * normal(n).exp()
+        return normal(m, n), dense, dense + CHANGE * normal(2 * n, n) * dense.std(0)
+
+    def problem(self, pattern: Constraint, device: str, dtype: torch.dtype) -> LayerProblem:
+        """The problem of pruning it, from its tokens.
+
+        Args:
+            pattern: of the answer.
+            device: where.
+            dtype: in which.
+
+        Returns:
+            The problem.
+        """
+        weight, dense, pruned = self.drawn
+        halves = [Moments(weight.shape[1], dtype, device) for _ in range(2)]
+        every = Moments(weight.shape[1], dtype, device)
+        for half, x, x_pruned in zip(halves, dense.chunk(2), pruned.chunk(2), strict=True):
+            own = x_pruned.to(device, dtype)
+            half.add(own)
+            every.add(own, x.to(device, dtype))
+        return LayerProblem(weight.to(device, dtype), every, pattern, folds=tuple(halves))
+
+    @cached_property
+    def exact(self) -> LayerProblem:
+        """In float64 on the CPU, by which all answers are judged."""
+        return self.problem(Unstructured(0.5), "cpu", torch.float64)
+
+
+def cases(bed: Bed) -> Iterator[Case]:
+    """The checks of answers.
+
+    Args:
+        bed: where, and how large.
+
+    Yields:
+        Each.
+    """
+    group = Group(bed)
+    patterns: dict[str, Constraint] = {"": Unstructured(0.5), " 2:4": SemiStructured(2, 4)}
+    for name in PRUNERS:
+        for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", patterns[""])]:
+            yield Case("answers", name + suffix, partial(answer, group, name, pattern))
+    for suffix, pattern in patterns.items():
+        yield Case("determinism", f"convex{suffix}", partial(determined, group, pattern))
+
+
+def answer(group: Group, name: str, pattern: Constraint) -> Found:
+    """A method's answer has its zeros, a gap, and the error that it has in float64 on the CPU.
+
+    Args:
+        group: the problem.
+        name: of the method.
+        pattern: of the answer.
+
+    Returns:
+        These.
+    """
+    edit = PRUNERS[name]().prune(group.problem(pattern, group.bed.device, torch.float32))
+    exact = PRUNERS[name]().prune(group.problem(pattern, "cpu", torch.float64))
+    errors = [float(group.exact.squared_error(each.weight.cpu().double()).sum()) for each in (edit, exact)]
+    difference, zeros, asked = errors[0] / errors[1] - 1, _zeros(edit), pattern.zeros(*group.bed.group)
+    gap, gap_exact = _gap(edit), _gap(exact)
+    said = f"error {difference:+.2%} of float64's, {zeros:,} zeros of {asked:,} asked"
+    numbers: dict[str, float] = {"difference": difference, "zeros": zeros, "asked": asked}
+    if gap is not None:
+        said, numbers = f"{said}, gap {gap:.1e}", numbers | {"gap": gap}
+    passed = (
+        abs(difference) <= LARGEST_DIFFERENCE
+        and zeros == asked
+        and (gap or 0) <= max(LARGEST_GAP, 1.1 * (gap_exact or 0))
+    )
+    return Found(said, numbers, passed)
+
+
+def _gap(edit: LayerEdit) -> float | None:
+    """Of the last solve; a published method may stop at a larger one."""
+    return edit.solutions[-1].certificate.relative_gap if edit.solutions else None
+
+
+def _zeros(edit: LayerEdit) -> int:
+    return int((edit.weight == 0).sum())
+
+
+def determined(group: Group, pattern: Constraint) -> Found:
+    """The default method twice, with `torch.use_deterministic_algorithms(True)`: no error, and the same bits.
+
+    Args:
+        group: the problem.
+        pattern: of the answer.
+
+    Returns:
+        How many entries differ.
+    """
+    problem = group.problem(pattern, group.bed.device, torch.float32)
+    with deterministic():
+        first, second = (PRUNERS["convex"]().prune(problem).weight for _ in range(2))
+    differ = int((first != second).sum())
+    return Found(f"{differ} of {first.numel():,} entries differ", {"differ": differ}, differ == 0)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, torch refuses what may give other bits the next time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

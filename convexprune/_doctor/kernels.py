@@ -1,0 +1,83 @@
+"""Kernels that torch.compile makes of the elementwise work of a round, beside the same op by op."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._device.kernels import eager_because, number_like
+from convexprune._doctor.check import Bed, Case, Found
+from convexprune._doctor.speeds import times
+from convexprune.core._penalty import _shrink
+from convexprune.pruners._convex import _ahead, _strengths
+
+ROUNDING = 1e-5  # relative to the largest entry, in float32
+SLOWEST = 0.9  # times as fast as op by op
+WORK: dict[str, Callable[..., Any]] = {"ahead": _ahead, "strengths": _strengths, "shrink": _shrink}
+
+
+def cases(bed: Bed) -> Iterator[Case]:
+    """The checks of kernels.
+
+    Args:
+        bed: where, and how large.
+
+    Yields:
+        Each.
+    """
+    yield Case("kernels", "compiler", partial(compiler, bed))
+    for name in WORK if bed.on_gpu else ():
+        yield Case("kernels", name, partial(beside_eager, bed, name))
+
+
+def compiler(bed: Bed) -> Found:
+    """Whether torch compiles kernels here.
+
+    Args:
+        bed: where.
+
+    Returns:
+        Whether, and if not why.
+    """
+    if not bed.on_gpu:
+        return Found("a CPU works op by op")
+    why = eager_because(bed.device)
+    return Found(why or "kernels are compiled", passed=why is None)
+
+
+def beside_eager(bed: Bed, name: str) -> Found:
+    """A kernel has to give what its operations give one by one, and in no more time.
+
+    Args:
+        bed: where, and how large.
+        name: of the kernel.
+
+    Returns:
+        Both times, and the largest difference.
+    """
+    random = torch.Generator(bed.device).manual_seed(0)
+    a, b, c, d = (torch.randn(bed.matrix, generator=random, device=bed.device) for _ in range(4))
+    number = number_like(0.7, a)
+    given: dict[str, tuple[Any, ...]] = {
+        "ahead": (a, b, c, d, number), "strengths": (a, b.abs() + 0.1, number), "shrink": (a, b.abs(), number, None),
+    }  # fmt: skip
+    fused, eager = WORK[name], inspect.unwrap(WORK[name])
+    seconds = times(bed, {"fused": lambda: fused(*given[name]), "eager": lambda: eager(*given[name])})
+    apart = _apart(fused(*given[name]), eager(*given[name]))
+    ratio = seconds["eager"] / seconds["fused"]
+    said = f"{1e3 * seconds['fused']:.3f} ms, {ratio:.2f} times as fast as op by op; they differ by {apart:.0e}"
+    return Found(
+        said, {"ms": 1e3 * seconds["fused"], "faster": ratio, "apart": apart}, apart < ROUNDING and ratio > 0.9
+    )
+
+
+def _apart(first: Any, second: Any) -> float:
+    pairs: Any = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+    return max(_relative(one, other) for one, other in pairs)
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
