@@ -100,9 +100,23 @@ class HuggingFaceModel(AbstractModel):
     def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
         refuse_other_replays(self)
         refuse_looking_ahead(self)
-        layouts = self._layouts()
-        reasons = left_alone(self.model, layouts, targets, ignore)
-        self.layers = [_bound(layer, layouts[layer.name], reasons) for layer in self.layers]
+        self._layouts = self._look_at_layers()
+        self.choose(targets, ignore)
+
+    def choose(self, targets: Sequence[str], ignore: Sequence[str] = (), **reason: str) -> None:
+        """Prune these operators, and no others.
+
+        Args:
+            targets: see `convexprune.adapters._discovery.selection.left_alone`.
+            ignore: see `convexprune.adapters._discovery.selection.left_alone`.
+            reason: see `convexprune.adapters._discovery.selection.left_alone`, by its name `because`.
+
+        Raises:
+            ModelError: they name what does not exist or leave nothing to prune.
+            RecipeError: a bad regular expression.
+        """
+        reasons = left_alone(self.model, self._layouts, targets, ignore, **reason)
+        self.layers = [_bound(layer, self._layouts[layer.name], reasons) for layer in self.layers]
         self.left_alone = list(reasons.items())
 
     @contextmanager
@@ -222,7 +236,7 @@ class HuggingFaceModel(AbstractModel):
         batch = self.probe_tokens()
         return self.first_inputs(batch), self.calls(batch)
 
-    def _layouts(self) -> dict[str, Layout]:
+    def _look_at_layers(self) -> dict[str, Layout]:
         """The layout of each layer by its name; equal layers are watched once."""
         found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
         return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}

@@ -60,7 +60,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                     f"preset={self.preset!r} is the algorithm as published, with {name}={value!r}, not "
                     f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
                 )
-        check_rule(self.allocation, self.build_pattern())
+        pattern = self.build_pattern()
+        check_rule(self.allocation, pattern)
+        if pattern.narrows and (self.targets != ("Linear",) or self.ignore):
+            raise RecipeError(f"Pattern {self.pattern!r} finds its operators itself. Leave targets and ignore out.")
         return self
 
     @property

@@ -131,6 +131,9 @@ class Report:
         files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
             what it unpacks to.
         warnings: that the user was given.
+        narrowed: if channels were removed for good: by the name of the setting in config.json how many there were and
+            are, and so the `decoder_parameters` and all `parameters`. `sparsity` is then the share of columns removed
+            from the operators that read them.
         packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
     """
 
@@ -147,6 +150,7 @@ class Report:
     files: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     packed: dict[str, Number] | None = None
+    narrowed: dict[str, list[int]] | None = None
 
     def __repr__(self) -> str:
         gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"

@@ -6,7 +6,8 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters._allocating import allocate_each
+from convexprune.adapters._channels.narrowing import find_narrowing
 from convexprune.adapters._data.sufficiency import shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import make_recipe
@@ -93,7 +95,8 @@ def compare(
     texts = _texts(asked.eval_texts)
     begin("loading the model")
     loaded = load(EMBEDDED if model is None else model, **place, targets=recipe.targets, ignore=recipe.ignore)
-    _check(loaded, [variant.layer_settings() for variant in variants])
+    given_settings = _layer_settings(loaded, variants)
+    _check(loaded, given_settings.values())
     some = slice(asked.eval_windows or None)
     windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
     tokens = Tokens(*recipe_windows(dataset, loaded, recipe), windows)
@@ -107,7 +110,7 @@ def compare(
     recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
     _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
     clock = Clock()
-    layer_settings = _allocated(loaded, tokens, variants, recipe.batch_size)
+    layer_settings = _allocated(loaded, tokens, variants, given_settings, recipe.batch_size)
     clock.lap("survey for allocations")
     comparison = Comparison(loaded, tokens, layer_settings, Store(work, loaded.device), recipe.batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
@@ -140,14 +143,36 @@ def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
         logger.warning(warning)
 
 
+def _layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
+    """How each variant prunes the layers; where channels are removed, only operators that read them are pruned.
+
+    Raises:
+        RecipeError: some variants remove channels, and some do not.
+    """
+    asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
+    narrows = [pattern for pattern in asked.values() if pattern.narrows]
+    if not narrows:
+        return {variant.name: variant.layer_settings() for variant in variants}
+    if len(narrows) < len(asked):
+        raise RecipeError("Pattern 'channels' has its own operators: compare it with no other pattern.")
+    found = {pattern: find_narrowing(model, pattern) for pattern in dict.fromkeys(narrows)}
+    next(iter(found.values())).choose(model)
+    pairs = zip(variants, narrows, strict=True)
+    return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}
+
+
 def _allocated(
-    model: HuggingFaceModel, tokens: Tokens, variants: Sequence[Variant], batch_size: int
+    model: HuggingFaceModel,
+    tokens: Tokens,
+    variants: Sequence[Variant],
+    given_settings: Mapping[str, LayerSettings],
+    batch_size: int,
 ) -> dict[str, LayerSettings]:
     """How each variant prunes the layers: its zeros spread over them by its allocation."""
     asked = [(variant.allocation, variant.recipe().build_pattern()) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
     settings = {
-        variant.name: allocation.apply_to(variant.layer_settings(), pattern)
+        variant.name: allocation.apply_to(given_settings[variant.name], pattern)
         for variant, allocation, (_, pattern) in zip(variants, found, asked, strict=True)
     }
     _check(model, settings.values())

@@ -1,5 +1,6 @@
 """The input of `verify`: a fresh model, or the folder of a finished run, of which nothing is believed."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
-from convexprune._runs.folder import RunFolder
+from convexprune._runs.folder import CHANNELS, RunFolder
 from convexprune._runs.identity import checksum, differences
 from convexprune._storage.files import checksum_inside
 from convexprune.adapters import (
@@ -20,7 +21,9 @@ from convexprune.adapters import (
     load,
     recipe_windows,
 )
+from convexprune.adapters._channels.narrowing import find_narrowing
 from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
+from convexprune.constraints import Constraint
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import Report
@@ -94,6 +97,8 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
     if settings["allocation"] != "uniform":
         raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
     recipe = make_recipe(model=BUNDLED if source is None else str(source), **settings)
+    if recipe.build_pattern().narrows:
+        raise RecipeError(f"Pattern {recipe.pattern!r}: prune with it, and verify the folder of the run.")
     check_dataset(recipe.dataset)
     dense = _load(recipe.model, recipe, device)
     return Source(recipe, dense, recipe.dataset)
@@ -113,8 +118,25 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
     check_dataset(dataset)
     dense = _load(model, recipe, device)
     _require_same_model(dense, model, report)
-    pruned = _load(folder, recipe, device)
+    pruned, pattern = _load(folder, recipe, device), recipe.build_pattern()
+    if pattern.narrows:
+        pruned = _widened(dense, _load(model, recipe, device), pruned, pattern, folder)
     return Source(recipe, dense, dataset, pruned, report)
+
+
+def _widened(
+    dense: HuggingFaceModel, other: HuggingFaceModel, narrower: HuggingFaceModel, pattern: Constraint, folder: Path
+) -> HuggingFaceModel:
+    """The `other` dense model with the weights of a run without channels; of both only what reads these is judged."""
+    narrowing = find_narrowing(dense, pattern)
+    try:
+        narrowed = narrowing.without(json.loads((folder / CHANNELS).read_bytes())["removed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise OutputError(f"{folder / CHANNELS} does not say which channels were removed ({cause}).") from cause
+    narrowed.widen(narrower, other)
+    for model in (dense, other):
+        narrowing.choose(model)
+    return other
 
 
 def _load(source: str | Path, recipe: Recipe, device: str) -> HuggingFaceModel:

@@ -17,6 +17,7 @@ from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json
 from convexprune._storage.tensors import Entry
 
+from .._channels.narrowing import Narrowed
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
 
@@ -87,7 +88,11 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
 
 
 def save_from_store(
-    model: HuggingFaceModel, store: FolderStore, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+    model: HuggingFaceModel,
+    store: FolderStore,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    narrowed: Narrowed | None = None,
 ) -> set[Path]:
     """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
 
@@ -98,6 +103,7 @@ def save_from_store(
         store: with all layers finished.
         folder: where to.
         tokenizer: the caller's own, if it is not the one beside the checkpoint.
+        narrowed: the channels to leave out.
 
     Returns:
         The files written.
@@ -107,11 +113,10 @@ def save_from_store(
     """
     if model.shards is None:
         with writing(folder), store.scratch_folder(store.count) as place:
-            save(model, place)
+            save(model if narrowed is None else narrowed.apply_to(model), place)
             return _publish(place, folder)
-    layers = enumerate(model.layers)
-    pruned = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
-    model.shards.assemble(folder, pruned)
+    configured = dict if narrowed is None else narrowed.narrowing.configured
+    model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured)
     source, written = model.shards.folder, set[Path]()
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
@@ -122,6 +127,22 @@ def save_from_store(
             tokenizer.save_pretrained(place)
             written |= _publish(place, folder)
     return written
+
+
+def pruned_entries(model: HuggingFaceModel, store: FolderStore, narrowed: Narrowed | None = None) -> dict[str, Entry]:
+    """Where the tensors of finished layers are, by their names in the model.
+
+    Args:
+        model: the model, which streams.
+        store: with all layers finished.
+        narrowed: the channels to leave out.
+
+    Returns:
+        The entries.
+    """
+    layers = enumerate(model.layers)
+    found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
+    return found if narrowed is None else narrowed.entries(found)
 
 
 def _publish(place: Path, folder: Path) -> set[Path]:

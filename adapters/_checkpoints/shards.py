@@ -16,7 +16,7 @@ from convexprune._layerwise.model import DecoderLayer
 from convexprune._storage.failures import reading
 from convexprune._storage.files import Stamp, atomic_write, copy_file, sha256, write
 from convexprune._storage.scan import scanned
-from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
 from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite
@@ -25,6 +25,9 @@ from .origin import Origin
 from .stored_names import stored_names
 
 logger = logging.getLogger(__name__)
+
+Configured = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Makes settings of a model out of those of another."""
 
 
 class Shards:
@@ -141,7 +144,7 @@ class Shards:
         for name in layer.module.state_dict():
             self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
 
-    def assemble(self, target: Path, pruned: Mapping[str, Entry]) -> None:
+    def assemble(self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict) -> None:
         """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
         All other tensors are copied, in the dtype of the model.
@@ -149,6 +152,7 @@ class Shards:
         Args:
             target: the folder.
             pruned: the tensors that replace others, by their names in the model.
+            configured: what config.json says of the result, by what it says of the model.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -162,10 +166,32 @@ class Shards:
             index = read_index(self.folder)
             index["metadata"] = index.get("metadata", {}) | {"total_size": total}
             _write_text(target / INDEX, index)
-        config = self._settings(self.folder / CONFIG)
+        config = configured(self._settings(self.folder / CONFIG))
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         self.require_unchanged()
         _write_text(target / CONFIG, config)
+
+    def require_assembled(self, folder: Path, pruned: Mapping[str, Entry]) -> None:
+        """Check that `assemble` has written what it should, bit for bit.
+
+        Args:
+            folder: where it wrote.
+            pruned: the tensors that replaced others, by their names in the model.
+
+        Raises:
+            ModelError: a tensor is missing, too many, or not as it should be.
+        """
+        replaced = {self._names[name]: entry for name, entry in pruned.items()}
+        found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
+        if others := found.keys() ^ self._stored.keys():
+            raise ModelError(f"{folder}: {min(others)} is missing, or should not be there.")
+        for name, entry in self._stored.items():
+            spec, read = self._cast(replaced.get(name, entry))
+            if found[name].spec != spec:
+                raise ModelError(f"{folder}: {name} should be {spec} and is {found[name].spec}.")
+            expected = read()
+            if found[name].read_bytes() != (raw(expected) if isinstance(expected, Tensor) else expected):
+                raise ModelError(f"{folder}: {name} has other values than it should have.")
 
     def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry]) -> int:
         """Write a shard; how many bytes its tensors have."""

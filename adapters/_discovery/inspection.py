@@ -19,7 +19,7 @@ from convexprune._runs.run import check_patterns
 from convexprune._runs.speed import load, measured_speed, seconds
 from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
-from convexprune.errors import CalibrationError
+from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import make_recipe
 
 from .._allocating import GRADIENTS
@@ -133,6 +133,11 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     checked = make_recipe(**settings | {"model": str(place)})
     device = default_device(checked.device)
     pattern = checked.build_pattern()
+    if pattern.narrows:
+        raise RecipeError(
+            f"inspect has no weights, and pattern {checked.pattern!r} finds its channels by them. Memory and time are "
+            "those of pattern 'columns' with the targets that read the channels (down_proj, fc2)."
+        )
     outline = read_outline(place, checked, asked.trust_remote_code)
     check_patterns(outline.layers, checked.layer_settings())
     length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)

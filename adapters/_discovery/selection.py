@@ -21,7 +21,11 @@ TIED = "tied to "  # begins the reason for weights that share memory
 
 
 def left_alone(
-    model: PreTrainedModel, layouts: Mapping[str, Layout], targets: Sequence[str], ignore: Sequence[str]
+    model: PreTrainedModel,
+    layouts: Mapping[str, Layout],
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    because: str = "not among the targets of the recipe",
 ) -> dict[str, str]:
     """The reason for every matrix of a model that is not to be pruned.
 
@@ -34,6 +38,7 @@ def left_alone(
         layouts: of its decoder layers, by name.
         targets: patterns of the operators to prune.
         ignore: patterns of those to leave.
+        because: the reason for what is no target.
 
     Returns:
         The reasons by name.
@@ -68,7 +73,7 @@ def left_alone(
         if name in ignored:
             reasons.setdefault(name, "ignored by the recipe")
         elif name not in targeted:
-            reasons.setdefault(name, "not among the targets of the recipe")
+            reasons.setdefault(name, because)
     if not any(name not in reasons for name in operators):
         examples = {reason: name for name, reason in reasons.items()}
         listed = "; ".join(f"{name}: {reason}" for reason, name in examples.items())

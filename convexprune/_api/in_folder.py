@@ -16,14 +16,17 @@ from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
-from convexprune._runs.folder import RunFolder
+from convexprune._runs.folder import CHANNELS, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
+from convexprune._storage.notes import write_json
 from convexprune._storage.place import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
+from convexprune.adapters._channels.narrowing import Narrowed
 from convexprune.adapters._checkpoints.packed import load as load_packed
+from convexprune.adapters._checkpoints.saving import pruned_entries
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.adapters._discovery.inspection import Inspection, inspect
 from convexprune.report import Report
@@ -88,11 +91,12 @@ class InFolder(Request):
         if self.replacement is not None:
             self.replacement.take_place()
             self.folder = folder = RunFolder(self.place)
-        if not loaded.streams and not written:  # it is to be pruned in place, whoever has done the work
+        in_place = not loaded.streams and self.narrowing is None
+        if in_place and not written:  # whoever has done the work
             pruned = self._read()
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
-        model = self._read if loaded.streams else lambda: loaded.model
+        model = (lambda: loaded.model) if in_place else self._read
         return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
 
     def _identity(self, windows: Windows, report: Report) -> dict[str, Any]:
@@ -141,16 +145,26 @@ class InFolder(Request):
         begin("writing the result")
         folder = self.folder.folder
         discard_packs(folder)
-        written = save_from_store(loaded, store, folder, self.given_tokenizer)
-        recipe = write_recipe(self.recipe, folder)
-        require_written(loaded, folder, report.operators)
-        report.files = self.folder.checksums([*written, recipe])
+        narrowed = self._narrowed(loaded, store)
+        written = save_from_store(loaded, store, folder, self.given_tokenizer, narrowed)
+        notes = [write_recipe(self.recipe, folder)]
+        if narrowed is not None:
+            report.narrowed = narrowed.sizes(loaded)
+            write_json(folder / CHANNELS, narrowed.note())
+            notes.append(folder / CHANNELS)
+        require_written(loaded, folder, report.operators, store, narrowed)
+        report.files = self.folder.checksums([*written, *notes])
         if self.call.pack:
             packed = pack_in_place(folder, report.files)
             report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
         self.clock.lap("write")
         report.seconds = self.clock.laps
         self.folder.finish(report)
+
+    def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> Narrowed | None:
+        """The model without the channels that the finished layers make no use of, if they are to be removed."""
+        stored = pruned_entries(loaded, store)
+        return None if self.narrowing is None else self.narrowing.narrowed(lambda name: stored[name].read())
 
     def _check_finished(self) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""

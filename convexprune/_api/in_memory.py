@@ -39,4 +39,8 @@ class InMemory(Request):
         self._evaluate(report, "pruned", loaded, windows)
         self._warn(report, report.sparser_before)
         report.seconds = self.clock.laps
-        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: loaded.model)
+        pruned = loaded.model
+        if self.narrowing is not None:
+            narrowed = self.narrowing.narrowed(pruned.get_parameter)
+            pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
+        return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from convexprune._device.machine import Clock, check_threads, default_device, in
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.steps.survey import WEIGHED
+from convexprune._progress import begin
 from convexprune._recipe_file import given
 from convexprune._runs.run import check_patterns
 from convexprune._schema.functions import Call
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
 from convexprune.adapters._allocating import allocate
+from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
-from convexprune.errors import RecipeError
+from convexprune.constraints import Constraint
+from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
@@ -72,10 +76,19 @@ class Request:
             targets=recipe.targets,
             ignore=recipe.ignore,
         )
+        if recipe.build_pattern().narrows and isinstance(self.source, PreTrainedModel):
+            raise ModelError(
+                f"Pattern {recipe.pattern!r} makes a smaller model, and a loaded one is pruned in place. Save it "
+                "(save_pretrained), and give its folder."
+            )
+        self.narrowing: Narrowing | None = None
         self.clock = Clock()
 
     def _check(self, loaded: HuggingFaceModel) -> None:
         """Refuse, before any work, what the model does not allow."""
+        pattern = self.recipe.build_pattern()
+        if pattern.narrows:
+            self._narrow(loaded, pattern)
         check_patterns(loaded.layers, self.layers)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
@@ -83,6 +96,13 @@ class Request:
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
+
+    def _narrow(self, loaded: HuggingFaceModel, pattern: Constraint) -> None:
+        """Prune only the operators whose inputs are channels that can be removed."""
+        begin("looking for channels")
+        self.narrowing = find_narrowing(loaded, pattern)
+        self.open = partial(self.open, targets=self.narrowing.choose(loaded))
+        self.layers = replace(self.layers, patterns=self.narrowing.patterns)
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

@@ -21,7 +21,7 @@ def summary(report: "Report", folder: Path) -> Table:
     table.add_column()
     weights = sum(o.outputs * o.inputs for o in report.operators)
     table.add_row("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
-    for row in (*_errors(report), *_perplexity(report), *_certificates(report), *_warnings(report)):
+    for row in (*_narrowed(report), *_errors(report), *_perplexity(report), *_certificates(report), *_warnings(report)):
         table.add_row(*row)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     for row in _packed(report):
@@ -73,6 +73,14 @@ def _certificates(report: "Report") -> Iterator[tuple[str, str]]:
             f"it is proven that no pruning has less than {report.median_bound_ratio:.2f} of the error (median); "
             "what is possible may be much nearer to 1",
         )
+
+
+def _narrowed(report: "Report") -> Iterator[tuple[str, str]]:
+    if report.narrowed is not None:
+        *widths, decoder, whole = report.narrowed.items()
+        shares = (f"{1 - after / before:.1%}" for _, (before, after) in (decoder, whole))
+        changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in widths)
+        yield "removed", "{} of the decoder layers' parameters, {} of all; {}".format(*shares, changed)
 
 
 def _packed(report: "Report") -> Iterator[tuple[str, str]]:

@@ -107,9 +107,10 @@ class TargetSettings(Settings):
     )
     pattern: str = setting(
         "unstructured",
-        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are removed from all "
-        "rows; or int8, for rounding to 8 bits times a scale for each row, with no share of zeros (the methods "
-        "magnitude and wanda).",
+        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows; "
+        "channels, for channels of the MLP that are removed for good, in all layers alike, so that a multiple of 64 is "
+        "left, or of another number: channels:256 (docs/channels.md); or int8, for rounding to 8 bits times a scale "
+        "for each row, with no share of zeros (the methods magnitude and wanda).",
         "--sparsity-type",
         first=True,
     )

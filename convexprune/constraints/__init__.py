@@ -3,6 +3,7 @@
 import re
 
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota
+from convexprune.constraints._channels import Channels
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._int8 import Int8
 from convexprune.constraints._semi_structured import SemiStructured
@@ -10,14 +11,15 @@ from convexprune.constraints._stacked import Stacked
 from convexprune.constraints._unstructured import Unstructured
 from convexprune.errors import PatternError
 
-KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Int8)
+KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Int8)
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
     """The constraint of a name or of a description.
 
     Args:
-        pattern: "unstructured" or "columns" (a share of zeros), "N:M", "int8"; or what `Constraint.describe` says.
+        pattern: "unstructured", "columns", "channels" or "channels:MULTIPLE" (a share of zeros), "N:M", "int8"; or
+            what `Constraint.describe` says.
         sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
         quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
 
@@ -30,7 +32,8 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
     found = _parsed(pattern, sparsity, quota) if isinstance(pattern, str) else None
     if found is None:
         raise PatternError(
-            f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', 'int8'."
+            f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', 'channels', "
+            "'channels:MULTIPLE', 'int8'."
         )
     if sparsity is not None and abs(found.sparsity - sparsity) > 1e-9:
         raise PatternError(
@@ -53,6 +56,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Columns", "Constraint", "Int8", "Mask", "SemiStructured", "Stacked", "Unstructured",
+    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Int8", "Mask", "SemiStructured", "Stacked", "Unstructured",
     "parse_pattern",
 ]  # fmt: skip

@@ -47,6 +47,11 @@ class Constraint(ABC):
         return True
 
     @property
+    def narrows(self) -> bool:
+        """Whether the columns that it zeroes are removed from the model for good: `width` are left."""
+        return False
+
+    @property
     def block(self) -> int:
         """How many consecutive columns have to be chosen together."""
         return 1
@@ -132,6 +137,17 @@ class Constraint(ABC):
             False where every weight of that shape is in the set.
         """
         return not self.selects or self.zeros(rows, columns) > 0
+
+    def width(self, columns: int) -> int:
+        """How many columns a model keeps that the constraint `narrows`.
+
+        Args:
+            columns: n.
+
+        Returns:
+            The number.
+        """
+        return columns
 
     def parts(self, rows: int) -> list[tuple[slice, "Constraint"]]:
         """The constraint of each operator in a stack of `rows`, with its rows; of one operator itself."""

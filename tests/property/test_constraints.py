@@ -15,6 +15,7 @@ from convexprune import pruners
 from convexprune._layerwise.steps.survey import ModelAllocation
 from convexprune.constraints import (
     KINDS,
+    Channels,
     Columns,
     Constraint,
     Int8,
@@ -31,6 +32,7 @@ singles = st.one_of(
     st.builds(Unstructured, shares, st.sampled_from(("matrix", "row"))),
     groups.map(lambda pair: SemiStructured(*pair)),
     st.builds(Columns, shares),
+    st.builds(Channels, shares, st.integers(1, 512)),
     st.builds(Int8),
 )
 stacks = st.lists(st.tuples(singles, st.integers(1, 4096)), min_size=1, max_size=4).map(
@@ -42,6 +44,7 @@ SMALL: dict[str, Constraint] = {
     "row": Unstructured(0.5, "row"),
     "2:4": SemiStructured(2, 4),
     "columns": Columns(0.5),
+    "channels": Channels(0.5, 2),
     "int8": Int8(),
     "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),
 }

@@ -62,7 +62,7 @@ class ModelAllocation:
             The settings with it.
         """
         weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
-        return replace(settings, patterns=self.patterns(pattern), row_weights=weights)
+        return replace(settings, patterns={**settings.patterns, **self.patterns(pattern)}, row_weights=weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +175,11 @@ def check_rule(rule: str, pattern: Constraint) -> None:
     if rule not in ("uniform", "curve") and not pattern.continuous:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
+        )
+    if rule not in ("uniform", "rows") and pattern.narrows:
+        raise RecipeError(
+            f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
+            "the same width. Accepted: 'uniform', 'rows'."
         )
     if rule == "rows" and pattern.by_row:
         raise RecipeError(

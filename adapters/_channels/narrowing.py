@@ -1,0 +1,307 @@
+"""Channels removed for good: those whose number a setting of the model says, the same in all layers."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from convexprune._storage.tensors import Entry
+from convexprune.constraints import Columns, Constraint
+from convexprune.errors import ModelError
+
+from .._checkpoints.building import parameters_on_meta
+from .._checkpoints.model_folder import CONFIG
+from .._huggingface import HuggingFaceModel
+from .channels import Channels
+from .cut import Cut, CutEntry
+from .inner_channels import inner_channels
+
+UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size
+
+Path = tuple[str, ...]
+"""Where a setting is in the configuration: the names of those it is inside of, and its own."""
+Shapes = dict[str, tuple[int, ...]]
+"""Those of parameters, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """The channels of a model that can be removed, and how many are to be.
+
+    Args:
+        sets: of channels, each the inputs of one operator, after which it is named.
+        widths: of the settings that say how many there are: before and after.
+        settings: of the model, as its config.json has them.
+    """
+
+    sets: tuple[Channels, ...]
+    widths: Mapping[Path, tuple[int, int]]
+    settings: Mapping[str, Any]
+
+    @property
+    def patterns(self) -> dict[str, Columns]:
+        """What each operator is pruned to, by name."""
+        return {one.name: Columns(self._removed(one.size) / one.size) for one in self.sets}
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        """Have only these operators pruned of their `model`; their names in a decoder layer, each once."""
+        names = {one.name for one in self.sets}
+        inside = {o.name: None for y in model.layers for o in y.operators if f"{y.name}.{o.name}" in names}
+        model.choose(tuple(inside), because="it reads no channels that are removed")
+        return tuple(inside)
+
+    def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
+        """The model without the channels of which the pruned operators make no use.
+
+        Args:
+            read: gives a pruned weight by its name in the model.
+
+        Returns:
+            What is removed, and what is left.
+
+        Raises:
+            ModelError: an operator uses too many channels.
+        """
+        removed = dict[str, list[int]]()
+        for one in self.sets:
+            (axis,) = one.consumers
+            unused = (axis.of(read(axis.parameter)) == 0).all(1 - axis.dim).nonzero().flatten().tolist()
+            removed[one.name] = unused[: self._removed(one.size)]
+        return self.without(removed)
+
+    def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
+        """The model without some channels.
+
+        Args:
+            removed: numbers of channels, by the name of the set.
+
+        Returns:
+            What is removed, and what is left.
+
+        Raises:
+            ModelError: they are not as many as there should be, or there are no such channels.
+        """
+        for one in self.sets:
+            found, count = set(removed.get(one.name, ())), self._removed(one.size)
+            if len(found) != count or not found <= set(range(one.size)):
+                raise ModelError(f"{one.name}: {len(found)} of {one.size} channels to remove; it should be {count}.")
+        return Narrowed(self, {one.name: sorted(removed[one.name]) for one in self.sets})
+
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The `settings` of the model, with the new widths."""
+        changed = deepcopy(dict(settings))
+        for path, (_, after) in self.widths.items():
+            _set(changed, path, after)
+        return changed
+
+    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
+        """Check that settings are those of the smaller model.
+
+        Args:
+            model: the dense model.
+            settings: as they are in a config.json.
+
+        Raises:
+            ModelError: a model of them has other shapes.
+        """
+        shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+        if _shapes(model.model, settings) != _expected(shapes, self.sets, self.widths):
+            raise ModelError(f"{model.name}: config.json is not that of the model without its channels.")
+
+    def _removed(self, size: int) -> int:
+        return next(before - after for before, after in self.widths.values() if before == size)
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """A model without some channels.
+
+    Args:
+        narrowing: what can be removed.
+        removed: the numbers of the channels, by the name of the operator that they are inputs of.
+    """
+
+    narrowing: Narrowing
+    removed: Mapping[str, list[int]]
+
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """What is left of each parameter that becomes smaller, by name."""
+        return _cuts(self.narrowing.sets, self.removed)
+
+    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
+        """The smaller model, with the weights of a `model` that is whole in memory."""
+        inner, cuts = model.model, self.cuts
+        narrower = _built(inner, self.narrowing.configured(inner.config.to_dict()))
+        state = {name: cuts[name].of(t) if name in cuts else t for name, t in inner.state_dict().items()}
+        narrower.load_state_dict(state, assign=True)
+        narrower.tie_weights()
+        narrower.generation_config = inner.generation_config
+        narrower.name_or_path = inner.name_or_path
+        return narrower.to(model.device).eval()  # pyright: ignore[reportCallIssue]
+
+    def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
+        """The smaller of a `model` that is whole in memory, with its tokenizer."""
+        narrower = copy(model)
+        narrower.model = self.model(model)
+        return narrower
+
+    @torch.no_grad()
+    def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
+        """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
+
+        Args:
+            narrower: a model that was written so.
+            dense: the model that it was made of; both are whole in memory.
+        """
+        cuts = self.cuts
+        for name, parameter in dense.model.named_parameters():
+            small = narrower.model.get_parameter(name)
+            parameter.copy_(cuts[name].back(small, parameter) if name in cuts else small)
+
+    def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Where what is left of tensors is, by the names of the `whole` ones in the model."""
+        cuts = self.cuts
+        return {name: CutEntry.without(e, cuts[name]) if name in cuts else e for name, e in whole.items()}
+
+    def note(self) -> dict[str, Any]:
+        """What `channels.json` says."""
+        widths = {".".join(path): list(pair) for path, pair in self.narrowing.widths.items()}
+        return {"widths": widths, "removed": dict(self.removed)}
+
+    def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:
+        """Widths, and numbers of parameters, of a `model` before and after."""
+        cuts, layers = self.cuts, tuple(f"{layer.name}." for layer in model.layers)
+        whole, decoder = [0, 0], [0, 0]
+        for name, parameter in model.model.named_parameters():
+            shape = cuts[name].shape(tuple(parameter.shape)) if name in cuts else parameter.shape
+            pair = parameter.numel(), torch.Size(shape).numel()
+            for total in (whole, decoder) if name.startswith(layers) else (whole,):
+                total[:] = (a + b for a, b in zip(total, pair, strict=True))
+        return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": whole}
+
+
+def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
+    """The channels of a dense model that a pattern removes: inside of MLPs and experts, found by experiment.
+
+    Which setting says how many there are is found by its value, and tried: the model is built anew, without memory,
+    with another value, and exactly those parameters have to become smaller that belong to the channels.
+
+    Args:
+        model: the dense model.
+        pattern: says how many are left.
+
+    Returns:
+        The channels and the settings.
+
+    Raises:
+        ModelError: there are no such channels, or no setting says how many.
+        PatternError: the pattern does not fit their number.
+    """
+    whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
+    if not whole:
+        raise ModelError(f"{model.name}: no channels between two operators are to be found that could be removed.")
+    settings = _settings(model)
+    shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+    widths, sets = dict[Path, tuple[int, int]](), list[Channels]()
+    for size in dict.fromkeys(one.size for one in whole):
+        pattern.check(1, size)
+        for path in _candidates(model.model.config, size):
+            pair = size, pattern.width(size)
+            found = _said_by(model.model, settings, {path: pair}, [one for one in whole if one.size == size], shapes)
+            if found:
+                widths[path] = pair
+                sets += found
+                break
+    if not sets:
+        sizes = ", ".join(str(size) for size in dict.fromkeys(one.size for one in whole))
+        raise ModelError(
+            f"{model.name}: no setting of its configuration says how many channels its MLP has ({sizes}), so that a "
+            "model with fewer cannot be written. Pattern 'columns' zeroes them in place."
+        )
+    found = Narrowing(tuple(sets), widths, settings)
+    found.require_configured(model, found.configured(settings))
+    return found
+
+
+def _said_by(
+    model: PreTrainedModel,
+    settings: Mapping[str, Any],
+    widths: Mapping[Path, tuple[int, int]],
+    sets: Sequence[Channels],
+    shapes: Shapes,
+) -> list[Channels]:
+    """Those of the sets whose size these settings say; none if they say something else, or something more."""
+    built = _shapes(model, Narrowing((), widths, settings).configured(settings))
+    changed = {name for name, shape in built.items() if shape != shapes.get(name)}
+    found = [one for one in sets if one.consumers[0].parameter in changed]
+    try:
+        return found if built == _expected(shapes, found, widths) else []
+    except ModelError:
+        return []
+
+
+def _expected(shapes: Shapes, sets: Sequence[Channels], widths: Mapping[Path, tuple[int, int]]) -> Shapes:
+    """The shapes of parameters without as many channels as the settings say."""
+    counts = {before: before - after for before, after in widths.values()}
+    cuts = _cuts(sets, {one.name: range(counts[one.size]) for one in sets})
+    return {name: cuts[name].shape(shape) if name in cuts else shape for name, shape in shapes.items()}
+
+
+def _cuts(sets: Iterable[Channels], removed: Mapping[str, Iterable[int]]) -> dict[str, Cut]:
+    gone: dict[str, dict[tuple[int, int | None], list[int]]] = {}
+    readers = {axis.parameter for one in sets for axis in one.consumers}
+    for one in sets:
+        for axis in (*one.axes, *one.consumers):
+            own = gone.setdefault(axis.parameter, {}).setdefault((axis.dim, axis.index), [])
+            own += [axis.start + number for number in removed[one.name]]
+    found = dict[str, Cut]()
+    for name, each in gone.items():
+        (dim, *others) = {dim for dim, _ in each}
+        if others:
+            raise ModelError(f"{name}: channels are rows and columns of it.")
+        found[name] = Cut(dim, {index: tuple(numbers) for (_, index), numbers in each.items()}, name in readers)
+    return found
+
+
+def _settings(model: HuggingFaceModel) -> dict[str, Any]:
+    if model.shards is None:
+        return model.model.config.to_dict()
+    return json.loads((model.shards.folder / CONFIG).read_bytes())
+
+
+def _candidates(config: PretrainedConfig, size: int) -> Iterator[Path]:
+    """Settings that may say a size: those that have its value, and then those that are left to the model."""
+    text = config.get_text_config()
+    inside = () if text is config else tuple(name for name, value in vars(config).items() if value is text)[:1]
+    values = text.to_dict()
+    yield from ((*inside, name) for name, value in values.items() if type(value) is int and value == size)
+    yield from (
+        (*inside, name) for name, value in values.items() if value is None and any(part in name for part in UNSET)
+    )
+
+
+def _set(settings: dict[str, Any], path: Path, value: int) -> None:
+    *inside, name = path
+    for each in inside:
+        settings = settings.setdefault(each, {})
+    settings[name] = value
+
+
+def _built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the same class with other settings, its parameters without memory."""
+    with parameters_on_meta():
+        return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
+
+
+def _shapes(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
+    """Those of the parameters of a model with other settings; none if there is no such model."""
+    try:
+        return {name: tuple(p.shape) for name, p in _built(model, settings).named_parameters()}
+    except (ValueError, RuntimeError, TypeError, AssertionError):  # whatever a family says of a size it cannot have
+        return {}

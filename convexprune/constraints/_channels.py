@@ -1,0 +1,96 @@
+"""Channels that are removed for good: whole columns, and so many that a multiple is left."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import Tensor
+
+from convexprune.constraints._base import Constraint, Quota
+from convexprune.constraints._columns import Columns
+from convexprune.constraints._share import check_share, from_percent, percent
+from convexprune.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Channels(Constraint):
+    """Columns that are zero in all rows; of n there remain (1 - sparsity) n, rounded to a `multiple`.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1), or a multiple below 1.
+    """
+
+    sparsity: float
+    multiple: int = 64
+
+    def __post_init__(self) -> None:
+        check_share(self.sparsity)
+        if self.multiple < 1:
+            raise PatternError(f"channels:{self.multiple} is no width. Accepted: channels:64, channels:256, ...")
+
+    def describe(self) -> str:
+        return f"channels:{self.multiple} {percent(self.sparsity)}"
+
+    @classmethod
+    def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
+        match = re.fullmatch(r"channels(?::(\d{1,9}))?(?: ([\d.]+)%)?", text)
+        if match is None:
+            return None
+        if quota != "matrix":
+            raise PatternError("Pattern 'channels' removes columns from all rows. Leave quota out.")
+        share = from_percent(match[2]) if match[2] else 0.5 if sparsity is None else sparsity
+        return cls(share, int(match[1] or cls.multiple))
+
+    @property
+    def selects(self) -> bool:
+        """It is, of columns."""
+        return True
+
+    @property
+    def continuous(self) -> bool:
+        """To a multiple."""
+        return True
+
+    @property
+    def by_row(self) -> bool:
+        """All rows choose together."""
+        return False
+
+    @property
+    def narrows(self) -> bool:
+        """It does."""
+        return True
+
+    def width(self, columns: int) -> int:
+        return self.multiple * round((1 - self.sparsity) * columns / self.multiple)
+
+    def of(self, columns: int) -> Columns:
+        """The constraint of an operator with so many `columns`."""
+        return Columns((columns - min(self.width(columns), columns)) / columns)
+
+    def check(self, rows: int, columns: int) -> None:
+        if not 0 < self.width(columns) < columns:
+            raise PatternError(
+                f"Sparsity {self.sparsity} of {columns} channels rounds to a width of {self.width(columns)}. Take "
+                f"another sparsity, or a lower multiple than {self.multiple}: pattern 'channels:8', say."
+            )
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return self.of(columns).zeros(rows, columns)
+
+    def with_sparsity(self, sparsity: float) -> "Channels":
+        return replace(self, sparsity=sparsity)
+
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        return self.of(weight.shape[1]).project(weight, metric)
+
+    def violation(self, weight: Tensor) -> int:
+        return self.of(weight.shape[1]).violation(weight)
+
+    def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        if first:
+            raise PatternError(f"Pattern {self} is decided at once, not in blocks of columns.")
+        return self.of(scores.shape[1]).mask(scores)
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        return self.of(scores.shape[1]).threshold(scores)
