@@ -143,7 +143,7 @@ class Narrowed:
         narrower.tie_weights()
         narrower.generation_config = inner.generation_config
         narrower.name_or_path = inner.name_or_path
-        return narrower.to(model.device).eval()  # pyright: ignore[reportCallIssue]
+        return narrower.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
 
     def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
         """The smaller of a `model` that is whole in memory, with its tokenizer."""

@@ -73,6 +73,8 @@ class InFolder(Request):
             if not self.sources.has_sampled:
                 self._windows(loaded, {})
         settings = {name: value for name, value in self.recipe.chosen.items() if name != "model"}
+        if self.narrowing is not None:
+            settings |= {"pattern": "columns", "targets": self.open.keywords["targets"]}
         return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:

@@ -68,7 +68,7 @@ def test_every_family_without_channels_computes_what_it_does_with_zeros(family: 
     assert counts == [sum(p.numel() for p in model.model.parameters()), own]
     assert narrowed.note()["widths"] == WIDTHS.get(family, {"intermediate_size": [48, 32]})
     with pytest.raises(ModelError, match="channels to remove; it should be"):
-        found.without(narrowed.removed | {found.sets[0].name: [0]})
+        found.without({**narrowed.removed, found.sets[0].name: [0]})
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def test_in_memory_the_result_is_that_of_the_folder(folder: Callable[[str], Path
 
 
 def test_a_checkpoint_that_does_not_stream_is_written_too(build: Callable[[str], PreTrainedModel], tmp_path: Path):
-    source, given = tmp_path / "dense", SMALL | {"allow_pickle": True}
+    source = tmp_path / "dense"
     build("llama").config.save_pretrained(source)
     torch.save(build("llama").state_dict(), source / "pytorch_model.bin")
-    result = convexprune.prune(source, **given, output_dir=tmp_path / "out")
+    result = convexprune.prune(source, **SMALL, allow_pickle=True, output_dir=tmp_path / "out")
     assert result.report.environment["loading"].startswith("whole")
     assert result.model.config.intermediate_size == 32
 
