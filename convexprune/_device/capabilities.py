@@ -17,6 +17,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether tensors on a `device` are in the memory of the process: to read one waits for nothing."""
+    return device.type == "cpu"
+
+
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether torch.compile writes kernels for a `device` at once: on a GPU, with Triton."""

@@ -8,6 +8,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from convexprune._device.capabilities import is_host
+from convexprune._device.select import kth_smallest
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
@@ -258,11 +260,11 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    least = scores.kthvalue(scores.shape[1] - count + 1, dim=1, keepdim=True).values
+    least = kth_smallest(scores, scores.shape[1] - count + 1)
     kept = scores >= least
-    if int(kept.sum()) == count * len(scores):
+    if is_host(scores.device) and int(kept.sum()) == count * len(scores):  # elsewhere the host would wait
         return kept
     above = scores > least
     missing = count - above.sum(1, keepdim=True)
     ties = kept ^ above
-    return above | (ties & (ties.cumsum(1) <= missing))
+    return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= missing))

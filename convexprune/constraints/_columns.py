@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
 from convexprune.constraints._share import check_share, from_percent, percent, shares_around
 from convexprune.errors import PatternError
@@ -68,7 +69,7 @@ class Columns(Mask):
     def threshold(self, scores: Tensor) -> Tensor:
         """A column counts as a whole: each of its scores is to its threshold as its norm is to that of all columns."""
         norms = _norms(scores)
-        between = norms.kthvalue(min(self._removed(norms.shape[1]) + 1, norms.shape[1]), dim=1, keepdim=True).values
+        between = kth_smallest(norms, min(self._removed(norms.shape[1]) + 1, norms.shape[1]))
         return scores.abs() * (between / norms.clamp_min(torch.finfo(scores.dtype).tiny))
 
     def _removed(self, columns: int) -> int:

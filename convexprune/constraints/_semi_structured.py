@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Self
 
-import torch
 from torch import Tensor
 
+from convexprune._device.select import largest_of_groups, middle_of_groups
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota
 from convexprune.errors import PatternError
 
@@ -82,15 +82,11 @@ class SemiStructured(Mask):
         return [SemiStructured(kept, self.group) for kept in range(self.group - 1, 0, -1)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        groups = self._groups(scores)
-        kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept]
-        mask = torch.zeros_like(groups, dtype=torch.bool)
-        return mask.scatter_(-1, kept, True).view_as(scores)
+        return largest_of_groups(self._groups(scores), self.kept).view_as(scores)
 
     def threshold(self, scores: Tensor) -> Tensor:
         groups = self._groups(scores)
-        ordered = groups.abs().sort(dim=-1, descending=True).values
-        middle = (ordered[..., self.kept - 1, None] + ordered[..., self.kept, None]) / 2  # in so few, it matters
+        middle = middle_of_groups(groups, self.kept)  # in so few, it matters that it is the middle
         return middle.expand_as(groups).reshape(scores.shape)
 
     def _groups(self, scores: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ class Stacked(Constraint):
         return torch.cat([each.mask(part, first) for each, part in self._split(scores)])
 
     def threshold(self, scores: Tensor) -> Tensor:
-        return torch.cat([each.threshold(part).expand_as(part) for each, part in self._split(scores)])
+        levels = [each.threshold(part) for each, part in self._split(scores)]
+        width = max(level.shape[1] for level in levels)  # 1, where each row has one
+        return torch.cat([level.expand(height, width) for level, height in zip(levels, self.heights, strict=True)])
 
     def _pairs(self) -> Iterator[tuple[Constraint, int]]:
         return zip(self.constraints, self.heights, strict=True)

@@ -8,6 +8,7 @@ from typing import Self
 
 from torch import Tensor
 
+from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota, keep_largest
 from convexprune.constraints._share import check_share, from_percent, percent, shares_around
 from convexprune.errors import PatternError
@@ -76,7 +77,7 @@ class Unstructured(Mask):
         lines = self._lines(scores)
         sample = lines[:, :: _sample_step(lines.shape[1], columns)]
         zeros = round(self.zeros(rows, columns) / (rows * columns) * sample.shape[1])
-        return sample.abs().kthvalue(min(zeros + 1, sample.shape[1]), dim=1, keepdim=True).values
+        return kth_smallest(sample.abs(), min(zeros + 1, sample.shape[1]))
 
     def _lines(self, scores: Tensor) -> Tensor:
         return scores if self.by_row else scores.reshape(1, -1)

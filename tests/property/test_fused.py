@@ -2,15 +2,14 @@
 
 import inspect
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
+from counting import counted
 from pruning_cases import correlated, layer_problem
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune._device import kernels as room
 from convexprune._device.capabilities import has_kernels
@@ -92,26 +91,8 @@ def test_kernels_are_for_gpus(monkeypatch: pytest.MonkeyPatch):
     assert not has_kernels.__wrapped__(torch.device("cuda"))
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: a number that is read from a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counted = Counter[str]()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counted[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def total(self) -> int:
-        return sum(count for name, count in self.counted.items() if "_local_scalar_dense" in name or "nonzero" in name)
-
-
 def waits(work: Callable[[], object]) -> int:
-    with Waits() as seen:
-        work()
-    return seen.total
+    return counted(work)["reads"]
 
 
 def pruned(**settings) -> int:

@@ -61,7 +61,7 @@ def test_a_stack_is_its_operators_one_by_one(operators, n, seed, quota):
     parts = list(zip(patterns, values.split(heights), strict=True))
     assert torch.equal(stack.mask(values), torch.cat([own.mask(part) for own, part in parts]))
     levels = [own.threshold(part).expand_as(part) for own, part in parts]
-    assert torch.equal(stack.threshold(values), torch.cat(levels))
+    assert torch.equal(stack.threshold(values).expand_as(values), torch.cat(levels))
     assert stack.zeros(*values.shape) == sum(own.zeros(*part.shape) for own, part in parts)
 
 
