@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -144,6 +145,14 @@ class HuggingFaceModel(AbstractModel):
         self._keeps = False
         for layer in self.layers:
             self.load_state(layer, self._original.layers.get(layer.name, {}))
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it was read from; None if it was a name on the hub that was loaded whole, or nobody knows."""
+        if self.shards is not None:
+            return self.shards.folder
+        path = Path(self.name).expanduser()
+        return path if path.is_dir() else None
 
     @property
     def device(self) -> torch.device:

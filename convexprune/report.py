@@ -135,6 +135,12 @@ class Report:
             are, and so the `decoder_parameters` and all `parameters`. `sparsity` is then the share of columns removed
             from the operators that read them.
         packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
+        documents: the sha256 of what was made of the report for people, by path: who wants may change it.
+        base: what the card of the base model says of its licence and language, and the names of its card and licence
+            in the result, as "files".
+        bytes: of the result's files, packed if it is a pack; None if it was not written.
+        memory: the most bytes that this process held, since it began, as "process"; the largest of its workers, as
+            "workers"; and on the GPU, as "gpu".
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -151,6 +157,10 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     packed: dict[str, Number] | None = None
     narrowed: dict[str, list[int]] | None = None
+    documents: dict[str, str] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    bytes: int | None = None
+    memory: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         gap = "" if self.largest_gap is None else f", largest gap {self.largest_gap:.1e}"
@@ -178,6 +188,11 @@ class Report:
     def short_of_tokens(self) -> dict[str, int]:
         """The tokens of each expert that had fewer than it has inputs; its moments borrow those of others."""
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
+
+    @property
+    def asks_for_zeros(self) -> bool:
+        """Whether zeros were asked for: not if channels were removed, nor on a grid, which has those of rounding."""
+        return self.narrowed is None and any(o.expected_zeros for o in self.operators)
 
     @property
     def sparser_before(self) -> str | None:

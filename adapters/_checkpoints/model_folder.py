@@ -17,11 +17,9 @@ from convexprune._storage.tensors import DTYPES, entries
 from convexprune.errors import ModelError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# What is not copied to the result: weights, which are written anew, or would be the dense ones in another format; and
-# what is said of the dense model.
-NOT_COPIED = (
-    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", "README.md",
-)  # fmt: skip
+DOCUMENTS = ("README*.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")  # what people read, of a model on the hub
+# Weights are not copied to the result: they are written anew, or would be the dense ones in another format.
+NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
 
 class NotStreamable(Exception):
@@ -155,7 +153,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def companions(folder: Path, with_code: bool) -> list[Path]:
-    """The files that are copied to the result: tokenizers and the like, and code if it was trusted.
+    """The files that are copied to the result: tokenizers and the like, the card, and code if it was trusted.
 
     Args:
         folder: of a model.
@@ -216,7 +214,7 @@ def local_folder(source: str, revision: str, local_files_only: bool = False) -> 
     """
     if Path(source).is_dir():
         return Path(source)
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *DOCUMENTS]
     return Path(
         snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
     )

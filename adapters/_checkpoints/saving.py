@@ -1,5 +1,6 @@
 """A model written as a folder that transformers loads: of one that streams tensor by tensor, of a loaded one whole."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import FolderStore
-from convexprune._runs.folder import OWN, WORK
 from convexprune._storage.failures import writing
-from convexprune._storage.files import make_folder, publish
+from convexprune._storage.files import copy_file, make_folder, publish
 from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json
 from convexprune._storage.tensors import Entry
@@ -20,6 +20,9 @@ from convexprune._storage.tensors import Entry
 from .._channels.narrowing import Narrowed
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
+from .documents import documents, result_name
+from .model_folder import CONFIG
+from .shards import write_settings
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,7 @@ def save_from_store(
     store: FolderStore,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
+    settings: Mapping[str, Any],
     narrowed: Narrowed | None = None,
 ) -> set[Path]:
     """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
@@ -103,6 +107,7 @@ def save_from_store(
         store: with all layers finished.
         folder: where to.
         tokenizer: the caller's own, if it is not the one beside the checkpoint.
+        settings: to be added to config.json.
         narrowed: the channels to leave out.
 
     Returns:
@@ -114,14 +119,15 @@ def save_from_store(
     if model.shards is None:
         with writing(folder), store.scratch_folder(store.count) as place:
             save(model if narrowed is None else narrowed.apply_to(model), place)
+            write_settings(place / CONFIG, json.loads((place / CONFIG).read_bytes()) | dict(settings))
+            for path in [] if model.folder is None else documents(model.folder):
+                copy_file(path, place / result_name(path.name))
             return _publish(place, folder)
-    configured = dict if narrowed is None else narrowed.narrowing.configured
-    model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured)
-    source, written = model.shards.folder, set[Path]()
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and (source / name).is_file() and name.parts[0] not in (WORK, *OWN):
-            written.add(path)
+
+    def configured(config: Mapping[str, Any]) -> dict[str, Any]:
+        return (dict(config) if narrowed is None else narrowed.narrowing.configured(config)) | dict(settings)
+
+    written = model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured)
     if tokenizer is not None:
         with writing(folder), store.scratch_folder(store.count) as place:
             tokenizer.save_pretrained(place)

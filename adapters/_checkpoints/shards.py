@@ -20,6 +20,7 @@ from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, ra
 from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite
+from .documents import result_name
 from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
 from .origin import Origin
 from .stored_names import stored_names
@@ -144,7 +145,7 @@ class Shards:
         for name in layer.module.state_dict():
             self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
 
-    def assemble(self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict) -> None:
+    def assemble(self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict) -> set[Path]:
         """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
         All other tensors are copied, in the dtype of the model.
@@ -154,6 +155,9 @@ class Shards:
             pruned: the tensors that replace others, by their names in the model.
             configured: what config.json says of the result, by what it says of the model.
 
+        Returns:
+            The files written.
+
         Raises:
             OutputError: the disk is full or fails.
             ModelError: a file of the checkpoint has changed since it was opened.
@@ -162,14 +166,17 @@ class Shards:
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         total = sum(self._write_shard(path, target / self._name(path), replaced) for path in self.files)
         self._copy_companions(target)
+        written = {target / name for name in (CONFIG, *map(self._name, self.files), *self._companions.values())}
         if self.files != [self.folder / WEIGHTS]:
             index = read_index(self.folder)
             index["metadata"] = index.get("metadata", {}) | {"total_size": total}
-            _write_text(target / INDEX, index)
+            write_settings(target / INDEX, index)
+            written.add(target / INDEX)
         config = configured(self._settings(self.folder / CONFIG))
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         self.require_unchanged()
-        _write_text(target / CONFIG, config)
+        write_settings(target / CONFIG, config)
+        return written
 
     def require_assembled(self, folder: Path, pruned: Mapping[str, Entry]) -> None:
         """Check that `assemble` has written what it should, bit for bit.
@@ -200,12 +207,17 @@ class Shards:
         write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
         return sum(spec.nbytes for spec in specs.values())
 
+    @property
+    def _companions(self) -> dict[Path, str]:
+        """What is copied beside the weights, and the names of the copies."""
+        return {path: result_name(path.name) for path in companions(self.folder, self.trusted)}
+
     def _copy_companions(self, target: Path) -> None:
-        for path in companions(self.folder, self.trusted):
+        for path, name in self._companions.items():
             if not self.trusted and path.suffix == ".json" and b'"auto_map"' in path.read_bytes():
-                _write_text(target / path.name, self._settings(path))
+                write_settings(target / name, self._settings(path))
             else:
-                copy_file(path, target / path.name)
+                copy_file(path, target / name)
 
     def _settings(self, path: Path) -> Any:
         """What a JSON file says, but for where code lies that was not trusted and is not copied."""
@@ -279,6 +291,15 @@ def _changed(path: Path) -> ModelError:
     )
 
 
-def _write_text(path: Path, value: Any) -> None:
+def write_settings(path: Path, value: Any) -> None:
+    """Write a file of settings as transformers does.
+
+    Args:
+        path: of the file.
+        value: that JSON can hold.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
     with atomic_write(path) as file:
         write(file, (json.dumps(value, indent=2) + "\n").encode())

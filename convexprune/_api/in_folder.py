@@ -16,6 +16,7 @@ from convexprune._device.machine import threads as use_threads
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
+from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._runs.folder import CHANNELS, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
@@ -98,6 +99,8 @@ class InFolder(Request):
             pruned = self._read()
             for layer in loaded.layers:
                 loaded.load_state(layer, pruned.get_submodule(layer.name).state_dict())
+        if in_place:
+            mark_sparse(loaded.model, folder.report())
         model = (lambda: loaded.model) if in_place else self._read
         return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
 
@@ -148,19 +151,24 @@ class InFolder(Request):
         folder = self.folder.folder
         discard_packs(folder)
         narrowed = self._narrowed(loaded, store)
-        written = save_from_store(loaded, store, folder, self.given_tokenizer, narrowed)
-        notes = [write_recipe(self.recipe, folder)]
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
+        settings = sparsity_settings(report)
+        written = save_from_store(loaded, store, folder, self.given_tokenizer, settings, narrowed)
+        notes = [write_recipe(self.recipe, folder)]
+        if narrowed is not None:
             write_json(folder / CHANNELS, narrowed.note())
             notes.append(folder / CHANNELS)
         require_written(loaded, folder, report.operators, store, narrowed)
         report.files = self.folder.checksums([*written, *notes])
+        report.bytes = sum(path.stat().st_size for path in (*written, *notes))
         if self.call.pack:
             packed = pack_in_place(folder, report.files)
             report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
+            report.bytes = packed.after
         self.clock.lap("write")
-        report.seconds = self.clock.laps
+        self._end(report)
+        report.documents = self.folder.checksums([write_card(report, folder)])
         self.folder.finish(report)
 
     def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> Narrowed | None:

@@ -6,6 +6,7 @@ from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._device.machine import threads as use_threads
 from convexprune._progress import begin
+from convexprune._rendering.card import mark_sparse
 from convexprune._runs.run import prune_in_place
 from convexprune.adapters import HuggingFaceModel
 from convexprune.report import OperatorReport
@@ -38,9 +39,10 @@ class InMemory(Request):
         self.clock.lap("prune")
         self._evaluate(report, "pruned", loaded, windows)
         self._warn(report, report.sparser_before)
-        report.seconds = self.clock.laps
+        self._end(report)
         pruned = loaded.model
         if self.narrowing is not None:
             narrowed = self.narrowing.narrowed(pruned.get_parameter)
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
+        mark_sparse(pruned, report)
         return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)

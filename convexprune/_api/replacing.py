@@ -76,7 +76,7 @@ def _foreign(run: RunFolder) -> Iterator[str]:
     if not run.folder.is_dir() or not (run.is_finished or run.is_unfinished):
         yield from (path.name for path in run.folder.iterdir()) if run.folder.is_dir() else (run.folder.name,)
         return
-    files = run.report().files if run.is_finished else {}
+    files = run.report().files | run.report().documents if run.is_finished else {}
     ours = {*OWN, *files, *(packed_name(Path(name)).as_posix() for name in files)}
     works = run.is_unfinished or (run.work / RUN).is_file()
     for path in sorted(run.folder.rglob("*")):

@@ -14,7 +14,15 @@ from convexprune._api.report_copies import check_copies
 from convexprune._api.run_warnings import run_warnings
 from convexprune._api.windows import Sources, Windows, is_self, name_of_text
 from convexprune._api.workers import executor_for, team_size
-from convexprune._device.machine import Clock, check_threads, default_device, installation, processor, versions
+from convexprune._device.machine import (
+    Clock,
+    check_threads,
+    default_device,
+    installation,
+    peak_memory,
+    processor,
+    versions,
+)
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.steps.survey import WEIGHED
@@ -26,6 +34,7 @@ from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_toke
 from convexprune.adapters._allocating import allocate
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
+from convexprune.adapters._checkpoints.documents import said_of_base
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
@@ -126,6 +135,7 @@ class Request:
     def _report(self, loaded: HuggingFaceModel, windows: Windows) -> Report:
         environment = _environment(loaded) | {"threads": self.threads}
         report = Report(self.recipe.model_dump(mode="json"), dict(loaded.left_alone), environment)
+        report.base = said_of_base(loaded.folder)
         for warning in run_warnings(loaded, windows, self.recipe):
             self._warn(report, warning)
         return report
@@ -140,6 +150,10 @@ class Request:
     def _on_operator(self, loaded: HuggingFaceModel) -> OnOperator:
         operators = sum(len(layer.operators) for layer in loaded.layers)
         return self.progress(operators) if self.progress is not None else lambda _: None
+
+    def _end(self, report: Report) -> None:
+        """What a run took, once it is done."""
+        report.seconds, report.memory = self.clock.laps, peak_memory(self.device)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
         if "evaluation" in windows:

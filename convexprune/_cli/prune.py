@@ -61,7 +61,7 @@ def prune(
         return
     if verbose:
         show(result.report.table())
-    console.print(summary(result.report, result.output_dir))
+    console.print(summary(result.report))
     console.print(f"pruned model: {result.output_dir.resolve()}  (every operator: report.json)", soft_wrap=True)
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from convexprune.errors import ConvexpruneError, PruningError, RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
-    "_cli", "_container", "_doctor", "errors.py", "_progress.py", "report.py", "_runs/cost.py", "_runs/sizes.py",
+    "_cli", "_container", "_doctor", "_rendering", "errors.py", "_progress.py", "report.py", "_runs/cost.py",
+    "_runs/sizes.py",
     "_runs/speed.py",
     "adapters/_discovery/inspection.py", "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
     "validation/_bench.py", "validation/_formats.py", "validation/_oracles.py", "validation/_plots.py",
@@ -177,6 +180,23 @@ def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversab
         elif name not in SHOWING and name.endswith(".py"):
             found.append((name, child))
     return found
+
+
+def peak_memory(device: torch.device | str) -> dict[str, int]:
+    """The most memory that was held since this process began.
+
+    Args:
+        device: where it computes.
+
+    Returns:
+        Bytes: of the "process", of the largest of its ended "workers" if it had any, and of torch on the "gpu".
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    kinds = {"process": resource.RUSAGE_SELF, "workers": resource.RUSAGE_CHILDREN}
+    found = {name: resource.getrusage(kind).ru_maxrss * unit for name, kind in kinds.items()}
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.max_memory_allocated(device)
+    return {name: size for name, size in found.items() if size}
 
 
 class Clock:

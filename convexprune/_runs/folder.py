@@ -25,7 +25,8 @@ from convexprune.report import Report
 logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
 CHANNELS = "channels.json"  # which were removed for good
-OWN = (RUN, LOCK, FINISH, REPORT, CHANNELS, "recipe.yaml")  # names that no file of a model may have in an output folder
+CARD, PAGE = "README.md", "report.html"  # what the report says, for people
+OWN = (RUN, LOCK, FINISH, REPORT, PAGE, CHANNELS, "recipe.yaml")  # not to be names of a model's files
 TOKENS = "tokens.safetensors"
 LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done

@@ -91,6 +91,7 @@ def _killed_at_writes(dense: Path, folder: Path, expected, monkeypatch, moments:
         assert {path.name for path in out.iterdir()} == {path.name for path in dense.iterdir()} | {
             "recipe.yaml",
             "report.json",
+            "README.md",
         }
 
 

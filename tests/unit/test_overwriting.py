@@ -52,11 +52,14 @@ def spoil(folder: Path, how: str) -> str:
         (folder / "work").mkdir()
         (folder / "work" / "thesis.tex").write_text("mine")
         return "work/thesis.tex"
-    (folder / "config.json").write_text("{}")
-    return "config.json"
+    name = "config.json" if how == "a file that the user changed" else "README.md"
+    (folder / name).write_text("{}")
+    return name
 
 
-@pytest.mark.parametrize("how", ["a file of the user", "a folder of the user", "a file that the user changed"])
+@pytest.mark.parametrize(
+    "how", ["a file of the user", "a folder of the user", "a file that the user changed", "a card"]
+)
 def test_what_no_run_wrote_is_not_touched(build, done: Path, how: str):
     name = spoil(done, how)
     before = files(done)

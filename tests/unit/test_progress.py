@@ -77,16 +77,22 @@ def test_nobody_has_to_follow_and_who_does_hears_no_more_afterwards():
     assert heard == [("one", 2, "first")]
 
 
-def test_the_summary_fits_80_columns_and_says_what_flatters(tmp_path: Path):
-    (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
+def test_the_summary_fits_80_columns_and_says_what_flatters():
     name = "model.decoder.layers.{}.self_attn.out_proj_of_a_very_long_name_indeed"
     operators = [report(name.format(i), 0.01 * (i + 1), damping=0.148, borrowed_tokens=1) for i in range(9)]
     perplexity = {n: {"value": v, "windows": 32, "window": 256} for n, v in (("dense", 70.356), ("pruned", 70.66))}
     whole = Report(
-        {"evaluation": "self"}, {}, {}, operators, {"prune": 179.0}, perplexity, warnings=["too [few] words"]
+        {"evaluation": "self"},
+        {},
+        {},
+        operators,
+        {"prune": 179.0},
+        perplexity,
+        warnings=["too [few] words"],
+        bytes=2_000_000,
     )
     console = Console(file=StringIO(), width=200, markup=False)
-    console.print(summary(whole, tmp_path))
+    console.print(summary(whole))
     shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert max(map(len, shown.splitlines())) <= 80
     words = " ".join(shown.split())

@@ -1,0 +1,87 @@
+"""What a model folder says of itself to people: its card and its licence, which go with the result."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+from convexprune._storage.failures import reading
+from convexprune._storage.folders import refuse_foreign
+from convexprune._storage.notes import read_text
+from convexprune.errors import OutputError, shown
+
+CARD = re.compile(r"README(-base)*\.md")
+LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
+KEPT = ("license", "license_name", "license_link", "language")
+LONGEST, LONGEST_VALUE = 1 << 20, 200  # bytes of a card; characters of a value that is kept of it
+
+logger = logging.getLogger(__name__)
+
+
+def result_name(name: str) -> str:
+    """What a file of the base folder is called in the result: README.md is the result's own.
+
+    Args:
+        name: of the file.
+
+    Returns:
+        Its name; of a card one with "-base" more, so that those of several bases stand side by side.
+    """
+    return f"{name.removesuffix('.md')}-base.md" if CARD.fullmatch(name) else name
+
+
+def documents(folder: Path) -> list[Path]:
+    """The cards and the licence in a model folder.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        Their paths, in order.
+
+    Raises:
+        ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
+    """
+    with reading(folder):
+        found = [path for path in sorted(folder.iterdir()) if CARD.fullmatch(path.name) or LICENCE.match(path.name)]
+        found = [path for path in found if path.is_file() and path.suffix != ".py"]
+    for path in found:
+        refuse_foreign(path, folder)
+    return found
+
+
+def said_of_base(folder: Path | None) -> dict[str, Any]:
+    """What the base model's card says of its licence and language, and the names of the files that say more.
+
+    Args:
+        folder: of the base model.
+
+    Returns:
+        Metadata by its name on the hub, and "files": as they are named in the result. Empty without a folder.
+
+    Raises:
+        ModelError: one of the files is a link that leads out of the folder.
+    """
+    found = [] if folder is None else documents(folder)
+    cards = sorted((path for path in found if CARD.fullmatch(path.name)), key=lambda path: len(path.name))
+    metadata = _metadata(cards[0]) if cards else {}
+    return metadata | ({"files": [result_name(path.name) for path in found]} if found else {})
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The values that are kept of a card; of one that cannot be read none, and a warning."""
+    try:
+        text = read_text(card, LONGEST)
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}
+    except (OutputError, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as cause:
+        logger.warning("%s cannot be read: the licence is not named in the result's card (%s)", card, shown(str(cause)))
+        return {}
+    return {name: data[name] for name in KEPT if _is_plain(data.get(name))}
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) and len(value) <= LONGEST_VALUE else [value]
+    return all(isinstance(each, str) and 0 < len(each) <= LONGEST_VALUE for each in values)

@@ -1,0 +1,190 @@
+"""The model card of a result: README.md, with the metadata that the hub reads; and what config.json says of zeros."""
+
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from convexprune._recipe_file import GIVEN
+from convexprune._runs.folder import CARD
+from convexprune._schema.settings import BUNDLED
+from convexprune._storage.files import atomic_write, write
+from convexprune.adapters._data.corpora import CORPORA
+from convexprune.report import Report
+
+from .command import command_of
+from .facts import facts, name_of_model, short
+from .templates import code, text_of
+
+FOLDER = "DIR"  # what the card calls the place of the result, wherever it lies
+NAMES = {"dense": "perplexity, dense", "pruned": "perplexity"}
+
+
+def sparsity_settings(report: Report) -> dict[str, Any]:
+    """What config.json says of the zeros, in the words of compressed-tensors.
+
+    No loader of transformers, vLLM or SGLang looks for the key at this place: only below "quantization_config" and
+    "compression_config" does it make a model a quantised one.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        Settings to be added; none if no zeros were asked for.
+    """
+    if not report.asks_for_zeros:
+        return {}
+    return {
+        "sparsity_config": {
+            "format": "dense",  # the zeros are stored as other weights are
+            "global_sparsity": round(report.sparsity, 6),  # of the operators that were pruned
+            "sparsity_structure": report.recipe["pattern"],
+            "targets": list(report.recipe["targets"]),
+            "ignore": sorted(report.left_alone),
+        }
+    }
+
+
+def mark_sparse(model: PreTrainedModel, report: Report) -> None:
+    """Have the configuration of a pruned model say so, for when it is saved.
+
+    Args:
+        model: the model.
+        report: of the run.
+    """
+    for name, value in sparsity_settings(report).items():
+        setattr(model.config, name, value)
+
+
+def write_card(report: Report, folder: Path) -> Path:
+    """Write the model card beside a result.
+
+    Args:
+        report: of the run.
+        folder: of the result.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with atomic_write(folder / CARD) as file:
+        write(file, card(report).encode())
+    return folder / CARD
+
+
+def card(report: Report) -> str:
+    """The model card, of the report alone; no clock and no path of the machine has a part in it.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        The text of README.md.
+    """
+    name, zeros = name_of_model(report), f"{report.sparsity:.1%}"
+    body = text_of(
+        "card.md.jinja",
+        title=f"{name}, {zeros} of its weights zero" if report.asks_for_zeros else name,
+        model=name,
+        hub_name=hub_name(report.recipe.get("model")),
+        report=report,
+        zeros=zeros,
+        facts=facts(report),
+        folder=FOLDER,
+        command=command_of(report, FOLDER),
+        window=next((p["window"] for p in report.perplexity.values()), None),
+        documents=", ".join(map(code, report.base.get("files", []))),
+        licence=_licence(report),
+    )
+    return f"---\n{metadata(report).to_yaml()}\n---\n\n{body}"
+
+
+def metadata(report: Report) -> ModelCardData:
+    """What the hub reads of a result.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        The front matter of the card.
+    """
+    base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
+    dataset = hub_dataset(report)
+    zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
+    kept = {name: value for name, value in report.base.items() if name != "files"}
+    return ModelCardData(
+        model_name=name_of_model(report),
+        base_model=base,
+        base_model_relation=None if base is None else "finetune",  # the hub has no word for pruned models
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["convexprune", *(["pruned", "sparse"] if zeros else []), re.sub(r"[^\w:.\- ]", "", pattern)],
+        datasets=None if dataset is None else [dataset],
+        eval_results=_results(report) or None,
+        ignore_metadata_errors=True,
+        **zeros,
+        **kept,
+    )
+
+
+def hub_name(name: Any) -> str | None:
+    """A model's name on the hub.
+
+    Args:
+        name: of a model, as a recipe has it.
+
+    Returns:
+        The name; None if it is a folder, the bundled model, or was given loaded.
+    """
+    text = str(name)
+    if name is None or text == BUNDLED or text.endswith((GIVEN, ".gguf")) or PurePath(text).is_absolute():
+        return None
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return None
+    return text
+
+
+def hub_dataset(report: Report) -> str | None:
+    """The name on the hub of the data set that a model was calibrated on.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        The name; None if it was a file, tokens, or text that the model wrote.
+    """
+    name = str(report.recipe.get("dataset"))
+    return CORPORA[name].repository if name in CORPORA else hub_name(name) if "/" in name else None
+
+
+def _results(report: Report) -> list[EvalResult]:
+    text = str(report.recipe.get("evaluation"))
+    name = "written by the dense model" if text == "self" else "given by the caller" if GIVEN in text else short(text)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"{name}: {p['windows']} windows of {p['window']} tokens",
+            metric_type="perplexity",
+            metric_name=NAMES.get(kind, kind),
+            metric_value=round(float(p["value"]), 4),
+        )
+        for kind, p in report.perplexity.items()
+    ]
+
+
+def _licence(report: Report) -> str:
+    """What is known of the licence of the base model."""
+    base = report.base
+    named = base.get("license_name") or base.get("license")
+    said = f"that of the base model: {named if isinstance(named, str) else ', '.join(named)}" if named else ""
+    link = base.get("license_link")
+    return f"{said} ({link})" if said and link else said

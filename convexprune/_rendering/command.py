@@ -1,0 +1,71 @@
+"""The command that makes a run again, of its recipe."""
+
+import json
+import shlex
+from typing import Any
+
+from convexprune._recipe_file import GIVEN
+from convexprune._schema.functions import PRUNE
+from convexprune._schema.settings import RENAMED
+from convexprune.errors import ConvexpruneError
+from convexprune.recipe import make_recipe
+from convexprune.report import Report
+from convexprune.solvers import solver_names
+
+from .facts import short
+
+
+def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | None:
+    """The command line that prunes as a run did.
+
+    Args:
+        report: of the run.
+        folder: where to.
+        whole_paths: name files by their paths on the machine of the run; else by the last part only.
+
+    Returns:
+        The command; None if what was pruned, or on what, was in the memory of a caller.
+    """
+    chosen = _chosen(report.recipe)
+    texts = [value for value in chosen.values() if isinstance(value, str)]
+    if any(text.endswith(GIVEN) for text in texts) or chosen.get("solver", "fista") not in solver_names():
+        return None
+    named = {name: value if whole_paths else _shortened(value) for name, value in chosen.items()}
+    model = [named.pop("model")] if "model" in named else []
+    options = [part for name, value in named.items() for part in _option(name, value)]
+    packed = [] if report.packed is None else ["--pack"]
+    return shlex.join(["convexprune", "prune", *model, *options, *packed, "--output", folder])
+
+
+def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings without which the recipe is another."""
+    kept = {name: value for name, value in recipe.items() if name not in RENAMED}
+    for name in list(kept):
+        rest = {key: value for key, value in kept.items() if key != name}
+        if _same(rest, recipe):
+            kept = rest
+    return kept
+
+
+def _same(settings: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    try:
+        return make_recipe(**settings).model_dump(mode="json") == recipe
+    except ConvexpruneError:
+        return False
+
+
+def _shortened(value: Any) -> Any:
+    return short(value) if isinstance(value, str) else value
+
+
+def _option(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    if isinstance(value, dict):
+        return [option, json.dumps(value)]
+    values = value if isinstance(value, list | tuple) else [value]
+    assert name in PRUNE.fields
+    return [part for each in values for part in (option, str(each))]

@@ -1,0 +1,234 @@
+"""What a run came to, in words: the terminal, the model card and the page say these."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+from statistics import fmean
+
+from convexprune._recipe_file import GIVEN
+from convexprune._schema.settings import BUNDLED
+from convexprune.report import OperatorReport, Report
+
+OVERFITTED = 2.0  # held-out error over calibration error from which the sample is named as the reason
+HARD = 0.8  # of the error that no pruning avoids, from which that is named as the reason
+MORE_ZEROS = 0.05  # than the whole model, from which the share is named as the reason
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing that a run came to.
+
+    Args:
+        name: what it is.
+        text: what it came to, in words.
+    """
+
+    name: str
+    text: str
+
+
+def facts(report: Report) -> list[Fact]:
+    """What a run came to, whatever the clock says: the same of a run that was resumed.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        Zeros, errors and whose the worst are, perplexity, certificates, the size of the download, and warnings.
+    """
+    parts = (_zeros, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
+    return [fact for part in parts for fact in part(report)]
+
+
+def costs(report: Report) -> list[Fact]:
+    """What a run took.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        Time and size, and the most memory.
+    """
+    size = "" if report.bytes is None else f"; {megabytes(report.bytes)} on disk"
+    found = [Fact("time, size" if size else "time", f"{sum(report.seconds.values()):.0f} s{size}")]
+    if report.memory:
+        places = {"process": "", "workers": " in its largest worker", "gpu": " on the GPU"}
+        peaks = (f"{megabytes(report.memory[kind])}{place}" for kind, place in places.items() if kind in report.memory)
+        found.append(Fact("peak memory", ", ".join(peaks)))
+    return found
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes, in MB.
+
+    Args:
+        size: in bytes.
+
+    Returns:
+        A text, as "12.3 MB".
+    """
+    return f"{size / 1e6:,.1f} MB"
+
+
+def name_of_model(report: Report) -> str:
+    """What to call the base model.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        Its name on the hub, or the last part of its path: the rest is of one machine only.
+    """
+    return short(str(report.recipe.get("model", BUNDLED)))
+
+
+def short(name: str) -> str:
+    """A name without the folders of one machine.
+
+    Args:
+        name: a path, or another name.
+
+    Returns:
+        The last part of a path; any other name as it is.
+    """
+    path = PurePath(name)
+    return path.name or name if path.is_absolute() else name
+
+
+def reason(o: OperatorReport, report: Report) -> str:
+    """What may be why an operator has a large error.
+
+    Args:
+        o: the operator.
+        report: of the run.
+
+    Returns:
+        The reason that is most likely of those that the report can show.
+    """
+    if o.status not in (None, "SOLVED"):
+        return f"its last solve ended as {o.status}"
+    if o.tokens < o.inputs:
+        return f"only {o.tokens:,} calibration tokens for {o.inputs:,} inputs"
+    if o.held_out_error is not None and o.held_out_error > OVERFITTED * o.relative_error:
+        times = o.held_out_error / o.relative_error if o.relative_error else float("inf")
+        return f"{times:.1f} times the error on held-out tokens: more calibration samples help"
+    if o.sparsity > report.sparsity + MORE_ZEROS:
+        return f"{o.sparsity:.0%} zeros, more than the whole model"
+    if o.bound is not None and o.bound["ratio"] > HARD:
+        return f"no pruning has less than {o.bound['ratio']:.2f} of this error"
+    return "none stands out: with as many zeros this operator loses more than others"
+
+
+def worst(report: Report, count: int) -> list[OperatorReport]:
+    """The operators with the largest errors.
+
+    Args:
+        report: of the run.
+        count: how many, at most.
+
+    Returns:
+        The worst first, by the held-out error where there is one.
+    """
+    return sorted(report.operators, key=lambda o: _judged(o), reverse=True)[:count]
+
+
+def _judged(o: OperatorReport) -> float:
+    error = o.relative_error if o.held_out_error is None else o.held_out_error
+    return float("inf") if error != error else error
+
+
+def _zeros(report: Report) -> Iterator[Fact]:
+    weights = sum(o.outputs * o.inputs for o in report.operators)
+    yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
+
+
+def _removed(report: Report) -> Iterator[Fact]:
+    if report.narrowed is not None:
+        *widths, decoder, whole = report.narrowed.items()
+        shares = (f"{1 - after / before:.1%}" for _, (before, after) in (decoder, whole))
+        changed = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in widths)
+        yield Fact("removed", "{} of the decoder layers' parameters, {} of all; {}".format(*shares, changed))
+
+
+def _calibration(report: Report) -> Iterator[Fact]:
+    if (dataset := report.recipe.get("dataset")) is None:
+        return
+    text = str(dataset)
+    of = "of text that the model wrote itself" if text == "self" else _of(text)
+    yield Fact("calibration", f"{max((o.tokens for o in report.operators), default=0):,} tokens {of}")
+
+
+def _errors(report: Report) -> Iterator[Fact]:
+    """Relative errors, on tokens that were fitted and on those that were not."""
+    kinds: dict[str, Callable[[OperatorReport], float | None]] = {
+        "error": lambda o: o.relative_error,
+        "held-out error": lambda o: o.held_out_error,
+    }
+    for name, value in kinds.items():
+        known = [(found, o) for o in report.operators if (found := value(o)) is not None]
+        if known:
+            error, largest = max(known, key=lambda pair: pair[0])
+            mean = fmean(found for found, _ in known)
+            yield Fact(name, f"mean {mean:.1e}, worst {error:.1e}: {largest.name} {_described(largest)}")
+
+
+def _described(o: OperatorReport) -> str:
+    """What may be why its error is what it is."""
+    found = [f"{o.outputs}x{o.inputs}", f"{o.sparsity:.0%} zeros", f"{o.tokens:,} tokens"]
+    if o.damping is not None:
+        found.append(f"damping {o.damping.strength:.2f}")
+    if o.status not in (None, "SOLVED"):
+        found.append(str(o.status))
+    return f"({', '.join(found)})"
+
+
+def text_of_evaluation(report: Report) -> str:
+    """What perplexity was measured on.
+
+    Args:
+        report: of the run.
+
+    Returns:
+        Words to stand after "of".
+    """
+    text = str(report.recipe.get("evaluation"))
+    if text == "self":
+        return "text that the dense model wrote itself, which flatters"
+    return "the text that the caller gave" if text.endswith(GIVEN) else f"the text {short(text)}"
+
+
+def _of(text: str) -> str:
+    return "that the caller gave" if text.endswith(GIVEN) else f"of {short(text)}"
+
+
+def _perplexity(report: Report) -> Iterator[Fact]:
+    if found := report.perplexity:
+        values = ", ".join(f"{name} {p['value']:.3f}" for name, p in found.items())
+        p = next(iter(found.values()))
+        of = text_of_evaluation(report)
+        yield Fact("perplexity", f"{values} on {p['windows']} windows of {p['window']} tokens of {of}")
+
+
+def _certificates(report: Report) -> Iterator[Fact]:
+    if report.largest_gap is not None:
+        yield Fact("largest gap", f"{report.largest_gap:.1e}, relative, of a final convex solve")
+    if report.median_bound_ratio is not None:
+        yield Fact(
+            "lower bound",
+            f"it is proven that no pruning has less than {report.median_bound_ratio:.2f} of the error (median); "
+            "what is possible may be much nearer to 1",
+        )
+
+
+def _download(report: Report) -> Iterator[Fact]:
+    if report.packed is not None:
+        before, after = megabytes(report.packed["before"]), megabytes(report.packed["after"])
+        sizes = f"{after}, packed from {before} ({report.packed['bits']:.2f} bits a weight)"
+        yield Fact("download", f"{sizes}; unpacked, memory and speed are those of the {before}")
+
+
+def _warnings(report: Report) -> Iterator[Fact]:
+    if report.short_of_tokens:
+        yield Fact("note", f"{len(report.short_of_tokens)} operators of experts got fewer tokens than they have inputs")
+    for warning in report.warnings:
+        yield Fact("warning", warning)

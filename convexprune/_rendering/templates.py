@@ -1,0 +1,84 @@
+"""Templates of the package, filled; whatever comes from outside is escaped for the place where it stands."""
+
+import re
+import shlex
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
+
+
+def text_of(template: str, **values: Any) -> str:
+    """A template with its values.
+
+    Args:
+        template: its file in this folder; one of HTML escapes all values, others those that a filter is named for.
+        values: by name.
+
+    Returns:
+        The text.
+    """
+    return _environment(".html" in template).from_string(_source(template)).render(values)
+
+
+def markdown(value: object) -> str:
+    """Text to stand in Markdown as it is.
+
+    Args:
+        value: from outside.
+
+    Returns:
+        One line in which nothing is markup.
+    """
+    return MARKDOWN.sub(r"\\\1", _line(value))
+
+
+def code(value: object) -> str:
+    """Text to stand in Markdown as code.
+
+    Args:
+        value: from outside.
+
+    Returns:
+        A code span, which no backtick in it ends.
+    """
+    text = _line(value)
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code in Markdown.
+
+    Args:
+        text: of one line or more; no backtick in it ends the block.
+        language: of the code.
+
+    Returns:
+        The block.
+    """
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+@cache
+def _source(template: str) -> str:
+    return files("convexprune._rendering").joinpath(template).read_text(encoding="utf-8")
+
+
+@cache
+def _environment(escapes: bool) -> Environment:
+    made = Environment(
+        autoescape=escapes, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    filters: dict[str, Callable[..., str]] = {"md": markdown, "code": code, "fenced": fenced, "shell": shlex.quote}
+    made.filters.update(filters)
+    return made
