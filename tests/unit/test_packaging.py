@@ -31,7 +31,7 @@ PUBLIC = {
         perplexity problems prune pruners solver_names solvers unpack verify""",
     "convexprune.core": "L1 AbstractPenalty Certificate Moments Problem Quadratic ReverseHuber Support certify",
     "convexprune.constraints": """
-        KINDS Budget Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
+        KINDS Budget Channels Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted SparseGPT Wanda
