@@ -1,10 +1,10 @@
 """recipe.yaml: the recipe beside a result, written by a run and read again by whoever has the folder."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from convexprune._schema import plain_yaml
 from convexprune._schema.settings import GROUPS
 from convexprune._storage.files import atomic_write, write
 from convexprune._storage.notes import read_text
@@ -14,15 +14,6 @@ from convexprune.recipe import Recipe, make_recipe
 RECIPE = "recipe.yaml"
 GIVEN = " given by the caller"
 LONGEST = 1 << 18  # bytes; thousands of targets have less
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values only: an alias, which can make a few lines into gigabytes, is refused."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has aliases (*name)")
-        return super().compose_node(parent, index)
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
@@ -75,7 +66,7 @@ def read_recipe(place: Path) -> Recipe:
     """
     path = place if place.is_file() else place / RECIPE
     try:
-        given = yaml.load(read_text(path, LONGEST), _PlainLoader)
+        given = plain_yaml.load(read_text(path, LONGEST))
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         raise RecipeError(f"{path} is damaged, or no recipe: {' '.join(str(cause).split())[:200]}.") from cause
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):

@@ -14,6 +14,7 @@ from convexprune._schema.settings import (
     DeviceSettings,
     MethodSettings,
     ModelSettings,
+    Rule,
     RunSettings,
     TargetSettings,
     checked,
@@ -64,6 +65,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         check_rule(self.allocation, pattern)
         if pattern.narrows and (self.targets != ("Linear",) or self.ignore):
             raise RecipeError(f"Pattern {self.pattern!r} finds its operators itself. Leave targets and ignore out.")
+        self._check_rules(pattern)
         return self
 
     @property
@@ -109,6 +111,53 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             patterns or {},
             bound_rows,
         )
+
+    def _check_rules(self, pattern: Constraint) -> None:
+        """Refuse rules that contradict the rest.
+
+        Raises:
+            RecipeError: zeros are spread over all operators, or channels are removed, whatever a rule says.
+        """
+        own = [number for number, rule in enumerate(self.rules, 1) if (rule.sparsity, rule.pattern) != (None, None)]
+        if own and self.allocation not in ("uniform", "rows"):
+            raise RecipeError(
+                f"Rule {own[0]} says what its operators get, and allocation={self.allocation!r} spreads zeros over "
+                "all. Take allocation='uniform', or leave the sparsity and the pattern out of the rule."
+            )
+        patterns = [pattern, *(each for each, _ in self.build_rules())] if self.rules else []
+        if any(each.narrows for each in patterns):
+            raise RecipeError("Channels are removed from whole layers: no rule can be about some operators of them.")
+
+    def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:
+        """For each rule its pattern, and its pruner if it names a method; what it does not name is the recipe's.
+
+        Returns:
+            The pairs, in the order of the rules.
+
+        Raises:
+            PatternError: a rule's sparsity and pattern name no pattern.
+            RecipeError: a rule's method does not exist, or cannot take the recipe's damping or refit.
+        """
+        return [(self._pattern_of(rule), self._pruner_of(rule)) for rule in self.rules]
+
+    def _pattern_of(self, rule: Rule) -> Constraint:
+        pattern = rule.pattern or self.pattern
+        fixed = rule.pattern is not None and rule.sparsity is None and not _takes_share(pattern)
+        sparsity = rule.sparsity if rule.sparsity is not None or fixed else self.sparsity
+        quota = self.quota if pattern.startswith("unstructured") else "matrix"
+        return parse_pattern(pattern, sparsity, quota)
+
+    def _pruner_of(self, rule: Rule) -> AbstractPruner | None:
+        if rule.method is None:
+            return None
+        if rule.method not in PRUNERS:
+            raise RecipeError(no_method(rule.method))
+        settings: dict[str, Any] = {"solver": self.solver} if rule.method == "convex" else {}
+        if rule.method == self.method:
+            settings["method_args"] = self.method_args
+        if issubclass(PRUNERS[rule.method], AbstractSearch) or self.refit:
+            settings["damping"] = self.damping
+        return make_recipe(method=rule.method, refit=self.refit, **settings).build_pruner()
 
     @property
     def spare_samples(self) -> int:
@@ -175,6 +224,11 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
         "error_target": "operator" if published else "residual_stream",
         "allocation": "rows" if whole and searches else "uniform",
     }
+
+
+def _takes_share(pattern: str) -> bool:
+    """Whether a pattern of that name takes any share of zeros."""
+    return parse_pattern(pattern).continuous
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:

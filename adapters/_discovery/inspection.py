@@ -13,6 +13,7 @@ from rich.table import Table
 
 from convexprune._device.machine import default_device
 from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.survey import WEIGHED
 from convexprune._runs import cost, sizes
 from convexprune._runs.run import check_patterns
@@ -20,12 +21,13 @@ from convexprune._runs.speed import load, measured_speed, seconds
 from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
 from convexprune.errors import CalibrationError, RecipeError
-from convexprune.recipe import make_recipe
+from convexprune.recipe import Recipe, make_recipe
 
 from .._allocating import GRADIENTS
 from .._checkpoints.loading import bundled_if_none
 from .._data.calibration import DEFAULT_LENGTH
 from .outline import read_outline
+from .rules import with_rules
 
 GIB = 1 << 30
 SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
@@ -132,14 +134,14 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     place: str | Path = settings["model"]
     checked = make_recipe(**settings | {"model": str(place)})
     device = default_device(checked.device)
-    pattern = checked.build_pattern()
-    if pattern.narrows:
+    if checked.build_pattern().narrows:
         raise RecipeError(
             f"inspect has no weights, and pattern {checked.pattern!r} finds its channels by them. Memory and time are "
             "those of pattern 'columns' with the targets that read the channels (down_proj, fc2)."
         )
     outline = read_outline(place, checked, asked.trust_remote_code)
-    check_patterns(outline.layers, checked.layer_settings())
+    layers = with_rules(checked.layer_settings(), checked, outline.layers)
+    check_patterns(outline.layers, layers)
     length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     if length > outline.positions:
         raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
@@ -164,7 +166,11 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         recipe=checked.model_dump(mode="json") | {"max_seq_length": length},
         operators=sum(len(layer.operators) for layer in outline.layers),
         weights=sum(_weights(layer) for layer in outline.layers),
-        zeros=sum(pattern.zeros(*operator.shape) for layer in outline.layers for operator in layer.operators),
+        zeros=sum(
+            layers.pattern_of(f"{layer.name}.{operator.name}").zeros(*operator.shape)
+            for layer in outline.layers
+            for operator in layer.operators
+        ),
         left_alone=outline.left_alone,
         size=outline.size,
         memory=memory,
@@ -173,8 +179,21 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         device=device,
         device_memory=device_memory,
         changes=changes,
-        notes=outline.notes if checked.allocation in ("uniform", "rows") else (*outline.notes, SURVEY),
+        notes=(*outline.notes, *_notes(checked, layers)),
     )
+
+
+def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
+    """What the figures leave out, and what the rules are about."""
+    if recipe.allocation not in ("uniform", "rows"):
+        yield SURVEY
+    for number, rule in enumerate(recipe.rules, 1):
+        count = sum(each == number for each in settings.rules.values())
+        said = {"sparsity": rule.sparsity, "pattern": rule.pattern, "method": rule.method}
+        own = ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+        yield f"Rule {number} ({', '.join(rule.targets)}): {own}, for {count} operators."
+    if settings.pruners:
+        yield f"Memory and time are those of the method {recipe.method} for all."
 
 
 def _weights(layer: DecoderLayer) -> int:

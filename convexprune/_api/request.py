@@ -35,6 +35,7 @@ from convexprune.adapters._allocating import allocate
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
+from convexprune.adapters._discovery.rules import with_rules
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
@@ -98,6 +99,7 @@ class Request:
         pattern = self.recipe.build_pattern()
         if pattern.narrows:
             self._narrow(loaded, pattern)
+        self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),

@@ -25,8 +25,9 @@ class LayerSettings:
     the dense network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not
     "operator", d is what the outputs of the decoder layer lack, for the operator that is its last residual branch
     (`capture.is_last_branch`): what reached them by other ways, too.
-    `patterns` holds operators that differ in their pattern. `bound_rows` of every operator are compared with what no
-    pruning can beat; it changes no weight. `row_weights` say how the outputs [m] of every operator count, if not alike.
+    `patterns` and `pruners` hold operators that differ in these, `rules` the rule of the recipe that says so.
+    `bound_rows` of every operator are compared with what no pruning can beat; it changes no weight. `row_weights` say
+    how the outputs [m] of every operator count, if not alike.
 
     Args:
         pruner: prunes each group.
@@ -37,6 +38,8 @@ class LayerSettings:
         patterns: of operators that differ in theirs, by name.
         bound_rows: rows of each operator to bound.
         row_weights: [m] by the name of the operator.
+        pruners: of operators that differ in theirs, by name.
+        rules: numbers, from 1, of the rules of the recipe, by the names of operators.
     """
 
     pruner: AbstractPruner
@@ -47,10 +50,24 @@ class LayerSettings:
     patterns: Mapping[str, Constraint] = field(default_factory=dict)
     bound_rows: int = 0
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)
+    rules: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for pattern in {self.pattern, *self.patterns.values()}:
-            self.pruner.require(pattern)
+        self.pruner.require(self.pattern)
+        for name in {**self.patterns, **self.pruners}:
+            self.pruner_of(name).require(self.pattern_of(name))
+
+    def pruner_of(self, operator: str) -> AbstractPruner:
+        """What prunes the operator "layer.operator": its own in `pruners`, else that of all.
+
+        Args:
+            operator: its name.
+
+        Returns:
+            Its pruner.
+        """
+        return self.pruners.get(operator, self.pruner)
 
     def pattern_of(self, operator: str) -> Constraint:
         """The pattern of the operator "layer.operator": its own in `patterns`, else that of all.

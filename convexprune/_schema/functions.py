@@ -258,7 +258,7 @@ class Doctor(Settings):
 SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")
 COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
 OF_VERIFY = ("model", "seed", "bound_rows")  # it has its own
-UNUSED = ("held_out_samples", "evaluation", "threads")  # what a run does besides, or how
+UNUSED = ("held_out_samples", "evaluation", "threads", "rules")  # what a run does besides, or how
 VERIFIED = tuple(name for name in RECIPE if name not in (*OF_VERIFY, *UNUSED))
 
 PRUNE = Door(Call, tuple(RECIPE))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from sys import _getframe
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
 
@@ -17,6 +17,7 @@ BUNDLED = "opt-books"
 """The name of the small OPT model that comes with convexprune, unless there is a folder of that name."""
 FAULTS = 5  # that one error tells
 LARGEST_SEED = 2**63 - 1  # torch's generators take no more
+ONE_OF = "a sparsity, a pattern or a method"
 RENAMED = {"correct": ("error_target", {"layer": "residual_stream"})}  # old name: the new one, and values of new names
 
 Made = TypeVar("Made", bound="Settings")
@@ -94,6 +95,26 @@ class DataSettings(Settings):
     seed: int = setting(0, "Decides which samples are drawn, and what a model writes.", ge=0, le=LARGEST_SEED)
 
 
+class Rule(Settings):
+    """What some operators have of their own: the recipe has the rest."""
+
+    targets: tuple[str, ...] = Field(min_length=1)
+    sparsity: float | None = None
+    pattern: str | None = None
+    method: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Rule":
+        if self.sparsity is self.pattern is self.method is None:
+            raise RecipeError(f"The rule for {', '.join(self.targets)} changes nothing. Give {ONE_OF}.")
+        return self
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+
 class TargetSettings(Settings):
     """How sparse which operators become."""
 
@@ -130,6 +151,20 @@ class TargetSettings(Settings):
         ("Linear",), "Operators to prune: a name, its end, re:REGEX, or Linear for all; repeat it for more."
     )
     ignore: tuple[str, ...] = setting((), "Operators to leave alone, named the same way; repeat it for more.")
+    rules: tuple[Rule, ...] = setting(
+        (),
+        "What some operators have of their own, each rule as {targets: [NAME, re:REGEX, ...], sparsity: S, pattern: P, "
+        "method: M}, with one of the three or more. The first rule that matches an operator counts. A sparsity of 0 "
+        "leaves operators dense. Repeat it for more.",
+        "--rule",
+    )
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _read_rules(cls, rules: Any) -> Any:
+        if not isinstance(rules, list | tuple):
+            raise RecipeError(f"rules={shown(rules)} is no list. Write [{{targets: [...], sparsity: 0.3}}, ...].")
+        return [from_yaml(rule) for rule in rules]
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -199,14 +234,7 @@ class MethodSettings(Settings):
     @field_validator("method_args", mode="before")
     @classmethod
     def _mapping(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return {} if value is None else value
-        import yaml
-
-        try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
-            return value
+        return {} if value is None else from_yaml(value)
 
 
 class RunSettings(Settings):
@@ -273,10 +301,26 @@ def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
         raise RecipeError(" ".join(_told(fault, kind) for fault in error.errors()[:FAULTS])) from error
 
 
+def from_yaml(value: Any) -> Any:
+    """What a text of YAML says, as the command line has it; any other `value`, or no such text, as it is."""
+    if not isinstance(value, str):
+        return value
+    from yaml import YAMLError
+
+    from convexprune._schema import plain_yaml
+
+    try:
+        return plain_yaml.load(value)
+    except YAMLError:
+        return value
+
+
 def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
     name = ".".join(str(part) for part in fault["loc"])[:100]
     if fault["type"] == "extra_forbidden":
-        return unknown("setting", name, kind.model_fields)
+        *rule, last = fault["loc"]
+        what = f"setting of {'.'.join(map(str, rule))}" if rule else "setting"
+        return unknown(what, last, (Rule if rule else kind).model_fields)
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
 
 

@@ -21,6 +21,8 @@ from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
 from convexprune._schema import functions as doors
+from convexprune._schema.settings import Rule
+from convexprune.recipe import make_recipe
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -92,6 +94,14 @@ def a_recipe() -> None:
     assert asked("--recipe", "recipe.yaml")["recipe"] == Path("recipe.yaml")
 
 
+def rules() -> None:
+    given = ("{targets: [down_proj, 're:.*o_proj'], sparsity: 0.3}", "{targets: k_proj, pattern: 2:4}")
+    settings = asked("--rule", given[0], "--rule", given[1])
+    first, second = make_recipe(rules=settings["rules"]).rules
+    assert first == Rule(targets=("down_proj", "re:.*o_proj"), sparsity=0.3)
+    assert second == Rule(targets=("k_proj",), pattern="2:4")
+
+
 def several_sparsities() -> None:
     own, _ = doors.COMPARE.read({"sparsities": "0.5,0.6"})
     assert own.sparsities == (0.5, 0.6)
@@ -136,7 +146,7 @@ def closed_lists() -> None:
     for name in ("quota", "method", "solver", "allocation", "executor", "dtype"):
         assert f"[{'|'.join(doors.PRUNE.choices_of(name))}]" in shown
     with pytest.raises(errors.RecipeError, match="'matrix' or 'row'"):
-        convexprune.recipe.make_recipe(quota="rows")
+        make_recipe(quota="rows")
 
 
 def the_first_ten() -> None:
@@ -157,7 +167,7 @@ ROWS: dict[str, Callable[[], None] | str] = {
     "`oneshot(model, recipe=[Modifier...])`": "docs/coming-from.md translates it",
     "recipe.yaml fed back, CLI": a_recipe,
     "recipe.yaml fed back, Python": "test_schema.py: a recipe prunes as it did",
-    "per-operator rules": "absent",
+    "per-operator rules": rules,
     "several sparsities in one run": several_sparsities,
     "lm_eval on the pruned folder": "plain transformers load it: test_prune.py",
     "zero-shot evaluation by the project": "absent",
@@ -204,8 +214,9 @@ LINES = re.findall(r"^convexprune prune (.+)$", PAGE.read_text(), re.MULTILINE)
 
 @pytest.mark.parametrize("line", LINES)
 def test_a_command_of_the_page_is_understood(line: str) -> None:
-    _, settings = doors.PRUNE.read({n: v for n, v in asked(*shlex.split(line)).items() if n != "recipe"})
-    assert settings["model"] == "X"
+    settings = asked(*shlex.split(line))
+    recipe = settings.pop("recipe")
+    assert recipe == Path("recipe.yaml") or doors.PRUNE.read(settings)[1]["model"] == "X"
 
 
 def test_the_options_that_the_page_names_are_there() -> None:

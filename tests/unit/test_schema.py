@@ -20,6 +20,7 @@ from convexprune import errors
 from convexprune._layerwise.steps.survey import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
+from convexprune._schema import plain_yaml
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.settings import GROUPS
 from convexprune.adapters import HuggingFaceModel
@@ -126,6 +127,16 @@ def test_a_recipe_that_is_written_is_read_as_it_was(settings: dict[str, Any], tm
     write_recipe(recipe, folder)
     assert read_recipe(folder) == read_recipe(folder / "recipe.yaml") == recipe
     assert make_recipe(**recipe.chosen) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2:4", "2:4"), ("1:30.5", "1:30.5"), ("0.5", 0.5), ("-3", -3), ("1e-3", 1e-3), (".5", 0.5), ("1.5e+3", 1500.0),
+     ("true", True), ("null", None), ("re:.*k_proj", "re:.*k_proj"), (".inf", float("inf")),
+     ("1.0e-06", 1e-6), ("5.", 5.0), ("-.5", -0.5), ("12ab", "12ab"), ("1_000", "1_000")],
+)  # fmt: skip
+def test_plain_yaml_reads_values_as_they_are_written(text: str, value: Any):
+    assert plain_yaml.load(f"a: {text}") == {"a": value}
 
 
 def test_a_recipe_of_the_release_before_is_read(tmp_path: Path):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.bounds import sampled_bounds
-from convexprune._layerwise.targets import stack_of
+from convexprune._layerwise.targets import height, stack_of
 from convexprune.constraints import Stacked
 from convexprune.core._damping import NO_DAMPING
 from convexprune.errors import PruningError
@@ -29,7 +30,7 @@ def prune_group(
     began: float,
     facts: dict[str, float],
 ) -> None:
-    """Prune operators that share an input: one stack of rows, solved as one problem.
+    """Prune operators that share an input: one stack of rows, solved as one problem by each pruner of theirs.
 
     Args:
         layer: its name.
@@ -43,23 +44,47 @@ def prune_group(
     Raises:
         PruningError: the pruned weight is not what was asked for.
     """
+    first = 0
+    for _, alike in groupby(group.operators, lambda operator: id(settings.pruner_of(f"{layer}.{operator.name}"))):
+        part = replace(group, operators=tuple(alike))
+        rows = slice(first, first := first + height(part))
+        _prune_part(layer, part, rows, folds, settings, on_operator, began, facts)
+        began = time.perf_counter()
+
+
+def _prune_part(
+    layer: str,
+    group: Group,
+    rows: slice,
+    folds: CalibrationStatistics,
+    settings: LayerSettings,
+    on_operator: OnOperator,
+    began: float,
+    facts: dict[str, float],
+) -> None:
+    """Prune operators that one pruner prunes: those `rows` of what shares the input.
+
+    Raises:
+        PruningError: the pruned weight is not what was asked for.
+    """
     heights = tuple(operator.shape[0] for operator in group.operators)
     stack = stack_of(group)
     names = [f"{layer}.{operator.name}" for operator in group.operators]
     asked = tuple(settings.pattern_of(name) for name in names)
     pattern, factors = Stacked(asked, heights), settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
-    problem = LayerProblem(stack, folds.total, pattern, settings.correction, halves)
-    pruned = _solved(problem, pattern, factors, settings.pruner)
+    problem = LayerProblem(stack, folds.total.rows(rows), pattern, settings.correction, halves)
+    pruned = _solved(problem, pattern, factors, settings.pruner_of(names[0]))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)
     errors = _relative_errors(problem, stored, heights)
     held_out: list[float] | list[None] = [None] * len(heights)
     if folds.held_out.tokens:
-        unseen = LayerProblem(stack, folds.held_out, pattern, settings.correction)
+        unseen = LayerProblem(stack, folds.held_out.rows(rows), pattern, settings.correction)
         held_out = _relative_errors(unseen, stored, heights)
     bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
+    more = facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
     parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
     for i, (operator, weight, dense) in enumerate(parts):
         expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
@@ -77,7 +102,7 @@ def prune_group(
                 relative_error=errors[i],
                 held_out_error=held_out[i],
                 **_certified(pruned),
-                facts=pruned.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {}) | facts,
+                facts=pruned.facts | more | ({"rule": settings.rules[names[i]]} if names[i] in settings.rules else {}),
                 tokens=folds.tokens,
                 held_out_tokens=folds.held_out.tokens,
                 seconds=time.perf_counter() - began,

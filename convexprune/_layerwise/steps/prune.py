@@ -46,8 +46,9 @@ class Work:
             batches = windows.split(self.batch_size)
             return torch.cat([windows[:0], *batches[ranks.local_slice(len(batches))]])
 
+        own = {name: SamePruned(pruner, ranks.broadcast) for name, pruner in self.settings.pruners.items()}
         pruner, bound_rows = SamePruned(self.settings.pruner, ranks.broadcast), self.settings.bound_rows
-        settings = replace(self.settings, pruner=pruner, bound_rows=0 if ranks.rank else bound_rows)
+        settings = replace(self.settings, pruner=pruner, pruners=own, bound_rows=0 if ranks.rank else bound_rows)
         return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
 
     @property

@@ -1,0 +1,93 @@
+"""Which operators the rules of a recipe are about, and what a run does with them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._schema.settings import Rule
+from convexprune.errors import ModelError, RecipeError, unknown
+from convexprune.recipe import Recipe
+
+from .selection import matcher
+
+
+def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[DecoderLayer]) -> LayerSettings:
+    """The settings of a run in which the rules of its recipe hold.
+
+    Args:
+        settings: those of operators without a rule.
+        recipe: that has the rules.
+        layers: of the model.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ModelError: a target of a rule matches no operator that is pruned.
+        RecipeError: a rule is never used, or a regular expression is not valid.
+    """
+    found, built = rule_of(recipe.rules, layers), recipe.build_rules()
+    return replace(
+        settings,
+        patterns={**settings.patterns, **{name: built[number][0] for name, number in found.items()}},
+        pruners={name: pruner for name, number in found.items() if (pruner := built[number][1]) is not None},
+        rules={name: number + 1 for name, number in found.items()},
+    )
+
+
+def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[str, int]:
+    """The number of the rule of each operator that has one: of those that match, the first.
+
+    Args:
+        rules: of a recipe.
+        layers: of the model.
+
+    Returns:
+        Numbers from 0 by "layer.operator".
+
+    Raises:
+        ModelError: a target of a rule matches no operator that is pruned.
+        RecipeError: a rule is never used, because those before it match all that it does.
+    """
+    names = {f"{layer.name}.{o.name}": tuple(_names(layer.name, o.name)) for layer in layers for o in layer.operators}
+    found: dict[str, int] = {}
+    for number, rule in enumerate(rules):
+        matched = {whole for target in rule.targets for whole in _matched(target, names)}
+        if matched <= found.keys():
+            earlier = sorted({found[name] + 1 for name in matched})
+            raise RecipeError(
+                f"Rule {number + 1} ({', '.join(rule.targets)}) is never used: rule {', '.join(map(str, earlier))} "
+                "comes first and matches all of its operators. Put the narrower rule first, or leave one out."
+            )
+        found |= dict.fromkeys(matched - found.keys(), number)
+    return {name: found[name] for name in names if name in found}
+
+
+def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """The operators that a target names.
+
+    Raises:
+        ModelError: there is none.
+    """
+    matches = matcher(target)
+    if matched := [whole for whole, aliases in names.items() if any(map(matches, aliases))]:
+        return matched
+    raise ModelError(f"A rule is about no operator that is pruned. {unknown('operator', target, _short(names))}")
+
+
+def _short(names: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Names that do not say which layer."""
+    return {alias for _, *short in names.values() for alias in short}
+
+
+def _names(layer: str, operator: str) -> Iterator[str]:
+    """What an operator is called, whole first: as `selection.left_alone` has it, but for classes other than Linear."""
+    yield f"{layer}.{operator}"
+    yield operator
+    path, _, last = operator.rpartition(".")
+    if last.isdigit():  # of an expert
+        yield path
+        last = path.rpartition(".")[2]
+    yield last
+    yield "Linear"
