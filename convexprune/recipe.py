@@ -227,8 +227,9 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _takes_share(pattern: str) -> bool:
-    """Whether a pattern of that name takes any share of zeros."""
-    return parse_pattern(pattern).continuous
+    """Whether a pattern takes any share of zeros, and does not say itself which."""
+    found = parse_pattern(pattern)
+    return found.continuous and str(found) != pattern
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:

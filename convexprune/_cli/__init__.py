@@ -6,13 +6,26 @@ import warnings
 from rich.console import Console
 from rich.text import Text
 
-from convexprune._cli import bench, compare, doctor, inspect, pack, permute, prune, unpack, verify
+from convexprune._cli import bench, compare, doctor, inspect, pack, permute, prune, recipe, unpack, verify
 from convexprune._cli.application import app
 from convexprune._cli.stopping import listen, status
 from convexprune.errors import ConvexpruneError
 
 # Each file adds its commands to the application.
-__all__ = ["app", "bench", "compare", "doctor", "inspect", "main", "pack", "permute", "prune", "unpack", "verify"]
+__all__ = [
+    "app",
+    "bench",
+    "compare",
+    "doctor",
+    "inspect",
+    "main",
+    "pack",
+    "permute",
+    "prune",
+    "recipe",
+    "unpack",
+    "verify",
+]
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from math import exp
 
 from convexprune.errors import PatternError
 
+OWL_REACH = 0.08  # of OWL's layers: its lambda
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -120,7 +122,7 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
 
 
 def allocate_by_outliers(
-    statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = 0.08
+    statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = OWL_REACH
 ) -> list[float]:
     """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`.
 

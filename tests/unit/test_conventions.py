@@ -164,7 +164,7 @@ ROWS: dict[str, Callable[[], None] | str] = {
     "`--nsamples`, `--seqlen`, `--seed`": short_names_in_python,
     "llm-compressor's names": names_of_llm_compressor,
     "the same on the CLI": underscores,
-    "`oneshot(model, recipe=[Modifier...])`": "docs/coming-from.md translates it",
+    "`oneshot(model, recipe=[Modifier...])`": "docs/coming-from.md translates it; test_llmcompressor.py",
     "recipe.yaml fed back, CLI": a_recipe,
     "recipe.yaml fed back, Python": "test_schema.py: a recipe prunes as it did",
     "per-operator rules": rules,
