@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from convexprune._device.machine import lacks_memory
+from convexprune._device.memory import lacks_memory
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.store import MemoryStore

@@ -26,7 +26,7 @@ from convexprune.recipe import Recipe, make_recipe
 from .._allocating import GRADIENTS
 from .._checkpoints.loading import bundled_if_none
 from .._data.calibration import DEFAULT_LENGTH
-from .outline import read_outline
+from .outline import Outline, read_outline
 from .rules import with_rules
 
 GIB = 1 << 30
@@ -142,28 +142,19 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     outline = read_outline(place, checked, asked.trust_remote_code)
     layers = with_rules(checked.layer_settings(), checked, outline.layers)
     check_patterns(outline.layers, layers)
-    length = checked.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
-    if length > outline.positions:
-        raise CalibrationError(f"max_seq_length={length}: {outline.name} can see {outline.positions} tokens at most.")
-    name, refit, weighed = checked.preset or checked.method, bool(checked.refit), checked.allocation in WEIGHED
-    setting = sizes.Setting(
-        samples=checked.num_calibration_samples,
-        held_out=checked.spare_samples,
-        length=length,
-        batch=checked.batch_size,
-        method=sizes.method_cost(name, refit, weighed),
-        correction=checked.error_correction > 0,
-        dense_prefix=checked.prefix == "dense",
-        bound=checked.bound_rows > 0,
-        gradients=min(GRADIENTS, checked.num_calibration_samples) if weighed else 0,
-    )
+    setting = _setting(checked, outline)
+    if setting.length > outline.positions:
+        raise CalibrationError(
+            f"max_seq_length={setting.length}: {outline.name} can see {outline.positions} tokens at most."
+        )
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory
     memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
-    changes = {way: cost.memory(outline.size, s).device for way, s in cost.cheaper(setting, refit).items()}
+    ways = cost.cheaper(setting, bool(checked.refit))
+    changes = {way: cost.memory(outline.size, s).device for way, s in ways.items()}
     return Inspection(
         model=outline.name,
-        recipe=checked.model_dump(mode="json") | {"max_seq_length": length},
+        recipe=checked.model_dump(mode="json") | {"max_seq_length": setting.length},
         operators=sum(len(layer.operators) for layer in outline.layers),
         weights=sum(_weights(layer) for layer in outline.layers),
         zeros=sum(
@@ -194,6 +185,42 @@ def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
         yield f"Rule {number} ({', '.join(rule.targets)}): {own}, for {count} operators."
     if settings.pruners:
         yield f"Memory and time are those of the method {recipe.method} for all."
+
+
+def _setting(recipe: Recipe, outline: Outline) -> sizes.Setting:
+    weighed = recipe.allocation in WEIGHED
+    return sizes.Setting(
+        samples=recipe.num_calibration_samples,
+        held_out=recipe.spare_samples,
+        length=recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions),
+        batch=recipe.batch_size,
+        method=sizes.method_cost(recipe.preset or recipe.method, bool(recipe.refit), weighed),
+        correction=recipe.error_correction > 0,
+        dense_prefix=recipe.prefix == "dense",
+        bound=recipe.bound_rows > 0,
+        gradients=min(GRADIENTS, recipe.num_calibration_samples) if weighed else 0,
+    )
+
+
+def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
+    """What a run needs of the device's memory by its formula, and settings that need less.
+
+    Args:
+        source: as `inspect` takes it.
+        recipe: of the run.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+        A sentence or two, for an error.
+    """
+    outline = read_outline(source, recipe, trust_remote_code)
+    setting = _setting(recipe, outline)
+    needed = cost.memory(outline.size, setting).device
+    ways = cost.cheaper(setting, bool(recipe.refit)).items()
+    sizes_by_way = {way: cost.memory(outline.size, other).device for way, other in ways}
+    less = [f"{way} {_gib(size)}" for way, size in sizes_by_way.items() if size < needed]
+    told = f" With other settings: {', '.join(less)}." if less else ""
+    return f"By its formula this run needs {_gib(needed)}, beside what else is there.{told}"
 
 
 def _weights(layer: DecoderLayer) -> int:

@@ -1,6 +1,7 @@
 """The user's doors: `prune`, and `permute` before it."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from convexprune._api.report_copies import write_copies
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult
 from convexprune._api.windows import is_self, name_of_text
-from convexprune._device.machine import default_device, within_memory
+from convexprune._device.machine import default_device
+from convexprune._device.memory import within_memory
 from convexprune._progress import begin
 from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.folder import check_output
@@ -75,12 +77,10 @@ def prune(
     """
     given = {name: value for name, value in locals().items() if name not in ("recipe", "settings")} | settings
     call, asked = _asked(given, recipe)
-    with within_memory():
-        if call.output_dir is None:
-            result = InMemory(asked, call).run()
-        else:
-            with working(call.output_dir):
-                result = InFolder(asked, call).run()
+    with within_memory(), nullcontext() if call.output_dir is None else working(call.output_dir):
+        request = InMemory(asked, call) if call.output_dir is None else InFolder(asked, call)
+        with within_memory(request.what_needs_less):
+            result = request.run()
     write_copies(result.report, call)
     return result
 

@@ -23,6 +23,7 @@ from convexprune._device.machine import (
     processor,
     versions,
 )
+from convexprune._device.memory import use_gpu
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.steps.survey import WEIGHED
@@ -35,6 +36,7 @@ from convexprune.adapters._allocating import allocate
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
+from convexprune.adapters._discovery.inspection import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
@@ -73,6 +75,7 @@ class Request:
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
             self.device = f"cuda:{self.executor.rank % torch.cuda.device_count()}"
+        use_gpu(self.device)
         self.threads = recipe.threads or max(1, torch.get_num_threads() // self.executor.processes)
         self.given_tokenizer = given_tokenizer(call.tokenizer)
         self.installed = installation(self.device)
@@ -93,6 +96,10 @@ class Request:
             )
         self.narrowing: Narrowing | None = None
         self.clock = Clock()
+
+    def what_needs_less(self) -> str:
+        """For an error: what this run needs by its formula, and which settings need less."""
+        return what_needs_less(self.source, self.recipe, self.call.trust_remote_code)
 
     def _check(self, loaded: HuggingFaceModel) -> None:
         """Refuse, before any work, what the model does not allow."""

@@ -52,7 +52,7 @@ def _run() -> None:
     try:
         app(standalone_mode=True)
     except (MemoryError, RuntimeError) as error:
-        from convexprune._device.machine import within_memory
+        from convexprune._device.memory import within_memory
 
         with within_memory():
             raise error

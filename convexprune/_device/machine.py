@@ -16,7 +16,7 @@ import torch
 
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.kernels import eager_because
-from convexprune.errors import ConvexpruneError, PruningError, RecipeError
+from convexprune.errors import RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
@@ -30,37 +30,7 @@ SHOWING = (
 """Our code that shows, estimates or checks: no bit of a result depends on it. All other code is taken to compute."""
 
 
-MOST_SAID = 200  # characters of what torch says
 THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that began on a larger machine
-
-
-@contextmanager
-def within_memory() -> Iterator[None]:
-    """Turn the ways in which memory runs out into one error that says what to lower.
-
-    Raises:
-        PruningError: memory ran out.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as cause:
-        if not lacks_memory(cause):
-            raise
-        said = (str(cause) or type(cause).__name__).partition("\n")[0]
-        raise PruningError(
-            f"Memory ran out: {said[:MOST_SAID]}. Free some, or have fewer workers, and go on with resume=True "
-            "(--resume) if the run has a folder: what is finished is kept. Or begin again with a smaller batch_size "
-            "(--batch-size) or max_seq_length (--seqlen); `convexprune inspect MODEL` says what a run needs."
-        ) from cause
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether an `error` of Python or torch says that memory ran out, or threads."""
-    if isinstance(error, ConvexpruneError):
-        return False
-    known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")
-    ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return ran_out or any(words in str(error) for words in known)
 
 
 def default_device(name: str | torch.device) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convexprune._device.transfer import lane_to, sending
 from convexprune._layerwise.model import Call, DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, find_cached_submodules, replaying
 from convexprune._storage.batches import Batches
@@ -42,6 +43,7 @@ class Observed:
 
 
 @torch.no_grad()
+@sending()
 def observe(
     layer: DecoderLayer,
     calls: Calls,
@@ -75,18 +77,35 @@ def observe(
     asked = [g for g in layer.groups if g.token_aligned and (g is not last_branch or "operator" in error_targets)]
     inputs = {group: record() for group in asked}
     outputs, cached = record(), dict[Group, CachedSubmodule]()
-    for batch in batches:
+    for number, batch in enumerate(batches):
         with ExitStack() as hooks:
-            if not outputs:
+            if number == 0:
                 hooks.enter_context(find_cached_submodules(layer, len(batch), cached))
             for group, seen in inputs.items():
 
                 def keep(x: Tensor, seen: Recorded = seen, samples: int = len(batch)) -> None:
-                    seen.append(_by_sample(x, samples).cpu())
+                    put_away(_by_sample(x, samples), seen)
 
                 hooks.enter_context(group.input_hook(keep))
-            outputs.append(calls(batch)(layer.module, batch))
+            output = calls(batch)(layer.module, batch)
+            if isinstance(outputs, Batches):
+                put_away(output, outputs)
+            else:
+                outputs.append(output)
     return Observed(outputs, inputs, cached, last_branch)
+
+
+def put_away(tensor: Tensor, place: Recorded) -> None:
+    """Keep a tensor on the host; in a file, at the end of `sending` at the latest.
+
+    Args:
+        tensor: of any device.
+        place: where.
+    """
+    if isinstance(place, Batches):
+        lane_to(tensor.device).to_host(tensor, place.append)
+    else:
+        place.append(tensor.cpu())
 
 
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:

@@ -68,6 +68,9 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place.
 
+        Between GPUs (NCCL) a rank that is lost is no error of this call, but the end of the process after `PATIENCE`.
+        So all ranks meet on the CPU before (Gloo), where it is one at once.
+
         Args:
             tensor: of this rank.
 
@@ -79,6 +82,8 @@ class ProcessGroup:
         """
         if self.size > 1:
             try:
+                if tensor.device.type != "cpu" and "cpu" in dist.get_backend_config():
+                    dist.all_reduce(torch.zeros(1))
                 dist.all_reduce(tensor)
             except RuntimeError as error:
                 raise PruningError(

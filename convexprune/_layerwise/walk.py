@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Calls, ErrorTarget, Observed, Recorded, observe, through
+from convexprune._device.transfer import sending
+from convexprune._layerwise.capture import Calls, ErrorTarget, Observed, Recorded, observe, put_away, through
 from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 from convexprune._layerwise.replay import CachedSubmodule
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import AbstractStates, MemoryStore
+from convexprune._storage.batches import Batches
 
 
 class LayerCalls:
@@ -187,6 +189,7 @@ def propagate(context: LayerContext) -> None:
     context.hand_on(context.outputs())
 
 
+@sending()
 def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
     """Keep batches.
 
@@ -198,5 +201,8 @@ def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
         The place.
     """
     for batch in batches:
-        place.append(batch)
+        if isinstance(place, Batches):
+            put_away(batch, place)
+        else:
+            place.append(batch)
     return place

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 
 from convexprune._device.machine import threads
+from convexprune._device.memory import release_unused
 from convexprune._layerwise.folder_store import FolderStore, RankStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
@@ -133,6 +134,7 @@ class Pool(AbstractExecutor):
             PruningError: workers were lost again and again.
         """
         watch = _Watch(store, on_operator)
+        release_unused()  # a worker may compute on the GPU that this process has used
         workers, lost = [Worker(job, device) for device in self.devices], 0
         try:
             while not watch.all_finished():

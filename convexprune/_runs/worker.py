@@ -11,7 +11,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from convexprune._device.machine import installation, threads, within_memory
+from convexprune._device.machine import installation, threads
+from convexprune._device.memory import use_gpu, within_memory
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.steps.prune import Work, prune_claimed
@@ -46,6 +47,7 @@ class Job:
         Raises:
             PruningError: another version of our code, torch or transformers is installed here than where the run began.
         """
+        use_gpu(device)
         here = installation(device)
         if differing := [name for name in here if here[name] != self.installed.get(name)]:
             told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)

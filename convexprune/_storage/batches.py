@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from convexprune._device.transfer import lane_to
 from convexprune._storage.failures import naming, writing
 from convexprune._storage.files import publish, read_ahead, sha256, write
 from convexprune._storage.notes import read_notes, write_notes
@@ -88,7 +89,8 @@ class Batches(Sequence[Tensor]):
         with naming(self.path), self.path.open("rb", buffering=0) as file:
             mapped = mmap(file.fileno(), end - start, access=ACCESS_COPY, offset=start)
         assert self.dtype is not None
-        return torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i]).to(self.device)
+        found = torch.frombuffer(mapped, dtype=self.dtype, offset=begin - start).reshape(self.shapes[i])
+        return lane_to(self.device).to_device(found)
 
     def prefetch(self) -> None:
         """Have the disk read while something else is computed."""

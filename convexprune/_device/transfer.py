@@ -1,0 +1,168 @@
+"""Copies between the host and a GPU: through pinned buffers, on streams of their own, while the GPU computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._device.capabilities import is_host
+
+BUFFERS = 3  # of each direction: one is filled, one is copied, one is emptied
+Take = Callable[[Tensor], None]
+
+
+class Lane:
+    """The way to a device that is the host itself: nothing is copied.
+
+    Tensors are taken on the host in the order in which they were sent, at the end of `sending` at the latest; one that
+    is taken is the taker's only during the call.
+    """
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device.
+
+        Args:
+            tensor: of the host.
+
+        Returns:
+            It, or its copy.
+        """
+        return tensor
+
+    def to_host(self, tensor: Tensor, take: Take) -> None:
+        """Hand a tensor over on the host.
+
+        Args:
+            tensor: of the device.
+            take: called with it.
+        """
+        take(tensor)
+
+
+@dataclass
+class Slot:
+    """A pinned buffer, and what tells that the last copy from it or to it is done.
+
+    Args:
+        buffer: the bytes; more are taken when they are needed.
+        done: an event of the last copy; None before the first.
+    """
+
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    done: Any = None
+
+    def view(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> Tensor:
+        """The beginning of the buffer as a tensor; the last copy has to be done.
+
+        Args:
+            shape: of the tensor.
+            dtype: of the tensor.
+            nbytes: of the tensor.
+
+        Returns:
+            The tensor, pinned.
+        """
+        if len(self.buffer) < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self.buffer[:nbytes].view(dtype).view(shape)
+
+
+class GpuLane(Lane):
+    """The way to a GPU. The host goes on while its copies are made, and waits where all buffers are in use.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inwards, self._outwards = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._free = {False: deque(Slot() for _ in range(BUFFERS)), True: deque(Slot() for _ in range(BUFFERS))}
+        self._sent: deque[tuple[Slot, Tensor, Take]] = deque()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """See `Lane.to_device`: what the GPU is asked for next waits for the copy, what it does already does not."""
+        slot = self._free[False][0]
+        self._free[False].rotate(-1)
+        if slot.done is not None:
+            slot.done.synchronize()
+        staged = slot.view(tensor.shape, tensor.dtype, tensor.nbytes)
+        staged.copy_(tensor)
+        slot.done = torch.cuda.Event()
+        with torch.cuda.stream(self._inwards):
+            there = staged.to(self._device, non_blocking=True)
+            slot.done.record(self._inwards)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(slot.done)
+        there.record_stream(current)  # its memory belongs to the other stream
+        return there
+
+    def to_host(self, tensor: Tensor, take: Take) -> None:
+        """See `Lane.to_host`: it is taken when its buffer is needed again."""
+        if not self._free[True]:
+            self._take_first()
+        slot, tensor = self._free[True].popleft(), tensor.clone()  # what is computed next may change it
+        staged = slot.view(tensor.shape, tensor.dtype, tensor.nbytes)
+        self._outwards.wait_stream(torch.cuda.current_stream(self._device))
+        slot.done = torch.cuda.Event()
+        with torch.cuda.stream(self._outwards):
+            staged.copy_(tensor, non_blocking=True)
+            slot.done.record(self._outwards)
+        tensor.record_stream(self._outwards)  # else its memory could be used again before it is copied
+        self._sent.append((slot, staged, take))
+
+    def flush(self) -> None:
+        """Wait until all that was sent to the host is taken."""
+        while self._sent:
+            self._take_first()
+
+    def drop(self) -> None:
+        """Forget what was sent and is not taken."""
+        for slot, _, _ in self._sent:
+            slot.done.synchronize()
+            self._free[True].append(slot)
+        self._sent.clear()
+
+    def _take_first(self) -> None:
+        slot, staged, take = self._sent.popleft()
+        slot.done.synchronize()
+        self._free[True].append(slot)
+        take(staged)
+
+
+_HOST = Lane()
+_lanes: dict[torch.device, GpuLane] = {}
+
+
+@contextmanager
+def sending() -> Iterator[None]:
+    """At its end all that was sent to the host is taken, on all lanes; after an error nothing more is."""
+    try:
+        yield
+    except BaseException:
+        for lane in _lanes.values():
+            lane.drop()
+        raise
+    for lane in _lanes.values():
+        lane.flush()
+
+
+def lane_to(device: torch.device | str) -> Lane:
+    """The way to a device, of which there is one.
+
+    Args:
+        device: a GPU, or the host.
+
+    Returns:
+        The lane.
+    """
+    device = torch.device(device)
+    if is_host(device):
+        return _HOST
+    if device not in _lanes:
+        _lanes[device] = GpuLane(device)
+    return _lanes[device]

@@ -1,0 +1,212 @@
+"""What a GPU is asked for, and in which order, by a fake that computes on the CPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runs import SETTINGS, checksums
+from torch import Tensor
+
+import convexprune
+from convexprune import errors
+from convexprune._api.in_memory import InMemory
+from convexprune._device import memory, transfer
+from convexprune._device.transfer import BUFFERS, GpuLane, Lane, lane_to, sending
+from convexprune._layerwise.processes import ProcessGroup
+from convexprune._layerwise.walk import recorded
+from convexprune._runs import executors
+from convexprune._storage.batches import Batches
+
+
+class Cuda:
+    """Streams whose copies are made when somebody waits for them, no sooner: too late if a buffer was used again."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        fake = self
+
+        class Stream:
+            def __init__(self, device: Any = None) -> None:
+                self.work: list[Callable[[], object]] = []
+
+            def do(self) -> None:
+                while self.work:
+                    self.work.pop(0)()
+
+            def wait_stream(self, other: "Stream") -> None:
+                """What is computed here is computed at once."""
+
+        class Event:
+            def record(self, stream: Stream) -> None:
+                self.stream = stream
+
+            def synchronize(self) -> None:
+                self.stream.do()
+
+        main, inside = Stream(), []
+        main.wait_event = lambda event: event.synchronize()  # pyright: ignore[reportAttributeAccessIssue]
+
+        @contextmanager
+        def stream(chosen: Stream) -> Iterator[None]:
+            inside.append(chosen)
+            yield
+            inside.pop()
+
+        def copy_(self: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+            if non_blocking:
+                inside[-1].work.append(lambda: real_copy(self, other))
+                return self
+            return real_copy(self, other)
+
+        def to(self: Tensor, *args: Any, non_blocking: bool = False, **more: Any) -> Tensor:
+            if not non_blocking:
+                return real_to(self, *args, **more)
+            there = torch.full_like(self, -1)
+            inside[-1].work.append(lambda: real_copy(there, self))
+            return there
+
+        def empty(*shape: Any, pin_memory: bool = False, **more: Any) -> Tensor:
+            fake.log += ["pinned"] if pin_memory else []
+            return real_empty(*shape, **more)
+
+        real_copy, real_to, real_empty = Tensor.copy_, Tensor.to, torch.empty
+        for name, made in {
+            "Stream": Stream,
+            "Event": Event,
+            "stream": stream,
+            "current_stream": lambda _: main,
+        }.items():
+            patch.setattr(torch.cuda, name, made)
+        patch.setattr(Tensor, "copy_", copy_)
+        patch.setattr(Tensor, "to", to)
+        patch.setattr(Tensor, "record_stream", lambda *_: None)
+        patch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    fake = Cuda()
+    fake.install(monkeypatch)
+    return fake
+
+
+def numbers(count: int) -> list[Tensor]:
+    return [torch.full((2, 3), float(i)) for i in range(count)]
+
+
+def test_tensors_reach_the_host_in_their_order_through_few_buffers(cuda: Cuda):
+    lane, taken = GpuLane(torch.device("cpu")), list[Tensor]()
+    for tensor in (sent := numbers(8)):
+        lane.to_host(tensor, lambda host: taken.append(host.clone()))
+        tensor.fill_(-1)  # as what is computed next may
+    assert len(taken) == len(sent) - BUFFERS  # the host has not waited for these
+    lane.flush()
+    assert [t.tolist() for t in taken] == [t.tolist() for t in numbers(8)]
+    assert cuda.log.count("pinned") == BUFFERS
+    lane.to_host(torch.ones(50), lambda host: taken.append(host.clone()))  # a larger one
+    lane.flush()
+    assert taken[-1].tolist() == [1] * 50
+
+
+def test_tensors_reach_the_device_through_few_buffers(cuda: Cuda):
+    lane = GpuLane(torch.device("cpu"))
+    assert [lane.to_device(t).tolist() for t in numbers(8)] == [t.tolist() for t in numbers(8)]
+    assert cuda.log.count("pinned") == BUFFERS
+
+
+@pytest.fixture
+def lane(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> GpuLane:
+    """The lane that everything takes."""
+    lane = GpuLane(torch.device("cpu"))
+    monkeypatch.setattr(transfer, "is_host", lambda device: False)
+    monkeypatch.setattr(transfer, "_lanes", {torch.device("cpu"): lane})
+    return lane
+
+
+@pytest.mark.usefixtures("lane")
+def test_what_is_recorded_goes_over_the_lane(cuda: Cuda, tmp_path: Path):
+    place = recorded(iter(numbers(7)), Batches(tmp_path / "b.bin"))
+    assert [t.tolist() for t in place] == [t.tolist() for t in numbers(7)]
+    assert cuda.log.count("pinned") == 2 * BUFFERS
+
+
+@pytest.mark.usefixtures("lane")
+def test_a_run_over_the_lane_gives_the_same_bits(dense: Path, expected: dict[str, str], tmp_path: Path):
+    convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
+    assert checksums(tmp_path / "out") == expected
+
+
+def test_after_an_error_nothing_more_is_taken(lane: GpuLane):
+    taken = list[Tensor]()
+    with pytest.raises(KeyboardInterrupt), sending():
+        for tensor in numbers(BUFFERS):
+            lane.to_host(tensor, taken.append)
+        raise KeyboardInterrupt
+    with sending():
+        lane.to_host(torch.ones(2), lambda host: taken.append(host.clone()))
+    assert [t.tolist() for t in taken] == [[1, 1]]
+
+
+def test_the_host_has_no_lane(monkeypatch: pytest.MonkeyPatch):
+    tensor = torch.ones(3)
+    assert type(lane_to("cpu")) is Lane and lane_to("cpu").to_device(tensor) is tensor
+    monkeypatch.setattr(transfer, "GpuLane", str)
+    monkeypatch.setattr(transfer, "_lanes", {})
+    assert lane_to("cuda:1") is lane_to("cuda:1") == "cuda:1"
+
+
+def test_what_torch_keeps_of_a_gpu_is_given_back_before_workers_begin(monkeypatch: pytest.MonkeyPatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append("empty_cache"))
+
+    def worker(job: Any, device: str) -> Any:
+        log.append(device)
+        return SimpleNamespace(stop=lambda: None)
+
+    monkeypatch.setattr(executors, "Worker", worker)
+    store: Any = SimpleNamespace(count=1, is_finished=lambda _: True)
+    executors.Pool(("cuda:0", "cuda:1")).run(None, None, store, lambda _: None)  # pyright: ignore[reportArgumentType]
+    assert log == ["empty_cache", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:3", [3]), ("cuda", []), ("cpu", [])])
+def test_a_process_computes_on_its_own_gpu(device: str, current: list[int], monkeypatch: pytest.MonkeyPatch):
+    chosen = list[int]()
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    memory.use_gpu(device)
+    assert chosen == current
+
+
+@pytest.mark.parametrize(("backends", "met"), [("cpu:gloo,cuda:nccl", ["cpu", "meta"]), ("cuda:nccl", ["meta"])])
+def test_ranks_meet_on_the_cpu_before_gpus_add_up(backends: str, met: list[str], monkeypatch: pytest.MonkeyPatch):
+    seen = list[str]()
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: seen.append(tensor.device.type))
+    ProcessGroup(0, 2).all_reduce(torch.ones(3, device="meta"))
+    assert seen == met
+
+
+def test_a_run_out_of_memory_says_what_it_needs_and_what_needs_less(monkeypatch: pytest.MonkeyPatch):
+    def run(_: InMemory) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    monkeypatch.setattr(InMemory, "run", run)
+    with pytest.raises(errors.PruningError, match=r"CUDA out of memory\. Tried to allocate 20 GiB\. Free") as raised:
+        convexprune.prune(num_calibration_samples=2)
+    assert "By its formula this run needs" in str(raised.value)
+    assert "With other settings: --error-correction 0 " in str(raised.value)
+
+
+def test_advice_that_fails_hides_no_error():
+    def advice() -> str:
+        raise MemoryError
+
+    with pytest.raises(errors.PruningError, match="Memory ran out: MemoryError"), memory.within_memory(advice):
+        raise MemoryError
