@@ -135,7 +135,7 @@ class Report:
             are, and so the `decoder_parameters` and all `parameters`. `sparsity` is then the share of columns removed
             from the operators that read them.
         packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
-        documents: the sha256 of what was made of the report for people, by path: who wants may change it.
+        documents: the sha256 of the model card, by its path: it was made of the report, and people may change it.
         base: what the card of the base model says of its licence and language, and the names of its card and licence
             in the result, as "files".
         bytes: of the result's files, packed if it is a pack; None if it was not written.

@@ -17,7 +17,8 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
-from convexprune._runs.folder import CHANNELS, RunFolder
+from convexprune._rendering.page import write_page
+from convexprune._runs.folder import CHANNELS, PAGE, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
@@ -169,6 +170,7 @@ class InFolder(Request):
         self.clock.lap("write")
         self._end(report)
         report.documents = self.folder.checksums([write_card(report, folder)])
+        write_page(report, folder / PAGE)
         self.folder.finish(report)
 
     def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> Narrowed | None:

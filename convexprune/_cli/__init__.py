@@ -6,7 +6,7 @@ import warnings
 from rich.console import Console
 from rich.text import Text
 
-from convexprune._cli import bench, compare, doctor, inspect, pack, permute, prune, recipe, unpack, verify
+from convexprune._cli import bench, compare, doctor, inspect, pack, permute, prune, recipe, report, unpack, verify
 from convexprune._cli.application import app
 from convexprune._cli.stopping import listen, status
 from convexprune.errors import ConvexpruneError
@@ -23,6 +23,7 @@ __all__ = [
     "permute",
     "prune",
     "recipe",
+    "report",
     "unpack",
     "verify",
 ]

@@ -5,7 +5,6 @@ import shlex
 from typing import Any
 
 from convexprune._recipe_file import GIVEN
-from convexprune._schema.functions import PRUNE
 from convexprune._schema.settings import RENAMED
 from convexprune.errors import ConvexpruneError
 from convexprune.recipe import make_recipe
@@ -67,5 +66,4 @@ def _option(name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [option, json.dumps(value)]
     values = value if isinstance(value, list | tuple) else [value]
-    assert name in PRUNE.fields
-    return [part for each in values for part in (option, str(each))]
+    return [part for each in values for part in (option, json.dumps(each) if isinstance(each, dict) else str(each))]

@@ -1,5 +1,6 @@
 """What a run came to, in words: the terminal, the model card and the page say these."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -8,10 +9,6 @@ from statistics import fmean
 from convexprune._recipe_file import GIVEN
 from convexprune._schema.settings import BUNDLED
 from convexprune.report import OperatorReport, Report
-
-OVERFITTED = 2.0  # held-out error over calibration error from which the sample is named as the reason
-HARD = 0.8  # of the error that no pruning avoids, from which that is named as the reason
-MORE_ZEROS = 0.05  # than the whole model, from which the share is named as the reason
 
 
 @dataclass(frozen=True)
@@ -49,25 +46,25 @@ def costs(report: Report) -> list[Fact]:
     Returns:
         Time and size, and the most memory.
     """
-    size = "" if report.bytes is None else f"; {megabytes(report.bytes)} on disk"
+    size = "" if report.bytes is None else f"; {bytes_text(report.bytes)} on disk"
     found = [Fact("time, size" if size else "time", f"{sum(report.seconds.values()):.0f} s{size}")]
     if report.memory:
         places = {"process": "", "workers": " in its largest worker", "gpu": " on the GPU"}
-        peaks = (f"{megabytes(report.memory[kind])}{place}" for kind, place in places.items() if kind in report.memory)
+        peaks = (f"{bytes_text(report.memory[kind])}{place}" for kind, place in places.items() if kind in report.memory)
         found.append(Fact("peak memory", ", ".join(peaks)))
     return found
 
 
-def megabytes(size: float) -> str:
-    """A number of bytes, in MB.
+def bytes_text(size: float) -> str:
+    """A number of bytes, to be read.
 
     Args:
         size: in bytes.
 
     Returns:
-        A text, as "12.3 MB".
+        A text, as "12.3 MB" or "1.23 GB".
     """
-    return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def name_of_model(report: Report) -> str:
@@ -93,48 +90,6 @@ def short(name: str) -> str:
     """
     path = PurePath(name)
     return path.name or name if path.is_absolute() else name
-
-
-def reason(o: OperatorReport, report: Report) -> str:
-    """What may be why an operator has a large error.
-
-    Args:
-        o: the operator.
-        report: of the run.
-
-    Returns:
-        The reason that is most likely of those that the report can show.
-    """
-    if o.status not in (None, "SOLVED"):
-        return f"its last solve ended as {o.status}"
-    if o.tokens < o.inputs:
-        return f"only {o.tokens:,} calibration tokens for {o.inputs:,} inputs"
-    if o.held_out_error is not None and o.held_out_error > OVERFITTED * o.relative_error:
-        times = o.held_out_error / o.relative_error if o.relative_error else float("inf")
-        return f"{times:.1f} times the error on held-out tokens: more calibration samples help"
-    if o.sparsity > report.sparsity + MORE_ZEROS:
-        return f"{o.sparsity:.0%} zeros, more than the whole model"
-    if o.bound is not None and o.bound["ratio"] > HARD:
-        return f"no pruning has less than {o.bound['ratio']:.2f} of this error"
-    return "none stands out: with as many zeros this operator loses more than others"
-
-
-def worst(report: Report, count: int) -> list[OperatorReport]:
-    """The operators with the largest errors.
-
-    Args:
-        report: of the run.
-        count: how many, at most.
-
-    Returns:
-        The worst first, by the held-out error where there is one.
-    """
-    return sorted(report.operators, key=lambda o: _judged(o), reverse=True)[:count]
-
-
-def _judged(o: OperatorReport) -> float:
-    error = o.relative_error if o.held_out_error is None else o.held_out_error
-    return float("inf") if error != error else error
 
 
 def _zeros(report: Report) -> Iterator[Fact]:
@@ -222,7 +177,7 @@ def _certificates(report: Report) -> Iterator[Fact]:
 
 def _download(report: Report) -> Iterator[Fact]:
     if report.packed is not None:
-        before, after = megabytes(report.packed["before"]), megabytes(report.packed["after"])
+        before, after = bytes_text(report.packed["before"]), bytes_text(report.packed["after"])
         sizes = f"{after}, packed from {before} ({report.packed['bits']:.2f} bits a weight)"
         yield Fact("download", f"{sizes}; unpacked, memory and speed are those of the {before}")
 
@@ -232,3 +187,29 @@ def _warnings(report: Report) -> Iterator[Fact]:
         yield Fact("note", f"{len(report.short_of_tokens)} operators of experts got fewer tokens than they have inputs")
     for warning in report.warnings:
         yield Fact("warning", warning)
+
+
+def next_steps(report: Report, folder: str) -> list[Fact]:
+    """What to do with a result.
+
+    Args:
+        report: of the run.
+        folder: of the result.
+
+    Returns:
+        What it is for, and the command.
+    """
+    place, pretrained = shlex.quote(folder), shlex.quote(f"pretrained={folder}")
+    window = next((f" --window {p['window']}" for p in report.perplexity.values()), "")
+    if report.packed is not None:
+        return [
+            Fact("Make an ordinary folder of it, which all other commands read", f"convexprune unpack {place} MODEL")
+        ]
+    steps = {
+        "Measure it on your own text": f"convexprune eval {place} --text TEXT{window}",
+        "Measure what it can do (lm-eval)": f"lm_eval --model hf --model_args {pretrained} --tasks hellaswag",
+        "Check the answers against other solvers": f"convexprune verify {place}",
+        "See what runs faster on your machine": f"convexprune bench {place}",
+        "Make the download smaller": f"convexprune pack {place} PACK",
+    }
+    return [Fact(name, command) for name, command in steps.items()]

@@ -28,7 +28,9 @@ import convexprune
 from convexprune import errors
 from convexprune._layerwise.steps import stages as layer
 from convexprune._layerwise.walk import LayerWalk
+from convexprune._rendering.page import page
 from convexprune._storage import tensors
+from convexprune.report import Report
 
 QUICK = SETTINGS | {"method": "wanda"}
 MODES: dict[str, dict[str, Any]] = {
@@ -109,9 +111,10 @@ def _raised(run: Callable[[], object]) -> Exception | None:
 def _found(folder: Path) -> dict[str, Any]:
     """All that a result says: the checksum of each file, and of the report what no clock has a part in."""
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+    assert (folder / "report.html").read_text() == page(Report.from_json((folder / "report.json").read_text()))
     report = json.loads((folder / "report.json").read_text())
     told = [{name: o[name] for name in ("name", "zeros", "relative_error")} for o in report["operators"]]
-    return files | {"report.json": told}
+    return files | {"report.json": told, "report.html": None}  # the page is the report, seconds and all
 
 
 def _operations_fail(trial: Trial, moments: Iterable[int], kinds: list[str], lasting: bool) -> None:

@@ -92,6 +92,7 @@ def _killed_at_writes(dense: Path, folder: Path, expected, monkeypatch, moments:
             "recipe.yaml",
             "report.json",
             "README.md",
+            "report.html",
         }
 
 

@@ -23,8 +23,9 @@ from convexprune._api import calls
 from convexprune._cli.summary import summary
 from convexprune._rendering.card import card, hub_name, sparsity_settings
 from convexprune._rendering.command import command_of
-from convexprune._rendering.facts import facts, reason
+from convexprune._rendering.facts import facts
 from convexprune._rendering.templates import code, fenced
+from convexprune._rendering.worst import reason
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 
@@ -223,6 +224,7 @@ RECIPES: list[dict[str, Any]] = [
     {}, {"model": "facebook/opt-125m", "sparsity": 0.6, "dataset": "c4", "seed": 3},
     {"pattern": "2:4", "method": "sparsegpt", "method_args": {"damping": 0.1}, "ignore": ("a b", "re:.*x'y")},
     {"prefix": "pruned", "error_correction": 1.0, "refit": False, "solver": "admm", "dtype": "bfloat16"},
+    {"rules": ({"targets": ["re:.*0"], "sparsity": 0.2}, {"targets": ["q'1"], "method": "wanda"}), "sparsity": 0.4},
     {"targets": ("q_proj", "k_proj"), "quota": "row", "bound_rows": 0, "evaluation": "self", "threads": 2},
 ]  # fmt: skip
 
@@ -259,4 +261,6 @@ def test_the_reason_of_an_error_is_of_its_operator(result: Path):
     assert reason(replace(o, tokens=9), report) == "only 9 calibration tokens for 16 inputs"
     assert "5.0 times" in reason(replace(o, held_out_error=0.5), report)
     assert "no pruning has less than 0.90" in reason(replace(o, bound={"ratio": 0.9}), report)
-    assert reason(o, report).startswith("none stands out")
+    alike = replace(report, operators=[replace(o, relative_error=e, held_out_error=e) for e in (0.01, 0.02, 0.1)])
+    assert reason(o, alike) == "its layer: 5.0 times the median of all q_proj"
+    assert reason(o, replace(alike, operators=[o, o])) == "its place: q_proj has such errors in most layers"

@@ -20,6 +20,7 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"convexprune"}
     needed = ("adapters/_huggingface.py", "validation/_perplexity.py", "data/opt-books/model.safetensors", "py.typed")
+    needed += ("_rendering/card.md.jinja", "_rendering/page.html.jinja")
     assert {f"convexprune/{n}" for n in needed} <= set(names)
 
 

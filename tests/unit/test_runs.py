@@ -27,7 +27,7 @@ from convexprune.report import OperatorReport
 
 def test_a_finished_folder_is_an_ordinary_one(dense: Path, tmp_path: Path):
     result = convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
-    names = {path.name for path in dense.iterdir()} | {"recipe.yaml", "report.json", "README.md"}
+    names = {path.name for path in dense.iterdir()} | {"recipe.yaml", "report.json", "README.md", "report.html"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert result.report.environment["loading"] == "layer by layer"

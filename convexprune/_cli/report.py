@@ -1,0 +1,26 @@
+"""`convexprune report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convexprune._cli.application import app, console
+from convexprune._cli.stopping import stoppable
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run; also one that is packed.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; one that is there is replaced. Left out: report.html in the folder."),
+    ] = None,
+) -> None:
+    """Write the page of a run: errors, zeros, certificates and what to do next, as one HTML file without a network."""
+    with stoppable():
+        from convexprune._rendering.page import write_page
+        from convexprune._runs.folder import PAGE, RunFolder
+
+        page = write_page(RunFolder(run).report(), output or run / PAGE, str(run))
+    console.print(f"page: {page.resolve()}", soft_wrap=True)

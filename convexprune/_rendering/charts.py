@@ -1,0 +1,129 @@
+"""Where the marks of two small charts stand, in pixels: pairs of errors, and a histogram."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT, MARGIN = 420, 300, 62
+STEPS = (1, 2, 5)  # of an axis that covers less than two powers of ten
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point, a bar or a tick.
+
+    Args:
+        x: from the left.
+        y: from the top.
+        height: of a bar.
+        text: what it is.
+    """
+
+    x: float
+    y: float
+    height: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Marks, and the ticks of the axes.
+
+    Args:
+        marks: points or bars.
+        across: ticks of the horizontal axis.
+        up: ticks of the vertical axis.
+        bar: the width of a bar; 0 of points.
+    """
+
+    marks: Sequence[Mark]
+    across: Sequence[Mark]
+    up: Sequence[Mark]
+    bar: float = 0.0
+
+
+def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
+    """Points whose axes are logarithmic and alike, so that equal ones are on the diagonal.
+
+    Args:
+        values: across, up, and the name of each point.
+
+    Returns:
+        The chart; None without two positive, finite pairs.
+    """
+    known = [(x, y, name) for x, y, name in values if 0 < x < math.inf and 0 < y < math.inf]
+    if len(known) < 2:
+        return None
+    ends = [v for x, y, _ in known for v in (x, y)]
+    low, high = math.log10(min(ends)) - 0.08, math.log10(max(ends)) + 0.08
+
+    def share(v: float) -> float:
+        return (math.log10(v) - low) / (high - low)
+
+    ticks = _ticks(low, high)
+    return Chart(
+        [Mark(_x(share(x)), _y(share(y)), 0.0, f"{name}: {percent(x)} and {percent(y)} %") for x, y, name in known],
+        [Mark(_x(share(v)), _y(0), 0.0, f"{100 * v:g} %") for v in ticks],
+        [Mark(_x(0), _y(share(v)), 0.0, f"{100 * v:g} %") for v in ticks],
+    )
+
+
+def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
+    """How many values there are of each size.
+
+    Args:
+        values: to count.
+        bins: between the least and the largest, or between 0 and 1.
+        log: by their logarithm, from the least to the largest; else from 0 to 1.
+
+    Returns:
+        The chart; None if there is nothing to count.
+    """
+    known = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    if not known:
+        return None
+    low, high = (math.floor(min(known)), math.floor(max(known)) + 1) if log else (0.0, max(1.0, *known))
+    counts = [0] * bins
+    for v in known:
+        counts[min(bins - 1, int(bins * (v - low) / (high - low)))] += 1
+    top, bar = max(counts), (WIDTH - 2 * MARGIN) / bins
+    ticks = (
+        [(v, f"1e{v}") for v in range(int(low), int(high) + 1)] if log else [(v / 4, f"{v / 4:g}") for v in range(5)]
+    )
+    return Chart(
+        [
+            Mark(_x(i / bins) + 0.5, _y(n / top), _y(0) - _y(n / top), f"{n} of {len(values)} operators")
+            for i, n in enumerate(counts)
+            if n
+        ],
+        [Mark(_x((v - low) / (high - low)), _y(0), 0.0, text) for v, text in ticks],
+        [Mark(_x(0), _y(share), 0.0, f"{share * top:g}") for share in (0, 1)],
+        bar - 1,
+    )
+
+
+def percent(value: float) -> str:
+    """A share in per cent.
+
+    Args:
+        value: the share.
+
+    Returns:
+        Two digits that count, without the sign.
+    """
+    return f"{100 * value:#.2g}".rstrip(".") if 0 < value < 1 else f"{100 * value:.0f}"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two powers of ten."""
+    steps = STEPS if high - low < 2 else (1,)
+    every = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
+    return [v for v in every if low <= math.log10(v) <= high]
+
+
+def _x(share: float) -> float:
+    return MARGIN + share * (WIDTH - 2 * MARGIN)
+
+
+def _y(share: float) -> float:
+    return HEIGHT - MARGIN + share * (MARGIN / 2 - (HEIGHT - MARGIN))

@@ -1,0 +1,159 @@
+"""The page of a run: report.html, one file that needs no network; every number in it is the report's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from convexprune._storage.files import atomic_write, write
+from convexprune.report import Report
+
+from . import charts
+from .command import command_of
+from .facts import bytes_text, costs, facts, name_of_model, next_steps
+from .grid import SHADES, Grid, grid
+from .templates import text_of
+from .worst import reason, worst
+
+WORST = 8
+LISTED = 2000  # operators; of more, the page has the worst only
+SPREAD = 0.005  # shares of zeros that differ by less are shown as one
+
+
+class Tile(NamedTuple):
+    """A number of the headline.
+
+    Args:
+        name: what it is.
+        value: the number.
+        note: what it depends on.
+    """
+
+    name: str
+    value: str
+    note: str
+
+
+def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        report: of the run.
+        path: of the page.
+        folder: of the result, if it was moved since.
+
+    Returns:
+        The file.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with atomic_write(path) as file:
+        write(file, page(report, folder).encode())
+    return path
+
+
+def page(report: Report, folder: str | None = None) -> str:
+    """The page, of the report alone.
+
+    Args:
+        report: of the run.
+        folder: of the result, to be named in commands; None is where it was written.
+
+    Returns:
+        HTML.
+    """
+    folder = folder or str(report.environment.get("folder", "DIR"))
+    held_out = all(o.held_out_error is not None for o in report.operators)
+    return text_of(
+        "page.html.jinja",
+        title=name_of_model(report),
+        report=report,
+        tiles=list(_tiles(report)),
+        facts=[fact for fact in (*facts(report), *costs(report)) if fact.name != "warning"],  # it shows these apart
+        held_out=held_out,
+        errors=grid(
+            report.operators, lambda o: o.held_out_error if held_out else o.relative_error, charts.percent, True
+        ),
+        zeros=_zeros(report),
+        pairs=_pairs(report),
+        gaps=charts.histogram([o.gap for o in report.operators if o.gap is not None], 24, log=True),
+        bounds=charts.histogram([o.bound["ratio"] for o in report.operators if o.bound is not None], 20, log=False),
+        worst=[(o, reason(o, report)) for o in worst(report, WORST)],
+        operators=report.operators if len(report.operators) <= LISTED else worst(report, LISTED),
+        percent=charts.percent,
+        size=charts,
+        shades=range(SHADES),
+        recipe=[(name, _said(value)) for name, value in report.recipe.items()],
+        environment=[(name, _said(value)) for name, value in report.environment.items()],
+        command=command_of(report, folder, whole_paths=True),
+        steps=next_steps(report, folder),
+    )
+
+
+def _tiles(report: Report) -> Iterator[Tile]:
+    for name, values in _measures(report).items():
+        digits = 3 if name == "KL to dense" else 2
+        note = f"{values['pruned'] / values['dense']:.2f} times" if name == "perplexity" and len(values) == 2 else ""
+        yield Tile(name, " → ".join(f"{value:.{digits}f}" for value in values.values()), note)
+    if report.asks_for_zeros:
+        weights = sum(o.outputs * o.inputs for o in report.operators)
+        yield Tile("zeros", f"{100 * report.sparsity:.1f} %", f"of {weights / 1e6:,.1f} M weights")
+    known = [o.held_out_error for o in report.operators if o.held_out_error is not None]
+    if known:
+        yield Tile("held-out error", f"{charts.percent(fmean(known))} %", "mean over the operators")
+    if report.median_bound_ratio is not None:
+        yield Tile("lower bound", f"{report.median_bound_ratio:.2f}", "of the error no pruning avoids (median)")
+    if report.bytes is not None:
+        yield Tile("size", bytes_text(report.bytes), "on disk" if report.packed is None else "packed")
+    yield Tile("time", _time(sum(report.seconds.values())), _longest(report))
+    if "process" in report.memory:
+        peak = max((kind for kind in report.memory), key=lambda kind: (kind == "gpu", report.memory[kind]))
+        yield Tile("peak memory", bytes_text(report.memory[peak]), "of the GPU" if peak == "gpu" else "of the process")
+
+
+def _measures(report: Report) -> dict[str, dict[str, float]]:
+    """Perplexity, and KL divergence where it was measured, by the model."""
+    kinds = {"value": "perplexity", "kl": "KL to dense"}
+    found = {
+        name: {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
+        for key, name in kinds.items()
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
+
+
+def _longest(report: Report) -> str:
+    if not report.seconds:
+        return ""
+    phase, seconds = max(report.seconds.items(), key=lambda item: item[1])
+    return f"{_time(seconds)} of it: {phase}"
+
+
+def _zeros(report: Report) -> Grid | None:
+    """Who has how many zeros; None if all have as many."""
+    shares = [o.sparsity for o in report.operators]
+    if not shares or max(shares) - min(shares) < SPREAD:
+        return None
+    return grid(report.operators, lambda o: o.sparsity, lambda v: f"{100 * v:.0f}", log=False)
+
+
+def _pairs(report: Report) -> charts.Chart | None:
+    """The error on calibration and on held-out tokens, of each cell of the table."""
+
+    def by_place(error: str) -> dict[str, float]:
+        table = grid(report.operators, lambda o: getattr(o, error), charts.percent, log=True)
+        return {cell.name: cell.value for cell in table.cells}
+
+    fitted, held_out = by_place("relative_error"), by_place("held_out_error")
+    return charts.pairs([(fitted[name], held_out[name], name) for name in fitted if name in held_out])
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
