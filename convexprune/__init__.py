@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convexprune.adapters._checkpoints.packed import load
     from convexprune.adapters._discovery.inspection import Inspection, inspect
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
+    from convexprune.core._group_lasso import GroupLasso
     from convexprune.core._moments import Moments
     from convexprune.core._penalty import L1, AbstractPenalty, Support
     from convexprune.core._problem import Certificate, Problem, certify
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from convexprune.validation import Verification, compare, compare_samples, perplexity, verify
 
 __all__ = [
-    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Inspection", "Moments", "OperatorReport", "Packed",
-    "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "SemiStructured",
-    "Solution", "Status", "Support", "Unstructured", "Verification", "certify", "compare", "compare_samples", "errors",
-    "inspect", "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
-    "solver_names", "solvers", "unpack", "verify",
+    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "GroupLasso", "Inspection", "Moments", "OperatorReport",
+    "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber",
+    "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify", "compare",
+    "compare_samples", "errors", "inspect", "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity",
+    "problems", "prune", "pruners", "solver_names", "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -45,6 +46,7 @@ _NAMES = {
         "L1",
         "AbstractPenalty",
         "Certificate",
+        "GroupLasso",
         "Moments",
         "Problem",
         "Quadratic",

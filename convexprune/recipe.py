@@ -23,7 +23,7 @@ from convexprune._schema.settings import (
 from convexprune.constraints import Constraint, parse_pattern
 from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
-from convexprune.pruners import PRUNERS, AbstractPruner, Convex, Refitted, no_method
+from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._search import AbstractSearch
 from convexprune.solvers import AbstractSolver, solver_names
 
@@ -46,12 +46,12 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
     @model_validator(mode="after")
     def _names(self) -> "Recipe":
-        if self.method in solver_names() and self.method not in PRUNERS:
+        if self.method in solver_names() and self.method not in METHODS:
             raise RecipeError(
                 f"{self.method!r} is a solver, not a method: leave the method out and name it as the solver "
                 f"(--solver {self.method}). The baseline of arXiv 2408.03728 is the method 'fistapruner'."
             )
-        if self.method not in PRUNERS:
+        if self.method not in METHODS:
             raise RecipeError(no_method(self.method))
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(unknown("preset", self.preset, PRESETS))
@@ -150,12 +150,12 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
     def _pruner_of(self, rule: Rule) -> AbstractPruner | None:
         if rule.method is None:
             return None
-        if rule.method not in PRUNERS:
+        if rule.method not in METHODS:
             raise RecipeError(no_method(rule.method))
         settings: dict[str, Any] = {"solver": self.solver} if rule.method == "convex" else {}
         if rule.method == self.method:
             settings["method_args"] = self.method_args
-        if issubclass(PRUNERS[rule.method], AbstractSearch) or self.refit:
+        if issubclass(METHODS[rule.method], AbstractSearch) or self.refit:
             settings["damping"] = self.damping
         return make_recipe(method=rule.method, refit=self.refit, **settings).build_pruner()
 
@@ -184,10 +184,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         if self.preset is not None and self.method != "convex":
             raise RecipeError(f"preset={self.preset!r} names its own method; leave method={self.method!r} out.")
         method = self.preset or self.method  # a preset is the method of that name
-        own_refit = "refit" in signature(PRUNERS[method]).parameters
+        own_refit = "refit" in signature(METHODS[method]).parameters
         added = bool(self.refit) and not own_refit
         settings: dict[str, Any] = {}
-        if issubclass(PRUNERS[method], AbstractSearch):
+        if issubclass(METHODS[method], AbstractSearch):
             settings["damping"] = self.damping
         elif self.damping is not None and not added:
             raise RecipeError(
@@ -199,7 +199,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             raise RecipeError(f"solver belongs to method='convex'; {method!r} does not take it. Leave one of them out.")
         if self.refit is False and own_refit:
             settings["refit"] = None
-        pruner = make(PRUNERS[method], method, settings | self.method_args)
+        pruner = make(METHODS[method], method, settings | self.method_args)
         return Refitted(pruner, damping=self.damping) if added else pruner
 
     def _solver(self) -> AbstractSolver:
@@ -216,7 +216,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     The allocation of a method that searches a support is "rows" where the pattern allows it (`survey.check_rule`).
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
-    pruner = PRUNERS.get(str(given.get("preset") or given.get("method", "convex")))
+    pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch)
     return {

@@ -10,7 +10,7 @@ import yaml
 from convexprune._layerwise.settings import LayerSettings
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
-from convexprune.pruners import PRUNERS, no_method
+from convexprune.pruners import METHODS, no_method
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
 CONVENTIONS: dict[str, tuple[str, float, str]] = {
@@ -29,8 +29,10 @@ OWN = {
     "alps": "pruned-own",
     "fistapruner": "dense",
     "magnitude": "dense-none",
+    "osscar": "pruned-own",
     "sparsegpt": "pruned-own",
     "wanda": "pruned-own",
+    "wanda-sp": "pruned-own",
 }
 """What each method's paper or code does; of ours, the recipe's default."""
 
@@ -176,9 +178,9 @@ def _variant(
 def _method(text: str) -> dict[str, Any]:
     """The recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
-    if name not in PRUNERS and name not in SOLVERS:
+    if name not in METHODS and name not in SOLVERS:
         raise RecipeError(no_method(name, SOLVERS))
-    settings: dict[str, Any] = {"method": name} if name in PRUNERS else {"method": "convex", "solver": name}
+    settings: dict[str, Any] = {"method": name} if name in METHODS else {"method": "convex", "solver": name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:

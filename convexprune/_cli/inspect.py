@@ -46,7 +46,7 @@ def show_inspection(found: "Inspection", as_json: bool) -> None:
 def names(as_json: AsJson = False) -> None:
     """The families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
-    from convexprune.pruners import PRUNERS
+    from convexprune.pruners import METHODS
     from convexprune.recipe import PRESETS, SOLVERS
     from convexprune.solvers import make_solver, solver_names
 
@@ -55,9 +55,9 @@ def names(as_json: AsJson = False) -> None:
             {
                 "families": list(TESTED.values()),
                 "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
-                "methods": sorted(PRUNERS),
+                "methods": sorted(METHODS),
                 "presets": list(PRESETS),
-                "patterns": ["unstructured", "N:M", "columns", "int8"],
+                "patterns": ["unstructured", "N:M", "columns", "channels", "int8"],
             }
         )
         return
@@ -68,12 +68,13 @@ def names(as_json: AsJson = False) -> None:
         takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
         use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
         table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
-    table.add_row("methods", ", ".join(sorted(PRUNERS)))
+    table.add_row("methods", ", ".join(sorted(METHODS)))
     table.add_row("presets", ", ".join(PRESETS))
     table.add_row(
-        "patterns", "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, int8"
+        "patterns",
+        "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, int8",
     )
     console.print(table)
 
 
-_PENALTIES = {"AbstractPenalty": "any penalty", "Support": "a fixed support"}
+_PENALTIES = {"AbstractPenalty": "any penalty", "Support": "a fixed support", "GroupLasso": "group LASSO"}

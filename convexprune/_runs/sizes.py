@@ -30,8 +30,10 @@ METHODS = {
     "convex": Method(6.9, 28.4, 94, 8, 1.8),
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 1.0),
+    "osscar": Method(6.4, 8.0, 5, 8, 8.0),
     "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
     "wanda": Method(5.0, 7.9, 0, 0, 1.0),
+    "wanda-sp": Method(5.0, 7.9, 0, 0, 1.0),
 }
 SCALED = 1  # matrix [m n] more at the peak, if rows are weighed; what they were scaled to is gone by the next one
 REFIT = Method(8.3, 29.2, 60, 2, 3.0)

@@ -180,9 +180,10 @@ class MethodSettings(Settings):
     group = "method"
     method: str = setting(
         "convex",
-        "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda.",
+        "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda; "
+        "of whole columns and channels osscar, wanda-sp.",
         "--prune-method",
-        choices=("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda"),
+        choices=("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "wanda-sp"),
         first=True,
     )
     solver: str = setting(

@@ -49,6 +49,11 @@ class Constraint(ABC):
         return True
 
     @property
+    def by_column(self) -> bool:
+        """Whether whole columns are chosen."""
+        return False
+
+    @property
     def narrows(self) -> bool:
         """Whether the columns that it zeroes are removed from the model for good: `width` are left."""
         return False

@@ -52,6 +52,11 @@ class Channels(Constraint):
         return True
 
     @property
+    def by_column(self) -> bool:
+        """They are."""
+        return True
+
+    @property
     def by_row(self) -> bool:
         """All rows choose together."""
         return False

@@ -44,6 +44,11 @@ class Columns(Mask):
         return True
 
     @property
+    def by_column(self) -> bool:
+        """They are."""
+        return True
+
+    @property
     def by_row(self) -> bool:
         """All rows choose together."""
         return False

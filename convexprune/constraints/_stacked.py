@@ -37,6 +37,11 @@ class Stacked(Constraint):
         return all(each.selects for each in self.constraints)
 
     @property
+    def by_column(self) -> bool:
+        """Whether all do, each for itself."""
+        return all(each.by_column for each in self.constraints)
+
+    @property
     def by_row(self) -> bool:
         """Whether in none of them rows compete."""
         return all(each.by_row for each in self.constraints)

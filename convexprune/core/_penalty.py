@@ -20,6 +20,9 @@ class AbstractPenalty(ABC):
     they can only be tight for a convex one.
     """
 
+    couples_rows = False
+    """Whether it is no sum over rows: its values [m] then only add up to it."""
+
     @abstractmethod
     def values(self, weight: Tensor) -> Tensor:
         """p of each row [m], of the `weight` [m n]."""

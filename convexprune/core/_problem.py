@@ -108,7 +108,8 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
 
         q + p - min (q + p)  <=  p(V) + p*(S) - <S, V> + c(S)
 
-    Three choices of S are tried, and for each row the smallest bound stands:
+    Three choices of S are tried, and for each row the smallest bound stands (for all rows together, if the penalty
+    couples them):
 
         scaling      S = s K,          c = (1 - s)^2 q         (the residual scaled into the dual ball, as celer does)
         clipping     S = project(K),   c = 1/2 (K - S) H^-1 (K - S)'   (only if H is positive definite, or K is in the
@@ -134,14 +135,20 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
     price = (1 - s).square() * (values + quadratic.rounding)
+    least = _least_sum if penalty.couples_rows else torch.minimum
     gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
     dual = penalty.project(residual)
     rest = (slack + penalty.conjugate(dual) - torch.linalg.vecdot(dual, weight)).clamp_min(0)
-    gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual) + rest)
+    gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest)
     dual = penalty.subgradient(weight, residual)
     if dual is not None:
-        gaps = torch.minimum(gaps, quadratic.inverse_form(residual - dual))
+        gaps = least(gaps, quadratic.inverse_form(residual - dual))
     return gaps + quadratic.rounding
+
+
+def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:
+    """Those of two bounds [m] with the smaller sum: one dual point for all rows."""
+    return torch.where(others.sum() < gaps.sum(), others, gaps)
 
 
 @torch.no_grad()

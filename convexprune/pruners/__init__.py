@@ -10,8 +10,10 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
 from convexprune.pruners._baselines.magnitude import Magnitude
+from convexprune.pruners._baselines.osscar import OSSCAR
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._baselines.wanda import Wanda
+from convexprune.pruners._baselines.wanda_sp import WandaSP
 from convexprune.pruners._convex import Convex
 from convexprune.pruners._refit import Refitted
 
@@ -24,6 +26,10 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
     "sparsegpt": SparseGPT,
     "wanda": Wanda,
 }
+"""Those that take any choice of entries."""
+
+METHODS: dict[str, type[AbstractPruner]] = PRUNERS | {"osscar": OSSCAR, "wanda-sp": WandaSP}
+"""All of them, with those that take whole columns only."""
 
 GONE = {
     "perspective": "The method 'perspective' is gone: 'convex' and 'admm' have lower errors and take less time. "
@@ -41,12 +47,14 @@ def no_method(name: str, others: Iterable[str] = ()) -> str:
     Returns:
         The text.
     """
-    return GONE.get(name) or unknown("method", name, {*PRUNERS, *others})
+    return GONE.get(name) or unknown("method", name, {*METHODS, *others})
 
 
 __all__ = [
     "ADMM",
     "ALPS",
+    "METHODS",
+    "OSSCAR",
     "PRUNERS",
     "AbstractPruner",
     "Convex",
@@ -57,6 +65,7 @@ __all__ = [
     "Refitted",
     "SparseGPT",
     "Wanda",
+    "WandaSP",
     "no_method",
 ]
 

@@ -197,6 +197,23 @@ def dead_inputs_first(prune: Prune) -> Prune:
     return cast(Prune, pruned)
 
 
+def require_columns(pruner: "AbstractPruner", pattern: Constraint) -> None:
+    """Refuse, before any work, what is no choice of whole columns.
+
+    Args:
+        pruner: that can do nothing else.
+        pattern: the pattern.
+
+    Raises:
+        PatternError: the pattern is none.
+    """
+    if not pattern.by_column:
+        raise PatternError(
+            f"{type(pruner).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take pattern "
+            "'channels' or 'columns', or another method."
+        )
+
+
 class AbstractPruner(ABC):
     """Settings of a pruner, a dataclass.
 

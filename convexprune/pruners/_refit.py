@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from convexprune.core._factor import cholesky
 from convexprune.core._penalty import Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
@@ -56,6 +57,8 @@ def refitted(
 ) -> tuple[Tensor, tuple[Solution, ...]]:
     """The best values on a support.
 
+    Where all rows have the same, one factorisation solves for them all, and the solver has it to certify.
+
     Args:
         quadratic: the error as a quadratic of V [m n].
         mask: the support [m n].
@@ -68,5 +71,27 @@ def refitted(
     start = start * mask
     if refit is None:
         return start, ()
+    if bool((mask == mask[:1]).all()):
+        start = _on_columns(quadratic, mask[0], start)
     solution = solve(refit, Problem(quadratic, Support(mask)), start)
     return solution.weight, (solution,)
+
+
+def _on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
+    """The best weights on some columns; `start` if these leave them open.
+
+    Args:
+        quadratic: the error as a quadratic of V [m n].
+        kept: the columns [n].
+        start: [m n].
+
+    Returns:
+        The weight [m n].
+    """
+    factor = cholesky(quadratic.gram[kept][:, kept])
+    if factor is None:
+        return start
+    weight = torch.zeros_like(start)
+    residual = quadratic.residual(weight)[:, kept]  # at zero it is what the weights are to make up for
+    weight[:, kept] = torch.cholesky_solve(residual.T, factor).T
+    return weight

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._reverse_huber import ReverseHuber
@@ -49,7 +50,7 @@ class CVXPY(AbstractSolver):
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """The penalties that are stated in CVXPY's atoms below."""
-        return (L1, ReverseHuber, Support)
+        return (L1, GroupLasso, ReverseHuber, Support)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
@@ -59,7 +60,10 @@ class CVXPY(AbstractSolver):
         quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
         stated = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
         roots = square_root(quadratic.gram.cpu().numpy())
-        statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
+        if isinstance(stated.penalty, GroupLasso):
+            statements = [self._whole(stated, stated.penalty, *roots)]
+        else:
+            statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
         built = time.perf_counter()
         rows, statuses = [], []
         for variable, statement in statements:
@@ -67,7 +71,7 @@ class CVXPY(AbstractSolver):
             rows.append(value)
             statuses.append(status)
         solved = time.perf_counter()
-        displacement = (torch.from_numpy(np.stack(rows)).to(unit) / unit).to(problem.quadratic.cross)
+        displacement = (torch.from_numpy(np.vstack(rows)).to(unit) / unit).to(problem.quadratic.cross)
         anchor = problem.quadratic.anchor
         weight = displacement if anchor is None else displacement + anchor
         worst = max(statuses, key=list(Status).index)
@@ -84,6 +88,17 @@ class CVXPY(AbstractSolver):
         if variable.value is None:
             return np.full(variable.shape, np.nan), Status.FAILED
         return variable.value, STATUS.get(statement.status, Status.FAILED)
+
+    def _whole(
+        self, problem: Problem, penalty: GroupLasso, factor: np.ndarray, inverse: np.ndarray
+    ) -> tuple[cp.Variable, cp.Problem]:
+        """All rows in one statement, for a penalty that couples them."""
+        q = problem.quadratic
+        anchor = np.zeros(problem.shape) if q.anchor is None else q.anchor.cpu().numpy()
+        d = cp.Variable(problem.shape)
+        smooth = cp.sum_squares(d @ factor.T - q.cross.cpu().numpy() @ inverse) / 2
+        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(problem.shape[1]).cpu().numpy()
+        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.norm(d + anchor, axis=0)))
 
     def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
         q = problem.quadratic

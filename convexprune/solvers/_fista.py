@@ -65,8 +65,8 @@ class FISTA(AbstractIterative):
                 break
             torch.sub(new, old, out=move)
             if self.restart:
-                uphill = torch.linalg.vecdot(point.sub_(new), move)[:, None] > 0
-                t.masked_fill_(uphill, 1.0)
+                slope = torch.linalg.vecdot(point.sub_(new), move)[:, None]
+                t.masked_fill_((slope.sum() if problem.penalty.couples_rows else slope) > 0, 1.0)
             t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
             torch.addcmul(new, (t - 1) / t_next, move, out=point)
             t, old, new = t_next, new, old

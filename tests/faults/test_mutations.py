@@ -18,8 +18,10 @@ import test_consistency
 import test_fista
 import test_foreign_solvers
 import test_gap
+import test_group_lasso
 import test_invariance
 import test_moments
+import test_osscar
 import test_pattern
 import test_penalty
 import test_permutation
@@ -57,10 +59,12 @@ from convexprune.core import (
     _split as split,
 )
 from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
+from convexprune.pruners._baselines import osscar
 from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.solvers import Status
 from convexprune.solvers import _fista as fista
@@ -116,6 +120,14 @@ FAULTS = (
           test_reverse_huber.test_the_prox_minimises_its_objective),
     Fault("a reverse Huber conjugate without its price", ReverseHuber.conjugate, " - self.price", "",
           test_reverse_huber.test_fenchel_young_holds_and_is_an_equality_at_a_prox),
+    Fault("a gap of coupled rows, each with a dual point of its own", problem.row_gaps,
+          "_least_sum if penalty.couples_rows else torch.minimum", "torch.minimum",
+          test_group_lasso.test_all_rows_have_one_dual_point),
+    Fault("a block shrinkage with the step forgotten", GroupLasso.prox, "step * self", "self",
+          test_group_lasso.test_the_prox_is_where_the_slope_vanishes),
+    Fault("columns that go by their size alone", osscar.backward,
+          " / inverse.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)", "",
+          test_osscar.test_columns_go_one_by_one_where_least_squares_misses_them_least, {"seed": 0}),
     Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
     Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - dual) + ", "",

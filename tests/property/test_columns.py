@@ -9,7 +9,8 @@ from strategies import random, seeds
 
 from convexprune.constraints import Columns, parse_pattern
 from convexprune.errors import PatternError
-from convexprune.pruners import PRUNERS
+from convexprune.pruners import PRUNERS, Refitted
+from convexprune.solvers import Status
 
 
 @given(st.integers(1, 6), st.integers(2, 12), st.sampled_from((0.0, 0.25, 0.5, 0.8)), seeds)
@@ -60,3 +61,15 @@ def test_names_and_what_does_not_fit():
         with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of a weight \[8 4\] rounds to (0|32) zeros"):
             Columns(sparsity).check(8, 4)
     assert not torch.equal(*(Columns(0.5).mask(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).T))
+
+
+@given(seeds)
+def test_the_refit_of_whole_columns_is_least_squares_at_once(seed: int):
+    problem = layer_problem(correlated(seed), Columns(0.5))
+    pruned = Refitted(PRUNERS["wanda"](), damping=0.0).prune(problem)
+    (solution,), kept = pruned.solutions, pruned.mask[0]
+    assert solution.iterations == 0 and solution.status is Status.SOLVED
+    gram, target = problem.quadratic.gram, problem.weight @ problem.quadratic.gram + problem.quadratic.cross
+    expected = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
+    torch.testing.assert_close(pruned.weight[:, kept], expected, rtol=1e-8, atol=1e-8)
+    assert not pruned.weight[:, ~kept].any()

@@ -112,7 +112,8 @@ def completion() -> None:
     offered = CliRunner().invoke(
         cli.app, prog_name="convexprune", env=complete | {"COMP_WORDS": "convexprune prune --method "}
     )
-    assert offered.output.split() == ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda"]
+    methods = ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "wanda-sp"]
+    assert offered.output.split() == methods
 
 
 def the_module() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from convexprune import pruners
 from convexprune._layerwise.capture import Observed
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
@@ -24,13 +25,13 @@ from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import INSPECT
-from convexprune.constraints import Unstructured
+from convexprune.constraints import Columns, Unstructured
 from convexprune.core._error_moments import ErrorMoments
 from convexprune.errors import RecipeError
 from convexprune.pruners import (
     ADMM,
     ALPS,
-    PRUNERS,
+    OSSCAR,
     AbstractPruner,
     Convex,
     FISTAPruner,
@@ -79,6 +80,7 @@ METHODS: dict[str, AbstractPruner] = {
     "alps": ALPS(),
     "fistapruner": FISTAPruner(),
     "sparsegpt": SparseGPT(),
+    "osscar": OSSCAR(),
     "wanda": Wanda(),
     "wanda, refit": Refitted(Wanda()),
     "convex, weighed": Convex(rounds=5),
@@ -121,8 +123,9 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
             folds.add(x, lacking if corrected else None, i == 2)
 
     fill()
+    pattern = Columns(0.5) if method == "osscar" else Unstructured(0.5)
     weights = {f"layer.{o.name}": torch.linspace(0.5, 2, o.shape[0]) for o in operators} if weighed else {}
-    settings = LayerSettings(METHODS[name], Unstructured(0.5), bound_rows=2 if bound else 0, row_weights=weights)
+    settings = LayerSettings(METHODS[name], pattern, bound_rows=2 if bound else 0, row_weights=weights)
     hidden, observed = HiddenStates((), ()), Observed([], {})
     calls: Any = None  # the moments are known, so nothing is run
 
@@ -150,7 +153,7 @@ def test_memory_of_moments_is_what_torch_allocates(corrected: bool, m: int):
 
 
 def test_every_method_has_a_cost():
-    assert sizes.METHODS.keys() == PRUNERS.keys()
+    assert sizes.METHODS.keys() == pruners.METHODS.keys()
 
 
 PLAIN = sizes.ModelSize(

@@ -28,15 +28,16 @@ PUBLIC = {
     "convexprune": """
         L1 AbstractPenalty AbstractSolver Certificate Inspection Moments OperatorReport Packed PermuteResult Problem
         PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support Unstructured
-        Verification certify compare compare_samples errors inspect load make_solver pack parse_pattern permute
-        perplexity problems prune pruners solver_names solvers unpack verify""",
-    "convexprune.core": "L1 AbstractPenalty Certificate Moments Problem Quadratic ReverseHuber Support certify",
+        GroupLasso Verification certify compare compare_samples errors inspect load make_solver pack parse_pattern
+        permute perplexity problems prune pruners solver_names solvers unpack verify""",
+    "convexprune.core": """
+        L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """
         KINDS Budget Channels Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
-        ADMM ALPS PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted SparseGPT Wanda
-        no_method""",
+        ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
+        SparseGPT Wanda WandaSP no_method""",
     "convexprune.problems": "Named Result check load names",
 }
 

@@ -24,7 +24,7 @@ from convexprune._schema import plain_yaml
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.settings import GROUPS
 from convexprune.adapters import HuggingFaceModel
-from convexprune.pruners import PRUNERS
+from convexprune.pruners import METHODS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
 
 FUNCTIONS: dict[str, tuple[Any, Door[Any]]] = {
@@ -69,7 +69,7 @@ def test_every_setting_is_described_and_belongs_to_one_group():
 
 
 def test_the_words_name_all_that_can_be_chosen():
-    for setting, known in {"method": PRUNERS, "solver": SOLVERS, "preset": PRESETS, "allocation": RULES}.items():
+    for setting, known in {"method": METHODS, "solver": SOLVERS, "preset": PRESETS, "allocation": RULES}.items():
         assert set(known) <= set(re.findall(r"[\w-]+", RECIPE[setting].description or ""))
 
 
@@ -107,7 +107,7 @@ SETTINGS = st.fixed_dictionaries(
         "sparsity": st.none() | NUMBER,
         "quota": st.sampled_from(["matrix", "row"]),
         "targets": st.lists(TEXT, max_size=3).map(tuple),
-        "method": st.sampled_from(sorted(PRUNERS)),
+        "method": st.sampled_from(sorted(METHODS)),
         "damping": st.none() | st.floats(0, 1e9),
         "refit": st.sampled_from([None, True, False]),
         "error_correction": NUMBER,

@@ -1,0 +1,114 @@
+"""The group LASSO penalty: values, prox, dual ball, certificates, and solvers that take it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import make_layer, random, seeds, sizes
+from torch import Tensor
+
+from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
+from convexprune.errors import ProblemError
+from convexprune.solvers import Status, make_solver
+
+ROUNDING = 1e-12
+
+shapes = st.tuples(sizes, sizes)
+
+
+def make(n: int, seed: int) -> GroupLasso:
+    return GroupLasso(random(seed, n).clamp_min(0))  # half of the columns are free
+
+
+def slow_value(penalty: GroupLasso, weight: Tensor) -> float:
+    columns = zip(torch.as_tensor(penalty.strength).expand(weight.shape[1]).tolist(), weight.T, strict=True)
+    return sum(strength * sum(float(v) ** 2 for v in column) ** 0.5 for strength, column in columns)
+
+
+@given(shapes, seeds)
+def test_the_value_is_the_sum_of_the_lengths_of_columns(shape, seed):
+    penalty, weight = make(shape[1], seed), random(seed + 1, *shape)
+    assert float(penalty.values(weight).sum()) == pytest.approx(slow_value(penalty, weight))
+    assert (penalty.values(torch.zeros(shape, dtype=torch.float64)) == 0).all()
+
+
+@given(shapes, seeds, st.sampled_from((0.1, 1.0, 2.5)))
+def test_the_prox_is_where_the_slope_vanishes(shape, seed, step):
+    """U - V + step strength U / |U| = 0 in each column; of a column that becomes zero, |V| <= step strength."""
+    penalty, weight = make(shape[1], seed), 2 * random(seed + 1, *shape)
+    found = penalty.prox(weight, step)
+    for strength, before, after in zip(torch.as_tensor(penalty.strength).tolist(), weight.T, found.T, strict=True):
+        if after.norm() == 0:
+            assert before.norm() <= step * strength + ROUNDING
+        else:
+            slope = after - before + step * strength * after / after.norm()
+            assert float(slope.abs().max()) <= 1e-10
+    assert penalty.prox(weight, step, out=weight) is weight and torch.equal(weight, found)
+
+
+@given(shapes, seeds)
+def test_fenchel_young_holds_and_is_an_equality_at_a_prox(shape, seed):
+    penalty, weight, slope = make(shape[1], seed), random(seed + 1, *shape), 2 * random(seed + 2, *shape)
+    dual = penalty.project(slope)
+    assert (dual.norm(dim=0) <= torch.as_tensor(penalty.strength) + ROUNDING).all()
+    assert float((dual * weight).sum()) <= float(penalty.values(weight).sum()) + ROUNDING
+    at = penalty.prox(slope, 1.0)
+    assert float(((slope - at) * at).sum()) == pytest.approx(float(penalty.values(at).sum()), abs=1e-10)
+    assert float((penalty.subgradient(at, slope) - (slope - at)).abs().max()) <= 1e-10
+    scale = penalty.dual_scale(slope)
+    assert (scale == scale[0]).all()
+    if scale[0] < float("inf"):
+        lengths = (scale[0] * slope).norm(dim=0)
+        assert (lengths <= torch.as_tensor(penalty.strength) * (1 + 1e-9) + ROUNDING).all()
+
+
+@given(shapes, seeds)
+def test_a_scaled_penalty_is_the_same_function(shape, seed):
+    penalty, weight, scale = make(shape[1], seed), random(seed + 1, *shape), random(seed + 2, shape[1]).exp()
+    torch.testing.assert_close(penalty.scaled(scale).values(weight * scale), penalty.values(weight))
+    single = penalty.to(torch.float32).strength
+    assert isinstance(single, Tensor) and single.dtype == torch.float32
+
+
+def problem_of(kind: str, seed: int) -> Problem:
+    quadratic = make_layer(kind, 3, 6, seed).quadratic()
+    return Problem(quadratic, GroupLasso(0.3 * random(seed, 6).abs() * quadratic.gram.diagonal().sqrt()))
+
+
+@settings(max_examples=6)
+@given(st.sampled_from(("full rank", "rank deficient")), st.sampled_from(("fista", "admm")), seeds)
+def test_our_solvers_certify_it_and_cvxpy_agrees(kind, solver, seed):
+    problem = problem_of(kind, seed)
+    solution = make_solver(solver, tolerance=1e-8, max_iterations=50_000).solve(problem)
+    assert solution.status is Status.SOLVED
+    oracle = make_solver("cvxpy").solve(problem)
+    assert oracle.status is Status.SOLVED
+    assert problem.value(solution.weight) == pytest.approx(problem.value(oracle.weight), rel=1e-6)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(("full rank", "rank deficient")), seeds)
+def test_the_bound_of_any_weight_holds(kind, seed):
+    problem = problem_of(kind, seed)
+    least = problem.value(make_solver("fista", tolerance=1e-9, max_iterations=50_000).solve(problem).weight)
+    for factor in (0.0, 0.5, 1.0, 3.0):
+        weight = factor * random(seed + 1, *problem.shape)
+        assert certify(problem, weight).dual <= least * (1 + 1e-6)
+
+
+def test_all_rows_have_one_dual_point():
+    """K = (1, 1) at V = (1, 0): the subgradient (1, 0) is right for the first row, the clipped K for the second."""
+    target, weight = torch.tensor([[2.0], [1.0]], dtype=torch.float64), torch.tensor([[1.0], [0.0]]).double()
+    quadratic = Quadratic(torch.ones(1, 1, dtype=torch.float64), target, target[:, 0].square())
+    problem = Problem(quadratic, GroupLasso(1.0))
+    best = target * (1 - 1 / target.norm())
+    assert certify(problem, weight).dual <= problem.value(best) < problem.value(weight) - 0.01
+    assert certify(problem, best).gap < 1e-9
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf"), torch.ones(2, 1)])
+def test_what_is_no_strength_of_columns_is_refused(strength):
+    with pytest.raises(ProblemError, match="one for each column"):
+        GroupLasso(strength)

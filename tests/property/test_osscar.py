@@ -1,0 +1,101 @@
+"""Group OBS and OSSCAR: the slow twins are least squares, done again for every column that might go."""
+
+import pytest
+import torch
+from pruning_cases import correlated, layer_problem
+from strategies import make_layer
+from torch import Tensor
+
+from convexprune.constraints import Columns, SemiStructured, Stacked, Unstructured
+from convexprune.core._moments import Moments
+from convexprune.errors import PatternError, PruningError
+from convexprune.pruners import OSSCAR, LayerProblem, Wanda, WandaSP
+from convexprune.pruners._baselines.osscar import backward, best, exchange, explained
+
+
+def damped(problem: LayerProblem, damping: float) -> tuple[Tensor, Tensor]:
+    gram = problem.quadratic.gram.clone()
+    gram.diagonal().add_(damping * gram.diagonal().mean())
+    return gram, problem.weight @ gram + problem.quadratic.cross
+
+
+def error(gram: Tensor, target: Tensor, kept: list[int]) -> float:
+    """1/2 tr(V H V') - tr(V G') of the best V on some columns, row by row."""
+    total = 0.0
+    for row in target:
+        solved = torch.linalg.solve(gram[kept][:, kept], row[kept])
+        total += float(solved @ gram[kept][:, kept] @ solved) / 2 - float(solved @ row[kept])
+    return total
+
+
+def slow_backward(gram: Tensor, target: Tensor, count: int) -> list[int]:
+    kept = list(range(len(gram)))
+    for _ in range(count):
+        kept.remove(min(kept, key=lambda j: error(gram, target, [k for k in kept if k != j])))
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_columns_go_one_by_one_where_least_squares_misses_them_least(seed: int):
+    problem = layer_problem(make_layer("full rank", 4, 8, seed, change=0.5), Columns(0.5))
+    gram, target = damped(problem, 0.01)
+    count = len(gram) // 2
+    kept = slow_backward(gram, target, count)
+    assert backward(gram, target, count).nonzero().flatten().tolist() == kept
+    pruned = OSSCAR(exchanged=0.0).prune(problem)
+    assert [j for j in range(len(gram)) if pruned.mask[:, j].all()] == kept and problem.pattern.violation(
+        pruned.weight
+    ) == 0
+    expected = torch.zeros_like(target)
+    expected[:, kept] = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
+    torch.testing.assert_close(pruned.weight, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_exchange_drops_what_costs_least_and_takes_what_gains_most(seed: int):
+    gram, target = damped(layer_problem(correlated(seed), Columns(0.5)), 0.01)
+    kept = [1, 3, 4, 8, 9, 10, 12, 15]
+    mask = torch.zeros(16, dtype=torch.bool)
+    mask[kept] = True
+    dropped = sorted(kept, key=lambda j: error(gram, target, [k for k in kept if k != j]))[:2]
+    left = [k for k in kept if k not in dropped]
+    taken = sorted((j for j in range(16) if j not in left), key=lambda j: error(gram, target, sorted([*left, j])))[:2]
+    assert exchange(gram, target, mask, 2).nonzero().flatten().tolist() == sorted([*left, *taken])
+    assert explained(gram, target, mask) == pytest.approx(-error(gram, target, kept))
+    assert float((best(gram, target, mask) * target).sum()) == pytest.approx(-2 * error(gram, target, kept))
+
+
+def test_exchanges_never_raise_the_error_and_sometimes_lower_it():
+    gains = []
+    for seed in range(20):
+        problem = layer_problem(correlated(seed, m=6, n=16), Columns(0.5))
+        gram, target = damped(problem, 0.01)
+        values = [explained(gram, target, OSSCAR(exchanged=e).prune(problem).mask[0]) for e in (0.0, 0.3)]
+        gains.append(values[1] - values[0])
+    assert min(gains) >= 0 and max(gains) > 0
+
+
+def test_each_operator_of_a_stack_chooses_for_itself():
+    pattern = Stacked((Columns(0.25), Columns(0.5)), (3, 5))
+    problem = layer_problem(correlated(0), pattern)
+    parts = [OSSCAR().prune(part).weight for part in problem.operators()]
+    torch.testing.assert_close(OSSCAR().prune(problem).weight, torch.cat(parts))
+
+
+def test_wanda_sp_is_its_formula_by_hand():
+    # |X_j| = (5, 1): scores [[5, 9], [5, 0]]; the sums are 10 and 9, the roots of the sums of squares 7.1 and 9.
+    weight, moments = torch.tensor([[1.0, 9.0], [-1.0, 0.5]]), Moments(2)
+    moments.add(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    problem = LayerProblem(weight, moments, Columns(0.5))
+    assert WandaSP().prune(problem).weight.tolist() == [[1.0, 0.0], [-1.0, 0.0]]
+    assert Wanda().prune(problem).weight.tolist() == [[0.0, 9.0], [0.0, 0.5]]
+
+
+def test_what_it_cannot_do_is_refused():
+    for pattern in (Unstructured(0.5), SemiStructured(2, 4)):
+        with pytest.raises(PatternError, match="removes whole columns"):
+            OSSCAR().require(pattern)
+        with pytest.raises(PatternError, match="or another method"):
+            WandaSP().require(pattern)
+    with pytest.raises(PruningError, match="raise the damping"):
+        OSSCAR(damping=0.0).prune(layer_problem(correlated(0, tokens=6), Columns(0.5)))
