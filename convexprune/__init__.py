@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from convexprune._container import Packed, pack, unpack
     from convexprune.adapters._checkpoints.packed import load
     from convexprune.adapters._discovery.inspection import Inspection, inspect
+    from convexprune.adapters._training import KeepZeros, keep_zeros
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
     from convexprune.core._group_lasso import GroupLasso
     from convexprune.core._moments import Moments
@@ -29,16 +30,17 @@ if TYPE_CHECKING:
     from convexprune.validation import Verification, compare, compare_samples, perplexity, verify
 
 __all__ = [
-    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "GroupLasso", "Inspection", "Moments", "OperatorReport",
-    "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber",
-    "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify", "compare",
-    "compare_samples", "errors", "inspect", "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity",
-    "problems", "prune", "pruners", "solver_names", "solvers", "unpack", "verify",
+    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "GroupLasso", "Inspection", "KeepZeros", "Moments",
+    "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report",
+    "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify",
+    "compare", "compare_samples", "errors", "inspect", "keep_zeros", "load", "make_solver", "pack", "parse_pattern",
+    "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
     "adapters._discovery.inspection": ("Inspection", "inspect"),
     "adapters._checkpoints.packed": ("load",),
+    "adapters._training": ("KeepZeros", "keep_zeros"),
     "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
     "_container": ("Packed", "pack", "unpack"),
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),

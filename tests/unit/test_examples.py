@@ -1,4 +1,4 @@
-"""Every example and every Python block of the README runs."""
+"""Every example and every Python block of the README and of docs/finetune.md runs."""
 
 import re
 import runpy
@@ -12,7 +12,11 @@ from convexprune.adapters._data import calibration
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {"prune_opt.py": ["8"]}
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = [
+    (page, block)
+    for page in ("README.md", "docs/finetune.md")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +34,13 @@ def test_the_example_runs(path: Path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
-def test_the_block_of_the_readme_runs(block: str, monkeypatch, tmp_path: Path):
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # the Trainer does, on a CPU too
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft asks transformers so
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page}{i}" for i, (page, _) in enumerate(BLOCKS)])
+def test_the_block_of_the_page_runs(page: str, block: str, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, page, "exec"), {})
 
 
-def test_the_readme_has_blocks():
-    assert len(BLOCKS) >= 2
+def test_the_pages_have_blocks():
+    assert [page for page, _ in BLOCKS].count("docs/finetune.md") == 3 and len(BLOCKS) >= 5

@@ -1,0 +1,130 @@
+"""Zeros that stay zero while a pruned model is trained, by any optimizer of torch, with adapters of peft or without."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
+
+from convexprune.errors import ModelError
+
+
+@contextmanager
+def keep_zeros(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Inside, the weights of a pruned model that are zero stay zero, whatever trains it.
+
+    Every exact zero counts that a matrix has now; embeddings and matrices of zeros only (the fresh ones of an adapter)
+    are left to train. Gradients are zero there, so that neither momentum nor clipping sees them, and what an optimizer
+    of torch writes there all the same is undone after each step. An adapter (LoRA of peft) acts on the other weights
+    only, so that a model computes the same before and after it is merged: merge it inside. It takes a byte for each
+    weight of these matrices, and with an adapter one more product for each of its layers.
+
+    Args:
+        model: the model, with the adapter if it has one, on the device where it is trained.
+
+    Yields:
+        How many zeros are kept, by the name of the parameter.
+
+    Raises:
+        ModelError: no matrix has zeros, or a parameter is not in memory (offloaded, or sharded by DeepSpeed).
+    """
+    zeros = _zeros(model)
+    with ExitStack() as kept:
+        kept.callback(_restore, zeros)  # last: after an adapter was merged, say
+        for parameter, mask in zeros.values():
+            if parameter.requires_grad:
+                kept.callback(parameter.register_hook(partial(_without, mask)).remove)
+        for adapter, mask in _adapters(model, zeros):
+            kept.callback(adapter.register_forward_hook(partial(_on_others_only, mask)).remove)
+        kept.callback(register_optimizer_step_post_hook(lambda *_: _restore(zeros)).remove)
+        yield {name: int(mask.sum()) for name, (_, mask) in zeros.items()}
+
+
+class KeepZeros(TrainerCallback):
+    """`keep_zeros` for the Trainer of transformers, from the beginning of its training to the end.
+
+    An adapter that is merged after the training is not seen: merge it within `keep_zeros`.
+    """
+
+    def __init__(self) -> None:
+        self._kept = ExitStack()
+
+    def on_train_begin(self, *given: Any, **named: Any) -> None:
+        """Begin with the zeros that the model has now.
+
+        Args:
+            given: settings and state of the Trainer.
+            named: its parts, "model" among them.
+        """
+        self._kept.close()  # of a training that has failed
+        self._kept.enter_context(keep_zeros(named["model"]))
+
+    def on_train_end(self, *given: Any, **named: Any) -> None:
+        """Let go of them.
+
+        Args:
+            given: settings and state of the Trainer.
+            named: its parts.
+        """
+        self._kept.close()
+
+
+Zeros = Mapping[str, tuple[nn.Parameter, Tensor]]  # parameters, and where they are zero, by name
+
+
+def _zeros(model: nn.Module) -> Zeros:
+    """The matrices that have zeros."""
+    embeddings = {
+        id(own) for module in model.modules() if isinstance(module, nn.Embedding) for own in module.parameters()
+    }
+    found = dict[str, tuple[nn.Parameter, Tensor]]()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            raise ModelError(f"{name} is not in memory. Load the model whole (no offloading, no DeepSpeed stage 3).")
+        if parameter.ndim < 2 or not parameter.is_floating_point() or id(parameter) in embeddings:
+            continue
+        mask = parameter.detach() == 0
+        if mask.any() and not mask.all():
+            found[name] = parameter, mask
+    if not found:
+        raise ModelError(
+            "No matrix of the model has zeros to keep. Give a pruned model, before it is quantised or sharded."
+        )
+    return found
+
+
+def _adapters(model: nn.Module, zeros: Zeros) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Each adapted layer of peft whose weight has zeros, and where."""
+    masks = {id(parameter): mask for parameter, mask in zeros.values()}
+    for name, module in model.named_modules():
+        mask = masks.get(id(getattr(getattr(module, "base_layer", None), "weight", None)))
+        if mask is None:
+            continue
+        if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
+            raise ModelError(f"{name}: an adapter of another kind than plain LoRA, of which no zeros can be kept.")
+        yield module, mask
+
+
+def _without(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(mask, 0)
+
+
+def _on_others_only(mask: Tensor, adapter: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
+    """The output of a layer with LoRA, without what the adapter would add to weights that are zero."""
+    active = [name for name in adapter.active_adapters if name in adapter.lora_A]
+    if adapter.disable_adapters or adapter.merged or not active:
+        return output
+    added = torch.stack([adapter.get_delta_weight(name) for name in active]).sum(0) * mask
+    added = added.T if adapter.fan_in_fan_out else added
+    return output - linear(given[0].to(added.dtype), added).to(output.dtype)
+
+
+@torch.no_grad()
+def _restore(zeros: Zeros) -> None:
+    for parameter, mask in zeros.values():
+        parameter.masked_fill_(mask, 0)
