@@ -110,6 +110,8 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             self.error_target,
             patterns or {},
             bound_rows,
+            gram_precision=self.gram_precision,
+            solve_precision=self.solve_precision,
         )
 
     def _check_rules(self, pattern: Constraint) -> None:

@@ -14,6 +14,7 @@ from convexprune.pruners import PRUNERS, LayerEdit, LayerProblem
 
 LARGEST_GAP = 1e-4
 LARGEST_DIFFERENCE = 0.01  # of the errors
+LARGEST_ROUNDING = 1e-4  # of an entry of a correlation matrix
 CHANGE = 0.1  # of the inputs, by what was pruned before
 
 
@@ -73,11 +74,32 @@ def cases(bed: Bed) -> Iterator[Case]:
     """
     group = Group(bed)
     patterns: dict[str, Constraint] = {"": Unstructured(0.5), " 2:4": SemiStructured(2, 4)}
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case("answers", f"second moments of {str(dtype)[6:]}", partial(second_moments, group, dtype))
     for name in PRUNERS:
         for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", patterns[""])]:
             yield Case("answers", name + suffix, partial(answer, group, name, pattern))
     for suffix, pattern in patterns.items():
         yield Case("determinism", f"convex{suffix}", partial(determined, group, pattern))
+
+
+def second_moments(group: Group, dtype: torch.dtype) -> Found:
+    """Second moments of inputs in some format beside those in float64, in units of the diagonal.
+
+    Args:
+        group: whose inputs they are.
+        dtype: of the inputs.
+
+    Returns:
+        The largest difference.
+    """
+    x, device = group.drawn[1].to(dtype), group.bed.device
+    found, exact = Moments(x.shape[1], device=device), Moments(x.shape[1], torch.float64)
+    found.add(x.to(device))
+    exact.add(x)
+    unit = exact.gram.diagonal().sqrt()
+    apart = float(((found.gram.cpu().double() - exact.gram).abs() / unit / unit[:, None]).max())
+    return Found(f"differ by {apart:.1e} from those in float64", {"apart": apart}, apart <= LARGEST_ROUNDING)
 
 
 def answer(group: Group, name: str, pattern: Constraint) -> Found:

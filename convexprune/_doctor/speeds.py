@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convexprune._device import precision
 from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.precision import Format
 from convexprune._doctor.check import Bed, Case, Found
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.core._penalty import L1
@@ -32,7 +35,7 @@ def cases(bed: Bed) -> Iterator[Case]:
     Yields:
         Each.
     """
-    for name in DTYPES if bed.on_gpu else [each for each in DTYPES if each != "tf32"]:
+    for name in (*DTYPES, *(COARSE if bed.on_gpu else ())):
         yield Case("products", name, partial(product_rate, bed, name))
     for width in bed.widths:
         if BYTES * width**2 <= _memory(bed) // 4:
@@ -67,7 +70,8 @@ def _memory(bed: Bed) -> int:
 # ---- products
 
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+COARSE: tuple[Format, ...] = ("tf32", "bf16x3")  # which a CPU emulates
 
 
 def product(bed: Bed, name: str) -> Callable[[], object]:
@@ -75,34 +79,20 @@ def product(bed: Bed, name: str) -> Callable[[], object]:
 
     Args:
         bed: where, and how large.
-        name: of its format, one of `DTYPES`.
+        name: of its format, one of `DTYPES` or `COARSE`.
 
     Returns:
         What multiplies.
     """
-    matrix = torch.full((bed.square, bed.square), 0.5, dtype=DTYPES[name], device=bed.device)
-    return (in_tf32 if name == "tf32" else lambda run: run)(lambda: matrix @ matrix)
+    matrix = torch.full((bed.square, bed.square), 0.5, dtype=DTYPES.get(name, torch.float32), device=bed.device)
+    if name in DTYPES:
+        return lambda: matrix @ matrix
+    return lambda: _coarse(name, matrix)
 
 
-def in_tf32(run: Callable[[], object]) -> Callable[[], object]:
-    """The same, with products of float32 in TF32.
-
-    Args:
-        run: what multiplies.
-
-    Returns:
-        What multiplies coarsely.
-    """
-
-    def coarse() -> object:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            return run()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return coarse
+def _coarse(name: Any, matrix: Tensor) -> Tensor:
+    with precision.solving_in(name):
+        return precision.product(matrix, matrix)
 
 
 def product_rate(bed: Bed, name: str) -> Found:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import Format
 from convexprune._layerwise.capture import ErrorTarget
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
@@ -40,6 +41,8 @@ class LayerSettings:
         row_weights: [m] by the name of the operator.
         pruners: of operators that differ in theirs, by name.
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
+        gram_precision: the format in which second moments are added up, see `_device.precision`.
+        solve_precision: that of the products of solves.
     """
 
     pruner: AbstractPruner
@@ -52,6 +55,8 @@ class LayerSettings:
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
     pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)
     rules: Mapping[str, int] = field(default_factory=dict)
+    gram_precision: Format = "auto"
+    solve_precision: Format = "auto"
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)

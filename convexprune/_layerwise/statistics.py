@@ -81,7 +81,7 @@ class CalibrationStatistics:
         if not (waiting := self._waiting[part]):
             return
         moments = (*self._halves, self._held_out)[part]
-        x = _joined([tokens for tokens, _ in waiting]).to(moments.sum)
+        x = _joined([tokens for tokens, _ in waiting])
         moments.add(x)
         if changes := [change for _, change in waiting if change is not None]:
             lacking = _joined(changes).to(moments.sum)
@@ -89,7 +89,7 @@ class CalibrationStatistics:
                 moments.add_errors(x, lacking)
             else:
                 self._change = self._change or ErrorMoments.zeros(moments.sum, self._held_out.outputs)
-                self._change.add(x, lacking)
+                self._change.add(x.to(moments.sum), lacking)
         waiting.clear()
 
     def _count_all(self) -> None:
@@ -137,6 +137,7 @@ class CalibrationStatistics:
         Raises:
             PruningError: the ranks do not count the same quantities, or one was lost.
         """
+        self._count_all()
         if ranks.size == 1:
             return
         device, first_has_more = self.held_out.sum.device, torch.zeros(ranks.size, dtype=torch.int64)

@@ -262,6 +262,14 @@ class DeviceSettings(Settings):
 
     group = "device"
     device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True)
+    gram_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
+        "auto",
+        "How second moments are multiplied: float32; tf32; bf16x3, three products of bfloat16; auto, float32 on a CPU, "
+        "bf16x3 on a GPU, where inputs in 16 bits are multiplied exactly. A CPU emulates the coarse ones.",
+    )
+    solve_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
+        "auto", "How solves multiply, likewise. Certificates and errors are never coarser than float32."
+    )
     threads: int | None = setting(
         None,
         "Threads that a layer is pruned on; the last bits depend on it. Left out: those of torch, divided by the "

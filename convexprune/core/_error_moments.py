@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import add_gram
 from convexprune.core._triangle import add_square, from_upper, quadratic_forms
 
 
@@ -60,7 +61,7 @@ class ErrorMoments:
             add_square(self.change, error)
         else:
             self.change += error.square().sum(0)
-        self.cross.addmm_(error.T, x)
+        add_gram(self.cross, error, x)
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The moments in the output space of one weight.

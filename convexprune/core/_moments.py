@@ -63,7 +63,7 @@ class Moments:
         add_square(self.sum, x)
         self.tokens += x.shape[0]
         if dense is not None:
-            self.add_errors(x, dense.reshape(x.shape).to(x) - x)
+            self.add_errors(x, dense.reshape(x.shape).to(self.sum) - x.to(self.sum))
 
     @torch.no_grad()
     def add_errors(self, x: Tensor, error: Tensor) -> None:
@@ -206,14 +206,14 @@ class Moments:
         return other
 
     def _tokens(self, pruned: Tensor, dense: Tensor | None) -> Tensor:
-        """x* as [tokens n]."""
+        """x* as [tokens n], in its own dtype."""
         if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
             shape = None if dense is None else list(dense.shape)
             raise ProblemError(
                 f"Inputs {list(pruned.shape)} and dense inputs {shape}; "
                 f"these moments take equal shapes, {self.width} wide."
             )
-        return pruned.reshape(-1, self.width).to(self.sum)
+        return pruned.reshape(-1, self.width)
 
     def _require_tokens(self) -> None:
         if self.tokens == 0:

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import product
 from convexprune.core._arrays import Array, as_tensor
 from convexprune.core._consistency import DTYPES
 from convexprune.core._spectrum import power_of_two
@@ -145,7 +146,7 @@ class Quadratic(SumOfSquares):
             ProblemError: H + stiffness I is not positive definite.
         """
         inverse = self.shifted_inverse(stiffness)
-        image = self.cross @ inverse
+        image = product(self.cross, inverse)
         energy = self.energy - torch.linalg.vecdot(image, self.cross)
         gram = inverse.mul_(-(stiffness**2))
         gram.diagonal().add_(stiffness)

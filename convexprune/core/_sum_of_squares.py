@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.precision import add_product
 from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
 from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._spectrum import largest_eigenvalue
@@ -90,7 +91,7 @@ class SumOfSquares:
 
     def residual(self, weight: Tensor) -> Tensor:
         """The negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
-        return torch.addmm(self.cross, self.displacement(weight), self.gram, alpha=-1)
+        return add_product(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
     def residual_after(self, residual: Tensor, step: Tensor) -> Tensor:
         """The residual after a small step on the way to an answer.

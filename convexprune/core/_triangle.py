@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from convexprune._device.precision import add_gram, has_wide_sums
+
 STRIPS = 6  # of rows, in which a symmetric product is computed: 7/12 of the whole
 
 
@@ -10,11 +12,13 @@ def add_square(total: Tensor, x: Tensor) -> None:
 
     Args:
         total: the sum [n n], in place.
-        x: X [tokens n].
+        x: X [tokens n], in the dtype of the sum or in 16 bits.
     """
+    if not has_wide_sums(x.device):
+        x = x.to(total)
     rows = -(-len(total) // STRIPS)
     for first in range(0, len(total), rows):
-        total[first : first + rows, first:].addmm_(x[:, first : first + rows].T, x[:, first:])
+        add_gram(total[first : first + rows, first:], x[:, first : first + rows], x[:, first:])
 
 
 def from_upper(triangle: Tensor) -> Tensor:

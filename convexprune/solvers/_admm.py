@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import add_product
 from convexprune.core._problem import Problem
 from convexprune.core._setting_types import Count, Positive
 from convexprune.errors import ProblemError
@@ -57,7 +58,7 @@ class ADMM(AbstractIterative):
         products = 1 if residual is None else 0
         for iteration in range(1, self.max_iterations + 1):
             point = (weight - dual).sub_(anchor).mul_(rho).add_(q.cross)
-            exact = torch.addmm(anchor, point, inverse)
+            exact = add_product(anchor, point, inverse)
             relaxed = torch.lerp(weight, exact, self.relaxation).add_(dual)
             before, weight = weight, problem.penalty.prox(relaxed, 1 / rho)
             dual = relaxed.sub_(weight)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import product
 from convexprune.core._penalty import AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._quadratic import Quadratic
@@ -66,7 +67,7 @@ class ConjugateGradient(AbstractSolver):
                 not bool((energy > least).any()) or self._near(q, residual, float(gain.sum()), float(value.sum()))
             ):
                 break
-            image = (direction @ q.gram).mul_(mask)
+            image = product(direction, q.gram).mul_(mask)
             curvature = torch.linalg.vecdot(direction, image)[:, None]
             length = torch.where(curvature > 0, energy / curvature, 0.0)
             weight.addcmul_(length, direction)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import add_product
 from convexprune.core._problem import Problem
 from convexprune.solvers._base import Status
 from convexprune.solvers._iterative import AbstractIterative
@@ -53,7 +54,7 @@ class FISTA(AbstractIterative):
         t = old.new_ones(q.shape[0], 1)
         for iteration in range(1, self.max_iterations + 1):
             if iteration > 1:
-                torch.addmm(shift, point, step, out=new).add_(anchor)
+                add_product(shift, point, step, out=new).add_(anchor)
                 problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
                 products += 1
             if iteration % self.check_every == 0:

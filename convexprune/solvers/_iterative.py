@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import solving_in
 from convexprune.core._penalty import AbstractPenalty
 from convexprune.core._problem import Problem, certify, row_gaps
 from convexprune.core._setting_types import Count, NotNegative
@@ -59,8 +60,9 @@ class AbstractIterative(AbstractSolver):
         """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""
         began = time.perf_counter()
         weight, status, iterations, products = self._from(problem, start, residual)
-        residual = None if self.precise else problem.quadratic.residual(weight)
-        certificate = certify(problem, weight, self.precise, residual)
+        with solving_in("float32"):
+            residual = None if self.precise else problem.quadratic.residual(weight)
+            certificate = certify(problem, weight, self.precise, residual)
         status = Status.of(status, certificate, self.tolerance)
         seconds = time.perf_counter() - began
         return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
@@ -85,7 +87,8 @@ class AbstractIterative(AbstractSolver):
 
     def _status(self, problem: Problem, weight: Tensor) -> Status | None:
         """How the solve ends at `weight`, or None if it goes on. One product."""
-        residual = problem.quadratic.residual(weight)
+        with solving_in("float32"):
+            residual = problem.quadratic.residual(weight)
         values = problem.quadratic.values(weight, residual)
         slack = problem.penalty.values(weight)
         primal = float((values + slack).sum())

@@ -36,7 +36,7 @@ def test_a_cpu_is_well(monkeypatch: pytest.MonkeyPatch):
     assert {row.case for row in found.rows if row.check == "answers"} >= PRUNERS.keys()
     told = json.loads(json.dumps(found.to_json()))
     assert told["passed"] and len(told["rows"]) == len(found.rows)
-    assert told["verdict"][-1].startswith("18 of 18 checks passed on cpu, 1 threads")
+    assert told["verdict"][-1].startswith("20 of 20 checks passed on cpu, 1 threads")
 
 
 def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: pytest.MonkeyPatch):
@@ -47,7 +47,7 @@ def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: 
     found = doctor(device="cpu", checks="kernels,products,copies")
     assert {(row.check, row.case) for row in found.rows} == {
         *(("kernels", name) for name in ("compiler", "ahead", "strengths", "shrink")),
-        *(("products", name) for name in ("float64", "float32", "tf32", "bfloat16")),
+        *(("products", name) for name in ("float64", "float32", "bfloat16", "tf32", "bf16x3")),
         ("copies", "to the device"), ("copies", "to the host"),
     }  # fmt: skip
     assert all("Error" not in row.found.said for row in found.rows), list(found.verdict())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import solving_in
 from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
@@ -74,7 +75,8 @@ def _prune_part(
     pattern, factors = Stacked(asked, heights), settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
     problem = LayerProblem(stack, folds.total.rows(rows), pattern, settings.correction, halves)
-    pruned = _solved(problem, pattern, factors, settings.pruner_of(names[0]))
+    with solving_in(settings.solve_precision):
+        pruned = _solved(problem, pattern, factors, settings.pruner_of(names[0]))
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)

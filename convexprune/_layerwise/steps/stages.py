@@ -7,7 +7,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Calls, Observed, Recorded, split_last_branch, stage_inputs
+from convexprune._device.precision import summing_in
+from convexprune._device.transfer import sending
+from convexprune._layerwise.capture import Calls, Observed, Recorded, put_away, split_last_branch, stage_inputs
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, replaying
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
@@ -111,25 +113,26 @@ def stage_folds(
         corrected = [g for g in part if g.token_aligned and g not in same] if settings.correction > 0 else []
         lacking = CorrectionTargets(corrected, observed, settings.error_target)
         folds = {group: _folds(group, lacking.in_output_space(group)) for group in part}
-        for i, batch in enumerate(hidden.pruned):
-            held_out = i >= len(hidden.pruned) - hidden.held_out
-            seen = {group: x[i].to(batch.device) for group, x in known.items()}
-            output = None
-            with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
-                if lacking.is_last_branch(part):
-                    last = split_last_branch(layer, part[0], calls(batch), batch)
-                    seen, output = {part[0]: last.x}, last.output
-                else:
-                    seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
-            for group, x in seen.items():
-                if group in folds:
-                    folds[group].add(x, lacking.of(group, i, x, output), held_out)
-                if group in kept:
-                    kept[group].append(x.cpu())
-                if not group.token_aligned and watched is stage:
-                    shared[width(group)].add(x, None, held_out)
-        for counted in (*folds.values(), *(() if part_number else shared.values())):
-            counted.add_up(hidden.process_group)
+        with sending(), summing_in(settings.gram_precision):
+            for i, batch in enumerate(hidden.pruned):
+                held_out = i >= len(hidden.pruned) - hidden.held_out
+                seen = {group: x[i].to(batch.device) for group, x in known.items()}
+                output = None
+                with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
+                    if lacking.is_last_branch(part):
+                        last = split_last_branch(layer, part[0], calls(batch), batch)
+                        seen, output = {part[0]: last.x}, last.output
+                    else:
+                        seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
+                for group, x in seen.items():
+                    if group in folds:
+                        folds[group].add(x, lacking.of(group, i, x, output), held_out)
+                    if group in kept:
+                        put_away(x, kept[group])
+                    if not group.token_aligned and watched is stage:
+                        shared[width(group)].add(x, None, held_out)
+            for counted in (*folds.values(), *(() if part_number else shared.values())):
+                counted.add_up(hidden.process_group)
         for group in part:
             if not group.token_aligned:
                 folds[group].shrink_towards(shared[width(group)])

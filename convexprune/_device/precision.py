@@ -1,0 +1,169 @@
+"""In which number format matrices of float32 are multiplied; a run names one for its Gram matrices and one for solving.
+
+    float32   as it is
+    tf32      both rounded to 11 significant bits, sums in float32
+    bf16x3    both split into two of bfloat16, and the three larger products of the parts summed in float32: 16 bits
+    auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32
+
+On a CPU the coarse formats are emulated, to see what they cost. Certificates are in float64 or float32 in any case.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from convexprune._device.capabilities import has_bfloat16, is_host
+
+Format = Literal["auto", "float32", "tf32", "bf16x3"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_solving: ContextVar[Format] = ContextVar("solving", default="float32")
+_summing: ContextVar[Format] = ContextVar("summing", default="auto")
+
+
+@contextmanager
+def solving_in(format: Format) -> Iterator[None]:
+    """Inside, products of solves are in a format.
+
+    Args:
+        format: its name.
+    """
+    token = _solving.set(format)
+    try:
+        yield
+    finally:
+        _solving.reset(token)
+
+
+@contextmanager
+def summing_in(format: Format) -> Iterator[None]:
+    """Inside, second moments are added up in a format.
+
+    Args:
+        format: its name.
+    """
+    token = _summing.set(format)
+    try:
+        yield
+    finally:
+        _summing.reset(token)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """total + alpha a b, in the format of solves.
+
+    Args:
+        total: [m k].
+        a: [m n].
+        b: [n k].
+        alpha: a factor.
+        out: where the result is wanted; `total` is not it.
+
+    Returns:
+        [m k].
+    """
+    if _chosen(_solving.get(), a) == "float32":
+        return torch.addmm(total, a, b, alpha=alpha, out=out)
+    return torch.add(total, product(a, b), alpha=alpha, out=out)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A product a b [m k], in the format of solves.
+
+    Args:
+        a: [m n].
+        b: [n k].
+
+    Returns:
+        [m k].
+    """
+    return _multiplied(a, b, _chosen(_solving.get(), a))
+
+
+def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a' b to a total in place, in the format of second moments.
+
+    What comes in 16 bits has exact products in float32: where a GPU sums them there, nothing is rounded but the sums.
+
+    Args:
+        total: [n k].
+        a: [tokens n], in the dtype of the total or in 16 bits.
+        b: [tokens k], likewise.
+    """
+    if a.dtype == b.dtype != total.dtype and _summing.get() == "auto" and has_wide_sums(a.device):
+        total.add_(torch.mm(a.T, b, out_dtype=torch.float32))  # pyright: ignore[reportCallIssue]
+        return
+    a, b = a.to(total), b.to(total)
+    format = _chosen(_summing.get(), a)
+    if format == "float32":
+        total.addmm_(a.T, b)
+    else:
+        total.add_(_multiplied(a.T, b, format))
+
+
+@cache
+def has_wide_sums(device: torch.device) -> bool:
+    """Whether a GPU multiplies bfloat16 and sums in float32, and torch lets it (2.8 or newer).
+
+    Args:
+        device: the device.
+
+    Returns:
+        Whether it was done once.
+    """
+    if is_host(device) or not has_bfloat16(device):
+        return False
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32  # pyright: ignore[reportCallIssue]
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _chosen(format: Format, like: Tensor) -> Format:
+    if like.dtype != torch.float32:
+        return "float32"  # as it is
+    if format == "auto":
+        return "bf16x3" if has_wide_sums(like.device) else "float32"
+    return format
+
+
+def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
+    if format == "bf16x3":
+        (high_a, low_a), (high_b, low_b) = _split(a), _split(b)
+        return _wide(low_a, high_b).add_(_wide(high_a, low_b)).add_(_wide(high_a, high_b))
+    if format == "tf32":
+        return _rounded(a) @ _rounded(b) if is_host(a.device) else _in_tf32(a, b)
+    return a @ b
+
+
+def _split(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of bfloat16, and the nearest to what is left."""
+    high = a.bfloat16()
+    return high, (a - high).bfloat16()
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """A product of bfloat16 whose sums are in float32, where products of two are exact."""
+    if is_host(a.device) or not has_wide_sums(a.device):
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+
+
+def _rounded(a: Tensor) -> Tensor:
+    """To the 10 bits that TF32 has behind the first one."""
+    return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def _in_tf32(a: Tensor, b: Tensor) -> Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
