@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from convexprune._api.in_folder import InFolder
 from convexprune._api.in_memory import InMemory
+from convexprune._api.publishing import check_hub
 from convexprune._api.report_copies import write_copies
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult
@@ -77,11 +78,15 @@ def prune(
     """
     given = {name: value for name, value in locals().items() if name not in ("recipe", "settings")} | settings
     call, asked = _asked(given, recipe)
+    if call.push_to_hub is not None:
+        check_hub(call.push_to_hub)
     with within_memory(), nullcontext() if call.output_dir is None else working(call.output_dir):
         request = InMemory(asked, call) if call.output_dir is None else InFolder(asked, call)
         with within_memory(request.what_needs_less):
             result = request.run()
     write_copies(result.report, call)
+    if call.push_to_hub is not None and not request.executor.rank:
+        result.push_to_hub(call.push_to_hub, private=call.private)
     return result
 
 

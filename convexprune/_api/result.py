@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from convexprune._api.publishing import check_hub, upload, write_result
 from convexprune.adapters._channels.permuting import Permutation
 from convexprune.report import Report
 
@@ -42,6 +45,37 @@ class PruneResult(_Result):
 
     def __repr__(self) -> str:
         return self._shown(self.report)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
+    ) -> str:
+        """Upload the result with its model card, as `push_to_hub` of transformers does.
+
+        Of a folder only what the run wrote is uploaded; `recipe.yaml`, `report.json` and `report.html` name folders of
+        this machine.
+
+        Args:
+            repo_id: the name of the repository, "OWNER/NAME"; it is made if it is not there.
+            private: whether it is; None is what its owner has chosen for new ones, on the hub mostly public.
+            token: of the hub; None is the one that was logged in with.
+            commit: further arguments of `huggingface_hub.HfApi.upload_folder`: commit_message, revision, create_pr, ...
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            RecipeError: the name is no name on the hub, the hub is switched off, or nobody has logged in.
+            OutputError: the upload failed; the result is where it was.
+        """
+        options: dict[str, Any] = {"private": private, "token": token, **commit}
+        if self.output_dir is not None:
+            again = f"resume=True (--resume) uploads it, or: hf upload {repo_id} {self.output_dir}"
+            kept = f"the result is in {self.output_dir}; {again}"
+            return upload(self.output_dir, self.report, repo_id, kept=kept, **options)
+        check_hub(repo_id, token)
+        with TemporaryDirectory() as folder:
+            write_result(self.model, self.tokenizer, self.report, Path(folder))
+            return upload(Path(folder), self.report, repo_id, kept="the result is in memory, as it was.", **options)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -62,7 +62,9 @@ def prune(
     if verbose:
         show(result.report.table())
     console.print(summary(result.report))
-    console.print(f"pruned model: {result.output_dir.resolve()}  (every operator: report.json)", soft_wrap=True)
+    console.print(f"pruned model: {result.output_dir.resolve()}  (a page of it: report.html)", soft_wrap=True)
+    if (name := settings.get("push_to_hub")) is not None:
+        console.print(f"uploaded: https://huggingface.co/{name}", soft_wrap=True)
 
 
 @app.command("eval", context_settings=also_called(EVALUATE))

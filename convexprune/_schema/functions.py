@@ -86,6 +86,16 @@ class Call(Progress, Output, Opening):
         False,
         "Make the result a pack, smaller to store and to download; convexprune unpack makes an ordinary folder of it.",
     )
+    push_to_hub: str | None = setting(
+        None,
+        "Upload the finished result to the Hugging Face hub, with its model card: OWNER/NAME. If that fails, the "
+        "result stays, and --resume uploads it.",
+    )
+    private: bool | None = setting(
+        None,
+        "Of push_to_hub: whether a new repository is private. Left out: as its owner has chosen, on the hub mostly "
+        "public.",
+    )
     executor: str = setting(
         "serial",
         "Who prunes: serial, this process; pool, processes on this machine, one for each GPU; ranks, of torchrun or "
@@ -108,6 +118,13 @@ class Call(Progress, Output, Opening):
             raise RecipeError("overwrite=True replaces the run in a folder. Give output_dir, or leave overwrite out.")
         if self.pack and self.output_dir is None:
             raise RecipeError("pack=True packs the result in a folder. Give output_dir, or leave pack out.")
+        if self.push_to_hub is not None and self.output_dir is None:
+            raise RecipeError(
+                "push_to_hub uploads a folder, which stays if that fails. Give output_dir, or call push_to_hub of the "
+                "result."
+            )
+        if self.private is not None and self.push_to_hub is None:
+            raise RecipeError("private is of push_to_hub. Give the name of a repository, or leave private out.")
         return self
 
 
