@@ -68,6 +68,20 @@ def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) 
     return {name: [torch.cat(part).double().mean().item() for part in both] for name, both in parts.items()}
 
 
+def divergence(dense: Tensor, other: Tensor) -> Tensor:
+    """How far predictions are from the dense model's.
+
+    Args:
+        dense: its logits [... vocabulary].
+        other: the logits of the other model.
+
+    Returns:
+        sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats.
+    """
+    probabilities = dense.softmax(-1)
+    return _cross_entropy(probabilities, other) - _cross_entropy(probabilities, dense)
+
+
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> Tensor:
     """-sum_v p(v) ln softmax(z)(v) of each row."""
     return logits.logsumexp(-1) - torch.linalg.vecdot(probabilities, logits)

@@ -1,12 +1,16 @@
 """Perplexity on fixed windows of text, as the pruning literature reports it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
@@ -14,6 +18,8 @@ from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.logits import logits_in_pieces
 from convexprune.errors import CalibrationError
+
+from ._likelihood import likelihoods
 
 
 @dataclass(frozen=True)
@@ -117,22 +123,97 @@ def streamed_perplexity(
     Returns:
         The perplexity.
     """
+    with store.scratch(store.count) as record:
+        return _of_states(model, tokens, _last_states(model, tokens, record, store.count, pruned))
+
+
+@torch.no_grad()
+def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderStore) -> dict[str, dict[str, float]]:
+    """The perplexity of a model before and after it was pruned, one decoder layer in memory at a time.
+
+    Args:
+        model: the model.
+        tokens: token ids [windows window].
+        store: that has the pruned layers, and keeps the hidden states meanwhile.
+
+    Returns:
+        The fields of `Perplexity` for "dense" and "pruned"; for "pruned" also "kl" (`mean_kl`).
+    """
+    with store.scratch(store.count) as record:
+        states = {
+            name: _last_states(model, tokens, record, store.count, pruned)
+            for name, pruned in (("dense", None), ("pruned", store))
+        }
+        found: dict[str, dict[str, float]] = {
+            name: dict(vars(_of_states(model, tokens, each))) for name, each in states.items()
+        }
+        found["pruned"]["kl"] = mean_kl(model, tokens, states["dense"], states["pruned"])
+    return found
+
+
+@contextmanager
+def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]]:
+    """Inside, the hidden states after the last decoder layer of a model that is in memory are recorded.
+
+    Args:
+        model: the model.
+        windows: how many will pass, one after another; some families pass each of them twice.
+
+    Yields:
+        A list; afterwards it has the states [1 window hidden] of each window, on the CPU.
+    """
+    states = list[Tensor]()
+
+    def record(_: nn.Module, __: object, output: Any) -> None:
+        states.append((output if isinstance(output, Tensor) else output[0]).detach().cpu())
+
+    with model.layers[-1].module.register_forward_hook(record):
+        yield states
+    states[:] = states[:: len(states) // windows]
+
+
+def mean_kl(model: HuggingFaceModel, tokens: Tensor, dense: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """How far predictions are from the dense model's, by the final hidden states of both.
+
+    Args:
+        model: that makes logits of hidden states.
+        tokens: token ids [windows window].
+        dense: the final hidden states [1 window hidden] of the dense model, for each window.
+        other: those of the other.
+
+    Returns:
+        The mean over the predicted tokens of KL(dense || other), in nats.
+    """
+    return fmean(likelihoods(model, tokens.split(1), dense, {"other": other})["other"].kl)
+
+
+def _last_states(
+    model: HuggingFaceModel,
+    tokens: Tensor,
+    record: Callable[[], Recorded],
+    count: int,
+    pruned: FolderStore | None,
+) -> Recorded:
+    """The hidden states after the last of `count` layers, which are the pruned ones if there is a store of them."""
 
     def step(context: LayerContext) -> None:
         if pruned is not None:
             pruned.load(model, context.number, "pruned")
         propagate(context)
 
-    with store.scratch(store.count) as record:
-        states = MemoryStore(range(store.count), record)
-        LayerWalk(model, tokens.split(1), states).run(step)
-        last = iter(states.take(store.count))
+    states = MemoryStore(range(count), record)
+    LayerWalk(model, tokens.split(1), states).run(step)
+    return states.take(count)
 
-        def logits(batch: Tensor) -> Iterator[Tensor]:
-            hidden = next(last)
-            return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
 
-        return perplexity_of(logits, tokens)
+def _of_states(model: HuggingFaceModel, tokens: Tensor, states: Recorded) -> Perplexity:
+    last = iter(states)
+
+    def logits(batch: Tensor) -> Iterator[Tensor]:
+        hidden = next(last)
+        return (model.logits(batch, hidden, positions) for positions in model.pieces(batch))
+
+    return perplexity_of(logits, tokens)
 
 
 def _batch_nll(pieces: Iterable[Tensor], batch: Tensor) -> float:

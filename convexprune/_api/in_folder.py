@@ -32,7 +32,7 @@ from convexprune.adapters._checkpoints.saving import pruned_entries
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.adapters._discovery.inspection import Inspection, inspect
 from convexprune.report import Report
-from convexprune.validation import streamed_perplexity
+from convexprune.validation import streamed_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +145,8 @@ class InFolder(Request):
             store.restore(loaded)
             self._evaluate(report, "pruned", loaded, windows)
         elif "evaluation" in windows:
-            for name, pruned in (("dense", None), ("pruned", store)):
-                report.perplexity[name] = vars(streamed_perplexity(loaded, windows["evaluation"], store, pruned))
-                self.clock.lap("evaluation")
+            report.perplexity = streamed_evaluation(loaded, windows["evaluation"], store)
+            self.clock.lap("evaluation")
         begin("writing the result")
         folder = self.folder.folder
         discard_packs(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._api.report_copies import check_copies
@@ -43,7 +44,7 @@ from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
-from convexprune.validation import perplexity
+from convexprune.validation import final_states, mean_kl, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Request:
             )
         self.narrowing: Narrowing | None = None
         self.clock = Clock()
+        self.dense_states: list[Tensor] | None = None
 
     def what_needs_less(self) -> str:
         """For an error: what this run needs by its formula, and which settings need less."""
@@ -165,8 +167,15 @@ class Request:
         report.seconds, report.memory = self.clock.laps, peak_memory(self.device)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
+        """Measure perplexity, and how far a model that is no longer dense is from what it was."""
         if "evaluation" in windows:
-            report.perplexity[name] = vars(perplexity(loaded.model, windows["evaluation"]))
+            with final_states(loaded, len(windows["evaluation"])) as states:
+                found: dict[str, float] = vars(perplexity(loaded.model, windows["evaluation"]))
+            if self.dense_states is None:
+                self.dense_states = states
+            else:
+                found = found | {"kl": mean_kl(loaded, windows["evaluation"], self.dense_states, states)}
+            report.perplexity[name] = found
             self.clock.lap("evaluation")
 
 

@@ -22,6 +22,7 @@ from convexprune.recipe import Recipe
 
 Windows = Mapping[str, Tensor]  # token ids [windows window] by what they are for
 OF_DATASET = ("calibration", "held_out")
+HELD_OUT = "held-out"  # the text to evaluate on that is the data set's own
 EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 
@@ -47,12 +48,12 @@ class Sources:
         """
         check_dataset(self.dataset)
         text = self.evaluation
-        if isinstance(text, str | Path) and not is_self(text):
+        if isinstance(text, str | Path) and text not in ("self", HELD_OUT):
             check_text(Path(text))
         elif not (text is None or isinstance(text, str | Tensor)):
             raise CalibrationError(
-                f"evaluation is a {type(text).__name__}. Accepted: 'self', a path to a .txt or .jsonl file, or token "
-                "ids as a tensor [windows window]."
+                f"evaluation is a {type(text).__name__}. Accepted: 'held-out', 'self', a path to a .txt or .jsonl "
+                "file, or token ids as a tensor [windows window]."
             )
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
@@ -85,12 +86,14 @@ class Sources:
             DependencyError: a data set of the hub needs a package that is missing.
         """
         windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
-        if is_self(self.dataset) and self.evaluation is not None and not is_self(self.evaluation):
+        if is_self(self.dataset) and self._is_file:
             # Before the model writes its own text, which takes long: this one may be too short.
             windows["evaluation"] = self._to_evaluate(model, window_length(model, recipe.max_seq_length), recipe)
         sampler = whole() if model.streams and not windows.keys() >= set(to_sample) else model
         if "calibration" not in windows:
             windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, recipe)
+        if isinstance(self.evaluation, str) and self.evaluation == HELD_OUT:
+            windows["evaluation"] = _require_some(windows["held_out"])
         if self.evaluation is not None and "evaluation" not in windows:
             windows["evaluation"] = self._to_evaluate(sampler, windows["calibration"].shape[1], recipe)
         return windows
@@ -104,8 +107,28 @@ class Sources:
         return text_windows(Path(self.evaluation), model, window)
 
     @property
+    def _is_file(self) -> bool:
+        """Whether what is evaluated on is there already."""
+        text = self.evaluation
+        return text is not None and not (isinstance(text, str) and text in ("self", HELD_OUT))
+
+    @property
     def _by_use(self) -> dict[str, Any]:
         return dict.fromkeys(OF_DATASET, self.dataset) | {"evaluation": self.evaluation}
+
+
+def _require_some(windows: Tensor) -> Tensor:
+    """Windows to evaluate on [windows window].
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if not len(windows):
+        raise CalibrationError(
+            f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another text to "
+            "evaluate on (--eval-text)."
+        )
+    return windows
 
 
 def is_self(text: Any) -> bool:

@@ -6,7 +6,20 @@ import warnings
 from rich.console import Console
 from rich.text import Text
 
-from convexprune._cli import bench, compare, doctor, inspect, pack, permute, prune, recipe, report, unpack, verify
+from convexprune._cli import (
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    inspect,
+    pack,
+    permute,
+    prune,
+    recipe,
+    report,
+    unpack,
+    verify,
+)
 from convexprune._cli.application import app
 from convexprune._cli.stopping import listen, status
 from convexprune.errors import ConvexpruneError
@@ -17,6 +30,7 @@ __all__ = [
     "bench",
     "compare",
     "doctor",
+    "evaluate",
     "inspect",
     "main",
     "pack",

@@ -67,7 +67,7 @@ def also_called(door: Door[Any]) -> dict[str, Any]:
 
 def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> inspect.Parameter | None:
     info = door.fields[name]
-    kind = _kind(info)
+    kind = str if door.is_named(name) else _kind(info)
     if kind is None:  # what no text can say
         return None
     required = info.default is PydanticUndefined

@@ -1,6 +1,7 @@
 """What a command does now, on stderr: a bar on a terminal; elsewhere plain lines, one for each phase and layer."""
 
 import logging
+import os
 import re
 import time
 import warnings
@@ -53,14 +54,17 @@ def following(console: Console | None = None, quiet: bool = False) -> Iterator["
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
+    """Inside, neither warnings nor the bars of other packages are shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        del os.environ["TQDM_DISABLE"]
 
 
 def _columns() -> Sequence[ProgressColumn]:

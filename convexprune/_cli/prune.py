@@ -1,4 +1,4 @@
-"""`convexprune prune` and `convexprune eval`."""
+"""`convexprune prune`."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from convexprune._cli.options import PRINTED, AsJson, Quiet, also_called, with_s
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._cli.summary import summary
-from convexprune._schema.functions import EVALUATE, PRUNE
+from convexprune._schema.functions import PRUNE
 from convexprune._storage.place import beside
 
 
@@ -27,6 +27,14 @@ def prune(
             rich_help_panel="run",
         ),
     ] = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Measure perplexity before and after, and KL from dense: on the held-out samples, or on --eval-text.",
+            rich_help_panel="run",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -40,6 +48,8 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face folder."""
+    if evaluate:
+        settings = {"evaluation": "held-out"} | settings
     if recipe is None and settings.get("dataset", "self") == "self":
         settings = {"evaluation": "self"} | settings
     folder = beside(settings["output_dir"]) if settings.get("overwrite") else settings["output_dir"]
@@ -65,26 +75,3 @@ def prune(
     console.print(f"pruned model: {result.output_dir.resolve()}  (a page of it: report.html)", soft_wrap=True)
     if (name := settings.get("push_to_hub")) is not None:
         console.print(f"uploaded: https://huggingface.co/{name}", soft_wrap=True)
-
-
-@app.command("eval", context_settings=also_called(EVALUATE))
-@with_settings(EVALUATE, "model")
-def evaluate(settings: dict[str, Any]) -> None:
-    """Perplexity of a model on a text, with all that the number depends on."""
-    own, shared = EVALUATE.read(settings)
-    with stoppable(), following() as shown:
-        from transformers.utils.logging import disable_progress_bar
-
-        from convexprune._device.machine import default_device
-        from convexprune.adapters import bundled_if_none, load, text_windows
-        from convexprune.adapters._data.text_files import check_text
-        from convexprune.validation import perplexity
-
-        disable_progress_bar()
-        place = default_device(shared.get("device", "auto"))
-        check_text(own.text)
-        shown("loading the model")
-        loaded = load(bundled_if_none(shared)["model"], device=place)
-        p = perplexity(loaded.model, text_windows(own.text, loaded, own.window)[: own.max_windows])
-    counted = f"{p.tokens} tokens predicted in {p.windows} windows of {p.window}, stride {p.stride}"
-    console.print(f"perplexity {p.value:.3f}  ({counted})")

@@ -149,6 +149,8 @@ def text_of_evaluation(report: Report) -> str:
     text = str(report.recipe.get("evaluation"))
     if text == "self":
         return "text that the dense model wrote itself, which flatters"
+    if text == "held-out":
+        return "the held-out samples"
     return "the text that the caller gave" if text.endswith(GIVEN) else f"the text {short(text)}"
 
 
@@ -162,6 +164,8 @@ def _perplexity(report: Report) -> Iterator[Fact]:
         p = next(iter(found.values()))
         of = text_of_evaluation(report)
         yield Fact("perplexity", f"{values} on {p['windows']} windows of {p['window']} tokens of {of}")
+        if (kl := found.get("pruned", {}).get("kl")) is not None:
+            yield Fact("KL from dense", f"{kl:.4f} nats a token on the same text")
 
 
 def _certificates(report: Report) -> Iterator[Fact]:

@@ -76,6 +76,10 @@ class Door(Generic[Own]):
         """Whether a setting, by its `name`, is one of the few that people need first."""
         return _extra(self.fields[name])["first"]
 
+    def is_named(self, name: str) -> bool:
+        """Whether the command line takes a name for a setting, by its `name`, where Python may be given an object."""
+        return _extra(self.fields[name])["named"]
+
     def choices_of(self, name: str) -> tuple[str, ...]:
         """All that a setting may be, if that is a closed list of names.
 

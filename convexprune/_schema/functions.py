@@ -229,15 +229,43 @@ class Verify(Settings):
         return str(model) if isinstance(model, Path) else model
 
 
-class Evaluate(Settings):
-    """What perplexity is measured on."""
+class Evaluate(RemoteCode):
+    """What a model is measured on."""
 
     group = "data"
-    text: Path = setting(..., "A .txt or .jsonl file.")
-    window: int | None = setting(
-        None, "Tokens of a window; they do not overlap. Left out: 1024, or the model's limit if less.", ge=2
+    text: tuple[str, ...] = setting(
+        (),
+        "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "
+        "licences (of this installation); repeat it for more.",
+        first=True,
     )
-    max_windows: int | None = setting(None, "Only the first so many windows. Left out: all.", ge=1)
+    against: Any = setting(
+        None,
+        "The dense model, a folder or a name on the hub: how far the predictions are from its own is measured, too.",
+        first=True,
+        named=True,
+    )
+    tasks: Annotated[tuple[str, ...], LISTED] = setting(
+        (), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True
+    )
+    tasks_dir: Path | None = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+    window: int | None = setting(
+        None,
+        "Tokens of a window; they do not overlap. Left out: the common convention, 2048 or the model's limit if less, "
+        "and beside it the model's limit.",
+        ge=2,
+    )
+    max_windows: int | None = setting(
+        None, "Only the first so many windows of each text. Left out: all; of c4 256, as published.", ge=1
+    )
+    num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
+    limit: int | None = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
+    task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _listed(cls, texts: Any) -> Any:
+        return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
 
 
 class Bench(RemoteCode):
@@ -284,6 +312,6 @@ COMPARE = Door(Compare, COMPARED, {"num_calibration_samples": 64, "dtype": "floa
 COMPARE_SAMPLES = Door(CompareSamples, tuple(name for name in COMPARED if name != "seed"), COMPARE.defaults)
 INSPECT = Door(Inspect, tuple(RECIPE))
 VERIFY = Door(Verify, VERIFIED)
-EVALUATE = Door(Evaluate, ("model", "device"))
+EVALUATE = Door(Evaluate, ("model", "dtype", "device"))
 BENCH = Door(Bench, ("model", "device"))
 DOCTOR = Door(Doctor, ("device",))

@@ -31,7 +31,13 @@ class Settings(BaseModel):
 
 
 def setting(
-    default: Any, help: str, *options: str, choices: tuple[str, ...] = (), first: bool = False, **limits: Any
+    default: Any,
+    help: str,
+    *options: str,
+    choices: tuple[str, ...] = (),
+    first: bool = False,
+    named: bool = False,
+    **limits: Any,
 ) -> Any:
     """A setting's default and help.
 
@@ -41,12 +47,13 @@ def setting(
         options: what it is called as well on the command line, and, without dashes, in Python.
         choices: all that is accepted, if that is a closed list of names and its type does not say so.
         first: whether it is one of the few that people need first; they head the help of a command.
+        named: whether the command line takes a name, where Python may be given an object.
         limits: as pydantic's `Field` has them.
 
     Returns:
         A field of pydantic.
     """
-    known: Any = {"options": list(options), "choices": list(choices), "first": first}
+    known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
     return Field(default, description=help, json_schema_extra=known, **limits)
 
 
@@ -250,8 +257,9 @@ class RunSettings(Settings):
     )
     evaluation: str | None = setting(
         None,
-        "Text to measure perplexity on, before and after: self (sampled from the dense model, apart from the "
-        "calibration samples), or a .txt or .jsonl file. Left out: none; on the command line self, if the dataset is.",
+        "Text to measure perplexity on, before and after, and the KL divergence from the dense model: held-out (the "
+        "held-out samples), self (sampled from the dense model, apart from the calibration samples), or a .txt or "
+        ".jsonl file. Left out: none; on the command line self, if the dataset is.",
         "--eval-text",
         first=True,
     )

@@ -102,6 +102,13 @@ def rules() -> None:
     assert second == Rule(targets=("k_proj",), pattern="2:4")
 
 
+def evaluation() -> None:
+    own, _ = doors.EVALUATE.read({"tasks": "hellaswag,arc_easy", "text": ["wikitext2"], "against": "X"})
+    assert own.tasks == ("hellaswag", "arc_easy") and own.text == ("wikitext2",)
+    assert asked("--evaluate")["evaluation"] == "held-out"
+    assert asked("--evaluate", "--eval-text", "a.txt")["evaluation"] == "a.txt"
+
+
 def several_sparsities() -> None:
     own, _ = doors.COMPARE.read({"sparsities": "0.5,0.6"})
     assert own.sparsities == (0.5, 0.6)
@@ -171,8 +178,8 @@ ROWS: dict[str, Callable[[], None] | str] = {
     "per-operator rules": rules,
     "several sparsities in one run": several_sparsities,
     "lm_eval on the pruned folder": "plain transformers load it: test_prune.py",
-    "zero-shot evaluation by the project": "absent",
-    "perplexity on WikiText-2, C4, PTB by name in `eval`": "absent",
+    "zero-shot evaluation by the project": evaluation,
+    "perplexity on WikiText-2, C4, PTB by name in `eval`": "test_evaluate.py",
     "shell completion": completion,
     "`python -m convexprune`": the_module,
     "`--version`, `convexprune.__version__`": the_version,

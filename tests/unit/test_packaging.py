@@ -26,10 +26,11 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
 
 PUBLIC = {
     "convexprune": """
-        L1 AbstractPenalty AbstractSolver Certificate Inspection KeepZeros Moments OperatorReport Packed PermuteResult
-        Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support Unstructured
-        GroupLasso Verification certify compare compare_samples errors inspect keep_zeros load make_solver pack
-        parse_pattern permute perplexity problems prune pruners solver_names solvers unpack verify""",
+        L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport Packed
+        PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support
+        GroupLasso Unstructured Verification certify compare compare_samples errors evaluate inspect keep_zeros load
+        make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers unpack
+        verify""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """

@@ -33,8 +33,9 @@ FUNCTIONS: dict[str, tuple[Any, Door[Any]]] = {
     "compare": (convexprune.compare, doors.COMPARE),
     "verify": (convexprune.verify, doors.VERIFY),
     "inspect": (convexprune.inspect, doors.INSPECT),
+    "evaluate": (convexprune.evaluate, doors.EVALUATE),
 }
-COMMANDS = {name: door for name, (_, door) in FUNCTIONS.items()} | {
+COMMANDS = {name: door for name, (_, door) in FUNCTIONS.items() if name != "evaluate"} | {
     "compare": doors.COMPARE_SAMPLES, "eval": doors.EVALUATE, "bench": doors.BENCH,
 }  # fmt: skip
 

@@ -1,0 +1,256 @@
+"""`evaluate`: perplexity by the conventions of the field, divergence from the dense model, bits per byte, tasks."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from convexprune._device.machine import default_device
+from convexprune._device.memory import within_memory
+from convexprune._progress import begin
+from convexprune._schema.door import documented
+from convexprune._schema.functions import EVALUATE, Evaluate
+from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
+from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
+from convexprune.adapters._data.logits import logits_in_pieces
+from convexprune.adapters._data.text_files import TEXT_FILES, check_text
+from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
+from convexprune.report import finite
+
+from ._likelihood import divergence
+from ._perplexity import Perplexity, perplexity
+from ._tasks import TaskScore, evaluate_tasks, require_tasks
+from ._texts import TEXTS, text_of
+
+COMMON = 2048  # tokens of a window, in the published perplexities of pruned models
+LONGEST = 16384  # tokens of a native window that is measured unasked
+OF_C4 = 256  # windows of C4, as published
+CHARACTERS = 8  # of a token, at most
+SENTENCE = "The 3 quick brown foxes (naïve, odd) jumped over 12 lazy dogs."  # that tells tokenizers apart
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts a text, by one convention.
+
+    Args:
+        text: its name.
+        convention: "common" (windows of 2048 tokens, or the model's limit if less), "native" (the model's limit),
+            "common, native" where they are one, or "given".
+        perplexity: of the model.
+        bits_per_byte: bits that the model needs for a token, over the bytes of a token's text on average; None without
+            a tokenizer.
+        kl: the mean over the predicted tokens of KL(dense || model) in nats; None without a dense model.
+        dense: the perplexity of the dense model.
+    """
+
+    text: str
+    convention: str
+    perplexity: Perplexity
+    bits_per_byte: float | None
+    kl: float | None
+    dense: Perplexity | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Args:
+        model: its name.
+        against: the dense model's name, if there is one.
+        texts: one for each text and convention.
+        tasks: one for each metric of each task.
+        left_out: what was not measured, and why.
+    """
+
+    model: str
+    against: str | None
+    texts: tuple[TextScore, ...]
+    tasks: tuple[TaskScore, ...]
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """All of it as JSON; numbers that are not finite are text."""
+        return json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
+
+    def tables(self) -> Iterator[Table]:
+        """Texts and tasks, for a terminal."""
+        if self.texts:
+            yield self._of_texts()
+        if self.tasks:
+            table = Table("task", "metric", "value", *(("dense",) if self.against else ()), box=SIMPLE_HEAD)
+            for score in self.tasks:
+                table.add_row(score.task, score.metric, *score.shown(self.against is not None))
+            yield table
+
+    def _of_texts(self) -> Table:
+        names = ("text", "windows", "convention", "perplexity", "bits/byte")
+        table = Table(*names, *(("dense", "KL") if self.against else ()), box=SIMPLE_HEAD)
+        table.caption = "Windows do not overlap; each token after the first of its window is predicted."
+        for score in self.texts:
+            p, bits = score.perplexity, score.bits_per_byte
+            cells = [score.text, f"{p.windows} x {p.window}", score.convention, f"{p.value:.3f}"]
+            cells.append("-" if bits is None else f"{bits:.4f}")
+            if score.dense is not None:
+                cells += [f"{score.dense.value:.3f}", f"{score.kl:.4f}"]
+            table.add_row(*cells)
+        return table
+
+
+@documented(EVALUATE)
+def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Evaluation:
+    """Measure a model as the field compares them: perplexity, bits per byte, and accuracy on the tasks of lm-eval.
+
+    Perplexity is that of wanda's and SparseGPT's code: the text is tokenised once, and cut into windows that do not
+    overlap; each token but the first of its window is predicted from those before it in the window; a rest shorter
+    than a window is not used. With a dense model beside it, how far the predictions are from its own is measured, too.
+
+    Args:
+        model: Folder, or name on the hub. Left out: the small OPT model that is bundled. Or a loaded model.
+        settings: by name:
+        {settings}
+
+    Returns:
+        What was measured.
+
+    Raises:
+        ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
+    """
+    own, shared = EVALUATE.read({"model": model, **settings} if model is not None else settings)
+    _check(own)
+    device, chosen = default_device(shared.get("device", "auto")), bundled_if_none(shared)
+    with within_memory():
+        begin("loading the model")
+        opened = [_open(source, device, own, chosen) for source in (chosen["model"], own.against) if source is not None]
+        return _measured(opened, own)
+
+
+def _check(own: Evaluate) -> None:
+    """Refuse, before any work, texts and tasks that are not there.
+
+    Raises:
+        RecipeError: nothing is to be measured, or a task is unknown.
+        CalibrationError: there is no such text.
+        DependencyError: a package is missing.
+    """
+    if not own.text and not own.tasks:
+        raise RecipeError("Nothing to evaluate on. Give a text (--text FILE, or wikitext2), tasks (--tasks), or both.")
+    for text in own.text:
+        if text in CORPORA:
+            datasets_package()
+        elif text.endswith(TEXT_FILES):
+            check_text(Path(text))
+        elif text not in TEXTS:
+            known = f"{unknown('text', text, [*CORPORA, *TEXTS])} Or give a file"
+            raise CalibrationError(f"{known} that ends in {' or '.join(TEXT_FILES)}.")
+    if own.tasks:
+        require_tasks(own.tasks, own.tasks_dir)
+
+
+def _open(source: Any, device: str, own: Evaluate, chosen: Mapping[str, Any]) -> HuggingFaceModel:
+    dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
+    return load(source, device=device, dtype=dtype, trust_remote_code=own.trust_remote_code)
+
+
+def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
+    model, *others = opened
+    for dense in others:
+        _require_comparable(model, dense)
+    limit = min(each.max_positions for each in opened)
+    if own.window is not None and own.window > limit:
+        raise CalibrationError(f"window={own.window}: the models can see {limit} tokens at most.")
+    texts, left_out = list[TextScore](), list[str]()
+    for text in own.text:
+        content, known = _content(text, limit, own), 0
+        for convention, window in _conventions(limit, own.window):
+            if convention == "native" and (window > LONGEST or known < window):
+                why = f"the text has {known:,} tokens" if known < window else f"ask for it with window={window}"
+                left_out.append(f"{text} by native windows of {window:,} tokens: {why}.")
+                continue
+            tokens = text_windows(content, model, window, text)
+            known = tokens.numel()
+            most = OF_C4 if own.max_windows is None and text == "c4" else own.max_windows
+            texts.append(_score(text, convention, tokens[:most], model, *others))
+    found = [evaluate_tasks(each, own) for each in opened] if own.tasks else [()]
+    scores = found[0] if len(found) == 1 else tuple(a.beside(b) for a, b in zip(*found, strict=True))
+    return Evaluation(model.name, others[0].name if others else None, tuple(texts), tuple(scores), tuple(left_out))
+
+
+def _require_comparable(model: HuggingFaceModel, dense: HuggingFaceModel) -> None:
+    """Refuse two models whose predictions are not of the same tokens.
+
+    Raises:
+        ModelError: their vocabularies differ, or their tokenizers read a sentence in different ways.
+    """
+    read = [each.tokenizer(SENTENCE)["input_ids"] for each in (model, dense) if each.tokenizer is not None]
+    if dense.vocab_size != model.vocab_size or read[1:] not in ([], read[:1]):
+        raise ModelError(
+            f"{dense.name} knows {dense.vocab_size} tokens, and {model.name} {model.vocab_size}, or they read text in "
+            "different ways: their predictions cannot be compared. Give the dense model that this one was made of."
+        )
+
+
+def _conventions(limit: int, asked: int | None) -> list[tuple[str, int]]:
+    """Names and lengths of the windows to measure, of models that can see so many tokens."""
+    if asked is not None:
+        return [("given", asked)]
+    return [("common, native", limit)] if limit <= COMMON else [("common", COMMON), ("native", limit)]
+
+
+def _content(text: str, limit: int, own: Evaluate) -> str:
+    """A text: of C4, which is endless, as much as windows may need."""
+    if text not in CORPORA:
+        return text_of(text)
+    longest = max(window for _, window in _conventions(limit, own.window))
+    return hub_text(text, "evaluation", (own.max_windows or OF_C4) * longest * CHARACTERS if text == "c4" else None)
+
+
+def _score(
+    text: str, convention: str, tokens: Tensor, model: HuggingFaceModel, dense: HuggingFaceModel | None = None
+) -> TextScore:
+    p = perplexity(model.model, tokens)
+    bits = _bits_per_byte(p, tokens, model)
+    if dense is None:
+        return TextScore(text, convention, p, bits, None, None)
+    return TextScore(text, convention, p, bits, kl(model, dense, tokens), perplexity(dense.model, tokens))
+
+
+@torch.no_grad()
+def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> float:
+    """How far a model's predictions are from the dense model's; logits of a few positions at a time are in memory.
+
+    Args:
+        model: the model.
+        dense: the dense one, with the same vocabulary.
+        tokens: token ids [windows window].
+
+    Returns:
+        The mean over the predicted tokens of KL(dense || model), in nats.
+    """
+    step, total = begin("divergence from dense", len(tokens)), 0.0
+    for each in (model.model, dense.model):
+        each.eval()
+    for ids in tokens.split(1):
+        reference = logits_in_pieces(dense.model, ids.to(dense.model.device))
+        for p, q in zip(reference, logits_in_pieces(model.model, ids.to(model.model.device)), strict=True):
+            total += divergence(p.float(), q.to(p.device).float()).double().sum().item()
+        step("")
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def _bits_per_byte(p: Perplexity, tokens: Tensor, model: HuggingFaceModel) -> float | None:
+    """Bits for a token, times the tokens of the windows over the bytes of their text; None without a tokenizer."""
+    if model.tokenizer is None:
+        return None
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = str(model.tokenizer.decode(tokens.flatten().tolist(), **plain))
+    return p.nll / log(2) * tokens.numel() / max(1, len(text.encode()))

@@ -1,0 +1,133 @@
+"""Accuracy on the tasks of lm-eval (EleutherAI's harness), with standard errors."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from convexprune._progress import begin
+from convexprune._schema.functions import Evaluate
+from convexprune.adapters import HuggingFaceModel
+from convexprune.errors import DependencyError, ModelError, RecipeError, install_hint
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Args:
+        task: its name.
+        metric: as "acc" or "acc_norm".
+        value: of the model.
+        error: the standard error; None if the metric has none.
+        items: how many there are.
+        dense: the value of the dense model, if there is one.
+        dense_error: its standard error.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    items: int | None
+    dense: float | None = None
+    dense_error: float | None = None
+
+    def beside(self, dense: "TaskScore") -> "TaskScore":
+        """The same with the score of the `dense` model."""
+        return replace(self, dense=dense.value, dense_error=dense.error)
+
+    def shown(self, both: bool) -> list[str]:
+        """The values for a table: of the model, and, of `both`, of the dense one."""
+        return [_with_error(self.value, self.error), *([_with_error(self.dense, self.dense_error)] if both else [])]
+
+
+def require_tasks(names: Sequence[str], folder: Path | None) -> None:
+    """Refuse, before any work, tasks that lm-eval does not have.
+
+    Args:
+        names: of tasks, groups or tags.
+        folder: with task files of one's own.
+
+    Raises:
+        DependencyError: lm-eval is missing.
+        RecipeError: a task is unknown, or there is no such folder.
+    """
+    if find_spec("lm_eval") is None:
+        raise DependencyError(f"Tasks need lm-eval: {install_hint('eval')}")
+    if folder is not None and not folder.expanduser().is_dir():
+        raise RecipeError(f"tasks_dir={str(folder)!r} is no folder. Give one with task files (.yaml) of lm-eval.")
+    known = _manager(names, folder).all_tasks
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            guess = f" Did you mean {', '.join(near)}?" if near else ""
+            raise RecipeError(f"Unknown task {name!r}.{guess} `lm-eval ls tasks` lists all of them.")
+
+
+def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
+    """The scores of a model.
+
+    Args:
+        model: the model, with its tokenizer.
+        own: which tasks, and how much of them.
+
+    Returns:
+        One score for each metric of each task.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
+    harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+    begin(f"tasks of {model.name}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what it says of the model is not so: it is loaded already
+    wrapped = models.HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=own.task_batch)
+    found = harness.simple_evaluate(
+        model=wrapped,
+        tasks=list(own.tasks),
+        task_manager=_manager(own.tasks, own.tasks_dir),
+        num_fewshot=own.num_fewshot,
+        limit=own.limit,
+        log_samples=False,
+    )
+    assert found is not None  # but on other ranks
+    counts: dict[str, Any] = found.get("n-samples", {})
+    return tuple(
+        score for task, metrics in found["results"].items() for score in _scores(task, metrics, counts.get(task))
+    )
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    """What knows the tasks: those of the folder alone if they are all that is asked for, because it is quicker."""
+    make = import_module("lm_eval.tasks").TaskManager
+    if folder is None:
+        return make()
+    place = str(folder.expanduser())
+    own = make(include_path=place, include_defaults=False)
+    return own if set(names) <= set(own.all_tasks) else make(include_path=place)
+
+
+def _scores(task: str, metrics: dict[str, Any], count: dict[str, int] | None) -> list[TaskScore]:
+    """The numbers of a task, which stand as "acc,none" beside "acc_stderr,none"."""
+    scores = []
+    for key, value in metrics.items():
+        metric, _, how = key.partition(",")
+        if not how or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = metrics.get(f"{metric}_stderr,{how}")
+        name = metric if how == "none" else f"{metric} ({how})"
+        known = float(error) if isinstance(error, int | float) else None
+        scores.append(TaskScore(task, name, float(value), known, None if count is None else count.get("effective")))
+    return scores
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
