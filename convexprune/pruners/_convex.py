@@ -7,6 +7,7 @@ from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
 from convexprune.constraints import Constraint
+from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
@@ -31,7 +32,9 @@ class Convex(AbstractSearch):
     step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is hardly penalised.
     The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a bounded concave
     penalty: one iteration of FISTA each is enough. As the residual is affine, that of P is known from the rounds
-    before: a round costs one product. The last problem of every envelope is certified, those before are on the way.
+    before: a round costs one product. Where one operator chooses whole columns the penalty is that of the group LASSO,
+    sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the columns' lengths. The last problem of every
+    envelope is certified, those before are on the way.
 
     The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on
     others (docs/benchmarks.md).
@@ -116,8 +119,23 @@ class Convex(AbstractSearch):
             scores = torch.add(weight, slope, alpha=self.reach / stiffness)
         return Found(scores, tuple(solutions), products)
 
-    def _penalty(self, scores: Tensor, pattern: Constraint, strength: float) -> L1:
-        threshold = pattern.threshold(scores).clamp_min(torch.finfo(scores.dtype).tiny)
+    def require(self, pattern: Constraint) -> None:
+        """See `AbstractPruner.require`.
+
+        Raises:
+            UnsupportedError: the solver does not take the penalty of whole columns.
+        """
+        super().require(pattern)
+        if pattern.by_column:
+            require_penalty(self._solver, GroupLasso)
+
+    def _penalty(self, scores: Tensor, pattern: Constraint, strength: float) -> L1 | GroupLasso:
+        tiny = torch.finfo(scores.dtype).tiny
+        threshold = pattern.threshold(scores).clamp_min(tiny)
+        if pattern.by_column and len(pattern.parts(len(scores))) == 1:
+            lengths, threshold = (torch.linalg.vector_norm(each, dim=0) for each in (scores, threshold))
+            strengths = _strengths(lengths, threshold.amax().clamp_min(tiny), number_like(strength, scores))
+            return GroupLasso(strengths, checked=False)
         return L1(_strengths(scores, threshold, number_like(strength, scores)), checked=False)
 
 

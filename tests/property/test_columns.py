@@ -4,13 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pruning_cases import correlated, error, layer_problem
+from pruning_cases import Recorder, correlated, error, layer_problem
 from strategies import random, seeds
 
-from convexprune.constraints import Columns, parse_pattern
-from convexprune.errors import PatternError
-from convexprune.pruners import PRUNERS, Refitted
-from convexprune.solvers import Status
+from convexprune.constraints import Columns, Stacked, parse_pattern
+from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._penalty import L1
+from convexprune.errors import PatternError, UnsupportedError
+from convexprune.pruners import PRUNERS, Convex, Refitted
+from convexprune.solvers import Status, make_solver
 
 
 @given(st.integers(1, 6), st.integers(2, 12), st.sampled_from((0.0, 0.25, 0.5, 0.8)), seeds)
@@ -73,3 +75,27 @@ def test_the_refit_of_whole_columns_is_least_squares_at_once(seed: int):
     expected = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
     torch.testing.assert_close(pruned.weight[:, kept], expected, rtol=1e-8, atol=1e-8)
     assert not pruned.weight[:, ~kept].any()
+
+
+@given(seeds)
+def test_the_path_of_one_operator_is_that_of_the_group_lasso(seed: int):
+    """As it is posed: one strength for each column, small where it is clearly kept; some columns vanish on the way."""
+    problem, recorder = layer_problem(correlated(seed), Columns(0.5)), Recorder()
+    pruned = Convex(solver=recorder).prune(problem)
+    penalties = [posed.penalty for posed, _, _ in recorder.calls]
+    assert len(penalties) == Convex.rounds and all(isinstance(each, GroupLasso) for each in penalties)
+    last, strength = recorder.calls[-1][2].weight, torch.as_tensor(penalties[-1].strength)
+    assert strength.shape == (16,) and (last == 0).all(0).any()
+    kept = pruned.mask[0]
+    assert float(strength[kept].max()) <= float(strength[~kept].min()) and problem.pattern.violation(pruned.weight) == 0
+
+
+def test_operators_of_a_stack_choose_for_themselves():
+    recorder = Recorder()
+    Convex(solver=recorder).prune(layer_problem(correlated(0), Stacked.alike(Columns(0.5), (3, 5))))
+    assert all(isinstance(posed.penalty, L1) for posed, _, _ in recorder.calls)
+
+
+def test_a_solver_that_does_not_take_the_group_lasso_is_refused_before_any_work():
+    with pytest.raises(UnsupportedError, match="does not take the penalty GroupLasso"):
+        Convex(solver=make_solver("scipy")).require(Columns(0.5))

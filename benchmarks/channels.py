@@ -1,0 +1,160 @@
+"""The tables of docs/channels.md: channels of the MLP removed by several methods, on the same moments; and the speed.
+
+    python benchmarks/channels.py MODEL --text valid.txt --eval test.txt other.txt [--widths 1344,1152,896] [--moments F]
+
+The dense model is run once on the calibration text, and the moments of what reads the channels are kept in a file. Each
+method prunes by them: that is what `convexprune prune --pattern channels` does with its defaults, where each layer sees
+what the dense network sends. Weights are put into the dense model with zeros, which computes what the narrower one
+does. A result is printed when it is there, and written to `--out`, from which a run that is started again goes on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.steps.survey import row_weights
+from convexprune.adapters import HuggingFaceModel, load, text_windows
+from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
+from convexprune.adapters._gradients import output_fisher
+from convexprune.constraints import Channels, Columns
+from convexprune.core._moments import Moments
+from convexprune.pruners import OSSCAR, AbstractPruner, Convex, LayerProblem, Magnitude, Refitted, Wanda, WandaSP
+from convexprune.validation import perplexity
+
+METHODS: dict[str, AbstractPruner] = {
+    "magnitude": Magnitude(),
+    "Wanda-sp": WandaSP(),
+    "Wanda-sp + refit": Refitted(WandaSP()),
+    "Wanda, norms + refit": Refitted(Wanda()),
+    "group OBS": OSSCAR(exchanged=0),
+    "OSSCAR": OSSCAR(),
+    "OSSCAR + refit": Refitted(OSSCAR()),
+    "convexprune, rows alike": Convex(),
+    "convexprune": Convex(),
+}
+WEIGHED = ("convexprune",)  # their rows count by how much they move the loss
+GRADIENTS = 4  # windows
+
+
+def collected(model: HuggingFaceModel, narrowing: Narrowing, windows: Tensor) -> dict[str, Any]:
+    """The sums of x x' of each operator on two halves of the windows, and the weights of its rows."""
+    found: dict[str, Any] = {"fisher": output_fisher(model, windows[:GRADIENTS], 1)}
+    operators = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators}
+    halves = {name: [Moments(o.shape[1]), Moments(o.shape[1])] for name, o in operators.items()}
+    groups = {f"{y.name}.{o.name}": g for y in model.layers for g in y.groups for o in g.operators}
+    number = 0
+
+    def watch(name: str) -> Callable[[Tensor], None]:
+        return lambda x: halves[name][number % 2].add(x.flatten(0, -2))
+
+    hooks = [group.input_hook(watch(name)) for name, group in groups.items()]
+    for hook in hooks:
+        hook.__enter__()
+    for number, window in enumerate(windows):  # noqa: B007 what the hooks see
+        model.forward(window[None])
+    for hook in hooks:
+        hook.__exit__(None, None, None)
+    return found | {"halves": {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}}
+
+
+def problem(weight: Tensor, pair: Sequence[tuple[Tensor, int]], removed: int) -> LayerProblem:
+    folds = []
+    for total, tokens in pair:
+        fold = Moments(0)
+        fold.sum, fold.tokens = total, tokens
+        folds.append(fold)
+    pattern = Columns(removed / weight.shape[1])
+    return LayerProblem(weight, folds[0] + folds[1], pattern, 0.0, tuple(folds))
+
+
+def prune(model: HuggingFaceModel, moments: dict[str, Any], dense: dict[str, Tensor], method: str, width: int) -> None:
+    """Put the pruned weights into the model."""
+    for layer in model.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            posed = problem(dense[name], moments["halves"][name], dense[name].shape[1] - width)
+            factors = row_weights(moments["fisher"][name]).sqrt() if method in WEIGHED else None
+            edit = METHODS[method].prune(posed.scaled(factors))
+            assert posed.pattern.violation(edit.weight) == 0
+            operator.write(posed.unscaled(edit.weight, factors))
+
+
+def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tuple[float, float]:
+    """Tokens a second, dense and without as many channels: one prompt, greedy, in turns, medians of three."""
+    narrower = narrowing.narrowed(model.model.get_parameter).model(model)
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    prompt = model.probe_tokens()
+    for turn in range(4):
+        for which, each in enumerate((model.model, narrower)):
+            began = time.perf_counter()
+            each.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            if turn:
+                seconds[which].append(time.perf_counter() - began)
+    return tokens / median(seconds[0]), tokens / median(seconds[1])
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--eval", nargs="+", required=True)
+    parser.add_argument("--widths", default="1344,1152,896")
+    parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--eval-windows", type=int, default=6)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--moments", type=Path, default=Path("moments.pt"))
+    parser.add_argument("--out", type=Path, default=Path("channels.jsonl"))
+    parser.add_argument("--no-speed", action="store_true")
+    asked = parser.parse_args()
+    model = load(asked.model, device="cpu", dtype=torch.float32)
+    widths = [int(width) for width in asked.widths.split(",")]
+    whole = find_narrowing(model, Channels(0.5, 1))
+    whole.choose(model)
+    ((size, _),) = whole.widths.values()
+    texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
+    texts = {
+        name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
+    }
+    if not asked.moments.exists():
+        every = text_windows(asked.text, model, asked.length)
+        drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]
+        torch.save(collected(model, whole, every[drawn]), asked.moments)
+    moments = torch.load(asked.moments)
+    dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
+    done = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
+
+    def measure(method: str, width: int, prune: Callable[[], None]) -> None:
+        if any((row["method"], row["width"]) == (method, width) for row in done):
+            return
+        began = time.perf_counter()
+        prune()
+        seconds = time.perf_counter() - began
+        row = {"method": method, "width": width, "seconds": round(seconds, 1)}
+        row |= {name: round(perplexity(model.model, each).value, 2) for name, each in texts.items()}
+        with asked.out.open("a") as file:
+            print(json.dumps(row), file=file)
+        print(row, flush=True)
+
+    measure("dense", size, lambda: None)
+    for width in widths:
+        for method in asked.methods.split(";"):
+            measure(method, width, lambda method=method, width=width: prune(model, moments, dense, method, width))
+        if not asked.no_speed:
+            pattern = Channels(1 - width / size, 1)
+            for each in (o for y in model.layers for o in y.operators):
+                each.write(each.read() * (torch.arange(size) < width))
+            before, after = speed(model, find_narrowing(model, pattern))
+            print({"width": width, "tokens/s dense": round(before, 1), "narrower": round(after, 1)}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
