@@ -1,14 +1,13 @@
 """`convexprune doctor`."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune._cli.application import app, console, show
-from convexprune._cli.options import AsJson, with_settings
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import DOCTOR
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
 MARKS = {True: "passed", False: "FAILED", None: ""}
 
 
-@app.command()
+@app.command(context_settings=also_called(DOCTOR))
 @with_settings(DOCTOR)
-def doctor(settings: dict[str, Any], as_json: AsJson = False) -> None:
+def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Whether this machine computes right, and how fast: every method, kernels, masks, copies, and a small run.
 
     Takes about two minutes on a GPU. Ends with exit status 1 if a check fails.
     """
-    with stoppable(), following():
+    with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._doctor.checkup import doctor as checked
@@ -34,7 +33,7 @@ def doctor(settings: dict[str, Any], as_json: AsJson = False) -> None:
         disable_progress_bar()
         found = checked(**settings)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
     else:
         show(_table(found))
         for line in found.verdict():

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from convexprune._cli.application import app, console
+from convexprune._cli.application import app, console, print_json
+from convexprune._cli.options import AsJson
 from convexprune._cli.stopping import stoppable
 
 
@@ -16,6 +17,7 @@ def report(
         Path | None,
         typer.Option(help="File to write; one that is there is replaced. Left out: report.html in the folder."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the page of a run: errors, zeros, certificates and what to do next, as one HTML file without a network."""
     with stoppable():
@@ -23,4 +25,7 @@ def report(
         from convexprune._runs.folder import PAGE, RunFolder
 
         page = write_page(RunFolder(run).report(), output or run / PAGE, str(run))
+    if as_json:
+        print_json({"page": str(page.resolve())})
+        return
     console.print(f"page: {page.resolve()}", soft_wrap=True)

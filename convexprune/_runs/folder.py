@@ -77,7 +77,10 @@ class RunFolder:
         if self.folder.exists() and not (self.folder.is_dir() and self._is_ours()):  # another rank may begin it now
             check_output(self.folder)
         if not resume and self.is_finished:
-            raise OutputError(f"{self.folder} already holds something: a finished run. Give another output folder.")
+            raise OutputError(
+                f"{self.folder} already holds something: a finished run. Give another output folder, or "
+                "overwrite=True (--overwrite)."
+            )
         if self._begun() is None and not self.is_finished and done:
             raise OutputError(
                 f"{self.folder} holds {done} finished layers, but {RUN}, which says of what run, is missing. Put it "
@@ -89,7 +92,7 @@ class RunFolder:
                     raise self._in_use()
             raise OutputError(
                 f"{self.folder} holds an unfinished run, {done} of its layers finished. Go on with resume=True "
-                "(--resume), or remove the folder to begin again."
+                "(--resume), or begin again with overwrite=True (--overwrite)."
             )
 
     @contextmanager

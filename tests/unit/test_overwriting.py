@@ -44,6 +44,16 @@ def test_where_nothing_is_overwriting_is_an_ordinary_run(build, tmp_path: Path):
         convexprune.prune(build("llama"), **GIVEN, overwrite=True)
 
 
+def test_ranks_do_not_replace_a_folder(build, done: Path):
+    with pytest.raises(errors.RecipeError, match="one process replaces a folder"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, executor="ranks")
+
+
+def test_the_error_of_a_folder_in_use_names_the_way_out(build, done: Path):
+    with pytest.raises(errors.OutputError, match=r"or overwrite=True \(--overwrite\)"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=done)
+
+
 def spoil(folder: Path, how: str) -> str:
     if how == "a file of the user":
         (folder / "notes.txt").write_text("mine")

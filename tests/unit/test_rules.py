@@ -10,7 +10,12 @@ from test_cli import folder, run
 
 import convexprune
 from convexprune import errors
+from convexprune._layerwise.processes import ProcessGroup
+from convexprune._layerwise.steps.prune import Work
 from convexprune._recipe_file import read_recipe
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._discovery.rules import with_rules
+from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 
 __all__ = ["folder"]  # a fixture of test_cli
@@ -55,6 +60,23 @@ def test_a_method_of_a_rule_gives_the_weights_that_it_gives_alone(build):
     for name, method in {"q": "sparsegpt", "k": "wanda", "v": "wanda"}.items():
         place = f"model.layers.0.self_attn.{name}_proj.weight"
         assert torch.equal(mixed.get_parameter(place), alone[method].get_parameter(place))
+
+
+def test_a_rule_is_one_pruner_on_every_rank(build):
+    """Or ranks would solve other stacks than one process does."""
+    loaded = HuggingFaceModel(build("llama"))
+    recipe = make_recipe(rules=[{"targets": ["k_proj", "v_proj"], "method": "wanda"}], allocation="uniform")
+    settings = with_rules(recipe.layer_settings(), recipe, loaded.layers)
+    for each in (settings, Work(TOKENS, TOKENS[:0], 1, settings).of_rank(ProcessGroup(1, 2)).settings):
+        assert len(each.pruners) == 4 and len({id(pruner) for pruner in each.pruners.values()}) == 1
+
+
+def test_a_pool_prunes_by_rules_to_the_same_bits(folder: Path):
+    given: dict[str, Any] = {"dataset": folder / "text.txt", "nsamples": 4, "seqlen": 32, "bound_rows": 0, "threads": 1}
+    given |= {"rules": [{"targets": ["k_proj", "v_proj"], "method": "wanda"}, {"targets": ["fc1"], "sparsity": 0.25}]}
+    one = convexprune.prune(folder / "model", **given, output_dir=folder / "one")
+    two = convexprune.prune(folder / "model", **given, output_dir=folder / "two", executor="pool", workers=2)
+    assert one.report.files["model.safetensors"] == two.report.files["model.safetensors"]
 
 
 def test_rules_that_change_nothing_change_no_bit(build):

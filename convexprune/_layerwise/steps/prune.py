@@ -46,7 +46,8 @@ class Work:
             batches = windows.split(self.batch_size)
             return torch.cat([windows[:0], *batches[ranks.local_slice(len(batches))]])
 
-        own = {name: SamePruned(pruner, ranks.broadcast) for name, pruner in self.settings.pruners.items()}
+        alike = {id(each): SamePruned(each, ranks.broadcast) for each in self.settings.pruners.values()}
+        own = {name: alike[id(each)] for name, each in self.settings.pruners.items()}  # one rule is still one pruner
         pruner, bound_rows = SamePruned(self.settings.pruner, ranks.broadcast), self.settings.bound_rows
         settings = replace(self.settings, pruner=pruner, pruners=own, bound_rows=0 if ranks.rank else bound_rows)
         return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
