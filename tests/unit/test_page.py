@@ -129,6 +129,11 @@ def test_the_page_of_an_older_report_or_of_a_pack_is_written(run: Path):
     assert "1.0 MB, packed from 2.00 GB" in page(packed) and "convexprune unpack DIR MODEL" in page(packed)
 
 
+def test_who_asked_for_no_zeros_is_shown_none(run: Path):
+    text = page(_with(_report(run), expected_zeros=0))
+    assert "Who has the zeros" in page(_report(run)) and "Who has the zeros" not in text
+
+
 def test_the_command_writes_it_again(run: Path, tmp_path: Path):
     moved = shutil.copytree(run, tmp_path / "moved here")
     result = CliRunner().invoke(cli.app, ["report", str(moved)])

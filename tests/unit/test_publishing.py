@@ -22,12 +22,8 @@ class Hub:
     """What a hub was told; `fault` is raised instead of taking an upload."""
 
     def __init__(self) -> None:
-        self.made, self.files, self.given, self.fault = (
-            list[tuple[str, Any]](),
-            dict[str, bytes](),
-            dict[str, Any](),
-            None,
-        )
+        self.made, self.files, self.given = list[tuple[str, Any]](), dict[str, bytes](), dict[str, Any]()
+        self.fault: Exception | None = None
 
     def create_repo(self, _: HfApi, repo_id: str, *, private: bool | None, exist_ok: bool) -> RepoUrl:
         assert exist_ok
