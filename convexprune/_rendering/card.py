@@ -17,11 +17,11 @@ from convexprune.adapters._data.corpora import CORPORA
 from convexprune.report import Report
 
 from .command import command_of
-from .facts import facts, name_of_model, short
+from .facts import facts, name_of_model, text_of_evaluation
 from .templates import code, text_of
 
 FOLDER = "DIR"  # what the card calls the place of the result, wherever it lies
-NAMES = {"dense": "perplexity, dense", "pruned": "perplexity"}
+METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their names in the report
 
 
 def sparsity_settings(report: Report) -> dict[str, Any]:
@@ -166,18 +166,18 @@ def hub_dataset(report: Report) -> str | None:
 
 
 def _results(report: Report) -> list[EvalResult]:
-    text = str(report.recipe.get("evaluation"))
-    name = "written by the dense model" if text == "self" else "given by the caller" if GIVEN in text else short(text)
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=f"{name}: {p['windows']} windows of {p['window']} tokens",
-            metric_type="perplexity",
-            metric_name=NAMES.get(kind, kind),
-            metric_value=round(float(p["value"]), 4),
+            dataset_name=f"{text_of_evaluation(report)}: {p['windows']} windows of {p['window']} tokens",
+            metric_type=kind,
+            metric_name=f"{kind}, {model}",
+            metric_value=round(float(p[key]), 4),
         )
-        for kind, p in report.perplexity.items()
+        for key, kind in METRICS.items()
+        for model, p in report.perplexity.items()
+        if key in p
     ]
 
 

@@ -94,8 +94,7 @@ def page(report: Report, folder: str | None = None) -> str:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     for name, values in _measures(report).items():
-        digits = 3 if name == "KL to dense" else 2
-        note = f"{values['pruned'] / values['dense']:.2f} times" if name == "perplexity" and len(values) == 2 else ""
+        digits, note = (2, _times(values)) if name == "perplexity" else (4, "nats a token")
         yield Tile(name, " → ".join(f"{value:.{digits}f}" for value in values.values()), note)
     if report.asks_for_zeros:
         weights = sum(o.outputs * o.inputs for o in report.operators)
@@ -115,12 +114,17 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 def _measures(report: Report) -> dict[str, dict[str, float]]:
     """Perplexity, and KL divergence where it was measured, by the model."""
-    kinds = {"value": "perplexity", "kl": "KL to dense"}
+    kinds = {"value": "perplexity", "kl": "KL from dense"}
     found = {
         name: {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
         for key, name in kinds.items()
     }
     return {name: values for name, values in found.items() if values}
+
+
+def _times(values: dict[str, float]) -> str:
+    dense, pruned = (values.get(name) for name in ("dense", "pruned"))
+    return f"{pruned / dense:.2f} times" if dense and pruned else ""
 
 
 def _time(seconds: float) -> str:

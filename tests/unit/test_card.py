@@ -64,8 +64,12 @@ def test_the_card_says_what_the_report_says(result: Path):
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
     assert data["sparsity"] == round(report.sparsity, 6) and {"pruned", "sparse", "unstructured"} <= set(data["tags"])
     (found,) = data["model-index"][0]["results"]
-    values = [metric["value"] for metric in found["metrics"]]
-    assert values == [round(report.perplexity[name]["value"], 4) for name in ("dense", "pruned")]
+    measured = {metric["name"]: metric["value"] for metric in found["metrics"]}
+    dense, pruned = (report.perplexity[name] for name in ("dense", "pruned"))
+    assert measured == {
+        "perplexity, dense": round(dense["value"], 4), "perplexity, pruned": round(pruned["value"], 4),
+        "kl divergence from dense, pruned": round(pruned["kl"], 4),
+    }  # fmt: skip
     assert "base_model" not in data  # a folder is no name on the hub, and a path would leak
     assert str(result.parent) not in text and str(Path.home()) not in text
     for said in ("64 tokens that the caller gave", "5 windows of 16 tokens", "held-out error", "in 28 operators"):
