@@ -14,22 +14,19 @@ from rich.table import Table
 from convexprune._device.machine import default_device
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.steps.survey import WEIGHED
 from convexprune._runs import cost, sizes
 from convexprune._runs.run import check_patterns
-from convexprune._runs.speed import load, measured_speed, seconds
+from convexprune._runs.speed import load
 from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
 from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 
-from .._allocating import GRADIENTS
 from .._checkpoints.loading import bundled_if_none
-from .._data.calibration import DEFAULT_LENGTH
-from .outline import Outline, read_outline
+from .needs import estimate, gib, setting_of
+from .outline import read_outline
 from .rules import with_rules
 
-GIB = 1 << 30
 SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
 
 
@@ -83,13 +80,13 @@ class Inspection:
         """Whether it fits, and if not what to change, as sentences."""
         if self.device_memory is None:
             return
-        room = _gib(self.device_memory)
+        room = gib(self.device_memory)
         if self.fits:
-            yield f"It fits: {_gib(self.needed)} of {room}."
+            yield f"It fits: {gib(self.needed)} of {room}."
             return
-        yield f"It does not fit: {_gib(self.needed)} of {room}. What other settings need:"
+        yield f"It does not fit: {gib(self.needed)} of {room}. What other settings need:"
         for way, needed in self.changes.items():
-            yield f"  {way}: {_gib(needed)}, which {'fits' if needed <= self.device_memory else 'is too much as well'}"
+            yield f"  {way}: {gib(needed)}, which {'fits' if needed <= self.device_memory else 'is too much as well'}"
         widest = max(
             (s for layer in self.size.layers for s in layer.stacks), key=lambda s: s.inputs * (s.inputs + s.outputs)
         )
@@ -142,7 +139,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     outline = read_outline(place, checked, asked.trust_remote_code)
     layers = with_rules(checked.layer_settings(), checked, outline.layers)
     check_patterns(outline.layers, layers)
-    setting = _setting(checked, outline)
+    setting = setting_of(checked, outline)
     if setting.length > outline.positions:
         raise CalibrationError(
             f"max_seq_length={setting.length}: {outline.name} can see {outline.positions} tokens at most."
@@ -150,6 +147,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory
     memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
+    laps, more = estimate(device, outline, setting, work, checked)
     ways = cost.cheaper(setting, bool(checked.refit))
     changes = {way: cost.memory(outline.size, s).device for way, s in ways.items()}
     return Inspection(
@@ -166,11 +164,11 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         size=outline.size,
         memory=memory,
         work=work,
-        seconds=seconds(work, measured_speed(device, outline.dtype), setting.method),
+        seconds=laps,
         device=device,
         device_memory=device_memory,
         changes=changes,
-        notes=(*outline.notes, *_notes(checked, layers)),
+        notes=(*outline.notes, *_notes(checked, layers), *more),
     )
 
 
@@ -185,42 +183,6 @@ def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
         yield f"Rule {number} ({', '.join(rule.targets)}): {own}, for {count} operators."
     if settings.pruners:
         yield f"Memory and time are those of the method {recipe.method} for all."
-
-
-def _setting(recipe: Recipe, outline: Outline) -> sizes.Setting:
-    weighed = recipe.allocation in WEIGHED
-    return sizes.Setting(
-        samples=recipe.num_calibration_samples,
-        held_out=recipe.spare_samples,
-        length=recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions),
-        batch=recipe.batch_size,
-        method=sizes.method_cost(recipe.preset or recipe.method, bool(recipe.refit), weighed),
-        correction=recipe.error_correction > 0,
-        dense_prefix=recipe.prefix == "dense",
-        bound=recipe.bound_rows > 0,
-        gradients=min(GRADIENTS, recipe.num_calibration_samples) if weighed else 0,
-    )
-
-
-def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
-    """What a run needs of the device's memory by its formula, and settings that need less.
-
-    Args:
-        source: as `inspect` takes it.
-        recipe: of the run.
-        trust_remote_code: let transformers run code that the checkpoint brings.
-
-    Returns:
-        A sentence or two, for an error.
-    """
-    outline = read_outline(source, recipe, trust_remote_code)
-    setting = _setting(recipe, outline)
-    needed = cost.memory(outline.size, setting).device
-    ways = cost.cheaper(setting, bool(recipe.refit)).items()
-    sizes_by_way = {way: cost.memory(outline.size, other).device for way, other in ways}
-    less = [f"{way} {_gib(size)}" for way, size in sizes_by_way.items() if size < needed]
-    told = f" With other settings: {', '.join(less)}." if less else ""
-    return f"By its formula this run needs {_gib(needed)}, beside what else is there.{told}"
 
 
 def _weights(layer: DecoderLayer) -> int:
@@ -243,7 +205,7 @@ def _problems(found: Inspection) -> Table:
             for key, count in alike.items():
                 names = ", ".join(first[key].names) + (f" and {count - 1} alike" if count > 1 else "")
                 heavy = count * 4 * (key[0] * key[1] + key[1] ** 2)
-                cells = f"{key[0]} x {key[1]}", str(number + 1), str(layer.count), _gib(heavy)
+                cells = f"{key[0]} x {key[1]}", str(number + 1), str(layer.count), gib(heavy)
                 table.add_row(names, *cells)
     return table
 
@@ -268,13 +230,11 @@ def _needs(found: Inspection) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     parts = {"fixed": m.fixed, "layer": m.layer, "moments": m.moments, "method": m.method, "batch": m.batch}
-    table.add_row("device", _gib(m.device), " + ".join(f"{name} {_gib(part)}" for name, part in parts.items() if part))
-    table.add_row("host", _gib(m.host), f"beside a GPU; on a CPU all is in one memory: {_gib(m.all)}")
-    table.add_row("disk", _gib(m.disk), "finished layers, the result, hidden states, recorded inputs")
+    table.add_row("device", gib(m.device), " + ".join(f"{name} {gib(part)}" for name, part in parts.items() if part))
+    table.add_row("host", gib(m.host), f"beside a GPU; on a CPU all is in one memory: {gib(m.all)}")
+    table.add_row("disk", gib(m.disk), "finished layers, the result, hidden states, recorded inputs")
     if found.recipe["dataset"] == "self":
-        table.add_row(
-            "", _gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)"
-        )
+        table.add_row("", gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)")
     table.add_row("products", f"{w.products:,.0f}", f"rows x width times width x width, in {w.problems:,} problems")
     flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve + w.judge}
     table.add_row("operations", f"{sum(flops.values()):.1e}", ", ".join(f"{n} {f:.1e}" for n, f in flops.items()))
@@ -287,10 +247,6 @@ def _needs(found: Inspection) -> Table:
         f"an estimate on this machine ({found.device}) {load()}: {laps}; {spread} can be spread over workers",
     )
     return table
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
 
 
 def _time(span: float) -> str:

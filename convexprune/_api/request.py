@@ -37,7 +37,7 @@ from convexprune.adapters._allocating import allocate
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
-from convexprune.adapters._discovery.inspection import what_needs_less
+from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError

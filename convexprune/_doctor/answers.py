@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from convexprune._doctor.check import Bed, Case, Found
-from convexprune.constraints import Constraint, SemiStructured, Unstructured
+from convexprune.constraints import Columns, Constraint, SemiStructured, Unstructured
 from convexprune.core._moments import Moments
-from convexprune.pruners import PRUNERS, LayerEdit, LayerProblem
+from convexprune.pruners import METHODS, PRUNERS, LayerEdit, LayerProblem
 
 LARGEST_GAP = 1e-4
 LARGEST_DIFFERENCE = 0.01  # of the errors
@@ -76,8 +76,9 @@ def cases(bed: Bed) -> Iterator[Case]:
     patterns: dict[str, Constraint] = {"": Unstructured(0.5), " 2:4": SemiStructured(2, 4)}
     for dtype in (torch.float32, torch.bfloat16):
         yield Case("answers", f"second moments of {str(dtype)[6:]}", partial(second_moments, group, dtype))
-    for name in PRUNERS:
-        for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", patterns[""])]:
+    for name in METHODS:
+        usual = patterns[""] if name in PRUNERS else Columns(0.5)  # all that the others can take
+        for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", usual)]:
             yield Case("answers", name + suffix, partial(answer, group, name, pattern))
     for suffix, pattern in patterns.items():
         yield Case("determinism", f"convex{suffix}", partial(determined, group, pattern))
@@ -113,8 +114,8 @@ def answer(group: Group, name: str, pattern: Constraint) -> Found:
     Returns:
         These.
     """
-    edit = PRUNERS[name]().prune(group.problem(pattern, group.bed.device, torch.float32))
-    exact = PRUNERS[name]().prune(group.problem(pattern, "cpu", torch.float64))
+    edit = METHODS[name]().prune(group.problem(pattern, group.bed.device, torch.float32))
+    exact = METHODS[name]().prune(group.problem(pattern, "cpu", torch.float64))
     errors = [float(group.exact.squared_error(each.weight.cpu().double()).sum()) for each in (edit, exact)]
     difference, zeros, asked = errors[0] / errors[1] - 1, _zeros(edit), pattern.zeros(*group.bed.group)
     gap, gap_exact = _gap(edit), _gap(exact)

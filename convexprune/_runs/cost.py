@@ -91,8 +91,15 @@ def _correction(stack: Stack) -> int:
     return m * n + m if ErrorMoments.cheaper_in_output_space(m, n) else 2 * n * n
 
 
-def _correcting(stack: Stack) -> float:
-    """Operations a token for those."""
+def correcting(stack: Stack) -> float:
+    """Operations a token for the moments of a correction.
+
+    Args:
+        stack: the stack.
+
+    Returns:
+        The number.
+    """
     m, n = float(stack.outputs), float(stack.inputs)
     return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
 
@@ -182,7 +189,7 @@ def work(model: ModelSize, setting: Setting) -> Operations:
                 passes += len(in_parts(stage, lambda s: s.inputs)) * again
             for s in stage:
                 n2 = float(s.inputs) ** 2
-                gram += layer.count * tokens * s.share * (n2 + (_correcting(s) if setting.corrects(number, s) else 0))
+                gram += layer.count * tokens * s.share * (n2 + (correcting(s) if setting.corrects(number, s) else 0))
                 judging = layer.count * (JUDGING + CORRECTING * setting.corrects(number, s))
                 judge += 2 * s.outputs * n2 * judging
                 solve += layer.count * n2 * (2 * s.outputs * method.products + method.factorisations * s.inputs)

@@ -2,16 +2,20 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
 import torch
 
+from convexprune._device.capabilities import has_bfloat16
 from convexprune._runs.cost import Operations
+from convexprune._runs.resources import Card
 from convexprune._runs.sizes import Method
 
 SECONDS = 0.1  # that a matrix product is timed for, each time
 TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause
+COPIED = 1 << 26  # bytes
 WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
 
 
@@ -64,17 +68,41 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """The best of all repeats: the nearest to what the device can do when nobody else uses it."""
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
+    return 2 * width**3 / _best(lambda: float((a @ a)[0, 0]))  # which waits for the device
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the quickest of all repeats."""
     best = inf
     for number in range(TIMES):
         time.sleep(PAUSE if number else 0)
         end = time.perf_counter() + SECONDS
         while True:
             began = time.perf_counter()
-            float((a @ a)[0, 0])  # which waits for the device
+            run()
             best = min(best, time.perf_counter() - began)
             if time.perf_counter() >= end:
                 break
-    return 2 * width**3 / best
+    return best
+
+
+def measured_card(device: torch.device | str, dtype: torch.dtype) -> Card:
+    """Time products, a copy in memory and one to the host on a GPU, a few seconds in all.
+
+    Args:
+        device: the GPU.
+        dtype: of the model, in which products stand for those of bfloat16 where there are none.
+
+    Returns:
+        Its rates.
+    """
+    coarse = torch.bfloat16 if has_bfloat16(torch.device(device)) else dtype
+    on_gpu = torch.device(device).type == "cuda"
+    here = torch.zeros(COPIED, dtype=torch.uint8, device=device)
+    there = torch.empty(COPIED, dtype=torch.uint8, pin_memory=on_gpu)
+    rates = [_rate(device, each) for each in (torch.float64, torch.float32, coarse)]
+    rates += [2 * COPIED / _best(lambda: int(here.clone()[0])), COPIED / _best(lambda: there.copy_(here))]
+    return Card(torch.cuda.get_device_name(device) if on_gpu else str(device), *rates)
 
 
 def load() -> str:

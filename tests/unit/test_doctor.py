@@ -16,7 +16,7 @@ from convexprune._doctor import answers, runs, speeds
 from convexprune._doctor.check import Bed
 from convexprune._doctor.checkup import doctor
 from convexprune._schema.functions import CHECKS
-from convexprune.pruners import PRUNERS, Wanda
+from convexprune.pruners import METHODS, Wanda
 
 TINY = Bed("cpu", 64, (32,), 32, 8, (16, 64), (48, 192), 1 << 10, 32, 32, 0.0)
 
@@ -33,10 +33,10 @@ def test_a_cpu_is_well(monkeypatch: pytest.MonkeyPatch):
     found = doctor(device="cpu")
     assert not found.failed, list(found.verdict())
     assert {row.check for row in found.rows} == {*CHECKS} - {"copies"}  # a CPU has one memory
-    assert {row.case for row in found.rows if row.check == "answers"} >= PRUNERS.keys()
+    assert {row.case for row in found.rows if row.check == "answers"} >= METHODS.keys()
     told = json.loads(json.dumps(found.to_json()))
     assert told["passed"] and len(told["rows"]) == len(found.rows)
-    assert told["verdict"][-1].startswith("20 of 20 checks passed on cpu, 1 threads")
+    assert told["verdict"][-1].startswith("22 of 22 checks passed on cpu, 1 threads")
 
 
 def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: pytest.MonkeyPatch):
@@ -71,7 +71,7 @@ def test_a_zero_too_many_and_a_wrong_error_are_found(monkeypatch: pytest.MonkeyP
             weight[0] = 0
             return replace(edit, weight=weight)
 
-    monkeypatch.setitem(PRUNERS, "wanda", Careless)
+    monkeypatch.setitem(METHODS, "wanda", Careless)
     (row,) = [row for row in doctor(device="cpu", checks="answers").failed]
     assert row.case == "wanda" and row.found.numbers["zeros"] > row.found.numbers["asked"]
     assert row.found.numbers["difference"] > answers.LARGEST_DIFFERENCE

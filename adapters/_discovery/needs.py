@@ -1,0 +1,96 @@
+"""What a run needs by its recipe and the outline of its model: for `inspect`, and for an error when memory runs out."""
+
+from pathlib import Path
+
+from convexprune._layerwise.steps.survey import WEIGHED
+from convexprune._runs import cost, sizes
+from convexprune._runs.resources import binding, needs_of, seconds_by_resource
+from convexprune._runs.speed import measured_card, measured_speed, seconds
+from convexprune.recipe import Recipe
+
+from .._allocating import GRADIENTS
+from .._data.calibration import DEFAULT_LENGTH
+from .outline import Outline, read_outline
+
+GIB = 1 << 30
+
+
+def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
+    """What the cost of a run depends on.
+
+    Args:
+        recipe: of the run.
+        outline: of its model.
+
+    Returns:
+        The numbers.
+    """
+    weighed = recipe.allocation in WEIGHED
+    return sizes.Setting(
+        samples=recipe.num_calibration_samples,
+        held_out=recipe.spare_samples,
+        length=recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions),
+        batch=recipe.batch_size,
+        method=sizes.method_cost(recipe.preset or recipe.method, bool(recipe.refit), weighed),
+        correction=recipe.error_correction > 0,
+        dense_prefix=recipe.prefix == "dense",
+        bound=recipe.bound_rows > 0,
+        gradients=min(GRADIENTS, recipe.num_calibration_samples) if weighed else 0,
+    )
+
+
+def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
+    """What a run needs of the device's memory by its formula, and settings that need less.
+
+    Args:
+        source: as `inspect` takes it.
+        recipe: of the run.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+        A sentence or two, for an error.
+    """
+    outline = read_outline(source, recipe, trust_remote_code)
+    setting = setting_of(recipe, outline)
+    needed = cost.memory(outline.size, setting).device
+    ways = cost.cheaper(setting, bool(recipe.refit)).items()
+    sizes_by_way = {way: cost.memory(outline.size, other).device for way, other in ways}
+    less = [f"{way} {gib(size)}" for way, size in sizes_by_way.items() if size < needed]
+    told = f" With other settings: {', '.join(less)}." if less else ""
+    return f"By its formula this run needs {gib(needed)}, beside what else is there.{told}"
+
+
+def estimate(
+    device: str, outline: Outline, setting: sizes.Setting, work: cost.Operations, recipe: Recipe
+) -> tuple[dict[str, float], list[str]]:
+    """Seconds of each phase, by rates that are measured now, and on a GPU a note on what binds.
+
+    Args:
+        device: where it is to run.
+        outline: of the model.
+        setting: of the run.
+        work: its operations.
+        recipe: of the run.
+
+    Returns:
+        Seconds by phase, and the notes.
+    """
+    if device == "cpu":
+        return seconds(work, measured_speed(device, outline.dtype), setting.method), []
+    card = measured_card(device, outline.dtype)
+    needs = needs_of(recipe.preset or recipe.method, bool(recipe.refit))
+    phases = seconds_by_resource(outline.size, setting, needs, card)
+    said = f"On {card.name} most of the time goes to {binding(phases)} (no line of this estimate was checked on a GPU)."
+    return {phase: sum(each.values()) for phase, each in phases.items()}, [said]
+
+
+def gib(size: float) -> str:
+    """Bytes for a reader.
+
+    Args:
+        size: the number.
+
+    Returns:
+        A text.
+    """
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
