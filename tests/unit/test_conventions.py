@@ -163,9 +163,7 @@ def the_first_ten() -> None:
     assert sum(line.startswith("│ --") and "--help" not in line for line in first.splitlines()) == 10
 
 
-ELSEWHERE = "a test of its own has it"
-NOT_HERE = "not part of the command line"
-ROWS: dict[str, Callable[[], None] | str] = {
+ROWS: dict[str, Callable[[], None] | str] = {  # a check, or where it is checked, or "absent"
     "wanda line pasted after `convexprune prune`": a_wanda_line,
     "`--model X` beside the positional argument": model_as_an_option,
     "`--prune_method`, `--sparsity_ratio`, `--sparsity_type`, `--save`, `--save_model`": names_of_wanda,
@@ -188,19 +186,19 @@ ROWS: dict[str, Callable[[], None] | str] = {
     "`--quiet`": "test_quiet_prints_the_result_and_nothing_else",
     "`--json`": "test_json_is_one_object_on_stdout",
     "`--overwrite`": "test_overwriting.py",
-    "hub: push_to_hub": "not of the command line alone: publishing",
-    "model card in the output": "not of the command line: publishing",
-    "sparsity marked in config.json": "not of the command line: publishing",
+    "hub: push_to_hub": "test_publishing.py",
+    "model card in the output": "test_card.py",
+    "sparsity marked in config.json": "test_card.py",
     "load by plain transformers": "test_prune.py",
-    "continue training, zeros kept": "not of the command line: training",
-    "HTML report or plots of one run": "not of the command line: the report",
-    "docs site, API reference": "not of the command line: docs",
+    "continue training, zeros kept": "test_training.py",
+    "HTML report or plots of one run": "test_page.py",
+    "docs site, API reference": "absent",
     "PyPI": "absent: a release",
     "torch objects: `dtype=torch.bfloat16`, `device=torch.device('cpu')`": torchs_objects,
     "DataLoader of dicts / tuples, HF tokenised rows": "test_given.py",
     "`datasets.Dataset`, generators, NumPy, nested lists": "test_given.py",
     "GGUF in": "tests/families/test_checkpoint.py",
-    "GGUF / compressed-tensors / 2:4 kernels out": "not of the command line: formats",
+    "GGUF / compressed-tensors / 2:4 kernels out": "absent",
     "Ctrl-C, exit codes": "test_trials.py",
     "scikit-learn / CVXPY manners in the mathematics": "tests/property/test_problems.py",
     "closed lists are choices": closed_lists,
