@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,7 @@ def test_a_report_that_is_not_what_was_written_is_done_again(dense: Path, stoppe
 def test_a_loaded_model_with_other_settings_or_another_tokenizer_is_another_run(
     build: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ):
+    tokenizer = deepcopy(tokenizer)  # the other tests have the same
     settings: dict[str, Any] = SETTINGS | {"output_dir": tmp_path / "out", "resume": True}
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(build("llama"), tokenizer=tokenizer, progress=stop_after(1), **settings)
