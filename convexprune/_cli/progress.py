@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -54,17 +54,15 @@ def following(console: Console | None = None, quiet: bool = False) -> Iterator["
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Inside, neither warnings nor the bars of other packages are shown."""
+    """Inside, neither warnings nor the bars of other packages are shown; an error that ends a command is, outside."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"
     try:
-        with warnings.catch_warnings():
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
-        del os.environ["TQDM_DISABLE"]
 
 
 def _columns() -> Sequence[ProgressColumn]:

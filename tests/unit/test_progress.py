@@ -1,7 +1,9 @@
 """What a command does is told from the first second, whole on a narrow terminal, and by lines where there is none."""
 
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -47,6 +49,20 @@ def _screen(bar: object) -> str:
     shown = StringIO()
     Console(file=shown, width=80).print(bar._progress.get_renderable())
     return shown.getvalue()
+
+
+def test_quiet_hides_warnings_and_the_bars_of_others_and_no_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ValueError, match="told"), progress.following(quiet=True) as lines:
+        lines("phase", 2)("step")
+        print("a bar", file=sys.stderr)
+        logging.getLogger("other").warning("a warning")
+        warnings.warn("another", stacklevel=1)
+        raise ValueError("told")
+    logging.getLogger("other").error("an error afterwards")
+    assert "a bar" not in (shown := capsys.readouterr().err) and "warning" not in shown and "another" not in shown
+    assert not logging.root.manager.disable
+    print("seen again", file=sys.stderr)
+    assert "seen again" in capsys.readouterr().err
 
 
 def test_without_a_terminal_there_is_a_line_for_each_phase_and_each_layer(monkeypatch: pytest.MonkeyPatch):
