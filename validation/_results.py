@@ -11,6 +11,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from convexprune.constraints import parse_pattern
+
 from ._likelihood import Likelihood
 from ._variants import Variant
 
@@ -163,7 +165,9 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 def name_cells(row: Mapping[str, Any]) -> list[str]:
     """The cells under `NAMES`, which say what variant a `row` is."""
-    target = f"{row['sparsity']:.1%}" if row["pattern"] == "unstructured" else row["pattern"]
+    target, pattern = f"{row['sparsity']:.1%}", row["pattern"]
+    if pattern != "unstructured":
+        target = f"{pattern} {target}" if parse_pattern(pattern).continuous else pattern
     name = row["method"] if row["allocation"] == "uniform" else f"{row['method']}, {row['allocation']}"
     return [f"{name}, by row" if row["quota"] == "row" else name, target, row["convention"]]
 

@@ -70,7 +70,9 @@ class Variant:
     @property
     def target(self) -> str:
         """The pattern as one reads it."""
-        return self.pattern if self.sparsity is None else f"{self.sparsity:g}"
+        if self.sparsity is None:
+            return self.pattern
+        return f"{self.sparsity:g}" if self.pattern == "unstructured" else f"{self.pattern} {self.sparsity:g}"
 
     @property
     def zeros(self) -> float:

@@ -83,7 +83,7 @@ def _on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
     Args:
         quadratic: the error as a quadratic of V [m n].
         kept: the columns [n].
-        start: [m n].
+        start: zero elsewhere [m n].
 
     Returns:
         The weight [m n].
@@ -91,7 +91,6 @@ def _on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
     factor = cholesky(quadratic.gram[kept][:, kept])
     if factor is None:
         return start
-    weight = torch.zeros_like(start)
-    residual = quadratic.residual(weight)[:, kept]  # at zero it is what the weights are to make up for
-    weight[:, kept] = torch.cholesky_solve(residual.T, factor).T
+    weight = start.clone()
+    weight[:, kept] += torch.cholesky_solve(quadratic.residual(start)[:, kept].T, factor).T  # a small step rounds less
     return weight

@@ -9,9 +9,10 @@ from strategies import random, seeds
 
 from convexprune.constraints import Columns, Stacked, parse_pattern
 from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.errors import PatternError, UnsupportedError
-from convexprune.pruners import PRUNERS, Convex, Refitted
+from convexprune.pruners import PRUNERS, Convex, LayerProblem, Refitted
 from convexprune.solvers import Status, make_solver
 
 
@@ -99,3 +100,13 @@ def test_operators_of_a_stack_choose_for_themselves():
 def test_a_solver_that_does_not_take_the_group_lasso_is_refused_before_any_work():
     with pytest.raises(UnsupportedError, match="does not take the penalty GroupLasso"):
         Convex(solver=make_solver("scipy")).require(Columns(0.5))
+
+
+def test_the_refit_of_what_next_to_nothing_is_lost_of_is_as_exact():
+    """In float32: a step from where the others began, as the weights anew have rounding errors larger than the loss."""
+    inputs = random(0, 200, 64).float() * torch.where(torch.arange(64) < 16, 1e-5, 1.0)
+    moments = Moments(64)
+    moments.add(inputs)
+    problem = LayerProblem(random(1, 8, 64).float(), moments, Columns(0.25), 0.0)
+    (solution,) = Refitted(PRUNERS["wanda"](), damping=0.0).prune(problem).solutions
+    assert solution.status is Status.SOLVED

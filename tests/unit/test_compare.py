@@ -274,5 +274,6 @@ def test_plots_are_drawn_where_there_is_something_to_draw_with(monkeypatch: pyte
 def test_where_channels_are_removed_only_what_reads_them_is_pruned(folder: Path):
     found = compared(folder, methods=["wanda"], patterns=["channels:8"], sparsities=[1 / 3])
     assert [row["sparsity"] for row in found["rows"]] == [pytest.approx(1 / 3)]
+    assert "| wanda | channels:8 33.3% |" in (folder / "out" / "report.md").read_text()
     with pytest.raises(errors.RecipeError, match="compare it with no other pattern"):
         compared(folder, patterns=["channels:8", "2:4"], output=folder / "no")
