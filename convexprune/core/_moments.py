@@ -104,11 +104,12 @@ class Moments:
         own = bool(self.sum.diagonal().isfinite().all())
         return own and (self.errors is None or self.errors.is_finite())
 
-    def energy(self, weight: Tensor) -> Tensor:
+    def energy(self, weight: Tensor, gram: Tensor | None = None) -> Tensor:
         """The energy of the target of each row, the unit of relative errors.
 
         Args:
             weight: W [m n].
+            gram: `gram`, if it is at hand.
 
         Returns:
             mean |W x|^2 [m], or with errors of outputs mean |W x* + d|^2.
@@ -116,13 +117,15 @@ class Moments:
         Raises:
             ProblemError: no token was seen.
         """
-        energy = quadratic_forms(weight, self.gram)
+        energy = quadratic_forms(weight, self.gram if gram is None else gram)
         if self.errors is not None:
             cross, change = self.errors.project(weight)
             energy = energy + (2 * torch.linalg.vecdot(cross, weight.to(cross)) + change) / self.tokens
         return energy
 
-    def reconstruction(self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None) -> Quadratic:
+    def reconstruction(
+        self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None, gram: Tensor | None = None
+    ) -> Quadratic:
         """The layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
 
         With alpha = 1 the target is the dense operator on the dense input, the error correction of FISTAPruner (arXiv
@@ -132,6 +135,7 @@ class Moments:
             weight: W [m n], which is also the anchor.
             alpha: how much of the error is corrected, in [0, 1].
             correction: the old name of `alpha`.
+            gram: `gram`, if it is at hand.
 
         Returns:
             The quadratic of V [m n].
@@ -143,12 +147,13 @@ class Moments:
             warnings.warn("`correction` is now called `alpha`.", DeprecationWarning, stacklevel=2)
             alpha = correction
         weight = weight.to(self.sum)
+        gram = self.gram if gram is None else gram
         if self.errors is None or alpha == 0:
             zero = torch.zeros_like(weight)
-            return Quadratic(self.gram, zero, zero[:, 0], weight, checked=False)
+            return Quadratic(gram, zero, zero[:, 0], weight, checked=False)
         cross, change = self.errors.project(weight)
         factor = alpha / self.tokens
-        return Quadratic(self.gram, cross * factor, change * (alpha * factor), weight, checked=False)
+        return Quadratic(gram, cross * factor, change * (alpha * factor), weight, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> "Moments":
         """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""

@@ -34,14 +34,19 @@ class LayerProblem:
     folds: tuple[Moments, ...] = ()
 
     @cached_property
+    def gram(self) -> Tensor:
+        """H [n n]; problems of the same inputs share it (`_on_the_same_inputs`)."""
+        return self.moments.gram
+
+    @cached_property
     def quadratic(self) -> Quadratic:
         """The reconstruction error, undamped: what is reported, whatever the pruner minimised."""
-        return self.moments.reconstruction(self.weight, self.correction)
+        return self.moments.reconstruction(self.weight, self.correction, gram=self.gram)
 
     @cached_property
     def energy(self) -> Tensor:
         """mean |W x|^2 of each row [m]."""
-        return self.moments.energy(self.weight)
+        return self.moments.energy(self.weight, self.gram)
 
     def squared_error(self, weight: Tensor) -> Tensor:
         """The squared error of each row; over `energy` it is the relative error.
@@ -96,7 +101,7 @@ class LayerProblem:
             return self
         weight = self.weight * factors.to(self.weight)[:, None]
         moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
-        return LayerProblem(weight, moments, self.pattern, self.correction, folds)
+        return self._on_the_same_inputs(LayerProblem(weight, moments, self.pattern, self.correction, folds))
 
     def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
         """Undo the row scaling of a weight; unchanged entries come back bit-identical.
@@ -124,7 +129,14 @@ class LayerProblem:
             The problem.
         """
         moments = self.moments.rows(chosen)
-        return LayerProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
+        return self._on_the_same_inputs(
+            LayerProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
+        )
+
+    def _on_the_same_inputs(self, other: "LayerProblem") -> "LayerProblem":
+        """The other problem, which need not build the Gram matrix again."""
+        vars(other)["gram"] = self.gram
+        return other
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,10 @@ from strategies import random, seeds
 from convexprune._device import select
 from convexprune._device.select import kth_by_counts, largest_of_groups, middle_of_groups
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured, _base
+from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
-from convexprune.pruners import ADMM, AbstractPruner, Convex
+from convexprune.pruners import ADMM, ALPS, AbstractPruner, Convex, FISTAPruner
 from convexprune.solvers._admm import ADMM as ADMM_SOLVER
 from convexprune.solvers._base import AbstractSolver
 from convexprune.solvers._cg import ConjugateGradient
@@ -87,6 +88,19 @@ def test_a_solver_waits_only_where_it_tests_the_gap(make: Callable[..., Abstract
     solved(1, 1)()  # what is computed once is known from here on
     assert each(solved(40, 1000), solved(20, 1000), 20)["reads"] == 0
     assert each(solved(40, 4), solved(40, 8), 5)["reads"] <= 3
+
+
+@pytest.mark.parametrize("pruner", [Convex(), ALPS(), FISTAPruner()], ids=lambda pruner: type(pruner).__name__)
+def test_the_gram_matrix_of_a_group_is_built_once(pruner: AbstractPruner, monkeypatch: pytest.MonkeyPatch):
+    built = list[int]()
+    real = Moments.gram.fget
+    assert real is not None
+    counting = property(lambda moments: built.append(id(moments)) or real(moments))
+    monkeypatch.setattr(Moments, "gram", counting)
+    problem = layer_problem(correlated(0, M, N, change=0.3), PATTERNS["stack"])
+    edit = pruner.prune(problem.scaled(torch.linspace(0.5, 2, M, dtype=torch.float64)))
+    assert problem.squared_error(edit.weight).sum() < problem.energy.sum()
+    assert len(built) == 1  # before: 3, and 4 of FISTAPruner
 
 
 def lines(seed: int, m: int, n: int, dtype: torch.dtype, kind: str) -> torch.Tensor:
