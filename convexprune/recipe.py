@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.survey import check_rule
+from convexprune._schema.group import checked, renamed
 from convexprune._schema.settings import (
     DataSettings,
     DeviceSettings,
@@ -17,8 +18,6 @@ from convexprune._schema.settings import (
     Rule,
     RunSettings,
     TargetSettings,
-    checked,
-    renamed,
 )
 from convexprune.constraints import Constraint, parse_pattern
 from convexprune.core._setting_types import make

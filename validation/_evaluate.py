@@ -17,7 +17,8 @@ from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._progress import begin
 from convexprune._schema.door import documented
-from convexprune._schema.functions import EVALUATE, Evaluate
+from convexprune._schema.functions import EVALUATE
+from convexprune._schema.measures import Evaluate
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
 from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
 from convexprune.adapters._data.logits import logits_in_pieces

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from convexprune._cli.application import dashed
 from convexprune._schema.door import LISTED, Door
-from convexprune._schema.settings import RENAMED
+from convexprune._schema.group import RENAMED
 from convexprune.errors import RecipeError
 
 PRINTED = "what is printed"

@@ -13,7 +13,8 @@ from convexprune._doctor import answers, kernels, runs, speeds
 from convexprune._doctor.check import Bed, Case, Row
 from convexprune._progress import begin
 from convexprune._schema.door import documented
-from convexprune._schema.functions import CHECKS, DOCTOR
+from convexprune._schema.functions import DOCTOR
+from convexprune._schema.measures import CHECKS
 
 
 @dataclass(frozen=True)

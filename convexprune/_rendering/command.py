@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from convexprune._recipe_file import GIVEN
-from convexprune._schema.settings import RENAMED
+from convexprune._schema.group import RENAMED
 from convexprune.errors import ConvexpruneError
 from convexprune.recipe import make_recipe
 from convexprune.report import Report

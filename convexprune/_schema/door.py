@@ -12,7 +12,8 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from convexprune._schema.settings import GROUPS, Settings, checked, renamed
+from convexprune._schema.group import Settings, checked, renamed
+from convexprune._schema.settings import GROUPS
 from convexprune.errors import RecipeError, unknown
 
 UNSET: Any = inspect.Parameter.empty

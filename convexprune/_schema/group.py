@@ -1,0 +1,131 @@
+"""What a group of settings is: how one is written down, how what is given is checked, and the names of the past."""
+
+import warnings
+from collections.abc import Mapping
+from sys import _getframe
+from typing import Any, ClassVar, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
+
+FAULTS = 5  # that one error tells
+RENAMED = {"correct": ("error_target", {"layer": "residual_stream"})}  # old name: the new one, and values of new names
+
+Made = TypeVar("Made", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A group of settings; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    group: ClassVar[str] = ""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *options: str,
+    choices: tuple[str, ...] = (),
+    first: bool = False,
+    named: bool = False,
+    **limits: Any,
+) -> Any:
+    """A setting's default and help.
+
+    Args:
+        default: what it is if it is left out; `...` if it may not be.
+        help: what it means, and what is accepted.
+        options: what it is called as well on the command line, and, without dashes, in Python.
+        choices: all that is accepted, if that is a closed list of names and its type does not say so.
+        first: whether it is one of the few that people need first; they head the help of a command.
+        named: whether the command line takes a name, where Python may be given an object.
+        limits: as pydantic's `Field` has them.
+
+    Returns:
+        A field of pydantic.
+    """
+    known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
+    return Field(default, description=help, json_schema_extra=known, **limits)
+
+
+def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
+    """A group of settings from keywords, with one readable error for all that is wrong.
+
+    Args:
+        kind: the group.
+        settings: by name.
+
+    Returns:
+        The group.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+        ConvexpruneError: what a check of the group says.
+    """
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        causes = [fault.get("ctx", {}).get("error") for fault in error.errors()]
+        if ours := [cause for cause in causes if isinstance(cause, ConvexpruneError)]:
+            raise ours[0] from None  # it is ours and says it all
+        raise RecipeError(" ".join(_told(fault, kind) for fault in error.errors()[:FAULTS])) from error
+
+
+def from_yaml(value: Any) -> Any:
+    """What a text of YAML says, as the command line has it; any other `value`, or no such text, as it is."""
+    if not isinstance(value, str):
+        return value
+    from yaml import YAMLError
+
+    from convexprune._schema import plain_yaml
+
+    try:
+        return plain_yaml.load(value)
+    except YAMLError:
+        return value
+
+
+def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
+    name = ".".join(str(part) for part in fault["loc"])[:100]
+    if fault["type"] == "extra_forbidden":
+        *inside, last = fault["loc"]
+        if not inside:
+            return unknown("setting", last, kind.model_fields)
+        (each, *_) = get_args(kind.model_fields[str(inside[0])].annotation)  # of a tuple of groups
+        return unknown(f"setting of {'.'.join(map(str, inside))}", last, each.model_fields)
+    return f"{name}={shown(fault['input'])}: {fault['msg']}."
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by today's names; an old name is taken for one more release, with a warning.
+
+    Args:
+        settings: by name, old or new.
+
+    Returns:
+        The same by new names.
+
+    Raises:
+        RecipeError: a setting comes by both names.
+    """
+    found = dict(settings)
+    for old, (new, values) in RENAMED.items():
+        if (value := found.pop(old, None)) is None:
+            continue
+        if found.get(new) is not None:
+            raise RecipeError(f"{old} is the old name of {new}. Leave {old} out.")
+        found[new] = values.get(value, value) if isinstance(value, str) else value
+        told = f"{old}={value!r} is now {new}={found[new]!r}: the next release does not know the old name."
+        warnings.warn(told, DeprecationWarning, stacklevel=_depth_of_caller())
+    return found
+
+
+def _depth_of_caller() -> int:
+    """How many frames lie between `renamed` and whoever called the package: Python shows warnings of scripts only."""
+    depth = 1
+    while (frame := _getframe(depth)).f_back and frame.f_globals.get("__name__", "").startswith(
+        ("convexprune.", "pydantic")
+    ):
+        depth += 1
+    return depth

@@ -1,0 +1,159 @@
+"""What the functions take that measure, and change no model: compare, verify, evaluate, bench, doctor."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from convexprune._schema.door import LISTED
+from convexprune._schema.group import Settings, setting
+from convexprune._schema.settings import LARGEST_SEED, RemoteCode
+from convexprune.errors import RecipeError, unknown
+
+
+class Compare(Settings):
+    """What is compared, and on which texts."""
+
+    group = "comparison"
+    methods: Annotated[tuple[str, ...], LISTED] = setting(
+        ("fista", "sparsegpt", "wanda", "magnitude"),
+        "Methods, or solvers of the method convex; with settings of their own as in sparsegpt:damping=0.1 or "
+        "fista:convention=pruned-layer.",
+        first=True,
+    )
+    sparsities: Annotated[tuple[float, ...], LISTED] = setting(
+        (0.5,), "Shares of zeros, for unstructured.", "--sparsity", "-s", first=True
+    )
+    patterns: Annotated[tuple[str, ...], LISTED] = setting(
+        ("unstructured",), "unstructured, N:M.", "--pattern", first=True
+    )
+    conventions: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "Which network feeds a decoder layer, and which of earlier errors are corrected: own, what each method's paper "
+        "has, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-half, pruned-dense, "
+        "pruned-layer (docs/compare.md).",
+        "--convention",
+    )
+    allocations: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "own (what prune takes if it is left out), or one for all: uniform, rows, curve, half-curve, owl, skewness.",
+        "--allocation",
+    )
+    quota: str = setting(
+        "own",
+        "Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row.",
+        choices=("own", "matrix", "row"),
+    )
+    output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.", "-o", first=True)
+    eval_texts: tuple[str, ...] = setting(
+        ("python-docs", "licences"),
+        "Texts to evaluate on: .txt or .jsonl files, python-docs or licences; repeat it for more.",
+        "--eval-text",
+        first=True,
+    )
+    eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
+    eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
+    plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
+
+
+class CompareSamples(Compare):
+    """What is compared on several samples."""
+
+    group = "comparison"
+    seeds: Annotated[tuple[int, ...], LISTED] = setting(
+        (0,), "Of the choice of samples; of several, 0,1,2, each is compared, and the means are told.", "--seed"
+    )
+
+
+class Verify(Settings):
+    """What is verified, and how closely."""
+
+    group = "verification"
+    model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
+    operators: tuple[str, ...] = setting(
+        (), "Operators to verify, names or re:REGEX that matches the beginning of some; repeat it for more."
+    )
+    sample: int | None = setting(3, "Operators drawn if none is named; 0: all.", ge=0)
+    rows: int = setting(4, "Rows of the blocks that oracles solve.", ge=1)
+    columns: int = setting(32, "Columns of the blocks that oracles solve; the others stay dense.", ge=1)
+    bound_rows: int = setting(4, "Rows of an operator that the lower bound is for, drawn at random.", ge=1)
+    tolerance: float = setting(1e-6, "Largest relative difference of objectives.", ge=0)
+    gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
+    seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_of_model(cls, model: Any) -> Any:
+        return str(model) if isinstance(model, Path) else model
+
+
+class Evaluate(RemoteCode):
+    """What a model is measured on."""
+
+    group = "data"
+    text: tuple[str, ...] = setting(
+        (),
+        "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "
+        "licences (of this installation); repeat it for more.",
+        first=True,
+    )
+    against: Any = setting(
+        None,
+        "The dense model, a folder or a name on the hub: how far the predictions are from its own is measured, too.",
+        first=True,
+        named=True,
+    )
+    tasks: Annotated[tuple[str, ...], LISTED] = setting(
+        (), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True
+    )
+    tasks_dir: Path | None = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+    window: int | None = setting(
+        None,
+        "Tokens of a window; they do not overlap. Left out: the common convention, 2048 or the model's limit if less, "
+        "and beside it the model's limit.",
+        ge=2,
+    )
+    max_windows: int | None = setting(
+        None, "Only the first so many windows of each text. Left out: all; of c4 256, as published.", ge=1
+    )
+    num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
+    limit: int | None = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
+    task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _listed(cls, texts: Any) -> Any:
+        return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
+
+
+class Bench(RemoteCode):
+    """What is timed."""
+
+    group = "timing"
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
+        (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
+    )
+    prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
+    new_tokens: int = setting(8, "Tokens to generate in each round.", ge=1)
+    seconds: float = setting(
+        60.0, "About how long it may take, reading aside; at least five rounds of everything are timed.", gt=0
+    )
+
+
+CHECKS = ("kernels", "products", "iterations", "masks", "copies", "answers", "determinism", "runs")
+
+
+class Doctor(Settings):
+    """What is checked."""
+
+    group = "device"
+    checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, checks: tuple[str, ...]) -> tuple[str, ...]:
+        for name in checks:
+            if name not in CHECKS:
+                raise RecipeError(unknown("check", name, CHECKS))
+        return checks
