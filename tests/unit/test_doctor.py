@@ -15,7 +15,7 @@ from convexprune._device import kernels as room
 from convexprune._doctor import answers, runs, speeds
 from convexprune._doctor.check import Bed
 from convexprune._doctor.checkup import doctor
-from convexprune._schema.functions import CHECKS
+from convexprune._schema.measures import CHECKS
 from convexprune.pruners import METHODS, Wanda
 
 TINY = Bed("cpu", 64, (32,), 32, 8, (16, 64), (48, 192), 1 << 10, 32, 32, 0.0)
