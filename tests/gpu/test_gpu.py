@@ -11,7 +11,7 @@ from strategies import Layer
 
 import convexprune
 from convexprune._doctor.checkup import doctor
-from convexprune._schema.functions import CHECKS
+from convexprune._schema.measures import CHECKS
 from convexprune.pruners import PRUNERS, LayerProblem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
