@@ -88,7 +88,7 @@ def planes(block: bytes, rotate: bool, level: int) -> int:
 
 
 def ours(block: bytes, code: str, level: int) -> int:
-    coding.LEVEL = level
+    coding.FAST = zstandard.ZstdCompressionParameters.from_level(level, min_match=7, hash_log=6)
     return len(coding.encode(block, code, 2))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
     from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
-    from convexprune._container import Packed, pack, unpack
+    from convexprune._container import Packed, export, pack, unpack
     from convexprune.adapters._checkpoints.packed import load
     from convexprune.adapters._discovery.inspection import Inspection, inspect
     from convexprune.adapters._training import KeepZeros, keep_zeros
@@ -33,9 +33,9 @@ __all__ = [
     "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Evaluation", "GroupLasso", "Inspection", "KeepZeros",
     "Moments", "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report",
     "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify",
-    "compare", "compare_samples", "errors", "evaluate", "inspect", "keep_zeros", "load", "make_solver", "pack",
-    "parse_pattern",
-    "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers", "unpack", "verify",
+    "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver",
+    "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers", "unpack",
+    "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -43,7 +43,7 @@ _NAMES = {
     "adapters._checkpoints.packed": ("load",),
     "adapters._training": ("KeepZeros", "keep_zeros"),
     "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
-    "_container": ("Packed", "pack", "unpack"),
+    "_container": ("Packed", "export", "pack", "unpack"),
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
     "core": (
         "L1",

@@ -19,11 +19,12 @@ from convexprune._schema.settings import (
     RunSettings,
     TargetSettings,
 )
-from convexprune.constraints import Constraint, parse_pattern
+from convexprune.constraints import Constraint, Grid, Quantized, parse_pattern
 from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._search import AbstractSearch
+from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
@@ -75,7 +76,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return {name: value for name, value in given.items() if name not in follows or value != follows[name]}
 
     def build_pattern(self) -> Constraint:
-        """The pattern that `sparsity`, `pattern` and `quota` name.
+        """The pattern that `sparsity`, `pattern`, `quota`, `quantize` and `group_size` name.
 
         Returns:
             The constraint.
@@ -83,7 +84,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         Raises:
             PatternError: they name none.
         """
-        return parse_pattern(self.pattern, self.sparsity, self.quota)
+        return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
+
+    def _on_grid(self, support: Constraint) -> Constraint:
+        return support if self.quantize is None else Quantized(support, Grid(int(self.quantize[3:]), self.group_size))
 
     def layer_settings(
         self,
@@ -111,6 +115,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             bound_rows,
             gram_precision=self.gram_precision,
             solve_precision=self.solve_precision,
+            quantizer=make(QUANTIZERS[self.quantizer], self.quantizer, {}),
         )
 
     def _check_rules(self, pattern: Constraint) -> None:
@@ -146,7 +151,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         fixed = rule.pattern is not None and rule.sparsity is None and not _takes_share(pattern)
         sparsity = rule.sparsity if rule.sparsity is not None or fixed else self.sparsity
         quota = self.quota if pattern.startswith("unstructured") else "matrix"
-        return parse_pattern(pattern, sparsity, quota)
+        return self._on_grid(parse_pattern(pattern, sparsity, quota))
 
     def _pruner_of(self, rule: Rule) -> AbstractPruner | None:
         if rule.method is None:
@@ -219,7 +224,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
-    searches = pruner is not None and issubclass(pruner, AbstractSearch)
+    searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
     return {
         "error_correction": 0.5 if given.get("prefix") == "pruned" else 1.0,
         "error_target": "operator" if published else "residual_stream",

@@ -1,5 +1,6 @@
-"""A pruned model as a smaller download, and back, bit for bit."""
+"""A pruned model as a smaller download, and back, bit for bit; a quantized one in the layout of other engines."""
 
+from convexprune._container.compressed_tensors import export
 from convexprune._container.folder import Packed, pack, unpack
 
-__all__ = ["Packed", "pack", "unpack"]
+__all__ = ["Packed", "export", "pack", "unpack"]

@@ -1,8 +1,8 @@
 """A safetensors file and its packed form: each tensor under its own name as coded bytes, or as it was if that is less.
 
 The metadata of a packed file holds the original header as it was, the sha256 of every tensor, and which of them are
-coded; so the original comes back byte for byte. Nothing is believed before it was checked: these notes by a checksum of
-their own, every size against the file and the original header, every tensor by its sha256.
+coded and how; so the original comes back byte for byte. Nothing is believed before it was checked: these notes by a
+checksum of their own, every size against the file and the original header, every tensor by its sha256.
 """
 
 import hashlib
@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from convexprune._container.codes import FLOATS, decode_codes, encode_codes, group_of
 from convexprune._container.format import BLOCK, decode, encode, longest, width
 from convexprune._storage.failures import reading
 from convexprune._storage.files import atomic_write, write
 from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
-from convexprune.errors import ModelError, shown
+from convexprune.constraints import Grid
+from convexprune.errors import ModelError, PatternError, shown
 
 SUFFIX, PACKED = ".safetensors", ".pack.safetensors"
 NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 1
@@ -39,18 +41,20 @@ def pack_file(path: Path, target: Path) -> None:
         OutputError: the disk is full or fails.
     """
     found, text = entries(path)[0], read_header(path).decode()
-    specs, checksums, coded = dict[str, Spec](), dict[str, str](), list[str]()
-    room = len(_header(text, {n: _wider(e.spec) for n, e in found.items()}, dict.fromkeys(found, "0" * 64), [*found]))
+    specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
+    wider = {name: _wider(entry.spec) for name, entry in found.items()}
+    room = len(_header(text, wider, dict.fromkeys(found, "0" * 64), [*found], dict.fromkeys(found, 999)))
     if room > LONGEST_HEADER:
         raise ModelError(f"{path}: its header has {len(text):,} characters, too many to be packed.")
     with atomic_write(target) as out:
         write(out, bytes(8 + room))
         for name, entry in found.items():
-            nbytes, checksums[name] = _write_coded(entry, out)
+            nbytes, checksums[name], group = _write_coded(entry, out)
             specs[name] = entry.spec if nbytes is None else Spec("U8", (nbytes,), nbytes)
             coded += [] if nbytes is None else [name]
+            groups |= {} if nbytes is None or group is None else {name: group}
         out.seek(0)
-        write(out, room.to_bytes(8, "little") + _header(text, specs, checksums, coded).ljust(room))
+        write(out, room.to_bytes(8, "little") + _header(text, specs, checksums, coded, groups).ljust(room))
 
 
 def unpack_file(path: Path, target: Path) -> None:
@@ -107,26 +111,42 @@ def contents(path: Path) -> tuple[int, int]:
 # ---- packing
 
 
-def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str]:
-    """Write a tensor coded, or as it is if that is not longer: how many bytes it is coded in, if it is; its sha256."""
-    begin, code, digest = out.tell(), entry.spec.code, hashlib.sha256()
-    for block in _blocks(entry):
+def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | None]:
+    """Write a tensor coded, or as it is if that is not longer.
+
+    Returns:
+        How many bytes it is coded in, if it is; its sha256; how many of its columns share a scale, if it is quantized.
+    """
+    begin, digest, group = out.tell(), hashlib.sha256(), None
+    for number, block in enumerate(_blocks(entry)):
         digest.update(block)
-        coded = encode(block, code, width(BITS[code]))
+        group = group if number else group_of(block, entry.spec)
+        coded = _coded(block, entry.spec.code, group)
         write(out, len(coded).to_bytes(4, "little") + coded)
     nbytes = out.tell() - begin
     if nbytes < entry.spec.nbytes:
-        return nbytes, digest.hexdigest()
+        return nbytes, digest.hexdigest(), group
     out.seek(begin)
     out.truncate()
     for block in _blocks(entry):
         write(out, block)
-    return None, digest.hexdigest()
+    return None, digest.hexdigest(), None
 
 
-def _header(text: str, specs: Mapping[str, Spec], checksums: Mapping[str, str], coded: list[str]) -> bytes:
+def _coded(block: bytes, code: str, group: int | None) -> bytes:
+    """A block of a tensor; of a quantized one it begins with a byte that says whether the block is on the grid."""
+    if group is None:
+        return encode(block, code, width(BITS[code]))
+    numbers = encode_codes(block, code, group)
+    return b"\0" + encode(block, code, width(BITS[code])) if numbers is None else b"\1" + numbers
+
+
+def _header(
+    text: str, specs: Mapping[str, Spec], checksums: Mapping[str, str], coded: list[str], groups: Mapping[str, int]
+) -> bytes:
     """The header of a packed file."""
-    notes = json.dumps({"version": VERSION, "header": text, "checksums": checksums, "coded": coded})
+    told = {"version": VERSION, "header": text, "checksums": checksums, "coded": coded, "groups": groups}
+    notes = json.dumps(told)
     header: dict[str, Any] = {"__metadata__": {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()}}
     end = 0
     for name, spec in specs.items():
@@ -144,12 +164,13 @@ def _wider(spec: Spec) -> Spec:
 
 
 class _Part(NamedTuple):
-    """A tensor in a packed file: where its bytes are, what it was, and whether it is coded."""
+    """A tensor in a packed file: where its bytes are, what it was, whether it is coded, and its columns to a scale."""
 
     entry: Entry
     spec: Spec
     checksum: str
     coded: bool
+    group: int | None
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
@@ -169,10 +190,13 @@ def _parts(path: Path) -> tuple[bytes, list[_Part]]:
         specs, _ = parse_header(text)
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
-        parts = [_Part(found[name], spec, checksums[name], name in coded) for name, spec in specs.items()]
+        groups = {name: Grid(8, group).group for name, group in notes["groups"].items()}
+        parts = [
+            _Part(found[name], spec, checksums[name], name in coded, groups.get(name)) for name, spec in specs.items()
+        ]
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, PatternError) as cause:
         raise damaged(path, cause) from cause
     return len(text).to_bytes(8, "little") + text, parts
 
@@ -206,16 +230,32 @@ def _decoded(part: _Part) -> Iterator[bytes]:
     with _opened(part.entry) as source:
         for nbytes in _sizes(part.spec):
             length = int.from_bytes(source.read(4), "little")
-            if length > longest(nbytes):
+            if length > longest(nbytes) + 1:
                 raise damaged(path, f"{length:,} bytes for a block of {nbytes:,}")
             coded = source.read(length)
             try:
-                block = decode(coded, nbytes, code, width(BITS[code]))
+                block = _block(coded, nbytes, code, part.group)
             except ValueError as cause:
                 raise damaged(path, cause) from cause
             yield block
         if source.left:
             raise damaged(path, f"{source.left:,} bytes more than a tensor has")
+
+
+def _block(coded: bytes, nbytes: int, code: str, group: int | None) -> bytes:
+    """What `_coded` was given.
+
+    Raises:
+        ValueError: these are not the bytes of such a block.
+    """
+    size = width(BITS[code])
+    if group is None:
+        return decode(coded, nbytes, code, size)
+    if coded[:1] not in (b"\0", b"\1"):
+        raise ValueError("a block that does not say how it is coded")
+    if coded[:1] == b"\1" and code in FLOATS:
+        return decode_codes(memoryview(coded)[1:], nbytes, code, size, group)
+    return decode(memoryview(coded)[1:], nbytes, code, size)
 
 
 # ---- both

@@ -23,6 +23,9 @@ from convexprune._storage.folders import atomic_folder, refuse_foreign
 from convexprune._storage.place import output_folder
 from convexprune.errors import ModelError, OutputError
 
+Convert = Callable[[Path, Path], None]
+"""Writes what is made of the file at a path to another one."""
+
 logger = logging.getLogger(__name__)
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
@@ -83,7 +86,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
             safetensors; or it is a pack already.
         OutputError: the output folder holds something, the source holds an unfinished run, or the disk is full.
     """
-    folder, files = _source(source)
+    folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack already. Give a folder of plain safetensors files.")
     if not any(path.suffix == SUFFIX for path in files):
@@ -91,7 +94,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
     names = {path: packed_name(path) for path in files if path not in left_out}
-    return Packed.of(_write("packing", folder, names, pack_file, output_dir), names.values())
+    return Packed.of(write_folder("packing", folder, names, _changed(names, pack_file), output_dir), names.values())
 
 
 def unpack(source: str | Path, output_dir: str | Path) -> Path:
@@ -108,7 +111,7 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
         ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere.
         OutputError: the output folder holds something, or the disk has not enough room.
     """
-    folder, files = _source(source)
+    folder, files = source_files(source)
     if not any(map(is_packed, files)):
         raise ModelError(f"{folder} is no pack: it holds no file whose name ends in {PACKED}.")
     names = {
@@ -116,7 +119,8 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
     }
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
-    return _write("unpacking", folder, names, unpack_file, output_dir, Packed.of(folder, files).before)
+    before = Packed.of(folder, files).before
+    return write_folder("unpacking", folder, names, _changed(names, unpack_file), output_dir, before)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
@@ -179,8 +183,14 @@ def packed_name(path: Path) -> Path:
     return path.with_name(path.stem + PACKED) if path.suffix == SUFFIX else path
 
 
-def _source(source: str | Path) -> tuple[Path, list[Path]]:
-    """The folder to read, and the names of its files.
+def source_files(source: str | Path) -> tuple[Path, list[Path]]:
+    """The files of a model.
+
+    Args:
+        source: its folder.
+
+    Returns:
+        The folder, and the names of its files.
 
     Raises:
         ModelError: it is no folder, or holds what is no file of a model.
@@ -210,15 +220,30 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _write(
+def write_folder(
     doing: str,
     folder: Path,
     names: Mapping[Path, Path],
-    convert: Callable[[Path, Path], None],
+    converts: Mapping[Path, Convert],
     output_dir: str | Path,
     needed: int = 0,
 ) -> Path:
-    """Write files under new names, those whose name changes converted; the folder, in which all are or nothing is."""
+    """Write files to another folder, in which all are or nothing is.
+
+    Args:
+        doing: what this is called, for progress.
+        folder: that the files are in.
+        names: for each file its new name; those that are converted last come last.
+        converts: writes a file to a path in its own way; all others are copied.
+        output_dir: the other folder; must be empty or not there.
+        needed: bytes that it takes.
+
+    Returns:
+        The other folder.
+
+    Raises:
+        OutputError: it holds something, or the disk is full.
+    """
     target = output_folder(output_dir, folder)
     check_output(target)
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
@@ -229,6 +254,11 @@ def _write(
     step = begin(doing, len(names))
     with atomic_folder(target) as whole:
         for source, name in names.items():
-            (convert if name != source else copy_file)(folder / source, whole / name)
+            converts.get(source, copy_file)(folder / source, whole / name)
             step(str(source))
     return target
+
+
+def _changed(names: Mapping[Path, Path], convert: Convert) -> dict[Path, Convert]:
+    """What converts the files whose names change."""
+    return {path: convert for path, name in names.items() if name != path}

@@ -11,7 +11,7 @@ first byte is then the exponent. In its place the first plane holds a 4-bit code
 have, and the 4 bits that follow it: zstd spends at least a bit on a byte, which is too much for exponents alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ import zstandard
 from numpy.typing import NDArray
 
 BLOCK = 1 << 21  # bytes that are coded at once
-LEVEL = 1  # of zstd: more takes longer and gains nothing (docs/pack.md)
+FAST = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
+"""Of zstd. It is to count bytes: what repeats in weights repeats by chance, and costs more to point at than to code."""
 ROTATED = ("BF16", "F16", "F32", "F64")
 FOLDED = ("BF16", "F32")
 ESCAPE = 15  # the code of all exponents that have none of their own
@@ -51,7 +52,19 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
     entries = np.frombuffer(block, _unsigned(size))
     kept = np.flatnonzero(entries)
     streams = [np.packbits(entries != 0), *_split(entries.take(kept), code)]
-    compress = zstandard.ZstdCompressor(level=LEVEL).compress
+    return compressed(streams)
+
+
+def compressed(streams: Iterable[NDArray[Any]]) -> bytes:
+    """Compress streams, each by itself.
+
+    Args:
+        streams: bytes [length] of each.
+
+    Returns:
+        One after another, each a length and a frame, as `Streams` reads them.
+    """
+    compress = zstandard.ZstdCompressor(compression_params=FAST).compress
     frames = (compress(stream.tobytes()) if stream.size else b"" for stream in streams)
     return b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
 
@@ -71,7 +84,7 @@ def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
     Raises:
         ValueError: these are not the bytes of such a block.
     """
-    streams = _Streams(coded)
+    streams = Streams(coded)
     count = nbytes // size
     kept = np.flatnonzero(np.unpackbits(streams.next(-(-count // 8)), count=count))
     entries = np.zeros(count, _unsigned(size))
@@ -95,7 +108,7 @@ def _split(values: NDArray[Any], code: str) -> Iterator[NDArray[Any]]:
     yield from planes
 
 
-def _joined(streams: "_Streams", count: int, code: str, size: int) -> NDArray[Any]:
+def _joined(streams: "Streams", count: int, code: str, size: int) -> NDArray[Any]:
     """The `count` values whose planes come next."""
     first = list(_unfolded(streams, count)) if code in FOLDED else []
     planes = first + [streams.next(count) for _ in range(size - len(first))]
@@ -116,7 +129,7 @@ def _folded(top: NDArray[Any], second: NDArray[Any]) -> Iterator[NDArray[Any]]:
     yield top[codes == ESCAPE]
 
 
-def _unfolded(streams: "_Streams", count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _unfolded(streams: "Streams", count: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """The planes that `_folded` was given."""
     frequent, coded, pairs = streams.next(ESCAPE), streams.next(count), streams.next(-(-count // 2))
     rest = np.flatnonzero(coded >> 4 == ESCAPE)
@@ -126,14 +139,24 @@ def _unfolded(streams: "_Streams", count: int) -> tuple[NDArray[Any], NDArray[An
     return top, (coded << 4) | halves
 
 
-class _Streams:
-    """The streams of a coded block, one after another, each of a known size once it is decompressed."""
+class Streams:
+    """The streams of a coded block, one after another, each of a known size once it is decompressed.
+
+    Args:
+        coded: what `compressed` has returned.
+    """
 
     def __init__(self, coded: Bytes) -> None:
         self._left = memoryview(coded)
 
     def next(self, nbytes: int) -> NDArray[Any]:
-        """The next one.
+        """Decompress the next one.
+
+        Args:
+            nbytes: how many bytes it has.
+
+        Returns:
+            They [nbytes].
 
         Raises:
             ValueError: there is none of this size.

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from convexprune.constraints import Grid
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 
 PATIENCE = timedelta(hours=6)  # one rank may have to compute again what enters a layer; the others wait
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
@@ -113,6 +115,19 @@ class SamePruned(AbstractPruner):
         weight = self.broadcast(pruned.weight)
         mask = self.broadcast(pruned.mask.to(torch.uint8)).bool()
         return replace(pruned, weight=weight, mask=mask)
+
+
+@dataclass(frozen=True)
+class SameQuantized(AbstractQuantizer):
+    """`quantizer`, asked by every rank; all take the codes and scales of the first, by `broadcast`, as `SamePruned`."""
+
+    quantizer: AbstractQuantizer
+    broadcast: Callable[[Tensor], Tensor]
+
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
+        """See `AbstractQuantizer.on_grid`."""
+        found = self.quantizer.on_grid(problem, pruned, grid)
+        return OnGrid(grid, self.broadcast(found.scales), self.broadcast(found.codes))
 
 
 ALONE = ProcessGroup()

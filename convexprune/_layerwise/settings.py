@@ -12,6 +12,7 @@ from convexprune._layerwise.capture import ErrorTarget
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
 from convexprune.pruners import AbstractPruner
+from convexprune.quantizers import AbstractQuantizer, Descent
 
 Stream = Literal["dense", "pruned"]
 
@@ -43,6 +44,7 @@ class LayerSettings:
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
         gram_precision: the format in which second moments are added up, see `_device.precision`.
         solve_precision: that of the products of solves.
+        quantizer: puts what is kept on the grids of the patterns.
     """
 
     pruner: AbstractPruner
@@ -57,6 +59,7 @@ class LayerSettings:
     rules: Mapping[str, int] = field(default_factory=dict)
     gram_precision: Format = "auto"
     solve_precision: Format = "auto"
+    quantizer: AbstractQuantizer = field(default_factory=Descent)
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)

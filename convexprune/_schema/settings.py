@@ -97,14 +97,19 @@ class TargetSettings(Settings):
         "unstructured",
         "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows; "
         "channels, for channels of the MLP that are removed for good, in all layers alike, so that a multiple of 64 is "
-        "left, or of another number: channels:256 (docs/channels.md); or int8, for rounding to 8 bits times a scale "
-        "for each row, with no share of zeros (the methods magnitude and wanda).",
+        "left, or of another number: channels:256 (docs/channels.md).",
         "--sparsity-type",
         first=True,
     )
     quota: Literal["matrix", "row"] = setting(
         "matrix", "Where the share of zeros holds: in each matrix, or in each row of it."
     )
+    quantize: Literal["int8", "int6", "int5", "int4", "int3"] | None = setting(
+        None,
+        "Whole numbers of so many bits times a scale for each group of weights, in place of what is kept; zeros stay "
+        "zero. With a sparsity of 0: quantization alone. Left out: none.",
+    )
+    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128.")
     allocation: str = setting(
         None,
         "How the zeros are spread: uniform, the same share in each operator; rows, that too, but the rows of an "
@@ -189,6 +194,11 @@ class MethodSettings(Settings):
         "dense",
         "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
         "far.",
+    )
+    quantizer: Literal["descent", "gptq", "rtn"] = setting(
+        "descent",
+        "What finds the numbers of quantize: descent, ours; or a baseline: gptq (with error_correction 0 as published, "
+        "with 1 the target of GPTAQ, with 0.5 of QEP), rtn, round to nearest.",
     )
     method_args: dict[str, Any] = setting(
         {}, "Further settings of the method's class in convexprune.pruners, as {name: value, ...}."

@@ -5,21 +5,22 @@ import re
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota
 from convexprune.constraints._channels import Channels
 from convexprune.constraints._columns import Columns
-from convexprune.constraints._int8 import Int8
+from convexprune.constraints._grid import Grid
+from convexprune.constraints._quantized import Quantized
 from convexprune.constraints._semi_structured import SemiStructured
 from convexprune.constraints._stacked import Stacked
 from convexprune.constraints._unstructured import Unstructured
 from convexprune.errors import PatternError
 
-KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Int8)
+KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels)
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
     """The constraint of a name or of a description.
 
     Args:
-        pattern: "unstructured", "columns", "channels" or "channels:MULTIPLE" (a share of zeros), "N:M", "int8"; or
-            what `Constraint.describe` says.
+        pattern: "unstructured", "columns", "channels" or "channels:MULTIPLE" (a share of zeros), "N:M"; or what
+            `Constraint.describe` says.
         sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
         quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
 
@@ -33,7 +34,7 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
     if found is None:
         raise PatternError(
             f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', 'channels', "
-            "'channels:MULTIPLE', 'int8'."
+            "'channels:MULTIPLE'; quantize='int4' puts what is kept on a grid."
         )
     if sparsity is not None and abs(found.sparsity - sparsity) > 1e-9:
         raise PatternError(
@@ -48,6 +49,8 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
     if all(stack):
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
+    if (parts := Quantized.read(text)) is not None:
+        return Quantized(parse_pattern(parts[0]), parts[1])
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
         if found is not None:
@@ -56,6 +59,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Int8", "Mask", "SemiStructured", "Stacked", "Unstructured",
-    "parse_pattern",
+    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Grid", "Mask", "Quantized", "SemiStructured", "Stacked",
+    "Unstructured", "parse_pattern",
 ]  # fmt: skip

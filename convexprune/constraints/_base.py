@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
+from convexprune.constraints._grid import Grid
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
@@ -34,9 +35,9 @@ class Constraint(ABC):
     """The share of zeros that is asked for."""
 
     @property
-    def selects(self) -> bool:
-        """Whether it is a choice of entries by a `mask`, whatever the values that are kept; else it is a grid."""
-        return False
+    def grid(self) -> Grid | None:
+        """What the values that are kept have to be on; None: any will do."""
+        return None
 
     @property
     def continuous(self) -> bool:
@@ -133,18 +134,6 @@ class Constraint(ABC):
         """
         return 0
 
-    def binds(self, rows: int, columns: int) -> bool:
-        """Whether anything is asked of a weight at all.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Returns:
-            False where every weight of that shape is in the set.
-        """
-        return not self.selects or self.zeros(rows, columns) > 0
-
     def width(self, columns: int) -> int:
         """How many columns a model keeps that the constraint `narrows`.
 
@@ -224,11 +213,6 @@ class Constraint(ABC):
 
 class Mask(Constraint):
     """A rule for which entries of a weight may be non-zero: the projection keeps what is largest in the metric."""
-
-    @property
-    def selects(self) -> bool:
-        """It is."""
-        return True
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         return weight * self.mask(sizes(weight, metric))

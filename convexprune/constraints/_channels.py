@@ -42,11 +42,6 @@ class Channels(Constraint):
         return cls(share, int(match[1] or cls.multiple))
 
     @property
-    def selects(self) -> bool:
-        """It is, of columns."""
-        return True
-
-    @property
     def continuous(self) -> bool:
         """To a multiple."""
         return True

@@ -32,11 +32,6 @@ class Stacked(Constraint):
         return cls((constraint,) * len(heights), heights)
 
     @property
-    def selects(self) -> bool:
-        """Whether all do."""
-        return all(each.selects for each in self.constraints)
-
-    @property
     def by_column(self) -> bool:
         """Whether all do, each for itself."""
         return all(each.by_column for each in self.constraints)
@@ -61,9 +56,6 @@ class Stacked(Constraint):
 
     def zeros(self, rows: int, columns: int) -> int:
         return sum(each.zeros(height, columns) for each, height in self._pairs())
-
-    def binds(self, rows: int, columns: int) -> bool:
-        return any(each.binds(height, columns) for each, height in self._pairs())
 
     def parts(self, rows: int) -> list[tuple[slice, Constraint]]:
         ends = pairwise(accumulate(self.heights, initial=0))

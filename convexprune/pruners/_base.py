@@ -145,7 +145,7 @@ class LayerEdit:
 
     Args:
         weight: V [m n], in the pattern.
-        mask: which entries it keeps [m n]; of a pattern that is no choice of entries, which are not zero.
+        mask: which entries it keeps [m n]; once they are quantized, which are not zero.
         solutions: every convex solve behind it, the last one last.
         damping: of the problem that was posed; None if it had none.
         facts: other numbers for the reader of a report, by name.
@@ -175,11 +175,8 @@ def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     Returns:
         The answer.
     """
-    if problem.pattern.selects:
-        mask = problem.pattern.mask(sizes(problem.weight, metric))
-        return LayerEdit(problem.weight * mask, mask)
-    weight = problem.pattern.project(problem.weight, metric)
-    return LayerEdit(weight, weight != 0)
+    mask = problem.pattern.mask(sizes(problem.weight, metric))
+    return LayerEdit(problem.weight * mask, mask)
 
 
 Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
@@ -233,26 +230,18 @@ class AbstractPruner(ABC):
         RecipeError: a setting is not of its type, or out of range.
     """
 
-    projects = False
-    """Whether it is a projection of the dense weight, and so takes a pattern that is no choice of entries."""
-
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def require(self, pattern: Constraint) -> None:
+    def require(self, pattern: Constraint) -> None:  # noqa: B027  (most take any)
         """Refuse, before any work, a pattern that the method cannot take.
 
         Args:
             pattern: the pattern.
 
         Raises:
-            PatternError: it searches for entries to keep, and the pattern is no choice of entries.
+            PatternError: it is one.
         """
-        if not (self.projects or pattern.selects):
-            raise PatternError(
-                f"{type(self).__name__} chooses which weights to keep, and pattern {pattern} is no such choice. "
-                "The methods 'magnitude' and 'wanda' project on any pattern: take one of them, without a refit."
-            )
 
     @abstractmethod
     def prune(self, problem: LayerProblem) -> LayerEdit:

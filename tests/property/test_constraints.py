@@ -18,7 +18,8 @@ from convexprune.constraints import (
     Channels,
     Columns,
     Constraint,
-    Int8,
+    Grid,
+    Quantized,
     SemiStructured,
     Stacked,
     Unstructured,
@@ -28,13 +29,14 @@ from convexprune.errors import PatternError
 
 shares = st.floats(0, 1, exclude_max=True)
 groups = st.integers(2, 16).flatmap(lambda group: st.tuples(st.integers(1, group - 1), st.just(group)))
-singles = st.one_of(
+plain = st.one_of(
     st.builds(Unstructured, shares, st.sampled_from(("matrix", "row"))),
     groups.map(lambda pair: SemiStructured(*pair)),
     st.builds(Columns, shares),
     st.builds(Channels, shares, st.integers(1, 512)),
-    st.builds(Int8),
 )
+grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, 128)))
+singles = plain | st.builds(Quantized, plain.filter(lambda c: not c.narrows), grids)
 stacks = st.lists(st.tuples(singles, st.integers(1, 4096)), min_size=1, max_size=4).map(
     lambda parts: Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
 )
@@ -45,7 +47,7 @@ SMALL: dict[str, Constraint] = {
     "2:4": SemiStructured(2, 4),
     "columns": Columns(0.5),
     "channels": Channels(0.5, 2),
-    "int8": Int8(),
+    "int4": Quantized(Unstructured(0.5), Grid(4, 32)),
     "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),
 }
 
@@ -64,7 +66,7 @@ def test_so_do_those_of_an_allocation(asked: Constraint, each: list[float]):
 
 def test_every_kind_is_described_here():
     drawn = {type(constraint) for constraint in SMALL.values()}
-    assert drawn == {*KINDS, Stacked}
+    assert drawn == {*KINDS, Quantized, Stacked}
 
 
 @pytest.mark.parametrize("text", ["unstructured 50%", "unstructured 150% per row", "columns 0.5", "int4", "x rows 2:4"])
@@ -75,8 +77,8 @@ def test_what_is_no_description_is_refused(text: str):
 
 @given(st.sampled_from(sorted(SMALL)), seeds, st.booleans())
 def test_a_projection_is_in_the_set_and_stays_there(name: str, seed: int, weighted: bool):
-    constraint, weight = SMALL[name], random(seed, 3, 8)
-    metric = random(seed + 1, 8).square() if weighted else None
+    constraint, weight = SMALL[name], random(seed, 3, 32)
+    metric = random(seed + 1, 32).square() if weighted else None
     projected = constraint.project(weight, metric)
     assert constraint.violation(projected) == 0
     torch.testing.assert_close(constraint.project(projected, metric), projected)
@@ -108,15 +110,11 @@ def test_a_budget_counts_the_zeros(name: str, rows: int, eights: int):
 
 
 def test_what_has_no_lines_has_no_budget():
-    assert [SMALL[name].budget((3, 8)) for name in ("columns", "int8", "stack")] == [None] * 3
-
-
-def test_what_asks_for_nothing_does_not_bind():
-    assert [c.binds(3, 8) for c in (Unstructured(0.0), Columns(0.0), Int8(), SMALL["stack"])] == [0, 0, 1, 1]
+    assert [SMALL[name].budget((3, 8)) for name in ("columns", "stack")] == [None] * 2
 
 
 def test_nothing_in_the_product_asks_which_kind_a_constraint_is():
-    kinds = "|".join(kind.__name__ for kind in (*KINDS, Stacked, Constraint)) + "|Mask|AbstractPattern"
+    kinds = "|".join(kind.__name__ for kind in (*KINDS, Quantized, Stacked, Constraint)) + "|Mask|AbstractPattern"
     asks = re.compile(rf"(isinstance|issubclass)\(.*\b({kinds})\b|type\(\w*(pattern|constraint)\w*\)")
     folder = Path(convexprune.__file__).parent
     files = [path for each in (folder, folder / "adapters", folder / "validation") for path in each.rglob("*.py")]

@@ -146,9 +146,10 @@ def test_a_model_that_was_pruned_in_memory_says_so_when_it_is_saved(dense: Path,
     assert AutoConfig.from_pretrained(tmp_path / "saved").sparsity_config["sparsity_structure"] == "2:4"
 
 
-def test_rounding_is_no_sparsity(dense: Path, tmp_path: Path):
-    settings: dict[str, Any] = SETTINGS | {"method": "magnitude", "pattern": "int8"}
-    convexprune.prune(dense, output_dir=tmp_path / "out", **settings)
+def test_quantization_is_no_sparsity(build, tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    grid: dict[str, Any] = {"sparsity": 0, "quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **SETTINGS | grid)
     data = _metadata((tmp_path / "out" / "README.md").read_text())
     assert "sparse" not in data["tags"] and "sparsity" not in data
     assert "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -22,12 +22,14 @@ import convexprune
 from convexprune._cli import app
 from convexprune._cli.summary import summary
 from convexprune._container import file as packing
+from convexprune._container.codes import decode_codes
 from convexprune._container.file import contents, pack_file, packed_checksum, unpack_file
 from convexprune._container.format import decode, encode, longest, width
 from convexprune._runs.folder import RunFolder
 from convexprune._storage.files import sha256
 from convexprune._storage.tensors import BITS, Spec, entries, write_tensors
 from convexprune.adapters._checkpoints import packed as reader
+from convexprune.constraints import Grid, Quantized, Unstructured
 from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
 
 CODES = st.sampled_from(sorted(BITS))
@@ -76,6 +78,44 @@ def test_zeros_make_bfloat16_as_small_as_the_table_says(tmp_path: Path, zeros: f
     save_file({"w": w}, tmp_path / "a.safetensors")
     pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
     assert 8 * (tmp_path / "a.pack.safetensors").stat().st_size / w.numel() < bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("bits", "group", "zeros", "most"), [(4, 64, 0.0, 4.0), (3, 128, 0.0, 3.0), (6, 64, 0.5, 3.9)])
+def test_what_is_on_a_grid_takes_the_bits_of_its_numbers(
+    tmp_path: Path, bits: int, group: int, zeros: float, most: float, dtype: torch.dtype
+):
+    w = _normal(1 << 18, torch.float32, zeros).view(-1, 512)
+    quantized = Quantized(Unstructured(0.0), Grid(bits, group)).project(w).to(dtype)
+    off = quantized.clone()
+    off[-1, -1] += 0.01  # its block is coded like any other
+    save_file({"on": quantized, "off": off, "plain": w.to(dtype)}, tmp_path / "a.safetensors")
+    pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
+    unpack_file(tmp_path / "a.pack.safetensors", tmp_path / "back.safetensors")
+    assert filecmp.cmp(tmp_path / "a.safetensors", tmp_path / "back.safetensors", shallow=False)
+    found = entries(tmp_path / "a.pack.safetensors")[0]
+    sizes = {name: 8 * entry.spec.nbytes / w.numel() for name, entry in found.items()}
+    assert sizes["on"] < most < sizes["off"]
+
+
+def test_a_negative_zero_is_kept_in_a_quantized_tensor(tmp_path: Path):
+    w = Quantized(Unstructured(0.0), Grid(4, 32)).project(_normal(1 << 12, torch.float32, 0.3).view(-1, 64)).bfloat16()
+    w[-1][w[-1] == 0] = -0.0
+    save_file({"w": w}, tmp_path / "a.safetensors")
+    pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
+    unpack_file(tmp_path / "a.pack.safetensors", tmp_path / "back.safetensors")
+    assert filecmp.cmp(tmp_path / "a.safetensors", tmp_path / "back.safetensors", shallow=False)
+
+
+@given(_blocks(), st.sampled_from([32, 64]))
+def test_bytes_that_are_no_quantized_block_are_refused(block: tuple[str, bytes], group: int):
+    code, data = block
+    size = width(BITS[code])
+    try:
+        found = decode_codes(data, 4096 * size, "BF16", 2, group)
+    except ValueError:
+        return
+    assert len(found) == 4096 * size
 
 
 @pytest.fixture
@@ -250,7 +290,7 @@ def test_an_unfinished_run_is_not_packed(stopped: Path, tmp_path: Path):
 
 def test_notes_are_plain_json(packed: Path):
     metadata = entries(next(packed.glob("*.safetensors")))[1]
-    assert json.loads(metadata[packing.NOTES]).keys() == {"version", "header", "checksums", "coded"}
+    assert json.loads(metadata[packing.NOTES]).keys() == {"version", "header", "checksums", "coded", "groups"}
 
 
 # ---- prune --pack

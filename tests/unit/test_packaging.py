@@ -28,23 +28,26 @@ PUBLIC = {
     "convexprune": """
         L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport Packed
         PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support
-        GroupLasso Unstructured Verification certify compare compare_samples errors evaluate inspect keep_zeros load
-        make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers unpack
+        GroupLasso Unstructured Verification certify compare compare_samples errors evaluate export inspect keep_zeros
+        load make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers unpack
         verify""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """
-        KINDS Budget Channels Columns Constraint Int8 Mask SemiStructured Stacked Unstructured parse_pattern""",
+        KINDS Budget Channels Columns Constraint Grid Mask Quantized SemiStructured Stacked Unstructured
+        parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
         SparseGPT Wanda WandaSP no_method""",
+    "convexprune.quantizers": "GPTQ QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.problems": "Named Result check load names",
 }
 
 
 MODULES = {
-    "adapters", "constraints", "core", "errors", "problems", "pruners", "recipe", "report", "solvers", "validation",
+    "adapters", "constraints", "core", "errors", "problems", "pruners", "quantizers", "recipe", "report",
+    "solvers", "validation",
 }  # fmt: skip
 
 

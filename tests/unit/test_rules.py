@@ -102,7 +102,7 @@ def test_rules_that_change_nothing_change_no_bit(build):
         ([{"targets": ["o_proj"], "pattern": "2:4", "sparsity": 0.3}], errors.PatternError, "but 0.3 was asked"),
         ([{"targets": ["o_proj"], "pattern": "3:5"}], errors.PatternError, "o_proj"),
         ([{"targets": ["o_proj"], "method": "wando"}], errors.RecipeError, "Did you mean 'wanda'?"),
-        ([{"targets": ["o_proj"], "pattern": "int8"}], errors.PatternError, "int8 is no such choice"),
+        ([{"targets": ["o_proj"], "pattern": "int8"}], errors.PatternError, "quantize='int4' puts what is kept on"),
         ({"targets": ["o_proj"], "sparsity": 0.3}, errors.RecipeError, "is no list. Write"),
         (["o_proj"], errors.RecipeError, "rules.0='o_proj'"),
         ([{"targets": ["o_proj"], "pattern": "channels"}], errors.RecipeError, "removed from whole layers"),

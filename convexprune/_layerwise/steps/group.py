@@ -77,6 +77,7 @@ def _prune_part(
     problem = LayerProblem(stack, folds.total.rows(rows), pattern, settings.correction, halves)
     with solving_in(settings.solve_precision):
         pruned = _solved(problem, pattern, factors, settings.pruner_of(names[0]))
+        pruned = settings.quantizer.quantize(problem, pruned)
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
     stored = _store(group, pruned, stack)
@@ -117,11 +118,11 @@ def _prune_part(
 def _solved(problem: LayerProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
     """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
     dense = problem.weight
-    if not pattern.binds(*dense.shape):
+    if pattern.zeros(*dense.shape) == 0:
         return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
     pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
-    parts = [(weight if own.binds(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
+    parts = [(weight if own.zeros(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
     return replace(pruned, weight=torch.cat(parts))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.model import AbstractModel
-from convexprune._layerwise.processes import ALONE, ProcessGroup, SamePruned
+from convexprune._layerwise.processes import ALONE, ProcessGroup, SamePruned, SameQuantized
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._layerwise.store import AbstractStore
@@ -48,8 +48,13 @@ class Work:
 
         alike = {id(each): SamePruned(each, ranks.broadcast) for each in self.settings.pruners.values()}
         own = {name: alike[id(each)] for name, each in self.settings.pruners.items()}  # one rule is still one pruner
-        pruner, bound_rows = SamePruned(self.settings.pruner, ranks.broadcast), self.settings.bound_rows
-        settings = replace(self.settings, pruner=pruner, pruners=own, bound_rows=0 if ranks.rank else bound_rows)
+        settings = replace(
+            self.settings,
+            pruner=SamePruned(self.settings.pruner, ranks.broadcast),
+            pruners=own,
+            quantizer=SameQuantized(self.settings.quantizer, ranks.broadcast),
+            bound_rows=0 if ranks.rank else self.settings.bound_rows,
+        )
         return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
 
     @property

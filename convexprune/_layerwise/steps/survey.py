@@ -170,8 +170,6 @@ def check_rule(rule: str, pattern: Constraint) -> None:
     """
     if rule not in RULES:
         raise RecipeError(unknown("allocation", rule, RULES))
-    if rule != "uniform" and not pattern.selects:
-        raise RecipeError(f"Allocation {rule!r} spreads zeros, and pattern {pattern} asks for none: leave it out.")
     if rule not in ("uniform", "curve") and not pattern.continuous:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."

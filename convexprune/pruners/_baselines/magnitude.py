@@ -9,11 +9,8 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, p
 class Magnitude(AbstractPruner):
     """Score |W_ij|; kept weights do not change (Han et al. 2015, without the retraining).
 
-    That is the nearest weight in the pattern, all entries counting alike: of int8, rounding to nearest. It knows no
-    inputs, dead ones neither.
+    That is the nearest weight in the pattern, all entries counting alike. It knows no inputs, dead ones neither.
     """
-
-    projects = True
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""

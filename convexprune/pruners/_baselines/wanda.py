@@ -15,8 +15,6 @@ class Wanda(AbstractPruner):
     pattern in the metric diag(H).
     """
 
-    projects = True
-
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""

@@ -1,0 +1,29 @@
+"""`convexprune export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convexprune._cli.application import app, console, print_json
+from convexprune._cli.options import AsJson, Quiet
+from convexprune._cli.progress import following
+from convexprune._cli.stopping import stoppable
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder that `prune --quantize` has written.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the export; must be empty or not there.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized model in the layout of compressed-tensors, which vLLM and transformers load as it is."""
+    with stoppable(), following(quiet=quiet):
+        from convexprune import _container as container
+
+        folder = container.export(source, output)
+    if as_json:
+        print_json({"output_dir": str(folder.resolve())})
+        return
+    console.print(f"model: {folder.resolve()}", soft_wrap=True)

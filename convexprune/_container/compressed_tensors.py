@@ -1,0 +1,157 @@
+"""A quantized model in the layout `pack-quantized` of compressed-tensors, which transformers and vLLM load as it is."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convexprune._container.file import SUFFIX, is_packed
+from convexprune._container.folder import Convert, source_files, write_folder
+from convexprune._runs.folder import PAGE, REPORT, RunFolder
+from convexprune._storage.files import atomic_write, write
+from convexprune._storage.notes import read_text
+from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
+from convexprune.constraints import Grid, parse_pattern
+from convexprune.errors import ModelError
+
+INDEX, CONFIG = ".safetensors.index.json", "config.json"
+OF_RUN = (REPORT, PAGE)  # tell of the files as they were
+LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
+
+
+def export(source: str | Path, output_dir: str | Path) -> Path:
+    """Write the result of a quantized run for other engines: codes of few bits and scales in place of weights.
+
+    transformers (with the package compressed-tensors) and vLLM load the folder, and compute with the weights that the
+    run has stored, bit for bit. A code takes its bits, whether it is zero or not.
+
+    Args:
+        source: the folder of a run with `quantize`.
+        output_dir: where to write to; must be empty or not there. It is there whole or not at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: the folder is no result of a quantized run, or some of its quantized operators are no Linear
+            modules, which is all that the layout knows.
+        OutputError: the output folder holds something, or the disk is full.
+    """
+    folder, files = source_files(source)
+    if any(map(is_packed, files)):
+        raise ModelError(f"{folder} is a pack. Unpack it first (convexprune unpack).")
+    tensors = [path for path in files if path.suffix == SUFFIX]
+    plain = {name: entry for path in tensors for name, entry in entries(folder / path)[0].items()}
+    grid = _grid(folder)
+    weights = {name: entry for name, entry in plain.items() if name.endswith(".weight") and len(entry.spec.shape) == 2}
+    quantized = {name for name, entry in weights.items() if _is_quantized(entry, grid)}
+    if (count := len(RunFolder(folder).report().operators)) != len(quantized):
+        raise ModelError(
+            f"{folder}: of {count} quantized operators {len(quantized)} are weights [outputs inputs] of their own. "
+            "compressed-tensors knows Linear modules only; `convexprune pack` takes any model."
+        )
+    left = {name.removesuffix(".weight") for name in weights.keys() - quantized} | {"lm_head"}
+    converts: dict[Path, Convert] = {
+        path: partial(_convert_tensors, grid=grid, quantized=quantized) for path in tensors
+    }
+    converts |= {path: partial(_convert_index, quantized=quantized) for path in files if path.name.endswith(INDEX)}
+    converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
+    kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
+    return write_folder("exporting", folder, {path: path for path in kept}, converts, output_dir)
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes one after another, the lowest bit first, in whole words for each row.
+
+    Args:
+        codes: [m n], from -2^(bits - 1) to 2^(bits - 1) - 1.
+        bits: of a code.
+
+    Returns:
+        int32 [m ceil(n bits / 32)].
+    """
+    positive = (codes.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)
+    rows = np.unpackbits(positive[..., None], axis=2, count=bits, bitorder="little").reshape(len(positive), -1)
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little").view("<i4"))
+
+
+def _grid(folder: Path) -> Grid:
+    """That of the run whose result a folder is."""
+    if not RunFolder(folder).is_finished:
+        raise ModelError(f"{folder} is no result of a run. Give the folder that `prune --quantize int4` has written.")
+    grids = {parse_pattern(operator.pattern).grid for operator in RunFolder(folder).report().operators}
+    found = grids.pop() if len(grids) == 1 else None
+    if found is None:
+        raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
+    return found
+
+
+def _is_quantized(entry: Entry, grid: Grid) -> bool:
+    if entry.spec.code not in CODES.values() or entry.spec.shape[1] % grid.group:
+        return False
+    return bool(grid.find(entry.read())[2].all())
+
+
+def _convert_tensors(path: Path, target: Path, grid: Grid, quantized: set[str]) -> None:
+    """Write a file of tensors with codes, scales and a shape in place of each quantized weight."""
+    found, metadata = entries(path)
+    specs = dict[str, Spec]()
+    makes = dict[str, Callable[[], Tensor | bytearray]]()
+    for name, entry in found.items():
+        if name not in quantized:
+            specs[name], makes[name] = entry.spec, entry.read_bytes
+            continue
+        rows, columns = entry.spec.shape
+        words, groups = -(-columns * grid.bits // 32), columns // grid.group
+        size = entry.spec.nbytes // (rows * columns)
+        for part, spec in {
+            "packed": Spec("I32", (rows, words), 4 * rows * words),
+            "scale": Spec(entry.spec.code, (rows, groups), size * rows * groups),
+            "shape": Spec("I64", (2,), 16),
+        }.items():
+            specs[f"{name}_{part}"], makes[f"{name}_{part}"] = spec, partial(_part, entry, grid, part)
+    write_tensors(target, specs, lambda name: makes[name](), metadata)
+
+
+def _part(entry: Entry, grid: Grid, part: str) -> Tensor:
+    if part == "shape":
+        return torch.tensor(entry.spec.shape)
+    scales, codes, _ = grid.find(entry.read())
+    return scales.to(DTYPES[entry.spec.code]) if part == "scale" else packed_codes(codes, grid.bits)
+
+
+def _convert_index(path: Path, target: Path, quantized: set[str]) -> None:
+    index = json.loads(read_text(path, LONGEST))
+    places = dict[str, str]()
+    for name, place in index["weight_map"].items():
+        parts = [f"{name}_{part}" for part in ("packed", "scale", "shape")] if name in quantized else [name]
+        places |= dict.fromkeys(parts, place)
+    found = [entry for place in sorted(set(places.values())) for entry in entries(target.parent / place)[0].values()]
+    size = sum(entry.spec.nbytes for entry in found)
+    _write_json(target, index | {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _convert_config(path: Path, target: Path, grid: Grid, left: list[str]) -> None:
+    weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": grid.group}
+    group = {"targets": ["Linear"], "weights": weights | {"dynamic": False}}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group | {"input_activations": None, "output_activations": None}},
+        "ignore": left,
+    }
+    config = json.loads(read_text(path, LONGEST))
+    config.pop("sparsity_config", None)
+    _write_json(target, config | {"quantization_config": quantization})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with atomic_write(path) as file:
+        write(file, json.dumps(value, indent=2).encode())

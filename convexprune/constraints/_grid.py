@@ -1,0 +1,184 @@
+"""Whole numbers times a scale for each group of weights: which scales fit, and which ones a stored weight has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import PatternError
+
+GROUPS = (32, 64, 128)
+CLIPS = 16  # candidates for each scale
+PROBE = 8  # weights of a group that are looked at first: most scales do not fit them
+NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, over the group's largest weight
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns of a row.
+
+    The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1. A scale is a bfloat16 number, negative
+    where the largest weight of its group is positive and takes the code -2^(bits - 1), which has no opposite. That is
+    what the layout `pack-quantized` of compressed-tensors can say with symmetric groups.
+
+    Args:
+        bits: of a code, 3 to 8.
+        group: columns that share a scale: 32, 64 or 128.
+
+    Raises:
+        PatternError: another number of bits or columns.
+    """
+
+    bits: int
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(3, 9) or self.group not in GROUPS:
+            sizes = ", ".join(map(str, GROUPS))
+            raise PatternError(f"int{self.bits} in groups of {self.group}: bits are 3 to 8, groups {sizes} columns.")
+
+    @property
+    def lowest(self) -> int:
+        """The code of the largest size, -2^(bits - 1)."""
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code, 2^(bits - 1) - 1."""
+        return -self.lowest - 1
+
+    def check(self, columns: int) -> None:
+        """Refuse a weight whose rows are no whole number of groups.
+
+        Args:
+            columns: n.
+
+        Raises:
+            PatternError: they are not.
+        """
+        if columns % self.group:
+            fits = [str(size) for size in GROUPS if columns % size == 0]
+            ways = f"Take group_size {' or '.join(fits)}" if fits else "Leave the operator out (ignore)"
+            raise PatternError(f"{columns} columns are no whole number of groups of {self.group}. {ways}.")
+
+    def codes(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """The nearest codes.
+
+        Args:
+            weight: V [m n].
+            scales: [m n/group].
+
+        Returns:
+            [m n], in the dtype of `weight`.
+        """
+        return (weight / self.spread(scales)).round_().clamp_(self.lowest, self.highest)
+
+    def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """What codes stand for; no zero is negative.
+
+        Args:
+            codes: [m n].
+            scales: [m n/group].
+
+        Returns:
+            V [m n].
+        """
+        return (codes * self.spread(scales)).masked_fill_(codes == 0, 0)
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """The scale of each entry [m n] from `scales` [m n/group]."""
+        return scales.repeat_interleave(self.group, dim=1)
+
+    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """The scales of least squared error, of some candidates, when each entry is rounded to its nearest code.
+
+        Args:
+            weight: V [m n]; zeros need no code and do not count.
+            metric: h [n], not negative: the error is sum_j h_j (code_j scale - V_j)^2; None: ones.
+
+        Returns:
+            [m n/group], not zero, rounded to bfloat16.
+        """
+        groups = weight.unflatten(1, (-1, self.group))
+        weights = (groups != 0).to(weight)
+        if metric is not None:
+            weights *= metric.view(1, -1, self.group)
+        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+        best = torch.ones_like(largest)
+        least = torch.full_like(largest, torch.inf)
+        for clip in torch.linspace(WIDEST, NARROWEST, CLIPS).tolist():
+            scale = rounded_scale(largest * (clip / self.lowest))
+            off = (groups / scale).round_().clamp_(self.lowest, self.highest).mul_(scale).sub_(groups)
+            error = off.square_().mul_(weights).sum(2, keepdim=True)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best.squeeze(2)
+
+    def find(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scales and codes of a weight as it is stored, whatever its dtype: their products, rounded to it.
+
+        Of several scales with which a group is on the grid it is the largest.
+
+        Args:
+            weight: [... n].
+
+        Returns:
+            Scales [... n/group] in float32, codes [... n] in int8, and which groups are on the grid [... n/group]; of
+            others the scale and the codes mean nothing.
+        """
+        groups = weight.reshape(-1, self.group)
+        largest = groups.float().abs().amax(1)
+        scales, codes = torch.ones_like(largest), torch.zeros_like(groups, dtype=torch.int8)
+        left = largest.nonzero().squeeze(1)
+        for candidate in self._candidates(largest):
+            if not len(left):
+                break
+            some = left[_on_grid(groups[left, :PROBE], candidate[left]).all(1)]
+            some = some[_on_grid(groups[some], candidate[some]).all(1)]
+            found = (groups[some].float() / candidate[some, None]).round_()
+            fits = self._has(found)
+            some, found = some[fits], found[fits]
+            flip = torch.where(found.amax(1, keepdim=True) > self.highest, -1.0, 1.0)
+            scales[some] = candidate[some] * flip[:, 0]
+            codes[some] = (found * flip).to(torch.int8)
+            left = left[~torch.isin(left, some)]
+        on = torch.ones_like(largest, dtype=torch.bool)
+        on[left] = False
+        shape = *weight.shape[:-1], weight.shape[-1] // self.group
+        return scales.view(shape), codes.view_as(weight), on.view(shape)
+
+    def _candidates(self, largest: Tensor) -> Iterator[Tensor]:
+        """Scales with which the largest weight of a group has a code, the smallest code first."""
+        for code in range(1, 1 - self.lowest):
+            near = (largest / code).bfloat16().view(torch.int16)
+            for step in (0, 1, -1):
+                yield (near + step).view(torch.bfloat16).float().clamp_min(torch.finfo(torch.bfloat16).tiny)
+
+    def _has(self, codes: Tensor) -> Tensor:
+        """Whether all codes of a group [groups group], or all of their opposites, are numbers of so many bits."""
+        high, low = codes.amax(1), codes.amin(1)
+        return (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
+
+    def __str__(self) -> str:
+        return f"int{self.bits} in groups of {self.group}"
+
+
+def _on_grid(weights: Tensor, scales: Tensor) -> Tensor:
+    """Which weights [groups n] are a whole number times the scale of their group [groups], as they are stored."""
+    scale = scales[:, None]
+    return ((weights.float() / scale).round_().mul_(scale)).to(weights.dtype) == weights
+
+
+def rounded_scale(scale: Tensor) -> Tensor:
+    """Scales as they are stored.
+
+    Args:
+        scale: of any shape.
+
+    Returns:
+        The nearest bfloat16 numbers, and a tiny one in place of zero, in the dtype of `scale`.
+    """
+    rounded = scale.bfloat16().to(scale.dtype)
+    tiny = torch.finfo(torch.bfloat16).tiny
+    return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)

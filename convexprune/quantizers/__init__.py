@@ -1,0 +1,10 @@
+"""Quantizers by name: they put what a pruner kept on a grid. To add one: a file here and a line in `QUANTIZERS`."""
+
+from convexprune.quantizers._base import AbstractQuantizer
+from convexprune.quantizers._descent import Descent
+from convexprune.quantizers._gptq import GPTQ
+from convexprune.quantizers._nearest import Nearest
+
+QUANTIZERS: dict[str, type[AbstractQuantizer]] = {"descent": Descent, "gptq": GPTQ, "rtn": Nearest}
+
+__all__ = ["GPTQ", "QUANTIZERS", "AbstractQuantizer", "Descent", "Nearest"]

@@ -1,0 +1,97 @@
+"""What every quantizer promises: a pruned weight in, the same weight on its grid out, with its zeros."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints import Grid
+from convexprune.core._setting_types import check_settings
+from convexprune.pruners import LayerEdit, LayerProblem
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid:
+    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], of which each group has one.
+
+    Args:
+        grid: the grid.
+        scales: as `Grid.fit` returns them.
+        codes: as `Grid.codes` returns them.
+    """
+
+    grid: Grid
+    scales: Tensor
+    codes: Tensor
+
+    @classmethod
+    def nearest(cls, grid: Grid, weight: Tensor, scales: Tensor) -> "OnGrid":
+        """The nearest weight with these scales.
+
+        Args:
+            grid: the grid.
+            weight: V [m n].
+            scales: [m n/group].
+
+        Returns:
+            It.
+        """
+        return cls(grid, scales, grid.codes(weight, scales))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself [m n]."""
+        return self.grid.weight(self.codes, self.scales)
+
+
+class AbstractQuantizer(ABC):
+    """Settings of a quantizer, a dataclass.
+
+    Raises:
+        RecipeError: a setting is not of its type, or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @torch.no_grad()
+    def quantize(self, problem: LayerProblem, pruned: LayerEdit) -> LayerEdit:
+        """Put the values that a pruner kept on the grids that the problem's pattern has for its operators.
+
+        Args:
+            problem: with the rows as they are, none of them scaled.
+            pruned: what a pruner made of it.
+
+        Returns:
+            The weight on its grids; entries that the pruner zeroed stay zero. What has no grid is as it was.
+
+        Raises:
+            PruningError: the damped Gram matrix is not positive definite.
+        """
+        parts = problem.pattern.parts(len(problem.weight))
+        grids = dict.fromkeys(own.grid for _, own in parts if own.grid is not None)
+        if not grids:
+            return pruned
+        weight, filled = pruned.weight.clone(), problem
+        if bool(problem.dead.any()):  # their weights change nothing here, and are rounded as they are
+            filled = replace(problem, moments=problem.moments.with_dead_inputs_filled(problem.weight))
+        for grid in grids:
+            rows = torch.cat([torch.arange(r.start, r.stop) for r, own in parts if own.grid == grid]).to(weight.device)
+            part = filled.rows(rows, problem.pattern)
+            mask = pruned.mask[rows]
+            weight[rows] = self.on_grid(part, replace(pruned, weight=weight[rows], mask=mask), grid).weight * mask
+        return replace(pruned, weight=weight, mask=weight != 0)
+
+    @abstractmethod
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
+        """The weight of rows that share a grid.
+
+        Args:
+            problem: of these rows, in which every input has energy.
+            pruned: what the pruner made of them.
+            grid: of all of them.
+
+        Returns:
+            A weight that is zero where the pruner's mask is.
+        """

@@ -1,0 +1,75 @@
+"""One sweep over the columns: each is rounded, and its error is pushed to the columns that are still to come."""
+
+import torch
+from torch import Tensor
+
+from convexprune.core._factor import cholesky
+from convexprune.errors import PruningError
+from convexprune.quantizers._base import OnGrid
+
+BLOCK = 128  # columns between two products
+
+
+def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
+    """The weight of least error, whatever its zeros and its grid.
+
+    Args:
+        cross: G [m n] of a quadratic.
+        gram: H [n n], positive definite.
+        anchor: A [m n].
+
+    Returns:
+        A + G H^-1 [m n].
+
+    Raises:
+        PruningError: H is not positive definite.
+    """
+    return anchor + torch.cholesky_solve(cross.T, _factor(gram)).T
+
+
+def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
+    """GPTQ's sweep (Frantar et al., arXiv 2210.17323), by falling H_jj, on a grid whose scales are known.
+
+    With U the upper Cholesky factor of H^-1, a column's error (W_j - V_j) / U_jj is subtracted along U_j from the
+    columns after it: the best that these can do, as long as they are free. Entries outside of `mask` become zero, and
+    their error is pushed on like that of rounding.
+
+    Args:
+        weight: W [m n], the minimizer of the error.
+        gram: H [n n], positive definite.
+        grid: its scales are kept, its codes are not looked at.
+        mask: which entries are kept [m n].
+
+    Returns:
+        The weight on the grid.
+
+    Raises:
+        PruningError: H is not positive definite.
+    """
+    order = gram.diagonal().argsort(descending=True)
+    scales = grid.grid.spread(grid.scales)[:, order]
+    kept, left = mask[:, order], weight[:, order]
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = _factor(gram[order][:, order].flip(0, 1))
+    upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+    low, high = grid.grid.lowest, grid.grid.highest
+    codes = torch.empty_like(left)
+    for first in range(0, len(gram), BLOCK):
+        last = min(first + BLOCK, len(gram))
+        part, u = left[:, first:last], upper[first:last, first:last]
+        errors = torch.empty_like(part)
+        for j in range(last - first):
+            scale = scales[:, first + j]
+            code = (part[:, j] / scale).round_().clamp_(low, high) * kept[:, first + j]
+            errors[:, j] = (part[:, j] - code * scale) / u[j, j]
+            part[:, j:] -= errors[:, j, None] * u[j, j:]
+            codes[:, first + j] = code
+        left[:, last:] -= errors @ upper[first:last, last:]
+    return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(1, order, codes))
+
+
+def _factor(gram: Tensor) -> Tensor:
+    factor = cholesky(gram)
+    if factor is None:
+        raise PruningError("The damped Gram matrix is not positive definite: raise the damping, or calibrate on more.")
+    return factor

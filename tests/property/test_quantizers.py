@@ -1,0 +1,142 @@
+"""Quantizers: zeros stay zero, errors do not grow, and each step is the best one; GPTQ is the published sweep."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pruning_cases import correlated, layer_problem
+from strategies import Layer, seeds
+from torch import Tensor
+
+from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
+from convexprune.core._damping import Damping
+from convexprune.pruners import LayerEdit, LayerProblem, Wanda
+from convexprune.pruners._damped import damped
+from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
+from convexprune.quantizers._base import OnGrid
+from convexprune.quantizers._descent import fitted_scales
+from convexprune.quantizers._sweep import minimizer, swept
+
+GRID, HALF = Grid(4, 32), Unstructured(0.5)
+supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))
+
+
+def posed(seed: int, support: Constraint = HALF, grid: Grid = GRID) -> LayerProblem:
+    return layer_problem(correlated(seed, m=6, n=64, tokens=200), Quantized(support, grid))
+
+
+def dense(problem: LayerProblem) -> LayerEdit:
+    return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+
+
+def pruned(problem: LayerProblem) -> LayerEdit:
+    return Wanda().prune(problem) if problem.pattern.zeros(*problem.weight.shape) else dense(problem)
+
+
+@given(st.sampled_from(sorted(QUANTIZERS)), supports, st.integers(3, 8), seeds)
+def test_the_answer_is_on_the_grid_and_zeros_stay_zero(name: str, support: Constraint, bits: int, seed: int):
+    problem = posed(seed, support, Grid(bits, 32))
+    before = pruned(problem)
+    edit = QUANTIZERS[name]().quantize(problem, before)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert problem.pattern.violation(edit.weight.to(dtype)) == 0
+    assert not bool(edit.weight[~before.mask].any())
+    assert torch.equal(edit.mask, edit.weight != 0)
+
+
+@given(supports, seeds)
+def test_more_rounds_and_sweeps_never_have_a_larger_error(support: Constraint, seed: int):
+    problem = posed(seed, support)
+    before = replace(pruned(problem), damping=Damping(0.01))
+    quadratic = damped(problem, Damping(0.01))
+    ways = (Descent(1, 0), Descent(2, 0), Descent(2, 1), Descent(2, 2))
+    errors = [quadratic.values(way.quantize(problem, before).weight) for way in ways]
+    for less, more in zip(errors[1:], errors, strict=False):
+        assert bool((less <= more * (1 + 1e-4)).all())
+
+
+@given(seeds)
+def test_no_other_code_of_one_entry_is_better_at_the_end_of_a_descent(seed: int):
+    problem = posed(seed)
+    before = replace(pruned(problem), damping=Damping(0.01))
+    quadratic = damped(problem, Damping(0.01)).double
+    found = Descent(sweeps=60, rounds=0).on_grid(problem, before, GRID)
+    weight, scales = found.weight.double(), GRID.spread(found.scales).double()
+    least = quadratic.values(weight)
+    for j in range(weight.shape[1]):
+        for step in (-1.0, 1.0):
+            code = found.codes[:, j].double() + step
+            allowed = before.mask[:, j] & (code >= GRID.lowest) & (code <= GRID.highest)
+            other = weight.clone()
+            other[:, j] = torch.where(allowed, code * scales[:, j], weight[:, j])
+            assert bool((quadratic.values(other) >= least * (1 - 1e-5)).all())
+
+
+@given(seeds)
+def test_the_scales_are_those_of_least_squares_for_each_row(seed: int):
+    problem = posed(seed)
+    quadratic = damped(problem, Damping(0.01)).double
+    begin = OnGrid.nearest(GRID, problem.weight, GRID.fit(problem.weight))
+    found = OnGrid(GRID, begin.scales.double(), begin.codes.double())
+    scales = fitted_scales(quadratic.gram, found, quadratic.residual(found.weight))
+    root = torch.linalg.cholesky(quadratic.gram)
+    target = minimizer(quadratic.cross, quadratic.gram, problem.weight.double())
+    for row in range(len(scales)):
+        columns = torch.block_diag(*found.codes[row].view(-1, 1, 32))
+        best = torch.linalg.lstsq((columns @ root).T, target[row] @ root).solution
+        torch.testing.assert_close(scales[row], best, rtol=2**-7, atol=0)
+
+
+def slow_gptq(weight: Tensor, gram: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """Algorithm 1 of arXiv 2210.17323 with the inverse made anew for each column, in float64."""
+    left, order = weight.double().clone(), gram.diagonal().argsort(descending=True).tolist()
+    out, gram = torch.zeros_like(left), gram.double()
+    for number, j in enumerate(order):
+        rest = order[number:]
+        inverse = torch.linalg.inv(gram[rest][:, rest])
+        scale = scales[:, j // grid.group].double()
+        out[:, j] = (left[:, j] / scale).round().clamp(grid.lowest, grid.highest) * scale
+        left[:, rest] -= ((left[:, j] - out[:, j]) / inverse[0, 0])[:, None] * inverse[0]
+    return out
+
+
+@given(seeds)
+def test_a_sweep_is_the_published_one(seed: int):
+    problem = posed(seed)
+    gram = (problem.quadratic.gram + 0.01 * torch.eye(64)).double()
+    weight, scales = problem.weight.double(), GRID.fit(problem.weight).double()
+    begin = OnGrid(GRID, scales, torch.zeros_like(weight))
+    found = swept(weight, gram, begin, torch.ones_like(weight, dtype=torch.bool))
+    torch.testing.assert_close(found.weight, slow_gptq(weight, gram, scales, GRID))
+
+
+def test_calibrated_codes_have_a_lower_error_than_rounding():
+    problem = posed(3, Unstructured(0.0))
+    errors = {
+        name: float(problem.squared_error(kind().quantize(problem, dense(problem)).weight).sum())
+        for name, kind in QUANTIZERS.items()
+    }
+    assert errors["descent"] < errors["gptq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("kind", [Nearest, GPTQ, Descent])
+def test_operators_of_a_stack_have_their_own_grids_or_none(kind: type):
+    own = (Quantized(Unstructured(0.0), Grid(8, 32)), Unstructured(0.0), Quantized(Unstructured(0.5), GRID))
+    problem = replace(posed(0), pattern=Stacked(own, (2, 1, 3)))
+    before = pruned(problem)
+    edit = kind().quantize(problem, before)
+    assert torch.equal(edit.weight[2], before.weight[2])
+    assert own[0].violation(edit.weight[:2]) == own[2].violation(edit.weight[3:]) == 0
+    assert own[2].violation(edit.weight[:2]) > 0
+
+
+@pytest.mark.parametrize("kind", [Nearest, GPTQ, Descent])
+def test_weights_at_dead_inputs_are_rounded_as_they_are(kind: type):
+    layer = correlated(1, m=4, n=64, tokens=100)
+    inputs = layer.pruned.index_fill(1, torch.tensor([3, 40]), 0.0)
+    problem = layer_problem(Layer(layer.weight, inputs, inputs), Quantized(Unstructured(0.0), Grid(8, 32)))
+    edit = kind().quantize(problem, dense(problem))
+    near = (edit.weight - problem.weight).abs()[:, [3, 40]]
+    assert bool((near <= problem.weight.abs().amax(1, keepdim=True) / 64).all())

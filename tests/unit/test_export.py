@@ -1,0 +1,66 @@
+"""A quantized model in the layout of compressed-tensors: read by the library itself, with the same bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import SETTINGS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import convexprune
+from convexprune._cli import app
+from convexprune._container.compressed_tensors import packed_codes
+from convexprune.errors import ModelError
+
+GRID: dict[str, Any] = {"quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
+library = pytest.importorskip("compressed_tensors")
+
+
+@pytest.fixture(params=["llama-bf16", "llama"])
+def run(request: pytest.FixtureRequest, build, tmp_path: Path) -> Path:
+    build(request.param).save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    convexprune.prune(tmp_path / "dense", sparsity=0.25, output_dir=tmp_path / "run", **SETTINGS | GRID)
+    return tmp_path / "run"
+
+
+@given(st.integers(3, 8), st.integers(1, 3), st.integers(1, 70), st.integers(0, 99))
+def test_codes_are_packed_as_the_library_does(bits: int, rows: int, columns: int, seed: int):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    generator = torch.Generator().manual_seed(seed)
+    low = -(2 ** (bits - 1))
+    codes = torch.randint(low, -low, (rows, columns), generator=generator).to(torch.int8)
+    assert torch.equal(packed_codes(codes, bits), pack_to_int32(codes, bits))
+
+
+def test_transformers_loads_the_weights_of_the_run(run: Path, tmp_path: Path):
+    result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    ours = AutoModelForCausalLM.from_pretrained(run)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=ours.dtype)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized" and "lm_head" in config["ignore"]
+    assert "model.layers.0.mlp.down_proj" in config["ignore"]
+    tokens = torch.arange(1, 30)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    stored = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in stored
+    assert "model.layers.0.self_attn.q_proj.weight" not in stored
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == stored
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS)
+    for folder, words in (("dense", "is no result of a run"), ("run", "is not quantized. Prune with --quantize int4")):
+        with pytest.raises(ModelError, match=words):
+            convexprune.export(tmp_path / folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
