@@ -34,8 +34,8 @@ __all__ = [
     "Moments", "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report",
     "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify",
     "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver",
-    "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers", "unpack",
-    "verify",
+    "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers",
+    "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
