@@ -94,7 +94,9 @@ def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tu
     for turn in range(4):
         for which, each in enumerate((model.model, narrower)):
             began = time.perf_counter()
-            each.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            each.generate(  # pyright: ignore[reportCallIssue]
+                prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
             if turn:
                 seconds[which].append(time.perf_counter() - began)
     return tokens / median(seconds[0]), tokens / median(seconds[1])

@@ -29,11 +29,12 @@ def signalled(number: int, line: str = SPARSEGPT) -> tuple[int, str]:
 
     On a busy machine the command may have ended before the signal comes: then it is begun again.
     """
-    for _ in range(5):
-        status, said = _signalled_once(number, line)
+    status, said = _signalled_once(number, line)
+    for _ in range(4):
         if status:
             break
         shutil.rmtree("out")
+        status, said = _signalled_once(number, line)
     return status, said
 
 

@@ -128,12 +128,11 @@ def _part(entry: Entry, grid: Grid, part: str) -> Tensor:
 
 def _convert_index(path: Path, target: Path, quantized: set[str]) -> None:
     index = json.loads(read_text(path, LONGEST))
-    places = dict[str, str]()
-    for name, place in index["weight_map"].items():
-        parts = [f"{name}_{part}" for part in ("packed", "scale", "shape")] if name in quantized else [name]
-        places |= dict.fromkeys(parts, place)
-    found = [entry for place in sorted(set(places.values())) for entry in entries(target.parent / place)[0].values()]
-    size = sum(entry.spec.nbytes for entry in found)
+    places = {name: str(place) for name, place in index["weight_map"].items()}
+    for name in quantized & places.keys():
+        places |= dict.fromkeys([f"{name}_{part}" for part in ("packed", "scale", "shape")], places.pop(name))
+    found = [entries(target.parent / place)[0] for place in sorted(set(places.values()))]
+    size = sum(entry.spec.nbytes for each in found for entry in each.values())
     _write_json(target, index | {"metadata": {"total_size": size}, "weight_map": places})
 
 
