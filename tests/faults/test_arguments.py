@@ -32,7 +32,7 @@ ARGUMENTS = {
         {"evaluation": "It was. " * 9999},
         r"'It was\. .*\.\.\. \(79,994 characters\): files of text",
     ),
-    "a number to evaluate on": ({"evaluation": 5}, "evaluation is a int. Accepted: 'self'"),
+    "a number to evaluate on": ({"evaluation": 5}, "evaluation is a int. Accepted: 'held-out', 'self'"),
     "no data set": ({"dataset": None}, "type NoneType cannot calibrate"),
     "a text for a data set": (
         {"dataset": "It was. " * 9999},
