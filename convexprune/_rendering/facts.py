@@ -31,9 +31,10 @@ def facts(report: Report) -> list[Fact]:
         report: of the run.
 
     Returns:
-        Zeros, errors and whose the worst are, perplexity, certificates, the size of the download, and warnings.
+        Zeros, what the others are, errors and whose the worst are, perplexity, certificates, the size of the download,
+        and warnings.
     """
-    parts = (_zeros, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
+    parts = (_zeros, _quantized, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
     return [fact for part in parts for fact in part(report)]
 
 
@@ -95,6 +96,12 @@ def short(name: str) -> str:
 def _zeros(report: Report) -> Iterator[Fact]:
     weights = sum(o.outputs * o.inputs for o in report.operators)
     yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
+
+
+def _quantized(report: Report) -> Iterator[Fact]:
+    if (numbers := report.recipe.get("quantize")) is not None:
+        group, by = report.recipe.get("group_size"), report.recipe.get("quantizer")
+        yield Fact("values", f"{numbers} times a scale for each {group} columns, by {by}; stored as their products")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

@@ -150,7 +150,9 @@ def test_quantization_is_no_sparsity(build, tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
     grid: dict[str, Any] = {"sparsity": 0, "quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
     convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **SETTINGS | grid)
-    data = _metadata((tmp_path / "out" / "README.md").read_text())
+    text = (tmp_path / "out" / "README.md").read_text()
+    data = _metadata(text)
+    assert "int4 times a scale for each 32 columns, by descent" in text
     assert "sparse" not in data["tags"] and "sparsity" not in data
     assert "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 

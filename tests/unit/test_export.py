@@ -19,7 +19,6 @@ from convexprune._container.compressed_tensors import packed_codes
 from convexprune.errors import ModelError
 
 GRID: dict[str, Any] = {"quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
-library = pytest.importorskip("compressed_tensors")
 
 
 @pytest.fixture(params=["llama-bf16", "llama"])
@@ -64,3 +63,8 @@ def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
         with pytest.raises(ModelError, match=words):
             convexprune.export(tmp_path / folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_run_is_verified(run: Path):
+    found = convexprune.verify(run, dataset=SETTINGS["dataset"])
+    assert found.comparisons and found.errors and not found.miscounted and not found.faults
