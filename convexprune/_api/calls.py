@@ -154,6 +154,9 @@ def permute(
         settings: by name:
         {settings}
 
+    Returns:
+        The new order, the permuted model (of a loaded one the model itself), and the folder.
+
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
