@@ -22,14 +22,12 @@ import convexprune
 from convexprune._cli import app
 from convexprune._cli.summary import summary
 from convexprune._container import file as packing
-from convexprune._container.codes import decode_codes
 from convexprune._container.file import contents, pack_file, packed_checksum, unpack_file
 from convexprune._container.format import decode, encode, longest, width
 from convexprune._runs.folder import RunFolder
 from convexprune._storage.files import sha256
 from convexprune._storage.tensors import BITS, Spec, entries, write_tensors
 from convexprune.adapters._checkpoints import packed as reader
-from convexprune.constraints import Grid, Quantized, Unstructured
 from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
 
 CODES = st.sampled_from(sorted(BITS))
@@ -66,7 +64,7 @@ def test_a_block_that_was_changed_is_refused_or_has_the_size_that_it_should_have
     assert len(found) == len(content)
 
 
-def _normal(count: int, dtype: torch.dtype, zeros: float) -> torch.Tensor:
+def normal(count: int, dtype: torch.dtype, zeros: float) -> torch.Tensor:
     """Normal weights, the smallest share of them zero."""
     w = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(dtype)
     return torch.where(w.abs() <= w.float().abs().quantile(zeros).to(dtype), torch.zeros_like(w), w) if zeros else w
@@ -74,48 +72,10 @@ def _normal(count: int, dtype: torch.dtype, zeros: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("zeros", "bits"), [(0.0, 10.7), (0.5, 5.65), (0.6, 4.6), (0.7, 3.6), (0.8, 2.5)])
 def test_zeros_make_bfloat16_as_small_as_the_table_says(tmp_path: Path, zeros: float, bits: float):
-    w = _normal(300_000, torch.bfloat16, zeros)
+    w = normal(300_000, torch.bfloat16, zeros)
     save_file({"w": w}, tmp_path / "a.safetensors")
     pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
     assert 8 * (tmp_path / "a.pack.safetensors").stat().st_size / w.numel() < bits
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("bits", "group", "zeros", "most"), [(4, 64, 0.0, 4.0), (3, 128, 0.0, 3.0), (6, 64, 0.5, 3.9)])
-def test_what_is_on_a_grid_takes_the_bits_of_its_numbers(
-    tmp_path: Path, bits: int, group: int, zeros: float, most: float, dtype: torch.dtype
-):
-    w = _normal(1 << 18, torch.float32, zeros).view(-1, 512)
-    quantized = Quantized(Unstructured(0.0), Grid(bits, group)).project(w).to(dtype)
-    off = quantized.clone()
-    off[-1, -1] += 0.01  # its block is coded like any other
-    save_file({"on": quantized, "off": off, "plain": w.to(dtype)}, tmp_path / "a.safetensors")
-    pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
-    unpack_file(tmp_path / "a.pack.safetensors", tmp_path / "back.safetensors")
-    assert filecmp.cmp(tmp_path / "a.safetensors", tmp_path / "back.safetensors", shallow=False)
-    found = entries(tmp_path / "a.pack.safetensors")[0]
-    sizes = {name: 8 * entry.spec.nbytes / w.numel() for name, entry in found.items()}
-    assert sizes["on"] < most < sizes["off"]
-
-
-def test_a_negative_zero_is_kept_in_a_quantized_tensor(tmp_path: Path):
-    w = Quantized(Unstructured(0.0), Grid(4, 32)).project(_normal(1 << 12, torch.float32, 0.3).view(-1, 64)).bfloat16()
-    w[-1][w[-1] == 0] = -0.0
-    save_file({"w": w}, tmp_path / "a.safetensors")
-    pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
-    unpack_file(tmp_path / "a.pack.safetensors", tmp_path / "back.safetensors")
-    assert filecmp.cmp(tmp_path / "a.safetensors", tmp_path / "back.safetensors", shallow=False)
-
-
-@given(_blocks(), st.sampled_from([32, 64]))
-def test_bytes_that_are_no_quantized_block_are_refused(block: tuple[str, bytes], group: int):
-    code, data = block
-    size = width(BITS[code])
-    try:
-        found = decode_codes(data, 4096 * size, "BF16", 2, group)
-    except ValueError:
-        return
-    assert len(found) == 4096 * size
 
 
 @pytest.fixture
@@ -168,7 +128,7 @@ def test_a_header_in_any_order_with_any_spaces_comes_back(tmp_path: Path):
 
 def test_memory_is_that_of_a_block_and_not_of_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packing, "BLOCK", 1 << 16)
-    save_file({"w": _normal(1 << 22, torch.bfloat16, 0.5)}, tmp_path / "a.safetensors")  # 8 MiB
+    save_file({"w": normal(1 << 22, torch.bfloat16, 0.5)}, tmp_path / "a.safetensors")  # 8 MiB
     tracemalloc.start()
     pack_file(tmp_path / "a.safetensors", tmp_path / "a.pack.safetensors")
     unpack_file(tmp_path / "a.pack.safetensors", tmp_path / "back.safetensors")

@@ -1,0 +1,39 @@
+"""Quantization by the door: what is kept is on its grid, and grids that there are not are refused."""
+
+from typing import Any
+
+import pytest
+from door import SMALL, state
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel
+from convexprune.errors import ConvexpruneError
+from convexprune.quantizers import QUANTIZERS
+
+
+@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+def test_what_is_kept_is_on_a_grid(tiny_llama: HuggingFaceModel, sparsity: float, quantizer: str):
+    grid: dict[str, Any] = {"quantize": "int4", "group_size": 32, "quantizer": quantizer, "ignore": ["down_proj"]}
+    report = convexprune.prune(tiny_llama.model, sparsity=sparsity, **grid, **SMALL).report
+    weights = state(tiny_llama)
+    for o in report.operators:
+        weight = weights[f"{o.name}.weight"]
+        assert o.pattern == f"unstructured {sparsity:.0%} per matrix, int4 in groups of 32"
+        assert o.expected_zeros == sparsity * weight.numel() <= o.zeros == int((weight == 0).sum())
+        assert max(len(group.unique()) for row in weight for group in row.split(32)) <= 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"quantize": "int2"}, "quantize='int2': Input should be 'int8', 'int6', 'int5', 'int4' or 'int3'"),
+        ({"quantize": "int4", "group_size": 48}, "int4 in groups of 48: bits are 3 to 8, groups 32, 64, 128"),
+        ({"quantize": "int4", "pattern": "channels"}, "prune twice, the smaller model last"),
+        ({"pattern": "int8"}, "Unknown pattern 'int8'.*quantize='int4' puts what is kept on a grid"),
+        ({"quantizer": "awq"}, "quantizer='awq': Input should be 'descent', 'gptq' or 'rtn'"),
+    ],
+)
+def test_grids_that_there_are_not_are_refused_before_any_work(settings: dict[str, Any], reason: str):
+    with pytest.raises(ConvexpruneError, match=reason):
+        convexprune.prune("no such model", **settings)
