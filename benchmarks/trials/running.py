@@ -27,20 +27,13 @@ SPARSEGPT = f"prune m/deep {RUN} --method sparsegpt --allocation uniform --outpu
 def signalled(number: int, line: str = SPARSEGPT) -> tuple[int, str]:
     """(exit status, what was printed) of a command that got a signal once its first layer was finished.
 
-    On a busy machine the command may have ended before the signal comes: then it is begun again.
+    Whoever tries this in the background (nohup, &) hands down that signals are ignored: the command begins without.
     """
-    status, said = _signalled_once(number, line)
-    for _ in range(4):
-        if status:
-            break
-        shutil.rmtree("out")
-        status, said = _signalled_once(number, line)
-    return status, said
-
-
-def _signalled_once(number: int, line: str) -> tuple[int, str]:
     with Path("printed").open("w+") as printed:
-        code = "import sys; sys.argv[0] = 'convexprune'; from convexprune._cli import main; main()"
+        code = (
+            "import signal, sys; sys.argv[0] = 'convexprune'; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); from convexprune._cli import main; main()"
+        )
         words = [sys.executable, "-c", code, *line.split()]
         process = subprocess.Popen(words, stdout=printed, stderr=printed, start_new_session=True)
         until = time.monotonic() + 100

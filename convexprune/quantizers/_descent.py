@@ -66,21 +66,26 @@ class Descent(AbstractQuantizer):
         return swept(best, quadratic.gram, begin, pruned.mask)
 
     def _descend(self, quadratic: Quadratic, found: OnGrid, residual: Tensor, mask: Tensor) -> tuple[OnGrid, Tensor]:
-        """The best codes one after another, `sweeps` times, and the residual there."""
+        """The best codes one after another, `sweeps` times, and the residual there.
+
+        Columns are rows of what is transposed, so that they lie together in memory.
+        """
         gram, grid = quadratic.gram, found.grid
-        scales, codes, energy = grid.spread(found.scales), found.codes.clone(), quadratic.gram.diagonal()
+        codes, scales = found.codes.T.contiguous(), grid.spread(found.scales).T.contiguous()
+        pulls, kept = scales * gram.diagonal()[:, None], mask.T.contiguous()
         for _ in range(self.sweeps):
             for first in range(0, len(gram), BLOCK):
                 last = min(first + BLOCK, len(gram))
-                ahead, steps = residual[:, first:last].clone(), torch.empty_like(residual[:, first:last])
+                ahead = residual[:, first:last].T.contiguous()
+                steps = torch.empty_like(ahead)
                 for j in range(first, last):
-                    best = codes[:, j] + ahead[:, j - first] / (energy[j] * scales[:, j])
-                    code = best.round_().clamp_(grid.lowest, grid.highest) * mask[:, j]
-                    steps[:, j - first] = step = (code - codes[:, j]) * scales[:, j]
-                    codes[:, j] = code
-                    ahead[:, j - first :] -= step[:, None] * gram[j, j:last]
-                residual.addmm_(steps, gram[first:last], alpha=-1)
-        return OnGrid(grid, found.scales, codes), residual
+                    best = codes[j] + ahead[j - first] / pulls[j]
+                    code = best.round_().clamp_(grid.lowest, grid.highest) * kept[j]
+                    steps[j - first] = step = (code - codes[j]) * scales[j]
+                    codes[j] = code
+                    ahead[j - first :] -= gram[j, j:last, None] * step
+                residual.addmm_(steps.T, gram[first:last], alpha=-1)
+        return OnGrid(grid, found.scales, codes.T.contiguous()), residual
 
 
 def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[OnGrid, Tensor]:

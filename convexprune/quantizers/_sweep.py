@@ -47,25 +47,26 @@ def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
         PruningError: H is not positive definite.
     """
     order = gram.diagonal().argsort(descending=True)
-    scales = grid.grid.spread(grid.scales)[:, order]
-    kept, left = mask[:, order], weight[:, order]
+    # Columns are rows of what is transposed, so that they lie together in memory.
+    scales, kept = grid.grid.spread(grid.scales).T[order], mask.T[order]
+    left = weight.T[order]
+    codes = torch.empty_like(left)
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor = _factor(gram[order][:, order].flip(0, 1))
     upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
     low, high = grid.grid.lowest, grid.grid.highest
-    codes = torch.empty_like(left)
     for first in range(0, len(gram), BLOCK):
         last = min(first + BLOCK, len(gram))
-        part, u = left[:, first:last], upper[first:last, first:last]
+        part, u = left[first:last], upper[first:last, first:last]
         errors = torch.empty_like(part)
         for j in range(last - first):
-            scale = scales[:, first + j]
-            code = (part[:, j] / scale).round_().clamp_(low, high) * kept[:, first + j]
-            errors[:, j] = (part[:, j] - code * scale) / u[j, j]
-            part[:, j:] -= errors[:, j, None] * u[j, j:]
-            codes[:, first + j] = code
-        left[:, last:] -= errors @ upper[first:last, last:]
-    return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(1, order, codes))
+            scale = scales[first + j]
+            code = (part[j] / scale).round_().clamp_(low, high) * kept[first + j]
+            errors[j] = (part[j] - code * scale) / u[j, j]
+            part[j:] -= u[j, j:, None] * errors[j]
+            codes[first + j] = code
+        left[last:] -= upper[first:last, last:].T @ errors
+    return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
 
 
 def _factor(gram: Tensor) -> Tensor:
