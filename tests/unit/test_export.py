@@ -65,6 +65,7 @@ def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("run", ["llama-bf16"], indirect=True)
 def test_a_quantized_run_is_verified(run: Path):
     found = convexprune.verify(run, dataset=SETTINGS["dataset"])
     assert found.comparisons and found.errors and not found.miscounted and not found.faults
