@@ -12,6 +12,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,24 +45,22 @@ WEIGHED = ("convexprune",)  # their rows count by how much they move the loss
 GRADIENTS = 4  # windows
 
 
+def _add(moments: Moments, x: Tensor) -> None:
+    moments.add(x.flatten(0, -2))
+
+
 def collected(model: HuggingFaceModel, narrowing: Narrowing, windows: Tensor) -> dict[str, Any]:
     """The sums of x x' of each operator on two halves of the windows, and the weights of its rows."""
     found: dict[str, Any] = {"fisher": output_fisher(model, windows[:GRADIENTS], 1)}
     operators = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators}
     halves = {name: [Moments(o.shape[1]), Moments(o.shape[1])] for name, o in operators.items()}
     groups = {f"{y.name}.{o.name}": g for y in model.layers for g in y.groups for o in g.operators}
-    number = 0
-
-    def watch(name: str) -> Callable[[Tensor], None]:
-        return lambda x: halves[name][number % 2].add(x.flatten(0, -2))
-
-    hooks = [group.input_hook(watch(name)) for name, group in groups.items()]
-    for hook in hooks:
-        hook.__enter__()
-    for number, window in enumerate(windows):  # noqa: B007 what the hooks see
-        model.forward(window[None])
-    for hook in hooks:
-        hook.__exit__(None, None, None)
+    for half, part in enumerate((windows[::2], windows[1::2])):
+        with ExitStack() as hooks:
+            for name, group in groups.items():
+                hooks.enter_context(group.input_hook(partial(_add, halves[name][half])))
+            for window in part:
+                model.forward(window[None])
     return found | {"halves": {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}}
 
 

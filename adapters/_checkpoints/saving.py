@@ -14,7 +14,7 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file, make_folder, publish
 from convexprune._storage.folders import atomic_folder
-from convexprune._storage.notes import write_json
+from convexprune._storage.notes import write_json, write_settings
 from convexprune._storage.tensors import Entry
 
 from .._channels.narrowing import Narrowed
@@ -22,7 +22,6 @@ from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
 from .documents import documents, result_name
 from .model_folder import CONFIG
-from .shards import write_settings
 
 logger = logging.getLogger(__name__)
 

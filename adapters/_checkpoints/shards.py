@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._storage.failures import reading
-from convexprune._storage.files import Stamp, atomic_write, copy_file, sha256, write
+from convexprune._storage.files import Stamp, copy_file, sha256
+from convexprune._storage.notes import write_settings
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
 from convexprune.errors import ModelError
@@ -289,17 +290,3 @@ def _changed(path: Path) -> ModelError:
         f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
         "begin again in another folder."
     )
-
-
-def write_settings(path: Path, value: Any) -> None:
-    """Write a file of settings as transformers does.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
-    with atomic_write(path) as file:
-        write(file, (json.dumps(value, indent=2) + "\n").encode())

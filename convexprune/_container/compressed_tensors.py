@@ -1,10 +1,9 @@
 """A quantized model in the layout `pack-quantized` of compressed-tensors, which transformers and vLLM load as it is."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
-from convexprune._storage.files import atomic_write, write
-from convexprune._storage.notes import read_text
+from convexprune._storage.notes import read_text, write_settings
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.constraints import Grid, parse_pattern
+from convexprune.constraints._grid import ROW
 from convexprune.errors import ModelError
 
 INDEX, CONFIG = ".safetensors.index.json", "config.json"
@@ -93,7 +92,8 @@ def _grid(folder: Path) -> Grid:
 
 
 def _is_quantized(entry: Entry, grid: Grid) -> bool:
-    if entry.spec.code not in CODES.values() or entry.spec.shape[1] % grid.group:
+    columns = entry.spec.shape[1]
+    if entry.spec.code not in CODES.values() or columns % grid.width(columns):
         return False
     return bool(grid.find(entry.read())[2].all())
 
@@ -108,7 +108,7 @@ def _convert_tensors(path: Path, target: Path, grid: Grid, quantized: set[str]) 
             specs[name], makes[name] = entry.spec, entry.read_bytes
             continue
         rows, columns = entry.spec.shape
-        words, groups = -(-columns * grid.bits // 32), columns // grid.group
+        words, groups = -(-columns * grid.bits // 32), columns // grid.width(columns)
         size = entry.spec.nbytes // (rows * columns)
         for part, spec in {
             "packed": Spec("I32", (rows, words), 4 * rows * words),
@@ -133,11 +133,12 @@ def _convert_index(path: Path, target: Path, quantized: set[str]) -> None:
         places |= dict.fromkeys([f"{name}_{part}" for part in ("packed", "scale", "shape")], places.pop(name))
     found = [entries(target.parent / place)[0] for place in sorted(set(places.values()))]
     size = sum(entry.spec.nbytes for each in found for entry in each.values())
-    _write_json(target, index | {"metadata": {"total_size": size}, "weight_map": places})
+    write_settings(target, index | {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def _convert_config(path: Path, target: Path, grid: Grid, left: list[str]) -> None:
-    weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": grid.group}
+    shared = {"strategy": "channel"} if grid.group == ROW else {"strategy": "group", "group_size": grid.group}
+    weights = {"num_bits": grid.bits, "type": "int", "symmetric": True} | shared
     group = {"targets": ["Linear"], "weights": weights | {"dynamic": False}}
     quantization = {
         "quant_method": "compressed-tensors",
@@ -148,9 +149,4 @@ def _convert_config(path: Path, target: Path, grid: Grid, left: list[str]) -> No
     }
     config = json.loads(read_text(path, LONGEST))
     config.pop("sparsity_config", None)
-    _write_json(target, config | {"quantization_config": quantization})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with atomic_write(path) as file:
-        write(file, json.dumps(value, indent=2).encode())
+    write_settings(target, config | {"quantization_config": quantization})

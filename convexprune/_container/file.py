@@ -17,8 +17,8 @@ from convexprune._container.format import BLOCK, decode, encode, longest, width
 from convexprune._storage.failures import reading
 from convexprune._storage.files import atomic_write, write
 from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
-from convexprune.constraints import Grid
-from convexprune.errors import ModelError, PatternError, shown
+from convexprune.constraints._grid import GROUPS
+from convexprune.errors import ModelError, shown
 
 SUFFIX, PACKED = ".safetensors", ".pack.safetensors"
 NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 1
@@ -190,13 +190,15 @@ def _parts(path: Path) -> tuple[bytes, list[_Part]]:
         specs, _ = parse_header(text)
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
-        groups = {name: Grid(8, group).group for name, group in notes["groups"].items()}
+        groups = notes["groups"]
+        if not set(groups.values()) <= {*GROUPS}:
+            raise ValueError("groups of other sizes than there are")
         parts = [
             _Part(found[name], spec, checksums[name], name in coded, groups.get(name)) for name, spec in specs.items()
         ]
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, PatternError) as cause:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise damaged(path, cause) from cause
     return len(text).to_bytes(8, "little") + text, parts
 

@@ -143,12 +143,11 @@ def sending() -> Iterator[None]:
     """At its end all that was sent to the host is taken, on all lanes; after an error nothing more is."""
     try:
         yield
-    except BaseException:
+        for lane in _lanes.values():
+            lane.flush()
+    finally:
         for lane in _lanes.values():
             lane.drop()
-        raise
-    for lane in _lanes.values():
-        lane.flush()
 
 
 def lane_to(device: torch.device | str) -> Lane:

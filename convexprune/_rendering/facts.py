@@ -101,7 +101,8 @@ def _zeros(report: Report) -> Iterator[Fact]:
 def _quantized(report: Report) -> Iterator[Fact]:
     if (numbers := report.recipe.get("quantize")) is not None:
         group, by = report.recipe.get("group_size"), report.recipe.get("quantizer")
-        yield Fact("values", f"{numbers} times a scale for each {group} columns, by {by}; stored as their products")
+        shared = "row" if group == -1 else f"{group} columns"
+        yield Fact("values", f"{numbers} times a scale for each {shared}, by {by}; stored as their products")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

@@ -109,7 +109,7 @@ class TargetSettings(Settings):
         "Whole numbers of so many bits times a scale for each group of weights, in place of what is kept; zeros stay "
         "zero. With a sparsity of 0: quantization alone. Left out: none.",
     )
-    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128.")
+    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all of them.")
     allocation: str = setting(
         None,
         "How the zeros are spread: uniform, the same share in each operator; rows, that too, but the rows of an "

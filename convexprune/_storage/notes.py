@@ -24,6 +24,20 @@ def write_json(path: Path, value: Any) -> None:
         write(file, json.dumps(value, indent=1).encode())
 
 
+def write_settings(path: Path, value: Any) -> None:
+    """Write a file of settings as transformers does.
+
+    Args:
+        path: of the file.
+        value: that JSON can hold.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with atomic_write(path) as file:
+        write(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def read_text(path: Path, longest: int) -> str:
     """The text of a file.
 

@@ -1,30 +1,29 @@
 """Channels that are removed for good: whole columns, and so many that a multiple is left."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor
 
 from convexprune.constraints._base import Constraint, Quota
 from convexprune.constraints._columns import Columns
-from convexprune.constraints._share import check_share, from_percent, percent
+from convexprune.constraints._share import from_percent, percent
 from convexprune.errors import PatternError
 
 
 @dataclass(frozen=True)
-class Channels(Constraint):
+class Channels(Columns):
     """Columns that are zero in all rows; of n there remain (1 - sparsity) n, rounded to a `multiple`.
 
     Raises:
         PatternError: `sparsity` outside [0, 1), or a multiple below 1.
     """
 
-    sparsity: float
     multiple: int = 64
 
     def __post_init__(self) -> None:
-        check_share(self.sparsity)
+        super().__post_init__()
         if self.multiple < 1:
             raise PatternError(f"channels:{self.multiple} is no width. Accepted: channels:64, channels:256, ...")
 
@@ -42,21 +41,6 @@ class Channels(Constraint):
         return cls(share, int(match[1] or cls.multiple))
 
     @property
-    def continuous(self) -> bool:
-        """To a multiple."""
-        return True
-
-    @property
-    def by_column(self) -> bool:
-        """They are."""
-        return True
-
-    @property
-    def by_row(self) -> bool:
-        """All rows choose together."""
-        return False
-
-    @property
     def narrows(self) -> bool:
         """It does."""
         return True
@@ -66,7 +50,7 @@ class Channels(Constraint):
 
     def of(self, columns: int) -> Columns:
         """The constraint of an operator with so many `columns`."""
-        return Columns((columns - min(self.width(columns), columns)) / columns)
+        return Columns(self._removed(columns) / columns)
 
     def check(self, rows: int, columns: int) -> None:
         if not 0 < self.width(columns) < columns:
@@ -75,22 +59,14 @@ class Channels(Constraint):
                 f"another sparsity, or a lower multiple than {self.multiple}: pattern 'channels:8', say."
             )
 
-    def zeros(self, rows: int, columns: int) -> int:
-        return self.of(columns).zeros(rows, columns)
-
-    def with_sparsity(self, sparsity: float) -> "Channels":
-        return replace(self, sparsity=sparsity)
-
-    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        return self.of(weight.shape[1]).project(weight, metric)
-
-    def violation(self, weight: Tensor) -> int:
-        return self.of(weight.shape[1]).violation(weight)
+    def ladder(self, reach: float, step: float) -> list[Constraint]:
+        """All layers keep the same width."""
+        return [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         if first:
             raise PatternError(f"Pattern {self} is decided at once, not in blocks of columns.")
-        return self.of(scores.shape[1]).mask(scores)
+        return super().mask(scores)
 
-    def threshold(self, scores: Tensor) -> Tensor:
-        return self.of(scores.shape[1]).threshold(scores)
+    def _removed(self, columns: int) -> int:
+        return columns - min(self.width(columns), columns)

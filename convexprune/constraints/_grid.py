@@ -9,6 +9,7 @@ from torch import Tensor
 from convexprune.errors import PatternError
 
 GROUPS = (32, 64, 128)
+ROW = -1  # in place of a group: one scale for each output channel
 CLIPS = 16  # candidates for each scale
 PROBE = 8  # weights of a group that are looked at first: most scales do not fit them
 NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, over the group's largest weight
@@ -16,7 +17,7 @@ NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, o
 
 @dataclass(frozen=True)
 class Grid:
-    """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns of a row.
+    """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns or for a row.
 
     The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1. A scale is a bfloat16 number, negative
     where the largest weight of its group is positive and takes the code -2^(bits - 1), which has no opposite. That is
@@ -24,7 +25,7 @@ class Grid:
 
     Args:
         bits: of a code, 3 to 8.
-        group: columns that share a scale: 32, 64 or 128.
+        group: columns that share a scale: 32, 64 or 128; -1 for all of a row, which is an output channel.
 
     Raises:
         PatternError: another number of bits or columns.
@@ -34,9 +35,11 @@ class Grid:
     group: int = 64
 
     def __post_init__(self) -> None:
-        if self.bits not in range(3, 9) or self.group not in GROUPS:
+        if self.bits not in range(3, 9) or self.group not in (*GROUPS, ROW):
             sizes = ", ".join(map(str, GROUPS))
-            raise PatternError(f"int{self.bits} in groups of {self.group}: bits are 3 to 8, groups {sizes} columns.")
+            raise PatternError(
+                f"int{self.bits} in groups of {self.group}: bits are 3 to 8, groups {sizes} columns, or -1 for a row."
+            )
 
     @property
     def lowest(self) -> int:
@@ -48,6 +51,10 @@ class Grid:
         """The largest code, 2^(bits - 1) - 1."""
         return -self.lowest - 1
 
+    def width(self, columns: int) -> int:
+        """How many of the `columns` of a weight share a scale."""
+        return columns if self.group == ROW else self.group
+
     def check(self, columns: int) -> None:
         """Refuse a weight whose rows are no whole number of groups.
 
@@ -57,9 +64,9 @@ class Grid:
         Raises:
             PatternError: they are not.
         """
-        if columns % self.group:
+        if columns % self.width(columns):
             fits = [str(size) for size in GROUPS if columns % size == 0]
-            ways = f"Take group_size {' or '.join(fits)}" if fits else "Leave the operator out (ignore)"
+            ways = f"Take group_size {' or '.join([*fits, '-1'])} (-1: one scale for a row)"
             raise PatternError(f"{columns} columns are no whole number of groups of {self.group}. {ways}.")
 
     def codes(self, weight: Tensor, scales: Tensor) -> Tensor:
@@ -72,7 +79,7 @@ class Grid:
         Returns:
             [m n], in the dtype of `weight`.
         """
-        return (weight / self.spread(scales)).round_().clamp_(self.lowest, self.highest)
+        return (weight / spread(scales, weight.shape[1])).round_().clamp_(self.lowest, self.highest)
 
     def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
         """What codes stand for; no zero is negative.
@@ -84,11 +91,7 @@ class Grid:
         Returns:
             V [m n].
         """
-        return (codes * self.spread(scales)).masked_fill_(codes == 0, 0)
-
-    def spread(self, scales: Tensor) -> Tensor:
-        """The scale of each entry [m n] from `scales` [m n/group]."""
-        return scales.repeat_interleave(self.group, dim=1)
+        return (codes * spread(scales, codes.shape[1])).masked_fill_(codes == 0, 0)
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         """The scales of least squared error, of some candidates, when each entry is rounded to its nearest code.
@@ -100,10 +103,11 @@ class Grid:
         Returns:
             [m n/group], not zero, rounded to bfloat16.
         """
-        groups = weight.unflatten(1, (-1, self.group))
+        width = self.width(weight.shape[1])
+        groups = weight.unflatten(1, (-1, width))
         weights = (groups != 0).to(weight)
         if metric is not None:
-            weights *= metric.view(1, -1, self.group)
+            weights *= metric.view(1, -1, width)
         largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
         best = torch.ones_like(largest)
         least = torch.full_like(largest, torch.inf)
@@ -127,7 +131,7 @@ class Grid:
             Scales [... n/group] in float32, codes [... n] in int8, and which groups are on the grid [... n/group]; of
             others the scale and the codes mean nothing.
         """
-        groups = weight.reshape(-1, self.group)
+        groups = weight.reshape(-1, self.width(weight.shape[-1]))
         largest = groups.float().abs().amax(1)
         scales, codes = torch.ones_like(largest), torch.zeros_like(groups, dtype=torch.int8)
         left = largest.nonzero().squeeze(1)
@@ -145,7 +149,7 @@ class Grid:
             left = left[~torch.isin(left, some)]
         on = torch.ones_like(largest, dtype=torch.bool)
         on[left] = False
-        shape = *weight.shape[:-1], weight.shape[-1] // self.group
+        shape = *weight.shape[:-1], weight.shape[-1] // groups.shape[1]
         return scales.view(shape), codes.view_as(weight), on.view(shape)
 
     def _candidates(self, largest: Tensor) -> Iterator[Tensor]:
@@ -161,7 +165,22 @@ class Grid:
         return (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
 
     def __str__(self) -> str:
-        return f"int{self.bits} in groups of {self.group}"
+        return (
+            f"int{self.bits} per output channel" if self.group == ROW else f"int{self.bits} in groups of {self.group}"
+        )
+
+
+def spread(scales: Tensor, columns: int) -> Tensor:
+    """The scale of each entry.
+
+    Args:
+        scales: [m n/group].
+        columns: n.
+
+    Returns:
+        [m n].
+    """
+    return scales.repeat_interleave(columns // scales.shape[1], dim=1)
 
 
 def _on_grid(weights: Tensor, scales: Tensor) -> Tensor:

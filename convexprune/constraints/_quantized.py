@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints._base import Budget, Constraint
-from convexprune.constraints._grid import Grid
+from convexprune.constraints._grid import ROW, Grid
 from convexprune.errors import PatternError
 
 
@@ -51,8 +51,8 @@ class Quantized(Constraint):
         Raises:
             PatternError: there is no such grid.
         """
-        match = re.fullmatch(r"(.+), int(\d+) in groups of (\d+)", text)
-        return None if match is None else (match[1], Grid(int(match[2]), int(match[3])))
+        match = re.fullmatch(r"(.+), int(\d+) (?:in groups of (\d+)|per output channel)", text)
+        return None if match is None else (match[1], Grid(int(match[2]), int(match[3] or ROW)))
 
     @property
     def grid(self) -> Grid:
@@ -90,8 +90,8 @@ class Quantized(Constraint):
         return self.values.weight(self.values.codes(kept, scales), scales)
 
     def violation(self, weight: Tensor) -> int:
-        off = ~self.values.find(weight)[2]
-        return self.support.violation(weight) + self.values.group * int(off.sum())
+        on = self.values.find(weight)[2]
+        return self.support.violation(weight) + weight.numel() // on.numel() * int((~on).sum())
 
     def budget(self, shape: Sequence[int]) -> Budget | None:
         return self.support.budget(shape)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from convexprune.errors import PruningError
+
 WIDE = 1024
 """Rows from which torch, on a CPU, spends most of a factorisation in copying the triangle column by column."""
 BLOCK = 256
@@ -50,3 +52,21 @@ def cholesky(gram: Tensor) -> Tensor | None:
             rows = slice(start, start + BLOCK)
             upper[rows, start:].addmm_(upper[block, rows].mT, upper[block, start:], alpha=-1)
     return upper.mT
+
+
+def definite_factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that has to be positive definite.
+
+    Args:
+        gram: H [n n].
+
+    Returns:
+        See `cholesky`.
+
+    Raises:
+        PruningError: it is not.
+    """
+    factor = cholesky(gram)
+    if factor is None:
+        raise PruningError("The Gram matrix is not positive definite: raise the damping, or calibrate on more tokens.")
+    return factor

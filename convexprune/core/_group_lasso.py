@@ -7,8 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from convexprune.core._arrays import as_tensor
-from convexprune.core._penalty import AbstractPenalty, require_step
+from convexprune.core._penalty import AbstractPenalty, checked_strength, require_step
 from convexprune.errors import ProblemError
 
 
@@ -34,16 +33,11 @@ class GroupLasso(AbstractPenalty):
     checked: InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
-        if not checked:
-            return
-        if not isinstance(self.strength, Tensor | float | int):
-            object.__setattr__(self, "strength", as_tensor("strength", self.strength))
-        strength = torch.as_tensor(self.strength, dtype=torch.float64)
-        least, largest = strength.aminmax()  # NaN if there is one
-        if strength.ndim > 1 or not (least >= 0 and largest < inf):
-            raise ProblemError(
-                "The strengths of a group LASSO penalty are one for each column, [n], not negative and finite."
-            )
+        if checked:
+            wrong = "The strengths of a group LASSO penalty are one for each column, [n], not negative and finite."
+            object.__setattr__(self, "strength", checked_strength(self.strength, wrong))
+            if isinstance(self.strength, Tensor) and self.strength.ndim > 1:
+                raise ProblemError(wrong)
 
     def values(self, weight: Tensor) -> Tensor:
         norms = _norms(weight)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
-from convexprune.core._arrays import as_tensor
+from convexprune.core._arrays import Array, as_tensor
 from convexprune.errors import ProblemError
 
 
@@ -118,6 +118,27 @@ class AbstractPenalty(ABC):
                 )
 
 
+def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
+    """The strength of a penalty, if it is not negative and finite.
+
+    Args:
+        strength: a number, or many.
+        wrong: what the error says.
+
+    Returns:
+        It; a tensor in place of another array.
+
+    Raises:
+        ProblemError: it is negative or not finite.
+    """
+    if not isinstance(strength, Tensor | float | int):
+        strength = as_tensor("strength", strength)
+    least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
+    if not (least >= 0 and largest < inf):
+        raise ProblemError(wrong)
+    return strength
+
+
 def require_step(step: float) -> None:
     """Refuse a negative step: no prox has one.
 
@@ -153,13 +174,9 @@ class L1(AbstractPenalty):
     checked: InitVar[bool] = True
 
     def __post_init__(self, checked: bool) -> None:
-        if not checked:
-            return
-        if not isinstance(self.strength, Tensor | float | int):
-            object.__setattr__(self, "strength", as_tensor("strength", self.strength))
-        least, largest = torch.as_tensor(self.strength, dtype=torch.float64).aminmax()  # NaN if there is one
-        if not (least >= 0 and largest < inf):
-            raise ProblemError("A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf).")
+        if checked:
+            wrong = "A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf)."
+            object.__setattr__(self, "strength", checked_strength(self.strength, wrong))
 
     def values(self, weight: Tensor) -> Tensor:
         return (weight.abs() * self.strength).sum(1)

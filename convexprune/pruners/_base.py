@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -206,23 +206,6 @@ def dead_inputs_first(prune: Prune) -> Prune:
     return cast(Prune, pruned)
 
 
-def require_columns(pruner: "AbstractPruner", pattern: Constraint) -> None:
-    """Refuse, before any work, what is no choice of whole columns.
-
-    Args:
-        pruner: that can do nothing else.
-        pattern: the pattern.
-
-    Raises:
-        PatternError: the pattern is none.
-    """
-    if not pattern.by_column:
-        raise PatternError(
-            f"{type(pruner).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take pattern "
-            "'channels' or 'columns', or another method."
-        )
-
-
 class AbstractPruner(ABC):
     """Settings of a pruner, a dataclass.
 
@@ -230,10 +213,13 @@ class AbstractPruner(ABC):
         RecipeError: a setting is not of its type, or out of range.
     """
 
+    columns_only: ClassVar[bool] = False
+    """Whether it can do nothing but remove whole columns."""
+
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def require(self, pattern: Constraint) -> None:  # noqa: B027  (most take any)
+    def require(self, pattern: Constraint) -> None:
         """Refuse, before any work, a pattern that the method cannot take.
 
         Args:
@@ -242,6 +228,11 @@ class AbstractPruner(ABC):
         Raises:
             PatternError: it is one.
         """
+        if self.columns_only and not pattern.by_column:
+            raise PatternError(
+                f"{type(self).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take "
+                "pattern 'channels' or 'columns', or another method."
+            )
 
     @abstractmethod
     def prune(self, problem: LayerProblem) -> LayerEdit:

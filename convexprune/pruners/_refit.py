@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.core._factor import cholesky
 from convexprune.core._penalty import Support
 from convexprune.core._problem import Problem
@@ -38,6 +39,14 @@ class Refitted(AbstractPruner):
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)
         require_penalty(self.refit, Support)
+
+    def require(self, pattern: Constraint) -> None:
+        """See `AbstractPruner.require`: what its pruner takes.
+
+        Raises:
+            ConvexpruneError: see there.
+        """
+        self.pruner.require(pattern)
 
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Grid
-from convexprune.constraints._grid import rounded_scale
+from convexprune.constraints._grid import rounded_scale, spread
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import Count, NotNegative, Whole
 from convexprune.pruners import LayerEdit, LayerProblem
@@ -71,7 +71,7 @@ class Descent(AbstractQuantizer):
         Columns are rows of what is transposed, so that they lie together in memory.
         """
         gram, grid = quadratic.gram, found.grid
-        codes, scales = found.codes.T.contiguous(), grid.spread(found.scales).T.contiguous()
+        codes, scales = found.codes.T.contiguous(), spread(found.scales, len(gram)).T.contiguous()
         pulls, kept = scales * gram.diagonal()[:, None], mask.T.contiguous()
         for _ in range(self.sweeps):
             for first in range(0, len(gram), BLOCK):
@@ -111,7 +111,8 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Tensor:
     Returns:
         [m n/group].
     """
-    group, count = found.grid.group, found.scales.shape[1]
+    count = found.scales.shape[1]
+    group = len(gram) // count
     parts = []
     for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // count**2)):
         codes = found.codes[rows].unflatten(1, (count, group))

@@ -46,7 +46,7 @@ class GPTQ(AbstractQuantizer):
 
 def _searched(grid: Grid, weight: Tensor) -> Tensor:
     """The authors' scales [m n/group] of a weight [m n]."""
-    groups = weight.unflatten(1, (-1, grid.group))
+    groups = weight.unflatten(1, (-1, grid.width(weight.shape[1])))
     whole = groups.abs().amax(2, keepdim=True) / (grid.highest + 0.5)
     best, least = torch.ones_like(whole), torch.full_like(whole, torch.inf)
     for percent in range(100, 20, -1):

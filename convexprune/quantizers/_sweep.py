@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from convexprune.core._factor import cholesky
-from convexprune.errors import PruningError
+from convexprune.constraints._grid import spread
+from convexprune.core._factor import definite_factor
 from convexprune.quantizers._base import OnGrid
 
 BLOCK = 128  # columns between two products
@@ -24,7 +24,7 @@ def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
     Raises:
         PruningError: H is not positive definite.
     """
-    return anchor + torch.cholesky_solve(cross.T, _factor(gram)).T
+    return anchor + torch.cholesky_solve(cross.T, definite_factor(gram)).T
 
 
 def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
@@ -48,11 +48,11 @@ def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
     """
     order = gram.diagonal().argsort(descending=True)
     # Columns are rows of what is transposed, so that they lie together in memory.
-    scales, kept = grid.grid.spread(grid.scales).T[order], mask.T[order]
+    scales, kept = spread(grid.scales, weight.shape[1]).T[order], mask.T[order]
     left = weight.T[order]
     codes = torch.empty_like(left)
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = _factor(gram[order][:, order].flip(0, 1))
+    factor = definite_factor(gram[order][:, order].flip(0, 1))
     upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
     low, high = grid.grid.lowest, grid.grid.highest
     for first in range(0, len(gram), BLOCK):
@@ -67,10 +67,3 @@ def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
             codes[first + j] = code
         left[last:] -= upper[first:last, last:].T @ errors
     return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
-
-
-def _factor(gram: Tensor) -> Tensor:
-    factor = cholesky(gram)
-    if factor is None:
-        raise PruningError("The damped Gram matrix is not positive definite: raise the damping, or calibrate on more.")
-    return factor

@@ -25,6 +25,7 @@ from convexprune.constraints import (
     Unstructured,
     parse_pattern,
 )
+from convexprune.constraints._grid import ROW
 from convexprune.errors import PatternError
 
 shares = st.floats(0, 1, exclude_max=True)
@@ -35,7 +36,7 @@ plain = st.one_of(
     st.builds(Columns, shares),
     st.builds(Channels, shares, st.integers(1, 512)),
 )
-grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, 128)))
+grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, 128, ROW)))
 singles = plain | st.builds(Quantized, plain.filter(lambda c: not c.narrows), grids)
 stacks = st.lists(st.tuples(singles, st.integers(1, 4096)), min_size=1, max_size=4).map(
     lambda parts: Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
@@ -48,6 +49,7 @@ SMALL: dict[str, Constraint] = {
     "columns": Columns(0.5),
     "channels": Channels(0.5, 2),
     "int4": Quantized(Unstructured(0.5), Grid(4, 32)),
+    "int8 per output channel": Quantized(Unstructured(0.0), Grid(8, ROW)),
     "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),
 }
 

@@ -8,19 +8,21 @@ from strategies import random, seeds
 from torch import Tensor
 
 from convexprune.constraints import Grid, Quantized, Unstructured
-from convexprune.constraints._grid import rounded_scale
+from convexprune.constraints._grid import ROW, rounded_scale, spread
 from convexprune.errors import PatternError
 
-grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64)))
+grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, ROW)))
 dtypes = st.sampled_from((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 
 
 def on_grid(grid: Grid, seed: int, rows: int = 3, groups: int = 2) -> tuple[Tensor, Tensor]:
     """Scales and codes at random; some groups are all zero."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(grid.lowest, grid.highest + 1, (rows, groups * grid.group), generator=generator)
+    width = 48 if grid.group == ROW else grid.group
+    groups = 1 if grid.group == ROW else groups
+    codes = torch.randint(grid.lowest, grid.highest + 1, (rows, groups * width), generator=generator)
     codes *= torch.rand(codes.shape, generator=generator) < 0.7
-    codes[0, : grid.group] = 0
+    codes[0, :width] = 0
     signs = torch.randint(0, 2, (rows, groups), generator=generator) * 2 - 1
     scales = rounded_scale(torch.randn(rows, groups, generator=generator).exp() * 0.02 * signs)
     return scales, codes.float()
@@ -29,10 +31,10 @@ def on_grid(grid: Grid, seed: int, rows: int = 3, groups: int = 2) -> tuple[Tens
 @given(grids, dtypes, seeds)
 def test_a_stored_weight_tells_its_scales_and_codes(grid: Grid, dtype: torch.dtype, seed: int):
     scales, codes = on_grid(grid, seed)
-    stored = (codes * grid.spread(scales)).to(dtype)
+    stored = (codes * spread(scales, codes.shape[1])).to(dtype)
     found_scales, found_codes, on = grid.find(stored)
     assert bool(on.all())
-    assert torch.equal((found_codes.float() * grid.spread(found_scales)).to(dtype), stored)
+    assert torch.equal(grid.weight(found_codes.float(), found_scales).to(dtype), stored)
     assert grid.lowest <= int(found_codes.min()) and int(found_codes.max()) <= grid.highest
 
 
@@ -42,7 +44,7 @@ def test_a_weight_that_is_off_is_seen(dtype: torch.dtype, bits: int, seed: int):
     scales, codes = on_grid(grid, seed)
     codes[1, 0] = grid.lowest  # so that the group cannot be on a coarser grid
     codes[1, 1] = grid.highest
-    stored = (codes * grid.spread(scales)).to(dtype)
+    stored = (codes * spread(scales, codes.shape[1])).to(dtype)
     stored[1, 5] += 0.4 * scales[1, 0].to(dtype)
     assert (~grid.find(stored)[2]).nonzero().tolist() == [[1, 0]]
     assert Quantized(Unstructured(0.0), grid).violation(stored) == 32
@@ -58,7 +60,8 @@ def slow_error(grid: Grid, row: Tensor, scale: float, metric: Tensor) -> float:
 
 @given(grids, seeds)
 def test_no_candidate_has_a_lower_error_than_the_scale_that_fits(grid: Grid, seed: int):
-    weight, metric = random(seed, 2, grid.group), random(seed + 1, grid.group).square()
+    width = grid.width(48)
+    weight, metric = random(seed, 2, width), random(seed + 1, width).square()
     weight[0, ::3] = 0
     scales = grid.fit(weight, metric)
     for row, (scale,) in zip(weight, scales.tolist(), strict=True):
@@ -76,12 +79,12 @@ def test_a_group_of_zeros_has_a_scale_and_no_code():
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 64), (9, 64), (4, 48)])
 def test_other_grids_are_refused(bits: int, group: int):
-    with pytest.raises(PatternError, match="bits are 3 to 8, groups 32, 64, 128 columns"):
+    with pytest.raises(PatternError, match="bits are 3 to 8, groups 32, 64, 128 columns, or -1 for a row"):
         Grid(bits, group)
 
 
 def test_rows_that_are_no_whole_number_of_groups_are_refused():
     pattern = Quantized(Unstructured(0.5), Grid(4, 64))
-    for columns, way in ((96, "Take group_size 32"), (100, "Leave the operator out")):
+    for columns, way in ((96, "Take group_size 32 or -1"), (100, "Take group_size -1")):
         with pytest.raises(PatternError, match=f"{columns} columns are no whole number of groups of 64. {way}"):
             pattern.check(8, columns)

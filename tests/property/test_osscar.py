@@ -9,7 +9,7 @@ from torch import Tensor
 from convexprune.constraints import Columns, SemiStructured, Stacked, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.errors import PatternError, PruningError
-from convexprune.pruners import OSSCAR, LayerProblem, Wanda, WandaSP
+from convexprune.pruners import OSSCAR, LayerProblem, Refitted, Wanda, WandaSP
 from convexprune.pruners._baselines.osscar import backward, best, exchange, explained
 
 
@@ -99,3 +99,9 @@ def test_what_it_cannot_do_is_refused():
             WandaSP().require(pattern)
     with pytest.raises(PruningError, match="raise the damping"):
         OSSCAR(damping=0.0).prune(layer_problem(correlated(0, tokens=6), Columns(0.5)))
+
+
+def test_a_refit_takes_what_its_pruner_takes():
+    Refitted(OSSCAR()).require(Columns(0.5))
+    with pytest.raises(PatternError, match="OSSCAR removes whole columns"):
+        Refitted(OSSCAR()).require(Unstructured(0.5))

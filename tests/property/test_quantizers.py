@@ -11,6 +11,7 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
+from convexprune.constraints._grid import ROW, spread
 from convexprune.core._damping import Damping
 from convexprune.pruners import LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
@@ -35,9 +36,11 @@ def pruned(problem: LayerProblem) -> LayerEdit:
     return Wanda().prune(problem) if problem.pattern.zeros(*problem.weight.shape) else dense(problem)
 
 
-@given(st.sampled_from(sorted(QUANTIZERS)), supports, st.integers(3, 8), seeds)
-def test_the_answer_is_on_the_grid_and_zeros_stay_zero(name: str, support: Constraint, bits: int, seed: int):
-    problem = posed(seed, support, Grid(bits, 32))
+@given(st.sampled_from(sorted(QUANTIZERS)), supports, st.integers(3, 8), st.sampled_from((32, ROW)), seeds)
+def test_the_answer_is_on_the_grid_and_zeros_stay_zero(
+    name: str, support: Constraint, bits: int, group: int, seed: int
+):
+    problem = posed(seed, support, Grid(bits, group))
     before = pruned(problem)
     edit = QUANTIZERS[name]().quantize(problem, before)
     for dtype in (torch.float32, torch.bfloat16):
@@ -63,7 +66,7 @@ def test_no_other_code_of_one_entry_is_better_at_the_end_of_a_descent(seed: int)
     before = replace(pruned(problem), damping=Damping(0.01))
     quadratic = damped(problem, Damping(0.01)).double
     found = Descent(sweeps=20, rounds=0).on_grid(problem, before, GRID)
-    residual, scales = quadratic.residual(found.weight.double()), GRID.spread(found.scales).double()
+    residual, scales = quadratic.residual(found.weight.double()), spread(found.scales, 64).double()
     for step in (-1.0, 1.0):
         code = found.codes + step
         allowed = before.mask & (code >= GRID.lowest) & (code <= GRID.highest)

@@ -56,6 +56,16 @@ def test_transformers_loads_the_weights_of_the_run(run: Path, tmp_path: Path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+def test_one_scale_for_a_row_is_their_strategy_channel(build, tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    grid: dict[str, Any] = {"sparsity": 0, "quantize": "int8", "group_size": -1}
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS | grid)
+    convexprune.export(tmp_path / "run", tmp_path / "out")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / each) for each in ("run", "out"))
+    tokens = torch.arange(1, 30)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
 def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
     convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS)

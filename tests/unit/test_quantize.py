@@ -24,11 +24,26 @@ def test_what_is_kept_is_on_a_grid(tiny_llama: HuggingFaceModel, sparsity: float
         assert max(len(group.unique()) for row in weight for group in row.split(32)) <= 16
 
 
+def test_int8_per_output_channel_is_rounding_to_nearest(tiny_llama: HuggingFaceModel):
+    before = state(tiny_llama)
+    settings: dict[str, Any] = {"sparsity": 0, "quantize": "int8", "group_size": -1, "quantizer": "rtn"}
+    report = convexprune.prune(tiny_llama.model, **settings, **SMALL).report
+    for o in report.operators:
+        weight, dense = state(tiny_llama)[f"{o.name}.weight"], before[f"{o.name}.weight"]
+        largest = dense.abs().amax(1, keepdim=True)
+        assert o.pattern == "unstructured 0% per matrix, int8 per output channel" and o.expected_zeros == 0
+        assert all(len(row.unique()) <= 256 for row in weight)
+        assert bool(((weight - dense).abs() <= 1.06 * largest / 128).all()) and 0 < o.relative_error < 1e-3
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"quantize": "int2"}, "quantize='int2': Input should be 'int8', 'int6', 'int5', 'int4' or 'int3'"),
-        ({"quantize": "int4", "group_size": 48}, "int4 in groups of 48: bits are 3 to 8, groups 32, 64, 128"),
+        (
+            {"quantize": "int4", "group_size": 48},
+            "int4 in groups of 48: bits are 3 to 8, groups 32, 64, 128 columns, or -1",
+        ),
         ({"quantize": "int4", "pattern": "channels"}, "prune twice, the smaller model last"),
         ({"pattern": "int8"}, "Unknown pattern 'int8'.*quantize='int4' puts what is kept on a grid"),
         ({"quantizer": "awq"}, "quantizer='awq': Input should be 'descent', 'gptq' or 'rtn'"),

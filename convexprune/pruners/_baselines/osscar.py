@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Constraint
-from convexprune.core._factor import cholesky
+from convexprune.core._factor import definite_factor
 from convexprune.core._setting_types import NotNegative
-from convexprune.errors import PruningError
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first, require_columns
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding
 
@@ -35,16 +33,10 @@ class OSSCAR(AbstractPruner):
         exchanged: the share of the removed columns that the first round exchanges; 0 is Optimal Brain Surgeon alone.
     """
 
+    columns_only = True
+
     damping: NotNegative = 0.01
     exchanged: NotNegative = 0.1
-
-    def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`.
-
-        Raises:
-            PatternError: the pattern is no choice of whole columns.
-        """
-        require_columns(self, pattern)
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
@@ -91,7 +83,7 @@ def backward(gram: Tensor, target: Tensor, count: int) -> Tensor:
     Raises:
         PruningError: H is not positive definite.
     """
-    inverse = torch.cholesky_inverse(_factor(gram))
+    inverse = torch.cholesky_inverse(definite_factor(gram))
     weight = target @ inverse
     kept = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     for _ in range(count):
@@ -118,11 +110,11 @@ def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int) -> Tensor:
     """
     weight = best(gram, target, kept)
     on = kept.nonzero().flatten()
-    inverse = torch.cholesky_inverse(_factor(gram[on][:, on]))
+    inverse = torch.cholesky_inverse(definite_factor(gram[on][:, on]))
     costs = weight[:, on].square().sum(0) / inverse.diagonal()
     left = kept.clone()
     left[on[costs.topk(size, largest=False).indices]] = False
-    residual, factor = target - best(gram, target, left) @ gram, _factor(gram[left][:, left])
+    residual, factor = target - best(gram, target, left) @ gram, definite_factor(gram[left][:, left])
     solved = torch.linalg.solve_triangular(factor, gram[left], upper=False)
     gains = residual.square().sum(0) / (gram.diagonal() - solved.square().sum(0)).clamp_min(1e-12 * gram.diagonal())
     left[gains.masked_fill(left, -torch.inf).topk(size).indices] = True
@@ -141,7 +133,7 @@ def best(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
         V [m n], zero elsewhere.
     """
     weight = torch.zeros_like(target)
-    weight[:, kept] = torch.cholesky_solve(target[:, kept].T, _factor(gram[kept][:, kept])).T
+    weight[:, kept] = torch.cholesky_solve(target[:, kept].T, definite_factor(gram[kept][:, kept])).T
     return weight
 
 
@@ -157,10 +149,3 @@ def explained(gram: Tensor, target: Tensor, kept: Tensor) -> float:
         The number.
     """
     return float((best(gram, target, kept) * target).sum()) / 2
-
-
-def _factor(gram: Tensor) -> Tensor:
-    factor = cholesky(gram)
-    if factor is None:
-        raise PruningError("The Gram matrix is not positive definite: raise the damping, or calibrate on more tokens.")
-    return factor

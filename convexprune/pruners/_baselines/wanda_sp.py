@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from convexprune.constraints import Constraint
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first, require_columns
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 
 @dataclass(frozen=True)
@@ -16,13 +15,7 @@ class WandaSP(AbstractPruner):
     own score is the square of that, with the variance of x_j in place of its mean square.
     """
 
-    def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`.
-
-        Raises:
-            PatternError: the pattern is no choice of whole columns.
-        """
-        require_columns(self, pattern)
+    columns_only = True
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
