@@ -1,32 +1,23 @@
 """Channels removed for good: those whose number a setting of the model says, the same in all layers."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from convexprune._storage.tensors import Entry
 from convexprune.constraints import Columns, Constraint
 from convexprune.errors import ModelError
 
-from .._checkpoints.building import parameters_on_meta
-from .._checkpoints.model_folder import CONFIG
 from .._huggingface import HuggingFaceModel
 from .channels import Channels
+from .configuration import Place, Shapes, built, candidates, set_at, settings_of, shapes_of
 from .cut import Cut, CutEntry
 from .inner_channels import inner_channels
-
-UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size
-
-Path = tuple[str, ...]
-"""Where a setting is in the configuration: the names of those it is inside of, and its own."""
-Shapes = dict[str, tuple[int, ...]]
-"""Those of parameters, by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +31,7 @@ class Narrowing:
     """
 
     sets: tuple[Channels, ...]
-    widths: Mapping[Path, tuple[int, int]]
+    widths: Mapping[Place, tuple[int, int]]
     settings: Mapping[str, Any]
 
     @property
@@ -96,7 +87,7 @@ class Narrowing:
         """The `settings` of the model, with the new widths."""
         changed = deepcopy(dict(settings))
         for path, (_, after) in self.widths.items():
-            _set(changed, path, after)
+            set_at(changed, path, after)
         return changed
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
@@ -110,7 +101,7 @@ class Narrowing:
             ModelError: a model of them has other shapes.
         """
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-        if _shapes(model.model, settings) != _expected(shapes, self.sets, self.widths):
+        if shapes_of(model.model, settings) != _expected(shapes, self.sets, self.widths):
             raise ModelError(f"{model.name}: config.json is not that of the model without its channels.")
 
     def _removed(self, size: int) -> int:
@@ -137,7 +128,7 @@ class Narrowed:
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
         """The smaller model, with the weights of a `model` that is whole in memory."""
         inner, cuts = model.model, self.cuts
-        narrower = _built(inner, self.narrowing.configured(inner.config.to_dict()))
+        narrower = built(inner, self.narrowing.configured(inner.config.to_dict()))
         state = {name: cuts[name].of(t) if name in cuts else t for name, t in inner.state_dict().items()}
         narrower.load_state_dict(state, assign=True)
         narrower.tie_weights()
@@ -206,12 +197,12 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:
         raise ModelError(f"{model.name}: no channels between two operators are to be found that could be removed.")
-    settings = _settings(model)
+    settings = settings_of(model)
     shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-    widths, sets = dict[Path, tuple[int, int]](), list[Channels]()
+    widths, sets = dict[Place, tuple[int, int]](), list[Channels]()
     for size in dict.fromkeys(one.size for one in whole):
         pattern.check(1, size)
-        for path in _candidates(model.model.config, size):
+        for path in candidates(model.model.config, size):
             pair = size, pattern.width(size)
             found = _said_by(model.model, settings, {path: pair}, [one for one in whole if one.size == size], shapes)
             if found:
@@ -232,12 +223,12 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
 def _said_by(
     model: PreTrainedModel,
     settings: Mapping[str, Any],
-    widths: Mapping[Path, tuple[int, int]],
+    widths: Mapping[Place, tuple[int, int]],
     sets: Sequence[Channels],
     shapes: Shapes,
 ) -> list[Channels]:
     """Those of the sets whose size these settings say; none if they say something else, or something more."""
-    built = _shapes(model, Narrowing((), widths, settings).configured(settings))
+    built = shapes_of(model, Narrowing((), widths, settings).configured(settings))
     changed = {name for name, shape in built.items() if shape != shapes.get(name)}
     found = [one for one in sets if one.consumers[0].parameter in changed]
     try:
@@ -246,7 +237,7 @@ def _said_by(
         return []
 
 
-def _expected(shapes: Shapes, sets: Sequence[Channels], widths: Mapping[Path, tuple[int, int]]) -> Shapes:
+def _expected(shapes: Shapes, sets: Sequence[Channels], widths: Mapping[Place, tuple[int, int]]) -> Shapes:
     """The shapes of parameters without as many channels as the settings say."""
     counts = {before: before - after for before, after in widths.values()}
     cuts = _cuts(sets, {one.name: range(counts[one.size]) for one in sets})
@@ -267,41 +258,3 @@ def _cuts(sets: Iterable[Channels], removed: Mapping[str, Iterable[int]]) -> dic
             raise ModelError(f"{name}: channels are rows and columns of it.")
         found[name] = Cut(dim, {index: tuple(numbers) for (_, index), numbers in each.items()}, name in readers)
     return found
-
-
-def _settings(model: HuggingFaceModel) -> dict[str, Any]:
-    if model.shards is None:
-        return model.model.config.to_dict()
-    return json.loads((model.shards.folder / CONFIG).read_bytes())
-
-
-def _candidates(config: PretrainedConfig, size: int) -> Iterator[Path]:
-    """Settings that may say a size: those that have its value, and then those that are left to the model."""
-    text = config.get_text_config()
-    inside = () if text is config else tuple(name for name, value in vars(config).items() if value is text)[:1]
-    values = text.to_dict()
-    yield from ((*inside, name) for name, value in values.items() if type(value) is int and value == size)
-    yield from (
-        (*inside, name) for name, value in values.items() if value is None and any(part in name for part in UNSET)
-    )
-
-
-def _set(settings: dict[str, Any], path: Path, value: int) -> None:
-    *inside, name = path
-    for each in inside:
-        settings = settings.setdefault(each, {})
-    settings[name] = value
-
-
-def _built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of the same class with other settings, its parameters without memory."""
-    with parameters_on_meta():
-        return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
-
-
-def _shapes(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
-    """Those of the parameters of a model with other settings; none if there is no such model."""
-    try:
-        return {name: tuple(p.shape) for name, p in _built(model, settings).named_parameters()}
-    except (ValueError, RuntimeError, TypeError, AssertionError):  # whatever a family says of a size it cannot have
-        return {}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_pack import normal
+from test_packed_file import normal
 
 from convexprune._container.codes import decode_codes
 from convexprune._container.file import pack_file, unpack_file

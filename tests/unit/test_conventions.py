@@ -163,55 +163,84 @@ def the_first_ten() -> None:
     assert sum(line.startswith("│ --") and "--help" not in line for line in first.splitlines()) == 10
 
 
-ROWS: dict[str, Callable[[], None] | str] = {  # a check, or where it is checked, or "absent"
+HERE: dict[str, Callable[[], None]] = {
     "wanda line pasted after `convexprune prune`": a_wanda_line,
     "`--model X` beside the positional argument": model_as_an_option,
     "`--prune_method`, `--sparsity_ratio`, `--sparsity_type`, `--save`, `--save_model`": names_of_wanda,
     "`--nsamples`, `--seqlen`, `--seed`": short_names_in_python,
     "llm-compressor's names": names_of_llm_compressor,
     "the same on the CLI": underscores,
-    "`oneshot(model, recipe=[Modifier...])`": "docs/coming-from.md translates it; test_llmcompressor.py",
     "recipe.yaml fed back, CLI": a_recipe,
-    "recipe.yaml fed back, Python": "test_schema.py: a recipe prunes as it did",
     "per-operator rules": rules,
     "several sparsities in one run": several_sparsities,
-    "lm_eval on the pruned folder": "plain transformers load it: test_prune.py",
     "zero-shot evaluation by the project": evaluation,
-    "perplexity on WikiText-2, C4, PTB by name in `eval`": "test_evaluate.py",
     "shell completion": completion,
     "`python -m convexprune`": the_module,
     "`--version`, `convexprune.__version__`": the_version,
     "`-h`, `-o`, `-s`": short_options,
     "`--dry-run`": a_dry_run,
-    "`--quiet`": "test_quiet_prints_the_result_and_nothing_else",
-    "`--json`": "test_json_is_one_object_on_stdout",
-    "`--overwrite`": "test_overwriting.py",
-    "hub: push_to_hub": "test_publishing.py",
-    "model card in the output": "test_card.py",
-    "sparsity marked in config.json": "test_card.py",
-    "load by plain transformers": "test_prune.py",
-    "continue training, zeros kept": "test_training.py",
-    "HTML report or plots of one run": "test_page.py",
-    "docs site, API reference": "absent",
-    "PyPI": "absent: a release",
     "torch objects: `dtype=torch.bfloat16`, `device=torch.device('cpu')`": torchs_objects,
-    "DataLoader of dicts / tuples, HF tokenised rows": "test_given.py",
-    "`datasets.Dataset`, generators, NumPy, nested lists": "test_given.py",
-    "GGUF in": "tests/families/test_checkpoint.py",
-    "GGUF / compressed-tensors / 2:4 kernels out": "absent",
-    "Ctrl-C, exit codes": "test_trials.py",
-    "scikit-learn / CVXPY manners in the mathematics": "tests/property/test_problems.py",
     "closed lists are choices": closed_lists,
     "the ten options that people need come first": the_first_ten,
 }
+# fmt: off
+ELSEWHERE = {  # the file and the test
+    "`oneshot(model, recipe=[Modifier...])`":
+        "unit/test_llmcompressor.py: test_sparsegpt_as_its_page_shows_it",
+    "recipe.yaml fed back, Python":
+        "unit/test_schema.py: test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own",
+    "lm_eval on the pruned folder":
+        "unit/test_prune.py: test_the_output_is_an_ordinary_folder_that_transformers_loads",
+    "perplexity on WikiText-2, C4, PTB by name in `eval`":
+        "unit/test_evaluate.py: test_what_cannot_be_measured_is_refused",
+    "`--quiet`":
+        "unit/test_conventions.py: test_quiet_prints_the_result_and_nothing_else",
+    "`--json`":
+        "unit/test_conventions.py: test_json_is_one_object_on_stdout",
+    "`--overwrite`":
+        "unit/test_overwriting.py: test_a_run_takes_the_place_of_another",
+    "hub: push_to_hub":
+        "unit/test_publishing.py: test_the_command_uploads",
+    "model card in the output":
+        "unit/test_card.py: test_the_card_says_what_the_report_says",
+    "sparsity marked in config.json":
+        "unit/test_card.py: test_the_config_names_the_sparsity_and_is_no_quantised_models",
+    "load by plain transformers":
+        "unit/test_prune.py: test_the_output_is_an_ordinary_folder_that_transformers_loads",
+    "continue training, zeros kept":
+        "unit/test_training.py: test_zeros_stay_zero_and_the_rest_learns",
+    "HTML report or plots of one run":
+        "unit/test_page.py: test_every_result_has_a_page_that_says_what_the_report_says",
+    "GGUF in":
+        "families/test_checkpoint.py: test_a_gguf_file_is_unpacked_pruned_and_saved_as_a_folder",
+    "compressed-tensors out":
+        "unit/test_export.py: test_transformers_loads_the_weights_of_the_run",
+    "scikit-learn / CVXPY manners in the mathematics":
+        "property/test_problems.py: test_every_solver_passes_in_one_line",
+    "DataLoader of dicts / tuples, HF tokenised rows":
+        "unit/test_calibration.py: test_the_same_rows_in_any_kind_give_the_same_windows",
+    "`datasets.Dataset`, generators, NumPy, nested lists":
+        "unit/test_calibration.py: test_the_same_rows_in_any_kind_give_the_same_windows",
+    "Ctrl-C, exit codes":
+        "unit/test_packaging.py: test_an_interrupt_while_the_command_line_is_loaded_is_no_traceback",
+}
+# fmt: on
+ABSENT = ("docs site, API reference", "PyPI: a release", "GGUF out", "2:4 kernels out")
 
 
-@pytest.mark.parametrize("habit", ROWS)
+@pytest.mark.parametrize("habit", HERE)
 def test_a_habit_of_the_field_works(habit: str) -> None:
-    check = ROWS[habit]
-    if isinstance(check, str):
-        pytest.skip(check)
-    check()
+    HERE[habit]()
+
+
+@pytest.mark.parametrize("habit", ELSEWHERE)
+def test_the_test_of_another_habit_is_there(habit: str) -> None:
+    file, name = ELSEWHERE[habit].split(": ")
+    assert f"\ndef {name}(" in (Path(__file__).parents[1] / file).read_text()
+
+
+def test_all_of_them_are_listed() -> None:
+    assert len(HERE) + len(ELSEWHERE) + len(ABSENT) == 41  # 37 at first, two of ours, and what goes out is three
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"

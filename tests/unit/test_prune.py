@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convexprune
-from convexprune.adapters import EMBEDDED, HuggingFaceModel
+from convexprune.adapters import HuggingFaceModel
 from convexprune.core._penalty import L1
 from convexprune.pruners import PRUNERS, AbstractPruner, Convex, LayerEdit
 from convexprune.recipe import Recipe
@@ -288,15 +288,3 @@ def test_the_output_is_an_ordinary_folder_that_transformers_loads(tiny_llama: Hu
     report = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert report["sparsity"] == 0.5 and len(report["operators"]) == 14
     assert "lm_head" in report["left_alone"]
-
-
-def test_the_bundled_model_is_pruned_with_little_loss_on_text_that_it_samples(tmp_path: Path):
-    result = convexprune.prune(num_calibration_samples=16, evaluation="self", output_dir=tmp_path / "out", bound_rows=0)
-    dense, pruned = (result.report.perplexity[name]["value"] for name in ("dense", "pruned"))
-    assert result.report.sparsity == 0.5
-    assert dense < pruned < 1.10 * dense
-    assert result.report.largest_gap is not None and result.report.largest_gap <= 1e-4
-
-
-def test_the_embedded_default_is_the_bundled_model():
-    assert (EMBEDDED / "model.safetensors").is_file()

@@ -1,0 +1,96 @@
+"""A model's configuration with another number in it: which settings may say a size, and the shapes that come of it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .._checkpoints.building import parameters_on_meta
+from .._checkpoints.model_folder import CONFIG
+from .._huggingface import HuggingFaceModel
+
+UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size
+
+Place = tuple[str, ...]
+"""Where a setting is in the configuration: the names of those it is inside of, and its own."""
+Shapes = dict[str, tuple[int, ...]]
+"""Those of parameters, by name."""
+
+
+def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
+    """The settings of a model.
+
+    Args:
+        model: the model.
+
+    Returns:
+        They, as its config.json has them.
+    """
+    if model.shards is None:
+        return model.model.config.to_dict()
+    return json.loads((model.shards.folder / CONFIG).read_bytes())
+
+
+def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
+    """Settings that may say a size.
+
+    Args:
+        config: of a model.
+        size: the size.
+
+    Yields:
+        Those that have its value, and then those that are left to the model.
+    """
+    text = config.get_text_config()
+    inside = () if text is config else tuple(name for name, value in vars(config).items() if value is text)[:1]
+    values = text.to_dict()
+    yield from ((*inside, name) for name, value in values.items() if type(value) is int and value == size)
+    yield from (
+        (*inside, name) for name, value in values.items() if value is None and any(part in name for part in UNSET)
+    )
+
+
+def set_at(settings: dict[str, Any], place: Place, value: int) -> None:
+    """Change a setting.
+
+    Args:
+        settings: of a model, which are changed.
+        place: of the setting.
+        value: the new one.
+    """
+    *inside, name = place
+    for each in inside:
+        settings = settings.setdefault(each, {})
+    settings[name] = value
+
+
+def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """A model of the same class with other settings, its parameters without memory.
+
+    Args:
+        model: the model.
+        settings: the others.
+
+    Returns:
+        The other model.
+    """
+    with parameters_on_meta():
+        return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
+
+
+def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
+    """The shapes of the parameters of a model with other settings.
+
+    Args:
+        model: the model.
+        settings: the others.
+
+    Returns:
+        They; none if there is no such model.
+    """
+    try:
+        return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
+    except (ValueError, RuntimeError, TypeError, AssertionError):  # whatever a family says of a size it cannot have
+        return {}
