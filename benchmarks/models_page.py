@@ -18,9 +18,9 @@ have the names, shapes and types of the dense checkpoint, and at sparsity 0 its 
 called one by one against the model's own forward pass (relative, on other tokens than those that the calls were recorded with).
 
 Nothing here is described by hand: layers, operators, shared inputs, order, experts and routers are found by watching a few forward
-passes ([adapters/_discovery/discovery.py](../adapters/_discovery/discovery.py)), so an architecture that is not in this list works if its decoder layers,
+passes (`adapters/_discovery/discovery.py`), so an architecture that is not in this list works if its decoder layers,
 called one by one, are the model; if not, it is refused. A family costs no line of code in the package, one line in the list that
-`convexprune list` prints, and its configuration in [tests/tiny_families.py](../tests/tiny_families.py), whose lines are counted
+`convexprune list` prints, and its configuration in `tests/tiny_families.py`, whose lines are counted
 [below](#stages). Real models are pruned in [benchmarks.md](benchmarks.md).
 """
 

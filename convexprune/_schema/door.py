@@ -19,6 +19,8 @@ from convexprune.errors import RecipeError, unknown
 UNSET: Any = inspect.Parameter.empty
 """Of an argument that was left out: the schema, or a recipe, has its default."""
 RECIPE = {name: info for group in GROUPS for name, info in group.model_fields.items()}
+PLACE = "settings: by name:\n        {settings}"
+"""What a docstring has where its settings are to stand."""
 LISTED = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 """Of a setting that may be a text with commas."""
 Own = TypeVar("Own", bound=Settings)
@@ -133,7 +135,7 @@ def _extra(info: FieldInfo) -> dict[str, Any]:
 
 
 def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function that takes `**settings` its signature, and their words for "{settings}" in its docstring.
+    """Give a function that takes `**settings` its signature, and its docstring their words in the place of `PLACE`.
 
     Args:
         door: what the function takes.
@@ -150,7 +152,8 @@ def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
             plain = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
             parameters[name] = parameters.get(name, plain).replace(default=default)
         function.__dict__["__signature__"] = inspect.Signature(list(parameters.values()))
-        function.__doc__ = (function.__doc__ or "").replace("{settings}", _described(door, function.__doc__ or ""))
+        words = function.__doc__ or ""
+        function.__doc__ = words.replace(PLACE, _described(door, words))
         return function
 
     return decorate
