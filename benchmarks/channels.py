@@ -102,8 +102,7 @@ def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tu
     return tokens / median(seconds[0]), tokens / median(seconds[1])
 
 
-@torch.no_grad()
-def main() -> None:
+def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
@@ -116,22 +115,22 @@ def main() -> None:
     parser.add_argument("--moments", type=Path, default=Path("moments.pt"))
     parser.add_argument("--out", type=Path, default=Path("channels.jsonl"))
     parser.add_argument("--no-speed", action="store_true")
-    asked = parser.parse_args()
-    model = load(asked.model, device="cpu", dtype=torch.float32)
-    widths = [int(width) for width in asked.widths.split(",")]
-    whole = find_narrowing(model, Channels(0.5, 1))
-    whole.choose(model)
-    ((size, _),) = whole.widths.values()
-    texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
-    texts = {
-        name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
-    }
+    return parser.parse_args()
+
+
+def _moments(asked: argparse.Namespace, model: HuggingFaceModel, narrowing: Narrowing) -> dict[str, Any]:
+    """What `collected` gives, from the file if it is there."""
     if not asked.moments.exists():
         every = text_windows(asked.text, model, asked.length)
         drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]
-        torch.save(collected(model, whole, every[drawn]), asked.moments)
-    moments = torch.load(asked.moments)
-    dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
+        torch.save(collected(model, narrowing, every[drawn]), asked.moments)
+    return torch.load(asked.moments)
+
+
+def _measure(
+    asked: argparse.Namespace, model: HuggingFaceModel, texts: dict[str, Tensor]
+) -> Callable[[str, int, Callable[[], None]], None]:
+    """What prunes by a method to a width and prints a row, if the file has none of them."""
     done = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
 
     def measure(method: str, width: int, prune: Callable[[], None]) -> None:
@@ -146,8 +145,25 @@ def main() -> None:
             print(json.dumps(row), file=file)
         print(row, flush=True)
 
+    return measure
+
+
+@torch.no_grad()
+def main() -> None:
+    asked = _asked()
+    model = load(asked.model, device="cpu", dtype=torch.float32)
+    whole = find_narrowing(model, Channels(0.5, 1))
+    whole.choose(model)
+    ((size, _),) = whole.widths.values()
+    texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
+    texts = {
+        name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
+    }
+    moments = _moments(asked, model, whole)
+    dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
+    measure = _measure(asked, model, texts)
     measure("dense", size, lambda: None)
-    for width in widths:
+    for width in map(int, asked.widths.split(",")):
         for method in asked.methods.split(";"):
             measure(method, width, lambda method=method, width=width: prune(model, moments, dense, method, width))
         if not asked.no_speed:

@@ -38,7 +38,7 @@ from convexprune.adapters._allocating import allocate_each
 from convexprune.adapters._channels.narrowing import find_narrowing
 from convexprune.adapters._data.sufficiency import shortage
 from convexprune.errors import OutputError, RecipeError
-from convexprune.recipe import make_recipe
+from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
 
 from ._plots import draw, will_draw
@@ -49,6 +49,8 @@ from ._texts import text_of
 from ._variants import Variant, make_variants
 
 logger = logging.getLogger(__name__)
+Progress = Callable[[int], Callable[[str], None]]
+"""Called with the number of steps, returns what is called with a description of each step done."""
 
 
 @documented(COMPARE)
@@ -61,7 +63,7 @@ def compare(
     output: str | Path = UNSET,
     *,
     command: str = "",
-    progress: Callable[[int], Callable[[str], None]] | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compare methods on the same tokens; the result is what `compare.json` in `output` holds.
@@ -84,7 +86,6 @@ def compare(
     asked, shared = COMPARE.read(settings | lists | {"output": output})
     dataset = shared.pop("dataset", "self")
     recipe = make_recipe(**bundled_if_none(shared | {"model": model}) | {"model": ""})
-    place = {"device": default_device(recipe.device), "dtype": recipe.torch_dtype}
     variants = make_variants(
         asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
     )
@@ -93,34 +94,61 @@ def compare(
     folder = output_folder(asked.output, model)
     work = _work_folder(folder, asked.resume)
     texts = _texts(asked.eval_texts)
-    begin("loading the model")
-    loaded = load(EMBEDDED if model is None else model, **place, targets=recipe.targets, ignore=recipe.ignore)
+    loaded = _load(model, recipe)
     given_settings = _layer_settings(loaded, variants)
-    _check(loaded, given_settings.values())
+    tokens = _tokens(loaded, dataset, recipe, texts, asked)
+    card = _card(loaded, tokens, recipe) | _named(model, dataset)
+    _claim(work / "identity.json", card, variants, asked.resume)
+    comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work, progress)
+    result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
+    _write(result, folder, drawing)
+    return result
+
+
+def _load(model: str | Path | None, recipe: Recipe) -> HuggingFaceModel:
+    begin("loading the model")
+    return load(
+        EMBEDDED if model is None else model,
+        device=default_device(recipe.device),
+        dtype=recipe.torch_dtype,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+    )
+
+
+def _tokens(model: HuggingFaceModel, dataset: Any, recipe: Recipe, texts: Mapping[str, str], asked: Any) -> Tokens:
+    """What is pruned on and measured on; a warning says that it is too little to prune on."""
     some = slice(asked.eval_windows or None)
-    windows = {name: text_windows(text, loaded, asked.eval_window, name)[some] for name, text in texts.items()}
-    tokens = Tokens(*recipe_windows(dataset, loaded, recipe), windows)
-    _warn_if_short(loaded, tokens)
-    card = _card(loaded, tokens) | {
-        "model": "the bundled OPT" if model is None else Path(model).name,
-        "seed": recipe.seed,
-        "batch size": recipe.batch_size,
-        "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
-    }
-    recipes = {v.name: v.recipe().model_dump(mode="json") for v in variants}
-    _claim(work / "identity.json", json.loads(json.dumps(card | {"recipes": recipes})), asked.resume)
+    windows = {name: text_windows(text, model, asked.eval_window, name)[some] for name, text in texts.items()}
+    tokens = Tokens(*recipe_windows(dataset, model, recipe), windows)
+    _warn_if_short(model, tokens)
+    return tokens
+
+
+def _compared(
+    model: HuggingFaceModel,
+    tokens: Tokens,
+    variants: Sequence[Variant],
+    given_settings: Mapping[str, LayerSettings],
+    batch_size: int,
+    work: Path,
+    progress: Progress | None,
+) -> tuple[Comparison, Clock]:
+    """The variants, pruned layer by layer, and how long that took."""
     clock = Clock()
-    layer_settings = _allocated(loaded, tokens, variants, given_settings, recipe.batch_size)
+    settings = _allocated(model, tokens, variants, given_settings, batch_size)
     clock.lap("survey for allocations")
-    comparison = Comparison(loaded, tokens, layer_settings, Store(work, loaded.device), recipe.batch_size)
+    comparison = Comparison(model, tokens, settings, Store(work, model.device), batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
     clock.lap("layers")
-    result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
+    return comparison, clock
+
+
+def _write(result: dict[str, Any], folder: Path, drawing: bool) -> None:
     write_json(folder / "compare.json", finite(result))
     drawn = draw(result, folder) if drawing else []
     (folder / "report.md").write_text(markdown(result, drawn))
-    shutil.rmtree(work)
-    return result
+    shutil.rmtree(folder / "work")
 
 
 def _work_folder(folder: Path, resume: bool) -> Path:
@@ -148,7 +176,14 @@ def _layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dic
 
     Raises:
         RecipeError: some variants remove channels, and some do not.
+        PatternError: a pattern does not fit an operator.
     """
+    settings = _narrowed(model, variants)
+    _check(model, settings.values())
+    return settings
+
+
+def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
     asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
     narrows = [pattern for pattern in asked.values() if pattern.narrows]
     if not narrows:
@@ -184,7 +219,7 @@ def _check(model: HuggingFaceModel, settings: Iterable[LayerSettings]) -> None:
         check_patterns(model.layers, each)
 
 
-def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
+def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
     """What a result depends on beside the settings: tokens, weights, arithmetic, versions."""
     installed = installation(model.device)
     return {
@@ -195,6 +230,15 @@ def _card(model: HuggingFaceModel, tokens: Tokens) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{name: value for name, value in installed.items() if name not in PACKAGES},
         "versions": versions(),
+        "seed": recipe.seed,
+        "batch size": recipe.batch_size,
+    }
+
+
+def _named(model: str | Path | None, dataset: Any) -> dict[str, str]:
+    return {
+        "model": "the bundled OPT" if model is None else Path(model).name,
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else given(dataset),
     }
 
 
@@ -230,12 +274,14 @@ def _texts(sources: Sequence[str]) -> dict[str, str]:
     return {Path(source).stem: text_of(source) for source in sources}
 
 
-def _claim(path: Path, identity: dict[str, Any], resume: bool) -> None:
+def _claim(path: Path, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> None:
     """Write down what is compared; or, to resume, see that it is the same.
 
     Raises:
         RecipeError: it is another comparison.
     """
+    recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
+    identity = json.loads(json.dumps(card | {"recipes": recipes}))
     if not resume:
         write_json(path, identity)
         return

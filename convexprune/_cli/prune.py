@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from convexprune._cli.stopping import stoppable
 from convexprune._cli.summary import summary
 from convexprune._schema.functions import PRUNE
 from convexprune._storage.place import beside
+
+if TYPE_CHECKING:
+    from convexprune._api.result import PruneResult
 
 
 @app.command(context_settings=also_called(PRUNE))
@@ -64,14 +67,20 @@ def prune(
     if plan is not None:
         show_inspection(plan, as_json)
         return
-    assert result is not None and result.output_dir is not None
+    assert result is not None
+    _show(result, as_json, verbose, settings.get("push_to_hub"))
+
+
+def _show(result: "PruneResult", as_json: bool, verbose: bool, uploaded: str | None) -> None:
+    """Print what came of a run."""
+    assert result.output_dir is not None
+    folder = result.output_dir.resolve()
     if as_json:
-        report = json.loads(result.report.to_json())
-        print_json({"output_dir": str(result.output_dir.resolve()), "report": report})
+        print_json({"output_dir": str(folder), "report": json.loads(result.report.to_json())})
         return
     if verbose:
         show(result.report.table())
     console.print(summary(result.report))
-    console.print(f"pruned model: {result.output_dir.resolve()}  (a page of it: report.html)", soft_wrap=True)
-    if (name := settings.get("push_to_hub")) is not None:
-        console.print(f"uploaded: https://huggingface.co/{name}", soft_wrap=True)
+    console.print(f"pruned model: {folder}  (a page of it: report.html)", soft_wrap=True)
+    if uploaded is not None:
+        console.print(f"uploaded: https://huggingface.co/{uploaded}", soft_wrap=True)

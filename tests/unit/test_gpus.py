@@ -22,71 +22,74 @@ from convexprune._runs import executors
 from convexprune._storage.batches import Batches
 
 
+class Stream:
+    """Copies that are made when somebody waits for them, no sooner."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def do(self) -> None:
+        while self.work:
+            self.work.pop(0)()
+
+    def wait_stream(self, other: "Stream") -> None:
+        """What is computed here is computed at once."""
+
+    def wait_event(self, event: "Event") -> None:
+        event.synchronize()
+
+
+class Event:
+    """Which work of a stream is waited for: all of it."""
+
+    def record(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        self.stream.do()
+
+
+COPY, TO, EMPTY = Tensor.copy_, Tensor.to, torch.empty
+
+
 class Cuda:
-    """Streams whose copies are made when somebody waits for them, no sooner: too late if a buffer was used again."""
+    """A GPU whose copies come too late if a buffer was used again. The log has what was asked for."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.main, self._inside = Stream(), list[Stream]()
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        fake = self
-
-        class Stream:
-            def __init__(self, device: Any = None) -> None:
-                self.work: list[Callable[[], object]] = []
-
-            def do(self) -> None:
-                while self.work:
-                    self.work.pop(0)()
-
-            def wait_stream(self, other: "Stream") -> None:
-                """What is computed here is computed at once."""
-
-        class Event:
-            def record(self, stream: Stream) -> None:
-                self.stream = stream
-
-            def synchronize(self) -> None:
-                self.stream.do()
-
-        main, inside = Stream(), []
-        main.wait_event = lambda event: event.synchronize()  # pyright: ignore[reportAttributeAccessIssue]
-
-        @contextmanager
-        def stream(chosen: Stream) -> Iterator[None]:
-            inside.append(chosen)
-            yield
-            inside.pop()
-
-        def copy_(self: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
-            if non_blocking:
-                inside[-1].work.append(lambda: real_copy(self, other))
-                return self
-            return real_copy(self, other)
-
-        def to(self: Tensor, *args: Any, non_blocking: bool = False, **more: Any) -> Tensor:
-            if not non_blocking:
-                return real_to(self, *args, **more)
-            there = torch.full_like(self, -1)
-            inside[-1].work.append(lambda: real_copy(there, self))
-            return there
-
-        def empty(*shape: Any, pin_memory: bool = False, **more: Any) -> Tensor:
-            fake.log += ["pinned"] if pin_memory else []
-            return real_empty(*shape, **more)
-
-        real_copy, real_to, real_empty = Tensor.copy_, Tensor.to, torch.empty
-        for name, made in {
-            "Stream": Stream,
-            "Event": Event,
-            "stream": stream,
-            "current_stream": lambda _: main,
-        }.items():
-            patch.setattr(torch.cuda, name, made)
-        patch.setattr(Tensor, "copy_", copy_)
-        patch.setattr(Tensor, "to", to)
+        made = {"Stream": Stream, "Event": Event, "stream": self.stream, "current_stream": lambda _: self.main}
+        for name, fake in made.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(Tensor, "copy_", lambda *args, **more: self._copy(*args, **more))
+        patch.setattr(Tensor, "to", lambda *args, **more: self._to(*args, **more))
         patch.setattr(Tensor, "record_stream", lambda *_: None)
-        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty", self._empty)
+
+    @contextmanager
+    def stream(self, chosen: Stream) -> Iterator[None]:
+        self._inside.append(chosen)
+        yield
+        self._inside.pop()
+
+    def _copy(self, tensor: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+        if not non_blocking:
+            return COPY(tensor, other)
+        self._inside[-1].work.append(lambda: COPY(tensor, other))
+        return tensor
+
+    def _to(self, tensor: Tensor, *args: Any, non_blocking: bool = False, **more: Any) -> Tensor:
+        if not non_blocking:
+            return TO(tensor, *args, **more)
+        there = torch.full_like(tensor, -1)
+        self._inside[-1].work.append(lambda: COPY(there, tensor))
+        return there
+
+    def _empty(self, *shape: Any, pin_memory: bool = False, **more: Any) -> Tensor:
+        self.log += ["pinned"] if pin_memory else []
+        return EMPTY(*shape, **more)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune._layerwise.targets import height, stack_of
-from convexprune.constraints import Stacked
+from convexprune.constraints import Constraint, Stacked
 from convexprune.core._damping import NO_DAMPING
+from convexprune.core._moments import Moments
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OnOperator, OperatorReport
@@ -68,62 +69,82 @@ def _prune_part(
     Raises:
         PruningError: the pruned weight is not what was asked for.
     """
-    heights = tuple(operator.shape[0] for operator in group.operators)
-    stack = stack_of(group)
     names = [f"{layer}.{operator.name}" for operator in group.operators]
     asked = tuple(settings.pattern_of(name) for name in names)
-    pattern, factors = Stacked(asked, heights), settings.row_factors(names)
+    pattern = Stacked(asked, tuple(operator.shape[0] for operator in group.operators))
+    factors = settings.row_factors(names)
     halves = folds.halves if all(half.tokens for half in folds.halves) else ()
-    problem = LayerProblem(stack, folds.total.rows(rows), pattern, settings.correction, halves)
-    with solving_in(settings.solve_precision):
-        pruned = _solved(problem, pattern, factors, settings.pruner_of(names[0]))
-        pruned = settings.quantizer.quantize(problem, pruned)
+    problem = LayerProblem(stack_of(group), folds.total.rows(rows), pattern, settings.correction, halves)
+    pruned = _solved(problem, factors, settings.pruner_of(names[0]), settings)
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
-    stored = _store(group, pruned, stack)
-    errors = _relative_errors(problem, stored, heights)
-    held_out: list[float] | list[None] = [None] * len(heights)
-    if folds.held_out.tokens:
-        unseen = LayerProblem(stack, folds.held_out.rows(rows), pattern, settings.correction)
-        held_out = _relative_errors(unseen, stored, heights)
+    stored = _store(group, pruned, problem.weight)
     bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
-    more = facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
-    parts = zip(group.operators, stored.split(heights), stack.split(heights), strict=True)
-    for i, (operator, weight, dense) in enumerate(parts):
-        expected, zeros = asked[i].zeros(*operator.shape), int((weight == 0).sum())
-        if broken := asked[i].violation(operator.read()):  # zeros that are too many were zero before
-            raise PruningError(f"{names[i]}: {broken} entries break the pattern {asked[i]} ({zeros} zeros).")
+    errors, held_out = _relative_errors(problem, stored), _errors_elsewhere(problem, folds.held_out.rows(rows), stored)
+    more = pruned.facts | facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
+    counted = _counted(group, names, asked, problem.weight, stored)
+    for name, counts, error, unseen, bound in zip(names, counted, errors, held_out, bounds, strict=True):
         on_operator(
             OperatorReport(
-                name=names[i],
-                outputs=operator.shape[0],
-                inputs=operator.shape[1],
-                zeros=zeros,
-                expected_zeros=expected,
-                dense_zeros=int((dense == 0).sum()),
-                pattern=str(asked[i]),
-                relative_error=errors[i],
-                held_out_error=held_out[i],
+                name=name,
+                **counts,
+                relative_error=error,
+                held_out_error=unseen,
                 **_certified(pruned),
-                facts=pruned.facts | more | ({"rule": settings.rules[names[i]]} if names[i] in settings.rules else {}),
+                facts=more | ({"rule": settings.rules[name]} if name in settings.rules else {}),
                 tokens=folds.tokens,
                 held_out_tokens=folds.held_out.tokens,
                 seconds=time.perf_counter() - began,
-                bound=bounds[i],
-                damping=pruned.damping,
+                bound=bound,
             )
         )
 
 
-def _solved(problem: LayerProblem, pattern: Stacked, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
-    """What the pruner makes of a stack whose rows count by their `factors`; what no zeros are asked of is as it was."""
-    dense = problem.weight
+def _solved(
+    problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner, settings: LayerSettings
+) -> LayerEdit:
+    """What the pruner makes of a stack whose rows count by their `factors`, on the grids of its patterns."""
+    with solving_in(settings.solve_precision):
+        return settings.quantizer.quantize(problem, _pruned(problem, factors, pruner))
+
+
+def _pruned(problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
+    """What the pruner makes of a stack; what no zeros are asked of is as it was."""
+    dense, pattern = problem.weight, problem.pattern
     if pattern.zeros(*dense.shape) == 0:
         return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
     pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
     parts = [(weight if own.zeros(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
     return replace(pruned, weight=torch.cat(parts))
+
+
+def _counted(
+    group: Group, names: Sequence[str], asked: Sequence[Constraint], dense: Tensor, stored: Tensor
+) -> list[dict[str, Any]]:
+    """The shapes and zeros of each operator's report.
+
+    Raises:
+        PruningError: a stored weight breaks its pattern.
+    """
+    heights, found = [operator.shape[0] for operator in group.operators], []
+    parts = zip(group.operators, names, asked, stored.split(heights), dense.split(heights), strict=True)
+    for operator, name, pattern, weight, before in parts:
+        outputs, inputs = operator.shape
+        zeros = int((weight == 0).sum())
+        if broken := pattern.violation(operator.read()):  # zeros that are too many were zero before
+            raise PruningError(f"{name}: {broken} entries break the pattern {pattern} ({zeros} zeros).")
+        found.append(
+            {
+                "outputs": outputs,
+                "inputs": inputs,
+                "zeros": zeros,
+                "expected_zeros": pattern.zeros(outputs, inputs),
+                "dense_zeros": int((before == 0).sum()),
+                "pattern": str(pattern),
+            }
+        )
+    return found
 
 
 def _certified(pruned: LayerEdit) -> dict[str, Any]:
@@ -137,6 +158,7 @@ def _certified(pruned: LayerEdit) -> dict[str, Any]:
         "status": last.status.name if last else None,
         "solves": len(certificates),
         "products": pruned.products,
+        "damping": pruned.damping,
     }
 
 
@@ -159,7 +181,13 @@ def _store(group: Group, pruned: LayerEdit, dense: Tensor) -> Tensor:
     return torch.cat(stored)
 
 
-def _relative_errors(problem: LayerProblem, weight: Tensor, heights: Sequence[int]) -> list[float]:
+def _relative_errors(problem: LayerProblem, weight: Tensor) -> list[float]:
     """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]."""
-    errors, energies = problem.squared_error(weight).split(heights), problem.energy.split(heights)
-    return [float(error.sum() / energy.sum()) for error, energy in zip(errors, energies, strict=True)]
+    errors, energies = problem.squared_error(weight), problem.energy
+    return [float(errors[rows].sum() / energies[rows].sum()) for rows, _ in problem.pattern.parts(len(weight))]
+
+
+def _errors_elsewhere(problem: LayerProblem, held_out: Moments, weight: Tensor) -> list[float] | list[None]:
+    """The relative errors on tokens that were not fitted; None where there are none."""
+    unseen = replace(problem, moments=held_out, folds=())
+    return _relative_errors(unseen, weight) if held_out.tokens else [None] * len(problem.pattern.parts(len(weight)))
