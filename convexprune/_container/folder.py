@@ -141,7 +141,7 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
             begin(f"packing {path.name}")
-            packed = folder / packed_name(path)
+            packed = packed_name(path)
             pack_file(path, packed)
             if packed_checksum(packed) != checksums[path.relative_to(folder).as_posix()]:
                 raise OutputError(

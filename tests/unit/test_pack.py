@@ -146,7 +146,9 @@ def _weights(folder: Path) -> dict[str, bytes]:
 def delivered(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a run that packs."""
     folder = tmp_path_factory.mktemp("delivered") / "out"
-    convexprune.prune(dense, sparsity=0.7, output_dir=folder, pack=True, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        convexprune.prune(dense, sparsity=0.7, output_dir=folder.name, pack=True, **SETTINGS)  # a relative path
     return folder
 
 
