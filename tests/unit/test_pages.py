@@ -1,11 +1,22 @@
-"""docs/models.md, written by `.ci/matrix`, is of today's families and refusals; links between pages lead somewhere."""
+"""The pages: links lead somewhere, commands are understood, figures are those that were measured, sentences are short.
+
+docs/models.md, written by `.ci/matrix`, is of today's families and refusals.
+"""
 
 import re
+import runpy
+import shlex
+import statistics
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 from tiny_families import FAMILIES
+
+from convexprune import _cli as cli
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -48,3 +59,80 @@ def test_the_picture_of_the_architecture_has_every_floor():
     picture = (ROOT / "docs" / "architecture.svg").read_text()
     rooms = [room.strip().removeprefix("convexprune.") for floor in floors for room in floor.split("|")]
     assert len(rooms) > 10 and all(f">{room}<" in picture for room in rooms)
+
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+FIGURE = re.compile(r"(?<![\w.])\d{0,3}\.\d{2,}(?![\w.])")
+FENCE = r"^```(\w*).*\n((?s:.*?))^```$"
+ELSEWHERE = {"main.py", "llama.py", "prune.py", "convert_hf_to_gguf.py"}  # of other projects, or of the reader
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The commands in the blocks of a page, word by word."""
+    for _, block in (each for each in re.findall(FENCE, page.read_text(), re.MULTILINE) if each[0] == "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+COMMAND = typer.main.get_command(cli.app)
+OURS = [
+    (page.name, words[place + 1 :])
+    for page in PAGES
+    for words in commands(page)
+    if (place := next((i for i, word in enumerate(words) if word.rpartition("/")[2] == "convexprune"), None))
+    is not None
+]
+
+
+@pytest.mark.parametrize(("page", "words"), OURS, ids=[f"{page}-{i}" for i, (page, _) in enumerate(OURS)])
+def test_a_command_of_a_page_is_understood(page: str, words: list[str]):
+    command, name = COMMAND, ""
+    while inside := getattr(command, "commands", None):
+        name, *words = words
+        command = inside[name]
+    command.make_context(name, words)
+
+
+def test_the_files_that_commands_of_pages_name_are_there():
+    named = {word for page in PAGES for words in commands(page) for word in words if word.endswith((".py", ".sh"))}
+    assert len(OURS) > 60 and len(named) > 5
+    assert not [name for name in named - ELSEWHERE if not (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_is_in_a_language_that_is_looked_at(page: Path):
+    """Python is run (`test_examples.py`), commands are read (above), and YAML is; text is for people."""
+    blocks = re.findall(FENCE, page.read_text(), re.MULTILINE)
+    assert {language for language, _ in blocks} <= {"python", "sh", "yaml", "text"}
+    assert all(yaml.safe_load(block) for language, block in blocks if language == "yaml")
+
+
+@pytest.mark.parametrize("page", ["choose.md", "deploy.md", "results.md", "report.md"])
+def test_figures_of_a_page_are_those_that_were_measured(page: str):
+    """A number with a point stands in the tables too, so that one is not mended without the other."""
+    names = ("benchmarks", "pack", "quantize", "channels")
+    known = {figure for name in names for figure in FIGURE.findall((ROOT / "docs" / f"{name}.md").read_text())}
+    figures = set(FIGURE.findall((ROOT / "docs" / page).read_text()))
+    assert figures - known <= {"0.01"}  # an example
+
+
+def test_sentences_are_short():
+    """Median 12 words, 90th percentile 28, as `python benchmarks/sentences.py` prints them."""
+    of = runpy.run_path(str(ROOT / "benchmarks" / "sentences.py"))
+    lengths = {page: [of["words"](each) for each in of["sentences"](page.read_text())] for page in of["pages"]()}
+    every = [length for page in lengths.values() for length in page]
+    assert len(every) > 500 and statistics.median(every) <= 12 and of["ninetieth"](every) <= 28
+    assert of["sentences"]("# A\n\nOne two. Three:\n\n- `four` five\n\n```\ncode\n```\n") == [
+        "One two.",
+        "Three",
+        "X five",
+    ]
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert all(f" {page.name}\n" in navigation for page in PAGES[1:])
