@@ -16,7 +16,10 @@ parser.add_argument("--plan", action="store_true", help="say what would be done,
 given = parser.parse_args()
 
 if given.plan or given.output is None:
-    print(convexprune.inspect(given.model, dataset=given.text))
+    plan = convexprune.inspect(given.model, dataset=given.text)
+    print(
+        f"{plan.zeros:,} of {plan.weights:,} weights of {plan.operators} operators, {sum(plan.seconds.values()):.0f} s"
+    )
 else:
     result = convexprune.prune(
         given.model,

@@ -1,7 +1,9 @@
-"""Every example runs, and every Python block of the README and the pages that has no title; a title says why not."""
+"""Every example, notebook and Python block of a page runs, but for blocks with a title, which says why not."""
 
+import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,23 @@ def test_the_example_runs(path: Path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.name, [])])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.name)
+def test_the_notebook_runs_and_keeps_no_output(path: Path, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads(path.read_text())["cells"]
+    names: dict[str, object] = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        exec(compile("".join(cell["source"]), path.name, "exec"), names)
+    assert len(names) > 20
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.sh")), ids=lambda p: p.name)
+def test_a_script_of_the_shell_is_one(path: Path):
+    subprocess.run(["bash", "-n", path], check=True)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # the Trainer does, on a CPU too
