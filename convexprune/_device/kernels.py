@@ -20,9 +20,10 @@ _failures: list[str] = []
 def fused(function: Function) -> Function:
     """A function of tensors, compiled into one kernel where the device has kernels (`has_kernels`), op by op elsewhere.
 
-    What is memory-bound then reads and writes every tensor once. Results differ in rounding only
-    (tests/property/test_fused.py). Where the compiler fails (there is Triton, but no C compiler, say) and op by op it
-    works, that is said once, and all that follows is op by op.
+    What is memory-bound then reads and writes every tensor once: of each function torch makes one Triton kernel, and
+    none is written by hand (tests/unit/test_triton.py). Results differ in rounding only. Where the compiler fails
+    (there is Triton, but no C compiler, say) and op by op it works, that is said once, and all that follows is op by
+    op.
 
     Args:
         function: of tensors, the first of which decides the device. Numbers are given as `number_like`.
@@ -30,14 +31,13 @@ def fused(function: Function) -> Function:
     Returns:
         The function.
     """
-    compiled = cache(lambda: torch.compile(function, dynamic=True))  # importing it takes a second
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
         if _failures or not has_kernels(first.device):
             return function(first, *args)
         try:
-            return compiled()(first, *args)
+            return _compiled(function)(first, *args)
         except Exception as error:
             result = function(first, *args)  # what fails here as well is not the compiler's fault, and is raised
             _failures.append(_said(error))
@@ -45,6 +45,11 @@ def fused(function: Function) -> Function:
             return result
 
     return cast(Function, run)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)  # the first import of a compiler takes seconds
 
 
 def _said(error: Exception) -> str:

@@ -11,12 +11,15 @@ from torch import Tensor
 from convexprune._device.kernels import eager_because, number_like
 from convexprune._doctor.check import Bed, Case, Found
 from convexprune._doctor.speeds import times
-from convexprune.core._penalty import _shrink
+from convexprune.core._penalty import _shrink_ahead
 from convexprune.pruners._convex import _ahead, _strengths
+from convexprune.solvers._cg import _advance
 
 ROUNDING = 1e-5  # relative to the largest entry, in float32
 SLOWEST = 0.9  # times as fast as op by op
-WORK: dict[str, Callable[..., Any]] = {"ahead": _ahead, "strengths": _strengths, "shrink": _shrink}
+WORK: dict[str, Callable[..., Any]] = {
+    "ahead": _ahead, "strengths": _strengths, "shrink": _shrink_ahead, "refit": _advance,
+}  # fmt: skip
 
 
 def cases(bed: Bed) -> Iterator[Case]:
@@ -61,12 +64,16 @@ def beside_eager(bed: Bed, name: str) -> Found:
     random = torch.Generator(bed.device).manual_seed(0)
     a, b, c, d = (torch.randn(bed.matrix, generator=random, device=bed.device) for _ in range(4))
     number = number_like(0.7, a)
+    one = a.new_ones(len(a), 1)
     given: dict[str, tuple[Any, ...]] = {
-        "ahead": (a, b, c, d, number), "strengths": (a, b.abs() + 0.1, number), "shrink": (a, b.abs(), number, None),
+        "ahead": (a, b, c, d, number), "strengths": (a, b.abs() + 0.1, number), "shrink": (a, b, c.abs(), number),
+        "refit": (a, b, c.clone(), d.clone(), torch.ones_like(a, dtype=torch.bool), one),
     }  # fmt: skip
     fused, eager = WORK[name], inspect.unwrap(WORK[name])
     seconds = times(bed, {"fused": lambda: fused(*given[name]), "eager": lambda: eager(*given[name])})
-    apart = _apart(fused(*given[name]), eager(*given[name]))
+    apart = _apart(
+        *(each(*(t.clone() if isinstance(t, Tensor) else t for t in given[name])) for each in (fused, eager))
+    )
     ratio = seconds["eager"] / seconds["fused"]
     said = f"{1e3 * seconds['fused']:.3f} ms, {ratio:.2f} times as fast as op by op; they differ by {apart:.0e}"
     return Found(

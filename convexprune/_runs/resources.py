@@ -30,12 +30,12 @@ class Needs(NamedTuple):
     by_column: float = 0.0
 
 
-REFIT = Needs(0, 2, 0.4, 1500, 80, 1500)
+REFIT = Needs(0, 2, 0.4, 900, 80, 750)
 NEEDS = {
-    "admm": Needs(64, 2, 0.4, 5300, 170, 9500),
-    "alps": Needs(0, 2, 39, 2200, 130, 3000),
-    "convex": Needs(60, 2, 0.4, 2900, 105, 2400),
-    "fistapruner": Needs(0, 18, 0.4, 3300, 130, 4000),
+    "admm": Needs(64, 2, 0.4, 4900, 170, 9500),
+    "alps": Needs(0, 2, 39, 2100, 130, 2900),
+    "convex": Needs(60, 2, 0.4, 2250, 105, 1850),
+    "fistapruner": Needs(0, 18, 0.4, 3000, 130, 2800),
     "magnitude": Needs(0, 0, 0, 40, 0, 100),
     "osscar": Needs(0, 7, 11, 1100, 375, 1500),
     "sparsegpt": Needs(0, 0, 0, 400, 7, 200, 7.3),

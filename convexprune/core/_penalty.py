@@ -40,6 +40,20 @@ class AbstractPenalty(ABC):
             U [m n].
         """
 
+    def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
+        """The proximal gradient step, prox(V + step K).
+
+        Args:
+            weight: V [m n].
+            residual: K [m n], the negative gradient at V.
+            step: not negative.
+
+        Returns:
+            U [m n].
+        """
+        point = torch.add(weight, residual, alpha=step)
+        return self.prox(point, step, out=point)
+
     @abstractmethod
     def conjugate(self, dual: Tensor) -> Tensor:
         """The convex conjugate p*(S) = max_V <S, V> - p(V) of each row.
@@ -186,6 +200,10 @@ class L1(AbstractPenalty):
         require_step(step)
         return _shrink(weight, self._like(weight), number_like(step, weight), out)
 
+    def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
+        require_step(step)
+        return _shrink_ahead(weight, residual, self._like(weight), number_like(step, weight))
+
     def conjugate(self, dual: Tensor) -> Tensor:
         """Zero on its domain, the box |S_ij| <= strength_ij."""
         return dual.new_zeros(dual.shape[0])
@@ -211,10 +229,19 @@ class L1(AbstractPenalty):
         return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
 
-@fused
-def _shrink(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) -> Tensor:
+def _soft(weight: Tensor, strength: Tensor, step: Tensor, out: Tensor | None) -> Tensor:
     """sign(V) (|V| - step strength)_+."""
     return torch.copysign(weight.abs().addcmul_(strength, step, value=-1).clamp_min_(0), weight, out=out)
+
+
+_shrink = fused(_soft)
+
+
+@fused
+def _shrink_ahead(weight: Tensor, residual: Tensor, strength: Tensor, step: Tensor) -> Tensor:
+    """The same of V + step K."""
+    point = torch.addcmul(weight, residual, step)
+    return _soft(point, strength, step, point)
 
 
 @dataclass(frozen=True, eq=False)

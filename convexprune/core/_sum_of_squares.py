@@ -93,7 +93,7 @@ class SumOfSquares:
         """The negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
         return add_product(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
-    def residual_after(self, residual: Tensor, step: Tensor) -> Tensor:
+    def residual_after(self, residual: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """The residual after a small step on the way to an answer.
 
         The product is in bfloat16 where the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
@@ -101,14 +101,16 @@ class SumOfSquares:
 
         Args:
             residual: K [m n] before the step.
-            step: V - V_0 [m n].
+            before: V_0 [m n].
+            after: V [m n].
 
         Returns:
-            K - step H [m n].
+            K - (V - V_0) H [m n].
         """
         gram = self._cache.gram_of_steps
-        change = (step.to(gram.dtype) @ gram).to(residual.dtype)
-        return torch.sub(residual, change, out=change)
+        step = torch.sub(after, before, out=torch.empty_like(after, dtype=gram.dtype))  # rounded as it is written
+        change = step @ gram
+        return torch.sub(residual, change, out=change if change.dtype == residual.dtype else None)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         """q of each row.

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from convexprune._device.kernels import fused, number_like
 from convexprune.constraints import Constraint
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import Count, Ends, NotNegative, between
@@ -50,12 +52,25 @@ class ADMM(AbstractSearch):
             dual = dual * (before / rho)
             point = kept - dual
             slope = relaxed.residual(point)
+            factors = self.relaxation / rho, 1 - self.relaxation
             for number in numbers:
                 if number > numbers[0]:
                     last, point = point, kept - dual
-                    slope = relaxed.residual_after(slope, point - last)
-                scores = torch.add(kept, slope, alpha=self.relaxation / rho).add_(dual, alpha=1 - self.relaxation)
-                kept = scores * pattern.mask(scores.abs())
-                dual = scores - kept
+                    slope = relaxed.residual_after(slope, last, point)
+                scores = _scores(kept, slope, dual, *(number_like(c, kept) for c in factors))
+                kept, dual = _parts(scores, pattern.mask(scores.abs()))
             products += 1 + len(numbers)  # one is the envelope's
         return Found(scores, products=products)
+
+
+@fused
+def _scores(kept: Tensor, slope: Tensor, dual: Tensor, reach: Tensor, rest: Tensor) -> Tensor:
+    """S = D + a / rho K + (1 - a) U."""
+    return torch.addcmul(kept, slope, reach).addcmul_(dual, rest)
+
+
+@fused
+def _parts(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """D and U, where S = D + U."""
+    kept = scores * mask
+    return kept, scores - kept

@@ -99,7 +99,7 @@ class Convex(AbstractSearch):
             stiffness = between(self.stiffnesses, numbers[0] / (self.rounds - len(numbers) or 1))
             relaxed = quadratic.envelope(stiffness)
             slope = relaxed.residual(weight)
-            slope_before = relaxed.residual_after(slope, before - weight)
+            slope_before = relaxed.residual_after(slope, weight, before)
             products += 3  # one is the envelope's
             for number in numbers:
                 start, slope_start, scores = _ahead(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.capabilities import is_host
+from convexprune._device.kernels import fused
 from convexprune._device.precision import product
 from convexprune.core._penalty import AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
@@ -52,7 +54,8 @@ class ConjugateGradient(AbstractSolver):
         began = time.perf_counter()
         scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])
         q = problem.quadratic.scaled(scale)
-        mask = problem.penalty.mask.to(q.cross)  # a product with a boolean is slow on a CPU
+        mask = problem.penalty.mask
+        mask = mask.to(q.cross) if is_host(mask.device) else mask  # a product with a boolean is slow on a CPU
         weight = initial(problem, start) * scale * mask
         residual = q.residual(weight)
         value = q.values(weight, residual)
@@ -67,15 +70,9 @@ class ConjugateGradient(AbstractSolver):
                 not bool((energy > least).any()) or self._near(q, residual, float(gain.sum()), float(value.sum()))
             ):
                 break
-            image = product(direction, q.gram).mul_(mask)
-            curvature = torch.linalg.vecdot(direction, image)[:, None]
-            length = torch.where(curvature > 0, energy / curvature, 0.0)
-            weight.addcmul_(length, direction)
-            residual.addcmul_(length, image, value=-1)
-            gain = (length * energy)[:, 0] / 2
+            image = product(direction, q.gram)
+            gain, energy = _advance(image, direction, weight, residual, mask, energy)
             value -= gain
-            previous, energy = energy, torch.linalg.vecdot(residual, residual)[:, None]
-            direction.mul_(torch.where(previous > 0, energy / previous, 0.0)).add_(residual)
             iterations += 1
         weight = weight / scale
         certificate = certify(problem, weight)
@@ -86,3 +83,21 @@ class ConjugateGradient(AbstractSolver):
     def _near(self, q: Quadratic, residual: Tensor, gain: float, value: float) -> bool:
         """Whether the gap is small enough, where the last iteration's `gain` leaves that open."""
         return gain <= self.tolerance * value and float(q.inverse_form(residual).sum()) <= self.tolerance * value
+
+
+@fused
+def _advance(
+    image: Tensor, direction: Tensor, weight: Tensor, residual: Tensor, mask: Tensor, energy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One iteration, in place, after its product D H, the `image`.
+
+    Returns:
+        What each row gains [m], and |K|^2 of the residuals then [m 1].
+    """
+    curvature = torch.linalg.vecdot(direction, image)[:, None]  # directions are zero off the support
+    length = torch.where(curvature > 0, energy / curvature, 0.0)
+    weight.addcmul_(length, direction)
+    residual.addcmul_(length, image, value=-1).mul_(mask)
+    after = torch.linalg.vecdot(residual, residual)[:, None]
+    direction.mul_(torch.where(energy > 0, after / energy, 0.0)).add_(residual)
+    return (length * energy)[:, 0] / 2, after

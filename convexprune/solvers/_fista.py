@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.kernels import fused
 from convexprune._device.precision import add_product
 from convexprune.core._problem import Problem
 from convexprune.solvers._base import Status
@@ -37,8 +38,8 @@ class FISTA(AbstractIterative):
         if residual is None and torch.equal(weight, anchor):
             residual = q.cross
         products = 1 if residual is None else 0
-        new = torch.add(weight, q.residual(weight) if residual is None else residual, alpha=1 / lipschitz)
-        problem.penalty.prox(new, 1 / lipschitz, out=new)
+        residual = q.residual(weight) if residual is None else residual
+        new = problem.penalty.forward_backward(weight, residual, 1 / lipschitz)
         if self.max_iterations == 1 < self.check_every:
             return new, Status.ITERATION_LIMIT, 1, products
         return self._accelerate(problem, weight - anchor, new.sub_(anchor), products)
@@ -64,14 +65,26 @@ class FISTA(AbstractIterative):
                     return new + anchor, status, iteration, products
             if iteration == self.max_iterations:
                 break
-            torch.sub(new, old, out=move)
-            if self.restart:
-                slope = torch.linalg.vecdot(point.sub_(new), move)[:, None]
-                t.masked_fill_((slope.sum() if problem.penalty.couples_rows else slope) > 0, 1.0)
-            t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
-            torch.addcmul(new, (t - 1) / t_next, move, out=point)
-            t, old, new = t_next, new, old
+            t = _extrapolate(new, old, point, move, t, self.restart, problem.penalty.couples_rows)
+            old, new = new, old
         return new.add_(anchor), Status.ITERATION_LIMIT, self.max_iterations, products
+
+
+@fused
+def _extrapolate(
+    new: Tensor, old: Tensor, point: Tensor, move: Tensor, t: Tensor, restart: bool, together: bool
+) -> Tensor:
+    """Move Y, the `point`, to Z + (t - 1) / t_next (Z - Z_old), and return t_next [m 1].
+
+    Rows whose momentum points uphill forget it first; all `together`, if the penalty couples them.
+    """
+    torch.sub(new, old, out=move)
+    if restart:
+        slope = torch.linalg.vecdot(point.sub_(new), move)[:, None]
+        t = t.masked_fill((slope.sum() if together else slope) > 0, 1.0)
+    t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
+    torch.addcmul(new, (t - 1) / t_next, move, out=point)
+    return t_next
 
 
 def _gradient_step(gram: Tensor, lipschitz: float) -> Tensor:

@@ -54,7 +54,7 @@ class AbstractIterative(AbstractSolver):
             solution = self._solved(problem, start, residual)
             return StepResult(solution.weight, solution.residual, solution.products, solution)
         weight, _, _, products = self._from(problem, start, residual)
-        return StepResult(weight, problem.quadratic.residual_after(residual, weight - start), products + 1)
+        return StepResult(weight, problem.quadratic.residual_after(residual, start, weight), products + 1)
 
     def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
         """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""

@@ -141,7 +141,7 @@ def test_the_residual_after_a_step_is_off_by_no_more_than_the_steps_rounding(mon
     exactly = layer.quadratic()
     q = Quadratic(exactly.gram.float(), exactly.cross.float(), exactly.energy.float())
     weight, step = layer.weight.float(), random(1, *layer.weight.shape).float() / 100
-    found, exact = q.residual_after(q.residual(weight), step), q.residual(weight + step)
+    found, exact = q.residual_after(q.residual(weight), weight, weight + step), q.residual(weight + step)
     change = (step.abs() @ q.gram.abs()).max()  # of which bfloat16 rounds the factors and the sum
     rounding = 1e-6 * float(exact.abs().max())
     wrong = float((found - exact).abs().max())
@@ -153,7 +153,8 @@ def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
     monkeypatch.setattr("convexprune.core._sum_of_squares.has_bfloat16", lambda device: True)
     layer = make_layer("full rank", 3, 6, 0)
     q, step = layer.quadratic(), random(1, *layer.weight.shape)
-    close(q.residual_after(q.residual(layer.weight), step), q.residual(layer.weight + step), SOLVED)
+    found = q.residual_after(q.residual(layer.weight), layer.weight, layer.weight + step)
+    close(found, q.residual(layer.weight + step), SOLVED)
 
 
 @pytest.mark.parametrize(

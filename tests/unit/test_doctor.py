@@ -46,7 +46,7 @@ def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     found = doctor(device="cpu", checks="kernels,products,copies")
     assert {(row.check, row.case) for row in found.rows} == {
-        *(("kernels", name) for name in ("compiler", "ahead", "strengths", "shrink")),
+        *(("kernels", name) for name in ("compiler", "ahead", "strengths", "shrink", "refit")),
         *(("products", name) for name in ("float64", "float32", "bfloat16", "tf32", "bf16x3")),
         ("copies", "to the device"), ("copies", "to the host"),
     }  # fmt: skip

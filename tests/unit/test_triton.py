@@ -1,0 +1,37 @@
+"""Nothing is written in Triton by hand, because what torch.compile writes for a GPU reads and writes memory once."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROUNDING = 1e-5  # float32, sums of a few products
+KERNELS = {  # by function: the tensors that its kernel reads, and those that it writes
+    "_ahead": (4, 3),
+    "_strengths": (2, 1),
+    "_soft": (2, 1),
+    "_shrink_ahead": (3, 1),
+    "_advance": (8, 7),  # of 8, two are what it wrote itself; of 7, two are written again where they were given
+    "_extrapolate": (4, 3),
+    "_scores": (3, 1),
+    "_parts": (2, 2),
+    "_below": (2, 1),
+    "_ranks": (1, 4),
+    "_middle": (1, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install 'convexprune[triton]'")
+def test_a_function_is_one_kernel_whose_results_are_those_op_by_op():
+    script = Path(__file__).parents[1] / "triton_code.py"
+    variables = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {each["name"]: each["kernels"] for each in found} == {name: [[*of]] for name, of in KERNELS.items()}
+    assert all(each["apart"] <= ROUNDING for each in found)
