@@ -1,6 +1,7 @@
 """Every example, notebook and Python block of a page runs, but for blocks with a title, which says why not."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -49,9 +50,18 @@ def test_the_notebook_runs_and_keeps_no_output(path: Path, monkeypatch, tmp_path
     assert len(names) > 20
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.sh")), ids=lambda p: p.name)
-def test_a_script_of_the_shell_is_one(path: Path):
-    subprocess.run(["bash", "-n", path], check=True)
+def test_the_script_for_slurm_starts_ranks_that_go_on(tmp_path: Path):
+    """With doubles of `srun`, which prints what it is to start, and `scontrol`."""
+    for name, says in {"srun": 'echo "$MASTER_ADDR" "$@"', "scontrol": "printf 'node%s\\n' 1 2"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(ROOT / "examples" / "slurm.sh"), "MODEL", "a text.txt", "DIR", "--prefix", "pruned"]
+    said = subprocess.run(words, env=os.environ | given, capture_output=True, text=True, check=True).stdout
+    assert said == (
+        "node1 --kill-on-bad-exit=0 convexprune prune MODEL --dataset a text.txt --output DIR "
+        "--executor ranks --threads 8 --resume --prefix pruned\n"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # the Trainer does, on a CPU too
