@@ -39,6 +39,21 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     )
 
 
+def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
+    """What a run needs of the device's memory by its formula.
+
+    Args:
+        source: as `inspect` takes it.
+        recipe: of the run.
+        trust_remote_code: let transformers run code that the checkpoint brings.
+
+    Returns:
+        Bytes.
+    """
+    outline = read_outline(source, recipe, trust_remote_code)
+    return cost.memory(outline.size, setting_of(recipe, outline)).device
+
+
 def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
     """What a run needs of the device's memory by its formula, and settings that need less.
 

@@ -12,7 +12,9 @@ from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
 from convexprune._container.folder import discard_packs, holds_pack, pack_in_place, plain_checksum
+from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
+from convexprune._device.memory import room_on
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
@@ -31,6 +33,7 @@ from convexprune.adapters._checkpoints.packed import load as load_packed
 from convexprune.adapters._checkpoints.saving import pruned_entries
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.adapters._discovery.inspection import Inspection, inspect
+from convexprune.adapters._discovery.needs import device_bytes
 from convexprune.report import Report
 from convexprune.validation import streamed_evaluation
 
@@ -123,11 +126,13 @@ class InFolder(Request):
         """Prune what is not yet, and write the result unless another rank does; whether this one has."""
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
-        store = FolderStore(self.folder.work, len(loaded.layers), self.device)
+        on_gpu = not is_host(torch.device(self.device))
+        needed = device_bytes(self.source, self.recipe, self.call.trust_remote_code) if on_gpu else 0
+        store = FolderStore(self.folder.work, len(loaded.layers), self.device, room_on(self.device, needed))
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
         opened = partial(reopen, self.open, self.origin)
-        job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed)
+        job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
         prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
         self.clock.lap("prune")
         with self.folder.alone() as unfinished:

@@ -1,14 +1,70 @@
-"""The memory of a GPU: whose it is, what is given back, and what to say when it runs out."""
+"""The memory of a GPU: whose it is, what may stay there, what is given back, and what to say when it runs out."""
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 
+from convexprune._device.capabilities import is_host
 from convexprune.errors import ConvexpruneError, PruningError
 
 MOST_SAID = 200  # characters of what torch says
+USABLE = 0.9  # of what is free: memory is given out in pieces that do not fit together
+
+
+class Holder(Protocol):
+    """What holds tensors on a GPU that could be elsewhere."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of them."""
+        ...
+
+
+class Room:
+    """Bytes on a GPU that a run does not need, for tensors that would go to the disk, as long as somebody holds them.
+
+    Args:
+        limit: how many.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit, self._holders = limit, WeakSet[Holder]()
+
+    def has(self, nbytes: int, holder: Holder) -> bool:
+        """Whether a holder may hold so many bytes more.
+
+        Args:
+            nbytes: how many.
+            holder: who asks.
+
+        Returns:
+            Whether they fit.
+        """
+        if sum(each.held for each in self._holders | {holder}) + nbytes >= self._limit:
+            return False
+        self._holders.add(holder)
+        return True
+
+
+def room_on(device: torch.device | str, needed: int) -> Room:
+    """What a run leaves free of a GPU by its formula.
+
+    Args:
+        device: where it computes.
+        needed: bytes of the device's memory that it needs.
+
+    Returns:
+        The room: none on a CPU, where files are in memory anyway as long as they fit.
+    """
+    device = torch.device(device)
+    if is_host(device):
+        return Room()
+    release_unused()
+    return Room(int(USABLE * torch.cuda.mem_get_info(device)[0]) - needed)
 
 
 def use_gpu(device: str) -> None:

@@ -96,16 +96,16 @@ def observe(
 
 
 def put_away(tensor: Tensor, place: Recorded) -> None:
-    """Keep a tensor on the host; in a file, at the end of `sending` at the latest.
+    """Keep a tensor on the host, or where it is if a place has room there; in a file, at the end of `sending`.
 
     Args:
         tensor: of any device.
         place: where.
     """
-    if isinstance(place, Batches):
-        lane_to(tensor.device).to_host(tensor, place.append)
-    else:
+    if not isinstance(place, Batches):
         place.append(tensor.cpu())
+    elif not place.hold(tensor):
+        lane_to(tensor.device).to_host(tensor, place.append)
 
 
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:

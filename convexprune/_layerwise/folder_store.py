@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from convexprune._device.memory import Room
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
@@ -40,15 +41,18 @@ class FolderStore(AbstractStore):
         folder: the folder.
         count: how many decoder layers there are.
         device: where hidden states are wanted.
+        room: for what is recorded to stay there; none unless given.
     """
 
-    def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu", room: Room | None = None) -> None:
         self.folder = folder
         self.count = count
         self.pruned_here: set[int] = set()
         self._device = device
         self._mine = ""  # in the names of what only this process reads
         self._finished: set[int] = set()
+        self.room = room or Room()
+        self._resident: dict[tuple[int, Stream], Batches] = {}  # what is in the folder as well, and is read from here
         with writing(folder):
             for name in ("hidden", "layers", "claims", "scratch"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,7 @@ class FolderStore(AbstractStore):
                     continue
                 with locked(self.folder / "claims" / f"{n:05d}.lock") as is_locked:
                     if is_locked and not self.is_finished(n):
+                        self._resident = {key: value for key, value in self._resident.items() if key[0] == n}
                         yield n
                         return
             time.sleep(POLL)
@@ -75,7 +80,7 @@ class FolderStore(AbstractStore):
     @contextmanager
     def scratch(self, number: int) -> Iterator[Callable[[], Recorded]]:
         with self.scratch_folder(number) as place:
-            yield lambda: Batches(place / f"{uuid4().hex}.bin", device=self._device)
+            yield lambda: Batches(place / f"{uuid4().hex}.bin", device=self._device, room=self.room)
 
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
@@ -97,6 +102,8 @@ class FolderStore(AbstractStore):
             shutil.rmtree(place, ignore_errors=True)
 
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
+        if (number, stream) in self._resident:
+            return self._resident[number, stream]
         found = Batches.kept(self._hidden(number, stream), self._device)
         if found is None:
             self._forget_hidden(number, stream)
@@ -105,6 +112,8 @@ class FolderStore(AbstractStore):
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
         assert isinstance(batches, Batches)
         batches.keep(self._hidden(number, stream))
+        if batches.held:
+            self._resident[number, stream] = batches
 
     def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
         """A value that one process computes for all: the first to ask; the others wait for it.
@@ -201,6 +210,7 @@ class FolderStore(AbstractStore):
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
+        self._resident.pop((number, stream), None)
         path = self._hidden(number, stream)
         path.with_suffix(".json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -219,10 +229,13 @@ class RankStore(FolderStore):
         count: how many decoder layers there are.
         device: where hidden states are wanted.
         ranks: that prune together.
+        room: see `FolderStore`.
     """
 
-    def __init__(self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup) -> None:
-        super().__init__(folder, count, device)
+    def __init__(
+        self, folder: Path, count: int, device: torch.device | str, ranks: ProcessGroup, room: Room | None = None
+    ) -> None:
+        super().__init__(folder, count, device, room)
         self._ranks = ranks
         self._mine = f".{ranks.rank}"
 

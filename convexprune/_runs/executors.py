@@ -112,7 +112,7 @@ class Ranks(AbstractExecutor):
                 prune_claimed(model, store, job.work, on_operator)
                 return
             with ProcessGroup.connected(self.number, self.size) as ranks:
-                ours = RankStore(store.folder, store.count, model.device, ranks)
+                ours = RankStore(store.folder, store.count, model.device, ranks, store.room)
                 prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else on_operator)
 
 

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from convexprune._device.machine import installation, threads
-from convexprune._device.memory import use_gpu, within_memory
+from convexprune._device.memory import room_on, use_gpu, within_memory
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.steps.prune import Work, prune_claimed
@@ -30,6 +30,7 @@ class Job:
         open_model: opens the model on a device.
         threads: of each process.
         installed: what `machine.installation` said where the run began.
+        needed: bytes of a GPU that the run needs.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Job:
     open_model: Callable[..., AbstractModel]  # with the keyword "device"
     threads: int
     installed: Mapping[str, str]
+    needed: int = 0
 
     def do(self, device: str) -> None:
         """Prune layers until none is left.
@@ -58,7 +60,8 @@ class Job:
 
         with within_memory(), working(self.folder.parent), threads(self.threads):
             model = self.open_model(device=device)
-            prune_claimed(model, FolderStore(self.folder, len(model.layers), device), self.work, lambda _: None)
+            store = FolderStore(self.folder, len(model.layers), device, room_on(device, self.needed))
+            prune_claimed(model, store, self.work, lambda _: None)
 
 
 class Worker:

@@ -1,4 +1,4 @@
-"""Batches of tensors that are recorded in a file, and mapped back into memory one at a time."""
+"""Batches of tensors that are recorded in a file and mapped back one at a time, or stay on a GPU while they fit."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -9,7 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from convexprune._device.transfer import lane_to
+from convexprune._device.memory import Room
+from convexprune._device.transfer import lane_to, sending
 from convexprune._storage.failures import naming, writing
 from convexprune._storage.files import publish, read_ahead, sha256, write
 from convexprune._storage.notes import read_notes, write_notes
@@ -24,6 +25,7 @@ class Batches(Sequence[Tensor]):
         dtype: of the tensors; None until the first is recorded.
         shapes: of the tensors that the file has.
         device: where the tensors are wanted.
+        room: for the first of them to stay there. They are written to the file if it is to be kept.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Batches(Sequence[Tensor]):
         dtype: torch.dtype | None = None,
         shapes: Iterable[Sequence[int]] = (),
         device: torch.device | str = "cpu",
+        room: Room | None = None,
     ) -> None:
         self.path = path
         self.device = device
         self.dtype = dtype
+        self._room, self._resident = room, list[Tensor]()
         self.shapes = [tuple(shape) for shape in shapes]
         self._ends = [0]
         for shape in self.shapes:
@@ -67,6 +71,8 @@ class Batches(Sequence[Tensor]):
             OutputError: the disk is full or fails.
         """
         assert self.dtype is not None, "nothing was recorded"
+        if self._resident and self.nbytes < sum(_size(shape, self.dtype) for shape in self.shapes):
+            self._write_all()
         notes = {"dtype": CODES[self.dtype], "shapes": self.shapes, "sha256": sha256(self.path)}
         with writing(path):
             publish(self.path, path)
@@ -84,6 +90,8 @@ class Batches(Sequence[Tensor]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
+        if i < len(self._resident):
+            return self._resident[i]
         begin, end = self._ends[i : i + 2]
         start = begin - begin % ALLOCATIONGRANULARITY
         with naming(self.path), self.path.open("rb", buffering=0) as file:
@@ -95,6 +103,28 @@ class Batches(Sequence[Tensor]):
     def prefetch(self) -> None:
         """Have the disk read while something else is computed."""
         read_ahead(self.path)
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device."""
+        return sum(tensor.nbytes for tensor in self._resident)
+
+    def hold(self, batch: Tensor) -> bool:
+        """Record one more on the device, if there is room.
+
+        Args:
+            batch: the tensor, of the device.
+
+        Returns:
+            Whether it is recorded.
+        """
+        if self._room is None or not self._room.has(batch.nbytes, self):
+            self._room = None  # what comes after one that is in the file is there, too
+            return False
+        self._note(batch)
+        self._resident.append(batch.clone(memory_format=torch.contiguous_format))  # it may be changed, or be a part
+        self._ends.append(0)
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +140,23 @@ class Batches(Sequence[Tensor]):
         Raises:
             OutputError: the disk is full or fails.
         """
-        self.dtype = self.dtype or batch.dtype
-        assert batch.dtype == self.dtype
+        self._note(batch)
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))
+        self._ends.append(self._ends[-1] + batch.nbytes)
+
+    def _note(self, batch: Tensor) -> None:
+        self.dtype = self.dtype or batch.dtype
+        assert batch.dtype == self.dtype
         self.shapes.append(tuple(batch.shape))
-        self._ends.append(self._ends[-1] + _size(batch.shape, self.dtype))
+
+    @sending()
+    def _write_all(self) -> None:
+        """Have the file hold what is on the device as well."""
+        whole = Batches(self.path.with_suffix(".whole"))
+        for batch in self:
+            lane_to(self.device).to_host(batch, whole.append)
+        self.path, self._ends = whole.path, whole._ends
 
 
 def _size(shape: Sequence[int], dtype: torch.dtype | None) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 import convexprune
 from convexprune import errors
+from convexprune._api import in_folder
 from convexprune._api.in_memory import InMemory
 from convexprune._device import memory, transfer
 from convexprune._device.transfer import BUFFERS, GpuLane, Lane, lane_to, sending
+from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.walk import recorded
 from convexprune._runs import executors
@@ -143,6 +146,60 @@ def test_what_is_recorded_goes_over_the_lane(cuda: Cuda, tmp_path: Path):
 def test_a_run_over_the_lane_gives_the_same_bits(dense: Path, expected: dict[str, str], tmp_path: Path):
     convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
     assert checksums(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "sent", "read"), [(0, 107_520, 241_664), (20_000, 58_368, 101_376), (1 << 30, 20_480, 0)]
+)
+def test_what_fits_stays_on_the_gpu_and_gives_the_same_bits(
+    limit: int, sent: int, read: int, lane: GpuLane, dense: Path, expected: dict[str, str], tmp_path: Path, monkeypatch
+):
+    seen = {"to_host": 0, "to_device": 0}
+
+    def counting(way: str) -> Callable[..., Any]:
+        real = getattr(lane, way)
+
+        def copy(tensor: Tensor, *args: Any) -> Any:
+            seen[way] += tensor.nbytes
+            return real(tensor, *args)
+
+        return copy
+
+    for way in seen:
+        monkeypatch.setattr(lane, way, counting(way))
+    monkeypatch.setattr(in_folder, "room_on", lambda *_: memory.Room(limit))
+    convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
+    assert checksums(tmp_path / "out") == expected
+    assert seen == {"to_host": sent, "to_device": read}  # with room for all: what a killed run goes on from, once
+
+
+@pytest.mark.usefixtures("lane")
+def test_what_stays_on_the_gpu_is_in_the_folder_as_well(tmp_path: Path):
+    store = FolderStore(tmp_path, 2, room=memory.Room(3 * 24 + 1))
+    with store.scratch(0) as record:
+        place = recorded(iter(numbers(5)), record())
+        store.put_hidden(1, "dense", place)
+    assert store.hidden(1, "dense") is place and isinstance(place, Batches) and place.held == 3 * 24
+    found = FolderStore(tmp_path, 2).hidden(1, "dense")
+    assert found is not None and [t.tolist() for t in found] == [t.tolist() for t in numbers(5)]
+    with store.claim() as number:
+        assert number == 0
+    assert store.hidden(1, "dense") is not place  # another worker may have that layer
+
+
+@dataclass(eq=False)
+class Holding:
+    """What holds tensors."""
+
+    held: int
+
+
+def test_room_is_what_a_run_leaves_free_by_its_formula(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
+    room, one, other = memory.room_on("cuda", 500), Holding(300), Holding(0)
+    assert room.has(50, one) and room.has(50, other) and not room.has(200, other)
+    del one
+    assert room.has(200, other) and not memory.room_on("cpu", 0).has(0, other)
 
 
 def test_after_an_error_nothing_more_is_taken(lane: GpuLane):
