@@ -63,8 +63,13 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 )
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
-        if pattern.narrows and (self.targets != ("Linear",) or self.ignore):
+        if pattern.removes and (self.targets != ("Linear",) or self.ignore):
             raise RecipeError(f"Pattern {self.pattern!r} finds its operators itself. Leave targets and ignore out.")
+        if pattern.removes == "layers" and self.prefix != "pruned":
+            raise RecipeError(
+                "Pattern 'layers' has the layers behind make up for those that are gone, so that they have to see what "
+                "is left. Leave prefix out."
+            )
         self._check_rules(pattern)
         return self
 
@@ -131,8 +136,8 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 "all. Take allocation='uniform', or leave the sparsity and the pattern out of the rule."
             )
         patterns = [pattern, *(each for each, _ in self.build_rules())] if self.rules else []
-        if any(each.narrows for each in patterns):
-            raise RecipeError("Channels are removed from whole layers: no rule can be about some operators of them.")
+        if any(each.removes for each in patterns):
+            raise RecipeError("Channels are removed from whole layers, or whole layers are: no rule is about parts.")
 
     def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:
         """For each rule its pattern, and its pruner if it names a method; what it does not name is the recipe's.
@@ -225,8 +230,10 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
+    prefix = "pruned" if str(given.get("pattern")).startswith("layers") else "dense"
     return {
-        "error_correction": 0.5 if given.get("prefix") == "pruned" else 1.0,
+        "prefix": prefix,
+        "error_correction": 0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0,
         "error_target": "operator" if published else "residual_stream",
         "allocation": "rows" if whole and searches else "uniform",
     }

@@ -131,9 +131,9 @@ class Report:
         files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
             what it unpacks to.
         warnings: that the user was given.
-        narrowed: if channels were removed for good: by the name of the setting in config.json how many there were and
-            are, and so the `decoder_parameters` and all `parameters`. `sparsity` is then the share of columns removed
-            from the operators that read them.
+        narrowed: if channels or decoder layers were removed for good: by the name of the setting in config.json how
+            many there were and are, and so the `decoder_parameters` and all `parameters`. Of channels `sparsity` is
+            then the share of columns removed from the operators that read them.
         packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
         documents: the sha256 of the model card, by its path: it was made of the report, and people may change it.
         base: what the card of the base model says of its licence and language, and the names of its card and licence
@@ -191,7 +191,7 @@ class Report:
 
     @property
     def asks_for_zeros(self) -> bool:
-        """Whether zeros were asked for: not if channels were removed, nor on a grid, which has those of rounding."""
+        """Whether zeros were asked for: not if something was removed, nor on a grid, which has those of rounding."""
         return self.narrowed is None and any(o.expected_zeros for o in self.operators)
 
     @property

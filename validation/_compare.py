@@ -35,8 +35,8 @@ from convexprune.adapters import (
     text_windows,
 )
 from convexprune.adapters._allocating import allocate_each
-from convexprune.adapters._channels.narrowing import find_narrowing
 from convexprune.adapters._data.sufficiency import shortage
+from convexprune.adapters._removal.find import find_removal
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
@@ -185,12 +185,14 @@ def _layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dic
 
 def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
     asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
-    narrows = [pattern for pattern in asked.values() if pattern.narrows]
+    narrows = [pattern for pattern in asked.values() if pattern.removes]
     if not narrows:
         return {variant.name: variant.layer_settings() for variant in variants}
+    if any(pattern.removes == "layers" for pattern in narrows):
+        raise RecipeError("Pattern 'layers' is compared by benchmarks/depth.py: compare has all decoder layers.")
     if len(narrows) < len(asked):
         raise RecipeError("Pattern 'channels' has its own operators: compare it with no other pattern.")
-    found = {pattern: find_narrowing(model, pattern) for pattern in dict.fromkeys(narrows)}
+    found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
     next(iter(found.values())).choose(model)
     pairs = zip(variants, narrows, strict=True)
     return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}

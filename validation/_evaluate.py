@@ -21,12 +21,12 @@ from convexprune._schema.functions import EVALUATE
 from convexprune._schema.measures import Evaluate
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
 from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
+from convexprune.adapters._data.likelihood import divergence
 from convexprune.adapters._data.logits import logits_in_pieces
 from convexprune.adapters._data.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
 
-from ._likelihood import divergence
 from ._perplexity import Perplexity, perplexity
 from ._tasks import TaskScore, evaluate_tasks, require_tasks
 from ._texts import TEXTS, text_of

@@ -16,10 +16,9 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._data.likelihood import likelihoods
 from convexprune.adapters._data.logits import logits_in_pieces
 from convexprune.errors import CalibrationError
-
-from ._likelihood import likelihoods
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from convexprune.adapters._data.likelihood import Likelihood
 from convexprune.constraints import parse_pattern
 
-from ._likelihood import Likelihood
 from ._variants import Variant
 
 Row = dict[str, Any]

@@ -24,10 +24,10 @@ from convexprune._layerwise.steps.stages import prune_observed, stage_folds
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._data.likelihood import Likelihood, likelihoods
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OperatorReport
 
-from ._likelihood import Likelihood, likelihoods
 from ._memory import peak_memory
 from ._states import Store
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
-from convexprune._runs.folder import CHANNELS, RunFolder
+from convexprune._runs.folder import REMOVED, RunFolder
 from convexprune._runs.identity import checksum, differences
 from convexprune._storage.files import checksum_inside
 from convexprune.adapters import (
@@ -21,8 +21,8 @@ from convexprune.adapters import (
     load,
     recipe_windows,
 )
-from convexprune.adapters._channels.narrowing import find_narrowing
 from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
+from convexprune.adapters._removal.find import find_removal
 from convexprune.constraints import Constraint
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
@@ -97,7 +97,7 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
     if settings["allocation"] != "uniform":
         raise RecipeError(f"allocation={settings['allocation']!r}: prune with it, and verify the folder of the run.")
     recipe = make_recipe(model=BUNDLED if source is None else str(source), **settings)
-    if recipe.build_pattern().narrows:
+    if recipe.build_pattern().removes:
         raise RecipeError(f"Pattern {recipe.pattern!r}: prune with it, and verify the folder of the run.")
     check_dataset(recipe.dataset)
     dense = _load(recipe.model, recipe, device)
@@ -119,7 +119,7 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
     dense = _load(model, recipe, device)
     _require_same_model(dense, model, report)
     pruned, pattern = _load(folder, recipe, device), recipe.build_pattern()
-    if pattern.narrows:
+    if pattern.removes:
         pruned = _widened(dense, _load(model, recipe, device), pruned, pattern, folder)
     return Source(recipe, dense, dataset, pruned, report)
 
@@ -127,15 +127,16 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
 def _widened(
     dense: HuggingFaceModel, other: HuggingFaceModel, narrower: HuggingFaceModel, pattern: Constraint, folder: Path
 ) -> HuggingFaceModel:
-    """The `other` dense model with the weights of a run without channels; of both only what reads these is judged."""
-    narrowing = find_narrowing(dense, pattern)
+    """The `other` dense model with the weights of a smaller one; of both only what adapts to the removal is judged."""
+    note = folder / REMOVED[pattern.removes or ""]
+    removal = find_removal(dense, pattern)
     try:
-        narrowed = narrowing.without(json.loads((folder / CHANNELS).read_bytes())["removed"])
+        narrowed = removal.without(json.loads(note.read_bytes())["removed"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise OutputError(f"{folder / CHANNELS} does not say which channels were removed ({cause}).") from cause
+        raise OutputError(f"{note} does not say which {pattern.removes} were removed ({cause}).") from cause
     narrowed.widen(narrower, other)
     for model in (dense, other):
-        narrowing.choose(model)
+        narrowed.choose(model)
     return other
 
 

@@ -52,7 +52,7 @@ def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
     )
 
 
-def set_at(settings: dict[str, Any], place: Place, value: int) -> None:
+def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
     """Change a setting.
 
     Args:

@@ -1,8 +1,9 @@
 """Channels removed for good: those whose number a setting of the model says, the same in all layers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from convexprune.constraints import Columns, Constraint
 from convexprune.errors import ModelError
 
 from .._huggingface import HuggingFaceModel
+from .._removal.base import AbstractReduced, AbstractRemoval
 from .channels import Channels
 from .configuration import Place, Shapes, built, candidates, set_at, settings_of, shapes_of
 from .cut import Cut, CutEntry
@@ -21,7 +23,7 @@ from .inner_channels import inner_channels
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowing:
+class Narrowing(AbstractRemoval):
     """The channels of a model that can be removed, and how many are to be.
 
     Args:
@@ -35,28 +37,20 @@ class Narrowing:
     settings: Mapping[str, Any]
 
     @property
-    def patterns(self) -> dict[str, Columns]:
-        """What each operator is pruned to, by name."""
+    def patterns(self) -> Mapping[str, Columns]:
         return {one.name: Columns(self._removed(one.size) / one.size) for one in self.sets}
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Have only these operators pruned of their `model`; their names in a decoder layer, each once."""
         names = {one.name for one in self.sets}
         inside = {o.name: None for y in model.layers for o in y.operators if f"{y.name}.{o.name}" in names}
         model.choose(tuple(inside), because="it reads no channels that are removed")
         return tuple(inside)
 
     def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
-        """The model without the channels of which the pruned operators make no use.
-
-        Args:
-            read: gives a pruned weight by its name in the model.
-
-        Returns:
-            What is removed, and what is left.
+        """See `AbstractRemoval.narrowed`: without the channels that the pruned operators do not read.
 
         Raises:
-            ModelError: an operator uses too many channels.
+            ModelError: an operator reads too many.
         """
         removed = dict[str, list[int]]()
         for one in self.sets:
@@ -66,13 +60,7 @@ class Narrowing:
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
-        """The model without some channels.
-
-        Args:
-            removed: numbers of channels, by the name of the set.
-
-        Returns:
-            What is removed, and what is left.
+        """See `AbstractRemoval.without`: the numbers of channels, by the name of the set.
 
         Raises:
             ModelError: they are not as many as there should be, or there are no such channels.
@@ -109,24 +97,43 @@ class Narrowing:
 
 
 @dataclass(frozen=True, eq=False)
-class Narrowed:
+class Narrowed(AbstractReduced):
     """A model without some channels.
 
     Args:
         narrowing: what can be removed.
-        removed: the numbers of the channels, by the name of the operator that they are inputs of.
+        channels: the numbers of those removed, by the name of the operator that they are inputs of.
     """
 
     narrowing: Narrowing
-    removed: Mapping[str, list[int]]
+    channels: Mapping[str, list[int]]
 
     @property
+    def removed(self) -> dict[str, list[int]]:
+        return dict(self.channels)
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        return {".".join(path): pair for path, pair in self.narrowing.widths.items()}
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        return self.narrowing.choose(model)
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.cuts[name].shape(shape) if name in self.cuts else shape
+
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return self.narrowing.configured(settings)
+
+    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
+        self.narrowing.require_configured(model, settings)
+
+    @cached_property
     def cuts(self) -> dict[str, Cut]:
         """What is left of each parameter that becomes smaller, by name."""
-        return _cuts(self.narrowing.sets, self.removed)
+        return _cuts(self.narrowing.sets, self.channels)
 
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
-        """The smaller model, with the weights of a `model` that is whole in memory."""
         inner, cuts = model.model, self.cuts
         narrower = built(inner, self.narrowing.configured(inner.config.to_dict()))
         state = {name: cuts[name].of(t) if name in cuts else t for name, t in inner.state_dict().items()}
@@ -136,45 +143,16 @@ class Narrowed:
         narrower.name_or_path = inner.name_or_path
         return narrower.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
 
-    def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
-        """The smaller of a `model` that is whole in memory, with its tokenizer."""
-        narrower = copy(model)
-        narrower.model = self.model(model)
-        return narrower
-
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
-
-        Args:
-            narrower: a model that was written so.
-            dense: the model that it was made of; both are whole in memory.
-        """
         cuts = self.cuts
         for name, parameter in dense.model.named_parameters():
             small = narrower.model.get_parameter(name)
             parameter.copy_(cuts[name].back(small, parameter) if name in cuts else small)
 
     def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Where what is left of tensors is, by the names of the `whole` ones in the model."""
         cuts = self.cuts
         return {name: CutEntry.without(e, cuts[name]) if name in cuts else e for name, e in whole.items()}
-
-    def note(self) -> dict[str, Any]:
-        """What `channels.json` says."""
-        widths = {".".join(path): list(pair) for path, pair in self.narrowing.widths.items()}
-        return {"widths": widths, "removed": dict(self.removed)}
-
-    def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:
-        """Widths, and numbers of parameters, of a `model` before and after."""
-        cuts, layers = self.cuts, tuple(f"{layer.name}." for layer in model.layers)
-        whole, decoder = [0, 0], [0, 0]
-        for name, parameter in model.model.named_parameters():
-            shape = cuts[name].shape(tuple(parameter.shape)) if name in cuts else parameter.shape
-            pair = parameter.numel(), torch.Size(shape).numel()
-            for total in (whole, decoder) if name.startswith(layers) else (whole,):
-                total[:] = (a + b for a, b in zip(total, pair, strict=True))
-        return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": whole}
 
 
 def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:

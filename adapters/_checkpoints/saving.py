@@ -17,9 +17,9 @@ from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json, write_settings
 from convexprune._storage.tensors import Entry
 
-from .._channels.narrowing import Narrowed
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
+from .._removal.base import AbstractReduced
 from .documents import documents, result_name
 from .model_folder import CONFIG
 
@@ -95,7 +95,7 @@ def save_from_store(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: Mapping[str, Any],
-    narrowed: Narrowed | None = None,
+    narrowed: AbstractReduced | None = None,
 ) -> set[Path]:
     """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
 
@@ -107,7 +107,7 @@ def save_from_store(
         folder: where to.
         tokenizer: the caller's own, if it is not the one beside the checkpoint.
         settings: to be added to config.json.
-        narrowed: the channels to leave out.
+        narrowed: what of it to leave out.
 
     Returns:
         The files written.
@@ -124,9 +124,10 @@ def save_from_store(
             return _publish(place, folder)
 
     def configured(config: Mapping[str, Any]) -> dict[str, Any]:
-        return (dict(config) if narrowed is None else narrowed.narrowing.configured(config)) | dict(settings)
+        return (dict(config) if narrowed is None else narrowed.configured(config)) | dict(settings)
 
-    written = model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured)
+    renamed = str if narrowed is None else narrowed.renamed
+    written = model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured, renamed)
     if tokenizer is not None:
         with writing(folder), store.scratch_folder(store.count) as place:
             tokenizer.save_pretrained(place)
@@ -134,13 +135,15 @@ def save_from_store(
     return written
 
 
-def pruned_entries(model: HuggingFaceModel, store: FolderStore, narrowed: Narrowed | None = None) -> dict[str, Entry]:
+def pruned_entries(
+    model: HuggingFaceModel, store: FolderStore, narrowed: AbstractReduced | None = None
+) -> dict[str, Entry]:
     """Where the tensors of finished layers are, by their names in the model.
 
     Args:
         model: the model, which streams.
         store: with all layers finished.
-        narrowed: the channels to leave out.
+        narrowed: what of it to leave out.
 
     Returns:
         The entries.

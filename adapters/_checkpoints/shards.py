@@ -24,12 +24,14 @@ from .admission import refuse_non_finite
 from .documents import result_name
 from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
 from .origin import Origin
-from .stored_names import stored_names
+from .stored_names import stored_as, stored_names
 
 logger = logging.getLogger(__name__)
 
 Configured = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Makes settings of a model out of those of another."""
+Renamed = Callable[[str], str | None]
+"""Gives the name of a tensor in another model; None if that has no such tensor."""
 
 
 class Shards:
@@ -146,7 +148,9 @@ class Shards:
         for name in layer.module.state_dict():
             self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
 
-    def assemble(self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict) -> set[Path]:
+    def assemble(
+        self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict, renamed: Renamed = str
+    ) -> set[Path]:
         """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
         All other tensors are copied, in the dtype of the model.
@@ -155,6 +159,7 @@ class Shards:
             target: the folder.
             pruned: the tensors that replace others, by their names in the model.
             configured: what config.json says of the result, by what it says of the model.
+            renamed: the names of tensors in the result, by those in the model.
 
         Returns:
             The files written.
@@ -165,12 +170,15 @@ class Shards:
         """
         self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
-        total = sum(self._write_shard(path, target / self._name(path), replaced) for path in self.files)
+        places = self._places(renamed)
+        files = [path for path in self.files if any(self._stored[stored].path == path for stored in places)]
+        total = sum(self._write_shard(path, target / self._name(path), replaced, places) for path in files)
         self._copy_companions(target)
-        written = {target / name for name in (CONFIG, *map(self._name, self.files), *self._companions.values())}
+        written = {target / name for name in (CONFIG, *map(self._name, files), *self._companions.values())}
         if self.files != [self.folder / WEIGHTS]:
             index = read_index(self.folder)
             index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+            index["weight_map"] = {places[n]: file for n, file in index["weight_map"].items() if n in places}
             write_settings(target / INDEX, index)
             written.add(target / INDEX)
         config = configured(self._settings(self.folder / CONFIG))
@@ -179,31 +187,43 @@ class Shards:
         write_settings(target / CONFIG, config)
         return written
 
-    def require_assembled(self, folder: Path, pruned: Mapping[str, Entry]) -> None:
+    def require_assembled(self, folder: Path, pruned: Mapping[str, Entry], renamed: Renamed = str) -> None:
         """Check that `assemble` has written what it should, bit for bit.
 
         Args:
             folder: where it wrote.
             pruned: the tensors that replaced others, by their names in the model.
+            renamed: the names of tensors in the result, by those in the model.
 
         Raises:
             ModelError: a tensor is missing, too many, or not as it should be.
         """
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
-        if others := found.keys() ^ self._stored.keys():
+        places = self._places(renamed)
+        if others := found.keys() ^ set(places.values()):
             raise ModelError(f"{folder}: {min(others)} is missing, or should not be there.")
-        for name, entry in self._stored.items():
-            spec, read = self._cast(replaced.get(name, entry))
+        for stored, name in places.items():
+            spec, read = self._cast(replaced.get(stored, self._stored[stored]))
             if found[name].spec != spec:
                 raise ModelError(f"{folder}: {name} should be {spec} and is {found[name].spec}.")
             expected = read()
             if found[name].read_bytes() != (raw(expected) if isinstance(expected, Tensor) else expected):
                 raise ModelError(f"{folder}: {name} has other values than it should have.")
 
-    def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry]) -> int:
+    def _places(self, renamed: Renamed) -> dict[str, str]:
+        """The names under which the stored tensors are stored in another model, by those that they have."""
+        named, places = {stored: name for name, stored in self._names.items()}, dict[str, str]()
+        for stored in self._stored:
+            name = named.get(stored, stored)
+            if (new := renamed(name)) is not None:
+                places[stored] = stored if new == name else stored_as(stored, name, new)
+        return places
+
+    def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry], places: Mapping[str, str]) -> int:
         """Write a shard; how many bytes its tensors have."""
-        casts = {n: self._cast(replaced.get(n, entry)) for n, entry in self._stored.items() if entry.path == path}
+        here = {n: new for n, new in places.items() if self._stored[n].path == path}
+        casts = {new: self._cast(replaced.get(n, self._stored[n])) for n, new in here.items()}
         specs = {n: spec for n, (spec, _) in casts.items()}
         write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
         return sum(spec.nbytes for spec in specs.values())

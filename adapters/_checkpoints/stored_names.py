@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from convexprune._storage.tensors import Entry
+from convexprune.errors import ModelError
 
 from .model_folder import NotStreamable
 
@@ -67,6 +68,29 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
         if name not in names and (id(parameters.get(name, tensor)) not in filled or name.startswith(f"{inside}.")):
             raise NotStreamable(f"the checkpoint has no {name}")
     return names
+
+
+def stored_as(stored: str, name: str, new: str) -> str:
+    """The stored name of a tensor in another model where its layer has another number.
+
+    Args:
+        stored: the stored name in the model.
+        name: its name in the model.
+        new: its name in the other one.
+
+    Returns:
+        The stored name in the other one.
+
+    Raises:
+        ModelError: the number is not in the stored name, or more than once.
+    """
+    parts = zip(name.split("."), new.split("."), strict=True)
+    (at,) = [number for number, (old, now) in enumerate(parts) if old != now]
+    (before, old), now = name.split(".")[at - 1 : at + 1], new.split(".")[at]
+    found = f".{stored}".split(f".{before}.{old}.")
+    if len(found) != 2:
+        raise ModelError(f"The checkpoint stores {name} as {stored}, from which the number of its layer is not clear.")
+    return f".{before}.{now}.".join(found).removeprefix(".")
 
 
 def _equal(one: Entry, other: Entry) -> bool:

@@ -16,9 +16,9 @@ from convexprune._storage.tensors import Entry, Spec, entries
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport
 
-from .._channels.narrowing import Narrowed
 from .._discovery.operators import tensor_of
 from .._huggingface import HuggingFaceModel
+from .._removal.base import AbstractReduced
 from .model_folder import CONFIG, shard_files
 from .saving import pruned_entries
 
@@ -28,18 +28,18 @@ def require_written(
     folder: Path,
     reports: Sequence[OperatorReport],
     store: FolderStore | None = None,
-    narrowed: Narrowed | None = None,
+    narrowed: AbstractReduced | None = None,
 ) -> None:
     """Check that the pruned model is in a folder: names, shapes, dtypes, and the zeros that the reports count.
 
-    Of a model without some channels, whose zeros are gone, every tensor is compared bit for bit.
+    Of a smaller model, whose zeros are gone, every tensor is compared bit for bit.
 
     Args:
         model: the pruned model.
         folder: where it was written.
         reports: one for each operator.
-        store: with all layers finished; for a model without some channels.
-        narrowed: the channels that were left out.
+        store: with all layers finished; for a model that is smaller.
+        narrowed: what was left out.
 
     Raises:
         OutputError: what was written is not the pruned model.
@@ -64,13 +64,13 @@ def require_written(
         ) from cause
 
 
-def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: Narrowed) -> None:
+def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractReduced) -> None:
     """Each tensor in the folder as it should be, and the configuration that of a model of this size."""
     if model.shards is None:
         _require_equal(narrowed.apply_to(model), folder)
     else:
-        model.shards.require_assembled(folder, pruned_entries(model, store, narrowed))
-    narrowed.narrowing.require_configured(model, json.loads((folder / CONFIG).read_bytes()))
+        model.shards.require_assembled(folder, pruned_entries(model, store, narrowed), narrowed.renamed)
+    narrowed.require_configured(model, json.loads((folder / CONFIG).read_bytes()))
 
 
 def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:

@@ -131,10 +131,10 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     place: str | Path = settings["model"]
     checked = make_recipe(**settings | {"model": str(place)})
     device = default_device(checked.device)
-    if checked.build_pattern().narrows:
+    if removed := checked.build_pattern().removes:
         raise RecipeError(
-            f"inspect has no weights, and pattern {checked.pattern!r} finds its channels by them. Memory and time are "
-            "those of pattern 'columns' with the targets that read the channels (down_proj, fc2)."
+            f"inspect has no weights, and pattern {checked.pattern!r} finds its {removed} by them. Memory and time are "
+            "at most those of pattern 'columns', with channels of the targets that read them (down_proj, fc2)."
         )
     outline = read_outline(place, checked, asked.trust_remote_code)
     layers = with_rules(checked.layer_settings(), checked, outline.layers)

@@ -20,7 +20,7 @@ from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
-from convexprune._runs.folder import CHANNELS, PAGE, RunFolder
+from convexprune._runs.folder import PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
@@ -28,12 +28,12 @@ from convexprune._schema.functions import Call
 from convexprune._storage.notes import write_json
 from convexprune._storage.place import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
-from convexprune.adapters._channels.narrowing import Narrowed
 from convexprune.adapters._checkpoints.packed import load as load_packed
 from convexprune.adapters._checkpoints.saving import pruned_entries
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.adapters._discovery.inspection import Inspection, inspect
 from convexprune.adapters._discovery.needs import device_bytes
+from convexprune.adapters._removal.base import AbstractReduced
 from convexprune.report import Report
 from convexprune.validation import streamed_evaluation
 
@@ -78,7 +78,7 @@ class InFolder(Request):
             if not self.sources.has_sampled:
                 self._windows(loaded, {})
         settings = {name: value for name, value in self.recipe.chosen.items() if name != "model"}
-        if self.narrowing is not None:
+        if self.removal is not None:
             settings |= {"pattern": "columns", "targets": self.open.keywords["targets"]}
         return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
@@ -98,7 +98,7 @@ class InFolder(Request):
         if self.replacement is not None:
             self.replacement.take_place()
             self.folder = folder = RunFolder(self.place)
-        in_place = not loaded.streams and self.narrowing is None
+        in_place = not loaded.streams and self.removal is None
         if in_place and not written:  # whoever has done the work
             pruned = self._read()
             for layer in loaded.layers:
@@ -131,6 +131,7 @@ class InFolder(Request):
         store = FolderStore(self.folder.work, len(loaded.layers), self.device, room_on(self.device, needed))
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
+            self._choose(loaded, windows, report, store)
         opened = partial(reopen, self.open, self.origin)
         job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
         prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
@@ -162,8 +163,8 @@ class InFolder(Request):
         written = save_from_store(loaded, store, folder, self.given_tokenizer, settings, narrowed)
         notes = [write_recipe(self.recipe, folder)]
         if narrowed is not None:
-            write_json(folder / CHANNELS, narrowed.note())
-            notes.append(folder / CHANNELS)
+            notes.append(folder / REMOVED[self.recipe.build_pattern().removes or ""])
+            write_json(notes[-1], narrowed.note())
         require_written(loaded, folder, report.operators, store, narrowed)
         report.files = self.folder.checksums([*written, *notes])
         report.bytes = sum(path.stat().st_size for path in (*written, *notes))
@@ -177,10 +178,10 @@ class InFolder(Request):
         write_page(report, folder / PAGE)
         self.folder.finish(report)
 
-    def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> Narrowed | None:
-        """The model without the channels that the finished layers make no use of, if they are to be removed."""
+    def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> AbstractReduced | None:
+        """The model without what the finished layers make no use of, if that is to be removed."""
         stored = pruned_entries(loaded, store)
-        return None if self.narrowing is None else self.narrowing.narrowed(lambda name: stored[name].read())
+        return None if self.removal is None else self.removal.narrowed(lambda name: stored[name].read())
 
     def _check_finished(self) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""

@@ -29,6 +29,7 @@ class InMemory(Request):
         self._evaluate(report, "dense", loaded, windows)
         with use_threads(self.threads):
             self._allocate(loaded, windows, report)
+            self._choose(loaded, windows, report)
             on_operator = self._on_operator(loaded)
 
             def record(operator: OperatorReport) -> None:
@@ -41,8 +42,8 @@ class InMemory(Request):
         self._warn(report, report.sparser_before)
         self._end(report)
         pruned = loaded.model
-        if self.narrowing is not None:
-            narrowed = self.narrowing.narrowed(pruned.get_parameter)
+        if self.removal is not None:
+            narrowed = self.removal.narrowed(pruned.get_parameter)
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
         mark_sparse(pruned, report)
         return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)

@@ -34,11 +34,12 @@ from convexprune._runs.run import check_patterns
 from convexprune._schema.functions import Call
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
 from convexprune.adapters._allocating import allocate
-from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
 from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
+from convexprune.adapters._removal.base import AbstractRemoval
+from convexprune.adapters._removal.find import find_removal
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import make_recipe
@@ -90,12 +91,12 @@ class Request:
             targets=recipe.targets,
             ignore=recipe.ignore,
         )
-        if recipe.build_pattern().narrows and isinstance(self.source, PreTrainedModel):
+        if recipe.build_pattern().removes and isinstance(self.source, PreTrainedModel):
             raise ModelError(
                 f"Pattern {recipe.pattern!r} makes a smaller model, and a loaded one is pruned in place. Save it "
                 "(save_pretrained), and give its folder."
             )
-        self.narrowing: Narrowing | None = None
+        self.removal: AbstractRemoval | None = None
         self.clock = Clock()
         self.dense_states: list[Tensor] | None = None
 
@@ -106,7 +107,7 @@ class Request:
     def _check(self, loaded: HuggingFaceModel) -> None:
         """Refuse, before any work, what the model does not allow."""
         pattern = self.recipe.build_pattern()
-        if pattern.narrows:
+        if pattern.removes:
             self._narrow(loaded, pattern)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
@@ -118,11 +119,32 @@ class Request:
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
     def _narrow(self, loaded: HuggingFaceModel, pattern: Constraint) -> None:
-        """Prune only the operators whose inputs are channels that can be removed."""
-        begin("looking for channels")
-        self.narrowing = find_narrowing(loaded, pattern)
-        self.open = partial(self.open, targets=self.narrowing.choose(loaded))
-        self.layers = replace(self.layers, patterns=self.narrowing.patterns)
+        """Prune only the operators that what can be removed is about."""
+        begin(f"looking for {pattern.removes}")
+        self.removal = find_removal(loaded, pattern)
+        self.open = partial(self.open, targets=self.removal.choose(loaded))
+        self.layers = replace(self.layers, patterns=self.removal.patterns)
+
+    def _choose(
+        self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
+    ) -> None:
+        """Decide, once for all processes, what is removed before anything is pruned: whole decoder layers."""
+        removal, score = self.removal, self.layers.pruner.layer_score
+        if removal is None or not removal.chosen_first:
+            return
+        assert score is not None  # or the pattern would have been refused
+        judging = windows["held_out"] if len(windows["held_out"]) else windows["calibration"]
+
+        def choose(store: FolderStore) -> Any:
+            with store.scratch(0) as record:
+                return removal.choose_by(score, loaded, judging, record)
+
+        made = removal.choose_by(score, loaded, judging, list) if store is None else None
+        reduced = removal.without(made if store is None else store.compute_once("removed", lambda: choose(store)))
+        self.open = partial(self.open, targets=reduced.choose(loaded))
+        self.layers = replace(self.layers, removed=reduced.idle_layers)
+        report.left_alone = dict(loaded.left_alone)
+        self.clock.lap("choosing what to remove")
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

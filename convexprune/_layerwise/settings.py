@@ -45,6 +45,7 @@ class LayerSettings:
         gram_precision: the format in which second moments are added up, see `_device.precision`.
         solve_precision: that of the products of solves.
         quantizer: puts what is kept on the grids of the patterns.
+        removed: names of decoder layers that are to do nothing: all of their parameters become zero.
     """
 
     pruner: AbstractPruner
@@ -60,6 +61,7 @@ class LayerSettings:
     gram_precision: Format = "auto"
     solve_precision: Format = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
+    removed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)

@@ -95,7 +95,8 @@ def short(name: str) -> str:
 
 def _zeros(report: Report) -> Iterator[Fact]:
     weights = sum(o.outputs * o.inputs for o in report.operators)
-    yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
+    if report.narrowed is None or report.sparsity:
+        yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
 
 
 def _quantized(report: Report) -> Iterator[Fact]:

@@ -24,9 +24,9 @@ from convexprune.report import Report
 
 logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
-CHANNELS = "channels.json"  # which were removed for good
+REMOVED = {"channels": "channels.json", "layers": "layers.json"}  # which were removed for good
 CARD, PAGE = "README.md", "report.html"  # what the report says, for people
-OWN = (RUN, LOCK, FINISH, REPORT, PAGE, CHANNELS, "recipe.yaml")  # not to be names of a model's files
+OWN = (RUN, LOCK, FINISH, REPORT, PAGE, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
 TOKENS = "tokens.safetensors"
 LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done

@@ -97,7 +97,8 @@ class TargetSettings(Settings):
         "unstructured",
         "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows; "
         "channels, for channels of the MLP that are removed for good, in all layers alike, so that a multiple of 64 is "
-        "left, or of another number: channels:256 (docs/channels.md).",
+        "left, or of another number: channels:256 (docs/channels.md); "
+        "layers, for whole decoder layers that are removed for good (docs/layers.md).",
         "--sparsity-type",
         first=True,
     )
@@ -153,9 +154,20 @@ class MethodSettings(Settings):
     method: str = setting(
         "convex",
         "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda; "
-        "of whole columns and channels osscar, wanda-sp.",
+        "of whole columns and channels osscar, wanda-sp; of whole layers shortgpt.",
         "--prune-method",
-        choices=("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "wanda-sp"),
+        choices=(
+            "convex",
+            "admm",
+            "alps",
+            "fistapruner",
+            "magnitude",
+            "sparsegpt",
+            "wanda",
+            "osscar",
+            "shortgpt",
+            "wanda-sp",
+        ),
         first=True,
     )
     solver: str = setting(
@@ -191,9 +203,9 @@ class MethodSettings(Settings):
         "residual_stream; for fistapruner operator.",
     )
     prefix: Literal["dense", "pruned"] = setting(
-        "dense",
+        None,
         "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
-        "far.",
+        "far. Left out: dense; where layers are removed, pruned.",
     )
     quantizer: Literal["descent", "gptq", "rtn"] = setting(
         "descent",

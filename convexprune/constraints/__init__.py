@@ -6,20 +6,21 @@ from convexprune.constraints._base import Budget, Constraint, Mask, Quota
 from convexprune.constraints._channels import Channels
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._grid import Grid
+from convexprune.constraints._layers import Layers
 from convexprune.constraints._quantized import Quantized
 from convexprune.constraints._semi_structured import SemiStructured
 from convexprune.constraints._stacked import Stacked
 from convexprune.constraints._unstructured import Unstructured
 from convexprune.errors import PatternError
 
-KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels)
+KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Layers)
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
     """The constraint of a name or of a description.
 
     Args:
-        pattern: "unstructured", "columns", "channels" or "channels:MULTIPLE" (a share of zeros), "N:M"; or what
+        pattern: "unstructured", "columns", "channels", "channels:MULTIPLE" or "layers" (a share), "N:M"; or what
             `Constraint.describe` says.
         sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
         quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
@@ -34,7 +35,7 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
     if found is None:
         raise PatternError(
             f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', 'channels', "
-            "'channels:MULTIPLE'; quantize='int4' puts what is kept on a grid."
+            "'channels:MULTIPLE', 'layers'; quantize='int4' puts what is kept on a grid."
         )
     if sparsity is not None and abs(found.sparsity - sparsity) > 1e-9:
         raise PatternError(
@@ -59,6 +60,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Grid", "Mask", "Quantized", "SemiStructured", "Stacked",
-    "Unstructured", "parse_pattern",
+    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Grid", "Layers", "Mask", "Quantized", "SemiStructured",
+    "Stacked", "Unstructured", "parse_pattern",
 ]  # fmt: skip

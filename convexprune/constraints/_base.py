@@ -55,8 +55,13 @@ class Constraint(ABC):
         return False
 
     @property
-    def narrows(self) -> bool:
-        """Whether the columns that it zeroes are removed from the model for good: `width` are left."""
+    def removes(self) -> Literal["channels", "layers"] | None:
+        """What of the model is removed for good: of so many there are `width` left; None: nothing is."""
+        return None
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a weight of which no zeros are asked is solved for: it makes up for what is removed elsewhere."""
         return False
 
     @property
@@ -135,10 +140,10 @@ class Constraint(ABC):
         return 0
 
     def width(self, columns: int) -> int:
-        """How many columns a model keeps that the constraint `narrows`.
+        """How many a model keeps of what the constraint `removes`.
 
         Args:
-            columns: n.
+            columns: n, of which there are so many.
 
         Returns:
             The number.

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 from torch import Tensor
 
@@ -41,9 +41,8 @@ class Channels(Columns):
         return cls(share, int(match[1] or cls.multiple))
 
     @property
-    def narrows(self) -> bool:
-        """It does."""
-        return True
+    def removes(self) -> Literal["channels"]:
+        return "channels"
 
     def width(self, columns: int) -> int:
         return self.multiple * round((1 - self.sparsity) * columns / self.multiple)

@@ -31,8 +31,10 @@ class Quantized(Constraint):
     sparsity: float = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.support.narrows:
-            raise PatternError("Channels are removed before a model is quantized: prune twice, the smaller model last.")
+        if removed := self.support.removes:
+            raise PatternError(
+                f"{removed.capitalize()} are removed before a model is quantized: prune twice, the smaller model last."
+            )
         object.__setattr__(self, "sparsity", self.support.sparsity)
 
     def describe(self) -> str:

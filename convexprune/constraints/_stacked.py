@@ -42,6 +42,11 @@ class Stacked(Constraint):
         return all(each.by_row for each in self.constraints)
 
     @property
+    def compensates(self) -> bool:
+        """Whether any of them does."""
+        return any(each.compensates for each in self.constraints)
+
+    @property
     def block(self) -> int:
         """Columns after which a block of each of them ends."""
         return lcm(*(each.block for each in self.constraints))

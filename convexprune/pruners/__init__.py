@@ -11,6 +11,7 @@ from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
 from convexprune.pruners._baselines.magnitude import Magnitude
 from convexprune.pruners._baselines.osscar import OSSCAR
+from convexprune.pruners._baselines.shortgpt import ShortGPT
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.pruners._baselines.wanda_sp import WandaSP
@@ -28,8 +29,8 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
 }
 """Those that take any choice of entries."""
 
-METHODS: dict[str, type[AbstractPruner]] = PRUNERS | {"osscar": OSSCAR, "wanda-sp": WandaSP}
-"""All of them, with those that take whole columns only."""
+METHODS: dict[str, type[AbstractPruner]] = PRUNERS | {"osscar": OSSCAR, "shortgpt": ShortGPT, "wanda-sp": WandaSP}
+"""All of them, with those that take whole columns, or decoder layers, only."""
 
 GONE = {
     "perspective": "The method 'perspective' is gone: 'convex' and 'admm' have lower errors and take less time. "
@@ -63,6 +64,7 @@ __all__ = [
     "LayerProblem",
     "Magnitude",
     "Refitted",
+    "ShortGPT",
     "SparseGPT",
     "Wanda",
     "WandaSP",

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -179,6 +179,9 @@ def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     return LayerEdit(problem.weight * mask, mask)
 
 
+LayerScore = Literal["divergence", "influence"]
+"""The divergence of the predictions without a layer from the dense ones, on held-out text; or how far a layer turns the
+hidden states."""
 Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
@@ -215,6 +218,8 @@ class AbstractPruner(ABC):
 
     columns_only: ClassVar[bool] = False
     """Whether it can do nothing but remove whole columns."""
+    layer_score: "ClassVar[LayerScore | None]" = None
+    """What whole decoder layers are chosen by where they are removed; None: it cannot choose them."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -232,6 +237,11 @@ class AbstractPruner(ABC):
             raise PatternError(
                 f"{type(self).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take "
                 "pattern 'channels' or 'columns', or another method."
+            )
+        if pattern.removes == "layers" and self.layer_score is None:
+            raise PatternError(
+                f"{type(self).__name__} chooses entries of a weight, and pattern {pattern} removes whole decoder "
+                "layers. Take method 'convex' or 'shortgpt', or another pattern."
             )
 
     @abstractmethod

@@ -53,6 +53,8 @@ class Convex(AbstractSearch):
         UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
+    layer_score = "divergence"
+
     solver: AbstractSolver | None = None
     penalty: InitVar[str] = ONLY
     rounds: Count = 60

@@ -11,7 +11,7 @@ from convexprune.core._penalty import Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, LayerScore
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution, solve
 from convexprune.solvers._base import require_penalty
@@ -39,6 +39,11 @@ class Refitted(AbstractPruner):
     def __post_init__(self) -> None:
         AbstractPruner.__post_init__(self)
         require_penalty(self.refit, Support)
+
+    @property
+    def layer_score(self) -> LayerScore | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of its pruner."""
+        return self.pruner.layer_score
 
     def require(self, pattern: Constraint) -> None:
         """See `AbstractPruner.require`: what its pruner takes.

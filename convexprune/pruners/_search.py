@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
@@ -10,7 +11,7 @@ from convexprune.core._penalty import Support
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
-from convexprune.pruners._damped import choose_damping, saliency_coordinates
+from convexprune.pruners._damped import choose_damping, damped, saliency_coordinates
 from convexprune.pruners._refit import refitted
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._base import require_penalty
@@ -72,6 +73,10 @@ class AbstractSearch(AbstractPruner):
             PruningError: the damped Gram matrix is not positive definite.
         """
         damping = choose_damping(problem, self.damping)
+        if problem.pattern.zeros(*problem.weight.shape) == 0:  # nothing to search: the values are all there is to find
+            kept = torch.ones_like(problem.weight, dtype=torch.bool)
+            weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
+            return LayerEdit(weight, kept, refits, damping)
         quadratic, scale = saliency_coordinates(problem, damping)
         found = self.search(quadratic, problem.pattern)
         mask = problem.pattern.mask(found.scores.abs())

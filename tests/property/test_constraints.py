@@ -19,6 +19,7 @@ from convexprune.constraints import (
     Columns,
     Constraint,
     Grid,
+    Layers,
     Quantized,
     SemiStructured,
     Stacked,
@@ -35,9 +36,10 @@ plain = st.one_of(
     groups.map(lambda pair: SemiStructured(*pair)),
     st.builds(Columns, shares),
     st.builds(Channels, shares, st.integers(1, 512)),
+    st.builds(Layers, shares),
 )
 grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, 128, ROW)))
-singles = plain | st.builds(Quantized, plain.filter(lambda c: not c.narrows), grids)
+singles = plain | st.builds(Quantized, plain.filter(lambda c: c.removes is None), grids)
 stacks = st.lists(st.tuples(singles, st.integers(1, 4096)), min_size=1, max_size=4).map(
     lambda parts: Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
 )
@@ -48,6 +50,7 @@ SMALL: dict[str, Constraint] = {
     "2:4": SemiStructured(2, 4),
     "columns": Columns(0.5),
     "channels": Channels(0.5, 2),
+    "layers": Layers(0.5),
     "int4": Quantized(Unstructured(0.5), Grid(4, 32)),
     "int8 per output channel": Quantized(Unstructured(0.0), Grid(8, ROW)),
     "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),

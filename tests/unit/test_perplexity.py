@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
+from convexprune.adapters._data.likelihood import likelihoods
 from convexprune.errors import CalibrationError
 from convexprune.validation import Perplexity, perplexity, streamed_perplexity
-from convexprune.validation._likelihood import likelihoods
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096

@@ -109,14 +109,15 @@ def _solved(
 
 
 def _pruned(problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
-    """What the pruner makes of a stack; what no zeros are asked of is as it was."""
+    """What the pruner makes of a stack; what no zeros are asked of is as it was, unless it compensates."""
     dense, pattern = problem.weight, problem.pattern
-    if pattern.zeros(*dense.shape) == 0:
+    if pattern.zeros(*dense.shape) == 0 and not pattern.compensates:
         return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
     pruned = pruner.prune(problem.scaled(factors))
     weight = problem.unscaled(pruned.weight, factors)
-    parts = [(weight if own.zeros(*dense[rows].shape) else dense)[rows] for rows, own in pattern.parts(len(dense))]
-    return replace(pruned, weight=torch.cat(parts))
+    parts = pattern.parts(len(dense))
+    changed = [(weight if own.zeros(*dense[rows].shape) or own.compensates else dense)[rows] for rows, own in parts]
+    return replace(pruned, weight=torch.cat(changed))
 
 
 def _counted(

@@ -106,6 +106,10 @@ class PruneStep:
         validation_batches, ranks = len(self.work.validation_batches), self.work.process_group
         hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix], validation_batches, ranks)
         replayed = prune_observed(layer, context.calls, hidden, observed, settings, report, record=context.record)
+        if layer.name in settings.removed:
+            parameters = dict(layer.module.named_parameters())
+            state = context.model.state(layer)
+            context.model.load_state(layer, {n: torch.zeros_like(t) for n, t in state.items() if n in parameters})
         if more and settings.prefix == "pruned":
             context.hand_on(context.outputs("pruned", replayed), "pruned")
         self.store.finish(context.number, context.model.state(layer), reports)

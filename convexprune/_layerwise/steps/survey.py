@@ -174,7 +174,7 @@ def check_rule(rule: str, pattern: Constraint) -> None:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
         )
-    if rule not in ("uniform", "rows") and pattern.narrows:
+    if rule not in ("uniform", "rows") and pattern.removes:
         raise RecipeError(
             f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
             "the same width. Accepted: 'uniform', 'rows'."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.adapters import HuggingFaceModel
+from .._huggingface import HuggingFaceModel
 
 
 @dataclass(frozen=True)

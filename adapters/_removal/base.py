@@ -1,0 +1,171 @@
+"""What every removal promises: what can go, and the smaller model without it, which is written as an ordinary one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any
+
+from torch import Size, Tensor
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.capture import Recorded
+from convexprune._storage.tensors import Entry
+from convexprune.constraints import Constraint
+from convexprune.pruners._base import LayerScore
+
+from .._huggingface import HuggingFaceModel
+
+Making = Callable[[], Recorded]
+
+
+class AbstractReduced(ABC):
+    """A model without what was removed of it."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """How many there were and are, by the names of the settings that say so."""
+
+    @property
+    @abstractmethod
+    def removed(self) -> Any:
+        """What was removed, for `AbstractRemoval.without`; JSON can hold it."""
+
+    @abstractmethod
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        """Have only those operators of their `model` pruned that adapt to the removal; the targets that name them."""
+
+    @abstractmethod
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of what is left of a parameter.
+
+        Args:
+            name: in the model.
+            shape: the whole.
+
+        Returns:
+            The smaller shape; None if nothing is left.
+        """
+
+    @abstractmethod
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The `settings` of the smaller model, from those of the dense one."""
+
+    @abstractmethod
+    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
+        """Check that settings are those of the smaller model.
+
+        Args:
+            model: the dense model.
+            settings: as they are in a config.json.
+
+        Raises:
+            ModelError: a model of them has other parameters.
+        """
+
+    @abstractmethod
+    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
+        """The smaller model, with the weights of a `model` that is whole in memory."""
+
+    @abstractmethod
+    def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
+        """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
+
+        Args:
+            narrower: a model that was written so.
+            dense: the model that it was made of; both are whole in memory.
+        """
+
+    @abstractmethod
+    def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Where what is left of tensors is, by the names of the `whole` ones in the model."""
+
+    @property
+    def idle_layers(self) -> frozenset[str]:
+        """The names of decoder layers that do nothing, because they are gone."""
+        return frozenset()
+
+    def renamed(self, name: str) -> str | None:
+        """The name in the smaller model of what has that `name` in the dense one; None: it is gone."""
+        return name
+
+    def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
+        """The smaller of a `model` that is whole in memory, with its tokenizer."""
+        narrower = copy(model)
+        narrower.model = self.model(model)
+        return narrower
+
+    def note(self) -> dict[str, Any]:
+        """What the file beside the result says that names what was removed."""
+        return {"widths": {name: list(pair) for name, pair in self.widths.items()}, "removed": self.removed}
+
+    def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:
+        """Widths, and numbers of parameters, of a `model` before and after."""
+        layers = tuple(f"{layer.name}." for layer in model.layers)
+        whole, decoder = [0, 0], [0, 0]
+        for name, parameter in model.model.named_parameters():
+            shape = self.shape(name, tuple(parameter.shape))
+            pair = parameter.numel(), 0 if shape is None else Size(shape).numel()
+            for total in (whole, decoder) if name.startswith(layers) else (whole,):
+                total[:] = (a + b for a, b in zip(total, pair, strict=True))
+        return self.note()["widths"] | {"decoder_parameters": decoder, "parameters": whole}
+
+
+class AbstractRemoval(ABC):
+    """What of a dense model can be removed, and how much of it is to be."""
+
+    @property
+    @abstractmethod
+    def patterns(self) -> Mapping[str, Constraint]:
+        """What operators are pruned to that differ in it, by name."""
+
+    @abstractmethod
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        """Have only those operators of their `model` pruned that may be concerned; the targets that name them."""
+
+    @property
+    def chosen_first(self) -> bool:
+        """Whether `choose_by` decides what is removed before anything is pruned, and not the pruned weights."""
+        return False
+
+    def choose_by(self, score: LayerScore, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
+        """Decide what is removed.
+
+        Args:
+            score: see `layers_to_remove`.
+            model: the dense model.
+            windows: token ids [samples length] to judge by.
+            record: makes a place to keep hidden states in.
+
+        Returns:
+            See `AbstractReduced.removed`.
+        """
+        raise NotImplementedError("the pruned weights say what is removed")
+
+    @abstractmethod
+    def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:
+        """The model without what the pruned weights make no use of.
+
+        Args:
+            read: gives a pruned weight by its name in the model.
+
+        Returns:
+            What is removed, and what is left.
+
+        Raises:
+            ModelError: too much is used.
+        """
+
+    @abstractmethod
+    def without(self, removed: Any) -> AbstractReduced:
+        """The model without some of it.
+
+        Args:
+            removed: as `AbstractReduced.removed` says it.
+
+        Returns:
+            What is removed, and what is left.
+
+        Raises:
+            ModelError: it is not as much as it should be, or there is no such thing.
+        """

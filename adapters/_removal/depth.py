@@ -1,0 +1,129 @@
+"""Which decoder layers a model does best without: by its predictions, or by how far they turn the hidden states."""
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate, recorded
+from convexprune._progress import begin
+from convexprune.pruners._base import LayerScore
+
+from .._data.likelihood import likelihoods
+from .._huggingface import HuggingFaceModel
+from .base import Making
+
+TOKENS = 2048  # that predictions are compared on
+LEAST = 8  # layers that a round tries, if there are as many
+
+
+@torch.no_grad()
+def layers_to_remove(
+    model: HuggingFaceModel, windows: Tensor, score: LayerScore, allowed: Iterable[int], count: int, record: Making
+) -> list[int]:
+    """The numbers of the layers to remove.
+
+    Args:
+        model: the dense model.
+        windows: token ids [samples length] to judge by.
+        score: "divergence": layer by layer, the one without which the predictions are nearest to the dense ones is
+            removed, given those before; all are tried at first, and then the better half of those tried before.
+            "influence": those with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
+        allowed: the numbers of those that can go.
+        count: how many are to go.
+        record: makes a place to keep hidden states in.
+
+    Returns:
+        As many numbers, in the order in which they were chosen.
+    """
+    if score == "influence":
+        found = influences(model, windows, record)
+        return sorted(allowed, key=found.__getitem__)[:count]
+    windows = windows[: max(1, TOKENS // windows.shape[1])]
+    gone, tried, dense = list[int](), list(allowed), _final(model, windows, record)
+    step = begin("choosing layers", count)
+    for left in range(count, 0, -1):
+        diverged = divergences(model, windows, dense, gone, tried, record)
+        tried.sort(key=diverged.__getitem__)
+        gone.append(tried.pop(0))
+        tried = tried[: max(LEAST, len(tried) // 2, left - 1)]
+        step(f"{model.layers[gone[-1]].name}: {diverged[gone[-1]]:.3f} nats from dense")
+    return gone
+
+
+def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list[float]:
+    """How far each layer turns the hidden states: 1 - mean cos(h, h').
+
+    Args:
+        model: the dense model.
+        windows: token ids [samples length].
+        record: makes a place to keep hidden states in.
+
+    Returns:
+        The block influence of each layer.
+    """
+    found = list[float]()
+
+    def step(context: LayerContext) -> None:
+        outputs = context.outputs()
+        pairs = zip(context.inputs["dense"], outputs, strict=True)
+        turned = [torch.cosine_similarity(h.float(), after.to(h.device).float(), -1) for h, after in pairs]
+        found.append(1 - fmean(float(cosine.mean()) for cosine in turned))
+        context.hand_on(outputs)
+
+    LayerWalk(model, windows.split(1), MemoryStore(range(len(model.layers)), record)).run(step)
+    return found
+
+
+def divergences(
+    model: HuggingFaceModel,
+    windows: Tensor,
+    dense: Sequence[Tensor],
+    gone: Sequence[int],
+    tried: Iterable[int],
+    record: Making,
+) -> dict[int, float]:
+    """How far the predictions without some layers and one more are from the dense ones; one walk for all of them.
+
+    Args:
+        model: the dense model.
+        windows: token ids [samples length].
+        dense: the hidden states [1 length hidden] after the last layer of the dense model, for each window.
+        gone: the numbers of layers that are removed already.
+        tried: those of one more.
+        record: makes a place to keep hidden states in.
+
+    Returns:
+        By the number of the layer the mean over the tokens of KL(dense || without), in nats.
+    """
+    states: dict[str, Sequence[Tensor]] = {}  # of what differs from what is left of the model by now
+
+    def step(context: LayerContext) -> None:
+        number, entering = context.number, context.inputs["dense"]
+
+        def leaving(hidden: Sequence[Tensor]) -> list[Tensor]:
+            if number in gone:
+                return list(hidden)
+            calls = ((x.to(model.device), context.calls(x)) for x in hidden)
+            return [call(context.layer.module, x).cpu() for x, call in calls]
+
+        for name in states:
+            states[name] = leaving(states[name])
+        if number in wanted:
+            states[str(number)] = [x.cpu() for x in entering]
+        context.hand_on(recorded(leaving(entering), context.record()))
+
+    wanted, batches = set(tried), windows.split(1)
+    LayerWalk(model, batches, MemoryStore(range(len(model.layers)), record)).run(step)
+    found = likelihoods(model, batches, dense, states)
+    return {number: fmean(found[str(number)].kl) for number in wanted}
+
+
+def _final(model: HuggingFaceModel, windows: Tensor, record: Making) -> Recorded:
+    """The hidden states of the dense model after its last layer."""
+    states = MemoryStore(range(len(model.layers)), record)
+    LayerWalk(model, windows.split(1), states).run(propagate)
+    return states.take(len(model.layers))

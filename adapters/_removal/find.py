@@ -1,0 +1,33 @@
+"""Removals by what they remove."""
+
+from collections.abc import Callable, Mapping
+
+from convexprune.constraints import Constraint
+
+from .._channels.narrowing import find_narrowing
+from .._huggingface import HuggingFaceModel
+from .base import AbstractRemoval
+from .shortening import find_shortening
+
+REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]] = {
+    "channels": find_narrowing,
+    "layers": find_shortening,
+}
+
+
+def find_removal(model: HuggingFaceModel, pattern: Constraint) -> AbstractRemoval:
+    """What of a dense model a pattern removes.
+
+    Args:
+        model: the dense model.
+        pattern: which removes something, and says how much is left.
+
+    Returns:
+        What can go.
+
+    Raises:
+        ModelError: there is no such thing, or the configuration cannot say how much is left.
+        PatternError: the pattern does not fit the model.
+    """
+    assert pattern.removes is not None
+    return REMOVALS[pattern.removes](model, pattern)

@@ -1,0 +1,248 @@
+"""Decoder layers removed for good: a model that is left with fewer, whose configuration says how many."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from convexprune._layerwise.model import Call, DecoderLayer
+from convexprune._storage.tensors import Entry
+from convexprune.constraints import Constraint
+from convexprune.errors import ModelError, PatternError
+from convexprune.pruners._base import LayerScore
+
+from .._channels.configuration import Place, built, candidates, set_at, settings_of
+from .._discovery.family import decoder_layers
+from .._discovery.kinds import of_each_kind
+from .._huggingface import HuggingFaceModel
+from .base import AbstractReduced, AbstractRemoval, Making
+from .depth import layers_to_remove
+
+OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs between modules that are alike
+
+
+@dataclass(frozen=True, eq=False)
+class Shortening(AbstractRemoval):
+    """The decoder layers that a model can be left without, and how many are to go.
+
+    Args:
+        layers: the names of all of them.
+        count: how many are to go.
+        place: of the setting that says how many there are.
+        lists: settings that say something of each layer, by name.
+        parameters: the names in the model of those of each layer.
+        allowed: the numbers of the layers that can go.
+    """
+
+    layers: tuple[str, ...]
+    count: int
+    place: Place
+    lists: Mapping[str, Sequence[Any]]
+    parameters: Sequence[Sequence[str]]
+    allowed: tuple[int, ...] = ()
+
+    @property
+    def patterns(self) -> Mapping[str, Constraint]:
+        """That of all layers."""
+        return {}
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        model.choose(("Linear",))
+        return ("Linear",)
+
+    @property
+    def chosen_first(self) -> bool:
+        """They are."""
+        return True
+
+    def choose_by(self, score: LayerScore, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
+        return layers_to_remove(model, windows, score, self.allowed, self.count, record)
+
+    def narrowed(self, read: Callable[[str], Tensor]) -> "Shortened":
+        """See `AbstractRemoval.narrowed`: without the layers whose parameters are all zero."""
+        return self.without([n for n in self.allowed if not any(bool(read(name).any()) for name in self.parameters[n])])
+
+    def without(self, removed: Collection[int]) -> "Shortened":
+        """See `AbstractRemoval.without`: the numbers of layers.
+
+        Raises:
+            ModelError: they are not as many as there should be, or cannot go.
+        """
+        if len(set(removed)) != self.count or not set(removed) <= set(self.allowed):
+            raise ModelError(f"Layers {sorted(removed)} cannot go: {self.count} of {list(self.allowed)} have to.")
+        return Shortened(self, tuple(sorted(set(removed))))
+
+
+@dataclass(frozen=True, eq=False)
+class Shortened(AbstractReduced):
+    """A model without some decoder layers.
+
+    Args:
+        shortening: what can be removed.
+        numbers: of the layers that are.
+    """
+
+    shortening: Shortening
+    numbers: tuple[int, ...]
+
+    @property
+    def removed(self) -> list[int]:
+        return list(self.numbers)
+
+    @property
+    def idle_layers(self) -> frozenset[str]:
+        return frozenset(self.shortening.layers[number] for number in self.numbers)
+
+    @property
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        before = len(self.shortening.layers)
+        return {".".join(self.shortening.place): (before, before - len(self.numbers))}
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        """See `AbstractReduced.choose`: those behind a layer that is removed; if none is, those of the last one."""
+        kept = [number for number in range(len(self.shortening.layers)) if number not in self.numbers]
+        behind = [model.layers[number] for number in kept if number > self.numbers[0] or number == kept[-1]]
+        names = tuple(f"{layer.name}.{operator.name}" for layer in behind for operator in layer.operators)
+        model.choose(names, because="no layer before it is removed")
+        return names
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if self.renamed(name) is None else shape
+
+    def renamed(self, name: str) -> str | None:
+        path = self.shortening.layers[0].rpartition(".")[0]
+        if not name.startswith(f"{path}."):
+            return name
+        number, _, rest = name[len(path) + 1 :].partition(".")
+        if int(number) in self.numbers:
+            return None
+        return f"{path}.{int(number) - sum(gone < int(number) for gone in self.numbers)}.{rest}"
+
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        changed = deepcopy(dict(settings))
+        *inside, _ = self.shortening.place
+        ((_, (_, after)),) = self.widths.items()
+        set_at(changed, self.shortening.place, after)
+        for name, values in self.shortening.lists.items():
+            kept = [value for number, value in enumerate(values) if number not in self.numbers]
+            set_at(changed, (*inside, name), kept)
+        return changed
+
+    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
+        if (why := self.why_not(model.model, settings)) is not None:
+            raise ModelError(f"{model.name}: config.json is not that of the model without these layers: {why}.")
+
+    def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
+        """What is wrong with the `settings`, if a model of them is not the dense `model` without these layers."""
+        try:
+            shorter = built(model, settings)
+        except (ValueError, RuntimeError, TypeError, AssertionError, IndexError, KeyError) as error:
+            return str(error)
+        expected = {self.renamed(name): tuple(p.shape) for name, p in model.named_parameters()}
+        expected.pop(None, None)
+        if {name: tuple(p.shape) for name, p in shorter.named_parameters()} != expected:
+            return "its parameters are others"
+        _, whole = decoder_layers(model)
+        kept = [layer for number, layer in enumerate(whole) if number not in self.numbers]
+        for number, (one, other) in enumerate(zip(kept, decoder_layers(shorter)[1], strict=True)):
+            if _said_of(one) != _said_of(other):
+                return f"its layer {number} is of another kind"
+        return None
+
+    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
+        inner = model.model
+        shorter = built(inner, self.configured(inner.config.to_dict()))
+        state = {renamed: t for name, t in inner.state_dict().items() if (renamed := self.renamed(name)) is not None}
+        shorter.load_state_dict(state, assign=True)
+        shorter.tie_weights()
+        shorter.generation_config = inner.generation_config
+        shorter.name_or_path = inner.name_or_path
+        return shorter.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
+        for name, parameter in dense.model.named_parameters():
+            renamed = self.renamed(name)
+            parameter.copy_(narrower.model.get_parameter(renamed)) if renamed is not None else parameter.zero_()
+
+    def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
+        return {name: entry for name, entry in whole.items() if self.renamed(name) is not None}
+
+
+def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
+    """The decoder layers that a dense model can be left without.
+
+    A layer can go if it does nothing once all of its parameters are zero, and if a model that is built anew with one
+    layer less, without memory, has exactly the other layers: so it is tried, with each. Settings that say something of
+    every layer lose what they say of it.
+
+    Args:
+        model: the dense model.
+        pattern: says how many are left.
+
+    Returns:
+        The layers and the settings.
+
+    Raises:
+        ModelError: none can go, or not as many.
+        PatternError: the pattern does not fit their number.
+    """
+    count, left = len(model.layers), pattern.width(len(model.layers))
+    if not 0 < left < count:
+        raise PatternError(f"Sparsity {pattern.sparsity} of {count} decoder layers rounds to {count - left} of them.")
+    _require_residual(model)
+    config = model.model.config.get_text_config()
+    if scaled := [name for name, value in config.to_dict().items() if "layer_idx" in name and value]:
+        raise ModelError(f"{model.name}: {scaled[0]} makes each layer depend on its number, so that none can go.")
+    every = {n: v for n, v in config.to_dict().items() if "token_id" not in n and isinstance(v, list | tuple)}
+    lists = {name: values for name, values in every.items() if len(values) == count}
+    names, settings = tuple(layer.name for layer in model.layers), settings_of(model)
+    parameters = [[f"{y.name}.{name}" for name, _ in y.module.named_parameters()] for y in model.layers]
+    why = "no setting has that number"
+    for place in sorted(candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
+        allowed = list[int]()
+        for number in range(count):
+            one = Shortened(Shortening(names, 1, place, lists, parameters), (number,))
+            wrong = one.why_not(model.model, one.configured(settings))
+            why = wrong or why
+            allowed += [number] if wrong is None else []
+        if len(allowed) >= count - left:
+            return Shortening(names, count - left, place, lists, parameters, tuple(allowed))
+    raise ModelError(
+        f"{model.name}: {count - left} of its {count} decoder layers cannot go, for no configuration has the others "
+        f"alone ({why}). Pattern 'channels' makes every layer narrower."
+    )
+
+
+def _require_residual(model: HuggingFaceModel) -> None:
+    """Check that layers do nothing once their parameters are zero: then one that is gone and one of zeros are alike."""
+
+    def does_nothing(layer: DecoderLayer, call: Call, hidden: Tensor) -> bool:
+        held = {name: parameter.clone() for name, parameter in layer.module.named_parameters()}
+        for parameter in layer.module.parameters():
+            parameter.zero_()
+        output = call(layer.module, hidden)
+        for name, parameter in layer.module.named_parameters():
+            parameter.copy_(held[name])
+        return torch.equal(output, hidden)
+
+    with torch.no_grad():
+        found = of_each_kind(model, does_nothing)
+    if not all(found):
+        raise ModelError(
+            f"{model.name}: {model.layers[found.index(False)].name} with zeros in place of all its parameters does not "
+            "hand on what it gets, so that a model without it would be another. Pattern 'channels' makes it narrower."
+        )
+
+
+def _said_of(layer: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """What the modules of a layer say of themselves, beside their number: the kind of attention, say."""
+    plain = (int, float, bool, str, type(None))
+    return [
+        (name, {n: v for n, v in vars(m).items() if type(v) in plain and n not in OWN and n[0] != "_"})
+        for name, m in layer.named_modules()
+    ]
