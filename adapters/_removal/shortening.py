@@ -137,7 +137,15 @@ class Shortened(AbstractReduced):
             raise ModelError(f"{model.name}: config.json is not that of the model without these layers: {why}.")
 
     def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
-        """What is wrong with the `settings`, if a model of them is not the dense `model` without these layers."""
+        """What is wrong with settings, if a model of them is not the dense one without these layers.
+
+        Args:
+            model: the dense model.
+            settings: those of the shorter one.
+
+        Returns:
+            The fault; None if there is none.
+        """
         try:
             shorter = built(model, settings)
         except (ValueError, RuntimeError, TypeError, AssertionError, IndexError, KeyError) as error:

@@ -119,7 +119,8 @@ def completion() -> None:
     offered = CliRunner().invoke(
         cli.app, prog_name="convexprune", env=complete | {"COMP_WORDS": "convexprune prune --method "}
     )
-    methods = ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "wanda-sp"]
+    methods = ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar"]
+    methods += ["shortgpt", "wanda-sp"]
     assert offered.output.split() == methods
 
 
