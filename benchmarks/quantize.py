@@ -19,12 +19,14 @@ import convexprune
 from convexprune._storage.tensors import entries
 
 OWN: dict[str, Any] = {"error_correction": 0, "prefix": "pruned"}  # GPTQ's convention
+BITS = (4.0, 3.5, 3.0, 2.5, 2.0)  # of coded weights
 KINDS: dict[str, dict[str, Any]] = {
     "rtn": {"sparsity": 0, "quantizer": "rtn", "error_correction": 0, "num_calibration_samples": 2},
     "gptq": {"sparsity": 0, "quantizer": "gptq", **OWN},
     "gptaq": {"sparsity": 0, "quantizer": "gptq", "prefix": "pruned", "error_correction": 1},
     "qep": {"sparsity": 0, "quantizer": "gptq", "prefix": "pruned", "error_correction": 0.5},
     "ours": {"sparsity": 0},
+    "ours uniform": {"sparsity": 0, "allocation": "uniform"},
     "ours 25%": {"sparsity": 0.25},
     "ours 50%": {"sparsity": 0.5},
     "ours 60%": {"sparsity": 0.6},
@@ -73,10 +75,11 @@ def main() -> None:
     shared = {"dataset": args.dataset, "num_calibration_samples": args.samples, "max_seq_length": args.length}
     for name in args.only:
         kind, _, bits = name.rpartition(" ")
+        numbers = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
         with tempfile.TemporaryDirectory() as folder:
             out, began = Path(folder, "out"), time.perf_counter()
-            settings = shared | {"held_out_samples": 0, "bound_rows": 0, "dtype": "bfloat16"} | KINDS[kind]
-            report = convexprune.prune(args.model, output_dir=out, quantize=bits, **settings).report
+            settings = shared | {"held_out_samples": 0, "bound_rows": 0, "dtype": "float32"} | KINDS[kind]
+            report = convexprune.prune(args.model, output_dir=out, **numbers, **settings).report
             seconds = time.perf_counter() - began
             sizes = {o.name: o.outputs * o.inputs for o in report.operators}
             size = bits_of(convexprune.pack(out, Path(folder, "pack")).output_dir, sizes)

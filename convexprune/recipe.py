@@ -19,7 +19,7 @@ from convexprune._schema.settings import (
     RunSettings,
     TargetSettings,
 )
-from convexprune.constraints import Constraint, Grid, Quantized, parse_pattern
+from convexprune.constraints import Coded, Constraint, Grid, Quantized, parse_pattern
 from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
@@ -81,7 +81,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return {name: value for name, value in given.items() if name not in follows or value != follows[name]}
 
     def build_pattern(self) -> Constraint:
-        """The pattern that `sparsity`, `pattern`, `quota`, `quantize` and `group_size` name.
+        """The pattern that `sparsity`, `pattern`, `quota`, `quantize`, `group_size` and `bits` name.
 
         Returns:
             The constraint.
@@ -92,6 +92,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
 
     def _on_grid(self, support: Constraint) -> Constraint:
+        if self.bits is not None and self.quantize is not None:
+            raise RecipeError(f"bits={self.bits} is in place of quantize={self.quantize!r}: leave one of them out.")
+        if self.bits is not None:
+            return Quantized(support, Coded(self.bits))
         return support if self.quantize is None else Quantized(support, Grid(int(self.quantize[3:]), self.group_size))
 
     def layer_settings(
@@ -224,18 +228,20 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of settings that follow from others.
 
-    The allocation of a method that searches a support is "rows" where the pattern allows it (`survey.check_rule`).
+    The allocation of a method that searches a support is "rows" where the pattern allows it (`survey.check_rule`); that
+    of bits is "curve".
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
     prefix = "pruned" if str(given.get("pattern")).startswith("layers") else "dense"
+    rows = "rows" if whole and searches else "uniform"
     return {
         "prefix": prefix,
         "error_correction": 0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0,
         "error_target": "operator" if published else "residual_stream",
-        "allocation": "rows" if whole and searches else "uniform",
+        "allocation": rows if given.get("bits") is None else "curve",
     }
 
 

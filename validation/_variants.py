@@ -36,6 +36,17 @@ OWN = {
 }
 """What each method's paper or code does; of ours, the recipe's default."""
 
+QUANTIZED = {
+    "descent": ("descent", "own"),
+    "gptaq": ("gptq", "pruned-dense"),
+    "gptq": ("gptq", "pruned-own"),
+    "qep": ("gptq", "pruned-half"),
+    "rtn": ("rtn", "dense-none"),
+}
+"""Quantizers by name, and the convention of each one's paper; what they quantize is ours, if it has zeros at all."""
+TARGETS = ("quantize", "bits", "group_size")
+"""Settings of the recipe that a method may name beside its own."""
+
 BY_ROW = ("wanda",)
 """Methods whose paper prunes every row alike; the others choose from a whole matrix."""
 QUOTAS = ("matrix", "own", "row")
@@ -120,8 +131,9 @@ def make_variants(
 ) -> list[Variant]:
     """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
 
-    A method is a name of `convexprune.pruners`, or a solver's for the convex method with that solver, and may be
-    followed by settings: "sparsegpt:damping=0.1". The convention "own" is the one that each method's paper has.
+    A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
+    (`QUANTIZED`), and may be followed by settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". The convention "own"
+    is the one that each method's paper has.
     Allocations are the rules of `_layerwise.steps.survey`, or "own", what the recipe takes if none is given. The
     quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
     the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
@@ -173,22 +185,28 @@ def _variant(
     elif quota == "own":
         quota = "row" if method.partition(":")[0] in BY_ROW and allocation != "rows" else "matrix"
     if allocation == "own":
-        allocation = make_recipe(model="", **_method(method), pattern=pattern, quota=quota).allocation
+        allocation = make_recipe(
+            model="", **_method(method), pattern=pattern, sparsity=sparsity, quota=quota
+        ).allocation
     return Variant(method, pattern, sparsity, _known_convention(convention, method), quota, allocation)
 
 
 def _method(text: str) -> dict[str, Any]:
     """The recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
-    if name not in METHODS and name not in SOLVERS:
-        raise RecipeError(no_method(name, SOLVERS))
+    if name not in (*METHODS, *SOLVERS, *QUANTIZED):
+        raise RecipeError(no_method(name, (*SOLVERS, *QUANTIZED)))
     settings: dict[str, Any] = {"method": name} if name in METHODS else {"method": "convex", "solver": name}
+    if name in QUANTIZED:
+        settings = {"method": "convex", "quantizer": QUANTIZED[name][0]}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
-        place = settings if key == "refit" else settings.setdefault("method_args", {})
+        place = settings if key in ("refit", *TARGETS) else settings.setdefault("method_args", {})
         place[key] = _value(value)
+    if name in QUANTIZED and not {"quantize", "bits"} & settings.keys():
+        raise RecipeError(f"{text!r}: a quantizer needs a number of bits, as in {name}:quantize=int4 or {name}:bits=3.")
     return settings
 
 
@@ -219,8 +237,9 @@ def _known_convention(name: str, method: str) -> str:
 def _own(method: str) -> str:
     """The convention of the method's paper; for ours, of the recipe's defaults."""
     name = method.partition(":")[0]
-    if name in OWN:
-        return OWN[name]
+    own = OWN.get(name) or QUANTIZED.get(name, ("", "own"))[1]
+    if own != "own":
+        return own
     recipe = make_recipe(model="")
     default = recipe.prefix, recipe.error_correction, recipe.error_target
     (convention,) = [name for name, value in CONVENTIONS.items() if value == default]

@@ -1,65 +1,124 @@
-"""The coding of quantized weights: a scale for each group, which entries are not zero, and the whole numbers of these.
+"""The coding of quantized weights: the scales, and whole numbers, several of them to a byte.
 
 Nobody tells the scales and numbers: `Grid.find` does. A block is coded so only if it comes back bit for bit. It becomes
-four streams, as in `_container.format`: the upper and the lower bytes of the scales, which are bfloat16; the mask; and
-the numbers that are not zero, a byte each. zstd's Huffman codes make few bits of numbers of few bits.
+four streams, as in `_container.format`: the upper and the lower bytes of the scales, which are bfloat16; the numbers,
+one, two or three to a byte, whichever takes the least; and those that are too large for that. zstd's Huffman codes make
+few bits of them: of a byte for several numbers they are nearer to the entropy than of a byte for each.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from convexprune._container.format import Bytes, Streams, compressed
 from convexprune._storage.tensors import DTYPES, Spec
-from convexprune.constraints._grid import GROUPS, Grid
+from convexprune.constraints._grid import GROUPS, ROW, Grid
 
 FLOATS = ("BF16", "F16", "F32")
-PROBE = 256  # groups at the beginning of a tensor that are looked at
+PROBES = 8  # groups at the beginning of a tensor that are looked at
+COLUMN = -2  # in place of a group: all of a column
+KINDS = (*sorted(GROUPS, reverse=True), ROW, COLUMN, *(-size for size in GROUPS))
+"""How many weights share a scale: of a row; all of it; all of a column; or of a column, as GPT-2 has its weights."""
+BASES = {1: 256, 2: 16, 3: 6}  # of so many numbers to a byte: how many values each can take
 
 
-def group_of(begin: Bytes, spec: Spec) -> int | None:
-    """How many columns share a scale, if a tensor is quantized.
+class Layout(NamedTuple):
+    """How the numbers of a tensor share scales.
+
+    Args:
+        group: one of `KINDS`.
+        columns: entries of a row.
+    """
+
+    group: int
+    columns: int
+
+    @property
+    def transposed(self) -> bool:
+        """Whether columns have the scales."""
+        return self.group < ROW
+
+    @property
+    def rows(self) -> int:
+        """Of how many rows a block has to be a multiple."""
+        return -self.group if self.group < COLUMN else 1
+
+    def grid(self) -> Grid:
+        """The grid of what `lines` returns."""
+        return Grid(8, ROW if self.group in (ROW, COLUMN) else abs(self.group))
+
+    def lines(self, values: Tensor) -> Tensor:
+        """Entries with those that share a scale side by side.
+
+        Args:
+            values: of whole rows [rows * columns].
+
+        Returns:
+            [rows columns], or [columns rows].
+        """
+        rows = values.view(-1, self.columns)
+        return rows.T.contiguous() if self.transposed else rows
+
+    def entries(self, lines: Tensor) -> Tensor:
+        """The opposite of `lines`."""
+        return (lines.T if self.transposed else lines).reshape(-1)
+
+
+def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
+    """How the numbers of a tensor share scales, if it is quantized.
 
     Args:
         begin: its first bytes, some whole entries.
         spec: its type and shape.
 
     Returns:
-        The number; None if its first groups are on no grid.
+        The layout; None if its first groups are on no grid.
     """
-    if spec.code not in FLOATS or len(spec.shape) < 2:
+    if spec.code not in FLOATS or len(spec.shape) < 2 or not len(begin):
         return None
-    values = _values(begin, spec.code)
-    for group in sorted(GROUPS, reverse=True):
-        probe = values[: len(values) // group * group][: PROBE * group].view(-1, group)
-        if spec.shape[-1] % group == 0 and bool(probe.any()) and bool(Grid(8, group).find(probe)[2].all()):
-            return group
-    return None
+    values, columns = _values(begin, spec.code), spec.shape[-1]
+    values = values[: len(values) // columns * columns]
+    return next((layout for kind in KINDS if _fits(layout := Layout(kind, columns), values)), None)
 
 
-def encode_codes(block: Bytes, code: str, group: int) -> bytes | None:
+def _fits(layout: Layout, values: Tensor) -> bool:
+    """Whether the first groups that are not zero are on the grid."""
+    rows = len(values) // layout.columns // layout.rows * layout.rows
+    lines, grid = layout.lines(values[: rows * layout.columns]), layout.grid()
+    if lines.numel() == 0 or lines.shape[1] % grid.width(lines.shape[1]):
+        return False
+    groups = lines.reshape(-1, grid.width(lines.shape[1]))
+    probes = groups[groups.any(1)][:PROBES]
+    return len(probes) > 0 and all(grid.has(group) for group in probes)
+
+
+def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
     """Code a block of quantized weights.
 
     Args:
         block: its bytes.
         code: the type of its entries, as safetensors names it.
-        group: entries that share a scale.
+        layout: of the tensor.
 
     Returns:
         The coded block; None if it is not on a grid, bit for bit.
     """
-    values = _values(block, code)
-    if len(values) % group:
+    lines = layout.lines(_values(block, code))
+    if lines.shape[1] % layout.grid().width(lines.shape[1]):
         return None
-    scales, codes, on = Grid(8, group).find(values.view(-1, group))
-    if not bool(on.all()) or _bytes(scales, codes, code) != bytes(block):
+    scales, codes, on = layout.grid().find(lines)
+    if not bool(on.all()) or _bytes(scales, codes, code, layout) != bytes(block):
         return None
-    numbers = codes.flatten().numpy()
-    halves = scales.flatten().bfloat16().view(torch.uint8).numpy().reshape(-1, 2)
-    return compressed((halves[:, 1], halves[:, 0], np.packbits(numbers != 0), numbers[numbers != 0].view(np.uint8)))
+    halves = scales.bfloat16().view(torch.uint8).numpy().reshape(-1, 2)
+    numbers = codes[_order(scales, layout)].numpy().reshape(-1)
+    ways = (bytes([count]) + compressed(_together(numbers, count)) for count in BASES)
+    return compressed((halves[:, 1], halves[:, 0])) + min(ways, key=len)
 
 
-def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, group: int) -> bytes:
+def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, layout: Layout) -> bytes:
     """Decode a block; nothing larger than it is ever in memory.
 
     Args:
@@ -67,7 +126,7 @@ def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, group: int) ->
         nbytes: the bytes of the block.
         code: the type of its entries, as safetensors names it.
         size: bytes of an entry.
-        group: entries that share a scale.
+        layout: of the tensor.
 
     Returns:
         The block.
@@ -76,23 +135,63 @@ def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, group: int) ->
         ValueError: these are not the bytes of such a block.
     """
     count = nbytes // size
-    if count % group:
-        raise ValueError(f"{count:,} entries are no whole number of groups of {group}")
+    lines = (
+        (layout.columns, count // layout.columns) if layout.transposed else (count // layout.columns, layout.columns)
+    )
+    width = layout.grid().width(lines[1])
+    if count % layout.columns or lines[1] % width:
+        raise ValueError(f"{count:,} entries are no whole number of groups of {width}")
     streams = Streams(coded)
-    upper, lower = streams.next(count // group), streams.next(count // group)
-    kept = np.flatnonzero(np.unpackbits(streams.next(-(-count // 8)), count=count))
-    numbers = np.zeros(count, np.int8)
-    numbers[kept] = streams.next(kept.size).view(np.int8)
+    upper, lower = streams.next(count // width), streams.next(count // width)
+    scales = torch.from_numpy(np.stack([lower, upper], axis=1)).view(torch.bfloat16).float().view(lines[0], -1)
+    numbers = torch.from_numpy(_apart(streams, count).copy()).view(lines)
+    codes = torch.empty_like(numbers)
+    codes[_order(scales, layout)] = numbers
+    return _bytes(scales, codes, code, layout)
+
+
+def _together(numbers: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Numbers, `count` of them to a byte, and those that no digit stands for."""
+    base = BASES[count]
+    if count == 1:
+        return numbers.view(np.uint8), np.empty(0, np.uint8)
+    most = base // 2 - 1
+    large = np.abs(numbers.astype(np.int16)) > most
+    digits = np.where(large, base - 1, numbers + most).astype(np.uint8)
+    digits = np.append(digits, np.zeros(-digits.size % count, np.uint8)).reshape(-1, count)
+    places = base ** np.arange(count, dtype=np.uint8)
+    return (digits * places).sum(1, dtype=np.uint8), numbers[large].view(np.uint8)
+
+
+def _apart(streams: Streams, total: int) -> NDArray[Any]:
+    """The `total` numbers whose two streams come next."""
+    count = streams.byte()
+    if count not in BASES:
+        raise ValueError(f"{count} numbers to a byte")
+    packed, base = streams.next(-(-total // count)), BASES[count]
+    if count == 1:
+        numbers = packed.view(np.int8)
+        streams.next(0)
+    else:
+        places = base ** np.arange(count, dtype=np.uint8)
+        digits = (packed[:, None] // places % base).reshape(-1)[:total]
+        numbers = (digits.astype(np.int16) - (base // 2 - 1)).astype(np.int8)
+        large = np.flatnonzero(digits == base - 1)
+        numbers[large] = streams.next(large.size).view(np.int8)
     streams.end()
-    scales = torch.from_numpy(np.stack([lower, upper], axis=1)).view(torch.bfloat16).float()
-    return _bytes(scales, torch.from_numpy(numbers).view(-1, group), code)
+    return numbers
+
+
+def _order(scales: Tensor, layout: Layout) -> Tensor:
+    """Columns by their scales: those with alike ones have alike numbers, and zstd a code for each 128 KiB."""
+    return scales[:, 0].argsort(stable=True) if layout.group == COLUMN else torch.arange(len(scales))
 
 
 def _values(block: Bytes, code: str) -> Tensor:
     return torch.frombuffer(bytearray(block), dtype=DTYPES[code])
 
 
-def _bytes(scales: Tensor, codes: Tensor, code: str) -> bytes:
-    """The bytes of scales [groups 1] times codes [groups group]. No zero is negative."""
-    values = Grid(8, codes.shape[1]).weight(codes, scales.view(-1, 1))
-    return values.to(DTYPES[code]).view(torch.uint8).numpy().tobytes()
+def _bytes(scales: Tensor, codes: Tensor, code: str, layout: Layout) -> bytes:
+    """The bytes of codes times scales. No zero is negative."""
+    values = layout.entries(layout.grid().weight(codes, scales).to(DTYPES[code]))
+    return values.contiguous().view(torch.uint8).numpy().tobytes()

@@ -88,6 +88,11 @@ def _grid(folder: Path) -> Grid:
     found = grids.pop() if len(grids) == 1 else None
     if found is None:
         raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
+    if not isinstance(found, Grid):
+        raise ModelError(
+            f"{folder} has {found}, which the layout pack-quantized cannot say. Prune with --quantize int4, say; "
+            "`convexprune pack` is the container of --bits."
+        )
     return found
 
 

@@ -7,21 +7,21 @@ checksum of their own, every size against the file and the original header, ever
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from convexprune._container.codes import FLOATS, decode_codes, encode_codes, group_of
+from convexprune._container.codes import FLOATS, KINDS, Layout, decode_codes, encode_codes, layout_of
 from convexprune._container.format import BLOCK, decode, encode, longest, width
 from convexprune._storage.failures import reading
 from convexprune._storage.files import atomic_write, write
 from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
-from convexprune.constraints._grid import GROUPS
 from convexprune.errors import ModelError, shown
 
 SUFFIX, PACKED = ".safetensors", ".pack.safetensors"
-NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 1
+NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 2
 
 
 def is_packed(path: Path) -> bool:
@@ -115,17 +115,17 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
     """Write a tensor coded, or as it is if that is not longer.
 
     Returns:
-        How many bytes it is coded in, if it is; its sha256; how many of its columns share a scale, if it is quantized.
+        How many bytes it is coded in, if it is; its sha256; how many weights share a scale, if it is quantized.
     """
-    begin, digest, group = out.tell(), hashlib.sha256(), None
-    for number, block in enumerate(_blocks(entry)):
+    begin, digest = out.tell(), hashlib.sha256()
+    layout = layout_of(next(_blocks(entry), b""), entry.spec)
+    for block in _blocks(entry, layout):
         digest.update(block)
-        group = group if number else group_of(block, entry.spec)
-        coded = _coded(block, entry.spec.code, group)
+        coded = _coded(block, entry.spec.code, layout)
         write(out, len(coded).to_bytes(4, "little") + coded)
     nbytes = out.tell() - begin
     if nbytes < entry.spec.nbytes:
-        return nbytes, digest.hexdigest(), group
+        return nbytes, digest.hexdigest(), None if layout is None else layout.group
     out.seek(begin)
     out.truncate()
     for block in _blocks(entry):
@@ -133,11 +133,11 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
     return None, digest.hexdigest(), None
 
 
-def _coded(block: bytes, code: str, group: int | None) -> bytes:
+def _coded(block: bytes, code: str, layout: Layout | None) -> bytes:
     """A block of a tensor; of a quantized one it begins with a byte that says whether the block is on the grid."""
-    if group is None:
+    if layout is None:
         return encode(block, code, width(BITS[code]))
-    numbers = encode_codes(block, code, group)
+    numbers = encode_codes(block, code, layout)
     return b"\0" + encode(block, code, width(BITS[code])) if numbers is None else b"\1" + numbers
 
 
@@ -164,13 +164,13 @@ def _wider(spec: Spec) -> Spec:
 
 
 class _Part(NamedTuple):
-    """A tensor in a packed file: where its bytes are, what it was, whether it is coded, and its columns to a scale."""
+    """A tensor in a packed file: where its bytes are, what it was, whether it is coded, and how it shares scales."""
 
     entry: Entry
     spec: Spec
     checksum: str
     coded: bool
-    group: int | None
+    layout: Layout | None
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
@@ -191,14 +191,15 @@ def _parts(path: Path) -> tuple[bytes, list[_Part]]:
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
         groups = notes["groups"]
-        if not set(groups.values()) <= {*GROUPS}:
+        if not set(groups.values()) <= {*KINDS}:
             raise ValueError("groups of other sizes than there are")
+        layouts = {name: Layout(group, specs[name].shape[-1]) for name, group in groups.items()}
         parts = [
-            _Part(found[name], spec, checksums[name], name in coded, groups.get(name)) for name, spec in specs.items()
+            _Part(found[name], spec, checksums[name], name in coded, layouts.get(name)) for name, spec in specs.items()
         ]
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
         raise damaged(path, cause) from cause
     return len(text).to_bytes(8, "little") + text, parts
 
@@ -230,13 +231,13 @@ def _decoded(part: _Part) -> Iterator[bytes]:
     """The same of one that is coded."""
     code, path = part.spec.code, part.entry.path
     with _opened(part.entry) as source:
-        for nbytes in _sizes(part.spec):
+        for nbytes in _sizes(part.spec, part.layout):
             length = int.from_bytes(source.read(4), "little")
             if length > longest(nbytes) + 1:
                 raise damaged(path, f"{length:,} bytes for a block of {nbytes:,}")
             coded = source.read(length)
             try:
-                block = _block(coded, nbytes, code, part.group)
+                block = _block(coded, nbytes, code, part.layout)
             except ValueError as cause:
                 raise damaged(path, cause) from cause
             yield block
@@ -244,35 +245,40 @@ def _decoded(part: _Part) -> Iterator[bytes]:
             raise damaged(path, f"{source.left:,} bytes more than a tensor has")
 
 
-def _block(coded: bytes, nbytes: int, code: str, group: int | None) -> bytes:
+def _block(coded: bytes, nbytes: int, code: str, layout: Layout | None) -> bytes:
     """What `_coded` was given.
 
     Raises:
         ValueError: these are not the bytes of such a block.
     """
     size = width(BITS[code])
-    if group is None:
+    if layout is None:
         return decode(coded, nbytes, code, size)
     if coded[:1] not in (b"\0", b"\1"):
         raise ValueError("a block that does not say how it is coded")
     if coded[:1] == b"\1" and code in FLOATS:
-        return decode_codes(memoryview(coded)[1:], nbytes, code, size, group)
+        return decode_codes(memoryview(coded)[1:], nbytes, code, size, layout)
     return decode(memoryview(coded)[1:], nbytes, code, size)
 
 
 # ---- both
 
 
-def _blocks(entry: Entry) -> Iterator[bytes]:
+def _blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
     """The bytes of a tensor that is not coded, a block at a time."""
     with _opened(entry) as source:
-        for nbytes in _sizes(entry.spec):
+        for nbytes in _sizes(entry.spec, layout):
             yield source.read(nbytes)
 
 
-def _sizes(spec: Spec) -> Iterator[int]:
-    """How many bytes each of its blocks has."""
-    return (min(BLOCK, spec.nbytes - begin) for begin in range(0, spec.nbytes, BLOCK))
+def _sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
+    """How many bytes each of its blocks has; of a quantized one whole rows of one matrix, as its layout needs them."""
+    whole, most = spec.nbytes, BLOCK
+    if layout is not None and spec.nbytes:
+        row = spec.nbytes // math.prod(spec.shape) * layout.columns
+        whole, most = row * spec.shape[-2], max(1, BLOCK // (row * layout.rows)) * row * layout.rows
+    for _ in range(spec.nbytes // whole if whole else 0):
+        yield from (min(most, whole - begin) for begin in range(0, whole, most))
 
 
 @contextmanager

@@ -167,6 +167,20 @@ class Streams:
             raise ValueError("a stream ends too early")
         return np.frombuffer(_decompressed(frame, nbytes) if nbytes or length else b"", np.uint8)
 
+    def byte(self) -> int:
+        """A byte that is in no stream.
+
+        Returns:
+            It.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self._left:
+            raise ValueError("a block ends too early")
+        value, self._left = self._left[0], self._left[1:]
+        return value
+
     def end(self) -> None:
         """See that there are no more.
 

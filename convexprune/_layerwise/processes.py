@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from convexprune.constraints import Grid
+from convexprune.constraints._grid import AbstractGrid
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
@@ -124,7 +124,7 @@ class SameQuantized(AbstractQuantizer):
     quantizer: AbstractQuantizer
     broadcast: Callable[[Tensor], Tensor]
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         found = self.quantizer.on_grid(problem, pruned, grid)
         return OnGrid(grid, self.broadcast(found.scales), self.broadcast(found.codes))

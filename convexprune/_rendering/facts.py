@@ -104,6 +104,9 @@ def _quantized(report: Report) -> Iterator[Fact]:
         group, by = report.recipe.get("group_size"), report.recipe.get("quantizer")
         shared = "row" if group == -1 else f"{group} columns"
         yield Fact("values", f"{numbers} times a scale for each {shared}, by {by}; stored as their products")
+    if (bits := report.recipe.get("bits")) is not None:
+        by = report.recipe.get("quantizer")
+        yield Fact("values", f"{bits} bits a weight once packed: numbers times a scale for each column, by {by}")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

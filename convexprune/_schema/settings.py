@@ -110,14 +110,21 @@ class TargetSettings(Settings):
         "Whole numbers of so many bits times a scale for each group of weights, in place of what is kept; zeros stay "
         "zero. With a sparsity of 0: quantization alone. Left out: none.",
     )
+    bits: float | None = setting(
+        None,
+        "In place of quantize: so many bits a weight, 1 to 6, in the packed model. Weights are whole numbers times a "
+        "scale for each column, as fine as their entropy code allows. Left out: none.",
+        ge=1,
+        le=6,
+    )
     group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all of them.")
     allocation: str = setting(
         None,
-        "How the zeros are spread: uniform, the same share in each operator; rows, that too, but the rows of an "
-        "operator compete for it by how much they move the loss; curve, shares of least predicted loss as well, after "
-        "a survey of the dense model that takes about five times as long as SparseGPT; half-curve, half of the way "
-        "there; owl or skewness, by the scores of each decoder layer. N:M takes uniform and curve. Left out: rows for "
-        "the methods convex and admm if unstructured with quota matrix, else uniform.",
+        "How the zeros, or the bits, are spread: uniform, the same share in each operator; rows, that too, but the "
+        "rows of an operator compete for it by how much they move the loss; curve, shares of least predicted loss as "
+        "well, after a survey of the dense model that takes about five times as long as SparseGPT; half-curve, half "
+        "of the way there; owl or skewness, by the scores of each decoder layer. N:M takes uniform and curve. Left "
+        "out: rows for the methods convex and admm if unstructured with quota matrix, curve for bits, else uniform.",
         choices=("uniform", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(

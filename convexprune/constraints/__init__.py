@@ -4,6 +4,7 @@ import re
 
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota
 from convexprune.constraints._channels import Channels
+from convexprune.constraints._coded import Coded
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._grid import Grid
 from convexprune.constraints._layers import Layers
@@ -60,6 +61,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Channels", "Columns", "Constraint", "Grid", "Layers", "Mask", "Quantized", "SemiStructured",
-    "Stacked", "Unstructured", "parse_pattern",
+    "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Grid", "Layers", "Mask", "Quantized",
+    "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._grid import Grid
+from convexprune.constraints._grid import AbstractGrid
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
@@ -35,13 +35,18 @@ class Constraint(ABC):
     """The share of zeros that is asked for."""
 
     @property
-    def grid(self) -> Grid | None:
+    def grid(self) -> AbstractGrid | None:
         """What the values that are kept have to be on; None: any will do."""
         return None
 
     @property
+    def share(self) -> float:
+        """What an allocation hands out: the share of zeros, or of 16 bits a weight those that are saved."""
+        return self.sparsity
+
+    @property
     def continuous(self) -> bool:
-        """Whether `with_sparsity` can give it any share of zeros."""
+        """Whether `with_share` can give it any share."""
         return False
 
     @property
@@ -154,11 +159,11 @@ class Constraint(ABC):
         """The constraint of each operator in a stack of `rows`, with its rows; of one operator itself."""
         return [(slice(0, rows), self)]
 
-    def with_sparsity(self, sparsity: float) -> "Constraint":
-        """The same kind with another share of zeros, as near as there is.
+    def with_share(self, share: float) -> "Constraint":
+        """The same kind with another share, as near as there is.
 
         Args:
-            sparsity: in [0, 1).
+            share: in [0, 1).
 
         Returns:
             The constraint.
@@ -172,11 +177,11 @@ class Constraint(ABC):
         """Constraints of its kind to choose from where this one is asked for on the whole.
 
         Args:
-            reach: how far their sparsities may be away.
+            reach: how far their shares of zeros may be away.
             step: how far they are apart, where any share can be had.
 
         Returns:
-            Those there are, the sparsest last.
+            Those there are, the largest share last.
         """
         return [self]
 

@@ -60,11 +60,11 @@ class Columns(Mask):
         kept = int((weight != 0).any(0).sum())
         return max(0, kept - weight.shape[1] + self._removed(weight.shape[1]))
 
-    def with_sparsity(self, sparsity: float) -> "Columns":
-        return replace(self, sparsity=sparsity)
+    def with_share(self, share: float) -> "Columns":
+        return replace(self, sparsity=share)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_sparsity(each) for each in shares_around(self.sparsity, reach, step)]
+        return [self.with_share(each) for each in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         columns = scores.shape[1]

@@ -1,7 +1,9 @@
 """Whole numbers times a scale for each group of weights: which scales fit, and which ones a stored weight has."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,124 @@ PROBE = 8  # weights of a group that are looked at first: most scales do not fit
 NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, over the group's largest weight
 
 
+class OnSomeGrid(Protocol):
+    """A weight on a grid."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Whole numbers [m n]."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """What they stand for [m n]."""
+        ...
+
+
+Made = TypeVar("Made", bound=OnSomeGrid)
+
+
+class AbstractGrid(ABC):
+    """Weights that are whole numbers, their codes, times scales that many of them share."""
+
+    lowest: int
+    """The smallest code."""
+    highest: int
+    """The largest code."""
+
+    @property
+    def by_row(self) -> bool:
+        """Whether each row is on it or not by itself, so that rows share nothing."""
+        return True
+
+    @property
+    def share(self) -> float | None:
+        """Of 16 bits a weight those that are saved, if any number of bits can be had."""
+        return None
+
+    def with_share(self, share: float) -> "AbstractGrid":
+        """The grid of as many bits as a `share` of 16 leaves, where any number can be had."""
+        return self
+
+    def ladder(self) -> list["AbstractGrid"]:
+        """Grids of its kind to choose from, the finest first."""
+        return [self]
+
+    @abstractmethod
+    def check(self, rows: int, columns: int) -> None:
+        """Refuse a weight that it does not fit.
+
+        Args:
+            rows: m.
+            columns: n.
+
+        Raises:
+            PatternError: it does not fit a weight [m n].
+        """
+
+    @abstractmethod
+    def search(
+        self,
+        weight: Tensor,
+        shape: Callable[[], Tensor],
+        fit: Callable[["Grid"], Tensor],
+        attempt: Callable[[slice, Tensor], Made],
+    ) -> Made:
+        """Put a weight on the grid with the scales that it asks for: those that fit best, or the least that it allows.
+
+        Args:
+            weight: V [m n].
+            shape: gives the scales of columns [n] relative to each other, where it is columns that have them.
+            fit: gives the scales [m n/group], where groups have them.
+            attempt: makes of some rows, and scales, a weight with these scales.
+
+        Returns:
+            What `attempt` has made of all rows.
+        """
+
+    @abstractmethod
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """The nearest weight on the grid, as near as the kind can find it; zeros stay zero.
+
+        Args:
+            weight: V [m n].
+            metric: h [n], not negative; None: ones. The distance is sum_ij h_j (P_ij - V_ij)^2.
+
+        Returns:
+            P [m n].
+        """
+
+    @abstractmethod
+    def violation(self, weight: Tensor) -> int:
+        """How many entries of a `weight` [m n] are off the grid, or too many; 0: it is on it."""
+
+    def codes(self, weight: Tensor, scales: Tensor) -> Tensor:
+        """The nearest codes.
+
+        Args:
+            weight: V [m n].
+            scales: [m n/group], or [1 n].
+
+        Returns:
+            [m n], in the dtype of `weight`.
+        """
+        return (weight / spread(scales, weight.shape[1])).round_().clamp_(self.lowest, self.highest)
+
+    def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """What codes stand for; no zero is negative.
+
+        Args:
+            codes: [m n].
+            scales: [m n/group], or [1 n].
+
+        Returns:
+            V [m n].
+        """
+        return (codes * spread(scales, codes.shape[1])).masked_fill_(codes == 0, 0)
+
+
 @dataclass(frozen=True)
-class Grid:
+class Grid(AbstractGrid):
     """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns or for a row.
 
     The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1. A scale is a bfloat16 number, negative
@@ -42,12 +160,12 @@ class Grid:
             )
 
     @property
-    def lowest(self) -> int:
+    def lowest(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The code of the largest size, -2^(bits - 1)."""
         return -(2 ** (self.bits - 1))
 
     @property
-    def highest(self) -> int:
+    def highest(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The largest code, 2^(bits - 1) - 1."""
         return -self.lowest - 1
 
@@ -55,43 +173,32 @@ class Grid:
         """How many of the `columns` of a weight share a scale."""
         return columns if self.group == ROW else self.group
 
-    def check(self, columns: int) -> None:
-        """Refuse a weight whose rows are no whole number of groups.
-
-        Args:
-            columns: n.
-
-        Raises:
-            PatternError: they are not.
-        """
+    def check(self, rows: int, columns: int) -> None:
+        """See `AbstractGrid.check`: a row is a whole number of groups."""
         if columns % self.width(columns):
             fits = [str(size) for size in GROUPS if columns % size == 0]
             ways = f"Take group_size {' or '.join([*fits, '-1'])} (-1: one scale for a row)"
             raise PatternError(f"{columns} columns are no whole number of groups of {self.group}. {ways}.")
 
-    def codes(self, weight: Tensor, scales: Tensor) -> Tensor:
-        """The nearest codes.
+    def search(
+        self,
+        weight: Tensor,
+        shape: Callable[[], Tensor],
+        fit: Callable[["Grid"], Tensor],
+        attempt: Callable[[slice, Tensor], Made],
+    ) -> Made:
+        """See `AbstractGrid.search`: the scales that `fit` gives."""
+        return attempt(slice(None), fit(self))
 
-        Args:
-            weight: V [m n].
-            scales: [m n/group].
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """See `AbstractGrid.project`: each group by its best scale."""
+        scales, _, on = self.find(weight)
+        scales = torch.where(on, scales.to(weight), self.fit(weight, metric))
+        return self.weight(self.codes(weight, scales), scales)
 
-        Returns:
-            [m n], in the dtype of `weight`.
-        """
-        return (weight / spread(scales, weight.shape[1])).round_().clamp_(self.lowest, self.highest)
-
-    def weight(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """What codes stand for; no zero is negative.
-
-        Args:
-            codes: [m n].
-            scales: [m n/group].
-
-        Returns:
-            V [m n].
-        """
-        return (codes * spread(scales, codes.shape[1])).masked_fill_(codes == 0, 0)
+    def violation(self, weight: Tensor) -> int:
+        on = self.find(weight)[2]
+        return weight.numel() // on.numel() * int((~on).sum())
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         """The scales of least squared error, of some candidates, when each entry is rounded to its nearest code.
@@ -152,12 +259,26 @@ class Grid:
         shape = *weight.shape[:-1], weight.shape[-1] // groups.shape[1]
         return scales.view(shape), codes.view_as(weight), on.view(shape)
 
-    def _candidates(self, largest: Tensor) -> Iterator[Tensor]:
-        """Scales with which the largest weight of a group has a code, the smallest code first."""
-        for code in range(1, 1 - self.lowest):
-            near = (largest / code).bfloat16().view(torch.int16)
-            for step in (0, 1, -1):
-                yield (near + step).view(torch.bfloat16).float().clamp_min(torch.finfo(torch.bfloat16).tiny)
+    def has(self, group: Tensor) -> bool:
+        """Whether a group of weights is on the grid; this is quick if it is not.
+
+        Args:
+            group: as it is stored [n], not all zero.
+
+        Returns:
+            Whether some scale fits.
+        """
+        scales = self._candidates(group.float().abs().amax()[None])[:, 0]
+        some = scales[_on_grid(group[None, :PROBE], scales).all(1)]
+        some = some[_on_grid(group[None], some).all(1)]
+        return bool(self._has((group.float() / some[:, None]).round_()).any())
+
+    def _candidates(self, largest: Tensor) -> Tensor:
+        """Scales with which the largest weight of each group has a code, the smallest code first [number groups]."""
+        codes = torch.arange(1, 1 - self.lowest, device=largest.device)[:, None]
+        near = (largest / codes).bfloat16().view(torch.int16)
+        all_near = torch.stack([near, near + 1, near - 1], dim=1).flatten(0, 1)
+        return all_near.view(torch.bfloat16).float().clamp_min_(torch.finfo(torch.bfloat16).tiny)
 
     def _has(self, codes: Tensor) -> Tensor:
         """Whether all codes of a group [groups group], or all of their opposites, are numbers of so many bits."""
@@ -174,11 +295,11 @@ def spread(scales: Tensor, columns: int) -> Tensor:
     """The scale of each entry.
 
     Args:
-        scales: [m n/group].
+        scales: [m n/group]; or [1 n], of columns.
         columns: n.
 
     Returns:
-        [m n].
+        [m n], or [1 n].
     """
     return scales.repeat_interleave(columns // scales.shape[1], dim=1)
 

@@ -1,14 +1,14 @@
-"""A choice of entries whose kept values are on a grid of few bits; zeros stay zero."""
+"""A choice of entries whose kept values are on a grid; zeros stay zero."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from convexprune.constraints._base import Budget, Constraint
-from convexprune.constraints._grid import ROW, Grid
+from convexprune.constraints._coded import Coded
+from convexprune.constraints._grid import ROW, AbstractGrid, Grid
 from convexprune.errors import PatternError
 
 
@@ -27,7 +27,7 @@ class Quantized(Constraint):
     """
 
     support: Constraint
-    values: Grid
+    values: AbstractGrid
     sparsity: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class Quantized(Constraint):
         return f"{self.support}, {self.values}"
 
     @classmethod
-    def read(cls, text: str) -> tuple[str, Grid] | None:
+    def read(cls, text: str) -> tuple[str, AbstractGrid] | None:
         """Take a description apart.
 
         Args:
@@ -53,17 +53,19 @@ class Quantized(Constraint):
         Raises:
             PatternError: there is no such grid.
         """
-        match = re.fullmatch(r"(.+), int(\d+) (?:in groups of (\d+)|per output channel)", text)
-        return None if match is None else (match[1], Grid(int(match[2]), int(match[3] or ROW)))
+        if match := re.fullmatch(r"(.+), int(\d+) (?:in groups of (\d+)|per output channel)", text):
+            return match[1], Grid(int(match[2]), int(match[3] or ROW))
+        match = re.fullmatch(r"(.+), (.+) bits a weight", text)
+        return None if match is None else (match[1], Coded(float(match[2])))
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> AbstractGrid:
         return self.values
 
     @property
     def continuous(self) -> bool:
-        """As the support."""
-        return self.support.continuous
+        """As the support, or as any number of bits can be had."""
+        return self.support.continuous if self.values.share is None else True
 
     @property
     def by_column(self) -> bool:
@@ -82,18 +84,14 @@ class Quantized(Constraint):
 
     def check(self, rows: int, columns: int) -> None:
         self.support.check(rows, columns)
-        self.values.check(columns)
+        self.values.check(rows, columns)
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `Constraint.project`: the support first, then each group by its best scale."""
-        kept = self.support.project(weight, metric)
-        scales, _, on = self.values.find(kept)
-        scales = torch.where(on, scales.to(kept), self.values.fit(kept, metric))
-        return self.values.weight(self.values.codes(kept, scales), scales)
+        """See `Constraint.project`: the support first, then what is kept."""
+        return self.values.project(self.support.project(weight, metric), metric)
 
     def violation(self, weight: Tensor) -> int:
-        on = self.values.find(weight)[2]
-        return self.support.violation(weight) + weight.numel() // on.numel() * int((~on).sum())
+        return self.support.violation(weight) + self.values.violation(weight)
 
     def budget(self, shape: Sequence[int]) -> Budget | None:
         return self.support.budget(shape)
@@ -101,11 +99,21 @@ class Quantized(Constraint):
     def zeros(self, rows: int, columns: int) -> int:
         return self.support.zeros(rows, columns)
 
-    def with_sparsity(self, sparsity: float) -> "Quantized":
-        return replace(self, support=self.support.with_sparsity(sparsity))
+    @property
+    def share(self) -> float:
+        """Of bits, if there is a number of them to choose; else of zeros, as of the support."""
+        saved = self.values.share
+        return self.support.share if saved is None else saved
+
+    def with_share(self, share: float) -> "Quantized":
+        if self.values.share is None:
+            return replace(self, support=self.support.with_share(share))
+        return replace(self, values=self.values.with_share(share))
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [replace(self, support=each) for each in self.support.ladder(reach, step)]
+        if self.values.share is None:
+            return [replace(self, support=each) for each in self.support.ladder(reach, step)]
+        return [replace(self, values=each) for each in self.values.ladder()]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         return self.support.mask(scores, first)

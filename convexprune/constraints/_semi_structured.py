@@ -74,8 +74,8 @@ class SemiStructured(Mask):
         self.check(shape[0], shape[1])
         return Budget(self.group, self.kept)
 
-    def with_sparsity(self, sparsity: float) -> "SemiStructured":
-        return SemiStructured(round((1 - sparsity) * self.group), self.group)
+    def with_share(self, share: float) -> "SemiStructured":
+        return SemiStructured(round((1 - share) * self.group), self.group)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
         """Every N of that M."""

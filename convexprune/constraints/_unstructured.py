@@ -60,11 +60,11 @@ class Unstructured(Mask):
         """With quota="row"."""
         return self.quota == "row"
 
-    def with_sparsity(self, sparsity: float) -> "Unstructured":
-        return replace(self, sparsity=sparsity)
+    def with_share(self, share: float) -> "Unstructured":
+        return replace(self, sparsity=share)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_sparsity(each) for each in shares_around(self.sparsity, reach, step)]
+        return [self.with_share(each) for each in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         rows, columns = scores.shape

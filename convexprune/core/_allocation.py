@@ -46,6 +46,25 @@ class Curve:
             hull.append((x, y))
         return Curve(self.size, tuple(x for x, _ in hull), tuple(y for _, y in hull))
 
+    def refined(self, times: int) -> "Curve":
+        """The curve with points added, so that its costs are exponentials of the share between two that it had.
+
+        Args:
+            times: how many intervals are made of one.
+
+        Returns:
+            The curve; where a cost is zero the points are added on a line.
+        """
+        xs, ys = list(self.sparsities[:1]), list(self.costs[:1])
+        points = list(zip(self.sparsities, self.costs, strict=True))
+        for (x, a), (y, b) in pairwise(points):
+            for part in (number / times for number in range(1, times)):
+                xs.append(x + part * (y - x))
+                ys.append(a ** (1 - part) * b**part if a > 0 and b > 0 else a + part * (b - a))
+            xs.append(y)
+            ys.append(b)
+        return Curve(self.size, tuple(xs), tuple(ys))
+
     def cost(self, sparsity: float) -> float:
         """The cost at a `sparsity`, linear between two points."""
         points = list(zip(self.sparsities, self.costs, strict=True))

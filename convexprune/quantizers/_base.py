@@ -1,19 +1,20 @@
 """What every quantizer promises: a pruned weight in, the same weight on its grid out, with its zeros."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Grid
+from convexprune.constraints._grid import AbstractGrid
 from convexprune.core._setting_types import check_settings
 from convexprune.pruners import LayerEdit, LayerProblem
 
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], of which each group has one.
+    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], or [1 n].
 
     Args:
         grid: the grid.
@@ -21,18 +22,18 @@ class OnGrid:
         codes: as `Grid.codes` returns them.
     """
 
-    grid: Grid
+    grid: AbstractGrid
     scales: Tensor
     codes: Tensor
 
     @classmethod
-    def nearest(cls, grid: Grid, weight: Tensor, scales: Tensor) -> "OnGrid":
+    def nearest(cls, grid: AbstractGrid, weight: Tensor, scales: Tensor) -> "OnGrid":
         """The nearest weight with these scales.
 
         Args:
             grid: the grid.
             weight: V [m n].
-            scales: [m n/group].
+            scales: [m n/group], or [1 n].
 
         Returns:
             It.
@@ -69,22 +70,21 @@ class AbstractQuantizer(ABC):
         Raises:
             PruningError: the damped Gram matrix is not positive definite.
         """
-        parts = problem.pattern.parts(len(problem.weight))
-        grids = dict.fromkeys(own.grid for _, own in parts if own.grid is not None)
-        if not grids:
+        parts = [(rows, own.grid) for rows, own in problem.pattern.parts(len(problem.weight)) if own.grid is not None]
+        if not parts:
             return pruned
         weight, filled = pruned.weight.clone(), problem
         if bool(problem.dead.any()):  # their weights change nothing here, and are rounded as they are
             filled = replace(problem, moments=problem.moments.with_dead_inputs_filled(problem.weight))
-        for grid in grids:
-            rows = torch.cat([torch.arange(r.start, r.stop) for r, own in parts if own.grid == grid]).to(weight.device)
+        for grid, rows in _together(parts):
+            rows = rows.to(weight.device)
             part = filled.rows(rows, problem.pattern)
             mask = pruned.mask[rows]
             weight[rows] = self.on_grid(part, replace(pruned, weight=weight[rows], mask=mask), grid).weight * mask
         return replace(pruned, weight=weight, mask=weight != 0)
 
     @abstractmethod
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
         """The weight of rows that share a grid.
 
         Args:
@@ -94,4 +94,20 @@ class AbstractQuantizer(ABC):
 
         Returns:
             A weight that is zero where the pruner's mask is.
+
+        Raises:
+            PruningError: the damped Gram matrix is not positive definite.
         """
+
+
+def _together(parts: Sequence[tuple[slice, AbstractGrid]]) -> list[tuple[AbstractGrid, Tensor]]:
+    """Grids and their rows: one for all operators whose rows are on it by themselves, else one for each operator."""
+    found = list[tuple[AbstractGrid, Tensor]]()
+    for rows, grid in parts:
+        own = torch.arange(rows.start, rows.stop)
+        same = next((i for i, (other, _) in enumerate(found) if grid.by_row and other == grid), None)
+        if same is None:
+            found.append((grid, own))
+        else:
+            found[same] = (grid, torch.cat([found[same][1], own]))
+    return found

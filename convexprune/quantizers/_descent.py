@@ -1,20 +1,21 @@
 """Our quantizer: a sweep or rounding to begin with, then codes and scales in turn, each the best for the other."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Grid
-from convexprune.constraints._grid import rounded_scale, spread
+from convexprune.constraints._grid import AbstractGrid, rounded_scale
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, NotNegative, Whole
+from convexprune.core._setting_types import NotNegative, Whole
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
-from convexprune.quantizers._sweep import minimizer, swept
+from convexprune.quantizers._exchange import exchanged
+from convexprune.quantizers._sweep import Sweep, minimizer
 
-BLOCK = 64  # columns between two products
+PRICE = 0.1  # of a bit, over the squared step: measured, see docs/tried.md
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time
 
@@ -32,17 +33,20 @@ class Descent(AbstractQuantizer):
     (QuantEase, arXiv 2309.01885), so that the error never grows. For given codes it is a quadratic of a row's scales,
     whose minimum is one small solve. The scales are rounded to bfloat16, and the codes descend again.
 
+    Coded weights have a scale for each column, with which an error of half a step costs the same in every column
+    (WaterSIC, arXiv 2603.04956), and what descends is the error plus the bits at a price.
+
     Args:
         sweeps: over all columns, before and after the scales.
         rounds: how often scales and codes take turns; 0: the scales stay as they begin.
         damping: as of the pruners; None: of the pruner that found the zeros, or from the sample's noise.
     """
 
-    sweeps: Count = 2
+    sweeps: Whole = 2
     rounds: Whole = 1
     damping: NotNegative | None = None
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
         """See `AbstractQuantizer.on_grid`.
 
         Raises:
@@ -50,42 +54,32 @@ class Descent(AbstractQuantizer):
         """
         damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping
         quadratic = damped(problem, damping or choose_damping(problem, None))
-        found = self._begin(quadratic, pruned, grid)
-        found, residual = self._descend(quadratic, found, quadratic.residual(found.weight), pruned.mask)
-        for _ in range(self.rounds):
-            found, residual = _rescaled(quadratic, found, residual)
-            found, residual = self._descend(quadratic, found, residual, pruned.mask)
-        return found
-
-    def _begin(self, quadratic: Quadratic, pruned: LayerEdit, grid: Grid) -> OnGrid:
         assert quadratic.anchor is not None
-        if not bool(pruned.mask.all()):
-            return OnGrid.nearest(grid, pruned.weight, grid.fit(pruned.weight, quadratic.gram.diagonal()))
-        best = minimizer(quadratic.cross, quadratic.gram, quadratic.anchor)
-        begin = OnGrid.nearest(grid, best, grid.fit(best, quadratic.gram.diagonal()))
-        return swept(best, quadratic.gram, begin, pruned.mask)
+        gram, dense = quadratic.gram, bool(pruned.mask.all())
+        weight = minimizer(quadratic.cross, gram, quadratic.anchor) if dense else pruned.weight
+        sweep = cache(lambda: Sweep(gram))
 
-    def _descend(self, quadratic: Quadratic, found: OnGrid, residual: Tensor, mask: Tensor) -> tuple[OnGrid, Tensor]:
-        """The best codes one after another, `sweeps` times, and the residual there.
+        def attempt(rows: slice, scales: Tensor) -> OnGrid:
+            found, mask, price = OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows], 0.0
+            if dense:
+                found = sweep().onto(weight[rows], found, mask)
+            if not grid.by_row:
+                price = (
+                    PRICE * float((scales / sweep().shape).quantile(0.5)) ** 2
+                )  # of most columns, not of those in need
+            return self._descended(quadratic.rows(rows), found, mask, price)
 
-        Columns are rows of what is transposed, so that they lie together in memory.
-        """
-        gram, grid = quadratic.gram, found.grid
-        codes, scales = found.codes.T.contiguous(), spread(found.scales, len(gram)).T.contiguous()
-        pulls, kept = scales * gram.diagonal()[:, None], mask.T.contiguous()
-        for _ in range(self.sweeps):
-            for first in range(0, len(gram), BLOCK):
-                last = min(first + BLOCK, len(gram))
-                ahead = residual[:, first:last].T.contiguous()
-                steps = torch.empty_like(ahead)
-                for j in range(first, last):
-                    best = codes[j] + ahead[j - first] / pulls[j]
-                    code = best.round_().clamp_(grid.lowest, grid.highest) * kept[j]
-                    steps[j - first] = step = (code - codes[j]) * scales[j]
-                    codes[j] = code
-                    ahead[j - first :] -= gram[j, j:last, None] * step
-                residual.addmm_(steps.T, gram[first:last], alpha=-1)
-        return OnGrid(grid, found.scales, codes.T.contiguous()), residual
+        return grid.search(weight, lambda: sweep().shape, lambda groups: groups.fit(weight, gram.diagonal()), attempt)
+
+    def _descended(self, quadratic: Quadratic, found: OnGrid, mask: Tensor, price: float) -> OnGrid:
+        """Codes, scales and codes in turn; scales only where groups of a row have theirs."""
+        residual = quadratic.residual(found.weight)
+        for round_number in range(1 + (self.rounds if found.grid.by_row else 0)):
+            if round_number:
+                found, residual = _rescaled(quadratic, found, residual)
+            for _ in range(self.sweeps):
+                found, residual = exchanged(quadratic.gram, found, residual, mask, price)
+        return found
 
 
 def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[OnGrid, Tensor]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Grid
-from convexprune.constraints._grid import rounded_scale
+from convexprune.constraints._grid import AbstractGrid, rounded_scale
 from convexprune.core._setting_types import NotNegative
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
-from convexprune.quantizers._sweep import minimizer, swept
+from convexprune.quantizers._sweep import Sweep, minimizer
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class GPTQ(AbstractQuantizer):
     (arXiv 2505.11695). Scales are the authors' search: of the largest weight over 2^(bits-1) - 1/2, shrunk to 20 % in
     steps of 1 %, that with the least sum of |error|^2.4.
 
+    Coded weights have one scale for all: Huffman-GPTQ, as WaterSIC (arXiv 2603.04956) calls it.
+
     Differences to the authors' code: scales are rounded to bfloat16. Of a pruned weight the zeros are rounded to zero
     in the sweep, as in SparseGPT's joint pruning and quantization.
 
@@ -31,17 +33,19 @@ class GPTQ(AbstractQuantizer):
 
     damping: NotNegative = 0.01
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+        """See `AbstractQuantizer.on_grid`."""
         gram = problem.quadratic.gram.clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        target = minimizer(problem.quadratic.cross, gram, problem.weight)
-        scales = _searched(grid, pruned.weight)
-        return swept(target, gram, OnGrid.nearest(grid, target, scales), pruned.mask)
+        target, sweep = minimizer(problem.quadratic.cross, gram, problem.weight), Sweep(gram)
+
+        def attempt(rows: slice, scales: Tensor) -> OnGrid:
+            return sweep.onto(target[rows], OnGrid.nearest(grid, target[rows], scales), pruned.mask[rows])
+
+        def searched(groups: Grid) -> Tensor:
+            return _searched(groups, pruned.weight)
+
+        return grid.search(target, lambda: torch.ones_like(target[0]), searched, attempt)
 
 
 def _searched(grid: Grid, weight: Tensor) -> Tensor:

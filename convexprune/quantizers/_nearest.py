@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-from convexprune.constraints import Grid
+import torch
+from torch import Tensor
+
+from convexprune.constraints._grid import AbstractGrid
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 
@@ -15,6 +18,11 @@ class Nearest(AbstractQuantizer):
     code, which is never better.
     """
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Grid) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`."""
-        return OnGrid.nearest(grid, pruned.weight, grid.fit(pruned.weight))
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+        """See `AbstractQuantizer.on_grid`; columns have the same scale, where they have one."""
+
+        def attempt(rows: slice, scales: Tensor) -> OnGrid:
+            return OnGrid.nearest(grid, pruned.weight[rows], scales)
+
+        weight = pruned.weight
+        return grid.search(weight, lambda: torch.ones_like(weight[0]), lambda groups: groups.fit(weight), attempt)

@@ -27,43 +27,57 @@ def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
     return anchor + torch.cholesky_solve(cross.T, definite_factor(gram)).T
 
 
-def swept(weight: Tensor, gram: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
-    """GPTQ's sweep (Frantar et al., arXiv 2210.17323), by falling H_jj, on a grid whose scales are known.
+class Sweep:
+    """GPTQ's sweep (Frantar et al., arXiv 2210.17323), by falling H_jj, on grids whose scales are known.
 
     With U the upper Cholesky factor of H^-1, a column's error (W_j - V_j) / U_jj is subtracted along U_j from the
-    columns after it: the best that these can do, as long as they are free. Entries outside of `mask` become zero, and
-    their error is pushed on like that of rounding.
+    columns after it: the best that these can do, as long as they are free. So an error e of column j costs
+    e^2 / U_jj^2.
 
     Args:
-        weight: W [m n], the minimizer of the error.
         gram: H [n n], positive definite.
-        grid: its scales are kept, its codes are not looked at.
-        mask: which entries are kept [m n].
-
-    Returns:
-        The weight on the grid.
 
     Raises:
         PruningError: H is not positive definite.
     """
-    order = gram.diagonal().argsort(descending=True)
-    # Columns are rows of what is transposed, so that they lie together in memory.
-    scales, kept = spread(grid.scales, weight.shape[1]).T[order], mask.T[order]
-    left = weight.T[order]
-    codes = torch.empty_like(left)
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = definite_factor(gram[order][:, order].flip(0, 1))
-    upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
-    low, high = grid.grid.lowest, grid.grid.highest
-    for first in range(0, len(gram), BLOCK):
-        last = min(first + BLOCK, len(gram))
-        part, u = left[first:last], upper[first:last, first:last]
-        errors = torch.empty_like(part)
-        for j in range(last - first):
-            scale = scales[first + j]
-            code = (part[j] / scale).round_().clamp_(low, high) * kept[first + j]
-            errors[j] = (part[j] - code * scale) / u[j, j]
-            part[j:] -= u[j, j:, None] * errors[j]
-            codes[first + j] = code
-        left[last:] -= upper[first:last, last:].T @ errors
-    return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous())
+
+    def __init__(self, gram: Tensor) -> None:
+        self._order = order = gram.diagonal().argsort(descending=True)
+        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor = definite_factor(gram[order][:, order].flip(0, 1))
+        self._upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+
+    @property
+    def shape(self) -> Tensor:
+        """U_jj [n]: errors of columns that cost the same."""
+        return torch.empty_like(self._upper[0]).index_copy_(0, self._order, self._upper.diagonal())
+
+    def onto(self, weight: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
+        """Sweep over all columns.
+
+        Args:
+            weight: W [m n], the minimizer of the error.
+            grid: its scales are kept, its codes are not looked at.
+            mask: which entries are kept [m n]; the others become zero, and their error is pushed on like that of
+                rounding.
+
+        Returns:
+            The weight on the grid.
+        """
+        # Columns are rows of what is transposed, so that they lie together in memory.
+        scales, kept = spread(grid.scales, weight.shape[1]).T[self._order], mask.T[self._order]
+        left, upper, columns = weight.T[self._order], self._upper, weight.shape[1]
+        codes = torch.empty_like(left)
+        low, high = grid.grid.lowest, grid.grid.highest
+        for first in range(0, columns, BLOCK):
+            last = min(first + BLOCK, columns)
+            part, u = left[first:last], upper[first:last, first:last]
+            errors = torch.empty_like(part)
+            for j in range(last - first):
+                scale = scales[first + j]
+                code = (part[j] / scale).round_().clamp_(low, high) * kept[first + j]
+                errors[j] = (part[j] - code * scale) / u[j, j]
+                part[j:] -= u[j, j:, None] * errors[j]
+                codes[first + j] = code
+            left[last:] -= upper[first:last, last:].T @ errors
+        return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())

@@ -119,7 +119,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], str]
     "checksums are a list": (lambda n, _: n.update(checksums=["w", "norm"]), "damaged or cut short"),
     "a header that is none": (lambda n, _: n.update(header='{"w":1}'), "damaged or cut short"),
     "a header that nests": (lambda n, _: n.update(header="[" * 100_000), "damaged or cut short"),
-    "a later version": (lambda n, _: n.update(version=2), "version 2 of the format. Known: 1"),
+    "a later version": (lambda n, _: n.update(version=3), "version 3 of the format. Known: 2"),
 }  # fmt: skip
 
 

@@ -59,6 +59,24 @@ def test_the_envelope_is_convex_and_below(c: tuple[float, ...]):
     assert set(zip(hull.sparsities, hull.costs, strict=True)) <= set(zip(GRID, c, strict=True))
 
 
+@given(st.lists(st.floats(1e-6, 1e3), min_size=3, max_size=3), st.lists(st.floats(1, 100), min_size=3, max_size=3))
+def test_bits_are_shared_as_their_formula_says(weights: list[float], sizes: list[float]):
+    """Of errors f 4^-bits the best allocation has equal derivatives by bits: bits = mean + log_4(f) - its mean."""
+    whole = [round(size) for size in sizes]
+    total = sum(whole)
+    shifts = [log(f, 4) for f in weights]
+    middle = sum(size * shift for size, shift in zip(whole, shifts, strict=True)) / total
+    best = [shift - middle for shift in shifts]
+    reach = max(map(abs, best)) + 1
+    shares = tuple(0.5 + offset * reach / 16 for offset in (-1, 0, 1))  # of 16 bits those that are saved
+    curves = [
+        Curve(size, shares, tuple(size * f * 4.0 ** (16 * (share - 0.5)) for share in shares)).refined(200)
+        for size, f in zip(whole, weights, strict=True)
+    ]
+    found = allocate(curves, 0.5)
+    assert [16 * (0.5 - share) for share in found.sparsities] == pytest.approx(best, abs=reach / 90)
+
+
 def test_what_is_cheap_to_prune_is_pruned_more():
     cheap, dear = Curve(100, (0.3, 0.5, 0.7), (1, 2, 4)), Curve(100, (0.3, 0.5, 0.7), (10, 20, 40))
     assert allocate([cheap, dear], 0.5).sparsities == pytest.approx((0.7, 0.3))

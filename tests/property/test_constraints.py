@@ -16,6 +16,7 @@ from convexprune._layerwise.steps.survey import ModelAllocation
 from convexprune.constraints import (
     KINDS,
     Channels,
+    Coded,
     Columns,
     Constraint,
     Grid,
@@ -52,6 +53,7 @@ SMALL: dict[str, Constraint] = {
     "channels": Channels(0.5, 2),
     "layers": Layers(0.5),
     "int4": Quantized(Unstructured(0.5), Grid(4, 32)),
+    "5.9 bits a weight": Quantized(Unstructured(0.5), Coded(5.9)),
     "int8 per output channel": Quantized(Unstructured(0.0), Grid(8, ROW)),
     "stack": Stacked((Unstructured(0.5), SemiStructured(2, 4)), (1, 2)),
 }
@@ -66,7 +68,7 @@ def test_a_description_parses_back_to_its_constraint(constraint: Constraint):
 @given(singles.filter(lambda c: c.continuous), st.lists(shares, min_size=1, max_size=3))
 def test_so_do_those_of_an_allocation(asked: Constraint, each: list[float]):
     patterns = ModelAllocation({f"operator {i}": share for i, share in enumerate(each)}).patterns(asked)
-    assert [parse_pattern(own.describe()) for own in patterns.values()] == [asked.with_sparsity(s) for s in each]
+    assert [parse_pattern(own.describe()) for own in patterns.values()] == [asked.with_share(s) for s in each]
 
 
 def test_every_kind_is_described_here():

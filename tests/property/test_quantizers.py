@@ -18,7 +18,7 @@ from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._descent import fitted_scales
-from convexprune.quantizers._sweep import minimizer, swept
+from convexprune.quantizers._sweep import Sweep, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
 supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))
@@ -108,7 +108,7 @@ def test_a_sweep_is_the_published_one(seed: int):
     gram = (problem.quadratic.gram + 0.01 * torch.eye(64)).double()
     weight, scales = problem.weight.double(), GRID.fit(problem.weight).double()
     begin = OnGrid(GRID, scales, torch.zeros_like(weight))
-    found = swept(weight, gram, begin, torch.ones_like(weight, dtype=torch.bool))
+    found = Sweep(gram).onto(weight, begin, torch.ones_like(weight, dtype=torch.bool))
     torch.testing.assert_close(found.weight, slow_gptq(weight, gram, scales, GRID))
 
 

@@ -277,3 +277,22 @@ def test_where_channels_are_removed_only_what_reads_them_is_pruned(folder: Path)
     assert "| wanda | channels:8 33.3% |" in (folder / "out" / "report.md").read_text()
     with pytest.raises(errors.RecipeError, match="compare it with no other pattern"):
         compared(folder, patterns=["channels:8", "2:4"], output=folder / "no")
+
+
+def test_quantizers_are_compared_as_they_quantize_alone(folder: Path):
+    methods = ["gptq:quantize=int4:group_size=-1", "qep:quantize=int4:group_size=-1", "descent:bits=4"]
+    rows = compared(folder, methods=methods, sparsities=[0])["rows"]
+    grid: dict[str, Any] = {"quantize": "int4", "group_size": -1, "quantizer": "gptq", "error_target": "operator"}
+    alone = [grid | {"prefix": "pruned", "error_correction": 0.0}, grid | {"prefix": "pruned"}, {"bits": 4.0}]
+    for row, settings in zip(rows, alone, strict=True):
+        model = load(folder / "model", device="cpu")
+        found = convexprune.prune(model.model, sparsity=0, bound_rows=0, **CALIBRATION, **settings)
+        errors = {o.name: o.relative_error for o in found.report.operators}
+        assert {o["name"]: o["relative_error"] for o in row["operators"]} == pytest.approx(errors, rel=1e-4)
+
+
+def test_a_quantizer_without_bits_is_refused(folder: Path):
+    with pytest.raises(
+        errors.RecipeError, match=r"'gptq': a quantizer needs a number of bits, as in gptq:quantize=int4"
+    ):
+        compared(folder, methods=["gptq"], sparsities=[0])

@@ -1,5 +1,6 @@
 """Quantization by the door: what is kept is on its grid, and grids that there are not are refused."""
 
+from operator import mul
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from door import SMALL, state
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
+from convexprune.constraints import parse_pattern
 from convexprune.errors import ConvexpruneError
 from convexprune.quantizers import QUANTIZERS
 
@@ -46,9 +48,26 @@ def test_int8_per_output_channel_is_rounding_to_nearest(tiny_llama: HuggingFaceM
         ),
         ({"quantize": "int4", "pattern": "channels"}, "prune twice, the smaller model last"),
         ({"pattern": "int8"}, "Unknown pattern 'int8'.*quantize='int4' puts what is kept on a grid"),
+        ({"quantize": "int4", "bits": 3}, "bits=3.0 is in place of quantize='int4': leave one of them out"),
+        ({"bits": 0.5}, "bits=0.5: Input should be greater than or equal to 1"),
         ({"quantizer": "awq"}, "quantizer='awq': Input should be 'descent', 'gptq' or 'rtn'"),
     ],
 )
 def test_grids_that_there_are_not_are_refused_before_any_work(settings: dict[str, Any], reason: str):
     with pytest.raises(ConvexpruneError, match=reason):
         convexprune.prune("no such model", **settings)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+def test_coded_weights_take_the_bits_that_they_may(tiny_llama: HuggingFaceModel, sparsity: float):
+    report = convexprune.prune(tiny_llama.model, sparsity=sparsity, bits=3, **SMALL).report
+    sizes = [o.outputs * o.inputs for o in report.operators]
+    shares, weights = list[float](), state(tiny_llama)
+    for o in report.operators:
+        found = parse_pattern(o.pattern)
+        assert (
+            found.violation(weights[f"{o.name}.weight"]) == 0
+            and o.zeros >= o.expected_zeros == sparsity * o.outputs * o.inputs
+        )
+        shares.append(float(str(found.grid).split()[0]))
+    assert sum(map(mul, sizes, shares)) / sum(sizes) == pytest.approx(3, abs=1e-3) and len(set(shares)) > 1

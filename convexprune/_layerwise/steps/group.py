@@ -105,11 +105,22 @@ def _solved(
 ) -> LayerEdit:
     """What the pruner makes of a stack whose rows count by their `factors`, on the grids of its patterns."""
     with solving_in(settings.solve_precision):
-        return settings.quantizer.quantize(problem, _pruned(problem, factors, pruner))
+        return settings.quantizer.quantize(problem, solved(problem, factors, pruner))
 
 
-def _pruned(problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
-    """What the pruner makes of a stack; what no zeros are asked of is as it was, unless it compensates."""
+def solved(problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
+    """What a pruner makes of a stack of operators.
+
+    What no zeros are asked of is as it was, unless its pattern makes up for what is removed elsewhere.
+
+    Args:
+        problem: of the stack.
+        factors: by how much its rows count [m]; None: alike.
+        pruner: the pruner.
+
+    Returns:
+        It, as the model has its rows.
+    """
     dense, pattern = problem.weight, problem.pattern
     if pattern.zeros(*dense.shape) == 0 and not pattern.compensates:
         return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))

@@ -9,6 +9,7 @@ from torch import Tensor
 from convexprune._layerwise.capture import Calls, Observed, Recorded
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.steps.group import solved
 from convexprune._layerwise.steps.stages import stage_folds
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.targets import stack_of
@@ -18,11 +19,14 @@ from convexprune.constraints import Constraint, Stacked, Unstructured
 from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
+from convexprune.quantizers import Descent
 
 RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
 WEIGHED = RULES[1:4]  # those that need gradients
 SURVEYED = RULES[2:4]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
+FINE = 20  # points of a curve between two that were surveyed, where any share can be had
+QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
 OUTLIER = 5  # times the mean score; OWL's M
 LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
 
@@ -49,7 +53,7 @@ class ModelAllocation:
 
     def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
         """The operators' patterns, each of the kind of `pattern`."""
-        return {name: pattern.with_sparsity(share) for name, share in self.shares.items()}
+        return {name: pattern.with_share(share) for name, share in self.shares.items()}
 
     def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
         """The settings of a run that asks for `pattern` on the whole, with this allocation.
@@ -179,6 +183,8 @@ def check_rule(rule: str, pattern: Constraint) -> None:
             f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
             "the same width. Accepted: 'uniform', 'rows'."
         )
+    if rule in ("owl", "skewness") and pattern.share != pattern.sparsity:
+        raise RecipeError(f"Allocation {rule!r} spreads zeros, and {pattern} has bits to spread: take 'curve'.")
     if rule == "rows" and pattern.by_row:
         raise RecipeError(
             "Allocation 'rows' lets the rows of a matrix compete for its non-zeros; with quota='row' each has its own. "
@@ -221,10 +227,12 @@ def allocate_by_rule(
     cost = gap = None
     if rule in SURVEYED:
         choice = candidates(pattern)
-        curves = [Curve(u.size, tuple(p.sparsity for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
-        found = allocate(curves, pattern.sparsity, whole=not pattern.continuous)
+        curves = [Curve(u.size, tuple(p.share for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
+        if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
+            curves = [curve.refined(FINE) for curve in curves]
+        found = allocate(curves, pattern.share, whole=not pattern.continuous)
         step = 1.0 if rule == "curve" else 0.5
-        shares = [pattern.sparsity + step * (share - pattern.sparsity) for share in found.sparsities]
+        shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
         cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
         gap = max(0.0, cost - (found.cost - found.gap))
     else:
@@ -262,8 +270,8 @@ def _units(
                     stack = Stacked.alike(pattern, heights)
                     factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
                     problem = LayerProblem(weight, folds.total, stack, 0.0)
-                    pruned = problem.unscaled(pruner.prune(problem.scaled(factors)).weight, factors)
-                    errors = LayerProblem(weight, judge, stack, 0.0).squared_error(pruned).double()
+                    made = QUANTIZER.quantize(problem, solved(problem, factors, pruner))
+                    errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]

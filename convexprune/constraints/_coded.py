@@ -1,0 +1,211 @@
+"""Whole numbers times a scale for each column, of so few bits a weight by their entropy that a pack takes no more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.constraints._grid import ROW, AbstractGrid, Grid, Made, rounded_scale
+from convexprune.errors import PatternError
+
+LEAST, MOST = 1.0, 6.0  # bits a weight
+WHOLE = 16  # bits of a weight that is not quantized
+SCALE = 16  # bits of a scale
+REACH = 1.5  # bits by which an operator may differ
+OCTAVE = 4  # scales of columns in an octave: few different ones, so that a pack stores them in few bits
+HALVINGS = 24  # of the range of steps
+RANGE = 2**10  # from the middle column's largest weight down to the smallest step
+SAMPLE = 2**20  # entries that it is searched on
+NEAR = 0.02  # bits a weight that may be left over
+TRIES = 4  # of steps that leave more
+ROWS = 64  # that the first step is tried on, at least
+STORED = Grid(8, ROW)  # of the transposed weight: a row of it is a column
+
+
+@dataclass(frozen=True)
+class Coded(AbstractGrid):
+    """Weights that are a scale, of a column, times a whole number from -127 to 127, of `bits` bits by their entropy.
+
+    Of a weight [m n] whose codes take the value c with the frequency p_c, that is
+
+        - sum_c p_c log2 p_c + 16 / m <= bits,
+
+    the length of an ideal entropy code of the codes, and a bfloat16 scale for each column (Cover and Thomas, Elements
+    of Information Theory, theorem 5.4.1). The smaller the scales, the larger and the more diverse are the codes.
+
+    Args:
+        bits: a weight takes on average, 1 to 6.
+
+    Raises:
+        PatternError: another number of bits.
+    """
+
+    bits: float
+    lowest = -127
+    highest = 127
+
+    def __post_init__(self) -> None:
+        if not LEAST <= self.bits <= MOST:
+            raise PatternError(f"{self.bits:g} bits a weight: {LEAST:g} to {MOST:g} can be had.")
+
+    @property
+    def by_row(self) -> bool:
+        """No: all rows share the scales of columns, and one entropy code."""
+        return False
+
+    @property
+    def share(self) -> float:
+        """Of 16 bits a weight those that are saved."""
+        return 1 - self.bits / WHOLE
+
+    def with_share(self, share: float) -> "Coded":
+        return Coded(round(WHOLE * (1 - share), 4))
+
+    def ladder(self) -> list[AbstractGrid]:
+        around = {min(MOST, self.bits + REACH), self.bits, max(LEAST, self.bits - REACH)}
+        return [Coded(bits) for bits in sorted(around, reverse=True)]
+
+    def check(self, rows: int, columns: int) -> None:
+        """See `AbstractGrid.check`: the scales alone do not take half of the bits."""
+        if SCALE / rows > self.bits / 2:
+            raise PatternError(
+                f"{self.bits:g} bits a weight of {rows} rows: the scales of the columns alone take {SCALE / rows:.2g}. "
+                "Leave such operators out (ignore), or take quantize='int4'."
+            )
+
+    def rate(self, codes: Tensor) -> float:
+        """The bits that a weight takes.
+
+        Args:
+            codes: [m n].
+
+        Returns:
+            The left side of the inequality above.
+        """
+        return entropy(codes) + SCALE / len(codes)
+
+    def scales(self, step: float, shape: Tensor, weight: Tensor) -> Tensor:
+        """The scales of columns: `step` times the shape, and so large that 127 reaches the largest weight.
+
+        A few inputs of a language model are a thousand times as large as others. Their columns would have scales so
+        small that no code reached their weights, where an error costs the most.
+
+        Args:
+            step: of all.
+            shape: [n], positive: that of each, relative to `step`. It is rounded to quarters of an octave.
+            weight: V [m n].
+
+        Returns:
+            [1 n], bfloat16 numbers in the dtype of `shape`.
+        """
+        rounded = shape.log2().mul_(OCTAVE).round_().div_(OCTAVE).exp2_()
+        return rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.highest))[None]
+
+    def step(self, weight: Tensor, shape: Tensor) -> float:
+        """The smallest step with which the nearest codes of a weight take no more than `bits`, found by halving.
+
+        Args:
+            weight: V [m n].
+            shape: [n], see `scales`.
+
+        Returns:
+            The step.
+        """
+        sizes, every = weight.abs().amax(0) / shape, -(-weight.numel() // SAMPLE)
+        some, scales = weight[::every], SCALE / len(weight)
+        high = 4 * float(sizes.max()) or 1.0  # all codes are zero
+        low = (float(sizes.median()) or high) / RANGE
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5
+            fits = entropy(self.codes(some, self.scales(middle, shape, weight))) + scales <= self.bits
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+    def search(
+        self,
+        weight: Tensor,
+        shape: Callable[[], Tensor],
+        fit: Callable[[Grid], Tensor],
+        attempt: Callable[[slice, Tensor], Made],
+    ) -> Made:
+        """See `AbstractGrid.search`: the smallest step, or nearly, of which the codes take no more bits than there are.
+
+        By a step that is twice as long codes take a bit less, as if weights had a density (Gish and Pierce, 1968). So
+        each step follows from what the one before has come to, at first of a sample of rows.
+        """
+        sizes = shape()
+        step, kept = self.step(weight, sizes), list[tuple[float, Made]]()
+        every = slice(None, None, max(1, min(8, len(weight) // ROWS)))
+        sample = attempt(every, self.scales(step, sizes, weight))
+        step *= 2 ** (entropy(sample.codes) + SCALE / len(weight) - self.bits + NEAR / 2)
+        while True:
+            made = attempt(slice(None), self.scales(step, sizes, weight))
+            over = self.rate(made.codes) - self.bits
+            if over <= 0:  # a stored weight is found to have the largest scales that fit, and other codes by them
+                over = self.rate(self.found(made.weight)[0]) - self.bits
+            if over <= 0:
+                kept.append((over, made))
+            if kept and (over > -NEAR or len(kept) == TRIES):
+                return max(kept, key=lambda each: each[0])[1]
+            step *= 2 ** (max(over, NEAR) * 1.5 if over > 0 else over + NEAR / 2)
+
+    def found(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of a weight as it is stored.
+
+        Args:
+            weight: V [m n], of any dtype.
+
+        Returns:
+            Codes [m n] in int8, and which columns are on the grid [n]; of others the codes mean nothing.
+        """
+        _, codes, on = STORED.find(weight.T.contiguous())
+        return codes.T, on[:, 0]
+
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """See `AbstractGrid.project`: in a metric h the steps are as 1 / sqrt(h), which spreads the error evenly."""
+        if self.violation(weight) == 0:
+            return weight
+        shape = torch.ones_like(weight[0]) if metric is None else metric.clamp_min(metric.mean() * 1e-6).rsqrt()
+        step = self.step(weight, shape)
+        while True:  # a stored weight has the largest scales that fit: their codes may be more diverse
+            scales = self.scales(step, shape, weight)
+            near = self.weight(self.codes(weight, scales), scales)
+            if self.violation(near) == 0:
+                return near
+            step *= 1.02
+
+    def violation(self, weight: Tensor) -> int:
+        codes, on = self.found(weight)
+        if not bool(on.all()):
+            return len(weight) * int((~on).sum())
+        over = self.rate(codes) - self.bits
+        return 0 if over <= 1e-6 else max(1, round(over / self.bits * weight.numel()))
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits a weight"
+
+
+def entropy(codes: Tensor) -> float:
+    """The entropy of whole numbers from -128 to 127.
+
+    Args:
+        codes: of any shape, not empty.
+
+    Returns:
+        - sum_c p_c log2 p_c, in bits a number.
+    """
+    share = frequencies(codes).double() / codes.numel()
+    return -float(torch.special.xlogy(share, share).sum()) / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+
+
+def frequencies(codes: Tensor) -> Tensor:
+    """How often each whole number from -128 to 127 occurs.
+
+    Args:
+        codes: of any shape.
+
+    Returns:
+        [256].
+    """
+    return torch.bincount(codes.flatten().int() + 128, minlength=256)
