@@ -78,8 +78,10 @@ class InFolder(Request):
             if not self.sources.has_sampled:
                 self._windows(loaded, {})
         settings = {name: value for name, value in self.recipe.chosen.items() if name != "model"}
-        if self.removal is not None:
-            settings |= {"pattern": "columns", "targets": self.open.keywords["targets"]}
+        if self.removal is not None:  # a refit costs what it does on any support; which layers go is decided later
+            whole = {"pattern": "unstructured", "method": "magnitude", "refit": self.recipe.refit is not False}
+            alike = whole if self.removal.chosen_first else {"pattern": "columns"}
+            settings |= alike | {"targets": self.open.keywords["targets"]}
         return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:

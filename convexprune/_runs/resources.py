@@ -39,6 +39,7 @@ NEEDS = {
     "magnitude": Needs(0, 0, 0, 40, 0, 100),
     "osscar": Needs(0, 7, 11, 1100, 375, 1500),
     "sparsegpt": Needs(0, 0, 0, 400, 7, 200, 7.3),
+    "shortgpt": Needs(0, 0, 0, 0, 0, 0),
     "wanda": Needs(0, 0, 0, 40, 0, 100),
     "wanda-sp": Needs(0, 0, 0, 15, 0, 20),
 }

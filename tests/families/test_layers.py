@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 import convexprune
+from convexprune._api.calls import plan
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.adapters._checkpoints.stored_names import stored_as
 from convexprune.adapters._removal.depth import divergences, influences, layers_to_remove
@@ -218,6 +219,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
     refused(RecipeError, "Leave prefix out", prefix="dense")
     refused(RecipeError, "no rule is about parts", rules=[{"targets": ["o_proj"], "sparsity": 0.2}])
     refused(ModelError, "makes a smaller model, and a loaded one is pruned in place", model=build("llama"))
+    for method in ("convex", "shortgpt"):
+        assert plan(model=source, output_dir=tmp_path / "out", method=method, **SMALL).operators == 35
     with pytest.raises(RecipeError, match="inspect has no weights"):
         convexprune.inspect(source, pattern="layers", sparsity=0.4)
     with pytest.raises(RecipeError, match="verify the folder of the run"):
