@@ -124,6 +124,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             bound_rows,
             gram_precision=self.gram_precision,
             solve_precision=self.solve_precision,
+            certificate_precision=self.certificate_precision,
             quantizer=make(QUANTIZERS[self.quantizer], self.quantizer, {}),
         )
 

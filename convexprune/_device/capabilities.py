@@ -26,3 +26,20 @@ def is_host(device: torch.device) -> bool:
 def has_kernels(device: torch.device) -> bool:
     """Whether torch.compile writes kernels for a `device` at once: on a GPU, with Triton."""
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+FAST = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+"""Compute capabilities with float64 at half the rate of float32 (NVIDIA, CUDA C programming guide)."""
+
+
+@cache
+def has_fast_doubles(device: torch.device) -> bool:
+    """Whether a device multiplies float64 at half the rate of float32, or so.
+
+    Args:
+        device: the device.
+
+    Returns:
+        Whether it does; of a CPU, and of what is not known, too.
+    """
+    return is_host(device) or device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST

@@ -5,7 +5,8 @@
     bf16x3    both split into two of bfloat16, and the three larger products of the parts summed in float32: 16 bits
     auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32
 
-On a CPU the coarse formats are emulated, to see what they cost. Certificates are in float64 or float32 in any case.
+On a CPU the coarse formats are emulated, to see what they cost. Certificates are in float64, or where a GPU is slow at
+that in `parts` (`_device.parts`): a bound in either case.
 """
 
 from collections.abc import Iterator
@@ -17,13 +18,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from convexprune._device.capabilities import has_bfloat16, is_host
+from convexprune._device.capabilities import has_bfloat16, has_fast_doubles, is_host
 
 Format = Literal["auto", "float32", "tf32", "bf16x3"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _solving: ContextVar[Format] = ContextVar("solving", default="float32")
 _summing: ContextVar[Format] = ContextVar("summing", default="auto")
+
+CertificateFormat = Literal["auto", "float64", "parts"]
+_certifying: ContextVar[CertificateFormat] = ContextVar("certifying", default="auto")
 
 
 @contextmanager
@@ -52,6 +56,34 @@ def summing_in(format: Format) -> Iterator[None]:
         yield
     finally:
         _summing.reset(token)
+
+
+@contextmanager
+def certifying_in(format: CertificateFormat) -> Iterator[None]:
+    """Inside, precise certificates are computed in a format.
+
+    Args:
+        format: its name.
+    """
+    token = _certifying.set(format)
+    try:
+        yield
+    finally:
+        _certifying.reset(token)
+
+
+def certifies_in_parts(like: Tensor) -> bool:
+    """Whether a certificate is to take no product in float64: by default where a GPU has slow ones.
+
+    Args:
+        like: a tensor of the problem that is certified.
+
+    Returns:
+        Whether it is; never for a problem in float64, whose parts would not be those of float32.
+    """
+    if like.dtype != torch.float32 or _certifying.get() == "float64":
+        return False
+    return _certifying.get() == "parts" or (not has_fast_doubles(like.device) and has_wide_sums(like.device))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
@@ -136,7 +168,7 @@ def _chosen(format: Format, like: Tensor) -> Format:
 def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
     if format == "bf16x3":
         (high_a, low_a), (high_b, low_b) = _split(a), _split(b)
-        return _wide(low_a, high_b).add_(_wide(high_a, low_b)).add_(_wide(high_a, high_b))
+        return wide_product(low_a, high_b).add_(wide_product(high_a, low_b)).add_(wide_product(high_a, high_b))
     if format == "tf32":
         return _rounded(a) @ _rounded(b) if is_host(a.device) else _in_tf32(a, b)
     return a @ b
@@ -148,8 +180,16 @@ def _split(a: Tensor) -> tuple[Tensor, Tensor]:
     return high, (a - high).bfloat16()
 
 
-def _wide(a: Tensor, b: Tensor) -> Tensor:
-    """A product of bfloat16 whose sums are in float32, where products of two are exact."""
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """A product of bfloat16 whose sums are in float32, where products of two are exact.
+
+    Args:
+        a: [m n].
+        b: [n k].
+
+    Returns:
+        [m k], float32.
+    """
     if is_host(a.device) or not has_wide_sums(a.device):
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune._device.capabilities import has_fast_doubles
 from convexprune._device.kernels import eager_because, number_like
+from convexprune._device.parts import Parts, error_of_parts, product_of_parts
 from convexprune._doctor.check import Bed, Case, Found
 from convexprune._doctor.speeds import times
+from convexprune.core._in_parts import OF_RESIDUAL
 from convexprune.core._penalty import _shrink_ahead
 from convexprune.pruners._convex import _ahead, _strengths
 from convexprune.solvers._cg import _advance
@@ -34,6 +37,7 @@ def cases(bed: Bed) -> Iterator[Case]:
     yield Case("kernels", "compiler", partial(compiler, bed))
     for name in WORK if bed.on_gpu else ():
         yield Case("kernels", name, partial(beside_eager, bed, name))
+    yield Case("kernels", "parts", partial(in_parts, bed))
 
 
 def compiler(bed: Bed) -> Found:
@@ -78,6 +82,28 @@ def beside_eager(bed: Bed, name: str) -> Found:
     said = f"{1e3 * seconds['fused']:.3f} ms, {ratio:.2f} times as fast as op by op; they differ by {apart:.0e}"
     return Found(
         said, {"ms": 1e3 * seconds["fused"], "faster": ratio, "apart": apart}, apart < ROUNDING and ratio > 0.9
+    )
+
+
+def in_parts(bed: Bed) -> Found:
+    """A product of parts, for certificates, has to be as near to one in float64 as its bound says.
+
+    Args:
+        bed: where, and how large.
+
+    Returns:
+        The largest error, in units of the bound.
+    """
+    random = torch.Generator(bed.device).manual_seed(1)
+    a, b = (torch.randn(256, 256, generator=random, device=bed.device, dtype=torch.float64) for _ in range(2))
+    left, right = Parts.of(a, OF_RESIDUAL, 1), Parts.of(b, OF_RESIDUAL, 0)
+    wrong = (product_of_parts(left, right, OF_RESIDUAL) - a @ b).abs()
+    ratio = float((wrong / error_of_parts(left, right, OF_RESIDUAL)).max())
+    way = "float64" if has_fast_doubles(torch.device(bed.device)) else "parts"
+    return Found(
+        f"certificates are in {way}; products of parts are off by {ratio:.2f} of their bound",
+        {"off": ratio},
+        ratio <= 1,
     )
 
 

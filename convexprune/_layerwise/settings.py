@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import Format
+from convexprune._device.precision import CertificateFormat, Format
 from convexprune._layerwise.capture import ErrorTarget
 from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
@@ -44,6 +44,7 @@ class LayerSettings:
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
         gram_precision: the format in which second moments are added up, see `_device.precision`.
         solve_precision: that of the products of solves.
+        certificate_precision: that of their certificates.
         quantizer: puts what is kept on the grids of the patterns.
         removed: names of decoder layers that are to do nothing: all of their parameters become zero.
     """
@@ -60,6 +61,7 @@ class LayerSettings:
     rules: Mapping[str, int] = field(default_factory=dict)
     gram_precision: Format = "auto"
     solve_precision: Format = "auto"
+    certificate_precision: CertificateFormat = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
     removed: frozenset[str] = frozenset()
 

@@ -9,6 +9,8 @@ from convexprune._runs.sizes import ModelSize, Setting, Stack
 
 SOLVING = ("bfloat16", "float32", "float64", "memory", "launches")
 SPLIT = 3  # products of bfloat16 that stand for one of float32 (bf16x3)
+PARTS = 20.5  # and for one of float64, where that is slow: a certificate has 21 and twice 10 for 2 (`core._in_parts`)
+CERTIFIED = 0.4  # of `cubes`: the factors of certificates
 Seconds = dict[str, float]
 
 
@@ -69,6 +71,11 @@ class Card:
     memory: float
     link: float
 
+    @property
+    def certifies_in_parts(self) -> bool:
+        """Whether certificates are better made without float64 (`_device.capabilities.has_fast_doubles`)."""
+        return self.float32 > 16 * self.float64
+
 
 REACHED = 0.7
 """Of what a maker publishes, in large products and long copies."""
@@ -110,10 +117,11 @@ def _of(stack: Stack, setting: Setting, needs: Needs, card: Card, corrected: boo
     whole, cube = 2 * m * n**2, n**3
     sums = setting.tokens * stack.share * (n**2 + (SPLIT * correcting(stack) if corrected else 0))
     coarse = whole * (needs.steps + SPLIT * max(0.0, method.products - needs.steps))
+    in_parts, cubes = (needs.precise, min(needs.cubes, CERTIFIED)) if card.certifies_in_parts else (0.0, 0.0)
     solve = {
-        "bfloat16": coarse / card.bfloat16,
-        "float32": method.factorisations * cube / card.float32,
-        "float64": (needs.precise * whole + needs.cubes * cube) / card.float64,
+        "bfloat16": (coarse + PARTS * in_parts * whole) / card.bfloat16,
+        "float32": (method.factorisations + cubes) * cube / card.float32,
+        "float64": ((needs.precise - in_parts) * whole + (needs.cubes - cubes) * cube) / card.float64,
         "memory": FLOAT * (needs.passes * m * n + needs.squares * n**2) / card.memory,
     }
     begun = LAUNCH * (needs.launches + needs.by_column * n)

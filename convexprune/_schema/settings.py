@@ -267,6 +267,11 @@ class DeviceSettings(Settings):
     solve_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
         "auto", "How solves multiply, likewise. Certificates and errors are never coarser than float32."
     )
+    certificate_precision: Literal["auto", "float64", "parts"] = setting(
+        "auto",
+        "How certificates multiply: float64; parts, exact products of parts of six bits, with a bound on what they "
+        "leave out; auto, parts on a GPU whose float64 is slow (RTX 4090, L40S), else float64.",
+    )
     threads: int | None = setting(
         None,
         "Threads that a layer is pruned on; the last bits depend on it. Left out: those of torch, divided by the "

@@ -117,6 +117,19 @@ def _symmetric_part(gram: Tensor) -> Tensor:
     return gram
 
 
+def room_for_rounding(gram: Tensor, precision: float) -> float:
+    """How far sums may be from those of a sum of squares by rounding, in units of the energy.
+
+    Args:
+        gram: H [n n].
+        precision: the rounding error of the dtype in which the tensors were given.
+
+    Returns:
+        The room.
+    """
+    return ROOM * (len(gram) + 64) * precision
+
+
 def is_sum_of_squares(
     gram: Tensor, cross: Tensor, energy: Tensor, unit: Tensor, precision: float, factor: Tensor | None
 ) -> bool:
@@ -133,7 +146,7 @@ def is_sum_of_squares(
     Returns:
         Whether both hold.
     """
-    room = ROOM * (len(gram) + 64) * precision
+    room = room_for_rounding(gram, precision)
     least = energy + room * unit
 
     def enough(lower: Tensor) -> bool:

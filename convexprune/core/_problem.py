@@ -6,10 +6,13 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from convexprune._device.precision import certifies_in_parts
 from convexprune.core._arrays import Array, as_tensor
 from convexprune.core._factor import rounding_margin
+from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._penalty import AbstractPenalty, Support
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._sum_of_squares import UNKNOWN
 from convexprune.errors import ProblemError
 
 PRICED = 1e12
@@ -134,7 +137,7 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     overlap = torch.linalg.vecdot(residual, weight)
     best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
     s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
-    price = (1 - s).square() * (values + quadratic.rounding)
+    price = quadratic.scaled_price(values, s)
     least = _least_sum if penalty.couples_rows else torch.minimum
     gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
     dual = penalty.project(residual)
@@ -178,7 +181,10 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     point, given = problem.admit(weight), problem.quadratic
     if precise:
         quadratic, unit = given.unit_free
-        problem, point = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit)), point.double() * unit
+        point = point.double() * unit
+        if certifies_in_parts(given.gram) and not problem.penalty.couples_rows:
+            quadratic = _in_parts(quadratic, point)
+        problem = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
     else:
         point = point.to(given.cross)
     if precise or residual is None:
@@ -203,6 +209,15 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     energy = given.target_energy  # only a unit
     kkt = 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf
     return Certificate(float(primal.sum()), float(gaps.sum()), kkt)
+
+
+def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
+    """The quadratic about a weight, without products in float64; as it is where H is not definite enough for that."""
+    cache = quadratic.cache
+    assert cache is not None
+    if cache.inverse is UNKNOWN:
+        cache.inverse = Inverse.of(quadratic)
+    return quadratic if cache.inverse is None else InParts.about(quadratic, weight, cache.inverse)
 
 
 def _proximal_step(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> float:

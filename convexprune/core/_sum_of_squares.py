@@ -15,7 +15,7 @@ from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._spectrum import largest_eigenvalue
 from convexprune.errors import ProblemError
 
-_UNKNOWN: Any = object()  # of a factor that was not tried: None says that there is none
+UNKNOWN: Any = object()  # of what was not tried: None says that there is none
 
 
 @dataclass(eq=False)
@@ -30,6 +30,7 @@ class Cache:
         target_energy: see `SumOfSquares.target_energy`; None until it is computed.
         is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until it is computed.
         factor: see `SumOfSquares.factor`.
+        inverse: see `_in_parts.Inverse`.
     """
 
     gram: Tensor
@@ -38,7 +39,8 @@ class Cache:
     envelope_of: "tuple[SumOfSquares, float] | None" = None
     target_energy: float | None = None
     is_sum_of_squares: bool | None = None
-    factor: Tensor | None = _UNKNOWN
+    factor: Tensor | None = UNKNOWN
+    inverse: Any = UNKNOWN
 
     @cached_property
     def largest_eigenvalue(self) -> float:
@@ -170,7 +172,7 @@ class SumOfSquares:
         `rounding_margin` is taken from the diagonal, so that |F^-1 k|^2 errs upwards. Inputs that are always zero get a
         one on the diagonal, so that they do not spoil the rest; `inverse_form` handles them.
         """
-        if self._cache.factor is _UNKNOWN:
+        if self._cache.factor is UNKNOWN:
             shift = torch.where(self.dead, 1.0, -rounding_margin(self.gram)).to(self.gram)
             self._cache.factor = cholesky(self.gram + shift.diag())
         return self._cache.factor
@@ -199,6 +201,18 @@ class SumOfSquares:
             return torch.where((gradient == 0).all(1), 0.0, inf)
         solved = torch.linalg.solve_triangular(self.factor, gradient.T, upper=False)
         return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
+
+    def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
+        """What the dual point s K costs: (1 - s)^2 q of each row.
+
+        Args:
+            values: q [m] where the residual is K.
+            scale: s [m].
+
+        Returns:
+            [m].
+        """
+        return (1 - scale).square() * (values + self.rounding)
 
     def shifted_inverse(self, shift: float) -> Tensor:
         """The inverse of H + shift I, by a Cholesky factor.

@@ -36,7 +36,7 @@ def test_a_cpu_is_well(monkeypatch: pytest.MonkeyPatch):
     assert {row.case for row in found.rows if row.check == "answers"} >= METHODS.keys()
     told = json.loads(json.dumps(found.to_json()))
     assert told["passed"] and len(told["rows"]) == len(found.rows)
-    assert told["verdict"][-1].startswith("22 of 22 checks passed on cpu, 1 threads")
+    assert told["verdict"][-1].startswith("23 of 23 checks passed on cpu, 1 threads")
 
 
 def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: pytest.MonkeyPatch):
@@ -46,7 +46,7 @@ def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     found = doctor(device="cpu", checks="kernels,products,copies")
     assert {(row.check, row.case) for row in found.rows} == {
-        *(("kernels", name) for name in ("compiler", "ahead", "strengths", "shrink", "refit")),
+        *(("kernels", name) for name in ("compiler", "ahead", "strengths", "shrink", "refit", "parts")),
         *(("products", name) for name in ("float64", "float32", "bfloat16", "tf32", "bf16x3")),
         ("copies", "to the device"), ("copies", "to the host"),
     }  # fmt: skip

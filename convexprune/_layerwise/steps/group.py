@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._device.precision import solving_in
+from convexprune._device.precision import certifying_in, solving_in
 from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics
@@ -104,7 +104,7 @@ def _solved(
     problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner, settings: LayerSettings
 ) -> LayerEdit:
     """What the pruner makes of a stack whose rows count by their `factors`, on the grids of its patterns."""
-    with solving_in(settings.solve_precision):
+    with solving_in(settings.solve_precision), certifying_in(settings.certificate_precision):
         return settings.quantizer.quantize(problem, solved(problem, factors, pruner))
 
 

@@ -1,0 +1,91 @@
+"""Products of float64 from exact products of small integers, for GPUs whose float64 is 1/32 or 1/64 of their float32.
+
+Each number is cut into parts of six bits (Ozaki et al. 2012). Products of two parts, summed over `LINES` of them, are
+integers of at most 2^24, which float32 holds whatever the order of the sums: they are exact where bfloat16 is
+multiplied and float32 summed. What the last parts leave has a bound.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune._device.precision import wide_product
+
+BITS = 6
+LINES = 2**12
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A matrix, scale * (sum of parts_p 2^(-6 p) + rest), with every rest at most 2^(-6 count) / 2.
+
+    Args:
+        parts: integers of at most 64 in bfloat16 [m n], the largest first.
+        scale: powers of two, [m 1] or [1 n].
+    """
+
+    parts: tuple[Tensor, ...]
+    scale: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, count: int, dim: int) -> "Parts":
+        """Cut a matrix into parts.
+
+        Args:
+            matrix: [m n], float64.
+            count: how many parts.
+            dim: along which it is summed in a product: 1 on the left, 0 on the right.
+
+        Returns:
+            The parts.
+        """
+        largest = matrix.abs().amax(dim, keepdim=True)
+        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # above the largest entry
+        rest, parts = matrix / scale, list[Tensor]()
+        for _ in range(count):
+            rest = rest * 2**BITS
+            parts.append(rest.round())
+            rest = rest - parts[-1]  # nothing is rounded here
+        return cls(tuple(part.bfloat16() for part in parts), scale)
+
+
+def product_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
+    """A product a b, from `count` parts of each.
+
+    Args:
+        a: [m n].
+        b: [n k].
+        count: how many parts are looked at; products of them that lie below the last one are left out.
+
+    Returns:
+        [m k], float64; see `error_of_parts`.
+    """
+    n = a.parts[0].shape[1]
+    total = torch.zeros(len(a.parts[0]), b.parts[0].shape[1], dtype=torch.float64, device=a.scale.device)
+    for order in range(count - 1, -1, -1):  # the small ones first
+        for i in range(order + 1):
+            for lines in (slice(first, first + LINES) for first in range(0, n, LINES)):
+                exact = wide_product(a.parts[i][:, lines], b.parts[order - i][lines])
+                total.add_(exact.double(), alpha=2.0 ** (-BITS * (order + 2)))
+    return total.mul_(a.scale).mul_(b.scale)
+
+
+def error_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
+    """A bound on the error of every entry in each row of `product_of_parts`.
+
+    A term of the sum over n is cut off by at most 2^(-6 count) (3 + count) / 4, in units of both scales; the sums of
+    float64 have a rounding error for each of their terms.
+
+    Args:
+        a: [m n].
+        b: [n k].
+        count: as there.
+
+    Returns:
+        [m 1].
+    """
+    n = a.parts[0].shape[1]
+    sums = count * (count + 1) // 2 * -(-n // LINES)
+    relative = 2.0 ** (-BITS * count) * (3 + count) / 4 + sums * torch.finfo(torch.float64).eps
+    return n * relative * a.scale * b.scale.amax()

@@ -1,0 +1,149 @@
+"""A quadratic about one weight whose certificate takes no product in float64, and is a bound all the same.
+
+The residual K there is known up to an error E with |E_ij| <= e_i, the inverse by a factor of float32, F F' <= H - l I.
+With any y in place of H^-1 k, and r = k - y H,
+
+    k H^-1 k'  =  <k, y> + <r, y> + r H^-1 r'  <=  <k, y> + <r, y> + |r|^2 / l
+
+so that the factor's rounding decides how tight the bound is, not whether it holds. What E adds to a distance in the
+norm of H^-1 is at most sqrt(n / l) e_i.
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from convexprune._device.parts import Parts, error_of_parts, product_of_parts
+from convexprune.core._consistency import room_for_rounding
+from convexprune.core._factor import cholesky, rounding_margin
+from convexprune.core._quadratic import Quadratic
+
+OF_RESIDUAL, OF_PRICE = 6, 4
+"""Parts of six bits: what they leave out is 3e-11 and 1e-7 of the factors, times the number of inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse:
+    """What is computed of H [n n] once.
+
+    Args:
+        parts: of H.
+        lower: F [n n], float32.
+        least: l, below which H has no eigenvalue but those of dead inputs.
+    """
+
+    parts: Parts
+    lower: Tensor
+    least: float
+
+    @classmethod
+    def of(cls, quadratic: Quadratic) -> "Inverse | None":
+        """The inverse of a quadratic.
+
+        Args:
+            quadratic: whose H has a diagonal near one, or zero, and entries of float32.
+
+        Returns:
+            It; None if H is not definite beyond what float32 rounds.
+        """
+        gram = quadratic.gram.float()
+        least = rounding_margin(gram)
+        factor = cholesky(gram + torch.where(quadratic.dead, 1.0, -2 * least).to(gram).diag())
+        return None if factor is None else cls(Parts.of(quadratic.gram, OF_RESIDUAL, 0), factor, least)
+
+
+@dataclass(frozen=True, eq=False)
+class InParts(Quadratic):
+    """A quadratic, to be certified at one weight V [m n].
+
+    Args:
+        inverse: of its H.
+        error: e [m 1], of the residual at V.
+        known: the residual at V [m n].
+        moved: |V - A| summed over each row [m].
+    """
+
+    inverse: Inverse | None = None
+    error: Tensor | None = None
+    known: Tensor | None = None
+    moved: Tensor | None = None
+
+    @classmethod
+    def about(cls, quadratic: Quadratic, weight: Tensor, inverse: Inverse) -> "InParts":
+        """The quadratic, about a weight.
+
+        Args:
+            quadratic: in float64.
+            weight: V [m n].
+            inverse: of its H.
+
+        Returns:
+            The same function.
+        """
+        displacement = quadratic.displacement(weight)
+        left = Parts.of(displacement, OF_RESIDUAL, 1)
+        residual = quadratic.cross - product_of_parts(left, inverse.parts, OF_RESIDUAL)
+        error = error_of_parts(left, inverse.parts, OF_RESIDUAL)
+        tensors = quadratic.gram, quadratic.cross, quadratic.energy, quadratic.anchor, quadratic.bound, quadratic.cache
+        return cls(*tensors, False, inverse, error, residual, displacement.abs().sum(1))
+
+    def residual(self, weight: Tensor) -> Tensor:
+        """K [m n] at the one weight."""
+        assert self.known is not None
+        return self.known
+
+    def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+        """At least q of each row [m] at the one weight."""
+        return super().values(weight, self.known) + self._of_values / 2
+
+    @property
+    def rounding(self) -> Tensor:
+        """The resolution of q [m], with what the error of the residual makes of it."""
+        return super().rounding + self._of_values
+
+    @property
+    def factor(self) -> Tensor | None:
+        """That of float32: there is one."""
+        assert self.inverse is not None
+        return self.inverse.lower
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether every energy is large enough for its cross term, up to rounding; H is definite."""
+        unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
+        least = self.energy + room_for_rounding(self.gram, self._cache.precision) * unit
+        return bool((2 * self._price(self.cross) <= least).all())
+
+    def inverse_form(self, gradient: Tensor) -> Tensor:
+        """At least 1/2 k H^-1 k' of each row k, if that is off by the error of the residual."""
+        return (self._price(gradient).sqrt() + self._blur).square()
+
+    def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
+        """See `SumOfSquares.scaled_price`: s K is off by s E."""
+        root = (1 - scale).abs() * (values + self.rounding).sqrt()
+        return (root + scale * self._blur).square()
+
+    @property
+    def _of_values(self) -> Tensor:
+        assert self.error is not None and self.moved is not None
+        return self.error[:, 0] * self.moved
+
+    @property
+    def _blur(self) -> Tensor:
+        """sqrt(1/2 E H^-1 E') of each row [m], at most."""
+        assert self.error is not None and self.inverse is not None
+        return self.error[:, 0] * (len(self.gram) / (2 * self.inverse.least)) ** 0.5
+
+    def _price(self, gradient: Tensor) -> Tensor:
+        """At least 1/2 k H^-1 k' of each row k [m]."""
+        assert self.inverse is not None
+        about = torch.cholesky_solve(gradient.float().T, self.inverse.lower).T.double()
+        left = Parts.of(about, OF_PRICE, 1)
+        rest = gradient - product_of_parts(left, self.inverse.parts, OF_PRICE)
+        error = error_of_parts(left, self.inverse.parts, OF_PRICE)[:, 0]
+        length = torch.linalg.vector_norm(rest, dim=1) + error * len(self.gram) ** 0.5
+        twice = torch.linalg.vecdot(gradient + rest, about) + error * about.abs().sum(1)
+        price = (twice + length.square() / self.inverse.least).clamp_min(0) / 2
+        return torch.where(((gradient != 0) & self.dead).any(1), inf, price)
