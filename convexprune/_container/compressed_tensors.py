@@ -14,7 +14,7 @@ from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
 from convexprune._storage.notes import read_text, write_settings
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
-from convexprune.constraints import Grid, parse_pattern
+from convexprune.constraints import Coded, Grid, parse_pattern
 from convexprune.constraints._grid import ROW
 from convexprune.errors import ModelError
 
@@ -85,14 +85,14 @@ def _grid(folder: Path) -> Grid:
     if not RunFolder(folder).is_finished:
         raise ModelError(f"{folder} is no result of a run. Give the folder that `prune --quantize int4` has written.")
     grids = {parse_pattern(operator.pattern).grid for operator in RunFolder(folder).report().operators}
-    found = grids.pop() if len(grids) == 1 else None
-    if found is None:
-        raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
-    if not isinstance(found, Grid):
+    if coded := [grid for grid in grids if isinstance(grid, Coded)]:
         raise ModelError(
-            f"{folder} has {found}, which the layout pack-quantized cannot say. Prune with --quantize int4, say; "
-            "`convexprune pack` is the container of --bits."
+            f"{folder} has {coded[0]}, which the layout pack-quantized cannot say. Prune with --quantize int4, say, or "
+            "take `convexprune pack`."
         )
+    found = grids.pop() if len(grids) == 1 else None
+    if not isinstance(found, Grid):
+        raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
     return found
 
 

@@ -69,7 +69,13 @@ def test_one_scale_for_a_row_is_their_strategy_channel(build, tmp_path: Path):
 def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
     convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS)
-    for folder, words in (("dense", "is no result of a run"), ("run", "is not quantized. Prune with --quantize int4")):
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "coded", sparsity=0, bits=4, **SETTINGS)
+    reasons = {
+        "dense": "is no result of a run",
+        "run": "is not quantized. Prune with --quantize int4",
+        "coded": "bits a weight, which the layout pack-quantized cannot say",
+    }
+    for folder, words in reasons.items():
         with pytest.raises(ModelError, match=words):
             convexprune.export(tmp_path / folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
