@@ -27,15 +27,24 @@ if TYPE_CHECKING:
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
-    from convexprune.validation import Evaluation, Verification, compare, compare_samples, evaluate, perplexity, verify
+    from convexprune.validation import (
+        Evaluation,
+        Verification,
+        advise,
+        compare,
+        compare_samples,
+        evaluate,
+        perplexity,
+        verify,
+    )
 
 __all__ = [
     "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Evaluation", "GroupLasso", "Inspection", "KeepZeros",
-    "Moments", "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe", "Report",
-    "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification", "certify",
-    "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver",
-    "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solver_names", "solvers",
-    "unpack", "verify",
+    "Moments", "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe",
+    "Report", "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification",
+    "advise", "certify", "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros",
+    "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
+    "solver_names", "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -60,7 +69,16 @@ _NAMES = {
     "recipe": ("Recipe",),
     "report": ("OperatorReport", "Report"),
     "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "solver_names"),
-    "validation": ("Evaluation", "Verification", "compare", "compare_samples", "evaluate", "perplexity", "verify"),
+    "validation": (
+        "Evaluation",
+        "Verification",
+        "advise",
+        "compare",
+        "compare_samples",
+        "evaluate",
+        "perplexity",
+        "verify",
+    ),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -1,5 +1,6 @@
-"""What shows that a result is right and good: verify, compare, perplexity, brute force, bench."""
+"""What shows that a result is right and good: verify, compare, perplexity, brute force, bench, advise."""
 
+from ._advice import Advice, advise
 from ._brute_force import best_pruning, excess
 from ._compare import compare
 from ._evaluate import Evaluation, evaluate
@@ -16,10 +17,12 @@ from ._samples import compare_samples
 from ._verify import BoundReport, Verification, verify
 
 __all__ = [
+    "Advice",
     "BoundReport",
     "Evaluation",
     "Perplexity",
     "Verification",
+    "advise",
     "best_pruning",
     "compare",
     "compare_samples",

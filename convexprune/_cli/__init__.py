@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from convexprune._cli import (
+    advise,
     bench,
     compare,
     doctor,
@@ -27,6 +28,7 @@ from convexprune.errors import ConvexpruneError
 
 # Each file adds its commands to the application.
 __all__ = [
+    "advise",
     "app",
     "bench",
     "compare",

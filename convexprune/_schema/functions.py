@@ -7,7 +7,7 @@ from pydantic import ByteSize, ValidationError, ValidatorFunctionWrapHandler, fi
 
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.group import Settings, setting
-from convexprune._schema.measures import Bench, Compare, CompareSamples, Doctor, Evaluate, Verify
+from convexprune._schema.measures import Advise, Bench, Compare, CompareSamples, Doctor, Evaluate, Verify
 from convexprune._schema.settings import RemoteCode
 from convexprune.errors import OutputError, RecipeError, shown
 
@@ -161,4 +161,5 @@ INSPECT = Door(Inspect, tuple(RECIPE))
 VERIFY = Door(Verify, VERIFIED)
 EVALUATE = Door(Evaluate, ("model", "dtype", "device"))
 BENCH = Door(Bench, ("model", "device"))
+ADVISE = Door(Advise, ("model",))
 DOCTOR = Door(Doctor, ("device",))

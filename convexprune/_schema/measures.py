@@ -1,9 +1,9 @@
-"""What the functions take that measure, and change no model: compare, verify, evaluate, bench, doctor."""
+"""What the functions take that measure, and change no model: compare, verify, evaluate, bench, advise, doctor."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 
 from convexprune._schema.door import LISTED
 from convexprune._schema.group import Settings, setting
@@ -138,6 +138,25 @@ class Bench(RemoteCode):
     new_tokens: int = setting(8, "Tokens to generate in each round.", ge=1)
     seconds: float = setting(
         60.0, "About how long it may take, reading aside; at least five rounds of everything are timed.", gt=0
+    )
+
+
+MEASURED_ON = "SmolLM2-135M"
+"""The model of the table that `advise` reads."""
+
+
+class Advise(RemoteCode):
+    """What a model is to become: one of a size, a number of bits, or a speed."""
+
+    group = "target"
+    target: ByteSize | None = setting(None, "All weights in so many bytes, as 4GiB, on disk.", first=True)
+    memory: bool = setting(False, "Of the target: in memory, not on disk.", first=True)
+    bits: float | None = setting(None, "So many bits a weight on disk, over all weights.", gt=0, first=True)
+    speed: float | None = setting(
+        None,
+        "So many times the tokens a second at batch 1, where the bytes that are read decide it.",
+        gt=1,
+        first=True,
     )
 
 

@@ -28,9 +28,9 @@ PUBLIC = {
     "convexprune": """
         L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport Packed
         PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support
-        GroupLasso Unstructured Verification certify compare compare_samples errors evaluate export inspect keep_zeros
-        load make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers unpack
-        verify""",
+        GroupLasso Unstructured Verification advise certify compare compare_samples errors evaluate export inspect
+        keep_zeros load make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers
+        unpack verify""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """

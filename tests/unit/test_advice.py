@@ -1,0 +1,68 @@
+"""Advice: sizes follow from the model's, every figure stands in the docs, and a target is reached or not."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import convexprune
+from convexprune._cli import app
+from convexprune.adapters import HuggingFaceModel
+from convexprune.errors import RecipeError
+from convexprune.recipe import make_recipe
+from convexprune.validation._advice import Way, advise, measured
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tiny_llama: HuggingFaceModel, tmp_path: Path) -> Path:
+    tiny_llama.model.half().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("way", measured(), ids=lambda way: way.name)
+def test_every_figure_stands_in_the_docs_and_every_command_is_one(way: Way):
+    text = (ROOT / way.source).read_text()
+    figures = (way.perplexity, way.dense) if way.arguments else (way.disk,)
+    assert all(re.search(rf"\b{figure:g}", text) for figure in figures)
+    pairs = re.findall(r"--(\S+) (\S+)", way.arguments)
+    make_recipe(**{name.replace("-", "_"): float(v) if re.fullmatch(r"[\d.]+", v) else v for name, v in pairs})
+
+
+def test_sizes_are_those_of_the_model(folder: Path, tiny_llama: HuggingFaceModel):
+    found = advise(folder, bits=16.0)
+    weights = sum(p.numel() for p in {id(p): p for p in tiny_llama.model.parameters()}.values())
+    assert found.nbytes == 2 * weights
+    for each in found.ways:
+        assert each.disk == pytest.approx(each.bits * weights / 8, abs=1) and each.reaches
+        assert each.faster == pytest.approx(found.nbytes / each.memory, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "target", [{"target": "60KB"}, {"target": "60KB", "memory": True}, {"bits": 9.0}, {"speed": 1.1}]
+)
+def test_what_reaches_the_target_comes_first_and_of_that_the_best(folder: Path, target: dict[str, Any]):
+    ways = advise(folder, **target).ways
+    assert [each.reaches for each in ways] == sorted((each.reaches for each in ways), reverse=True)
+    for reaches in (True, False):
+        times = [each.way.times for each in ways if each.reaches == reaches]
+        assert times == sorted(times)
+
+
+def test_the_command_says_what_to_run_or_that_nothing_reaches_it(folder: Path):
+    result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15"])
+    assert result.exit_code == 0 and f"convexprune pack {folder} OUT" in result.stdout
+    assert "An estimate, by measurements on SmolLM2-135M" in result.stdout
+    assert "Nothing here reaches" in CliRunner().invoke(app, ["advise", str(folder), "--bits", "0.5"]).stdout
+    result = CliRunner().invoke(app, ["advise", str(folder), "--bits", "15", "--json"])
+    assert json.loads(result.stdout)["ways"][0]["reaches"] is True
+
+
+@pytest.mark.parametrize("target", [{}, {"bits": 3.0, "speed": 2.0}])
+def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
+    with pytest.raises(RecipeError, match=rf"{len(target)} targets\. Give one: target \(4GiB\), bits"):
+        convexprune.advise(folder, **target)

@@ -1,0 +1,172 @@
+"""`advise`: which ways to a smaller or faster model reach a target, and what each costs by measured tables."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from convexprune._schema import functions as doors
+from convexprune._schema.door import documented
+from convexprune._schema.measures import MEASURED_ON
+from convexprune.adapters import bundled_if_none
+from convexprune.adapters._discovery.outline import read_outline
+from convexprune.errors import RecipeError
+from convexprune.recipe import make_recipe
+
+LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pack.md)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to a smaller model, and what came of it where it was measured.
+
+    Args:
+        name: what it is.
+        arguments: of `convexprune prune`.
+        then: the command that follows: "pack", "export", or none.
+        disk: bits that a weight of the operators takes on disk.
+        memory: bits that it takes in the memory of what loads it.
+        kept: the share of the decoder layers' parameters that is left.
+        perplexity: on WikiText-2.
+        dense: of the dense model.
+        source: the page with the measurement.
+    """
+
+    name: str
+    arguments: str
+    then: str
+    disk: float
+    memory: float
+    kept: float
+    perplexity: float
+    dense: float
+    source: str
+
+    @property
+    def times(self) -> float:
+        """The perplexity over that of the dense model."""
+        return self.perplexity / self.dense
+
+
+@dataclass(frozen=True)
+class Advised:
+    """A way for a model.
+
+    Args:
+        way: the way.
+        disk: bytes of all files of weights.
+        memory: bytes of all weights in memory.
+        bits: on disk, over all weights that the model had.
+        faster: tokens a second at batch 1 over dense where memory decides it: bytes that are read, dense over these.
+        reaches: whether it reaches the target.
+        commands: what to run.
+    """
+
+    way: Way
+    disk: int
+    memory: int
+    bits: float
+    faster: float
+    reaches: bool
+    commands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The ways, the cheapest that reaches the target first.
+
+    Args:
+        model: its name.
+        nbytes: of the dense model.
+        target: what was asked for, in words.
+        ways: all of them.
+    """
+
+    model: str
+    nbytes: int
+    target: str
+    ways: tuple[Advised, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self) | {"measured_on": MEASURED_ON}
+
+    def verdict(self) -> Iterator[str]:
+        """What to do, as sentences."""
+        best = next((each for each in self.ways if each.reaches), None)
+        if best is None:
+            yield f"Nothing here reaches {self.target}: take a smaller model, or combine channels with --bits."
+            return
+        yield f"{self.target}: {best.way.name}, {best.way.times:.2f} times the perplexity of {MEASURED_ON}."
+        yield from (f"  {command}" for command in best.commands)
+        yield f"An estimate, by measurements on {MEASURED_ON}. For yours: convexprune eval DIR --against {self.model}"
+
+
+def measured() -> list[Way]:
+    """The ways that were measured.
+
+    Returns:
+        Those of the table that comes with the package.
+    """
+    with (files("convexprune") / "data" / "measured.csv").open(encoding="utf-8", newline="") as file:
+        numbers = ("disk", "memory", "kept", "perplexity", "dense")
+        return [
+            Way(**{key: float(v) if key in numbers else v for key, v in row.items()}) for row in csv.DictReader(file)
+        ]
+
+
+@documented(doors.ADVISE)
+def advise(model: str | Path | None = None, **settings: Any) -> Advice:
+    """Which ways to a smaller or faster model reach a target, and what they cost where they were measured.
+
+    Only the configuration is read. Sizes follow from it; perplexities are those of another model.
+
+    Args:
+        model: a folder, a config.json, or a name on the hub; None: the bundled one.
+        settings: by name:
+        {settings}
+
+    Returns:
+        The ways.
+
+    Raises:
+        RecipeError: not one target.
+        ModelError: the configuration cannot be read, or names a model that cannot be pruned.
+    """
+    asked, _ = doors.ADVISE.read(settings)
+    given = [name for name in ("target", "bits", "speed") if getattr(asked, name) is not None]
+    if len(given) != 1:
+        raise RecipeError(f"{len(given)} targets. Give one: target (4GiB), bits (3.5) or speed (1.5).")
+    source = bundled_if_none({"model": model})["model"]
+    outline = read_outline(source, make_recipe(model=str(source)), asked.trust_remote_code)
+    size = outline.size
+    decoder = sum(layer.count * layer.parameters for layer in size.layers)
+    operators = sum(layer.count * s.outputs * s.inputs for layer in size.layers for s in layer.stacks)
+    dense = 16 * (decoder + size.fixed)
+
+    def applied(way: Way) -> Advised:
+        inside, rest = way.kept * operators, way.kept * (decoder - operators) + size.fixed
+        other = LOSSLESS if way.then == "pack" else 16
+        disk, memory = inside * way.disk + rest * other, inside * way.memory + rest * 16
+        reached = {
+            "target": (memory if asked.memory else disk) / 8 <= (asked.target or 0),
+            "bits": disk / (dense / 16) <= (asked.bits or 0),
+            "speed": dense / memory >= (asked.speed or 0),
+        }[given[0]]
+        place = str(source)
+        if way.arguments:
+            commands, place = (f"convexprune prune {source} {way.arguments} --dataset TEXT --output DIR",), "DIR"
+        else:
+            commands = ()
+        commands += (f"convexprune {way.then} {place} OUT",) if way.then else ()
+        return Advised(way, int(disk / 8), int(memory / 8), disk / (dense / 16), dense / memory, reached, commands)
+
+    ways = sorted(map(applied, measured()), key=lambda each: (not each.reaches, each.way.times, each.disk))
+    words = {
+        "target": f"{asked.target or 0:,} bytes {'in memory' if asked.memory else 'on disk'}",
+        "bits": f"{asked.bits} bits a weight on disk",
+        "speed": f"{asked.speed} times the tokens a second at batch 1",
+    }
+    return Advice(str(source), dense // 8, words[given[0]], tuple(ways))
