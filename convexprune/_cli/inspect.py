@@ -47,6 +47,7 @@ def names(as_json: AsJson = False) -> None:
     """The families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
     from convexprune.pruners import METHODS
+    from convexprune.quantizers import QUANTIZERS
     from convexprune.recipe import PRESETS, SOLVERS
     from convexprune.solvers import make_solver, solver_names
 
@@ -57,7 +58,8 @@ def names(as_json: AsJson = False) -> None:
                 "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
                 "methods": sorted(METHODS),
                 "presets": list(PRESETS),
-                "patterns": ["unstructured", "N:M", "columns", "channels", "int8"],
+                "patterns": ["unstructured", "N:M", "columns", "channels", "layers"],
+                "quantizers": sorted(QUANTIZERS),
             }
         )
         return
@@ -72,8 +74,9 @@ def names(as_json: AsJson = False) -> None:
     table.add_row("presets", ", ".join(PRESETS))
     table.add_row(
         "patterns",
-        "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, int8",
+        "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, layers",
     )
+    table.add_row("quantizers", f"{', '.join(sorted(QUANTIZERS))}, for --quantize and --bits")
     console.print(table)
 
 
