@@ -46,7 +46,7 @@ class Bed:
 
     @classmethod
     def of(cls, device: str) -> "Bed":
-        """What fits a device: a GPU of 16 GiB or more in two minutes, a CPU in a quarter of one.
+        """What fits a device: a GPU of 16 GiB or more in two minutes, a CPU in twenty seconds.
 
         Args:
             device: its name.
@@ -56,7 +56,7 @@ class Bed:
         """
         if device.startswith("cuda"):
             return cls(device)
-        return cls(device, 768, (256, 576, 1536), 576, 128, (512, 1536), (48, 192), 1 << 24, 64, 64, 0.0)
+        return cls(device, 512, (128, 256, 576), 256, 64, (256, 768), (48, 192), 1 << 22, 64, 64, 0.0)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,18 @@ def test_nothing_that_costs_as_much_as_a_product_is_in_float64():
     assert usual.seen and not formats.seen
 
 
+@pytest.mark.parametrize("n", [40, 300])
+def test_the_factor_of_float32_leaves_room_below_the_matrix(n: int):
+    x = random(n, n, n) * torch.logspace(-1.2, 0, n, dtype=torch.float64)[:, None]
+    gram = (x @ x.T / n).float()
+    quadratic = Quadratic(gram, gram[:1] * 0, gram[:1, 0].abs()).unit_free[0]
+    quadratic.gram.diagonal().mul_(1.02)
+    inverse = in_parts.Inverse.of(quadratic)
+    assert inverse is not None
+    rest = quadratic.gram.float().double() - inverse.lower.double() @ inverse.lower.double().T
+    assert torch.linalg.eigvalsh(rest).min() >= inverse.least
+
+
 def test_what_float32_cannot_tell_from_singular_is_certified_in_float64():
     posed = problem(0, 2, 6, 0.0, "L1")
     gram = posed.quadratic.gram.clone()
