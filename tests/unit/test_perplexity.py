@@ -136,6 +136,13 @@ def compared(model: HuggingFaceModel, _: Path) -> Any:
     return likelihoods(model, [LONG], [first], {"other": [second]})
 
 
+def measured(found: Any) -> list[Any]:
+    """The numbers of a `Perplexity`, or of a likelihood of each network."""
+    if isinstance(found, dict):
+        return [numbers for each in found.values() for numbers in (each.nll, each.kl)]
+    return [found.nll, found.value]
+
+
 @pytest.mark.parametrize("measure", [in_memory, streamed, compared])
 def test_the_logits_of_a_whole_window_are_never_in_memory(
     measure: Callable[[HuggingFaceModel, Path], Any],
@@ -143,12 +150,14 @@ def test_the_logits_of_a_whole_window_are_never_in_memory(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """And what is measured is the same to the last bit."""
+    """And what is measured is the same, but for how a product of fewer rows rounds: some CPUs have a kernel for it."""
     with Largest() as whole:
         expected = measure(tiny_llama, tmp_path)
     monkeypatch.setattr("convexprune.adapters._data.logits.NUMBERS", 20 * 4096)
     with Largest() as pieces:
-        assert measure(tiny_llama, tmp_path) == expected
+        found = measure(tiny_llama, tmp_path)
+    for one, other in zip(measured(found), measured(expected), strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-7)
     assert pieces.numbers < 63 * 4096 <= whole.numbers
 
 
