@@ -1,8 +1,9 @@
 """Perplexity and divergence from dense against bits a weight: quantizers, with and without zeros, each packed and counted.
 
-    python benchmarks/quantize.py MODEL --dataset TEXT --eval-text TEXT [--only NAME ...]
+    python benchmarks/quantize.py MODEL --dataset TEXT --eval-text TEXT [--only NAME ...] > lines.md
+    python benchmarks/quantize.py --draw lines.md --picture quantize.png
 
-MODEL is a folder. Bits are those of the packed operators, everything counted: masks, scales, entropy codes. Each line is
+MODEL is a folder. The second command draws the lines of the first. Bits are those of the packed operators, everything counted: masks, scales, entropy codes. Each line is
 printed when it is there, so that a stopped run leaves its lines.
 """
 
@@ -19,7 +20,6 @@ import convexprune
 from convexprune._storage.tensors import entries
 
 OWN: dict[str, Any] = {"error_correction": 0, "prefix": "pruned"}  # GPTQ's convention
-BITS = (4.0, 3.5, 3.0, 2.5, 2.0)  # of coded weights
 KINDS: dict[str, dict[str, Any]] = {
     "rtn": {"sparsity": 0, "quantizer": "rtn", "error_correction": 0, "num_calibration_samples": 2},
     "gptq": {"sparsity": 0, "quantizer": "gptq", **OWN},
@@ -31,7 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "ours 50%": {"sparsity": 0.5},
     "ours 60%": {"sparsity": 0.6},
 }
-ALL = [(kind, bits) for kind in KINDS for bits in (("int4", "int3") if "%" not in kind else ("int6", "int4", "int3"))]
+INTS = {"ours uniform": (), "ours 25%": ("int6", "int4", "int3"), "ours 50%": ("int6", "int4"), "ours 60%": ("int6",)}
+BITS = {"ours": (4, 3.3, 3, 2.5, 2), "ours uniform": (3.3,), "ours 50%": (2.5,)}  # of coded weights
+ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, ("int4", "int3")), *BITS.get(kind, ()))]
 
 
 @torch.no_grad()
@@ -55,17 +57,58 @@ def bits_of(pack: Path, sizes: dict[str, int]) -> float:
     return 8 * sum(found[f"{name}.weight"].spec.nbytes for name in sizes) / sum(sizes.values())
 
 
+def draw(lines: Path, picture: Path) -> None:
+    """Draw divergence against bits: points of one kind are joined."""
+    import matplotlib.pyplot as plt
+
+    cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 5]
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, bits, _, divergence, *_ in cells[1:]:
+        kind, _, numbers = name.rpartition(" ")
+        kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
+        kinds.setdefault(kind, []).append((float(bits), float(divergence)))
+    axes = plt.figure(figsize=(7, 4.5), layout="constrained").add_subplot()
+    for kind, points in kinds.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
+    axes.set(xlabel="bits a weight, packed, everything counted", ylabel="KL from dense, nats a token", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    axes.figure.savefig(str(picture), dpi=120)
+
+
+def line_of(name: str, model: str, shared: dict[str, Any], windows: torch.Tensor, dense: list[torch.Tensor]) -> str:
+    """Quantize, pack, and measure: a line of the table."""
+    kind, _, bits = name.rpartition(" ")
+    numbers = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
+    with tempfile.TemporaryDirectory() as folder:
+        out, began = Path(folder, "out"), time.perf_counter()
+        report = convexprune.prune(model, output_dir=out, **shared | numbers | KINDS[kind]).report
+        seconds = time.perf_counter() - began
+        sizes = {o.name: o.outputs * o.inputs for o in report.operators}
+        size = bits_of(convexprune.pack(out, Path(folder, "pack")).output_dir, sizes)
+        pruned = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+        _, perplexity, divergence = divergences(pruned, windows, dense)
+    zeros = sum(o.zeros for o in report.operators) / sum(sizes.values())
+    return f"| {name} | {size:.2f} | {perplexity:.2f} | {divergence:.3f} | {zeros:.0%} | {seconds:.0f} |"
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the table, or draw one that was printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--eval-text", required=True)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--dataset")
+    parser.add_argument("--eval-text")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--only", nargs="*", default=[f"{kind} {bits}" for kind, bits in ALL])
+    parser.add_argument("--only", nargs="*", default=ALL)
+    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--picture", type=Path, default=Path("quantize.png"))
     args = parser.parse_args()
+    if args.draw:
+        return draw(args.draw, args.picture)
+    if not (args.model and args.dataset and args.eval_text):
+        parser.error("give MODEL, --dataset and --eval-text, or --draw")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(Path(args.eval_text).read_text()[: 16 * args.windows * args.length])["input_ids"])
     windows = ids[: args.windows * args.length].view(args.windows, args.length)
@@ -73,22 +116,10 @@ def main() -> None:
     print(f"dense: perplexity {perplexity:.2f}\n\n| weights | bits | perplexity | KL, nats | zeros | seconds |")
     print("|---|---|---|---|---|---|", flush=True)
     shared = {"dataset": args.dataset, "num_calibration_samples": args.samples, "max_seq_length": args.length}
+    shared |= {"held_out_samples": 0, "bound_rows": 0, "dtype": "float32"}
     for name in args.only:
-        kind, _, bits = name.rpartition(" ")
-        numbers = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
-        with tempfile.TemporaryDirectory() as folder:
-            out, began = Path(folder, "out"), time.perf_counter()
-            settings = shared | {"held_out_samples": 0, "bound_rows": 0, "dtype": "float32"} | KINDS[kind]
-            report = convexprune.prune(args.model, output_dir=out, **numbers, **settings).report
-            seconds = time.perf_counter() - began
-            sizes = {o.name: o.outputs * o.inputs for o in report.operators}
-            size = bits_of(convexprune.pack(out, Path(folder, "pack")).output_dir, sizes)
-            model = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
-            _, perplexity, divergence = divergences(model, windows, dense)
-        zeros = sum(o.zeros for o in report.operators) / sum(sizes.values())
-        print(
-            f"| {name} | {size:.2f} | {perplexity:.2f} | {divergence:.3f} | {zeros:.0%} | {seconds:.0f} |", flush=True
-        )
+        print(line_of(name, args.model, shared, windows, dense), flush=True)
+    return None
 
 
 if __name__ == "__main__":
