@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from convexprune.constraints._grid import AbstractGrid
+from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid

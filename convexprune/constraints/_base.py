@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._grid import AbstractGrid
+from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints._grid import ROW, AbstractGrid, Grid, Made, rounded_scale
+from convexprune.constraints._abstract_grid import AbstractGrid, Made, rounded_scale
+from convexprune.constraints._grid import ROW, Grid
 from convexprune.errors import PatternError
 
 LEAST, MOST = 1.0, 6.0  # bits a weight

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convexprune.constraints._grid import AbstractGrid
+from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.core._setting_types import check_settings
 from convexprune.pruners import LayerEdit, LayerProblem
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from convexprune.constraints._grid import AbstractGrid, rounded_scale
+from convexprune.constraints._abstract_grid import AbstractGrid, rounded_scale
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative, Whole
 from convexprune.pruners import LayerEdit, LayerProblem

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from convexprune.constraints._abstract_grid import spread
 from convexprune.constraints._coded import frequencies
-from convexprune.constraints._grid import spread
 from convexprune.quantizers._base import OnGrid
 
 BLOCK = 64  # columns between two products

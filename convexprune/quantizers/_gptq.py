@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Grid
-from convexprune.constraints._grid import AbstractGrid, rounded_scale
+from convexprune.constraints._abstract_grid import AbstractGrid, rounded_scale
 from convexprune.core._setting_types import NotNegative
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints._grid import AbstractGrid
+from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 

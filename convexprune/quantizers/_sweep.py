@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune.constraints._grid import spread
+from convexprune.constraints._abstract_grid import spread
 from convexprune.core._factor import definite_factor
 from convexprune.quantizers._base import OnGrid
 

@@ -11,7 +11,8 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._grid import ROW, spread
+from convexprune.constraints._abstract_grid import spread
+from convexprune.constraints._grid import ROW
 from convexprune.core._damping import Damping
 from convexprune.pruners import LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
