@@ -129,7 +129,7 @@ FAULTS = (
     Fault("columns that go by their size alone", osscar.backward,
           " / inverse.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)", "",
           test_osscar.test_columns_go_one_by_one_where_least_squares_misses_them_least, {"seed": 0}),
-    Fault("a gap without the price of scaling", problem.row_gaps, "(1 - s).square() * (values", "0 * (values",
+    Fault("a gap without the price of scaling", Quadratic.scaled_price, "(1 - scale).square() * (values", "0 * (values",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),
     Fault("a gap without the price of clipping", problem.row_gaps, "quadratic.inverse_form(residual - dual) + ", "",
           test_certificate.test_no_known_solution_is_below_the_dual_bound),

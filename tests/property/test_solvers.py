@@ -26,7 +26,8 @@ TABLE = {
 REGULAR = "L1 in places"
 LINES = [(name, penalty) for name, (_, penalties) in TABLE.items() for penalty in penalties]
 AGREEMENT = 1e-6  # of the objective: what the interior-point oracle can be trusted with
-NEGLIGIBLE = 1e-9  # of the energy: an objective below this is compared with this instead
+NEGLIGIBLE = 1e-7  # of the energy: an objective below this is compared with this. Exact fits end within 1e-13 of it,
+# some hundred rounding errors, and say UNCONFIRMED or ITERATION_LIMIT.
 ENGINES = 1e-5  # OSQP and SCS are first-order methods
 FEW = settings(max_examples=8)  # examples a line: the oracle states every row anew
 
@@ -134,7 +135,7 @@ def test_a_problem_without_data_is_solved_by_zero(name, penalty):
     q = Quadratic(torch.zeros(3, 3, dtype=torch.float64), zero, zero[:, 0])
     _, problem = make_problem("full rank", penalty, 2, 3, 3, 0.1, 0.3)
     problem = Problem(q, problem.penalty)
-    assert problem.value(make(name).solve(problem).weight) <= NEGLIGIBLE**2  # an interior point is never quite there
+    assert problem.value(make(name).solve(problem).weight) <= 1e-18  # an interior point is never quite there
 
 
 @given(draw(("full rank",), "L1"), st.sampled_from(("fista", "admm", "scipy")))
