@@ -67,19 +67,20 @@ def draw(lines: Path, picture: Path) -> None:
         kind, _, numbers = name.rpartition(" ")
         kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
         kinds.setdefault(kind, []).append((float(bits), float(divergence)))
-    axes = plt.figure(figsize=(7, 4.5), layout="constrained").add_subplot()
+    figure = plt.figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for kind, points in kinds.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
     axes.set(xlabel="bits a weight, packed, everything counted", ylabel="KL from dense, nats a token", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    axes.figure.savefig(str(picture), dpi=120)
+    figure.savefig(str(picture), dpi=120)
 
 
 def line_of(name: str, model: str, shared: dict[str, Any], windows: torch.Tensor, dense: list[torch.Tensor]) -> str:
     """Quantize, pack, and measure: a line of the table."""
     kind, _, bits = name.rpartition(" ")
-    numbers = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
+    numbers: dict[str, Any] = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder, "out"), time.perf_counter()
         report = convexprune.prune(model, output_dir=out, **shared | numbers | KINDS[kind]).report

@@ -110,11 +110,10 @@ def measured() -> list[Way]:
     Returns:
         Those of the table that comes with the package.
     """
-    with (files("convexprune") / "data" / "measured.csv").open(encoding="utf-8", newline="") as file:
-        numbers = ("disk", "memory", "kept", "perplexity", "dense")
-        return [
-            Way(**{key: float(v) if key in numbers else v for key, v in row.items()}) for row in csv.DictReader(file)
-        ]
+    text = (files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
+    numbers = ("disk", "memory", "kept", "perplexity", "dense")
+    rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))
+    return [Way(**row | {name: float(row[name]) for name in numbers}) for row in rows]
 
 
 @documented(doors.ADVISE)
