@@ -113,7 +113,9 @@ def measured() -> list[Way]:
     text = (files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
     numbers = ("disk", "memory", "kept", "perplexity", "dense")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))
-    return [Way(**row | {name: float(row[name]) for name in numbers}) for row in rows]
+    for row in rows:
+        row.update({name: float(row[name]) for name in numbers})
+    return [Way(**row) for row in rows]
 
 
 @documented(doors.ADVISE)
