@@ -6,6 +6,7 @@ one, two or three to a byte, whichever takes the least; and those that are too l
 few bits of them: of a byte for several numbers they are nearer to the entropy than of a byte for each.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from convexprune.constraints._grid import GROUPS, ROW, Grid
 
 FLOATS = ("BF16", "F16", "F32")
 PROBES = 8  # groups at the beginning of a tensor that are looked at
+WIDEST = 1 << 25  # bytes that are decoded at once
 COLUMN = -2  # in place of a group: all of a column
 KINDS = (*sorted(GROUPS, reverse=True), ROW, COLUMN, *(-size for size in GROUPS))
 """How many weights share a scale: of a row; all of it; all of a column; or of a column, as GPT-2 has its weights."""
@@ -35,6 +37,31 @@ class Layout(NamedTuple):
 
     group: int
     columns: int
+
+    @classmethod
+    def of(cls, group: int, spec: Spec) -> "Layout":
+        """That of a tensor.
+
+        Args:
+            group: one of `KINDS`.
+            spec: type and shape of the tensor.
+
+        Returns:
+            The layout.
+
+        Raises:
+            ValueError: such a tensor has none: it is no matrix of floats, or too much of it would be decoded at once.
+        """
+        if spec.code not in FLOATS or len(spec.shape) < 2 or group not in KINDS or not spec.nbytes:
+            raise ValueError(f"a tensor of type {spec.code} and shape {list(spec.shape)} in groups of {group}")
+        layout = cls(group, spec.shape[-1])
+        if layout.rows * layout.row_bytes(spec) > WIDEST:
+            raise ValueError(f"rows of {layout.columns:,} entries are too wide to be coded")
+        return layout
+
+    def row_bytes(self, spec: Spec) -> int:
+        """Bytes of a row of the tensor."""
+        return self.columns * (spec.nbytes // math.prod(spec.shape))
 
     @property
     def transposed(self) -> bool:
@@ -77,11 +104,13 @@ def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
     Returns:
         The layout; None if its first groups are on no grid.
     """
-    if spec.code not in FLOATS or len(spec.shape) < 2 or not len(begin):
+    try:
+        layouts = [Layout.of(kind, spec) for kind in KINDS]
+    except ValueError:
         return None
-    values, columns = _values(begin, spec.code), spec.shape[-1]
-    values = values[: len(values) // columns * columns]
-    return next((layout for kind in KINDS if _fits(layout := Layout(kind, columns), values)), None)
+    values = _values(begin, spec.code)
+    values = values[: len(values) // spec.shape[-1] * spec.shape[-1]]
+    return next((layout for layout in layouts if _fits(layout, values)), None)
 
 
 def _fits(layout: Layout, values: Tensor) -> bool:

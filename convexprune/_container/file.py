@@ -7,15 +7,13 @@ checksum of their own, every size against the file and the original header, ever
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from convexprune._container.codes import FLOATS, KINDS, Layout, decode_codes, encode_codes, layout_of
-from convexprune._container.format import BLOCK, decode, encode, longest, width
-from convexprune._storage.failures import reading
+from convexprune._container.blocks import blocks, opened, sizes
+from convexprune._container.codes import FLOATS, Layout, decode_codes, encode_codes, layout_of
+from convexprune._container.format import decode, encode, longest, width
 from convexprune._storage.files import atomic_write, write
 from convexprune._storage.tensors import BITS, LONGEST_HEADER, Entry, Spec, damaged, entries, parse_header, read_header
 from convexprune.errors import ModelError, shown
@@ -118,8 +116,8 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
         How many bytes it is coded in, if it is; its sha256; how many weights share a scale, if it is quantized.
     """
     begin, digest = out.tell(), hashlib.sha256()
-    layout = layout_of(next(_blocks(entry), b""), entry.spec)
-    for block in _blocks(entry, layout):
+    layout = layout_of(next(blocks(entry), b""), entry.spec)
+    for block in blocks(entry, layout):
         digest.update(block)
         coded = _coded(block, entry.spec.code, layout)
         write(out, len(coded).to_bytes(4, "little") + coded)
@@ -128,7 +126,7 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
         return nbytes, digest.hexdigest(), None if layout is None else layout.group
     out.seek(begin)
     out.truncate()
-    for block in _blocks(entry):
+    for block in blocks(entry):
         write(out, block)
     return None, digest.hexdigest(), None
 
@@ -191,9 +189,7 @@ def _parts(path: Path) -> tuple[bytes, list[_Part]]:
         if not specs.keys() == found.keys() == checksums.keys() >= coded:
             raise ValueError("its tensors are not those that it tells of")
         groups = notes["groups"]
-        if not set(groups.values()) <= {*KINDS}:
-            raise ValueError("groups of other sizes than there are")
-        layouts = {name: Layout(group, specs[name].shape[-1]) for name, group in groups.items()}
+        layouts = {name: Layout.of(group, specs[name]) for name, group in groups.items()}
         parts = [
             _Part(found[name], spec, checksums[name], name in coded, layouts.get(name)) for name, spec in specs.items()
         ]
@@ -220,7 +216,7 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _tensor(part: _Part) -> Iterator[bytes]:
     """The bytes of a tensor, a block at a time; refused at its end if they are not those that were packed."""
     digest = hashlib.sha256()
-    for block in _decoded(part) if part.coded else _blocks(part.entry):
+    for block in _decoded(part) if part.coded else blocks(part.entry):
         digest.update(block)
         yield block
     if digest.hexdigest() != part.checksum:
@@ -230,8 +226,8 @@ def _tensor(part: _Part) -> Iterator[bytes]:
 def _decoded(part: _Part) -> Iterator[bytes]:
     """The same of one that is coded."""
     code, path = part.spec.code, part.entry.path
-    with _opened(part.entry) as source:
-        for nbytes in _sizes(part.spec, part.layout):
+    with opened(part.entry) as source:
+        for nbytes in sizes(part.spec, part.layout):
             length = int.from_bytes(source.read(4), "little")
             if length > longest(nbytes) + 1:
                 raise damaged(path, f"{length:,} bytes for a block of {nbytes:,}")
@@ -259,49 +255,3 @@ def _block(coded: bytes, nbytes: int, code: str, layout: Layout | None) -> bytes
     if coded[:1] == b"\1" and code in FLOATS:
         return decode_codes(memoryview(coded)[1:], nbytes, code, size, layout)
     return decode(memoryview(coded)[1:], nbytes, code, size)
-
-
-# ---- both
-
-
-def _blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
-    """The bytes of a tensor that is not coded, a block at a time."""
-    with _opened(entry) as source:
-        for nbytes in _sizes(entry.spec, layout):
-            yield source.read(nbytes)
-
-
-def _sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
-    """How many bytes each of its blocks has; of a quantized one whole rows of one matrix, as its layout needs them."""
-    whole, most = spec.nbytes, BLOCK
-    if layout is not None and spec.nbytes:
-        row = spec.nbytes // math.prod(spec.shape) * layout.columns
-        whole, most = row * spec.shape[-2], max(1, BLOCK // (row * layout.rows)) * row * layout.rows
-    for _ in range(spec.nbytes // whole if whole else 0):
-        yield from (min(most, whole - begin) for begin in range(0, whole, most))
-
-
-@contextmanager
-def _opened(entry: Entry) -> Iterator["_Source"]:
-    with reading(entry.path), entry.path.open("rb") as file:
-        file.seek(entry.begin)
-        yield _Source(file, entry)
-
-
-class _Source:
-    """The bytes of a tensor in a file, of which `left` are not read yet."""
-
-    def __init__(self, file: BinaryIO, entry: Entry) -> None:
-        self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
-
-    def read(self, nbytes: int) -> bytes:
-        """The next so many.
-
-        Raises:
-            ModelError: there are not so many.
-        """
-        data = self._file.read(min(nbytes, self.left))
-        self.left -= len(data)
-        if len(data) != nbytes:
-            raise damaged(self._path)
-        return data

@@ -1,6 +1,5 @@
 """Whole input channels: the same columns are zero in all rows of an operator."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -9,8 +8,7 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
-from convexprune.constraints._share import check_share, from_percent, percent, shares_around
-from convexprune.errors import PatternError
+from convexprune.constraints._share import check_share, percent, share_of, shares_around
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,8 @@ class Columns(Mask):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(r"columns(?: ([\d.]+)%)?", text)
-        if match is None:
-            return None
-        if quota != "matrix":
-            raise PatternError("Pattern 'columns' removes columns from all rows. Leave quota out.")
-        return cls(from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity)
+        share = share_of("columns", text, sparsity, quota, "columns from all rows")
+        return None if share is None else cls(share)
 
     @property
     def continuous(self) -> bool:

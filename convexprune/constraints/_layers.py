@@ -1,6 +1,5 @@
 """Whole decoder layers that are removed for good: of the operators that stay nothing is asked but to make up for it."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -8,8 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._share import check_share, from_percent, percent
-from convexprune.errors import PatternError
+from convexprune.constraints._share import check_share, percent, share_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,8 @@ class Layers(Mask):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(r"layers(?: ([\d.]+)%)?", text)
-        if match is None:
-            return None
-        if quota != "matrix":
-            raise PatternError("Pattern 'layers' removes whole decoder layers. Leave quota out.")
-        return cls(from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity)
+        share = share_of("layers", text, sparsity, quota, "whole decoder layers")
+        return None if share is None else cls(share)
 
     @property
     def removes(self) -> Literal["layers"]:

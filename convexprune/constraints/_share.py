@@ -1,5 +1,6 @@
 """A share of zeros: checked, and as a percentage that reads back to the very same number."""
 
+import re
 from decimal import Decimal
 from numbers import Real
 
@@ -29,6 +30,30 @@ def percent(share: float) -> str:
 def from_percent(text: str) -> float:
     """The share of a `text` of percent: "50" as 0.5."""
     return float(Decimal(text) / 100)
+
+
+def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: str) -> float | None:
+    """The share of zeros of a pattern that has a name and nothing else.
+
+    Args:
+        kind: its name.
+        text: what came: the name, or the name and a percentage.
+        sparsity: the share that is given beside a name; None: a half.
+        quota: where it is to hold.
+        removed: what the pattern removes, in words.
+
+    Returns:
+        The share; None if the text is of another kind.
+
+    Raises:
+        PatternError: it is to hold in each row.
+    """
+    match = re.fullmatch(rf"{kind}(?: ([\d.]+)%)?", text)
+    if match is None:
+        return None
+    if quota != "matrix":
+        raise PatternError(f"Pattern {kind!r} removes {removed}. Leave quota out.")
+    return from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:

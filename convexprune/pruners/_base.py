@@ -218,6 +218,8 @@ class AbstractPruner(ABC):
 
     columns_only: ClassVar[bool] = False
     """Whether it can do nothing but remove whole columns."""
+    layers_only: ClassVar[bool] = False
+    """Whether it can do nothing but remove whole decoder layers."""
     layer_score: "ClassVar[LayerScore | None]" = None
     """What whole decoder layers are chosen by where they are removed; None: it cannot choose them."""
 
@@ -237,6 +239,11 @@ class AbstractPruner(ABC):
             raise PatternError(
                 f"{type(self).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take "
                 "pattern 'channels' or 'columns', or another method."
+            )
+        if self.layers_only and pattern.removes != "layers":
+            raise PatternError(
+                f"{type(self).__name__} removes decoder layers, and pattern {pattern} does not. Take pattern 'layers', "
+                "or another method."
             )
         if pattern.removes == "layers" and self.layer_score is None:
             raise PatternError(

@@ -97,6 +97,13 @@ def _larger(notes: dict[str, Any], _: Any) -> None:
     notes["header"] = json.dumps(header)
 
 
+def _wide(notes: dict[str, Any], data: Any) -> None:
+    """The same in one row, which would be decoded at once."""
+    _larger(notes, data)
+    notes["header"] = notes["header"].replace(f"[{1 << 43}]", f"[1, {1 << 43}]")
+    notes["groups"] = {"w": -1}
+
+
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], str]] = {
     "a bomb in the mask": (lambda _, d: d.update(w=_block(bytes(1 << 26))), "a stream that is not of 512 bytes"),
     "a bomb in the values": (
@@ -119,6 +126,9 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], str]
     "checksums are a list": (lambda n, _: n.update(checksums=["w", "norm"]), "damaged or cut short"),
     "a header that is none": (lambda n, _: n.update(header='{"w":1}'), "damaged or cut short"),
     "a header that nests": (lambda n, _: n.update(header="[" * 100_000), "damaged or cut short"),
+    "groups of a vector": (lambda n, _: n.update(groups={"norm": 64}), "in groups of 64"),
+    "groups of a size that there is not": (lambda n, _: n.update(groups={"w": 7}), "in groups of 7"),
+    "a row of 16 TiB": (_wide, "too wide to be coded"),
     "a later version": (lambda n, _: n.update(version=3), "version 3 of the format. Known: 2"),
 }  # fmt: skip
 

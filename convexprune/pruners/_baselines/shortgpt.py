@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from convexprune.constraints import Constraint
-from convexprune.errors import PatternError
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
 
 
@@ -16,16 +14,8 @@ class ShortGPT(AbstractPruner):
     The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave it.
     """
 
+    layers_only = True
     layer_score = "influence"
-
-    def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`.
-
-        Raises:
-            PatternError: the pattern is not of whole decoder layers.
-        """
-        if pattern.removes != "layers":
-            raise PatternError(f"ShortGPT removes decoder layers, and pattern {pattern} does not. Take 'layers'.")
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`: the dense weight."""

@@ -1,0 +1,54 @@
+"""A tensor in a file, block by block: pieces that are coded one at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from convexprune._container.codes import Layout
+from convexprune._container.format import BLOCK
+from convexprune._storage.failures import reading
+from convexprune._storage.tensors import Entry, Spec, damaged
+
+
+def blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
+    """The bytes of a tensor that is not coded, a block at a time."""
+    with opened(entry) as source:
+        for nbytes in sizes(entry.spec, layout):
+            yield source.read(nbytes)
+
+
+def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
+    """How many bytes each of its blocks has; of a quantized one whole rows of one matrix, as its layout needs them."""
+    whole, most = spec.nbytes, BLOCK
+    if layout is not None:
+        row = layout.row_bytes(spec)
+        whole, most = row * spec.shape[-2], max(1, BLOCK // (row * layout.rows)) * row * layout.rows
+    for _ in range(spec.nbytes // whole if whole else 0):
+        yield from (min(most, whole - begin) for begin in range(0, whole, most))
+
+
+@contextmanager
+def opened(entry: Entry) -> Iterator["Source"]:
+    """A tensor's place in its file, to be read."""
+    with reading(entry.path), entry.path.open("rb") as file:
+        file.seek(entry.begin)
+        yield Source(file, entry)
+
+
+class Source:
+    """The bytes of a tensor in a file, of which `left` are not read yet."""
+
+    def __init__(self, file: BinaryIO, entry: Entry) -> None:
+        self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
+
+    def read(self, nbytes: int) -> bytes:
+        """The next so many.
+
+        Raises:
+            ModelError: there are not so many.
+        """
+        data = self._file.read(min(nbytes, self.left))
+        self.left -= len(data)
+        if len(data) != nbytes:
+            raise damaged(self._path)
+        return data
