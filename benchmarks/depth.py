@@ -10,6 +10,7 @@ written to `--out` with the KL divergence from dense, from which a run that is s
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from convexprune._layerwise.steps.prune import Work
 from convexprune._runs.run import prune_in_place
-from convexprune.adapters import load, text_windows
+from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._removal.depth import layers_to_remove
 from convexprune.adapters._removal.shortening import find_shortening
 from convexprune.constraints import Layers
@@ -28,14 +29,75 @@ from convexprune.recipe import make_recipe
 from convexprune.validation import final_states, mean_kl, perplexity
 
 SCORES = ("divergence", "influence")
-
-
 THEN = {"nothing": ShortGPT(), "refit": Convex()}
 """The pruner of what is behind the layers that are gone."""
+Row = dict[str, Any]
+
+
+class Table:
+    """The rows that are there, and what makes new ones: the texts, and the dense model to measure beside.
+
+    Args:
+        model: the dense model, in memory.
+        texts: windows [windows length] by name.
+        out: the file of the rows.
+    """
+
+    def __init__(self, model: HuggingFaceModel, texts: Mapping[str, Tensor], out: Path) -> None:
+        self._model, self._texts, self._out = model, texts, out
+        self._rows: list[Row] = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        self._weights = {layer.name: {n: t.clone() for n, t in model.state(layer).items()} for layer in model.layers}
+        values, self._dense = self._predicted()
+        print({"score": "dense"} | values, flush=True)
+
+    def known(self, **row: Any) -> Row | None:
+        """The first row that has these entries."""
+        return next((each for each in self._rows if row.items() <= each.items()), None)
+
+    def add(self, row: Row, seconds: float) -> None:
+        """Measure the pruned model, write a row, and put the dense weights back."""
+        values, states = self._predicted()
+        for name, windows in self._texts.items():
+            divergence = mean_kl(self._model, windows, self._dense[name], states[name])
+            row[name] = [values[name], round(divergence, 4)]
+        row["seconds"] = round(seconds, 1)
+        with self._out.open("a") as file:
+            print(json.dumps(row), file=file)
+        print(row, flush=True)
+        for layer in self._model.layers:
+            self._model.load_state(layer, self._weights[layer.name])
+
+    def _predicted(self) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
+        """The perplexity of each text, and the hidden states after the last layer."""
+        values, kept = dict[str, float](), dict[str, list[Tensor]]()
+        for name, windows in self._texts.items():
+            with final_states(self._model, len(windows)) as kept[name]:
+                values[name] = round(perplexity(self._model.model, windows).value, 2)
+        return values, kept
+
+
+def remove(model: HuggingFaceModel, table: Table, tokens: Tensor, held_out: Tensor, count: int) -> None:
+    """Remove so many layers by each score, with and without a refit of what is behind them."""
+    share = count / len(model.layers)
+    removal = find_shortening(model, Layers(share))
+    settings = make_recipe(pattern="layers", sparsity=share).layer_settings()
+    for score in SCORES:
+        known, began = table.known(score=score, count=count), time.perf_counter()
+        numbers = known["layers"] if known else layers_to_remove(model, held_out, score, removal.allowed, count, list)
+        row = {"score": score, "count": count, "layers": numbers, "chosen": round(time.perf_counter() - began, 1)}
+        reduced = removal.without(numbers)
+        for name, pruner in THEN.items():
+            if table.known(score=score, count=count, then=name) is None:
+                began = time.perf_counter()
+                reduced.choose(model)
+                how = replace(settings, pruner=pruner, removed=reduced.idle_layers)
+                prune_in_place(model, Work(tokens, held_out, 4, how), lambda _: None)
+                table.add(row | {"then": name}, time.perf_counter() - began)
 
 
 @torch.no_grad()
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
@@ -46,65 +108,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("depth.jsonl"))
     asked = parser.parse_args()
-    model = load(asked.model, device="cpu", dtype=torch.float32)
-    texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
-    texts = {
-        name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
-    }
+    model, some = load(asked.model, device="cpu", dtype=torch.float32), asked.eval_windows
+    whole = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
+    texts = {name: each[:: max(1, len(each) // some)][:some] for name, each in whole.items()}
     every = text_windows(asked.text, model, asked.length)
     drawn = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
     tokens, held_out = drawn[: asked.windows], drawn[asked.windows :][: max(1, asked.windows // 8)]
-    dense = {layer.name: {n: t.clone() for n, t in model.state(layer).items()} for layer in model.layers}
-    done = [json.loads(line) for line in asked.out.read_text().splitlines()] if asked.out.exists() else []
-
-    def predicted() -> tuple[dict[str, float], dict[str, list[Tensor]]]:
-        """The perplexity of each text, and the hidden states after the last layer."""
-        values, kept = dict[str, float](), dict[str, list[Tensor]]()
-        for name, windows in texts.items():
-            with final_states(model, len(windows)) as kept[name]:
-                values[name] = round(perplexity(model.model, windows).value, 2)
-        return values, kept
-
-    dense_values, dense_states = predicted()
-
-    def record(row: dict[str, Any], seconds: float) -> None:
-        values, states = predicted()
-        row |= {n: [values[n], round(mean_kl(model, texts[n], dense_states[n], states[n]), 4)] for n in texts}
-        row["seconds"] = round(seconds, 1)
-        with asked.out.open("a") as file:
-            print(json.dumps(row), file=file)
-        print(row, flush=True)
-        for layer in model.layers:
-            model.load_state(layer, dense[layer.name])
-
-    def known(**row: Any) -> dict[str, Any] | None:
-        return next((each for each in done if row.items() <= each.items()), None)
-
-    model.calls(texts[next(iter(texts))][:1])
-    print({"score": "dense"} | dense_values, flush=True)
+    table = Table(model, texts, asked.out)
+    model.calls(next(iter(texts.values()))[:1])
     for count in map(int, asked.counts.split(",")):
-        share = count / len(model.layers)
-        removal = find_shortening(model, Layers(share))
-        settings = make_recipe(pattern="layers", sparsity=share).layer_settings()
-        for score in SCORES:
-            chosen = known(score=score, count=count)
-            began = time.perf_counter()
-            numbers = (
-                chosen["layers"] if chosen else layers_to_remove(model, held_out, score, removal.allowed, count, list)
-            )
-            took = time.perf_counter() - began
-            reduced = removal.without(numbers)
-            for name, pruner in THEN.items():
-                if known(score=score, count=count, then=name):
-                    continue
-                began = time.perf_counter()
-                reduced.choose(model)
-                how = replace(settings, pruner=pruner, removed=reduced.idle_layers)
-                prune_in_place(model, Work(tokens, held_out, 4, how), lambda _: None)
-                seconds = time.perf_counter() - began
-                record(
-                    {"score": score, "count": count, "then": name, "layers": numbers, "chosen": round(took, 1)}, seconds
-                )
+        remove(model, table, tokens, held_out, count)
 
 
 if __name__ == "__main__":

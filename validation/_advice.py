@@ -28,7 +28,7 @@ class Way:
         then: the command that follows: "pack", "export", or none.
         disk: bits that a weight of the operators takes on disk.
         memory: bits that it takes in the memory of what loads it.
-        kept: the share of the decoder layers' parameters that is left.
+        kept: the share of the decoder layers' parameters that was left of that model; of others it is as an estimate.
         perplexity: on WikiText-2.
         dense: of the dense model.
         source: the page with the measurement.
@@ -122,7 +122,8 @@ def measured() -> list[Way]:
 def advise(model: str | Path | None = None, **settings: Any) -> Advice:
     """Which ways to a smaller or faster model reach a target, and what they cost where they were measured.
 
-    Only the configuration is read. Sizes follow from it; perplexities are those of another model.
+    Only the configuration is read. Sizes follow from it, but for the share of the layers that channels are.
+    Perplexities are those of another model.
 
     Args:
         model: a folder, a config.json, or a name on the hub; None: the bundled one.

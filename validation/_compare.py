@@ -6,8 +6,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from convexprune._progress import begin
 from convexprune._recipe_file import given
 from convexprune._runs.folder import check_output
 from convexprune._runs.identity import checksum
-from convexprune._runs.run import check_patterns
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
 from convexprune._storage.notes import write_json
@@ -34,9 +32,7 @@ from convexprune.adapters import (
     recipe_windows,
     text_windows,
 )
-from convexprune.adapters._allocating import allocate_each
 from convexprune.adapters._data.sufficiency import shortage
-from convexprune.adapters._removal.find import find_removal
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
@@ -46,6 +42,7 @@ from ._results import make_row, markdown, text_result
 from ._side_by_side import DENSE, Comparison, Tokens
 from ._states import Store
 from ._texts import text_of
+from ._variant_settings import allocated, layer_settings
 from ._variants import Variant, make_variants
 
 logger = logging.getLogger(__name__)
@@ -95,7 +92,7 @@ def compare(
     work = _work_folder(folder, asked.resume)
     texts = _texts(asked.eval_texts)
     loaded = _load(model, recipe)
-    given_settings = _layer_settings(loaded, variants)
+    given_settings = layer_settings(loaded, variants)
     tokens = _tokens(loaded, dataset, recipe, texts, asked)
     card = _card(loaded, tokens, recipe) | _named(model, dataset)
     _claim(work / "identity.json", card, variants, asked.resume)
@@ -136,7 +133,7 @@ def _compared(
 ) -> tuple[Comparison, Clock]:
     """The variants, pruned layer by layer, and how long that took."""
     clock = Clock()
-    settings = _allocated(model, tokens, variants, given_settings, batch_size)
+    settings = allocated(model, tokens, variants, given_settings, batch_size)
     clock.lap("survey for allocations")
     comparison = Comparison(model, tokens, settings, Store(work, model.device), batch_size)
     comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
@@ -169,56 +166,6 @@ def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
     widest = max(operator.shape[1] for layer in model.layers for operator in layer.operators)
     if (warning := shortage(tokens.calibration, widest)) is not None:
         logger.warning(warning)
-
-
-def _layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers; where channels are removed, only operators that read them are pruned.
-
-    Raises:
-        RecipeError: some variants remove channels, and some do not.
-        PatternError: a pattern does not fit an operator.
-    """
-    settings = _narrowed(model, variants)
-    _check(model, settings.values())
-    return settings
-
-
-def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
-    narrows = [pattern for pattern in asked.values() if pattern.removes]
-    if not narrows:
-        return {variant.name: variant.layer_settings() for variant in variants}
-    if any(pattern.removes == "layers" for pattern in narrows):
-        raise RecipeError("Pattern 'layers' is compared by benchmarks/depth.py: compare has all decoder layers.")
-    if len(narrows) < len(asked):
-        raise RecipeError("Pattern 'channels' has its own operators: compare it with no other pattern.")
-    found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
-    next(iter(found.values())).choose(model)
-    pairs = zip(variants, narrows, strict=True)
-    return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}
-
-
-def _allocated(
-    model: HuggingFaceModel,
-    tokens: Tokens,
-    variants: Sequence[Variant],
-    given_settings: Mapping[str, LayerSettings],
-    batch_size: int,
-) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers: its zeros spread over them by its allocation."""
-    asked = [(variant.allocation, variant.recipe().build_pattern()) for variant in variants]
-    found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
-    settings = {
-        variant.name: allocation.apply_to(given_settings[variant.name], pattern)
-        for variant, allocation, (_, pattern) in zip(variants, found, asked, strict=True)
-    }
-    _check(model, settings.values())
-    return settings
-
-
-def _check(model: HuggingFaceModel, settings: Iterable[LayerSettings]) -> None:
-    for each in settings:
-        check_patterns(model.layers, each)
 
 
 def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from convexprune.errors import ModelError
 from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced, AbstractRemoval
 from .channels import Channels
-from .configuration import Place, Shapes, built, candidates, set_at, settings_of, shapes_of
+from .configuration import Place, Shapes, candidates, set_at, settings_of, shapes_of
 from .cut import Cut, CutEntry
 from .inner_channels import inner_channels
 
@@ -133,15 +133,9 @@ class Narrowed(AbstractReduced):
         """What is left of each parameter that becomes smaller, by name."""
         return _cuts(self.narrowing.sets, self.channels)
 
-    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
-        inner, cuts = model.model, self.cuts
-        narrower = built(inner, self.narrowing.configured(inner.config.to_dict()))
-        state = {name: cuts[name].of(t) if name in cuts else t for name, t in inner.state_dict().items()}
-        narrower.load_state_dict(state, assign=True)
-        narrower.tie_weights()
-        narrower.generation_config = inner.generation_config
-        narrower.name_or_path = inner.name_or_path
-        return narrower.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
+    def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        cuts = self.cuts
+        return {name: cuts[name].of(t) if name in cuts else t for name, t in whole.items()}
 
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:

@@ -237,3 +237,18 @@ def stored_dtype(folder: Path) -> torch.dtype:
     if dtype is None:
         raise NotStreamable("it stores no floating-point tensor")
     return dtype
+
+
+def has_changed(path: Path) -> ModelError:
+    """The error for a file that is not what it was when a run began.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The error, to be raised.
+    """
+    return ModelError(
+        f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
+        "begin again in another folder."
+    )

@@ -17,12 +17,12 @@ from convexprune._storage.failures import reading
 from convexprune._storage.files import Stamp, copy_file, sha256
 from convexprune._storage.notes import write_settings
 from convexprune._storage.scan import scanned
-from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, raw, write_tensors
+from convexprune._storage.tensors import Entry, cast, entries, raw, write_tensors
 from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite
 from .documents import result_name
-from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
+from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, has_changed, read_index, shard_files
 from .origin import Origin
 from .stored_names import stored_as, stored_names
 
@@ -95,7 +95,7 @@ class Shards:
         for path, stamp in self._stamps.items():
             name = self._name(path)
             if stamp != origin.stamps.get(name) and sha256(path) != origin.checksums.get(name):
-                raise _changed(path)
+                raise has_changed(path)
         self.require_unchanged()
 
     def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
@@ -109,7 +109,7 @@ class Shards:
         """
         for path in self._stamps if paths is None else paths:
             if Stamp.of(path) != self._stamps[path]:
-                raise _changed(path)
+                raise has_changed(path)
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
@@ -204,7 +204,7 @@ class Shards:
         if others := found.keys() ^ set(places.values()):
             raise ModelError(f"{folder}: {min(others)} is missing, or should not be there.")
         for stored, name in places.items():
-            spec, read = self._cast(replaced.get(stored, self._stored[stored]))
+            spec, read = cast(replaced.get(stored, self._stored[stored]), self.dtype)
             if found[name].spec != spec:
                 raise ModelError(f"{folder}: {name} should be {spec} and is {found[name].spec}.")
             expected = read()
@@ -223,7 +223,7 @@ class Shards:
     def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry], places: Mapping[str, str]) -> int:
         """Write a shard; how many bytes its tensors have."""
         here = {n: new for n, new in places.items() if self._stored[n].path == path}
-        casts = {new: self._cast(replaced.get(n, self._stored[n])) for n, new in here.items()}
+        casts = {new: cast(replaced.get(n, self._stored[n]), self.dtype) for n, new in here.items()}
         specs = {n: spec for n, (spec, _) in casts.items()}
         write_tensors(target, specs, lambda n: casts[n][1](), self._metadata[path])
         return sum(spec.nbytes for spec in specs.values())
@@ -268,21 +268,12 @@ class Shards:
         other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}
         for path in other.files:
             other._stored |= entries(path)[0]
-        expected = {name: self._cast(entry)[0] for name, entry in self._stored.items()}
+        expected = {name: cast(entry, self.dtype)[0] for name, entry in self._stored.items()}
         found = {name: entry.spec for name, entry in other._stored.items()}
         for name in {**expected, **found}:
             if expected.get(name) != found.get(name):
                 raise ModelError(f"{folder}: {name} should be {expected.get(name)} and is {found.get(name)}.")
         return other
-
-    def _cast(self, entry: Entry) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
-        """What is to be written of a tensor, and how to get it."""
-        stored = DTYPES.get(entry.spec.code)
-        if stored is None or not stored.is_floating_point or stored == self.dtype:
-            return entry.spec, entry.read_bytes
-        elements = entry.spec.nbytes // stored.itemsize
-        spec = Spec(CODES[self.dtype], entry.spec.shape, elements * self.dtype.itemsize)
-        return spec, lambda: entry.read().to(self.dtype)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         return self._stored[self._names[name]].read().to(self.device, like.dtype)
@@ -303,10 +294,3 @@ class Shards:
             if parameter.is_meta and not name.startswith(f"{inside}."):
                 raise NotStreamable(f"nothing fills {name}")
         refuse_non_finite(model, "")
-
-
-def _changed(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
-        "begin again in another folder."
-    )

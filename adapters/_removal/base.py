@@ -13,6 +13,7 @@ from convexprune._storage.tensors import Entry
 from convexprune.constraints import Constraint
 from convexprune.pruners._base import LayerScore
 
+from .._channels.configuration import built
 from .._huggingface import HuggingFaceModel
 
 Making = Callable[[], Recorded]
@@ -64,8 +65,8 @@ class AbstractReduced(ABC):
         """
 
     @abstractmethod
-    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
-        """The smaller model, with the weights of a `model` that is whole in memory."""
+    def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is left of the tensors of the `whole` model, by the names that they have in the smaller one."""
 
     @abstractmethod
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
@@ -88,6 +89,16 @@ class AbstractReduced(ABC):
     def renamed(self, name: str) -> str | None:
         """The name in the smaller model of what has that `name` in the dense one; None: it is gone."""
         return name
+
+    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
+        """The smaller model, with the weights of a `model` that is whole in memory."""
+        inner = model.model
+        smaller = built(inner, self.configured(inner.config.to_dict()))
+        smaller.load_state_dict(self.state(inner.state_dict()), assign=True)
+        smaller.tie_weights()
+        smaller.generation_config = inner.generation_config
+        smaller.name_or_path = inner.name_or_path
+        return smaller.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
 
     def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
         """The smaller of a `model` that is whole in memory, with its tokenizer."""

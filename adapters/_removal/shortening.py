@@ -161,15 +161,8 @@ class Shortened(AbstractReduced):
                 return f"its layer {number} is of another kind"
         return None
 
-    def model(self, model: HuggingFaceModel) -> PreTrainedModel:
-        inner = model.model
-        shorter = built(inner, self.configured(inner.config.to_dict()))
-        state = {renamed: t for name, t in inner.state_dict().items() if (renamed := self.renamed(name)) is not None}
-        shorter.load_state_dict(state, assign=True)
-        shorter.tie_weights()
-        shorter.generation_config = inner.generation_config
-        shorter.name_or_path = inner.name_or_path
-        return shorter.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
+    def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {renamed: t for name, t in whole.items() if (renamed := self.renamed(name)) is not None}
 
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:

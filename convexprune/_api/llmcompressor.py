@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from convexprune._layerwise.steps.survey import OUTLIER
 from convexprune._recipe_file import LONGEST
 from convexprune._schema import plain_yaml
 from convexprune._storage.notes import read_text
-from convexprune.core._allocation import OWL_REACH
+from convexprune.core._allocation import OUTLIER, OWL_REACH
 from convexprune.errors import RecipeError, shown
 from convexprune.recipe import make_recipe
 

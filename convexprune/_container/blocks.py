@@ -11,14 +11,30 @@ from convexprune._storage.tensors import Entry, Spec, damaged
 
 
 def blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
-    """The bytes of a tensor that is not coded, a block at a time."""
+    """The bytes of a tensor that is not coded, a block at a time.
+
+    Args:
+        entry: where the tensor is.
+        layout: of its scales, if it is quantized.
+
+    Returns:
+        Its blocks, in the order of the file.
+    """
     with opened(entry) as source:
         for nbytes in sizes(entry.spec, layout):
             yield source.read(nbytes)
 
 
 def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
-    """How many bytes each of its blocks has; of a quantized one whole rows of one matrix, as its layout needs them."""
+    """How many bytes each of a tensor's blocks has.
+
+    Args:
+        spec: its shape and dtype.
+        layout: of its scales, if it is quantized: then a block is whole rows of one matrix.
+
+    Returns:
+        The bytes of its blocks, in the order of the file; their sum is the tensor's.
+    """
     whole, most = spec.nbytes, BLOCK
     if layout is not None:
         row = layout.row_bytes(spec)
@@ -29,20 +45,38 @@ def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
 
 @contextmanager
 def opened(entry: Entry) -> Iterator["Source"]:
-    """A tensor's place in its file, to be read."""
+    """A tensor's place in its file, to be read.
+
+    Args:
+        entry: where the tensor is.
+
+    Returns:
+        A context, in which the file is open.
+    """
     with reading(entry.path), entry.path.open("rb") as file:
         file.seek(entry.begin)
         yield Source(file, entry)
 
 
 class Source:
-    """The bytes of a tensor in a file, of which `left` are not read yet."""
+    """The bytes of a tensor in a file, of which `left` are not read yet.
+
+    Args:
+        file: open, at the tensor's first byte.
+        entry: where the tensor is.
+    """
 
     def __init__(self, file: BinaryIO, entry: Entry) -> None:
         self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
 
     def read(self, nbytes: int) -> bytes:
-        """The next so many.
+        """The next bytes of the tensor.
+
+        Args:
+            nbytes: how many.
+
+        Returns:
+            That many bytes.
 
         Raises:
             ModelError: there are not so many.

@@ -60,7 +60,14 @@ class Layout(NamedTuple):
         return layout
 
     def row_bytes(self, spec: Spec) -> int:
-        """Bytes of a row of the tensor."""
+        """Bytes of a row of the tensor.
+
+        Args:
+            spec: its shape and dtype.
+
+        Returns:
+            Bytes as it is stored when it is not coded.
+        """
         return self.columns * (spec.nbytes // math.prod(spec.shape))
 
     @property

@@ -248,3 +248,20 @@ def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
         The error.
     """
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
+
+
+def cast(entry: Entry, dtype: torch.dtype) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
+    """What is to be written of a tensor in a file of another dtype, and how to get it.
+
+    Args:
+        entry: where it is.
+        dtype: of floating-point tensors; others stay as they are.
+
+    Returns:
+        Its type and shape, and what reads it.
+    """
+    stored = DTYPES.get(entry.spec.code)
+    if stored is None or not stored.is_floating_point or stored == dtype:
+        return entry.spec, entry.read_bytes
+    elements = entry.spec.nbytes // stored.itemsize
+    return Spec(CODES[dtype], entry.spec.shape, elements * dtype.itemsize), lambda: entry.read().to(dtype)

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
 
+import torch
+from torch import Tensor
+
 from convexprune.errors import PatternError
 
 OWL_REACH = 0.08  # of OWL's layers: its lambda
+OUTLIER = 5  # times the mean score; OWL's M
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,46 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
     if min(kept) < 1e-6:
         raise PatternError(f"Sparsity {sparsity} leaves nothing of the least skewed layers: take another allocation.")
     return [1 - fraction for fraction in kept]
+
+
+def share_of_outliers(scores: Tensor) -> float:
+    """OWL's statistic of a layer: the share of scores above `OUTLIER` times their mean.
+
+    Args:
+        scores: |W_ij| |x_j| of all its weights [weights].
+
+    Returns:
+        The share.
+    """
+    return float((scores > OUTLIER * scores.mean()).float().mean())
+
+
+def sums_of_powers(weight: Tensor) -> Tensor:
+    """What `skewness` needs of weights, to be added up over those of a layer.
+
+    Args:
+        weight: W [m n].
+
+    Returns:
+        sum |W_ij|^k, k = 0 to 3 [4], float64.
+    """
+    sizes = weight.abs().double()
+    return torch.stack([sizes.pow(k).sum() for k in range(4)]).cpu()
+
+
+def skewness(powers: Tensor) -> float:
+    """The skewness of a layer's absolute weights: the third central moment over the variance to the power of 3/2.
+
+    Args:
+        powers: see `sums_of_powers` [4].
+
+    Returns:
+        The skewness; 0 if all are alike.
+    """
+    count, first, second, third = powers.tolist()
+    first, second, third = first / count, second / count, third / count
+    variance = second - first**2
+    return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

@@ -1,6 +1,5 @@
 """What people who come from wanda, SparseGPT, llm-compressor and others have in their fingers: a row for each habit."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -11,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from door import TOKENS
-from test_cli import folder, run
+from test_cli import folder
 from typer.testing import CliRunner
 
 import convexprune
@@ -195,9 +192,9 @@ ELSEWHERE = {  # the file and the test
     "perplexity on WikiText-2, C4, PTB by name in `eval`":
         "unit/test_evaluate.py: test_what_cannot_be_measured_is_refused",
     "`--quiet`":
-        "unit/test_conventions.py: test_quiet_prints_the_result_and_nothing_else",
+        "unit/test_switches.py: test_quiet_prints_the_result_and_nothing_else",
     "`--json`":
-        "unit/test_conventions.py: test_json_is_one_object_on_stdout",
+        "unit/test_switches.py: test_json_is_one_object_on_stdout",
     "`--overwrite`":
         "unit/test_overwriting.py: test_a_run_takes_the_place_of_another",
     "hub: push_to_hub":
@@ -263,51 +260,3 @@ def test_the_options_that_the_page_names_are_there() -> None:
     ours = PAGE.read_text().partition("What commands have in common")[2]
     named = re.findall(r"`(--?[a-z-]+)`", ours)
     assert len(named) > 7 and [option for option in named if option not in shown] == []
-
-
-SMALL = ("--method", "magnitude", "--nsamples", 2, "--seqlen", 8)
-
-
-def test_json_is_one_object_on_stdout(folder: Path) -> None:
-    text = folder / "text.txt"
-    given = ("prune", "--model", folder / "model", "--dataset", text, *SMALL, "--save", folder / "logs")
-    done = run(*given, "--json", "--output", folder / "out")
-    found = json.loads(done.stdout)
-    assert found["output_dir"] == str(folder / "out") and len(found["report"]["operators"]) == 12
-    assert "pruned 12/12" in done.stderr
-    for name in ("report.json", "recipe.yaml"):
-        assert (folder / "logs" / name).read_text() == (folder / "out" / name).read_text()
-    refused = run(*given, "--output", folder / "out2")
-    assert "already holds report.json and recipe.yaml" in str(refused.exception) and not (folder / "out2").exists()
-    assert json.loads(run("pack", folder / "out", folder / "packed", "--json").stdout)["after"] > 0
-    assert json.loads(run("unpack", folder / "packed", folder / "plain", "--json").stdout)["output_dir"]
-    assert "wanda" in json.loads(run("list", "--json").stdout)["methods"]
-
-
-def test_quiet_prints_the_result_and_nothing_else(folder: Path) -> None:
-    given = ("prune", folder / "model", "--dataset", folder / "text.txt", *SMALL, "--quiet")
-    done = run(*given, "--output", folder / "out")
-    assert done.exit_code == 0 and done.stderr == "" and "50.00% of " in done.stdout
-
-
-def test_a_dry_run_checks_everything_and_does_nothing(folder: Path) -> None:
-    given = ("prune", folder / "model", *SMALL, "--dry-run", "--output", folder / "out", "--dataset")
-    before = sorted(folder.rglob("*"))
-    done = run(*given, folder / "text.txt")
-    assert done.exit_code == 0 and "12 operators" in done.stdout, done.output
-    assert json.loads(run(*given, folder / "text.txt", "--json").stdout)["operators"] == 12
-    assert sorted(folder.rglob("*")) == before
-    short = folder / "short.txt"
-    short.write_text("Too short.")
-    assert "full windows" in str(run(*given, short).exception)
-    (folder / "out").mkdir()
-    (folder / "out" / "notes.txt").touch()
-    assert "already holds something" in str(run(*given, folder / "text.txt").exception)
-
-
-def test_reports_of_a_run_in_memory_are_kept_where_the_caller_wants(build, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"dataset": TOKENS, "method": "magnitude", "nsamples": 4, "bound_rows": 0}
-    result = convexprune.prune(build("llama"), **settings, report_dir=tmp_path / "logs")
-    kept = json.loads((tmp_path / "logs" / "report.json").read_text())
-    assert kept["sparsity"] == result.report.sparsity
-    assert yaml.safe_load((tmp_path / "logs" / "recipe.yaml").read_text())["method"] == "magnitude"

@@ -1,15 +1,19 @@
 """Quantization by the door: what is kept is on its grid, and grids that there are not are refused."""
 
 from operator import mul
+from pathlib import Path
 from typing import Any
 
 import pytest
-from door import SMALL, state
+from door import SMALL, TOKENS, state
+from runs import SETTINGS, stop_after
 
 import convexprune
+from convexprune._layerwise.steps.survey import allocate_by_rule, candidates, survey
 from convexprune.adapters import HuggingFaceModel
-from convexprune.constraints import parse_pattern
-from convexprune.errors import ConvexpruneError
+from convexprune.adapters._gradients import output_fisher
+from convexprune.constraints import Coded, Quantized, Unstructured, parse_pattern
+from convexprune.errors import ConvexpruneError, RecipeError
 from convexprune.quantizers import QUANTIZERS
 
 
@@ -71,3 +75,32 @@ def test_coded_weights_take_the_bits_that_they_may(tiny_llama: HuggingFaceModel,
         )
         shares.append(float(str(found.grid).split()[0]))
     assert sum(map(mul, sizes, shares)) / sum(sizes) == pytest.approx(3, abs=1e-3) and len(set(shares)) > 1
+
+
+def test_bits_on_the_whole_are_those_asked_for_and_owl_has_none_to_spread(tiny_llama: HuggingFaceModel):
+    asked = Quantized(Unstructured(0.0), Coded(3.0))
+    fisher = output_fisher(tiny_llama, TOKENS[:4])
+    units = survey(tiny_llama, TOKENS.split(1), 1, candidates(asked), fisher)
+    assert all(sorted(u.costs, key=u.costs.__getitem__) == candidates(asked) for u in units)  # more bits err less
+    found = allocate_by_rule(units, "curve", asked).patterns(asked)
+    bits = {name: float(str(pattern.grid).split()[0]) for name, pattern in found.items()}
+    assert sum(u.size * bits[u.name] for u in units) / sum(u.size for u in units) == pytest.approx(3, abs=1e-3)
+    assert max(bits.values()) - min(bits.values()) > 0.1
+    with pytest.raises(RecipeError, match=r"'owl' spreads zeros, and .* 3\.0 bits a weight has bits to spread: take"):
+        allocate_by_rule(units, "owl", asked)
+
+
+def test_a_coded_run_goes_on_where_it_stopped_and_is_verified_and_packed(build, tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    settings: dict[str, Any] = {**SETTINGS, "sparsity": 0, "bits": 4}
+    whole = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "whole", **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "again", progress=stop_after(1), **settings)
+    again = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "again", resume=True, **settings)
+    weights = [name for name in whole.report.files if name.endswith(".safetensors")]
+    assert weights and all(again.report.files[name] == whole.report.files[name] for name in weights)
+    found = convexprune.verify(tmp_path / "whole", dataset=SETTINGS["dataset"])
+    assert found.errors and not found.miscounted and not found.faults
+    convexprune.unpack(convexprune.pack(tmp_path / "whole", tmp_path / "pack").output_dir, tmp_path / "plain")
+    assert all((tmp_path / "plain" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in weights)

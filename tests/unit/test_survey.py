@@ -22,7 +22,7 @@ from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
 from convexprune.adapters._discovery.operators import Place
 from convexprune.adapters._gradients import output_fisher
-from convexprune.constraints import Coded, Quantized, SemiStructured, Unstructured
+from convexprune.constraints import SemiStructured, Unstructured
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pruners import Convex
 from convexprune.recipe import make_recipe
@@ -134,19 +134,6 @@ def test_the_zeros_on_the_whole_are_those_asked_for(tiny_llama: HuggingFaceModel
         total = sum(m * n for m, n in operators.values())
         assert 0.5 - 1e-3 <= zeros / total <= (0.5 + 1e-3 if asked is HALF else 0.6)
     assert allocate_by_rule(units, "uniform", HALF).patterns(HALF) == {}
-
-
-def test_bits_on_the_whole_are_those_asked_for_and_owl_has_none_to_spread(tiny_llama: HuggingFaceModel):
-    asked = Quantized(Unstructured(0.0), Coded(3.0))
-    fisher = output_fisher(tiny_llama, TOKENS[:4])
-    units = survey(tiny_llama, TOKENS.split(1), 1, candidates(asked), fisher)
-    assert all(sorted(u.costs, key=u.costs.__getitem__) == candidates(asked) for u in units)  # more bits err less
-    found = allocate_by_rule(units, "curve", asked).patterns(asked)
-    bits = {name: float(str(pattern.grid).split()[0]) for name, pattern in found.items()}
-    assert sum(u.size * bits[u.name] for u in units) / sum(u.size for u in units) == pytest.approx(3, abs=1e-3)
-    assert max(bits.values()) - min(bits.values()) > 0.1
-    with pytest.raises(RecipeError, match=r"'owl' spreads zeros, and .* 3\.0 bits a weight has bits to spread: take"):
-        allocate_by_rule(units, "owl", asked)
 
 
 def test_layers_whose_weights_are_skewed_keep_more(tiny_llama: HuggingFaceModel):

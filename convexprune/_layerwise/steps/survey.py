@@ -16,7 +16,15 @@ from convexprune._layerwise.targets import stack_of
 from convexprune._layerwise.walk import LayerContext, LayerWalk
 from convexprune._progress import begin
 from convexprune.constraints import Constraint, Stacked, Unstructured
-from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.core._allocation import (
+    Curve,
+    allocate,
+    allocate_by_outliers,
+    allocate_by_skewness,
+    share_of_outliers,
+    skewness,
+    sums_of_powers,
+)
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
@@ -27,7 +35,6 @@ SURVEYED = RULES[2:4]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 FINE = 20  # points of a curve between two that were surveyed, where any share can be had
 QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
-OUTLIER = 5  # times the mean score; OWL's M
 LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
 
 
@@ -276,26 +283,7 @@ def _units(
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]
                 found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
-                powers += _powers(weight)
+                powers += sums_of_powers(weight)
                 scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
-    outliers = _outliers(torch.cat(scores)) if scores else 0.0
-    return [Unit(name, size, costs, outliers, _skewness(powers)) for name, (size, costs) in found.items()]
-
-
-def _outliers(scores: Tensor) -> float:
-    """The share of scores above `OUTLIER` times their mean."""
-    return float((scores > OUTLIER * scores.mean()).float().mean())
-
-
-def _powers(weight: Tensor) -> Tensor:
-    """The sums of |W|^k, k = 0 to 3."""
-    sizes = weight.abs().double()
-    return torch.stack([sizes.pow(k).sum() for k in range(4)]).cpu()
-
-
-def _skewness(powers: Tensor) -> float:
-    """The third central moment over the variance to the power of 3/2, by the sums of four powers."""
-    count, first, second, third = powers.tolist()
-    first, second, third = first / count, second / count, third / count
-    variance = second - first**2
-    return (third - 3 * first * second + 2 * first**3) / variance**1.5 if variance > 0 else 0.0
+    outliers = share_of_outliers(torch.cat(scores)) if scores else 0.0
+    return [Unit(name, size, costs, outliers, skewness(powers)) for name, (size, costs) in found.items()]

@@ -1,0 +1,85 @@
+"""How the variants of a comparison prune the layers of a model: what is removed, and how zeros or bits are spread."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._runs.run import check_patterns
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._allocating import allocate_each
+from convexprune.adapters._removal.find import find_removal
+from convexprune.errors import RecipeError
+
+from ._side_by_side import Tokens
+from ._variants import Variant
+
+
+def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
+    """How each variant prunes the layers; where channels are removed, only operators that read them are pruned.
+
+    Args:
+        model: the dense model.
+        variants: what is compared.
+
+    Returns:
+        The settings by the name of the variant.
+
+    Raises:
+        RecipeError: some variants remove channels, and some do not.
+        PatternError: a pattern does not fit an operator.
+    """
+    settings = _narrowed(model, variants)
+    _check(model, settings.values())
+    return settings
+
+
+def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
+    asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
+    narrows = [pattern for pattern in asked.values() if pattern.removes]
+    if not narrows:
+        return {variant.name: variant.layer_settings() for variant in variants}
+    if any(pattern.removes == "layers" for pattern in narrows):
+        raise RecipeError("Pattern 'layers' is compared by benchmarks/depth.py: compare has all decoder layers.")
+    if len(narrows) < len(asked):
+        raise RecipeError("Pattern 'channels' has its own operators: compare it with no other pattern.")
+    found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
+    next(iter(found.values())).choose(model)
+    pairs = zip(variants, narrows, strict=True)
+    return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}
+
+
+def allocated(
+    model: HuggingFaceModel,
+    tokens: Tokens,
+    variants: Sequence[Variant],
+    given_settings: Mapping[str, LayerSettings],
+    batch_size: int,
+) -> dict[str, LayerSettings]:
+    """How each variant prunes the layers: its zeros, or bits, spread over them by its allocation.
+
+    Args:
+        model: the dense model.
+        tokens: what it is surveyed on.
+        variants: what is compared.
+        given_settings: what `layer_settings` has returned.
+        batch_size: windows in a forward pass.
+
+    Returns:
+        The settings by the name of the variant.
+
+    Raises:
+        PatternError: a pattern does not fit an operator.
+    """
+    asked = [(variant.allocation, variant.recipe().build_pattern()) for variant in variants]
+    found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
+    settings = {
+        variant.name: allocation.apply_to(given_settings[variant.name], pattern)
+        for variant, allocation, (_, pattern) in zip(variants, found, asked, strict=True)
+    }
+    _check(model, settings.values())
+    return settings
+
+
+def _check(model: HuggingFaceModel, settings: Iterable[LayerSettings]) -> None:
+    for each in settings:
+        check_patterns(model.layers, each)
