@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune._device.memory import lacks_memory
+from convexprune._device.products import widened
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.store import MemoryStore
@@ -55,7 +56,7 @@ def output_fisher(
     for part in parts:
         states = MemoryStore(range(count), record, keep=True)
         LayerWalk(model, part, states, on_layer=on_layer, calls=calls).run(propagate)
-        with _differentiable("What follows the decoder layers"):
+        with _differentiable("What follows the decoder layers"), widened(model.device, model.model.dtype):
             gradients = [_loss_gradient(model, ids, x) for ids, x in zip(part, states.take(count), strict=True)]
         backward = _Backward(gradients, squares)
         LayerWalk(model, part, states.backward(), on_layer=on_layer, calls=calls).run(backward)
@@ -137,7 +138,8 @@ class _Backward:
     @torch.enable_grad()
     def __call__(self, context: LayerContext) -> None:
         layer = context.layer
-        with _differentiable(layer.name), ExitStack() as hooks:
+        leaving = self._gradients[0]
+        with _differentiable(layer.name), widened(leaving.device, leaving.dtype), ExitStack() as hooks:
             experts = self._watch(layer, hooks)
             before = list[Tensor]()
             for entering, gradient in zip(context.inputs["dense"], self._gradients, strict=True):

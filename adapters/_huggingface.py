@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from convexprune._device.products import widened
 from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 
 from ._checkpoints.admission import (
@@ -282,7 +283,8 @@ class HuggingFaceModel(AbstractModel):
             batch: token ids [batch tokens].
         """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
-        self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+        with widened(self.device, self.model.dtype):
+            self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
 
 
 def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from convexprune._device.products import widened
 from convexprune._layerwise.model import computing
 
 POSITIONS = 128  # of each window, at most
@@ -42,9 +43,11 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
     Returns:
         [windows positions vocabulary].
     """
-    if positions is not None and _leaves_out(model):
-        return model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-    logits = model(input_ids=ids, use_cache=False).logits
+    left_out: dict[str, Any] = {} if positions is None or not _leaves_out(model) else {"logits_to_keep": positions}
+    with widened(ids.device, model.dtype):
+        logits = model(input_ids=ids, use_cache=False, **left_out).logits
+    if left_out:
+        return logits
     return logits if positions is None else logits[:, positions]
 
 

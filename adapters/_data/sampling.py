@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from convexprune._device.products import widened
 from convexprune._progress import Step, begin
 from convexprune.errors import CalibrationError
 
@@ -83,7 +84,8 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: S
             "generation_config": config,
             "stopping_criteria": StoppingCriteriaList([_ProgressReport(step)]),
         }
-        return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
+        with widened(model.device, inner.dtype, rows):
+            return inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **given).cpu()
     finally:
         inner.generation_config = own
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from convexprune._device.products import widened
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -26,7 +28,8 @@ class Call:
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """The layer's output [batch tokens hidden]; some families return it inside a tuple."""
-        output = layer(hidden, *self.args, **self.kwargs)
+        with widened(hidden.device, hidden.dtype):
+            output = layer(hidden, *self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 

@@ -9,6 +9,7 @@ from math import inf
 import torch
 
 from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.products import widened
 from convexprune._runs.cost import Operations
 from convexprune._runs.resources import Card
 from convexprune._runs.sizes import Method
@@ -68,7 +69,8 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """The best of all repeats: the nearest to what the device can do when nobody else uses it."""
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
-    return 2 * width**3 / _best(lambda: float((a @ a)[0, 0]))  # which waits for the device
+    with widened(a.device, dtype):  # as a model's are
+        return 2 * width**3 / _best(lambda: float((a @ a)[0, 0]))  # which waits for the device
 
 
 def _best(run: Callable[[], object]) -> float:
