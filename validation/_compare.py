@@ -87,11 +87,12 @@ def compare(
         asked.methods, asked.sparsities, asked.patterns, asked.conventions, asked.quota, asked.allocations
     )
     drawing = will_draw(asked.plots)
+    device = default_device(recipe.device)
     check_dataset(dataset)
     folder = output_folder(asked.output, model)
     work = _work_folder(folder, asked.resume)
     texts = _texts(asked.eval_texts)
-    loaded = _load(model, recipe)
+    loaded = _load(model, device, recipe)
     given_settings = layer_settings(loaded, variants)
     tokens = _tokens(loaded, dataset, recipe, texts, asked)
     card = _card(loaded, tokens, recipe) | _named(model, dataset)
@@ -102,11 +103,11 @@ def compare(
     return result
 
 
-def _load(model: str | Path | None, recipe: Recipe) -> HuggingFaceModel:
+def _load(model: str | Path | None, device: str, recipe: Recipe) -> HuggingFaceModel:
     begin("loading the model")
     return load(
         EMBEDDED if model is None else model,
-        device=default_device(recipe.device),
+        device=device,
         dtype=recipe.torch_dtype,
         targets=recipe.targets,
         ignore=recipe.ignore,

@@ -2,13 +2,16 @@
 
 import ast
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 
 from convexprune.adapters._data.text_files import TEXT_FILES, read_text
 from convexprune.errors import CalibrationError, unknown
 
+STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case  # what a definition stands in
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
@@ -31,6 +34,7 @@ def text_of(source: str) -> str:
     raise CalibrationError(f"{unknown('text', source, TEXTS)} Or give a path that ends in {' or '.join(TEXT_FILES)}.")
 
 
+@cache
 def python_docs() -> str:
     """The docstrings of Python's standard library, module by module in the order of their paths.
 
@@ -45,6 +49,7 @@ def python_docs() -> str:
     return "\n\n".join(doc for path in files for doc in _docstrings(path))
 
 
+@cache
 def licences() -> str:
     """The licences of the installed packages in the order of their names, each paragraph once.
 
@@ -72,8 +77,12 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # the library carries a few files that are wrong on purpose
         return
-    for node in ast.walk(tree):
+    waiting = deque[ast.AST]([tree])
+    while waiting:  # breadth first, as `ast.walk`, but past all expressions
+        node = waiting.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(node)
             if doc is not None and len(doc) >= 200:
                 yield doc
+        if hasattr(node, "body") or isinstance(node, ast.Match):
+            waiting.extend(n for n in ast.iter_child_nodes(node) if isinstance(n, STATEMENTS))
