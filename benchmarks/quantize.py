@@ -1,10 +1,10 @@
 """Perplexity and divergence from dense against bits a weight: quantizers, with and without zeros, each packed and counted.
 
-    python benchmarks/quantize.py MODEL --dataset TEXT --eval-text TEXT [--only NAME ...] > lines.md
+    python benchmarks/quantize.py MODEL --dataset TEXT --eval-text TEXT [TEXT ...] [--only NAME ...] > lines.md
     python benchmarks/quantize.py --draw lines.md --picture quantize.png
 
-MODEL is a folder. The second command draws the lines of the first. Bits are those of the packed operators, everything counted: masks, scales, entropy codes. Each line is
-printed when it is there, so that a stopped run leaves its lines.
+MODEL is a folder, or `bundled`. TEXT is a file or a name of `convexprune compare --eval-texts`. The second command draws the lines of the first. Bits are those of the packed
+operators, everything counted: masks, scales, entropy codes. Perplexities and divergences are in the order of the texts. Each line is printed when it is there, so that a stopped run leaves its lines.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convexprune
 from convexprune._storage.tensors import entries
+from convexprune.adapters import EMBEDDED
+from convexprune.validation._texts import text_of
 
 OWN: dict[str, Any] = {"error_correction": 0, "prefix": "pruned"}  # GPTQ's convention
 KINDS: dict[str, dict[str, Any]] = {
@@ -34,6 +36,10 @@ KINDS: dict[str, dict[str, Any]] = {
 INTS = {"ours uniform": (), "ours 25%": ("int6", "int4", "int3"), "ours 50%": ("int6", "int4"), "ours 60%": ("int6",)}
 BITS = {"ours": (4, 3.3, 3, 2.5, 2), "ours uniform": (3.3,), "ours 50%": (2.5,)}  # of coded weights
 ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, ("int4", "int3")), *BITS.get(kind, ()))]
+
+
+Windows = dict[str, torch.Tensor]
+Dense = dict[str, list[torch.Tensor]]
 
 
 @torch.no_grad()
@@ -58,26 +64,29 @@ def bits_of(pack: Path, sizes: dict[str, int]) -> float:
 
 
 def draw(lines: Path, picture: Path) -> None:
-    """Draw divergence against bits: points of one kind are joined."""
+    """Draw divergence against bits, a panel for each text: points of one kind are joined."""
     import matplotlib.pyplot as plt
 
     cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 5]
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    for name, bits, _, divergence, *_ in cells[1:]:
-        kind, _, numbers = name.rpartition(" ")
-        kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
-        kinds.setdefault(kind, []).append((float(bits), float(divergence)))
-    figure = plt.figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, points in kinds.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
-    axes.set(xlabel="bits a weight, packed, everything counted", ylabel="KL from dense, nats a token", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(str(picture), dpi=120)
+    texts = cells[0][3].removeprefix("KL, nats: ").split(" / ")
+    figure = plt.figure(figsize=(1 + 5 * len(texts), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for number, (text, axes) in enumerate(zip(texts, panels, strict=True)):
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for name, bits, _, divergence, *_ in cells[1:]:
+            kind, _, numbers = name.rpartition(" ")
+            kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
+            kinds.setdefault(kind, []).append((float(bits), float(divergence.split(" / ")[number])))
+        for kind, points in kinds.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=kind)
+        axes.set(title=text, xlabel="bits a weight, packed, everything counted", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set(ylabel="KL from dense, nats a token")
+    panels[0].legend()
+    figure.savefig(str(picture), dpi=100)
 
 
-def line_of(name: str, model: str, shared: dict[str, Any], windows: torch.Tensor, dense: list[torch.Tensor]) -> str:
+def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windows, dense: Dense) -> str:
     """Quantize, pack, and measure: a line of the table."""
     kind, _, bits = name.rpartition(" ")
     numbers: dict[str, Any] = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
@@ -88,9 +97,13 @@ def line_of(name: str, model: str, shared: dict[str, Any], windows: torch.Tensor
         sizes = {o.name: o.outputs * o.inputs for o in report.operators}
         size = bits_of(convexprune.pack(out, Path(folder, "pack")).output_dir, sizes)
         pruned = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
-        _, perplexity, divergence = divergences(pruned, windows, dense)
+        found = [divergences(pruned, windows[text], dense[text])[1:] for text in windows]
     zeros = sum(o.zeros for o in report.operators) / sum(sizes.values())
-    return f"| {name} | {size:.2f} | {perplexity:.2f} | {divergence:.3f} | {zeros:.0%} | {seconds:.0f} |"
+    perplexities, kls = (
+        " / ".join(f"{v:.{places}f}" for v in each)
+        for each, places in zip(zip(*found, strict=True), (2, 3), strict=True)
+    )
+    return f"| {name} | {size:.2f} | {perplexities} | {kls} | {zeros:.0%} | {seconds:.0f} |"
 
 
 def main() -> None:
@@ -98,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--dataset")
-    parser.add_argument("--eval-text")
+    parser.add_argument("--eval-text", nargs="+")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -110,16 +123,23 @@ def main() -> None:
         return draw(args.draw, args.picture)
     if not (args.model and args.dataset and args.eval_text):
         parser.error("give MODEL, --dataset and --eval-text, or --draw")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    ids = torch.tensor(tokenizer(Path(args.eval_text).read_text()[: 16 * args.windows * args.length])["input_ids"])
-    windows = ids[: args.windows * args.length].view(args.windows, args.length)
-    dense, perplexity, _ = divergences(AutoModelForCausalLM.from_pretrained(args.model, dtype="float32"), windows, None)
-    print(f"dense: perplexity {perplexity:.2f}\n\n| weights | bits | perplexity | KL, nats | zeros | seconds |")
+    model = None if args.model == "bundled" else args.model
+    place = EMBEDDED if model is None else model
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokens, windows = args.windows * args.length, Windows()
+    for text in args.eval_text:
+        ids = torch.tensor(tokenizer(text_of(text)[: 16 * tokens])["input_ids"])
+        windows[Path(text).stem] = ids[:tokens].view(args.windows, args.length)
+    model_before = AutoModelForCausalLM.from_pretrained(place, dtype="float32")
+    found = {text: divergences(model_before, each, None) for text, each in windows.items()}
+    dense, texts = {text: each[0] for text, each in found.items()}, " / ".join(windows)
+    print(f"dense: perplexity {' / '.join(f'{each[1]:.2f}' for each in found.values())}\n")
+    print(f"| weights | bits | perplexity: {texts} | KL, nats: {texts} | zeros | seconds |")
     print("|---|---|---|---|---|---|", flush=True)
     shared = {"dataset": args.dataset, "num_calibration_samples": args.samples, "max_seq_length": args.length}
     shared |= {"held_out_samples": 0, "bound_rows": 0, "dtype": "float32"}
     for name in args.only:
-        print(line_of(name, args.model, shared, windows, dense), flush=True)
+        print(line_of(name, model, shared, windows, dense), flush=True)
     return None
 
 
