@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from statistics import median
 from typing import Annotated, Any
 
@@ -90,7 +91,7 @@ class OperatorReport:
         Raises:
             pydantic.ValidationError: a field is missing, or not what it should be.
         """
-        return TypeAdapter(_Written).validate_python(written)
+        return _reader().validate_python(written)
 
     @property
     def sparsity(self) -> float:
@@ -112,6 +113,7 @@ def _with_typed_damping(operator: Any) -> Any:
 
 
 _Written = Annotated[OperatorReport, BeforeValidator(_with_typed_damping)]
+_reader = cache(lambda: TypeAdapter(_Written))
 OnOperator = Callable[[OperatorReport], None]  # called with the report of each operator as it is done
 
 

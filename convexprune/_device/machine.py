@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -90,7 +91,10 @@ def default_workers(device: str, threads: int | None) -> int:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that a result depends on, and of Python."""
-    return {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+_version = cache(version)  # which reads files, and of one process they are the same
 
 
 def steps(device: torch.device | str) -> str:
@@ -123,7 +127,7 @@ def installation(device: torch.device | str) -> dict[str, str]:
     Returns:
         The checksum of our code, the processor, and the versions of torch and transformers.
     """
-    return {"code": code()} | processor(device) | {name: version(name) for name in ("torch", "transformers")}
+    return {"code": code()} | processor(device) | {name: _version(name) for name in ("torch", "transformers")}
 
 
 def code(package: Traversable | None = None) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
 
@@ -22,7 +22,7 @@ def text_of(template: str, **values: Any) -> str:
     Returns:
         The text.
     """
-    return _environment(".html" in template).from_string(_source(template)).render(values)
+    return _compiled(template).render(values)
 
 
 def markdown(value: object) -> str:
@@ -70,8 +70,9 @@ def _line(value: object) -> str:
 
 
 @cache
-def _source(template: str) -> str:
-    return files("convexprune._rendering").joinpath(template).read_text(encoding="utf-8")
+def _compiled(template: str) -> Template:
+    source = files("convexprune._rendering").joinpath(template).read_text(encoding="utf-8")
+    return _environment(".html" in template).from_string(source)
 
 
 @cache

@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from convexprune.adapters._data.logits import logits_at
+
 BATCH = torch.arange(3, 45).reshape(2, 21) * 31 % 4096
 
 
+@torch.no_grad()
 def own_layer_outputs(model, batch):
     outputs = []
     hooks = [layer.module.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in model.layers]
-    with torch.no_grad():
-        model.model(batch)
+    logits_at(model.model, batch)
     for hook in hooks:
         hook.remove()
     return [output if isinstance(output, torch.Tensor) else output[0] for output in outputs]

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from convexprune import _cli as cli
 from convexprune._layerwise.model import DecoderLayer, Group
+from convexprune._runs.speed import Speed
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
+from convexprune.adapters._discovery import needs
 from convexprune.adapters._discovery.experts import fused_parameters
 from convexprune.adapters._discovery.inspection import SURVEY, inspect
 from convexprune.adapters._discovery.outline import read_outline
@@ -32,6 +34,13 @@ GEMMA_3N = {
     "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
 }  # fmt: skip
 GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def known_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To time products takes a second or two, and once is enough."""
+    if "quickly" not in request.node.name:
+        monkeypatch.setattr(needs, "measured_speed", lambda device, dtype: Speed(1e11, 1e11))
 
 
 @pytest.fixture

@@ -1,23 +1,25 @@
 """The small OPT model that comes with convexprune."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-import convexprune
 from convexprune._api import windows
 from convexprune.adapters import EMBEDDED
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_opt.py"
 
-def test_the_bundled_model_is_pruned_with_little_loss_on_text_that_it_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+
+def test_the_example_prunes_it_with_little_loss_on_text_that_it_samples(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 8)  # to write them takes most of the time
-    result = convexprune.prune(num_calibration_samples=16, evaluation="self", output_dir=tmp_path / "out", bound_rows=0)
-    dense, pruned = (result.report.perplexity[name]["value"] for name in ("dense", "pruned"))
-    assert result.report.sparsity == 0.5
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "16"])
+    report = runpy.run_path(str(EXAMPLE), run_name="__main__")["result"].report
+    dense, pruned = (report.perplexity[name]["value"] for name in ("dense", "pruned"))
+    assert report.sparsity == 0.5
     assert dense < pruned < 1.10 * dense
-    assert result.report.largest_gap is not None and result.report.largest_gap <= 1e-4
+    assert report.largest_gap is not None and report.largest_gap <= 1e-4
 
 
 def test_the_embedded_default_is_the_bundled_model():

@@ -4,17 +4,22 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from convexprune._api import windows
+from convexprune.adapters import EMBEDDED
+from convexprune.adapters._checkpoints import loading
 from convexprune.adapters._data import calibration
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = {"prune_opt.py": ["8"]}
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "prune_opt.py"]  # test_bundled's
 PAGES = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
 BLOCKS = {
     block: (page, title)  # what stands on two pages runs once
@@ -23,17 +28,30 @@ BLOCKS = {
 }
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with half of its decoder layers."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    shutil.copytree(EMBEDDED, folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    del model.model.decoder.layers[2:]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the bundled model writes, to be pruned on and judged by, is short: that took most of the time."""
+def shorter(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model has half of its layers, and what it writes is short: both took most of the time."""
+    monkeypatch.setattr(loading, "EMBEDDED", half)
     write = calibration.sampled_windows
     monkeypatch.setattr(calibration, "sampled_windows", lambda *a, **b: write(*a, **b | {"length": 64}))
     monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 4)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_the_example_runs(path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.name, [])])
+    monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
 

@@ -60,4 +60,5 @@ def test_the_kind_of_processor_and_of_gpu_are_named(monkeypatch: pytest.MonkeyPa
     assert here == {"steps": machine.steps("cpu"), "instructions": torch.backends.cpu.get_cpu_capability()}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(machine, "eager_because", lambda device: None)  # which would try to compile
     assert machine.installation("cuda:1")["gpu"] == "GPU cuda:1"
