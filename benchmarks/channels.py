@@ -1,6 +1,7 @@
-"""The tables of docs/channels.md: channels of the MLP removed by several methods, on the same moments; and the speed.
+"""The tables of docs/channels.md and docs/heads.md: what is removed by several methods, on the same moments; the speed.
 
     python benchmarks/channels.py MODEL --text valid.txt --eval test.txt other.txt [--widths 1344,1152,896] [--moments F]
+    python benchmarks/channels.py MODEL --text valid.txt --eval test.txt --remove heads --widths 2  # of the KV groups
 
 The dense model is run once on the calibration text, and the moments of what reads the channels are kept in a file. Each
 method prunes by them: that is what `convexprune prune --pattern channels` does with its defaults, where each layer sees
@@ -11,8 +12,8 @@ does. A result is printed when it is there, and written to `--out`, from which a
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from convexprune._layerwise.steps.survey import row_weights
 from convexprune.adapters import HuggingFaceModel, load, text_windows
+from convexprune.adapters._channels.heads import find_heads
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._gradients import output_fisher
-from convexprune.constraints import Channels, Columns
+from convexprune.constraints import Channels, Constraint, Heads
 from convexprune.core._moments import Moments
+from convexprune.errors import PatternError
 from convexprune.pruners import OSSCAR, AbstractPruner, Convex, LayerProblem, Magnitude, Refitted, Wanda, WandaSP
 from convexprune.validation import perplexity
 
@@ -38,10 +41,15 @@ METHODS: dict[str, AbstractPruner] = {
     "group OBS": OSSCAR(exchanged=0),
     "OSSCAR": OSSCAR(),
     "OSSCAR + refit": Refitted(OSSCAR()),
+    "convexprune, no refit": Convex(refit=None),
     "convexprune, rows alike": Convex(),
     "convexprune": Convex(),
 }
-WEIGHED = ("convexprune",)  # their rows count by how much they move the loss
+REMOVED: dict[str, tuple[Callable[[HuggingFaceModel, Constraint], Narrowing], Callable[[float], Constraint]]] = {
+    "channels": (find_narrowing, partial(Channels, multiple=1)),
+    "heads": (find_heads, Heads),
+}
+WEIGHED = ("convexprune, no refit", "convexprune")  # their rows count by how much they move the loss
 GRADIENTS = 4  # windows
 
 
@@ -49,7 +57,7 @@ def _add(moments: Moments, x: Tensor) -> None:
     moments.add(x.flatten(0, -2))
 
 
-def collected(model: HuggingFaceModel, narrowing: Narrowing, windows: Tensor) -> dict[str, Any]:
+def collected(model: HuggingFaceModel, windows: Tensor) -> dict[str, Any]:
     """The sums of x x' of each operator on two halves of the windows, and the weights of its rows."""
     found: dict[str, Any] = {"fisher": output_fisher(model, windows[:GRADIENTS], 1)}
     operators = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators}
@@ -64,22 +72,27 @@ def collected(model: HuggingFaceModel, narrowing: Narrowing, windows: Tensor) ->
     return found | {"halves": {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}}
 
 
-def problem(weight: Tensor, pair: Sequence[tuple[Tensor, int]], removed: int) -> LayerProblem:
+def problem(weight: Tensor, pair: Sequence[tuple[Tensor, int]], pattern: Constraint) -> LayerProblem:
     folds = []
     for total, tokens in pair:
         fold = Moments(0)
         fold.sum, fold.tokens = total, tokens
         folds.append(fold)
-    pattern = Columns(removed / weight.shape[1])
     return LayerProblem(weight, folds[0] + folds[1], pattern, 0.0, tuple(folds))
 
 
-def prune(model: HuggingFaceModel, moments: dict[str, Any], dense: dict[str, Tensor], method: str, width: int) -> None:
+def prune(
+    model: HuggingFaceModel,
+    moments: dict[str, Any],
+    dense: dict[str, Tensor],
+    method: str,
+    patterns: Mapping[str, Constraint],
+) -> None:
     """Put the pruned weights into the model."""
     for layer in model.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
-            posed = problem(dense[name], moments["halves"][name], dense[name].shape[1] - width)
+            posed = problem(dense[name], moments["halves"][name], patterns[name])
             factors = row_weights(moments["fisher"][name]).sqrt() if method in WEIGHED else None
             edit = METHODS[method].prune(posed.scaled(factors))
             assert posed.pattern.violation(edit.weight) == 0
@@ -87,7 +100,7 @@ def prune(model: HuggingFaceModel, moments: dict[str, Any], dense: dict[str, Ten
 
 
 def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tuple[float, float]:
-    """Tokens a second, dense and without as many channels: one prompt, greedy, in turns, medians of three."""
+    """Tokens a second, dense and without as much: one prompt, greedy, in turns, medians of three."""
     narrower = narrowing.narrowed(model.model.get_parameter).model(model)
     seconds: dict[int, list[float]] = {0: [], 1: []}
     prompt = model.probe_tokens()
@@ -102,13 +115,23 @@ def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tu
     return tokens / median(seconds[0]), tokens / median(seconds[1])
 
 
+def _able(narrowing: Narrowing) -> Iterator[str]:
+    """The methods that take the patterns."""
+    for name, method in METHODS.items():
+        with suppress(PatternError):
+            for pattern in narrowing.patterns.values():
+                method.require(pattern)
+            yield name
+
+
 def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--eval", nargs="+", required=True)
-    parser.add_argument("--widths", default="1344,1152,896")
-    parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    parser.add_argument("--remove", choices=REMOVED, default="channels")
+    parser.add_argument("--widths", default="1344,1152,896", help="how many are left: channels, or KV groups of heads")
+    parser.add_argument("--methods", help="separated by semicolons; left out: all that can")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--eval-windows", type=int, default=6)
     parser.add_argument("--length", type=int, default=512)
@@ -118,12 +141,12 @@ def _asked() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _moments(asked: argparse.Namespace, model: HuggingFaceModel, narrowing: Narrowing) -> dict[str, Any]:
+def _moments(asked: argparse.Namespace, model: HuggingFaceModel) -> dict[str, Any]:
     """What `collected` gives, from the file if it is there."""
     if not asked.moments.exists():
         every = text_windows(asked.text, model, asked.length)
         drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]
-        torch.save(collected(model, narrowing, every[drawn]), asked.moments)
+        torch.save(collected(model, every[drawn]), asked.moments)
     return torch.load(asked.moments)
 
 
@@ -152,25 +175,27 @@ def _measure(
 def main() -> None:
     asked = _asked()
     model = load(asked.model, device="cpu", dtype=torch.float32)
-    whole = find_narrowing(model, Channels(0.5, 1))
+    find, kind = REMOVED[asked.remove]
+    whole = find(model, kind(0.5))
+    size = whole.sets[0].size
+    narrowings = {width: find(model, kind(1 - width / size)) for width in map(int, asked.widths.split(","))}
     whole.choose(model)
-    ((size, _),) = whole.widths.values()
     texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
     texts = {
         name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
     }
-    moments = _moments(asked, model, whole)
+    moments = _moments(asked, model)
     dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
     measure = _measure(asked, model, texts)
     measure("dense", size, lambda: None)
-    for width in map(int, asked.widths.split(",")):
-        for method in asked.methods.split(";"):
-            measure(method, width, lambda method=method, width=width: prune(model, moments, dense, method, width))
+    for width, narrowing in narrowings.items():
+        for method in asked.methods.split(";") if asked.methods else _able(narrowing):
+            measure(method, width, partial(prune, model, moments, dense, method, narrowing.patterns))
         if not asked.no_speed:
-            pattern = Channels(1 - width / size, 1)
-            for each in (o for y in model.layers for o in y.operators):
-                each.write(each.read() * (torch.arange(size) < width))
-            before, after = speed(model, find_narrowing(model, pattern))
+            for layer in model.layers:
+                for each in layer.operators:
+                    each.write(narrowing.patterns[f"{layer.name}.{each.name}"].project(each.read()))
+            before, after = speed(model, narrowing)
             print({"width": width, "tokens/s dense": round(before, 1), "narrower": round(after, 1)}, flush=True)
 
 

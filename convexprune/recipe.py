@@ -142,7 +142,9 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             )
         patterns = [pattern, *(each for each, _ in self.build_rules())] if self.rules else []
         if any(each.removes for each in patterns):
-            raise RecipeError("Channels are removed from whole layers, or whole layers are: no rule is about parts.")
+            raise RecipeError(
+                f"Pattern {self.pattern!r} removes as much from all layers, or whole layers: no rule is about parts."
+            )
 
     def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:
         """For each rule its pattern, and its pruner if it names a method; what it does not name is the recipe's.

@@ -15,7 +15,7 @@ from ._variants import Variant
 
 
 def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers; where channels are removed, only operators that read them are pruned.
+    """How each variant prunes the layers; where something is removed, only operators that read it are pruned.
 
     Args:
         model: the dense model.
@@ -25,7 +25,7 @@ def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict
         The settings by the name of the variant.
 
     Raises:
-        RecipeError: some variants remove channels, and some do not.
+        RecipeError: variants remove something else, or some do not.
         PatternError: a pattern does not fit an operator.
     """
     settings = _narrowed(model, variants)
@@ -40,8 +40,8 @@ def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str,
         return {variant.name: variant.layer_settings() for variant in variants}
     if any(pattern.removes == "layers" for pattern in narrows):
         raise RecipeError("Pattern 'layers' is compared by benchmarks/depth.py: compare has all decoder layers.")
-    if len(narrows) < len(asked):
-        raise RecipeError("Pattern 'channels' has its own operators: compare it with no other pattern.")
+    if len({pattern.removes for pattern in asked.values()}) > 1:
+        raise RecipeError(f"Pattern {str(narrows[0])!r} has its own operators: compare it with no other pattern.")
     found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
     next(iter(found.values())).choose(model)
     pairs = zip(variants, narrows, strict=True)

@@ -3,7 +3,7 @@
 Which they are is found by experiments, as no architecture is known here: `inner_channels` and `hidden_channels`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,12 +35,14 @@ class Axis:
         dim: the dimension.
         start: the first entry.
         index: of fused experts, the number of the expert.
+        block: how many consecutive entries belong together; 1: each is a channel of its own.
     """
 
     parameter: str
     dim: int
     start: int = 0
     index: int | None = None
+    block: int = 1
 
     def of(self, parameter: Tensor) -> Tensor:
         """The `parameter`, or the matrix of the expert."""
@@ -48,14 +50,19 @@ class Axis:
 
     @torch.no_grad()
     def order(self, parameter: Tensor, order: Tensor) -> None:
-        """Put the entries in another order.
+        """Put the entries, or blocks of them, in another order.
 
         Args:
             parameter: the parameter.
-            order: [entries].
+            order: [channels].
         """
-        part = self.of(parameter).narrow(self.dim, self.start, len(order))
-        part.copy_(part.index_select(self.dim, order.to(part.device)))
+        entries = torch.tensor(self.entries(order.tolist()), device=parameter.device) - self.start
+        part = self.of(parameter).narrow(self.dim, self.start, len(entries))
+        part.copy_(part.index_select(self.dim, entries))
+
+    def entries(self, numbers: Iterable[int]) -> list[int]:
+        """Where in the dimension the channels with these `numbers` are."""
+        return [self.start + number * self.block + i for number in numbers for i in range(self.block)]
 
 
 @dataclass(frozen=True)

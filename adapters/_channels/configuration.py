@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .._checkpoints.building import parameters_on_meta
@@ -92,5 +93,11 @@ def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
     """
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
-    except (ValueError, RuntimeError, TypeError, AssertionError):  # whatever a family says of a size it cannot have
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AssertionError,
+        StrictDataclassError,
+    ):  # whatever a family says of a size it cannot have
         return {}

@@ -9,16 +9,15 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convexprune._layerwise.capture import stage_inputs
 from convexprune._layerwise.model import AbstractOperator, Call, DecoderLayer, Group
 
 from .._discovery.family import head_size
 from .._discovery.kinds import of_each_kind
-from .._discovery.operators import ParameterOperator
 from .._huggingface import HuggingFaceModel
-from .channels import Channels, canonical_name_of, close, columns, rows
+from .channels import Axis, Channels, canonical_name_of, close, columns, rows
 
 Source = tuple[AbstractOperator, int]
 """An operator, and where its outputs begin that are a set of channels."""
@@ -48,7 +47,7 @@ def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Itera
             for size in (group.operators[0].shape[1], head) if group.token_aligned else ():
                 found = _coupled(layer, group, token_aligned, call, hidden, size)
                 sets = [_channels(group, size, reached, sources) for reached, sources in found.items()]
-                if sets and _same(layer, group, sets, call, hidden):
+                if sets and same_in_another_order(layer, group, sets, call, hidden):
                     yield from sets
                     break
         yield from _in_experts(layer, earlier, stage, call, hidden)
@@ -72,9 +71,8 @@ def _in_experts(
         group = groups[tried]
         size = group.operators[0].shape[1]
         found = _coupled(layer, group, [o for (_, n), o in before.items() if n == tried], call, hidden, size)
-        if not found or not _same(
-            layer, group, [_channels(group, size, *each) for each in found.items()], call, hidden
-        ):
+        tested = [_channels(group, size, *each) for each in found.items()]
+        if not found or not same_in_another_order(layer, group, tested, call, hidden):
             continue
         for number, sibling in groups.items():
             for reached, sources in found.items():
@@ -110,24 +108,57 @@ def _reached(
 ) -> tuple[int, ...]:
     """The blocks of the group's inputs that these outputs reach one by one: with half of them doubled, these change."""
     size = outputs.stop - outputs.start
-    chosen = torch.rand(size, generator=torch.Generator().manual_seed(outputs.start)) < 0.5
-    before = _inputs(layer, group, call, hidden)
-    with _doubled(operator, outputs, chosen):
-        after = _inputs(layer, group, call, hidden)
-    changed = (before != after).flatten(0, -2).any(0).view(-1, size).cpu()
+    chosen = half(size, outputs.start)
+    changed = changed_inputs(layer, group, rows(operator, outputs.start), chosen, call, hidden).view(-1, size)
     spread = bool((changed & ~chosen).any())
     return () if spread else tuple(changed.any(1).nonzero().flatten().tolist())
 
 
+def half(size: int, seed: int) -> Tensor:
+    """About half of so many entries, the first among them and, of several, the last not.
+
+    Args:
+        size: how many there are.
+        seed: of what is drawn.
+
+    Returns:
+        [size], True for those that are chosen.
+    """
+    chosen = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
+    chosen[-1], chosen[0] = False, True
+    return chosen
+
+
+def changed_inputs(
+    layer: DecoderLayer, group: Group, axes: Sequence[Axis], chosen: Tensor, call: Call, hidden: Tensor
+) -> Tensor:
+    """Which inputs of a group change if some entries of parameters before it are doubled.
+
+    Args:
+        layer: the layer, which is in memory.
+        group: of the layer.
+        axes: the entries, from the starts of the axes on.
+        chosen: [entries], which of them are doubled.
+        call: how the layer is called.
+        hidden: with which hidden states [1 tokens n].
+
+    Returns:
+        [inputs], True for those that change.
+    """
+    before = _inputs(layer, group, call, hidden)
+    with _doubled(layer.module, axes, chosen):
+        after = _inputs(layer, group, call, hidden)
+    return (before != after).flatten(0, -2).any(0).cpu()
+
+
 @contextmanager
-def _doubled(operator: AbstractOperator, outputs: slice, chosen: Tensor) -> Iterator[None]:
-    """Inside, those of the outputs that are chosen are twice what they are: exactly, in any dtype."""
-    axes, doubled = rows(operator, 0), chosen.nonzero().flatten() + outputs.start
-    assert isinstance(operator, ParameterOperator)
-    held = [axis.of(operator.module.get_parameter(axis.parameter.rpartition(".")[2])) for axis in axes]
+def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterator[None]:
+    """Inside, those of the entries that are chosen are twice what they are: exactly, in any dtype."""
+    held = [axis.of(module.get_parameter(axis.parameter)) for axis in axes]
     kept = [parameter.clone() for parameter in held]
     try:
         for axis, parameter in zip(axes, held, strict=True):
+            doubled = chosen.nonzero().flatten() + axis.start
             factors = torch.ones(parameter.shape[axis.dim], dtype=parameter.dtype).index_fill(0, doubled, 2)
             shape = [-1 if dim == axis.dim else 1 for dim in range(parameter.dim())]
             parameter.mul_(factors.view(shape).to(parameter.device))
@@ -137,8 +168,21 @@ def _doubled(operator: AbstractOperator, outputs: slice, chosen: Tensor) -> Iter
             parameter.copy_(before)
 
 
-def _same(layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Call, hidden: Tensor) -> bool:
-    """Whether the group's outputs are the same with all these channels in another order."""
+def same_in_another_order(
+    layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Call, hidden: Tensor
+) -> bool:
+    """Whether a group's outputs are the same with all of some channels in another order.
+
+    Args:
+        layer: the layer, which is in memory.
+        group: of the layer.
+        found: the channels.
+        call: how the layer is called.
+        hidden: with which hidden states [1 tokens n].
+
+    Returns:
+        True if they are.
+    """
 
     def outputs() -> Tensor:
         x = _inputs(layer, group, call, hidden).float()
@@ -148,6 +192,7 @@ def _same(layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Ca
     with ExitStack() as stack:  # undone from the last to the first: they may overlap, if it is not the same
         for i, one in enumerate(found):
             order = torch.randperm(one.size, generator=torch.Generator().manual_seed(i))
+            order = order.roll(1) if torch.equal(order, torch.arange(one.size)) else order  # of two, say
             stack.enter_context(one.ordered(layer.module, order))
         return close(before, outputs(), hidden.dtype)
 

@@ -1,8 +1,8 @@
-"""Channels removed for good: those whose number a setting of the model says, the same in all layers."""
+"""Channels, or heads, removed for good: those whose number settings of the model say, the same in all layers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,26 +24,30 @@ from .inner_channels import inner_channels
 
 @dataclass(frozen=True, eq=False)
 class Narrowing(AbstractRemoval):
-    """The channels of a model that can be removed, and how many are to be.
+    """The channels of a model that can be removed, and how many are to be; KV groups of heads are such, of many rows.
 
     Args:
         sets: of channels, each the inputs of one operator, after which it is named.
         widths: of the settings that say how many there are: before and after.
-        settings: of the model, as its config.json has them.
+        said: settings that must not follow from those, with their values.
     """
 
     sets: tuple[Channels, ...]
     widths: Mapping[Place, tuple[int, int]]
-    settings: Mapping[str, Any]
+    said: Mapping[Place, int] = field(default_factory=dict)
 
     @property
     def patterns(self) -> Mapping[str, Columns]:
-        return {one.name: Columns(self._removed(one.size) / one.size) for one in self.sets}
+        return {
+            one.name: Columns(self._removed(one.size) / one.size, block=axis.block)
+            for one in self.sets
+            for axis in one.consumers
+        }
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
         names = {one.name for one in self.sets}
         inside = {o.name: None for y in model.layers for o in y.operators if f"{y.name}.{o.name}" in names}
-        model.choose(tuple(inside), because="it reads no channels that are removed")
+        model.choose(tuple(inside), because="it reads nothing that is removed")
         return tuple(inside)
 
     def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
@@ -55,8 +59,8 @@ class Narrowing(AbstractRemoval):
         removed = dict[str, list[int]]()
         for one in self.sets:
             (axis,) = one.consumers
-            unused = (axis.of(read(axis.parameter)) == 0).all(1 - axis.dim).nonzero().flatten().tolist()
-            removed[one.name] = unused[: self._removed(one.size)]
+            unused = (axis.of(read(axis.parameter)) == 0).all(1 - axis.dim).view(-1, axis.block).all(1)
+            removed[one.name] = unused.nonzero().flatten().tolist()[: self._removed(one.size)]
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
@@ -68,14 +72,14 @@ class Narrowing(AbstractRemoval):
         for one in self.sets:
             found, count = set(removed.get(one.name, ())), self._removed(one.size)
             if len(found) != count or not found <= set(range(one.size)):
-                raise ModelError(f"{one.name}: {len(found)} of {one.size} channels to remove; it should be {count}.")
+                raise ModelError(f"{one.name}: {len(found)} of {one.size} to remove; it should be {count}.")
         return Narrowed(self, {one.name: sorted(removed[one.name]) for one in self.sets})
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The `settings` of the model, with the new widths."""
         changed = deepcopy(dict(settings))
-        for path, (_, after) in self.widths.items():
-            set_at(changed, path, after)
+        for path, value in {**self.said, **{path: after for path, (_, after) in self.widths.items()}}.items():
+            set_at(changed, path, value)
         return changed
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
@@ -90,7 +94,7 @@ class Narrowing(AbstractRemoval):
         """
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         if shapes_of(model.model, settings) != _expected(shapes, self.sets, self.widths):
-            raise ModelError(f"{model.name}: config.json is not that of the model without its channels.")
+            raise ModelError(f"{model.name}: config.json is not that of the model without what is removed.")
 
     def _removed(self, size: int) -> int:
         return next(before - after for before, after in self.widths.values() if before == size)
@@ -187,7 +191,7 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
             f"{model.name}: no setting of its configuration says how many channels its MLP has ({sizes}), so that a "
             "model with fewer cannot be written. Pattern 'columns' zeroes them in place."
         )
-    found = Narrowing(tuple(sets), widths, settings)
+    found = Narrowing(tuple(sets), widths)
     found.require_configured(model, found.configured(settings))
     return found
 
@@ -200,7 +204,7 @@ def _said_by(
     shapes: Shapes,
 ) -> list[Channels]:
     """Those of the sets whose size these settings say; none if they say something else, or something more."""
-    built = shapes_of(model, Narrowing((), widths, settings).configured(settings))
+    built = shapes_of(model, Narrowing((), widths).configured(settings))
     changed = {name for name, shape in built.items() if shape != shapes.get(name)}
     found = [one for one in sets if one.consumers[0].parameter in changed]
     try:
@@ -222,7 +226,7 @@ def _cuts(sets: Iterable[Channels], removed: Mapping[str, Iterable[int]]) -> dic
     for one in sets:
         for axis in (*one.axes, *one.consumers):
             own = gone.setdefault(axis.parameter, {}).setdefault((axis.dim, axis.index), [])
-            own += [axis.start + number for number in removed[one.name]]
+            own += axis.entries(removed[one.name])
     found = dict[str, Cut]()
     for name, each in gone.items():
         (dim, *others) = {dim for dim, _ in each}

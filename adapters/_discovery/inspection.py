@@ -134,7 +134,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     if removed := checked.build_pattern().removes:
         raise RecipeError(
             f"inspect has no weights, and pattern {checked.pattern!r} finds its {removed} by them. Memory and time are "
-            "at most those of pattern 'columns', with channels of the targets that read them (down_proj, fc2)."
+            "at most those of pattern 'columns', with the targets that read them (down_proj, fc2; of heads o_proj)."
         )
     outline = read_outline(place, checked, asked.trust_remote_code)
     layers = with_rules(checked.layer_settings(), checked, outline.layers)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from convexprune.constraints import Constraint
 
+from .._channels.heads import find_heads
 from .._channels.narrowing import find_narrowing
 from .._huggingface import HuggingFaceModel
 from .base import AbstractRemoval
@@ -11,6 +12,7 @@ from .shortening import find_shortening
 
 REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]] = {
     "channels": find_narrowing,
+    "heads": find_heads,
     "layers": find_shortening,
 }
 

@@ -95,10 +95,11 @@ class TargetSettings(Settings):
     )
     pattern: str = setting(
         "unstructured",
-        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows; "
-        "channels, for channels of the MLP that are removed for good, in all layers alike, so that a multiple of 64 is "
-        "left, or of another number: channels:256 (docs/channels.md); "
-        "layers, for whole decoder layers that are removed for good (docs/layers.md).",
+        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows, "
+        "or columns:64, in blocks of so many; channels, for channels of the MLP that are removed for good, in all "
+        "layers alike, so that a multiple of 64 is left, or of another number: channels:256 (docs/channels.md); heads, "
+        "for attention heads that are removed for good, each KV head with its query heads, in all layers alike "
+        "(docs/heads.md); layers, for whole decoder layers that are removed for good (docs/layers.md).",
         "--sparsity-type",
         first=True,
     )
@@ -161,7 +162,7 @@ class MethodSettings(Settings):
     method: str = setting(
         "convex",
         "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda; "
-        "of whole columns and channels osscar, wanda-sp; of whole layers shortgpt.",
+        "of whole columns and channels osscar, wanda-sp, which takes heads, too; of whole layers shortgpt.",
         "--prune-method",
         choices=(
             "convex",

@@ -14,6 +14,7 @@ from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
+Removed = Literal["channels", "heads", "layers"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Constraint(ABC):
         return False
 
     @property
-    def removes(self) -> Literal["channels", "layers"] | None:
+    def removes(self) -> Removed | None:
         """What of the model is removed for good: of so many there are `width` left; None: nothing is."""
         return None
 

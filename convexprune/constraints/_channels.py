@@ -47,10 +47,6 @@ class Channels(Columns):
     def width(self, columns: int) -> int:
         return self.multiple * round((1 - self.sparsity) * columns / self.multiple)
 
-    def of(self, columns: int) -> Columns:
-        """The constraint of an operator with so many `columns`."""
-        return Columns(self._removed(columns) / columns)
-
     def check(self, rows: int, columns: int) -> None:
         if not 0 < self.width(columns) < columns:
             raise PatternError(

@@ -1,6 +1,7 @@
-"""Whole input channels: the same columns are zero in all rows of an operator."""
+"""Whole input channels, one by one or in blocks: the same columns are zero in all rows of an operator."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -9,32 +10,45 @@ from torch import Tensor
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
 from convexprune.constraints._share import check_share, percent, share_of, shares_around
+from convexprune.errors import PatternError
 
 
 @dataclass(frozen=True)
 class Columns(Mask):
-    """round(sparsity * n) columns of a weight [m n] are zero in all rows, those of the least energy sum_i S_ij^2.
+    """round(sparsity * n / block) blocks of columns of a weight [m n] are zero in all rows: those of least energy.
+
+    The energy of a block is the sum of S_ij^2 over all rows and its columns.
+
+    Args:
+        sparsity: the share of the blocks.
+        block: consecutive columns that are chosen together; 1: each for itself.
 
     Raises:
-        PatternError: `sparsity` outside [0, 1).
+        PatternError: `sparsity` outside [0, 1), or a block below 1.
     """
 
     sparsity: float
+    block: int = field(default=1, kw_only=True)  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         check_share(self.sparsity)
+        if self.block < 1:
+            raise PatternError(f"columns:{self.block} is no block. Accepted: columns:64, columns:128, ...")
 
     def describe(self) -> str:
-        return f"columns {percent(self.sparsity)}"
+        return f"columns{'' if self.block == 1 else f':{self.block}'} {percent(self.sparsity)}"
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        share = share_of("columns", text, sparsity, quota, "columns from all rows")
-        return None if share is None else cls(share)
+        match = re.fullmatch(r"columns(?::(\d{1,9}))?( .*)?", text)
+        if match is None:
+            return None
+        share = share_of("columns", f"columns{match[2] or ''}", sparsity, quota, "columns from all rows")
+        return None if share is None else cls(share, block=int(match[1] or 1))
 
     @property
     def continuous(self) -> bool:
-        """To a column."""
+        """To a column, or a block."""
         return True
 
     @property
@@ -47,12 +61,18 @@ class Columns(Mask):
         """All rows choose together."""
         return False
 
+    def check(self, rows: int, columns: int) -> None:
+        if columns % self.block:
+            raise PatternError(f"Pattern {self}: {columns} columns are no multiple of {self.block}.")
+        super().check(rows, columns)
+
     def zeros(self, rows: int, columns: int) -> int:
         return rows * self._removed(columns)
 
     def violation(self, weight: Tensor) -> int:
-        kept = int((weight != 0).any(0).sum())
-        return max(0, kept - weight.shape[1] + self._removed(weight.shape[1]))
+        columns = weight.shape[1]
+        kept = self.block * int((weight != 0).any(0).view(-1, self.block).any(1).sum())
+        return max(0, kept - columns + self._removed(columns))
 
     def with_share(self, share: float) -> "Columns":
         return replace(self, sparsity=share)
@@ -63,18 +83,32 @@ class Columns(Mask):
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         columns = scores.shape[1]
         removed = self._removed(first + columns) - self._removed(first)
-        return keep_largest(_norms(scores), columns - removed).expand(scores.shape).clone()
+        norms = column_norms(scores, self.block)[None, :: self.block]
+        kept = keep_largest(norms, (columns - removed) // self.block).repeat_interleave(self.block, 1)
+        return kept.expand(scores.shape).clone()
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """A column counts as a whole: each of its scores is to its threshold as its norm is to that of all columns."""
-        norms = _norms(scores)
-        between = kth_smallest(norms, min(self._removed(norms.shape[1]) + 1, norms.shape[1]))
+        """A block counts as a whole: each of its scores is to its threshold as its norm is to that of all blocks."""
+        norms = column_norms(scores, self.block)[None]
+        each, removed = norms[:, :: self.block], self._removed(norms.shape[1]) // self.block
+        between = kth_smallest(each, min(removed + 1, each.shape[1]))
         return scores.abs() * (between / norms.clamp_min(torch.finfo(scores.dtype).tiny))
 
     def _removed(self, columns: int) -> int:
-        return round(self.sparsity * columns)
+        return self.block * round(self.sparsity * (columns // self.block))
 
 
-def _norms(scores: Tensor) -> Tensor:
-    """That of each column [1 n]."""
-    return scores.square().sum(0, keepdim=True).sqrt()
+def column_norms(weight: Tensor, block: int = 1) -> Tensor:
+    """The norm of each column, or of the block that it is in.
+
+    Args:
+        weight: V [m n].
+        block: consecutive columns that are taken together.
+
+    Returns:
+        |V_:b| [n], b the block of the column.
+    """
+    norms = torch.linalg.vector_norm(weight, dim=0)
+    if block == 1:
+        return norms
+    return torch.linalg.vector_norm(norms.view(-1, block), dim=1).repeat_interleave(block)

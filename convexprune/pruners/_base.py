@@ -218,6 +218,8 @@ class AbstractPruner(ABC):
 
     columns_only: ClassVar[bool] = False
     """Whether it can do nothing but remove whole columns."""
+    one_by_one: ClassVar[bool] = False
+    """Whether it decides about column after column, and cannot remove blocks of them."""
     layers_only: ClassVar[bool] = False
     """Whether it can do nothing but remove whole decoder layers."""
     layer_score: "ClassVar[LayerScore | None]" = None
@@ -239,6 +241,11 @@ class AbstractPruner(ABC):
             raise PatternError(
                 f"{type(self).__name__} removes whole columns, and pattern {pattern} is no choice of these. Take "
                 "pattern 'channels' or 'columns', or another method."
+            )
+        if self.one_by_one and pattern.by_column and pattern.block > 1:
+            raise PatternError(
+                f"{type(self).__name__} decides about columns one after another, and pattern {pattern} removes blocks "
+                "of them. Take method 'convex' or 'wanda-sp'."
             )
         if self.layers_only and pattern.removes != "layers":
             raise PatternError(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
 from convexprune.constraints import Constraint
+from convexprune.constraints._columns import column_norms
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
@@ -33,8 +34,8 @@ class Convex(AbstractSearch):
     The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a bounded concave
     penalty: one iteration of FISTA each is enough. As the residual is affine, that of P is known from the rounds
     before: a round costs one product. Where one operator chooses whole columns the penalty is that of the group LASSO,
-    sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the columns' lengths. The last problem of every
-    envelope is certified, those before are on the way.
+    sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the columns' lengths, or of those of whole blocks of
+    them. The last problem of every envelope is certified, those before are on the way.
 
     The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on
     others (docs/benchmarks.md).
@@ -135,9 +136,9 @@ class Convex(AbstractSearch):
         tiny = torch.finfo(scores.dtype).tiny
         threshold = pattern.threshold(scores).clamp_min(tiny)
         if pattern.by_column and len(pattern.parts(len(scores))) == 1:
-            lengths, threshold = (torch.linalg.vector_norm(each, dim=0) for each in (scores, threshold))
+            lengths, threshold = (column_norms(each, pattern.block) for each in (scores, threshold))
             strengths = _strengths(lengths, threshold.amax().clamp_min(tiny), number_like(strength, scores))
-            return GroupLasso(strengths, checked=False)
+            return GroupLasso(strengths, checked=False, block=pattern.block)
         return L1(_strengths(scores, threshold, number_like(strength, scores)), checked=False)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._setting_types import NotNegative
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
@@ -58,11 +59,11 @@ class CVXPY(AbstractSolver):
         began = time.perf_counter()
         initial(problem, start)  # checks the shape; the engines are started by themselves
         quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
-        stated = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
-        roots = square_root(quadratic.gram.cpu().numpy())
-        if isinstance(stated.penalty, GroupLasso):
-            statements = [self._whole(stated, stated.penalty, *roots)]
+        penalty, roots = problem.penalty.to(torch.float64), square_root(quadratic.gram.cpu().numpy())
+        if isinstance(penalty, GroupLasso):
+            statements = [self._whole(quadratic, penalty, unit.cpu().numpy(), *roots)]
         else:
+            stated = Problem(quadratic, penalty.scaled(unit))
             statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
         built = time.perf_counter()
         rows, statuses = [], []
@@ -90,15 +91,17 @@ class CVXPY(AbstractSolver):
         return variable.value, STATUS.get(statement.status, Status.FAILED)
 
     def _whole(
-        self, problem: Problem, penalty: GroupLasso, factor: np.ndarray, inverse: np.ndarray
+        self, q: Quadratic, penalty: GroupLasso, unit: np.ndarray, factor: np.ndarray, inverse: np.ndarray
     ) -> tuple[cp.Variable, cp.Problem]:
-        """All rows in one statement, for a penalty that couples them."""
-        q = problem.quadratic
-        anchor = np.zeros(problem.shape) if q.anchor is None else q.anchor.cpu().numpy()
-        d = cp.Variable(problem.shape)
+        """All rows in one statement, for a penalty that couples them; of the weight in its own units."""
+        (m, n), block = q.cross.shape, penalty.block
+        anchor = np.zeros((m, n)) if q.anchor is None else q.anchor.cpu().numpy()
+        d = cp.Variable((m, n))
         smooth = cp.sum_squares(d @ factor.T - q.cross.cpu().numpy() @ inverse) / 2
-        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(problem.shape[1]).cpu().numpy()
-        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.norm(d + anchor, axis=0)))
+        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(n).cpu().numpy()[::block]
+        weight = cp.multiply(d + anchor, np.broadcast_to(1 / unit, (m, n)))
+        blocks = cp.reshape(weight, (m * block, n // block), order="F")  # the columns of a block, one below another
+        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.norm(blocks, axis=0)))
 
     def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
         q = problem.quadratic

@@ -15,7 +15,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._channels.cut import Cut
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.written import require_written
-from convexprune.constraints import Channels
+from convexprune.constraints import Channels, Constraint
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
 from convexprune.validation import verify
 
@@ -35,15 +35,18 @@ SMALL: dict[str, Any] = {
     "dataset": TOKENS, "num_calibration_samples": 3, "pattern": "channels:8", "sparsity": 1 / 3, "bound_rows": 0,
     "threads": 1,
 }  # fmt: skip
+HEADS = SMALL | {"pattern": "heads", "sparsity": 0.5}
+each_kind = pytest.mark.parametrize("settings", [SMALL, HEADS], ids=["channels", "heads"])
 
 
-def zero_some(model: HuggingFaceModel, found: Narrowing) -> None:
-    """Zeroes as many channels as are to be removed, others in each set."""
+def zero_some(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) -> None:
+    """Zeroes as much as is to be removed, something else in each set."""
     generator = torch.Generator().manual_seed(0)
     for one in found.sets:
         (axis,) = one.consumers
-        gone = torch.randperm(one.size, generator=generator)[: one.size - PATTERN.width(one.size)]
-        axis.of(model.model.get_parameter(axis.parameter)).index_fill_(axis.dim, gone, 0)
+        gone = torch.randperm(one.size, generator=generator)[: one.size - pattern.width(one.size)]
+        entries = torch.tensor(axis.entries(gone.tolist()))
+        axis.of(model.model.get_parameter(axis.parameter)).index_fill_(axis.dim, entries, 0)
 
 
 @torch.no_grad()
@@ -60,14 +63,14 @@ def test_every_family_without_channels_computes_what_it_does_with_zeros(family: 
     found.choose(model)
     operators = {f"{layer.name}.{o.name}" for layer in model.layers for o in layer.operators}
     assert operators == {one.name for one in found.sets} == found.patterns.keys()
-    zero_some(model, found)
+    zero_some(model, found, PATTERN)
     narrowed = found.narrowed(model.model.get_parameter)
     smaller = narrowed.model(model)
     torch.testing.assert_close(smaller(TOKENS).logits, model.model(TOKENS).logits, rtol=1e-5, atol=1e-5)
     (*_, counts), (*_, own) = narrowed.sizes(model).values(), [sum(p.numel() for p in smaller.parameters())]
     assert counts == [sum(p.numel() for p in model.model.parameters()), own]
     assert narrowed.note()["widths"] == WIDTHS.get(family, {"intermediate_size": [48, 32]})
-    with pytest.raises(ModelError, match="channels to remove; it should be"):
+    with pytest.raises(ModelError, match="to remove; it should be"):
         found.without({**narrowed.removed, found.sets[0].name: [0]})
 
 
@@ -111,11 +114,15 @@ def test_the_result_is_an_ordinary_smaller_folder(name: str, folder: Callable[[s
     assert torch.equal(result.model(TOKENS).logits, smaller(TOKENS).logits)
 
 
-def test_in_memory_the_result_is_that_of_the_folder(folder: Callable[[str], Path], tmp_path: Path):
+@each_kind
+def test_in_memory_the_result_is_that_of_the_folder(
+    settings: dict[str, Any], folder: Callable[[str], Path], tmp_path: Path
+):
     source = folder("llama")
-    here = convexprune.prune(source, **SMALL)
-    there = convexprune.prune(source, **SMALL, output_dir=tmp_path / "out")
-    assert here.report.narrowed == there.report.narrowed and here.model.config.intermediate_size == 32
+    here = convexprune.prune(source, **settings)
+    there = convexprune.prune(source, **settings, output_dir=tmp_path / "out")
+    assert here.report.narrowed == there.report.narrowed
+    assert (here.model.config.intermediate_size, here.model.config.num_attention_heads) in ((32, 4), (48, 2))
     written = there.model.state_dict()
     assert all(torch.equal(tensor, written[name]) for name, tensor in here.model.state_dict().items())
 
@@ -129,28 +136,34 @@ def test_a_checkpoint_that_does_not_stream_is_written_too(build: Callable[[str],
     assert result.model.config.intermediate_size == 32
 
 
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(folder: Callable[[str], Path], tmp_path: Path):
-    source = folder("opt")
-    whole = convexprune.prune(source, **SMALL, output_dir=tmp_path / "whole")
+@each_kind
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
+    settings: dict[str, Any], folder: Callable[[str], Path], tmp_path: Path
+):
+    source = folder("llama")
+    whole = convexprune.prune(source, **settings, output_dir=tmp_path / "whole")
 
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", progress=lambda _: stop)
-    again = convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", resume=True)
+        convexprune.prune(source, **settings, output_dir=tmp_path / "again", progress=lambda _: stop)
+    again = convexprune.prune(source, **settings, output_dir=tmp_path / "again", resume=True)
     names = [name for name in whole.report.files if name != "recipe.yaml"]
     assert [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]
 
 
-def test_verify_judges_a_run(folder: Callable[[str], Path], tmp_path: Path):
-    convexprune.prune(folder("llama"), **SMALL, output_dir=tmp_path / "out")
+@each_kind
+def test_verify_judges_a_run(settings: dict[str, Any], folder: Callable[[str], Path], tmp_path: Path):
+    convexprune.prune(folder("llama"), **settings, output_dir=tmp_path / "out")
     found = verify(tmp_path / "out", dataset=TOKENS)
     assert found.passed, found.faults
-    assert {e.operator.rsplit(".", 1)[1] for e in found.errors} == {"down_proj"}
-    path = tmp_path / "out" / "channels.json"
+    kind = settings["pattern"].partition(":")[0]
+    reader = {"channels": "down_proj", "heads": "o_proj"}[kind]
+    assert {e.operator.rsplit(".", 1)[1] for e in found.errors} == {reader}
+    path = tmp_path / "out" / f"{kind}.json"
     path.write_text(path.read_text().replace("[", "[1, ", 1))
-    with pytest.raises(OutputError, match=r"channels\.json is damaged"):
+    with pytest.raises(OutputError, match=rf"{kind}\.json is damaged"):
         verify(tmp_path / "out", dataset=TOKENS)
 
 

@@ -12,7 +12,7 @@ from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.errors import PatternError, UnsupportedError
-from convexprune.pruners import PRUNERS, Convex, LayerProblem, Refitted
+from convexprune.pruners import METHODS, PRUNERS, Convex, LayerProblem, Refitted
 from convexprune.solvers import Status, make_solver
 
 
@@ -24,6 +24,23 @@ def test_the_columns_of_least_energy_go_in_all_rows(m: int, n: int, sparsity: fl
     kept = sorted(range(n), key=lambda j: -energies[j])[: n - round(sparsity * n)]
     assert {j for j in range(n) if mask[:, j].all()} == set(kept)
     assert int((~mask).sum()) == Columns(sparsity).zeros(m, n) == m * (n - len(kept))
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(1, 4), st.sampled_from((0.0, 0.25, 0.5, 0.8)), seeds)
+def test_blocks_are_columns_of_a_weight_that_has_them_one_below_another(
+    m: int, count: int, block: int, sparsity: float, seed: int
+):
+    scores, pattern, alone = random(seed, m, count * block).abs(), Columns(sparsity, block=block), Columns(sparsity)
+    mask, threshold = pattern.mask(scores), pattern.threshold(scores)
+    assert torch.equal(folded(mask, block), alone.mask(folded(scores, block)))
+    torch.testing.assert_close(folded(threshold, block), alone.threshold(folded(scores, block)))
+    assert int((~mask).sum()) == pattern.zeros(m, count * block) and pattern.violation(scores * mask) == 0
+    assert pattern.violation(scores) == round(sparsity * count) * block
+
+
+def folded(weight: torch.Tensor, block: int) -> torch.Tensor:
+    """[m n] as [m * block, n / block]: what was a block of columns is one column."""
+    return weight.unflatten(1, (-1, block)).transpose(1, 2).flatten(0, 1)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), seeds)
@@ -43,11 +60,18 @@ def test_the_threshold_separates_what_is_kept_from_what_is_not(seed: int, sparsi
     assert (scores.abs()[~mask] <= threshold[~mask]).all()
 
 
-@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"shortgpt"}))
 def test_every_method_removes_whole_columns(method: str):
-    problem = layer_problem(correlated(0), Columns(0.25))
-    weight = PRUNERS[method]().prune(problem).weight
-    assert int((weight == 0).all(0).sum()) == 4 and problem.pattern.violation(weight) == 0
+    for pattern in Columns(0.25), Columns(0.25, block=4):
+        problem, pruner = layer_problem(correlated(0), pattern), METHODS[method]()
+        if pattern.block > 1 and method in ("osscar", "sparsegpt"):
+            with pytest.raises(PatternError, match="one after another, and pattern columns:4 25% removes blocks"):
+                pruner.require(pattern)
+            continue
+        pruner.require(pattern)
+        weight = pruner.prune(problem).weight
+        gone = (weight == 0).all(0).view(-1, pattern.block)
+        assert int(gone.all(1).sum()) * pattern.block == int(gone.sum()) == 4 and pattern.violation(weight) == 0
 
 
 def test_those_that_search_lose_less_than_those_that_look():
@@ -63,6 +87,11 @@ def test_names_and_what_does_not_fit():
     for sparsity in (0.01, 0.99):
         with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of a weight \[8 4\] rounds to (0|32) zeros"):
             Columns(sparsity).check(8, 4)
+    assert parse_pattern("columns:64", 0.25) == Columns(0.25, block=64)
+    with pytest.raises(PatternError, match="48 columns are no multiple of 64"):
+        Columns(0.5, block=64).check(8, 48)
+    with pytest.raises(PatternError, match="columns:0 is no block"):
+        parse_pattern("columns:0")
     assert not torch.equal(*(Columns(0.5).mask(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).T))
 
 
@@ -78,15 +107,16 @@ def test_the_refit_of_whole_columns_is_least_squares_at_once(seed: int):
     assert not pruned.weight[:, ~kept].any()
 
 
-@given(seeds)
-def test_the_path_of_one_operator_is_that_of_the_group_lasso(seed: int):
+@given(seeds, st.sampled_from((1, 4)))
+def test_the_path_of_one_operator_is_that_of_the_group_lasso(seed: int, block: int):
     """As it is posed: one strength for each column, small where it is clearly kept; some columns vanish on the way."""
-    problem, recorder = layer_problem(correlated(seed), Columns(0.5)), Recorder()
+    problem, recorder = layer_problem(correlated(seed), Columns(0.5, block=block)), Recorder()
     pruned = Convex(solver=recorder).prune(problem)
     penalties = [posed.penalty for posed, _, _ in recorder.calls if isinstance(posed.penalty, GroupLasso)]
     assert len(penalties) == len(recorder.calls) == Convex.rounds
     last, strength = recorder.calls[-1][2].weight, torch.as_tensor(penalties[-1].strength)
-    assert strength.shape == (16,) and (last == 0).all(0).any()
+    assert strength.shape == (16,) and {penalty.block for penalty in penalties} == {block}
+    assert block > 1 or (last == 0).all(0).any()
     kept = pruned.mask[0]
     assert float(strength[kept].max()) <= float(strength[~kept].min()) and problem.pattern.violation(pruned.weight) == 0
 

@@ -20,6 +20,7 @@ from convexprune.constraints import (
     Columns,
     Constraint,
     Grid,
+    Heads,
     Layers,
     Quantized,
     SemiStructured,
@@ -35,8 +36,9 @@ groups = st.integers(2, 16).flatmap(lambda group: st.tuples(st.integers(1, group
 plain = st.one_of(
     st.builds(Unstructured, shares, st.sampled_from(("matrix", "row"))),
     groups.map(lambda pair: SemiStructured(*pair)),
-    st.builds(Columns, shares),
+    st.builds(Columns, shares, block=st.integers(1, 256)),
     st.builds(Channels, shares, st.integers(1, 512)),
+    st.builds(Heads, shares),
     st.builds(Layers, shares),
 )
 grids = st.builds(Grid, st.integers(3, 8), st.sampled_from((32, 64, 128, ROW)))
@@ -51,6 +53,8 @@ SMALL: dict[str, Constraint] = {
     "2:4": SemiStructured(2, 4),
     "columns": Columns(0.5),
     "channels": Channels(0.5, 2),
+    "blocks of columns": Columns(0.5, block=2),
+    "heads": Heads(0.5),
     "layers": Layers(0.5),
     "int4": Quantized(Unstructured(0.5), Grid(4, 32)),
     "5.9 bits a weight": Quantized(Unstructured(0.5), Coded(5.9)),

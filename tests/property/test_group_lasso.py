@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import make_layer, random, seeds, sizes
+from test_columns import folded
 from torch import Tensor
 
 from convexprune.core._group_lasso import GroupLasso
@@ -72,6 +73,47 @@ def test_a_scaled_penalty_is_the_same_function(shape, seed):
     assert isinstance(single, Tensor) and single.dtype == torch.float32
 
 
+@given(st.tuples(sizes, st.integers(1, 4), st.integers(2, 4)), seeds)
+def test_a_penalty_of_blocks_is_that_of_columns_one_below_another(shape, seed):
+    m, count, block = shape
+    alone = make(count, seed)
+    penalty = GroupLasso(torch.as_tensor(alone.strength).repeat_interleave(block), block=block)
+    weight, slope = random(seed + 1, m, count * block), 2 * random(seed + 2, m, count * block)
+
+    def same(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(folded(found, block), expected)
+
+    assert float(penalty.values(weight).sum()) == pytest.approx(float(alone.values(folded(weight, block)).sum()))
+    same(penalty.prox(weight, 0.7), alone.prox(folded(weight, block), 0.7))
+    same(penalty.project(slope), alone.project(folded(slope, block)))
+    same(penalty.subgradient(weight, slope), alone.subgradient(folded(weight, block), folded(slope, block)))
+    torch.testing.assert_close(penalty.dual_scale(slope)[0], alone.dual_scale(folded(slope, block))[0])
+    assert penalty.to(torch.float32).block == block
+
+
+@given(st.tuples(sizes, st.integers(1, 4), st.integers(2, 4)), seeds, st.sampled_from((0.1, 1.0, 2.5)))
+def test_blocks_in_other_units_are_the_same_function_and_its_prox_is_where_the_slope_vanishes(shape, seed, step):
+    m, count, block = shape
+    penalty = GroupLasso(torch.as_tensor(make(count, seed).strength).repeat_interleave(block), block=block)
+    weight, units = 2 * random(seed + 1, m, count * block), random(seed + 2, count * block).exp()
+    scaled = penalty.scaled(units)
+    torch.testing.assert_close(scaled.values(weight * units), penalty.values(weight))
+    torch.testing.assert_close(scaled.scaled(units).values(weight * units.square()), penalty.values(weight))
+    found = scaled.prox(weight, step)
+    split = (tensor.split(block, -1) for tensor in (weight, found, units))
+    for before, after, unit, strength in zip(*split, torch.as_tensor(penalty.strength)[::block], strict=True):
+        if after.norm() == 0:
+            assert (before * unit).norm() <= step * strength + ROUNDING
+        else:
+            slope = after - before + step * strength * after / unit**2 / (after / unit).norm()
+            assert float(slope.abs().max()) <= 1e-9
+    dual = scaled.project(weight)
+    assert (scaled.dual_scale(dual) >= 1 - 1e-9).all()
+    at, slope = scaled.prox(weight, 1.0), weight
+    assert float((scaled.subgradient(at, slope) - (slope - at)).abs().max()) <= 1e-9
+    assert float(((slope - at) * at).sum()) == pytest.approx(float(scaled.values(at).sum()), abs=1e-9)
+
+
 def problem_of(kind: str, seed: int) -> Problem:
     quadratic = make_layer(kind, 3, 6, seed).quadratic()
     return Problem(quadratic, GroupLasso(0.3 * random(seed, 6).abs() * quadratic.gram.diagonal().sqrt()))
@@ -85,6 +127,17 @@ def test_our_solvers_certify_it_and_cvxpy_agrees(kind, solver, seed):
     assert solution.status is Status.SOLVED
     oracle = make_solver("cvxpy").solve(problem)
     assert oracle.status is Status.SOLVED
+    assert problem.value(solution.weight) == pytest.approx(problem.value(oracle.weight), rel=1e-6)
+
+
+@settings(max_examples=4)
+@given(st.sampled_from(("full rank", "rank deficient")), st.sampled_from(("fista", "admm")), seeds)
+def test_so_they_do_with_blocks_of_columns(kind, solver, seed):
+    quadratic = make_layer(kind, 3, 6, seed).quadratic()
+    problem = Problem(quadratic, GroupLasso(0.3 * float(quadratic.gram.diagonal().mean().sqrt()), block=2))
+    solution = make_solver(solver, tolerance=1e-8, max_iterations=50_000).solve(problem)
+    oracle = make_solver("cvxpy").solve(problem)
+    assert solution.status is oracle.status is Status.SOLVED
     assert problem.value(solution.weight) == pytest.approx(problem.value(oracle.weight), rel=1e-6)
 
 

@@ -89,6 +89,11 @@ def test_wanda_sp_is_its_formula_by_hand():
     problem = LayerProblem(weight, moments, Columns(0.5))
     assert WandaSP().prune(problem).weight.tolist() == [[1.0, 0.0], [-1.0, 0.0]]
     assert Wanda().prune(problem).weight.tolist() == [[0.0, 9.0], [0.0, 0.5]]
+    # Of blocks the sums count, 3.1 and 4, and not those of squares, 9 and 8.
+    weight, moments = torch.tensor([[3.0, 0.1, 2.0, 2.0]]), Moments(4)
+    moments.add(torch.eye(4))
+    problem = LayerProblem(weight, moments, Columns(0.5, block=2))
+    assert WandaSP().prune(problem).weight.tolist() == [[0.0, 0.0, 2.0, 2.0]]
 
 
 def test_what_it_cannot_do_is_refused():

@@ -271,12 +271,14 @@ def test_plots_are_drawn_where_there_is_something_to_draw_with(monkeypatch: pyte
         will_draw(True)
 
 
-def test_where_channels_are_removed_only_what_reads_them_is_pruned(folder: Path):
-    found = compared(folder, methods=["wanda"], patterns=["channels:8"], sparsities=[1 / 3])
-    assert [row["sparsity"] for row in found["rows"]] == [pytest.approx(1 / 3)]
-    assert "| wanda | channels:8 33.3% |" in (folder / "out" / "report.md").read_text()
-    with pytest.raises(errors.RecipeError, match="compare it with no other pattern"):
-        compared(folder, patterns=["channels:8", "2:4"], output=folder / "no")
+@pytest.mark.parametrize(("pattern", "share", "line"), [("channels:8", 1 / 3, "33.3%"), ("heads", 0.5, "50.0%")])
+def test_where_something_is_removed_only_what_reads_it_is_pruned(folder: Path, pattern: str, share: float, line: str):
+    found = compared(folder, methods=["wanda"], patterns=[pattern], sparsities=[share])
+    assert [row["sparsity"] for row in found["rows"]] == [pytest.approx(share)]
+    assert f"| wanda | {pattern} {line} |" in (folder / "out" / "report.md").read_text()
+    for other in "2:4", "channels:16" if pattern == "heads" else "heads":
+        with pytest.raises(errors.RecipeError, match="compare it with no other pattern"):
+            compared(folder, patterns=[pattern, other], output=folder / "no")
 
 
 def test_quantizers_are_compared_as_they_quantize_alone(folder: Path):

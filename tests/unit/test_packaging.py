@@ -34,8 +34,8 @@ PUBLIC = {
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """
-        KINDS Budget Channels Coded Columns Constraint Grid Layers Mask Quantized SemiStructured Stacked Unstructured
-        parse_pattern""",
+        KINDS Budget Channels Coded Columns Constraint Grid Heads Layers Mask Quantized SemiStructured Stacked
+        Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted

@@ -34,6 +34,7 @@ class OSSCAR(AbstractPruner):
     """
 
     columns_only = True
+    one_by_one = True
 
     damping: NotNegative = 0.01
     exchanged: NotNegative = 0.1

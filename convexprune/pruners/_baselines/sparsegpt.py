@@ -31,6 +31,8 @@ class SparseGPT(AbstractPruner):
         damping: the ridge, in units of the mean diagonal of H.
     """
 
+    one_by_one = True
+
     block: Count = 128
     damping: NotNegative = 0.01
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
@@ -12,7 +13,8 @@ class WandaSP(AbstractPruner):
     """Score sum_i |W_ij| |X_j|_2 of column j; kept weights do not change (An et al., arXiv 2312.11983, section 4.1).
 
     Wanda itself, as the nearest weight in the pattern, takes the root of the sum of squares, |W_:j|_2 |X_j|_2. FLAP's
-    own score is the square of that, with the variance of x_j in place of its mean square.
+    own score is the square of that, with the variance of x_j in place of its mean square. Where blocks of columns are
+    chosen, as heads are, the scores of their columns are added up, as in the code of FLAP.
     """
 
     columns_only = True
@@ -21,6 +23,11 @@ class WandaSP(AbstractPruner):
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
         scores = problem.weight.abs() * problem.scale
-        parts = [scores[rows] for rows, _ in problem.pattern.parts(len(scores))]
-        mask = problem.pattern.mask(torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts]))
+        parts = [_added_up(scores[rows], own.block) for rows, own in problem.pattern.parts(len(scores))]
+        mask = problem.pattern.mask(torch.cat(parts))
         return LayerEdit(problem.weight * mask, mask)
+
+
+def _added_up(scores: Tensor, block: int) -> Tensor:
+    """Those of an operator [m n] over its rows and over blocks of its columns, in the place of each."""
+    return scores.sum(0).view(-1, block).sum(1).repeat_interleave(block).expand_as(scores)

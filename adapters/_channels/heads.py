@@ -1,0 +1,218 @@
+"""Attention heads removed for good, a KV group at a time: what of each parameter is of it, and what says how many.
+
+A KV group is a key/value head with all query heads that attend to it. Its columns are those of one operator, which
+reads what the heads make; all else that is of it follows from what becomes smaller in a model with fewer, and from
+experiments: entries of it that are doubled change inputs of that operator, and these have to be of one group.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from convexprune._layerwise.model import Call, DecoderLayer, Group
+from convexprune.constraints import Constraint
+from convexprune.errors import ModelError
+
+from .._discovery.family import head_size
+from .._discovery.kinds import of_each_kind
+from .._huggingface import HuggingFaceModel
+from .channels import Axis, Channels, columns
+from .configuration import Place, Shapes, candidates, settings_of, shapes_of
+from .inner_channels import changed_inputs, half, inner_channels, same_in_another_order
+from .narrowing import Narrowing
+
+DIM = "head_dim"
+"""The setting that says how wide heads are, which else follows from their number."""
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What is known of a model's heads from where their values go.
+
+    Args:
+        readers: the names of the operators that read them.
+        touched: the names of parameters that certainly are of the heads.
+        groups: how many KV groups each reader reads.
+        heads: and how many heads.
+        width: the columns of a group.
+        operator: the name in its layer of the first reader.
+    """
+
+    readers: frozenset[str]
+    touched: frozenset[str]
+    groups: int
+    heads: int
+    width: int
+    operator: str
+
+
+def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
+    """The KV groups of heads of a dense model that a pattern removes.
+
+    Args:
+        model: the dense model.
+        pattern: says how many are left.
+
+    Returns:
+        The groups, as channels of many entries each, and the settings.
+
+    Raises:
+        ModelError: no heads are found, or no settings say how many there are.
+        PatternError: the pattern does not fit their number.
+    """
+    values = _values(model)
+    pattern.check(1, values.groups)
+    found, dims = _said(model, values, pattern.width(values.groups))
+    sets = of_each_kind(model, partial(_of_layer, dims=dims, values=values, head=head_size(model.model.config)))
+    named = zip(model.layers, sets, strict=True)
+    found = replace(found, sets=tuple(one.of_layer(layer.name) for layer, one in named if one is not None))
+    found.require_configured(model, found.configured(settings_of(model)))
+    return found
+
+
+def _values(model: HuggingFaceModel) -> _Values:
+    """Those of all decoder layers, which have to be alike: of each KV head, the columns that its values go to."""
+    found = dict[str, list[Channels]]()
+    for one in inner_channels(model):
+        name, inside, _ = one.name.partition("[")
+        if inside:
+            found.setdefault(name, []).append(one)
+    readers = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators if f"{y.name}.{o.name}" in found}
+    numbers = {(len(found[n]), sum(len(o.consumers) for o in found[n]), r.shape[1]) for n, r in readers.items()}
+    (groups, heads, inputs), *others = numbers or {(0, 0, 0)}
+    size = next((one.size for sets in found.values() for one in sets), 0)
+    if others or not 0 < inputs == heads * size:
+        what = "its layers do not have as many heads each" if others else "no attention heads are to be found in it"
+        raise ModelError(f"{model.name}: {what}, so that none can be removed. Pattern 'channels' may do.")
+    touched = {axis.parameter for sets in found.values() for one in sets for axis in (*one.axes, *one.consumers)}
+    operator = next(iter(readers.values())).name
+    return _Values(frozenset(found), frozenset(touched), groups, heads, inputs // groups, operator)
+
+
+def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowing, dict[str, int]]:
+    """Settings that say how many groups are left, and the dimension of each parameter that becomes smaller by them.
+
+    Raises:
+        ModelError: there are none. The nearest number that can be had is named: some families want one that divides
+            the hidden size.
+    """
+    shapes, settings = {name: tuple(p.shape) for name, p in model.model.named_parameters()}, settings_of(model)
+    number, nearest = left, None
+    for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
+        tried = [(one, shapes_of(model.model, one.configured(settings))) for one in _candidates(model, values, number)]
+        each = ((one, _smaller(shapes, built, values.groups, number)) for one, built in tried)
+        nearest = next(((one, dims) for one, dims in each if values.touched <= dims.keys()), None)
+        if nearest is not None and number == left:
+            return nearest
+        if nearest is not None or not tried or tried[0][1]:  # there is such a model, and it is another
+            break
+    instead = "no other number" if nearest is None else f"{number}, with sparsity={1 - number / values.groups:g}"
+    raise ModelError(
+        f"{model.name}: its configuration cannot say that {left} of the {values.groups} KV groups of heads are left, "
+        f"each as wide as before. It can say: {instead}. Pattern 'channels' makes the MLP narrower, and "
+        f"'columns:{values.width}' with targets={values.operator!r} zeroes heads in place."
+    )
+
+
+def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator[Narrowing]:
+    """Settings that may say how many groups are left: as many as may be, of those that have the numbers now."""
+    config, text = model.model.config, model.model.config.get_text_config()
+    places: dict[Place, int] = {
+        place: number
+        for number in dict.fromkeys((values.heads, values.groups))
+        for place in candidates(config, number)
+        if "head" in place[-1] and "dim" not in place[-1]
+    }
+    said = {} if isinstance(getattr(type(text), DIM, None), property) else {DIM: _width(text, values.heads)}
+    for count in range(len(places), 0, -1):
+        for chosen in combinations(places, count):
+            widths = {place: (places[place], places[place] * left // values.groups) for place in chosen}
+            yield Narrowing((), widths, {(*chosen[0][:-1], name): value for name, value in said.items()})
+
+
+def _width(config: PretrainedConfig, heads: int) -> int:
+    """What the setting for the width of heads is, or has to be so that it does not follow from their number."""
+    return getattr(config, DIM, None) or config.hidden_size // heads
+
+
+def _smaller(shapes: Shapes, built: Shapes, groups: int, left: int) -> dict[str, int]:
+    """The dimension of each parameter that has so many fewer entries in it; none if something else is different."""
+    found = dict[str, int]()
+    for name, shape in shapes.items() if shapes.keys() == built.keys() else ():
+        different = [dim for dim, pair in enumerate(zip(shape, built[name], strict=True)) if pair[0] != pair[1]]
+        if not different:
+            continue
+        if len(different) > 1 or shape[different[0]] * left != built[name][different[0]] * groups:
+            return {}
+        found[name] = different[0]
+    return found
+
+
+def _of_layer(
+    layer: DecoderLayer, call: Call, hidden: Tensor, dims: Mapping[str, int], values: _Values, head: int
+) -> Channels | None:
+    """The KV groups of a layer.
+
+    Raises:
+        ModelError: of some parameter it is not to be found out which entries are of which group.
+    """
+    read = {f"{layer.name}.{o.name}": (group, o) for group in layer.groups for o in group.operators}
+    (group, operator) = next((read[name] for name in read if name in values.readers), (None, None))
+    if group is None or operator is None:
+        return None
+    consumer = replace(columns(operator), block=values.width)
+    modules = dict[tuple[str, int], list[Axis]]()  # a weight and its bias are of the same heads
+    for name, parameter in layer.module.named_parameters():
+        dim = dims.get(f"{layer.name}.{name}")
+        if dim is not None and name != consumer.parameter:
+            modules.setdefault((name.rpartition(".")[0], parameter.shape[dim]), []).append(Axis(name, dim))
+    axes = list[Axis]()
+    for (path, size), whole in modules.items():
+        for unit in (size // values.groups, head):
+            runs = _runs(_groups(layer, group, whole, range(0, size, unit), call, hidden, values.width), values.groups)
+            if runs is not None:
+                axes += [replace(axis, start=start * unit, block=n * unit) for start, n in runs for axis in whole]
+                break
+        else:
+            raise ModelError(
+                f"{layer.name}.{path}: some of its {size} rows change no KV group of heads, or several, as where a "
+                "norm is over all of them, so that no group can be removed. Pattern 'channels' makes the MLP narrower."
+            )
+    found = Channels(operator.name, values.groups, tuple(axes), (consumer,))
+    if not same_in_another_order(layer, group, [found], call, hidden):
+        raise ModelError(f"{layer.name}: its heads depend on their number, so that none can be removed.")
+    return found
+
+
+def _groups(
+    layer: DecoderLayer, group: Group, axes: Sequence[Axis], starts: range, call: Call, hidden: Tensor, width: int
+) -> list[int]:
+    """The KV group of each block of entries: that which they change, with half of them doubled; -1: not one alone."""
+    found = list[int]()
+    for start in starts:
+        each = [replace(axis, start=start) for axis in axes]
+        changed = changed_inputs(layer, group, each, half(starts.step, start), call, hidden).view(-1, width).any(1)
+        reached = changed.nonzero().flatten().tolist()
+        found.append(reached[0] if len(reached) == 1 else -1)
+    return found
+
+
+def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
+    """Where runs of blocks begin that are of each group in turn, and how many of each; None if they are none.
+
+    Of fused q, k and v there are three: the query heads of all groups, then their keys, then their values.
+    """
+    runs, at = list[tuple[int, int]](), 0
+    while at < len(found):
+        each = next((i for i, number in enumerate(found[at:]) if number != 0), 0)
+        if list(found[at : at + each * count]) != [number for number in range(count) for _ in range(each)]:
+            return None
+        if each == 0:
+            return None
+        runs.append((at, each))
+        at += each * count
+    return runs

@@ -1,0 +1,48 @@
+"""Attention heads that are removed for good, a KV group at a time."""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from convexprune.constraints._base import Constraint, Quota
+from convexprune.constraints._columns import Columns
+from convexprune.constraints._share import percent, share_of
+from convexprune.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Heads(Columns):
+    """Of n KV groups round(sparsity * n) are removed: key/value heads, each with all query heads that attend to it.
+
+    How many columns of an operator a group has, only the model says: its operators are pruned to `Columns` in blocks.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1).
+    """
+
+    def describe(self) -> str:
+        return f"heads {percent(self.sparsity)}"
+
+    @classmethod
+    def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
+        share = share_of("heads", text, sparsity, quota, "whole attention heads")
+        return None if share is None else cls(share)
+
+    @property
+    def removes(self) -> Literal["heads"]:
+        return "heads"
+
+    def width(self, columns: int) -> int:
+        return columns - self._removed(columns)
+
+    def check(self, rows: int, columns: int) -> None:
+        if columns == 1:
+            raise PatternError("All query heads share one KV head, and none can go. Pattern 'channels' removes others.")
+        if not 0 < self.width(columns) < columns:
+            raise PatternError(
+                f"Sparsity {self.sparsity} of {columns} KV groups of heads rounds to {self._removed(columns)}. "
+                f"Accepted: {1 / columns:.3g} for one of them, to {1 - 1 / columns:.3g} for all but one."
+            )
+
+    def ladder(self, reach: float, step: float) -> list[Constraint]:
+        """All layers keep as many."""
+        return [self]

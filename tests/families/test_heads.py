@@ -1,0 +1,156 @@
+"""Attention heads removed for good, a KV group at a time: see `test_channels` for what holds of both kinds."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_channels import HEADS, zero_some
+from tiny_families import FAMILIES, TOKENS, build_family
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+import convexprune
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._channels.heads import find_heads
+from convexprune.constraints import Heads
+from convexprune.errors import ConvexpruneError, ModelError, PatternError
+
+WIDTHS = {  # heads and KV heads before and after; of most families 4 and 2, of which one is left
+    "deepseek_v2": {"num_attention_heads": [4, 2], "num_key_value_heads": [4, 2]},
+    "llama, 1": {"num_attention_heads": [4, 2], "num_key_value_heads": [4, 2]},
+    **{
+        name: {"text_config.num_attention_heads": [4, 2], "text_config.num_key_value_heads": [2, 1]}
+        for name in ("gemma3", "llava")
+    },
+}
+NOT_SAID = "cannot say that {} KV groups of heads are left, each as wide as before. It can say: no other number. "
+REFUSED = {
+    "bloom": NOT_SAID.format("2 of the 4"),
+    "falcon": "All query heads share one KV head",
+    "falcon, new": NOT_SAID.format("1 of the 2"),
+    "gpt2": NOT_SAID.format("2 of the 4") + "Pattern 'channels' makes the MLP narrower, and 'columns:8' with "
+    "targets='attn.c_proj' zeroes heads in place.",
+    "gpt_neox": NOT_SAID.format("2 of the 4"), "gpt_neox, sequential": NOT_SAID.format("2 of the 4"),
+    "olmo2": "q_proj: some of its 32 rows change no KV group of heads, or several, as where a norm is over all of them",
+    "opt": NOT_SAID.format("2 of the 4"), "opt, 350M": NOT_SAID.format("2 of the 4"),
+    "stablelm": NOT_SAID.format("1 of the 2"),
+}  # fmt: skip
+PATTERN = Heads(0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_without_heads_computes_what_it_does_with_zeros(family: str):
+    model = HuggingFaceModel(build_family(family))
+    if family in REFUSED:
+        with pytest.raises(ConvexpruneError) as refused:
+            find_heads(model, PATTERN)
+        assert REFUSED[family] in str(refused.value)
+        return
+    found = find_heads(model, PATTERN)
+    found.choose(model)
+    operators = [operator for layer in model.layers for operator in layer.operators]
+    assert len(operators) == len(found.sets) == len(model.layers)
+    assert {pattern.block for pattern in found.patterns.values()} == {operators[0].shape[1] // found.sets[0].size}
+    zero_some(model, found, PATTERN)
+    narrowed = found.narrowed(model.model.get_parameter)
+    smaller = narrowed.model(model)
+    torch.testing.assert_close(smaller(TOKENS).logits, model.model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    (*_, counts), own = narrowed.sizes(model).values(), sum(p.numel() for p in smaller.parameters())
+    assert counts == [sum(p.numel() for p in model.model.parameters()), own]
+    usual = {"num_attention_heads": [4, 2], "num_key_value_heads": [2, 1]}
+    assert narrowed.note()["widths"] == WIDTHS.get(family, usual)
+
+
+@pytest.mark.parametrize("family", ["llama, 3.2", "qwen2", "phi3"])
+def test_the_result_is_an_ordinary_smaller_folder(family: str, tmp_path: Path):
+    """Tied embeddings, biases, and q, k and v in one."""
+    build_family(family).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    result = convexprune.prune(tmp_path / "dense", **HEADS, output_dir=tmp_path / "out")
+    assert result.report.environment["loading"] == "layer by layer"
+    dense, smaller = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "out"))
+    assert (smaller.config.num_attention_heads, smaller.config.num_key_value_heads, smaller.config.head_dim) == (
+        2,
+        1,
+        8,
+    )
+    assert torch.equal(result.model(TOKENS).logits, smaller(TOKENS).logits)
+    note = json.loads((tmp_path / "out" / "heads.json").read_text())
+    operators = {o.name: o for o in result.report.operators}
+    assert note["removed"].keys() == operators.keys() and len(operators) == 2
+    for name, (gone,) in note["removed"].items():
+        kept = slice(0, 16) if gone else slice(16, 32)
+        assert operators[name].pattern == "columns:16 50%" and operators[name].zeros == 32 * 16
+        gap = operators[name].gap
+        assert gap is not None and gap < 1e-4
+        if family == "qwen2":  # what makes the heads that are left is as before
+            for kind in "weight", "bias":
+                before, after = (
+                    m.get_parameter(f"{name.replace('o_proj', 'q_proj')}.{kind}") for m in (dense, smaller)
+                )
+                assert torch.equal(after, before[kept])
+        with torch.no_grad():  # the dense model with the operator's new weights and zeros computes the same
+            dense.get_parameter(f"{name}.weight").zero_()[:, kept] = smaller.get_parameter(f"{name}.weight")
+    torch.testing.assert_close(smaller(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    counts = result.report.narrowed
+    assert counts is not None and counts["parameters"][1] == sum(p.numel() for p in smaller.parameters())
+    assert result.report.sparsity == pytest.approx(0.5) and "heads.json" in result.report.files
+    assert "removed attention heads: a smaller dense model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def llama(heads: int, groups: int) -> HuggingFaceModel:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=groups, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.config._attn_implementation = "eager"
+    return HuggingFaceModel(model)
+
+
+def test_a_number_that_cannot_be_had_is_refused_with_one_that_can():
+    model = llama(8, 8)
+    with pytest.raises(ModelError, match=r"that 3 of the 8 KV groups .* It can say: 4, with sparsity=0\.5"):
+        find_heads(model, Heads(0.625))  # LLaMA wants a number of heads that divides the hidden size, or fewer
+    for share, rounded in ((0.01, 0), (0.99, 8)):
+        with pytest.raises(
+            PatternError, match=rf"of 8 KV groups of heads rounds to {rounded}. Accepted: 0\.125 for one"
+        ):
+            find_heads(model, Heads(share))
+
+
+def test_heads_that_are_not_side_by_side_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Query heads 0 and 2 attend to the first KV head, 1 and 3 to the second."""
+    monkeypatch.setattr(modeling_llama, "repeat_kv", lambda x, n: x.repeat(1, n, 1, 1))
+    model = llama(4, 2)
+    with pytest.raises(ModelError, match="change no KV group of heads, or several"):
+        find_heads(model, PATTERN)
+
+
+def test_heads_that_depend_on_their_number_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """As those of ALiBi do: with its slopes a head that is left would compute something else in the smaller model."""
+    eager, slopes = modeling_llama.eager_attention_forward, torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output, weights = eager(*args, **kwargs)
+        return output * slopes, weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", forward)
+    model = llama(4, 2)
+    with pytest.raises(ModelError, match="heads depend on their number"):
+        find_heads(model, PATTERN)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(build: Callable[[str], PreTrainedModel], tmp_path: Path):
+    build("llama").save_pretrained(tmp_path / "dense")
+
+    def refused(error: type[Exception], match: str, **given: Any) -> None:
+        with pytest.raises(error, match=match):
+            convexprune.prune(tmp_path / "dense", **HEADS | given, output_dir=tmp_path / "out")
+
+    refused(PatternError, "Leave quota out", quota="row")
+    refused(PatternError, "OSSCAR decides about columns one after another", method="osscar")
+    refused(ConvexpruneError, "prune twice, the smaller model last", quantize="int4")
+    assert not (tmp_path / "out").exists()
