@@ -9,19 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PretrainedConfig
 
 from convexprune._layerwise.model import Call, DecoderLayer, Group
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
 
-from .._discovery.family import head_size
+from .._discovery.family import decoder_layers, head_size
 from .._discovery.kinds import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .channels import Axis, Channels, columns
-from .configuration import Place, Shapes, candidates, settings_of, shapes_of
+from .channels import Axis, Channels, close, columns
+from .configuration import Place, Shapes, built, candidates, settings_of, shapes_of
 from .inner_channels import changed_inputs, half, inner_channels, same_in_another_order
 from .narrowing import Narrowing
 
@@ -71,6 +74,7 @@ def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     named = zip(model.layers, sets, strict=True)
     found = replace(found, sets=tuple(one.of_layer(layer.name) for layer, one in named if one is not None))
     found.require_configured(model, found.configured(settings_of(model)))
+    _require_same(model, found)
     return found
 
 
@@ -216,3 +220,46 @@ def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
         runs.append((at, each))
         at += each * count
     return runs
+
+
+@torch.no_grad()
+def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
+    """Check that layers of the smaller model compute what the dense ones do with zeros in place of some heads.
+
+    Settings may say more than shapes: what scores are divided by, say.
+
+    Raises:
+        ModelError: they compute something else.
+    """
+    narrowed = found.without({one.name: range(found.count(one.size)) for one in found.sets})
+    smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()
+    left, (_, layers) = [layer.name for layer in model.layers], decoder_layers(smaller)
+
+    def same(layer: DecoderLayer, call: Call, hidden: Tensor) -> bool:
+        state = {f"{layer.name}.{name}": tensor for name, tensor in layer.module.state_dict().items()}
+        cuts = {name: cut for name, cut in narrowed.cuts.items() if name in state}
+        zeros = state | {name: cut.back(cut.of(state[name]), state[name]) for name, cut in cuts.items()}
+        before = _With(layer.module, zeros, layer.name)
+        after = _With(layers[left.index(layer.name)], narrowed.state(state), layer.name)
+        return close(call(before, hidden), call(after, hidden), hidden.dtype)
+
+    if not all(each := of_each_kind(model, same)):
+        raise ModelError(
+            f"{model.name}: {left[each.index(False)]} of a model with fewer heads computes something else than with "
+            "zeros in place of them, so that none can be removed. Pattern 'channels' makes the MLP narrower."
+        )
+
+
+class _With(nn.Module):
+    """A module with other tensors, whose names begin with that of the layer."""
+
+    def __init__(self, module: nn.Module, state: Mapping[str, Tensor], layer: str) -> None:
+        super().__init__()
+        own = {name.removeprefix(f"{layer}."): tensor for name, tensor in state.items()}
+        device = next(iter(own.values())).device
+        buffers = {name: buffer.to(device) for name, buffer in module.named_buffers()}
+        self._run = partial(functional_call, module, buffers | own)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns with them."""
+        return self._run(args, kwargs)

@@ -39,7 +39,7 @@ class Narrowing(AbstractRemoval):
     @property
     def patterns(self) -> Mapping[str, Columns]:
         return {
-            one.name: Columns(self._removed(one.size) / one.size, block=axis.block)
+            one.name: Columns(self.count(one.size) / one.size, block=axis.block)
             for one in self.sets
             for axis in one.consumers
         }
@@ -60,7 +60,7 @@ class Narrowing(AbstractRemoval):
         for one in self.sets:
             (axis,) = one.consumers
             unused = (axis.of(read(axis.parameter)) == 0).all(1 - axis.dim).view(-1, axis.block).all(1)
-            removed[one.name] = unused.nonzero().flatten().tolist()[: self._removed(one.size)]
+            removed[one.name] = unused.nonzero().flatten().tolist()[: self.count(one.size)]
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
@@ -70,7 +70,7 @@ class Narrowing(AbstractRemoval):
             ModelError: they are not as many as there should be, or there are no such channels.
         """
         for one in self.sets:
-            found, count = set(removed.get(one.name, ())), self._removed(one.size)
+            found, count = set(removed.get(one.name, ())), self.count(one.size)
             if len(found) != count or not found <= set(range(one.size)):
                 raise ModelError(f"{one.name}: {len(found)} of {one.size} to remove; it should be {count}.")
         return Narrowed(self, {one.name: sorted(removed[one.name]) for one in self.sets})
@@ -96,7 +96,8 @@ class Narrowing(AbstractRemoval):
         if shapes_of(model.model, settings) != _expected(shapes, self.sets, self.widths):
             raise ModelError(f"{model.name}: config.json is not that of the model without what is removed.")
 
-    def _removed(self, size: int) -> int:
+    def count(self, size: int) -> int:
+        """How many are to be removed of a set of that `size`."""
         return next(before - after for before, after in self.widths.values() if before == size)
 
 

@@ -143,6 +143,19 @@ def test_heads_that_depend_on_their_number_are_refused(monkeypatch: pytest.Monke
         find_heads(model, PATTERN)
 
 
+def test_heads_that_depend_on_how_many_there_are_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """The shapes are right, but the scores are divided by something else."""
+    begin = modeling_llama.LlamaAttention.__init__
+
+    def changed(self: Any, config: LlamaConfig, layer_idx: int) -> None:
+        begin(self, config, layer_idx)
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", changed)
+    with pytest.raises(ModelError, match=r"layers\.0 of a model with fewer heads computes something else"):
+        find_heads(llama(4, 2), PATTERN)
+
+
 def test_what_does_not_fit_is_refused_before_any_work(build: Callable[[str], PreTrainedModel], tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
 
