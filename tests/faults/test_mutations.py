@@ -126,6 +126,8 @@ FAULTS = (
           test_group_lasso.test_all_rows_have_one_dual_point),
     Fault("a block shrinkage with the step forgotten", GroupLasso.prox, "step * self", "self",
           test_group_lasso.test_the_prox_is_where_the_slope_vanishes),
+    Fault("blocks of columns in one unit", GroupLasso._shrinkage, "squares / (squares + high)", "1 / (1 + high)",
+          test_group_lasso.test_blocks_in_other_units_are_the_same_function_and_its_prox_is_where_the_slope_vanishes),
     Fault("columns that go by their size alone", osscar.backward,
           " / inverse.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)", "",
           test_osscar.test_columns_go_one_by_one_where_least_squares_misses_them_least, {"seed": 0}),
