@@ -53,6 +53,7 @@ class _Values:
     operator: str
 
 
+@torch.no_grad()
 def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
     """The KV groups of heads of a dense model that a pattern removes.
 
@@ -108,7 +109,7 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
     number, nearest = left, None
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
         tried = [(one, shapes_of(model.model, one.configured(settings))) for one in _candidates(model, values, number)]
-        each = ((one, _smaller(shapes, built, values.groups, number)) for one, built in tried)
+        each = ((one, _smaller(shapes, new, values.groups, number)) for one, new in tried)
         nearest = next(((one, dims) for one, dims in each if values.touched <= dims.keys()), None)
         if nearest is not None and number == left:
             return nearest
@@ -222,7 +223,6 @@ def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
     return runs
 
 
-@torch.no_grad()
 def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
     """Check that layers of the smaller model compute what the dense ones do with zeros in place of some heads.
 
