@@ -99,6 +99,18 @@ class AbstractGrid(ABC):
         """
 
     @abstractmethod
+    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """The scales with which the nearest codes are nearest, as far as the grid has room.
+
+        Args:
+            weight: V [m n].
+            metric: as of `project`.
+
+        Returns:
+            [m n/group], or [1 n]; not zero, rounded to bfloat16.
+        """
+
+    @abstractmethod
     def violation(self, weight: Tensor) -> int:
         """How many entries of a `weight` [m n] are off the grid, or too many; 0: it is on it."""
 

@@ -167,7 +167,7 @@ class Coded(AbstractGrid):
         """See `AbstractGrid.project`: in a metric h the steps are as 1 / sqrt(h), which spreads the error evenly."""
         if self.violation(weight) == 0:
             return weight
-        shape = torch.ones_like(weight[0]) if metric is None else metric.clamp_min(metric.mean() * 1e-6).rsqrt()
+        shape = _shape(weight, metric)
         step = self.step(weight, shape)
         while True:  # a stored weight has the largest scales that fit: their codes may be more diverse
             scales = self.scales(step, shape, weight)
@@ -175,6 +175,11 @@ class Coded(AbstractGrid):
             if self.violation(near) == 0:
                 return near
             step *= 1.02
+
+    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """See `AbstractGrid.fit`: the smallest with which there are bits enough."""
+        shape = _shape(weight, metric)
+        return self.scales(self.step(weight, shape), shape, weight)
 
     def violation(self, weight: Tensor) -> int:
         codes, on = self.found(weight)
@@ -185,6 +190,11 @@ class Coded(AbstractGrid):
 
     def __str__(self) -> str:
         return f"{self.bits} bits a weight"
+
+
+def _shape(weight: Tensor, metric: Tensor | None) -> Tensor:
+    """Scales of columns that err at the same cost."""
+    return torch.ones_like(weight[0]) if metric is None else metric.clamp_min(metric.mean() * 1e-6).rsqrt()
 
 
 def entropy(codes: Tensor) -> float:

@@ -17,10 +17,11 @@ from convexprune.constraints._coded import entropy
 from convexprune.core._damping import Damping
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit, LayerProblem, Wanda
-from convexprune.pruners._damped import damped
+from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import QUANTIZERS, Descent
 from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._exchange import code_lengths, exchanged
+from convexprune.quantizers._forecast import Forecast
 
 DENSE = Unstructured(0.0)
 
@@ -146,3 +147,13 @@ def test_columns_of_outlying_inputs_are_not_cut_off(seed: int):
         assert bool(((weight - layer.weight).abs()[:, 5] <= layer.weight.abs()[:, 5].max()).all())
     errors = [float(p.squared_error(Descent().quantize(p, every).weight).sum()) for p in (plain, problem)]
     assert errors[1] < 100 * errors[0]
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from((2.0, 3.0, 4.5)))
+def test_what_a_sweep_will_cost_is_forecast_from_one_factor(seed: int, bits: float):
+    problem, before = posed(seed, bits)
+    damping = choose_damping(problem, None)
+    made = Descent(sweeps=0).quantize(problem, replace(before, damping=damping))
+    cost = 2 * damped(problem, damping).values(made.weight).sum()
+    assert 0.85 < float(Forecast(problem).errors(problem.pattern).sum() / cost) < 1.1

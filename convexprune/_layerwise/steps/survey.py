@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from convexprune.core._allocation import (
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
+from convexprune.quantizers._forecast import Forecast
 
 RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
 WEIGHED = RULES[1:4]  # those that need gradients
@@ -125,7 +127,7 @@ def survey(
 
     One decoder layer at a time is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of
     the loss with a diagonal metric, in nats a token, and comparable across layers. It is taken on the windows held out,
-    or on all if none is.
+    or on all if none is. What bits alone cost is forecast from all (`convexprune.quantizers._forecast`).
 
     Args:
         model: the dense model.
@@ -273,12 +275,16 @@ def _units(
                 judge = folds.held_out if folds.held_out.tokens else folds.total
                 names = [f"{layer.name}.{operator.name}" for operator in group.operators]
                 costs = {name: dict[Constraint, float]() for name in names}
+                forecast = cache(partial(Forecast, LayerProblem(weight, folds.total, Unstructured(0.0), 0.0)))
                 for pattern in patterns:
                     stack = Stacked.alike(pattern, heights)
-                    factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
-                    problem = LayerProblem(weight, folds.total, stack, 0.0)
-                    made = QUANTIZER.quantize(problem, solved(problem, factors, pruner))
-                    errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
+                    if pattern.share > pattern.sparsity == 0:  # bits alone are saved
+                        errors = forecast().errors(stack).double()
+                    else:
+                        factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
+                        problem = LayerProblem(weight, folds.total, stack, 0.0)
+                        made = QUANTIZER.quantize(problem, solved(problem, factors, pruner))
+                        errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]
