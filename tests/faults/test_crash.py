@@ -122,7 +122,7 @@ def _operations_fail(trial: Trial, moments: Iterable[int], kinds: list[str], las
         trial.check(kinds[moment], lambda moment=moment: trial.watched(moment, lasting))
 
 
-@pytest.mark.parametrize(("mode", "step"), [("serial", 1), ("sequential", 3), ("pool", 5)])
+@pytest.mark.parametrize(("mode", "step"), [("serial", 2), ("sequential", 3), ("pool", 5)])
 def test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on(small: Path, tmp_path: Path, mode, step):
     trial = Trial(small, tmp_path, mode)
     kinds = trial.watched()

@@ -70,7 +70,7 @@ def test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound(pattern, see
     assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(patterns, seeds)
 def test_the_relaxation_is_solved(pattern, seed):
     # Its value and the bound at its solution are equal (strong duality), and every line keeps what it may.

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash import forks
 from door import SMALL, TOKENS
 from test_cli import folder, run
 
@@ -75,7 +76,8 @@ def test_a_pool_prunes_by_rules_to_the_same_bits(folder: Path):
     given: dict[str, Any] = {"dataset": folder / "text.txt", "nsamples": 4, "seqlen": 32, "bound_rows": 0, "threads": 1}
     given |= {"rules": [{"targets": ["k_proj", "v_proj"], "method": "wanda"}, {"targets": ["fc1"], "sparsity": 0.25}]}
     one = convexprune.prune(folder / "model", **given, output_dir=folder / "one")
-    two = convexprune.prune(folder / "model", **given, output_dir=folder / "two", executor="pool", workers=2)
+    with forks():
+        two = convexprune.prune(folder / "model", **given, output_dir=folder / "two", executor="pool", workers=2)
     assert one.report.files["model.safetensors"] == two.report.files["model.safetensors"]
 
 

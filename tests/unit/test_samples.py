@@ -30,9 +30,9 @@ def sampled(folder: Path, seeds: list[int], **settings: Any) -> dict[str, Any]:
 
 
 def test_each_sample_is_a_comparison_and_ratios_are_geometric_means_with_their_errors(folder: Path):
-    found = sampled(folder, [0, 3, 4], command="convexprune compare ...", plots=True)
+    found = sampled(folder, [0, 3], command="convexprune compare ...", plots=True)
     each = []
-    for seed in (0, 3, 4):
+    for seed in (0, 3):
         compared(folder, **METHODS, dataset="self", max_seq_length=24, seed=seed)
         of_sample, alone = folder / "samples" / f"seed-{seed}", (folder / "out").rename(folder / f"alone-{seed}")
         rows = [json.loads((f / "compare.json").read_text())["rows"] for f in (of_sample, alone)]
@@ -47,7 +47,7 @@ def test_each_sample_is_a_comparison_and_ratios_are_geometric_means_with_their_e
             logs = [log(a / b) for a, b in kl]
             assert of["kl"]["mean"] == pytest.approx(fmean([a for a, _ in kl]), rel=0.1)
             assert of["kl"]["ratio"] == pytest.approx(exp(fmean(logs)))
-            assert of["kl"]["error"] == pytest.approx(stdev(logs) / 3**0.5)
+            assert of["kl"]["error"] == pytest.approx(stdev(logs) / 2**0.5)
             assert (of["kl"]["error"] == 0) == (row["name"] == first)
         layer = [log(s[row["name"]]["output_error"]["mean"] / s[first]["output_error"]["mean"]) for s in each]
         assert row["layer"]["ratio"] == pytest.approx(exp(fmean(layer)))
