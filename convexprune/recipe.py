@@ -23,6 +23,7 @@ from convexprune.constraints import Coded, Constraint, Grid, Quantized, parse_pa
 from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
+from convexprune.pruners._base import WHOLE
 from convexprune.pruners._search import AbstractSearch
 from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
@@ -65,10 +66,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         check_rule(self.allocation, pattern)
         if pattern.removes and (self.targets != ("Linear",) or self.ignore):
             raise RecipeError(f"Pattern {self.pattern!r} finds its operators itself. Leave targets and ignore out.")
-        if pattern.removes == "layers" and self.prefix != "pruned":
+        if pattern.compensates and self.prefix != "pruned":
             raise RecipeError(
-                "Pattern 'layers' has the layers behind make up for those that are gone, so that they have to see what "
-                "is left. Leave prefix out."
+                f"Pattern {self.pattern!r} has the layers behind make up for what is gone, so that they have to see "
+                "what is left. Leave prefix out."
             )
         self._check_rules(pattern)
         return self
@@ -238,7 +239,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
-    prefix = "pruned" if str(given.get("pattern")).startswith("layers") else "dense"
+    prefix = "pruned" if str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
     rows = "rows" if whole and searches else "uniform"
     return {
         "prefix": prefix,

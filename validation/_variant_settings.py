@@ -38,8 +38,6 @@ def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str,
     narrows = [pattern for pattern in asked.values() if pattern.removes]
     if not narrows:
         return {variant.name: variant.layer_settings() for variant in variants}
-    if any(pattern.removes == "layers" for pattern in narrows):
-        raise RecipeError("Pattern 'layers' is compared by benchmarks/depth.py: compare has all decoder layers.")
     if len({pattern.removes for pattern in asked.values()}) > 1:
         raise RecipeError(f"Pattern {str(narrows[0])!r} has its own operators: compare it with no other pattern.")
     found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}

@@ -13,6 +13,7 @@ from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, no_method
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
 
+OWN_BENCHMARKS = {"layers": "benchmarks/depth.py", "experts": "benchmarks/experts.py"}
 CONVENTIONS: dict[str, tuple[str, float, str]] = {
     "dense": ("dense", 1.0, "operator"),
     "dense-half": ("dense", 0.5, "operator"),
@@ -151,14 +152,19 @@ def make_variants(
         One for each that makes sense.
 
     Raises:
-        RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, or nothing to
-            compare.
+        RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, a pattern
+            that removes whole layers or experts, or nothing to compare.
         PatternError: no such pattern or sparsity.
     """
     for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
             raise RecipeError(f"{name} names {twice[0]} twice. Leave one of them out.")
+    for kind in (parse_pattern(pattern).removes for pattern in patterns):
+        if kind in OWN_BENCHMARKS:
+            raise RecipeError(
+                f"Pattern {kind!r} is compared by {OWN_BENCHMARKS[kind]}: compare has all decoder layers."
+            )
     variants = {
         _variant(method, pattern, sparsity, convention, own.get("quota", [quota])[0], allocation): None
         for method, own in map(_without_own, methods)

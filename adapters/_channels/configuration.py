@@ -13,6 +13,8 @@ from .._checkpoints.model_folder import CONFIG
 from .._huggingface import HuggingFaceModel
 
 UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size
+REFUSALS = (ValueError, RuntimeError, TypeError, AssertionError, IndexError, KeyError, StrictDataclassError)
+"""Whatever a family raises for a size that it cannot have."""
 
 Place = tuple[str, ...]
 """Where a setting is in the configuration: the names of those it is inside of, and its own."""
@@ -93,11 +95,5 @@ def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
     """
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
-    except (
-        ValueError,
-        RuntimeError,
-        TypeError,
-        AssertionError,
-        StrictDataclassError,
-    ):  # whatever a family says of a size it cannot have
+    except REFUSALS:
         return {}

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._storage.tensors import Entry
 from convexprune.constraints import Columns, Constraint
 from convexprune.errors import ModelError
 
@@ -18,7 +16,7 @@ from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced, AbstractRemoval
 from .channels import Channels
 from .configuration import Place, Shapes, candidates, set_at, settings_of, shapes_of
-from .cut import Cut, CutEntry
+from .cut import Cut
 from .inner_channels import inner_channels
 
 
@@ -124,34 +122,13 @@ class Narrowed(AbstractReduced):
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
         return self.narrowing.choose(model)
 
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return self.cuts[name].shape(shape) if name in self.cuts else shape
-
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return self.narrowing.configured(settings)
-
-    def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        self.narrowing.require_configured(model, settings)
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
         """What is left of each parameter that becomes smaller, by name."""
         return _cuts(self.narrowing.sets, self.channels)
-
-    def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        cuts = self.cuts
-        return {name: cuts[name].of(t) if name in cuts else t for name, t in whole.items()}
-
-    @torch.no_grad()
-    def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        cuts = self.cuts
-        for name, parameter in dense.model.named_parameters():
-            small = narrower.model.get_parameter(name)
-            parameter.copy_(cuts[name].back(small, parameter) if name in cuts else small)
-
-    def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
-        cuts = self.cuts
-        return {name: CutEntry.without(e, cuts[name]) if name in cuts else e for name, e in whole.items()}
 
 
 def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:

@@ -3,17 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Size, Tensor
 from transformers import PreTrainedModel
 
 from convexprune._layerwise.capture import Recorded
 from convexprune._storage.tensors import Entry
 from convexprune.constraints import Constraint
-from convexprune.pruners._base import LayerScore
+from convexprune.errors import ModelError
+from convexprune.pruners._base import Score
 
-from .._channels.configuration import built
+from .._channels.configuration import built, shapes_of
+from .._channels.cut import Cut, CutEntry
 from .._huggingface import HuggingFaceModel
 
 Making = Callable[[], Recorded]
@@ -37,6 +41,34 @@ class AbstractReduced(ABC):
         """Have only those operators of their `model` pruned that adapt to the removal; the targets that name them."""
 
     @abstractmethod
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The `settings` of the smaller model, from those of the dense one."""
+
+    @cached_property
+    def cuts(self) -> Mapping[str, Cut]:
+        """What is left of each tensor that becomes smaller, by its name in the dense model."""
+        return {}
+
+    def renamed(self, name: str) -> str | None:
+        """The name in the smaller model of what has that `name` in the dense one; None: it is gone."""
+        return name
+
+    def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
+        """Modules of a dense model for which zeros are not the same as nothing.
+
+        Args:
+            model: the dense model.
+
+        Returns:
+            By the name of the module a forward pass, which computes as the smaller model if what is removed is zero.
+        """
+        return {}
+
+    def stand_in(self, model: HuggingFaceModel) -> None:
+        """Have a dense `model` compute as the smaller one wherever what is removed is zero."""
+        for name, forward in self.stand_ins(model).items():
+            model.model.get_submodule(name).forward = forward
+
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of what is left of a parameter.
 
@@ -47,12 +79,10 @@ class AbstractReduced(ABC):
         Returns:
             The smaller shape; None if nothing is left.
         """
+        if self.renamed(name) is None:
+            return None
+        return self.cuts[name].shape(shape) if name in self.cuts else shape
 
-    @abstractmethod
-    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The `settings` of the smaller model, from those of the dense one."""
-
-    @abstractmethod
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
         """Check that settings are those of the smaller model.
 
@@ -63,12 +93,37 @@ class AbstractReduced(ABC):
         Raises:
             ModelError: a model of them has other parameters.
         """
+        whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
+        expected = {self.renamed(name): self.shape(name, shape) for name, shape in whole.items()}
+        expected.pop(None, None)
+        if shapes_of(model.model, settings) != expected:
+            raise ModelError(f"{model.name}: config.json is not that of the model without what was removed of it.")
 
-    @abstractmethod
     def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is left of the tensors of the `whole` model, by the names that they have in the smaller one."""
+        cuts = self.cuts
+        named = {name: self.renamed(name) for name in whole}
+        return {new: cuts[n].of(whole[n]) if n in cuts else whole[n] for n, new in named.items() if new is not None}
 
-    @abstractmethod
+    def emptied(self, layer: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a decoder layer has in place of what is removed of it: zeros.
+
+        Args:
+            layer: its name.
+            parameters: of the layer, by their names in it.
+
+        Returns:
+            Those that change.
+        """
+        changed, cuts = dict[str, Tensor](), self.cuts
+        for name, tensor in parameters.items():
+            if self.renamed(whole := f"{layer}.{name}") is None:
+                changed[name] = torch.zeros_like(tensor)
+            elif whole in cuts:
+                changed[name] = cuts[whole].back(cuts[whole].of(tensor), tensor)
+        return changed
+
+    @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
         """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
 
@@ -76,19 +131,18 @@ class AbstractReduced(ABC):
             narrower: a model that was written so.
             dense: the model that it was made of; both are whole in memory.
         """
+        cuts, small = self.cuts, narrower.model.state_dict()
+        for name, tensor in dense.model.state_dict().items():
+            if (renamed := self.renamed(name)) is None:
+                tensor.zero_()
+            else:
+                tensor.copy_(cuts[name].back(small[renamed], tensor) if name in cuts else small[renamed])
+        self.stand_in(dense)
 
-    @abstractmethod
     def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
         """Where what is left of tensors is, by the names of the `whole` ones in the model."""
-
-    @property
-    def idle_layers(self) -> frozenset[str]:
-        """The names of decoder layers that do nothing, because they are gone."""
-        return frozenset()
-
-    def renamed(self, name: str) -> str | None:
-        """The name in the smaller model of what has that `name` in the dense one; None: it is gone."""
-        return name
+        cuts, left = self.cuts, [name for name in whole if self.renamed(name) is not None]
+        return {name: CutEntry.without(whole[name], cuts[name]) if name in cuts else whole[name] for name in left}
 
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
         """The smaller model, with the weights of a `model` that is whole in memory."""
@@ -139,11 +193,11 @@ class AbstractRemoval(ABC):
         """Whether `choose_by` decides what is removed before anything is pruned, and not the pruned weights."""
         return False
 
-    def choose_by(self, score: LayerScore, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
         """Decide what is removed.
 
         Args:
-            score: see `layers_to_remove`.
+            score: see `Score`.
             model: the dense model.
             windows: token ids [samples length] to judge by.
             record: makes a place to keep hidden states in.
@@ -153,7 +207,6 @@ class AbstractRemoval(ABC):
         """
         raise NotImplementedError("the pruned weights say what is removed")
 
-    @abstractmethod
     def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:
         """The model without what the pruned weights make no use of.
 
@@ -166,6 +219,7 @@ class AbstractRemoval(ABC):
         Raises:
             ModelError: too much is used.
         """
+        raise NotImplementedError("what is removed was decided before")
 
     @abstractmethod
     def without(self, removed: Any) -> AbstractReduced:

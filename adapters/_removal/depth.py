@@ -10,7 +10,7 @@ from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate, recorded
 from convexprune._progress import begin
-from convexprune.pruners._base import LayerScore
+from convexprune.pruners._base import Score
 
 from .._data.likelihood import likelihoods
 from .._huggingface import HuggingFaceModel
@@ -22,7 +22,7 @@ LEAST = 8  # layers that a round tries, if there are as many
 
 @torch.no_grad()
 def layers_to_remove(
-    model: HuggingFaceModel, windows: Tensor, score: LayerScore, allowed: Iterable[int], count: int, record: Making
+    model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: Making
 ) -> list[int]:
     """The numbers of the layers to remove.
 

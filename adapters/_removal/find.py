@@ -8,12 +8,14 @@ from .._channels.heads import find_heads
 from .._channels.narrowing import find_narrowing
 from .._huggingface import HuggingFaceModel
 from .base import AbstractRemoval
+from .experts import find_experts
 from .shortening import find_shortening
 
 REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]] = {
     "channels": find_narrowing,
     "heads": find_heads,
     "layers": find_shortening,
+    "experts": find_experts,
 }
 
 

@@ -1,6 +1,6 @@
 """Decoder layers removed for good: a model that is left with fewer, whose configuration says how many."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import Call, DecoderLayer
-from convexprune._storage.tensors import Entry
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, PatternError
-from convexprune.pruners._base import LayerScore
+from convexprune.pruners._base import Score
 
-from .._channels.configuration import Place, built, candidates, set_at, settings_of
+from .._channels.configuration import REFUSALS, Place, built, candidates, set_at, settings_of
 from .._discovery.family import decoder_layers
 from .._discovery.kinds import of_each_kind
 from .._huggingface import HuggingFaceModel
@@ -59,12 +58,8 @@ class Shortening(AbstractRemoval):
         """They are."""
         return True
 
-    def choose_by(self, score: LayerScore, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
         return layers_to_remove(model, windows, score, self.allowed, self.count, record)
-
-    def narrowed(self, read: Callable[[str], Tensor]) -> "Shortened":
-        """See `AbstractRemoval.narrowed`: without the layers whose parameters are all zero."""
-        return self.without([n for n in self.allowed if not any(bool(read(name).any()) for name in self.parameters[n])])
 
     def without(self, removed: Collection[int]) -> "Shortened":
         """See `AbstractRemoval.without`: the numbers of layers.
@@ -94,10 +89,6 @@ class Shortened(AbstractReduced):
         return list(self.numbers)
 
     @property
-    def idle_layers(self) -> frozenset[str]:
-        return frozenset(self.shortening.layers[number] for number in self.numbers)
-
-    @property
     def widths(self) -> Mapping[str, tuple[int, int]]:
         before = len(self.shortening.layers)
         return {".".join(self.shortening.place): (before, before - len(self.numbers))}
@@ -109,9 +100,6 @@ class Shortened(AbstractReduced):
         names = tuple(f"{layer.name}.{operator.name}" for layer in behind for operator in layer.operators)
         model.choose(names, because="no layer before it is removed")
         return names
-
-    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        return None if self.renamed(name) is None else shape
 
     def renamed(self, name: str) -> str | None:
         path = self.shortening.layers[0].rpartition(".")[0]
@@ -148,7 +136,7 @@ class Shortened(AbstractReduced):
         """
         try:
             shorter = built(model, settings)
-        except (ValueError, RuntimeError, TypeError, AssertionError, IndexError, KeyError) as error:
+        except REFUSALS as error:
             return str(error)
         expected = {self.renamed(name): tuple(p.shape) for name, p in model.named_parameters()}
         expected.pop(None, None)
@@ -160,18 +148,6 @@ class Shortened(AbstractReduced):
             if _said_of(one) != _said_of(other):
                 return f"its layer {number} is of another kind"
         return None
-
-    def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {renamed: t for name, t in whole.items() if (renamed := self.renamed(name)) is not None}
-
-    @torch.no_grad()
-    def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        for name, parameter in dense.model.named_parameters():
-            renamed = self.renamed(name)
-            parameter.copy_(narrower.model.get_parameter(renamed)) if renamed is not None else parameter.zero_()
-
-    def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
-        return {name: entry for name, entry in whole.items() if self.renamed(name) is not None}
 
 
 def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:

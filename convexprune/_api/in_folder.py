@@ -33,7 +33,6 @@ from convexprune.adapters._checkpoints.saving import pruned_entries
 from convexprune.adapters._checkpoints.written import require_written
 from convexprune.adapters._discovery.inspection import Inspection, inspect
 from convexprune.adapters._discovery.needs import device_bytes
-from convexprune.adapters._removal.base import AbstractReduced
 from convexprune.report import Report
 from convexprune.validation import streamed_evaluation
 
@@ -158,7 +157,8 @@ class InFolder(Request):
         begin("writing the result")
         folder = self.folder.folder
         discard_packs(folder)
-        narrowed = self._narrowed(loaded, store)
+        stored = pruned_entries(loaded, store)
+        narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
         settings = sparsity_settings(report)
@@ -179,11 +179,6 @@ class InFolder(Request):
         report.documents = self.folder.checksums([write_card(report, folder)])
         write_page(report, folder / PAGE)
         self.folder.finish(report)
-
-    def _narrowed(self, loaded: HuggingFaceModel, store: FolderStore) -> AbstractReduced | None:
-        """The model without what the finished layers make no use of, if that is to be removed."""
-        stored = pruned_entries(loaded, store)
-        return None if self.removal is None else self.removal.narrowed(lambda name: stored[name].read())
 
     def _check_finished(self) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""

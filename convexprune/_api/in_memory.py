@@ -42,8 +42,7 @@ class InMemory(Request):
         self._warn(report, report.sparser_before)
         self._end(report)
         pruned = loaded.model
-        if self.removal is not None:
-            narrowed = self.removal.narrowed(pruned.get_parameter)
+        if (narrowed := self._narrowed(pruned.get_parameter)) is not None:
             pruned, report.narrowed = narrowed.model(loaded), narrowed.sizes(loaded)
         mark_sparse(pruned, report)
         return PruneResult(report=report, tokenizer=loaded.tokenizer, output_dir=None, _model=lambda: pruned)

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
 from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
-from convexprune.adapters._removal.base import AbstractRemoval
+from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._removal.find import find_removal
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
@@ -97,6 +98,7 @@ class Request:
                 "(save_pretrained), and give its folder."
             )
         self.removal: AbstractRemoval | None = None
+        self.reduced: AbstractReduced | None = None
         self.clock = Clock()
         self.dense_states: list[Tensor] | None = None
 
@@ -128,11 +130,11 @@ class Request:
     def _choose(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
-        """Decide, once for all processes, what is removed before anything is pruned: whole decoder layers."""
-        removal, score = self.removal, self.layers.pruner.layer_score
-        if removal is None or not removal.chosen_first:
+        """Decide, once for all processes, what is removed before anything is pruned: whole layers or experts."""
+        removal, kind = self.removal, self.layers.pattern.removes
+        if removal is None or kind is None or not removal.chosen_first:
             return
-        assert score is not None  # or the pattern would have been refused
+        score = self.layers.pruner.scores[kind]
         judging = windows["held_out"] if len(windows["held_out"]) else windows["calibration"]
 
         def choose(store: FolderStore) -> Any:
@@ -140,11 +142,17 @@ class Request:
                 return removal.choose_by(score, loaded, judging, record)
 
         made = removal.choose_by(score, loaded, judging, list) if store is None else None
-        reduced = removal.without(made if store is None else store.compute_once("removed", lambda: choose(store)))
+        found = made if store is None else store.compute_once("removed", lambda: choose(store))
+        self.reduced = reduced = removal.without(found)
         self.open = partial(self.open, targets=reduced.choose(loaded))
-        self.layers = replace(self.layers, removed=reduced.idle_layers)
+        reduced.stand_in(loaded)
+        self.layers = replace(self.layers, emptied=reduced.emptied)
         report.left_alone = dict(loaded.left_alone)
         self.clock.lap("choosing what to remove")
+
+    def _narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced | None:
+        """The model without what was chosen, or without what the pruned weights, which `read` gives, do not use."""
+        return self.reduced if self.removal is None or self.reduced is not None else self.removal.narrowed(read)
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

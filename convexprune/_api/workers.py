@@ -75,7 +75,7 @@ def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
     if call.output_dir is None:
         raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")
     if recipe.prefix == "pruned" and name != "ranks":
-        instead = "" if recipe.build_pattern().removes == "layers" else "; or use prefix='dense'"
+        instead = "" if recipe.build_pattern().compensates else "; or use prefix='dense'"
         raise RecipeError(
             f"executor={name!r} with prefix='pruned': each layer waits for the one before it to be pruned, so layers "
             "cannot be spread. executor='ranks', started by torchrun, spreads the samples of each layer, and "

@@ -58,7 +58,7 @@ def names(as_json: AsJson = False) -> None:
                 "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
                 "methods": sorted(METHODS),
                 "presets": list(PRESETS),
-                "patterns": ["unstructured", "N:M", "columns", "channels", "heads", "layers"],
+                "patterns": ["unstructured", "N:M", "columns", "channels", "heads", "layers", "experts"],
                 "quantizers": sorted(QUANTIZERS),
             }
         )
@@ -75,7 +75,7 @@ def names(as_json: AsJson = False) -> None:
     table.add_row(
         "patterns",
         "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, "
-        "heads, layers",
+        "heads, layers, experts",
     )
     table.add_row("quantizers", f"{', '.join(sorted(QUANTIZERS))}, for --quantize and --bits")
     console.print(table)

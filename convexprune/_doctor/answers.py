@@ -76,7 +76,7 @@ def cases(bed: Bed) -> Iterator[Case]:
     patterns: dict[str, Constraint] = {"": Unstructured(0.5), " 2:4": SemiStructured(2, 4)}
     for dtype in (torch.float32, torch.bfloat16):
         yield Case("answers", f"second moments of {str(dtype)[6:]}", partial(second_moments, group, dtype))
-    for name in (each for each, method in METHODS.items() if not method.layers_only):  # those solve nothing
+    for name in (each for each, method in METHODS.items() if method.whole_only is None):  # those solve nothing
         usual = patterns[""] if name in PRUNERS else Columns(0.5)  # all that the others can take
         for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", usual)]:
             yield Case("answers", name + suffix, partial(answer, group, name, pattern))

@@ -26,7 +26,7 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The layer's output [batch tokens hidden]; some families return it inside a tuple."""
         with widened(hidden.device, hidden.dtype):
             output = layer(hidden, *self.args, **self.kwargs)

@@ -1,6 +1,6 @@
 """How the layers of a run are pruned, and on what: the settings of all, and the hidden states of one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +15,7 @@ from convexprune.pruners import AbstractPruner
 from convexprune.quantizers import AbstractQuantizer, Descent
 
 Stream = Literal["dense", "pruned"]
+Emptied = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class LayerSettings:
         solve_precision: that of the products of solves.
         certificate_precision: that of their certificates.
         quantizer: puts what is kept on the grids of the patterns.
-        removed: names of decoder layers that are to do nothing: all of their parameters become zero.
+        emptied: what a decoder layer has in place of what is removed of it, by its name and its parameters: zeros.
     """
 
     pruner: AbstractPruner
@@ -63,7 +64,7 @@ class LayerSettings:
     solve_precision: Format = "auto"
     certificate_precision: CertificateFormat = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
-    removed: frozenset[str] = frozenset()
+    emptied: Emptied = lambda layer, parameters: {}
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)

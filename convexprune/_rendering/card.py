@@ -95,6 +95,7 @@ def card(report: Report) -> str:
         hub_name=hub_name(report.recipe.get("model")),
         report=report,
         zeros=zeros,
+        removed=_removed(str(report.recipe["pattern"])),
         facts=facts(report),
         folder=FOLDER,
         command=command_of(report, FOLDER),
@@ -103,6 +104,12 @@ def card(report: Report) -> str:
         licence=_licence(report),
     )
     return f"---\n{metadata(report).to_yaml()}\n---\n\n{body}"
+
+
+def _removed(pattern: str) -> str:
+    """What a pattern removes, in words."""
+    kind = re.split("[: ]", pattern)[0]
+    return {"layers": "decoder layers", "heads": "attention heads"}.get(kind, kind)
 
 
 def metadata(report: Report) -> ModelCardData:

@@ -24,7 +24,7 @@ from convexprune.report import Report
 
 logger = logging.getLogger(__name__)
 RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
-REMOVED = {kind: f"{kind}.json" for kind in ("channels", "heads", "layers")}  # which were removed for good
+REMOVED = {kind: f"{kind}.json" for kind in ("channels", "heads", "layers", "experts")}  # which were removed for good
 CARD, PAGE = "README.md", "report.html"  # what the report says, for people
 OWN = (RUN, LOCK, FINISH, REPORT, PAGE, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
 TOKENS = "tokens.safetensors"

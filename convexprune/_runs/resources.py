@@ -40,6 +40,7 @@ NEEDS = {
     "fistapruner": Needs(0, 18, 0.4, 3000, 130, 2800),
     "magnitude": Needs(0, 0, 0, 40, 0, 100),
     "osscar": Needs(0, 7, 11, 1100, 375, 1500),
+    "reap": Needs(0, 0, 0, 0, 0, 0),
     "sparsegpt": Needs(0, 0, 0, 400, 7, 200, 7.3),
     "shortgpt": Needs(0, 0, 0, 0, 0, 0),
     "wanda": Needs(0, 0, 0, 40, 0, 100),

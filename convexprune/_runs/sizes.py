@@ -31,6 +31,7 @@ METHODS = {
     "fistapruner": Method(5.7, 12.9, 126, 2, 3.0, apart=12.9),
     "magnitude": Method(5.0, 7.9, 0, 0, 1.0),
     "osscar": Method(6.4, 8.0, 5, 8, 8.0),
+    "reap": Method(5.0, 7.9, 0, 0, 1.0),
     "shortgpt": Method(5.0, 7.9, 0, 0, 1.0),
     "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
     "wanda": Method(5.0, 7.9, 0, 0, 1.0),

@@ -99,7 +99,8 @@ class TargetSettings(Settings):
         "or columns:64, in blocks of so many; channels, for channels of the MLP that are removed for good, in all "
         "layers alike, so that a multiple of 64 is left, or of another number: channels:256 (docs/channels.md); heads, "
         "for attention heads that are removed for good, each KV head with its query heads, in all layers alike "
-        "(docs/heads.md); layers, for whole decoder layers that are removed for good (docs/layers.md).",
+        "(docs/heads.md); layers, for whole decoder layers that are removed for good (docs/layers.md); experts, for "
+        "whole experts of a mixture, likewise, as many in each (docs/experts.md).",
         "--sparsity-type",
         first=True,
     )
@@ -162,7 +163,8 @@ class MethodSettings(Settings):
     method: str = setting(
         "convex",
         "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda; "
-        "of whole columns and channels osscar, wanda-sp, which takes heads, too; of whole layers shortgpt.",
+        "of whole columns and channels osscar, wanda-sp, which takes heads, too; of whole layers shortgpt, of whole "
+        "experts reap.",
         "--prune-method",
         choices=(
             "convex",
@@ -173,6 +175,7 @@ class MethodSettings(Settings):
             "sparsegpt",
             "wanda",
             "osscar",
+            "reap",
             "shortgpt",
             "wanda-sp",
         ),
@@ -213,7 +216,7 @@ class MethodSettings(Settings):
     prefix: Literal["dense", "pruned"] = setting(
         None,
         "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
-        "far. Left out: dense; where layers are removed, pruned.",
+        "far. Left out: dense; where layers or experts are removed, pruned.",
     )
     quantizer: Literal["descent", "gptq", "rtn"] = setting(
         "descent",

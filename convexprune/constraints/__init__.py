@@ -8,22 +8,22 @@ from convexprune.constraints._coded import Coded
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._grid import Grid
 from convexprune.constraints._heads import Heads
-from convexprune.constraints._layers import Layers
 from convexprune.constraints._quantized import Quantized
 from convexprune.constraints._semi_structured import SemiStructured
 from convexprune.constraints._stacked import Stacked
 from convexprune.constraints._unstructured import Unstructured
+from convexprune.constraints._whole import Experts, Layers
 from convexprune.errors import PatternError
 
-KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Heads, Layers)
+KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Heads, Layers, Experts)
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
     """The constraint of a name or of a description.
 
     Args:
-        pattern: "unstructured", "columns", "columns:BLOCK", "channels", "channels:MULTIPLE", "heads" or "layers" (a
-            share), "N:M"; or what `Constraint.describe` says.
+        pattern: "unstructured", "columns", "columns:BLOCK", "channels", "channels:MULTIPLE", "heads", "layers" or
+            "experts" (a share), "N:M"; or what `Constraint.describe` says.
         sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
         quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
 
@@ -37,8 +37,8 @@ def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "m
     if found is None:
         raise PatternError(
             f"Unknown pattern {pattern!r}. Known: 'unstructured', 'N:M' for N non-zeros in M, 'columns', "
-            "'columns:BLOCK', 'channels', 'channels:MULTIPLE', 'heads', 'layers'; quantize='int4' puts what is kept "
-            "on a grid."
+            "'columns:BLOCK', 'channels', 'channels:MULTIPLE', 'heads', 'layers', 'experts'; quantize='int4' puts "
+            "what is kept on a grid."
         )
     if sparsity is not None and abs(found.sparsity - sparsity) > 1e-9:
         raise PatternError(
@@ -63,6 +63,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Grid", "Heads", "Layers", "Mask", "Quantized",
-    "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
+    "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Experts", "Grid", "Heads", "Layers", "Mask",
+    "Quantized", "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
-Removed = Literal["channels", "heads", "layers"]
+Removed = Literal["channels", "heads", "layers", "experts"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
 from convexprune.pruners._baselines.magnitude import Magnitude
 from convexprune.pruners._baselines.osscar import OSSCAR
+from convexprune.pruners._baselines.reap import REAP
 from convexprune.pruners._baselines.shortgpt import ShortGPT
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._baselines.wanda import Wanda
@@ -29,8 +30,13 @@ PRUNERS: dict[str, type[AbstractPruner]] = {
 }
 """Those that take any choice of entries."""
 
-METHODS: dict[str, type[AbstractPruner]] = PRUNERS | {"osscar": OSSCAR, "shortgpt": ShortGPT, "wanda-sp": WandaSP}
-"""All of them, with those that take whole columns, or decoder layers, only."""
+METHODS: dict[str, type[AbstractPruner]] = PRUNERS | {
+    "osscar": OSSCAR,
+    "reap": REAP,
+    "shortgpt": ShortGPT,
+    "wanda-sp": WandaSP,
+}
+"""All of them, with those that take whole columns, decoder layers or experts only."""
 
 GONE = {
     "perspective": "The method 'perspective' is gone: 'convex' and 'admm' have lower errors and take less time. "
@@ -57,6 +63,7 @@ __all__ = [
     "METHODS",
     "OSSCAR",
     "PRUNERS",
+    "REAP",
     "AbstractPruner",
     "Convex",
     "FISTAPruner",

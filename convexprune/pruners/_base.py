@@ -1,7 +1,7 @@
 """What every pruner promises: a `LayerProblem` in, a `LayerEdit` out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import ClassVar, Literal, TypeVar, cast
@@ -179,9 +179,14 @@ def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     return LayerEdit(problem.weight * mask, mask)
 
 
-LayerScore = Literal["divergence", "influence"]
-"""The divergence of the predictions without a layer from the dense ones, on held-out text; or how far a layer turns the
-hidden states."""
+Score = Literal["divergence", "influence", "output", "reap"]
+"""What parts of a model are chosen by that are removed whole.
+
+Of decoder layers: the "divergence" of the predictions without a layer from the dense ones, on held-out text; or the
+"influence", how far a layer turns the hidden states. Of experts: the error of the mixture's "output" without them; or
+"reap", the mean size of what an expert adds where it is chosen."""
+WHOLE = {"layers": ("decoder layers", "shortgpt"), "experts": ("experts", "reap")}
+"""The parts of a model that are removed whole, in words, and the baseline that chooses them."""
 Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
@@ -220,10 +225,10 @@ class AbstractPruner(ABC):
     """Whether it can do nothing but remove whole columns."""
     one_by_one: ClassVar[bool] = False
     """Whether it decides about column after column, and cannot remove blocks of them."""
-    layers_only: ClassVar[bool] = False
-    """Whether it can do nothing but remove whole decoder layers."""
-    layer_score: "ClassVar[LayerScore | None]" = None
-    """What whole decoder layers are chosen by where they are removed; None: it cannot choose them."""
+    whole_only: ClassVar[str | None] = None
+    """The parts of a model, "layers" or "experts", that it can do nothing but remove whole; None: it can do more."""
+    scores: ClassVar[Mapping[str, Score]] = {}
+    """What whole "layers" and "experts" are chosen by where they are removed; it cannot choose others."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -247,15 +252,17 @@ class AbstractPruner(ABC):
                 f"{type(self).__name__} decides about columns one after another, and pattern {pattern} removes blocks "
                 "of them. Take method 'convex' or 'wanda-sp'."
             )
-        if self.layers_only and pattern.removes != "layers":
+        own, asked = self.whole_only, pattern.removes
+        if own is not None and asked != own:
             raise PatternError(
-                f"{type(self).__name__} removes decoder layers, and pattern {pattern} does not. Take pattern 'layers', "
-                "or another method."
+                f"{type(self).__name__} removes {WHOLE[own][0]}, and pattern {pattern} does not. Take pattern "
+                f"{own!r}, or another method."
             )
-        if pattern.removes == "layers" and self.layer_score is None:
+        if asked in WHOLE and asked not in self.scores:
+            what, baseline = WHOLE[asked]
             raise PatternError(
-                f"{type(self).__name__} chooses entries of a weight, and pattern {pattern} removes whole decoder "
-                "layers. Take method 'convex' or 'shortgpt', or another pattern."
+                f"{type(self).__name__} chooses entries of a weight, and pattern {pattern} removes whole {what}. "
+                f"Take method 'convex' or {baseline!r}, or another pattern."
             )
 
     @abstractmethod

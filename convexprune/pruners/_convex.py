@@ -1,6 +1,8 @@
 """The convex pruner: a path of convex problems finds the support, a certified refit the values."""
 
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import Count, Ends, NotNegative, between
 from convexprune.errors import RecipeError
+from convexprune.pruners._base import Score
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty
@@ -54,7 +57,7 @@ class Convex(AbstractSearch):
         UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
-    layer_score = "divergence"
+    scores: ClassVar[Mapping[str, Score]] = {"layers": "divergence", "experts": "output"}
 
     solver: AbstractSolver | None = None
     penalty: InitVar[str] = ONLY

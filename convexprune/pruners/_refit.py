@@ -1,5 +1,6 @@
 """The refit: the values of least squares on a support that some pruner has found."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +12,7 @@ from convexprune.core._penalty import Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, LayerScore
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution, solve
 from convexprune.solvers._base import require_penalty
@@ -41,9 +42,9 @@ class Refitted(AbstractPruner):
         require_penalty(self.refit, Support)
 
     @property
-    def layer_score(self) -> LayerScore | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of its pruner."""
-        return self.pruner.layer_score
+    def scores(self) -> Mapping[str, Score]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of its pruner."""
+        return self.pruner.scores
 
     def require(self, pattern: Constraint) -> None:
         """See `AbstractPruner.require`: what its pruner takes.

@@ -117,7 +117,7 @@ def completion() -> None:
         cli.app, prog_name="convexprune", env=complete | {"COMP_WORDS": "convexprune prune --method "}
     )
     methods = ["convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar"]
-    methods += ["shortgpt", "wanda-sp"]
+    methods += ["reap", "shortgpt", "wanda-sp"]
     assert offered.output.split() == methods
 
 

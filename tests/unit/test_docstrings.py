@@ -162,7 +162,11 @@ def faults_of_class(kind: ast.ClassDef) -> Iterator[str]:
         return
     made = any(name_of(each) == "dataclass" for each in kind.decorator_list) or "NamedTuple" in map(name_of, kind.bases)
     given = [
-        part.target.id for part in kind.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        part.target.id
+        for part in kind.body
+        if isinstance(part, ast.AnnAssign)
+        and isinstance(part.target, ast.Name)
+        and not ast.unparse(part.annotation).startswith("ClassVar")
     ]
     given = [name for name in given if made and not name.startswith("_")]
     for part in kind.body:

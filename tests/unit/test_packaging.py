@@ -34,12 +34,12 @@ PUBLIC = {
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """
-        KINDS Budget Channels Coded Columns Constraint Grid Heads Layers Mask Quantized SemiStructured Stacked
-        Unstructured parse_pattern""",
+        KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
+        Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
-        ShortGPT SparseGPT Wanda WandaSP no_method""",
+        REAP ShortGPT SparseGPT Wanda WandaSP no_method""",
     "convexprune.quantizers": "GPTQ QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.problems": "Named Result check load names",
 }

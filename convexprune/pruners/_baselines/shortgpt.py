@@ -1,10 +1,12 @@
 """ShortGPT: the decoder layers that turn the hidden states least are removed, and nothing else changes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class ShortGPT(AbstractPruner):
     The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave it.
     """
 
-    layers_only = True
-    layer_score = "influence"
+    whole_only = "layers"
+    scores: ClassVar[Mapping[str, Score]] = {"layers": "influence"}
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`: the dense weight."""

@@ -1,7 +1,7 @@
-"""Whole decoder layers that are removed for good: of the operators that stay nothing is asked but to make up for it."""
+"""Decoder layers or experts that are removed for good: the operators that stay have no zeros, and may compensate."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -11,12 +11,15 @@ from convexprune.constraints._share import check_share, percent, share_of
 
 
 @dataclass(frozen=True)
-class Layers(Mask):
-    """Of n decoder layers round(sparsity * n) are removed; a weight of one that stays may be anything.
+class _Whole(Mask):
+    """Of n parts round(sparsity * n) are removed; a weight of what stays may be anything.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).
     """
+
+    kind: ClassVar[Literal["layers", "experts"]]
+    what: ClassVar[str]
 
     sparsity: float
 
@@ -24,16 +27,16 @@ class Layers(Mask):
         check_share(self.sparsity)
 
     def describe(self) -> str:
-        return f"layers {percent(self.sparsity)}"
+        return f"{self.kind} {percent(self.sparsity)}"
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        share = share_of("layers", text, sparsity, quota, "whole decoder layers")
+        share = share_of(cls.kind, text, sparsity, quota, cls.what)
         return None if share is None else cls(share)
 
     @property
-    def removes(self) -> Literal["layers"]:
-        return "layers"
+    def removes(self) -> Literal["layers", "experts"]:
+        return self.kind
 
     @property
     def compensates(self) -> bool:
@@ -41,7 +44,7 @@ class Layers(Mask):
         return True
 
     def width(self, columns: int) -> int:
-        """How many decoder layers are left of so many."""
+        """How many are left of so many."""
         return columns - round(self.sparsity * columns)
 
     def check(self, rows: int, columns: int) -> None:
@@ -59,3 +62,27 @@ class Layers(Mask):
     def threshold(self, scores: Tensor) -> Tensor:
         """Nothing is too small to be kept."""
         return scores.new_zeros(len(scores), 1)
+
+
+@dataclass(frozen=True)
+class Layers(_Whole):
+    """Of n decoder layers round(sparsity * n) are removed; a weight of one that stays may be anything.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1).
+    """
+
+    kind = "layers"
+    what = "whole decoder layers"
+
+
+@dataclass(frozen=True)
+class Experts(_Whole):
+    """Of the n experts of each mixture round(sparsity * n) are removed; a weight of what stays may be anything.
+
+    Raises:
+        PatternError: `sparsity` outside [0, 1).
+    """
+
+    kind = "experts"
+    what = "whole experts"

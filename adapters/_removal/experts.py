@@ -1,0 +1,292 @@
+"""Experts removed for good: a model whose mixtures have fewer, and whose configuration says how many."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from convexprune._layerwise.model import Call, DecoderLayer, computing
+from convexprune.constraints import Constraint
+from convexprune.errors import ModelError, PatternError
+from convexprune.pruners._base import Score
+
+from .._channels.channels import close
+from .._channels.configuration import REFUSALS, Place, built, candidates, set_at, settings_of
+from .._channels.cut import Cut
+from .._discovery.experts import fused_parameters
+from .._discovery.kinds import of_each_kind
+from .._discovery.layout import signature
+from .._huggingface import HuggingFaceModel
+from .base import AbstractReduced, AbstractRemoval, Making
+from .expert_choice import experts_to_remove
+from .mixtures import Mixture, find_mixtures
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertRemoval(AbstractRemoval):
+    """The experts that mixtures can be left without, and how many are to go of each.
+
+    Args:
+        mixtures: of the layers that have one.
+        count: how many are to go.
+        place: of the setting that says how many there are.
+    """
+
+    mixtures: tuple[Mixture, ...]
+    count: int
+    place: Place
+
+    @property
+    def patterns(self) -> Mapping[str, Constraint]:
+        """That of all operators."""
+        return {}
+
+    @property
+    def size(self) -> int:
+        """How many experts a mixture has."""
+        return self.mixtures[0].size
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        """See `AbstractRemoval.choose`: operators that every token reaches, in the layers behind the first mixture."""
+        first = next(n for n, layer in enumerate(model.layers) if layer.name == self.mixtures[0].layer)
+        behind = model.layers[first + 1 :] or model.layers[-1:]
+        names = tuple(
+            f"{layer.name}.{operator.name}"
+            for layer in behind
+            for group in layer.groups
+            for operator in group.operators
+            if group.token_aligned
+        )
+        model.choose(names, because="an expert's, or no mixture is before it")
+        return names
+
+    @property
+    def chosen_first(self) -> bool:
+        """They are."""
+        return True
+
+    def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> dict[str, list[int]]:
+        blocks = small_blocks(model, self.place, self.mixtures, self.size - self.count)
+        pairs = list(zip(self.mixtures, blocks, strict=True))
+        return experts_to_remove(model, windows, score, pairs, self.count, record)
+
+    def without(self, removed: Mapping[str, Collection[int]]) -> "FewerExperts":
+        """See `AbstractRemoval.without`: the numbers of experts, by the name of the layer.
+
+        Raises:
+            ModelError: they are not as many as there should be, or there are no such experts.
+        """
+        for mixture in self.mixtures:
+            found = set(removed.get(mixture.layer, ()))
+            if len(found) != self.count or not found <= set(range(mixture.size)):
+                raise ModelError(
+                    f"{mixture.layer}: experts {sorted(found)} cannot go: it should be {self.count} of {mixture.size}."
+                )
+        return FewerExperts(self, {mixture.layer: sorted(removed[mixture.layer]) for mixture in self.mixtures})
+
+
+@dataclass(frozen=True, eq=False)
+class FewerExperts(AbstractReduced):
+    """A model without some experts.
+
+    Args:
+        removal: what can be removed.
+        numbers: of the experts that are, by the name of the layer.
+    """
+
+    removal: ExpertRemoval
+    numbers: Mapping[str, list[int]]
+
+    @property
+    def removed(self) -> dict[str, list[int]]:
+        return dict(self.numbers)
+
+    @property
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        return {".".join(self.removal.place): (self.removal.size, self.removal.size - self.removal.count)}
+
+    def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
+        return self.removal.choose(model)
+
+    @cached_property
+    def cuts(self) -> Mapping[str, Cut]:
+        every = (mixture.cuts(self.numbers[mixture.layer]) for mixture in self.removal.mixtures)
+        return {name: cut for cuts in every for name, cut in cuts.items()}
+
+    def renamed(self, name: str) -> str | None:
+        for mixture in self.removal.mixtures if any(mixture.lists for mixture in self.removal.mixtures) else ():
+            if name.startswith(f"{mixture.layer}."):
+                return mixture.renamed(name, self.numbers[mixture.layer])
+        return name
+
+    def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        ((_, (_, after)),) = self.widths.items()
+        return with_experts(settings, self.removal.place, after)
+
+    def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
+        """See `AbstractReduced.stand_ins`: a router sends tokens to experts of zeros, too."""
+        removal, forwards = self.removal, dict[str, Callable[..., Any]]()
+        blocks = small_blocks(model, removal.place, removal.mixtures, removal.size - removal.count)
+        for mixture, small in zip(removal.mixtures, blocks, strict=True):
+            block, numbers = model.model.get_submodule(mixture.block), self.numbers[mixture.layer]
+            forwards[mixture.block] = _either(mixture, block, mixture.without(small, block, numbers), numbers)
+        return forwards
+
+
+def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbers: list[int]) -> Callable[..., Any]:
+    """The forward pass of a block that does without experts once nothing but zeros is left of them."""
+    dense = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fewer if mixture.is_emptied(block, numbers) else dense)(*args, **kwargs)
+
+    return forward
+
+
+def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
+    """The experts that the mixtures of a dense model can be left without.
+
+    Which setting says how many there are is found by its value, and tried: a model that is built anew with one less,
+    without memory, must differ in nothing but tensors that have a part for each expert. That these are the experts' is
+    tried, too: two of them in each other's place compute the same.
+
+    Args:
+        model: the dense model.
+        pattern: says how many are left.
+
+    Returns:
+        The experts and the setting.
+
+    Raises:
+        ModelError: the model has no experts, or no setting says how many.
+        PatternError: the pattern does not fit their number, or the model does not run with so few.
+    """
+    sizes = _numbers(model)
+    if not sizes:
+        raise ModelError(f"{model.name} has no mixture of experts. Patterns 'channels' and 'layers' make it smaller.")
+    for size in sizes:
+        for place in candidates(model.model.config, size):
+            if mixtures := _said_by(model, place, size):
+                left = pattern.width(size)
+                if not 0 < left < size:
+                    raise PatternError(f"Sparsity {pattern.sparsity} of {size} experts rounds to {size - left}.")
+                _require_runs(model, place, mixtures, left)
+                return ExpertRemoval(tuple(mixtures), size - left, place)
+    raise ModelError(
+        f"{model.name}: no setting of its configuration says how many experts its mixtures have ({sizes[0]}), and "
+        "nothing else, so that a model with fewer cannot be written. Pattern 'channels' makes every expert narrower."
+    )
+
+
+def _numbers(model: HuggingFaceModel) -> list[int]:
+    """How many experts mixtures may have: as there are matrices in one tensor, or equal modules in a list."""
+    found = dict[int, None]()
+    for layer in model.layers:
+        for module in layer.module.modules():
+            found |= dict.fromkeys(len(stack) for stack in fused_parameters(module).values())
+            if isinstance(module, nn.ModuleList) and len({signature(each) for each in module}) == 1:
+                found[len(module)] = None
+    return [number for number in found if number > 1]
+
+
+def with_experts(settings: Mapping[str, Any], place: Place, number: int) -> dict[str, Any]:
+    """The settings of a model that has another number of experts.
+
+    Args:
+        settings: of the model.
+        place: of the setting that says how many.
+        number: the new one.
+
+    Returns:
+        The new settings.
+    """
+    changed = deepcopy(dict(settings))
+    set_at(changed, place, number)
+    return changed
+
+
+def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
+    """The mixtures whose number of experts a setting says; none if it says something else, or something more."""
+    try:
+        smaller = built(model.model, with_experts(settings_of(model), place, size - 1))
+    except REFUSALS:
+        return []
+    mixtures = find_mixtures((layer.name for layer in model.layers), model.model, smaller, size)
+    by_layer = {mixture.layer: mixture for mixture in mixtures}
+
+    def alike(layer: DecoderLayer, call: Call, hidden: Tensor) -> bool:
+        if (mixture := by_layer.get(layer.name)) is None:
+            return True
+        swapped = mixture.swapped(layer.module, 0, 1)
+        expected = call(layer.module, hidden)
+        found = call(lambda *args, **kwargs: functional_call(layer.module, swapped, args, kwargs), hidden)
+        return close(expected, found, hidden.dtype)
+
+    return mixtures if all(of_each_kind(model, alike)) else []
+
+
+def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
+    """The blocks of a model that is built with another number of experts, without memory for these.
+
+    Args:
+        model: the model.
+        place: of the setting that says how many.
+        mixtures: those of its layers.
+        number: how many experts each is to have.
+
+    Returns:
+        For each mixture its block, with all that does not depend on the number taken from the model.
+    """
+    small = built(model.model, with_experts(model.model.config.to_dict(), place, number)).eval().requires_grad_(False)
+    blocks = list[nn.Module]()
+    for mixture in mixtures:
+        blocks.append(small.get_submodule(mixture.block))
+        mixture.graft(blocks[-1], model.model.get_submodule(mixture.block))
+    return blocks
+
+
+def _require_runs(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], left: int) -> None:
+    """Check that the mixtures run with so few experts: a router may need more, or groups of them.
+
+    Raises:
+        PatternError: they do not; the message says with how many they do.
+    """
+    if (why := _why_not(model, place, mixtures, left)) is None:
+        return
+    size = mixtures[0].size
+    possible = [number for number in range(1, size) if _why_not(model, place, mixtures, number) is None]
+    near = sorted(sorted(possible, key=lambda number: abs(number - left))[:2])
+    told = " or ".join(f"{1 - number / size:.3g} for {number}" for number in near)
+    instead = f"Take sparsity {told}." if near else "No smaller number runs."
+    raise PatternError(
+        f"{model.name} does not run with {left} of its {size} experts: {why}. Its router may choose more at once, or "
+        f"put them into groups of one size. {instead}"
+    )
+
+
+def _why_not(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], left: int) -> str | None:
+    try:
+        blocks = dict(zip((m.layer for m in mixtures), small_blocks(model, place, mixtures, left), strict=True))
+    except REFUSALS as error:
+        return str(error)
+    by_layer = {mixture.layer: mixture for mixture in mixtures}
+
+    def fault(layer: DecoderLayer, call: Call, hidden: Tensor) -> str | None:
+        if (mixture := by_layer.get(layer.name)) is None:
+            return None
+        block = layer.module.get_submodule(mixture.block[len(layer.name) + 1 :])
+        fewer = mixture.without(blocks[layer.name], block, range(left, mixture.size))
+        try:
+            with computing(block, fewer):
+                call(layer.module, hidden)
+        except REFUSALS as error:
+            return str(error)
+        return None
+
+    with torch.no_grad():
+        return next((why for why in of_each_kind(model, fault) if why is not None), None)

@@ -1,0 +1,218 @@
+"""The mixtures of experts of a model: which entries of which tensors are an expert's, and how one runs without some."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .._channels.cut import Cut
+
+Tensors = dict[str, Tensor]
+"""Parameters and buffers of a module, by their names in the model."""
+STACKED = 3  # dimensions of a tensor that has a matrix for each expert
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The experts of one decoder layer.
+
+    Args:
+        layer: its name.
+        block: the name of the smallest module that has all of them, and what routes to them.
+        size: how many there are.
+        dims: by the name of a tensor, the dimension that counts experts: of their own weights, or of the router's.
+        stacked: those of these tensors that hold the weights and biases of experts.
+        lists: names of lists of modules, one for each expert.
+    """
+
+    layer: str
+    block: str
+    size: int
+    dims: Mapping[str, int]
+    stacked: tuple[str, ...]
+    lists: tuple[str, ...]
+
+    def cuts(self, numbers: Collection[int]) -> dict[str, Cut]:
+        """What is left of the tensors that count experts, without those of these `numbers`."""
+        return {name: Cut(dim, {None: tuple(sorted(numbers))}, reads=True) for name, dim in self.dims.items()}
+
+    def renamed(self, name: str, numbers: Collection[int]) -> str | None:
+        """The name of a tensor of the model without experts; None if it is of one of them.
+
+        Args:
+            name: with all experts.
+            numbers: of those that are gone.
+
+        Returns:
+            The name.
+        """
+        if (place := _in_list(name, self.lists)) is None:
+            return name
+        path, number, rest = place
+        return None if number in numbers else f"{path}.{number - sum(gone < number for gone in numbers)}.{rest}"
+
+    def tensors(self, block: nn.Module) -> Tensors:
+        """What the `block` holds by now."""
+        held = dict[str, Tensor](block.named_parameters()) | dict(block.named_buffers())
+        return {f"{self.block}.{name}": tensor for name, tensor in held.items()}
+
+    def of_expert(self, name: str, tensor: Tensor, number: int) -> Tensor | None:
+        """What of a tensor is one expert's own, which makes its output.
+
+        Args:
+            name: of the tensor.
+            tensor: the tensor.
+            number: of the expert.
+
+        Returns:
+            A view of it; None if nothing is.
+        """
+        if name in self.stacked:
+            return tensor[number]
+        return tensor if any(name.startswith(f"{path}.{number}.") for path in self.lists) else None
+
+    def is_emptied(self, block: nn.Module, numbers: Collection[int]) -> bool:
+        """Whether nothing but zeros is left of some experts.
+
+        Args:
+            block: the module, in memory.
+            numbers: of the experts.
+
+        Returns:
+            True if so.
+        """
+        own = (self.of_expert(name, t, n) for name, t in self.tensors(block).items() for n in numbers)
+        return not any(bool(each.any()) for each in own if each is not None)
+
+    def graft(self, small: nn.Module, whole: nn.Module) -> None:
+        """Give a block with fewer experts all submodules of the whole one that have nothing to do with their number.
+
+        So what listens to them hears both blocks.
+
+        Args:
+            small: the block of a model that was built with fewer experts.
+            whole: with all of them.
+        """
+        changed = (*self.dims, *(f"{path}." for path in self.lists))
+
+        def descend(few: nn.Module, all_: nn.Module, path: str) -> None:
+            for name, child in list(few.named_children()):
+                inside = f"{path}.{name}"
+                if not any(each.startswith(f"{inside}.") for each in changed):
+                    setattr(few, name, all_.get_submodule(name))
+                elif inside not in self.lists:
+                    descend(child, all_.get_submodule(name), inside)
+
+        descend(small, whole, self.block)
+
+    def without(self, small: nn.Module, whole: nn.Module, numbers: Collection[int]) -> Callable[..., Any]:
+        """How the block computes without some experts: as the one of the smaller model, with its part of the weights.
+
+        Args:
+            small: the block of a model that was built without so many; see `graft`.
+            whole: the block with all of them, in memory when it is called.
+            numbers: of the experts that are gone.
+
+        Returns:
+            Its forward pass.
+        """
+        cuts, start = self.cuts(numbers), len(self.block) + 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            left = Tensors()
+            for name, tensor in self.tensors(whole).items():
+                if (renamed := self.renamed(name, numbers)) is not None:
+                    left[renamed[start:]] = cuts[name].of(tensor) if name in cuts else tensor
+            return functional_call(small, left, args, kwargs)
+
+        return forward
+
+    def swapped(self, layer: nn.Module, one: int, other: int) -> Tensors:
+        """What changes of a decoder layer if two experts are in each other's place.
+
+        Args:
+            layer: of the mixture, in memory.
+            one: the number of an expert.
+            other: that of the other.
+
+        Returns:
+            The tensors that do, by their names in the layer.
+        """
+        order, found = list(range(self.size)), Tensors()
+        order[one], order[other] = other, one
+        held = dict[str, Tensor](layer.named_parameters()) | dict(layer.named_buffers())
+        for inside, tensor in held.items():
+            name = f"{self.layer}.{inside}"
+            if name in self.dims:
+                found[inside] = tensor.index_select(self.dims[name], torch.tensor(order, device=tensor.device))
+            elif (place := _in_list(name, self.lists)) is not None:
+                path, number, rest = place
+                found[f"{path}.{order[number]}.{rest}".removeprefix(f"{self.layer}.")] = tensor
+        return found
+
+
+def find_mixtures(layers: Iterable[str], whole: nn.Module, smaller: nn.Module, size: int) -> list[Mixture]:
+    """The mixtures of a model, by what differs between it and one that was built with one expert less.
+
+    Args:
+        layers: the names of its decoder layers.
+        whole: the model.
+        smaller: the other one; the parameters of both need no memory.
+        size: how many experts the model has.
+
+    Returns:
+        They; none if the two differ in anything else.
+    """
+    before = {name: tuple(t.shape) for name, t in whole.state_dict().items()}
+    after = {name: tuple(t.shape) for name, t in smaller.state_dict().items()}
+    if not after.keys() <= before.keys():
+        return []
+    dims, lists, left = dict[str, int](), set[str](), set[str]()
+    for name, shape in before.items():
+        if name not in after:
+            found = re.fullmatch(rf"(.+)\.{size - 1}\..+", name)
+            if found is None or f"{name.replace(f'{found[1]}.{size - 1}.', f'{found[1]}.0.')}" not in after:
+                return []
+            lists.add(found[1])
+        elif after[name] != shape:
+            differing = [i for i, (a, b) in enumerate(zip(shape, after[name], strict=True)) if a != b]
+            if len(differing) != 1 or (shape[differing[0]], after[name][differing[0]]) != (size, size - 1):
+                return []
+            dims[name] = differing[0]
+    changed, mixtures = {*dims, *(f"{path}." for path in lists)}, list[Mixture]()
+    for layer in layers:
+        here = sorted(name for name in changed if name.startswith(f"{layer}."))
+        left |= set(here)
+        if here:
+            mixtures.append(_mixture(layer, size, {n: dims[n] for n in here if n in dims}, before, here, lists))
+    experts = all(mixture.stacked or mixture.lists for mixture in mixtures)
+    return mixtures if experts and left == changed else []
+
+
+def _mixture(
+    layer: str,
+    size: int,
+    dims: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    changed: Iterable[str],
+    lists: Collection[str],
+) -> Mixture:
+    matrices = [name for name, dim in dims.items() if dim == 0 and len(shapes[name]) == STACKED]
+    holders = {name.rpartition(".")[0] for name in matrices}
+    stacked = tuple(name for name, dim in dims.items() if dim == 0 and name.rpartition(".")[0] in holders)
+    parts = [name.rpartition(".")[0].split(".") for name in changed]
+    shared = next(n for n in range(len(min(parts, key=len)), 0, -1) if len({tuple(p[:n]) for p in parts}) == 1)
+    own = tuple(path for path in lists if path.startswith(f"{layer}."))
+    return Mixture(layer, ".".join(parts[0][:shared]), size, dims, stacked, own)
+
+
+def _in_list(name: str, lists: Iterable[str]) -> tuple[str, int, str] | None:
+    for path in lists:
+        if name.startswith(f"{path}."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            return path, int(number), rest
+    return None
