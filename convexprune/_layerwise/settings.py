@@ -47,7 +47,8 @@ class LayerSettings:
         solve_precision: that of the products of solves.
         certificate_precision: that of their certificates.
         quantizer: puts what is kept on the grids of the patterns.
-        emptied: what a decoder layer has in place of what is removed of it, by its name and its parameters: zeros.
+        emptied: what a decoder layer has in place of what is removed of it, by its name and its parameters: zeros;
+            None: nothing is removed.
     """
 
     pruner: AbstractPruner
@@ -64,7 +65,7 @@ class LayerSettings:
     solve_precision: Format = "auto"
     certificate_precision: CertificateFormat = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
-    emptied: Emptied = lambda layer, parameters: {}
+    emptied: Emptied | None = None
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)

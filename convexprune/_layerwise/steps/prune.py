@@ -105,9 +105,10 @@ class PruneStep:
         context.model.keep(layer)
         validation_batches, ranks = len(self.work.validation_batches), self.work.process_group
         hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix], validation_batches, ranks)
-        own = {name for name, _ in layer.module.named_parameters()}
-        parameters = {name: tensor for name, tensor in context.model.state(layer).items() if name in own}
-        context.model.load_state(layer, settings.emptied(layer.name, parameters))
+        if settings.emptied is not None:
+            own = {name for name, _ in layer.module.named_parameters()}
+            parameters = {name: tensor for name, tensor in context.model.state(layer).items() if name in own}
+            context.model.load_state(layer, settings.emptied(layer.name, parameters))
         replayed = prune_observed(layer, context.calls, hidden, observed, settings, report, record=context.record)
         if more and settings.prefix == "pruned":
             context.hand_on(context.outputs("pruned", replayed), "pruned")
