@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import combinations
-from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,45 +34,13 @@ from convexprune.pruners import (
     OSSCAR,
     AbstractPruner,
     Convex,
-    LayerEdit,
     LayerProblem,
     Magnitude,
     Refitted,
     Wanda,
     WandaSP,
 )
-from convexprune.pruners._damped import choose_damping, damped
-from convexprune.pruners._refit import refitted
-from convexprune.solvers._cg import ConjugateGradient
 from convexprune.validation import perplexity
-
-
-class EveryChoice(AbstractPruner):
-    """The choice of blocks that is best after the refit, of all there are: only where these are few."""
-
-    columns_only = True
-
-    def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`: only blocks are few."""
-        super().require(pattern)
-        if pattern.block == 1:
-            raise PatternError(f"Pattern {pattern} leaves too many choices.")
-
-    def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
-        damping = choose_damping(problem, None)
-        quadratic, (m, n) = damped(problem, damping), problem.weight.shape
-        blocks, best, least = n // problem.pattern.block, None, inf
-        for gone in combinations(range(blocks), round(blocks * problem.pattern.sparsity)):
-            kept = torch.tensor([number not in gone for number in range(blocks)])
-            mask = kept.repeat_interleave(problem.pattern.block).expand(m, n)
-            weight, solutions = refitted(quadratic, mask, problem.weight, ConjugateGradient())
-            error = float(quadratic.values(weight).sum())
-            if error < least:
-                best, least = LayerEdit(weight, mask, solutions, damping), error
-        assert best is not None
-        return best
-
 
 METHODS: dict[str, AbstractPruner] = {
     "magnitude": Magnitude(),
@@ -84,16 +50,16 @@ METHODS: dict[str, AbstractPruner] = {
     "group OBS": OSSCAR(exchanged=0),
     "OSSCAR": OSSCAR(),
     "OSSCAR + refit": Refitted(OSSCAR()),
-    "convexprune, no refit": Convex(refit=None),
+    "the path, no refit": Convex(choices=0, refit=None),
+    "the path": Convex(choices=0),
     "convexprune, rows alike": Convex(),
     "convexprune": Convex(),
-    "every choice + refit": EveryChoice(),
 }
 REMOVED: dict[str, tuple[Callable[[HuggingFaceModel, Constraint], Narrowing], Callable[[float], Constraint]]] = {
     "channels": (find_narrowing, partial(Channels, multiple=1)),
     "heads": (find_heads, Heads),
 }
-WEIGHED = ("convexprune, no refit", "convexprune")  # their rows count by how much they move the loss
+WEIGHED = ("the path, no refit", "the path", "convexprune")  # their rows count by how much they move the loss
 GRADIENTS = 4  # windows
 
 

@@ -87,12 +87,12 @@ def refitted(
     if refit is None:
         return start, ()
     if bool((mask == mask[:1]).all()):
-        start = _on_columns(quadratic, mask[0], start)
+        start = on_columns(quadratic, mask[0], start)
     solution = solve(refit, Problem(quadratic, Support(mask)), start)
     return solution.weight, (solution,)
 
 
-def _on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
+def on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
     """The best weights on some columns; `start` if these leave them open.
 
     Args:

@@ -1,8 +1,10 @@
 """Whole input channels as a constraint."""
 
+from itertools import combinations
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_cases import Recorder, correlated, error, layer_problem
 from strategies import random, seeds
@@ -13,6 +15,7 @@ from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.errors import PatternError, UnsupportedError
 from convexprune.pruners import METHODS, PRUNERS, Convex, LayerProblem, Refitted
+from convexprune.pruners._damped import damped
 from convexprune.solvers import Status, make_solver
 
 
@@ -107,18 +110,41 @@ def test_the_refit_of_whole_columns_is_least_squares_at_once(seed: int):
     assert not pruned.weight[:, ~kept].any()
 
 
+@settings(max_examples=8)
 @given(seeds, st.sampled_from((1, 4)))
 def test_the_path_of_one_operator_is_that_of_the_group_lasso(seed: int, block: int):
     """As it is posed: one strength for each column, small where it is clearly kept; some columns vanish on the way."""
-    problem, recorder = layer_problem(correlated(seed), Columns(0.5, block=block)), Recorder()
+    problem, recorder = layer_problem(correlated(seed, n=16 * block), Columns(0.5, block=block)), Recorder()
     pruned = Convex(solver=recorder).prune(problem)
     penalties = [posed.penalty for posed, _, _ in recorder.calls if isinstance(posed.penalty, GroupLasso)]
     assert len(penalties) == len(recorder.calls) == Convex.rounds
     last, strength = recorder.calls[-1][2].weight, torch.as_tensor(penalties[-1].strength)
-    assert strength.shape == (16,) and {penalty.block for penalty in penalties} == {block}
+    assert strength.shape == (16 * block,) and {penalty.block for penalty in penalties} == {block}
     assert block > 1 or (last == 0).all(0).any()
     kept = pruned.mask[0]
     assert float(strength[kept].max()) <= float(strength[~kept].min()) and problem.pattern.violation(pruned.weight) == 0
+
+
+@settings(max_examples=8)
+@given(seeds, st.sampled_from((1, 4)))
+def test_few_choices_are_all_tried(seed: int, block: int):
+    """Slowly, by hand: no other choice of as many columns has a lower damped error after the refit."""
+    problem = layer_problem(correlated(seed, m=4, n=8 * block), Columns(0.25, block=block))
+    pruned = Convex().prune(problem)
+    assert pruned.damping is not None and [s.status for s in pruned.solutions] == [Status.SOLVED]
+    quadratic = damped(problem, pruned.damping)
+    gram, target = quadratic.gram, problem.weight @ quadratic.gram + quadratic.cross
+    errors = {}
+    for gone in combinations(range(8), 2):
+        kept = torch.ones(8, dtype=torch.bool)
+        kept[list(gone)] = False
+        kept = kept.repeat_interleave(block)
+        weight = torch.zeros_like(problem.weight)
+        weight[:, kept] = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
+        errors[gone] = float(quadratic.values(weight).sum())
+    assert float(quadratic.values(pruned.weight).sum()) == pytest.approx(min(errors.values()), rel=1e-6)
+    path = float(quadratic.values(Convex(choices=0).prune(problem).weight).sum())
+    assert path >= min(errors.values()) * (1 - 1e-9)
 
 
 def test_operators_of_a_stack_choose_for_themselves():
