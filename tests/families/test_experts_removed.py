@@ -59,9 +59,9 @@ def made(family: str) -> HuggingFaceModel:
         return HuggingFaceModel(MIXTURES[family]().eval())
 
 
-def mixtral(experts: int, **others: Any) -> PreTrainedModel:
+def mixtral(experts: int, seed: int = 0, **others: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return t.MixtralForCausalLM(
             t.MixtralConfig(**sized(num_local_experts=experts, num_experts_per_tok=2, **others))
         ).eval()
@@ -194,11 +194,14 @@ def test_the_score_of_reap_is_that_of_its_formula():
 
 @torch.no_grad()
 def test_exchanges_find_the_experts_without_which_the_output_changes_least():
-    judge, _, _ = judged(HuggingFaceModel(mixtral(6)), 2)
-    errors = {pair: judge.error(pair) for pair in combinations(range(6), 2)}
-    best = min(errors, key=errors.__getitem__)
-    assert tuple(sorted(chosen(judge, "output", 2))) == best
-    assert tuple(sorted(chosen(judge, "reap", 2))) != best  # or nothing had to be exchanged
+    exchanged = 0
+    for seed in range(3):
+        judge, _, _ = judged(HuggingFaceModel(mixtral(6, seed)), 2)
+        errors = {pair: judge.error(pair) for pair in combinations(range(6), 2)}
+        best = min(errors, key=errors.__getitem__)
+        assert tuple(sorted(chosen(judge, "output", 2))) == best
+        exchanged += tuple(sorted(chosen(judge, "reap", 2))) != best
+    assert exchanged  # or nothing had to be
 
 
 # ---- a run
