@@ -133,9 +133,9 @@ class Report:
         files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
             what it unpacks to.
         warnings: that the user was given.
-        narrowed: if channels, heads or decoder layers were removed for good: by the name of the setting in config.json
-            how many there were and are, and so the `decoder_parameters` and all `parameters`. Of channels and heads
-            `sparsity` is then the share of columns removed from the operators that read them.
+        narrowed: if channels, heads, decoder layers or experts were removed for good: by the name of the setting in
+            config.json how many there were and are, and so the `decoder_parameters` and all `parameters`. Of channels
+            and heads `sparsity` is then the share of columns removed from the operators that read them.
         packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
         documents: the sha256 of the model card, by its path: it was made of the report, and people may change it.
         base: what the card of the base model says of its licence and language, and the names of its card and licence
