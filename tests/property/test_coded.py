@@ -157,3 +157,12 @@ def test_what_a_sweep_will_cost_is_forecast_from_one_factor(seed: int, bits: flo
     made = Descent(sweeps=0).quantize(problem, replace(before, damping=damping))
     cost = 2 * damped(problem, damping).values(made.weight).sum()
     assert 0.85 < float(Forecast(problem).errors(problem.pattern).sum() / cost) < 1.1
+
+
+@given(seeds)
+def test_columns_that_hardly_occur_keep_scales_for_texts_in_which_they_do(seed: int):
+    weight, metric = random(seed, 64, 32), torch.ones(32)
+    metric[7] = 1e-6
+    scales = Coded(3.0).fit(weight, metric)[0]
+    assert 3 < scales[7] / scales.median() < 5
+    assert bool(Coded(3.0).project(weight, metric)[:, 7].any())
