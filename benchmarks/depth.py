@@ -90,7 +90,7 @@ def remove(model: HuggingFaceModel, table: Table, tokens: Tensor, held_out: Tens
             if table.known(score=score, count=count, then=name) is None:
                 began = time.perf_counter()
                 reduced.choose(model)
-                how = replace(settings, pruner=pruner, removed=reduced.idle_layers)
+                how = replace(settings, pruner=pruner, emptied=reduced.emptied)
                 prune_in_place(model, Work(tokens, held_out, 4, how), lambda _: None)
                 table.add(row | {"then": name}, time.perf_counter() - began)
 

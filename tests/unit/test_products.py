@@ -62,8 +62,8 @@ def test_few_rows_and_other_dtypes_are_as_they_are():
     with Multiplied() as multiplied:
         for x in (torch.ones(31, 64), torch.ones(64, 64)):
             with widened(CPU, torch.bfloat16):
-                x.bfloat16() @ w.bfloat16()
-                x.double() @ w.double()
+                _ = x.bfloat16() @ w.bfloat16()
+                _ = x.double() @ w.double()
     assert multiplied.counts == {torch.bfloat16: 1, torch.float32: 1, torch.float64: 2}
 
 
@@ -86,11 +86,11 @@ def test_a_run_multiplies_nothing_in_16_bits(tiny_llama: HuggingFaceModel, setti
 def test_a_cpu_with_such_products_takes_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(products, "lacks", lambda _: False)
     with Multiplied() as multiplied, widened(CPU, torch.bfloat16):
-        torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+        _ = torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     assert multiplied.counts == {torch.bfloat16: 1}
 
 
 def test_another_device_takes_its_own():
     with Multiplied() as multiplied, widened(torch.device("cuda"), torch.bfloat16):
-        torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+        _ = torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     assert multiplied.counts == {torch.bfloat16: 1}
