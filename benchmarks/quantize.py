@@ -69,7 +69,7 @@ def draw(lines: Path, picture: Path) -> None:
 
     cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 5]
     texts = cells[0][3].removeprefix("KL, nats: ").split(" / ")
-    figure = plt.figure(figsize=(1 + 5 * len(texts), 4.5), layout="constrained")
+    figure = plt.figure(figsize=(3 + 4 * len(texts), 4), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for number, (text, axes) in enumerate(zip(texts, panels, strict=True)):
         kinds: dict[str, list[tuple[float, float]]] = {}
@@ -82,7 +82,7 @@ def draw(lines: Path, picture: Path) -> None:
         axes.set(title=text, xlabel="bits a weight, packed, everything counted", yscale="log")
         axes.grid(alpha=0.3, which="both")
     panels[0].set(ylabel="KL from dense, nats a token")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(str(picture), dpi=100)
 
 
