@@ -85,40 +85,41 @@ def relax(
         The last iterate.
     """
     weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
+    root = (split / 2).sqrt()
     for _ in range(iterations):
         middle = weight - dual
         point = middle + (q.residual(middle) + split * middle) @ inverse
         target = point + dual
-        price = _price(lines(target.abs()), lines(split), kept, price)
-        fraction = fractions(lines(target.abs()), lines(split), price).reshape(weight.shape)
+        scores = lines(target.abs() * root)
+        price = _price(scores, kept, price)
+        fraction = fractions(scores, price).reshape(weight.shape)
         weight = target * fraction / (1 + fraction)
         dual = target - weight
     return Relaxed(point, weight, fraction, dual, price)
 
 
-def fractions(target: Tensor, split: Tensor, price: Tensor) -> Tensor:
+def fractions(scores: Tensor, price: Tensor) -> Tensor:
     """The fraction z in [0, 1] of each entry at a price of a non-zero.
 
     Args:
-        target: |V| [lines width].
-        split: B [lines width].
+        scores: |V| sqrt(B / 2) [lines width].
         price: the logarithm of the price [lines 1].
 
     Returns:
         z [lines width].
     """
-    return (target * (split / (2 * price.exp())).sqrt() - 1).clamp(0, 1)
+    return (scores * (price / -2).exp() - 1).clamp_(0, 1)
 
 
-def _price(target: Tensor, split: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
+def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
     """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1]."""
     if price is None:
-        high = (target.square() * split / 2).amax(1, keepdim=True).clamp_min(1e-300).log()  # here the last one leaves
+        high = scores.square().amax(1, keepdim=True).clamp_min(1e-300).log()  # here the last one leaves
         low, count = high - 60, BISECTIONS[0]
     else:
         low, high, count = price - WINDOW, price + WINDOW, BISECTIONS[1]
     for _ in range(count):
         middle = (low + high) / 2
-        many = fractions(target, split, middle).sum(1, keepdim=True) > kept
+        many = fractions(scores, middle).sum(1, keepdim=True) > kept
         low, high = torch.where(many, middle, low), torch.where(many, high, middle)
     return high
