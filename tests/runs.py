@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import convexprune
 from convexprune.report import OperatorReport
 
 LAYERS = 4
@@ -34,6 +36,20 @@ def stop_after(number: int) -> Callable[[int], Callable[[OperatorReport], None]]
             raise KeyboardInterrupt
 
     return lambda _: on_operator
+
+
+def require_resumed(source: Path, folder: Path, **settings: Any) -> None:
+    """A run that is interrupted at its first operator, and resumed, ends with the files of one that was not."""
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = convexprune.prune(source, **settings, output_dir=folder / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(source, **settings, output_dir=folder / "again", progress=lambda _: stop)
+    again = convexprune.prune(source, **settings, output_dir=folder / "again", resume=True)
+    names = [name for name in whole.report.files if name != "recipe.yaml"]
+    assert names and [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]
 
 
 def flip(path: Path) -> None:

@@ -163,7 +163,7 @@ def make_variants(
     for kind in (parse_pattern(pattern).removes for pattern in patterns):
         if kind in OWN_BENCHMARKS:
             raise RecipeError(
-                f"Pattern {kind!r} is compared by {OWN_BENCHMARKS[kind]}: compare has all decoder layers."
+                f"Pattern {kind!r} is compared by {OWN_BENCHMARKS[kind]}: compare has all decoder layers and experts."
             )
     variants = {
         _variant(method, pattern, sparsity, convention, own.get("quota", [quota])[0], allocation): None

@@ -43,12 +43,10 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
     Returns:
         [windows positions vocabulary].
     """
-    left_out: dict[str, Any] = {} if positions is None or not _leaves_out(model) else {"logits_to_keep": positions}
+    asked: dict[str, Any] = {} if positions is None or not _leaves_out(model) else {"logits_to_keep": positions}
     with widened(ids.device, model.dtype):
-        logits = model(input_ids=ids, use_cache=False, **left_out).logits
-    if left_out:
-        return logits
-    return logits if positions is None else logits[:, positions]
+        logits = model(input_ids=ids, use_cache=False, **asked).logits
+    return logits if positions is None or asked else logits[:, positions]
 
 
 def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:

@@ -33,7 +33,6 @@ class Shortening(AbstractRemoval):
         count: how many are to go.
         place: of the setting that says how many there are.
         lists: settings that say something of each layer, by name.
-        parameters: the names in the model of those of each layer.
         allowed: the numbers of the layers that can go.
     """
 
@@ -41,7 +40,6 @@ class Shortening(AbstractRemoval):
     count: int
     place: Place
     lists: Mapping[str, Sequence[Any]]
-    parameters: Sequence[Sequence[str]]
     allowed: tuple[int, ...] = ()
 
     @property
@@ -178,17 +176,16 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     every = {n: v for n, v in config.to_dict().items() if "token_id" not in n and isinstance(v, list | tuple)}
     lists = {name: values for name, values in every.items() if len(values) == count}
     names, settings = tuple(layer.name for layer in model.layers), settings_of(model)
-    parameters = [[f"{y.name}.{name}" for name, _ in y.module.named_parameters()] for y in model.layers]
     why = "no setting has that number"
     for place in sorted(candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
         allowed = list[int]()
         for number in range(count):
-            one = Shortened(Shortening(names, 1, place, lists, parameters), (number,))
+            one = Shortened(Shortening(names, 1, place, lists), (number,))
             wrong = one.why_not(model.model, one.configured(settings))
             why = wrong or why
             allowed += [number] if wrong is None else []
         if len(allowed) >= count - left:
-            return Shortening(names, count - left, place, lists, parameters, tuple(allowed))
+            return Shortening(names, count - left, place, lists, tuple(allowed))
     raise ModelError(
         f"{model.name}: {count - left} of its {count} decoder layers cannot go, for no configuration has the others "
         f"alone ({why}). Pattern 'channels' makes every layer narrower."

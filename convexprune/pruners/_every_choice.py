@@ -1,7 +1,7 @@
 """Few choices of whole columns, as of a model's heads: all of them are tried."""
 
 from itertools import combinations
-from math import comb, inf
+from math import comb
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ def choices(pattern: Constraint, shape: tuple[int, int]) -> int | None:
     """
     if not pattern.by_column or len(pattern.parts(shape[0])) > 1:
         return None
-    return comb(shape[1] // pattern.block, pattern.zeros(1, shape[1]) // pattern.block)
+    return comb(*_blocks(pattern, shape))
+
+
+def _blocks(pattern: Constraint, shape: tuple[int, int]) -> tuple[int, int]:
+    """How many blocks of columns there are, and how many of them a pattern removes."""
+    rows, columns = shape
+    return columns // pattern.block, pattern.zeros(rows, columns) // (rows * pattern.block)
 
 
 def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
@@ -38,15 +44,16 @@ def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
     Returns:
         The weight [m n], zero in what is not kept.
     """
-    assert quadratic.anchor is not None
-    n, block = quadratic.anchor.shape[1], pattern.block
-    best, least = quadratic.anchor, inf
-    for gone in combinations(range(n // block), pattern.zeros(1, n) // block):
-        kept = torch.ones(n // block, dtype=torch.bool, device=best.device)
+    dense = quadratic.anchor
+    assert dense is not None
+    blocks, removed = _blocks(pattern, quadratic.shape)
+
+    def without(gone: tuple[int, ...]) -> Tensor:
+        kept = torch.ones(blocks, dtype=torch.bool, device=dense.device)
         kept[list(gone)] = False
-        kept = kept.repeat_interleave(block)
-        weight = on_columns(quadratic, kept, quadratic.anchor * kept)
-        error = float(quadratic.values(weight).sum())
-        if error < least:
-            best, least = weight, error
-    return best
+        kept = kept.repeat_interleave(pattern.block)
+        return on_columns(quadratic, kept, dense * kept)
+
+    return min(
+        map(without, combinations(range(blocks), removed)), key=lambda weight: float(quadratic.values(weight).sum())
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import require_resumed
 from tiny_families import FAMILIES, TOKENS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,6 +16,7 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._channels.cut import Cut
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.written import require_written
+from convexprune.adapters._removal.base import AbstractReduced
 from convexprune.constraints import Channels, Constraint
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
 from convexprune.validation import verify
@@ -49,6 +51,17 @@ def zero_some(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) ->
         axis.of(model.model.get_parameter(axis.parameter)).index_fill_(axis.dim, entries, 0)
 
 
+def require_same_as_zeros(model: HuggingFaceModel, found: Narrowing, pattern: Constraint) -> AbstractReduced:
+    """The smaller model, which computes what the whole one does with zeros, and counts its parameters."""
+    zero_some(model, found, pattern)
+    narrowed = found.narrowed(model.model.get_parameter)
+    smaller = narrowed.model(model)
+    torch.testing.assert_close(smaller(TOKENS).logits, model.model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    (*_, counts), own = narrowed.sizes(model).values(), sum(p.numel() for p in smaller.parameters())
+    assert counts == [sum(p.numel() for p in model.model.parameters()), own]
+    return narrowed
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_without_channels_computes_what_it_does_with_zeros(family: str):
@@ -63,12 +76,7 @@ def test_every_family_without_channels_computes_what_it_does_with_zeros(family: 
     found.choose(model)
     operators = {f"{layer.name}.{o.name}" for layer in model.layers for o in layer.operators}
     assert operators == {one.name for one in found.sets} == found.patterns.keys()
-    zero_some(model, found, PATTERN)
-    narrowed = found.narrowed(model.model.get_parameter)
-    smaller = narrowed.model(model)
-    torch.testing.assert_close(smaller(TOKENS).logits, model.model(TOKENS).logits, rtol=1e-5, atol=1e-5)
-    (*_, counts), (*_, own) = narrowed.sizes(model).values(), [sum(p.numel() for p in smaller.parameters())]
-    assert counts == [sum(p.numel() for p in model.model.parameters()), own]
+    narrowed = require_same_as_zeros(model, found, PATTERN)
     assert narrowed.note()["widths"] == WIDTHS.get(family, {"intermediate_size": [48, 32]})
     with pytest.raises(ModelError, match="to remove; it should be"):
         found.without({**narrowed.removed, found.sets[0].name: [0]})
@@ -140,17 +148,7 @@ def test_a_checkpoint_that_does_not_stream_is_written_too(build: Callable[[str],
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
     settings: dict[str, Any], folder: Callable[[str], Path], tmp_path: Path
 ):
-    source = folder("llama")
-    whole = convexprune.prune(source, **settings, output_dir=tmp_path / "whole")
-
-    def stop(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, **settings, output_dir=tmp_path / "again", progress=lambda _: stop)
-    again = convexprune.prune(source, **settings, output_dir=tmp_path / "again", resume=True)
-    names = [name for name in whole.report.files if name != "recipe.yaml"]
-    assert [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]
+    require_resumed(folder("llama"), tmp_path, **settings)
 
 
 @each_kind

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from runs import require_resumed
 from tiny_families import FAMILIES, TOKENS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -254,16 +255,7 @@ def test_a_model_that_streams_loses_its_experts_tensor_by_tensor(tmp_path: Path)
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(source: Path, tmp_path: Path):
-    whole = convexprune.prune(source, **SMALL, output_dir=tmp_path / "whole")
-
-    def stop(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", progress=lambda _: stop)
-    again = convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", resume=True)
-    names = [name for name in whole.report.files if name != "recipe.yaml"]
-    assert [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]
+    require_resumed(source, tmp_path, **SMALL)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(source: Path, tmp_path: Path):

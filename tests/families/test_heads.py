@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from test_channels import HEADS, zero_some
+from test_channels import HEADS, require_same_as_zeros
 from tiny_families import FAMILIES, TOKENS, build_family
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -56,12 +56,7 @@ def test_every_family_without_heads_computes_what_it_does_with_zeros(family: str
     operators = [operator for layer in model.layers for operator in layer.operators]
     assert len(operators) == len(found.sets) == len(model.layers)
     assert {pattern.block for pattern in found.patterns.values()} == {operators[0].shape[1] // found.sets[0].size}
-    zero_some(model, found, PATTERN)
-    narrowed = found.narrowed(model.model.get_parameter)
-    smaller = narrowed.model(model)
-    torch.testing.assert_close(smaller(TOKENS).logits, model.model(TOKENS).logits, rtol=1e-5, atol=1e-5)
-    (*_, counts), own = narrowed.sizes(model).values(), sum(p.numel() for p in smaller.parameters())
-    assert counts == [sum(p.numel() for p in model.model.parameters()), own]
+    narrowed = require_same_as_zeros(model, found, PATTERN)
     usual = {"num_attention_heads": [4, 2], "num_key_value_heads": [2, 1]}
     assert narrowed.note()["widths"] == WIDTHS.get(family, usual)
 

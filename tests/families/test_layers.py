@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import require_resumed
 from tiny_families import FAMILIES, TOKENS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
@@ -180,16 +181,7 @@ def test_the_result_is_an_ordinary_smaller_folder(source: Path, tmp_path: Path):
 
 
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(source: Path, tmp_path: Path):
-    whole = convexprune.prune(source, **SMALL, output_dir=tmp_path / "whole")
-
-    def stop(_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", progress=lambda _: stop)
-    again = convexprune.prune(source, **SMALL, output_dir=tmp_path / "again", resume=True)
-    names = [name for name in whole.report.files if name != "recipe.yaml"]
-    assert [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]
+    require_resumed(source, tmp_path, **SMALL)
 
 
 def test_verify_judges_a_run(source: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Whole input channels as a constraint."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -123,6 +124,21 @@ def test_the_path_of_one_operator_is_that_of_the_group_lasso(seed: int, block: i
     assert block > 1 or (last == 0).all(0).any()
     kept = pruned.mask[0]
     assert float(strength[kept].max()) <= float(strength[~kept].min()) and problem.pattern.violation(pruned.weight) == 0
+
+
+@settings(max_examples=3)
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if method.whole_only is None))
+@pytest.mark.parametrize("pattern", [Columns(0.5), Columns(0.125), Columns(0.25, block=2)], ids=str)
+@given(seed=seeds)
+def test_a_stack_of_one_operator_is_pruned_as_the_operator(method: str, pattern: Columns, seed: int):
+    """As runs have it. Of the patterns one leaves more choices than are tried, and two leave few."""
+    pruner = METHODS[method]()
+    if pattern.block > 1 and pruner.one_by_one:
+        return
+    problem = layer_problem(correlated(seed, m=4, n=16), pattern)
+    alone, stacked = pruner.prune(problem), pruner.prune(replace(problem, pattern=Stacked.alike(pattern, (4,))))
+    assert torch.equal(alone.weight, stacked.weight) and len(alone.solutions) == len(stacked.solutions)
+    assert int((~stacked.mask).sum()) == pattern.zeros(4, 16)
 
 
 @settings(max_examples=8)

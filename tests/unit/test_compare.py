@@ -164,7 +164,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
 
 
 def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
-    settings: dict[str, Any] = {"methods": ["fista", "alps"], "conventions": ["dense", "pruned-layer"]}
+    settings: dict[str, Any] = {"methods": ["fista", "alps"], "conventions": ["dense", "dense-layer", "pruned-layer"]}
     together = compared(folder, **settings, patterns=["unstructured", "2:4"])
     for row in together["rows"]:
         alone = compared(
