@@ -11,28 +11,34 @@ Record = dict[str, str]
 
 HEAD = """# Models: what was tested, and what is refused
 
-Written by `.ci/matrix` from its test run; not by hand. Each family is a tiny random model built from its configuration: saved,
-pruned from that folder by Wanda (to 50 % with rows weighed by gradients), saved, loaded by plain transformers. The counts are those of the loaded weights and are exact; the
-logits are those of the pruned model bit for bit; every weight that is no operator is the dense one bit for bit; the tensors on disk
-have the names, shapes and types of the dense checkpoint, and at sparsity 0 its bits. The replay error is that of the decoder layers
-called one by one against the model's own forward pass (relative, on other tokens than those that the calls were recorded with).
+The families in the list were tested on the releases of transformers beside them. Others need no code of their own: try
+`convexprune inspect MODEL`. A model works if its decoder layers, called one by one, are the model. Otherwise it is
+[refused](#what-is-refused), with a message. Layers, operators, shared
+inputs, order, experts and routers are found by watching a few forward passes (`adapters/_discovery/discovery.py`).
 
-Nothing here is described by hand: layers, operators, shared inputs, order, experts and routers are found by watching a few forward
-passes (`adapters/_discovery/discovery.py`), so an architecture that is not in this list works if its decoder layers,
-called one by one, are the model; if not, it is refused. A family costs no line of code in the package, one line in the list that
-`convexprune list` prints, and its configuration in `tests/tiny_families.py`, whose lines are counted
-[below](#stages). Real models are pruned in [benchmarks.md](benchmarks.md).
+Each family here is a tiny random model, built from its configuration in `tests/tiny_families.py`. It is saved, pruned from that folder by
+Wanda, saved, and loaded by plain transformers. At 50 % rows are weighed by gradients. Tests then check, bit for bit:
+
+- The zeros of the loaded weights are exactly as many as asked for.
+- The logits are those of the pruned model.
+- Every weight that is no operator is the dense one.
+- The tensors on disk have the names, shapes and types of the dense checkpoint, and at sparsity 0 its bits.
+
+*Replay error* compares decoder layers called one by one with the model's own forward pass. It is relative, on other tokens than those that
+the calls were recorded with. Real models are pruned in [benchmarks.md](benchmarks.md). `.ci/matrix` writes this page from its test run.
 """
 
 EXPERTS = """
 ## Experts
 
-An expert's operators are pruned on the tokens that are routed to it. Experts that transformers 5 keeps in one 3-D parameter are
-pruned one by one (gate and up are then one operator, as Phi-3's are); they are saved in the checkpoint's own form. What routes is
-never pruned. Experts that are multiplied all at once, as Llama 4's, are left alone and listed. An expert that was sent fewer tokens than it has inputs borrows: the mean moments of all experts' inputs of its stage are
-added with the weight of the tokens that are lacking. Its `facts` in the report say how many (`borrowed_tokens`), the report's
-`short_of_tokens` lists all such experts, and its errors are those on the mixture. Errors of experts are not corrected for
-(`error_correction`), as the dense and the pruned network may send a token to different ones.
+- An expert's operators are pruned on the tokens that are routed to it. What routes is never pruned.
+- Experts that transformers 5 keeps in one 3-D parameter are pruned one by one. Gate and up are then one operator, as Phi-3's are. They are
+  saved in the checkpoint's own form.
+- Experts that are multiplied all at once, as Llama 4's, are left alone and listed.
+- An expert that was sent fewer tokens than it has inputs borrows. The mean moments of all experts' inputs of its stage are added, with the
+  weight of the tokens that are lacking. Its `facts` in the report say how many (`borrowed_tokens`). `short_of_tokens` lists all such
+  experts. Their errors are those on the mixture.
+- Errors of experts are not corrected for (`error_correction`): the dense and the pruned network may send a token to different experts.
 """
 
 OTHER = """
@@ -64,7 +70,7 @@ def main(paths: list[Path]) -> None:
             print(f"| {family} | {version} | {counts} | {max(float(r['replay error']) for r in (half, semi)):g} |")
     print(
         f"\n## Stages\n\nAs found on transformers {versions[-1]}, in the last layer; of experts, the first one. An arrow leads to the next "
-        "stage, a semicolon to the next input of the same stage; what stands together shares its input. The lines are those of the "
+        "stage, a semicolon to the next input of the same stage. What stands together shares its input. Lines are those of the "
         "configuration, beside what families have in common.\n"
     )
     print("| family | stages | lines |\n| --- | --- | --: |")

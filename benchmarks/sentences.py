@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ("benchmarks.md", "models.md", "tried.md", "trials.md")
-"""Records of measurements: of the laboratory, or written by a program."""
+NOTEBOOK = ("benchmarks.md", "tried.md", "trials.md")
+"""Records of measurements."""
 NO_PROSE = r"^```.*?^```|^\$\$.*?\$\$|<!--.*?-->|^(?: {4}|#|\||!\[).*?$|^::: .*?(?=^$|^:::|\Z)"
 
 
