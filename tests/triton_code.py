@@ -93,7 +93,7 @@ def cases() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     yield convex._strengths, [a, each, number]
     yield penalty._shrink, [a, b.abs(), number, None]
     yield penalty._shrink_ahead, [a, b, c.abs(), number]
-    yield cg._advance, [a, b, c, d, e > 0, each]
+    yield cg._advance, [a, b, c, d, e > 0, each, each, each / 10, number / 10]
     yield fista._extrapolate, [a, b, c, torch.empty_like(a), each, True, False]
     yield admm._scores, [a, b, c, number, number]
     yield admm._parts, [a, b > 0]

@@ -71,7 +71,7 @@ def beside_eager(bed: Bed, name: str) -> Found:
     one = a.new_ones(len(a), 1)
     given: dict[str, tuple[Any, ...]] = {
         "ahead": (a, b, c, d, number), "strengths": (a, b.abs() + 0.1, number), "shrink": (a, b, c.abs(), number),
-        "refit": (a, b, c.clone(), d.clone(), torch.ones_like(a, dtype=torch.bool), one),
+        "refit": (a, b, c.clone(), d.clone(), torch.ones_like(a, dtype=torch.bool), *(one, one, one / 10), number / 10),
     }  # fmt: skip
     fused, eager = WORK[name], inspect.unwrap(WORK[name])
     seconds = times(bed, {"fused": lambda: fused(*given[name]), "eager": lambda: eager(*given[name])})

@@ -23,8 +23,10 @@ class ConjugateGradient(AbstractSolver):
     With P the projection on the support, each row solves (P H P) v = P g by the recurrence of Hestenes and Stiefel
     (1952): one product per iteration whatever the number of rows, each with its own steps.
 
-    It stops when gap <= tolerance * objective, when the gradients have shrunk to rounding errors, or after
-    `max_iterations`. The gap is computed from what the recurrence carries: a triangular solve, no product. While an
+    It stops when gap <= tolerance * objective, when all rows are done, or after `max_iterations`. A row is done when its
+    gradient is four rounding errors of its first one, or its direction is one in which the data have no energy, up to
+    the rounding of H: d H d' <= eps |H|_F |d|^2. Where H is singular on the support, as on fewer tokens than inputs,
+    that is how it ends near the start, in place of a walk through the null space. The gap is computed from what the recurrence carries: a triangular solve, no product. While an
     iteration still gains more than the tolerance the gap is not tested, because it was larger than that gain just
     before. So a solve whose gap falls at once ends one test late.
 
@@ -62,7 +64,8 @@ class ConjugateGradient(AbstractSolver):
         residual.mul_(mask)
         direction = residual.clone()
         energy = torch.linalg.vecdot(residual, residual)[:, None]
-        least = torch.finfo(energy.dtype).eps ** 2 * energy
+        size, eps = energy, torch.finfo(energy.dtype).eps
+        least, flat = (4 * eps) ** 2 * energy, eps * torch.linalg.matrix_norm(q.gram)
         gain = torch.zeros_like(value)
         iterations = 0
         while iterations < self.max_iterations:
@@ -71,7 +74,7 @@ class ConjugateGradient(AbstractSolver):
             ):
                 break
             image = product(direction, q.gram)
-            gain, energy = _advance(image, direction, weight, residual, mask, energy)
+            gain, energy, size = _advance(image, direction, weight, residual, mask, energy, size, least, flat)
             value -= gain
             iterations += 1
         weight = weight / scale
@@ -87,17 +90,32 @@ class ConjugateGradient(AbstractSolver):
 
 @fused
 def _advance(
-    image: Tensor, direction: Tensor, weight: Tensor, residual: Tensor, mask: Tensor, energy: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One iteration, in place, after its product D H, the `image`.
+    image: Tensor,
+    direction: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    mask: Tensor,
+    energy: Tensor,
+    size: Tensor,
+    least: Tensor,
+    flat: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One iteration, in place, after its product D H, the `image`; `energy` is |K|^2 and `size` |D|^2, each [m 1].
+
+    Rows whose |K|^2 is at most the `least` [m 1], or whose curvature is at most that of `flat` [] directions, are done:
+    their direction is zero from then on.
 
     Returns:
-        What each row gains [m], and |K|^2 of the residuals then [m 1].
+        What each row gains [m], and |K|^2 and |D|^2 then; |K|^2 is zero for rows that are done.
     """
     curvature = torch.linalg.vecdot(direction, image)[:, None]  # directions are zero off the support
-    length = torch.where(curvature > 0, energy / curvature, 0.0)
+    ends = curvature <= flat * size
+    length = torch.where(ends, 0.0, energy / curvature)
     weight.addcmul_(length, direction)
     residual.addcmul_(length, image, value=-1).mul_(mask)
     after = torch.linalg.vecdot(residual, residual)[:, None]
-    direction.mul_(torch.where(energy > 0, after / energy, 0.0)).add_(residual)
-    return (length * energy)[:, 0] / 2, after
+    goes_on = (~ends & ~(after <= least)).to(after)
+    after = after * goes_on
+    ratio = torch.where(energy > 0, after / energy, 0.0)
+    direction.mul_(ratio).addcmul_(residual, goes_on)
+    return (length * energy)[:, 0] / 2, after, after + ratio.square() * size  # residuals are orthogonal to directions

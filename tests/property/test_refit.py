@@ -117,6 +117,24 @@ def test_as_many_iterations_as_inputs_are_enough_in_exact_arithmetic(n, seed):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "kept"), [(14, 0.5), (14, 0.3), (5, 0.9), (20, 1.0)])
+def test_on_fewer_tokens_than_inputs_it_ends_at_the_solution_nearest_to_the_start(dtype, tokens, kept):
+    layer = make_layer("full rank", 6, 32, seed=1, tokens=tokens, mixing=0.2)
+    x, w = layer.pruned.to(dtype), layer.weight.to(dtype)
+    mask = torch.rand(6, 32, generator=torch.Generator().manual_seed(2)) < kept
+    q = Quadratic.least_squares(x, x @ w.T + 0.3 * random(3, tokens, 6).to(dtype), w)
+    found = ConjugateGradient(0, 1000).solve(Problem(q, Support(mask)))
+    assert found.iterations <= 200
+    exact, scale = q.double, q.double.scale()
+    gradient = exact.residual(w.double() * mask) / scale
+    for i, row in enumerate(mask):
+        gram = (exact.gram / scale / scale[:, None])[row][:, row]
+        nearest = torch.linalg.pinv(gram, rtol=1e-5, hermitian=True) @ gradient[i, row]
+        moved = ((found.weight - w).double()[i] * scale)[row]
+        assert (moved - nearest).norm() <= 1e4 * torch.finfo(dtype).eps * nearest.norm()
+
+
 def test_too_few_iterations_end_at_the_limit():
     _, problem = make_problem("full rank", "Support", 3, 8, 0, 0.1, 0.3)
     assert ConjugateGradient(1e-12, 1).solve(problem).status is Status.ITERATION_LIMIT

@@ -15,7 +15,7 @@ KERNELS = {  # by function: the tensors that its kernel reads, and those that it
     "_strengths": (2, 1),
     "_soft": (2, 1),
     "_shrink_ahead": (3, 1),
-    "_advance": (8, 7),  # of 8, two are what it wrote itself; of 7, two are written again where they were given
+    "_advance": (9, 7),  # [m 1] counted; of each, two are what it wrote itself or writes again
     "_extrapolate": (4, 3),
     "_scores": (3, 1),
     "_parts": (2, 2),
