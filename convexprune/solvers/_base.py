@@ -16,7 +16,7 @@ from convexprune.core._setting_types import check_settings
 from convexprune.errors import ProblemError, UnsupportedError
 
 TOLERANCE = 1e-4
-"""The relative gap that is asked of a solver which has no `tolerance` of its own."""
+"""The relative gap that is asked of a solver which has no `tolerance` of its own: that of ours by default."""
 
 
 class Status(Enum):
@@ -195,8 +195,20 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
     if not certified:
         return solution
     certificate = certify(problem, weight)
-    status = Status.of(solution.status, certificate, getattr(solver, "tolerance", TOLERANCE))
+    status = Status.of(solution.status, certificate, promised_gap(solver))
     return replace(solution, status=status, certificate=certificate)
+
+
+def promised_gap(solver: AbstractSolver) -> float:
+    """The relative gap at which a solver says that it is done.
+
+    Args:
+        solver: the solver.
+
+    Returns:
+        Its `tolerance`; `TOLERANCE` if it has none.
+    """
+    return getattr(solver, "tolerance", TOLERANCE)
 
 
 def _is_ours(solver: AbstractSolver) -> bool:

@@ -23,12 +23,14 @@ class ConjugateGradient(AbstractSolver):
     With P the projection on the support, each row solves (P H P) v = P g by the recurrence of Hestenes and Stiefel
     (1952): one product per iteration whatever the number of rows, each with its own steps.
 
-    It stops when gap <= tolerance * objective, when all rows are done, or after `max_iterations`. A row is done when its
-    gradient is four rounding errors of its first one, or its direction is one in which the data have no energy, up to
-    the rounding of H: d H d' <= eps |H|_F |d|^2. Where H is singular on the support, as on fewer tokens than inputs,
-    that is how it ends near the start, in place of a walk through the null space. The gap is computed from what the recurrence carries: a triangular solve, no product. While an
-    iteration still gains more than the tolerance the gap is not tested, because it was larger than that gain just
-    before. So a solve whose gap falls at once ends one test late.
+    It stops when gap <= tolerance * objective, when all rows are done, or after `max_iterations`. A row is done when
+    its gradient is four rounding errors of its first one, or when d H d' <= eps |H|_F |d|^2 for its direction d: the
+    energy that the data have there is rounding. Where H is singular on the support, as on fewer tokens than inputs, it
+    ends so at the solution nearest to its start, in place of a walk through the null space.
+
+    The gap is computed from what the recurrence carries: a triangular solve, no product. While an iteration still gains
+    more than the tolerance the gap is not tested, because it was larger than that gain just before. So a solve whose
+    gap falls at once ends one test late.
 
     Args:
         tolerance: the relative gap that is asked for.
