@@ -129,7 +129,7 @@ class Verification:
         return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
 
     def tables(self) -> list[Table]:
-        """One line for each solve, and one for each bound."""
+        """One line for each solve, and one for each bound and error, if there are any."""
         solves = Table(title="The same problem, several solvers", box=SIMPLE_HEAD)
         solves.add_column("operator", no_wrap=True)
         solves.add_column("problem", no_wrap=True)
@@ -153,7 +153,7 @@ class Verification:
             errors.add_column(name, justify="left" if name == "operator" else "right", no_wrap=True)
         for e in self.errors:
             errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}")
-        return [solves, bounds, *([errors] if self.errors else [])]
+        return [solves, *(table for table in (bounds, errors) if table.row_count)]
 
 
 @documented(VERIFY)

@@ -46,8 +46,10 @@ def verify(
         for fault in result.faults:
             console.print(Text.assemble(("missed", "bold red"), f": {fault}"), soft_wrap=True)
         verdict = ("passed", "bold green") if result.passed else ("failed", "bold red")
-        figures = f"{len(result.comparisons)} problems; median bound / error {result.median_ratio:.2f}, "
-        figures += f"undamped {result.median_plain_ratio:.2f}; {result.seconds:.0f} s"
+        figures = f"{len(result.comparisons)} problems; "
+        if result.bounds:  # whole columns have none
+            figures += f"median bound / error {result.median_ratio:.2f}, undamped {result.median_plain_ratio:.2f}; "
+        figures += f"{result.seconds:.0f} s"
         console.print(Text.assemble(verdict, f": {figures}"), soft_wrap=True)
     if not result.passed:
         raise typer.Exit(1)
