@@ -99,7 +99,7 @@ def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Re
     """Solve every named problem whose penalty the solver takes.
 
     An answer V passes if objective(V) - least value <= tolerance * objective(V). That is what a duality gap within the
-    tolerance proves, so a solver that keeps its promise passes. Below the least value it fails, too: no weight is there.
+    tolerance proves, so a solver that keeps its promise passes. Below the least value it fails too: no weight is there.
 
     Args:
         solver: the solver to test.

@@ -234,7 +234,7 @@ class Report:
             if whole.pop("checksum") != _checksum(whole):
                 raise ValueError("its checksum is that of another text")
             given = {key: value for key, value in whole.items() if key not in DERIVED}
-            return TypeAdapter(cls).validate_python(given)
+            return _whole_reader().validate_python(given)
         except ValidationError as cause:
             fault = cause.errors()[0]
             reason = f"{'.'.join(map(str, fault['loc']))[:100]}: {fault['msg']}"
@@ -279,3 +279,6 @@ def finite(value: Any) -> Any:
 
 def _checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+_whole_reader = cache(lambda: TypeAdapter(Report))

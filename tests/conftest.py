@@ -1,5 +1,6 @@
 """Settings of all test processes. The fixtures are in `tiny_models.py`: who only hands out tests loads no torch."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
@@ -14,3 +15,14 @@ def pytest_configure(config: pytest.Config) -> None:
     hands_out = config.option.numprocesses and not config.option.collectonly and not hasattr(config, "workerinput")
     if not hands_out:
         config.pluginmanager.import_plugin("tiny_models")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: to look for cycles in it again and again takes a twentieth of the time of all tests."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def pytest_sessionfinish() -> None:
+    """Extensions that look for leaks when Python ends find none."""
+    gc.unfreeze()

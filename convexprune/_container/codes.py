@@ -128,7 +128,7 @@ def _fits(layout: Layout, values: Tensor) -> bool:
         return False
     groups = lines.reshape(-1, grid.width(lines.shape[1]))
     probes = groups[groups.any(1)][:PROBES]
-    return len(probes) > 0 and all(grid.has(group) for group in probes)
+    return len(probes) > 0 and not grid.violation(probes)
 
 
 def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:

@@ -127,7 +127,7 @@ def installation(device: torch.device | str) -> dict[str, str]:
     Returns:
         The checksum of our code, the processor, and the versions of torch and transformers.
     """
-    return {"code": code()} | processor(device) | {name: _version(name) for name in ("torch", "transformers")}
+    return {"code": _own_code()} | processor(device) | {name: _version(name) for name in ("torch", "transformers")}
 
 
 def code(package: Traversable | None = None) -> str:
@@ -143,6 +143,12 @@ def code(package: Traversable | None = None) -> str:
     for name, file in sorted(_modules(files("convexprune") if package is None else package)):
         total.update(name.encode() + file.read_bytes())
     return total.hexdigest()
+
+
+@cache
+def _own_code() -> str:
+    """The checksum of what this process computes with; files that are changed meanwhile are not that."""
+    return code()
 
 
 def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:

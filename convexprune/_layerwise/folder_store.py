@@ -130,7 +130,8 @@ class FolderStore(AbstractStore):
             with locked(self.folder / f"{name}.lock") as is_locked:
                 if is_locked and read_notes(path) is None:
                     write_notes(path, make())
-            time.sleep(POLL)
+            if not is_locked:
+                time.sleep(POLL)
         return value
 
     def layer(self, number: int) -> Mapping[str, Tensor]:

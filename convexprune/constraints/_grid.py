@@ -12,6 +12,7 @@ from convexprune.errors import PatternError
 GROUPS = (32, 64, 128)
 ROW = -1  # in place of a group: one scale for each output channel
 CLIPS = 16  # candidates for each scale
+AT_ONCE = 2**22  # products of a scale and a weight that are looked at together
 PROBE = 8  # weights of a group that are looked at first: most scales do not fit them
 NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, over the group's largest weight
 
@@ -123,38 +124,21 @@ class Grid(AbstractGrid):
         """
         groups = weight.reshape(-1, self.width(weight.shape[-1]))
         largest = groups.float().abs().amax(1)
-        scales, codes = torch.ones_like(largest), torch.zeros_like(groups, dtype=torch.int8)
-        left = largest.nonzero().squeeze(1)
-        for candidate in self._candidates(largest):
-            if not len(left):
-                break
-            some = left[_on_grid(groups[left, :PROBE], candidate[left]).all(1)]
-            some = some[_on_grid(groups[some], candidate[some]).all(1)]
-            found = (groups[some].float() / candidate[some, None]).round_()
-            fits = self._has(found)
-            some, found = some[fits], found[fits]
-            flip = torch.where(found.amax(1, keepdim=True) > self.highest, -1.0, 1.0)
-            scales[some] = candidate[some] * flip[:, 0]
-            codes[some] = (found * flip).to(torch.int8)
-            left = left[~torch.isin(left, some)]
-        on = torch.ones_like(largest, dtype=torch.bool)
-        on[left] = False
+        candidates = self._candidates(largest)
+        number, group = (_probed(groups, candidates) & (largest > 0)).nonzero().T
+        few = max(1, AT_ONCE // groups.shape[1])
+        pairs = zip(number.split(few), group.split(few), strict=True)
+        fits = torch.cat([self._fits(groups[which], candidates[of, which]) for of, which in pairs])
+        none = len(candidates)
+        first = number.new_full((len(groups),), none).scatter_reduce_(0, group[fits], number[fits], "amin")
+        on = (first < none)[:, None]
+        scale = candidates.gather(0, first.clamp_max_(none - 1)[None]).T
+        found = (groups.float() / scale).round_()
+        flip = torch.where(found.amax(1, keepdim=True) > self.highest, -1.0, 1.0)
+        scales = torch.where(on, scale * flip, 1.0)
+        codes = torch.where(on, found * flip, 0.0).to(torch.int8)
         shape = *weight.shape[:-1], weight.shape[-1] // groups.shape[1]
-        return scales.view(shape), codes.view_as(weight), on.view(shape)
-
-    def has(self, group: Tensor) -> bool:
-        """Whether a group of weights is on the grid; this is quick if it is not.
-
-        Args:
-            group: as it is stored [n], not all zero.
-
-        Returns:
-            Whether some scale fits.
-        """
-        scales = self._candidates(group.float().abs().amax()[None])[:, 0]
-        some = scales[_on_grid(group[None, :PROBE], scales).all(1)]
-        some = some[_on_grid(group[None], some).all(1)]
-        return bool(self._has((group.float() / some[:, None]).round_()).any())
+        return scales.view(shape), codes.view_as(weight), (on[:, 0] | (largest == 0)).view(shape)
 
     def _candidates(self, largest: Tensor) -> Tensor:
         """Scales with which the largest weight of each group has a code, the smallest code first [number groups]."""
@@ -163,10 +147,12 @@ class Grid(AbstractGrid):
         all_near = torch.stack([near, near + 1, near - 1], dim=1).flatten(0, 1)
         return all_near.view(torch.bfloat16).float().clamp_min_(torch.finfo(torch.bfloat16).tiny)
 
-    def _has(self, codes: Tensor) -> Tensor:
-        """Whether all codes of a group [groups group], or all of their opposites, are numbers of so many bits."""
+    def _fits(self, weights: Tensor, scales: Tensor) -> Tensor:
+        """Which groups [groups n] are codes, or all opposites of codes, times their scale [groups]."""
+        codes = (weights.float() / scales[:, None]).round_()
         high, low = codes.amax(1), codes.amin(1)
-        return (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
+        has = (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
+        return has & _on_grid(weights, scales).all(1)
 
     def __str__(self) -> str:
         return (
@@ -175,6 +161,13 @@ class Grid(AbstractGrid):
 
 
 def _on_grid(weights: Tensor, scales: Tensor) -> Tensor:
-    """Which weights [groups n] are a whole number times the scale of their group [groups], as they are stored."""
-    scale = scales[:, None]
+    """Which weights [groups n] are a whole number times the scale of their group [... groups], as they are stored."""
+    scale = scales[..., None]
     return ((weights.float() / scale).round_().mul_(scale)).to(weights.dtype) == weights
+
+
+def _probed(groups: Tensor, candidates: Tensor) -> Tensor:
+    """With which candidates the first weights of a group are on the grid [number groups]."""
+    few = max(1, AT_ONCE // (PROBE * len(candidates)))
+    parts = zip(groups[:, :PROBE].split(few), candidates.split(few, dim=1), strict=True)
+    return torch.cat([_on_grid(some, scales).all(2) for some, scales in parts], dim=1)

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
 
+from convexprune._device.select import kth_smallest
 from convexprune.core._quadratic import Quadratic
 
-BISECTIONS = (60, 12)  # of the price of a non-zero: at the first iteration, and from the price before
+BISECTIONS = 12  # of the price of a non-zero
 WINDOW = 0.5  # by which the logarithm of a price may move between two iterations
 
 Lines = Callable[[Tensor], Tensor]
@@ -112,13 +114,18 @@ def fractions(scores: Tensor, price: Tensor) -> Tensor:
 
 
 def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
-    """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1]."""
+    """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1].
+
+    At the square of the k-th largest score less than k are kept, at a quarter of it k or more.
+    """
     if price is None:
-        high = scores.square().amax(1, keepdim=True).clamp_min(1e-300).log()  # here the last one leaves
-        low, count = high - 60, BISECTIONS[0]
+        width = scores.shape[1]
+        k = min(max(int(kept.max()), 1), width)
+        high = kth_smallest(scores, width + 1 - k).clamp_min(1e-150).log() * 2
+        low = high - log(4)
     else:
-        low, high, count = price - WINDOW, price + WINDOW, BISECTIONS[1]
-    for _ in range(count):
+        low, high = price - WINDOW, price + WINDOW
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         many = fractions(scores, middle).sum(1, keepdim=True) > kept
         low, high = torch.where(many, middle, low), torch.where(many, high, middle)

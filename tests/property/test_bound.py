@@ -12,7 +12,7 @@ from strategies import KINDS, make_chain, make_layer, random, seeds
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.core._bound import LowerBound, lines_of, lower_bound, without_dead_inputs
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._relaxation import Relaxed, relax
+from convexprune.core._relaxation import Relaxed, _price, fractions, relax
 from convexprune.core._split import first_split, safe_split
 from convexprune.errors import ProblemError
 from convexprune.pruners import Convex, Wanda
@@ -162,3 +162,15 @@ def test_the_best_pruning_is_the_best_of_all_supports(pattern, seed):
         for s in combinations(range(4), 2)
     )  # fmt: skip
     assert float(problem.squared_error(best_pruning(problem)).sum()) == pytest.approx(least)
+
+
+@given(st.integers(1, 9), st.integers(0, 10), st.sampled_from((1.0, 4.0)), seeds)
+def test_at_the_price_as_much_is_kept_as_may_be(kept, zeros, spread, seed):
+    scores = random(seed, 5, 20).abs() ** spread
+    scores[:, :zeros] = 0
+    budget = torch.full((5, 1), float(kept), dtype=torch.float64)
+    price = _price(scores, budget, None)
+    for moved in (0.0, 0.3, -0.3):
+        price = _price(scores, budget, price + moved)
+        assert bool((fractions(scores, price).sum(1, keepdim=True) <= budget).all())
+        assert bool((fractions(scores, price - 0.0003).sum(1, keepdim=True) >= budget - 1e-9).all())

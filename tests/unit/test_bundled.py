@@ -15,8 +15,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_opt.py"
 def test_the_example_prunes_it_with_little_loss_on_text_that_it_samples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 8)  # to write them takes most of the time
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "16"])
+    monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 4)  # to write them takes most of the time
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "12"])
     report = runpy.run_path(str(EXAMPLE), run_name="__main__")["result"].report
     assert "largest relative duality gap" in capsys.readouterr().out
     dense, pruned = (report.perplexity[name]["value"] for name in ("dense", "pruned"))

@@ -145,7 +145,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     with pytest.raises(errors.OutputError, match="already holds something"):
         compared(folder, **settings)
     with monkeypatch.context() as patch, pytest.raises(errors.RecipeError, match="another comparison: code differ"):
-        patch.setattr(machine, "code", lambda: "another")
+        patch.setattr(machine, "_own_code", lambda: "another")
         compared(folder, **settings, resume=True)
     states = next((folder / "out").rglob("states-*/*.bin"))
     whole_states = states.read_bytes()
@@ -166,7 +166,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
 def test_a_row_is_the_same_whatever_stands_beside_it(folder: Path):
     settings: dict[str, Any] = {"methods": ["fista", "alps"], "conventions": ["dense", "dense-layer", "pruned-layer"]}
     together = compared(folder, **settings, patterns=["unstructured", "2:4"])
-    for row in together["rows"]:
+    assert len(together["rows"]) == 12
+    for row in together["rows"][::5]:  # each convention, method and pattern
         alone = compared(
             folder,
             methods=[row["method"]],

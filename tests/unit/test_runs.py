@@ -147,7 +147,7 @@ def test_what_has_changed_is_named_and_refused(dense, stopped, expected, tmp_pat
     model = _other_model(dense, tmp_path / "other") if change == "weights" else dense
     with monkeypatch.context() as patch:
         if change == "code":
-            patch.setattr(machine, "code", lambda: "another")
+            patch.setattr(machine, "_own_code", lambda: "another")
         if change == "processor":
             here = machine.has_bfloat16(torch.device("cpu"))
             patch.setattr(machine, "has_bfloat16", lambda device: not here)
