@@ -12,6 +12,8 @@ from convexprune.pruners import LayerProblem
 from convexprune.solvers import AbstractSolver, make_solver
 
 EXACT = 1e-8  # the gap to which the production solver is run for the comparison
+NEGLIGIBLE = 1e-9
+"""Of the target's energy: an objective below this is an exact fit, of which rounding decides, and counts as this."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class Solve:
     Args:
         solver: its name.
         objective: q + p at the answer.
-        difference: the objective over the least that any solver found, less one.
-        relative_gap: of its certificate.
+        difference: the objective less the least that any solver found, relative to that.
+        relative_gap: the gap of its certificate, relative to the objective. Where the target is fitted all but exactly,
+            as on fewer tokens than inputs, both are relative to 1e-9 of its energy.
         kkt_residual: of its certificate.
         seconds: of the solve.
     """
@@ -93,7 +96,9 @@ def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tu
 
 
 def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
-    """The two convex problems of the pruner on a block: reweighted L1 as on its path, and the refit on a support.
+    """The two convex problems of a block: reweighted L1 as on the path of `convex`, and the refit on a support.
+
+    They are those of the calibration error alone. A pruner's damping makes them better conditioned.
 
     Args:
         q: the quadratic of the block.
@@ -148,14 +153,14 @@ def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
     """
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}
-    least = min(values.values())
-    unit = max(least, torch.finfo(torch.float64).tiny)
+    least, energy = min(values.values()), problem.quadratic.target_energy
+    exact = max(NEGLIGIBLE * energy, torch.finfo(torch.float64).tiny)
     solves = tuple(
         Solve(
             key,
             values[key],
-            (values[key] - least) / unit,
-            solution.certificate.relative_gap,
+            (values[key] - least) / max(least, exact),
+            solution.certificate.gap / max(values[key], exact),
             solution.certificate.kkt_residual,
             solution.solve_seconds,
         )

@@ -110,6 +110,11 @@ class InParts(Quadratic):
         return self.inverse.lower
 
     @property
+    def is_well_conditioned(self) -> bool:
+        """It is: there is no other in parts."""
+        return True
+
+    @property
     def is_sum_of_squares(self) -> bool:
         """Whether every energy is large enough for its cross term, up to rounding; H is definite."""
         unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)

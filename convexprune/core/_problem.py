@@ -8,16 +8,12 @@ from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
 from convexprune.core._arrays import Array, as_tensor
-from convexprune.core._factor import rounding_margin
 from convexprune.core._in_parts import InParts, Inverse
-from convexprune.core._penalty import AbstractPenalty, Support
+from convexprune.core._on_kept import gaps_on_kept
+from convexprune.core._penalty import AbstractPenalty
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._sum_of_squares import UNKNOWN
 from convexprune.errors import ProblemError
-
-PRICED = 1e12
-"""Operations, m n^3, that pricing each row of a support by a factor of its own may take."""
-AT_ONCE = 2**24  # numbers in the factors that are computed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +116,8 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
         subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
                      the distance to the optimum, where clipping falls with the distance
 
-    On a support, whose price is that of H restricted to it, the second and the third are one. All terms are
-    non-negative sums, so nothing cancels near the optimum. What the energy's own rounding hides is added.
+    On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
+    What the energy's own rounding hides is added.
 
     Args:
         problem: min q + p.
@@ -149,6 +145,32 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     return gaps + quadratic.rounding
 
 
+def tighter_gaps(
+    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, gaps: Tensor
+) -> Tensor:
+    """The gaps, or those of `gaps_on_kept` where they are smaller.
+
+    These take a factor for each row, and are tried where H is not definite, or next to it: of the choices of `row_gaps`
+    the scaling alone is left there, or all are loose.
+
+    Args:
+        problem: min q + p.
+        weight: V [m n].
+        residual: K [m n], the residual of q at `weight`.
+        values: q of each row [m] at `weight`.
+        slack: p of each row [m] at `weight`.
+        gaps: those of `row_gaps` [m].
+
+    Returns:
+        [m].
+    """
+    quadratic = problem.quadratic
+    if quadratic.is_well_conditioned:
+        return gaps
+    dearer = gaps_on_kept(quadratic, problem.penalty, weight, residual, values, slack)
+    return torch.minimum(gaps, dearer + quadratic.rounding)
+
+
 def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:
     """Those of two bounds [m] with the smaller sum: one dual point for all rows."""
     return torch.where(others.sum() < gaps.sum(), others, gaps)
@@ -159,8 +181,7 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     """Bound how far a weight is from optimal, whoever found it.
 
     Only gram, cross and energy (about the anchor) are used: neither the calibration inputs nor the solver have to be
-    trusted. See `row_gaps` for the gap. On a support, where H is singular, the price of each row is that of H
-    restricted to what the row keeps, if that takes at most `PRICED` operations. The KKT residual is the largest entry
+    trusted. See `row_gaps` and `tighter_gaps` for the gap. The KKT residual is the largest entry
     of the proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
@@ -199,9 +220,7 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     gaps = row_gaps(problem, point, residual, values, slack)
     if not precise:
         return Certificate(float(primal.sum()), float(gaps.sum()), inf)
-    if isinstance(problem.penalty, Support) and problem.quadratic.factor is None:
-        mask = problem.penalty.mask.expand(problem.shape)
-        gaps = torch.minimum(gaps, _prices(problem.quadratic, mask, residual) + problem.quadratic.rounding)
+    gaps = tighter_gaps(problem, point, residual, values, slack, gaps)
     scale = problem.quadratic.scale()
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach
@@ -224,24 +243,3 @@ def _proximal_step(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
     """The largest entry of |U - prox_p(U + K)| in coordinates U = V * scale."""
     point = point * scale
     return float((point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs().max())
-
-
-def _prices(quadratic: Quadratic, mask: Tensor, residual: Tensor) -> Tensor:
-    """1/2 k H_SS^-1 k' of the residual k of each row on its support S, the `mask` [m n]: [m]; inf if H_SS is singular.
-
-    That is the gap itself: what least squares on the support would still gain.
-    """
-    (m, n), gram = quadratic.shape, quadratic.gram
-    if m * n**3 > PRICED:
-        return torch.full_like(residual[:, 0], inf)
-    margin, parts = rounding_margin(gram), []
-    for kept, gradient in zip(
-        *(t.split(max(1, AT_ONCE // n**2)) for t in (mask & ~quadratic.dead, residual)), strict=True
-    ):
-        on = kept.to(gram)
-        squares = gram * on[:, :, None] * on[:, None, :]
-        squares.diagonal(dim1=1, dim2=2).add_(torch.where(kept, -margin, 1.0))
-        factor, info = torch.linalg.cholesky_ex(squares)
-        solved = torch.linalg.solve_triangular(factor, (gradient * on)[:, :, None], upper=False)
-        parts.append(torch.where(info == 0, solved.square().sum((1, 2)) / 2, inf))
-    return torch.cat(parts)

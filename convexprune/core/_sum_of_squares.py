@@ -178,6 +178,18 @@ class SumOfSquares:
         return self._cache.factor
 
     @property
+    def is_well_conditioned(self) -> bool:
+        """Whether H, or that of the function whose envelope this is, has pivots above the rounding of float32.
+
+        Its least eigenvalue is not above the least of them, so that a float32 factor of H exists nowhere else.
+        """
+        inner = self if self._cache.envelope_of is None else self._cache.envelope_of[0]
+        if inner.factor is None:
+            return False
+        least = len(inner.gram) * torch.finfo(torch.float32).eps * inner.gram.diagonal().amax()
+        return bool(inner.factor.diagonal().amin().square() > least)
+
+    @property
     def dead(self) -> Tensor:
         """Which inputs are always zero [n]: the function does not depend on their weights."""
         return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)

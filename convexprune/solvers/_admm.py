@@ -65,7 +65,7 @@ class ADMM(AbstractIterative):
             products += 1
             if iteration % self.check_every == 0:
                 products += 1
-                status = self._status(problem, weight)
+                status = self._status(problem, weight, iteration)
                 if status is not None:
                     return weight, status, iteration, products
                 balanced = _balanced(rho, exact, weight, before, dual)

@@ -60,7 +60,7 @@ class FISTA(AbstractIterative):
                 products += 1
             if iteration % self.check_every == 0:
                 products += 1
-                status = self._status(problem, new + anchor)
+                status = self._status(problem, new + anchor, iteration)
                 if status is not None:
                     return new + anchor, status, iteration, products
             if iteration == self.max_iterations:

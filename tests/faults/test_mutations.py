@@ -44,6 +44,9 @@ from convexprune.core import (
     _consistency as consistency,
 )
 from convexprune.core import (
+    _on_kept as on_kept,
+)
+from convexprune.core import (
     _penalty as penalty,
 )
 from convexprune.core import (
@@ -138,8 +141,12 @@ FAULTS = (
     Fault("a gap with half the price of a subgradient", problem.row_gaps,
           "gaps, quadratic.inverse_form(residual - dual))", "gaps, 0.4 * quadratic.inverse_form(residual - dual))",
           test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
-    Fault("a support priced without its margins", problem._prices, "/ 2, inf", "/ 4, inf",
+    Fault("a step on what is kept for half its price", on_kept._least_squares, "sum((1, 2)) / 2", "sum((1, 2)) / 4",
           test_gap.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
+    Fault("a dual point that leaves the domain", on_kept.gaps_on_kept, ".clamp_max(1)", ".clamp_min(1).clamp_max(1)",
+          test_gap.test_nor_where_least_squares_on_what_is_kept_leave_the_domain_elsewhere),
+    Fault("a dual point at no price", on_kept.gaps_on_kept, "+ s * price.sqrt()", "+ 0 * price",
+          test_gap.test_a_bound_on_what_is_kept_is_never_too_small),
     Fault("any tensors are a sum of squares", consistency.is_sum_of_squares, "factor is not None and enough(factor)",
           "True", test_consistency.test_an_indefinite_gram_matrix_has_no_certificate, {"name": "fista"}),
     Fault("a certificate in the units of the inputs", Quadratic.unit_free.func, "power_of_two(self.scale().double())",

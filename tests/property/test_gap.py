@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PENALTIES, make_chain, make_layer, make_penalty, problems, random, seeds
 
+from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem, certify, row_gaps
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
 
@@ -97,3 +98,106 @@ def test_a_rounded_fit_that_leaves_nothing_is_not_taken_for_perfect():
     problem = Problem(quadratic, L1(1e-9 * float(quadratic.cross.abs().max())))
     best = problem.value(make_solver("scipy").solve(problem).weight)
     assert certify(problem, w).gap >= problem.value(w) - best
+
+
+def rows_of(problem, weight):
+    """The gaps that need no factor for each row [m]."""
+    quadratic, residual = problem.quadratic, problem.quadratic.residual(weight)
+    return row_gaps(problem, weight, residual, quadratic.values(weight, residual), problem.penalty.values(weight))
+
+
+def reweighted(quadratic, seed):
+    """L1 as on the path of `convex`: a third of the entries, clearly kept, has strengths down to 1e-60, or none."""
+    scores = quadratic.anchor.abs() * quadratic.scale()
+    threshold = scores.quantile(0.65)
+    strength = 0.05 * threshold * torch.exp(-(scores / threshold).pow(6).clamp_max(140)) * quadratic.scale()
+    strength[(scores > threshold) & (random(seed, *scores.shape) > 1)] = 0.0
+    return Problem(quadratic, L1(strength))
+
+
+def kept_gaps(problem, weight):
+    """The gaps on what is kept [m], and the objectives [m], in coordinates with a diagonal near one."""
+    quadratic, unit = problem.quadratic.unit_free
+    penalty, point = problem.penalty.to(torch.float64).scaled(unit), weight * unit
+    residual = quadratic.residual(point)
+    values, slack = quadratic.values(point, residual), penalty.values(point)
+    gaps = gaps_on_kept(quadratic, penalty, point, residual, values, slack)
+    return gaps, values + slack
+
+
+def excesses(problem, weight, best):
+    """How much each row [m] of `weight` is above that of `best`."""
+    values = [problem.quadratic.values(point) + problem.penalty.values(point) for point in (weight, best)]
+    return values[0] - values[1]
+
+
+FAR = st.sampled_from((0.0, 1e-6, 1e-3, 1e-1, 3.0))
+PARTS = st.sampled_from((0.0, 0.5, 1.0))
+
+
+@given(seeds, st.sampled_from((5, 9, 12, 40)), FAR, PARTS)
+def test_a_bound_on_what_is_kept_is_never_too_small(seed, tokens, radius, part):
+    problem = reweighted(make_layer("full rank", 3, 12, seed, tokens=tokens).quadratic(), seed)
+    best = make_solver("scipy").solve(problem).weight
+    weight = part * best + radius * random(seed + 1, *problem.shape)
+    gaps, objectives = kept_gaps(problem, weight)
+    assert (gaps >= excesses(problem, weight, best) - 1e-9 * objectives).all()
+
+
+@given(problems(TAME, PENALTIES), seeds, FAR, PARTS)
+def test_nor_is_it_where_all_strengths_are_much_alike(case, seed, radius, part):
+    _, problem = case
+    best = make_solver("scipy").solve(problem).weight
+    weight = part * best + radius * random(seed + 1, *problem.shape)
+    weight = weight * problem.penalty.mask if isinstance(problem.penalty, Support) else weight
+    gaps, objectives = kept_gaps(problem, weight)
+    assert (gaps >= excesses(problem, weight, best) - 1e-9 * objectives).all()
+
+
+def test_nor_where_least_squares_on_what_is_kept_leave_the_domain_elsewhere():
+    for seed, part in ((0, 0.9), (1, 0.0), (1, 0.5)):
+        quadratic = make_layer("full rank", 3, 8, seed, tokens=40, mixing=1.0).quadratic()
+        for strength in (0.1, 0.5):
+            problem = Problem(quadratic, make_penalty("L1 of scaled columns", quadratic, seed, strength))
+            best = make_solver("scipy").solve(problem).weight
+            gaps, _ = kept_gaps(problem, part * best)
+            assert (gaps >= (1 - 1e-9) * excesses(problem, part * best, best)).all()
+
+
+@pytest.mark.parametrize("tokens", [9, 14, 20])
+def test_on_few_tokens_entries_next_to_free_do_not_make_a_gap_loose(tokens):
+    # At a strength of 1e-60 the residual is above it by a rounding error, and no factor scales that into its box.
+    layer = make_layer("full rank", 4, 24, seed=3, tokens=tokens)
+    problem = reweighted(layer.quadratic(), seed=3)
+    assert problem.quadratic.unit_free[0].factor is None
+    solution = make_solver("fista").solve(problem)
+    assert solution.status is Status.SOLVED
+    exact = make_solver("fista", tolerance=1e-10).solve(problem)
+    assert exact.status is Status.SOLVED
+    excess = problem.value(solution.weight) - problem.value(exact.weight)
+    assert excess <= solution.certificate.gap <= 1e-4 * problem.value(solution.weight)
+    oracle = make_solver("cvxpy").solve(problem)
+    assert oracle.status is Status.SOLVED
+    assert problem.value(exact.weight) == pytest.approx(problem.value(oracle.weight), rel=1e-9)
+
+
+def test_an_ill_conditioned_answer_is_proven_early():
+    directions = torch.linalg.qr(random(0, 40, 40)).Q * torch.logspace(0, -5, 40, dtype=torch.float64)[:, None]
+    x, w = random(1, 100, 40) @ directions, random(2, 4, 40)
+    y = x @ w.T
+    problem = reweighted(Quadratic.least_squares(x, y + 0.05 * y.std() * random(3, 100, 4), w), seed=4)
+    assert problem.quadratic.unit_free[0].factor is not None
+    weight = make_solver("fista", tolerance=0, max_iterations=1600).solve(problem).weight
+    assert certify(problem, weight).gap <= rows_of(problem, weight).sum() / 100
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_rows_that_keep_nothing_have_a_bound_too(kept):
+    layer = make_layer("full rank", 2, 6, seed=0, tokens=3)
+    problem = Problem(layer.quadratic(), L1(1e9))
+    weight = torch.zeros(2, 6, dtype=torch.float64)
+    weight[:kept, 0] = 1.0
+    gaps, objectives = kept_gaps(problem, weight)
+    assert gaps.isfinite().all() and (gaps <= 1e-9 * objectives)[kept:].all()
+    zero = certify(problem, torch.zeros_like(weight))
+    assert zero.relative_gap <= 1e-12

@@ -22,7 +22,7 @@ TABLE = {
     "scipy": ({}, PENALTIES),
     "cg": ({"tolerance": 1e-10, "max_iterations": 200}, ("Support",)),
 }
-# An entry of strength zero has a dual slope that must vanish exactly: on a singular Gram matrix no gap is then small.
+# Entries of strength zero put the solution of a singular problem far away, beyond what first-order methods walk.
 REGULAR = "L1 in places"
 LINES = [(name, penalty) for name, (_, penalties) in TABLE.items() for penalty in penalties]
 AGREEMENT = 1e-6  # of the objective: what the interior-point oracle can be trusted with
@@ -69,7 +69,6 @@ def test_entries_without_a_penalty_are_solved_too(name, data):
 @FEW
 @given(data=st.data())
 def test_fista_finds_the_objective_on_a_support(kind, data):
-    # On a singular Gram matrix no iterate has a finite certificate (see test_certificate.py): it runs to its limit.
     layer, problem = data.draw(draw((kind,), "Support"))
     expected = problem.value(make("scipy").solve(problem).weight)
     found = make_solver("fista", tolerance=1e-8, max_iterations=2000).solve(problem).weight

@@ -11,12 +11,15 @@ from test_cli import folder, run
 
 import convexprune
 from convexprune.constraints import SemiStructured
+from convexprune.core._problem import Problem
 from convexprune.errors import OutputError, ProblemError, RecipeError
 from convexprune.pruners import LayerProblem
 from convexprune.report import Report
+from convexprune.solvers import Status
+from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
 from convexprune.validation import Verification, best_pruning, verify
-from convexprune.validation._oracles import block
+from convexprune.validation._oracles import block, block_problems, solve_by_all
 
 __all__ = ["folder"]  # a fixture of test_cli
 
@@ -129,6 +132,37 @@ def test_a_block_moves_only_its_columns():
     moved[:, chosen] = 0
     zero = torch.zeros(3, 4, dtype=torch.float64)
     torch.testing.assert_close(quadratic.values(zero), problem.quadratic.values(moved))
+
+
+def few_tokens(tokens: int, kept: float) -> dict[str, Problem]:
+    """The problems of a block on fewer tokens than inputs."""
+    from strategies import make_layer
+
+    layer = make_layer("full rank", 4, 32, 1, change=0.0, tokens=tokens, mixing=0.2)
+    problem = LayerProblem(layer.weight, layer.moments, SemiStructured(2, 4))
+    scores = torch.rand(4, 32, generator=torch.Generator().manual_seed(2))
+    return block_problems(problem.quadratic, problem, scores < kept)
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(14, 0.5), (25, 0.5), (14, 0.8)])
+def test_nothing_is_wrong_on_fewer_tokens_than_inputs(tokens: int, kept: float):
+    # Entries next to free, and at (14, .8) targets that are fitted exactly: what is left of the objective is rounding.
+    for penalty, problem in few_tokens(tokens, kept).items():
+        solved = solve_by_all("block", penalty, problem)
+        assert not list(solved.faults(1e-6, 1e-4)), solved
+
+
+def test_what_is_wrong_at_an_exact_fit_is_said(monkeypatch):
+    problem = few_tokens(14, 0.8)["support"]
+    solve = ConjugateGradient.solve
+
+    def off(self, problem, start=None):
+        wrong = solve(self, problem, start).weight * (1 + 1e-6)
+        return convexprune.Solution(wrong, Status.SOLVED, convexprune.certify(problem, wrong), 1, 1, 0.0)
+
+    monkeypatch.setattr(ConjugateGradient, "solve", off)
+    faults = list(solve_by_all("block", "support", problem).faults(1e-6, 1e-4))
+    assert len(faults) == 2 and all(fault.startswith("cg") for fault in faults)
 
 
 def test_brute_force_refuses_what_is_too_large():

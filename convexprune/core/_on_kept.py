@@ -1,0 +1,90 @@
+"""The duality gap of each row priced on what the row keeps: where H is singular, but not there."""
+
+from math import inf
+
+import torch
+from torch import Tensor
+
+from convexprune.core._factor import rounding_margin
+from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._quadratic import Quadratic
+
+PRICED = 1e11
+"""Operations, those of a factor for each row, that a gap may take: some ten seconds of a core."""
+AT_ONCE = 2**24  # numbers in the factors that are computed together
+
+
+def gaps_on_kept(
+    quadratic: Quadratic, penalty: AbstractPenalty, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor
+) -> Tensor:
+    """A bound on the duality gap of each row that needs no inverse of H, only those of H on what the rows keep.
+
+    Let F be the entries that are not zero after a proximal gradient step, of length 1 / H_jj each, and S the
+    subgradient of p there that is nearest to K. The step y on F, y_F = (K - S)_F H_FF^-1, is what least squares would
+    still move. So K - y H is S on F by construction, however small a strength is, and a factor s <= 1 brings it into
+    the domain of p*. It costs
+
+        p(V) + p*(s (K - y H)) - s <K - y H, V>  +  ((1 - s) sqrt(q) + s sqrt(1/2 y H y'))^2
+
+    the last by the triangle inequality, in outputs: sqrt(q) is the length of what V misses, and y moves them. Near the
+    optimum s is one, and the gap is what y would gain, which falls with the square of the distance. Any F and any S in
+    the domain make a bound.
+
+    Rounding errs upwards: the factor is that of H_FF less a margin, and y is off by at most e in the norm of H, which
+    moves the dual point by at most e sqrt(H_jj).
+
+    Args:
+        quadratic: q.
+        penalty: p; for one that couples the rows the bound is inf.
+        weight: V [m n].
+        residual: K [m n], the residual of q at `weight`.
+        values: q of each row [m] at `weight`.
+        slack: p of each row [m] at `weight`.
+
+    Returns:
+        [m]; inf where H_FF is singular, or all of it would take more than `PRICED` operations.
+    """
+    gram = quadratic.gram
+    scale = quadratic.scale()
+    ahead = weight * scale + residual / scale
+    ahead = torch.where(ahead == 0, torch.finfo(ahead.dtype).tiny, ahead)  # what has no penalty is kept
+    ahead = penalty.scaled(scale).prox(ahead, 1.0)
+    kept = (ahead != 0) & ~quadratic.dead
+    dual = penalty.subgradient(ahead / scale, residual)
+    dual = penalty.project(residual) if dual is None else dual
+    if penalty.couples_rows or len(kept) * int(kept.sum(1).max()) ** 3 > PRICED:
+        return torch.full_like(values, inf)
+    price, step, error = _least_squares(gram, kept, residual - dual)
+    point = torch.addmm(residual, step, gram, alpha=-1)
+    point = torch.where(kept, dual, point + torch.copysign(error[:, None] * gram.diagonal().sqrt(), point))
+    s = penalty.dual_scale(point).clamp_max(1)
+    rest = slack + penalty.conjugate(s[:, None] * point) - s * torch.linalg.vecdot(point, weight)
+    cost = (1 - s) * (values + quadratic.rounding).sqrt() + s * price.sqrt()
+    return (rest.clamp_min(0) + cost.square()).nan_to_num_(nan=inf)
+
+
+def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of each row on what it keeps, y = k H_FF^-1 of the gradient k [m n].
+
+    Returns:
+        At least 1/2 y H y' [m], which is inf where H_FF is not safely positive definite; y [m n]; and at least the
+        length of what y is off by, in the norm of H [m].
+    """
+    margin, most = rounding_margin(gram), int(kept.sum(1).max())
+    order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # what is kept comes first
+    found = []
+    for rows in torch.arange(len(kept), device=kept.device).split(max(1, AT_ONCE // max(1, most) ** 2)):
+        places = order[rows]
+        on = kept[rows].gather(1, places)
+        k = (gradient[rows].gather(1, places) * on)[:, :, None]
+        squares = gram[places[:, :, None], places[:, None, :]] * (on[:, :, None] & on[:, None, :])
+        safe = squares.clone()
+        safe.diagonal(dim1=1, dim2=2).add_(torch.where(on, -margin, 1.0))
+        factor, info = torch.linalg.cholesky_ex(safe)
+        y = torch.cholesky_solve(k, factor)
+        off = torch.linalg.solve_triangular(factor, k - squares @ y, upper=False).square().sum((1, 2)).sqrt()
+        price, wrong = (k * y).sum((1, 2)) / 2, info != 0
+        step = torch.zeros_like(gradient[rows]).scatter_(1, places, torch.where(wrong[:, None], 0.0, y[:, :, 0]))
+        found.append((torch.where(wrong, inf, price), step, torch.where(wrong, 0.0, off)))
+    price, step, error = (torch.cat(each) for each in zip(*found, strict=True))
+    return price, step, error
