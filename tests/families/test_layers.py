@@ -135,6 +135,7 @@ def test_the_scores_are_those_of_the_model_without_each_layer():
     assert layers_to_remove(model, TOKENS, "influence", (2, 3, 4), 2, list) == order[:2]
 
 
+@pytest.mark.trained
 def test_those_behind_make_up_for_it():
     """On a model that was trained, and on text that nothing was fitted on."""
     begin = torch.arange(40)[:, None] + 100

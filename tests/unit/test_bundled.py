@@ -12,6 +12,7 @@ from convexprune.adapters import EMBEDDED
 EXAMPLE = Path(__file__).parents[2] / "examples" / "prune_opt.py"
 
 
+@pytest.mark.trained
 def test_the_example_prunes_it_with_little_loss_on_text_that_it_samples(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

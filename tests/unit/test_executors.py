@@ -116,6 +116,7 @@ def test_a_job_of_another_installation_is_refused_before_its_model_is_opened(tmp
         job.do("cpu")
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("layers", ["0", pytest.param("0123", marks=pytest.mark.slow)])
 def test_another_number_of_threads_stays_within_the_stated_tolerance(layers: str, tmp_path: Path):
     """docs/runs.md: equal counts, the mean error within 0.5 % (held-out 1 %), an operator's within 1.5 or 6 %."""

@@ -66,6 +66,7 @@ def test_ranks_that_prune_each_layer_together_have_the_counts_and_certificates_o
     assert report.operators[0].relative_error == pytest.approx(alone.operators[0].relative_error, rel=0.01)
 
 
+@pytest.mark.trained
 @pytest.mark.parametrize("layers", ["0", pytest.param("0123", marks=pytest.mark.slow)])
 def test_ranks_stay_within_the_stated_tolerance_of_one(layers: str, tmp_path: Path):
     """docs/runs.md: operators of the first layer within 1 %, the mean of all within 1 %, on held-out tokens 1.5 %."""
