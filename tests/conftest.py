@@ -4,9 +4,10 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
-gc.disable()  # until all is imported, which leaves few cycles and many objects
 
 import pytest
+
+gc.disable()  # until all is imported, which leaves few cycles and many objects
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,6 +29,7 @@ class Cache:
         envelope_of: the quadratic whose Moreau envelope this is, and the stiffness; None for any other quadratic.
         target_energy: see `SumOfSquares.target_energy`; None until it is computed.
         is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until it is computed.
+        is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until it is computed.
         factor: see `SumOfSquares.factor`.
         inverse: see `_in_parts.Inverse`.
     """
@@ -39,6 +40,7 @@ class Cache:
     envelope_of: "tuple[SumOfSquares, float] | None" = None
     target_energy: float | None = None
     is_sum_of_squares: bool | None = None
+    is_well_conditioned: bool | None = None
     factor: Tensor | None = UNKNOWN
     inverse: Any = UNKNOWN
 
@@ -184,10 +186,11 @@ class SumOfSquares:
         Its least eigenvalue is not above the least of them, so that a float32 factor of H exists nowhere else.
         """
         inner = self if self._cache.envelope_of is None else self._cache.envelope_of[0]
-        if inner.factor is None:
-            return False
-        least = len(inner.gram) * torch.finfo(torch.float32).eps * inner.gram.diagonal().amax()
-        return bool(inner.factor.diagonal().amin().square() > least)
+        if inner._cache.is_well_conditioned is None:
+            least = len(inner.gram) * torch.finfo(torch.float32).eps * inner.gram.diagonal().amax()
+            pivots = None if inner.factor is None else inner.factor.diagonal()
+            inner._cache.is_well_conditioned = pivots is not None and bool(pivots.amin().square() > least)
+        return inner._cache.is_well_conditioned
 
     @property
     def dead(self) -> Tensor:

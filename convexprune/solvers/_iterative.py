@@ -95,10 +95,11 @@ class AbstractIterative(AbstractSolver):
         primal = float((values + slack).sum())
         if primal != primal or primal == inf:
             return Status.NON_FINITE
-        enough, gaps = self.tolerance * primal, row_gaps(problem, weight, residual, values, slack)
-        if float(gaps.sum()) > enough and self._is_due(iteration, problem.shape[1]):
-            gaps = tighter_gaps(problem, weight, residual, values, slack, gaps)
-        return Status.SOLVED if float(gaps.sum()) <= enough else None
+        gaps = row_gaps(problem, weight, residual, values, slack)
+        enough, gap = self.tolerance * primal, float(gaps.sum())
+        if gap > enough and not problem.quadratic.is_well_conditioned and self._is_due(iteration, problem.shape[1]):
+            gap = float(tighter_gaps(problem, weight, residual, values, slack, gaps).sum())
+        return Status.SOLVED if gap <= enough else None
 
     def _is_due(self, iteration: int, inputs: int) -> bool:
         """Whether a gap is tried that takes a factor for each row: so seldom that it is no more work than the rest."""
