@@ -17,7 +17,7 @@ from ._checkpoints.admission import (
     refuse_inference_mode,
     refuse_non_finite,
     refuse_other_dtypes,
-    refuse_quantised,
+    refuse_quantized,
     refuse_unloaded,
 )
 from ._checkpoints.given import OriginalState
@@ -55,7 +55,7 @@ class HuggingFaceModel(AbstractModel):
         whole_because: why it does not stream.
 
     Raises:
-        ModelError: the model is quantised, not loaded, wrapped in an adapter or not finite; its decoder layers are
+        ModelError: the model is quantized, not loaded, wrapped in an adapter or not finite; its decoder layers are
             not to be found, or do not give its own outputs when they are called one by one; `targets` or `ignore`
             name what does not exist or leave nothing to prune.
         RecipeError: `targets` or `ignore` hold a bad regular expression.
@@ -80,7 +80,7 @@ class HuggingFaceModel(AbstractModel):
     ) -> None:
         refuse_adapters(model)
         refuse_inference_mode(model)
-        refuse_quantised(model.config)
+        refuse_quantized(model.config)
         path, layers = decoder_layers(model)
         self.shards = shards
         self.whole_because = whole_because

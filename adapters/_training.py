@@ -93,7 +93,7 @@ def _zeros(model: nn.Module) -> Zeros:
             found[name] = parameter, mask
     if not found:
         raise ModelError(
-            "No matrix of the model has zeros to keep. Give a pruned model, before it is quantised or sharded."
+            "No matrix of the model has zeros to keep. Give a pruned model, before it is quantized or sharded."
         )
     return found
 

@@ -7,7 +7,7 @@
     ├── UnsupportedError  (TypeError)    a solver was given a penalty that it cannot take
     ├── DependencyError   (ImportError)  an optional package is missing; has the pip command
     ├── CalibrationError  (ValueError)   a data set that cannot calibrate this model
-    ├── ModelError        (ValueError)   a model that cannot be pruned: quantised, non-finite, unreadable, ...
+    ├── ModelError        (ValueError)   a model that cannot be pruned: quantized, non-finite, unreadable, ...
     ├── OutputError       (OSError)      an output folder that cannot be written without losing something
     └── PruningError      (RuntimeError) the result is not what was asked for: wrong sparsity, non-finite values
 

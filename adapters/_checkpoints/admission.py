@@ -15,8 +15,8 @@ from .._discovery.operators import LINEAR_MODULES, held, offloaded
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def refuse_quantised(config: PretrainedConfig) -> None:
-    """Refuse a quantised checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
+def refuse_quantized(config: PretrainedConfig) -> None:
+    """Refuse a quantized checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
 
     GGUF passes, because transformers turns its weights into ordinary floats while it reads them.
 
@@ -24,7 +24,7 @@ def refuse_quantised(config: PretrainedConfig) -> None:
         config: of the model.
 
     Raises:
-        ModelError: the configuration names a quantisation.
+        ModelError: the configuration names a quantization.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -34,8 +34,8 @@ def refuse_quantised(config: PretrainedConfig) -> None:
     method = str(getattr(method, "value", method))
     if method != "gguf":
         raise ModelError(
-            f"The model is quantised ({method}); only floating-point weights can be pruned. "
-            "Prune the model that it was quantised from, then quantise the result."
+            f"The model is quantized ({method}); only floating-point weights can be pruned. "
+            "Prune the model that it was quantized from, then quantize the result."
         )
 
 
@@ -148,7 +148,7 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
             if dtype not in WEIGHT_DTYPES:
                 raise ModelError(
                     f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
-                    f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantised checkpoint."
+                    f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantized checkpoint."
                 )
 
 

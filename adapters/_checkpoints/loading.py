@@ -17,7 +17,7 @@ from convexprune.errors import ModelError
 from .._discovery.family import decoder_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
-from .admission import refuse_adapters, refuse_quantised, refuse_unloaded
+from .admission import refuse_adapters, refuse_quantized, refuse_unloaded
 from .building import parameters_on_meta
 from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
 from .origin import Origin
@@ -91,7 +91,7 @@ def load(
     refuse_adapters(source)
     chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
-        refuse_quantised(source.config)
+        refuse_quantized(source.config)
         refuse_unloaded(source)
         _move(source, device, dtype)
         return HuggingFaceModel(source, tokenizer, **chosen)
@@ -199,10 +199,10 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         The model.
 
     Raises:
-        ModelError: the checkpoint cannot be read, is incomplete or quantised, or no model that only decodes text.
+        ModelError: the checkpoint cannot be read, is incomplete or quantized, or no model that only decodes text.
     """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
-    refuse_quantised(config)
+    refuse_quantized(config)
     folder = Path(place["pretrained_model_name_or_path"])
     if folder.is_dir() and "gguf_file" not in place:
         with suppress(NotStreamable):
@@ -240,7 +240,7 @@ def _stream(
         raise NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     reader = model_class(source, config)
-    refuse_quantised(config)
+    refuse_quantized(config)
     where = ("pretrained_model_name_or_path", "revision", "local_files_only")
     folder = ask(source, lambda: local_folder(*(place[key] for key in where if key in place)))
     check_folder(folder, allow_pickle=True)

@@ -15,7 +15,7 @@ from convexprune._runs.sizes import LayerSize, ModelSize, Stack
 from convexprune.errors import ModelError
 from convexprune.recipe import Recipe
 
-from .._checkpoints.admission import refuse_quantised
+from .._checkpoints.admission import refuse_quantized
 from .._checkpoints.building import parameters_on_meta
 from .._checkpoints.model_folder import NotStreamable, check_layers, place_of
 from .._checkpoints.reading import ask, model_class
@@ -61,7 +61,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
         ModelError: the configuration is missing, of no known model, or of one that is not pruned.
     """
     config = _config(source, trust_remote_code)
-    refuse_quantised(config)
+    refuse_quantized(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
     dtype = recipe.torch_dtype or getattr(config, "dtype", None) or torch.float32
     with parameters_on_meta():

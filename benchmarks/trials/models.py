@@ -228,7 +228,7 @@ MODELS: dict[str, Maker] = {
     "missingtensor": with_tensor(DOWN, lambda _: None),
     "wrongshape": with_tensor(DOWN, lambda tensor: tensor[:, :-1].contiguous()),
     "dead": with_tensor("model.layers.0.input_layernorm.weight", lambda tensor: tensor.index_fill(0, torch.arange(8), 0)),
-    "quantised": with_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
+    "quantized": with_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
     "quantbnb": with_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "toomanylayers": with_config(num_hidden_layers=3, layer_types=None),
     "millionlayers": with_config(num_hidden_layers=1_000_000, layer_types=None),

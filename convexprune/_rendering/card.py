@@ -28,7 +28,7 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
     """What config.json says of the zeros, in the words of compressed-tensors.
 
     No loader of transformers, vLLM or SGLang looks for the key at this place: only below "quantization_config" and
-    "compression_config" does it make a model a quantised one.
+    "compression_config" does it make a model a quantized one.
 
     Args:
         report: of the run.

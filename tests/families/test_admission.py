@@ -66,12 +66,12 @@ def test_weights_that_were_never_loaded_are_refused_whichever_way_they_come(buil
         load(model, device="cpu")
 
 
-def test_quantised_models_are_refused_and_dequantised_ones_are_not(build, refused):
+def test_quantized_models_are_refused_and_dequantized_ones_are_not(build, refused):
     model = build("llama")
     model.config.quantization_config = {"quant_method": "gguf"}
     assert len(HuggingFaceModel(model).layers) == 2
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    with refused("a quantised model (of any method but GGUF)", r"quantised \(bitsandbytes\)"):
+    with refused("a quantized model (of any method but GGUF)", r"quantized \(bitsandbytes\)"):
         HuggingFaceModel(model)
 
 

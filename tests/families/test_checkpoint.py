@@ -144,13 +144,13 @@ def test_generation_settings_that_contradict_themselves_do_not_lose_the_weights(
 # ---- other ways in
 
 
-@pytest.mark.parametrize("quantised", ["awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4"])
+@pytest.mark.parametrize("quantized", ["awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "mxfp4"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_quantised_folder_is_refused_by_its_configuration(folder, quantised: str, stream: bool):
+def test_a_quantized_folder_is_refused_by_its_configuration(folder, quantized: str, stream: bool):
     settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": quantised}
+    settings["quantization_config"] = {"quant_method": quantized}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=rf"quantised \({quantised}\).*Prune the model that it was quantised from"):
+    with pytest.raises(ModelError, match=rf"quantized \({quantized}\).*Prune the model that it was quantized from"):
         load(folder, device="cpu", stream=stream)
 
 

@@ -176,7 +176,7 @@ def test_fused_experts_are_never_in_memory(tmp_path: Path):
         ({"model_type": "nonsense"}, {}, ModelError, "nonsense"),
         ({"model_type": "t5"}, {}, ModelError, "'t5' that only decodes"),
         (GEMMA_3N, {}, ModelError, r"hidden states \[4, 1, 16, 32\]"),
-        (LLAMA_2_70B | {"quantization_config": {"quant_method": "gptq"}}, {}, ModelError, "quantised"),
+        (LLAMA_2_70B | {"quantization_config": {"quant_method": "gptq"}}, {}, ModelError, "quantized"),
         (LLAMA_2_70B, {"method": "wando"}, RecipeError, "Did you mean 'wanda'"),
         (LLAMA_2_70B, {"pattern": "3:5"}, PatternError, "layers.0.self_attn.q_proj"),
         (LLAMA_2_70B, {"targets": ("x_proj",)}, ModelError, "x_proj"),

@@ -129,7 +129,7 @@ def test_a_base_card_that_leads_elsewhere_is_refused_before_any_work(dense: Path
             convexprune.prune(model, output_dir=tmp_path / "out", **SETTINGS)
 
 
-def test_the_config_names_the_sparsity_and_is_no_quantised_models(result: Path):
+def test_the_config_names_the_sparsity_and_is_no_quantized_models(result: Path):
     written = json.loads((result / "config.json").read_text())
     assert not {"quantization_config", "compression_config"} & written.keys()  # what loaders look for
     config = AutoConfig.from_pretrained(result)

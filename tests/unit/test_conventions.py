@@ -202,7 +202,7 @@ ELSEWHERE = {  # the file and the test
     "model card in the output":
         "unit/test_card.py: test_the_card_says_what_the_report_says",
     "sparsity marked in config.json":
-        "unit/test_card.py: test_the_config_names_the_sparsity_and_is_no_quantised_models",
+        "unit/test_card.py: test_the_config_names_the_sparsity_and_is_no_quantized_models",
     "load by plain transformers":
         "unit/test_prune.py: test_the_output_is_an_ordinary_folder_that_transformers_loads",
     "continue training, zeros kept":
