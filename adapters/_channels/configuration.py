@@ -8,13 +8,17 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from convexprune.errors import ModelError
+
 from .._checkpoints.building import parameters_on_meta
 from .._checkpoints.model_folder import CONFIG
 from .._huggingface import HuggingFaceModel
 
 UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size
-REFUSALS = (ValueError, RuntimeError, TypeError, AssertionError, IndexError, KeyError, StrictDataclassError)
-"""Whatever a family raises for a size that it cannot have."""
+REFUSALS = (
+    AssertionError, AttributeError, IndexError, KeyError, RuntimeError, StrictDataclassError, TypeError, ValueError,
+)  # fmt: skip
+"""Whatever a family raises for a size that it cannot have, or for what it builds of another kind then."""
 
 Place = tuple[str, ...]
 """Where a setting is in the configuration: the names of those it is inside of, and its own."""
@@ -97,3 +101,24 @@ def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
     except REFUSALS:
         return {}
+
+
+def require_shapes(model: PreTrainedModel, settings: Mapping[str, Any], expected: Shapes) -> None:
+    """Check that a model with other settings has the parameters that it should have.
+
+    Args:
+        model: the model.
+        settings: the others.
+        expected: the shapes of those parameters.
+
+    Raises:
+        ModelError: it has not; the first that differs is named.
+    """
+    if (found := shapes_of(model, settings)) == expected:
+        return
+    name = next(n for n in (*expected, *found) if found.get(n) != expected.get(n))
+    here, there = (list(s[name]) if name in s else "not there" for s in (expected, found))
+    raise ModelError(
+        f"The configuration of a {type(model).__name__} cannot say what is removed and no more: in the model that it "
+        f"then describes {name} is {there}; it should be {here}."
+    )

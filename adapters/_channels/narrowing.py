@@ -15,7 +15,7 @@ from convexprune.errors import ModelError
 from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced, AbstractRemoval
 from .channels import Channels
-from .configuration import Place, Shapes, candidates, set_at, settings_of, shapes_of
+from .configuration import Place, Shapes, candidates, require_shapes, set_at, settings_of, shapes_of
 from .cut import Cut
 from .inner_channels import inner_channels
 
@@ -91,8 +91,7 @@ class Narrowing(AbstractRemoval):
             ModelError: a model of them has other shapes.
         """
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-        if shapes_of(model.model, settings) != _expected(shapes, self.sets, self.widths):
-            raise ModelError(f"{model.name}: config.json is not that of the model without what is removed.")
+        require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
 
     def count(self, size: int) -> int:
         """How many are to be removed of a set of that `size`."""

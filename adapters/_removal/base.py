@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from convexprune._layerwise.capture import Recorded
 from convexprune._storage.tensors import Entry
 from convexprune.constraints import Constraint
-from convexprune.errors import ModelError
 from convexprune.pruners._base import Score
 
-from .._channels.configuration import built, shapes_of
+from .._channels.configuration import built, require_shapes
 from .._channels.cut import Cut, CutEntry
 from .._huggingface import HuggingFaceModel
 
@@ -94,10 +93,8 @@ class AbstractReduced(ABC):
             ModelError: a model of them has other parameters.
         """
         whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-        expected = {self.renamed(name): self.shape(name, shape) for name, shape in whole.items()}
-        expected.pop(None, None)
-        if shapes_of(model.model, settings) != expected:
-            raise ModelError(f"{model.name}: config.json is not that of the model without what was removed of it.")
+        named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
+        require_shapes(model.model, settings, {n: s for n, s in named if n is not None and s is not None})
 
     def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is left of the tensors of the `whole` model, by the names that they have in the smaller one."""

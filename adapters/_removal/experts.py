@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from convexprune._layerwise.model import Call, DecoderLayer, computing
 from convexprune.constraints import Constraint
+from convexprune.constraints._share import check_some
 from convexprune.errors import ModelError, PatternError
 from convexprune.pruners._base import Score
 
@@ -172,9 +173,8 @@ def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
     for size in sizes:
         for place in candidates(model.model.config, size):
             if mixtures := _said_by(model, place, size):
+                check_some(pattern.sparsity, size, "experts")
                 left = pattern.width(size)
-                if not 0 < left < size:
-                    raise PatternError(f"Sparsity {pattern.sparsity} of {size} experts rounds to {size - left}.")
                 _require_runs(model, place, mixtures, left)
                 return ExpertRemoval(tuple(mixtures), size - left, place)
     raise ModelError(

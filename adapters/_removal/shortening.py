@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune.constraints import Constraint
-from convexprune.errors import ModelError, PatternError
+from convexprune.constraints._share import check_some
+from convexprune.errors import ModelError
 from convexprune.pruners._base import Score
 
 from .._channels.configuration import REFUSALS, Place, built, candidates, set_at, settings_of
@@ -167,8 +168,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
         PatternError: the pattern does not fit their number.
     """
     count, left = len(model.layers), pattern.width(len(model.layers))
-    if not 0 < left < count:
-        raise PatternError(f"Sparsity {pattern.sparsity} of {count} decoder layers rounds to {count - left} of them.")
+    check_some(pattern.sparsity, count, "decoder layers")
     _require_residual(model)
     config = model.model.config.get_text_config()
     if scaled := [name for name, value in config.to_dict().items() if "layer_idx" in name and value]:

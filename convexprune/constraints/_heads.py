@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from convexprune.constraints._base import Constraint, Quota
 from convexprune.constraints._columns import Columns
-from convexprune.constraints._share import percent, share_of
+from convexprune.constraints._share import check_some, percent, share_of
 from convexprune.errors import PatternError
 
 
@@ -37,11 +37,7 @@ class Heads(Columns):
     def check(self, rows: int, columns: int) -> None:
         if columns == 1:
             raise PatternError("All query heads share one KV head, and none can go. Pattern 'channels' removes others.")
-        if not 0 < self.width(columns) < columns:
-            raise PatternError(
-                f"Sparsity {self.sparsity} of {columns} KV groups of heads rounds to {self._removed(columns)}. "
-                f"Accepted: {1 / columns:.3g} for one of them, to {1 - 1 / columns:.3g} for all but one."
-            )
+        check_some(self.sparsity, columns, "KV groups of heads")
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
         """All layers keep as many."""

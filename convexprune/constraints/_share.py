@@ -22,6 +22,22 @@ def check_share(share: object) -> None:
         raise PatternError(f"Sparsity {share} is outside [0, 1): it is the share of zeros, 0.5 for half.")
 
 
+def check_some(share: float, count: int, parts: str) -> None:
+    """Refuse a share that rounds to none of the parts that can be removed, or to all.
+
+    Args:
+        share: of them.
+        count: how many there are.
+        parts: what they are, in words.
+
+    Raises:
+        PatternError: it does.
+    """
+    if not 0 < (gone := round(share * count)) < count:
+        accepted = f"{1 / count:.3g} for one of them, to {1 - 1 / count:.3g} for all but one" if count > 1 else "none"
+        raise PatternError(f"Sparsity {share} of {count} {parts} rounds to {gone}. Accepted: {accepted}.")
+
+
 def percent(share: float) -> str:
     """A `share` as a percentage that reads back: 0.5 as "50%"."""
     return f"{(Decimal(repr(float(share))) * 100).normalize():f}%"

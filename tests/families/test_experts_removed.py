@@ -48,6 +48,9 @@ MIXTURES: dict[str, Callable[[], Any]] = {
     "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
         t.Qwen2MoeConfig(**sized(shared_expert_intermediate_size=24, num_experts=4, num_experts_per_tok=2))
     ),
+    "jamba": lambda: t.JambaForCausalLM(  # with one expert its block is another class
+        t.JambaConfig(**sized(num_experts=4, expert_layer_offset=0, attn_layer_offset=0, attn_layer_period=1))
+    ),
     "ernie4_5_moe": lambda: t.Ernie4_5_MoeForCausalLM(
         t.Ernie4_5_MoeConfig(**sized(moe_num_experts=4, moe_k=2, moe_layer_start_index=1))
     ),
@@ -150,8 +153,13 @@ def test_experts_that_cannot_take_each_others_place_are_refused():
     [
         ("mixtral", 0.75, r"does not run with 1 of its 4 experts: .* Take sparsity 0\.5 for 2 or 0\.25 for 3\."),
         ("deepseek_v3", 0.125, r"does not run with 7 of its 8 experts: .* groups of one size\. .* 0\.25 for 6"),
-        ("mixtral", 0.1, r"Sparsity 0\.1 of 4 experts rounds to 0"),
-        ("mixtral", 0.9, r"Sparsity 0\.9 of 4 experts rounds to 4"),
+        ("jamba", 0.75, r"does not run with 1 of its 4 experts: .* Take sparsity 0\.5 for 2 or 0\.25 for 3\."),
+        (
+            "mixtral",
+            0.1,
+            r"Sparsity 0\.1 of 4 experts rounds to 0\. Accepted: 0\.25 for one of them, to 0\.75",
+        ),
+        ("mixtral", 0.9, r"Sparsity 0\.9 of 4 experts rounds to 4\. Accepted: 0\.25"),
     ],
 )
 def test_a_number_that_cannot_be_had_is_refused_with_those_that_can(family: str, share: float, told: str):

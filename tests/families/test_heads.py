@@ -10,7 +10,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from test_channels import HEADS, require_same_as_zeros
 from tiny_families import FAMILIES, TOKENS, build_family
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.llama import modeling_llama
 
 import convexprune
@@ -128,6 +135,15 @@ def test_heads_that_are_not_side_by_side_are_refused(monkeypatch: pytest.MonkeyP
     model = llama(4, 2)
     with pytest.raises(ModelError, match="change no KV group of heads, or several"):
         find_heads(model, PATTERN)
+
+
+def test_a_number_that_says_more_than_the_heads_is_refused_with_what_it_says():
+    """The heads of the linear attention, which are as many, stay."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
+    kinds: dict[str, Any] = {"num_local_experts": 2, "layer_types": ["full_attention", "linear_attention"]}
+    config = MiniMaxConfig(**sizes, **kinds, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(ModelError, match=r"layers\.1\..* is \[.*\]; it should be \[.*\]"):
+        find_heads(HuggingFaceModel(MiniMaxForCausalLM(config)), PATTERN)
 
 
 def test_heads_that_depend_on_their_number_are_refused(monkeypatch: pytest.MonkeyPatch):
