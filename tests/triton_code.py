@@ -1,7 +1,8 @@
 """What torch.compile writes in Triton for a GPU: written on a CPU, and run there by Triton's interpreter.
 
 TRITON_INTERPRET=1 python tests/triton_code.py prints a line of JSON for each fused function: how many tensors each of
-its kernels reads and writes, and how far the results are from those op by op. Triton has to be installed.
+its kernels reads and writes, and how far the results are from those op by op, in units
+of the largest where that is above one. Triton has to be installed.
 """
 
 import json
@@ -97,7 +98,8 @@ def cases() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     yield fista._extrapolate, [a, b, c, torch.empty_like(a), each, True, False]
     yield admm._scores, [a, b, c, number, number]
     yield admm._parts, [a, b > 0]
-    yield select._below, [a.view(torch.int32), each.view(torch.int32)]
+    bits, digits = a.abs().view(torch.int32), torch.arange(1, 16, dtype=torch.int32) << 24
+    yield select._with_digit, [bits, torch.full((M, 1), 0x30000000, dtype=torch.int32), digits, torch.tensor(8)]
     yield select._ranks, [a.view(M, -1, 4)]
     yield select._middle, [a.view(M, -1, 4), 2]
 
@@ -114,9 +116,8 @@ def main() -> None:
         torch._dynamo.reset()
         with on_a_gpu() as kernels:
             found = results(torch.compile(function, dynamic=True, fullgraph=True), args)
-        apart = [
-            float((x.double() - y.double()).abs().max()) for x, y in zip(found, results(function, args), strict=True)
-        ]
+        pairs = zip((x.double() for x in found), (y.double() for y in results(function, args)), strict=True)
+        apart = [float((x - y).abs().max() / y.abs().max().clamp_min(1)) for x, y in pairs]
         print(
             json.dumps(
                 {"name": fused.__name__, "kernels": [each.counts for each in kernels.values()], "apart": max(apart)}

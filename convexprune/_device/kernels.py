@@ -34,7 +34,7 @@ def fused(function: Function) -> Function:
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
-        if _failures or not has_kernels(first.device):
+        if not are_fused(first.device):
             return function(first, *args)
         try:
             return _compiled(function)(first, *args)
@@ -55,6 +55,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _said(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:200]
+
+
+def are_fused(device: torch.device) -> bool:
+    """Whether functions that are `fused` are kernels on a device, and not op by op.
+
+    Args:
+        device: where.
+
+    Returns:
+        Whether they are, as far as is known.
+    """
+    return has_kernels(device) and not _failures
 
 
 def eager_because(device: torch.device | str) -> str | None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from convexprune._device.capabilities import is_host
-from convexprune._device.kernels import fused
+from convexprune._device.kernels import are_fused, fused
 
+DIGIT = 4  # bits of a number that one pass finds
 SHORT = 2**17  # entries that are sorted in one go; of more, counting is faster
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDEST = 16  # entries of a group that are compared pair by pair
@@ -17,7 +18,7 @@ def kth_smallest(lines: Tensor, k: int) -> Tensor:
     """The k-th smallest entry of each line.
 
     On a GPU `kthvalue` has one block of threads for each line, and no way that is deterministic by torch's own word. So
-    few entries are sorted there, and in many the value is found bit by bit, by counting.
+    few entries are sorted there, and in many the value is found digit by digit, by counting.
 
     Args:
         lines: [m n], not negative.
@@ -33,31 +34,38 @@ def kth_smallest(lines: Tensor, k: int) -> Tensor:
     return kth_by_counts(lines, k)
 
 
-def kth_by_counts(lines: Tensor, k: int) -> Tensor:
-    """The k-th smallest entry of each line, by one pass over the lines for each bit of a number.
+def kth_by_counts(lines: Tensor, k: int, digit: int | None = None) -> Tensor:
+    """The k-th smallest entry of each line, by one pass over the lines for each digit of a number.
 
     Numbers that are not negative are ordered as the integers that their bits are. The answer is the largest integer
-    below which less than k of them lie.
+    below which less than k of them lie. A pass counts for all values of a digit at once how many lie below.
 
     Args:
         lines: [m n], not negative.
         k: from 1 to n.
+        digit: bits of a digit. None: 4 where a pass is one kernel, else 1, because each value then takes a pass.
 
     Returns:
         [m 1].
     """
     bits = lines.view(INTEGERS[lines.dtype.itemsize])
-    found = bits.new_zeros(len(bits), 1)
-    for bit in range(8 * lines.dtype.itemsize - 2, -1, -1):  # the first one is the sign
-        more = found + (1 << bit)
-        found = torch.where(_below(bits, more) < k, more, found)
+    digit = digit or (DIGIT if are_fused(lines.device) else 1)
+    values = torch.arange(1, 2**digit, dtype=bits.dtype, device=bits.device)
+    found, place = bits.new_zeros(len(bits), 1), 8 * lines.dtype.itemsize - 1  # without the sign
+    rank = bits.new_full((), k)
+    while place:
+        few = place % digit or digit
+        place -= few
+        found = _with_digit(bits, found, values[: 2**few - 1] << place, rank)
     return found.view(lines.dtype)
 
 
 @fused
-def _below(bits: Tensor, limit: Tensor) -> Tensor:
-    """How many of each line are less than its limit [m 1]."""
-    return (bits < limit).sum(1, keepdim=True)
+def _with_digit(bits: Tensor, found: Tensor, values: Tensor, rank: Tensor) -> Tensor:
+    """What is `found` of the answers [m 1], plus the largest of some `values` below which less than `rank` lie."""
+    limits = found + values
+    below = torch.stack([(bits < limit[:, None]).sum(1, dtype=torch.int32) for limit in limits.unbind(1)], 1)
+    return torch.where(below < rank, limits, found).amax(1, keepdim=True)
 
 
 def largest_of_groups(groups: Tensor, kept: int) -> Tensor:

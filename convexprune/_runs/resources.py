@@ -34,19 +34,19 @@ class Needs(NamedTuple):
 
 REFIT = Needs(0, 2, 0.4, 900, 80, 750)
 NEEDS = {
-    "admm": Needs(64, 2, 0.4, 4900, 170, 9500),
-    "alps": Needs(0, 2, 39, 2100, 130, 2900),
-    "convex": Needs(60, 2, 0.4, 2250, 105, 1850),
-    "fistapruner": Needs(0, 18, 0.4, 3000, 130, 2800),
-    "magnitude": Needs(0, 0, 0, 40, 0, 100),
+    "admm": Needs(64, 2, 0.4, 3000, 170, 5700),
+    "alps": Needs(0, 2, 39, 1450, 130, 2000),
+    "convex": Needs(60, 2, 0.4, 2200, 105, 1800),
+    "fistapruner": Needs(0, 18, 0.4, 2850, 130, 2700),
+    "magnitude": Needs(0, 0, 0, 17, 0, 60),
     "osscar": Needs(0, 7, 11, 1100, 375, 1500),
     "reap": Needs(0, 0, 0, 0, 0, 0),
     "sparsegpt": Needs(0, 0, 0, 400, 7, 200, 7.3),
     "shortgpt": Needs(0, 0, 0, 0, 0, 0),
-    "wanda": Needs(0, 0, 0, 40, 0, 100),
+    "wanda": Needs(0, 0, 0, 18, 0, 70),
     "wanda-sp": Needs(0, 0, 0, 15, 0, 20),
 }
-"""On layers like those of `sizes.METHODS`. A mask of a whole matrix is 31 passes and 93 kernels (`_device.select`).
+"""On layers like those of `sizes.METHODS`. A mask of a whole matrix is 8 passes and 40 kernels (`_device.select`).
 SparseGPT sweeps over 128 columns at a time, each of which it reads 64 times on average."""
 LAUNCH = 8e-6
 """Seconds in which the host begins a kernel, as is usual for torch; they cost nothing while the GPU takes longer."""
