@@ -52,7 +52,7 @@ class GroupLasso(AbstractPenalty):
 
     def values(self, weight: Tensor) -> Tensor:
         weight = weight if self.units is None else weight / self.units
-        return (weight.square() * self._slopes(weight)).sum(1)
+        return (weight * self._directions(weight) * self._like(weight)).sum(1)
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         """Block shrinkage, V_:j (1 - step strength_j / |V_:j|)_+; in units U_j = V_j w_j^2 / (w_j^2 + mu)."""
@@ -74,7 +74,7 @@ class GroupLasso(AbstractPenalty):
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """strength_j V_:j / |V_:j| where the column is not zero, else the dual point shortened to the strength."""
         scaled = weight if self.units is None else weight / self.units
-        direction = scaled * self._slopes(scaled)
+        direction = self._directions(scaled) * self._like(scaled)
         direction = direction if self.units is None else direction / self.units
         return torch.where(column_norms(scaled, self.block) > 0, direction, self.project(dual))
 
@@ -96,10 +96,10 @@ class GroupLasso(AbstractPenalty):
     def _like(self, tensor: Tensor) -> Tensor:
         return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
-    def _slopes(self, weight: Tensor) -> Tensor:
-        """strength_j / |V_:j| [n]."""
+    def _directions(self, weight: Tensor) -> Tensor:
+        """V_:j / |V_:j| [m n]; zero where the column is."""
         norms = column_norms(weight, self.block)
-        return self._like(weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     def _shrinkage(self, weight: Tensor, strength: Tensor, units: Tensor) -> Tensor:
         """w_j^2 / (w_j^2 + mu) [n], with mu |U_:b / w_b| the strength; zero where |V_:b w_b| is not above that."""

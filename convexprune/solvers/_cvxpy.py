@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +37,8 @@ class CVXPY(AbstractSolver):
 
     Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
     eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
-    the problem unbounded below and cannot come from data.
+    the problem unbounded below and cannot come from data. Inputs and targets are stated in units in which they are near
+    one, or what is very large or very small is beyond the engines.
 
     Args:
         engine: the solver inside CVXPY.
@@ -60,16 +62,17 @@ class CVXPY(AbstractSolver):
         initial(problem, start)  # checks the shape; the engines are started by themselves
         quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
         penalty, roots = problem.penalty.to(torch.float64), square_root(quadratic.gram.cpu().numpy())
+        sizes = _sizes(quadratic, penalty.couples_rows)
         if isinstance(penalty, GroupLasso):
-            statements = [self._whole(quadratic, penalty, unit.cpu().numpy(), *roots)]
+            statements = [self._whole(quadratic, penalty, unit.cpu().numpy(), *roots, sizes[0])]
         else:
             stated = Problem(quadratic, penalty.scaled(unit))
-            statements = [self._row(stated, i, *roots) for i in range(problem.shape[0])]
+            statements = [self._row(stated, i, *roots, size) for i, size in enumerate(sizes)]
         built = time.perf_counter()
         rows, statuses = [], []
-        for variable, statement in statements:
+        for (variable, statement), size in zip(statements, sizes, strict=True):
             value, status = self._solve_row(variable, statement)
-            rows.append(value)
+            rows.append(size * value)
             statuses.append(status)
         solved = time.perf_counter()
         displacement = (torch.from_numpy(np.vstack(rows)).to(unit) / unit).to(problem.quadratic.cross)
@@ -85,28 +88,32 @@ class CVXPY(AbstractSolver):
     def _solve_row(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate" is the status that we return
-            statement.solve(solver=self.engine, **{**TIGHT[self.engine], **self.options})
+            with suppress(cp.SolverError):  # no answer
+                statement.solve(solver=self.engine, **{**TIGHT[self.engine], **self.options})
         if variable.value is None:
             return np.full(variable.shape, np.nan), Status.FAILED
         return variable.value, STATUS.get(statement.status, Status.FAILED)
 
     def _whole(
-        self, q: Quadratic, penalty: GroupLasso, unit: np.ndarray, factor: np.ndarray, inverse: np.ndarray
+        self, q: Quadratic, penalty: GroupLasso, unit: np.ndarray, factor: np.ndarray, inverse: np.ndarray, size: float
     ) -> tuple[cp.Variable, cp.Problem]:
         """All rows in one statement, for a penalty that couples them; of the weight in its own units."""
         (m, n), block = q.cross.shape, penalty.block
-        anchor = np.zeros((m, n)) if q.anchor is None else q.anchor.cpu().numpy()
+        anchor = np.zeros((m, n)) if q.anchor is None else q.anchor.cpu().numpy() / size
         d = cp.Variable((m, n))
-        smooth = cp.sum_squares(d @ factor.T - q.cross.cpu().numpy() @ inverse) / 2
-        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(n).cpu().numpy()[::block]
-        weight = cp.multiply(d + anchor, np.broadcast_to(1 / unit, (m, n)))
+        smooth = cp.sum_squares(d @ factor.T - q.cross.cpu().numpy() @ inverse / size) / 2
+        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(n).cpu().numpy()[::block] / size
+        largest = unit.reshape(-1, block).max(1)  # what the columns of a block have in common is the strength's
+        weight = cp.multiply(d + anchor, np.broadcast_to(largest.repeat(block) / unit, (m, n)))
         blocks = cp.reshape(weight, (m * block, n // block), order="F")  # the columns of a block, one below another
-        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.norm(blocks, axis=0)))
+        return d, cp.Problem(cp.Minimize(smooth + strength / largest @ cp.norm(blocks, axis=0)))
 
-    def _row(self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray) -> tuple[cp.Variable, cp.Problem]:
+    def _row(
+        self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray, size: float
+    ) -> tuple[cp.Variable, cp.Problem]:
         q = problem.quadratic
-        cross = q.cross[i].cpu().numpy()
-        anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy()
+        cross = q.cross[i].cpu().numpy() / size
+        anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy() / size
         target = cross @ inverse
         d = cp.Variable(len(cross))
         smooth = cp.sum_squares(factor @ d - target) / 2
@@ -116,9 +123,16 @@ class CVXPY(AbstractSolver):
         if isinstance(problem.penalty, ReverseHuber):
             penalty = problem.penalty
             curvature, slope = (t.expand(problem.shape)[i].cpu().numpy() for t in (penalty.curvature, penalty.slope))
-            size = cp.abs(d + anchor)
-            parabola = curvature / 2 @ cp.square(cp.pos(size - slope / curvature))
-            return d, cp.Problem(cp.Minimize(smooth + slope @ size + parabola))
+            slope, length = slope / size, cp.abs(d + anchor)
+            parabola = curvature / 2 @ cp.square(cp.pos(length - slope / curvature))
+            return d, cp.Problem(cp.Minimize(smooth + slope @ length + parabola))
         assert isinstance(problem.penalty, L1)
         strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
-        return d, cp.Problem(cp.Minimize(smooth + strength @ cp.abs(d + anchor)))
+        return d, cp.Problem(cp.Minimize(smooth + strength / size @ cp.abs(d + anchor)))
+
+
+def _sizes(quadratic: Quadratic, together: bool) -> list[float]:
+    """The lengths of the targets of the rows, or of all `together`: in these units an engine sees numbers near one."""
+    energy = 2 * quadratic.values(torch.zeros_like(quadratic.cross))
+    energy = energy.sum()[None] if together else energy
+    return torch.where((energy > 0) & energy.isfinite(), energy, 1.0).sqrt().tolist()

@@ -38,6 +38,14 @@ def test_magnitude_keeps_the_largest_whatever_the_inputs():
     assert pruned.weight.tolist() == [[0.0, 4.0, 0.0], [0.0, 3.0, -6.0]]
 
 
+@pytest.mark.parametrize("method", sorted(PRUNERS))
+def test_a_pattern_that_keeps_nothing_leaves_zeros(method):
+    layer = correlated(0, m=1, n=8)
+    weight, moments = layer.weight.float(), Moments(8)
+    moments.add(layer.pruned.float())
+    assert PRUNERS[method]().prune(LayerProblem(weight, moments, Unstructured(0.99))).weight.tolist() == [[0.0] * 8]
+
+
 # SparseGPT
 
 

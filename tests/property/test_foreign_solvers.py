@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+import cvxpy
 import pytest
 import torch
-from strategies import make_problem
+from strategies import make_problem, random
 
-from convexprune.core._penalty import AbstractPenalty
-from convexprune.core._problem import Certificate, certify
+from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._penalty import L1, AbstractPenalty
+from convexprune.core._problem import Certificate, Problem, certify
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.errors import ProblemError, RecipeError
 from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve
 
@@ -69,3 +73,34 @@ def test_settings_out_of_range_are_refused(name, settings):
 def test_an_unknown_setting_names_those_that_there_are():
     with pytest.raises(RecipeError, match=r"'tol'.*Known: check_every, max_iterations"):
         make_solver("fista", tol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["L1", "group LASSO", "group LASSO of blocks", "reverse Huber"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1e-8, 1e-8), (1e8, 1e8), (1.0, 1e6), (1e-8, 1e8)])
+def test_cvxpy_solves_in_any_units(name, inputs, outputs):
+    quadratic = Quadratic.least_squares(inputs * random(0, 30, 4), outputs * random(1, 30, 2))
+    slope, price = 0.1 * float(quadratic.cross.abs().max()), torch.full((4,), 0.01 * outputs**2, dtype=torch.float64)
+    penalty = {
+        "L1": L1(slope),
+        "group LASSO": GroupLasso(slope),
+        "group LASSO of blocks": GroupLasso(slope, block=2),
+        "reverse Huber": ReverseHuber(0.3 * quadratic.gram.diagonal(), price),
+    }[name]
+    solution = make_solver("cvxpy").solve(Problem(quadratic, penalty))
+    assert solution.status is Status.SOLVED and solution.certificate.relative_gap <= 1e-8
+
+
+def test_an_engine_that_raises_is_a_status(monkeypatch):
+    def raises(*_, **__):
+        raise cvxpy.SolverError("no")
+
+    monkeypatch.setattr(cvxpy.Problem, "solve", raises)
+    quadratic = Quadratic.least_squares(random(0, 30, 4), random(1, 30, 2))
+    assert make_solver("cvxpy").solve(Problem(quadratic, L1(0.1))).status is Status.FAILED
+
+
+def test_inputs_that_are_all_zero_make_no_complaint(capfd):
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+    problem = Problem(Quadratic(torch.zeros(3, 3, dtype=torch.float64), zero, zero[:, 0]), L1(0.1))
+    assert not make_solver("scipy").solve(problem).weight.any()
+    assert capfd.readouterr() == ("", "")

@@ -35,6 +35,16 @@ def test_the_value_is_the_sum_of_the_lengths_of_columns(shape, seed):
     assert (penalty.values(torch.zeros(shape, dtype=torch.float64)) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("strength", [5.0, 1e8])
+def test_an_empty_column_costs_nothing_however_strong_the_price(dtype, block, strength):
+    penalty, weight = GroupLasso(strength, block=block), torch.tensor([[0.0, 0.0, 3.0, 4.0]], dtype=dtype)
+    assert not penalty.values(torch.zeros_like(weight)).any()
+    assert float(penalty.values(weight).sum()) == pytest.approx(strength * (7 if block == 1 else 5))
+    assert penalty.subgradient(weight, torch.zeros_like(weight)).isfinite().all()
+
+
 @given(shapes, seeds, st.sampled_from((0.1, 1.0, 2.5)))
 def test_the_prox_is_where_the_slope_vanishes(shape, seed, step):
     """U - V + step strength U / |U| = 0 in each column; of a column that becomes zero, |V| <= step strength."""

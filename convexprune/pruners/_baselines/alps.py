@@ -104,7 +104,7 @@ class ALPS(AbstractPruner):
                 rho /= 5
                 if change:
                     kept, dual = dense * pattern.mask(dense.abs()), torch.zeros_like(dense)
-            if iteration > self.settled and change < 0.0003 * count:
+            if iteration > self.settled and (not change or change < 0.0003 * count):
                 break
             solve = inverse(rho)
         return scores, iteration
