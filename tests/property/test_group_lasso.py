@@ -146,9 +146,10 @@ def test_so_they_do_with_blocks_of_columns(kind, solver, seed):
     quadratic = make_layer(kind, 3, 6, seed).quadratic()
     problem = Problem(quadratic, GroupLasso(0.3 * float(quadratic.gram.diagonal().mean().sqrt()), block=2))
     solution = make_solver(solver, tolerance=1e-8, max_iterations=50_000).solve(problem)
-    oracle = make_solver("cvxpy").solve(problem)
-    assert solution.status is oracle.status is Status.SOLVED
-    assert problem.value(solution.weight) == pytest.approx(problem.value(oracle.weight), rel=1e-6)
+    assert solution.status is Status.SOLVED
+    ours, oracle = problem.value(solution.weight), problem.value(make_solver("cvxpy").solve(problem).weight)
+    assert ours <= oracle * (1 + 1e-8)
+    assert oracle <= ours * (1 + 2e-5)  # of 242 such problems Clarabel ends on 10 with a gap of 1e-6 to 6e-6
 
 
 @settings(max_examples=10)
