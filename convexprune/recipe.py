@@ -142,9 +142,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 "all. Take allocation='uniform', or leave the sparsity and the pattern out of the rule."
             )
         patterns = [pattern, *(each for each, _ in self.build_rules())] if self.rules else []
-        if any(each.removes for each in patterns):
+        if removing := next((each.removes for each in patterns if each.removes), None):
             raise RecipeError(
-                f"Pattern {self.pattern!r} removes as much from all layers, or whole layers: no rule is about parts."
+                f"Pattern {removing!r} removes as much from all layers, or whole layers: no rule is about parts. Leave "
+                "the rules out, or that pattern."
             )
 
     def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:

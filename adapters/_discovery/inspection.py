@@ -133,8 +133,8 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     device = default_device(checked.device)
     if removed := checked.build_pattern().removes:
         raise RecipeError(
-            f"inspect has no weights, and pattern {checked.pattern!r} finds its {removed} by them. Memory and time are "
-            "at most those of pattern 'columns', with the targets that read them (down_proj, fc2; of heads o_proj)."
+            f"inspect has no weights, and pattern {checked.pattern!r} finds its {removed} by them. "
+            "`convexprune prune ... --dry-run` reads them, and says what that run needs."
         )
     outline = read_outline(place, checked, asked.trust_remote_code)
     layers = with_rules(checked.layer_settings(), checked, outline.layers)

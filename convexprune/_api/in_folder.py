@@ -80,7 +80,7 @@ class InFolder(Request):
         if self.removal is not None:  # a refit costs what it does on any support; which layers go is decided later
             whole = {"pattern": "unstructured", "method": "magnitude", "refit": self.recipe.refit is not False}
             alike = whole if self.removal.chosen_first else {"pattern": "columns"}
-            settings |= alike | {"targets": self.open.keywords["targets"]}
+            settings |= alike | {"targets": self.open.keywords["targets"], "prefix": self.recipe.prefix}
         return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:

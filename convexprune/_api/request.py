@@ -43,7 +43,7 @@ from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._removal.find import find_removal
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
-from convexprune.recipe import make_recipe
+from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation import final_states, mean_kl, perplexity
@@ -67,6 +67,7 @@ class Request:
         names: dict[str, Any] = {name: name_of_text(texts[name]) for name in named}
         names |= {"model": name_of(self.source)} | ({} if own is None else {"solver": type(own).__name__})
         self.recipe = recipe = make_recipe(**settings | names)
+        _require_read(recipe)
         self.layers = recipe.layer_settings(recipe.build_pruner(own), bound_rows=recipe.bound_rows)
         self.sources = Sources(texts.get("dataset", recipe.dataset), texts.get("evaluation"))
         self.device = default_device(recipe.device)
@@ -207,6 +208,21 @@ class Request:
                 found = found | {"kl": mean_kl(loaded, windows["evaluation"], self.dense_states, states)}
             report.perplexity[name] = found
             self.clock.lap("evaluation")
+
+
+def _require_read(recipe: Recipe) -> None:
+    """Refuse settings of a quantization that is not asked for: nothing would read them.
+
+    Raises:
+        RecipeError: one is given.
+    """
+    for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
+        given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
+        if not read and given != Recipe.model_fields[name].default:
+            raise RecipeError(
+                f"{name}={given!r} belongs to {' or '.join(readers)} (quantize='int4', say), which is not given, and "
+                "nothing else reads it. Leave it out."
+            )
 
 
 def _require_solver(solver: Any) -> AbstractSolver:

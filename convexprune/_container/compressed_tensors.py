@@ -51,8 +51,9 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     quantized = {name for name, entry in weights.items() if _is_quantized(entry, grid)}
     if (count := len(RunFolder(folder).report().operators)) != len(quantized):
         raise ModelError(
-            f"{folder}: of {count} quantized operators {len(quantized)} are weights [outputs inputs] of their own. "
-            "compressed-tensors knows Linear modules only; `convexprune pack` takes any model."
+            f"{folder}: the run has quantized {count} operators, and {len(quantized)} weights [outputs inputs] are on "
+            f"{grid}. The layout takes one for each operator: Linear modules only, no experts in one tensor, and "
+            "none that was quantized before. `convexprune pack` takes any model."
         )
     left = {name.removesuffix(".weight") for name in weights.keys() - quantized} | {"lm_head"}
     converts: dict[Path, Convert] = {

@@ -217,7 +217,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
     refused(RecipeError, "no rule is about parts", rules=[{"targets": ["o_proj"], "sparsity": 0.2}])
     refused(ModelError, "makes a smaller model, and a loaded one is pruned in place", model=build("llama"))
     for method in ("convex", "shortgpt"):
-        assert plan(model=source, output_dir=tmp_path / "out", method=method, **SMALL).operators == 35
+        planned = plan(model=source, output_dir=tmp_path / "out", method=method, **SMALL)
+        assert planned.operators == 35 and planned.recipe["prefix"] == "pruned"  # so that no layers can be spread
     with pytest.raises(RecipeError, match="inspect has no weights"):
         convexprune.inspect(source, pattern="layers", sparsity=0.4)
     with pytest.raises(RecipeError, match="verify the folder of the run"):

@@ -85,3 +85,11 @@ def test_what_is_not_quantized_is_refused(build, tmp_path: Path):
 def test_a_quantized_run_is_verified(run: Path):
     found = convexprune.verify(run, dataset=SETTINGS["dataset"])
     assert found.comparisons and found.errors and not found.miscounted and not found.faults
+
+
+def test_what_is_on_the_grid_already_is_not_taken_for_the_runs(run: Path, tmp_path: Path):
+    """A second run quantizes what the first one left: more weights are on the grid than it has operators."""
+    own: dict[str, Any] = SETTINGS | GRID | {"sparsity": 0, "targets": ["o_proj"], "ignore": []}
+    convexprune.prune(run, output_dir=tmp_path / "again", **own)
+    with pytest.raises(ModelError, match=r"has quantized 2 operators, and 12 weights .* are on int4"):
+        convexprune.export(tmp_path / "again", tmp_path / "out")
