@@ -1,6 +1,7 @@
 """A call of `prune` with an output folder: layer by layer from files to files, to be resumed if it is interrupted."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +82,8 @@ class InFolder(Request):
             whole = {"pattern": "unstructured", "method": "magnitude", "refit": self.recipe.refit is not False}
             alike = whole if self.removal.chosen_first else {"pattern": "columns"}
             settings |= alike | {"targets": self.open.keywords["targets"], "prefix": self.recipe.prefix}
-        return inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
+        found = inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
+        return replace(found, zeros=0) if self.removal is not None and self.removal.chosen_first else found
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:
         folder = self.folder
