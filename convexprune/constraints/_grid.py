@@ -12,6 +12,7 @@ from convexprune.errors import PatternError
 GROUPS = (32, 64, 128)
 ROW = -1  # in place of a group: one scale for each output channel
 CLIPS = 16  # candidates for each scale
+PARTS = [6, 12, 24, 48, 96, 192]  # of the candidates: groups of few codes are done with the first ones
 AT_ONCE = 2**22  # products of a scale and a weight that are looked at together
 PROBE = 8  # weights of a group that are looked at first: most scales do not fit them
 NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost code stands for, over the group's largest weight
@@ -124,21 +125,32 @@ class Grid(AbstractGrid):
         """
         groups = weight.reshape(-1, self.width(weight.shape[-1]))
         largest = groups.float().abs().amax(1)
-        candidates = self._candidates(largest)
-        number, group = (_probed(groups, candidates) & (largest > 0)).nonzero().T
-        few = max(1, AT_ONCE // groups.shape[1])
-        pairs = zip(number.split(few), group.split(few), strict=True)
-        fits = torch.cat([self._fits(groups[which], candidates[of, which]) for of, which in pairs])
-        none = len(candidates)
-        first = number.new_full((len(groups),), none).scatter_reduce_(0, group[fits], number[fits], "amin")
-        on = (first < none)[:, None]
-        scale = candidates.gather(0, first.clamp_max_(none - 1)[None]).T
-        found = (groups.float() / scale).round_()
-        flip = torch.where(found.amax(1, keepdim=True) > self.highest, -1.0, 1.0)
-        scales = torch.where(on, scale * flip, 1.0)
-        codes = torch.where(on, found * flip, 0.0).to(torch.int8)
+        scales, left = torch.zeros_like(largest), largest.nonzero().squeeze(1)
+        for candidates in self._candidates(largest).tensor_split(PARTS):
+            scales[left] = self._first(groups[left], candidates[:, left])
+            left = left[scales[left] == 0]
+            if not len(left):
+                break
+        on = scales > 0
+        scales = torch.where(on, scales, 1.0)
+        codes = torch.where(on[:, None], (groups.float() / scales[:, None]).round_(), 0.0)
+        flip = torch.where(codes.amax(1) > self.highest, -1.0, 1.0)
+        codes = (codes * flip[:, None]).to(torch.int8)
         shape = *weight.shape[:-1], weight.shape[-1] // groups.shape[1]
-        return scales.view(shape), codes.view_as(weight), (on[:, 0] | (largest == 0)).view(shape)
+        return (scales * flip).view(shape), codes.view_as(weight), (on | (largest == 0)).view(shape)
+
+    def _first(self, groups: Tensor, candidates: Tensor) -> Tensor:
+        """The first of the scales [number groups] with which a group [groups n] is on the grid [groups]; 0 for none."""
+        may, scales = _probed(groups, candidates), candidates.new_zeros(len(groups))
+        while len(left := may.any(0).nonzero().squeeze(1)):
+            number = may[:, left].int().argmax(0)
+            scale = candidates[number, left]
+            may[number, left] = False
+            fits = self._has((groups[left].float() / scale[:, None]).round_()) & _on_grid(groups[left], scale).all(1)
+            left = left[fits]
+            scales[left] = scale[fits]
+            may[:, left] = False
+        return scales
 
     def _candidates(self, largest: Tensor) -> Tensor:
         """Scales with which the largest weight of each group has a code, the smallest code first [number groups]."""
@@ -147,12 +159,10 @@ class Grid(AbstractGrid):
         all_near = torch.stack([near, near + 1, near - 1], dim=1).flatten(0, 1)
         return all_near.view(torch.bfloat16).float().clamp_min_(torch.finfo(torch.bfloat16).tiny)
 
-    def _fits(self, weights: Tensor, scales: Tensor) -> Tensor:
-        """Which groups [groups n] are codes, or all opposites of codes, times their scale [groups]."""
-        codes = (weights.float() / scales[:, None]).round_()
+    def _has(self, codes: Tensor) -> Tensor:
+        """Whether all codes of a group [groups group], or all of their opposites, are numbers of so many bits."""
         high, low = codes.amax(1), codes.amin(1)
-        has = (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
-        return has & _on_grid(weights, scales).all(1)
+        return (high <= -self.lowest) & (low >= self.lowest) & ((high <= self.highest) | (low > self.lowest))
 
     def __str__(self) -> str:
         return (
@@ -167,7 +177,11 @@ def _on_grid(weights: Tensor, scales: Tensor) -> Tensor:
 
 
 def _probed(groups: Tensor, candidates: Tensor) -> Tensor:
-    """With which candidates the first weights of a group are on the grid [number groups]."""
-    few = max(1, AT_ONCE // (PROBE * len(candidates)))
+    """With which candidates the first weights of a group are on the grid [number groups]: few of them, then more."""
+    few = AT_ONCE // (PROBE * max(1, len(candidates)))
     parts = zip(groups[:, :PROBE].split(few), candidates.split(few, dim=1), strict=True)
-    return torch.cat([_on_grid(some, scales).all(2) for some, scales in parts], dim=1)
+    found = torch.cat([_on_grid(some, scales).all(2) for some, scales in parts], dim=1)
+    more = groups[:, : PROBE**2]
+    for number, group in zip(*(each.split(AT_ONCE // PROBE**2) for each in found.nonzero().T), strict=True):
+        found[number, group] = _on_grid(more[group], candidates[number, group]).all(1)
+    return found
