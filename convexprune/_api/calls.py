@@ -37,6 +37,9 @@ from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator
 from convexprune.solvers import AbstractSolver
 
+EXCLUDES = {"bits": ("quantize", "group_size"), "quantize": ("bits",)}
+"""Settings of a recipe that make room for one that is given beside it, because both together mean nothing."""
+
 
 @documented(PRUNE)
 def prune(
@@ -114,7 +117,9 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
     """The settings of a call: those that no recipe holds, and those of the recipe."""
     given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
-        given = _settings_of(recipe) | {name: value for name, value in given.items() if value is not UNSET}
+        given = {name: value for name, value in given.items() if value is not UNSET}
+        gone = {other for name, others in EXCLUDES.items() if given.get(name) is not None for other in others}
+        given = {name: value for name, value in _settings_of(recipe).items() if name not in gone} | given
     call, asked = PRUNE.read(given)
     _require_named(asked)
     return call, bundled_if_none(asked)

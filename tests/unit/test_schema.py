@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
+from convexprune._api import calls
 from convexprune._layerwise.steps.survey import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
@@ -159,6 +160,17 @@ def test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own(bu
     assert other.report.sparsity == 0.5 and other.report.recipe["error_correction"] == 0.5  # it follows from the prefix
     with pytest.raises(errors.RecipeError, match=r"The dataset of this recipe was a Tensor given by the caller\. Name"):
         convexprune.prune(build("llama"), recipe=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [({"quantize": "int4", "group_size": 32}, {"bits": 3.0}), ({"bits": 3.0}, {"quantize": "int4"})]
+)
+def test_bits_take_the_place_of_the_grid_of_a_recipe_and_a_grid_that_of_bits(then: dict[str, Any], now: dict[str, Any]):
+    recipe = make_recipe(model="a", dataset="b", sparsity=0.0, **then)
+    asked = calls._asked(now, recipe)[1]
+    assert make_recipe(**asked) == make_recipe(model="a", dataset="b", sparsity=0.0, **now)
+    with pytest.raises(errors.RecipeError, match="in place of quantize"):
+        make_recipe(**{**asked, **then, **now}).build_pattern()
 
 
 def test_a_result_is_not_written_into_the_folder_of_the_model_that_a_recipe_names(dense: Path):
