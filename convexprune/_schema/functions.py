@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic import ByteSize, field_validator, model_validator
 
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.group import Settings, setting
 from convexprune._schema.measures import Advise, Bench, Compare, CompareSamples, Doctor, Evaluate, Verify
 from convexprune._schema.settings import RemoteCode
-from convexprune.errors import OutputError, RecipeError, shown
+from convexprune.errors import OutputError, RecipeError
 
 
 class Opening(RemoteCode):
@@ -135,16 +135,6 @@ class Inspect(RemoteCode):
 
     group = "device"
     device_memory: ByteSize | None = setting(None, "What has to be enough, as 24GiB; or a number of bytes.")
-
-    @field_validator("device_memory", mode="wrap")
-    @classmethod
-    def _amount(cls, memory: Any, read: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return read(memory)
-        except ValidationError:
-            raise RecipeError(
-                f"Memory {shown(memory)} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
-            ) from None
 
 
 SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")

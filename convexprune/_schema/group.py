@@ -94,6 +94,8 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
             return unknown("setting", last, kind.model_fields)
         (each, *_) = get_args(kind.model_fields[str(inside[0])].annotation)  # of a tuple of groups
         return unknown(f"setting of {'.'.join(map(str, inside))}", last, each.model_fields)
+    if fault["type"].startswith("byte_size"):
+        return f"{name}={shown(fault['input'])} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
 
 

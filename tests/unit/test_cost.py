@@ -24,7 +24,7 @@ from convexprune._layerwise.steps.bounds import WIDE
 from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
-from convexprune._schema.functions import INSPECT
+from convexprune._schema.functions import ADVISE, INSPECT
 from convexprune.constraints import Columns, Unstructured
 from convexprune.core._error_moments import ErrorMoments
 from convexprune.errors import RecipeError
@@ -246,5 +246,6 @@ def test_amounts_of_memory(text: str, size: int):
 
 @pytest.mark.parametrize("text", ["", "many", "-1GiB", "3 XB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str):
-    with pytest.raises(RecipeError, match=r"is no amount of bytes\. Write it as 24GiB"):
-        INSPECT.read({"device_memory": text})
+    for door, name in ((INSPECT, "device_memory"), (ADVISE, "target")):
+        with pytest.raises(RecipeError, match=rf"{name}='.*' is no amount of bytes\. Write it as 24GiB"):
+            door.read({name: text})
