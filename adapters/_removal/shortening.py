@@ -33,7 +33,7 @@ class Shortening(AbstractRemoval):
         layers: the names of all of them.
         count: how many are to go.
         place: of the setting that says how many there are.
-        lists: settings that say something of each layer, by name.
+        lists: settings that say something of each layer, or the numbers of some, by name.
         allowed: the numbers of the layers that can go.
     """
 
@@ -114,8 +114,12 @@ class Shortened(AbstractReduced):
         *inside, _ = self.shortening.place
         ((_, (_, after)),) = self.widths.items()
         set_at(changed, self.shortening.place, after)
+        count, gone = len(self.shortening.layers), self.numbers
         for name, values in self.shortening.lists.items():
-            kept = [value for number, value in enumerate(values) if number not in self.numbers]
+            if _are_numbers(name, values, count):
+                kept = [value - sum(g < value for g in gone) for value in values if value not in gone]
+            else:
+                kept = [value for number, value in enumerate(values) if number not in gone]
             set_at(changed, (*inside, name), kept)
         return changed
 
@@ -154,7 +158,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
 
     A layer can go if it does nothing once all of its parameters are zero, and if a model that is built anew with one
     layer less, without memory, has exactly the other layers: so it is tried, with each. Settings that say something of
-    every layer lose what they say of it.
+    every layer lose what they say of it; numbers of layers become those that the layers have then.
 
     Args:
         model: the dense model.
@@ -174,7 +178,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     if scaled := [name for name, value in config.to_dict().items() if "layer_idx" in name and value]:
         raise ModelError(f"{model.name}: {scaled[0]} makes each layer depend on its number, so that none can go.")
     every = {n: v for n, v in config.to_dict().items() if "token_id" not in n and isinstance(v, list | tuple)}
-    lists = {name: values for name, values in every.items() if len(values) == count}
+    lists = {n: values for n, values in every.items() if len(values) == count or _are_numbers(n, values, count)}
     names, settings = tuple(layer.name for layer in model.layers), settings_of(model)
     why = "no setting has that number"
     for place in sorted(candidates(model.model.config, count), key=lambda place: "layer" not in place[-1]):
@@ -211,6 +215,12 @@ def _require_residual(model: HuggingFaceModel) -> None:
             f"{model.name}: {model.layers[found.index(False)].name} with zeros in place of all its parameters does not "
             "hand on what it gets, so that a model without it would be another. Pattern 'channels' makes it narrower."
         )
+
+
+def _are_numbers(name: str, values: Sequence[Any], count: int) -> bool:
+    """Whether a setting lists some of `count` layers by their numbers, each once: `mlp_only_layers`, say."""
+    numbers = all(type(value) is int and 0 <= value < count for value in values)
+    return "layer" in name and numbers and len(set(values)) == len(values)
 
 
 def _said_of(layer: nn.Module) -> list[tuple[str, dict[str, Any]]]:

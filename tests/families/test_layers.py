@@ -10,7 +10,14 @@ import torch
 from runs import require_resumed
 from tiny_families import FAMILIES, TOKENS
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 import convexprune
 from convexprune._api.calls import plan
@@ -152,6 +159,16 @@ def test_those_behind_make_up_for_it():
         return result.report.perplexity["pruned"]["kl"]
 
     assert divergence() < 0.85 * divergence(method="shortgpt")
+
+
+@pytest.mark.parametrize("numbers", [[0, 2, 3], [1, 4], [0, 1, 2, 3, 4]])
+def test_numbers_of_layers_become_those_that_they_have_then(numbers: list[int]):
+    settings = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    model = HuggingFaceModel(made(Qwen3MoeConfig(**settings, mlp_only_layers=numbers)))
+    found = find_shortening(model, Layers(0.4))
+    assert found.allowed == (0, 1, 2, 3, 4)
+    shorter = found.without([1, 3]).configured(model.model.config.to_dict())
+    assert shorter["mlp_only_layers"] == [{0: 0, 2: 1, 4: 2}[number] for number in numbers if number not in (1, 3)]
 
 
 # ---- a run
