@@ -56,9 +56,12 @@ def gaps_on_kept(
         return torch.full_like(values, inf)
     price, step, error = _least_squares(gram, kept, residual - dual)
     point = torch.addmm(residual, step, gram, alpha=-1)
-    point = torch.where(kept, dual, point + torch.copysign(error[:, None] * gram.diagonal().sqrt(), point))
-    s = penalty.dual_scale(point).clamp_max(1)
-    rest = slack + penalty.conjugate(s[:, None] * point) - s * torch.linalg.vecdot(point, weight)
+    off = torch.where(kept, 0.0, error[:, None] * gram.diagonal().sqrt())
+    point = torch.where(kept, dual, point)
+    far = point + torch.copysign(off, point)
+    s = penalty.dual_scale(far).clamp_max(1)
+    product = torch.linalg.vecdot(point, weight) - torch.linalg.vecdot(off, weight.abs())  # at least that
+    rest = slack + penalty.conjugate(s[:, None] * far) - s * product
     cost = (1 - s) * (values + quadratic.rounding).sqrt() + s * price.sqrt()
     return (rest.clamp_min(0) + cost.square()).nan_to_num_(nan=inf)
 

@@ -146,6 +146,8 @@ FAULTS = (
           test_gap.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
     Fault("a dual point that leaves the domain", on_kept.gaps_on_kept, ".clamp_max(1)", ".clamp_min(1).clamp_max(1)",
           test_gap.test_nor_where_least_squares_on_what_is_kept_leave_the_domain_elsewhere),
+    Fault("a dual point whose errors lower its price", on_kept.gaps_on_kept, "(off, weight.abs())", "(0 * off, weight)",
+          test_gap.test_nor_where_the_step_is_off_by_as_much_as_it_says),
     Fault("a dual point at no price", on_kept.gaps_on_kept, "+ s * price.sqrt()", "+ 0 * price",
           test_gap.test_a_bound_on_what_is_kept_is_never_too_small),
     Fault("any tensors are a sum of squares", consistency.is_sum_of_squares, "factor is not None and enough(factor)",

@@ -1,11 +1,14 @@
 """What a gap is worth: in any units, on singular Gram matrices, near the optimum, and where rounding hides the rest."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PENALTIES, make_chain, make_layer, make_penalty, problems, random, seeds
 
+from convexprune.core import _on_kept as on_kept
 from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify, row_gaps
@@ -151,6 +154,23 @@ def test_nor_is_it_where_all_strengths_are_much_alike(case, seed, radius, part):
     weight = part * best + radius * random(seed + 1, *problem.shape)
     weight = weight * problem.penalty.mask if isinstance(problem.penalty, Support) else weight
     gaps, objectives = kept_gaps(problem, weight)
+    assert (gaps >= excesses(problem, weight, best) - 1e-9 * objectives).all()
+
+
+@given(seeds, st.sampled_from((9, 12, 40)), st.sampled_from((1e-3, 1e-2, 0.1, 1.0)), st.sampled_from((1e-3, 0.1, 1.0)))
+def test_nor_where_the_step_is_off_by_as_much_as_it_says(seed, tokens, radius, far):
+    problem = reweighted(make_layer("full rank", 3, 12, seed, tokens=tokens).quadratic(), seed)
+    best = make_solver("scipy").solve(problem).weight
+    weight = best + radius * random(seed + 1, *problem.shape)
+    exact = on_kept._least_squares
+
+    def off(gram, kept, gradient):
+        price, step, error = exact(gram, kept, gradient)
+        moved = far * random(seed + 2, *step.shape) * kept
+        return price, step + moved, error + torch.linalg.vecdot(moved @ gram, moved).sqrt()
+
+    with patch.object(on_kept, "_least_squares", off):
+        gaps, objectives = kept_gaps(problem, weight)
     assert (gaps >= excesses(problem, weight, best) - 1e-9 * objectives).all()
 
 
