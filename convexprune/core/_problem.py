@@ -100,7 +100,9 @@ class Certificate:
         return self.gap / self.primal if self.primal > 0 and isfinite(self.primal) else inf
 
 
-def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor) -> Tensor:
+def row_gaps(
+    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, dear: bool = False
+) -> Tensor:
     """The duality gap of each row.
 
     By Fenchel-Young, for any dual point S where p* is finite, with c(S) the price of S not being K:
@@ -117,7 +119,8 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
                      the distance to the optimum, where clipping falls with the distance
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
-    What the energy's own rounding hides is added.
+    What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
+    all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row.
 
     Args:
         problem: min q + p.
@@ -125,6 +128,7 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
         residual: K [m n], the residual of q at `weight`.
         values: q of each row [m] at `weight`.
         slack: p of each row [m] at `weight`.
+        dear: whether that one is tried, too.
 
     Returns:
         [m].
@@ -142,33 +146,9 @@ def row_gaps(problem: Problem, weight: Tensor, residual: Tensor, values: Tensor,
     dual = penalty.subgradient(weight, residual)
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
+    if dear and not quadratic.is_well_conditioned:
+        gaps = torch.minimum(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
     return gaps + quadratic.rounding
-
-
-def tighter_gaps(
-    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, gaps: Tensor
-) -> Tensor:
-    """The gaps, or those of `gaps_on_kept` where they are smaller.
-
-    These take a factor for each row, and are tried where H is not definite, or next to it: of the choices of `row_gaps`
-    the scaling alone is left there, or all are loose.
-
-    Args:
-        problem: min q + p.
-        weight: V [m n].
-        residual: K [m n], the residual of q at `weight`.
-        values: q of each row [m] at `weight`.
-        slack: p of each row [m] at `weight`.
-        gaps: those of `row_gaps` [m].
-
-    Returns:
-        [m].
-    """
-    quadratic = problem.quadratic
-    if quadratic.is_well_conditioned:
-        return gaps
-    dearer = gaps_on_kept(quadratic, problem.penalty, weight, residual, values, slack)
-    return torch.minimum(gaps, dearer + quadratic.rounding)
 
 
 def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:
@@ -181,8 +161,8 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     """Bound how far a weight is from optimal, whoever found it.
 
     Only gram, cross and energy (about the anchor) are used: neither the calibration inputs nor the solver have to be
-    trusted. See `row_gaps` and `tighter_gaps` for the gap. The KKT residual is the largest entry
-    of the proximal gradient step of length 1, in coordinates U = V sqrt(H_jj) and in units of the whole target,
+    trusted. See `row_gaps` for the gap. The KKT residual is the largest entry of the proximal gradient step of length
+    one, in coordinates U = V sqrt(H_jj) and in units of the whole target,
 
         max_ij |U - prox_p(U + K)|_ij / sqrt(sum_i 2 q_i(0))
 
@@ -217,10 +197,9 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
         return Certificate(inf, inf, inf)
     if precise and not problem.quadratic.is_sum_of_squares:
         return Certificate(float(primal.sum()), inf, inf)
-    gaps = row_gaps(problem, point, residual, values, slack)
+    gaps = row_gaps(problem, point, residual, values, slack, dear=precise)
     if not precise:
         return Certificate(float(primal.sum()), float(gaps.sum()), inf)
-    gaps = tighter_gaps(problem, point, residual, values, slack, gaps)
     scale = problem.quadratic.scale()
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach

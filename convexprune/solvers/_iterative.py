@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.precision import solving_in
 from convexprune.core._penalty import AbstractPenalty
-from convexprune.core._problem import Problem, certify, row_gaps, tighter_gaps
+from convexprune.core._problem import Problem, certify, row_gaps
 from convexprune.core._setting_types import Count, NotNegative
 from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
 
@@ -22,7 +22,7 @@ class AbstractIterative(AbstractSolver):
     Args:
         tolerance: the relative gap that is asked for.
         max_iterations: where it stops in any case.
-        check_every: the gap is tested every so many iterations; the one of `tighter_gaps` after 1, 2, 4, ... tests.
+        check_every: the gap is tested every so many iterations; the dear one of `row_gaps` after 1, 2, 4, ... tests.
         scale: iterate in coordinates where the Gram matrix has a unit diagonal. The penalties are separable, so this is
             the same problem, up to four orders of magnitude better conditioned.
         precise: compute the final certificate in float64; else in the problem's own dtype, three times cheaper.
@@ -95,10 +95,10 @@ class AbstractIterative(AbstractSolver):
         primal = float((values + slack).sum())
         if primal != primal or primal == inf:
             return Status.NON_FINITE
-        gaps = row_gaps(problem, weight, residual, values, slack)
-        enough, gap = self.tolerance * primal, float(gaps.sum())
+        enough, at = self.tolerance * primal, (problem, weight, residual, values, slack)
+        gap = float(row_gaps(*at).sum())
         if gap > enough and not problem.quadratic.is_well_conditioned and self._is_due(iteration, problem.shape[1]):
-            gap = float(tighter_gaps(problem, weight, residual, values, slack, gaps).sum())
+            gap = float(row_gaps(*at, dear=True).sum())
         return Status.SOLVED if gap <= enough else None
 
     def _is_due(self, iteration: int, inputs: int) -> bool:
