@@ -1,8 +1,8 @@
 """What torch.compile writes in Triton for a GPU: written on a CPU, and run there by Triton's interpreter.
 
 TRITON_INTERPRET=1 python tests/triton_code.py prints a line of JSON for each fused function: how many tensors each of
-its kernels reads and writes, and how far the results are from those op by op, in units
-of the largest where that is above one. Triton has to be installed.
+its kernels reads and writes, and how far the results are from those op by op, in units of the largest where that is
+above one. Triton has to be installed.
 """
 
 import json

@@ -46,6 +46,6 @@ class _LargeOnMeta(TorchFunctionMode):
             made = func(*args, **kwargs | {"device": "meta"})
             if made.numel() > LARGE:
                 return made
-        if func.__name__ in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
+        if getattr(func, "__name__", None) in DRAWS and (tensor := args[0] if args else kwargs["tensor"]).is_meta:
             return tensor
         return func(*args, **kwargs)

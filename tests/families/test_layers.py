@@ -235,9 +235,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
     refused(ModelError, "makes a smaller model, and a loaded one is pruned in place", model=build("llama"))
     for method in ("convex", "shortgpt"):
         planned = plan(model=source, output_dir=tmp_path / "out", method=method, **SMALL)
-        assert (planned.operators, planned.zeros) == (35, 0) and planned.recipe[
-            "prefix"
-        ] == "pruned"  # so that no layers can be spread
+        assert (planned.operators, planned.zeros) == (35, 0)
+        assert planned.recipe["prefix"] == "pruned"  # so that no layers can be spread
     with pytest.raises(RecipeError, match="inspect has no weights"):
         convexprune.inspect(source, pattern="layers", sparsity=0.4)
     with pytest.raises(RecipeError, match="verify the folder of the run"):
