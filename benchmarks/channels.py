@@ -1,6 +1,6 @@
 """The tables of docs/channels.md and docs/heads.md: what is removed by several methods, on the same moments; the speed.
 
-    python benchmarks/channels.py MODEL --text valid.txt --eval test.txt other.txt [--widths 1344,1152,896] [--moments F]
+    python benchmarks/channels.py MODEL --text valid.txt --eval test.txt python-docs [--widths 1344,1152,896] [--moments F]
     python benchmarks/channels.py MODEL --text valid.txt --eval test.txt --remove heads --widths 2  # of the KV groups
 
 The dense model is run once on the calibration text, and the moments of what reads the channels are kept in a file. Each
@@ -41,6 +41,7 @@ from convexprune.pruners import (
     WandaSP,
 )
 from convexprune.validation import perplexity
+from convexprune.validation._texts import text_of
 
 METHODS: dict[str, AbstractPruner] = {
     "magnitude": Magnitude(),
@@ -190,7 +191,7 @@ def main() -> None:
     size = whole.sets[0].size
     narrowings = {width: find(model, kind(1 - width / size)) for width in map(int, asked.widths.split(","))}
     whole.choose(model)
-    texts = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
+    texts = {Path(text).stem: text_windows(text_of(text), model, asked.length) for text in asked.eval}
     texts = {
         name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
     }

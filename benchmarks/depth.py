@@ -1,6 +1,6 @@
 """The table of docs/layers.md: decoder layers removed, by which score they are chosen and what makes up for them.
 
-    python benchmarks/depth.py MODEL --text valid.txt --eval test.txt other.txt [--counts 2,3,6] [--out F]
+    python benchmarks/depth.py MODEL --text valid.txt --eval test.txt python-docs [--counts 2,3,6] [--out F]
 
 Layers are chosen on windows of the calibration text on which nothing is fitted. What is behind them is then refitted, as
 `convexprune prune --pattern layers` does, and the dense weights are put back. A result is printed when it is there, and
@@ -27,6 +27,7 @@ from convexprune.constraints import Layers
 from convexprune.pruners import Convex, ShortGPT
 from convexprune.recipe import make_recipe
 from convexprune.validation import final_states, mean_kl, perplexity
+from convexprune.validation._texts import text_of
 
 SCORES = ("divergence", "influence")
 THEN = {"nothing": ShortGPT(), "refit": Convex()}
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("depth.jsonl"))
     asked = parser.parse_args()
     model, some = load(asked.model, device="cpu", dtype=torch.float32), asked.eval_windows
-    whole = {Path(text).stem: text_windows(text, model, asked.length) for text in asked.eval}
+    whole = {Path(text).stem: text_windows(text_of(text), model, asked.length) for text in asked.eval}
     texts = {name: each[:: max(1, len(each) // some)][:some] for name, each in whole.items()}
     every = text_windows(asked.text, model, asked.length)
     drawn = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
