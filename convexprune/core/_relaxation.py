@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log
 
 import torch
 from torch import Tensor
@@ -10,8 +9,8 @@ from torch import Tensor
 from convexprune._device.select import kth_smallest
 from convexprune.core._quadratic import Quadratic
 
-BISECTIONS = 12  # of the price of a non-zero
-WINDOW = 0.5  # by which the logarithm of a price may move between two iterations
+STEPS = 3  # of Newton's method, to the price of a non-zero
+STEP = 0.25  # the longest
 
 Lines = Callable[[Tensor], Tensor]
 """A weight [m n] as lines [lines width], each with a budget of non-zeros: a row, a group of n:m, or all rows."""
@@ -72,7 +71,7 @@ def relax(
     ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
     serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
     iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of a non-zero is
-    found inside the prox, by bisection.
+    found inside the prox, by Newton's method.
 
     Args:
         q: the quadratic of weights [m n].
@@ -114,19 +113,23 @@ def fractions(scores: Tensor, price: Tensor) -> Tensor:
 
 
 def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
-    """The logarithm of the least price at which the fractions of a line sum to at most `kept` [lines 1].
+    """The logarithm of the price at which the fractions of a line sum to `kept` [lines 1], by Newton's method.
 
-    At the square of the k-th largest score less than k are kept, at a quarter of it k or more.
+    Its variable is the logarithm of the unit exp(-price / 2). The slope of the sum is that of the scores whose fraction
+    is neither 0 nor 1; as a score stays among them for log 2, steps that are shorter do not turn in circles. The next
+    iteration goes on from where the last of the few steps ends.
     """
-    if price is None:
-        width = scores.shape[1]
-        k = min(max(int(kept.max()), 1), width)
-        high = kth_smallest(scores, width + 1 - k).clamp_min(1e-150).log() * 2
-        low = high - log(4)
+    if price is None:  # with a unit at the k-th largest score less than k are kept, with twice that k or more
+        k = min(max(int(kept.max()), 1), scores.shape[1])
+        unit = kth_smallest(scores, scores.shape[1] + 1 - k).clamp_min(1e-150).reciprocal()
+        steps = 2 * STEPS
     else:
-        low, high = price - WINDOW, price + WINDOW
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        many = fractions(scores, middle).sum(1, keepdim=True) > kept
-        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    return high
+        unit, steps = (price / -2).exp(), STEPS
+    target = kept + scores.shape[1]
+    for _ in range(steps):
+        level = scores * unit
+        limited = level.clamp(1, 2)  # one more than the fraction
+        slope = (level * (level == limited)).sum(1, keepdim=True)
+        missing = (target - limited.sum(1, keepdim=True)) / slope
+        unit = unit * missing.nan_to_num_(0.0).clamp_(-STEP, STEP).exp_()  # 0 / 0: it is there
+    return unit.log() * -2

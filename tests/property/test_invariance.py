@@ -99,13 +99,13 @@ def test_the_dtype_of_a_solve():
 def test_the_dtype_of_a_pruning(pattern):
     """Reweighting is not convex: the last bit decides near ties. Masks may differ then; neither dtype is better."""
     errors, same = [], []
-    for seed in range(50):
+    for seed in range(25):
         layer = draw(seed)
         single, double = prune(layer, pattern, torch.float32).double(), prune(layer, pattern)
         errors.append([float(layer.loss(weight).sum()) for weight in (single, double)])
         same.append(torch.equal(single != 0, double != 0))
     ratios = torch.tensor([single / double for single, double in errors])
-    assert sum(same) >= 40
+    assert sum(same) >= 20
     assert ratios[torch.tensor(same)].sub(1).abs().max() < 2e-4  # both refits have gaps of at most 1e-4
     assert float(ratios.log().mean()) == pytest.approx(0, abs=0.02)
 

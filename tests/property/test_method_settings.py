@@ -73,7 +73,7 @@ def test_fistapruner_goes_on_for_as_long_as_it_gains_a_thousandth():
     layer = make_chain(24, 48, 0, correlation=0.9, tokens=400)
     layer.pruned.mul_((2 * random(7, 48)).exp())
     problem = layer_problem(layer, Unstructured(0.5))
-    pruned = [FISTAPruner(improvement=least, ratio=1.0).prune(problem) for least in (1e-2, 1e-3, 1e-5)]
+    pruned = [FISTAPruner(improvement=least, ratio=1.0).prune(problem) for least in (1e-2, 1e-3, 1e-4)]
     errors = [float(problem.squared_error(each.weight).sum()) for each in pruned]
     assert errors[0] > errors[1] > errors[2]
     assert len(pruned[0].solutions) < len(pruned[1].solutions) < len(pruned[2].solutions)

@@ -54,8 +54,8 @@ def pruned_by(size: int, out: Path, model: Any, **settings: Any) -> Report:
 def test_ranks_that_prune_each_layer_together_have_the_counts_and_certificates_of_one(
     allocation: str, size: int, dense: Path, tmp_path: Path
 ):
-    given: dict[str, Any] = {"method": "convex", "num_calibration_samples": 3, "batch_size": 1, "bound_rows": 2}
-    given["allocation"] = allocation
+    given: dict[str, Any] = {"method": "convex", "num_calibration_samples": 3, "batch_size": 1, "bound_rows": 1}
+    given |= {"method_args": {"rounds": 16}, "allocation": allocation}
     alone = convexprune.prune(dense, output_dir=tmp_path / "convex", **{**SEQUENTIAL, **given}).report
     report = pruned_by(size, tmp_path / str(size), dense, **given)
     assert report.identity["numerics"]["ranks"] == size
