@@ -35,7 +35,7 @@ class ISTA(AbstractSolver):
 
 
 for solver in ("fista", ISTA()):
-    result = convexprune.prune(solver=solver, targets=["re:.*layers.0.fc1"], num_calibration_samples=8)
+    result = convexprune.prune(solver=solver, targets=["re:.*layers.0.self_attn.out_proj"], num_calibration_samples=8)
     operator = result.report.operators[0]
     print(
         f"{result.report.recipe['solver']:6s} relative error {operator.relative_error:.2e}, "
