@@ -250,7 +250,7 @@ class AbstractPruner(ABC):
         if self.one_by_one and pattern.by_column and pattern.block > 1:
             raise PatternError(
                 f"{type(self).__name__} decides about columns one after another, and pattern {pattern} removes blocks "
-                "of them. Take method 'convex' or 'wanda-sp'."
+                "of them. Take method 'convex', 'osscar' or 'wanda-sp'."
             )
         own, asked = self.whole_only, pattern.removes
         if own is not None and asked != own:

@@ -181,6 +181,6 @@ def test_what_does_not_fit_is_refused_before_any_work(build: Callable[[str], Pre
             convexprune.prune(tmp_path / "dense", **HEADS | given, output_dir=tmp_path / "out")
 
     refused(PatternError, "Leave quota out", quota="row")
-    refused(PatternError, "OSSCAR decides about columns one after another", method="osscar")
+    refused(PatternError, "SparseGPT decides about columns one after another", method="sparsegpt")
     refused(ConvexpruneError, "prune twice, the smaller model last", quantize="int4")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """Group OBS and OSSCAR: the slow twins are least squares, done again for every column that might go."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from pruning_cases import correlated, layer_problem
@@ -28,20 +30,25 @@ def error(gram: Tensor, target: Tensor, kept: list[int]) -> float:
     return total
 
 
-def slow_backward(gram: Tensor, target: Tensor, count: int) -> list[int]:
-    kept = list(range(len(gram)))
+def columns_of(blocks: Iterable[int], block: int) -> list[int]:
+    return [k * block + i for k in sorted(blocks) for i in range(block)]
+
+
+def slow_backward(gram: Tensor, target: Tensor, count: int, block: int) -> list[int]:
+    kept = set(range(len(gram) // block))
     for _ in range(count):
-        kept.remove(min(kept, key=lambda j: error(gram, target, [k for k in kept if k != j])))
-    return kept
+        kept.remove(min(kept, key=lambda j: error(gram, target, columns_of(kept - {j}, block))))
+    return columns_of(kept, block)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_columns_go_one_by_one_where_least_squares_misses_them_least(seed: int):
-    problem = layer_problem(make_layer("full rank", 4, 8, seed, change=0.5), Columns(0.5))
+@pytest.mark.parametrize("block", [1, 2])
+def test_columns_go_one_by_one_where_least_squares_misses_them_least(seed: int, block: int):
+    problem = layer_problem(make_layer("full rank", 4, 8, seed, change=0.5), Columns(0.5, block=block))
     gram, target = damped(problem, 0.01)
-    count = len(gram) // 2
-    kept = slow_backward(gram, target, count)
-    assert backward(gram, target, count).nonzero().flatten().tolist() == kept
+    count = len(gram) // 2 // block
+    kept = slow_backward(gram, target, count, block)
+    assert backward(gram, target, count, block).nonzero().flatten().tolist() == kept
     pruned = OSSCAR(exchanged=0.0).prune(problem)
     assert [j for j in range(len(gram)) if pruned.mask[:, j].all()] == kept and problem.pattern.violation(
         pruned.weight
@@ -52,15 +59,20 @@ def test_columns_go_one_by_one_where_least_squares_misses_them_least(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_an_exchange_drops_what_costs_least_and_takes_what_gains_most(seed: int):
+@pytest.mark.parametrize(("block", "blocks"), [(1, {1, 3, 4, 8, 9, 10, 12, 15}), (2, {0, 2, 5, 7})])
+def test_an_exchange_drops_what_costs_least_and_takes_what_gains_most(seed: int, block: int, blocks: set[int]):
     gram, target = damped(layer_problem(correlated(seed), Columns(0.5)), 0.01)
-    kept = [1, 3, 4, 8, 9, 10, 12, 15]
+
+    def without(j: int) -> float:
+        return error(gram, target, columns_of(blocks - {j}, block))
+
+    kept = columns_of(blocks, block)
     mask = torch.zeros(16, dtype=torch.bool)
     mask[kept] = True
-    dropped = sorted(kept, key=lambda j: error(gram, target, [k for k in kept if k != j]))[:2]
-    left = [k for k in kept if k not in dropped]
-    taken = sorted((j for j in range(16) if j not in left), key=lambda j: error(gram, target, sorted([*left, j])))[:2]
-    assert exchange(gram, target, mask, 2).nonzero().flatten().tolist() == sorted([*left, *taken])
+    left = blocks - {*sorted(blocks, key=without)[:2]}
+    free = {*range(16 // block)} - left
+    taken = sorted(free, key=lambda j: error(gram, target, columns_of(left | {j}, block)))[:2]
+    assert exchange(gram, target, mask, 2, block).nonzero().flatten().tolist() == columns_of(left | {*taken}, block)
     assert explained(gram, target, mask) == pytest.approx(-error(gram, target, kept))
     assert float((best(gram, target, mask) * target).sum()) == pytest.approx(-2 * error(gram, target, kept))
 

@@ -1,4 +1,4 @@
-"""OSSCAR: Optimal Brain Surgeon for whole columns, and a local search after it."""
+"""OSSCAR: Optimal Brain Surgeon for whole columns or blocks of them, and a local search after it."""
 
 from dataclasses import dataclass
 
@@ -14,27 +14,27 @@ LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding
 
 @dataclass(frozen=True)
 class OSSCAR(AbstractPruner):
-    """Meng et al., arXiv 2403.12983 (mazumder-lab/OSSCAR): whole columns are removed one by one, then exchanged.
+    """Meng et al., arXiv 2403.12983 (mazumder-lab/OSSCAR): blocks of columns are removed one by one, then exchanged.
 
-    With P = H^-1 of the columns that are left, and V their best weights, removing column j costs |V_:j|^2 / 2 P_jj once
-    all others have adapted. The one that costs least goes, and
+    With P = H^-1 of the columns that are left, and V their best weights, removing a block B of them costs
+    tr(V_:B P_BB^-1 V_:B') / 2 once all others have adapted. The one that costs least goes, and
 
-        V <- V - V_:j P_j: / P_jj,   P <- P - P_:j P_j: / P_jj
+        V <- V - V_:B P_BB^-1 P_B:,   P <- P - P_:B P_BB^-1 P_B:
 
-    which is Optimal Brain Surgeon for groups, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). In each
-    round of exchanges after it, the columns that cost least to remove give way to as many that gain most, by what each
+    which is Optimal Brain Surgeon for groups, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). A block is
+    a column where the pattern says nothing else, and a KV group where heads go. In each
+    round of exchanges after it, the blocks that cost least to remove give way to as many that gain most, by what each
     alone costs and gains; a round that does not lower the error is undone, and the next one exchanges half as many.
     Last come the weights of least squares on what is left. All of it begins at the damped minimiser.
 
-    Differences to the authors' code: one column at a time, and an error correction if one is asked for.
+    Differences to the authors' code: one block at a time, and an error correction if one is asked for.
 
     Args:
         damping: the ridge, in units of the mean diagonal of H.
-        exchanged: the share of the removed columns that the first round exchanges; 0 is Optimal Brain Surgeon alone.
+        exchanged: the share of the removed blocks that the first round exchanges; 0 is Optimal Brain Surgeon alone.
     """
 
     columns_only = True
-    one_by_one = True
 
     damping: NotNegative = 0.01
     exchanged: NotNegative = 0.1
@@ -51,17 +51,17 @@ class OSSCAR(AbstractPruner):
         target = (problem.weight.double() @ gram).add_(problem.quadratic.cross)
         weights, masks = list[Tensor](), list[Tensor]()
         for rows, pattern in problem.pattern.parts(len(target)):
-            kept = self._choice(gram, target[rows], pattern.zeros(1, len(gram)))
+            kept = self._choice(gram, target[rows], pattern.zeros(1, len(gram)) // pattern.block, pattern.block)
             weights.append(best(gram, target[rows], kept))
             masks.append(kept.expand_as(target[rows]))
         return LayerEdit(torch.cat(weights).to(problem.weight), torch.cat(masks))
 
-    def _choice(self, gram: Tensor, target: Tensor, count: int) -> Tensor:
-        """Which columns are kept [n], `count` less than all."""
-        kept = backward(gram, target, count)
+    def _choice(self, gram: Tensor, target: Tensor, count: int, block: int) -> Tensor:
+        """Which columns are kept [n], `count` blocks less than all."""
+        kept = backward(gram, target, count, block)
         size, value = int(self.exchanged * count), explained(gram, target, kept)
         while size > 0:
-            found = exchange(gram, target, kept, size)
+            found = exchange(gram, target, kept, size, block)
             better = explained(gram, target, found)
             if better > value * (1 + LEAST):
                 kept, value = found, better
@@ -70,56 +70,92 @@ class OSSCAR(AbstractPruner):
         return kept
 
 
-def backward(gram: Tensor, target: Tensor, count: int) -> Tensor:
-    """Remove columns one by one.
+def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor:
+    """Remove blocks of columns one by one.
 
     Args:
         gram: H [n n].
         target: G [m n]; V = G H^-1 is the minimiser.
-        count: how many are removed.
+        count: how many blocks are removed.
+        block: columns of one.
 
     Returns:
-        Which are kept [n].
+        Which columns are kept [n].
 
     Raises:
         PruningError: H is not positive definite.
     """
     inverse = torch.cholesky_inverse(definite_factor(gram))
     weight = target @ inverse
-    kept = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    kept = torch.ones(len(gram) // block, dtype=torch.bool, device=gram.device)
     for _ in range(count):
-        costs = weight.square().sum(0) / inverse.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+        costs = forms(weight, diagonal_blocks(inverse, block))
         j = int(costs.masked_fill(~kept, torch.inf).argmin())
-        row = inverse[j] / inverse[j, j]
-        weight.addr_(weight[:, j].clone(), row, alpha=-1)
-        inverse.addr_(inverse[:, j].clone(), row, alpha=-1)
+        its = slice(j * block, (j + 1) * block)
+        rows = torch.linalg.solve(inverse[its, its], inverse[its])
+        weight.addmm_(weight[:, its].clone(), rows, alpha=-1)
+        inverse.addmm_(inverse[:, its].clone(), rows, alpha=-1)
         kept[j] = False
-    return kept
+    return kept.repeat_interleave(block)
 
 
-def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int) -> Tensor:
-    """Drop the columns that cost least, and take in as many that gain most.
+def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int = 1) -> Tensor:
+    """Drop the blocks that cost least, and take in as many that gain most.
 
     Args:
         gram: H [n n].
         target: G [m n].
         kept: which columns are kept [n].
-        size: how many change.
+        size: how many blocks change.
+        block: columns of one.
 
     Returns:
-        Which are kept now [n].
+        Which columns are kept now [n].
     """
-    weight = best(gram, target, kept)
-    on = kept.nonzero().flatten()
-    inverse = torch.cholesky_inverse(definite_factor(gram[on][:, on]))
-    costs = weight[:, on].square().sum(0) / inverse.diagonal()
-    left = kept.clone()
+    weight, left = best(gram, target, kept), kept[::block].clone()
+    on = left.nonzero().flatten()
+    inverse = torch.cholesky_inverse(definite_factor(gram[kept][:, kept]))
+    costs = forms(weight[:, kept], diagonal_blocks(inverse, block))
     left[on[costs.topk(size, largest=False).indices]] = False
-    residual, factor = target - best(gram, target, left) @ gram, definite_factor(gram[left][:, left])
-    solved = torch.linalg.solve_triangular(factor, gram[left], upper=False)
-    gains = residual.square().sum(0) / (gram.diagonal() - solved.square().sum(0)).clamp_min(1e-12 * gram.diagonal())
-    left[gains.masked_fill(left, -torch.inf).topk(size).indices] = True
-    return left
+    columns = left.repeat_interleave(block)
+    residual, factor = target - best(gram, target, columns) @ gram, definite_factor(gram[columns][:, columns])
+    solved = torch.linalg.solve_triangular(factor, gram[columns], upper=False).unflatten(1, (-1, block))
+    alone = diagonal_blocks(gram, block)
+    unexplained = alone - torch.einsum("lkb,lkc->kbc", solved, solved)
+    unexplained.diagonal(dim1=1, dim2=2).add_(1e-12 * alone.diagonal(dim1=1, dim2=2))  # beyond rounding
+    gains = forms(residual, unexplained)
+    left[gains.masked_fill(left | gains.isinf(), -torch.inf).topk(size).indices] = True
+    return left.repeat_interleave(block)
+
+
+def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
+    """The blocks on the diagonal of a matrix.
+
+    Args:
+        matrix: [n n].
+        block: their width b.
+
+    Returns:
+        [n/b b b].
+    """
+    parts = matrix.unflatten(0, (-1, block)).unflatten(2, (-1, block))
+    return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def forms(columns: Tensor, blocks: Tensor) -> Tensor:
+    """tr(C_k B_k^-1 C_k') of every block of columns.
+
+    Args:
+        columns: C [m k*b].
+        blocks: B [k b b], symmetric.
+
+    Returns:
+        [k]; infinite where B is not positive definite.
+    """
+    factors, failed = torch.linalg.cholesky_ex(blocks)
+    sides = columns.unflatten(1, blocks.shape[:2]).permute(1, 2, 0)
+    solved = sides / factors if blocks.shape[1] == 1 else torch.linalg.solve_triangular(factors, sides, upper=False)
+    return solved.square().sum((1, 2)).masked_fill(failed > 0, torch.inf)
 
 
 def best(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
