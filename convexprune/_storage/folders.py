@@ -1,18 +1,22 @@
 """Folders that appear whole or not at all, and links that lead out of the folder of a model."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from convexprune._storage.failures import writing
 from convexprune._storage.files import flush, make_folder, publish
-from convexprune.errors import ModelError
+from convexprune._storage.locks import locked
+from convexprune._storage.place import beside
+from convexprune.errors import ModelError, OutputError
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write a new folder atomically: it is made under another name, and becomes `folder` if the block ends well.
+
+    What a process that was killed left under that name is removed.
 
     Args:
         folder: where it is wanted; an empty one gives way.
@@ -21,16 +25,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         The folder under its other name.
 
     Raises:
-        OutputError: the disk is full or fails; nothing is left behind.
+        OutputError: the disk is full or fails, and nothing is left behind; or another process writes this folder.
     """
+    place = beside(folder, "part")
+    whole = place / folder.name
     with writing(folder):
-        make_folder(folder.parent)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
-            whole = Path(place, folder.name)
-            whole.mkdir()
-            yield whole
-            flush(whole)
-            publish(whole, folder)
+        make_folder(place)
+        with locked(place / "lock") as free:
+            if not free:
+                raise OutputError(f"Another process writes {folder}. Wait for it, or give another folder.")
+            try:
+                shutil.rmtree(whole, ignore_errors=True)
+                whole.mkdir()
+                yield whole
+                flush(whole)
+                publish(whole, folder)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:

@@ -3,14 +3,17 @@
 import hashlib
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from runs import killed
 from safetensors.torch import save_file
 
 from convexprune._storage import files, scan
 from convexprune._storage.files import atomic_write, copy_file, make_folder
+from convexprune._storage.folders import atomic_folder
 from convexprune._storage.locks import locked, overwrite
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import DTYPES
@@ -30,6 +33,20 @@ def test_a_temporary_name_cannot_be_known_and_follows_no_link(tmp_path: Path, mo
     with pytest.raises(OutputError, match="File exists"), atomic_write(tmp_path / "x") as file:
         file.write(b"lost")
     assert victim.read_text() == "mine" and (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_a_folder_whose_writer_was_killed_leaves_nothing_behind(tmp_path: Path):
+    def write() -> None:
+        with atomic_folder(tmp_path / "x") as whole:
+            (whole / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert killed(write) == -signal.SIGKILL and not (tmp_path / "x").exists()
+    with atomic_folder(tmp_path / "x") as whole:
+        (whole / "new").touch()
+        with pytest.raises(OutputError, match="Another process writes"), atomic_folder(tmp_path / "x"):
+            pass
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["x", "x/new"]
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o666), (0o022, 0o644), (0o077, 0o600)])
