@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from convexprune.constraints import Constraint
 from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
@@ -107,6 +108,10 @@ class SamePruned(AbstractPruner):
 
     pruner: AbstractPruner
     broadcast: Callable[[Tensor], Tensor]
+
+    def require(self, pattern: Constraint) -> None:
+        """See `AbstractPruner.require`: it can take what `pruner` can."""
+        self.pruner.require(pattern)
 
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:

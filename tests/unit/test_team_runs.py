@@ -94,6 +94,21 @@ def test_experts_whose_tokens_are_with_other_ranks_borrow_as_alone(family: str, 
     assert [(o.tokens, o.facts) for o in first] == [(o.tokens, o.facts) for o in report.operators[: len(first)]]
 
 
+@pytest.mark.parametrize(("pattern", "family"), [("experts", "mixtral"), ("layers", "llama")])
+def test_ranks_remove_the_same_parts_as_one(pattern: str, family: str, tmp_path: Path):
+    build_family(family).save_pretrained(tmp_path / "dense")
+    given: dict[str, Any] = SEQUENTIAL | {"dataset": TOKENS % 100 + 2, "method": "convex", "pattern": pattern}
+    alone = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "alone", **given).report
+    report = pruned_by(2, tmp_path / "out", tmp_path / "dense", **given)
+    assert report.narrowed == alone.narrowed and report.narrowed
+    names = {path.name for path in (tmp_path / "out").glob("*.json")}
+    (said,) = names & {f"{each}.json" for each in ("experts", "layers")}
+    assert (tmp_path / "out" / said).read_bytes() == (tmp_path / "alone" / said).read_bytes()
+    for one, two in zip(alone.operators, report.operators, strict=True):
+        assert (one.name, one.zeros) == (two.name, two.zeros)
+        assert one.relative_error == pytest.approx(two.relative_error, rel=0.02, abs=1e-6)
+
+
 def test_a_script_may_have_introduced_the_ranks_to_each_other(dense: Path, tmp_path: Path):
     def rank(number: int) -> None:
         torch.distributed.init_process_group()
