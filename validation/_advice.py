@@ -15,6 +15,7 @@ from convexprune.adapters._discovery.outline import read_outline
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 
+AS_IT_IS = "the model as it is, in 16 bits"
 LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pack.md)
 
 
@@ -61,7 +62,7 @@ class Advised:
         bits: on disk, over all weights that the model had.
         faster: tokens a second at batch 1 over dense where memory decides it: bytes that are read, dense over these.
         reaches: whether it reaches the target.
-        commands: what to run.
+        commands: what to run; none if the model is as it should be.
     """
 
     way: Way
@@ -98,6 +99,9 @@ class Advice:
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
             yield f"Nothing here reaches {self.target}: take a smaller model, or combine channels with --bits."
+            return
+        if not best.commands:
+            yield f"{self.target}: {best.way.name}. Nothing has to be done."
             return
         yield f"{self.target}: {best.way.name}, {best.way.times:.2f} times the perplexity of {MEASURED_ON}."
         yield from (f"  {command}" for command in best.commands)
@@ -165,10 +169,11 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
         commands += (f"convexprune {way.then} {place} OUT",) if way.then else ()
         return Advised(way, int(disk / 8), int(memory / 8), disk / (dense / 16), dense / memory, reached, commands)
 
-    ways = sorted(map(applied, measured()), key=lambda each: (not each.reaches, each.way.times, each.disk))
+    ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *measured()])
+    found = sorted(ways, key=lambda each: (not each.reaches, each.way.times, bool(each.commands), each.disk))
     words = {
         "target": f"{asked.target or 0:,} bytes {'in memory' if asked.memory else 'on disk'}",
         "bits": f"{asked.bits} bits a weight on disk",
         "speed": f"{asked.speed} times the tokens a second at batch 1",
     }
-    return Advice(str(source), dense // 8, words[given[0]], tuple(ways))
+    return Advice(str(source), dense // 8, words[given[0]], tuple(found))

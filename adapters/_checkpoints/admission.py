@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._storage.scan import not_finite
+from convexprune._storage.tensors import CODES
 from convexprune.errors import ModelError
 
 from .._discovery.experts import fused_parameters
@@ -34,8 +35,8 @@ def refuse_quantized(config: PretrainedConfig) -> None:
     method = str(getattr(method, "value", method))
     if method != "gguf":
         raise ModelError(
-            f"The model is quantized ({method}); only floating-point weights can be pruned. "
-            "Prune the model that it was quantized from, then quantize the result."
+            f"The model is quantized ({method}); only floating-point weights are read. Give the model that it was "
+            "quantized from; for what `convexprune export` wrote, the folder it was made of, which has the same values."
         )
 
 
@@ -150,6 +151,23 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
                     f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
                     f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantized checkpoint."
                 )
+
+
+def refuse_other_codes(codes: Mapping[str, str]) -> None:
+    """Refuse a checkpoint whose weights are stored as other than floating-point numbers, which scales might belong to.
+
+    Args:
+        codes: how each weight is stored, by its name, in the words of safetensors.
+
+    Raises:
+        ModelError: one is; the first is named.
+    """
+    accepted = [CODES[dtype] for dtype in WEIGHT_DTYPES]
+    for name, code in codes.items():
+        if code not in accepted:
+            raise ModelError(
+                f"{name} is stored as {code}; accepted: {', '.join(accepted)}. Give the unquantized checkpoint."
+            )
 
 
 def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:

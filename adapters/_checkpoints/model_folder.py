@@ -41,14 +41,20 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
         for path in paths:
             if path.suffix == ".safetensors" or (path.exists() and not path.is_dir()):
                 Stamp.of(path)
-        if not (folder / CONFIG).is_file():
-            raise ModelError(f"{folder}: has no config.json, so it is not a model folder of transformers.")
-    refuse_packed(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json). Merge it first (merge_and_unload of peft) and save "
             "the result, or remove it to prune the weights without it."
         )
+    if not (folder / CONFIG).is_file():
+        names = [path.name for path in paths if not path.name.startswith(".")]
+        held = f"{', '.join(names[:3])}{' and more' if names[3:] else ''}" if names else "nothing"
+        gguf = next((f" Or give the GGUF file itself, {path}." for path in paths if path.suffix == ".gguf"), "")
+        raise ModelError(
+            f"{folder}: has no config.json, so it is not a model folder of transformers. It holds {held}. Give the "
+            f"folder that save_pretrained wrote, or a name on the hub.{gguf}"
+        )
+    refuse_packed(folder)
     weights = [path for path in paths if path.suffix == ".safetensors"]
     pickles = [path.name for path in paths if path.suffix == ".bin"]
     if not weights and not (folder / INDEX).exists() and pickles and not allow_pickle:

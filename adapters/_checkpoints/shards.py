@@ -20,7 +20,7 @@ from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import Entry, cast, entries, raw, write_tensors
 from convexprune.errors import ModelError
 
-from .admission import refuse_non_finite
+from .admission import refuse_non_finite, refuse_other_codes
 from .documents import result_name
 from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, has_changed, read_index, shard_files
 from .origin import Origin
@@ -66,6 +66,7 @@ class Shards:
             self._stored |= found
         self._names = stored_names(model, self._stored, inside)
         self._weights = {self._names[name] for name, _ in model.named_parameters() if name in self._names}
+        refuse_other_codes({name: self._stored[name].spec.code for name in sorted(self._weights)})
         self._fill_fixed(model, inside)
 
     def origin(self) -> Origin:

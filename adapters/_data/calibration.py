@@ -286,7 +286,7 @@ def _choose(
     if count < wanted:
         raise CalibrationError(
             f"The data set for {split}, {name}, holds {count} full windows of {length} tokens; {wanted} were asked "
-            "for. Give more text, or lower num_samples or max_seq_length."
+            "for. Give more text, fewer samples, or shorter windows."
         )
     if count == wanted:
         return windows, windows[:0]

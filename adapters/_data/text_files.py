@@ -29,7 +29,7 @@ def check_text(path: Path) -> None:
     """
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
-        raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}.")
+        raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}. Give such a file.")
     try:
         path.expanduser().open("rb").close()
     except (OSError, RuntimeError) as cause:
@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}).") from cause
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}). Convert it: iconv -t UTF-8.") from cause
     if "\0" in content:
         raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
     if path.suffix == ".txt":
@@ -65,7 +65,11 @@ def _json_text(path: Path, number: int, line: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
-        raise CalibrationError(f"{path}, line {number}: not JSON ({cause}).") from cause
+        raise CalibrationError(f"{path}, line {number}: not JSON ({cause}). Mend or remove it.") from cause
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise CalibrationError(f'{path}, line {number}: needs an object with a field "text" that holds text.')
+        found = f"the fields {', '.join(map(shown, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise CalibrationError(
+            f'{path}, line {number}: needs an object with a field "text" that holds text; it has {found}. Write every '
+            'line as {"text": "..."}.'
+        )
     return row["text"]

@@ -17,7 +17,7 @@ from convexprune.recipe import Recipe
 
 from .._checkpoints.admission import refuse_quantized
 from .._checkpoints.building import parameters_on_meta
-from .._checkpoints.model_folder import NotStreamable, check_layers, place_of
+from .._checkpoints.model_folder import NotStreamable, check_folder, check_layers, place_of
 from .._checkpoints.reading import ask, model_class
 from .experts import fused_parameters
 from .random_weights import RandomModel
@@ -79,8 +79,8 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
 
 def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
     path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path}: has no config.json, so it is not a model folder of transformers.")
+    if path.is_dir():
+        check_folder(path, allow_pickle=True)
     if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):
         raise ModelError(f"{source}: no such folder or file. Give a folder, a config.json, or a name on the hub.")
     place: dict[str, Any] = place_of(str(path if path.exists() else source)) | {"trust_remote_code": trust_remote_code}

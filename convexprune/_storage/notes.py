@@ -53,7 +53,7 @@ def read_text(path: Path, longest: int) -> str:
     """
     try:
         if not path.is_file():  # a pipe would be waited for
-            raise OutputError(f"{path}: there is no such file.")
+            raise OutputError(f"{path}: there is no such file. Is it the right folder?")
         if path.stat().st_size > longest:
             raise OutputError(f"{path} has {path.stat().st_size:,} bytes, and at most {longest:,} are read.")
         return path.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
-from convexprune.constraints._share import check_share, percent, share_of, shares_around
+from convexprune.constraints._share import check_share, check_some, percent, share_of, shares_around
 from convexprune.errors import PatternError
 
 
@@ -63,8 +63,13 @@ class Columns(Mask):
 
     def check(self, rows: int, columns: int) -> None:
         if columns % self.block:
-            raise PatternError(f"Pattern {self}: {columns} columns are no multiple of {self.block}.")
-        super().check(rows, columns)
+            raise PatternError(
+                f"Pattern {self}: {columns} columns are no multiple of {self.block}. Take a block that divides them, or "
+                "leave the operator out (ignore=)."
+            )
+        if self.sparsity:
+            blocks = f"blocks of {self.block} columns" if self.block > 1 else "columns"
+            check_some(self.sparsity, columns // self.block, blocks)
 
     def zeros(self, rows: int, columns: int) -> int:
         return rows * self._removed(columns)

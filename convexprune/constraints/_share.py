@@ -34,7 +34,8 @@ def check_some(share: float, count: int, parts: str) -> None:
         PatternError: it does.
     """
     if not 0 < (gone := round(share * count)) < count:
-        accepted = f"{1 / count:.3g} for one of them, to {1 - 1 / count:.3g} for all but one" if count > 1 else "none"
+        one = float(f"{1 / count:.3g}")
+        accepted = f"{one:g} for one of them, to {1 - one:.10g} for all but one" if count > 1 else "none"
         raise PatternError(f"Sparsity {share} of {count} {parts} rounds to {gone}. Accepted: {accepted}.")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Budget, Constraint, Mask, Quota, keep_largest
-from convexprune.constraints._share import check_share, from_percent, percent, shares_around
+from convexprune.constraints._share import check_share, check_some, from_percent, percent, shares_around
 from convexprune.errors import PatternError
 
 THRESHOLD_SAMPLE = 2**15  # scores: the standard error of a sampled median is 0.3 % of the entries
@@ -41,6 +41,11 @@ class Unstructured(Mask):
             return cls(0.5 if sparsity is None else sparsity, quota)
         match = re.fullmatch(r"unstructured ([\d.]+)% per (matrix|row)", text)
         return None if match is None else cls(from_percent(match[1]), "row" if match[2] == "row" else "matrix")
+
+    def check(self, rows: int, columns: int) -> None:
+        if self.sparsity:
+            line = (columns, "weights of a row") if self.by_row else (rows * columns, "weights")
+            check_some(self.sparsity, *line)
 
     def zeros(self, rows: int, columns: int) -> int:
         return rows * round(self.sparsity * columns) if self.by_row else round(self.sparsity * rows * columns)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from runs import TOKENS
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaModel
 
+import convexprune
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.errors import ModelError
 
@@ -81,6 +84,15 @@ def test_weights_that_are_no_floating_numbers_are_refused(build, refused):
     model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(codes, requires_grad=False)
     with refused("weights that are integers", r"1\.self_attn\.q_proj\.weight.*of type torch\.int8"):
         HuggingFaceModel(model)
+
+
+def test_weights_that_are_stored_as_integers_are_refused_before_any_work(build, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} is stored as I8; accepted: F16, BF16, F32, F64"):
+        convexprune.prune(tmp_path, dataset=TOKENS, output_dir=tmp_path.with_name("out"))
 
 
 def test_a_model_without_its_head_can_be_pruned(build):

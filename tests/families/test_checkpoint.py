@@ -75,7 +75,7 @@ def test_pickles_are_read_only_when_they_are_trusted(folder, refused):
 
 
 DAMAGE = {
-    "has no config.json": "a folder without a configuration",
+    "has no config.json.* It holds ": "a folder without a configuration",
     "cannot be read": "a configuration that is no JSON",
     "no model of type 't5' that only": "an encoder, or one with a decoder",
     "cannot be read.*lama": "a family that transformers does not know",
@@ -88,7 +88,7 @@ DAMAGE = {
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json.* It holds "),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "no model of type 't5' that only"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "lama"}'), "cannot be read.*lama"),
@@ -101,6 +101,16 @@ def test_a_damaged_folder_is_refused(folder, refused, damage, message):
     damage(folder)
     with refused(DAMAGE[message], message):
         load(folder, device="cpu")
+
+
+def test_a_folder_of_another_kind_is_told_from_a_model(tmp_path):
+    (tmp_path / "weights.gguf").touch()
+    with pytest.raises(ModelError, match=r"It holds weights\.gguf\. .*Or give the GGUF file itself, .*weights\.gguf"):
+        load(tmp_path, device="cpu")
+    (tmp_path / "adapter_config.json").touch()
+    for look in (load, convexprune.inspect):
+        with pytest.raises(ModelError, match=r"holds an adapter .*Merge it first"):
+            look(tmp_path, device="cpu")
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused():
@@ -150,7 +160,7 @@ def test_a_quantized_folder_is_refused_by_its_configuration(folder, quantized: s
     settings = json.loads((folder / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": quantized}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=rf"quantized \({quantized}\).*Prune the model that it was quantized from"):
+    with pytest.raises(ModelError, match=rf"quantized \({quantized}\).*Give the model that it was quantized from"):
         load(folder, device="cpu", stream=stream)
 
 

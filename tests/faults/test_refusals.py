@@ -12,7 +12,7 @@ from convexprune.adapters import HuggingFaceModel
 
 BAD = {
     "sparsity": ({"sparsity": 1.0}, errors.PatternError, r"1.0 is outside \[0, 1\)"),
-    "vanishing sparsity": ({"sparsity": 1e-9}, errors.PatternError, "q_proj.* rounds to 0 zeros"),
+    "vanishing sparsity": ({"sparsity": 1e-9}, errors.PatternError, "q_proj.* weights rounds to 0. Accepted: "),
     "pattern name": ({"pattern": "two to four"}, errors.PatternError, "Unknown pattern"),
     "pattern against sparsity": ({"pattern": "1:4", "sparsity": 0.5}, errors.PatternError, "has sparsity 0.75"),
     "pattern width": ({"pattern": "3:7"}, errors.PatternError, r"q_proj: .*no multiple of 7"),

@@ -89,11 +89,13 @@ def test_names_and_what_does_not_fit():
     with pytest.raises(PatternError, match="Leave quota out"):
         parse_pattern("columns", 0.3, "row")
     for sparsity in (0.01, 0.99):
-        with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of a weight \[8 4\] rounds to (0|32) zeros"):
+        with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of 4 columns rounds to (0|4)\. Accepted: 0\.25 for "):
             Columns(sparsity).check(8, 4)
     assert parse_pattern("columns:64", 0.25) == Columns(0.25, block=64)
     with pytest.raises(PatternError, match="48 columns are no multiple of 64"):
         Columns(0.5, block=64).check(8, 48)
+    with pytest.raises(PatternError, match=r"of 1 blocks of 48 columns rounds to 0\. Accepted: none"):
+        Columns(0.5, block=48).check(8, 48)
     with pytest.raises(PatternError, match="columns:0 is no block"):
         parse_pattern("columns:0")
     assert not torch.equal(*(Columns(0.5).mask(torch.tensor([[1.0, 2.0], [0.0, 3.0]])).T))

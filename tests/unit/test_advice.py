@@ -62,6 +62,13 @@ def test_the_command_says_what_to_run_or_that_nothing_reaches_it(folder: Path):
     assert json.loads(result.stdout)["ways"][0]["reaches"] is True
 
 
+@pytest.mark.parametrize("target", [{"target": "4GB"}, {"bits": 16.0}])
+def test_a_model_that_is_as_it_should_be_is_left_as_it_is(folder: Path, target: dict[str, Any]):
+    found = advise(folder, **target)
+    assert found.ways[0].commands == ()
+    assert list(found.verdict()) == [f"{found.target}: the model as it is, in 16 bits. Nothing has to be done."]
+
+
 @pytest.mark.parametrize("target", [{}, {"bits": 3.0, "speed": 2.0}])
 def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
     with pytest.raises(RecipeError, match=rf"{len(target)} targets\. Give one: target \(4GiB\), bits"):
