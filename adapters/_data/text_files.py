@@ -52,7 +52,9 @@ def read_text(path: Path) -> str:
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
-        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}). Convert it: iconv -t UTF-8.") from cause
+        raise CalibrationError(
+            f"{path}: cannot be read as UTF-8 text ({cause}). Convert it: iconv -t UTF-8."
+        ) from cause
     if "\0" in content:
         raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
     if path.suffix == ".txt":

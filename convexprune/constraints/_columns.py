@@ -64,8 +64,8 @@ class Columns(Mask):
     def check(self, rows: int, columns: int) -> None:
         if columns % self.block:
             raise PatternError(
-                f"Pattern {self}: {columns} columns are no multiple of {self.block}. Take a block that divides them, or "
-                "leave the operator out (ignore=)."
+                f"Pattern {self}: {columns} columns are no multiple of {self.block}. Take a block that divides them, "
+                "or leave the operator out (ignore=)."
             )
         if self.sparsity:
             blocks = f"blocks of {self.block} columns" if self.block > 1 else "columns"

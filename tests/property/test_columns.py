@@ -89,7 +89,7 @@ def test_names_and_what_does_not_fit():
     with pytest.raises(PatternError, match="Leave quota out"):
         parse_pattern("columns", 0.3, "row")
     for sparsity in (0.01, 0.99):
-        with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of 4 columns rounds to (0|4)\. Accepted: 0\.25 for "):
+        with pytest.raises(PatternError, match=rf"Sparsity {sparsity} of 4 columns rounds to (0|4)\. Accepted: 0\.25 "):
             Columns(sparsity).check(8, 4)
     assert parse_pattern("columns:64", 0.25) == Columns(0.25, block=64)
     with pytest.raises(PatternError, match="48 columns are no multiple of 64"):
