@@ -25,7 +25,7 @@ from convexprune._layerwise.steps import stages as layer
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
     "Gram": [(CalibrationStatistics, "add")],
-    "solve": [(layer, "prune_group")],
+    "solve": [(layer, "prune_groups")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (in_folder, "save_from_store")],
 }
 

@@ -24,8 +24,8 @@ class Counted(TorchDispatchMode):
 
     `reads` are numbers that the host reads from a tensor, each of which waits for the device; `sorts` the operators
     that order lines of more than `long` entries; `products` those of matrices; `passes` how often `size` entries are
-    read or written by all others. If `compiled`, a function that is one kernel on a GPU reads and writes what it is
-    given and what it returns, and nothing else.
+    read or written by all others; `dispatched` whatever the host begins. If `compiled`, a function that is one kernel
+    on a GPU reads and writes what it is given and what it returns, and nothing else.
     """
 
     def __init__(self, size: int = 1, long: int = 0, compiled: bool = False) -> None:
@@ -53,6 +53,7 @@ class Counted(TorchDispatchMode):
             written = [tensor for tensor, version in zip(given, before, strict=True) if tensor._version > version]
             made = [leaf for leaf in tree_leaves(result) if all(leaf is not tensor for tensor in given)]
             self.counts["kernels"] += 1
+            self.counts["dispatched"] += 1
             self.counts["passes"] += sum(tensor.numel() // self.size for tensor in (*given, *written, *made))
             return result
 
@@ -61,6 +62,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
+        self.counts["dispatched"] += not _is_view(func)
         named = {key: value for key, value in (kwargs or {}).items() if key != "out"}  # written once, as the result
         read = () if name.startswith("new_") or name.endswith("_like") else (args, named)
         tensors = [leaf for leaf in tree_leaves((read, result)) if isinstance(leaf, Tensor)]

@@ -230,6 +230,7 @@ def _needs(found: Inspection) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
     parts = {"fixed": m.fixed, "layer": m.layer, "moments": m.moments, "method": m.method, "batch": m.batch}
+    parts |= {"problems side by side": m.beside}
     table.add_row("device", gib(m.device), " + ".join(f"{name} {gib(part)}" for name, part in parts.items() if part))
     table.add_row("host", gib(m.host), f"beside a GPU; on a CPU all is in one memory: {gib(m.all)}")
     table.add_row("disk", gib(m.disk), "finished layers, the result, hidden states, recorded inputs")

@@ -25,17 +25,18 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     Returns:
         The numbers.
     """
-    weighed = recipe.allocation in WEIGHED
+    weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,
         length=recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions),
         batch=recipe.batch_size,
-        method=sizes.method_cost(recipe.preset or recipe.method, bool(recipe.refit), weighed),
+        method=sizes.method_cost(method, bool(recipe.refit), weighed),
         correction=recipe.error_correction > 0,
         dense_prefix=recipe.prefix == "dense",
         bound=recipe.bound_rows > 0,
         gradients=min(GRADIENTS, recipe.num_calibration_samples) if weighed else 0,
+        side_by_side=recipe.build_pruner().side_by_side,
     )
 
 

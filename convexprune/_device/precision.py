@@ -92,16 +92,18 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Te
     Args:
         total: [m k].
         a: [m n].
-        b: [n k].
+        b: [n k], or several, see `product`.
         alpha: a factor.
         out: where the result is wanted; `total` is not it.
 
     Returns:
         [m k].
     """
-    if _chosen(_solving.get(), a) == "float32":
+    if _chosen(_solving.get(), a) != "float32":
+        return torch.add(total, product(a, b), alpha=alpha, out=out)
+    if b.ndim == 2:
         return torch.addmm(total, a, b, alpha=alpha, out=out)
-    return torch.add(total, product(a, b), alpha=alpha, out=out)
+    return torch.baddbmm(_by_matrix(total, b), _by_matrix(a, b), b, alpha=alpha).flatten(0, 1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -109,12 +111,35 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: [m n].
-        b: [n k].
+        b: [n k]; or several [e n k], of which each multiplies the next m/e rows.
 
     Returns:
         [m k].
     """
-    return _multiplied(a, b, _chosen(_solving.get(), a))
+    return _by_rows(_multiplied(_by_matrix(a, b), b, _chosen(_solving.get(), a)))
+
+
+def bare_product(a: Tensor, b: Tensor) -> Tensor:
+    """A product a b in the dtype that both have.
+
+    Args:
+        a: [m n].
+        b: [n k], or several, see `product`.
+
+    Returns:
+        [m k].
+    """
+    return _by_rows(_by_matrix(a, b) @ b)
+
+
+def _by_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """Rows [m n], or where there are several matrices [e n k] those that each multiplies [e m/e n]."""
+    return a if b.ndim == 2 else a.unflatten(0, (len(b), -1))
+
+
+def _by_rows(a: Tensor) -> Tensor:
+    """All rows [m k] again."""
+    return a if a.ndim == 2 else a.flatten(0, 1)
 
 
 def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -184,15 +209,16 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """A product of bfloat16 whose sums are in float32, where products of two are exact.
 
     Args:
-        a: [m n].
-        b: [n k].
+        a: [m n], or several.
+        b: [n k], or as many.
 
     Returns:
         [m k], float32.
     """
     if is_host(a.device) or not has_wide_sums(a.device):
         return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
 
 
 def _rounded(a: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Ranks that prune one decoder layer together: each passes its share of the samples through it, all solve the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -116,7 +116,19 @@ class SamePruned(AbstractPruner):
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """See `AbstractPruner.prune`."""
-        pruned = self.pruner.prune(problem)
+        return self._same(self.pruner.prune(problem))
+
+    @property
+    def side_by_side(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As its pruner."""
+        return self.pruner.side_by_side
+
+    @torch.no_grad()
+    def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
+        """See `AbstractPruner.prune_all`."""
+        return [self._same(pruned) for pruned in self.pruner.prune_all(problems)]
+
+    def _same(self, pruned: LayerEdit) -> LayerEdit:
         weight = self.broadcast(pruned.weight)
         mask = self.broadcast(pruned.mask.to(torch.uint8)).bool()
         return replace(pruned, weight=weight, mask=mask)

@@ -7,13 +7,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from convexprune._device.capabilities import is_host
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune.core._error_moments import ErrorMoments
 from convexprune.core._moments import Moments
 from convexprune.errors import PruningError
+from convexprune.pruners import AbstractPruner
 
 ROOM = 4 << 30
 """Bytes for the moments of the experts that are pruned side by side."""
+SOLVED = 1 << 25
+"""Numbers in weights and Gram matrices that are solved side by side: some 4 GiB while they are."""
 FEW = 128
 """Tokens. A product of fewer takes most of its time to fetch and store the matrix that it is added to."""
 HELD_OUT = 2
@@ -182,6 +186,36 @@ def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
     ranks.all_reduce(correction.cross)
     ranks.all_reduce(correction.change)
     return correction
+
+
+def at_once(shape: tuple[int, int], pruner: AbstractPruner, device: torch.device) -> int:
+    """How many problems are solved side by side.
+
+    It is one on a CPU, where a step of many small problems takes as long as its parts, and for methods that take one
+    after another anyway.
+
+    Args:
+        shape: (m, n) of each.
+        pruner: of all of them.
+        device: where.
+
+    Returns:
+        The number.
+    """
+    return many_at_once(*shape) if pruner.side_by_side and not is_host(device) else 1
+
+
+def many_at_once(outputs: int, inputs: int) -> int:
+    """How many problems [outputs inputs] are solved side by side on a GPU.
+
+    Args:
+        outputs: m.
+        inputs: n.
+
+    Returns:
+        As many as have `SOLVED` numbers, and one at least.
+    """
+    return max(1, SOLVED // (inputs * (outputs + inputs)))
 
 
 class Paired(Protocol):

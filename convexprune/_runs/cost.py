@@ -30,6 +30,7 @@ class Memory:
         batch: of hidden states and what a pass makes of them.
         host: of the main memory, beside a GPU.
         disk: of hidden states between the layers.
+        beside: of other problems that a GPU solves at the same time.
     """
 
     fixed: int
@@ -39,16 +40,17 @@ class Memory:
     batch: int
     host: int
     disk: int
+    beside: int = 0
 
     @property
     def device(self) -> int:
         """Of the GPU."""
-        return self.fixed + self.layer + self.moments + self.method + self.batch
+        return self.fixed + self.layer + self.moments + self.method + self.batch + self.beside
 
     @property
     def all(self) -> int:
         """Of a process on a CPU."""
-        return self.device + LIBRARIES + round(KEPT * (self.moments + self.method))
+        return self.device - self.beside + LIBRARIES + round(KEPT * (self.moments + self.method))
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
         Bytes by part.
     """
     method = setting.method
-    peaks = []
+    peaks, crowded = [], []
     for layer in model.layers:
         for number, stage in enumerate(layer.stages):
             for part in in_parts(stage, lambda s: s.inputs):
@@ -145,7 +147,10 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
                 solving = max(problem_bytes(s, method, setting.bound) for s in part)
                 batch = _batch_bytes(model, layer, stage, setting)
                 peaks.append((moments + max(solving, batch), moments, solving, batch))
-    _, moments, solving, batch = max(peaks)
+                others = {s: (setting.together(s, part) - 1) * problem_bytes(s, method) for s in part}
+                many = max(problem_bytes(s, method, setting.bound) + size for s, size in others.items())
+                crowded.append(moments + max(many, batch))
+    largest, moments, solving, batch = max(peaks)
     layers = model.itemsize * sum(layer.count * layer.parameters for layer in model.layers)
     biggest = model.itemsize * max(layer.parameters for layer in model.layers)
     tensor = model.itemsize * max(model.largest_fixed, *(layer.largest for layer in model.layers))
@@ -157,6 +162,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
         batch=batch if batch > solving else 0,
         host=LIBRARIES + (model.bytes if model.whole else 2 * tensor),
         disk=_disk_bytes(model, setting, layers),
+        beside=max(crowded) - largest,
     )
 
 
@@ -245,7 +251,8 @@ def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
         ways["--error-correction 0"] = replace(setting, correction=False)
     light = method_cost("sparsegpt", False)
     if setting.method.rectangles > light.rectangles:
-        ways["--method sparsegpt" + (" --no-refit" if refit else "")] = replace(setting, method=light)
+        lighter = replace(setting, method=light, side_by_side=False)
+        ways["--method sparsegpt" + (" --no-refit" if refit else "")] = lighter
         if setting.correction:
-            ways["--method sparsegpt --error-correction 0"] = replace(setting, method=light, correction=False)
+            ways["--method sparsegpt --error-correction 0"] = replace(lighter, correction=False)
     return ways

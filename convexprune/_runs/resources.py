@@ -20,7 +20,8 @@ class Needs(NamedTuple):
     Of the method's products `steps` are in bfloat16; the others are bf16x3. `precise` more are in float64 (a triangular
     solve is half a one), with n^3 operations times `cubes`. `passes` are reads and writes of a matrix [m n] of float32,
     where what can be fused is, and `squares` those of [n n]. `launches` are kernels that the host begins, and
-    `by_column` more of them for each column.
+    `by_column` more of them for each column. Of problems that are solved side by side each has `own` of them, and the
+    others serve all.
     """
 
     steps: float
@@ -30,13 +31,14 @@ class Needs(NamedTuple):
     squares: float
     launches: float
     by_column: float = 0.0
+    own: float = 0.0
 
 
 REFIT = Needs(0, 2, 0.4, 900, 80, 750)
 NEEDS = {
     "admm": Needs(64, 2, 0.4, 3000, 170, 5700),
     "alps": Needs(0, 2, 39, 1450, 130, 2000),
-    "convex": Needs(60, 2, 0.4, 2200, 105, 1800),
+    "convex": Needs(60, 2, 0.4, 2200, 105, 1800, own=100),
     "fistapruner": Needs(0, 18, 0.4, 2850, 130, 2700),
     "magnitude": Needs(0, 0, 0, 17, 0, 60),
     "osscar": Needs(0, 7, 11, 1100, 375, 1500),
@@ -48,6 +50,8 @@ NEEDS = {
 }
 """On layers like those of `sizes.METHODS`. A mask of a whole matrix is 8 passes and 40 kernels (`_device.select`).
 SparseGPT sweeps over 128 columns at a time, each of which it reads 64 times on average."""
+AROUND = 125
+"""Launches to pose a problem, to store what is found, and to judge it (counted on two operators)."""
 LAUNCH = 8e-6
 """Seconds in which the host begins a kernel, as is usual for torch; they cost nothing while the GPU takes longer."""
 
@@ -108,7 +112,9 @@ def seconds_by_resource(model: ModelSize, setting: Setting, needs: Needs, card: 
     for layer in model.layers:
         for number, stage in enumerate(layer.stages):
             for stack in stage:
-                for phase, resource, seconds in _of(stack, setting, needs, card, setting.corrects(number, stack)):
+                together = setting.together(stack, stage)
+                own = needs._replace(launches=AROUND + needs.own + (needs.launches - needs.own) / together)
+                for phase, resource, seconds in _of(stack, setting, own, card, setting.corrects(number, stack)):
                     phases[phase][resource] += layer.count * seconds
     return phases
 

@@ -1,8 +1,11 @@
 """What the cost of a run depends on: the needs of its method, the sizes of the model, and how it is pruned."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
+
+from convexprune._layerwise.statistics import many_at_once
 
 
 class Method(NamedTuple):
@@ -151,6 +154,7 @@ class Setting:
         dense_prefix: whether layers get what the dense network gives them.
         bound: whether bounds are computed.
         gradients: windows that gradients are computed on.
+        side_by_side: whether a GPU solves problems of one shape together.
     """
 
     samples: int
@@ -162,6 +166,7 @@ class Setting:
     dense_prefix: bool = True
     bound: bool = False
     gradients: int = 0
+    side_by_side: bool = False
 
     @property
     def tokens(self) -> int:
@@ -179,3 +184,16 @@ class Setting:
             Whether it does.
         """
         return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
+
+    def together(self, stack: Stack, stage: Iterable[Stack]) -> int:
+        """How many problems a GPU solves side by side.
+
+        Args:
+            stack: one of them.
+            stage: those that are solved in its stage.
+
+        Returns:
+            The number.
+        """
+        alike = sum((s.outputs, s.inputs) == (stack.outputs, stack.inputs) for s in stage)
+        return min(many_at_once(stack.outputs, stack.inputs), alike) if self.side_by_side else 1

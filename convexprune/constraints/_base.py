@@ -218,6 +218,28 @@ class Constraint(ABC):
         """
         raise PatternError(f"Pattern {self} is no choice of entries: it has no threshold.")
 
+    def masks(self, scores: Tensor) -> Tensor:
+        """`mask` of several weights of one shape.
+
+        Args:
+            scores: [k m n].
+
+        Returns:
+            [k m n].
+        """
+        return torch.stack([self.mask(each) for each in scores])
+
+    def thresholds(self, scores: Tensor) -> Tensor:
+        """`threshold` of several weights of one shape.
+
+        Args:
+            scores: [k m n].
+
+        Returns:
+            A tensor with three axes that broadcasts to [k m n].
+        """
+        return torch.stack([self.threshold(each) for each in scores])
+
     def __str__(self) -> str:
         return self.describe()
 

@@ -121,3 +121,9 @@ class Quantized(Constraint):
 
     def threshold(self, scores: Tensor) -> Tensor:
         return self.support.threshold(scores)
+
+    def masks(self, scores: Tensor) -> Tensor:
+        return self.support.masks(scores)
+
+    def thresholds(self, scores: Tensor) -> Tensor:
+        return self.support.thresholds(scores)

@@ -89,6 +89,12 @@ class SemiStructured(Mask):
         middle = middle_of_groups(groups, self.kept)  # in so few, it matters that it is the middle
         return middle.expand_as(groups).reshape(scores.shape)
 
+    def masks(self, scores: Tensor) -> Tensor:
+        return self.mask(scores.flatten(0, 1)).view_as(scores)
+
+    def thresholds(self, scores: Tensor) -> Tensor:
+        return self.threshold(scores.flatten(0, 1)).view_as(scores)
+
     def _groups(self, scores: Tensor) -> Tensor:
         self.check(*scores.shape)
         return scores.reshape(scores.shape[0], -1, self.group)

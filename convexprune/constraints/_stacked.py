@@ -1,8 +1,8 @@
 """The constraints of operators that share an input, and are solved as one problem."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import lcm
 
 import torch
@@ -30,6 +30,19 @@ class Stacked(Constraint):
             The stack.
         """
         return cls((constraint,) * len(heights), heights)
+
+    @classmethod
+    def of(cls, stacks: Sequence[tuple[Constraint, int]]) -> "Stacked":
+        """A stack of stacks.
+
+        Args:
+            stacks: the constraint and the rows of each.
+
+        Returns:
+            One stack of all their operators.
+        """
+        parts = [part for constraint, rows in stacks for part in constraint.parts(rows)]
+        return cls(tuple(own for _, own in parts), tuple(rows.stop - rows.start for rows, _ in parts))
 
     @property
     def by_column(self) -> bool:
@@ -73,12 +86,21 @@ class Stacked(Constraint):
         return sum(each.violation(part) for each, part in self._split(weight))
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        return torch.cat([each.mask(part, first) for each, part in self._split(scores)])
+        if first:
+            return torch.cat([each.mask(part, first) for each, part in self._split(scores)])
+        return torch.cat([each.masks(parts).flatten(0, 1) for each, parts in self._runs(scores)])
 
     def threshold(self, scores: Tensor) -> Tensor:
-        levels = [each.threshold(part) for each, part in self._split(scores)]
-        width = max(level.shape[1] for level in levels)  # 1, where each row has one
-        return torch.cat([level.expand(height, width) for level, height in zip(levels, self.heights, strict=True)])
+        runs = [(parts.shape, each.thresholds(parts)) for each, parts in self._runs(scores)]
+        width = max(level.shape[2] for _, level in runs)  # 1, where each row has one
+        return torch.cat([level.expand(count, height, width).flatten(0, 1) for (count, height, _), level in runs])
+
+    def _runs(self, scores: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
+        """Operators in a row that are alike, as one: a constraint, and the scores [k m n] of k of them."""
+        runs = [(each, height, len(list(alike))) for (each, height), alike in groupby(self._pairs())]
+        parts = scores.split([height * count for _, height, count in runs])
+        for (each, height, count), part in zip(runs, parts, strict=True):
+            yield each, part.unflatten(0, (count, height))
 
     def _pairs(self) -> Iterator[tuple[Constraint, int]]:
         return zip(self.constraints, self.heights, strict=True)

@@ -72,20 +72,30 @@ class Unstructured(Mask):
         return [self.with_share(each) for each in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        rows, columns = scores.shape
-        zeros = self.zeros(rows, first + columns) - self.zeros(rows, first)
-        lines = self._lines(scores)
-        return keep_largest(lines, lines.shape[1] - zeros // lines.shape[0]).view_as(scores)
+        return self._masks(scores[None], first)[0]
+
+    def masks(self, scores: Tensor) -> Tensor:
+        return self._masks(scores, 0)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        rows, columns = scores.shape
+        return self.thresholds(scores[None])[0]
+
+    def thresholds(self, scores: Tensor) -> Tensor:
+        _, rows, columns = scores.shape
         lines = self._lines(scores)
         sample = lines[:, :: _sample_step(lines.shape[1], columns)]
         zeros = round(self.zeros(rows, columns) / (rows * columns) * sample.shape[1])
-        return kth_smallest(sample.abs(), min(zeros + 1, sample.shape[1]))
+        return kth_smallest(sample.abs(), min(zeros + 1, sample.shape[1])).view(len(scores), -1, 1)
+
+    def _masks(self, scores: Tensor, first: int) -> Tensor:
+        count, rows, columns = scores.shape
+        zeros = self.zeros(rows, first + columns) - self.zeros(rows, first)
+        lines = self._lines(scores)
+        return keep_largest(lines, lines.shape[1] - zeros // (len(lines) // count)).view_as(scores)
 
     def _lines(self, scores: Tensor) -> Tensor:
-        return scores if self.by_row else scores.reshape(1, -1)
+        """What has a quota each: rows, or whole weights."""
+        return scores.flatten(0, 1) if self.by_row else scores.flatten(1)
 
 
 def _sample_step(length: int, columns: int) -> int:

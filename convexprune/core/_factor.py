@@ -32,14 +32,14 @@ def cholesky(gram: Tensor) -> Tensor | None:
     torch's, the factor lies column by column in memory, as LAPACK wants it.
 
     Args:
-        gram: H [n n].
+        gram: H [n n], or several [e n n].
 
     Returns:
-        The lower triangular F [n n] with F F' = H; None if H is not positive definite.
+        The lower triangular F with F F' = H, shaped like it; None if an H is not positive definite.
     """
-    if len(gram) < WIDE or gram.device.type != "cpu":
+    if len(gram) < WIDE or gram.device.type != "cpu" or gram.ndim == 3:
         factor, info = torch.linalg.cholesky_ex(gram)
-        return None if int(info) else factor
+        return None if bool(info.any()) else factor
     upper = gram.triu()  # F', row by row
     for first in range(0, len(gram), BLOCK):
         block, after = slice(first, first + BLOCK), slice(first + BLOCK, None)

@@ -1,6 +1,7 @@
 """The penalties: each owns all the mathematics of its term, so that solvers and certificates know only these verbs."""
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import InitVar, dataclass, fields, is_dataclass
 from math import inf
 from typing import Self
@@ -113,6 +114,15 @@ class AbstractPenalty(ABC):
             S [m n]. None where it equals what `project` gives, or is not known: then certificates are not as tight.
         """
         return None
+
+    def rows(self, chosen: slice) -> Self:
+        """The same function of the rows `chosen` of the weight alone."""
+        other = copy(self)
+        for field in fields(self) if is_dataclass(self) else ():
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) > 1:
+                object.__setattr__(other, field.name, tensor[chosen])
+        return other
 
     def check(self, shape: tuple[int, int]) -> None:
         """Refuse to be added to a quadratic of weights of another shape.

@@ -203,10 +203,8 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     scale = problem.quadratic.scale()
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach
-    step = _proximal_step(problem, point, residual, scale)
-    energy = given.target_energy  # only a unit
-    kkt = 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf
-    return Certificate(float(primal.sum()), float(gaps.sum()), kkt)
+    step = float(proximal_steps(problem, point, residual, scale).max())
+    return Certificate(float(primal.sum()), float(gaps.sum()), kkt_residual(step, given.target_energy))
 
 
 def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
@@ -218,7 +216,30 @@ def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
     return quadratic if cache.inverse is None else InParts.about(quadratic, weight, cache.inverse)
 
 
-def _proximal_step(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> float:
-    """The largest entry of |U - prox_p(U + K)| in coordinates U = V * scale."""
+def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+    """The sizes of the proximal gradient steps of length one, |U - prox_p(U + K)|, in coordinates U = V * scale.
+
+    Args:
+        problem: min q + p.
+        point: V [m n].
+        residual: K [m n], the residual of q there.
+        scale: [n], or of each row [m n].
+
+    Returns:
+        [m n].
+    """
     point = point * scale
-    return float((point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs().max())
+    return (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
+
+
+def kkt_residual(step: float, energy: float) -> float:
+    """The largest proximal step, free of units.
+
+    Args:
+        step: the largest of `proximal_steps`.
+        energy: of the whole target, which is only a unit.
+
+    Returns:
+        See `certify`.
+    """
+    return 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf

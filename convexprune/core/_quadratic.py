@@ -149,7 +149,7 @@ class Quadratic(SumOfSquares):
         image = product(self.cross, inverse)
         energy = self.energy - torch.linalg.vecdot(image, self.cross)
         gram = inverse.mul_(-(stiffness**2))
-        gram.diagonal().add_(stiffness)
+        gram.diagonal(dim1=-2, dim2=-1).add_(stiffness)
         tensors = gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor
         relaxed = type(self)(*tensors, bound=stiffness, checked=False)
         relaxed._cache.envelope_of = self, stiffness

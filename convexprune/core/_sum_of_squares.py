@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.capabilities import has_bfloat16
-from convexprune._device.precision import add_product
+from convexprune._device.precision import add_product, bare_product
 from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
 from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._spectrum import largest_eigenvalue
@@ -89,6 +89,19 @@ class SumOfSquares:
         """(m, n): outputs and inputs of the operator."""
         return self.cross.shape[0], self.cross.shape[1]
 
+    def totals(self, rows: Tensor) -> list[float]:
+        """The sum over the `rows` [m]: one number."""
+        return [float(rows.sum())]
+
+    def for_rows(self, values: Tensor) -> Tensor:
+        """What is said of the weight as a whole, `values` [1 ...], for each row: [m ...]."""
+        return values.expand(len(self.cross), *values.shape[1:])
+
+    @property
+    def norm(self) -> Tensor:
+        """|H|_F []."""
+        return torch.linalg.matrix_norm(self.gram)
+
     def displacement(self, weight: Tensor) -> Tensor:
         """V - A [m n] for V = `weight` [m n]."""
         return weight if self.anchor is None else weight - self.anchor
@@ -113,7 +126,7 @@ class SumOfSquares:
         """
         gram = self._cache.gram_of_steps
         step = torch.sub(after, before, out=torch.empty_like(after, dtype=gram.dtype))  # rounded as it is written
-        change = step @ gram
+        change = bare_product(step, gram)
         return torch.sub(residual, change, out=change if change.dtype == residual.dtype else None)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -242,7 +255,7 @@ class SumOfSquares:
             ProblemError: H + shift I is not positive definite.
         """
         shifted = self.gram.clone()
-        shifted.diagonal().add_(shift)
+        shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor = cholesky(shifted)
         if factor is None:
             raise ProblemError(f"The Gram matrix plus {shift} is not positive definite; it is no Gram matrix.")

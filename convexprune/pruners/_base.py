@@ -1,7 +1,7 @@
 """What every pruner promises: a `LayerProblem` in, a `LayerEdit` out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import ClassVar, Literal, TypeVar, cast
@@ -190,6 +190,24 @@ WHOLE = {"layers": ("decoder layers", "shortgpt"), "experts": ("experts", "reap"
 Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
+def filled(problem: LayerProblem) -> LayerProblem:
+    """The `problem` in which every input has energy: itself, or `LayerProblem.with_dead_inputs_filled`."""
+    return problem.with_dead_inputs_filled() if bool(problem.dead.any()) else problem
+
+
+def with_dead_weights(problem: LayerProblem, found: LayerEdit) -> LayerEdit:
+    """What was found for the `filled` problem, where weights on dead inputs that are kept have their dense values.
+
+    Args:
+        problem: as it was.
+        found: for the other one.
+
+    Returns:
+        The edit.
+    """
+    return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
+
+
 def dead_inputs_first(prune: Prune) -> Prune:
     """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
 
@@ -206,10 +224,9 @@ def dead_inputs_first(prune: Prune) -> Prune:
     @wraps(prune)
     @torch.no_grad()
     def pruned(self: "AbstractPruner", problem: LayerProblem) -> LayerEdit:
-        if not bool(problem.dead.any()):
-            return prune(self, problem)
-        found = prune(self, problem.with_dead_inputs_filled())
-        return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
+        alive = filled(problem)
+        found = prune(self, alive)
+        return found if alive is problem else with_dead_weights(problem, found)
 
     return cast(Prune, pruned)
 
@@ -227,6 +244,8 @@ class AbstractPruner(ABC):
     """Whether it decides about column after column, and cannot remove blocks of them."""
     whole_only: ClassVar[str | None] = None
     """The parts of a model, "layers" or "experts", that it can do nothing but remove whole; None: it can do more."""
+    side_by_side: ClassVar[bool] = False
+    """Whether `prune_all` is more than one after another."""
     scores: ClassVar[Mapping[str, Score]] = {}
     """What whole "layers" and "experts" are chosen by where they are removed; it cannot choose others."""
 
@@ -268,3 +287,14 @@ class AbstractPruner(ABC):
     @abstractmethod
     def prune(self, problem: LayerProblem) -> LayerEdit:
         """A weight in the pattern, of a `problem`."""
+
+    def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
+        """Weights in their patterns, of problems of one shape: one after another, or where a method can, side by side.
+
+        Args:
+            problems: whose memory, all of it together, the device has.
+
+        Returns:
+            What `prune` makes of each, up to rounding.
+        """
+        return [self.prune(problem) for problem in problems]

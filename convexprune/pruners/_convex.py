@@ -16,11 +16,12 @@ from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import Count, Ends, NotNegative, Whole, between
 from convexprune.errors import RecipeError
-from convexprune.pruners._base import Score
+from convexprune.pruners._base import LayerProblem, Score
 from convexprune.pruners._every_choice import best_choice, choices
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty
+from convexprune.solvers._cg import ConjugateGradient
 
 ONLY = "reweighted-l1"  # of four penalties that there were
 
@@ -62,6 +63,7 @@ class Convex(AbstractSearch):
         UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
+    side_by_side: ClassVar[bool] = True
     scores: ClassVar[Mapping[str, Score]] = {"layers": "divergence", "experts": "output"}
 
     solver: AbstractSolver | None = None
@@ -133,6 +135,14 @@ class Convex(AbstractSearch):
                     slope, products = relaxed.residual(weight), products + 1
             scores = torch.add(weight, slope, alpha=self.reach / stiffness)
         return Found(scores, tuple(solutions), products)
+
+    def _is_batched(self, problem: LayerProblem) -> bool:
+        """Of a subclass nobody knows."""
+        own = all(getattr(type(self), name) is getattr(Convex, name) for name in ("prune", "search"))
+        refit, pattern = self.refit, problem.pattern
+        known = own and self.solver in (None, Convex.solver_for("fista"))
+        known = known and (refit is None or isinstance(refit, ConjugateGradient))
+        return known and not pattern.by_column and pattern.zeros(*problem.weight.shape) > 0
 
     def require(self, pattern: Constraint) -> None:
         """See `AbstractPruner.require`.

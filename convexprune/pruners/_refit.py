@@ -86,7 +86,7 @@ def refitted(
     start = start * mask
     if refit is None:
         return start, ()
-    if bool((mask == mask[:1]).all()):
+    if quadratic.gram.ndim == 2 and bool((mask == mask[:1]).all()):
         start = on_columns(quadratic, mask[0], start)
     solution = solve(refit, Problem(quadratic, Support(mask)), start)
     return solution.weight, (solution,)

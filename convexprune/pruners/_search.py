@@ -1,16 +1,25 @@
 """What the pruners that search a support have in common: damping, coordinates, rounding, refit."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Constraint
+from convexprune.constraints import Constraint, Stacked
 from convexprune.core._penalty import Support
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
+from convexprune.core._side_by_side import SideBySide
+from convexprune.pruners._base import (
+    AbstractPruner,
+    LayerEdit,
+    LayerProblem,
+    dead_inputs_first,
+    filled,
+    with_dead_weights,
+)
 from convexprune.pruners._damped import choose_damping, damped, saliency_coordinates
 from convexprune.pruners._refit import refitted
 from convexprune.solvers import AbstractSolver, Solution
@@ -78,7 +87,42 @@ class AbstractSearch(AbstractPruner):
             weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
             return LayerEdit(weight, kept, refits, damping)
         quadratic, scale = saliency_coordinates(problem, damping)
-        found = self.search(quadratic, problem.pattern)
-        mask = problem.pattern.mask(found.scores.abs())
+        weight, mask, (solutions,), products = self._searched(quadratic, problem.pattern)
+        return LayerEdit(weight / scale, mask, solutions, damping, other_products=products)
+
+    def _searched(
+        self, quadratic: Quadratic, pattern: Constraint
+    ) -> tuple[Tensor, Tensor, list[tuple[Solution, ...]], int]:
+        """The refitted weight [m n], its support, the solves of each problem, and the products outside of these."""
+        found = self.search(quadratic, pattern)
+        mask = pattern.mask(found.scores.abs())
         weight, refits = refitted(quadratic, mask, found.scores, self.refit)
-        return LayerEdit(weight / scale, mask, found.solutions + refits, damping, other_products=found.products)
+        each = zip(*(solution.each for solution in found.solutions + refits), strict=True)
+        return weight, mask, list(each) or [()], found.products
+
+    @torch.no_grad()
+    def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
+        """See `AbstractPruner.prune_all`.
+
+        Raises:
+            PruningError: a damped Gram matrix is not positive definite.
+        """
+        if len(problems) < 2 or not all(map(self._is_batched, problems)):
+            return super().prune_all(problems)
+        alive = [filled(problem) for problem in problems]
+        dampings = [choose_damping(problem, self.damping) for problem in alive]
+        posed = [saliency_coordinates(*each) for each in zip(alive, dampings, strict=True)]
+        together = SideBySide.of([quadratic for quadratic, _ in posed])
+        pattern = Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
+        scales = [scale for _, scale in posed]
+        del posed  # `together` has their tensors
+        weight, mask, solutions, products = self._searched(together, pattern)
+        edits = []
+        for i, rows in enumerate(together.parts):
+            edit = LayerEdit(weight[rows] / scales[i], mask[rows], solutions[i], dampings[i], other_products=products)
+            edits.append(edit if alive[i] is problems[i] else with_dead_weights(problems[i], edit))
+        return edits
+
+    def _is_batched(self, problem: LayerProblem) -> bool:
+        """Whether every step of the search and the refit treats problems side by side as it treats each alone."""
+        return False

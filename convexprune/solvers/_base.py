@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf, isfinite
@@ -68,6 +69,7 @@ class Solution:
         solve_seconds: seconds in the solver or the back-end.
         build_seconds: seconds of translating the problem to the form of a back-end.
         residual: the quadratic's residual at the weight [m n], if the solver knows it, for whoever goes on from there.
+        parts: the solution of each problem, where several were solved side by side.
     """
 
     weight: Tensor
@@ -78,10 +80,42 @@ class Solution:
     solve_seconds: float
     build_seconds: float = 0.0
     residual: Tensor | None = None
+    parts: tuple["Solution", ...] = ()
+
+    @classmethod
+    def together(cls, parts: "Sequence[Solution]", weight: Tensor, residual: Tensor | None = None) -> "Solution":
+        """The solution of problems that were solved side by side: sums, and the worst status.
+
+        Args:
+            parts: of each problem; of one it is its solution.
+            weight: V of all of them [m n].
+            residual: of all of them [m n].
+
+        Returns:
+            The solution.
+        """
+        if len(parts) == 1:
+            return replace(parts[0], residual=residual)
+        certificates = [each.certificate for each in parts]
+        total = Certificate(
+            sum(each.primal for each in certificates),
+            sum(each.gap for each in certificates),
+            max(each.kkt_residual for each in certificates),
+        )
+        worst = max((each.status for each in parts), key=list(Status).index)
+        iterations, products = (max(getattr(each, name) for each in parts) for name in ("iterations", "products"))
+        seconds = sum(each.solve_seconds for each in parts)
+        return cls(weight, worst, total, iterations, products, seconds, residual=residual, parts=tuple(parts))
+
+    @property
+    def each(self) -> "tuple[Solution, ...]":
+        """Of each problem: of one, the solution itself."""
+        return self.parts or (self,)
 
     def record(self) -> "Solution":
         """The solution without its large tensors, for a report: its weight is [m 0]."""
-        return replace(self, weight=self.weight.new_empty(len(self.weight), 0), residual=None)
+        nothing = self.weight.new_empty(len(self.weight), 0)
+        return replace(self, weight=nothing, residual=None, parts=tuple(part.record() for part in self.parts))
 
 
 class StepResult(NamedTuple):

@@ -10,9 +10,10 @@ from convexprune._device.capabilities import is_host
 from convexprune._device.kernels import fused
 from convexprune._device.precision import product
 from convexprune.core._penalty import AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
+from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import Count, NotNegative, Whole
+from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
 
 
@@ -56,38 +57,59 @@ class ConjugateGradient(AbstractSolver):
         require_penalty(self, type(problem.penalty))
         assert isinstance(problem.penalty, Support)
         began = time.perf_counter()
-        scale = problem.quadratic.scale() if self.scale else torch.ones_like(problem.quadratic.gram[0])
-        q = problem.quadratic.scaled(scale)
+        q, scale = problem.quadratic, None
+        if self.scale:
+            scale = problem.quadratic.scale()
+            q = q.scaled(scale)
         mask = problem.penalty.mask
         mask = mask.to(q.cross) if is_host(mask.device) else mask  # a product with a boolean is slow on a CPU
-        weight = initial(problem, start) * scale * mask
+        weight = initial(problem, start)
+        weight = (weight if scale is None else weight * scale) * mask
         residual = q.residual(weight)
         value = q.values(weight, residual)
         residual.mul_(mask)
         direction = residual.clone()
         energy = torch.linalg.vecdot(residual, residual)[:, None]
         size, eps = energy, torch.finfo(energy.dtype).eps
-        least, flat = (4 * eps) ** 2 * energy, eps * torch.linalg.matrix_norm(q.gram)
+        least, flat = (4 * eps) ** 2 * energy, eps * q.norm
         gain = torch.zeros_like(value)
-        iterations = 0
+        iterations, ended = 0, dict[int, int]()
         while iterations < self.max_iterations:
-            if iterations % self.check_every == 0 and (  # only here does a GPU wait
-                not bool((energy > least).any()) or self._near(q, residual, float(gain.sum()), float(value.sum()))
-            ):
-                break
+            if iterations % self.check_every == 0:  # only here does a GPU wait
+                done = self._done(q, residual, gain, value, (energy > least)[:, 0])
+                ended = {i: iterations for i, each in enumerate(done) if each} | ended
+                if all(done):
+                    break
+                if any(done):  # what is solved beside others stays as it is
+                    direction.mul_(q.for_rows(torch.tensor(done, device=direction.device).logical_not())[:, None])
             image = product(direction, q.gram)
             gain, energy, size = _advance(image, direction, weight, residual, mask, energy, size, least, flat)
             value -= gain
             iterations += 1
-        weight = weight / scale
-        certificate = certify(problem, weight)
-        said = Status.SOLVED if iterations < self.max_iterations else Status.ITERATION_LIMIT
-        status = Status.of(said, certificate, self.tolerance)
-        return Solution(weight, status, certificate, iterations, iterations + 2, time.perf_counter() - began)
+        weight = weight if scale is None else weight / scale
+        made = [ended.get(i, iterations) for i in range(len(q.totals(value)))]
+        return self._solution(problem, weight, made, began)
 
-    def _near(self, q: Quadratic, residual: Tensor, gain: float, value: float) -> bool:
-        """Whether the gap is small enough, where the last iteration's `gain` leaves that open."""
-        return gain <= self.tolerance * value and float(q.inverse_form(residual).sum()) <= self.tolerance * value
+    def _done(self, q: Quadratic, residual: Tensor, gain: Tensor, value: Tensor, going: Tensor) -> list[bool]:
+        """Of each problem: whether no row is `going` on [m], or its gap is small; not tested after a large `gain`."""
+        idle = [not count for count in q.totals(going)]
+        enough = [self.tolerance * each for each in q.totals(value)]
+        near = [each <= most for each, most in zip(q.totals(gain), enough, strict=True)]
+        if any(now and not before for now, before in zip(near, idle, strict=True)):
+            gaps = zip(q.totals(q.inverse_form(residual)), enough, near, strict=True)
+            near = [now and gap <= most for gap, most, now in gaps]
+        return [before or now for before, now in zip(idle, near, strict=True)]
+
+    def _solution(self, problem: Problem, weight: Tensor, made: list[int], began: float) -> Solution:
+        """The solution, certified; of each problem so many iterations were `made`."""
+        certificates = certify_each(problem, weight)
+        seconds = (time.perf_counter() - began) / len(made)
+        parts = []
+        for part, certificate, iterations in zip(weight.chunk(len(made)), certificates, made, strict=True):
+            said = Status.SOLVED if iterations < self.max_iterations else Status.ITERATION_LIMIT
+            status = Status.of(said, certificate, self.tolerance)
+            parts.append(Solution(part, status, certificate, iterations, iterations + 2, seconds))
+        return Solution.together(parts, weight)
 
 
 @fused
@@ -104,8 +126,8 @@ def _advance(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration, in place, after its product D H, the `image`; `energy` is |K|^2 and `size` |D|^2, each [m 1].
 
-    Rows whose |K|^2 is at most the `least` [m 1], or whose curvature is at most that of `flat` [] directions, are done:
-    their direction is zero from then on.
+    Rows whose |K|^2 is at most the `least` [m 1], or whose curvature is at most that of `flat` directions ([], or
+    [m 1]), are done: their direction is zero from then on.
 
     Returns:
         What each row gains [m], and |K|^2 and |D|^2 then; |K|^2 is zero for rows that are done.

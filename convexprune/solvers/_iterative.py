@@ -10,8 +10,9 @@ from torch import Tensor
 
 from convexprune._device.precision import solving_in
 from convexprune.core._penalty import AbstractPenalty
-from convexprune.core._problem import Problem, certify, row_gaps
+from convexprune.core._problem import Problem, row_gaps
 from convexprune.core._setting_types import Count, NotNegative
+from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
 
 
@@ -63,10 +64,15 @@ class AbstractIterative(AbstractSolver):
         weight, status, iterations, products = self._from(problem, start, residual)
         with solving_in("float32"):
             residual = None if self.precise else problem.quadratic.residual(weight)
-            certificate = certify(problem, weight, self.precise, residual)
-        status = Status.of(status, certificate, self.tolerance)
-        seconds = time.perf_counter() - began
-        return Solution(weight, status, certificate, iterations, products + 1, seconds, residual=residual)
+            certificates = certify_each(problem, weight, self.precise, residual)
+        seconds = (time.perf_counter() - began) / len(certificates)
+        each = [
+            Solution(
+                part, Status.of(status, certificate, self.tolerance), certificate, iterations, products + 1, seconds
+            )
+            for part, certificate in zip(weight.chunk(len(certificates)), certificates, strict=True)
+        ]
+        return Solution.together(each, weight, residual)
 
     def _from(
         self, problem: Problem, weight: Tensor, residual: Tensor | None = None

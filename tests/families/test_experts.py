@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Llama4TextConfig
 import convexprune
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune.adapters import HuggingFaceModel
+from convexprune.pruners import Convex
 
 MOE = ["deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe"]
 
@@ -44,11 +45,12 @@ def test_each_expert_sees_the_tokens_that_are_routed_to_it(family: str):
 def test_a_fused_expert_gets_the_moments_of_its_own_tokens(monkeypatch: pytest.MonkeyPatch):
     from convexprune._layerwise.steps import stages as room
 
-    def keep(layer: str, group: Any, folds: CalibrationStatistics, *_: Any):
-        moments.setdefault(group.operators[0].name, folds.total)
+    def keep(layer: str, folds: dict[Any, CalibrationStatistics], *_: Any):
+        for group, fold in folds.items():
+            moments.setdefault(group.operators[0].name, fold.total)
 
     model, moments = build_family("gpt_oss"), {}
-    monkeypatch.setattr(room, "prune_group", keep)
+    monkeypatch.setattr(room, "prune_groups", keep)
     block = model.model.layers[0].mlp
     given: list[Tensor] = []
     hook = block.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -149,3 +151,39 @@ def test_a_model_that_was_pruned_in_place_runs_its_experts_as_before():
     convexprune.prune(model, method="wanda", **SMALL)
     assert getattr(model.config, "_experts_implementation", None) == own
     assert not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+SIDE_BY_SIDE: dict[str, dict[str, Any]] = {
+    "default": {"bound_rows": 2},
+    "few tokens": {"num_calibration_samples": 1, "pattern": "2:4"},  # experts borrow, and some have no token at all
+    "grids": {"quantize": "int4", "group_size": -1, "pattern": "2:4"},
+    "rules": {
+        "rules": [{"targets": [r"re:.*experts.*\.1"], "sparsity": 0.3}, {"targets": [r"re:.*\.3"], "method": "wanda"}]
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_experts_solved_side_by_side_are_those_solved_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch):
+    from convexprune._layerwise.steps import group as room
+
+    asked, prune_all = list[int](), Convex.prune_all
+
+    def run() -> Any:
+        settings: dict[str, Any] = SMALL | {"targets": [r"re:.*experts.*"]} | SIDE_BY_SIDE[name]
+        return convexprune.prune(build_family("mixtral"), **settings)
+
+    alone = run()
+    monkeypatch.setattr(room, "at_once", lambda shape, pruner, device: 3 if pruner.side_by_side else 1)
+    monkeypatch.setattr(Convex, "prune_all", lambda self, some: asked.append(len(some)) or prune_all(self, some))
+    together = run()
+    assert 3 in asked
+    own = weights(alone.model)
+    assert all(torch.equal(tensor == 0, own[place] == 0) for place, tensor in weights(together.model).items())
+    for one, other in zip(alone.report.operators, together.report.operators, strict=True):
+        same = ("name", "zeros", "pattern", "products", "solves", "status", "tokens", "damping", "facts")
+        assert all(getattr(one, each) == getattr(other, each) for each in same)
+        for each in ("relative_error", "gap", "largest_gap"):
+            mine, theirs = getattr(other, each), getattr(one, each)
+            assert mine is theirs is None or mine == pytest.approx(theirs, rel=1e-3)
+        assert (one.bound is None) == (other.bound is None)

@@ -98,16 +98,16 @@ def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path)
 def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
     opened: list[HuggingFaceModel] = []
     monkeypatch.setattr(convexprune._api.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
-    prune_group, resident = room.prune_group, []
+    prune_groups, resident = room.prune_groups, []
 
     def look(name, *rest):
         for layer in opened[0].layers:
             here = {not p.is_meta for p in layer.module.parameters()}
             assert here == {layer.name == name}
             resident.append(name)
-        prune_group(name, *rest)
+        prune_groups(name, *rest)
 
-    monkeypatch.setattr(room, "prune_group", look)
+    monkeypatch.setattr(room, "prune_groups", look)
     convexprune.prune(llama, output_dir=tmp_path / "out", **SETTINGS)
     assert len(opened) == 1 and len(resident) == 2 * 2 * 4
 

@@ -29,6 +29,7 @@ import test_permute
 import test_quadratic
 import test_refit
 import test_reverse_huber
+import test_side_by_side
 import torch
 from hypothesis import Phase, settings
 
@@ -37,7 +38,7 @@ from convexprune._layerwise import capture as passes
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.targets import CorrectionTargets
 from convexprune.adapters._channels import inner_channels
-from convexprune.constraints import _base
+from convexprune.constraints import Stacked, _base
 from convexprune.core import (
     _bound as bound,
 )
@@ -68,6 +69,7 @@ from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
+from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners._baselines import osscar
 from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.solvers import Status
@@ -165,7 +167,7 @@ FAULTS = (
           test_foreign_solvers.test_the_certificate_of_a_users_solver_is_ours),
     Fault("a gap without the penalty", problem.certify, "slack = problem.penalty.values(point)", "slack = 0 * values",
           test_certificate.test_the_bound_holds_near_the_solution_too),
-    Fault("a KKT residual of nothing", problem._proximal_step, "point + residual / scale, 1.0", "point, 0.0",
+    Fault("a KKT residual of nothing", problem.proximal_steps, "point + residual / scale, 1.0", "point, 0.0",
           test_certificate.test_the_kkt_residual_is_large_away_from_the_solution),
     Fault("a certificate from the residual at the start", AbstractIterative._solved,
           "problem.quadratic.residual(weight)", "residual",
@@ -214,7 +216,9 @@ FAULTS = (
           {"dtype": torch.float32, "tokens": 14, "kept": 0.5}),
     Fault("a refit that leaves its support", cg._advance, "value=-1).mul_(mask)", "value=-1)",
           test_refit.test_nothing_outside_the_support_moves_from_zero),
-    Fault("a refit that stops at once", ConjugateGradient._near, "self.tolerance", "1e9",
+    Fault("a refit that goes on beside others", ConjugateGradient.solve, "if any(done)", "if False",
+          test_side_by_side.test_a_refit_ends_for_each_problem_where_it_would_end_alone),
+    Fault("a refit that stops at once", ConjugateGradient._done, "self.tolerance", "1e9",
           test_refit.test_a_refit_stops_at_the_gap_that_it_promises_and_not_much_later),
     Fault("a bound that takes too few savings", bound.lower_bound, "(count - 1)", "(count - 2)",
           test_bound.test_no_pruning_is_better_than_the_bound),
@@ -236,6 +240,14 @@ FAULTS = (
           test_permute.test_every_family_computes_what_it_did, {"family": "opt"}),
     Fault("doubled outputs that reach others", inner_channels._reached, "() if spread else", "",
           test_permute.test_every_family_computes_what_it_did, {"family": "llama"}),
+    Fault("one Gram matrix for many problems", SideBySide.of, "each.gram for", "quadratics[0].gram for",
+          test_side_by_side.test_a_quadratic_of_many_says_what_each_says),
+    Fault("the units of the first for all", SideBySide._in_units, "anchor * scale", "anchor * scale[:1]",
+          test_side_by_side.test_a_quadratic_of_many_says_what_each_says),
+    Fault("sums of all", SideBySide.totals, "self.by_block(rows).sum(1)", "rows.sum().repeat(len(self.gram))",
+          test_side_by_side.test_certificates_are_those_of_each),
+    Fault("operators in a row that share a threshold", Stacked._runs, "(count, height)", "(1, -1)",
+          test_side_by_side.test_masks_and_thresholds_of_operators_in_a_row_are_those_of_each),
 )  # fmt: skip
 
 

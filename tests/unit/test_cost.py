@@ -20,6 +20,7 @@ from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, 
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.statistics import ROOM, CalibrationStatistics, in_parts
 from convexprune._layerwise.steps import bounds as bounding
+from convexprune._layerwise.steps import group
 from convexprune._layerwise.steps.bounds import WIDE
 from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._runs import cost, sizes
@@ -110,8 +111,8 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     corrected, weighed = method in ("convex", "wanda"), "weighed" in more
     random = torch.Generator().manual_seed(0)
     operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
-    group = Group(operators, ModuleInput(nn.Identity()))
-    layer = DecoderLayer("layer", nn.Identity(), ((group,),))
+    own = Group(operators, ModuleInput(nn.Identity()))
+    layer = DecoderLayer("layer", nn.Identity(), ((own,),))
     folds = CalibrationStatistics(
         n, torch.device("cpu"), sum(heights) if ErrorMoments.cheaper_in_output_space(sum(heights), n) else None
     )
@@ -130,11 +131,36 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     calls: Any = None  # the moments are known, so nothing is run
 
     def prune() -> None:
-        prune_observed(layer, calls, hidden, observed, settings, lambda _: None, {group: folds})
+        prune_observed(layer, calls, hidden, observed, settings, lambda _: None, {own: folds})
 
     measured = allocated(prune)
     stack = sizes.Stack(tuple(o.name for o in operators), heights, n)
     return measured, cost.problem_bytes(stack, sizes.method_cost(method, "refit" in more, weighed), bound)
+
+
+def test_memory_of_problems_side_by_side_is_what_torch_allocates(monkeypatch: pytest.MonkeyPatch):
+    heights, n, random = (256, 256), 384, torch.Generator().manual_seed(0)
+    folds = dict[Group, CalibrationStatistics]()
+    for _ in range(4):
+        operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
+        filled = CalibrationStatistics(n, torch.device("cpu"))
+        for i in range(3):
+            filled.add(torch.randn(1, 2 * n, n, generator=random), None, i == 2)
+        folds[Group(operators, ModuleInput(nn.Identity()), False)] = filled
+    monkeypatch.setattr(group, "at_once", lambda *_: 4)
+    settings = LayerSettings(METHODS["convex"], Unstructured(0.5), correction=0)
+    measured = allocated(lambda: group.prune_groups("layer", folds, settings, lambda _: None, 0, lambda _: {}))
+    stack = sizes.Stack(("a", "b"), heights, n, token_aligned=False)
+    layers = sizes.LayerSize(((stack,) * 4,), 0, 0, 1), sizes.LayerSize(((stack,),), 0, 0, 1)
+    alone = replace(SETTING, correction=False)
+    model = replace(PLAIN, layers=layers)
+    assert cost.memory(model, alone).beside == 0
+    needed = cost.memory(model, replace(alone, side_by_side=True))
+    assert needed.method + needed.beside == pytest.approx(measured, rel=0.2)
+    assert (
+        needed.device - needed.beside == cost.memory(model, alone).device
+        and needed.all == cost.memory(model, alone).all
+    )
 
 
 @pytest.mark.parametrize("m", [64, 512])

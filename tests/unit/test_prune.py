@@ -80,12 +80,13 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
 
     seen = {}
 
-    def halve(layer, group, folds, *_):
-        first = group.operators[0]
-        seen[first.name] = folds.total
-        first.write(first.read() / 2)
+    def halve(layer, folds, *_):
+        for group, fold in folds.items():
+            first = group.operators[0]
+            seen[first.name] = fold.total
+            first.write(first.read() / 2)
 
-    monkeypatch.setattr(room, "prune_group", halve)
+    monkeypatch.setattr(room, "prune_groups", halve)
     dense = copy.deepcopy(tiny_llama)
     convexprune.prune(tiny_llama.model, **SMALL, error_target="operator")
     layer, call, hidden = dense.layers[-1], dense.calls(TOKENS[:1])[-1], None
@@ -160,10 +161,11 @@ def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_
 
     seen = {}
 
-    def halve(layer, group, folds, *_):
-        seen[f"{layer}.{group.operators[0].name}"] = folds.total
-        for operator in group.operators:
-            operator.write(operator.read() / 2)
+    def halve(layer, folds, *_):
+        for group, fold in folds.items():
+            seen[f"{layer}.{group.operators[0].name}"] = fold.total
+            for operator in group.operators:
+                operator.write(operator.read() / 2)
 
     def inputs(name):
         kept = []
@@ -175,7 +177,7 @@ def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_
 
     name = "model.layers.1.self_attn.q_proj"
     x = inputs(name)
-    monkeypatch.setattr(room, "prune_group", halve)
+    monkeypatch.setattr(room, "prune_groups", halve)
     convexprune.prune(tiny_llama.model, prefix="pruned", **SMALL)
     y = inputs(name)
     torch.testing.assert_close(seen[name].gram, y.T @ y / len(y))

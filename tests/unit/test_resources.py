@@ -1,5 +1,7 @@
 """What a method needs is what it does, counted; and the arithmetic of seconds by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from counting import Counted
@@ -18,13 +20,12 @@ SHAPE = (48, 80)
 
 
 class Spent(Counted):
-    """Counts float64 products and kernels, too."""
+    """Counts float64 products, too."""
 
     def __init__(self) -> None:
         super().__init__(SHAPE[0] * SHAPE[1], compiled=True)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts["kernels"] += 1
         if func.__name__.startswith("addmm") and args[0].dtype == torch.float64:
             self.counts["precise"] += 1
         if func.__name__.startswith("linalg_solve_triangular") and args[0].dtype == torch.float64:
@@ -41,7 +42,7 @@ def test_what_a_method_needs_is_what_it_does(name: str):
     with Spent() as spent:
         PRUNERS[name]().prune(problem)
     assert spent.counts["precise"] == NEEDS[name].precise
-    assert spent.counts["kernels"] == pytest.approx(NEEDS[name].launches, rel=0.25)
+    assert spent.counts["dispatched"] == pytest.approx(NEEDS[name].launches, rel=0.25)
     assert spent.counts["passes"] == pytest.approx(NEEDS[name].passes, rel=0.25)
 
 
@@ -74,8 +75,38 @@ def test_many_small_problems_wait_for_the_host():
     setting = Setting(3, 1, 5, 1, METHODS["convex"], correction=False)
     quick = Card("a card", *(1e15,) * 5)
     found = seconds_by_resource(MODEL, setting, NEEDS["convex"], quick)
-    assert found["solve"]["launches"] == pytest.approx(4 * resources.LAUNCH * NEEDS["convex"].launches, rel=1e-3)
+    begun = resources.LAUNCH * (NEEDS["convex"].launches + resources.AROUND)
+    assert found["solve"]["launches"] == pytest.approx(4 * begun, rel=1e-3)
     assert binding(found) == "launches"
+
+
+def test_problems_side_by_side_share_what_the_host_begins():
+    expert = Stack(("e",), (8,), 4, token_aligned=False)
+    stage = (Stack(("o",), (4,), 8), *[expert] * 10)
+    model = ModelSize((LayerSize((stage,), 64, 32, 2),), 10, 10, 4, 2)
+    alone = Setting(3, 1, 5, 1, METHODS["convex"], correction=False)
+    together, needs = replace(alone, side_by_side=True), NEEDS["convex"]
+    assert (together.together(expert, stage), together.together(stage[0], stage)) == (10, 1)
+    quick, own = Card("a card", *(1e15,) * 5), needs.own + resources.AROUND
+    saved = 2 * 10 * resources.LAUNCH * (needs.launches - needs.own) * (1 - 1 / 10)
+    spent = [seconds_by_resource(model, each, needs, quick)["solve"]["launches"] for each in (alone, together)]
+    assert spent[0] - spent[1] == pytest.approx(saved, rel=1e-3)
+    assert spent[1] == pytest.approx(2 * resources.LAUNCH * (11 * own + 2 * (needs.launches - needs.own)), rel=1e-3)
+
+
+def launched(count: int) -> int:
+    problems = [Group(Bed("cpu", group=SHAPE)).problem(Unstructured(0.5), "cpu", torch.float32) for _ in range(count)]
+    for problem in problems:
+        _ = problem.quadratic, problem.energy
+    with Spent() as spent:
+        PRUNERS["convex"]().prune_all(problems)
+    return spent.counts["dispatched"]
+
+
+def test_many_problems_need_what_the_formula_says():
+    needs = NEEDS["convex"]
+    for count in (4, 8):
+        assert launched(count) == pytest.approx(needs.launches - needs.own + count * needs.own, rel=0.25)
 
 
 def test_inspect_on_a_gpu_says_what_binds(monkeypatch: pytest.MonkeyPatch):

@@ -42,8 +42,8 @@ def test_an_unfinished_run_is_never_overwritten_and_goes_on_when_asked(dense, st
     with pytest.raises(errors.OutputError, match=r"unfinished run, 2 of its layers finished.*--resume"):
         convexprune.prune(dense, output_dir=stopped, **SETTINGS)
     pruned, told = [], []
-    prune_group = layer.prune_group
-    monkeypatch.setattr(layer, "prune_group", lambda name, *rest: (pruned.append(name), prune_group(name, *rest)))
+    prune_groups = layer.prune_groups
+    monkeypatch.setattr(layer, "prune_groups", lambda name, *rest: (pruned.append(name), prune_groups(name, *rest)))
     result = convexprune.prune(dense, output_dir=stopped, resume=True, progress=lambda _: told.append, **SETTINGS)
     assert set(pruned) == {"model.layers.2", "model.layers.3"}  # what was finished is not redone
     assert told == result.report.operators and len(told) == 7 * LAYERS

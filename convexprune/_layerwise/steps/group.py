@@ -1,8 +1,8 @@
-"""One group of operators: posed as one problem, solved, stored in the model, and reported."""
+"""The groups of operators of a stage: each posed as one problem, solved, stored in the model, and reported."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from convexprune._device.precision import certifying_in, solving_in
 from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.statistics import CalibrationStatistics
+from convexprune._layerwise.statistics import CalibrationStatistics, at_once
 from convexprune._layerwise.steps.bounds import sampled_bounds
-from convexprune._layerwise.targets import height, stack_of
+from convexprune._layerwise.targets import height, stack_of, width
 from convexprune.constraints import Constraint, Stacked
 from convexprune.core._damping import NO_DAMPING
 from convexprune.core._moments import Moments
@@ -23,66 +23,120 @@ from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OnOperator, OperatorReport
 
 
-def prune_group(
+def prune_groups(
     layer: str,
-    group: Group,
-    folds: CalibrationStatistics,
+    folds: Mapping[Group, CalibrationStatistics],
     settings: LayerSettings,
     on_operator: OnOperator,
     began: float,
-    facts: dict[str, float],
+    facts: Callable[[Group], dict[str, float]],
 ) -> None:
-    """Prune operators that share an input: one stack of rows, solved as one problem by each pruner of theirs.
+    """Prune the groups of a stage: of each, one stack of rows as one problem for each pruner of its operators.
+
+    Where a device waits for the host, problems of one shape that come one after another are solved side by side.
 
     Args:
         layer: its name.
-        group: the operators.
-        folds: the moments of their input.
+        folds: the moments of their inputs.
         settings: of the run.
         on_operator: called with the report of each operator.
-        began: when the group's work began, by `time.perf_counter`.
-        facts: numbers for the reports, by name.
+        began: when the work on them began, by `time.perf_counter`.
+        facts: gives numbers for the reports of a group, by name.
 
     Raises:
-        PruningError: the pruned weight is not what was asked for.
+        PruningError: a pruned weight is not what was asked for.
     """
+    parts = (part for group, fold in folds.items() for part in _parts(layer, group, fold, settings, facts(group)))
+    for _, alike in groupby(parts, lambda part: (part.shape, id(part.pruner))):
+        waiting = list(alike)
+        count = at_once(waiting[0].shape, waiting[0].pruner, waiting[0].device)
+        for first in range(0, len(waiting), count):
+            _prune_together(waiting[first : first + count], settings, on_operator, began)
+            began = time.perf_counter()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Operators of a group that one pruner prunes: those `rows` of what shares the input."""
+
+    names: tuple[str, ...]
+    group: Group
+    rows: slice
+    folds: CalibrationStatistics
+    pruner: AbstractPruner
+    asked: tuple[Constraint, ...]
+    correction: float
+    facts: dict[str, float]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the stack [m n]."""
+        return height(self.group), width(self.group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is pruned."""
+        return self.group.operators[0].read().device
+
+    def posed(self) -> LayerProblem:
+        """The problem of the stack."""
+        pattern = Stacked(self.asked, tuple(operator.shape[0] for operator in self.group.operators))
+        halves = self.folds.halves if all(half.tokens for half in self.folds.halves) else ()
+        return LayerProblem(stack_of(self.group), self.folds.total.rows(self.rows), pattern, self.correction, halves)
+
+
+def _parts(
+    layer: str, group: Group, folds: CalibrationStatistics, settings: LayerSettings, facts: dict[str, float]
+) -> Iterator[_Part]:
+    """A group, by the pruners of its operators."""
     first = 0
     for _, alike in groupby(group.operators, lambda operator: id(settings.pruner_of(f"{layer}.{operator.name}"))):
         part = replace(group, operators=tuple(alike))
         rows = slice(first, first := first + height(part))
-        _prune_part(layer, part, rows, folds, settings, on_operator, began, facts)
-        began = time.perf_counter()
+        names = tuple(f"{layer}.{operator.name}" for operator in part.operators)
+        asked = tuple(settings.pattern_of(name) for name in names)
+        yield _Part(names, part, rows, folds, settings.pruner_of(names[0]), asked, settings.correction, facts)
 
 
-def _prune_part(
-    layer: str,
-    group: Group,
-    rows: slice,
-    folds: CalibrationStatistics,
+def _prune_together(parts: Sequence[_Part], settings: LayerSettings, on_operator: OnOperator, began: float) -> None:
+    """Prune stacks of one shape side by side; the time of the solves is shared equally.
+
+    Raises:
+        PruningError: a pruned weight is not what was asked for.
+    """
+    problems = [part.posed() for part in parts]
+    factors = [settings.row_factors(part.names) for part in parts]
+    with solving_in(settings.solve_precision), certifying_in(settings.certificate_precision):
+        pruned = solved(problems, factors, parts[0].pruner)
+        pruned = [settings.quantizer.quantize(*each) for each in zip(problems, pruned, strict=True)]
+    share = (time.perf_counter() - began) / len(parts)
+    for each in zip(parts, problems, pruned, factors, strict=True):
+        _put(*each, settings, on_operator, time.perf_counter() - share)
+
+
+def _put(
+    part: _Part,
+    problem: LayerProblem,
+    pruned: LayerEdit,
+    factors: Tensor | None,
     settings: LayerSettings,
     on_operator: OnOperator,
     began: float,
-    facts: dict[str, float],
 ) -> None:
-    """Prune operators that one pruner prunes: those `rows` of what shares the input.
+    """Store what was found for a stack, and report it.
 
     Raises:
         PruningError: the pruned weight is not what was asked for.
     """
-    names = [f"{layer}.{operator.name}" for operator in group.operators]
-    asked = tuple(settings.pattern_of(name) for name in names)
-    pattern = Stacked(asked, tuple(operator.shape[0] for operator in group.operators))
-    factors = settings.row_factors(names)
-    halves = folds.halves if all(half.tokens for half in folds.halves) else ()
-    problem = LayerProblem(stack_of(group), folds.total.rows(rows), pattern, settings.correction, halves)
-    pruned = _solved(problem, factors, settings.pruner_of(names[0]), settings)
+    names, folds = part.names, part.folds
     if not bool(pruned.weight.isfinite().all()):
         raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
-    stored = _store(group, pruned, problem.weight)
+    stored = _store(part.group, pruned, problem.weight)
     bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
-    errors, held_out = _relative_errors(problem, stored), _errors_elsewhere(problem, folds.held_out.rows(rows), stored)
-    more = pruned.facts | facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
-    counted = _counted(group, names, asked, problem.weight, stored)
+    errors = _relative_errors(problem, stored)
+    held_out = _errors_elsewhere(problem, folds.held_out.rows(part.rows), stored)
+    more = pruned.facts | part.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
+    counted = _counted(part.group, names, part.asked, problem.weight, stored)
     for name, counts, error, unseen, bound in zip(names, counted, errors, held_out, bounds, strict=True):
         on_operator(
             OperatorReport(
@@ -100,33 +154,39 @@ def _prune_part(
         )
 
 
-def _solved(
-    problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner, settings: LayerSettings
-) -> LayerEdit:
-    """What the pruner makes of a stack whose rows count by their `factors`, on the grids of its patterns."""
-    with solving_in(settings.solve_precision), certifying_in(settings.certificate_precision):
-        return settings.quantizer.quantize(problem, solved(problem, factors, pruner))
-
-
-def solved(problem: LayerProblem, factors: Tensor | None, pruner: AbstractPruner) -> LayerEdit:
-    """What a pruner makes of a stack of operators.
+def solved(
+    problems: Sequence[LayerProblem], factors: Sequence[Tensor | None], pruner: AbstractPruner
+) -> list[LayerEdit]:
+    """What a pruner makes of stacks of operators.
 
     What no zeros are asked of is as it was, unless its pattern makes up for what is removed elsewhere.
 
     Args:
-        problem: of the stack.
-        factors: by how much its rows count [m]; None: alike.
+        problems: of stacks of one shape.
+        factors: by how much the rows of each count [m]; None: alike.
         pruner: the pruner.
 
     Returns:
-        It, as the model has its rows.
+        What it makes of each, as the model has its rows.
     """
-    dense, pattern = problem.weight, problem.pattern
-    if pattern.zeros(*dense.shape) == 0 and not pattern.compensates:
-        return LayerEdit(dense, torch.ones_like(dense, dtype=torch.bool))
-    pruned = pruner.prune(problem.scaled(factors))
-    weight = problem.unscaled(pruned.weight, factors)
-    parts = pattern.parts(len(dense))
+    changed = [p.pattern.zeros(*p.weight.shape) > 0 or p.pattern.compensates for p in problems]
+    scaled = [
+        problem.scaled(each) for problem, each, is_changed in zip(problems, factors, changed, strict=True) if is_changed
+    ]
+    edits = iter(pruner.prune_all(scaled))
+    del scaled
+    return [
+        _as_in_model(problem, next(edits), each)
+        if is_changed
+        else LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
+        for problem, each, is_changed in zip(problems, factors, changed, strict=True)
+    ]
+
+
+def _as_in_model(problem: LayerProblem, pruned: LayerEdit, factors: Tensor | None) -> LayerEdit:
+    """What was found for the scaled problem, for this one."""
+    dense, weight = problem.weight, problem.unscaled(pruned.weight, factors)
+    parts = problem.pattern.parts(len(dense))
     changed = [(weight if own.zeros(*dense[rows].shape) or own.compensates else dense)[rows] for rows, own in parts]
     return replace(pruned, weight=torch.cat(changed))
 

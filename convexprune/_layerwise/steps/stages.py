@@ -14,7 +14,7 @@ from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.replay import CachedSubmodule, replaying
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
-from convexprune._layerwise.steps.group import prune_group
+from convexprune._layerwise.steps.group import prune_groups
 from convexprune._layerwise.targets import CorrectionTargets, height, width
 from convexprune._storage.batches import Batches
 from convexprune.errors import ModelError
@@ -54,6 +54,11 @@ def prune_observed(
     inputs: dict[Group, Recorded] = {}
     if settings.prefix == "dense":
         inputs |= {g: observed.inputs[g] for g in chain(*layer.stages[:1]) if g in observed.inputs}
+
+    def facts(group: Group) -> dict[str, float]:
+        corrects = settings.error_target == "residual_stream" and settings.correction > 0
+        return {"corrects_layer": 1.0} if group is observed.last_branch and corrects else {}
+
     for number in range(len(layer.stages)):
         began = time.perf_counter()
         parts = [first] if number == 0 and first is not None else None
@@ -61,14 +66,8 @@ def prune_observed(
             _prefetch(hidden.pruned, *(observed.read_for(g) for g in chain(*layer.stages[number + 1 : number + 2])))
             for group, fold in folds.items():
                 _require_usable(fold, f"{layer.name}.{group.operators[0].name}")
-                is_last_branch = (
-                    group is observed.last_branch
-                    and settings.error_target == "residual_stream"
-                    and settings.correction > 0
-                )
-                facts = {"corrects_layer": 1.0} if is_last_branch else {}
-                prune_group(layer.name, group, fold, settings, on_operator, began, facts)
-                began = time.perf_counter()
+            prune_groups(layer.name, folds, settings, on_operator, began, facts)
+            began = time.perf_counter()
     return {observed.cached[group]: x for group, x in inputs.items() if group in observed.cached}
 
 

@@ -283,7 +283,7 @@ def _units(
                     else:
                         factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
                         problem = LayerProblem(weight, folds.total, stack, 0.0)
-                        made = QUANTIZER.quantize(problem, solved(problem, factors, pruner))
+                        made = QUANTIZER.quantize(problem, *solved([problem], [factors], pruner))
                         errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
                         costs[name][pattern] = float(error @ fisher[name].to(error)) / 2

@@ -1,0 +1,214 @@
+"""Problems of equal shape as one, so that a GPU is given each step of all of them at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from convexprune._device.precision import certifies_in_parts
+from convexprune.core._consistency import room_for_rounding
+from convexprune.core._factor import cholesky
+from convexprune.core._problem import Certificate, Problem, certify, kkt_residual, proximal_steps, row_gaps
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._spectrum import power_of_two
+from convexprune.core._sum_of_squares import UNKNOWN, Cache
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide(Quadratic):
+    """Quadratics of e weights [m n], as that of all their rows: the weight is [e m, n], and `gram` is H [e n n].
+
+    What a quadratic says of its inputs, `scale` and `dead`, is said for each row: [e m, n]. The factors are computed
+    together; where one of them is none, each problem is treated by itself (`blocks`).
+    """
+
+    def __post_init__(self, checked: bool) -> None:
+        if self.cache is None:
+            object.__setattr__(self, "cache", Cache(self.gram, torch.finfo(self.energy.dtype).eps, self.energy))
+
+    @classmethod
+    def of(cls, quadratics: Sequence[Quadratic]) -> Self:
+        """Quadratics side by side.
+
+        Args:
+            quadratics: of weights of one shape, written about anchors, with tensors of one dtype.
+
+        Returns:
+            All of them.
+        """
+        gram = torch.stack([each.gram for each in quadratics])
+        cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
+        anchor = torch.cat([each.anchor for each in quadratics if each.anchor is not None])
+        given = torch.cat([each._cache.energy for each in quadratics])
+        cache = Cache(gram, quadratics[0]._cache.precision, given)
+        return cls(gram, cross, energy, anchor, cache=cache, checked=False)
+
+    @property
+    def parts(self) -> list[slice]:
+        """The rows of each weight."""
+        height = len(self.cross) // len(self.gram)
+        return [slice(first, first + height) for first in range(0, len(self.cross), height)]
+
+    @cached_property
+    def blocks(self) -> list[Quadratic]:
+        """The quadratic of each weight, which shares these tensors."""
+        inner, stiffness = self._cache.envelope_of or (None, 0.0)
+        blocks = []
+        for i, rows in enumerate(self.parts):
+            cache = Cache(self.gram[i], self._cache.precision, self._cache.energy[rows])
+            if isinstance(inner, SideBySide):
+                cache.envelope_of = inner.blocks[i], stiffness
+            anchor = None if self.anchor is None else self.anchor[rows]
+            block = self.gram[i], self.cross[rows], self.energy[rows], anchor, self.bound, cache
+            blocks.append(Quadratic(*block, checked=False))
+        return blocks
+
+    def by_block(self, rows: Tensor) -> Tensor:
+        """What is said of all `rows` [e m, ...], for each weight: [e m ...]."""
+        return rows.unflatten(0, (len(self.gram), -1))
+
+    def for_rows(self, values: Tensor) -> Tensor:
+        """What is said of each weight, `values` [e ...], for each of its rows: [e m, ...]."""
+        height = len(self.cross) // len(values)
+        return values[:, None].expand(len(values), height, *values.shape[1:]).flatten(0, 1)
+
+    def totals(self, rows: Tensor) -> list[float]:
+        """The sum over the `rows` [e m] of each weight."""
+        return self.by_block(rows).sum(1).tolist()
+
+    @property
+    def norm(self) -> Tensor:
+        """|H|_F of each row's problem [e m, 1]."""
+        return self.for_rows(super().norm)[:, None]
+
+    def scale(self) -> Tensor:
+        """See `SumOfSquares.scale`, for each row [e m, n]."""
+        return self.for_rows(_positive(self._diagonal).sqrt())
+
+    def scaled(self, scale: Tensor) -> Self:
+        """See `Quadratic.scaled`; the scale is that of each row [e m, n]."""
+        return self._in_units(self.gram, self.by_block(scale)[:, 0])
+
+    @cached_property
+    def unit_free(self) -> tuple[Self, Tensor]:
+        """See `Quadratic.unit_free`; the scale is that of each row [e m, n]."""
+        unit = power_of_two(_positive(self._diagonal).sqrt().double())
+        return self._in_units(self.gram.double(), unit), self.for_rows(unit)
+
+    def _in_units(self, gram: Tensor, unit: Tensor) -> Self:
+        """The same function of U = V * unit [e n], in the dtype of `gram`."""
+        scale = self.for_rows(unit)
+        anchor = None if self.anchor is None else self.anchor * scale
+        gram = (gram / unit[:, None]).div_(unit[:, :, None])
+        return self._as_precise(gram, self.cross / scale, self.energy.to(gram), anchor)
+
+    @property
+    def _diagonal(self) -> Tensor:
+        return self.gram.diagonal(dim1=1, dim2=2)
+
+    @property
+    def dead(self) -> Tensor:
+        """See `SumOfSquares.dead`, for each row [e m, n]."""
+        return self.for_rows(self._dead)
+
+    @property
+    def _dead(self) -> Tensor:
+        return (self._diagonal == 0) & (self.by_block(self.cross) == 0).all(1)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """See `SumOfSquares.factor`: [e n n], or None if one of them is not safely positive definite."""
+        if self._cache.factor is UNKNOWN:
+            margin = self.gram.shape[1] * torch.finfo(self.gram.dtype).eps * self._diagonal.amax(1, keepdim=True)
+            self._cache.factor = cholesky(self.gram + torch.where(self._dead, 1.0, -margin).diag_embed())
+        return self._cache.factor
+
+    @property
+    def is_well_conditioned(self) -> bool:
+        """Whether all are, see `SumOfSquares.is_well_conditioned`."""
+        least = self.gram.shape[1] * torch.finfo(torch.float32).eps * self._diagonal.amax(1)
+        factor = self.factor
+        return factor is not None and bool((factor.diagonal(dim1=1, dim2=2).amin(1).square() > least).all())
+
+    @property
+    def is_sum_of_squares(self) -> bool:
+        """Whether all are known to be, because H is definite; see `SumOfSquares.is_sum_of_squares`."""
+        unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
+        least = self.energy + room_for_rounding(self.gram[0], self._cache.precision) * unit
+        return self.factor is not None and bool((2 * self.inverse_form(self.cross) <= least).all())
+
+    def inverse_form(self, gradient: Tensor) -> Tensor:
+        """See `SumOfSquares.inverse_form`."""
+        if self._cache.envelope_of is not None:
+            return super().inverse_form(gradient)
+        if self.factor is None:
+            each = zip(self.blocks, self.parts, strict=True)
+            return torch.cat([block.inverse_form(gradient[rows]) for block, rows in each])
+        solved = torch.linalg.solve_triangular(self.factor, self.by_block(gradient).mT, upper=False)
+        price = solved.square_().sum(1).flatten() / 2
+        return torch.where(((gradient != 0) & self.dead).any(1), inf, price)
+
+
+def _positive(diagonal: Tensor) -> Tensor:
+    return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))
+
+
+@torch.no_grad()
+def certify_each(
+    problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None
+) -> list[Certificate]:
+    """The certificates of problems side by side, or of one problem: those of `certify`.
+
+    Regular ones are computed together. Where one is not (a value that is not finite, a singular H, certificates without
+    float64), each is computed by itself.
+
+    Args:
+        problem: min q + p.
+        weight: V [m n], of all problems.
+        precise: see `certify`.
+        residual: see `certify`.
+
+    Returns:
+        One for each.
+    """
+    given = problem.quadratic
+    if not isinstance(given, SideBySide):
+        return [certify(problem, weight, precise, residual)]
+    found = (
+        None if precise and certifies_in_parts(given.gram) else _certified(problem, given, weight, precise, residual)
+    )
+    if found is not None:
+        return found
+    alone = [Problem(block, problem.penalty.rows(rows)) for block, rows in zip(given.blocks, given.parts, strict=True)]
+    return [certify(each, weight[rows], precise) for each, rows in zip(alone, given.parts, strict=True)]
+
+
+def _certified(
+    problem: Problem, given: SideBySide, point: Tensor, precise: bool, residual: Tensor | None
+) -> list[Certificate] | None:
+    """See `certify_each`; None where a problem is not regular."""
+    quadratic = given
+    if precise:
+        quadratic, unit = given.unit_free
+        if not (quadratic.is_well_conditioned and quadratic.is_sum_of_squares):
+            return None
+        point, residual = point.double() * unit, None
+        problem = Problem(quadratic, problem.penalty.to(torch.float64).scaled(unit))
+    known = quadratic.residual(point) if residual is None else residual
+    values, slack = quadratic.values(point, known), problem.penalty.values(point)
+    if not bool((values + slack).isfinite().all()):
+        return None
+    gaps, kkt = row_gaps(problem, point, known, values, slack), [inf] * len(given.gram)
+    if precise:
+        scale = quadratic.scale()
+        reach = torch.linalg.vecdot(quadratic.displacement(point).abs(), scale).square()
+        gaps += 4 * torch.finfo(reach.dtype).eps * reach
+        steps = quadratic.by_block(proximal_steps(problem, point, known, scale)).amax((1, 2)).tolist()
+        energies = given.totals(2 * given.values(torch.zeros_like(given.cross)))
+        kkt = [kkt_residual(*each) for each in zip(steps, energies, strict=True)]
+    each = zip(given.totals(values + slack), given.totals(gaps), kkt, strict=True)
+    return [Certificate(*numbers) for numbers in each]
