@@ -30,7 +30,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _FALCON: dict[str, Any] = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
-_GROUPED: dict[str, Any] = _COMMON | {"num_key_value_heads": 2}
+GROUPED: dict[str, Any] = _COMMON | {"num_key_value_heads": 2}
 _OPT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -49,9 +49,9 @@ _LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,  # shorter than what the tests read
 }
-_GEMMA: dict[str, Any] = _GROUPED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+_GEMMA: dict[str, Any] = GROUPED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
 _GEMMA3: dict[str, Any] = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
-_EXPERTS: dict[str, Any] = _GROUPED | {"num_experts_per_tok": 2}
+_EXPERTS: dict[str, Any] = GROUPED | {"num_experts_per_tok": 2}
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -67,7 +67,7 @@ _MLA: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
-_DEEPSEEK: dict[str, Any] = _COMMON | _MLA | {
+DEEPSEEK: dict[str, Any] = _COMMON | _MLA | {
     "num_hidden_layers": 3,  # the first one is dense
     "first_k_dense_replace": 1,
     "n_routed_experts": 4,
@@ -82,7 +82,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "bloom": lambda: t.BloomForCausalLM(
         t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=SPREAD)
     ),
-    "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(t.DeepseekV2Config(**_DEEPSEEK)),
+    "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(t.DeepseekV2Config(**DEEPSEEK)),
     "falcon": lambda: t.FalconForCausalLM(t.FalconConfig(**_FALCON, alibi=True, parallel_attn=True)),
     "falcon, new": lambda: t.FalconForCausalLM(
         t.FalconConfig(
@@ -113,30 +113,30 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_oss": lambda: t.GptOssForCausalLM(
         t.GptOssConfig(**_EXPERTS, num_local_experts=4, head_dim=8, sliding_window=8)
     ),
-    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_GROUPED)),
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),
     "llama, 1": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_COMMON)),
     "llama, 3.2": lambda: t.LlamaForCausalLM(
-        t.LlamaConfig(**_GROUPED | {"tie_word_embeddings": True, "rope_scaling": dict(_LLAMA3)})
+        t.LlamaConfig(**GROUPED | {"tie_word_embeddings": True, "rope_scaling": dict(_LLAMA3)})
     ),
     "llava": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
-            text_config=t.LlamaConfig(**_GROUPED),
+            text_config=t.LlamaConfig(**GROUPED),
             vision_config=t.CLIPVisionConfig(**_VISION),
             image_token_index=127,
             tie_word_embeddings=False,
         )
     ),
-    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**_GROUPED, sliding_window=8)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=8)),
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**_EXPERTS, num_local_experts=4)),
-    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_GROUPED)),
+    "olmo2": lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**GROUPED)),
     "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**_OPT, word_embed_proj_dim=32)),
     "opt, 350M": lambda: t.OPTForCausalLM(t.OPTConfig(**_OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
-    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_GROUPED)),
-    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**_GROUPED)),
-    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_GROUPED, head_dim=8)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GROUPED, head_dim=8)),
     "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=24)),
-    "smollm3": lambda: t.SmolLM3ForCausalLM(t.SmolLM3Config(**_GROUPED)),
-    "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**_GROUPED)),
+    "smollm3": lambda: t.SmolLM3ForCausalLM(t.SmolLM3Config(**GROUPED)),
+    "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**GROUPED)),
 }
 """By `model_type`, and after a comma a variant."""
 

@@ -43,6 +43,7 @@ class _Values:
         heads: and how many heads.
         width: the columns of a group.
         operator: the name in its layer of the first reader.
+        layers: what the names begin with of parameters in the layers of the readers.
     """
 
     readers: frozenset[str]
@@ -51,6 +52,11 @@ class _Values:
     heads: int
     width: int
     operator: str
+    layers: tuple[str, ...]
+
+    def are_all_of(self, dims: Mapping[str, int]) -> bool:
+        """Whether what becomes smaller is of these heads: all that certainly is, and nothing in other layers."""
+        return self.touched <= dims.keys() and all(name.startswith(self.layers) for name in dims)
 
 
 @torch.no_grad()
@@ -95,7 +101,8 @@ def _values(model: HuggingFaceModel) -> _Values:
         raise ModelError(f"{model.name}: {what}, so that none can be removed. Pattern 'channels' may do.")
     touched = {axis.parameter for sets in found.values() for one in sets for axis in (*one.axes, *one.consumers)}
     operator = next(iter(readers.values())).name
-    return _Values(frozenset(found), frozenset(touched), groups, heads, inputs // groups, operator)
+    layers = tuple(f"{y.name}." for y in model.layers if any(f"{y.name}.{o.name}" in found for o in y.operators))
+    return _Values(frozenset(found), frozenset(touched), groups, heads, inputs // groups, operator, layers)
 
 
 def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowing, dict[str, int]]:
@@ -110,7 +117,7 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
         tried = [(one, shapes_of(model.model, one.configured(settings))) for one in _candidates(model, values, number)]
         each = ((one, _smaller(shapes, new, values.groups, number)) for one, new in tried)
-        nearest = next(((one, dims) for one, dims in each if values.touched <= dims.keys()), None)
+        nearest = next(((one, dims) for one, dims in each if values.are_all_of(dims)), None)
         if nearest is not None and number == left:
             return nearest
         if nearest is not None or not tried or tried[0][1]:  # there is such a model, and it is another

@@ -4,9 +4,10 @@ Outputs of an operator that are doubled show which inputs of a later one they re
 tried in another order, and kept only if the outputs of the later one stay the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +84,29 @@ def _in_experts(
 def _coupled(
     layer: DecoderLayer, group: Group, earlier: Sequence[AbstractOperator], call: Call, hidden: Tensor, size: int
 ) -> dict[tuple[int, ...], list[Source]]:
-    """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one."""
-    sources: dict[tuple[int, ...], list[Source]] = {}
-    if group.operators[0].shape[1] % size == 0:
-        for operator in earlier:
-            for start in range(0, operator.shape[0] - size + 1, size):
-                reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
-                if reached:
-                    sources.setdefault(reached, []).append((operator, start))
-    return sources
+    """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one.
+
+    An operator may have more outputs for each block than reach it so: keys beside values, as in MLA.
+    """
+    found: dict[tuple[int, ...], list[Source]] = {}
+    blocks, rest = divmod(group.operators[0].shape[1], size)
+    for operator in earlier if not rest else ():
+        step = gcd(size, max(size, operator.shape[0] // blocks))
+        for start in range(0, operator.shape[0] - size + 1, step):
+            reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
+            if reached:
+                found.setdefault(reached, []).append((operator, start))
+    return _together(found)
+
+
+def _together(found: Mapping[tuple[int, ...], list[Source]]) -> dict[tuple[int, ...], list[Source]]:
+    """Outputs that reach one block in common change places together: a gate of each query head, and their values."""
+    merged: dict[tuple[int, ...], list[Source]] = {}
+    for reached, sources in found.items():
+        common = [other for other in merged if not set(other).isdisjoint(reached)]
+        sources = [*chain.from_iterable(merged.pop(other) for other in common), *sources]
+        merged[tuple(sorted({*reached, *chain.from_iterable(common)}))] = sources
+    return merged
 
 
 def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequence[Source]) -> Channels:

@@ -9,14 +9,18 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from test_channels import HEADS, require_same_as_zeros
-from tiny_families import FAMILIES, TOKENS, build_family
+from tiny_families import DEEPSEEK, FAMILIES, GROUPED, TOKENS, build_family
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxConfig,
     MiniMaxForCausalLM,
     PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 from transformers.models.llama import modeling_llama
 
@@ -137,12 +141,37 @@ def test_heads_that_are_not_side_by_side_are_refused(monkeypatch: pytest.MonkeyP
         find_heads(model, PATTERN)
 
 
+def latent() -> PreTrainedModel:
+    """Keys [8] and values [12] of each head side by side, as in MLA."""
+    sizes: dict[str, Any] = DEEPSEEK | {"v_head_dim": 12, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
+
+
+def gated() -> PreTrainedModel:
+    """A gate beside the queries of each head, and a layer whose linear attention has as many heads."""
+    sizes: dict[str, Any] = GROUPED | {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+    sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    sizes |= {"linear_value_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("build", "layers"), [(latent, 2), (gated, 1)])
+def test_operators_that_make_more_than_values_lose_all_of_a_head(build: Callable[[], PreTrainedModel], layers: int):
+    torch.manual_seed(0)
+    model = HuggingFaceModel(build().eval())
+    found = find_heads(model, PATTERN)
+    found.choose(model)
+    assert len(found.sets) == layers
+    require_same_as_zeros(model, found, PATTERN)
+
+
 def test_a_number_that_says_more_than_the_heads_is_refused_with_what_it_says():
     """The heads of the linear attention, which are as many, stay."""
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
     kinds: dict[str, Any] = {"num_local_experts": 2, "layer_types": ["full_attention", "linear_attention"]}
     config = MiniMaxConfig(**sizes, **kinds, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    with pytest.raises(ModelError, match=r"layers\.1\..* is \[.*\]; it should be \[.*\]"):
+    with pytest.raises(ModelError, match="cannot say that 1 of the 2 KV groups of heads are left"):
         find_heads(HuggingFaceModel(MiniMaxForCausalLM(config)), PATTERN)
 
 
