@@ -14,7 +14,7 @@ from convexprune._layerwise.model import Call
 
 from .experts import fused_parameters
 from .layout import ExpertFamily, GroupSpec, Layout, canonical_name
-from .operators import LINEAR_MODULES, ParameterOperator, Place
+from .operators import LINEAR_MODULES, UNKNOWN, ParameterOperator, Place
 from .watching import Seen, place_of, watch
 
 
@@ -157,7 +157,7 @@ def _unsupported_parameters(layer: nn.Module, families: list[ExpertFamily], ever
                 continue
             narrow = [_inside(path, block) and value.shape[0] <= number for block, number in blocks.items()]
             routes = value.dim() == 2 and any(narrow)
-            found[name] = "routes tokens to experts" if routes else f"in a {type(module).__name__}, no known linear map"
+            found[name] = "routes tokens to experts" if routes else f"in a {type(module).__name__}, {UNKNOWN}"
     return found
 
 

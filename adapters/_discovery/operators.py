@@ -13,6 +13,8 @@ from convexprune.errors import ModelError
 
 LINEAR_MODULES = (nn.Linear, Conv1D)
 """The modules that are one linear map each."""
+UNKNOWN = "no known linear map"
+"""Ends the reason for matrices that are left because what is done with them is not known."""
 
 
 @dataclass(frozen=True)

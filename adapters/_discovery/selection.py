@@ -13,11 +13,12 @@ from convexprune._layerwise.model import DecoderLayer
 from convexprune.errors import ModelError, RecipeError, unknown
 
 from .layout import Layout
-from .operators import LINEAR_MODULES
+from .operators import LINEAR_MODULES, UNKNOWN
 
 PATIENCE = 10.0  # seconds for all names that a regular expression is matched with
 LONGEST = 1000  # characters of a regular expression, and repetitions that its counts make
 TIED = "tied to "  # begins the reason for weights that share memory
+SMALL = 0.05  # of the parameters of the decoder layers
 
 
 def left_alone(
@@ -103,6 +104,31 @@ def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLaye
     return (
         f"{len(tied)} operators are left as they are, because what is written to one is written to another: {name} is "
         f"{reason}{', ...' if tied[1:] else ''}. Give each its own weight to have them pruned."
+    )
+
+
+def unknown_maps(left: Iterable[tuple[str, str]], model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> str | None:
+    """A warning about matrices that are left because what is done with them is not known, if they are no small share.
+
+    Args:
+        left: names and reasons of matrices that are not pruned.
+        model: the model.
+        layers: its decoder layers.
+
+    Returns:
+        The warning; None if they are few.
+    """
+    inside = tuple(f"{layer.name}." for layer in layers)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name.startswith(inside)}
+    unknown = [(name, reason) for name, reason in left if name in sizes and reason.endswith(UNKNOWN)]
+    share = sum(sizes[name] for name, _ in unknown) / sum(sizes.values())
+    if share < SMALL:
+        return None
+    name, reason = unknown[0]
+    return (
+        f"{share:.0%} of the parameters of the decoder layers are left as they are, in {len(unknown)} matrices of "
+        f"which it is not known what is done with them: {name} is {reason}{', ...' if unknown[1:] else ''}. Only the "
+        "others are pruned."
     )
 
 

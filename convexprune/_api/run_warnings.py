@@ -6,14 +6,14 @@ from convexprune._api.windows import Windows
 from convexprune._device.kernels import eager_because
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.sufficiency import shortage
-from convexprune.adapters._discovery.selection import shared_weights
+from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.recipe import Recipe
 
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """What a user should know before a run: too few tokens, shared weights, no compiler, a slow solver, too many rows.
+    """What a user should know before a run: too few tokens, weights that are left, no compiler, slow settings.
 
     Args:
         model: the model.
@@ -26,7 +26,9 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
     few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)
-    for warning in (few, shared, eager_because(model.device)):
+    removes = recipe.build_pattern().removes is not None  # then what is left is of no matter
+    unknown = None if removes else unknown_maps(model.left_alone, model.model, model.layers)
+    for warning in (few, shared, unknown, eager_because(model.device)):
         if warning is not None:
             yield warning
     if recipe.method == "convex" and recipe.solver in ORACLES and widest > FEW:
