@@ -143,7 +143,8 @@ def test_experts_that_are_multiplied_all_at_once_are_left_alone_with_their_route
         ("experts.gate_up_proj", "experts.down_proj"), "in a Llama4TextExperts, no known linear map"
     )
     assert [o.name for o in model.layers[1].operators][-1] == "feed_forward.shared_expert.down_proj"
-    report = convexprune.prune(model.model, **SMALL | {"dataset": TOKENS % 64}, method="magnitude").report
+    settings: dict[str, Any] = SMALL | {"dataset": TOKENS % 64, "method": "magnitude"}
+    report = convexprune.prune(model.model, **settings).report
     (told,) = (warning for warning in report.warnings if "not known" in warning)
     assert told.startswith("67% of the parameters of the decoder layers are left as they are, in 4 matrices")
 
