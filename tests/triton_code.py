@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from convexprune._device import select
 from convexprune.core import _penalty as penalty
+from convexprune.core import _relaxation as relaxation
 from convexprune.pruners import _admm as admm
 from convexprune.pruners import _convex as convex
 from convexprune.solvers import _cg as cg
@@ -102,6 +103,11 @@ def cases() -> Iterator[tuple[Callable[..., Any], list[Any]]]:
     yield select._with_digit, [bits, torch.full((M, 1), 0x30000000, dtype=torch.int32), digits, torch.tensor(8)]
     yield select._ranks, [a.view(M, -1, 4)]
     yield select._middle, [a.view(M, -1, 4), 2]
+    yield relaxation._gradient, [a, b, c]
+    yield relaxation._target, [a, b, c]
+    yield relaxation._parted, [a, b.abs()]
+    yield relaxation.fractions, [a.abs(), each]
+    yield relaxation._nearer, [a.abs(), each, 1.5 * N + each]
 
 
 def results(function: Callable[..., Any], args: list[Any]) -> list[Tensor]:

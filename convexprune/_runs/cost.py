@@ -147,8 +147,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
                 solving = max(problem_bytes(s, method, setting.bound) for s in part)
                 batch = _batch_bytes(model, layer, stage, setting)
                 peaks.append((moments + max(solving, batch), moments, solving, batch))
-                others = {s: (setting.together(s, part) - 1) * problem_bytes(s, method) for s in part}
-                many = max(problem_bytes(s, method, setting.bound) + size for s, size in others.items())
+                many = max(setting.together(s, part) * problem_bytes(s, method, setting.bound) for s in part)
                 crowded.append(moments + max(many, batch))
     largest, moments, solving, batch = max(peaks)
     layers = model.itemsize * sum(layer.count * layer.parameters for layer in model.layers)

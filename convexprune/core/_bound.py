@@ -1,6 +1,6 @@
 """How good could any pruning be? A certified lower bound on the error of the best weight in a pattern."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -11,6 +11,7 @@ from convexprune.constraints import Constraint
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._relaxation import Lines, Relaxed, relax
 from convexprune.core._setting_types import between
+from convexprune.core._side_by_side import SideBySide
 from convexprune.core._split import first_split, fit_split, safe_split
 from convexprune.errors import ProblemError
 
@@ -106,42 +107,108 @@ class LowerBound:
             ProblemError: a weight is not shaped like the quadratic, or has more non-zeros than its pattern allows.
             PatternError: a pattern does not fit.
         """
-        weight = torch.cat(list(weights))
-        if tuple(weight.shape) != quadratic.shape:
-            raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
-        budgets = [lines_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
-        heights = [len(part) for part in weights]
-        errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
-        q = without_dead_inputs(quadratic.double)
-        scale = q.scale()
-        q = q.scaled(scale)
-        first = first_split(q.gram)
-        if first is None:
-            return [PruningBound(error, 0.0, rows) for error, rows in zip(errors, heights, strict=True)]
-        bounds = []
-        for rows, (lines, kept), error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True):
-            part = q.rows(rows)
-            split, point = self._ascend(part, *first, weight[rows].double() * scale, lines, kept)
-            proven = safe_split(part.gram, split) if self.rounds else split  # the first one is
-            lower = lower_bound(part, proven, point, lines, kept)
-            bounds.append(PruningBound(error, 2 * lower, len(rows)))
-        return bounds
+        return [self._alone(operator) for operator in _posed(quadratic, patterns, weights)]
 
-    def _ascend(
-        self, q: Quadratic, inverse: Tensor, first: Tensor, weight: Tensor, lines: Lines, kept: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def of_all(
+        self, stacks: Sequence[tuple[Quadratic, Sequence[Constraint], Sequence[Tensor]]]
+    ) -> list[list[PruningBound]]:
+        """What `of_each` says of its arguments, the `stacks`; operators of one shape are bounded side by side."""
+        posed = [_posed(*stack) for stack in stacks]
+        every = [operator for stack in posed for operator in stack]
+        if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:
+            return [[self._alone(operator) for operator in stack] for stack in posed]
+        found = iter(self._ascend_together(every))
+        return [[operator.bound(*next(found), self.rounds > 0) for operator in stack] for stack in posed]
+
+    def _alone(self, operator: "_Operator") -> PruningBound:
+        if operator.first is None:
+            return PruningBound(operator.error, 0.0, len(operator.weight))
+        return operator.bound(*self._ascend(operator, *operator.first), self.rounds > 0)
+
+    def _ascend(self, posed: "_Operator", inverse: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """The split B and the weight V0 [m n] at which the bound is best, from the `first` split [n]."""
-        split = first.expand(weight.shape)
-        found = Relaxed.at(weight)
+        q, lines, kept = posed.quadratic, posed.lines, posed.kept
+        split = first.expand(posed.weight.shape)
+        found = Relaxed.at(posed.weight)
         for number in range(self.rounds):
             found = relax(q, inverse, split, found, lines, kept, self.iterations)
-            barrier = between(self.barriers, number / max(1, self.rounds - 1))
             gain = found.gain if self.per_row else found.gain.mean(0, keepdim=True)
             before, rows = split, split if self.per_row else split[:1]
+            barrier = self._barrier(number)
             split = torch.stack([_fitted(q.gram, b, c, barrier) for b, c in zip(rows, gain, strict=True)])
-            split = split.expand(weight.shape)
+            split = split.expand(posed.weight.shape)
             found = found.moved(before, split)
         return split, relax(q, inverse, split, found, lines, kept, self.last_iterations).point
+
+    def _ascend_together(self, every: "Sequence[_Operator]") -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of operators of one shape side by side, each with one split for its rows."""
+        q = SideBySide.of([posed.quadratic for posed in every])
+        inverse, split = (torch.stack(each) for each in zip(*(p.first for p in every if p.first), strict=True))
+        lines, kept = every[0].lines, torch.cat([posed.kept for posed in every])
+        found = Relaxed.at(torch.cat([posed.weight for posed in every]))
+        for number in range(self.rounds):
+            before = q.for_rows(split)
+            found = relax(q, inverse, before, found, lines, kept, self.iterations)
+            each, barrier = zip(q.gram, split, q.by_block(found.gain).mean(1), strict=True), self._barrier(number)
+            split = torch.stack([_fitted(gram, own, gain, barrier) for gram, own, gain in each])
+            found = found.moved(before, q.for_rows(split))
+        point = relax(q, inverse, q.for_rows(split), found, lines, kept, self.last_iterations).point
+        height = len(every[0].weight)
+        return zip((own.expand(height, -1) for own in split), q.by_block(point), strict=True)
+
+    def _barrier(self, number: int) -> float:
+        return between(self.barriers, number / max(1, self.rounds - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Operator:
+    """An operator to be bounded, in coordinates in which H has a unit diagonal.
+
+    Args:
+        quadratic: of its rows.
+        first: the inverse of H, and the split to begin with; None if H is singular.
+        weight: the pruned weight.
+        lines: see `lines_of`.
+        kept: see `lines_of`.
+        error: of the pruned weight.
+    """
+
+    quadratic: Quadratic
+    first: tuple[Tensor, Tensor] | None
+    weight: Tensor
+    lines: Lines
+    kept: Tensor
+    error: float
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What operators have in common that are bounded side by side."""
+        return tuple(self.weight.shape), tuple(self.lines(self.weight).shape), self.first is None
+
+    def bound(self, split: Tensor, point: Tensor, fitted: bool) -> PruningBound:
+        """The bound at a point, by a split; one that is `fitted` is proven here."""
+        proven = safe_split(self.quadratic.gram, split) if fitted else split
+        lower = lower_bound(self.quadratic, proven, point, self.lines, self.kept)
+        return PruningBound(self.error, 2 * lower, len(self.weight))
+
+
+def _posed(quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]) -> list[_Operator]:
+    """Operators that share their inputs, see `LowerBound.of_each`."""
+    weight = torch.cat(list(weights))
+    if tuple(weight.shape) != quadratic.shape:
+        raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
+    budgets = [lines_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
+    heights = [len(part) for part in weights]
+    errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
+    q = without_dead_inputs(quadratic.double)
+    scale = q.scale()
+    q = q.scaled(scale)
+    first = first_split(q.gram)
+    return [
+        _Operator(q.rows(rows), first, weight[rows].double() * scale, *budget, error)
+        for rows, budget, error in zip(torch.arange(len(weight)).split(heights), budgets, errors, strict=True)
+    ]
 
 
 def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._device.kernels import fused
+from convexprune._device.precision import bare_product
 from convexprune._device.select import kth_smallest
 from convexprune.core._quadratic import Quadratic
 
@@ -75,7 +77,7 @@ def relax(
 
     Args:
         q: the quadratic of weights [m n].
-        inverse: H^-1 [n n].
+        inverse: H^-1 [n n], or of quadratics side by side each [e n n].
         split: B [m n].
         start: where to begin.
         lines: see `convexprune.core._bound.lines_of`.
@@ -89,16 +91,36 @@ def relax(
     root = (split / 2).sqrt()
     for _ in range(iterations):
         middle = weight - dual
-        point = middle + (q.residual(middle) + split * middle) @ inverse
-        target = point + dual
-        scores = lines(target.abs() * root)
+        point = middle + bare_product(_gradient(q.residual(middle), split, middle), inverse)
+        target, scores = _target(point, dual, root)
+        scores = lines(scores)
         price = _price(scores, kept, price)
         fraction = fractions(scores, price).reshape(weight.shape)
-        weight = target * fraction / (1 + fraction)
-        dual = target - weight
+        weight, dual = _parted(target, fraction)
     return Relaxed(point, weight, fraction, dual, price)
 
 
+@fused
+def _gradient(residual: Tensor, split: Tensor, weight: Tensor) -> Tensor:
+    """K + B V."""
+    return residual + split * weight
+
+
+@fused
+def _target(point: Tensor, dual: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the perspective's prox is taken, and the scores that the price decides about."""
+    target = point + dual
+    return target, target.abs() * root
+
+
+@fused
+def _parted(target: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight at which the perspective of a fraction is least, and what it leaves of the target."""
+    weight = target * fraction / (1 + fraction)
+    return weight, target - weight
+
+
+@fused
 def fractions(scores: Tensor, price: Tensor) -> Tensor:
     """The fraction z in [0, 1] of each entry at a price of a non-zero.
 
@@ -124,12 +146,28 @@ def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
         unit = kth_smallest(scores, scores.shape[1] + 1 - k).clamp_min(1e-150).reciprocal()
         steps = 2 * STEPS
     else:
-        unit, steps = (price / -2).exp(), STEPS
+        unit, steps = _unit(price), STEPS
     target = kept + scores.shape[1]
     for _ in range(steps):
-        level = scores * unit
-        limited = level.clamp(1, 2)  # one more than the fraction
-        slope = (level * (level == limited)).sum(1, keepdim=True)
-        missing = (target - limited.sum(1, keepdim=True)) / slope
-        unit = unit * missing.nan_to_num_(0.0).clamp_(-STEP, STEP).exp_()  # 0 / 0: it is there
+        unit = _nearer(scores, unit, target)
+    return _log_price(unit)
+
+
+@fused
+def _unit(price: Tensor) -> Tensor:
+    return (price / -2).exp()
+
+
+@fused
+def _log_price(unit: Tensor) -> Tensor:
     return unit.log() * -2
+
+
+@fused
+def _nearer(scores: Tensor, unit: Tensor, target: Tensor) -> Tensor:
+    """The unit [lines 1] after a step of Newton's method, where the limited scores are to sum to the `target`."""
+    level = scores * unit
+    limited = level.clamp(1, 2)  # one more than the fraction
+    slope = (level * (level == limited)).sum(1, keepdim=True)
+    missing = (target - limited.sum(1, keepdim=True)) / slope
+    return unit * missing.nan_to_num_(0.0).clamp_(-STEP, STEP).exp_()  # 0 / 0: it is there

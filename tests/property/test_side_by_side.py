@@ -15,9 +15,11 @@ from torch import Tensor
 from convexprune._device.precision import FORMATS, Format, add_product, bare_product, product, solving_in
 from convexprune._layerwise.processes import SamePruned
 from convexprune._layerwise.statistics import SOLVED, at_once, many_at_once
+from convexprune._layerwise.steps.bounds import sampled_bounds, sampled_bounds_of_all
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._quantized import Quantized
+from convexprune.core._damping import Damping
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
@@ -189,6 +191,35 @@ def test_masks_and_thresholds_of_operators_in_a_row_are_those_of_each(seed: int,
     assert torch.equal(stack.mask(scores), torch.cat([own.mask(scores[rows]) for rows, own in parts]))
     expected = torch.cat([own.threshold(scores[rows]).expand_as(scores[rows]) for rows, own in parts])
     assert torch.equal(stack.threshold(scores).expand_as(scores), expected)
+
+
+@pytest.mark.parametrize("name", ["matrix", "row", "2:4", "stack", "uneven"])
+@pytest.mark.parametrize("singular", [False, True])
+def test_bounds_side_by_side_are_those_of_each(name: str, singular: bool):
+    problems = [posed(i, PATTERNS[name], dead=3 * (i == 1)) for i in range(COUNT)]
+    edits = Convex(rounds=4).prune_all(problems)
+    factors = [None, torch.linspace(0.5, 2, M), None]
+    damping = Damping(0.0 if singular else 0.06)
+    if singular:
+        few = correlated(9, M, N, tokens=4)
+        problems[2] = LayerProblem(few.weight, few.moments, PATTERNS[name])
+    stacks = [(p, edit.weight, damping, own) for p, edit, own in zip(problems, edits, factors, strict=True)]
+    for stack, together in zip(stacks, sampled_bounds_of_all(stacks, 2), strict=True):
+        alone = sampled_bounds(stack[0], stack[1], 2, stack[2], stack[3])
+        for one, other in zip(alone, together, strict=True):
+            assert one is not None and other == pytest.approx(one, rel=1e-6)
+            assert other["lower"] > 0 or singular
+
+
+def kernels_of_bounds(stacks: list[tuple[LayerProblem, Tensor, Damping, Tensor | None]]) -> int:
+    return counted(lambda: sampled_bounds_of_all(stacks, 2), compiled=True)["dispatched"]
+
+
+def test_bounds_of_many_operators_take_fewer_kernels_each():
+    problems = [posed(i, Unstructured(0.5)) for i in range(8)]
+    stacks = [(p, p.weight * p.pattern.mask(p.weight.abs()), Damping(0.06), None) for p in problems]
+    one, many = kernels_of_bounds(stacks[:1]), kernels_of_bounds(stacks)
+    assert one < 1100 and many < 0.55 * 8 * one
 
 
 def kernels(problems: list[LayerProblem], rounds: int = 60) -> int:

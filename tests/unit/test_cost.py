@@ -138,8 +138,9 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     return measured, cost.problem_bytes(stack, sizes.method_cost(method, "refit" in more, weighed), bound)
 
 
-def test_memory_of_problems_side_by_side_is_what_torch_allocates(monkeypatch: pytest.MonkeyPatch):
-    heights, n, random = (256, 256), 384, torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("bound", [False, True])
+def test_memory_of_problems_side_by_side_is_what_torch_allocates(bound: bool, monkeypatch: pytest.MonkeyPatch):
+    heights, n, random = (48, 48) if bound else (256, 256), 384, torch.Generator().manual_seed(0)
     folds = dict[Group, CalibrationStatistics]()
     for _ in range(4):
         operators = tuple(Matrix(f"w{i}", torch.randn(m, n, generator=random)) for i, m in enumerate(heights))
@@ -148,11 +149,11 @@ def test_memory_of_problems_side_by_side_is_what_torch_allocates(monkeypatch: py
             filled.add(torch.randn(1, 2 * n, n, generator=random), None, i == 2)
         folds[Group(operators, ModuleInput(nn.Identity()), False)] = filled
     monkeypatch.setattr(group, "at_once", lambda *_: 4)
-    settings = LayerSettings(METHODS["convex"], Unstructured(0.5), correction=0)
+    settings = LayerSettings(METHODS["convex"], Unstructured(0.5), correction=0, bound_rows=2 if bound else 0)
     measured = allocated(lambda: group.prune_groups("layer", folds, settings, lambda _: None, 0, lambda _: {}))
     stack = sizes.Stack(("a", "b"), heights, n, token_aligned=False)
     layers = sizes.LayerSize(((stack,) * 4,), 0, 0, 1), sizes.LayerSize(((stack,),), 0, 0, 1)
-    alone = replace(SETTING, correction=False)
+    alone = replace(SETTING, correction=False, bound=bound)
     model = replace(PLAIN, layers=layers)
     assert cost.memory(model, alone).beside == 0
     needed = cost.memory(model, replace(alone, side_by_side=True))

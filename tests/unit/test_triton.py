@@ -23,6 +23,11 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # by function: the tensors that its ker
     "_with_digit": ((3, 15), (3, 1)),  # all counts of [m n] in one pass; the rest is of [m 15]
     "_ranks": (1, 4),
     "_middle": (1, 1),
+    "_gradient": (3, 1),
+    "_target": (3, 2),
+    "_parted": (2, 2),
+    "fractions": ((1, 1), (2, 1)),  # the first is of [m 1]
+    "_nearer": (3, 1),
 }
 
 

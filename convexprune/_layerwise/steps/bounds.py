@@ -1,5 +1,6 @@
 """How far a pruned operator is from the best possible, on a few of its rows."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from convexprune.constraints import Constraint
 from convexprune.core._bound import LowerBound, PruningBound
 from convexprune.core._damping import Damping
+from convexprune.core._quadratic import Quadratic
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import damped
 
@@ -56,13 +58,44 @@ def sampled_bounds(
         One bound for each operator; None if no rows are asked, if nothing was to be pruned, or if the operators are too
         wide.
     """
+    return sampled_bounds_of_all([(problem, weight, damping, factors)], rows)[0]
+
+
+Stack = tuple[LayerProblem, Tensor, Damping, Tensor | None]
+"""A problem, its pruned weight, and the damping and the factors of its rows."""
+
+
+def sampled_bounds_of_all(stacks: Sequence[Stack], rows: int) -> list[list[dict[str, float] | None]]:
+    """The bounds of stacks that were pruned side by side.
+
+    Args:
+        stacks: what `sampled_bounds` takes for each.
+        rows: how many of each operator.
+
+    Returns:
+        What it returns for each.
+    """
+    drawn = [_drawn(*stack, rows) for stack in stacks]
+    method = replace(QUICK, rounds=0) if stacks[0][1].shape[1] > WIDE else QUICK
+    found = iter(method.of_all([posed for posed, _ in drawn if posed is not None]))
+    bounds = []
+    for (posed, wanted), (_, _, damping, _) in zip(drawn, stacks, strict=True):
+        own = iter([] if posed is None else next(found))
+        bounds.append([_facts(next(own), damping) if each and posed is not None else None for each in wanted])
+    return bounds
+
+
+def _drawn(
+    problem: LayerProblem, weight: Tensor, damping: Damping, factors: Tensor | None, rows: int
+) -> tuple[tuple[Quadratic, list[Constraint], Sequence[Tensor]] | None, list[bool]]:
+    """What `LowerBound.of_each` takes of a stack, and which operators it is for; None if there is none."""
     parts, n = problem.operators(), weight.shape[1]
-    pruned = [_is_bounded(part) for part in parts]
-    if rows == 0 or n > WIDEST or not any(pruned):
-        return [None] * len(parts)
+    wanted = [_is_bounded(part) for part in parts]
+    if rows == 0 or n > WIDEST or not any(wanted):
+        return None, wanted
     chosen, patterns, first = list[Tensor](), list[Constraint](), 0
-    for part, wanted in zip(parts, pruned, strict=True):
-        if wanted:
+    for part, is_wanted in zip(parts, wanted, strict=True):
+        if is_wanted:
             chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
             patterns.append(part.pattern)
         first += len(part.weight)
@@ -70,10 +103,8 @@ def sampled_bounds(
     factors = None if factors is None else factors.to(weight)[everywhere]
     drawn = problem.rows(everywhere, problem.pattern)
     posed = damped(drawn.scaled(factors), damping)
-    method = replace(QUICK, rounds=0) if n > WIDE else QUICK
     weights = weight[everywhere] if factors is None else weight[everywhere] * factors[:, None]
-    found = iter(method.of_each(posed, patterns, weights.split([len(part) for part in chosen])))
-    return [_facts(next(found), damping) if wanted else None for wanted in pruned]
+    return (posed, patterns, weights.split([len(part) for part in chosen])), wanted
 
 
 def _is_bounded(part: LayerProblem) -> bool:

@@ -13,7 +13,7 @@ from convexprune._device.precision import certifying_in, solving_in
 from convexprune._layerwise.model import Group
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, at_once
-from convexprune._layerwise.steps.bounds import sampled_bounds
+from convexprune._layerwise.steps.bounds import sampled_bounds_of_all
 from convexprune._layerwise.targets import height, stack_of, width
 from convexprune.constraints import Constraint, Stacked
 from convexprune.core._damping import NO_DAMPING
@@ -109,30 +109,35 @@ def _prune_together(parts: Sequence[_Part], settings: LayerSettings, on_operator
     with solving_in(settings.solve_precision), certifying_in(settings.certificate_precision):
         pruned = solved(problems, factors, parts[0].pruner)
         pruned = [settings.quantizer.quantize(*each) for each in zip(problems, pruned, strict=True)]
+    for part, edit in zip(parts, pruned, strict=True):
+        if not bool(edit.weight.isfinite().all()):
+            raise PruningError(f"{part.names[0]}: the pruned weight is not finite. Raise the damping.")
+    stored = [
+        _store(part.group, edit, problem.weight) for part, edit, problem in zip(parts, pruned, problems, strict=True)
+    ]
+    dampings = [edit.damping or NO_DAMPING for edit in pruned]
+    bounds = sampled_bounds_of_all(list(zip(problems, stored, dampings, factors, strict=True)), settings.bound_rows)
     share = (time.perf_counter() - began) / len(parts)
-    for each in zip(parts, problems, pruned, factors, strict=True):
-        _put(*each, settings, on_operator, time.perf_counter() - share)
+    for each in zip(parts, problems, pruned, stored, bounds, strict=True):
+        _report(*each, settings, on_operator, time.perf_counter() - share)
 
 
-def _put(
+def _report(
     part: _Part,
     problem: LayerProblem,
     pruned: LayerEdit,
-    factors: Tensor | None,
+    stored: Tensor,
+    bounds: Sequence[dict[str, float] | None],
     settings: LayerSettings,
     on_operator: OnOperator,
     began: float,
 ) -> None:
-    """Store what was found for a stack, and report it.
+    """Report what was stored for a stack.
 
     Raises:
-        PruningError: the pruned weight is not what was asked for.
+        PruningError: it is not what was asked for.
     """
     names, folds = part.names, part.folds
-    if not bool(pruned.weight.isfinite().all()):
-        raise PruningError(f"{names[0]}: the pruned weight is not finite. Raise the damping.")
-    stored = _store(part.group, pruned, problem.weight)
-    bounds = sampled_bounds(problem, stored, settings.bound_rows, pruned.damping or NO_DAMPING, factors)
     errors = _relative_errors(problem, stored)
     held_out = _errors_elsewhere(problem, folds.held_out.rows(part.rows), stored)
     more = pruned.facts | part.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
