@@ -1,8 +1,9 @@
 """A quantized model in the layout `pack-quantized` of compressed-tensors, which transformers and vLLM load as it is."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,10 @@ from convexprune.constraints._grid import ROW
 from convexprune.errors import ModelError
 
 INDEX, CONFIG = ".safetensors.index.json", "config.json"
+ACCEPTED = (
+    "The layout takes Linear modules only, no experts in one tensor, and none that was quantized before. "
+    "`convexprune pack` takes any model."
+)
 OF_RUN = (REPORT, PAGE)  # tell of the files as they were
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
@@ -49,13 +54,16 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     grid = _grid(folder)
     weights = {name: entry for name, entry in plain.items() if name.endswith(".weight") and len(entry.spec.shape) == 2}
     quantized = {name for name, entry in weights.items() if _is_quantized(entry, grid)}
-    if (count := len(RunFolder(folder).report().operators)) != len(quantized):
+    report = RunFolder(folder).report()
+    _refuse_stacked(folder, [name for name, entry in plain.items() if len(entry.spec.shape) == 3], report.left_alone)
+    asked = sum(operator.outputs * operator.inputs for operator in report.operators)
+    if (count := sum(prod(weights[name].spec.shape) for name in quantized)) != asked:
         raise ModelError(
-            f"{folder}: the run has quantized {count} operators, and {len(quantized)} weights [outputs inputs] are on "
-            f"{grid}. The layout takes one for each operator: Linear modules only, no experts in one tensor, and "
-            "none that was quantized before. `convexprune pack` takes any model."
+            f"{folder}: the run has quantized {asked:,} weights, and matrices [outputs inputs] with {count:,} are on "
+            f"{grid}. {ACCEPTED}"
         )
-    left = {name.removesuffix(".weight") for name in weights.keys() - quantized} | {"lm_head"}
+    # Names on disk may be older than those of the modules, and engines go by one or the other.
+    left = {name.removesuffix(".weight") for name in weights.keys() - quantized} | {"lm_head", *report.left_alone}
     converts: dict[Path, Convert] = {
         path: partial(_convert_tensors, grid=grid, quantized=quantized) for path in tensors
     }
@@ -63,6 +71,13 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
     return write_folder("exporting", folder, {path: path for path in kept}, converts, output_dir)
+
+
+def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str]) -> None:
+    """Refuse experts in one tensor that the run has left as they are: engines put quantized modules in their place."""
+    ends = {tuple(name.split(".")[-2:]) for name in left_alone if not name.endswith(".weight")}
+    if stacked := [name for name in names if tuple(name.split(".")[-2:]) in ends]:
+        raise ModelError(f"{folder}: {stacked[0]} has 3 dimensions. {ACCEPTED}")
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import SETTINGS
+from runs import SETTINGS, TOKENS
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tiny_families import FAMILIES, GROUPED, build_family
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llama4ForCausalLM, Llama4TextConfig
 from typer.testing import CliRunner
 
 import convexprune
@@ -56,6 +57,30 @@ def test_transformers_loads_the_weights_of_the_run(run: Path, tmp_path: Path):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+def test_experts_and_decoders_beside_a_vision_tower_are_loaded(family: str, tmp_path: Path):
+    """The experts are fused when they are loaded, and the names of the tower are others on disk."""
+    build_family(family).save_pretrained(tmp_path / "dense")
+    grid: dict[str, Any] = {"sparsity": 0, "quantize": "int4", "group_size": -1, "dataset": TOKENS % 100 + 2}
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS | grid)
+    convexprune.export(tmp_path / "run", tmp_path / "out")
+    kind = AutoModelForCausalLM if family == "mixtral" else AutoModelForImageTextToText
+    ours, theirs = (kind.from_pretrained(tmp_path / each, dtype=torch.float32) for each in ("run", "out"))
+    tokens = torch.arange(2, 30)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss"])
+def test_experts_in_one_tensor_are_refused(family: str, tmp_path: Path):
+    sizes: dict[str, Any] = GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    model = build_family(family) if family in FAMILIES else Llama4ForCausalLM(Llama4TextConfig(**sizes, head_dim=8))
+    model.save_pretrained(tmp_path / "dense")
+    grid: dict[str, Any] = {"sparsity": 0, "quantize": "int4", "group_size": -1, "dataset": TOKENS % 100 + 2}
+    convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS | grid)
+    with pytest.raises(ModelError, match="takes Linear modules only, no experts in one tensor"):
+        convexprune.export(tmp_path / "run", tmp_path / "out")
+
+
 def test_one_scale_for_a_row_is_their_strategy_channel(build, tmp_path: Path):
     build("llama").save_pretrained(tmp_path / "dense")
     grid: dict[str, Any] = {"sparsity": 0, "quantize": "int8", "group_size": -1}
@@ -91,5 +116,5 @@ def test_what_is_on_the_grid_already_is_not_taken_for_the_runs(run: Path, tmp_pa
     """A second run quantizes what the first one left: more weights are on the grid than it has operators."""
     own: dict[str, Any] = SETTINGS | GRID | {"sparsity": 0, "targets": ["o_proj"], "ignore": []}
     convexprune.prune(run, output_dir=tmp_path / "again", **own)
-    with pytest.raises(ModelError, match=r"has quantized 2 operators, and 12 weights .* are on int4"):
+    with pytest.raises(ModelError, match=r"has quantized 2,048 weights, and matrices .* with 12,288 are on int4"):
         convexprune.export(tmp_path / "again", tmp_path / "out")
