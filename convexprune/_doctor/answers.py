@@ -1,7 +1,9 @@
 """One problem by every method on the device, beside the same in float64 on the CPU."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -80,6 +82,7 @@ def cases(bed: Bed) -> Iterator[Case]:
         usual = patterns[""] if name in PRUNERS else Columns(0.5)  # all that the others can take
         for suffix, pattern in patterns.items() if name in ("convex", "admm") else [("", usual)]:
             yield Case("answers", name + suffix, partial(answer, group, name, pattern))
+    yield Case("answers", f"{bed.experts[0]} experts side by side", partial(side_by_side, bed))
     for suffix, pattern in patterns.items():
         yield Case("determinism", f"convex{suffix}", partial(determined, group, pattern))
 
@@ -129,6 +132,31 @@ def answer(group: Group, name: str, pattern: Constraint) -> Found:
         and (gap or 0) <= max(LARGEST_GAP, 1.1 * (gap_exact or 0))
     )
     return Found(said, numbers, passed)
+
+
+def side_by_side(bed: Bed) -> Found:
+    """Problems that `convex` solves side by side have the errors that they have one by one.
+
+    Args:
+        bed: where, how many and how large.
+
+    Returns:
+        The largest difference, and how much quicker they are.
+    """
+    count, *shape = bed.experts
+    first = Group(replace(bed, group=(shape[0], shape[1]))).problem(Unstructured(0.5), bed.device, torch.float32)
+    problems = [replace(first, weight=first.weight.roll(i, 0)) for i in range(count)]
+    pruner, errors, seconds = PRUNERS["convex"](), list[Tensor](), list[float]()
+    pruner.prune_all(problems)  # kernels are compiled once
+    for parts in ([[problem] for problem in problems], [problems]):
+        began = time.perf_counter()
+        edits = [edit for part in parts for edit in pruner.prune_all(part)]
+        found = [problem.squared_error(edit.weight).sum() for problem, edit in zip(problems, edits, strict=True)]
+        errors.append(torch.stack(found).cpu())
+        seconds.append(time.perf_counter() - began)
+    difference, quicker = float((errors[1] / errors[0] - 1).abs().max()), seconds[0] / seconds[1]
+    said = f"error {difference:.2%} from those one by one, {quicker:.1f} times as fast"
+    return Found(said, {"difference": difference, "quicker": quicker}, difference <= LARGEST_DIFFERENCE)
 
 
 def _gap(edit: LayerEdit) -> float | None:

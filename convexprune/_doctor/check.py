@@ -25,6 +25,7 @@ class Bed:
         hidden: the width of the two-layer LLaMA.
         length: tokens of a window for it.
         seconds: after which no further round of a timing begins, if there were five.
+        experts: how many problems are solved side by side, and the shape of each.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Bed:
     hidden: int = 2048
     length: int = 2048
     seconds: float = 0.5
+    experts: tuple[int, int, int] = (8, 768, 2048)
 
     @property
     def on_gpu(self) -> bool:
@@ -56,7 +58,7 @@ class Bed:
         """
         if device.startswith("cuda"):
             return cls(device)
-        return cls(device, 512, (128, 256, 576), 256, 64, (256, 768), (48, 192), 1 << 22, 64, 64, 0.0)
+        return cls(device, 512, (128, 256, 576), 256, 64, (256, 768), (48, 192), 1 << 22, 64, 64, 0.0, (3, 24, 96))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from strategies import Layer
 import convexprune
 from convexprune._doctor.checkup import doctor
 from convexprune._schema.measures import CHECKS
-from convexprune.pruners import PRUNERS, LayerProblem
+from convexprune.pruners import PRUNERS, Convex, LayerProblem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -34,6 +34,15 @@ def test_a_pruner_gives_the_pattern_and_the_error_that_it_gives_on_the_cpu(name:
     assert int((~found.mask).sum()) == exact.pattern.zeros(6, 16)
     here = exact.squared_error(found.weight.cpu()).sum()
     torch.testing.assert_close(here, exact.squared_error(expected.weight).sum(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_problems_side_by_side_have_the_errors_that_they_have_on_the_cpu(pattern: str):
+    problem, exact = _problem(pattern, "cuda"), _problem(pattern, "cpu")
+    (expected,) = Convex().prune_all([exact])
+    for found in Convex().prune_all([problem] * 3):
+        here = exact.squared_error(found.weight.cpu()).sum()
+        torch.testing.assert_close(here, exact.squared_error(expected.weight).sum(), rtol=1e-2, atol=0)
 
 
 def test_a_run_gives_the_same_bits_twice_and_every_solve_is_certified(dense: Path, tmp_path: Path):

@@ -1,6 +1,6 @@
 """Problems side by side against the same problems one by one: the slow twin of every step that is batched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -207,11 +207,11 @@ def test_bounds_side_by_side_are_those_of_each(name: str, singular: bool):
     for stack, together in zip(stacks, sampled_bounds_of_all(stacks, 2), strict=True):
         alone = sampled_bounds(stack[0], stack[1], 2, stack[2], stack[3])
         for one, other in zip(alone, together, strict=True):
-            assert one is not None and other == pytest.approx(one, rel=1e-6)
+            assert one is not None and other is not None and other == pytest.approx(one, rel=1e-6)
             assert other["lower"] > 0 or singular
 
 
-def kernels_of_bounds(stacks: list[tuple[LayerProblem, Tensor, Damping, Tensor | None]]) -> int:
+def kernels_of_bounds(stacks: Sequence[tuple[LayerProblem, Tensor, Damping, Tensor | None]]) -> int:
     return counted(lambda: sampled_bounds_of_all(stacks, 2), compiled=True)["dispatched"]
 
 

@@ -18,7 +18,7 @@ from convexprune._doctor.checkup import doctor
 from convexprune._schema.measures import CHECKS
 from convexprune.pruners import METHODS, Wanda
 
-TINY = Bed("cpu", 64, (32,), 32, 8, (16, 64), (48, 192), 1 << 10, 32, 32, 0.0)
+TINY = Bed("cpu", 64, (32,), 32, 8, (16, 64), (48, 192), 1 << 10, 32, 32, 0.0, (2, 8, 32))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_a_cpu_is_well(monkeypatch: pytest.MonkeyPatch):
     assert {row.case for row in found.rows if row.check == "answers"} >= METHODS.keys() - {"reap", "shortgpt"}
     told = json.loads(json.dumps(found.to_json()))
     assert told["passed"] and len(told["rows"]) == len(found.rows)
-    assert told["verdict"][-1].startswith("23 of 23 checks passed on cpu, 1 threads")
+    assert told["verdict"][-1].startswith("24 of 24 checks passed on cpu, 1 threads")
 
 
 def test_the_checks_of_a_gpu_are_made_on_a_cpu_that_says_it_is_one(monkeypatch: pytest.MonkeyPatch):
