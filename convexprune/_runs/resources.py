@@ -36,7 +36,7 @@ class Needs(NamedTuple):
 
 REFIT = Needs(0, 2, 0.4, 900, 80, 750)
 NEEDS = {
-    "admm": Needs(64, 2, 0.4, 3000, 170, 5700),
+    "admm": Needs(64, 2, 0.4, 3000, 170, 5700, own=100),
     "alps": Needs(0, 2, 39, 1450, 130, 2000),
     "convex": Needs(60, 2, 0.4, 2200, 105, 1800, own=100),
     "fistapruner": Needs(0, 18, 0.4, 2850, 130, 2700),

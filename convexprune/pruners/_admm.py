@@ -1,6 +1,7 @@
 """Our ADMM on the problem with the pattern as a constraint: not convex, and the way to the best supports we know."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class ADMM(AbstractSearch):
         every: rho grows every so many iterations, where U shrinks in proportion (rho U is the multiplier).
         relaxation: a; below one it ends in better supports (docs/tried.md).
     """
+
+    side_by_side: ClassVar[bool] = True
 
     iterations: Count = 80
     stiffnesses: Ends = (0.1, 1.0)

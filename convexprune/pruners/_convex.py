@@ -21,7 +21,6 @@ from convexprune.pruners._every_choice import best_choice, choices
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty
-from convexprune.solvers._cg import ConjugateGradient
 
 ONLY = "reweighted-l1"  # of four penalties that there were
 
@@ -137,12 +136,7 @@ class Convex(AbstractSearch):
         return Found(scores, tuple(solutions), products)
 
     def _is_batched(self, problem: LayerProblem) -> bool:
-        """Of a subclass nobody knows."""
-        own = all(getattr(type(self), name) is getattr(Convex, name) for name in ("prune", "search"))
-        refit, pattern = self.refit, problem.pattern
-        known = own and self.solver in (None, Convex.solver_for("fista"))
-        known = known and (refit is None or isinstance(refit, ConjugateGradient))
-        return known and not pattern.by_column and pattern.zeros(*problem.weight.shape) > 0
+        return super()._is_batched(problem) and self.solver in (None, Convex.solver_for("fista"))  # one step each
 
     def require(self, pattern: Constraint) -> None:
         """See `AbstractPruner.require`.

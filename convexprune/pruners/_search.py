@@ -124,5 +124,7 @@ class AbstractSearch(AbstractPruner):
         return edits
 
     def _is_batched(self, problem: LayerProblem) -> bool:
-        """Whether every step of the search and the refit treats problems side by side as it treats each alone."""
-        return False
+        """Whether search and refit do to each of many problems what they do to one; a subclass has to say so itself."""
+        known = self.refit is None or isinstance(self.refit, ConjugateGradient)
+        searched = not problem.pattern.by_column and problem.pattern.zeros(*problem.weight.shape) > 0
+        return known and searched and vars(type(self)).get("side_by_side", False)

@@ -25,7 +25,7 @@ from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._side_by_side import SideBySide, certify_each
-from convexprune.pruners import AbstractPruner, Convex, LayerProblem, SparseGPT
+from convexprune.pruners import ADMM, AbstractPruner, Convex, LayerProblem, SparseGPT
 from convexprune.pruners._search import Found
 from convexprune.solvers._base import Status
 from convexprune.solvers._cg import ConjugateGradient
@@ -63,9 +63,10 @@ def quadratics(seed: int, tokens: int | None = None) -> list[Quadratic]:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_what_is_pruned_side_by_side_is_what_is_pruned_alone(name: str):
+@pytest.mark.parametrize("pruner", [Convex(), ADMM()], ids=lambda pruner: type(pruner).__name__)
+def test_what_is_pruned_side_by_side_is_what_is_pruned_alone(pruner: AbstractPruner, name: str):
     problems = [posed(i, PATTERNS[name], dead=3 * (i == 1)) for i in range(COUNT)]
-    alone, together = [Convex().prune(each) for each in problems], Convex().prune_all(problems)
+    alone, together = [pruner.prune(each) for each in problems], pruner.prune_all(problems)
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.mask, other.mask)
         close(other.weight, one.weight, 1e-8)
@@ -222,8 +223,9 @@ def test_bounds_of_many_operators_take_fewer_kernels_each():
     assert one < 1100 and many < 0.55 * 8 * one
 
 
-def kernels(problems: list[LayerProblem], rounds: int = 60) -> int:
-    return counted(lambda: Convex(rounds=rounds).prune_all(problems), compiled=True)["dispatched"]
+def kernels(problems: list[LayerProblem], rounds: int = 60, pruner: AbstractPruner | None = None) -> int:
+    pruner = pruner or Convex(rounds=rounds)
+    return counted(lambda: pruner.prune_all(problems), compiled=True)["dispatched"]
 
 
 def test_many_problems_take_about_as_many_kernels_as_one():
@@ -231,6 +233,8 @@ def test_many_problems_take_about_as_many_kernels_as_one():
     for problem in problems:
         _ = problem.quadratic, problem.energy
     one, many = kernels(problems[:1]), kernels(problems)
+    assert many < 0.25 * 8 * one
+    one, many = kernels(problems[:1], pruner=ADMM()), kernels(problems, pruner=ADMM())
     assert many < 0.25 * 8 * one
     a_round = [(kernels(p, 60) - kernels(p, 40)) / 20 for p in (problems[:1], problems)]
     assert a_round[1] <= 1.5 * a_round[0]
