@@ -49,9 +49,11 @@ class Channels(Columns):
 
     def check(self, rows: int, columns: int) -> None:
         if not 0 < self.width(columns) < columns:
+            least, most = self.multiple, (columns - 1) // self.multiple * self.multiple
+            shares = f"{1 - most / columns:.3g} for a width of {most}, to {1 - least / columns:.3g} for {least}"
             raise PatternError(
-                f"Sparsity {self.sparsity} of {columns} channels rounds to a width of {self.width(columns)}. Take "
-                f"another sparsity, or a lower multiple than {self.multiple}: pattern 'channels:8', say."
+                f"Sparsity {self.sparsity} of {columns} channels rounds to a width of {self.width(columns)}. Accepted: "
+                f"{shares if most else 'none'}; with a lower multiple than {self.multiple} others, as channels:1."
             )
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:

@@ -190,8 +190,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
         with pytest.raises(error, match=match):
             convexprune.prune(given.pop("model", source), **SMALL | given, output_dir=tmp_path / "out")
 
-    refused(PatternError, "48 channels rounds to a width of 0.* 'channels:8', say", pattern="channels", sparsity=0.9)
-    refused(PatternError, "48 channels rounds to a width of 48", sparsity=0.01)
+    refused(PatternError, r"width of 0\. Accepted: none; with a lower multiple than 64", pattern="channels")
+    refused(PatternError, r"width of 48\. Accepted: 0\.167 for a width of 40, to 0\.833 for 8", sparsity=0.01)
     refused(PatternError, "Leave quota out", quota="row")
     refused(RecipeError, "Leave targets and ignore out", targets=["down_proj"])
     refused(RecipeError, "all layers keep the same width", allocation="half-curve")
