@@ -1,6 +1,7 @@
 """The tables of docs/pack.md: bits a weight and speed of packs, and of other codings of the same tensors.
 
     python benchmarks/pack.py MODEL [--dtype bfloat16] [--codings]
+    python benchmarks/pack.py PRUNED --as-it-is  # of matrices that have zeros already
 
 MODEL is a folder with safetensors. The smallest entries of each matrix of its decoder layers are set to zero (magnitude
 pruning), and the model is packed and unpacked. Speeds are bytes of the unpacked files by seconds of one CPU core.
@@ -62,6 +63,16 @@ def folder(model: dict[str, Entry], share: float, dtype: torch.dtype) -> tuple[P
     return made, made.before / 1e6 / packing, made.before / 1e6 / unpacking
 
 
+def as_it_is(matrices: dict[str, Entry], dtype: torch.dtype) -> str:
+    """The share of zeros of matrices that have many, and the bits that a weight of them takes."""
+    zeros = {name: int((entry.read() == 0).sum()) for name, entry in matrices.items()}
+    sizes = {name: entry.read().numel() for name, entry in matrices.items()}
+    sparse = [name for name in matrices if zeros[name] > 0.1 * sizes[name]]
+    bits = folder({name: matrices[name] for name in sparse}, 0.0, dtype)[0].bits
+    share = sum(zeros[name] for name in sparse) / sum(sizes[name] for name in sparse)
+    return f"{len(sparse)} matrices, {share:.1%} zeros: {bits:.2f} bits a weight"
+
+
 def spec_of(entry: Entry, dtype: torch.dtype) -> Spec:
     count = entry.spec.nbytes // DTYPES[entry.spec.code].itemsize
     return Spec(CODES[dtype], entry.spec.shape, count * dtype.itemsize)
@@ -119,15 +130,19 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--codings", action="store_true", help="other codings as well (16-bit types)")
+    parser.add_argument("--as-it-is", action="store_true", help="prune nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, given.dtype)
     model = {n: e for path in sorted(given.model.glob("*.safetensors")) for n, e in entries(path)[0].items()}
+    matrices = {name: entry for name, entry in model.items() if is_pruned(name, entry)}
+    if given.as_it_is:
+        print(as_it_is(matrices, dtype))
+        return
     print(
         "| zeros | bits a weight, pruned matrices | bits a weight, all | size of the file | MB/s to pack | to unpack |"
     )
     print("|---|---|---|---|---|---|")
-    matrices = {name: entry for name, entry in model.items() if is_pruned(name, entry)}
     for share in SHARES:
         alone, (whole, packing, unpacking) = folder(matrices, share, dtype)[0], folder(model, share, dtype)
         cells = [f"{share:.0%}", f"{alone.bits:.2f}", f"{whole.bits:.2f}", f"{whole.after / whole.before:.1%}"]
