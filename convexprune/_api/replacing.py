@@ -26,8 +26,10 @@ class Replacement:
         Raises:
             OutputError: the folder holds something else, is in use, or cannot be renamed.
         """
-        for folder in (self.place, self.new, self.old):
+        # Where an unfinished run is made there are files of its result that no report names yet.
+        for folder in (self.place, self.old, *(() if RunFolder(self.new).is_unfinished else (self.new,))):
             _require_ours(folder)
+        _require_free(self.new)
         if os.path.ismount(self.place):
             raise OutputError(f"{self.place} is a mount point, which cannot be replaced. Give a folder inside of it.")
 
@@ -65,6 +67,15 @@ def _require_ours(folder: Path) -> None:
             f"{folder} holds what no run wrote, or what was changed since: {', '.join(foreign[:3])}{more}. Only a run "
             "is overwritten: move these away, or give another folder."
         )
+    _require_free(folder)
+
+
+def _require_free(folder: Path) -> None:
+    """Refuse a folder which a process works on.
+
+    Raises:
+        OutputError: that is so.
+    """
     if (folder / LOCK).exists():
         with locked(folder / LOCK) as free:
             if not free:

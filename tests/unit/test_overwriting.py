@@ -11,6 +11,7 @@ import convexprune
 from convexprune import errors
 from convexprune._api import replacing
 from convexprune._layerwise.folder_store import FolderStore
+from convexprune._runs.folder import RunFolder
 
 GIVEN: dict[str, Any] = SMALL | {"method": "magnitude"}
 
@@ -85,14 +86,17 @@ def test_a_folder_that_is_no_run_is_not_touched(build, tmp_path: Path):
     assert (tmp_path / "out" / "work").is_dir()
 
 
-def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(build, done: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("where", [(FolderStore, "require_whole"), (RunFolder, "finish")])
+def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(
+    build, done: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+):
     before = files(done)
 
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderStore, "require_whole", fail)
+        patch.setattr(*where, fail)
         with pytest.raises(KeyboardInterrupt):
             convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
     assert files(done) == before and (done.parent / ".out.new" / "run.json").is_file()
