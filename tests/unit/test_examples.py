@@ -29,21 +29,21 @@ BLOCKS = {
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model with half of its decoder layers."""
-    folder = tmp_path_factory.mktemp("half") / "model"
+def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with the first of its four decoder layers."""
+    folder = tmp_path_factory.mktemp("little") / "model"
     shutil.copytree(EMBEDDED, folder)
     model: Any = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    del model.model.decoder.layers[2:]
-    model.config.num_hidden_layers = 2
+    del model.model.decoder.layers[1:]
+    model.config.num_hidden_layers = 1
     model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def shorter(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled model has half of its layers, and what it writes is short: both took most of the time."""
-    monkeypatch.setattr(loading, "EMBEDDED", half)
+def shorter(little: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model has one layer, and what it writes is short: both took most of the time."""
+    monkeypatch.setattr(loading, "EMBEDDED", little)
     write = calibration.sampled_windows
     monkeypatch.setattr(calibration, "sampled_windows", lambda *a, **b: write(*a, **b | {"length": 64}))
     monkeypatch.setattr(windows, "EVALUATION_SAMPLES", 4)
