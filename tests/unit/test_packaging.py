@@ -90,15 +90,6 @@ def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(convexprune, "prone")
 
 
-@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_that_wait_give_their_processor_away_unless_told_otherwise(given: dict[str, str], policy: str):
-    code = "import os, sys, convexprune.__main__ as door; sys.argv = ['', '--version']\ntry: door.run()\nfinally: "
-    told = [sys.executable, "-c", code + "print(os.environ['OMP_WAIT_POLICY'])"]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
-    done = subprocess.run(told, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split()[-1] == policy
-
-
 def test_an_interrupt_while_the_command_line_is_loaded_is_no_traceback():
     code = (
         "import sys, convexprune.__main__ as door\n"
