@@ -169,6 +169,6 @@ def refused(record_property: Callable[[str, Any], None]) -> Callable[[str, str],
 
 # Always the same examples, so that a failure in CI is a failure here; no deadline, because machines are shared.
 # Others, and many more of them: pytest --hypothesis-profile thorough tests/property
-settings.register_profile("convexprune", deadline=None, derandomize=True, max_examples=12)
+settings.register_profile("convexprune", deadline=None, derandomize=True, max_examples=10)
 settings.register_profile("thorough", deadline=None, max_examples=200)
 settings.load_profile("convexprune")

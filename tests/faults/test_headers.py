@@ -80,7 +80,7 @@ def _library(path: Path) -> set[str] | None:
 ONE = '{"a":{"dtype":"U8","shape":%s,"data_offsets":%s}}'
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(_mutated())
 @example(((ONE % ([8], [0, 8])).encode(), 8))
 @example(((ONE % ('""', [0, 1])).encode(), 1))

@@ -29,7 +29,7 @@ AGREEMENT = 1e-6  # of the objective: what the interior-point oracle can be trus
 NEGLIGIBLE = 1e-7  # of the energy: an objective below this is compared with this. Exact fits end within 1e-13 of it,
 # some hundred rounding errors, and say UNCONFIRMED or ITERATION_LIMIT.
 ENGINES = 1e-5  # OSQP and SCS are first-order methods
-FEW = settings(max_examples=8)  # examples a line: the oracle states every row anew
+FEW = settings(max_examples=6)  # examples a line: the oracle states every row anew
 
 
 def make(name):
