@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from test_channels import HEADS, require_same_as_zeros
 from tiny_families import DEEPSEEK, FAMILIES, GROUPED, TOKENS, build_family
@@ -156,7 +157,19 @@ def gated() -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("build", "layers"), [(latent, 2), (gated, 1)])
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [
+        pytest.param(
+            latent,
+            2,
+            marks=pytest.mark.skipif(
+                transformers.__version__.startswith("4."), reason="heads of MLA are found from transformers 5 on"
+            ),
+        ),
+        (gated, 1),
+    ],
+)
 def test_operators_that_make_more_than_values_lose_all_of_a_head(build: Callable[[], PreTrainedModel], layers: int):
     torch.manual_seed(0)
     model = HuggingFaceModel(build().eval())
