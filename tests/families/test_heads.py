@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from test_channels import HEADS, require_same_as_zeros
 from tiny_families import DEEPSEEK, FAMILIES, GROUPED, TOKENS, build_family
@@ -143,8 +142,9 @@ def test_heads_that_are_not_side_by_side_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def latent() -> PreTrainedModel:
-    """Keys [8] and values [12] of each head side by side, as in MLA."""
-    sizes: dict[str, Any] = DEEPSEEK | {"v_head_dim": 12, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1}
+    """Keys [8] and values [12] of each head side by side, as in MLA, where each query head has its own."""
+    sizes: dict[str, Any] = DEEPSEEK | {"num_key_value_heads": 4, "v_head_dim": 12, "num_hidden_layers": 2}
+    sizes |= {"n_group": 1, "topk_group": 1}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
 
 
@@ -157,19 +157,7 @@ def gated() -> PreTrainedModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("build", "layers"),
-    [
-        pytest.param(
-            latent,
-            2,
-            marks=pytest.mark.skipif(
-                transformers.__version__.startswith("4."), reason="heads of MLA are found from transformers 5 on"
-            ),
-        ),
-        (gated, 1),
-    ],
-)
+@pytest.mark.parametrize(("build", "layers"), [(latent, 2), (gated, 1)])
 def test_operators_that_make_more_than_values_lose_all_of_a_head(build: Callable[[], PreTrainedModel], layers: int):
     torch.manual_seed(0)
     model = HuggingFaceModel(build().eval())
