@@ -1,7 +1,7 @@
 """How good could any pruning be? A certified lower bound on the error of the best weight in a pattern."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -113,52 +113,55 @@ class LowerBound:
     def of_all(
         self, stacks: Sequence[tuple[Quadratic, Sequence[Constraint], Sequence[Tensor]]]
     ) -> list[list[PruningBound]]:
-        """What `of_each` says of its arguments, the `stacks`; operators of one shape are bounded side by side."""
+        """The bounds of several stacks; operators of one shape are bounded side by side.
+
+        Args:
+            stacks: what `of_each` takes for each.
+
+        Returns:
+            What it returns for each.
+
+        Raises:
+            ProblemError, PatternError: see `of_each`.
+        """
         posed = [_posed(*stack) for stack in stacks]
         every = [operator for stack in posed for operator in stack]
         if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:
             return [[self._alone(operator) for operator in stack] for stack in posed]
-        found = iter(self._ascend_together(every))
+        found = iter(self._together(every))
         return [[operator.bound(*next(found), self.rounds > 0) for operator in stack] for stack in posed]
 
     def _alone(self, operator: "_Operator") -> PruningBound:
         if operator.first is None:
             return PruningBound(operator.error, 0.0, len(operator.weight))
-        return operator.bound(*self._ascend(operator, *operator.first), self.rounds > 0)
+        inverse, first = operator.first
+        split = first.expand(operator.weight.shape) if self.per_row else first[None]
+        split, point = self._ascend(operator.quadratic, inverse, split, operator)
+        return operator.bound(split.expand(point.shape), point, self.rounds > 0)
 
-    def _ascend(self, posed: "_Operator", inverse: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """The split B and the weight V0 [m n] at which the bound is best, from the `first` split [n]."""
-        q, lines, kept = posed.quadratic, posed.lines, posed.kept
-        split = first.expand(posed.weight.shape)
-        found = Relaxed.at(posed.weight)
+    def _together(self, every: "Sequence[_Operator]") -> Iterator[tuple[Tensor, Tensor]]:
+        """The splits and points of operators of one shape, each with one split for its rows."""
+        q = SideBySide.of([operator.quadratic for operator in every])
+        inverse, first = (torch.stack(each) for each in zip(*(o.first for o in every if o.first), strict=True))
+        weight, kept = (torch.cat([getattr(operator, name) for operator in every]) for name in ("weight", "kept"))
+        split, point = self._ascend(q, inverse, first, replace(every[0], weight=weight, kept=kept))
+        return zip(q.by_block(q.for_rows(split)), q.by_block(point), strict=True)
+
+    def _ascend(self, q: Quadratic, inverse: Tensor, split: Tensor, posed: "_Operator") -> tuple[Tensor, Tensor]:
+        """The split, for each row [m n] or operator [e n], and the weight V0 [m n] at which the bound is best."""
+        found, lines, kept = Relaxed.at(posed.weight), posed.lines, posed.kept
+
+        def of_rows(split: Tensor) -> Tensor:
+            return split if self.per_row else q.for_rows(split)
+
         for number in range(self.rounds):
-            found = relax(q, inverse, split, found, lines, kept, self.iterations)
-            gain = found.gain if self.per_row else found.gain.mean(0, keepdim=True)
-            before, rows = split, split if self.per_row else split[:1]
-            barrier = self._barrier(number)
-            split = torch.stack([_fitted(q.gram, b, c, barrier) for b, c in zip(rows, gain, strict=True)])
-            split = split.expand(posed.weight.shape)
-            found = found.moved(before, split)
-        return split, relax(q, inverse, split, found, lines, kept, self.last_iterations).point
-
-    def _ascend_together(self, every: "Sequence[_Operator]") -> Iterator[tuple[Tensor, Tensor]]:
-        """The same of operators of one shape side by side, each with one split for its rows."""
-        q = SideBySide.of([posed.quadratic for posed in every])
-        inverse, split = (torch.stack(each) for each in zip(*(p.first for p in every if p.first), strict=True))
-        lines, kept = every[0].lines, torch.cat([posed.kept for posed in every])
-        found = Relaxed.at(torch.cat([posed.weight for posed in every]))
-        for number in range(self.rounds):
-            before = q.for_rows(split)
-            found = relax(q, inverse, before, found, lines, kept, self.iterations)
-            each, barrier = zip(q.gram, split, q.by_block(found.gain).mean(1), strict=True), self._barrier(number)
-            split = torch.stack([_fitted(gram, own, gain, barrier) for gram, own, gain in each])
-            found = found.moved(before, q.for_rows(split))
-        point = relax(q, inverse, q.for_rows(split), found, lines, kept, self.last_iterations).point
-        height = len(every[0].weight)
-        return zip((own.expand(height, -1) for own in split), q.by_block(point), strict=True)
-
-    def _barrier(self, number: int) -> float:
-        return between(self.barriers, number / max(1, self.rounds - 1))
+            found = relax(q, inverse, of_rows(split), found, lines, kept, self.iterations)
+            gain = found.gain if self.per_row else q.by_block(found.gain).mean(1)
+            barrier, before = between(self.barriers, number / max(1, self.rounds - 1)), of_rows(split)
+            each = zip(q.gram.expand(len(split), -1, -1), split, gain, strict=True)
+            split = torch.stack([_fitted(gram, own, its, barrier) for gram, own, its in each])
+            found = found.moved(before, of_rows(split))
+        return split, relax(q, inverse, of_rows(split), found, lines, kept, self.last_iterations).point
 
 
 @dataclass(frozen=True, eq=False)

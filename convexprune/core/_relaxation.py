@@ -138,8 +138,8 @@ def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
     """The logarithm of the price at which the fractions of a line sum to `kept` [lines 1], by Newton's method.
 
     Its variable is the logarithm of the unit exp(-price / 2). The slope of the sum is that of the scores whose fraction
-    is neither 0 nor 1; as a score stays among them for log 2, steps that are shorter do not turn in circles. The next
-    iteration goes on from where the last of the few steps ends.
+    is neither 0 nor 1. A score stays among them for log 2, so steps that are shorter hardly turn in circles. The next
+    iteration goes on from where the last of the few steps ends; another price makes the bound looser, never wrong.
     """
     if price is None:  # with a unit at the k-th largest score less than k are kept, with twice that k or more
         k = min(max(int(kept.max()), 1), scores.shape[1])

@@ -93,6 +93,10 @@ class SumOfSquares:
         """The sum over the `rows` [m]: one number."""
         return [float(rows.sum())]
 
+    def by_block(self, rows: Tensor) -> Tensor:
+        """What is said of all `rows` [m ...], for the weight as a whole: [1 m ...]."""
+        return rows[None]
+
     def for_rows(self, values: Tensor) -> Tensor:
         """What is said of the weight as a whole, `values` [1 ...], for each row: [m ...]."""
         return values.expand(len(self.cross), *values.shape[1:])

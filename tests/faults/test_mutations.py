@@ -226,6 +226,8 @@ FAULTS = (
           test_bound.test_no_pruning_is_better_than_the_bound),
     Fault("a split that is not below the Gram matrix", split.safe_split, "not is_below(gram, row * shrink)", "False",
           test_bound.test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound),
+    Fault("a price whose slope is that of all scores", relaxation._nearer, "(level == limited)", "1",
+          test_bound.test_at_the_price_as_much_is_kept_as_may_be),
     Fault("a relaxation whose prox is off", relaxation._parted, "fraction / (1 + fraction)", "fraction",
           test_bound.test_the_relaxation_is_solved),
     Fault("a bound that forgets the damping", bounding._drawn,
