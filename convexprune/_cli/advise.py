@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(ADVISE))
 @with_settings(ADVISE, "model")
 def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Which ways to a smaller or faster model reach a target, what they cost where they were measured, and how."""
+    """Which ways to a smaller or faster model reach a target. Says what they cost where they were measured, and how."""
     with stoppable(), following(quiet=quiet):
         from convexprune.validation._advice import advise as advised
 

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections import defaultdict
 from importlib.metadata import version
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 
 def dashed(name: str) -> str:
@@ -15,12 +18,46 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-app = typer.Typer(
+class Command(TyperCommand):
+    """A command whose help has its options by groups, the text beside them as wide as the terminal lets it be."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the groups: arguments, the options that come first, then the others in their order."""
+        groups: dict[str, list[str]] = defaultdict(list, Arguments=[], Options=[])
+        for each in self.get_params(ctx):
+            if record := each.get_help_record(ctx):
+                unnamed = "Options" if each.param_type_name == "option" else "Arguments"
+                groups[getattr(each, "rich_help_panel", None) or unnamed] += _entry(*record, formatter.width)
+        for name, lines in groups.items():
+            if lines:
+                formatter.write("\n".join(["", f"{name}:", *lines, ""]))
+
+
+BESIDE = 26  # characters that names of options have to the left of their text
+
+
+def _entry(name: str, text: str, width: int) -> list[str]:
+    """The lines of an option: its name, which has a line of its own if it is long, and its text."""
+    head, margin = f"  {name}", " " * BESIDE
+    lines = wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+    return [head + lines[0][len(head) :], *lines[1:]] if len(head) < BESIDE - 1 and lines else [head, *lines]
+
+
+class _Application(typer.Typer):
+    """Commands are added as typer adds them, and are of the class above."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Any:
+        return super().command(name, **{"cls": Command, **settings})
+
+
+app = _Application(
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain text, with room for it
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": dashed,
+        "max_content_width": 120,
     },
 )
 console = Console(width=None if sys.stdout.isatty() else 160, markup=False)  # names and messages have brackets

@@ -15,7 +15,7 @@ from convexprune.errors import install_hint
 @app.command(context_settings=also_called(COMPARE_SAMPLES))
 @with_settings(COMPARE_SAMPLES, "model")
 def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Compare methods on the same tokens: errors, perplexity, KL to the dense model, seconds, products, memory."""
+    """Compare methods on the same tokens. Errors, perplexity, KL to the dense model, seconds, products, memory."""
     asked, _ = COMPARE_SAMPLES.read(settings)
     seeds, output, model = asked.seeds, asked.output, settings.pop("model", None)
     settings.pop("seeds", None)

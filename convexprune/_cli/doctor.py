@@ -21,7 +21,7 @@ MARKS = {True: "passed", False: "FAILED", None: ""}
 @app.command(context_settings=also_called(DOCTOR))
 @with_settings(DOCTOR)
 def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Whether this machine computes right, and how fast: every method, kernels, masks, copies, and a small run.
+    """Whether this machine computes right, and how fast. Every method, kernels, masks, copies, and a small run.
 
     Takes about two minutes on a GPU. Ends with exit status 1 if a check fails.
     """

@@ -12,7 +12,10 @@ from convexprune._schema.functions import EVALUATE
 @app.command("eval", context_settings=also_called(EVALUATE))
 @with_settings(EVALUATE, "model")
 def evaluate(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Measure a model: perplexity by the common convention and its own, KL to the dense model, tasks of lm-eval."""
+    """Measure a model: perplexity, KL to the dense model, tasks.
+
+    Perplexity is by the common convention and the model's own; tasks are of lm-eval.
+    """
     with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar
 

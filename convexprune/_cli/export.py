@@ -18,7 +18,7 @@ def export(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a quantized model in the layout of compressed-tensors, which vLLM and transformers load as it is."""
+    """Write a quantized model as vLLM and transformers load it. The layout is that of compressed-tensors."""
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(INSPECT))
 @with_settings(INSPECT, "model")
 def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """What pruning a model would do and need: operators, memory, an estimate of the time. No weight is read.
+    """What pruning a model would do and need, from its config alone. Operators, memory, an estimate of the time.
 
     Ends with exit status 1 if the device memory is not enough.
     """
@@ -44,7 +44,7 @@ def show_inspection(found: "Inspection", as_json: bool) -> None:
 
 @app.command("list")
 def names(as_json: AsJson = False) -> None:
-    """The families, solvers, methods, presets and patterns that there are."""
+    """Families, solvers, methods, presets and patterns that there are."""
     from convexprune.adapters import TESTED
     from convexprune.pruners import METHODS
     from convexprune.quantizers import QUANTIZERS

@@ -20,7 +20,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check answers against three foreign solvers, and pruned weights against a bound that no pruning can beat.
+    """Check answers against three foreign solvers. Pruned weights are held against a bound that no pruning can beat.
 
     Settings of the recipe are those of a fresh model; of a run, model and dataset say where these are now. Ends with
     exit status 1 if a tolerance is missed.

@@ -95,12 +95,10 @@ class TargetSettings(Settings):
     )
     pattern: str = setting(
         "unstructured",
-        "unstructured; N:M for N non-zeros in every M inputs, as 2:4; columns, for inputs that are zero in all rows, "
-        "or columns:64, in blocks of so many; channels, for channels of the MLP that are removed for good, in all "
-        "layers alike, so that a multiple of 64 is left, or of another number: channels:256 (docs/channels.md); heads, "
-        "for attention heads that are removed for good, each KV head with its query heads, in all layers alike "
-        "(docs/heads.md); layers, for whole decoder layers that are removed for good (docs/layers.md); experts, for "
-        "whole experts of a mixture, likewise, as many in each (docs/experts.md).",
+        "unstructured; N:M, N non-zeros in every M inputs, as 2:4; columns, inputs that are zero in all rows, or "
+        "columns:64, in blocks of so many. Removed for good, in all layers alike: channels of the MLP, so that a "
+        "multiple of 64 is left, or of another number (channels:256); heads, each KV head with its query heads; "
+        "layers; experts of a mixture (docs/deploy.md).",
         "--sparsity-type",
         first=True,
     )
@@ -122,11 +120,11 @@ class TargetSettings(Settings):
     group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all of them.")
     allocation: str = setting(
         None,
-        "How the zeros, or the bits, are spread: uniform, the same share in each operator; rows, that too, but the "
-        "rows of an operator compete for it by how much they move the loss; curve, shares of least predicted loss as "
-        "well, after a survey of the dense model that takes about five times as long as SparseGPT; half-curve, half "
-        "of the way there; owl or skewness, by the scores of each decoder layer. N:M takes uniform and curve. Left "
-        "out: rows for the methods convex and admm if unstructured with quota matrix, curve for bits, else uniform.",
+        "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
+        "rows compete for it by how much they move the loss. curve: shares of least predicted loss as well, after a "
+        "survey that takes about five times as long as SparseGPT; half-curve, half of the way there. owl, skewness: "
+        "by the scores of each decoder layer. N:M takes uniform and curve. Left out: rows for convex and admm if "
+        "unstructured with quota matrix, curve for bits, else uniform.",
         choices=("uniform", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
@@ -162,9 +160,8 @@ class MethodSettings(Settings):
     group = "method"
     method: str = setting(
         "convex",
-        "convex; admm, the pattern as a constraint; or a baseline: alps, fistapruner, magnitude, sparsegpt, wanda; "
-        "of whole columns and channels osscar, wanda-sp, which takes heads, too; of whole layers shortgpt, of whole "
-        "experts reap.",
+        "convex, ours; admm, the pattern as a constraint. Baselines: alps, fistapruner, magnitude, sparsegpt, wanda; "
+        "for columns and channels osscar, wanda-sp (heads, too); for layers shortgpt; for experts reap.",
         "--prune-method",
         choices=(
             "convex",

@@ -156,9 +156,20 @@ def closed_lists() -> None:
 
 
 def the_first_ten() -> None:
-    shown = CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "200"}).output
-    first = shown.partition("─ Options ─")[2].partition("╰─")[0]
-    assert sum(line.startswith("│ --") and "--help" not in line for line in first.splitlines()) == 10
+    first = shown_help("prune", width=200)["Options"]
+    assert len([line for line in first if re.match(r"  (-\w, )?--", line)]) == 11  # and --help
+    assert list(shown_help("prune", width=200)) == ["Arguments", "Options", *GROUPS]
+
+
+GROUPS = ("model", "data", "target", "method", "run", "device", "what is printed")
+
+
+def shown_help(command: str, width: int) -> dict[str, list[str]]:
+    """The lines of a command's help by the groups of its options."""
+    shown = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=width).output
+    return {
+        name: lines.splitlines() for name, lines in re.findall(r"^([A-Za-z ]+):\n((?:  .*\n)+)", shown, re.MULTILINE)
+    }
 
 
 HERE: dict[str, Callable[[], None]] = {
@@ -260,3 +271,18 @@ def test_the_options_that_the_page_names_are_there() -> None:
     ours = PAGE.read_text().partition("What commands have in common")[2]
     named = re.findall(r"`(--?[a-z-]+)`", ours)
     assert len(named) > 7 and [option for option in named if option not in shown] == []
+
+
+@pytest.mark.parametrize("command", ["prune", "compare", "eval", "inspect", "verify"])
+def test_help_of_a_narrow_terminal_has_room(command: str) -> None:
+    groups = shown_help(command, 80)
+    lines = [line for group in groups.values() for line in group]
+    assert max(len(line) for line in lines if " [" not in line) <= 80
+    assert not any("…" in line for line in lines)
+    assert len(lines) < 220  # 433 lines when the text had a column of 19 characters
+
+
+def test_the_list_of_commands_says_a_whole_sentence_of_each() -> None:
+    shown = CliRunner().invoke(cli.app, ["--help"], terminal_width=80).output
+    commands = shown.partition("Commands:\n")[2].splitlines()
+    assert len(commands) > 10 and all(line.endswith(".") and not line.endswith("...") for line in commands)
