@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._storage.failures import writing
-from convexprune._storage.files import copy_file, make_folder, publish
+from convexprune._storage.files import copy_file
 from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json, write_settings
 from convexprune._storage.tensors import Entry
@@ -96,43 +96,38 @@ def save_from_store(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: Mapping[str, Any],
     narrowed: AbstractReduced | None = None,
-) -> set[Path]:
-    """Write the model with its layers as the store has them; config.json comes last, so half a model is never one.
+) -> None:
+    """Write the model with its layers as the store has them.
 
     A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
 
     Args:
         model: the model.
         store: with all layers finished.
-        folder: where to.
+        folder: where to; it is there.
         tokenizer: the caller's own, if it is not the one beside the checkpoint.
         settings: to be added to config.json.
         narrowed: what of it to leave out.
-
-    Returns:
-        The files written.
 
     Raises:
         OutputError: the disk is full or fails.
     """
     if model.shards is None:
-        with writing(folder), store.scratch_folder(store.count) as place:
-            save(model if narrowed is None else narrowed.apply_to(model), place)
-            write_settings(place / CONFIG, json.loads((place / CONFIG).read_bytes()) | dict(settings))
-            for path in [] if model.folder is None else documents(model.folder):
-                copy_file(path, place / result_name(path.name))
-            return _publish(place, folder)
+        with writing(folder):
+            save(model if narrowed is None else narrowed.apply_to(model), folder)
+        write_settings(folder / CONFIG, json.loads((folder / CONFIG).read_bytes()) | dict(settings))
+        for path in [] if model.folder is None else documents(model.folder):
+            copy_file(path, folder / result_name(path.name))
+        return
 
     def configured(config: Mapping[str, Any]) -> dict[str, Any]:
         return (dict(config) if narrowed is None else narrowed.configured(config)) | dict(settings)
 
     renamed = str if narrowed is None else narrowed.renamed
-    written = model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured, renamed)
+    model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured, renamed)
     if tokenizer is not None:
-        with writing(folder), store.scratch_folder(store.count) as place:
-            tokenizer.save_pretrained(place)
-            written |= _publish(place, folder)
-    return written
+        with writing(folder):
+            tokenizer.save_pretrained(folder)
 
 
 def pruned_entries(
@@ -151,18 +146,6 @@ def pruned_entries(
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     return found if narrowed is None else narrowed.entries(found)
-
-
-def _publish(place: Path, folder: Path) -> set[Path]:
-    """Move all files of `place` into `folder`, flushed, config.json last; where they are now."""
-    published = set[Path]()
-    for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
-        if path.is_file():
-            target = folder / path.relative_to(place)
-            make_folder(target.parent)
-            publish(path, target)
-            published.add(target)
-    return published
 
 
 def _is_offloaded(model: PreTrainedModel) -> bool:

@@ -151,7 +151,7 @@ class Shards:
 
     def assemble(
         self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict, renamed: Renamed = str
-    ) -> set[Path]:
+    ) -> None:
         """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
         All other tensors are copied, in the dtype of the model.
@@ -161,9 +161,6 @@ class Shards:
             pruned: the tensors that replace others, by their names in the model.
             configured: what config.json says of the result, by what it says of the model.
             renamed: the names of tensors in the result, by those in the model.
-
-        Returns:
-            The files written.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -175,18 +172,15 @@ class Shards:
         files = [path for path in self.files if any(self._stored[stored].path == path for stored in places)]
         total = sum(self._write_shard(path, target / self._name(path), replaced, places) for path in files)
         self._copy_companions(target)
-        written = {target / name for name in (CONFIG, *map(self._name, files), *self._companions.values())}
         if self.files != [self.folder / WEIGHTS]:
             index = read_index(self.folder)
             index["metadata"] = index.get("metadata", {}) | {"total_size": total}
             index["weight_map"] = {places[n]: file for n, file in index["weight_map"].items() if n in places}
             write_settings(target / INDEX, index)
-            written.add(target / INDEX)
         config = configured(self._settings(self.folder / CONFIG))
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         self.require_unchanged()
         write_settings(target / CONFIG, config)
-        return written
 
     def require_assembled(self, folder: Path, pruned: Mapping[str, Entry], renamed: Renamed = str) -> None:
         """Check that `assemble` has written what it should, bit for bit.

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
-from convexprune._runs.folder import PAGE, REMOVED, RunFolder
+from convexprune._runs.folder import CARD, PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
+from convexprune._storage.files import checksums, sha256
 from convexprune._storage.notes import write_json
 from convexprune._storage.place import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
@@ -157,30 +159,33 @@ class InFolder(Request):
             report.perplexity = streamed_evaluation(loaded, windows["evaluation"], store)
             self.clock.lap("evaluation")
         begin("writing the result")
-        folder = self.folder.folder
-        discard_packs(folder)
+        self.folder.discard_result()
+        discard_packs(self.folder.folder)
+        with store.scratch_folder(store.count) as place:
+            self._write_files(loaded, store, report, place)
+            self.clock.lap("write")
+            self._end(report)
+            report.documents = {CARD: str(sha256(write_card(report, place)))}
+            write_page(report, place / PAGE)
+            self.folder.finish(place, report)
+
+    def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
+        """Write the pruned model and what belongs to it to the folder `place`, and look at it."""
         stored = pruned_entries(loaded, store)
         narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
-        settings = sparsity_settings(report)
-        written = save_from_store(loaded, store, folder, self.given_tokenizer, settings, narrowed)
-        notes = [write_recipe(self.recipe, folder)]
+        save_from_store(loaded, store, place, self.given_tokenizer, sparsity_settings(report), narrowed)
+        write_recipe(self.recipe, place)
         if narrowed is not None:
-            notes.append(folder / REMOVED[self.recipe.build_pattern().removes or ""])
-            write_json(notes[-1], narrowed.note())
-        require_written(loaded, folder, report.operators, store, narrowed)
-        report.files = self.folder.checksums([*written, *notes])
-        report.bytes = sum(path.stat().st_size for path in (*written, *notes))
+            write_json(place / REMOVED[self.recipe.build_pattern().removes or ""], narrowed.note())
+        require_written(loaded, place, report.operators, store, narrowed)
+        report.files = checksums(place)
+        report.bytes = sum((place / name).stat().st_size for name in report.files)
         if self.call.pack:
-            packed = pack_in_place(folder, report.files)
+            packed = pack_in_place(place, report.files)
             report.packed = {"before": packed.before, "after": packed.after, "bits": packed.bits}
             report.bytes = packed.after
-        self.clock.lap("write")
-        self._end(report)
-        report.documents = self.folder.checksums([write_card(report, folder)])
-        write_page(report, folder / PAGE)
-        self.folder.finish(report)
 
     def _check_finished(self) -> None:
         """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""

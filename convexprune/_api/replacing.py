@@ -26,10 +26,8 @@ class Replacement:
         Raises:
             OutputError: the folder holds something else, is in use, or cannot be renamed.
         """
-        # Where an unfinished run is made there are files of its result that no report names yet.
-        for folder in (self.place, self.old, *(() if RunFolder(self.new).is_unfinished else (self.new,))):
+        for folder in (self.place, self.new, self.old):
             _require_ours(folder)
-        _require_free(self.new)
         if os.path.ismount(self.place):
             raise OutputError(f"{self.place} is a mount point, which cannot be replaced. Give a folder inside of it.")
 
@@ -67,15 +65,6 @@ def _require_ours(folder: Path) -> None:
             f"{folder} holds what no run wrote, or what was changed since: {', '.join(foreign[:3])}{more}. Only a run "
             "is overwritten: move these away, or give another folder."
         )
-    _require_free(folder)
-
-
-def _require_free(folder: Path) -> None:
-    """Refuse a folder which a process works on.
-
-    Raises:
-        OutputError: that is so.
-    """
     if (folder / LOCK).exists():
         with locked(folder / LOCK) as free:
             if not free:
@@ -87,7 +76,7 @@ def _foreign(run: RunFolder) -> Iterator[str]:
     if not run.folder.is_dir() or not (run.is_finished or run.is_unfinished):
         yield from (path.name for path in run.folder.iterdir()) if run.folder.is_dir() else (run.folder.name,)
         return
-    files = run.report().files | run.report().documents if run.is_finished else {}
+    files = run.result()
     ours = {*OWN, *files, *(packed_name(Path(name)).as_posix() for name in files)}
     works = run.is_unfinished or (run.work / RUN).is_file()
     for path in sorted(run.folder.rglob("*")):

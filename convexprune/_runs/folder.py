@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from convexprune._runs.identity import differences
 from convexprune._storage.failures import writing
 from convexprune._storage.files import PARTS, atomic_write, checksum_inside, make_folder, sha256, write
+from convexprune._storage.folders import move_files
 from convexprune._storage.locks import locked, overwrite
 from convexprune._storage.notes import read_notes, read_text, write_notes
 from convexprune._storage.tensors import Spec, write_tensors
@@ -27,7 +28,7 @@ RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock",
 REMOVED = {kind: f"{kind}.json" for kind in ("channels", "heads", "layers", "experts")}  # which were removed for good
 CARD, PAGE = "README.md", "report.html"  # what the report says, for people
 OWN = (RUN, LOCK, FINISH, REPORT, PAGE, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
-TOKENS = "tokens.safetensors"
+TOKENS, RESULT = "tokens.safetensors", "result.json"
 LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
@@ -159,26 +160,34 @@ class RunFolder:
                 f"checksums in {REPORT}. Put back what was written, or remove the folder and prune again."
             )
 
-    def checksums(self, written: Iterable[Path]) -> dict[str, str]:
-        """Compute the checksums of files of the result.
+    def result(self) -> dict[str, str]:
+        """The files of the result that lie here, by name with their sha256; of an unfinished run those that may.
 
-        Args:
-            written: the files.
-
-        Returns:
-            The sha256 of each by its name in the folder.
+        Raises:
+            OutputError: the run is finished, and its report cannot be read or is damaged.
         """
-        return {path.relative_to(self.folder).as_posix(): str(sha256(path)) for path in sorted(written)}
+        if self.is_finished:
+            report = self.report()
+            return report.files | report.documents
+        return read_notes(self.work / RESULT) or {}
 
-    def finish(self, report: Report) -> None:
-        """Write the report, and let go of all that was only for the run.
+    def discard_result(self) -> None:
+        """Remove what an unfinished run that was killed had of its result."""
+        for name in self.result():
+            (self.folder / name).unlink(missing_ok=True)
+
+    def finish(self, place: Path, report: Report) -> None:
+        """Move the result here, write the report, and let go of all that was only for the run.
 
         Args:
+            place: where the result is, whole.
             report: of the run.
 
         Raises:
             OutputError: the disk is full or fails.
         """
+        write_notes(self.work / RESULT, report.files | report.documents)  # whatever happens from here on, they are ours
+        move_files(place, self.folder)
         with atomic_write(self.folder / REPORT) as file:
             write(file, report.to_json().encode())
         os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished

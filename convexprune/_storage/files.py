@@ -145,6 +145,19 @@ def sha256(path: Path) -> str | None:
         return None
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Compute the checksums of all files in a folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The sha256 of each by its name in the folder.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): str(sha256(path)) for path in files}
+
+
 def checksum_inside(folder: Path, name: str) -> str | None:
     """The checksum of a file named by someone else.
 

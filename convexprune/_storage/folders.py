@@ -44,6 +44,24 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(place, ignore_errors=True)
 
 
+def move_files(place: Path, folder: Path) -> None:
+    """Move all files of a folder to another one, flushed; config.json last, so half a model is never one.
+
+    Args:
+        place: where they are.
+        folder: where they go, on the same disk.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
+    with writing(folder):
+        for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
+            if path.is_file():
+                target = folder / path.relative_to(place)
+                make_folder(target.parent)
+                publish(path, target)
+
+
 def refuse_foreign(path: Path, folder: Path) -> None:
     """Check that a file of a model lies in its folder, or among the blobs of the hub's cache.
 

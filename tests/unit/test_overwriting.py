@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 import convexprune
 from convexprune import errors
 from convexprune._api import replacing
+from convexprune._container.file import PACKED, SUFFIX
+from convexprune._container.folder import holds_pack
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._runs.folder import RunFolder
+from convexprune._storage import folders
 
 GIVEN: dict[str, Any] = SMALL | {"method": "magnitude"}
 
@@ -102,6 +105,34 @@ def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(
     assert files(done) == before and (done.parent / ".out.new" / "run.json").is_file()
     result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
     assert result.report.sparsity == 0.5 and [path.name for path in done.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_run_killed_while_its_result_was_moved_is_overwritten_or_goes_on(
+    build, done: Path, pack: bool, resume: bool, monkeypatch: pytest.MonkeyPatch
+):
+    expected, publish, place = files(done), folders.publish, done.parent / "killed"
+
+    def fail(temporary: Path, path: Path) -> None:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        publish(temporary, path)
+
+    given: dict[str, Any] = GIVEN | {"sparsity": 0.3, "output_dir": place}
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "publish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **given, pack=not pack)
+    assert (place / f"model{SUFFIX if pack else PACKED}").is_file()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(errors.OutputError, match=r"changed since: notes\.txt\. Only"):
+        convexprune.prune(build("llama"), **given, overwrite=True)
+    (place / "notes.txt").unlink()
+    convexprune.prune(build("llama"), **given, pack=pack, resume=resume, overwrite=not resume)
+    written = files(place)
+    assert len(written) == len(expected) and holds_pack(place) is pack
+    assert pack or written["model.safetensors"] == expected["model.safetensors"]
 
 
 def test_a_kill_between_two_renames_loses_nothing(build, done: Path, monkeypatch: pytest.MonkeyPatch):
