@@ -161,7 +161,10 @@ class RunFolder:
             )
 
     def result(self) -> dict[str, str]:
-        """The files of the result that lie here, by name with their sha256; of an unfinished run those that may.
+        """The files of the result, packed or not.
+
+        Returns:
+            The sha256 of each by its name; of an unfinished run, of those that may lie here already.
 
         Raises:
             OutputError: the run is finished, and its report cannot be read or is damaged.
@@ -172,7 +175,7 @@ class RunFolder:
         return read_notes(self.work / RESULT) or {}
 
     def discard_result(self) -> None:
-        """Remove what an unfinished run that was killed had of its result."""
+        """Remove from the `folder` what an unfinished run that was killed had of its result."""
         for name in self.result():
             (self.folder / name).unlink(missing_ok=True)
 

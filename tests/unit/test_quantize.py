@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from door import SMALL, TOKENS, state
 from runs import SETTINGS, stop_after
 
@@ -77,11 +78,21 @@ def test_coded_weights_take_the_bits_that_they_may(tiny_llama: HuggingFaceModel,
     assert sum(map(mul, sizes, shares)) / sum(sizes) == pytest.approx(3, abs=1e-3) and len(set(shares)) > 1
 
 
+@torch.no_grad()
+def test_zero_weights_take_the_fewest_bits_that_fit_and_err_by_nothing(tiny_llama: HuggingFaceModel):
+    for parameter in tiny_llama.model.get_submodule("model.layers").parameters():
+        parameter.mul_(parameter.ndim < 2)
+    report = convexprune.prune(tiny_llama.model, sparsity=0, bits=3, **SMALL).report
+    assert report.operators and all(o.relative_error == 0 for o in report.operators)
+
+
 def test_bits_on_the_whole_are_those_asked_for_and_owl_has_none_to_spread(tiny_llama: HuggingFaceModel):
     asked = Quantized(Unstructured(0.0), Coded(3.0))
     fisher = output_fisher(tiny_llama, TOKENS[:4])
     units = survey(tiny_llama, TOKENS.split(1), 1, candidates(asked), fisher)
-    assert all(sorted(u.costs, key=u.costs.__getitem__) == candidates(asked) for u in units)  # more bits err less
+    for unit in units:  # more bits err less; 16 rows have no room for the scales of 1.5 bits
+        fitting = candidates(asked)[: 2 if unit.name.endswith(("k_proj", "v_proj")) else 3]
+        assert sorted(unit.costs, key=unit.costs.__getitem__) == fitting
     found = allocate_by_rule(units, "curve", asked).patterns(asked)
     bits = {name: float(str(pattern.grid).split()[0]) for name, pattern in found.items()}
     assert sum(u.size * bits[u.name] for u in units) / sum(u.size for u in units) == pytest.approx(3, abs=1e-3)

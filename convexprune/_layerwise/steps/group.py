@@ -259,9 +259,10 @@ def _store(group: Group, pruned: LayerEdit, dense: Tensor) -> Tensor:
 
 
 def _relative_errors(problem: LayerProblem, weight: Tensor) -> list[float]:
-    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]."""
+    """mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]; 0 where both are."""
     errors, energies = problem.squared_error(weight), problem.energy
-    return [float(errors[rows].sum() / energies[rows].sum()) for rows, _ in problem.pattern.parts(len(weight))]
+    parts = [(errors[rows].sum(), energies[rows].sum()) for rows, _ in problem.pattern.parts(len(weight))]
+    return [float(error / energy) if error != 0 else 0.0 for error, energy in parts]
 
 
 def _errors_elsewhere(problem: LayerProblem, held_out: Moments, weight: Tensor) -> list[float] | list[None]:

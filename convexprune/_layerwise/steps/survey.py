@@ -87,7 +87,7 @@ class Unit:
     Args:
         name: "layer.operator".
         size: its weights.
-        costs: by pattern, in nats a token.
+        costs: by pattern that fits it, in nats a token.
         outliers: the share of outlying scores of its layer.
         skewness: of its layer's weights.
     """
@@ -236,7 +236,9 @@ def allocate_by_rule(
     cost = gap = None
     if rule in SURVEYED:
         choice = candidates(pattern)
-        curves = [Curve(u.size, tuple(p.share for p in choice), tuple(u.costs[p] for p in choice)) for u in units]
+        curves = [
+            Curve(u.size, *zip(*((p.share, u.costs[p]) for p in choice if p in u.costs), strict=True)) for u in units
+        ]
         if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
             curves = [curve.refined(FINE) for curve in curves]
         found = allocate(curves, pattern.share, whole=not pattern.continuous)
@@ -286,7 +288,8 @@ def _units(
                         made = QUANTIZER.quantize(problem, *solved([problem], [factors], pruner))
                         errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
-                        costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
+                        if pattern.fits(len(error), weight.shape[1]):  # few rows have no room for scales
+                            costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]
                 found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
                 powers += sums_of_powers(weight)
