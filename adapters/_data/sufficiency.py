@@ -49,7 +49,7 @@ def shortage(windows: Tensor, widest: int) -> str | None:
     samples = f"num_calibration_samples (--nsamples) of {ceil(widest / part / windows.shape[1]):,} at least"
     repeated = part < 0.5
     return (
-        f"{tokens:,} calibration tokens{f', of which {part:.0%} repeat no others,' if repeated else ''} for operators "
+        f"{tokens:,} calibration tokens{f', {part:.0%} of them not repeated,' if repeated else ''} for operators "
         f"of up to {widest:,} inputs: weights can fit a sample of fewer tokens exactly, so its errors say little. Give "
         f"{'a text that repeats itself less' if repeated else samples}, and judge by the held-out error."
     )

@@ -148,7 +148,7 @@ class InFolder(Request):
 
     def _write(self, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report) -> None:
         """Assemble the result from the finished layers."""
-        begin("looking at what is finished")
+        begin("checking the finished layers")
         store.require_whole()
         report.operators = [o for number in range(store.count) for o in store.reports(number)]
         self._warn(report, report.sparser_before)

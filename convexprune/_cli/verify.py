@@ -22,8 +22,8 @@ def verify(
 ) -> None:
     """Check answers against three foreign solvers. Pruned weights are held against a bound that no pruning can beat.
 
-    Settings of the recipe are those of a fresh model; of a run, model and dataset say where these are now. Ends with
-    exit status 1 if a tolerance is missed.
+    A model is pruned as the settings say. A run has its recipe; --model and --dataset say where these are now. Ends
+    with exit status 1 if a tolerance is missed.
     """
     with stoppable(), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar

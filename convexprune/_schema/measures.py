@@ -25,7 +25,7 @@ class Compare(Settings):
         (0.5,), "Shares of zeros, for unstructured.", "--sparsity", "-s", first=True
     )
     patterns: Annotated[tuple[str, ...], LISTED] = setting(
-        ("unstructured",), "unstructured, N:M.", "--pattern", first=True
+        ("unstructured",), "unstructured, N:M, columns, channels, heads; as in prune.", "--pattern", first=True
     )
     conventions: Annotated[tuple[str, ...], LISTED] = setting(
         ("own",),
@@ -62,7 +62,7 @@ class CompareSamples(Compare):
 
     group = "comparison"
     seeds: Annotated[tuple[int, ...], LISTED] = setting(
-        (0,), "Of the choice of samples; of several, 0,1,2, each is compared, and the means are told.", "--seed"
+        (0,), "Of the choice of samples. Of several (0,1,2) each is compared, and the report has the means.", "--seed"
     )
 
 

@@ -52,8 +52,8 @@ class DataSettings(Settings):
     )
     max_seq_length: int | None = setting(
         None,
-        "Tokens of a sample. Left out: 2048, or the model's limit if less; 256 for the bundled model; of token ids "
-        "their own length.",
+        "Tokens of a sample. Left out: 2048, or the model's limit if less; 256 for the bundled model. Token ids "
+        "keep their own length.",
         "--seqlen",
         ge=2,
         first=True,
@@ -107,8 +107,8 @@ class TargetSettings(Settings):
     )
     quantize: Literal["int8", "int6", "int5", "int4", "int3"] | None = setting(
         None,
-        "Whole numbers of so many bits times a scale for each group of weights, in place of what is kept; zeros stay "
-        "zero. With a sparsity of 0: quantization alone. Left out: none.",
+        "What is kept becomes whole numbers of so many bits, times a scale for each group of weights; zeros stay zero. "
+        "With a sparsity of 0: quantization alone. Left out: none.",
     )
     bits: float | None = setting(
         None,
@@ -194,9 +194,7 @@ class MethodSettings(Settings):
         "matrix. Left out: from the noise of the sample. Other methods have theirs in method_args.",
         ge=0,
     )
-    refit: bool | None = setting(
-        None, "Least squares on the support that was found, for any method or for none. Left out: as the method has it."
-    )
+    refit: bool | None = setting(None, "Least squares for the weights that are kept. Left out: as the method has it.")
     error_correction: float = setting(
         None,
         "How much an operator makes up for the errors of those pruned before it, 0 to 1. Left out: 1, or 1/2 with the "
@@ -206,9 +204,9 @@ class MethodSettings(Settings):
     )
     error_target: Literal["operator", "residual_stream"] = setting(
         None,
-        "Which error to make up for: operator, what the outputs of the operator itself lack, as published; or "
-        "residual_stream, for the operator that ends a decoder layer all that the layer's outputs lack. Left out: "
-        "residual_stream; for fistapruner operator.",
+        "Which error to make up for: operator, that of the operator's own outputs, as published; residual_stream, for "
+        "the operator that ends a decoder layer that of the layer's outputs. Left out: residual_stream; for "
+        "fistapruner operator.",
     )
     prefix: Literal["dense", "pruned"] = setting(
         None,
@@ -217,7 +215,7 @@ class MethodSettings(Settings):
     )
     quantizer: Literal["descent", "gptq", "rtn"] = setting(
         "descent",
-        "What finds the numbers of quantize: descent, ours; or a baseline: gptq (with error_correction 0 as published, "
+        "What finds the codes of quantize: descent, ours; or a baseline: gptq (with error_correction 0 as published, "
         "with 1 the target of GPTAQ, with 0.5 of QEP), rtn, round to nearest.",
     )
     method_args: dict[str, Any] = setting(

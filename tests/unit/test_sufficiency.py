@@ -56,7 +56,7 @@ def test_a_file_with_nul_bytes_is_no_text(tiny_opt, tmp_path: Path):
             torch.cat([TOKENS[:4], TOKENS[:1]]),
             "120 calibration tokens .* of 6 at least",
         ),
-        (torch.arange(13).repeat(99)[:1200].view(10, 120), "1,200 calibration tokens, of which 1% repeat no others,"),
+        (torch.arange(13).repeat(99)[:1200].view(10, 120), "1,200 calibration tokens, 1% of them not repeated,"),
         (torch.randint(0, 4, (10, 120), generator=torch.Generator().manual_seed(0)), None),  # four letters, as of DNA
     ],
 )
