@@ -64,8 +64,8 @@ def names(as_json: AsJson = False) -> None:
         )
         return
     table = Table(box=None, show_header=False, padding=(0, 2))
-    families = ", ".join(TESTED.values())
-    table.add_row("families", f"tested: {families}; any other decoder of transformers by watching it run, or refused")
+    families = "; ".join(TESTED.values())  # some names have commas
+    table.add_row("families", f"tested: {families}. Others are found out by watching them run, or refused")
     for number, name in enumerate(solver_names()):
         takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
         use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"

@@ -68,6 +68,17 @@ def test_the_notebook_runs_and_keeps_no_output(path: Path, monkeypatch, tmp_path
     assert len(names) > 20
 
 
+def test_the_notebook_makes_no_model_and_no_text_in_place_of_yours(tmp_path: Path):
+    cells = json.loads((ROOT / "examples" / "prune_llama.ipynb").read_text())["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    (making,) = (code for code in codes if "save_pretrained" in code)
+    (text := tmp_path / "text.txt").write_text("Call me Ishmael.")
+    names: dict[str, object] = {}
+    exec(codes[0], names)
+    exec(making, names | {"MODEL": str(tmp_path / "mine"), "TEXT": str(text)})
+    assert list(tmp_path.iterdir()) == [text] and text.read_text() == "Call me Ishmael."
+
+
 def test_the_script_for_slurm_starts_ranks_that_go_on(tmp_path: Path):
     """With doubles of `srun`, which prints what it is to start, and `scontrol`."""
     for name, says in {"srun": 'echo "$MASTER_ADDR" "$@"', "scontrol": "printf 'node%s\\n' 1 2"}.items():
