@@ -98,7 +98,7 @@ class Advice:
         """What to do, as sentences."""
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
-            yield f"Nothing here reaches {self.target}: take a smaller model, or combine channels with --bits."
+            yield f"Nothing here reaches {self.target}: take a smaller model, or --bits after channels are removed."
             return
         if not best.commands:
             yield f"{self.target}: {best.way.name}. Nothing has to be done."
@@ -172,7 +172,7 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
     ways = map(applied, [Way(AS_IT_IS, "", "", 16, 16, 1, 1, 1, ""), *measured()])
     found = sorted(ways, key=lambda each: (not each.reaches, each.way.times, bool(each.commands), each.disk))
     words = {
-        "target": f"{asked.target or 0:,} bytes {'in memory' if asked.memory else 'on disk'}",
+        "target": f"{(asked.target or 0) / 1e6:,.2f} MB {'in memory' if asked.memory else 'on disk'}",
         "bits": f"{asked.bits} bits a weight on disk",
         "speed": f"{asked.speed} times the tokens a second at batch 1",
     }

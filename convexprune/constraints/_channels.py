@@ -50,7 +50,8 @@ class Channels(Columns):
     def check(self, rows: int, columns: int) -> None:
         if not 0 < self.width(columns) < columns:
             least, most = self.multiple, (columns - 1) // self.multiple * self.multiple
-            shares = f"{1 - most / columns:.3g} for a width of {most}, to {1 - least / columns:.3g} for {least}"
+            shares = f"{1 - most / columns:.3g} for a width of {most}"
+            shares += f", to {1 - least / columns:.3g} for {least}" if least < most else ""
             raise PatternError(
                 f"Sparsity {self.sparsity} of {columns} channels rounds to a width of {self.width(columns)}. Accepted: "
                 f"{shares if most else 'none'}; with a lower multiple than {self.multiple} others, as channels:1."

@@ -192,6 +192,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
 
     refused(PatternError, r"width of 0\. Accepted: none; with a lower multiple than 64", pattern="channels")
     refused(PatternError, r"width of 48\. Accepted: 0\.167 for a width of 40, to 0\.833 for 8", sparsity=0.01)
+    refused(PatternError, r"Accepted: 0\.333 for a width of 32; with", pattern="channels:32", sparsity=0.9)
     refused(PatternError, "Leave quota out", quota="row")
     refused(RecipeError, "Leave targets and ignore out", targets=["down_proj"])
     refused(RecipeError, "all layers keep the same width", allocation="half-curve")

@@ -37,6 +37,7 @@ def test_sizes_are_those_of_the_model(folder: Path, tiny_llama: HuggingFaceModel
     found = advise(folder, bits=16.0)
     weights = sum(p.numel() for p in {id(p): p for p in tiny_llama.model.parameters()}.values())
     assert found.nbytes == 2 * weights
+    assert advise(folder, target="4GiB").target == "4,294.97 MB on disk"  # as the table has sizes
     for each in found.ways:
         assert each.disk == pytest.approx(each.bits * weights / 8, abs=1) and each.reaches
         assert each.faster == pytest.approx(found.nbytes / each.memory, rel=1e-3)
