@@ -12,14 +12,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._schema.settings import BUNDLED
+from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
 from .._discovery.family import decoder_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
-from .admission import refuse_adapters, refuse_quantized, refuse_unloaded
+from .admission import refuse_adapters, refuse_other_codes, refuse_quantized, refuse_unloaded
 from .building import parameters_on_meta
-from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, stored_dtype
+from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, shard_files, stored_dtype
 from .origin import Origin
 from .reading import ask, model_class, read_tokenizer
 from .shards import Shards
@@ -222,10 +223,21 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
             "they would be random. Copy or download it again, or correct its config.json."
         )
+    if folder.is_dir() and "gguf_file" not in place:
+        with suppress(NotStreamable):
+            _refuse_codes(folder, model)
     # On a CPU transformers maps the weights from their files: what is written to these would change the model.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
+
+
+def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse weights that are stored as whole numbers: transformers makes floating-point numbers of them, unscaled."""
+    inner = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(inner) for name, _ in model.named_parameters()}
+    stored = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
+    refuse_other_codes({n: e.spec.code for n, e in sorted(stored.items()) if n.removeprefix(inner) in weights})
 
 
 def _stream(

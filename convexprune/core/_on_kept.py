@@ -19,6 +19,8 @@ def gaps_on_kept(
 ) -> Tensor:
     """A bound on the duality gap of each row that needs no inverse of H, only those of H on what the rows keep.
 
+    Of a penalty that couples the rows, the bound is of all together: they keep the same, and have one factor.
+
     Let F be the entries that are not zero after a proximal gradient step, of length 1 / H_jj each, and S the
     subgradient of p there that is nearest to K. The step y on F, y_F = (K - S)_F H_FF^-1, is what least squares would
     still move. So K - y H is S on F by construction, however small a strength is, and a factor s <= 1 brings it into
@@ -35,14 +37,15 @@ def gaps_on_kept(
 
     Args:
         quadratic: q.
-        penalty: p; for one that couples the rows the bound is inf.
+        penalty: p.
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
         values: q of each row [m] at `weight`.
         slack: p of each row [m] at `weight`.
 
     Returns:
-        [m]; inf where H_FF is singular, or all of it would take more than `PRICED` operations.
+        [m], of which the sum counts if the rows are coupled; inf where H_FF is singular, or all of it would take more
+        than `PRICED` operations.
     """
     gram = quadratic.gram
     scale = quadratic.scale()
@@ -52,9 +55,11 @@ def gaps_on_kept(
     kept = (ahead != 0) & ~quadratic.dead
     dual = penalty.subgradient(ahead / scale, residual)
     dual = penalty.project(residual) if dual is None else dual
-    if penalty.couples_rows or len(kept) * int(kept.sum(1).max()) ** 3 > PRICED:
+    on = kept.any(0, keepdim=True) if penalty.couples_rows else kept
+    if len(on) * int(on.sum(1).max()) ** 3 > PRICED:
         return torch.full_like(values, inf)
-    price, step, error = _least_squares(gram, kept, residual - dual)
+    kept = on.expand_as(kept)
+    price, step, error = _least_squares(gram, on, (residual - dual).view(len(on), -1, len(gram)))
     point = torch.addmm(residual, step, gram, alpha=-1)
     off = torch.where(kept, 0.0, error[:, None] * gram.diagonal().sqrt())
     point = torch.where(kept, dual, point)
@@ -62,32 +67,37 @@ def gaps_on_kept(
     s = penalty.dual_scale(far).clamp_max(1)
     product = torch.linalg.vecdot(point, weight) - torch.linalg.vecdot(off, weight.abs())  # at least that
     rest = slack + penalty.conjugate(s[:, None] * far) - s * product
+    rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
     cost = (1 - s) * (values + quadratic.rounding).sqrt() + s * price.sqrt()
     return (rest.clamp_min(0) + cost.square()).nan_to_num_(nan=inf)
 
 
 def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of each row on what it keeps, y = k H_FF^-1 of the gradient k [m n].
+    """The step of each row on what it keeps, y = k H_FF^-1 of the gradient k.
+
+    Args:
+        gram: H [n n].
+        kept: F [g n], of groups of rows that keep the same.
+        gradient: k [g r n], of r rows in a group.
 
     Returns:
-        At least 1/2 y H y' [m], which is inf where H_FF is not safely positive definite; y [m n]; and at least the
-        length of what y is off by, in the norm of H [m].
+        At least 1/2 y H y' [m = g r], which is inf where H_FF is not safely positive definite; y [m n]; and at least
+        the length of what y is off by, in the norm of H [m].
     """
     margin, most = rounding_margin(gram), int(kept.sum(1).max())
     order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # what is kept comes first
     found = []
-    for rows in torch.arange(len(kept), device=kept.device).split(max(1, AT_ONCE // max(1, most) ** 2)):
-        places = order[rows]
-        on = kept[rows].gather(1, places)
-        k = (gradient[rows].gather(1, places) * on)[:, :, None]
-        squares = gram[places[:, :, None], places[:, None, :]] * (on[:, :, None] & on[:, None, :])
+    for groups in torch.arange(len(kept), device=kept.device).split(max(1, AT_ONCE // max(1, most) ** 2)):
+        on, places = kept[groups].gather(1, order[groups]), order[groups, None].expand(-1, gradient.shape[1], -1)
+        k = (gradient[groups].gather(2, places) * on[:, None]).mT
+        squares = gram[order[groups, :, None], order[groups, None]] * (on[:, :, None] & on[:, None, :])
         safe = squares.clone()
         safe.diagonal(dim1=1, dim2=2).add_(torch.where(on, -margin, 1.0))
         factor, info = torch.linalg.cholesky_ex(safe)
         y = torch.cholesky_solve(k, factor)
-        off = torch.linalg.solve_triangular(factor, k - squares @ y, upper=False).square().sum((1, 2)).sqrt()
-        price, wrong = (k * y).sum((1, 2)) / 2, info != 0
-        step = torch.zeros_like(gradient[rows]).scatter_(1, places, torch.where(wrong[:, None], 0.0, y[:, :, 0]))
+        off = torch.linalg.solve_triangular(factor, k - squares @ y, upper=False).square().sum(1).sqrt()
+        price, wrong = (k * y).sum(1) / 2, (info != 0)[:, None]
+        step = torch.zeros_like(gradient[groups]).scatter_(2, places, torch.where(wrong[:, None], 0.0, y).mT)
         found.append((torch.where(wrong, inf, price), step, torch.where(wrong, 0.0, off)))
-    price, step, error = (torch.cat(each) for each in zip(*found, strict=True))
+    price, step, error = (torch.cat(each).flatten(0, 1) for each in zip(*found, strict=True))
     return price, step, error

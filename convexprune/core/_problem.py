@@ -147,7 +147,7 @@ def row_gaps(
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
     if dear and not quadratic.is_well_conditioned:
-        gaps = torch.minimum(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
+        gaps = least(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
     return gaps + quadratic.rounding
 
 

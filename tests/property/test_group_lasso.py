@@ -9,6 +9,7 @@ from test_columns import folded
 from torch import Tensor
 
 from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._problem import Problem, certify
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
@@ -176,3 +177,34 @@ def test_all_rows_have_one_dual_point():
 def test_what_is_no_strength_of_columns_is_refused(strength):
     with pytest.raises(ProblemError, match="one for each column"):
         GroupLasso(strength)
+
+
+@pytest.mark.parametrize("tokens", [4, 16])
+def test_on_few_tokens_an_answer_that_keeps_fewer_columns_is_proven(tokens: int):
+    """The dual point is priced on what is kept: the gap falls with the square of the distance."""
+    quadratic = Quadratic.least_squares(random(0, tokens, 24), random(1, tokens, 6))
+    problem = Problem(quadratic, GroupLasso(0.5 * float(quadratic.cross.norm(dim=0).max())))
+    answer, exact = (make_solver("fista", tolerance=each).solve(problem) for each in (1e-4, 1e-10))
+    assert 0 < int(answer.weight.any(0).sum()) <= tokens < 24 and exact.status is Status.SOLVED
+    excess = answer.certificate.primal - exact.certificate.primal
+    assert 0 <= excess <= answer.certificate.gap <= 5 * excess + 1e-12
+    kept = gaps_on_kept(*at(problem, answer.weight)).sum()
+    assert excess <= kept <= answer.certificate.gap * (1 + 1e-9)
+
+
+@given(seeds, st.sampled_from((3, 6, 12)), st.sampled_from((1e-2, 0.3)), st.sampled_from((0.1, 0.6)))
+def test_the_bound_on_what_is_kept_holds_anywhere(seed: int, tokens: int, radius: float, strength: float):
+    quadratic = Quadratic.least_squares(random(seed, tokens, 8), random(seed + 1, tokens, 3))
+    problem = Problem(quadratic, GroupLasso(strength * float(quadratic.cross.norm(dim=0).max())))
+    best = make_solver("fista", tolerance=1e-9).solve(problem)
+    weight = best.weight + radius * random(seed + 2, 3, 8) * best.weight.any(0)
+    excess = problem.value(weight) - best.certificate.primal
+    assert float(gaps_on_kept(*at(problem, weight)).sum()) >= excess - 1e-9
+
+
+def at(problem: Problem, weight: Tensor) -> tuple[Quadratic, GroupLasso, Tensor, Tensor, Tensor, Tensor]:
+    """What `gaps_on_kept` takes."""
+    assert isinstance(problem.penalty, GroupLasso)
+    residual = problem.quadratic.residual(weight)
+    values = problem.quadratic.values(weight, residual)
+    return problem.quadratic, problem.penalty, weight, residual, values, problem.penalty.values(weight)
