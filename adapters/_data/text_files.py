@@ -6,6 +6,9 @@ from pathlib import Path
 from convexprune.errors import CalibrationError, shown
 
 TEXT_FILES = (".txt", ".jsonl")
+UTF16 = "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
+BEGINNINGS = {b"\x1f\x8b": "It is compressed. Unpack it: gunzip.", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}
+OTHER = "Convert it from what it is in: iconv -f LATIN1 -t UTF-8, say."
 
 
 def is_file(text: str) -> bool:
@@ -52,9 +55,10 @@ def read_text(path: Path) -> str:
     try:
         content = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as cause:
-        raise CalibrationError(
-            f"{path}: cannot be read as UTF-8 text ({cause}). Convert it: iconv -t UTF-8."
-        ) from cause
+        mend = next(
+            (how for begin, how in BEGINNINGS.items() if getattr(cause, "object", b"").startswith(begin)), OTHER
+        )
+        raise CalibrationError(f"{path}: cannot be read as UTF-8 text ({cause}). {mend}") from cause
     if "\0" in content:
         raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
     if path.suffix == ".txt":
@@ -69,7 +73,11 @@ def _json_text(path: Path, number: int, line: str) -> str:
     except json.JSONDecodeError as cause:
         raise CalibrationError(f"{path}, line {number}: not JSON ({cause}). Mend or remove it.") from cause
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        found = f"the fields {', '.join(map(shown, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        if isinstance(row, dict):
+            other = f", of which that one holds a {type(row['text']).__name__}" if "text" in row else ""
+            found = f"the fields {', '.join(map(shown, row))}{other}"
+        else:
+            found = f"a {type(row).__name__}"
         raise CalibrationError(
             f'{path}, line {number}: needs an object with a field "text" that holds text; it has {found}. Write every '
             'line as {"text": "..."}.'

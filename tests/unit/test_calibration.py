@@ -1,5 +1,7 @@
+import gzip
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from convexprune.adapters import HuggingFaceModel, calibration_tokens, text_windows
 from convexprune.adapters._data.corpora import CORPORA
+from convexprune.adapters._data.text_files import read_text
 from convexprune.errors import CalibrationError, DependencyError
 
 STREAM = torch.arange(4000)  # every token once, so that windows which overlap would repeat one
@@ -266,3 +269,23 @@ def test_a_data_set_out_of_reach_is_said_to_be(tiny_opt, hub, monkeypatch, kind)
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", fail)
     with pytest.raises(CalibrationError, match=r'c4: the data set cannot be loaded .*no network.*dataset="self"'):
         calibrate("c4", tiny_opt)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (gzip.compress(b"a text"), "It is compressed. Unpack it: gunzip"),
+        ("a text".encode("utf-16"), "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
+        ("façade".encode("latin-1"), "Convert it from what it is in: iconv -f LATIN1 -t UTF-8, say"),
+    ],
+)
+def test_bytes_that_are_no_utf_8_are_refused_with_what_to_do(tmp_path: Path, content: bytes, advice: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(CalibrationError, match=re.escape(advice)):
+        read_text(tmp_path / "a.txt")
+
+
+def test_a_field_of_text_that_holds_no_text_is_named_with_what_it_holds(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": 3}')
+    with pytest.raises(CalibrationError, match="it has the fields 'id', 'text', of which that one holds a int"):
+        read_text(tmp_path / "a.jsonl")
