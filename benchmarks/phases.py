@@ -16,14 +16,14 @@ import torch
 
 from convexprune._api import in_folder
 from convexprune._layerwise import capture as passes
+from convexprune._layerwise import walk
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.statistics import CalibrationStatistics
-from convexprune._layerwise.steps import prune as task
 from convexprune._layerwise.steps import stages as layer
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(task, "observe"), (passes, "observe"), (layer, "stage_inputs")],
+    "forward": [(walk, "observe"), (passes, "observe"), (layer, "stage_inputs")],
     "Gram": [(CalibrationStatistics, "add")],
     "solve": [(layer, "prune_groups")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (in_folder, "save_from_store")],

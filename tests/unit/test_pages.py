@@ -139,6 +139,11 @@ def test_sentences_are_those_of_the_prose():
     ]
 
 
+def test_the_phases_that_benchmarks_time_are_there():
+    phases = runpy.run_path(str(ROOT / "benchmarks" / "phases.py"))["PHASES"]
+    assert all(hasattr(place, name) for places in phases.values() for place, name in places)
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     assert all(f" {page.name}\n" in navigation for page in PAGES[1:])
