@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune._progress import begin
 from convexprune.errors import CalibrationError, shown, unknown
 from convexprune.recipe import Recipe
 
@@ -252,6 +253,7 @@ def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
     """All token ids [tokens] of a text, begun as the tokenizer begins any text."""
     if model.tokenizer is None:
         raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
+    begin(f"reading {len(text):,} characters of text")
     # Not verbose: a text longer than the model can see is no mistake here, it is cut into windows next.
     return torch.tensor(model.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Stacked
+from convexprune.core._damping import Damping
 from convexprune.core._penalty import Support
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
@@ -25,6 +26,10 @@ from convexprune.pruners._refit import refitted
 from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._base import require_penalty
 from convexprune.solvers._cg import ConjugateGradient
+
+
+COLUMNS = Damping(0.3)
+"""The damping of a search for whole columns, if its pruner leaves it open."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +52,9 @@ class AbstractSearch(AbstractPruner):
     """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
 
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
-    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`).
+    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`). A search for whole columns
+    then has more, `COLUMNS`: a column is worth what others do not make up for, and how they do is another matter in
+    other texts (docs/tried.md has the figures).
     `refit` is the solver of the values; None keeps the scores on the support.
 
     Raises:
@@ -86,17 +93,24 @@ class AbstractSearch(AbstractPruner):
             kept = torch.ones_like(problem.weight, dtype=torch.bool)
             weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
             return LayerEdit(weight, kept, refits, damping)
-        quadratic, scale = saliency_coordinates(problem, damping)
-        weight, mask, (solutions,), products = self._searched(quadratic, problem.pattern)
+        if problem.pattern.by_column and self.damping is None:
+            searched, scale = saliency_coordinates(problem, COLUMNS)
+            unit = scale.new_full(scale.shape, (1 + COLUMNS.strength) ** 0.5)  # the diagonal is 1 with the pull, too
+            searched, scale = searched.scaled(unit), scale * unit
+            quadratic = damped(problem, damping).scaled(scale)
+        else:
+            searched, scale = saliency_coordinates(problem, damping)
+            quadratic = searched
+        weight, mask, (solutions,), products = self._found(searched, quadratic, problem.pattern)
         return LayerEdit(weight / scale, mask, solutions, damping, other_products=products)
 
-    def _searched(
-        self, quadratic: Quadratic, pattern: Constraint
+    def _found(
+        self, searched: Quadratic, refitted_on: Quadratic, pattern: Constraint
     ) -> tuple[Tensor, Tensor, list[tuple[Solution, ...]], int]:
         """The refitted weight [m n], its support, the solves of each problem, and the products outside of these."""
-        found = self.search(quadratic, pattern)
+        found = self.search(searched, pattern)
         mask = pattern.mask(found.scores.abs())
-        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
+        weight, refits = refitted(refitted_on, mask, found.scores, self.refit)
         each = zip(*(solution.each for solution in found.solutions + refits), strict=True)
         return weight, mask, list(each) or [()], found.products
 
@@ -116,7 +130,7 @@ class AbstractSearch(AbstractPruner):
         pattern = Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
         scales = [scale for _, scale in posed]
         del posed  # `together` has their tensors
-        weight, mask, solutions, products = self._searched(together, pattern)
+        weight, mask, solutions, products = self._found(together, together, pattern)
         edits = []
         for i, rows in enumerate(together.parts):
             edit = LayerEdit(weight[rows] / scales[i], mask[rows], solutions[i], dampings[i], other_products=products)

@@ -1,5 +1,6 @@
 """Whole input channels as a constraint."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,14 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_cases import Recorder, correlated, error, layer_problem
 from strategies import random, seeds
+from torch import Tensor
 
 from convexprune.constraints import Columns, Stacked, parse_pattern
+from convexprune.core._damping import Damping
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import PatternError, UnsupportedError
 from convexprune.pruners import METHODS, PRUNERS, Convex, LayerProblem, Refitted
 from convexprune.pruners._damped import damped
+from convexprune.pruners._search import COLUMNS
 from convexprune.solvers import Status, make_solver
 
 
@@ -42,7 +47,7 @@ def test_blocks_are_columns_of_a_weight_that_has_them_one_below_another(
     assert pattern.violation(scores) == round(sparsity * count) * block
 
 
-def folded(weight: torch.Tensor, block: int) -> torch.Tensor:
+def folded(weight: Tensor, block: int) -> Tensor:
     """[m n] as [m * block, n / block]: what was a block of columns is one column."""
     return weight.unflatten(1, (-1, block)).transpose(1, 2).flatten(0, 1)
 
@@ -144,25 +149,47 @@ def test_a_stack_of_one_operator_is_pruned_as_the_operator(method: str, pattern:
 
 
 @settings(max_examples=8)
-@given(seeds, st.sampled_from((1, 4)))
-def test_few_choices_are_all_tried(seed: int, block: int):
+@given(seeds, st.sampled_from((1, 4)), st.sampled_from((None, 0.05)))
+def test_few_choices_are_all_tried(seed: int, block: int, damping: float | None):
     """Slowly, by hand: no other choice of as many columns has a lower damped error after the refit."""
     problem = layer_problem(correlated(seed, m=4, n=8 * block), Columns(0.25, block=block))
-    pruned = Convex().prune(problem)
+    pruned = Convex(damping=damping).prune(problem)
     assert pruned.damping is not None and [s.status for s in pruned.solutions] == [Status.SOLVED]
-    quadratic = damped(problem, pruned.damping)
-    gram, target = quadratic.gram, problem.weight @ quadratic.gram + quadratic.cross
-    errors = {}
+    searched = damped(problem, COLUMNS if damping is None else Damping(damping))
+    errors = {kept: float(searched.values(weight).sum()) for kept, weight in every_choice(searched, problem, block)}
+    kept = min(errors, key=errors.__getitem__)
+    assert pruned.mask.tolist() == [list(kept)] * 4
+    weights = dict(every_choice(damped(problem, pruned.damping), problem, block))
+    torch.testing.assert_close(pruned.weight, weights[kept], rtol=1e-5, atol=1e-6)
+    path = Convex(choices=0, damping=damping).prune(problem)
+    assert errors[tuple(path.mask[0].tolist())] >= errors[kept] * (1 - 1e-9)
+
+
+def every_choice(quadratic: Quadratic, problem: LayerProblem, block: int) -> Iterator[tuple[tuple[bool, ...], Tensor]]:
+    """The columns of eight blocks that are kept, without two of these, and the best weight on them."""
+    target = problem.weight @ quadratic.gram + quadratic.cross
     for gone in combinations(range(8), 2):
         kept = torch.ones(8, dtype=torch.bool)
         kept[list(gone)] = False
         kept = kept.repeat_interleave(block)
         weight = torch.zeros_like(problem.weight)
-        weight[:, kept] = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
-        errors[gone] = float(quadratic.values(weight).sum())
-    assert float(quadratic.values(pruned.weight).sum()) == pytest.approx(min(errors.values()), rel=1e-6)
-    path = float(quadratic.values(Convex(choices=0).prune(problem).weight).sum())
-    assert path >= min(errors.values()) * (1 - 1e-9)
+        weight[:, kept] = torch.linalg.solve(quadratic.gram[kept][:, kept], target[:, kept].T).T
+        yield tuple(kept.tolist()), weight
+
+
+@settings(max_examples=8)
+@given(seeds, st.sampled_from((0, 70)))
+def test_what_others_make_up_for_in_the_sample_alone_is_kept(seed: int, choices: int):
+    """Two inputs that are alike in the sample, and two of little energy: other texts may tell the first two apart."""
+    x = random(seed, 200, 8).float()
+    x[:, 1] = x[:, 0] + 0.05 * random(seed + 1, 200).float()
+    x[:, 6:] *= 0.3
+    weight = (random(seed + 2, 4, 8).sign() + 0.1 * random(seed + 3, 4, 8)).float()
+    moments = Moments(8)
+    moments.add(x)
+    problem = LayerProblem(weight, moments, Columns(0.125))
+    one_of_the_alike, of_little_energy = (Convex(choices=choices, damping=d).prune(problem) for d in (0.001, None))
+    assert not one_of_the_alike.mask[0, :2].all() and not of_little_energy.mask[0, 6:].all()
 
 
 def test_operators_of_a_stack_choose_for_themselves():
