@@ -27,7 +27,6 @@ from convexprune.solvers import AbstractSolver, Solution
 from convexprune.solvers._base import require_penalty
 from convexprune.solvers._cg import ConjugateGradient
 
-
 COLUMNS = Damping(0.3)
 """The damping of a search for whole columns, if its pruner leaves it open."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from convexprune._progress import followed_by
 from convexprune.adapters import HuggingFaceModel, calibration_tokens, text_windows
 from convexprune.adapters._data.corpora import CORPORA
 from convexprune.adapters._data.text_files import read_text
@@ -187,6 +188,13 @@ def test_a_bad_line_is_named(tiny_opt, tmp_path, line, message):
 def test_text_needs_a_tokenizer(build):
     with pytest.raises(CalibrationError, match="has no tokenizer"):
         calibrate([PROSE], HuggingFaceModel(build("opt")))
+
+
+def test_a_text_is_a_phase_of_its_own(tiny_opt):
+    heard = []
+    with followed_by(lambda phase, steps: heard.append(phase) or (lambda _: None)):
+        text_windows(PROSE, tiny_opt, 16)
+    assert heard == [f"reading {len(PROSE):,} characters of text"]
 
 
 def test_a_long_text_is_no_reason_for_a_warning(tiny_opt, monkeypatch):
