@@ -182,7 +182,9 @@ def _perplexity(report: Report) -> Iterator[Fact]:
 
 def _certificates(report: Report) -> Iterator[Fact]:
     if report.largest_gap is not None:
-        yield Fact("largest gap", f"{report.largest_gap:.1e}, relative, of a final convex solve")
+        worst = max((o for o in report.operators if o.gap is not None), key=lambda o: o.gap or 0.0)
+        which = "" if worst.status == "SOLVED" else f": {worst.name}, {worst.status}, error {worst.relative_error:.0e}"
+        yield Fact("largest gap", f"{report.largest_gap:.1e}, relative, of a final convex solve{which}")
     if report.median_bound_ratio is not None:
         yield Fact(
             "lower bound",

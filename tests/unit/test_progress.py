@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from convexprune._cli import progress
 from convexprune._cli.stopping import Stopped, listen
 from convexprune._cli.summary import summary
 from convexprune._progress import begin, followed_by
+from convexprune._rendering.facts import facts
 from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 
@@ -119,6 +121,9 @@ def test_the_summary_fits_80_columns_and_says_what_flatters():
         "warning too [few] words",
     ):  # fmt: skip
         assert said in words, said
+    rounding = replace(report("layers.2.fc2", 1.8e-16), gap=380.0, status="UNCONFIRMED")
+    (gap,) = (f.text for f in facts(replace(whole, operators=[*operators, rounding])) if f.name == "largest gap")
+    assert gap == "3.8e+02, relative, of a final convex solve: layers.2.fc2, UNCONFIRMED, error 2e-16"
 
 
 @pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt(), 130), (Stopped(15), 143), (Stopped(1), 129)])
