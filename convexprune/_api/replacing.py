@@ -7,7 +7,8 @@ from pathlib import Path
 
 from convexprune._container.folder import packed_name, plain_checksum
 from convexprune._runs.folder import LOCK, OWN, RUN, WORK, RunFolder
-from convexprune._storage.files import PARTS
+from convexprune._storage.failures import working
+from convexprune._storage.files import PARTS, paths_in
 from convexprune._storage.locks import locked
 from convexprune._storage.place import beside, output_folder
 from convexprune.errors import OutputError
@@ -58,7 +59,8 @@ def _require_ours(folder: Path) -> None:
     Raises:
         OutputError: that is so; the first files are named.
     """
-    foreign = [] if not folder.exists() else list(_foreign(RunFolder(folder)))
+    with working(folder):
+        foreign = [] if not folder.exists() else list(_foreign(RunFolder(folder)))
     if foreign:
         more = f" and {len(foreign) - 3} more" if foreign[3:] else ""
         raise OutputError(
@@ -79,7 +81,7 @@ def _foreign(run: RunFolder) -> Iterator[str]:
     files = run.result()
     ours = {*OWN, *files, *(packed_name(Path(name)).as_posix() for name in files)}
     works = run.is_unfinished or (run.work / RUN).is_file()
-    for path in sorted(run.folder.rglob("*")):
+    for path in paths_in(run.folder):
         name = path.relative_to(run.folder)
         is_work = (works and name.parts[0] == WORK) or path.match(PARTS)
         if not (is_work or name.as_posix() in ours or (path.is_dir() and not path.is_symlink())):

@@ -18,7 +18,7 @@ from convexprune._container.file import (
 from convexprune._progress import begin
 from convexprune._runs.folder import RUN, check_output
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file
+from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, paths_in
 from convexprune._storage.folders import atomic_folder, refuse_foreign
 from convexprune._storage.place import output_folder
 from convexprune.errors import ModelError, OutputError
@@ -169,13 +169,14 @@ def plain_checksum(folder: Path, name: str) -> str | None:
 
 def discard_packs(folder: Path) -> None:
     """Remove from `folder` the packs that `pack_in_place` made before it was stopped."""
-    for path in folder.rglob(f"*{PACKED}"):
-        path.unlink()
+    for path in paths_in(folder):
+        if path.name.endswith(PACKED):
+            path.unlink()
 
 
 def holds_pack(folder: Path) -> bool:
     """Whether `folder` is a pack."""
-    return any(folder.rglob(f"*{PACKED}"))
+    return any(path.name.endswith(PACKED) for path in paths_in(folder))
 
 
 def packed_name(path: Path) -> Path:
@@ -210,7 +211,7 @@ def _files(folder: Path) -> list[Path]:
     """The names of the files in a folder, without those in hidden folders (.git, .cache) and unfinished ones."""
     found = []
     with reading(folder):
-        for path in sorted(folder.rglob("*")):
+        for path in paths_in(folder):
             name = path.relative_to(folder)
             hidden = any(part.startswith(".") for part in name.parts[:-1])
             if not hidden and not path.match(PARTS) and (path.is_symlink() or not path.is_dir()):

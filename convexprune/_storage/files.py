@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from convexprune._storage.failures import naming, reading, writing
 from convexprune.errors import ModelError
@@ -73,8 +73,28 @@ def flush(folder: Path) -> None:
     Args:
         folder: the folder.
     """
-    for path in (*folder.rglob("*"), folder):
+    for path in (*paths_in(folder), folder):
         _sync(path)
+
+
+def paths_in(folder: Path) -> list[Path]:
+    """All that lies in a folder and in those inside of it, these too, sorted.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The paths.
+
+    Raises:
+        OSError: a folder cannot be listed; `Path.rglob` would leave out what lies there, and not say so.
+    """
+    found = os.walk(folder, onerror=_not_listed)
+    return sorted(Path(place) / name for place, folders, files in found for name in (*folders, *files))
+
+
+def _not_listed(error: OSError) -> NoReturn:
+    raise error
 
 
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
@@ -154,7 +174,7 @@ def checksums(folder: Path) -> dict[str, str]:
     Returns:
         The sha256 of each by its name in the folder.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in paths_in(folder) if path.is_file())
     return {path.relative_to(folder).as_posix(): str(sha256(path)) for path in files}
 
 

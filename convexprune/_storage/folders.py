@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convexprune._storage.failures import writing
-from convexprune._storage.files import flush, make_folder, publish
+from convexprune._storage.files import flush, make_folder, paths_in, publish
 from convexprune._storage.locks import locked
 from convexprune._storage.place import beside
 from convexprune.errors import ModelError, OutputError
@@ -55,7 +55,7 @@ def move_files(place: Path, folder: Path) -> None:
         OutputError: the disk is full or fails.
     """
     with writing(folder):
-        for path in sorted(place.rglob("*"), key=lambda path: path.name == "config.json"):
+        for path in sorted(paths_in(place), key=lambda path: path.name == "config.json"):
             if path.is_file():
                 target = folder / path.relative_to(place)
                 make_folder(target.parent)

@@ -1,5 +1,6 @@
 """What is written appears whole, follows no link and obeys the umask; what is read is looked at in one pass."""
 
+import errno
 import hashlib
 import math
 import os
@@ -12,8 +13,8 @@ from runs import killed
 from safetensors.torch import save_file
 
 from convexprune._storage import files, scan
-from convexprune._storage.files import atomic_write, copy_file, make_folder
-from convexprune._storage.folders import atomic_folder
+from convexprune._storage.files import atomic_write, checksums, copy_file, flush, make_folder, paths_in
+from convexprune._storage.folders import atomic_folder, move_files
 from convexprune._storage.locks import locked, overwrite
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import DTYPES
@@ -83,6 +84,33 @@ def test_a_folder_that_may_not_be_written_to_is_not_called_full(tmp_path: Path, 
         atomic_write(tmp_path / "x"),
     ):
         pass
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_nothing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, folder, scandir = tmp_path / "place", tmp_path / "folder", os.scandir
+    for path in (place / "a", place / "inside" / "b", place / "config.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    known = checksums(place)
+    assert list(known) == ["a", "config.json", "inside/b"]
+
+    def fails(path: Path) -> object:
+        if Path(path).name == "inside":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    for run in (lambda: checksums(place), lambda: paths_in(place), lambda: flush(place)):
+        with pytest.raises(PermissionError):
+            run()
+    with pytest.raises(OutputError, match="Make the folder readable"):
+        move_files(place, folder)
+    monkeypatch.undo()
+    assert checksums(place) == known and not folder.exists()
+    move_files(place, folder)
+    assert checksums(folder) == known
 
 
 def test_a_copied_file_is_flushed_and_renamed_and_so_are_new_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
