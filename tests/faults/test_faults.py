@@ -184,7 +184,8 @@ def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(
 
     def finishing(path: Path):
         if path.name == output.RUN and folder.is_unfinished:
-            folder.finish(tmp_path / "result", report)
+            (tmp_path / "work" / "result").mkdir()
+            folder.finish(tmp_path / "work" / "result", report)
         return read_notes(path)
 
     monkeypatch.setattr(output, "read_notes", finishing)

@@ -16,8 +16,9 @@ from runs import SETTINGS, checksums, flip
 from transformers import AutoModelForCausalLM
 
 import convexprune
+from convexprune._storage import folders
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, given_tokenizer, load, reopen
-from convexprune.adapters._checkpoints import model_folder, saving
+from convexprune.adapters._checkpoints import model_folder
 from convexprune.adapters._checkpoints.model_folder import INDEX
 from convexprune.adapters._checkpoints.shards import Shards
 from convexprune.adapters._discovery.inspection import inspect
@@ -286,8 +287,8 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_tokenizer_that_was_given_is_flushed_and_renamed_too(folder: Path, tmp_path: Path, monkeypatch):
-    published, publish = [], saving.publish
-    monkeypatch.setattr(saving, "publish", lambda *paths: published.append(paths[1].name) or publish(*paths))
+    published, publish = [], folders.publish
+    monkeypatch.setattr(folders, "publish", lambda *paths: published.append(paths[1].name) or publish(*paths))
     convexprune.prune(folder, tokenizer=str(EMBEDDED), output_dir=tmp_path / "out", **SETTINGS)  # pyright: ignore
     assert "tokenizer.json" in published and (tmp_path / "out" / "tokenizer.json").is_file()
     assert "tokenizer.json" in json.loads((tmp_path / "out" / "report.json").read_text())["files"]

@@ -149,7 +149,7 @@ FAULTS = (
     Fault("a gap with half the price of a subgradient", problem.row_gaps,
           "gaps, quadratic.inverse_form(residual - dual))", "gaps, 0.4 * quadratic.inverse_form(residual - dual))",
           test_certificate.test_without_a_penalty_the_gap_is_the_excess_itself),
-    Fault("a step on what is kept for half its price", on_kept._least_squares, "sum((1, 2)) / 2", "sum((1, 2)) / 4",
+    Fault("a step on what is kept for half its price", on_kept._least_squares, "y).sum(1) / 2", "y).sum(1) / 4",
           test_gap.test_least_squares_on_a_support_is_certified_on_fewer_tokens_than_inputs, {"tokens": 3}),
     Fault("a dual point that leaves the domain", on_kept.gaps_on_kept, ".clamp_max(1)", ".clamp_min(1).clamp_max(1)",
           test_gap.test_nor_where_least_squares_on_what_is_kept_leave_the_domain_elsewhere),

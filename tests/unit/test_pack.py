@@ -204,7 +204,10 @@ def test_a_pack_that_is_not_what_was_pruned_is_not_kept(dense: Path, tmp_path: P
     monkeypatch.setattr("convexprune._container.folder.pack_file", pack_wrong)
     with pytest.raises(OutputError, match=r"model-00001.*pack\.safetensors: this is not model-00001"):
         convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, **SETTINGS)
-    assert any(not path.name.endswith(".pack.safetensors") for path in (tmp_path / "out").glob("*.safetensors"))
+    assert not list((tmp_path / "out").glob("*.safetensors")) and (tmp_path / "out" / "run.json").is_file()
+    monkeypatch.undo()
+    convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, resume=True, **SETTINGS)
+    assert list((tmp_path / "out").glob("*.pack.safetensors"))
 
 
 def test_a_damaged_pack_of_a_run_is_found(delivered: Path, dense: Path, tmp_path: Path):
