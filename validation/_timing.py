@@ -9,6 +9,7 @@ from statistics import median, quantiles
 import torch
 
 LEAST, MOST = 5, 200  # rounds
+OF_SLOW = 2  # rounds, where five would take more than three times the seconds
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds
     Args:
         runs: by the name of their format.
         device: where they compute.
-        seconds: after which no further round begins, if there were enough.
+        seconds: after which no further round begins, if there were five; three times that, if there were two.
 
     Returns:
         The seconds by format, one of each round.
@@ -59,6 +60,7 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     end = time.perf_counter() + seconds
+    late = end + 2 * seconds
     for number in range(MOST):
         for name, run in runs.items():
             wait()
@@ -67,7 +69,8 @@ def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds
             wait()
             if number:
                 times[name].append(time.perf_counter() - began)
-        if number >= LEAST and time.perf_counter() > end:
+        now = time.perf_counter()
+        if (number >= LEAST and now > end) or (number >= OF_SLOW and now > late):
             break
     return times
 

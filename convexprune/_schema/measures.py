@@ -137,7 +137,7 @@ class Bench(RemoteCode):
     prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
     new_tokens: int = setting(8, "Tokens to generate in each round.", ge=1)
     seconds: float = setting(
-        60.0, "About how long it may take, reading aside; at least five rounds of everything are timed.", gt=0
+        60.0, "About how long it may take, reading aside; five rounds are timed, or two of what takes long.", gt=0
     )
 
 

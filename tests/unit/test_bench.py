@@ -88,3 +88,15 @@ def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: H
     )
     with pytest.raises(errors.RecipeError, match="prompt=0"):
         bench(tmp_path / "model", prompt=0)
+
+
+@pytest.mark.parametrize(("takes", "rounds"), [(0.15, 5), (0.4, 3), (1.0, 2)])
+def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes: float, rounds: int):
+    now = [0.0]
+    monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
+
+    def run() -> None:
+        now[0] += takes
+
+    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", seconds=1.0)
+    assert [len(each) for each in times.values()] == [rounds, rounds]
