@@ -129,22 +129,6 @@ class Constraint(ABC):
         if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
             raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
 
-    def fits(self, rows: int, columns: int) -> bool:
-        """Whether `check` accepts a weight.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Returns:
-            That.
-        """
-        try:
-            self.check(rows, columns)
-        except PatternError:
-            return False
-        return True
-
     def budget(self, shape: Sequence[int]) -> Budget | None:
         """The lines of a weight of that `shape` and what each may keep; None if it is no matter of separate lines."""
         return None

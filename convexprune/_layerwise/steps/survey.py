@@ -1,6 +1,7 @@
 """What pruning each part of a model to each pattern would cost: one pass over the dense model, which stays as it is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -26,7 +27,7 @@ from convexprune.core._allocation import (
     skewness,
     sums_of_powers,
 )
-from convexprune.errors import RecipeError, unknown
+from convexprune.errors import PatternError, RecipeError, unknown
 from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
 from convexprune.quantizers._forecast import Forecast
@@ -102,13 +103,11 @@ class Unit:
 def candidates(pattern: Constraint) -> list[Constraint]:
     """The patterns that an operator may get, the sparsest last.
 
-    For a sparsity, sparsities around it; for N:M, every N of that M.
-
     Args:
         pattern: that is asked for on the whole.
 
     Returns:
-        The patterns.
+        For a sparsity, sparsities around it; for N:M, every N of that M.
     """
     return pattern.ladder(REACH, STEP)
 
@@ -235,9 +234,10 @@ def allocate_by_rule(
         return ModelAllocation({}, row_weights=rows)
     cost = gap = None
     if rule in SURVEYED:
-        choice = candidates(pattern)
+        fitting = [[p for p in candidates(pattern) if p in unit.costs] for unit in units]
         curves = [
-            Curve(u.size, *zip(*((p.share, u.costs[p]) for p in choice if p in u.costs), strict=True)) for u in units
+            Curve(unit.size, tuple(p.share for p in own), tuple(unit.costs[p] for p in own))
+            for unit, own in zip(units, fitting, strict=True)
         ]
         if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
             curves = [curve.refined(FINE) for curve in curves]
@@ -288,7 +288,8 @@ def _units(
                         made = QUANTIZER.quantize(problem, *solved([problem], [factors], pruner))
                         errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
                     for name, error in zip(names, errors.split(heights), strict=True):
-                        if pattern.fits(len(error), weight.shape[1]):  # few rows have no room for scales
+                        with suppress(PatternError):  # few rows have no room for the scales of few bits
+                            pattern.check(len(error), weight.shape[1])
                             costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
                 sizes = [height * weight.shape[1] for height in heights]
                 found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
