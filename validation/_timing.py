@@ -24,6 +24,7 @@ class Timing:
         over_dense: this time over that of the dense format in the same round, the median.
         middle_half: the quartiles of that.
         nbytes: that have to be read.
+        rounds: that were timed: two at least, of which the quartiles say little, and five where there was time.
         tokens_per_second: of the whole model; None for a single weight.
     """
 
@@ -34,6 +35,7 @@ class Timing:
     over_dense: float
     middle_half: tuple[float, float]
     nbytes: int
+    rounds: int
     tokens_per_second: float | None = None
 
     @property
@@ -98,7 +100,7 @@ def timing(
     lower, middle, upper = quantiles(ratios, n=4)
     seconds = median(times[name]) / parts
     rate = None if tokens is None else tokens / seconds
-    return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, rate)
+    return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), rate)
 
 
 def merged(timings: Iterable[Timing]) -> list[Timing]:

@@ -37,12 +37,12 @@ def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fals
 
 def _table(found: "Bench", title: str, whole: bool) -> Table:
     what = "tokens/s" if whole else "ms"
-    table = Table("", "batch", "format", what, "time over dense", "middle half", "MB read", box=SIMPLE_HEAD)
+    table = Table("", "batch", "format", what, "time over dense", "middle half", "rounds", "MB read", box=SIMPLE_HEAD)
     table.title = f"{title} of {found.model} ({found.zeros:.0%} zeros) on {found.device}"
     for t in found.timings:
         if (t.tokens_per_second is not None) == whole:
             number = f"{t.tokens_per_second:,.1f}" if t.tokens_per_second is not None else f"{t.milliseconds:.3f}"
             lower, upper = t.middle_half
             row = (t.what, str(t.batch), t.format, number, f"{t.over_dense:.2f}", f"{lower:.2f} to {upper:.2f}")
-            table.add_row(*row, f"{t.nbytes / 1e6:,.1f}")
+            table.add_row(*row, str(t.rounds), f"{t.nbytes / 1e6:,.1f}")
     return table

@@ -73,7 +73,7 @@ def test_a_product_that_this_torch_lacks_is_left_out_and_told(tiny_llama: Huggin
     ],
 )
 def test_the_verdict_knows_what_noise_hides(over_dense, middle_half, said):
-    assert said in Timing("decode", 1, "int8", 1.0, over_dense, middle_half, 1, 1.0).verdict
+    assert said in Timing("decode", 1, "int8", 1.0, over_dense, middle_half, 1, 5, 1.0).verdict
 
 
 def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
