@@ -209,6 +209,11 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
         with suppress(NotStreamable):
             ask(source, lambda: check_layers(folder, config))
     reader = model_class(source, config)
+    if folder.is_dir() and "gguf_file" not in place:
+        with parameters_on_meta():
+            empty = ask(source, lambda: reader.from_config(config, trust_remote_code=place["trust_remote_code"]))
+        with suppress(NotStreamable):
+            _refuse_codes(folder, empty)
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
@@ -223,9 +228,6 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             f"{source}: the checkpoint lacks {len(missing)} tensors that the model needs, first {missing[0]}; "
             "they would be random. Copy or download it again, or correct its config.json."
         )
-    if folder.is_dir() and "gguf_file" not in place:
-        with suppress(NotStreamable):
-            _refuse_codes(folder, model)
     # On a CPU transformers maps the weights from their files: what is written to these would change the model.
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -233,7 +235,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
 
 
 def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse weights that are stored as whole numbers: transformers makes floating-point numbers of them, unscaled."""
+    """Refuse weights that are stored as whole numbers, of which transformers 5 would make unscaled floats."""
     inner = f"{model.base_model_prefix}."
     weights = {name.removeprefix(inner) for name, _ in model.named_parameters()}
     stored = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
