@@ -100,16 +100,16 @@ class AbstractSearch(AbstractPruner):
         else:
             searched, scale = saliency_coordinates(problem, damping)
             quadratic = searched
-        weight, mask, (solutions,), products = self._found(searched, quadratic, problem.pattern)
+        weight, mask, (solutions,), products = self._search_and_refit(searched, quadratic, problem.pattern)
         return LayerEdit(weight / scale, mask, solutions, damping, other_products=products)
 
-    def _found(
-        self, searched: Quadratic, refitted_on: Quadratic, pattern: Constraint
+    def _search_and_refit(
+        self, searched: Quadratic, quadratic: Quadratic, pattern: Constraint
     ) -> tuple[Tensor, Tensor, list[tuple[Solution, ...]], int]:
         """The refitted weight [m n], its support, the solves of each problem, and the products outside of these."""
         found = self.search(searched, pattern)
         mask = pattern.mask(found.scores.abs())
-        weight, refits = refitted(refitted_on, mask, found.scores, self.refit)
+        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
         each = zip(*(solution.each for solution in found.solutions + refits), strict=True)
         return weight, mask, list(each) or [()], found.products
 
@@ -129,7 +129,7 @@ class AbstractSearch(AbstractPruner):
         pattern = Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
         scales = [scale for _, scale in posed]
         del posed  # `together` has their tensors
-        weight, mask, solutions, products = self._found(together, together, pattern)
+        weight, mask, solutions, products = self._search_and_refit(together, together, pattern)
         edits = []
         for i, rows in enumerate(together.parts):
             edit = LayerEdit(weight[rows] / scales[i], mask[rows], solutions[i], dampings[i], other_products=products)

@@ -160,9 +160,7 @@ def test_few_choices_are_all_tried(seed: int, block: int, damping: float | None)
     kept = min(errors, key=errors.__getitem__)
     assert pruned.mask.tolist() == [list(kept)] * 4
     weights = dict(every_choice(damped(problem, pruned.damping), problem, block))
-    torch.testing.assert_close(pruned.weight, weights[kept], rtol=1e-5, atol=1e-6)
-    path = Convex(choices=0, damping=damping).prune(problem)
-    assert errors[tuple(path.mask[0].tolist())] >= errors[kept] * (1 - 1e-9)
+    torch.testing.assert_close(pruned.weight, weights[kept])
 
 
 def every_choice(quadratic: Quadratic, problem: LayerProblem, block: int) -> Iterator[tuple[tuple[bool, ...], Tensor]]:
