@@ -14,6 +14,7 @@ from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify, row_gaps
 from convexprune.core._quadratic import Quadratic
 from convexprune.solvers import Status, make_solver
+from convexprune.solvers._fista import FISTA
 
 L1S = PENALTIES[:3]
 TAME = ("full rank", "rank deficient")  # where data and Gram agree to rounding whatever the weight
@@ -221,3 +222,16 @@ def test_rows_that_keep_nothing_have_a_bound_too(kept):
     assert gaps.isfinite().all() and (gaps <= 1e-9 * objectives)[kept:].all()
     zero = certify(problem, torch.zeros_like(weight))
     assert zero.relative_gap <= 1e-12
+
+
+@pytest.mark.parametrize(("apart", "iterations"), [(0.0, 4720), (1.0, 1780)])
+def test_weights_leave_the_dearer_of_two_equal_columns_slowly_on_few_tokens(apart: float, iterations: int):
+    """Nothing but the strengths tells such columns apart: docs/certificates.md says how long it takes."""
+    x = random(2, 2, 8).repeat(1, 2) + apart * random(4, 2, 16)
+    quadratic = Quadratic.least_squares(x, random(3, 2, 2))
+    strength = 0.3 * float(quadratic.cross.abs().max()) * torch.logspace(-4, 0, 16, dtype=torch.float64)
+    problem = Problem(quadratic, L1(strength))
+    solution = FISTA(max_iterations=10_000).solve(problem)
+    assert solution.status is Status.SOLVED and solution.iterations == pytest.approx(iterations, rel=0.2)
+    assert FISTA().solve(problem).status is (Status.SOLVED if apart else Status.ITERATION_LIMIT)
+    assert apart or not solution.weight[:, 8:].any()
