@@ -8,7 +8,7 @@ from convexprune.errors import CalibrationError, shown
 TEXT_FILES = (".txt", ".jsonl")
 UTF16 = "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
 BEGINNINGS = {b"\x1f\x8b": "It is compressed. Unpack it: gunzip.", b"\xff\xfe": UTF16, b"\xfe\xff": UTF16}
-OTHER = "Convert it from what it is in: iconv -f LATIN1 -t UTF-8, say."
+OTHER = "If it is Latin-1: iconv -f LATIN1 -t UTF-8."
 
 
 def is_file(text: str) -> bool:
@@ -74,8 +74,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
         raise CalibrationError(f"{path}, line {number}: not JSON ({cause}). Mend or remove it.") from cause
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         if isinstance(row, dict):
-            other = f", of which that one holds a {type(row['text']).__name__}" if "text" in row else ""
-            found = f"the fields {', '.join(map(shown, row))}{other}"
+            found = f"the fields {', '.join(map(shown, row))}"
+            found += f", and {type(row['text']).__name__} in that one" if "text" in row else ""
         else:
             found = f"a {type(row).__name__}"
         raise CalibrationError(

@@ -168,7 +168,7 @@ def plain_checksum(folder: Path, name: str) -> str | None:
 
 
 def discard_packs(folder: Path) -> None:
-    """Remove from `folder` the packs that `pack_in_place` made before it was stopped."""
+    """Remove from `folder` the packs of a result that a run had not finished when it was killed."""
     for path in paths_in(folder):
         if path.name.endswith(PACKED):
             path.unlink()

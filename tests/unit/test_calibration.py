@@ -284,7 +284,7 @@ def test_a_data_set_out_of_reach_is_said_to_be(tiny_opt, hub, monkeypatch, kind)
     [
         (gzip.compress(b"a text"), "It is compressed. Unpack it: gunzip"),
         ("a text".encode("utf-16"), "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
-        ("façade".encode("latin-1"), "Convert it from what it is in: iconv -f LATIN1 -t UTF-8, say"),
+        ("façade".encode("latin-1"), "If it is Latin-1: iconv -f LATIN1 -t UTF-8."),
     ],
 )
 def test_bytes_that_are_no_utf_8_are_refused_with_what_to_do(tmp_path: Path, content: bytes, advice: str):
@@ -295,5 +295,5 @@ def test_bytes_that_are_no_utf_8_are_refused_with_what_to_do(tmp_path: Path, con
 
 def test_a_field_of_text_that_holds_no_text_is_named_with_what_it_holds(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "text": 3}')
-    with pytest.raises(CalibrationError, match="it has the fields 'id', 'text', of which that one holds a int"):
+    with pytest.raises(CalibrationError, match="it has the fields 'id', 'text', and int in that one"):
         read_text(tmp_path / "a.jsonl")
