@@ -282,7 +282,7 @@ def test_a_data_set_out_of_reach_is_said_to_be(tiny_opt, hub, monkeypatch, kind)
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (gzip.compress(b"a text"), "It is compressed. Unpack it: gunzip"),
+        (gzip.compress(b"a text", mtime=0), "It is compressed. Unpack it: gunzip"),
         ("a text".encode("utf-16"), "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8"),
         ("façade".encode("latin-1"), "If it is Latin-1: iconv -f LATIN1 -t UTF-8."),
     ],
