@@ -18,7 +18,7 @@ def best_pruning(problem: LayerProblem) -> Tensor:
     """The weight in a pattern with the least squared error, by enumeration of every row's supports.
 
     Rows are independent, so with a quota of the whole matrix the best weight of each row is found for every number of
-    non-zeros, and these numbers are allocated by dynamic programming.
+    non-zeros, and these numbers are allocated by dynamic programming. Whole columns are one support for all rows.
 
     Args:
         problem: of a weight [m n] with n <= 20.
@@ -36,7 +36,10 @@ def best_pruning(problem: LayerProblem) -> Tensor:
         raise ProblemError(f"All supports of {n} columns are too many; brute force takes at most {LARGEST}.")
     budget = pattern.budget((m, n))
     if budget is None:
-        raise ProblemError(f"Brute force needs an unstructured or n:m pattern of one operator; this is {pattern}.")
+        raise ProblemError(f"Brute force needs a pattern of one operator that counts its zeros; this is {pattern}.")
+    if not budget.by_entry:
+        columns = torch.arange(n).view(-1, budget.block)
+        return _best(quadratic, columns[_choices(0, budget.width, budget.kept)].flatten(1), together=True)[0]
     if pattern.by_row:
         lines = [_choices(j, budget.width, budget.kept) for j in range(0, n, budget.width)]
         return _best(quadratic, torch.stack([torch.cat(parts) for parts in product(*lines)]))[0]
@@ -68,8 +71,11 @@ def _choices(first: int, width: int, kept: int) -> Tensor:
     return torch.tensor(list(combinations(range(first, first + width), kept)), dtype=torch.long)
 
 
-def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row the best weight [m n] on one of the `supports` [count kept], and its value [m]."""
+def _best(q: Quadratic, supports: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
+    """For each row the best weight [m n] on one of the `supports` [count kept], and its value [m].
+
+    All rows `together` take the same one, and the value is their sum.
+    """
     q = q.at(None)
     best = q.energy / 2 if supports.shape[1] == 0 else torch.full_like(q.energy, float("inf"))
     weight = torch.zeros_like(q.cross)
@@ -81,7 +87,8 @@ def _best(q: Quadratic, supports: Tensor) -> tuple[Tensor, Tensor]:
         inverse = torch.linalg.pinv(gram[chunk[:, :, None], chunk[:, None, :]], hermitian=True, rtol=1e-13)
         part = cross[:, chunk]  # [m count kept]
         solution = torch.einsum("cij,mcj->mci", inverse, part)
-        values, index = (q.energy[:, None] / 2 - (solution * part).sum(2) / 2).min(1)
+        every = q.energy[:, None] / 2 - (solution * part).sum(2) / 2
+        values, index = (every.sum(0).expand_as(every) if together else every).min(1)
         for i in (values < best).nonzero()[:, 0].tolist():
             best[i] = values[i]
             weight[i] = 0

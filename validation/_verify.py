@@ -14,6 +14,7 @@ from rich.table import Table
 
 from convexprune._device.machine import default_device
 from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.steps.bounds import rows_to_bound
 from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
 from convexprune.adapters import HuggingFaceModel
@@ -225,15 +226,17 @@ def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generato
 
     Args:
         operator: with its problem.
-        rows: how many, drawn at random; None is all.
+        rows: how many, drawn at random; more are drawn for whole columns (`rows_to_bound`). None is all.
         generator: of the random numbers.
 
     Returns:
         The bounds.
     """
     began = time.perf_counter()
-    problem, achieved = operator.rows(rows, generator)
-    method = LowerBound(per_row=problem.weight.shape[1] <= WIDE and rows is not None)
+    pattern = operator.pattern
+    problem, achieved = operator.rows(None if rows is None else rows_to_bound(pattern, rows), generator)
+    is_small = problem.weight.shape[1] <= WIDE and rows is not None and not pattern.by_column
+    method = LowerBound(per_row=is_small)
     plain = method.of(problem.quadratic, problem.pattern, achieved)
     r = operator.damping
     posed = plain if r.strength == 0 else method.of(damped(problem, r), problem.pattern, achieved)

@@ -77,7 +77,9 @@ class Verify(Settings):
     sample: int | None = setting(3, "Operators drawn if none is named; 0: all.", ge=0)
     rows: int = setting(4, "Rows of the blocks that oracles solve.", ge=1)
     columns: int = setting(32, "Columns of the blocks that oracles solve; the others stay dense.", ge=1)
-    bound_rows: int = setting(4, "Rows of an operator that the lower bound is for, drawn at random.", ge=1)
+    bound_rows: int = setting(
+        4, "Rows of an operator that the lower bound is for, drawn at random; 64 times as many for whole columns.", ge=1
+    )
     tolerance: float = setting(1e-6, "Largest relative difference of objectives.", ge=0)
     gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
     seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
@@ -135,9 +137,9 @@ class Bench(RemoteCode):
         (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
     )
     prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
-    new_tokens: int = setting(8, "Tokens to generate in each round.", ge=1)
+    new_tokens: int = setting(8, "Tokens to generate in each round; fewer of what takes long.", ge=1)
     seconds: float = setting(
-        60.0, "About how long it may take, reading aside; five rounds are timed, or two of what takes long.", gt=0
+        60.0, "About how long it may take, reading aside; two rounds are timed, or one of what takes very long.", gt=0
     )
 
 

@@ -240,7 +240,7 @@ class RunSettings(Settings):
     bound_rows: int = setting(
         2,
         "Rows of each operator (all, if it has fewer) whose error the report compares with a certified lower bound on "
-        "that of any pruning (docs/certificates.md); 0: none.",
+        "that of any pruning (docs/certificates.md); 64 times as many for whole columns; 0: none.",
         ge=0,
     )
     evaluation: str | None = setting(

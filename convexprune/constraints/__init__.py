@@ -2,7 +2,8 @@
 
 import re
 
-from convexprune.constraints._base import Budget, Constraint, Mask, Quota
+from convexprune.constraints._base import Constraint, Mask, Quota
+from convexprune.constraints._budget import Budget
 from convexprune.constraints._channels import Channels
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._columns import Columns

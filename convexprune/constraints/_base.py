@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
@@ -11,18 +10,11 @@ from torch import Tensor
 from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._abstract_grid import AbstractGrid
+from convexprune.constraints._budget import Budget
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
 Removed = Literal["channels", "heads", "layers", "experts"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many non-zeros there may be: `kept` in each line of `width` entries of a weight that is read row by row."""
-
-    width: int
-    kept: int
 
 
 class Constraint(ABC):
@@ -130,7 +122,7 @@ class Constraint(ABC):
             raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
 
     def budget(self, shape: Sequence[int]) -> Budget | None:
-        """The lines of a weight of that `shape` and what each may keep; None if it is no matter of separate lines."""
+        """The lines of a weight of that `shape` and what each may keep; None if it has no lines."""
         return None
 
     def zeros(self, rows: int, columns: int) -> int:
@@ -253,7 +245,7 @@ class Mask(Constraint):
     def violation(self, weight: Tensor) -> int:
         budget = self.budget(weight.shape)
         assert budget is not None, "a mask that has no lines counts for itself"
-        counts = (weight != 0).reshape(-1, budget.width).sum(1)
+        counts = budget.sums(weight != 0).count_nonzero(1)
         return int((counts - budget.kept).clamp_min(0).sum())
 
 

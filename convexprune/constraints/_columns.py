@@ -1,6 +1,7 @@
 """Whole input channels, one by one or in blocks: the same columns are zero in all rows of an operator."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from convexprune._device.select import kth_smallest
 from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
+from convexprune.constraints._budget import Budget
 from convexprune.constraints._share import check_share, check_some, percent, share_of, shares_around
 from convexprune.errors import PatternError
 
@@ -74,10 +76,10 @@ class Columns(Mask):
     def zeros(self, rows: int, columns: int) -> int:
         return rows * self._removed(columns)
 
-    def violation(self, weight: Tensor) -> int:
-        columns = weight.shape[1]
-        kept = self.block * int((weight != 0).any(0).view(-1, self.block).any(1).sum())
-        return max(0, kept - columns + self._removed(columns))
+    def budget(self, shape: Sequence[int]) -> Budget:
+        rows, columns = shape
+        width = columns // self.block
+        return Budget(width, width - self._removed(columns) // self.block, self.block, rows)
 
     def with_share(self, share: float) -> "Columns":
         return replace(self, sparsity=share)

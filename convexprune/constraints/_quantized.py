@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from convexprune.constraints._abstract_grid import AbstractGrid
-from convexprune.constraints._base import Budget, Constraint
+from convexprune.constraints._base import Constraint
+from convexprune.constraints._budget import Budget
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._grid import ROW, Grid
 from convexprune.errors import PatternError

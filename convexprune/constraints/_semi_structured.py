@@ -9,7 +9,8 @@ from typing import Self
 from torch import Tensor
 
 from convexprune._device.select import largest_of_groups, middle_of_groups
-from convexprune.constraints._base import Budget, Constraint, Mask, Quota
+from convexprune.constraints._base import Constraint, Mask, Quota
+from convexprune.constraints._budget import Budget
 from convexprune.errors import PatternError
 
 

@@ -9,7 +9,8 @@ from typing import Self
 from torch import Tensor
 
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._base import Budget, Constraint, Mask, Quota, keep_largest
+from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
+from convexprune.constraints._budget import Budget
 from convexprune.constraints._share import check_share, check_some, from_percent, percent, shares_around
 from convexprune.errors import PatternError
 

@@ -7,9 +7,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Constraint
+from convexprune.constraints import Budget, Constraint
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._relaxation import Lines, Relaxed, relax
+from convexprune.core._relaxation import Relaxed, relax
 from convexprune.core._setting_types import between
 from convexprune.core._side_by_side import SideBySide
 from convexprune.core._split import first_split, fit_split, safe_split
@@ -44,8 +44,9 @@ class LowerBound:
 
         q(V) >= q(V0) - <K, V - V0> + 1/2 sum_j B_j (V_j - V0_j)^2
 
-    and the right-hand side is separable: its least value over a pattern that keeps k entries of a line (a row, a
-    group of n:m, or all rows) is known in closed form (`lower_bound`). So any V0 and any split give a valid bound.
+    and the right-hand side is separable: its least value over a pattern that keeps k units of a line (entries of a row,
+    of a group of n:m, or of all rows; whole columns) is known in closed form (`lower_bound`). So any V0 and any split
+    give a valid bound.
     The best V0 minimises the perspective relaxation (reverse Huber; Pilanci, Wainwright and El Ghaoui 2015; Dong, Chen
     and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. Each round makes
     some iterations of ADMM on V0 (`relax`), and then a Newton step on
@@ -149,19 +150,19 @@ class LowerBound:
 
     def _ascend(self, q: Quadratic, inverse: Tensor, split: Tensor, posed: "_Operator") -> tuple[Tensor, Tensor]:
         """The split, for each row [m n] or operator [e n], and the weight V0 [m n] at which the bound is best."""
-        found, lines, kept = Relaxed.at(posed.weight), posed.lines, posed.kept
+        found, budget, kept = Relaxed.at(posed.weight), posed.budget, posed.kept
 
         def of_rows(split: Tensor) -> Tensor:
             return split if self.per_row else q.for_rows(split)
 
         for number in range(self.rounds):
-            found = relax(q, inverse, of_rows(split), found, lines, kept, self.iterations)
+            found = relax(q, inverse, of_rows(split), found, budget, kept, self.iterations)
             gain = found.gain if self.per_row else q.by_block(found.gain).mean(1)
             barrier, before = between(self.barriers, number / max(1, self.rounds - 1)), of_rows(split)
             each = zip(q.gram.expand(len(split), -1, -1), split, gain, strict=True)
             split = torch.stack([_fitted(gram, own, its, barrier) for gram, own, its in each])
             found = found.moved(before, of_rows(split))
-        return split, relax(q, inverse, of_rows(split), found, lines, kept, self.last_iterations).point
+        return split, relax(q, inverse, of_rows(split), found, budget, kept, self.last_iterations).point
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,27 +173,27 @@ class _Operator:
         quadratic: of its rows.
         first: the inverse of H, and the split to begin with; None if H is singular.
         weight: the pruned weight.
-        lines: see `lines_of`.
-        kept: see `lines_of`.
+        budget: see `budget_of`.
+        kept: see `budget_of`.
         error: of the pruned weight.
     """
 
     quadratic: Quadratic
     first: tuple[Tensor, Tensor] | None
     weight: Tensor
-    lines: Lines
+    budget: Budget
     kept: Tensor
     error: float
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What operators have in common that are bounded side by side."""
-        return tuple(self.weight.shape), tuple(self.lines(self.weight).shape), self.first is None
+        return tuple(self.weight.shape), replace(self.budget, kept=0), self.first is None
 
     def bound(self, split: Tensor, point: Tensor, fitted: bool) -> PruningBound:
         """The bound at a point, by a split; one that is `fitted` is proven here."""
         proven = safe_split(self.quadratic.gram, split) if fitted else split
-        lower = lower_bound(self.quadratic, proven, point, self.lines, self.kept)
+        lower = lower_bound(self.quadratic, proven, point, self.budget, self.kept)
         return PruningBound(self.error, 2 * lower, len(self.weight))
 
 
@@ -201,7 +202,7 @@ def _posed(quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequen
     weight = torch.cat(list(weights))
     if tuple(weight.shape) != quadratic.shape:
         raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
-    budgets = [lines_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
+    budgets = [budget_of(pattern, part) for pattern, part in zip(patterns, weights, strict=True)]
     heights = [len(part) for part in weights]
     errors = [2 * float(part.sum()) for part in quadratic.double.values(weight.double()).split(heights)]
     q = without_dead_inputs(quadratic.double)
@@ -220,15 +221,15 @@ def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor
     return fit_split(gram, split, gain / unit, barrier * float((split * gain).mean() / unit))
 
 
-def lines_of(pattern: Constraint, weight: Tensor) -> tuple[Lines, Tensor]:
-    """The lines of a weight that have a budget of non-zeros each, and these budgets.
+def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
+    """The budget of a weight.
 
     Args:
         pattern: one that has lines (`Constraint.budget`).
         weight: [m n].
 
     Returns:
-        A function that views a tensor [m n] as lines, and how many non-zeros each line may have [lines 1].
+        The budget, and how many units of each line may be not zero [lines 1].
 
     Raises:
         ProblemError: the pattern has no lines (a stack: take its operators one by one), or the weight breaks it.
@@ -236,18 +237,15 @@ def lines_of(pattern: Constraint, weight: Tensor) -> tuple[Lines, Tensor]:
     """
     budget = pattern.budget(weight.shape)
     if budget is None:
-        raise ProblemError(f"A bound needs an unstructured or n:m pattern of one operator; this is {pattern}.")
-
-    def lines(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, budget.width)
-
-    counts = (lines(weight) != 0).sum(1)
-    kept = budget.kept if pattern.by_row else int(counts)  # the rows are a sample of those that compete
+        raise ProblemError(f"A bound needs a pattern of one operator that counts its zeros; this is {pattern}.")
+    counts = budget.sums(weight != 0).count_nonzero(1)
+    is_sampled = budget.by_entry and not pattern.by_row  # the rows are a sample of those that compete
+    kept = int(counts) if is_sampled else budget.kept
     if bool((counts > kept).any()):
         raise ProblemError(
             f"The weight keeps up to {int(counts.max())} in a line of {budget.width}; {pattern} keeps {kept}."
         )
-    return lines, torch.full((len(counts), 1), kept, dtype=torch.float64, device=weight.device)
+    return budget, torch.full((len(counts), 1), kept, dtype=torch.float64, device=weight.device)
 
 
 def without_dead_inputs(q: Quadratic) -> Quadratic:
@@ -266,10 +264,11 @@ def without_dead_inputs(q: Quadratic) -> Quadratic:
     return type(q)(q.gram + dead.to(q.gram).diag(), q.cross, q.energy, q.anchor, checked=False)
 
 
-def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept: Tensor) -> float:
+def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, budget: Budget, kept: Tensor) -> float:
     """A bound below q(V), summed over rows, for every V in the pattern.
 
-        q(V0) + sum_ij (K V0 + 1/2 B V0^2)_ij - (the `kept` largest (K + B V0)^2 / 2 B of each line)
+        q(V0) + sum_ij (K V0 + 1/2 B V0^2)_ij - (the `kept` largest of each line, of the units' sums of
+                                                  (K + B V0)^2 / 2 B)
 
     A bound on the rounding of all that (float64) is subtracted.
 
@@ -277,8 +276,8 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept:
         q: the quadratic of weights [m n].
         split: B [m n], each row proven to be below H.
         weight: V0 [m n], any weight.
-        lines: see `lines_of`.
-        kept: how many non-zeros each line may have [lines 1].
+        budget: see `budget_of`.
+        kept: see `budget_of`.
 
     Returns:
         The bound, not negative.
@@ -288,10 +287,11 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, lines: Lines, kept:
     fixed = residual * weight + split * weight.square() / 2  # the cost of an entry that is zero
     gain = torch.where(split > 0, (residual + split * weight).square() / (2 * split), inf)  # of one that is kept
     gain = torch.where((split == 0) & (residual == 0), 0.0, gain)
-    largest = lines(gain).sort(dim=1, descending=True).values.cumsum(1)
+    largest = budget.sums(gain).sort(dim=1, descending=True).values.cumsum(1)
     count = kept.long()
     gained = torch.where(count > 0, largest.gather(1, (count - 1).clamp_min(0)), 0.0)
-    unit = 4 * (max(q.shape[1], largest.shape[1]) + 4) * torch.finfo(weight.dtype).eps  # of the longest sum
+    longest = max(q.shape[1], budget.width + budget.rows * budget.block)
+    unit = 4 * (longest + 4) * torch.finfo(weight.dtype).eps
     moved = q.displacement(weight).abs()
     residual_terms = q.cross.abs() + moved @ q.gram.abs()  # the residual is wrong by `unit` times this at most
     lengths = weight.abs() + residual.abs() / split.clamp_min(torch.finfo(weight.dtype).tiny) + moved

@@ -1,6 +1,5 @@
 """The perspective relaxation of pruning: a convex problem in which a weight may be kept by a fraction."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +8,11 @@ from torch import Tensor
 from convexprune._device.kernels import fused
 from convexprune._device.precision import bare_product
 from convexprune._device.select import kth_smallest
+from convexprune.constraints import Budget
 from convexprune.core._quadratic import Quadratic
 
 STEPS = 3  # of Newton's method, to the price of a non-zero
 STEP = 0.25  # the longest
-
-Lines = Callable[[Tensor], Tensor]
-"""A weight [m n] as lines [lines width], each with a budget of non-zeros: a row, a group of n:m, or all rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +24,7 @@ class Relaxed:
         weight: the copy of V on which the perspective acts.
         fraction: z [m n] in [0, 1].
         dual: the sum of their differences [m n].
-        price: the logarithm of what a non-zero costs [lines 1]; None before the first iteration.
+        price: the logarithm of what a unit costs that is not zero [lines 1]; None before the first iteration.
     """
 
     point: Tensor
@@ -66,10 +63,11 @@ class Relaxed:
 
 
 def relax(
-    q: Quadratic, inverse: Tensor, split: Tensor, start: Relaxed, lines: Lines, kept: Tensor, iterations: int
+    q: Quadratic, inverse: Tensor, split: Tensor, start: Relaxed, budget: Budget, kept: Tensor, iterations: int
 ) -> Relaxed:
-    """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_ij - 1)  over V and 0 <= z <= 1 with sum of z in a line <= kept.
+    """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_u(ij) - 1)  over V and 0 <= z <= 1, in a line sum z_u <= kept.
 
+    u(ij) is the unit of an entry: the entry, or the columns that are chosen with it (`Budget`).
     ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
     serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
     iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of a non-zero is
@@ -80,8 +78,8 @@ def relax(
         inverse: H^-1 [n n], or of quadratics side by side each [e n n].
         split: B [m n].
         start: where to begin.
-        lines: see `convexprune.core._bound.lines_of`.
-        kept: how many non-zeros each line may have [lines 1].
+        budget: the units, and their lines.
+        kept: how many units of each line may be not zero [lines 1].
         iterations: how many.
 
     Returns:
@@ -93,9 +91,9 @@ def relax(
         middle = weight - dual
         point = middle + bare_product(_gradient(q.residual(middle), split, middle), inverse)
         target, scores = _target(point, dual, root)
-        scores = lines(scores)
+        scores = budget.norms(scores)
         price = _price(scores, kept, price)
-        fraction = fractions(scores, price).reshape(weight.shape)
+        fraction = budget.spread(fractions(scores, price), weight.shape)
         weight, dual = _parted(target, fraction)
     return Relaxed(point, weight, fraction, dual, price)
 
@@ -122,10 +120,10 @@ def _parted(target: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused
 def fractions(scores: Tensor, price: Tensor) -> Tensor:
-    """The fraction z in [0, 1] of each entry at a price of a non-zero.
+    """The fraction z in [0, 1] of each unit at a price.
 
     Args:
-        scores: |V| sqrt(B / 2) [lines width].
+        scores: the norm of V sqrt(B / 2) over the unit [lines width].
         price: the logarithm of the price [lines 1].
 
     Returns:

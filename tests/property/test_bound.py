@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import cvxpy as cp
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 from pruning_cases import layer_problem
 from strategies import KINDS, make_chain, make_layer, random, seeds
 
-from convexprune.constraints import SemiStructured, Stacked, Unstructured
-from convexprune.core._bound import LowerBound, lines_of, lower_bound, without_dead_inputs
+from convexprune.constraints import Columns, SemiStructured, Stacked, Unstructured
+from convexprune.core._bound import LowerBound, budget_of, lower_bound, without_dead_inputs
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._relaxation import Relaxed, _price, fractions, relax
 from convexprune.core._split import first_split, safe_split
@@ -18,7 +19,13 @@ from convexprune.errors import ProblemError
 from convexprune.pruners import Convex, Wanda
 from convexprune.validation import best_pruning
 
-PATTERNS = {"matrix": Unstructured(0.5), "row": Unstructured(0.5, "row"), "2:4": SemiStructured(2, 4)}
+PATTERNS = {
+    "matrix": Unstructured(0.5),
+    "row": Unstructured(0.5, "row"),
+    "2:4": SemiStructured(2, 4),
+    "columns": Columns(0.5),
+    "blocks": Columns(0.5, block=2),
+}
 QUICK = LowerBound(rounds=4, iterations=20, last_iterations=40)
 SHARED = LowerBound(rounds=4, iterations=20, last_iterations=40, per_row=False)
 ROUNDING = 1e-9  # of the energy: what the optimum of an ill-conditioned problem is known to
@@ -51,9 +58,9 @@ def test_any_weight_and_any_split_below_the_gram_matrix_give_a_bound(kind, patte
     if first is None:
         return
     _, split = first
-    lines, kept = lines_of(pattern, best)
+    budget, kept = budget_of(pattern, best)
     anywhere = layer.weight + radius * random(seed, *layer.weight.shape)
-    bound = 2 * lower_bound(problem.quadratic, share * split.expand(2, 8), anywhere, lines, kept)
+    bound = 2 * lower_bound(problem.quadratic, share * split.expand(2, 8), anywhere, budget, kept)
     assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
 
 
@@ -63,10 +70,10 @@ def test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound(pattern, see
     layer = case("full rank", seed, 0.3)
     problem = layer_problem(layer, pattern)
     best = best_pruning(problem)
-    lines, kept = lines_of(pattern, best)
+    budget, kept = budget_of(pattern, best)
     gram, anywhere = problem.quadratic.gram, layer.weight + 30 * random(seed, *layer.weight.shape)
     large = 30 * gram.diagonal().expand(2, 8)
-    bound = 2 * lower_bound(problem.quadratic, safe_split(gram, large), anywhere, lines, kept)
+    bound = 2 * lower_bound(problem.quadratic, safe_split(gram, large), anywhere, budget, kept)
     assert 0 <= bound <= float(problem.squared_error(best).sum()) + ROUNDING * layer.energy
 
 
@@ -80,15 +87,44 @@ def test_the_relaxation_is_solved(pattern, seed):
     first = first_split(q.gram)
     assert first is not None
     inverse, split = first[0], (first[1] * 0.9).expand(2, 8)
-    lines, kept = lines_of(pattern, best)
-    found = relax(q, inverse, split, Relaxed.at(best), lines, kept, 1000)  # one case in 120 needs more than 500
+    budget, kept = budget_of(pattern, best)
+    found = relax(q, inverse, split, Relaxed.at(best), budget, kept, 1000)  # one case in 120 needs more than 500
     curved = torch.where(
         found.fraction > 0, split * found.weight.square() * (1 / found.fraction.clamp_min(1e-300) - 1), 0.0
     )
     value = float(q.values(found.weight).sum() + curved.sum() / 2)
-    bound = lower_bound(q, split, found.point, lines, kept)
+    bound = lower_bound(q, split, found.point, budget, kept)
     assert bound <= value <= bound + 1e-5 * layer.energy
-    assert bool((lines(found.fraction).sum(1, keepdim=True) <= kept + 1e-9).all())
+    fractions_of_units = budget.sums(found.fraction) / (budget.rows * budget.block)
+    assert bool((fractions_of_units.sum(1, keepdim=True) <= kept + 1e-9).all())
+
+
+@pytest.mark.parametrize("name", ["row", "columns", "blocks"])
+def test_the_relaxation_has_the_value_that_cvxpy_finds(name: str):
+    # 1/2 tr V (H - B) V' - <C, V> + 1/2 |T|^2 + 1/2 sum_u |sqrt(B) V_u|^2 / z_u over units u of entries or columns.
+    pattern, layer = PATTERNS[name], case("full rank", 3, 0.3)
+    problem = layer_problem(layer, pattern)
+    q, best = problem.quadratic.at(None), best_pruning(problem)
+    first = first_split(q.gram)
+    assert first is not None
+    budget, kept = budget_of(pattern, best)
+    split = first[1] * 0.9
+    found = relax(q, first[0], split.expand(2, 8), Relaxed.at(best), budget, kept, 1000)
+    weight, z = cp.Variable((2, 8)), cp.Variable((1 if pattern.by_column else 2, budget.width))
+    rest = torch.linalg.cholesky(q.gram - split.diag()).numpy()
+    scaled = cp.multiply(weight, split.sqrt().numpy()[None].repeat(2, 0))
+    rows = [slice(0, 2)] if pattern.by_column else [0, 1]
+    perspective = sum(
+        cp.quad_over_lin(scaled[row, j : j + budget.block], z[i, k])
+        for i, row in enumerate(rows)
+        for k, j in enumerate(range(0, 8, budget.block))
+    )
+    value = (cp.sum_squares(weight @ rest) + perspective + float(q.energy.sum())) / 2 - cp.sum(
+        cp.multiply(weight, q.cross.numpy())
+    )
+    limits = [z >= 0, z <= 1, cp.sum(z, axis=1) <= float(kept[0])]
+    least = cp.Problem(cp.Minimize(value), limits).solve(solver=cp.CLARABEL)
+    assert lower_bound(q, split.expand(2, 8), found.point, budget, kept) == pytest.approx(least, rel=1e-5)
 
 
 @settings(max_examples=4)
@@ -97,7 +133,7 @@ def test_the_bound_is_exact_where_inputs_do_not_correlate(pattern, seed):
     # The quadratic is separable: the best pruning drops what costs least.
     diagonal, weight = random(seed, 8).abs() + 0.1, random(seed + 1, 3, 8)
     quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(3), weight)
-    kept = weight * pattern.mask(weight.square() * diagonal)
+    kept = weight * pattern.mask(weight.abs() * diagonal.sqrt())
     assert LowerBound().of(quadratic, pattern, kept).ratio == pytest.approx(1, abs=1e-2)
 
 
@@ -152,15 +188,16 @@ def test_what_breaks_the_pattern_is_refused():
 @settings(max_examples=5)
 @given(patterns, seeds)
 def test_the_best_pruning_is_the_best_of_all_supports(pattern, seed):
-    # A twin with no shared line: every support of every row (or of the matrix), each solved by lstsq on the tokens.
-    layer = make_layer("full rank", 1, 4, seed, 0.3)
+    # A twin with no shared line: every support of a row, or of the columns of two, each solved by lstsq on the tokens.
+    layer = make_layer("full rank", 2 if pattern.by_column else 1, 4, seed, 0.3)
     problem = layer_problem(layer, pattern)
-    target = layer.targets()[:, 0]
-    least = min(
-        float((layer.pruned[:, list(s)] @ torch.linalg.lstsq(layer.pruned[:, list(s)], target).solution - target)
-              .square().mean())
-        for s in combinations(range(4), 2)
-    )  # fmt: skip
+    target = layer.targets()
+    least = float("inf")
+    for columns in map(list, combinations(range(4), 2)):
+        weight = torch.zeros_like(layer.weight)
+        weight[:, columns] = torch.linalg.lstsq(layer.pruned[:, columns], target).solution.T
+        if pattern.violation(weight) == 0:
+            least = min(least, float((layer.pruned @ weight.T - target).square().sum(1).mean()))
     assert float(problem.squared_error(best_pruning(problem)).sum()) == pytest.approx(least)
 
 

@@ -15,6 +15,7 @@ from convexprune import pruners
 from convexprune._layerwise.steps.survey import ModelAllocation
 from convexprune.constraints import (
     KINDS,
+    Budget,
     Channels,
     Coded,
     Columns,
@@ -114,16 +115,33 @@ def test_what_is_too_many_is_counted(name: str, broken: int):
     assert SMALL[name].violation(torch.ones(3, 8)) == broken
 
 
-@given(st.sampled_from(("matrix", "row", "2:4")), st.integers(1, 5), st.integers(1, 3))
+@given(st.sampled_from(("matrix", "row", "2:4", "columns", "blocks of columns")), st.integers(1, 5), st.integers(1, 3))
 def test_a_budget_counts_the_zeros(name: str, rows: int, eights: int):
     constraint, columns = SMALL[name], 8 * eights
     budget = constraint.budget((rows, columns))
     assert budget is not None
+    unit = budget.block * budget.rows
     assert rows * columns // budget.width * (budget.width - budget.kept) == constraint.zeros(rows, columns)
+    weight = random(eights, rows, columns)
+    sums, norms = budget.sums(weight), budget.norms(weight.abs())
+    assert sums.shape == norms.shape == (rows * columns // (budget.width * unit), budget.width)
+    torch.testing.assert_close(sums.sum(), weight.sum())
+    torch.testing.assert_close(norms.square(), budget.sums(weight.square()))
+    spread = budget.spread(sums, weight.shape)
+    assert spread.shape == weight.shape
+    torch.testing.assert_close(budget.sums(spread), unit * sums)
+
+
+def test_a_unit_of_columns_is_they_in_its_rows():
+    budget = Budget(width=2, kept=1, block=2, rows=2)
+    weight = torch.arange(16).view(4, 4)
+    assert budget.sums(weight).tolist() == [[0 + 1 + 4 + 5, 2 + 3 + 6 + 7], [8 + 9 + 12 + 13, 10 + 11 + 14 + 15]]
+    rows = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    assert budget.spread(torch.tensor([[1, 2], [3, 4]]), (4, 4)).tolist() == rows
 
 
 def test_what_has_no_lines_has_no_budget():
-    assert [SMALL[name].budget((3, 8)) for name in ("columns", "stack")] == [None] * 2
+    assert SMALL["stack"].budget((3, 8)) is None
 
 
 def test_nothing_in_the_product_asks_which_kind_a_constraint_is():

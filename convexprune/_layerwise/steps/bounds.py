@@ -23,6 +23,23 @@ WIDEST = 4096
 """Inputs of an operator beyond which a report has no bound: its cost grows with their cube, in float64."""
 
 
+TOGETHER = 64
+"""Times as many rows are bounded where all choose the same columns: few rows alone could have better ones."""
+
+
+def rows_to_bound(pattern: Constraint, rows: int) -> int:
+    """How many rows to draw for a bound.
+
+    Args:
+        pattern: of the operator.
+        rows: that are asked for.
+
+    Returns:
+        The number.
+    """
+    return rows * TOGETHER if pattern.by_column else rows
+
+
 def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tensor:
     """Rows drawn at random.
 
@@ -50,7 +67,7 @@ def sampled_bounds(
     Args:
         problem: of the stack.
         weight: the pruned weight [m n].
-        rows: how many of each operator.
+        rows: how many of each operator; more are drawn for whole columns (`rows_to_bound`).
         damping: that the pruner added.
         factors: of the rows [m], if they are weighed.
 
@@ -96,7 +113,8 @@ def _drawn(
     chosen, patterns, first = list[Tensor](), list[Constraint](), 0
     for part, is_wanted in zip(parts, wanted, strict=True):
         if is_wanted:
-            chosen.append(first + drawn_rows(len(part.weight), rows, torch.Generator().manual_seed(0)))
+            own = rows_to_bound(part.pattern, rows)
+            chosen.append(first + drawn_rows(len(part.weight), own, torch.Generator().manual_seed(0)))
             patterns.append(part.pattern)
         first += len(part.weight)
     everywhere = torch.cat(chosen).to(weight.device)
