@@ -20,10 +20,11 @@ from convexprune.adapters._discovery.operators import LINEAR_MODULES, ParameterO
 from convexprune.errors import ModelError
 
 from ._formats import FORMATS, AbstractProduct
-from ._timing import Timing, merged, time_in_turns, timing
+from ._timing import Timing, merged, once, time_in_turns, timing
 
 SHAPES = 3  # of operators, those with most weights
 OF_LAYERS = 1 / 3  # the share of the time that single layers get; generation has the rest
+ROUNDS = 6  # of generation, for which its share of the time is divided
 CACHE = 1 << 28  # bytes: so much is read before a weight is read again, that no cache has it, if the model is as large
 
 
@@ -128,7 +129,7 @@ def _linears(model: HuggingFaceModel) -> list[Linear]:
 
 
 def _why_not(made: type[AbstractProduct], weights: Iterable[Tensor]) -> str | None:
-    """Why a format is not there: it cannot hold one of the weights, or torch has no such product on this device."""
+    """Why a format is not there: it cannot hold one of the weights, or its product fails on this device."""
     first = None
     for weight in weights:
         first = weight if first is None else first
@@ -137,7 +138,7 @@ def _why_not(made: type[AbstractProduct], weights: Iterable[Tensor]) -> str | No
     assert first is not None
     try:
         made(first, None)(torch.zeros(2, first.shape[1], dtype=made.dtype, device=first.device))
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except Exception as error:  # whatever another package raises when it compiles or loads its kernel
         return f"torch {torch.__version__}: {str(error).splitlines()[0][:120]}"
     return None
 
@@ -160,9 +161,9 @@ def _layers(
         made = {name: [product(w, None) for w in alike] for name, product in formats.items()}
         for batch in batches:
             runs = {name: _all_products(each, batch, n, device) for name, each in made.items()}
-            times = time_in_turns(runs, device, seconds)
+            times = time_in_turns(runs, device, seconds, len)
             for name, each in made.items():
-                found.append(timing(f"{m}x{n}", batch, name, times, dense, len(alike), each[0].nbytes))
+                found.append(timing(f"{m}x{n}", batch, name, times, dense, each[0].nbytes))
             step(f"{m}x{n}, batch {batch}")
     return found
 
@@ -190,11 +191,10 @@ def _generation(
         pair = {dense: reference, name: _converted(model, linears, formats[name])}
         runs = {("prefill", 1, prompt): {n: _prefill(m, prompt, device) for n, m in pair.items()}}
         for b in asked.batches:
-            runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device) for n, m in pair.items()}
+            runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
         for (what, batch, tokens), each in runs.items():
-            times = time_in_turns(each, device, seconds)
-            rounds = asked.new_tokens if what == "decode" else 1
-            found += [timing(what, batch, n, times, dense, rounds, _nbytes(m), tokens) for n, m in pair.items()]
+            times = time_in_turns(each, device, seconds, _new_tokens if what == "decode" else once)
+            found += [timing(what, batch, n, times, dense, _nbytes(m), tokens) for n, m in pair.items()]
         step(name)
     return merged(found)
 
@@ -211,10 +211,16 @@ def _prefill(model: PreTrainedModel, length: int, device: str) -> Callable[[], o
     return lambda: model(tokens, use_cache=False)
 
 
-def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str) -> Callable[[], object]:
+def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, seconds: float) -> Callable[[], Tensor]:
+    """What generates behind one token for about a round's share of the seconds, and returns all tokens."""
     token = torch.ones(batch, 1, dtype=torch.long, device=device)
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    return lambda: cast(Any, model).generate(token, attention_mask=token, pad_token_id=0, **asked)
+    asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
+    return lambda: cast(Any, model).generate(token, **asked)
+
+
+def _new_tokens(sequences: Tensor) -> int:
+    return sequences.shape[1] - 1
 
 
 def _nbytes(model: nn.Module) -> int:

@@ -1,12 +1,15 @@
-"""Ways that torch has to keep the weight of a linear layer and to multiply by it: dense, 8 and 4 bits, and sparse.
+"""Ways to keep the weight of a linear layer and to multiply by it: dense, 8 and 4 bits, and sparse.
 
-Those of 8 and 4 bits are operators of torch that it does not document. A release or a device without one is no error:
-`bench` tries each format, leaves out what fails, and says why.
+They are torch's but for two sparse ones of other packages. Those of 8 and 4 bits are operators that torch does not
+document. A machine without one is no error: `bench` tries each format, leaves out what fails, and says why.
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +159,8 @@ class CSR(AbstractProduct):
             warnings.simplefilter("ignore", UserWarning)  # that torch's CSR is beta
             kept = weight.to(self.dtype).to_sparse_csr()
             rows, columns = kept.crow_indices().int(), kept.col_indices().int()
-            whole = torch.sparse_csr_tensor(rows, columns, kept.values(), kept.shape, check_invariants=False)
-        self.weight, self.kept = whole, sum(part.nbytes for part in (rows, columns, kept.values()))
+            self.weight = torch.sparse_csr_tensor(rows, columns, kept.values(), kept.shape, check_invariants=False)
+        self.kept = sum(part.nbytes for part in (rows, columns, kept.values()))
 
     def product(self, x: Tensor) -> Tensor:
         """See `AbstractProduct.product`."""
@@ -176,8 +179,8 @@ class SemiStructured(AbstractProduct):
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
         """See `AbstractProduct.why_not`."""
-        if weight.device.type != "cuda":
-            return "it needs an NVIDIA GPU"
+        if why := _without_cuda(weight):
+            return why
         if weight.shape[1] % 4 or bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).any()):
             return "the weight is not 2:4"
         return None
@@ -196,6 +199,64 @@ class SemiStructured(AbstractProduct):
         return self.kept
 
 
+class NvmathCSR(CSR):
+    """The same in bfloat16, by the universal sparse tensor of nvmath-python: its `TorchUST`."""
+
+    dtype = torch.bfloat16
+
+    @staticmethod
+    def why_not(weight: Tensor) -> str | None:
+        """See `AbstractProduct.why_not`."""
+        return _without_cuda(weight) or _not_installed("nvmath", "pip install 'nvmath-python[cu13]'")
+
+    def keep(self, weight: Tensor) -> None:
+        """See `AbstractProduct.keep`."""
+        super().keep(weight)
+        interface: Any = import_module("nvmath.sparse.ust.interfaces.torch_interface")
+        self.weight = interface.TorchUST.from_torch(self.weight)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `AbstractProduct.product`. Products of one shape share the memory of their result there: so a copy."""
+        return nn.functional.linear(x, self.weight).clone()
+
+
+class MACKO(AbstractProduct):
+    """The non-zeros and their distances, in float16: a kernel for one vector, so a batch goes through it one by one.
+
+    Macko and Boza 2025, arXiv 2511.13061.
+    """
+
+    dtype = torch.float16
+
+    @staticmethod
+    def why_not(weight: Tensor) -> str | None:
+        """See `AbstractProduct.why_not`."""
+        return _without_cuda(weight) or _not_installed(
+            "macko_spmv", "pip install git+https://github.com/vlejd/macko_spmv"
+        )
+
+    def keep(self, weight: Tensor) -> None:
+        """See `AbstractProduct.keep`."""
+        self.macko: Any = import_module("macko_spmv")
+        self.parts = self.macko.compress(weight.to(self.dtype).contiguous())
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `AbstractProduct.product`."""
+        return torch.stack([self.macko.multiply(self.parts, each) for each in x.contiguous()])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if isinstance(part, Tensor))
+
+
+def _without_cuda(weight: Tensor) -> str | None:
+    return None if weight.device.type == "cuda" else "it needs an NVIDIA GPU"
+
+
+def _not_installed(package: str, command: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed: {command}"
+
+
 FORMATS: Mapping[str, type[AbstractProduct]] = {
     "float32": Float32,
     "bfloat16": BFloat16,
@@ -203,4 +264,6 @@ FORMATS: Mapping[str, type[AbstractProduct]] = {
     f"int4, groups of {GROUP}": Int4,
     "CSR, float32": CSR,
     "2:4, bfloat16": SemiStructured,
+    "CSR of nvmath, bfloat16": NvmathCSR,
+    "MACKO, float16": MACKO,
 }

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
-LEAST, MOST = 5, 200  # rounds
-OF_SLOW = 2  # rounds, where five would take more than three times the seconds
+LEAST, MOST = 2, 200  # rounds
+LATE = 3  # times the seconds: then one round is enough
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Timing:
         over_dense: this time over that of the dense format in the same round, the median.
         middle_half: the quartiles of that.
         nbytes: that have to be read.
-        rounds: that were timed: two at least, of which the quartiles say little, and five where there was time.
+        rounds: that were timed; of one or two the quartiles say little.
         tokens_per_second: of the whole model; None for a single weight.
     """
 
@@ -44,41 +45,55 @@ class Timing:
         lower, upper = self.middle_half
         if lower <= 1 <= upper:
             return f"batch {self.batch} as fast, as far as the noise lets one see"
-        ratio = self.over_dense
-        return f"batch {self.batch} {max(ratio, 1 / ratio):.2f} times as {'slow' if ratio > 1 else 'fast'}"
+        ratio, once = self.over_dense, " (timed once)" if self.rounds == 1 else ""
+        return f"batch {self.batch} {max(ratio, 1 / ratio):.2f} times as {'slow' if ratio > 1 else 'fast'}{once}"
 
 
-def time_in_turns(runs: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run, round by round; the first round, which prepares, does not count.
+def once(made: object) -> int:
+    """That a run did once what is timed, whatever it made."""
+    return 1
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], device: str, seconds: float, often: Callable[[Any], int] = once
+) -> dict[str, list[float]]:
+    """Seconds of each run, round by round.
+
+    The first round prepares. It counts only if it takes all the seconds: what it prepares is little beside them.
 
     Args:
         runs: by the name of their format.
         device: where they compute.
-        seconds: after which no further round begins, if there were five; three times that, if there were two.
+        seconds: after which no further round begins, if two count; three times that, if one does.
+        often: how often a run did what is timed, by what it returned.
 
     Returns:
-        The seconds by format, one of each round.
+        The seconds of once by format, one of each round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
-    end = time.perf_counter() + seconds
-    late = end + 2 * seconds
+    start, counted = time.perf_counter(), 0
     for number in range(MOST):
+        took = {}
         for name, run in runs.items():
             wait()
             began = time.perf_counter()
-            run()
+            made = run()
             wait()
-            if number:
-                times[name].append(time.perf_counter() - began)
-        now = time.perf_counter()
-        if (number >= LEAST and now > end) or (number >= OF_SLOW and now > late):
+            took[name] = (time.perf_counter() - began) / often(made)
+        spent = time.perf_counter() - start
+        if number == 0 and spent <= seconds:
+            continue
+        for name, each in took.items():
+            times[name].append(each)
+        counted += 1
+        if spent > (seconds if counted >= LEAST else LATE * seconds):
             break
     return times
 
 
 def timing(
-    what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, parts: int, nbytes: int,
+    what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, nbytes: int,
     tokens: int | None = None,
 ) -> Timing:  # fmt: skip
     """What the rounds come to.
@@ -89,16 +104,15 @@ def timing(
         name: of the format.
         times: of `time_in_turns`.
         dense: the name of the dense format.
-        parts: how often the thing was done in each round.
         nbytes: see `Timing`.
-        tokens: that one part makes; None if it makes none.
+        tokens: that are made at once; None if none are.
 
     Returns:
         The timing.
     """
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
-    lower, middle, upper = quantiles(ratios, n=4)
-    seconds = median(times[name]) / parts
+    lower, middle, upper = quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    seconds = median(times[name])
     rate = None if tokens is None else tokens / seconds
     return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), rate)
 

@@ -1,6 +1,8 @@
 """Formats multiply by the weight that they were given, and `bench` times them in turns."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from typer.testing import CliRunner
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune.adapters import HuggingFaceModel
+from convexprune.validation import _formats as formats
 from convexprune.validation import _timing as room
-from convexprune.validation._bench import bench
-from convexprune.validation._formats import FORMATS, GROUP, Int8, SemiStructured
-from convexprune.validation._timing import Timing
+from convexprune.validation._bench import _decode, _new_tokens, bench
+from convexprune.validation._formats import FORMATS, GROUP, MACKO, Int8, NvmathCSR, SemiStructured
+from convexprune.validation._timing import Timing, timing
 
+ON_GPUS = ("2:4, bfloat16", "CSR of nvmath, bfloat16", "MACKO, float16")
 ROUNDING = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2, f"int4, groups of {GROUP}": 0.2, "CSR, float32": 1e-6}
 
 
@@ -31,20 +35,55 @@ def test_a_format_multiplies_by_its_weight_and_counts_its_bytes(name: str):
     assert product.nbytes == expected.get(name, 4096 // 2 + 2 * 2 * 4096 // GROUP)
 
 
-def test_a_format_that_cannot_be_here_says_why():
+def test_a_format_that_cannot_be_here_says_why(monkeypatch: pytest.MonkeyPatch):
     assert SemiStructured.why_not(torch.zeros(4, 4)) == "it needs an NVIDIA GPU"
     assert "no multiple of 64" in str(FORMATS[f"int4, groups of {GROUP}"].why_not(torch.zeros(16, 32)))
+    on_card = torch.zeros(4, 4, device="meta")
+    monkeypatch.setattr(formats, "_without_cuda", lambda weight: None)
+    assert MACKO.why_not(on_card) == "macko_spmv is not installed: pip install git+https://github.com/vlejd/macko_spmv"
+    assert NvmathCSR.why_not(on_card) == "nvmath is not installed: pip install 'nvmath-python[cu13]'"
+
+
+def test_products_of_other_packages_are_called_as_these_want_it(monkeypatch: pytest.MonkeyPatch):
+    """Both need a GPU. Stand-ins take what they take: a contiguous half, and 32-bit CSR; and check it."""
+
+    def compress(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        assert matrix.is_contiguous() and matrix.dtype == torch.float16
+        return matrix, torch.zeros(3, dtype=torch.uint8), 7
+
+    def multiply(compressed: tuple[torch.Tensor, torch.Tensor, int], vector: torch.Tensor) -> torch.Tensor:
+        assert vector.is_contiguous() and vector.dim() == 1 and vector.dtype == torch.float16
+        return compressed[0] @ vector
+
+    class TorchUST:
+        @staticmethod
+        def from_torch(matrix: torch.Tensor) -> torch.Tensor:
+            assert matrix.layout == torch.sparse_csr and matrix.crow_indices().dtype == torch.int32
+            return matrix.float().to_dense().bfloat16()
+
+    macko, nvmath = ModuleType("macko_spmv"), ModuleType("interface")
+    macko.__dict__.update(compress=compress, multiply=multiply)
+    nvmath.__dict__.update(TorchUST=TorchUST)
+    monkeypatch.setitem(sys.modules, "macko_spmv", macko)
+    monkeypatch.setitem(sys.modules, "nvmath.sparse.ust.interfaces.torch_interface", nvmath)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 6, generator=generator) * (torch.rand(8, 6, generator=generator) < 0.5)
+    bias, x = torch.randn(8, generator=generator), torch.randn(2, 3, 6, generator=generator)
+    for made, nbytes in ((MACKO, 2 * 48 + 3), (NvmathCSR, 6 * int((weight != 0).sum()) + 4 * 9)):
+        product = made(weight.T.contiguous().T, bias)
+        y = product(x.to(made.dtype)).float()
+        assert (y - (x @ weight.T + bias)).norm() <= 1e-2 * y.norm()
+        assert product.nbytes == nbytes
 
 
 def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
     tiny_llama: HuggingFaceModel, monkeypatch
 ):
-    monkeypatch.setattr(room, "LEAST", 2)
     before = {name: t.clone() for name, t in tiny_llama.model.state_dict().items()}
     found = bench(tiny_llama.model, batches=(1, 2), prompt=8, new_tokens=2, seconds=0.1)
     assert all(torch.equal(t, before[name]) for name, t in tiny_llama.model.state_dict().items())
     assert found.dense == "float32" and found.zeros == 0
-    assert set(found.left_out) == {f"int4, groups of {GROUP}", "2:4, bfloat16"}  # widths of 32 and 48; no GPU
+    assert found.left_out.keys() == {f"int4, groups of {GROUP}", *ON_GPUS}  # widths of 32 and 48
     keys = [(t.what, t.batch, t.format) for t in found.timings]
     assert len(keys) == len(set(keys)) == 4 * (3 * 3 + 3)  # formats; shapes times batches and a prompt, and generation
     assert all(t.milliseconds > 0 and t.over_dense > 0 for t in found.timings)
@@ -56,7 +95,6 @@ def test_formats_are_timed_beside_the_dense_one_and_the_model_stays_as_it_was(
 
 
 def test_a_product_that_this_torch_lacks_is_left_out_and_told(tiny_llama: HuggingFaceModel, monkeypatch):
-    monkeypatch.setattr(room, "LEAST", 2)
     monkeypatch.setattr(Int8, "product", lambda self, x: torch.ops.aten._no_such_product(x, self.codes, self.scale))
     found = bench(tiny_llama.model, batches=(1,), prompt=4, new_tokens=1, seconds=0.1)
     assert all(t.format != "int8" for t in found.timings)
@@ -77,7 +115,6 @@ def test_the_verdict_knows_what_noise_hides(over_dense, middle_half, said):
 
 
 def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "LEAST", 2)
     tiny_llama.model.save_pretrained(tmp_path / "model")
     run = CliRunner(env={"COLUMNS": "140"}).invoke
     short = ["--batch", "1", "--prompt", "4", "--new-tokens", "1", "--seconds", "0.1"]
@@ -90,13 +127,26 @@ def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: H
         bench(tmp_path / "model", prompt=0)
 
 
-@pytest.mark.parametrize(("takes", "rounds"), [(0.15, 5), (0.4, 3), (1.0, 2)])
+@pytest.mark.parametrize(("takes", "rounds"), [(0.15, 3), (0.4, 2), (0.6, 2), (2.0, 1)])
 def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes: float, rounds: int):
     now = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
 
-    def run() -> None:
+    def run() -> int:
         now[0] += takes
+        return 2
 
-    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", seconds=1.0)
-    assert [len(each) for each in times.values()] == [rounds, rounds]
+    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", 1.0, lambda made: made)
+    assert times == {name: pytest.approx([takes / 2] * rounds) for name in times}
+
+
+def test_generation_ends_with_its_share_of_the_time_and_counts_its_tokens(tiny_llama: HuggingFaceModel):
+    model = tiny_llama.model
+    assert _new_tokens(_decode(model, 2, 5, "cpu", 600.0)()) == 5
+    assert _new_tokens(_decode(model, 2, 5, "cpu", 1e-6)()) == 1
+
+
+def test_what_is_timed_once_says_so():
+    found = timing("decode", 1, "int8", {"int8": [2.0], "float32": [1.0]}, "float32", 1, 3)
+    assert (found.rounds, found.over_dense, found.middle_half, found.tokens_per_second) == (1, 2.0, (2.0, 2.0), 1.5)
+    assert found.verdict == "batch 1 2.00 times as slow (timed once)"
