@@ -14,18 +14,21 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 from convexprune._layerwise.steps.survey import row_weights
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._channels.heads import find_heads
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
+from convexprune.adapters._discovery.operators import ParameterOperator
 from convexprune.adapters._gradients import output_fisher
 from convexprune.constraints import Channels, Constraint, Heads
 from convexprune.core._moments import Moments
@@ -34,6 +37,7 @@ from convexprune.pruners import (
     OSSCAR,
     AbstractPruner,
     Convex,
+    LayerEdit,
     LayerProblem,
     Magnitude,
     Refitted,
@@ -42,6 +46,30 @@ from convexprune.pruners import (
 )
 from convexprune.validation import perplexity
 from convexprune.validation._texts import text_of
+
+
+@dataclass(frozen=True)
+class FLAP(AbstractPruner):
+    """Score |W_:j|^2 var(x_j) of column j, added up over blocks; kept weights do not change.
+
+    An et al., arXiv 2312.11983, whose default also shares channels out over the layers: here all keep as many, as their
+    `UL-UM`. What the removed columns send on average goes into a bias (`compensation`), which LLaMA does not have.
+    """
+
+    mean: Tensor  # of x [n]
+    columns_only = True
+
+    def prune(self, problem: LayerProblem) -> LayerEdit:
+        """See `AbstractPruner.prune`."""
+        variance = problem.moments.gram.diagonal() - self.mean.square()
+        sums = (problem.weight.square().sum(0) * variance).view(-1, problem.pattern.block).sum(1)
+        mask = problem.pattern.mask(sums.repeat_interleave(problem.pattern.block).expand_as(problem.weight))
+        return LayerEdit(problem.weight * mask, mask)
+
+    def compensation(self, dense: Tensor, pruned: Tensor) -> Tensor:
+        """(W - V) E x [m], for the bias."""
+        return (dense - pruned) @ self.mean.to(dense)
+
 
 METHODS: dict[str, AbstractPruner] = {
     "magnitude": Magnitude(),
@@ -60,6 +88,7 @@ REMOVED: dict[str, tuple[Callable[[HuggingFaceModel, Constraint], Narrowing], Ca
     "channels": (find_narrowing, partial(Channels, multiple=1)),
     "heads": (find_heads, Heads),
 }
+BY_MEANS = {"FLAP, with its bias": lambda mean: FLAP(mean), "FLAP + refit": lambda mean: Refitted(FLAP(mean))}
 WEIGHED = ("the path, no refit", "the path", "convexprune")  # their rows count by how much they move the loss
 GRADIENTS = 4  # windows
 
@@ -83,6 +112,29 @@ def collected(model: HuggingFaceModel, windows: Tensor) -> dict[str, Any]:
     return found | {"halves": {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}}
 
 
+def module_of(layer: DecoderLayer, operator: AbstractOperator) -> Any:
+    """What holds an operator's weight and bias."""
+    assert isinstance(operator, ParameterOperator)
+    return layer.module.get_submodule(operator.place.module)
+
+
+def means(model: HuggingFaceModel, windows: Tensor) -> dict[str, Tensor]:
+    """The mean input of each operator."""
+    sums: dict[str, Tensor] = {}
+
+    def add(names: Sequence[str], x: Tensor) -> None:
+        for name in names:
+            sums[name] = sums.get(name, 0) + x.flatten(0, -2).sum(0, dtype=torch.float64)
+
+    with ExitStack() as hooks:
+        for layer in model.layers:
+            for group in layer.groups:
+                hooks.enter_context(group.input_hook(partial(add, [f"{layer.name}.{o.name}" for o in group.operators])))
+        for window in windows:
+            model.forward(window[None])
+    return {name: each / windows.numel() for name, each in sums.items()}
+
+
 def problem(weight: Tensor, pair: Sequence[tuple[Tensor, int]], pattern: Constraint) -> LayerProblem:
     folds = []
     for total, tokens in pair:
@@ -99,15 +151,21 @@ def prune(
     method: str,
     patterns: Mapping[str, Constraint],
 ) -> None:
-    """Put the pruned weights into the model."""
+    """Put the pruned weights into the model, and the bias of a method that has one."""
     for layer in model.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
             posed = problem(dense[name], moments["halves"][name], patterns[name])
             factors = row_weights(moments["fisher"][name]).sqrt() if method in WEIGHED else None
-            edit = METHODS[method].prune(posed.scaled(factors))
+            pruner = BY_MEANS[method](moments["means"][name]) if method in BY_MEANS else METHODS[method]
+            edit = pruner.prune(posed.scaled(factors))
             assert posed.pattern.violation(edit.weight) == 0
             operator.write(posed.unscaled(edit.weight, factors))
+            module = module_of(layer, operator)
+            bias = dense.get(f"{name}.bias")
+            if isinstance(pruner, FLAP) and posed.pattern.sparsity:
+                bias = pruner.compensation(dense[name], edit.weight) + (0 if bias is None else bias)
+            module.bias = None if bias is None else nn.Parameter(bias)
 
 
 def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tuple[float, float]:
@@ -133,6 +191,7 @@ def _able(narrowing: Narrowing) -> Iterator[str]:
             for pattern in narrowing.patterns.values():
                 method.require(pattern)
             yield name
+    yield from BY_MEANS
 
 
 def _asked() -> argparse.Namespace:
@@ -153,11 +212,11 @@ def _asked() -> argparse.Namespace:
 
 
 def _moments(asked: argparse.Namespace, model: HuggingFaceModel) -> dict[str, Any]:
-    """What `collected` gives, from the file if it is there."""
+    """What `collected` and `means` give, from the file if it is there."""
     if not asked.moments.exists():
         every = text_windows(asked.text, model, asked.length)
-        drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]
-        torch.save(collected(model, every[drawn]), asked.moments)
+        drawn = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]]
+        torch.save(collected(model, drawn) | {"means": means(model, drawn)}, asked.moments)
     return torch.load(asked.moments)
 
 
@@ -197,6 +256,8 @@ def main() -> None:
     }
     moments = _moments(asked, model)
     dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
+    modules = {f"{y.name}.{o.name}": module_of(y, o) for y in model.layers for o in y.operators}
+    dense |= {f"{name}.bias": module.bias.clone() for name, module in modules.items() if module.bias is not None}
     measure = _measure(asked, model, texts)
     measure("dense", size, lambda: None)
     for width, narrowing in narrowings.items():

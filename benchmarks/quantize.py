@@ -33,9 +33,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "ours 50%": {"sparsity": 0.5},
     "ours 60%": {"sparsity": 0.6},
 }
-INTS = {"ours uniform": (), "ours 25%": ("int6", "int4", "int3"), "ours 50%": ("int6", "int4"), "ours 60%": ("int6",)}
+DENSE, ZEROS = ("int8", "int4", "int3"), ("int8", "int6", "int4", "int3")
+INTS = {"ours uniform": (), "ours 25%": ZEROS, "ours 50%": ZEROS, "ours 60%": ZEROS}
 BITS = {"ours": (4, 3.3, 3, 2.5, 2), "ours uniform": (3.3,), "ours 50%": (2.5,)}  # of coded weights
-ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, ("int4", "int3")), *BITS.get(kind, ()))]
+ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, DENSE), *BITS.get(kind, ()))]
 
 
 Windows = dict[str, torch.Tensor]

@@ -139,7 +139,9 @@ class Bench(RemoteCode):
     prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
     new_tokens: int = setting(8, "Tokens to generate in each round; fewer of what takes long.", ge=1)
     seconds: float = setting(
-        60.0, "About how long it may take, reading aside; two rounds are timed, or one of what takes very long.", gt=0
+        15.0,
+        "Seconds to share out among what is timed; less than a round takes is a round. More make it less noisy.",
+        gt=0,
     )
 
 
