@@ -12,7 +12,9 @@ from strategies import Layer
 import convexprune
 from convexprune._doctor.checkup import doctor
 from convexprune._schema.measures import CHECKS
+from convexprune.constraints import SemiStructured
 from convexprune.pruners import PRUNERS, Convex, LayerProblem
+from convexprune.validation._formats import FORMATS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -56,3 +58,13 @@ def test_a_run_gives_the_same_bits_twice_and_every_solve_is_certified(dense: Pat
 def test_the_doctor_finds_nothing(check: str):
     found = doctor(device="cuda", checks=(check,))
     assert found.rows and not found.failed, list(found.verdict())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_of_bench_multiplies_by_its_weight(name: str):
+    weight = SemiStructured(2, 4).project(torch.randn(128, 256, generator=torch.Generator().manual_seed(0))).cuda()
+    if why := FORMATS[name].why_not(weight):
+        pytest.skip(why)
+    product, x = FORMATS[name](weight, None), torch.randn(64, 256, device="cuda")
+    y = product(x.to(product.dtype)).float()
+    assert (y - x @ weight.T).norm() <= 2e-2 * y.norm()
