@@ -17,7 +17,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from convexprune.pruners import (
 )
 from convexprune.validation import perplexity
 from convexprune.validation._texts import text_of
+from convexprune.validation._timing import Timing, time_in_turns, timing
 
 
 @dataclass(frozen=True)
@@ -168,20 +168,14 @@ def prune(
             module.bias = None if bias is None else nn.Parameter(bias)
 
 
-def speed(model: HuggingFaceModel, narrowing: Narrowing, tokens: int = 32) -> tuple[float, float]:
-    """Tokens a second, dense and without as much: one prompt, greedy, in turns, medians of three."""
-    narrower = narrowing.narrowed(model.model.get_parameter).model(model)
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    prompt = model.probe_tokens()
-    for turn in range(4):
-        for which, each in enumerate((model.model, narrower)):
-            began = time.perf_counter()
-            each.generate(  # pyright: ignore[reportCallIssue]
-                prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
-            )
-            if turn:
-                seconds[which].append(time.perf_counter() - began)
-    return tokens / median(seconds[0]), tokens / median(seconds[1])
+def speed(model: HuggingFaceModel, narrowing: Narrowing, seconds: float, tokens: int = 32) -> list[Timing]:
+    """Tokens a second, dense and without as much: one prompt, greedy, in turns."""
+    models: dict[str, Any] = {"dense": model.model}
+    models["narrower"] = narrowing.narrowed(model.model.get_parameter).model(model)
+    asked = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    runs = {name: partial(each.generate, model.probe_tokens(), **asked) for name, each in models.items()}
+    times = time_in_turns(runs, "cpu", seconds, lambda _: tokens)
+    return [timing("decode", 1, name, times, "dense", 0, 1) for name in runs]
 
 
 def _able(narrowing: Narrowing) -> Iterator[str]:
@@ -207,7 +201,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--moments", type=Path, default=Path("moments.pt"))
     parser.add_argument("--out", type=Path, default=Path("channels.jsonl"))
-    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--speed-seconds", type=float, default=60, help="for each width; 0: generation is not timed")
     return parser.parse_args()
 
 
@@ -263,12 +257,18 @@ def main() -> None:
     for width, narrowing in narrowings.items():
         for method in asked.methods.split(";") if asked.methods else _able(narrowing):
             measure(method, width, partial(prune, model, moments, dense, method, narrowing.patterns))
-        if not asked.no_speed:
+        if asked.speed_seconds:
             for layer in model.layers:
                 for each in layer.operators:
                     each.write(narrowing.patterns[f"{layer.name}.{each.name}"].project(each.read()))
-            before, after = speed(model, narrowing)
-            print({"width": width, "tokens/s dense": round(before, 1), "narrower": round(after, 1)}, flush=True)
+            for t in speed(model, narrowing, asked.speed_seconds):
+                row = {
+                    "width": width,
+                    "model": t.format,
+                    "tokens/s": t.tokens_per_second,
+                    "time over dense": t.over_dense,
+                }
+                print(row | {"middle half": t.middle_half, "rounds": t.rounds}, flush=True)
 
 
 if __name__ == "__main__":
