@@ -89,6 +89,11 @@ class SideBySide(Quadratic):
         """See `SumOfSquares.scale`, for each row [e m, n]."""
         return self.for_rows(_positive(self._diagonal).sqrt())
 
+    @cached_property
+    def target_energies(self) -> list[float]:
+        """See `SumOfSquares.target_energy`, of each."""
+        return self.totals(2 * self.values(torch.zeros_like(self.cross)))
+
     def scaled(self, scale: Tensor) -> Self:
         """See `Quadratic.scaled`; the scale is that of each row [e m, n]."""
         return self._in_units(self.gram, self.by_block(scale)[:, 0])
@@ -208,7 +213,7 @@ def _certified(
         reach = torch.linalg.vecdot(quadratic.displacement(point).abs(), scale).square()
         gaps += 4 * torch.finfo(reach.dtype).eps * reach
         steps = quadratic.by_block(proximal_steps(problem, point, known, scale)).amax((1, 2)).tolist()
-        energies = given.totals(2 * given.values(torch.zeros_like(given.cross)))
-        kkt = [kkt_residual(*each) for each in zip(steps, energies, strict=True)]
-    each = zip(given.totals(values + slack), given.totals(gaps), kkt, strict=True)
+        kkt = [kkt_residual(*each) for each in zip(steps, given.target_energies, strict=True)]
+    least = [torch.finfo(given.cross.dtype).eps * energy for energy in given.target_energies]
+    each = zip(given.totals(values + slack), given.totals(gaps), kkt, least, strict=True)
     return [Certificate(*numbers) for numbers in each]

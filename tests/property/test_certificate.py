@@ -18,8 +18,9 @@ from strategies import (
 from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import Problem, certify, row_gaps
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._side_by_side import SideBySide
 from convexprune.errors import ProblemError
-from convexprune.solvers import make_solver
+from convexprune.solvers import Status, make_solver
 
 ROUNDING = 1e-10  # of the objective and of the energy: float64, Gram matrices of condition up to 1e12 or so
 SINGLE = 1e-5  # the same for data in float32
@@ -260,3 +261,30 @@ def test_inputs_that_are_always_zero_do_not_spoil_the_certificate(case, seed):
     weight = random(seed, *problem.shape)
     alive = certify(Problem(q, plain), weight)
     assert certify(Problem(with_dead, penalty), torch.nn.functional.pad(weight, (0, 1))).gap == pytest.approx(alive.gap)
+
+
+@given(st.sampled_from(("cg", "fista")), seeds, st.booleans())
+def test_a_target_that_is_fitted_exactly_is_solved_where_the_digits_end(solver, seed, together):
+    # The dense weight is in the support: the least value is zero, and no weight in float32 has it.
+    layer, mask = make_layer("full rank", 3, 8, seed), random(seed + 1, 3, 8) > 0
+    dense = (layer.weight * mask).float()
+    single = Quadratic(layer.quadratic().gram.float(), torch.zeros(3, 8), torch.zeros(3), dense)
+    problem = Problem(single, Support(mask))
+    if together and solver == "cg":
+        problem = Problem(SideBySide.of([single] * 2), Support(mask.repeat(2, 1)))
+    start = random(seed + 2, *problem.shape).float() * problem.penalty.mask
+    solution = make_solver(solver).solve(problem, start)
+    certificate = solution.certificate
+    assert solution.status is Status.SOLVED and certificate.relative_gap <= 1e-4
+    assert certificate.least == pytest.approx(2**-23 * problem.quadratic.target_energy)
+    assert certificate.primal <= 1e-3 * certificate.least or not bool(mask.any())
+
+
+def test_where_the_target_is_not_fitted_exactly_the_gap_is_relative_to_the_objective():
+    _, problem = make_problem("full rank", "L1", 3, 6, seed=0, strength=0.1, change=0.3)
+    q = problem.quadratic
+    assert q.anchor is not None
+    single = Problem(Quadratic(q.gram.float(), q.cross.float(), q.energy.float(), q.anchor.float()), problem.penalty)
+    certificate = certify(single, q.anchor.float())
+    assert 0 < certificate.least < 1e-5 * certificate.primal
+    assert certificate.relative_gap == certificate.gap / certificate.primal
