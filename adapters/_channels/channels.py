@@ -146,20 +146,24 @@ def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
     return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
 
 
-def rows(operator: AbstractOperator, start: int) -> list[Axis]:
+def rows(operator: AbstractOperator, start: int, block: int = 1) -> list[Axis]:
     """The axes of an operator's outputs: of its weight, and of its bias if it has one.
 
     Args:
         operator: the operator.
         start: the first output.
+        block: how many consecutive outputs belong together.
 
     Returns:
         The axes.
     """
     assert isinstance(operator, ParameterOperator)
-    place, bias = operator.place, getattr(operator.module, "bias", None)
-    axes = [Axis(place.path, int(place.transposed), start, place.index)]
-    return axes if bias is None or place.index is not None else [*axes, Axis(f"{place.module}.bias", 0, start)]
+    place = operator.place
+    axes = [Axis(place.path, int(place.transposed), start, place.index, block)]
+    bias = "bias" if place.index is None else f"{place.parameter}_bias"  # that of fused experts, as gpt-oss has it
+    if getattr(operator.module, bias, None) is not None:
+        axes.append(Axis(f"{place.module}.{bias}", 0, start, place.index, block))
+    return axes
 
 
 def columns(operator: AbstractOperator, start: int = 0) -> Axis:

@@ -20,8 +20,8 @@ from .._discovery.kinds import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .channels import Axis, Channels, canonical_name_of, close, columns, rows
 
-Source = tuple[AbstractOperator, int]
-"""An operator, and where its outputs begin that are a set of channels."""
+Source = tuple[AbstractOperator, int, int]
+"""An operator, where its outputs begin that are a set of channels, and how many in a row make one."""
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def _in_experts(
             continue
         for number, sibling in groups.items():
             for reached, sources in found.items():
-                own = [(before[canonical_name_of(layer, operator)[0], number], start) for operator, start in sources]
+                own = [(before[canonical_name_of(layer, o)[0], number], start, block) for o, start, block in sources]
                 yield _channels(sibling, size, reached, own)
 
 
@@ -86,16 +86,22 @@ def _coupled(
 ) -> dict[tuple[int, ...], list[Source]]:
     """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one.
 
-    An operator may have more outputs for each block than reach it so: keys beside values, as in MLA.
+    An operator may have more outputs for each block than reach it so: keys beside values, as in MLA. Or those that
+    reach one input stand side by side: a gate and its value, as in gpt-oss.
     """
     found: dict[tuple[int, ...], list[Source]] = {}
     blocks, rest = divmod(group.operators[0].shape[1], size)
     for operator in earlier if not rest else ():
         step = gcd(size, max(size, operator.shape[0] // blocks))
         for start in range(0, operator.shape[0] - size + 1, step):
-            reached = _reached(layer, group, operator, slice(start, start + size), call, hidden)
+            reached = _reached(layer, group, rows(operator, start), size, call, hidden)
             if reached:
-                found.setdefault(reached, []).append((operator, start))
+                found.setdefault(reached, []).append((operator, start, 1))
+        turns, left = divmod(operator.shape[0], size)
+        if turns > 1 and not left and all(operator is not each for each, *_ in chain.from_iterable(found.values())):
+            reached = _reached(layer, group, rows(operator, 0, turns), size, call, hidden)
+            if reached:
+                found.setdefault(reached, []).append((operator, 0, turns))
     return _together(found)
 
 
@@ -110,7 +116,7 @@ def _together(found: Mapping[tuple[int, ...], list[Source]]) -> dict[tuple[int, 
 
 
 def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequence[Source]) -> Channels:
-    axes = tuple(axis for operator, start in sources for axis in rows(operator, start))
+    axes = tuple(axis for source in sources for axis in rows(*source))
     consumers = tuple(columns(operator, block * size) for operator in group.operators for block in reached)
     name = group.operators[0].name
     return Channels(
@@ -119,12 +125,11 @@ def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequen
 
 
 def _reached(
-    layer: DecoderLayer, group: Group, operator: AbstractOperator, outputs: slice, call: Call, hidden: Tensor
+    layer: DecoderLayer, group: Group, axes: Sequence[Axis], size: int, call: Call, hidden: Tensor
 ) -> tuple[int, ...]:
     """The blocks of the group's inputs that these outputs reach one by one: with half of them doubled, these change."""
-    size = outputs.stop - outputs.start
-    chosen = half(size, outputs.start)
-    changed = changed_inputs(layer, group, rows(operator, outputs.start), chosen, call, hidden).view(-1, size)
+    chosen = half(size, axes[0].start)
+    changed = changed_inputs(layer, group, axes, chosen, call, hidden).view(-1, size)
     spread = bool((changed & ~chosen).any())
     return () if spread else tuple(changed.any(1).nonzero().flatten().tolist())
 
@@ -152,8 +157,8 @@ def changed_inputs(
     Args:
         layer: the layer, which is in memory.
         group: of the layer.
-        axes: the entries, from the starts of the axes on.
-        chosen: [entries], which of them are doubled.
+        axes: the entries of as many channels, from the starts of the axes on.
+        chosen: [channels], which of them are doubled.
         call: how the layer is called.
         hidden: with which hidden states [1 tokens n].
 
@@ -173,7 +178,7 @@ def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterato
     kept = [parameter.clone() for parameter in held]
     try:
         for axis, parameter in zip(axes, held, strict=True):
-            doubled = chosen.nonzero().flatten() + axis.start
+            doubled = torch.tensor(axis.entries(chosen.nonzero().flatten().tolist()))
             factors = torch.ones(parameter.shape[axis.dim], dtype=parameter.dtype).index_fill(0, doubled, 2)
             shape = [-1 if dim == axis.dim else 1 for dim in range(parameter.dim())]
             parameter.mul_(factors.view(shape).to(parameter.device))

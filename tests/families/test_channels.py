@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from runs import require_resumed
-from tiny_families import FAMILIES, TOKENS
+from tiny_families import FAMILIES, TOKENS, shaken
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import convexprune
@@ -30,7 +30,6 @@ WIDTHS = {  # the settings that say how many channels there are; those of most f
 }  # fmt: skip
 REFUSED = {
     "bloom": "no setting of its configuration says how many channels its MLP has (128)",
-    "gpt_oss": "no channels between two operators",  # the rows of gate and up take turns
 }
 PATTERN = Channels(1 / 3, 8)
 SMALL: dict[str, Any] = {
@@ -66,7 +65,7 @@ def require_same_as_zeros(model: HuggingFaceModel, found: Narrowing, pattern: Co
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_without_channels_computes_what_it_does_with_zeros(family: str):
     torch.manual_seed(0)
-    model = HuggingFaceModel(FAMILIES[family]())
+    model = HuggingFaceModel(shaken(FAMILIES[family]()))
     if family in REFUSED:
         with pytest.raises(ModelError) as refused:
             find_narrowing(model, PATTERN)
@@ -120,6 +119,29 @@ def test_the_result_is_an_ordinary_smaller_folder(name: str, folder: Callable[[s
     assert counts is not None and counts["parameters"][1] == sum(p.numel() for p in smaller.parameters())
     assert result.report.sparsity == pytest.approx(1 / 3) and "channels.json" in result.report.files
     assert torch.equal(result.model(TOKENS).logits, smaller(TOKENS).logits)
+
+
+def test_experts_whose_gate_and_up_take_turns_lose_pairs_of_rows(tmp_path: Path):
+    torch.manual_seed(0)
+    dense = shaken(FAMILIES["gpt_oss"]())
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    convexprune.prune(tmp_path / "dense", **SMALL, output_dir=tmp_path / "out")
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    note = json.loads((tmp_path / "out" / "channels.json").read_text())["removed"]
+    assert smaller.config.intermediate_size == 32 and len(note) == 2 * 4
+    with torch.no_grad():
+        for name, removed in note.items():
+            path, _, expert = name.rpartition(".")
+            kept = [j for j in range(48) if j not in removed]
+            pairs = [2 * j + i for j in kept for i in range(2)]
+            up, down = path.replace("down_proj", "gate_up_proj"), path
+            for part, columns in ((up, (slice(None), pairs)), (f"{up}_bias", (pairs,))):
+                ours, before = (model.get_parameter(part)[int(expert)] for model in (smaller, dense))
+                assert torch.equal(ours, before[columns])
+            whole = dense.get_parameter(down)[int(expert)].zero_()
+            whole[kept] = smaller.get_parameter(down)[int(expert)]
+        torch.testing.assert_close(smaller(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "out", dataset=TOKENS).passed
 
 
 @each_kind
