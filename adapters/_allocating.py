@@ -1,7 +1,8 @@
 """How the zeros of a model are spread over its operators and their rows, by a look at the dense model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 import torch
@@ -9,15 +10,26 @@ from torch import Tensor
 
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.survey import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates, survey
-from convexprune.constraints import Constraint
-from convexprune.recipe import Recipe
 
-from ._gradients import output_fisher
+from ._gradients import Fisher, loss_fisher
 from ._huggingface import HuggingFaceModel
 
 WINDOWS = 16  # of the calibration text are enough for the shape of a curve (docs/tried.md)
 GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they cost four passes of the model
+CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, the choice fits other texts less
+
+
+def gradient_windows(rule: str, length: int) -> int:
+    """How many windows of the calibration text, of that `length`, a rule needs gradients of."""
+    if rule == "columns":
+        return max(WINDOWS, ceil(CHOOSING / length))
+    return GRADIENTS if rule in WEIGHED else 0
+
+
+Asked = tuple[str, LayerSettings]
+"""A rule, and the settings of a run that it is for."""
 
 
 @torch.no_grad()
@@ -25,21 +37,21 @@ def allocate_each(
     model: HuggingFaceModel,
     calibration: Tensor,
     held_out: Tensor,
-    asked: Sequence[tuple[str, Constraint]],
+    asked: Sequence[Asked],
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
 ) -> list[ModelAllocation]:
-    """For each rule and pattern asked for, what each operator is allocated, from windows [windows length].
+    """For each rule and run asked for, what each operator is allocated, from windows [windows length].
 
     The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
     with SparseGPT's weights, so that an allocation does not depend on the method that uses it. Only the rules with
-    curves prune for that; they and "rows" need gradients, on the first 4 windows. Both go layer by layer.
+    curves prune for that; they, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
 
     Args:
         model: the dense model.
         calibration: windows [samples length].
         held_out: windows [samples length].
-        asked: the rules and patterns.
+        asked: the rules and the runs.
         batch_size: windows in a forward pass.
         record: makes a place to keep tensors in.
 
@@ -48,25 +60,53 @@ def allocate_each(
 
     Raises:
         RecipeError, PatternError: see `convexprune._layerwise.steps.survey.allocate_by_rule`.
-        ModelError: see `output_fisher`.
+        ModelError: see `loss_fisher`.
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [ModelAllocation({}) for _ in asked]
-    calibration = calibration[:WINDOWS]
+    every, calibration = calibration, calibration[:WINDOWS]
     validation_batches = list(held_out.split(batch_size)) if len(held_out) else []
     batches = [*calibration.split(batch_size), *validation_batches]
-    curves = [pattern for rule, pattern in asked if rule in SURVEYED]
-    weighed = any(rule in WEIGHED for rule, _ in asked)
-    fisher = output_fisher(model, calibration[:GRADIENTS], batch_size, record) if weighed else {}
-    if all(rule in ("uniform", "rows") for rule, _ in asked):
-        return [allocate_by_rule((), rule, pattern, fisher) for rule, pattern in asked]
+    curves = [settings.pattern for rule, settings in asked if rule in SURVEYED]
+    blocks = {block for rule, settings in asked if rule == "columns" for block in _blocks(model, settings)}
+    fisher = Fisher({}, {})
+    if any(rule in WEIGHED for rule, _ in asked):
+        windows = every[: max(gradient_windows(rule, every.shape[1]) for rule, _ in asked)]
+        fisher = loss_fisher(model, windows, batch_size, record, blocks)
+    surveyed = any(rule not in ("uniform", "columns", "rows") for rule, _ in asked)
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    units = survey(model, batches, len(validation_batches), patterns, fisher, record=record)
-    return [allocate_by_rule(units, rule, pattern, fisher) for rule, pattern in asked]
+    count = len(validation_batches)
+    units = survey(model, batches, count, patterns, fisher.outputs, record=record) if surveyed else ()
+    return [
+        ModelAllocation({}, columns={key[0]: _rounded(fisher.inputs[key]) for key in _blocks(model, settings)})
+        if rule == "columns"
+        else allocate_by_rule(units, rule, settings.pattern, fisher.outputs)
+        for rule, settings in asked
+    ]
+
+
+def _blocks(model: HuggingFaceModel, settings: LayerSettings) -> Iterator[tuple[str, int]]:
+    """The operators whose columns are chosen, and how many of them at once."""
+    for layer in model.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            pattern = settings.pattern_of(name)
+            if pattern.by_column:
+                yield name, pattern.block
+
+
+def _rounded(weights: Tensor) -> list[float]:
+    """For a file."""
+    return [float(f"{w:.3g}") for w in weights.tolist()]
 
 
 def allocate(
-    model: HuggingFaceModel, calibration: Tensor, held_out: Tensor, recipe: Recipe, store: FolderStore | None
+    model: HuggingFaceModel,
+    calibration: Tensor,
+    held_out: Tensor,
+    asked: Asked,
+    batch_size: int,
+    store: FolderStore | None,
 ) -> ModelAllocation:
     """That of a run, found once for all processes that share the store and for whoever goes on with it.
 
@@ -74,7 +114,8 @@ def allocate(
         model: the dense model.
         calibration: windows [samples length].
         held_out: windows [samples length].
-        recipe: of the run.
+        asked: the rule and the run.
+        batch_size: windows in a forward pass.
         store: that of its folder, if it has one.
 
     Returns:
@@ -82,8 +123,7 @@ def allocate(
     """
 
     def find(record: Callable[[], Recorded]) -> ModelAllocation:
-        asked = [(recipe.allocation, recipe.build_pattern())]
-        return allocate_each(model, calibration, held_out, asked, recipe.batch_size, record)[0]
+        return allocate_each(model, calibration, held_out, [asked], batch_size, record)[0]
 
     def keep(store: FolderStore) -> dict[str, Any]:
         with store.scratch(0) as record:

@@ -1,7 +1,8 @@
-"""How much the outputs of each operator move the loss: a diagonal Fisher estimate on the calibration tokens."""
+"""How much the outputs and the inputs of each operator move the loss: Fisher estimates on the calibration tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,31 +24,50 @@ from ._huggingface import HuggingFaceModel
 WITHOUT = "take an allocation without gradients (allocation='uniform')"
 
 
-def output_fisher(
-    model: HuggingFaceModel, tokens: Tensor, batch_size: int = 1, record: Callable[[], Recorded] = list
-) -> dict[str, Tensor]:
-    """The empirical Fisher information of the outputs of each operator, f_i = mean over tokens of (d loss / d y_i)^2.
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """How much operators, "layer.operator", move the loss: means over tokens.
+
+    An expert's are of its own tokens, divided by the number of all: weighing a mean over its tokens, they count them.
+
+    Args:
+        outputs: (d loss / d y_i)^2 of the outputs [m]: what an error of size one in y_i costs, twice.
+        inputs: (sum_{j in b} x_j d loss / d x_j)^2 of each block b of inputs [n / block]: what it costs if the operator
+            does not read them, twice; by operator and block, where it was asked for.
+    """
+
+    outputs: dict[str, Tensor]
+    inputs: dict[tuple[str, int], Tensor]
+
+
+def loss_fisher(
+    model: HuggingFaceModel,
+    tokens: Tensor,
+    batch_size: int = 1,
+    record: Callable[[], Recorded] = list,
+    blocks: Collection[tuple[str, int]] = (),
+) -> Fisher:
+    """The empirical Fisher information of operators.
 
     The loss is the summed negative log-likelihood of a window (the labels are the text's own). It is differentiated
     layer by layer, from the last to the first, so that a model that streams has one decoder layer at a time in memory;
     what enters each of its layers is recorded meanwhile.
-
-    An expert's f is of its own tokens, divided by the number of all: weighing a mean over its tokens, it counts them.
 
     Args:
         model: the model.
         tokens: token ids [windows length].
         batch_size: windows at once.
         record: makes a place for what enters a layer.
+        blocks: operators whose inputs are asked for, and how many consecutive ones count as one.
 
     Returns:
-        f [m] by "layer.operator".
+        That of the outputs of all operators, and of the inputs of some.
 
     Raises:
         ModelError: a gradient is not finite; the last operator is named where one is not. Or torch cannot
             differentiate the model, a kernel of its own without a backward pass, say.
     """
-    squares = _Squares(model)
+    squares = _Squares(model, blocks)
     batches = list(tokens.split(batch_size))
     calls = LayerCalls(model, batches)
     parts = [batches] if model.streams else [[batch] for batch in batches]  # of a streamed model, read layers once
@@ -66,7 +86,9 @@ def output_fisher(
                 f"The gradient of the loss at the outputs of {name} is not finite on the calibration tokens. Load the "
                 f"model in a wider dtype (dtype='float32'), or {WITHOUT}."
             )
-    return {name: (total / tokens.numel()).float() for name, total in squares.sums.items()}
+    count = tokens.numel()
+    outputs = {name: (total / count).float() for name, total in squares.sums.items()}
+    return Fisher(outputs, {key: (total / count).float() for key, total in squares.inputs.items()})
 
 
 @contextmanager
@@ -93,32 +115,48 @@ def _loss_gradient(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tens
 
 
 class _Squares:
-    """The squared gradients of the outputs [m] of each operator, "layer.operator", summed over tokens."""
+    """The squares of a `Fisher`, summed over tokens."""
 
-    def __init__(self, model: HuggingFaceModel) -> None:
-        self.sums = {
-            f"{layer.name}.{operator.name}": torch.zeros(operator.shape[0], dtype=torch.float64, device=model.device)
-            for layer in model.layers
-            for operator in layer.operators
-        }
+    def __init__(self, model: HuggingFaceModel, blocks: Collection[tuple[str, int]]) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=model.device)
+        self._operators = {f"{layer.name}.{o.name}": o for layer in model.layers for o in layer.operators}
+        self.sums = {name: zeros(operator.shape[0]) for name, operator in self._operators.items()}
+        self.inputs = {(name, block): zeros(self._operators[name].shape[1] // block) for name, block in blocks}
+        self._blocks = {name: [block for other, block in blocks if other == name] for name, _ in blocks}
+        self._seen = dict[str, Tensor]()  # inputs of experts, until their gradients come
         self._waiting = set[str]()
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Count the gradient [... m] of some tokens."""
-        squares = gradient.float().square().flatten(0, -2)
-        self.sums[name] += squares.sum(0, dtype=torch.float64).to(self.sums[name].device)
+    def reads(self, pile: str) -> bool:
+        """Whether inputs of a pile of experts, by its "layer.path", are asked for."""
+        return any(name.startswith(f"{pile}.") for name in self._blocks)
+
+    def add(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
+        """Count the gradient [... m] at the outputs of some tokens, and with their inputs x [... n] that of these."""
+        gradient = gradient.float().flatten(0, -2)
+        self.sums[name] += gradient.square().sum(0, dtype=torch.float64).to(self.sums[name].device)
+        if x is not None:
+            each = (gradient @ self._operators[name].read().float()).mul_(x.float().flatten(0, -2))
+            for block in self._blocks[name]:
+                total = self.inputs[name, block]
+                total += each.unflatten(1, (-1, block)).sum(2).square().sum(0, dtype=torch.float64).to(total.device)
         self._waiting.discard(name)
 
-    def watch(self, name: str, _: nn.Module, __: object, output: Tensor) -> None:
+    def watch(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A forward hook of the module that is the operator."""
         self._waiting.add(name)
-        output.register_hook(partial(self.add, name))
+        output.register_hook(partial(self.add, name, inputs[0].detach() if name in self._blocks else None))
+
+    def see(self, pile: str, product: Product) -> None:
+        """What a pile of experts, by its "layer.path", tells of its forward pass."""
+        name = Place(pile, product.slice.parameter, product.slice.index).name
+        if name in self._blocks:
+            self._seen[name] = product.inputs.detach()
 
     def hear(self, pile: str, product: Product) -> None:
         """What a pile of experts, by its "layer.path", tells of its backward pass."""
-        place = Place(pile, product.slice.parameter, product.slice.index)
-        if place.name in self.sums:
-            self.add(place.name, product.inputs)
+        name = Place(pile, product.slice.parameter, product.slice.index).name
+        if name in self.sums:
+            self.add(name, self._seen.pop(name, None), product.inputs)
 
     def require_all(self) -> None:
         """Raise a RuntimeError if a module was watched whose outputs got no gradient since."""
@@ -161,5 +199,7 @@ class _Backward:
                 hooks.enter_context(module.register_forward_hook(partial(self._squares.watch, name)))
             elif fused_parameters(module):
                 experts[name] = FusedExperts(module)
-                hooks.enter_context(experts[name].looped())
+                seen = partial(self._squares.see, name)
+                pile = experts[name]
+                hooks.enter_context(pile.hooked(seen) if self._squares.reads(name) else pile.looped())
         return experts

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer
-from convexprune._layerwise.steps.survey import row_weights
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._channels.heads import find_heads
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._discovery.operators import ParameterOperator
-from convexprune.adapters._gradients import output_fisher
+from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Channels, Constraint, Heads
 from convexprune.core._moments import Moments
 from convexprune.errors import PatternError
@@ -71,6 +70,7 @@ class FLAP(AbstractPruner):
         return (dense - pruned) @ self.mean.to(dense)
 
 
+BY_LOSS = "convexprune"  # which the loss chooses for
 METHODS: dict[str, AbstractPruner] = {
     "magnitude": Magnitude(),
     "Wanda-sp": WandaSP(),
@@ -81,25 +81,24 @@ METHODS: dict[str, AbstractPruner] = {
     "OSSCAR + refit": Refitted(OSSCAR()),
     "the path, no refit": Convex(choices=0, refit=None),
     "the path": Convex(choices=0),
-    "convexprune, rows alike": Convex(),
-    "convexprune": Convex(),
+    "convexprune, searched": Convex(),
+    BY_LOSS: Convex(),
 }
 REMOVED: dict[str, tuple[Callable[[HuggingFaceModel, Constraint], Narrowing], Callable[[float], Constraint]]] = {
     "channels": (find_narrowing, partial(Channels, multiple=1)),
     "heads": (find_heads, Heads),
 }
 BY_MEANS = {"FLAP, with its bias": lambda mean: FLAP(mean), "FLAP + refit": lambda mean: Refitted(FLAP(mean))}
-WEIGHED = ("the path, no refit", "the path", "convexprune")  # their rows count by how much they move the loss
-GRADIENTS = 4  # windows
 
 
 def _add(moments: Moments, x: Tensor) -> None:
     moments.add(x.flatten(0, -2))
 
 
-def collected(model: HuggingFaceModel, windows: Tensor) -> dict[str, Any]:
-    """The sums of x x' of each operator on two halves of the windows, and the weights of its rows."""
-    found: dict[str, Any] = {"fisher": output_fisher(model, windows[:GRADIENTS], 1)}
+def collected(model: HuggingFaceModel, windows: Tensor, patterns: Mapping[str, Constraint]) -> dict[str, Any]:
+    """The sums of x x' of each operator on two halves of the windows, their means, and what the loss needs of x."""
+    blocks = [(name, pattern.block) for name, pattern in patterns.items()]
+    needs = {name: each for (name, _), each in loss_fisher(model, windows, blocks=blocks).inputs.items()}
     operators = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators}
     halves = {name: [Moments(o.shape[1]), Moments(o.shape[1])] for name, o in operators.items()}
     groups = {f"{y.name}.{o.name}": g for y in model.layers for g in y.groups for o in g.operators}
@@ -109,7 +108,8 @@ def collected(model: HuggingFaceModel, windows: Tensor) -> dict[str, Any]:
                 hooks.enter_context(group.input_hook(partial(_add, halves[name][half])))
             for window in part:
                 model.forward(window[None])
-    return found | {"halves": {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}}
+    sums = {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}
+    return {"halves": sums, "means": means(model, windows), "needs": needs}
 
 
 def module_of(layer: DecoderLayer, operator: AbstractOperator) -> Any:
@@ -135,13 +135,16 @@ def means(model: HuggingFaceModel, windows: Tensor) -> dict[str, Tensor]:
     return {name: each / windows.numel() for name, each in sums.items()}
 
 
-def problem(weight: Tensor, pair: Sequence[tuple[Tensor, int]], pattern: Constraint) -> LayerProblem:
+def problem(
+    weight: Tensor, pair: Sequence[tuple[Tensor, int]], pattern: Constraint, needs: Tensor | None
+) -> LayerProblem:
     folds = []
     for total, tokens in pair:
         fold = Moments(0)
         fold.sum, fold.tokens = total, tokens
         folds.append(fold)
-    return LayerProblem(weight, folds[0] + folds[1], pattern, 0.0, tuple(folds))
+    importance = None if needs is None else needs.repeat_interleave(pattern.block).expand_as(weight)
+    return LayerProblem(weight, folds[0] + folds[1], pattern, 0.0, tuple(folds), importance)
 
 
 def prune(
@@ -155,12 +158,12 @@ def prune(
     for layer in model.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
-            posed = problem(dense[name], moments["halves"][name], patterns[name])
-            factors = row_weights(moments["fisher"][name]).sqrt() if method in WEIGHED else None
+            needs = moments["needs"][name] if method == BY_LOSS else None
+            posed = problem(dense[name], moments["halves"][name], patterns[name], needs)
             pruner = BY_MEANS[method](moments["means"][name]) if method in BY_MEANS else METHODS[method]
-            edit = pruner.prune(posed.scaled(factors))
+            edit = pruner.prune(posed)
             assert posed.pattern.violation(edit.weight) == 0
-            operator.write(posed.unscaled(edit.weight, factors))
+            operator.write(edit.weight)
             module = module_of(layer, operator)
             bias = dense.get(f"{name}.bias")
             if isinstance(pruner, FLAP) and posed.pattern.sparsity:
@@ -205,12 +208,12 @@ def _asked() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _moments(asked: argparse.Namespace, model: HuggingFaceModel) -> dict[str, Any]:
-    """What `collected` and `means` give, from the file if it is there."""
+def _moments(asked: argparse.Namespace, model: HuggingFaceModel, patterns: Mapping[str, Constraint]) -> dict[str, Any]:
+    """What `collected` gives, from the file if it is there."""
     if not asked.moments.exists():
         every = text_windows(asked.text, model, asked.length)
         drawn = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: asked.windows]]
-        torch.save(collected(model, drawn) | {"means": means(model, drawn)}, asked.moments)
+        torch.save(collected(model, drawn, patterns), asked.moments)
     return torch.load(asked.moments)
 
 
@@ -248,7 +251,7 @@ def main() -> None:
     texts = {
         name: each[:: max(1, len(each) // asked.eval_windows)][: asked.eval_windows] for name, each in texts.items()
     }
-    moments = _moments(asked, model)
+    moments = _moments(asked, model, whole.patterns)
     dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
     modules = {f"{y.name}.{o.name}": module_of(y, o) for y in model.layers for o in y.operators}
     dense |= {f"{name}.bias": module.bias.clone() for name, module in modules.items() if module.bias is not None}

@@ -30,6 +30,7 @@ from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
 SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
+CHOSEN = ("channels", "heads", "columns")  # patterns that choose whole columns
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
 
 
@@ -64,6 +65,11 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                 )
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
+        if self.allocation == "columns" and not issubclass(METHODS[self.preset or self.method], AbstractSearch):
+            raise RecipeError(
+                f"Allocation 'columns' chooses columns by the loss, and {self.method!r} has scores of its own. Leave "
+                "the allocation out, or take method='convex'."
+            )
         if pattern.removes and (self.targets != ("Linear",) or self.ignore):
             raise RecipeError(f"Pattern {self.pattern!r} finds its operators itself. Leave targets and ignore out.")
         if pattern.compensates and self.prefix != "pruned":
@@ -233,20 +239,21 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of settings that follow from others.
 
-    The allocation of a method that searches a support is "rows" where the pattern allows it (`survey.check_rule`); that
-    of bits is "curve".
+    The allocation of a method that searches a support is "columns" for whole columns, and "rows" where the pattern
+    allows it (`survey.check_rule`); that of bits is "curve".
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
     prefix = "pruned" if str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
-    rows = "rows" if whole and searches else "uniform"
+    columns = str(given.get("pattern")).startswith(tuple(CHOSEN))
+    spread = "columns" if columns and searches else "rows" if whole and searches else "uniform"
     return {
         "prefix": prefix,
         "error_correction": 0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0,
         "error_target": "operator" if published else "residual_stream",
-        "allocation": rows if given.get("bits") is None else "curve",
+        "allocation": spread if given.get("bits") is None else "curve",
     }
 
 

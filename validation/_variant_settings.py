@@ -68,11 +68,11 @@ def allocated(
     Raises:
         PatternError: a pattern does not fit an operator.
     """
-    asked = [(variant.allocation, variant.recipe().build_pattern()) for variant in variants]
+    asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
     settings = {
-        variant.name: allocation.apply_to(given_settings[variant.name], pattern)
-        for variant, allocation, (_, pattern) in zip(variants, found, asked, strict=True)
+        variant.name: allocation.apply_to(given, variant.recipe().build_pattern())
+        for variant, allocation, (_, given) in zip(variants, found, asked, strict=True)
     }
     _check(model, settings.values())
     return settings

@@ -8,7 +8,7 @@ from convexprune._runs.resources import binding, needs_of, seconds_by_resource
 from convexprune._runs.speed import measured_card, measured_speed, seconds
 from convexprune.recipe import Recipe
 
-from .._allocating import GRADIENTS
+from .._allocating import gradient_windows
 from .._data.calibration import DEFAULT_LENGTH
 from .outline import Outline, read_outline
 
@@ -25,17 +25,18 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
     Returns:
         The numbers.
     """
+    length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
     return sizes.Setting(
         samples=recipe.num_calibration_samples,
         held_out=recipe.spare_samples,
-        length=recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions),
+        length=length,
         batch=recipe.batch_size,
         method=sizes.method_cost(method, bool(recipe.refit), weighed),
         correction=recipe.error_correction > 0,
         dense_prefix=recipe.prefix == "dense",
         bound=recipe.bound_rows > 0,
-        gradients=min(GRADIENTS, recipe.num_calibration_samples) if weighed else 0,
+        gradients=min(gradient_windows(recipe.allocation, length), recipe.num_calibration_samples),
         side_by_side=recipe.build_pruner().side_by_side,
     )
 

@@ -160,7 +160,8 @@ class Request:
     ) -> None:
         """Spread the zeros as the recipe says, or as they were spread when the run in the store began."""
         if self.recipe.allocation != "uniform":
-            found = allocate(loaded, windows["calibration"], windows["held_out"], self.recipe, store)
+            asked = self.recipe.allocation, self.layers
+            found = allocate(loaded, windows["calibration"], windows["held_out"], asked, self.recipe.batch_size, store)
             self.layers = found.apply_to(self.layers, self.recipe.build_pattern())
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}

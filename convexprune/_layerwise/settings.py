@@ -30,7 +30,8 @@ class LayerSettings:
     (`capture.is_last_branch`): what reached them by other ways, too.
     `patterns` and `pruners` hold operators that differ in these, `rules` the rule of the recipe that says so.
     `bound_rows` of every operator are compared with what no pruning can beat; it changes no weight. `row_weights` say
-    how the outputs [m] of every operator count, if not alike.
+    how the outputs [m] of every operator count, if not alike; `columns` how much a model's loss needs each block of
+    columns, if these are chosen by that.
 
     Args:
         pruner: prunes each group.
@@ -41,6 +42,7 @@ class LayerSettings:
         patterns: of operators that differ in theirs, by name.
         bound_rows: rows of each operator to bound.
         row_weights: [m] by the name of the operator.
+        columns: [blocks] by the name of the operator.
         pruners: of operators that differ in theirs, by name.
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
         gram_precision: the format in which second moments are added up, see `_device.precision`.
@@ -59,6 +61,7 @@ class LayerSettings:
     patterns: Mapping[str, Constraint] = field(default_factory=dict)
     bound_rows: int = 0
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)
     rules: Mapping[str, int] = field(default_factory=dict)
     gram_precision: Format = "auto"

@@ -36,7 +36,8 @@ class Compare(Settings):
     )
     allocations: Annotated[tuple[str, ...], LISTED] = setting(
         ("own",),
-        "own (what prune takes if it is left out), or one for all: uniform, rows, curve, half-curve, owl, skewness.",
+        "own (what prune takes if it is left out), or one for all: uniform, columns, rows, curve, half-curve, owl, "
+        "skewness.",
         "--allocation",
     )
     quota: str = setting(

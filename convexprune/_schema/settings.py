@@ -121,11 +121,12 @@ class TargetSettings(Settings):
     allocation: str = setting(
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
-        "rows compete for it by how much they move the loss. curve: shares of least predicted loss as well, after a "
+        "rows compete for it by how much they move the loss. columns: so do whole columns, which the method then no "
+        "longer chooses itself. curve: shares of least predicted loss as well, after a "
         "survey that takes about five times as long as SparseGPT; half-curve, half of the way there. owl, skewness: "
-        "by the scores of each decoder layer. N:M takes uniform and curve. Left out: rows for convex and admm if "
-        "unstructured with quota matrix, curve for bits, else uniform.",
-        choices=("uniform", "rows", "curve", "half-curve", "owl", "skewness"),
+        "by the scores of each decoder layer. N:M takes uniform and curve. Left out: for convex and admm rows if "
+        "unstructured with quota matrix, and columns for channels, heads and columns; curve for bits, else uniform.",
+        choices=("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
         ("Linear",), "Operators to prune: a name, its end, re:REGEX, or Linear for all; repeat it for more."

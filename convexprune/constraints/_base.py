@@ -84,7 +84,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def violation(self, weight: Tensor) -> int:
-        """How many entries of the `weight` [m n] are too many, or off the grid; 0: it is in the set."""
+        """How many entries, or columns, of the `weight` [m n] are too many, or off the grid; 0: it is in the set."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -246,7 +246,7 @@ class Mask(Constraint):
         budget = self.budget(weight.shape)
         assert budget is not None, "a mask that has no lines counts for itself"
         counts = budget.sums(weight != 0).count_nonzero(1)
-        return int((counts - budget.kept).clamp_min(0).sum())
+        return budget.block * int((counts - budget.kept).clamp_min(0).sum())
 
 
 def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:

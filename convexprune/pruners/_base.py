@@ -24,7 +24,8 @@ class LayerProblem:
     """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
 
     `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
-    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens.
+    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens. `importance` [m n],
+    the same in all rows of an operator, says how much the model's loss needs each column, if these are chosen by that.
     """
 
     weight: Tensor
@@ -32,6 +33,7 @@ class LayerProblem:
     pattern: Constraint
     correction: float = 1.0
     folds: tuple[Moments, ...] = ()
+    importance: Tensor | None = None
 
     @cached_property
     def gram(self) -> Tensor:
@@ -101,7 +103,7 @@ class LayerProblem:
             return self
         weight = self.weight * factors.to(self.weight)[:, None]
         moments, folds = self.moments.scaled(factors), tuple(fold.scaled(factors) for fold in self.folds)
-        return self._on_the_same_inputs(LayerProblem(weight, moments, self.pattern, self.correction, folds))
+        return self._on_the_same_inputs(replace(self, weight=weight, moments=moments, folds=folds))
 
     def unscaled(self, weight: Tensor, factors: Tensor | None) -> Tensor:
         """Undo the row scaling of a weight; unchanged entries come back bit-identical.
@@ -128,10 +130,9 @@ class LayerProblem:
         Returns:
             The problem.
         """
-        moments = self.moments.rows(chosen)
-        return self._on_the_same_inputs(
-            LayerProblem(self.weight[chosen], moments, pattern, self.correction, self.folds)
-        )
+        moments, importance = self.moments.rows(chosen), None if self.importance is None else self.importance[chosen]
+        other = replace(self, weight=self.weight[chosen], moments=moments, pattern=pattern, importance=importance)
+        return self._on_the_same_inputs(other)
 
     def _on_the_same_inputs(self, other: "LayerProblem") -> "LayerProblem":
         """The other problem, which need not build the Gram matrix again."""

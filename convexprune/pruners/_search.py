@@ -53,7 +53,8 @@ class AbstractSearch(AbstractPruner):
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
     in the search and in the refit; None leaves it to the sample's noise (`choose_damping`). A search for whole columns
     then has more, `COLUMNS`: a column is worth what others do not make up for, and how they do is another matter in
-    other texts (docs/tried.md has the figures).
+    other texts (docs/tried.md has the figures). Where the problem says how much the loss needs each column, nothing is
+    searched: that chooses them.
     `refit` is the solver of the values; None keeps the scores on the support.
 
     Raises:
@@ -88,8 +89,10 @@ class AbstractSearch(AbstractPruner):
             PruningError: the damped Gram matrix is not positive definite.
         """
         damping = choose_damping(problem, self.damping)
-        if problem.pattern.zeros(*problem.weight.shape) == 0:  # nothing to search: the values are all there is to find
-            kept = torch.ones_like(problem.weight, dtype=torch.bool)
+        nothing, importance = problem.pattern.zeros(*problem.weight.shape) == 0, problem.importance
+        if nothing or importance is not None:  # nothing to search: the values are all there is to find
+            whole = torch.ones_like(problem.weight, dtype=torch.bool)
+            kept = whole if nothing or importance is None else problem.pattern.mask(importance.sqrt())
             weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
             return LayerEdit(weight, kept, refits, damping)
         if problem.pattern.by_column and self.damping is None:

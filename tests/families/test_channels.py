@@ -13,12 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._channels.cut import Cut
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._checkpoints.written import require_written
+from convexprune.adapters._gradients import Fisher, loss_fisher
 from convexprune.adapters._removal.base import AbstractReduced
 from convexprune.constraints import Channels, Constraint
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
+from convexprune.recipe import make_recipe
 from convexprune.validation import verify
 
 WIDTHS = {  # the settings that say how many channels there are; those of most families: intermediate_size
@@ -142,6 +145,47 @@ def test_experts_whose_gate_and_up_take_turns_lose_pairs_of_rows(tmp_path: Path)
             whole[kept] = smaller.get_parameter(down)[int(expert)]
         torch.testing.assert_close(smaller(TOKENS).logits, dense(TOKENS).logits, rtol=1e-4, atol=1e-4)
     assert verify(tmp_path / "out", dataset=TOKENS).passed
+
+
+@each_kind
+def test_those_go_that_move_the_loss_least(
+    settings: dict[str, Any], folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, found = folder("llama"), dict[str, torch.Tensor]()
+
+    def recorded(*args: Any) -> Fisher:
+        fisher = loss_fisher(*args)
+        found.update({name: needs for (name, _), needs in fisher.inputs.items()})
+        return fisher
+
+    monkeypatch.setattr(allocating, "loss_fisher", recorded)
+    result = convexprune.prune(source, **settings, output_dir=tmp_path / "out")
+    assert result.report.recipe["allocation"] == "columns" and len(found) == 2
+    kind = settings["pattern"].partition(":")[0]
+    for name, removed in json.loads((tmp_path / "out" / f"{kind}.json").read_text())["removed"].items():
+        assert removed == sorted(found[name].argsort()[: len(removed)].tolist())
+    monkeypatch.setattr(allocating, "loss_fisher", None)
+    searched = convexprune.prune(source, **settings, allocation="uniform", output_dir=tmp_path / "searched")
+    assert searched.report.sparsity == result.report.sparsity
+
+
+def test_what_chooses_columns_is_refused_where_there_are_none_to_choose(tmp_path: Path):
+    for match, settings in {
+        "'columns' chooses whole columns by how much they move the loss, and pattern": {"pattern": "unstructured"},
+        "and pattern layers": {"pattern": "layers"},
+        "'wanda' has scores of its own. Leave the allocation out": {"pattern": "channels", "method": "wanda"},
+    }.items():
+        with pytest.raises(RecipeError, match=match):
+            make_recipe(model="", allocation="columns", **settings)
+    defaults = {
+        "channels": "columns",
+        "heads": "columns",
+        "columns:2": "columns",
+        "layers": "uniform",
+        "2:4": "uniform",
+    }
+    assert {each: make_recipe(model="", pattern=each).allocation for each in defaults} == defaults
+    assert make_recipe(model="", pattern="channels", method="osscar").allocation == "uniform"
 
 
 @each_kind

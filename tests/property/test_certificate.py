@@ -271,8 +271,9 @@ def test_a_target_that_is_fitted_exactly_is_solved_where_the_digits_end(solver, 
     single = Quadratic(layer.quadratic().gram.float(), torch.zeros(3, 8), torch.zeros(3), dense)
     problem = Problem(single, Support(mask))
     if together and solver == "cg":
-        problem = Problem(SideBySide.of([single] * 2), Support(mask.repeat(2, 1)))
-    start = random(seed + 2, *problem.shape).float() * problem.penalty.mask
+        mask = mask.repeat(2, 1)
+        problem = Problem(SideBySide.of([single] * 2), Support(mask))
+    start = random(seed + 2, *problem.shape).float() * mask
     solution = make_solver(solver).solve(problem, start)
     certificate = solution.certificate
     assert solution.status is Status.SOLVED and certificate.relative_gap <= 1e-4

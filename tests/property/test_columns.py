@@ -18,6 +18,7 @@ from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import make
 from convexprune.errors import PatternError, UnsupportedError
 from convexprune.pruners import METHODS, PRUNERS, Convex, LayerProblem, Refitted
 from convexprune.pruners._damped import damped
@@ -209,3 +210,25 @@ def test_the_refit_of_what_next_to_nothing_is_lost_of_is_as_exact():
     problem = LayerProblem(random(1, 8, 64).float(), moments, Columns(0.25), 0.0)
     (solution,) = Refitted(PRUNERS["wanda"](), damping=0.0).prune(problem).solutions
     assert solution.status is Status.SOLVED
+
+
+@settings(max_examples=8)
+@given(seeds, st.sampled_from(("convex", "admm")), st.sampled_from((1, 2)))
+def test_what_the_loss_needs_chooses_the_columns_and_a_refit_their_values(seed: int, method: str, block: int):
+    """Each operator of a stack for itself."""
+    pruner, pattern = make(METHODS[method], method, {"damping": 0.1}), Stacked.alike(Columns(0.25, block=block), (3, 5))
+    problem = layer_problem(correlated(seed, n=8 * block), pattern)
+    needs = random(seed + 1, 2, 8).square()
+    importance = torch.cat([each.repeat_interleave(block).expand(m, -1) for each, m in zip(needs, (3, 5), strict=True)])
+    pruned = pruner.prune(replace(problem, importance=importance))
+    kept = needs.argsort(1).argsort(1) >= 2
+    expected = torch.cat([each.repeat_interleave(block).expand(m, -1) for each, m in zip(kept, (3, 5), strict=True)])
+    assert torch.equal(pruned.mask, expected) and {s.status for s in pruned.solutions} == {Status.SOLVED}
+    posed, best = damped(problem, Damping(0.1)), torch.zeros_like(problem.weight)
+    target = problem.weight @ posed.gram + posed.cross
+    for rows in (slice(0, 3), slice(3, 8)):
+        own = expected[rows][0]
+        best[rows, own] = torch.linalg.solve(posed.gram[own][:, own], target[rows][:, own].T).T
+    assert float(posed.values(pruned.weight).sum()) <= float(posed.values(best).sum()) * (1 + 1e-3)
+    few = replace(problem, importance=importance).rows(slice(3, 8), Columns(0.25, block=block))
+    assert torch.equal(pruner.prune(few).mask, expected[3:])

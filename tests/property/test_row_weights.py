@@ -13,7 +13,7 @@ from convexprune._layerwise.steps.survey import row_weights
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters import _gradients as gradients
-from convexprune.adapters._gradients import output_fisher
+from convexprune.adapters._gradients import loss_fisher
 from convexprune.errors import ModelError
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def weighted_error(tiny: HuggingFaceModel, number: int, dense: dict[str, Tensor]
 def test_rows_compete_by_how_much_they_move_the_loss(build: Callable[[str], Any], method: str):
     """Weighted errors fall, the others rise; whoever prunes, counts stay exact."""
     found = {}
-    fisher = output_fisher(HuggingFaceModel(build("llama")), TOKENS[:4])
+    fisher = loss_fisher(HuggingFaceModel(build("llama")), TOKENS[:4]).outputs
     weights = {name: row_weights(f) for name, f in fisher.items()}
     for rule in ("uniform", "rows"):
         tiny = HuggingFaceModel(build("llama"))
@@ -55,7 +55,7 @@ def test_rows_compete_by_how_much_they_move_the_loss(build: Callable[[str], Any]
 
 def test_wanda_with_weighted_rows_is_its_scores_weighted(tiny_llama: HuggingFaceModel):
     """The slow twin: |W_ij| sqrt(H_jj) w_i^(1/2), the largest half kept, and what is kept as it was."""
-    layer, weights = tiny_llama.layers[0], output_fisher(tiny_llama, TOKENS[:4])
+    layer, weights = tiny_llama.layers[0], loss_fisher(tiny_llama, TOKENS[:4]).outputs
     (group,), call = layer.stages[0], tiny_llama.calls(TOKENS[:1])[0]
     dense = {operator: operator.read().clone() for operator in group.operators}
     x = torch.cat(
@@ -85,7 +85,7 @@ def test_gradients_need_the_logits_of_few_positions_at_a_time(
     keeps: bool, tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch
 ):
     """The same whatever there is at once, and of a model that cannot leave logits out."""
-    whole = output_fisher(tiny_llama, TOKENS[:2], 2)
+    whole = loss_fisher(tiny_llama, TOKENS[:2], 2).outputs
     forward, sizes = tiny_llama.model.forward, list[int]()
 
     def watched(input_ids: Tensor, use_cache: bool, **more: Any) -> Any:
@@ -98,7 +98,7 @@ def test_gradients_need_the_logits_of_few_positions_at_a_time(
 
     monkeypatch.setattr("convexprune.adapters._data.logits.POSITIONS", 5)
     monkeypatch.setattr(tiny_llama.model, "forward", keeping if keeps else watched)
-    found = output_fisher(tiny_llama, TOKENS[:2], 2)
+    found = loss_fisher(tiny_llama, TOKENS[:2], 2).outputs
     assert sizes == ([5, 5, 5, 5, 3] if keeps else [24])
     assert all(torch.allclose(found[name], f, rtol=1e-5, atol=0) for name, f in whole.items())
 
@@ -131,10 +131,10 @@ def test_a_model_that_cannot_be_differentiated_is_told(tiny_llama: HuggingFaceMo
     for faulty, why in {kernel: r"no gradient reaches .*\.0\.mlp\.down_proj", no_backward: "derivative for"}.items():
         monkeypatch.setattr(mlp, "forward", faulty)
         with pytest.raises(ModelError, match=place + why + behind):
-            output_fisher(tiny_llama, TOKENS[:2])
+            loss_fisher(tiny_llama, TOKENS[:2])
     monkeypatch.setattr(mlp, "forward", full)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        output_fisher(tiny_llama, TOKENS[:2])
+        loss_fisher(tiny_llama, TOKENS[:2])
 
 
 def test_rows_need_no_survey_and_a_run_goes_on_with_its_weights(tiny_llama: HuggingFaceModel, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_rows_need_no_survey_and_a_run_goes_on_with_its_weights(tiny_llama: Hugg
     settings: dict[str, Any] = {"allocation": "rows", "output_dir": tmp_path / "out", **SETTINGS}
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, progress=lambda _: stop, **settings)
-    monkeypatch.setattr(allocating, "output_fisher", stop)
+    monkeypatch.setattr(allocating, "loss_fisher", stop)
     convexprune.prune(dense, resume=True, **settings)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
     assert one == other and whole.report.allocation == {"cost": None, "gap": None}

@@ -12,7 +12,7 @@ from runs import SETTINGS, stop_after
 import convexprune
 from convexprune._layerwise.steps.survey import allocate_by_rule, candidates, survey
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._gradients import output_fisher
+from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Coded, Quantized, Unstructured, parse_pattern
 from convexprune.errors import ConvexpruneError, RecipeError
 from convexprune.quantizers import QUANTIZERS
@@ -88,7 +88,7 @@ def test_zero_weights_take_the_fewest_bits_that_fit_and_err_by_nothing(tiny_llam
 
 def test_bits_on_the_whole_are_those_asked_for_and_owl_has_none_to_spread(tiny_llama: HuggingFaceModel):
     asked = Quantized(Unstructured(0.0), Coded(3.0))
-    fisher = output_fisher(tiny_llama, TOKENS[:4])
+    fisher = loss_fisher(tiny_llama, TOKENS[:4]).outputs
     units = survey(tiny_llama, TOKENS.split(1), 1, candidates(asked), fisher)
     for unit in units:  # more bits err less; 16 rows have no room for the scales of 1.5 bits
         fitting = candidates(asked)[: 2 if unit.name.endswith(("k_proj", "v_proj")) else 3]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product as every
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
 from convexprune.adapters._discovery.operators import Place
-from convexprune.adapters._gradients import output_fisher
+from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import SemiStructured, Unstructured
 from convexprune.errors import OutputError, RecipeError
-from convexprune.pruners import Convex
+from convexprune.pruners import Convex, Magnitude
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 from convexprune.validation import compare, verify
@@ -39,7 +40,7 @@ HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)
 def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(build, name: str):
     tiny = HuggingFaceModel(build(name))
     name, step, row = f"{tiny.layers[-1].name}.{tiny.layers[-1].operators[-1].name}", 1e-2, 3
-    found = output_fisher(tiny, TOKENS[:1])[name][row].item()
+    found = loss_fisher(tiny, TOKENS[:1]).outputs[name][row].item()
     module, squares = tiny.model.get_submodule(name), 0.0
     for token in range(24):
         losses = []
@@ -59,6 +60,30 @@ def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(build, name: st
     assert all(p.grad is None for p in tiny.model.parameters())
 
 
+@pytest.mark.parametrize(("name", "block"), [("opt", 4), ("llama", 1), ("llama-tied", 2)])
+def test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size(build, name: str, block: int):
+    tiny = HuggingFaceModel(build(name))
+    name, step, number = f"{tiny.layers[0].name}.{tiny.layers[0].operators[-1].name}", 1e-2, 3
+    found = loss_fisher(tiny, TOKENS[:1], blocks=[(name, block)]).inputs
+    module, squares = tiny.model.get_submodule(name), 0.0
+    for token in range(24):
+        losses = []
+        for sign in (1, -1):
+
+            def scale(_, inputs, sign=sign, token=token):
+                part = inputs[0].view(-1, inputs[0].shape[-1])[token, number * block : (number + 1) * block]
+                part *= 1 + sign * step
+
+            hook = module.register_forward_pre_hook(scale)
+            with torch.no_grad():
+                logits = tiny.model(TOKENS[:1]).logits[0, :-1].double()
+            hook.remove()
+            losses.append(torch.nn.functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").item())
+        squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
+    assert found.keys() == {(name, block)} and len(found[name, block]) == tiny.layers[0].operators[-1].shape[1] // block
+    assert found[name, block][number].item() == pytest.approx(squares / 24, rel=3e-2)
+
+
 @pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, parameter: str):
@@ -66,16 +91,25 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
     ids = torch.randint(2, VOCABULARY - 2, (1, 12), generator=torch.Generator().manual_seed(0))
     layer = model.layers[-1]
     (path,) = [path for path, module in layer.module.named_modules() if fused_parameters(module)]
-    pile, found = FusedExperts(layer.module.get_submodule(path)), output_fisher(model, ids)
+    names = [f"{layer.name}.{Place(path, parameter, expert).name}" for expert in range(4)]
+    pile, fisher = (
+        FusedExperts(layer.module.get_submodule(path)),
+        loss_fisher(model, ids, blocks=[(n, 2) for n in names]),
+    )
+    weights = {f"{layer.name}.{o.name}": o.read() for o in layer.operators}
     changed: list[tuple[int, float]] = []  # which of the expert's tokens, and by how much
     tokens: list[int] = []
 
     def hear(product: Product) -> Callable[[Tensor], Tensor]:
         tokens.append(len(product.inputs))
+        columns = weights[names[product.slice.index]][:, 2:4]
 
         def change(output: Tensor) -> Tensor:
             for token, by in changed:
-                output[token, row] += by
+                if reads:
+                    output[token] += by * (columns @ product.inputs[token, 2:4])
+                else:
+                    output[token, row] += by
             return output
 
         return change
@@ -85,7 +119,7 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
         return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
 
     seen = 0
-    for expert in range(4):
+    for expert, reads in every(range(4), (False, True)):
         squares = 0.0
         with torch.no_grad(), pile.hooked(hear, ExpertIndex(parameter, expert)):
             tokens.clear()
@@ -98,14 +132,14 @@ def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, para
                     losses.append(loss())
                 changed.clear()
                 squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
-        name = f"{layer.name}.{Place(path, parameter, expert).name}"
-        assert found[name][row].item() == pytest.approx(squares / 12, rel=5e-2, abs=1e-9)
+        found = fisher.inputs[names[expert], 2][1] if reads else fisher.outputs[names[expert]][row]
+        assert found.item() == pytest.approx(squares / 12, rel=5e-2, abs=1e-9)
         seen += own
-    assert seen == 2 * 12  # each token goes to two experts
+    assert seen == 2 * 2 * 12  # each token goes to two experts
 
 
 def surveyed(model: HuggingFaceModel) -> list[Unit]:
-    fisher = output_fisher(model, TOKENS[:4])
+    fisher = loss_fisher(model, TOKENS[:4]).outputs
     return survey(model, TOKENS.split(1), 1, [*candidates(HALF), *candidates(TWO_OF_FOUR)], fisher)
 
 
@@ -162,24 +196,27 @@ def test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best(tiny_ll
     assert half.gap == pytest.approx(half.cost - whole.cost, abs=1e-9)
 
 
+CURVE = [("curve", LayerSettings(Magnitude(), HALF))]
+
+
 def test_curves_are_of_the_first_windows(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocating, "WINDOWS", 3)
-    few, many = (allocating.allocate_each(tiny_llama, TOKENS[:n], TOKENS[4:], [("curve", HALF)]) for n in (3, 4))
+    few, many = (allocating.allocate_each(tiny_llama, TOKENS[:n], TOKENS[4:], CURVE) for n in (3, 4))
     assert few == many
 
 
 def test_gradients_are_of_the_first_windows_of_those(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocating, "GRADIENTS", 2)
-    few = allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)])
+    few = allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], CURVE)
     seen: list[int] = []
 
     def first_two(model, tokens, *args):
         seen.append(len(tokens))
-        return output_fisher(model, tokens[:2], *args)
+        return loss_fisher(model, tokens[:2], *args)
 
     monkeypatch.setattr(allocating, "GRADIENTS", 4)
-    monkeypatch.setattr(allocating, "output_fisher", first_two)
-    assert few == allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], [("curve", HALF)]) and seen == [4]
+    monkeypatch.setattr(allocating, "loss_fisher", first_two)
+    assert few == allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], CURVE) and seen == [4]
 
 
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):

@@ -67,6 +67,7 @@ class _Part:
     asked: tuple[Constraint, ...]
     correction: float
     facts: dict[str, float]
+    columns: tuple[Tensor, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +83,13 @@ class _Part:
         """The problem of the stack."""
         pattern = Stacked(self.asked, tuple(operator.shape[0] for operator in self.group.operators))
         halves = self.folds.halves if all(half.tokens for half in self.folds.halves) else ()
-        return LayerProblem(stack_of(self.group), self.folds.total.rows(self.rows), pattern, self.correction, halves)
+        weight, importance = stack_of(self.group), None
+        if self.columns:
+            operators = zip(self.columns, self.group.operators, strict=True)
+            blocks = (each.repeat_interleave(o.shape[1] // len(each)).expand(o.shape) for each, o in operators)
+            importance = torch.cat(list(blocks)).to(weight)
+        moments = self.folds.total.rows(self.rows)
+        return LayerProblem(weight, moments, pattern, self.correction, halves, importance)
 
 
 def _parts(
@@ -95,7 +102,8 @@ def _parts(
         rows = slice(first, first := first + height(part))
         names = tuple(f"{layer}.{operator.name}" for operator in part.operators)
         asked = tuple(settings.pattern_of(name) for name in names)
-        yield _Part(names, part, rows, folds, settings.pruner_of(names[0]), asked, settings.correction, facts)
+        columns = tuple(settings.columns[name] for name in names) if settings.columns else ()
+        yield _Part(names, part, rows, folds, settings.pruner_of(names[0]), asked, settings.correction, facts, columns)
 
 
 def _prune_together(parts: Sequence[_Part], settings: LayerSettings, on_operator: OnOperator, began: float) -> None:

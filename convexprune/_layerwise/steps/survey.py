@@ -32,9 +32,9 @@ from convexprune.pruners import AbstractPruner, LayerProblem, SparseGPT
 from convexprune.quantizers import Descent
 from convexprune.quantizers._forecast import Forecast
 
-RULES = ("uniform", "rows", "curve", "half-curve", "owl", "skewness")
-WEIGHED = RULES[1:4]  # those that need gradients
-SURVEYED = RULES[2:4]  # those that prune for it
+RULES = ("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness")
+WEIGHED = RULES[1:5]  # those that need gradients
+SURVEYED = RULES[3:5]  # those that prune for it
 REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
 FINE = 20  # points of a curve between two that were surveyed, where any share can be had
 QUANTIZER = Descent(sweeps=0, rounds=0)  # quick
@@ -45,7 +45,8 @@ LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves noth
 class ModelAllocation:
     """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
 
-    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are. Of a
+    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are;
+    `columns` how much a model's loss needs each block of its columns, where these are chosen by that. Of a
     rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
     allocation could cost at most, by the same curves.
 
@@ -54,12 +55,14 @@ class ModelAllocation:
         cost: the predicted loss, in nats a token.
         gap: how much less another could cost at most.
         row_weights: [m] by operator.
+        columns: [blocks] by operator.
     """
 
     shares: dict[str, float]
     cost: float | None = None
     gap: float | None = None
     row_weights: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[float]] = field(default_factory=dict)
 
     def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
         """The operators' patterns, each of the kind of `pattern`."""
@@ -75,8 +78,11 @@ class ModelAllocation:
         Returns:
             The settings with it.
         """
-        weights = {name: torch.tensor(each) for name, each in self.row_weights.items()}
-        return replace(settings, patterns={**settings.patterns, **self.patterns(pattern)}, row_weights=weights)
+        rows, columns = (
+            {name: torch.tensor(each) for name, each in weights.items()} for weights in (self.row_weights, self.columns)
+        )
+        patterns = {**settings.patterns, **self.patterns(pattern)}
+        return replace(settings, patterns=patterns, row_weights=rows, columns=columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +188,19 @@ def check_rule(rule: str, pattern: Constraint) -> None:
     """
     if rule not in RULES:
         raise RecipeError(unknown("allocation", rule, RULES))
-    if rule not in ("uniform", "curve") and not pattern.continuous:
+    if rule == "columns" and not pattern.by_column:
+        raise RecipeError(
+            f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
+            "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
+        )
+    if rule not in ("uniform", "columns", "curve") and not pattern.continuous:
         raise RecipeError(
             f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
         )
-    if rule not in ("uniform", "rows") and pattern.removes:
+    if rule not in ("uniform", "columns", "rows") and pattern.removes:
         raise RecipeError(
             f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
-            "the same width. Accepted: 'uniform', 'rows'."
+            "the same width. Accepted: 'uniform', 'rows', and 'columns' for channels and heads."
         )
     if rule in ("owl", "skewness") and pattern.share != pattern.sparsity:
         raise RecipeError(f"Allocation {rule!r} spreads zeros, and {pattern} has bits to spread: take 'curve'.")
