@@ -30,7 +30,6 @@ from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
 SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
-CHOSEN = ("channels", "heads", "columns")  # patterns that choose whole columns
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
 
 
@@ -239,16 +238,16 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of settings that follow from others.
 
-    The allocation of a method that searches a support is "columns" for whole columns, and "rows" where the pattern
-    allows it (`survey.check_rule`); that of bits is "curve".
+    The allocation of a method that searches a support is "columns" for channels, and "rows" where the pattern allows it
+    (`survey.check_rule`); that of bits is "curve".
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
     prefix = "pruned" if str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
-    columns = str(given.get("pattern")).startswith(tuple(CHOSEN))
-    spread = "columns" if columns and searches else "rows" if whole and searches else "uniform"
+    channels = str(given.get("pattern")).startswith("channels")
+    spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
     return {
         "prefix": prefix,
         "error_correction": 0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0,

@@ -125,7 +125,7 @@ class TargetSettings(Settings):
         "longer chooses itself. curve: shares of least predicted loss as well, after a "
         "survey that takes about five times as long as SparseGPT; half-curve, half of the way there. owl, skewness: "
         "by the scores of each decoder layer. N:M takes uniform and curve. Left out: for convex and admm rows if "
-        "unstructured with quota matrix, and columns for channels, heads and columns; curve for bits, else uniform.",
+        "unstructured with quota matrix, and columns for channels; curve for bits, else uniform.",
         choices=("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
