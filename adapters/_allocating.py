@@ -22,10 +22,18 @@ CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, th
 
 
 def gradient_windows(rule: str, length: int) -> int:
-    """How many windows of the calibration text, of that `length`, a rule needs gradients of."""
+    """How many windows of the calibration text a rule needs gradients of.
+
+    Args:
+        rule: the rule.
+        length: tokens of a window.
+
+    Returns:
+        The number; there may be fewer.
+    """
     if rule == "columns":
         return max(WINDOWS, ceil(CHOOSING / length))
-    return GRADIENTS if rule in WEIGHED else 0
+    return min(GRADIENTS, WINDOWS) if rule in WEIGHED else 0
 
 
 Asked = tuple[str, LayerSettings]

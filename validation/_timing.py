@@ -50,7 +50,14 @@ class Timing:
 
 
 def once(made: object) -> int:
-    """That a run did once what is timed, whatever it made."""
+    """That a run did once what is timed, whatever it made.
+
+    Args:
+        made: what it made.
+
+    Returns:
+        One.
+    """
     return 1
 
 
