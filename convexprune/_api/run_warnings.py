@@ -9,11 +9,12 @@ from convexprune.adapters._data.sufficiency import shortage
 from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.recipe import Recipe
 
+CHOOSING = 8192  # tokens: from a quarter of them the choice is worse than a search (docs/tried.md)
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """What a user should know before a run: too few tokens, weights that are left, no compiler, slow settings.
+    """What a user should know before a run: few tokens, weights that are left, no compiler, slow settings.
 
     Args:
         model: the model.
@@ -35,6 +36,12 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
         yield (
             f"solver={recipe.solver!r} solves row by row, 60 problems a row: minutes for an operator of {FEW} inputs, "
             f"and this model has up to {widest}. It is slow, and there to check others (convexprune verify)."
+        )
+    tokens = windows["calibration"].numel()
+    if recipe.allocation == "columns" and tokens < CHOOSING:
+        yield (
+            f"Columns are chosen by the loss on {tokens:,} tokens. On fewer than {CHOOSING:,} the choice suits other "
+            "texts less (docs/channels.md). Give more samples, or take allocation='uniform'."
         )
     if recipe.bound_rows > fewest:
         yield f"bound_rows={recipe.bound_rows}: all rows are bounded of operators with fewer outputs ({fewest})."

@@ -165,9 +165,12 @@ def test_those_go_that_move_the_loss_least(
     kind = settings["pattern"].partition(":")[0]
     for name, removed in json.loads((tmp_path / "out" / f"{kind}.json").read_text())["removed"].items():
         assert removed == sorted(found[name].argsort()[: len(removed)].tolist())
+    told = [warning for warning in result.report.warnings if "Columns are chosen by the loss on 72 tokens" in warning]
+    assert len(told) == 1
     monkeypatch.setattr(allocating, "loss_fisher", None)
     searched = convexprune.prune(source, **settings, allocation="uniform", output_dir=tmp_path / "searched")
     assert searched.report.sparsity == result.report.sparsity
+    assert not any("are chosen by" in warning for warning in searched.report.warnings)
 
 
 def test_what_chooses_columns_is_refused_where_there_are_none_to_choose(tmp_path: Path):
