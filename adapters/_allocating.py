@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convexprune._layerwise.allocation import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.steps.survey import SURVEYED, WEIGHED, ModelAllocation, allocate_by_rule, candidates, survey
+from convexprune._layerwise.steps.survey import survey
 
-from ._gradients import Fisher, loss_fisher
+from ._gradients import loss_fisher
 from ._huggingface import HuggingFaceModel
 
 WINDOWS = 16  # of the calibration text are enough for the shape of a curve (docs/tried.md)
@@ -67,7 +68,7 @@ def allocate_each(
         One allocation for each that is asked.
 
     Raises:
-        RecipeError, PatternError: see `convexprune._layerwise.steps.survey.allocate_by_rule`.
+        RecipeError, PatternError: see `convexprune._layerwise.allocation.allocate_by_rule`.
         ModelError: see `loss_fisher`.
     """
     if all(rule == "uniform" for rule, _ in asked):
@@ -77,18 +78,21 @@ def allocate_each(
     batches = [*calibration.split(batch_size), *validation_batches]
     curves = [settings.pattern for rule, settings in asked if rule in SURVEYED]
     blocks = {block for rule, settings in asked if rule == "columns" for block in _blocks(model, settings)}
-    fisher = Fisher({}, {})
-    if any(rule in WEIGHED for rule, _ in asked):
-        windows = every[: max(gradient_windows(rule, every.shape[1]) for rule, _ in asked)]
-        fisher = loss_fisher(model, windows, batch_size, record, blocks)
-    surveyed = any(rule not in ("uniform", "columns", "rows") for rule, _ in asked)
+    rules, length = {rule for rule, _ in asked}, every.shape[1]
+    outputs, needs = dict[str, Tensor](), dict[tuple[str, int], Tensor]()
+    if blocks:
+        windows = every[: gradient_windows("columns", length)]
+        needs = loss_fisher(model, windows, batch_size, record, blocks).inputs
+    if weighed := rules.intersection(WEIGHED).difference({"columns"}):  # whatever else is asked, on the same windows
+        windows = every[: gradient_windows(weighed.pop(), length)]
+        outputs = loss_fisher(model, windows, batch_size, record).outputs
     patterns = list({candidate: None for pattern in curves for candidate in candidates(pattern)})
-    count = len(validation_batches)
-    units = survey(model, batches, count, patterns, fisher.outputs, record=record) if surveyed else ()
+    is_surveyed, count = not rules <= {"uniform", "columns", "rows"}, len(validation_batches)
+    units = survey(model, batches, count, patterns, outputs, record=record) if is_surveyed else ()
     return [
-        ModelAllocation({}, columns={key[0]: _rounded(fisher.inputs[key]) for key in _blocks(model, settings)})
+        ModelAllocation({}, columns={key[0]: _rounded(needs[key]) for key in _blocks(model, settings)})
         if rule == "columns"
-        else allocate_by_rule(units, rule, settings.pattern, fisher.outputs)
+        else allocate_by_rule(units, rule, settings.pattern, outputs)
         for rule, settings in asked
     ]
 

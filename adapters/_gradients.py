@@ -122,7 +122,9 @@ class _Squares:
         self._operators = {f"{layer.name}.{o.name}": o for layer in model.layers for o in layer.operators}
         self.sums = {name: zeros(operator.shape[0]) for name, operator in self._operators.items()}
         self.inputs = {(name, block): zeros(self._operators[name].shape[1] // block) for name, block in blocks}
-        self._blocks = {name: [block for other, block in blocks if other == name] for name, _ in blocks}
+        self._blocks = dict[str, list[int]]()
+        for name, block in blocks:
+            self._blocks.setdefault(name, []).append(block)
         self._seen = dict[str, Tensor]()  # inputs of experts, until their gradients come
         self._waiting = set[str]()
 

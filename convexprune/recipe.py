@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from pydantic import model_validator
 
+from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.steps.survey import check_rule
 from convexprune._schema.group import checked, renamed
 from convexprune._schema.settings import (
     DataSettings,
@@ -239,7 +239,7 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of settings that follow from others.
 
     The allocation of a method that searches a support is "columns" for channels, and "rows" where the pattern allows it
-    (`survey.check_rule`); that of bits is "curve".
+    (`check_rule`); that of bits is "curve".
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))

@@ -28,7 +28,7 @@ class OperatorReport:
     The bound is for a sample of the operator's rows: no weight in the pattern has a smaller `error` there than `lower`,
     and `ratio` is lower / error. That error is the one the pruner minimises: the sum over the rows of mean |V x* -
     target|^2 and of its damping, whose strength is `damping`, each row times its weight if rows are weighed
-    (`convexprune._layerwise.steps.survey.row_weights`).
+    (`convexprune._layerwise.allocation.row_weights`).
 
     Args:
         name: in the model.
@@ -128,7 +128,7 @@ class Report:
         operators: one report for each.
         seconds: by phase.
         perplexity: before and after, with what it depends on.
-        allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.steps.survey.ModelAllocation`).
+        allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.allocation.ModelAllocation`).
         identity: the checksums and versions that the bits of the result depend on.
         files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
             what it unpacks to.

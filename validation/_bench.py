@@ -25,6 +25,7 @@ from ._timing import Timing, merged, once, time_in_turns, timing
 SHAPES = 3  # of operators, those with most weights
 OF_LAYERS = 1 / 3  # the share of the time that single layers get; generation has the rest
 ROUNDS = 6  # of generation, for which its share of the time is divided
+ENOUGH = 2  # rounds, that a model with slow formats takes about a minute
 CACHE = 1 << 28  # bytes: so much is read before a weight is read again, that no cache has it, if the model is as large
 
 
@@ -161,7 +162,7 @@ def _layers(
         made = {name: [product(w, None) for w in alike] for name, product in formats.items()}
         for batch in batches:
             runs = {name: _all_products(each, batch, n, device) for name, each in made.items()}
-            times = time_in_turns(runs, device, seconds, len)
+            times = time_in_turns(runs, device, seconds, len, ENOUGH)
             for name, each in made.items():
                 found.append(timing(f"{m}x{n}", batch, name, times, dense, each[0].nbytes))
             step(f"{m}x{n}, batch {batch}")
@@ -193,7 +194,8 @@ def _generation(
         for b in asked.batches:
             runs["decode", b, b] = {n: _decode(m, b, asked.new_tokens, device, seconds) for n, m in pair.items()}
         for (what, batch, tokens), each in runs.items():
-            times = time_in_turns(each, device, seconds, _new_tokens if what == "decode" else once)
+            often = _new_tokens if what == "decode" else once
+            times = time_in_turns(each, device, seconds, often, ENOUGH)
             found += [timing(what, batch, n, times, dense, _nbytes(m), tokens) for n, m in pair.items()]
         step(name)
     return merged(found)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LEAST, MOST = 2, 200  # rounds
+LEAST, MOST = 5, 200  # rounds
 LATE = 3  # times the seconds: then one round is enough
 
 
@@ -62,7 +62,11 @@ def once(made: object) -> int:
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], object]], device: str, seconds: float, often: Callable[[Any], int] = once
+    runs: Mapping[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    often: Callable[[Any], int] = once,
+    least: int = LEAST,
 ) -> dict[str, list[float]]:
     """Seconds of each run, round by round.
 
@@ -71,8 +75,9 @@ def time_in_turns(
     Args:
         runs: by the name of their format.
         device: where they compute.
-        seconds: after which no further round begins, if two count; three times that, if one does.
+        seconds: after which no further round begins, if enough count; three times that, if one does.
         often: how often a run did what is timed, by what it returned.
+        least: how many rounds are enough.
 
     Returns:
         The seconds of once by format, one of each round.
@@ -94,7 +99,7 @@ def time_in_turns(
         for name, each in took.items():
             times[name].append(each)
         counted += 1
-        if spent > (seconds if counted >= LEAST else LATE * seconds):
+        if spent > (seconds if counted >= least else LATE * seconds):
             break
     return times
 

@@ -135,7 +135,7 @@ def make_variants(
     A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
     (`QUANTIZED`), and may be followed by settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". The convention "own"
     is the one that each method's paper has.
-    Allocations are the rules of `_layerwise.steps.survey`, or "own", what the recipe takes if none is given. The
+    Allocations are the rules of `_layerwise.allocation`, or "own", what the recipe takes if none is given. The
     quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
     the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
     all: "fista:convention=pruned-layer:allocation=half-curve".

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convexprune._layerwise.steps.survey import WEIGHED
+from convexprune._layerwise.allocation import WEIGHED
 from convexprune._runs import cost, sizes
 from convexprune._runs.resources import binding, needs_of, seconds_by_resource
 from convexprune._runs.speed import measured_card, measured_speed, seconds

@@ -26,9 +26,9 @@ from convexprune._device.machine import (
     versions,
 )
 from convexprune._device.memory import use_gpu
+from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
-from convexprune._layerwise.steps.survey import WEIGHED
 from convexprune._progress import begin
 from convexprune._recipe_file import given
 from convexprune._runs.run import check_patterns

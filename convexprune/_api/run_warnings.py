@@ -9,7 +9,7 @@ from convexprune.adapters._data.sufficiency import shortage
 from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.recipe import Recipe
 
-CHOOSING = 8192  # tokens: from a quarter of them the choice is worse than a search (docs/tried.md)
+TOO_FEW = 8192  # tokens for columns to be chosen by: with a quarter of them SmolLM2 is 8 % worse (docs/tried.md)
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
 
@@ -38,10 +38,10 @@ def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> I
             f"and this model has up to {widest}. It is slow, and there to check others (convexprune verify)."
         )
     tokens = windows["calibration"].numel()
-    if recipe.allocation == "columns" and tokens < CHOOSING:
+    if recipe.allocation == "columns" and tokens < TOO_FEW:
         yield (
-            f"Columns are chosen by the loss on {tokens:,} tokens. On fewer than {CHOOSING:,} the choice suits other "
-            "texts less (docs/channels.md). Give more samples, or take allocation='uniform'."
+            f"Columns are chosen by the loss on {tokens:,} tokens. On fewer than {TOO_FEW:,} the choice is worse "
+            "(docs/channels.md). Give more samples, or compare allocation='uniform', which needs no gradients."
         )
     if recipe.bound_rows > fewest:
         yield f"bound_rows={recipe.bound_rows}: all rows are bounded of operators with fewer outputs ({fewest})."

@@ -81,13 +81,13 @@ class Certificate:
         primal: the objective at the weight.
         gap: the duality gap.
         kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
-        least: what the data resolve: the epsilon of their dtype times the energy of the target.
+        resolution: what the data resolve: the epsilon of their dtype times the energy of the target.
     """
 
     primal: float
     gap: float
     kkt_residual: float
-    least: float = 0.0
+    resolution: float = 0.0
 
     @property
     def dual(self) -> float:
@@ -96,13 +96,13 @@ class Certificate:
 
     @property
     def relative_gap(self) -> float:
-        """gap / primal; gap / least where the target is fitted to all digits of the data; zero where there is no gap.
+        """gap / primal, or gap / resolution where the target is fitted to all digits of the data; without a gap zero.
 
         Rows that are small beside others may be farther from their own optimum.
         """
         if self.gap == 0:
             return 0.0
-        return self.gap / max(self.primal, self.least) if self.primal > 0 and isfinite(self.primal) else inf
+        return self.gap / max(self.primal, self.resolution) if self.primal > 0 and isfinite(self.primal) else inf
 
 
 def row_gaps(
@@ -203,14 +203,14 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     if precise and not problem.quadratic.is_sum_of_squares:
         return Certificate(float(primal.sum()), inf, inf)
     gaps = row_gaps(problem, point, residual, values, slack, dear=precise)
-    least = torch.finfo(given.cross.dtype).eps * given.target_energy
+    resolution = torch.finfo(given.cross.dtype).eps * given.target_energy
     if not precise:
-        return Certificate(float(primal.sum()), float(gaps.sum()), inf, least)
+        return Certificate(float(primal.sum()), float(gaps.sum()), inf, resolution)
     scale = problem.quadratic.scale()
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach
     step = float(proximal_steps(problem, point, residual, scale).max())
-    return Certificate(float(primal.sum()), float(gaps.sum()), kkt_residual(step, given.target_energy), least)
+    return Certificate(float(primal.sum()), float(gaps.sum()), kkt_residual(step, given.target_energy), resolution)
 
 
 def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:

@@ -214,6 +214,6 @@ def _certified(
         gaps += 4 * torch.finfo(reach.dtype).eps * reach
         steps = quadratic.by_block(proximal_steps(problem, point, known, scale)).amax((1, 2)).tolist()
         kkt = [kkt_residual(*each) for each in zip(steps, given.target_energies, strict=True)]
-    least = [torch.finfo(given.cross.dtype).eps * energy for energy in given.target_energies]
-    each = zip(given.totals(values + slack), given.totals(gaps), kkt, least, strict=True)
+    resolutions = [torch.finfo(given.cross.dtype).eps * energy for energy in given.target_energies]
+    each = zip(given.totals(values + slack), given.totals(gaps), kkt, resolutions, strict=True)
     return [Certificate(*numbers) for numbers in each]

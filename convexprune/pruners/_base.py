@@ -24,8 +24,8 @@ class LayerProblem:
     """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
 
     `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
-    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens. `importance` [m n],
-    the same in all rows of an operator, says how much the model's loss needs each column, if these are chosen by that.
+    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens. `importance` [m n]
+    says how much the loss needs each column, alike in all rows of an operator, if columns are chosen by that.
     """
 
     weight: Tensor
@@ -130,9 +130,9 @@ class LayerProblem:
         Returns:
             The problem.
         """
-        moments, importance = self.moments.rows(chosen), None if self.importance is None else self.importance[chosen]
-        other = replace(self, weight=self.weight[chosen], moments=moments, pattern=pattern, importance=importance)
-        return self._on_the_same_inputs(other)
+        importance = None if self.importance is None else self.importance[chosen]
+        own = replace(self, pattern=pattern, moments=self.moments.rows(chosen), importance=importance)
+        return self._on_the_same_inputs(replace(own, weight=self.weight[chosen]))
 
     def _on_the_same_inputs(self, other: "LayerProblem") -> "LayerProblem":
         """The other problem, which need not build the Gram matrix again."""
@@ -181,11 +181,9 @@ def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
 
 
 Score = Literal["divergence", "influence", "output", "reap"]
-"""What parts of a model are chosen by that are removed whole.
-
-Of decoder layers: the "divergence" of the predictions without a layer from the dense ones, on held-out text; or the
-"influence", how far a layer turns the hidden states. Of experts: the error of the mixture's "output" without them; or
-"reap", the mean size of what an expert adds where it is chosen."""
+"""What parts of a model that are removed whole are chosen by. Of decoder layers: the "divergence" of the predictions
+without a layer from the dense ones, on held-out text; or the "influence", how far a layer turns the hidden states. Of
+experts: the error of the mixture's "output" without them; or "reap", the mean size of what one adds if it is chosen."""
 WHOLE = {"layers": ("decoder layers", "shortgpt"), "experts": ("experts", "reap")}
 """The parts of a model that are removed whole, in words, and the baseline that chooses them."""
 Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])

@@ -89,10 +89,8 @@ class AbstractSearch(AbstractPruner):
             PruningError: the damped Gram matrix is not positive definite.
         """
         damping = choose_damping(problem, self.damping)
-        nothing, importance = problem.pattern.zeros(*problem.weight.shape) == 0, problem.importance
-        if nothing or importance is not None:  # nothing to search: the values are all there is to find
-            whole = torch.ones_like(problem.weight, dtype=torch.bool)
-            kept = whole if nothing or importance is None else problem.pattern.mask(importance.sqrt())
+        kept = _known_support(problem)
+        if kept is not None:  # the values are all there is to find
             weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
             return LayerEdit(weight, kept, refits, damping)
         if problem.pattern.by_column and self.damping is None:
@@ -144,3 +142,10 @@ class AbstractSearch(AbstractPruner):
         known = self.refit is None or isinstance(self.refit, ConjugateGradient)
         searched = not problem.pattern.by_column and problem.pattern.zeros(*problem.weight.shape) > 0
         return known and searched and vars(type(self)).get("side_by_side", False)
+
+
+def _known_support(problem: LayerProblem) -> Tensor | None:
+    """What is kept [m n] where nothing has to be searched: all, or the columns that the loss needs most."""
+    if problem.pattern.zeros(*problem.weight.shape) == 0:
+        return torch.ones_like(problem.weight, dtype=torch.bool)
+    return None if problem.importance is None else problem.pattern.mask(problem.importance.sqrt())

@@ -101,7 +101,7 @@ class Solution:
             sum(each.primal for each in certificates),
             sum(each.gap for each in certificates),
             max(each.kkt_residual for each in certificates),
-            sum(each.least for each in certificates),
+            sum(each.resolution for each in certificates),
         )
         worst = max((each.status for each in parts), key=list(Status).index)
         iterations, products = (max(getattr(each, name) for each in parts) for name in ("iterations", "products"))

@@ -14,7 +14,6 @@ import test_bound
 import test_bounding
 import test_certificate
 import test_closing
-import test_columns
 import test_consistency
 import test_fista
 import test_foreign_solvers
@@ -73,7 +72,6 @@ from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners._baselines import osscar
 from convexprune.pruners._baselines.wanda import Wanda
-from convexprune.pruners._search import AbstractSearch
 from convexprune.solvers import Status
 from convexprune.solvers import _cg as cg
 from convexprune.solvers import _fista as fista
@@ -232,8 +230,6 @@ FAULTS = (
           test_bound.test_at_the_price_as_much_is_kept_as_may_be),
     Fault("a relaxation whose prox is off", relaxation._parted, "fraction / (1 + fraction)", "fraction",
           test_bound.test_the_relaxation_is_solved),
-    Fault("columns chosen with the damping of the refit", AbstractSearch.prune, "self.damping is None", "False",
-          test_columns.test_what_others_make_up_for_in_the_sample_alone_is_kept),
     Fault("a bound that forgets the damping", bounding._drawn,
           "damped(drawn.scaled(factors), damping)", "drawn.scaled(factors).quadratic",
           test_bounding.test_no_pruning_of_the_damped_problem_is_better_than_its_bound),

@@ -1,11 +1,13 @@
-"""Planted faults in what keeps a run: store, executors, shards, checkpoints, surveys; see `test_mutations`."""
+"""Planted faults in what keeps a run, and in what chooses for it: store, shards, surveys; see `test_mutations`."""
 
 import inspect
 
 import pytest
 import test_checkpoint
+import test_columns
 import test_crash
 import test_executors
+import test_gradients
 import test_hostile
 import test_row_weights
 import test_runs
@@ -14,13 +16,16 @@ import test_survey
 from runs import flip
 from test_mutations import CAUGHT, Fault, planted
 
+from convexprune._layerwise import allocation
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps import survey
 from convexprune._runs import executors, worker
 from convexprune._storage import failures, files
 from convexprune._storage.batches import Batches
+from convexprune.adapters import _gradients as gradients
 from convexprune.adapters._checkpoints import loading, reading, stored_names
 from convexprune.adapters._checkpoints.shards import Shards
+from convexprune.pruners._search import AbstractSearch
 
 llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder
 """Fixtures of these modules."""
@@ -72,12 +77,17 @@ FAULTS = (
     Fault("names that have to have the prefix of the head", stored_names.stored_names,
           "(name, name.removeprefix(prefix), prefix + name)", "(name,)",
           test_streaming.test_a_checkpoint_without_the_prefix_of_the_head_keeps_its_names),
-    # Surveys.
-    Fault("half of the way that is less", survey.allocate_by_rule, "else 0.5", "else 0.4",
+    # Surveys, gradients, and columns.
+    Fault("columns chosen with the damping of the refit", AbstractSearch.prune, "self.damping is None", "False",
+          test_columns.test_what_others_make_up_for_in_the_sample_alone_is_kept),
+    Fault("columns that count by their gradient alone", gradients._Squares.add, ".mul_(x.float().flatten(0, -2))", "",
+          test_gradients.test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size,
+          {"name": "llama", "block": 1}),
+    Fault("half of the way that is less", allocation.allocate_by_rule, "else 0.5", "else 0.4",
           test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
-    Fault("a gap from nowhere", survey.allocate_by_rule, "found.cost - found.gap", "cost",
+    Fault("a gap from nowhere", allocation.allocate_by_rule, "found.cost - found.gap", "cost",
           test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
-    Fault("rows that count for nothing", survey.row_weights, ".clamp_min(LEAST)", "",
+    Fault("rows that count for nothing", allocation.row_weights, ".clamp_min(LEAST)", "",
           test_row_weights.test_the_weights_of_rows_are_half_of_the_way_and_never_nothing),
     Fault("an operator that is left out", survey._units, "for name, (size, costs) in found.items()",
           "for name, (size, costs) in list(found.items())[1:]",

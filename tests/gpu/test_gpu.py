@@ -63,7 +63,8 @@ def test_the_doctor_finds_nothing(check: str):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_of_bench_multiplies_by_its_weight(name: str):
     weight = SemiStructured(2, 4).project(torch.randn(128, 256, generator=torch.Generator().manual_seed(0))).cuda()
-    if why := FORMATS[name].why_not(weight):
+    if why := FORMATS[name].why_not(weight):  # another layout, or a package that is not installed: nothing else
+        assert name.startswith("int4") or "is not installed: pip install" in why
         pytest.skip(why)
     product, x = FORMATS[name](weight, None), torch.randn(64, 256, device="cuda")
     y = product(x.to(product.dtype)).float()

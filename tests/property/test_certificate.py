@@ -277,8 +277,8 @@ def test_a_target_that_is_fitted_exactly_is_solved_where_the_digits_end(solver, 
     solution = make_solver(solver).solve(problem, start)
     certificate = solution.certificate
     assert solution.status is Status.SOLVED and certificate.relative_gap <= 1e-4
-    assert certificate.least == pytest.approx(2**-23 * problem.quadratic.target_energy)
-    assert certificate.primal <= 1e-3 * certificate.least or not bool(mask.any())
+    assert certificate.resolution == pytest.approx(2**-23 * problem.quadratic.target_energy)
+    assert certificate.primal <= 1e-3 * certificate.resolution or not bool(mask.any())
 
 
 def test_where_the_target_is_not_fitted_exactly_the_gap_is_relative_to_the_objective():
@@ -287,5 +287,5 @@ def test_where_the_target_is_not_fitted_exactly_the_gap_is_relative_to_the_objec
     assert q.anchor is not None
     single = Problem(Quadratic(q.gram.float(), q.cross.float(), q.energy.float(), q.anchor.float()), problem.penalty)
     certificate = certify(single, q.anchor.float())
-    assert 0 < certificate.least < 1e-5 * certificate.primal
+    assert 0 < certificate.resolution < 1e-5 * certificate.primal
     assert certificate.relative_gap == certificate.gap / certificate.primal

@@ -12,7 +12,7 @@ from strategies import random, seeds
 
 import convexprune
 from convexprune import pruners
-from convexprune._layerwise.steps.survey import ModelAllocation
+from convexprune._layerwise.allocation import ModelAllocation
 from convexprune.constraints import (
     KINDS,
     Budget,

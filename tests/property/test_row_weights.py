@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import convexprune
+from convexprune._layerwise.allocation import row_weights
 from convexprune._layerwise.capture import stage_inputs
-from convexprune._layerwise.steps.survey import row_weights
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters import _gradients as gradients

@@ -127,8 +127,11 @@ def test_the_command_prints_tables_and_refuses_what_makes_no_sense(tiny_llama: H
         bench(tmp_path / "model", prompt=0)
 
 
-@pytest.mark.parametrize(("takes", "rounds"), [(0.15, 3), (0.4, 2), (0.6, 2), (2.0, 1)])
-def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes: float, rounds: int):
+@pytest.mark.parametrize(
+    ("least", "takes", "rounds"),
+    [(2, 0.15, 3), (2, 0.4, 2), (2, 0.6, 2), (2, 2.0, 1), (5, 0.15, 5), (5, 0.4, 3), (5, 2.0, 1)],
+)
+def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, least: int, takes: float, rounds: int):
     now = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
 
@@ -136,7 +139,7 @@ def test_what_takes_long_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes
         now[0] += takes
         return 2
 
-    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", 1.0, lambda made: made)
+    times = room.time_in_turns({"dense": run, "int8": run}, "cpu", 1.0, lambda made: made, least)
     assert times == {name: pytest.approx([takes / 2] * rounds) for name in times}
 
 

@@ -10,7 +10,8 @@ from door import SMALL, TOKENS, state
 from runs import SETTINGS, stop_after
 
 import convexprune
-from convexprune._layerwise.steps.survey import allocate_by_rule, candidates, survey
+from convexprune._layerwise.allocation import allocate_by_rule, candidates
+from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Coded, Quantized, Unstructured, parse_pattern

@@ -18,7 +18,7 @@ import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
-from convexprune._layerwise.steps.survey import RULES
+from convexprune._layerwise.allocation import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
 from convexprune._schema import plain_yaml

@@ -1,29 +1,23 @@
 """What is surveyed is what pruning costs, and what is allocated has the zeros that were asked for."""
 
 import json
-from collections.abc import Callable
-from itertools import product as every
 from math import exp
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_families import VOCABULARY, build_family
-from tiny_models import TINY
-from torch import Tensor
 
 import convexprune
+from convexprune._layerwise.allocation import SURVEYED, Unit, allocate_by_rule, candidates
 from convexprune._layerwise.capture import observe
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.stages import prune_observed
-from convexprune._layerwise.steps.survey import SURVEYED, Unit, allocate_by_rule, candidates, survey
+from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
-from convexprune.adapters._discovery.experts import ExpertIndex, FusedExperts, Product, fused_parameters
-from convexprune.adapters._discovery.operators import Place
 from convexprune.adapters._gradients import loss_fisher
-from convexprune.constraints import SemiStructured, Unstructured
+from convexprune.constraints import Columns, SemiStructured, Unstructured
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pruners import Convex, Magnitude
 from convexprune.recipe import make_recipe
@@ -34,108 +28,6 @@ from convexprune.validation._verify import _layer_settings
 
 TOKENS = torch.randint(2, 4000, (5, 24), generator=torch.Generator().manual_seed(0))
 HALF, TWO_OF_FOUR = Unstructured(0.5), SemiStructured(2, 4)
-
-
-@pytest.mark.parametrize("name", [name for name in TINY if "bf16" not in name])  # differences need float32
-def test_the_fisher_estimate_is_the_squared_gradient_of_the_loss(build, name: str):
-    tiny = HuggingFaceModel(build(name))
-    name, step, row = f"{tiny.layers[-1].name}.{tiny.layers[-1].operators[-1].name}", 1e-2, 3
-    found = loss_fisher(tiny, TOKENS[:1]).outputs[name][row].item()
-    module, squares = tiny.model.get_submodule(name), 0.0
-    for token in range(24):
-        losses = []
-        for sign in (1, -1):
-
-            def push(_, __, output, sign=sign, token=token):
-                output.view(-1, output.shape[-1])[token, row] += sign * step
-                return output
-
-            hook = module.register_forward_hook(push)
-            with torch.no_grad():
-                logits = tiny.model(TOKENS[:1]).logits[0, :-1].double()
-            hook.remove()
-            losses.append(torch.nn.functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").item())
-        squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
-    assert found == pytest.approx(squares / 24, rel=2e-2)
-    assert all(p.grad is None for p in tiny.model.parameters())
-
-
-@pytest.mark.parametrize(("name", "block"), [("opt", 4), ("llama", 1), ("llama-tied", 2)])
-def test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size(build, name: str, block: int):
-    tiny = HuggingFaceModel(build(name))
-    name, step, number = f"{tiny.layers[0].name}.{tiny.layers[0].operators[-1].name}", 1e-2, 3
-    found = loss_fisher(tiny, TOKENS[:1], blocks=[(name, block)]).inputs
-    module, squares = tiny.model.get_submodule(name), 0.0
-    for token in range(24):
-        losses = []
-        for sign in (1, -1):
-
-            def scale(_, inputs, sign=sign, token=token):
-                part = inputs[0].view(-1, inputs[0].shape[-1])[token, number * block : (number + 1) * block]
-                part *= 1 + sign * step
-
-            hook = module.register_forward_pre_hook(scale)
-            with torch.no_grad():
-                logits = tiny.model(TOKENS[:1]).logits[0, :-1].double()
-            hook.remove()
-            losses.append(torch.nn.functional.cross_entropy(logits, TOKENS[0, 1:], reduction="sum").item())
-        squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
-    assert found.keys() == {(name, block)} and len(found[name, block]) == tiny.layers[0].operators[-1].shape[1] // block
-    assert found[name, block][number].item() == pytest.approx(squares / 24, rel=3e-2)
-
-
-@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
-@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
-def test_the_fisher_estimate_of_an_expert_is_of_its_own_tokens(family: str, parameter: str):
-    model, row, step = HuggingFaceModel(build_family(family)), 3, 1e-2
-    ids = torch.randint(2, VOCABULARY - 2, (1, 12), generator=torch.Generator().manual_seed(0))
-    layer = model.layers[-1]
-    (path,) = [path for path, module in layer.module.named_modules() if fused_parameters(module)]
-    names = [f"{layer.name}.{Place(path, parameter, expert).name}" for expert in range(4)]
-    pile, fisher = (
-        FusedExperts(layer.module.get_submodule(path)),
-        loss_fisher(model, ids, blocks=[(n, 2) for n in names]),
-    )
-    weights = {f"{layer.name}.{o.name}": o.read() for o in layer.operators}
-    changed: list[tuple[int, float]] = []  # which of the expert's tokens, and by how much
-    tokens: list[int] = []
-
-    def hear(product: Product) -> Callable[[Tensor], Tensor]:
-        tokens.append(len(product.inputs))
-        columns = weights[names[product.slice.index]][:, 2:4]
-
-        def change(output: Tensor) -> Tensor:
-            for token, by in changed:
-                if reads:
-                    output[token] += by * (columns @ product.inputs[token, 2:4])
-                else:
-                    output[token, row] += by
-            return output
-
-        return change
-
-    def loss() -> float:
-        logits = model.model(ids).logits[0, :-1].double()
-        return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-
-    seen = 0
-    for expert, reads in every(range(4), (False, True)):
-        squares = 0.0
-        with torch.no_grad(), pile.hooked(hear, ExpertIndex(parameter, expert)):
-            tokens.clear()
-            loss()
-            own = sum(tokens)
-            for token in range(own):
-                losses = []
-                for by in (step, -step):
-                    changed[:] = [(token, by)]
-                    losses.append(loss())
-                changed.clear()
-                squares += ((losses[0] - losses[1]) / (2 * step)) ** 2
-        found = fisher.inputs[names[expert], 2][1] if reads else fisher.outputs[names[expert]][row]
-        assert found.item() == pytest.approx(squares / 12, rel=5e-2, abs=1e-9)
-        seen += own
-    assert seen == 2 * 2 * 12  # each token goes to two experts
 
 
 def surveyed(model: HuggingFaceModel) -> list[Unit]:
@@ -217,6 +109,18 @@ def test_gradients_are_of_the_first_windows_of_those(tiny_llama: HuggingFaceMode
     monkeypatch.setattr(allocating, "GRADIENTS", 4)
     monkeypatch.setattr(allocating, "loss_fisher", first_two)
     assert few == allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], CURVE) and seen == [4]
+
+
+@torch.no_grad()
+def test_what_is_asked_beside_a_rule_changes_nothing_of_it(
+    tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch
+):
+    """As `compare` asks: columns have gradients on more windows than rows."""
+    monkeypatch.setattr(allocating, "GRADIENTS", 2)
+    asked = [("columns", LayerSettings(Convex(), Columns(0.25))), ("rows", LayerSettings(Convex(), HALF)), *CURVE]
+    together = allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], asked)
+    assert together == [allocating.allocate_each(tiny_llama, TOKENS[:4], TOKENS[4:], [each])[0] for each in asked]
+    assert together[0].columns and together[1].row_weights
 
 
 def test_compare_prunes_to_the_allocation(tiny_llama: HuggingFaceModel, tmp_path: Path):

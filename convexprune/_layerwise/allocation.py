@@ -1,0 +1,203 @@
+"""How zeros are spread over the operators of a model, and over the rows and the columns of each, by a rule."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.settings import LayerSettings
+from convexprune.constraints import Constraint
+from convexprune.core._allocation import Curve, allocate, allocate_by_outliers, allocate_by_skewness
+from convexprune.errors import RecipeError, unknown
+
+RULES = ("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness")
+WEIGHED = RULES[1:5]  # those that need gradients
+SURVEYED = RULES[3:5]  # those that prune for it
+REACH, STEP = 0.2, 0.1  # of the curves: how far from the share asked for, and how densely
+FINE = 20  # points of a curve between two that were surveyed, where any share can be had
+LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves nothing on these tokens may on others
+
+
+@dataclass(frozen=True)
+class ModelAllocation:
+    """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
+
+    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are;
+    `columns` how much a model's loss needs each block of its columns, where these are chosen by that. Of a
+    rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
+    allocation could cost at most, by the same curves.
+
+    Args:
+        shares: of zeros, by operator.
+        cost: the predicted loss, in nats a token.
+        gap: how much less another could cost at most.
+        row_weights: [m] by operator.
+        columns: [blocks] by operator.
+    """
+
+    shares: dict[str, float]
+    cost: float | None = None
+    gap: float | None = None
+    row_weights: dict[str, list[float]] = field(default_factory=dict)
+    columns: dict[str, list[float]] = field(default_factory=dict)
+
+    def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
+        """The operators' patterns, each of the kind of `pattern`."""
+        return {name: pattern.with_share(share) for name, share in self.shares.items()}
+
+    def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
+        """The settings of a run that asks for `pattern` on the whole, with this allocation.
+
+        Args:
+            settings: of a run.
+            pattern: what is asked for on the whole.
+
+        Returns:
+            The settings with it.
+        """
+        rows, columns = (
+            {name: torch.tensor(each) for name, each in weights.items()} for weights in (self.row_weights, self.columns)
+        )
+        patterns = {**settings.patterns, **self.patterns(pattern)}
+        return replace(settings, patterns=patterns, row_weights=rows, columns=columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
+
+    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
+
+    Args:
+        name: "layer.operator".
+        size: its weights.
+        costs: by pattern that fits it, in nats a token.
+        outliers: the share of outlying scores of its layer.
+        skewness: of its layer's weights.
+    """
+
+    name: str
+    size: int
+    costs: Mapping[Constraint, float]
+    outliers: float
+    skewness: float
+
+
+def candidates(pattern: Constraint) -> list[Constraint]:
+    """The patterns that an operator may get, the sparsest last.
+
+    Args:
+        pattern: that is asked for on the whole.
+
+    Returns:
+        For a sparsity, sparsities around it; for N:M, every N of that M.
+    """
+    return pattern.ladder(REACH, STEP)
+
+
+def row_weights(fisher: Tensor) -> Tensor:
+    """The weights of rows in their competition: sqrt(f_i / mean f).
+
+    With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
+    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (docs/tried.md).
+
+    Args:
+        fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
+
+    Returns:
+        [m].
+    """
+    middle = fisher.mean()
+    return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
+
+
+def check_rule(rule: str, pattern: Constraint) -> None:
+    """Refuse, before any work, a rule that does not exist, or that the pattern does not allow.
+
+    Args:
+        rule: its name.
+        pattern: that is asked for on the whole.
+
+    Raises:
+        RecipeError: it is such a rule.
+    """
+    if rule not in RULES:
+        raise RecipeError(unknown("allocation", rule, RULES))
+    if rule == "columns" and not pattern.by_column:
+        raise RecipeError(
+            f"Allocation 'columns' chooses whole columns by how much they move the loss, and pattern {pattern} has "
+            "none to choose. Accepted: the patterns 'channels', 'heads' and 'columns'."
+        )
+    if rule not in ("uniform", "columns", "curve") and not pattern.continuous:
+        raise RecipeError(
+            f"Allocation {rule!r} needs pattern unstructured, not {pattern}: for N:M there are 'uniform' and 'curve'."
+        )
+    if rule not in ("uniform", "columns", "rows") and pattern.removes:
+        raise RecipeError(
+            f"Allocation {rule!r} gives each operator a share of its own, and with pattern {pattern} all layers keep "
+            "the same width. Accepted: 'uniform', 'rows', and 'columns' for channels and heads."
+        )
+    if rule in ("owl", "skewness") and pattern.share != pattern.sparsity:
+        raise RecipeError(f"Allocation {rule!r} spreads zeros, and {pattern} has bits to spread: take 'curve'.")
+    if rule == "rows" and pattern.by_row:
+        raise RecipeError(
+            "Allocation 'rows' lets the rows of a matrix compete for its non-zeros; with quota='row' each has its own. "
+            "Leave one of them out."
+        )
+
+
+def allocate_by_rule(
+    units: Sequence[Unit], rule: str, pattern: Constraint, fisher: Mapping[str, Tensor] | None = None
+) -> ModelAllocation:
+    """Allocate the zeros of `pattern` to the operators, and to the rows of each, by a rule.
+
+    "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
+    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs (`core._allocation`);
+    "half-curve" goes half of the way there from the uniform shares, as the costs are of one text, and count the errors
+    of operators as independent (docs/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with more outlying scores
+    less sparsity, "skewness" one whose weights are more skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it
+    could be reconstructed.
+
+    Args:
+        units: what was surveyed.
+        rule: one of `RULES`.
+        pattern: what is asked for on the whole.
+        fisher: f [m] by operator, for rules that weigh rows.
+
+    Returns:
+        The allocation.
+
+    Raises:
+        RecipeError: see `check_rule`.
+        PatternError: the share of zeros cannot be allocated so.
+    """
+    check_rule(rule, pattern)
+    if rule == "uniform":
+        return ModelAllocation({})
+    weighed = fisher if fisher is not None and rule in WEIGHED and not pattern.by_row else {}
+    rows = {name: [float(f"{w:.3g}") for w in row_weights(f).tolist()] for name, f in weighed.items()}  # for a file
+    if rule == "rows":
+        return ModelAllocation({}, row_weights=rows)
+    cost = gap = None
+    if rule in SURVEYED:
+        fitting = [[p for p in candidates(pattern) if p in unit.costs] for unit in units]
+        curves = [
+            Curve(unit.size, tuple(p.share for p in own), tuple(unit.costs[p] for p in own))
+            for unit, own in zip(units, fitting, strict=True)
+        ]
+        if pattern.sparsity != pattern.share:  # an error that is four times as large for each bit that is saved
+            curves = [curve.refined(FINE) for curve in curves]
+        found = allocate(curves, pattern.share, whole=not pattern.continuous)
+        step = 1.0 if rule == "curve" else 0.5
+        shares = [pattern.share + step * (share - pattern.share) for share in found.sparsities]
+        cost = sum(curve.envelope.cost(share) for curve, share in zip(curves, shares, strict=True))
+        gap = max(0.0, cost - (found.cost - found.gap))
+    else:
+        sizes = [u.size for u in units]
+        if rule == "owl":
+            shares = allocate_by_outliers([u.outliers for u in units], sizes, pattern.sparsity)
+        else:
+            shares = allocate_by_skewness([u.skewness for u in units], sizes, pattern.sparsity)
+    each = {unit.name: round(share, 6) for unit, share in zip(units, shares, strict=True)}
+    return ModelAllocation(each, cost, gap, rows)
