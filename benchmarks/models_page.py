@@ -34,7 +34,7 @@ EXPERTS = """
 - An expert's operators are pruned on the tokens that are routed to it. What routes is never pruned.
 - Experts that transformers 5 keeps in one 3-D parameter are pruned one by one. Gate and up are then one operator, as Phi-3's are. They are
   saved in the checkpoint's own form.
-- Experts that are multiplied all at once, as Llama 4's, are left alone and listed; a warning says how large a share they are.
+- Experts that the model multiplies all at once with all tokens, as Llama 4's, are looped over, each with its own tokens.
 - An expert that was sent fewer tokens than it has inputs borrows. The mean moments of all experts' inputs of its stage are added, with the
   weight of the tokens that are lacking. Its `facts` in the report say how many (`borrowed_tokens`). `short_of_tokens` lists all such
   experts. Their errors are those on the mixture.

@@ -52,6 +52,16 @@ _LLAMA3: dict[str, Any] = {
 _GEMMA: dict[str, Any] = GROUPED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
 _GEMMA3: dict[str, Any] = _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}
 _EXPERTS: dict[str, Any] = GROUPED | {"num_experts_per_tok": 2}
+_LLAMA4: dict[str, Any] = GROUPED | {
+    "intermediate_size": 24,  # of experts, in every third layer
+    "intermediate_size_mlp": 48,
+    "interleave_moe_layer_step": 3,
+    "num_local_experts": 4,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "no_rope_layer_interval": 3,
+    "attention_chunk_size": 16,
+}
 _VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -118,6 +128,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama, 3.2": lambda: t.LlamaForCausalLM(
         t.LlamaConfig(**GROUPED | {"tie_word_embeddings": True, "rope_scaling": dict(_LLAMA3)})
     ),
+    "llama4_text": lambda: t.Llama4ForCausalLM(t.Llama4TextConfig(**_LLAMA4)),
     "llava": lambda: t.LlavaForConditionalGeneration(
         t.LlavaConfig(
             text_config=t.LlamaConfig(**GROUPED),

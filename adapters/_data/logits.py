@@ -5,11 +5,13 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from convexprune._device.products import widened
 from convexprune._layerwise.model import computing
+
+from .._discovery.family import decoder_layers
 
 POSITIONS = 128  # of each window, at most
 NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
@@ -62,17 +64,16 @@ def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
         The logits [windows positions vocabulary] of each of the `pieces`.
     """
     first, *others = pieces(model, ids)
-    decoder, outputs = model.get_decoder(), list[Any]()
-    named = isinstance(decoder, nn.Module) and decoder is not model  # transformers 4 names none for some families
-    watched = decoder if named else model.base_model
-    with watched.register_forward_hook(lambda _, __, output: outputs.append(output)):
+    path, outputs = decoder_layers(model)[0], list[Any]()
+    decoder = model.get_submodule(path.rpartition(".")[0])
+    with decoder.register_forward_hook(lambda _, __, output: outputs.append(output)):
         logits = logits_at(model, ids, first)
     yield logits
     if others and (len(outputs) != 1 or outputs[0][0].shape[:2] != ids.shape):
         yield logits_at(model, ids, torch.cat(others))
         return
     for positions in others:
-        with computing(watched, lambda *_, **__: outputs[0]):
+        with computing(decoder, lambda *_, **__: outputs[0]):
             logits = logits_at(model, ids, positions)
         yield logits
 

@@ -1,12 +1,13 @@
 """Experts fused into one parameter, as in transformers 5: the input of each, observed as it is multiplied."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -75,6 +76,7 @@ class FusedExperts:
             # The GPT-OSS of transformers 4 sends all tokens to all experts on a GPU, unless it is trained.
             cleaning.callback(setattr, self.module, "training", self.module.training)
             self.module.training = True
+            self._run_inside(_OneByOne, cleaning)
             yield
 
     @contextmanager
@@ -90,10 +92,14 @@ class FusedExperts:
     def _watch(self, cleaning: ExitStack) -> None:
         """Make every forward pass of the module a plain loop over experts, and watch its products."""
         cleaning.enter_context(self.looped())
-        modes: list[_Products] = []
+        self._run_inside(_Products, cleaning)
+
+    def _run_inside(self, mode: Callable[["FusedExperts"], AbstractContextManager[Any]], cleaning: ExitStack) -> None:
+        """Make every forward pass of the module run in a `mode` of its own."""
+        modes: list[AbstractContextManager[Any]] = []
 
         def enter(*_: Any) -> None:
-            modes.append(_Products(self))
+            modes.append(mode(self))
             modes[-1].__enter__()
 
         def leave(*_: Any) -> None:
@@ -120,6 +126,29 @@ class ExpertInput:
         """In this context, call `heard` with the inputs [tokens n] of the expert."""
         with self.experts.hooked(lambda product: heard(product.inputs), self.slice):
             yield
+
+
+class _OneByOne(TorchFunctionMode):
+    """Multiplies experts one after the other, each with its own tokens, where Llama 4 calls `torch.bmm` for all.
+
+    There every expert gets all tokens; those that are not its own are zeros.
+    """
+
+    def __init__(self, experts: FusedExperts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        piles = fused_parameters(self.experts.module).values()
+        if func in (torch.bmm, Tensor.bmm) and any(args[1] is pile for pile in piles):
+            return torch.stack([self._multiplied(x, matrix) for x, matrix in zip(*args, strict=True)])
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _multiplied(x: Tensor, matrix: Tensor) -> Tensor:
+        """X [tokens n] times `matrix` [n m]."""
+        own = x.detach().any(-1).nonzero()[:, 0]
+        return x.new_zeros(len(x), matrix.shape[1]).index_copy(0, own, x[own] @ matrix)
 
 
 class _Products(TorchDispatchMode):

@@ -22,6 +22,7 @@ TESTED = {
     "gpt_neox": "GPT-NeoX, Pythia",
     "gpt_oss": "GPT-OSS",
     "llama": "LLaMA 1, 2, 3",
+    "llama4_text": "LLaMA 4",
     "llava": "LLaVA",
     "mistral": "Mistral",
     "mixtral": "Mixtral",

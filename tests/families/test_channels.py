@@ -29,6 +29,7 @@ WIDTHS = {  # the settings that say how many channels there are; those of most f
     "falcon": {"ffn_hidden_size": [128, 88]}, "falcon, new": {"ffn_hidden_size": [128, 88]},
     "gemma3": {"text_config.intermediate_size": [48, 32]}, "llava": {"text_config.intermediate_size": [48, 32]},
     "gpt2": {"n_inner": [128, 88]}, "opt": {"ffn_dim": [48, 32]}, "opt, 350M": {"ffn_dim": [48, 32]},
+    "llama4_text": {"intermediate_size": [24, 16], "intermediate_size_mlp": [48, 32]},
     "qwen3_moe": {"moe_intermediate_size": [24, 16]},
 }  # fmt: skip
 REFUSED = {

@@ -43,7 +43,7 @@ GROUPED: dict[str, Any] = SIZES | {
     "num_experts_per_tok": 2, "n_shared_experts": 1,
 }  # fmt: skip
 MIXTURES: dict[str, Callable[[], Any]] = {
-    **{name: FAMILIES[name] for name in ("deepseek_v2", "gpt_oss", "mixtral", "qwen3_moe")},
+    **{name: FAMILIES[name] for name in ("deepseek_v2", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe")},
     "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**GROUPED)),
     "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
         t.Qwen2MoeConfig(**sized(shared_expert_intermediate_size=24, num_experts=4, num_experts_per_tok=2))

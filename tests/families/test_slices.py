@@ -32,6 +32,37 @@ def test_each_product_with_a_fused_expert_is_observed_with_its_inputs():
     assert all(torch.equal(h.inputs, x) for h in heard)
 
 
+class Piles(nn.Module):
+    """Three experts, all multiplied at once with all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pile = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x):
+        return torch.bmm(x, self.pile).square()
+
+
+def test_experts_that_are_multiplied_at_once_are_looped_over_with_their_own_tokens():
+    piles, heard, back = Piles(), [], []
+    x = torch.randn(3, 5, 6)
+    x[0, 1:3], x[1] = 0, 0  # which are tokens of others, and an expert without any
+    x.requires_grad_()
+    at_once = piles(x)
+    (expected,) = torch.autograd.grad(at_once.sum(), x)
+    experts = FusedExperts(piles)
+    with experts.hooked(lambda product: heard.append(product)):
+        looped = piles(x)
+    torch.testing.assert_close(looped, at_once)
+    with experts.hooked_backward(lambda product: back.append(product)):
+        (found,) = torch.autograd.grad(looped.sum(), x)
+    torch.testing.assert_close(found[x.detach().any(-1)], expected[x.detach().any(-1)])
+    assert [(h.slice, h.transposed) for h in heard] == [(ExpertIndex("pile", i), True) for i in (0, 2)]
+    assert all(torch.equal(h.inputs, x[h.slice.index][x[h.slice.index].any(-1)]) for h in heard)
+    assert [(h.slice.index, len(h.inputs)) for h in back if len(h.inputs)] == [(2, 5), (0, 3)]
+    assert torch.equal(piles(x), at_once)
+
+
 @torch.no_grad()
 def test_hooks_get_their_own_expert_and_leave_nothing_behind_when_a_pass_is_ended():
     bank, x, heard = Bank(), torch.randn(5, 6), []
