@@ -60,6 +60,7 @@ def lay_out(
     """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
+    reasons |= {p.name: f"in a {type(layer.get_submodule(p.module)).__name__}, {UNKNOWN}" for p in seen.other}
     families = _families(layer, every, seen, tokens, reasons)
     reasons |= _routers(layer, every, families)
     families = [family for family in (_without(family, reasons) for family in families) if family]

@@ -4,13 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from convexprune._layerwise.model import Call
 
 from .experts import FusedExperts, Product, fused_parameters
-from .operators import LINEAR_MODULES, Place
+from .operators import LINEAR_MODULES, ParameterOperator, Place, held
 
 
 @dataclass
@@ -21,11 +25,13 @@ class Seen:
         inputs: of each place.
         tensors: which tensor that was, for each place.
         times: how often each place was called.
+        other: places that gave something else than W x + b.
     """
 
     inputs: dict[Place, Tensor] = field(default_factory=dict)
     tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
     times: Counter[Place] = field(default_factory=Counter)
+    other: set[Place] = field(default_factory=set)
 
     def add(self, place: Place, x: Tensor) -> None:
         """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory.
@@ -75,11 +81,25 @@ def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozense
         if args:  # the input hooks read the first argument, so an input that comes by name is none
             seen.add(place, args[0])
 
-    def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def after(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if args and not _is_linear(module, place, args[0], output):
+            seen.other.add(place)
         return _other(output) if place in changed else None
 
     with module.register_forward_pre_hook(before), module.register_forward_hook(after):
         yield
+
+
+def _is_linear(module: nn.Module, place: Place, x: Tensor, output: Any) -> bool:
+    """Whether a module has computed W x + b: what is derived from `nn.Linear` may do something else."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(output, Tensor):
+        return False
+    bias = None if module.bias is None else held(module, "bias").to(x)
+    expected = functional.linear(x, ParameterOperator(module, place).read().to(x), bias)
+    noise = 8 * torch.finfo(x.dtype).eps * expected.float().norm()
+    return expected.shape == output.shape and bool((output - expected).float().norm() <= noise)
 
 
 def _other(output: Tensor) -> Tensor:

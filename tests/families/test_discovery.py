@@ -81,6 +81,24 @@ def test_an_architecture_that_nobody_described_is_found_by_watching_it(odd):
     }
 
 
+class Plain(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T
+
+
+class Normed(nn.Linear):
+    def forward(self, input):
+        return nn.functional.linear(input, nn.functional.normalize(self.weight))
+
+
+def test_what_is_derived_from_a_linear_module_and_computes_something_else_is_left_alone(odd):
+    for block in odd.blocks:
+        block.into, block.out = (kind(WIDTH, WIDTH, bias=False) for kind in (Plain, Normed))
+    model = HuggingFaceModel(odd)
+    assert [o.name for o in model.layers[0].operators] == ["into", "beside", "steps.0.0", "steps.1.0"]
+    assert dict(model.left_alone)["blocks.0.out"] == "in a Normed, no known linear map"
+
+
 def test_an_architecture_that_nobody_described_is_pruned(odd):
     tokens = torch.randint(0, 64, (4, 12))
     report = convexprune.prune(odd, dataset=tokens, num_calibration_samples=4, pattern="2:4").report
