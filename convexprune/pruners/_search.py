@@ -91,8 +91,10 @@ class AbstractSearch(AbstractPruner):
         damping = choose_damping(problem, self.damping)
         kept = _known_support(problem)
         if kept is not None:  # the values are all there is to find
-            weight, refits = refitted(damped(problem, damping), kept, problem.weight, self.refit)
-            return LayerEdit(weight, kept, refits, damping)
+            quadratic = damped(problem, damping)
+            scale = quadratic.scale()  # without, it may have no float32 factor to tell a gap by
+            weight, refits = refitted(quadratic.scaled(scale), kept, problem.weight * scale, self.refit)
+            return LayerEdit(weight / scale, kept, refits, damping)
         if problem.pattern.by_column and self.damping is None:
             searched, scale = saliency_coordinates(problem, COLUMNS)
             unit = scale.new_full(scale.shape, (1 + COLUMNS.strength) ** 0.5)  # the diagonal is 1 with the pull, too

@@ -212,6 +212,16 @@ def test_the_refit_of_what_next_to_nothing_is_lost_of_is_as_exact():
     assert solution.status is Status.SOLVED
 
 
+def test_columns_that_are_known_need_no_iteration_after_their_factorisation():
+    """Inputs of sizes as far apart as those of Gemma: a float32 factor of their own Gram matrix is not safe."""
+    inputs = random(0, 400, 64).float() * torch.logspace(-2, 2, 64)
+    moments = Moments(64)
+    moments.add(inputs)
+    problem = LayerProblem(random(1, 8, 64).float(), moments, Columns(0.25), 0.0)
+    (solution,) = Convex().prune(replace(problem, importance=random(2, 1, 64).square().expand(8, -1))).solutions
+    assert (solution.status, solution.iterations) == (Status.SOLVED, 0)
+
+
 @settings(max_examples=8)
 @given(seeds, st.sampled_from(("convex", "admm")), st.sampled_from((1, 2)))
 def test_what_the_loss_needs_chooses_the_columns_and_a_refit_their_values(seed: int, method: str, block: int):
