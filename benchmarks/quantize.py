@@ -37,6 +37,7 @@ DENSE, ZEROS = ("int8", "int4", "int3"), ("int8", "int6", "int4", "int3")
 INTS = {"ours uniform": (), "ours 25%": ZEROS, "ours 50%": ZEROS, "ours 60%": ZEROS}
 BITS = {"ours": (4, 3.3, 3, 2.5, 2), "ours uniform": (3.3,), "ours 50%": (2.5,)}  # of coded weights
 ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, DENSE), *BITS.get(kind, ()))]
+MOST = 6  # bits, of a drawing: with more, all are near the dense model
 
 
 Windows = dict[str, torch.Tensor]
@@ -65,7 +66,7 @@ def bits_of(pack: Path, sizes: dict[str, int]) -> float:
 
 
 def draw(lines: Path, picture: Path) -> None:
-    """Draw divergence against bits, a panel for each text: points of one kind are joined."""
+    """Draw divergence against up to `MOST` bits, a panel for each text: points of one kind are joined."""
     import matplotlib.pyplot as plt
 
     cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 5]
@@ -74,7 +75,7 @@ def draw(lines: Path, picture: Path) -> None:
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for number, (text, axes) in enumerate(zip(texts, panels, strict=True)):
         kinds: dict[str, list[tuple[float, float]]] = {}
-        for name, bits, _, divergence, *_ in cells[1:]:
+        for name, bits, _, divergence, *_ in (each for each in cells[1:] if float(each[1]) <= MOST):
             kind, _, numbers = name.rpartition(" ")
             kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
             kinds.setdefault(kind, []).append((float(bits), float(divergence.split(" / ")[number])))
