@@ -63,12 +63,17 @@ class CallRecorder:
             One call for each layer.
 
         Raises:
-            ModelError: a layer gets other hidden states than the one before it has returned.
+            ModelError: a layer gets other hidden states than the one before it has returned, or not every layer is
+                called once.
         """
         first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
         with first, standing_in(self._layers[1:], self._hand_on):
             forward()
-        assert len(self._calls) == len(self._layers)
+        if len(self._calls) != len(self._layers):
+            raise ModelError(
+                f"{self._model}: a forward pass calls {len(self._calls)} decoder layers, and there are "
+                f"{len(self._layers)}. Each has to be called once; such a model cannot be pruned layer by layer."
+            )
         return self._calls
 
     def returned(self, hidden: Tensor) -> Any:

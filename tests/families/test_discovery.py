@@ -112,6 +112,19 @@ def test_layers_whose_arguments_depend_on_the_tokens_are_refused(odd, refused):
         HuggingFaceModel(odd)
 
 
+@pytest.mark.parametrize(("blocks", "called"), [([0, 1, 1], 3), ([0], 1)])
+def test_layers_that_are_called_again_or_not_at_all_are_refused(odd, refused, blocks: list[int], called: int):
+    def forward(input_ids, use_cache=None):
+        hidden = odd.words(input_ids)
+        for number in blocks:
+            (hidden, _) = odd.blocks[number](hidden, scale=torch.arange(1, input_ids.shape[1] + 1)[:, None])
+        return hidden
+
+    odd.forward = forward
+    with refused("layers that are not called once each", f"calls {called} decoder layers, and there are 2. Each has"):
+        HuggingFaceModel(odd)
+
+
 def test_hidden_states_of_another_shape_are_refused(odd, refused):
     odd.words.register_forward_hook(lambda *call: torch.stack([call[2]] * 3))  # several streams, as Gemma 3n has
     with refused("hidden states that are not [batch tokens hidden]", r"states \[3, 1, 16, 8\] for \[1, 16\] tokens"):
