@@ -10,6 +10,8 @@ import argparse
 import multiprocessing
 import tempfile
 from collections import Counter
+from pathlib import Path
+from traceback import extract_tb
 
 import transformers
 from transformers import AutoConfig
@@ -27,10 +29,12 @@ def answer(kind: str) -> tuple[str, str]:
         try:
             AutoConfig.for_model(kind).save_pretrained(folder)
             found = convexprune.inspect(f"{folder}/config.json")
-        except Exception as error:
-            ours = isinstance(error, ConvexpruneError) and "cannot be read" not in str(error)
+        except Exception as error:  # what is not ours stands in the table, with the file that raised it
             said = " ".join(str(error).replace(f"{folder}/config.json", kind).replace("|", "/").split())
-            return ("refused", f"{said} | ") if ours else ("not built by transformers", f"{said} | ")
+            if not isinstance(error, ConvexpruneError):
+                place = Path(extract_tb(error.__traceback__)[-1].filename)
+                return "failed", f"{type(error).__name__} in {'/'.join(place.parts[-3:])}: {said} | "
+            return "not built by transformers" if "cannot be read" in said else "refused", f"{said} | "
     left = Counter(found.left_alone.values())
     reasons = "; ".join(f"{count} {reason}" for reason, count in left.items())
     return "pruned", f"{found.operators:,} operators, {found.weights / 1e9:.2f} billion weights | {reasons}"

@@ -31,9 +31,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        mask = torch.ones_like(
-            ids
-        )  # without one, transformers looks for packed texts, by an operation that cannot be converted
+        mask = torch.ones_like(ids)  # without one, transformers looks for packed texts, which is not converted
         return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
