@@ -5,13 +5,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune._device.products import widened
 from convexprune._layerwise.model import computing
-
-from .._discovery.family import decoder_layers
 
 POSITIONS = 128  # of each window, at most
 NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
@@ -64,8 +62,8 @@ def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
         The logits [windows positions vocabulary] of each of the `pieces`.
     """
     first, *others = pieces(model, ids)
-    path, outputs = decoder_layers(model)[0], list[Any]()
-    decoder = model.get_submodule(path.rpartition(".")[0])
+    named = (model.get_decoder(), model.base_model, *model.children())  # some families name none, or the whole model
+    decoder, outputs = next(m for m in named if isinstance(m, nn.Module) and m is not model), list[Any]()
     with decoder.register_forward_hook(lambda _, __, output: outputs.append(output)):
         logits = logits_at(model, ids, first)
     yield logits
