@@ -5,26 +5,36 @@ from importlib.util import find_spec
 
 import torch
 
+MKLDNN_CHECKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
-@cache
+
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a `device` multiplies matrices in bfloat16 by instructions of its own, at least twice as fast."""
+    """Return True if a device multiplies matrices in bfloat16 at least twice as fast as in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
+    if device.type == "cpu" and not lacks_products(torch.bfloat16):
         known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return False
 
 
+def lacks_products(dtype: torch.dtype) -> bool:
+    """Return True if oneDNN, with which torch multiplies on a CPU, has no quick products of a dtype.
+
+    ONEDNN_MAX_CPU_ISA can deny oneDNN the instructions that the processor has.
+    """
+    check = getattr(torch.ops.mkldnn, MKLDNN_CHECKS.get(dtype, ""), None)
+    return check is not None and not check()
+
+
 def is_host(device: torch.device) -> bool:
-    """Whether tensors on a `device` are in the memory of the process: to read one waits for nothing."""
+    """Return True if tensors on a device are in the memory of the process, so that reading them waits for nothing."""
     return device.type == "cpu"
 
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether torch.compile writes kernels for a `device` at once: on a GPU, with Triton."""
+    """Return True if torch.compile writes kernels for a device at once: on a GPU, with Triton."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
@@ -34,12 +44,5 @@ FAST = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 @cache
 def has_fast_doubles(device: torch.device) -> bool:
-    """Whether a device multiplies float64 at half the rate of float32, or so.
-
-    Args:
-        device: the device.
-
-    Returns:
-        Whether it does; of a CPU, and of what is not known, too.
-    """
+    """Return True if a device multiplies float64 at half the rate of float32. Unknown devices are taken to do so."""
     return is_host(device) or device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST

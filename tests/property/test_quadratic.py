@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import corrections, layers, make_layer, random, seeds, sizes
 
-from convexprune._device.capabilities import has_bfloat16
+from convexprune._device.capabilities import MKLDNN_CHECKS, has_bfloat16
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError
 
@@ -161,6 +161,7 @@ def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
     ("device", "capability", "instructions", "expected"),
     [
         ("cpu", None, {"avx512_bf16": True}, True),
+        ("cpu", None, {"avx512_bf16": True, "denied": True}, False),
         ("cpu", None, {"amx_bf16": True, "avx512_bf16": False}, True),
         ("cpu", None, {"avx512_f": True}, False),
         ("cuda", (8, 0), {}, True),
@@ -171,7 +172,9 @@ def test_in_float64_a_residual_after_a_step_is_never_rough(monkeypatch):
 def test_bfloat16_is_used_where_the_device_has_it(monkeypatch, device, capability, instructions, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_bfloat16.__wrapped__(torch.device(device)) is expected
+    denied = "denied" in instructions  # by ONEDNN_MAX_CPU_ISA
+    monkeypatch.setattr(torch.ops.mkldnn, MKLDNN_CHECKS[torch.bfloat16], lambda: not denied, raising=False)
+    assert has_bfloat16(torch.device(device)) is expected
 
 
 def test_the_envelope_refuses_a_matrix_that_is_no_gram_matrix():

@@ -1,7 +1,6 @@
 """Products of 16 bits on a CPU without instructions for them."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune import prune
-from convexprune._device import products
+from convexprune._device.capabilities import MKLDNN_CHECKS
 from convexprune._device.products import widened
 from convexprune.adapters import HuggingFaceModel
 
@@ -36,8 +35,9 @@ class Multiplied(TorchDispatchMode):
 
 @pytest.fixture
 def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without products of 16 bits."""
-    monkeypatch.setattr(products, "lacks", lambda dtype: dtype in HALF)
+    """A CPU whose oneDNN has no products of 16 bits, whatever instructions the processor has."""
+    for name in MKLDNN_CHECKS.values():
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False, raising=False)
 
 
 @pytest.mark.usefixtures("lacking")
@@ -77,14 +77,16 @@ def test_a_derivative_is_widened_as_well():
 
 @pytest.mark.usefixtures("lacking")
 @pytest.mark.parametrize("settings", [{}, {"prefix": "pruned"}, {"allocation": "rows", "evaluation": TOKENS}])
-def test_a_run_multiplies_nothing_in_16_bits(tiny_llama: HuggingFaceModel, settings: dict[str, Any]):
+@pytest.mark.parametrize("instructions", [{}, {"avx512_bf16": True, "amx_bf16": True}])
+def test_a_run_multiplies_nothing_in_16_bits(tiny_llama: HuggingFaceModel, monkeypatch, settings, instructions):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
     with Multiplied(rows=32) as multiplied:
         prune(tiny_llama.model.bfloat16(), **SMALL, batch_size=2, **settings)
     assert multiplied.counts[torch.float32] and not multiplied.counts[torch.bfloat16]
 
 
 def test_a_cpu_with_such_products_takes_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "lacks", lambda _: False)
+    monkeypatch.setattr(torch.ops.mkldnn, MKLDNN_CHECKS[torch.bfloat16], lambda: True, raising=False)
     with Multiplied() as multiplied, widened(CPU, torch.bfloat16):
         _ = torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
     assert multiplied.counts == {torch.bfloat16: 1}
