@@ -62,7 +62,7 @@ def _answer(result: Result | None) -> str:
 
 
 def _plain(text: str) -> str:
-    return _cell(text).replace("<", "&lt;")
+    return _cell(text).replace("<", "&lt;").replace("[", "\\[")  # [a][b] would be a link
 
 
 def _cell(text: str) -> str:
