@@ -25,7 +25,8 @@ from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.validation._timing import time_in_turns
 
 TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15}  # of llama.h
-FFI, LLAMA = get_ffi(), get_lib()
+FFI: Any = get_ffi()  # whether or not the type checker sees the package
+LLAMA: Any = get_lib()
 
 
 @FFI.callback("void(enum ggml_log_level, const char *, void *)")

@@ -201,7 +201,7 @@ def asked(name: str) -> Container[str] | None:
 
 def offences(path: Path, names: Container[str] | None = None) -> Iterator[str]:
     for node in tree(path).body:
-        if names is not None and getattr(node, "name", None) not in names:
+        if names is not None and getattr(node, "name", "") not in names:
             continue
         if isinstance(node, Function) and not node.name.startswith("_"):
             yield from (f"{node.name} {fault}" for fault in faults_of_function(node, False))
