@@ -17,7 +17,7 @@ from convexprune._layerwise.steps.survey import survey
 from ._gradients import loss_fisher
 from ._huggingface import HuggingFaceModel
 
-WINDOWS = 16  # of the calibration text are enough for the shape of a curve (docs/tried.md)
+WINDOWS = 16  # of the calibration text are enough for the shape of a curve (lab/tried.md)
 GRADIENTS = 4  # of those are enough for its weight, and for those of rows; they cost four passes of the model
 CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, the choice fits other texts less
 

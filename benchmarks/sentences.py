@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ("benchmarks.md", "tried.md", "trials.md")
-"""Records of measurements."""
 NO_PROSE = r"^```.*?^```|^\$\$.*?\$\$|<!--.*?-->|^(?: {4}|#|\||!\[).*?$|^::: .*?(?=^$|^:::|\Z)"
 
 
@@ -32,8 +30,8 @@ def ninetieth(lengths: list[int]) -> float:
 
 
 def pages() -> list[Path]:
-    """What people read: every page but the records."""
-    return [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in NOTEBOOK)]
+    """Return the pages that people read; lab/ has the records."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def no_flushing() -> Iterator[None]:
 
 @pytest.fixture
 def refused(record_property: Callable[[str, Any], None]) -> Callable[[str, str], AbstractContextManager[None]]:
-    """`with refused(what, match)`: a ModelError is raised, and goes with its message into docs/models.md."""
+    """`with refused(what, match)`: a ModelError is raised, and goes with its message into lab/families.md."""
 
     @contextmanager
     def block(what: str, match: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 python benchmarks/trials                                  all rows but the slow ones, a table on the terminal
 python benchmarks/trials --only 'dev_|seed' --list commands
-python benchmarks/trials --slow --markdown docs/trials.md --json answers.json
+python benchmarks/trials --slow --markdown lab/trials.md --json answers.json
 """
 
 import argparse

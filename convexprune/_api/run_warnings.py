@@ -9,7 +9,7 @@ from convexprune.adapters._data.sufficiency import shortage
 from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.recipe import Recipe
 
-TOO_FEW = 8192  # tokens for columns to be chosen by: with a quarter of them SmolLM2 is 8 % worse (docs/tried.md)
+TOO_FEW = 8192  # tokens for columns to be chosen by: with a quarter of them SmolLM2 is 8 % worse (lab/tried.md)
 ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and the inputs up to which they are quick
 
 

@@ -100,7 +100,7 @@ def row_weights(fisher: Tensor) -> Tensor:
     """The weights of rows in their competition: sqrt(f_i / mean f).
 
     With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
-    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (docs/tried.md).
+    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (lab/tried.md).
 
     Args:
         fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
@@ -155,7 +155,7 @@ def allocate_by_rule(
     "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
     `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs (`core._allocation`);
     "half-curve" goes half of the way there from the uniform shares, as the costs are of one text, and count the errors
-    of operators as independent (docs/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with more outlying scores
+    of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with more outlying scores
     less sparsity, "skewness" one whose weights are more skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it
     could be reconstructed.
 

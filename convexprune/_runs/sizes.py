@@ -13,7 +13,7 @@ class Method(NamedTuple):
 
     `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
     the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/unit/test_cost.py).
-    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (docs/benchmarks.md);
+    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (lab/benchmarks.md);
     `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
     arithmetic at the rate of a bare product (benchmarks/layer.py). Both stay constants: a group that is pruned here in
     a second is so narrow that its time, carried over, was 1.2 to 2.7 times the true one.

@@ -70,7 +70,7 @@ def relax(
     u(ij) is the unit of an entry: the entry, or the columns that are chosen with it (`Budget`).
     ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
     serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
-    iterations reach what three thousand of accelerated proximal gradient do (docs/tried.md). The price of a non-zero is
+    iterations reach what three thousand of accelerated proximal gradient do (lab/tried.md). The price of a non-zero is
     found inside the prox, by Newton's method.
 
     Args:

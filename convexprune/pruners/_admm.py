@@ -33,7 +33,7 @@ class ADMM(AbstractSearch):
         iterations: how many.
         stiffnesses: the first and the last rho, which grows geometrically.
         every: rho grows every so many iterations, where U shrinks in proportion (rho U is the multiplier).
-        relaxation: a; below one it ends in better supports (docs/tried.md).
+        relaxation: a; below one it ends in better supports (lab/tried.md).
     """
 
     side_by_side: ClassVar[bool] = True

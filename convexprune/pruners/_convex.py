@@ -44,8 +44,8 @@ class Convex(AbstractSearch):
     Where a pattern leaves few choices of whole columns, as of the heads of a layer, the path is left out: all of them
     are tried, and the one is taken that is best after the refit.
 
-    The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (docs/tried.md) and checked on
-    others (docs/benchmarks.md).
+    The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (lab/tried.md) and checked on
+    others (lab/benchmarks.md).
 
     Args:
         solver: of these problems; None is FISTA as `solver_for` sets it.
@@ -76,7 +76,7 @@ class Convex(AbstractSearch):
 
     def __post_init__(self, penalty: str) -> None:
         if penalty != ONLY:
-            raise RecipeError(f"penalty={penalty!r} is gone: leave it out, {ONLY!r} has lower errors (docs/tried.md).")
+            raise RecipeError(f"penalty={penalty!r} is gone: leave it out, {ONLY!r} has lower errors (lab/tried.md).")
         AbstractSearch.__post_init__(self)
         require_penalty(self._solver, L1)
 

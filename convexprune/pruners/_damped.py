@@ -23,7 +23,7 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
 
     An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
     texts. Half against half, an eigenvalue below the knee is too small by about the same factor whatever its size, and
-    by more the more noise there is. A saturating pull makes up for that, a ridge does not (docs/tried.md has others).
+    by more the more noise there is. A saturating pull makes up for that, a ridge does not (lab/tried.md has others).
     What it has beside the noise is for texts of another kind, which differ however long the sample is.
 
     Args:

@@ -53,7 +53,7 @@ class AbstractSearch(AbstractPruner):
     The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
     in the search and in the refit; None leaves it to the sample's noise (`choose_damping`). A search for whole columns
     then has more, `COLUMNS`: a column is worth what others do not make up for, and how they do is another matter in
-    other texts (docs/tried.md has the figures). Where the problem says how much the loss needs each column, nothing is
+    other texts (lab/tried.md has the figures). Where the problem says how much the loss needs each column, nothing is
     searched: that chooses them.
     `refit` is the solver of the values; None keeps the scores on the support.
 

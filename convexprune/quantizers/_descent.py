@@ -15,7 +15,7 @@ from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 from convexprune.quantizers._exchange import exchanged
 from convexprune.quantizers._sweep import Sweep, minimizer
 
-PRICE = 0.1  # of a bit, over the squared step: measured, see docs/tried.md
+PRICE = 0.1  # of a bit, over the squared step: measured, see lab/tried.md
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time
 

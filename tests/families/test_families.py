@@ -1,6 +1,6 @@
 """Every family end to end: from a folder to a pruned folder that plain transformers loads, with the exact counts.
 
-What is recorded here becomes docs/models.md (`.ci/matrix`).
+What is recorded here becomes lab/families.md (`.ci/matrix`).
 """
 
 from pathlib import Path

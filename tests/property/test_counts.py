@@ -73,7 +73,7 @@ def test_an_iteration_waits_for_nothing_and_sorts_nothing(name: str, pattern: st
 
 
 MOST = {"convex": (51, 31), "admm": (29, 25), "refit": (23, 9)}
-"""Reads and writes of a weight [m n] in an iteration, op by op and with kernels; docs/benchmarks.md has them all."""
+"""Reads and writes of a weight [m n] in an iteration, op by op and with kernels; lab/benchmarks.md has them all."""
 
 
 @pytest.mark.parametrize("name", MAKES)

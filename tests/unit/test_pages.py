@@ -1,6 +1,6 @@
 """The pages: links lead somewhere, commands are understood, figures are those that were measured, sentences are short.
 
-docs/models.md, written by `.ci/matrix`, is of today's families and refusals.
+lab/families.md, written by `.ci/matrix`, is of today's families and refusals.
 """
 
 import re
@@ -19,7 +19,7 @@ from tiny_families import FAMILIES
 from convexprune import _cli as cli
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "models.md").read_text()
+PAGE = (ROOT / "lab" / "families.md").read_text()
 FOLDER = ROOT / "tests" / "families"
 TESTS = "".join((FOLDER / f"test_{name}.py").read_text() for name in ("admission", "discovery", "checkpoint"))
 
@@ -38,7 +38,7 @@ def test_what_is_refused_is_on_the_page_with_its_message(what: str):
 
 LINKS = [
     (page, link)
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "lab").glob("*.md"))
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     if not link.startswith("https://")
 ]
@@ -114,8 +114,8 @@ def test_a_block_is_in_a_language_that_is_looked_at(page: Path):
 @pytest.mark.parametrize("page", ["choose.md", "deploy.md", "results.md", "report.md"])
 def test_figures_of_a_page_are_those_that_were_measured(page: str):
     """A number with a point stands in the tables too, so that one is not mended without the other."""
-    names = ("benchmarks", "pack", "quantize", "channels")
-    known = {figure for name in names for figure in FIGURE.findall((ROOT / "docs" / f"{name}.md").read_text())}
+    names = ("lab/benchmarks", "docs/pack", "docs/quantize", "docs/channels")
+    known = {figure for name in names for figure in FIGURE.findall((ROOT / f"{name}.md").read_text())}
     figures = set(FIGURE.findall((ROOT / "docs" / page).read_text()))
     assert figures - known <= {"0.01"}  # an example
 

@@ -1,4 +1,4 @@
-"""Print docs/models.md from what the tests of the adapters recorded, one JUnit file for each release of transformers."""
+"""Print lab/families.md from what the tests of the adapters recorded, one JUnit file for each release of transformers."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 Record = dict[str, str]
 
-HEAD = """# Models: what was tested, and what is refused
+HEAD = """# Families: what was tested, and what is refused
 
 The families in the list were tested on the releases of transformers beside them. Others need no code of their own: try
 `convexprune inspect MODEL`. A model works if its decoder layers, called one by one, are the model. Otherwise it is
