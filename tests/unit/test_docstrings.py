@@ -24,6 +24,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 
@@ -199,7 +200,7 @@ def asked(name: str) -> set[str] | None:
     return {own for module, own in exported() if module == name}
 
 
-def offences(path: Path, names: Container[str] | None = None) -> Iterator[str]:
+def offences(path: Path, names: Container[Any] | None = None) -> Iterator[str]:
     for node in tree(path).body:
         if names is not None and getattr(node, "name", "") not in names:
             continue
