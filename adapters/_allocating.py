@@ -23,15 +23,7 @@ CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, th
 
 
 def gradient_windows(rule: str, length: int) -> int:
-    """How many windows of the calibration text a rule needs gradients of.
-
-    Args:
-        rule: the rule.
-        length: tokens of a window.
-
-    Returns:
-        The number; there may be fewer.
-    """
+    """How many windows of the calibration text a rule needs gradients of."""
     if rule == "columns":
         return max(WINDOWS, ceil(CHOOSING / length))
     return min(GRADIENTS, WINDOWS) if rule in WEIGHED else 0
@@ -57,19 +49,8 @@ def allocate_each(
     curves prune for that; they, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
 
     Args:
-        model: the dense model.
         calibration: windows [samples length].
         held_out: windows [samples length].
-        asked: the rules and the runs.
-        batch_size: windows in a forward pass.
-        record: makes a place to keep tensors in.
-
-    Returns:
-        One allocation for each that is asked.
-
-    Raises:
-        RecipeError, PatternError: see `convexprune._layerwise.allocation.allocate_by_rule`.
-        ModelError: see `loss_fisher`.
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [ModelAllocation({}) for _ in asked]
@@ -123,15 +104,8 @@ def allocate(
     """That of a run, found once for all processes that share the store and for whoever goes on with it.
 
     Args:
-        model: the dense model.
         calibration: windows [samples length].
         held_out: windows [samples length].
-        asked: the rule and the run.
-        batch_size: windows in a forward pass.
-        store: that of its folder, if it has one.
-
-    Returns:
-        The allocation.
     """
 
     def find(record: Callable[[], Recorded]) -> ModelAllocation:

@@ -54,18 +54,11 @@ def loss_fisher(
     what enters each of its layers is recorded meanwhile.
 
     Args:
-        model: the model.
         tokens: token ids [windows length].
-        batch_size: windows at once.
-        record: makes a place for what enters a layer.
         blocks: operators whose inputs are asked for, and how many consecutive ones count as one.
 
     Returns:
         That of the outputs of all operators, and of the inputs of some.
-
-    Raises:
-        ModelError: a gradient is not finite; the last operator is named where one is not. Or torch cannot
-            differentiate the model, a kernel of its own without a backward pass, say.
     """
     squares = _Squares(model, blocks)
     batches = list(tokens.split(batch_size))

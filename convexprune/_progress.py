@@ -15,11 +15,7 @@ _follower: ContextVar[Begin | None] = ContextVar("follower", default=None)
 
 @contextmanager
 def followed_by(follower: Begin) -> Iterator[None]:
-    """Inside, a follower is called at every phase of this thread.
-
-    Args:
-        follower: what to call.
-    """
+    """Inside, a follower is called at every phase of this thread."""
     token = _follower.set(follower)
     try:
         yield
@@ -28,15 +24,7 @@ def followed_by(follower: Begin) -> Iterator[None]:
 
 
 def begin(phase: str, steps: int | None = None) -> Step:
-    """Report that a phase begins.
-
-    Args:
-        phase: its name.
-        steps: how many steps it has, if that is known.
-
-    Returns:
-        What to call after each step.
-    """
+    """Report that a phase begins."""
     follower = _follower.get()
     return follower(phase, steps) if follower is not None else _nobody
 

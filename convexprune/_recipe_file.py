@@ -17,18 +17,7 @@ LONGEST = 1 << 18  # bytes; thousands of targets have less
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> Path:
-    """Write the recipe into a folder, and say where.
-
-    Args:
-        recipe: the recipe.
-        folder: of the run.
-
-    Returns:
-        The file.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write the recipe into a folder, and say where."""
     values, parts = recipe.model_dump(mode="json"), list[str]()
     for group in GROUPS:
         settings = {name: values[name] for name in group.model_fields}
@@ -39,31 +28,12 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
 
 
 def given(value: object) -> str:
-    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again.
-
-    Args:
-        value: what was handed over.
-
-    Returns:
-        The text.
-    """
+    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again."""
     return f"{type(value).__name__}{GIVEN}"
 
 
 def read_recipe(place: Path) -> Recipe:
-    """The recipe in a file, or in the folder of a run, which may be someone else's.
-
-    Args:
-        place: the file, or the folder that holds it.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        OutputError: it is missing, too long, or no text.
-        RecipeError: it is no recipe; what is wrong is named.
-        PatternError: sparsity and pattern name no pattern.
-    """
+    """The recipe in a file, or in the folder of a run, which may be someone else's."""
     path = place if place.is_file() else place / RECIPE
     try:
         given = plain_yaml.load(read_text(path, LONGEST))

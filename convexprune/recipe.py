@@ -135,11 +135,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         )
 
     def _check_rules(self, pattern: Constraint) -> None:
-        """Refuse rules that contradict the rest.
-
-        Raises:
-            RecipeError: zeros are spread over all operators, or channels are removed, whatever a rule says.
-        """
+        """Refuse rules that contradict the rest."""
         own = [number for number, rule in enumerate(self.rules, 1) if (rule.sparsity, rule.pattern) != (None, None)]
         if own and self.allocation not in ("uniform", "rows"):
             raise RecipeError(

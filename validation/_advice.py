@@ -24,15 +24,11 @@ class Way:
     """A way to a smaller model, and what came of it where it was measured.
 
     Args:
-        name: what it is.
-        arguments: of `convexprune prune`.
         then: the command that follows: "pack", "export", or none.
         disk: bits that a weight of the operators takes on disk.
         memory: bits that it takes in the memory of what loads it.
         kept: the share of the decoder layers' parameters that was left of that model; of others it is as an estimate.
         perplexity: on WikiText-2.
-        dense: of the dense model.
-        source: the page with the measurement.
     """
 
     name: str
@@ -56,12 +52,10 @@ class Advised:
     """A way for a model.
 
     Args:
-        way: the way.
         disk: bytes of all files of weights.
         memory: bytes of all weights in memory.
         bits: on disk, over all weights that the model had.
         faster: tokens a second at batch 1 over dense where memory decides it: bytes that are read, dense over these.
-        reaches: whether it reaches the target.
         commands: what to run; none if the model is as it should be.
     """
 
@@ -109,11 +103,7 @@ class Advice:
 
 
 def measured() -> list[Way]:
-    """The ways that were measured.
-
-    Returns:
-        Those of the table that comes with the package.
-    """
+    """The ways that were measured."""
     text = (files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
     numbers = ("disk", "memory", "kept", "perplexity", "dense")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))

@@ -34,11 +34,8 @@ class Bench:
     """What was timed on which device.
 
     Args:
-        model: its name.
-        device: its name.
         dense: the format that others stand beside: "float32", or "bfloat16" for a checkpoint in 16 bits.
         zeros: the fraction of zeros in the weights.
-        timings: the times.
         left_out: why a format was not timed, by its name.
     """
 
@@ -81,15 +78,9 @@ def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) ->
 
     Args:
         model: a folder, a name on the hub, or a loaded model; None: the bundled one.
-        settings: by name:
-        {settings}
 
     Returns:
         Medians, their spread, and bytes, by format.
-
-    Raises:
-        ModelError: the model cannot be loaded, or has no linear layer of its own.
-        RecipeError: a number is less than one.
     """
     asked, shared = doors.BENCH.read(settings)
     place = default_device(shared.get("device", "auto"))

@@ -150,11 +150,7 @@ def _write(result: dict[str, Any], folder: Path, drawing: bool) -> None:
 
 
 def _work_folder(folder: Path, resume: bool) -> Path:
-    """Where a comparison works, in its `folder`.
-
-    Raises:
-        OutputError: there is nothing to resume, or the folder of a new comparison holds something.
-    """
+    """Where a comparison works, in its `folder`."""
     work = folder / "work"
     if resume and not (work / "identity.json").is_file():
         raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
@@ -214,22 +210,14 @@ def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str,
 
 
 def _texts(sources: Sequence[str]) -> dict[str, str]:
-    """The texts by a short name.
-
-    Raises:
-        RecipeError: there is none, or two have one name.
-    """
+    """The texts by a short name."""
     if not 0 < len({Path(source).stem for source in sources}) == len(sources):
         raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
     return {Path(source).stem: text_of(source) for source in sources}
 
 
 def _claim(path: Path, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> None:
-    """Write down what is compared; or, to resume, see that it is the same.
-
-    Raises:
-        RecipeError: it is another comparison.
-    """
+    """Write down what is compared; or, to resume, see that it is the same."""
     recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
     identity = json.loads(json.dumps(card | {"recipes": recipes}))
     if not resume:

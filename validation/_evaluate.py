@@ -43,10 +43,8 @@ class TextScore:
     """How well a model predicts a text, by one convention.
 
     Args:
-        text: its name.
         convention: "common" (windows of 2048 tokens, or the model's limit if less), "native" (the model's limit),
             "common, native" where they are one, or "given".
-        perplexity: of the model.
         bits_per_byte: bits that the model needs for a token, over the bytes of a token's text on average; None without
             a tokenizer.
         kl: the mean over the predicted tokens of KL(dense || model) in nats; None without a dense model.
@@ -136,13 +134,7 @@ def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any)
 
 
 def _check(own: Evaluate) -> None:
-    """Refuse, before any work, texts and tasks that are not there.
-
-    Raises:
-        RecipeError: nothing is to be measured, or a task is unknown.
-        CalibrationError: there is no such text.
-        DependencyError: a package is missing.
-    """
+    """Refuse, before any work, texts and tasks that are not there."""
     if not own.text and not own.tasks:
         raise RecipeError("Nothing to evaluate on. Give a text (--text FILE, or wikitext2), tasks (--tasks), or both.")
     for text in own.text:
@@ -187,11 +179,7 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
 
 
 def _require_comparable(model: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-    """Refuse two models whose predictions are not of the same tokens.
-
-    Raises:
-        ModelError: their vocabularies differ, or their tokenizers read a sentence in different ways.
-    """
+    """Refuse two models whose predictions are not of the same tokens."""
     read = [each.tokenizer(SENTENCE)["input_ids"] for each in (model, dense) if each.tokenizer is not None]
     if dense.vocab_size != model.vocab_size or read[1:] not in ([], read[:1]):
         raise ModelError(
@@ -230,12 +218,7 @@ def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> floa
     """How far a model's predictions are from the dense model's; logits of a few positions at a time are in memory.
 
     Args:
-        model: the model.
-        dense: the dense one, with the same vocabulary.
         tokens: token ids [windows window].
-
-    Returns:
-        The mean over the predicted tokens of KL(dense || model), in nats.
     """
     step, total = begin("divergence from dense", len(tokens)), 0.0
     for each in (model.model, dense.model):

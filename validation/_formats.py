@@ -38,9 +38,6 @@ class AbstractProduct(nn.Module, ABC):
 
         Args:
             weight: W [m n].
-
-        Returns:
-            The reason.
         """
 
     @abstractmethod

@@ -27,13 +27,9 @@ class OperatorProblem:
     """One operator and the problem that its pruner was to solve.
 
     Args:
-        name: "layer.operator".
         dense: its dense weight [m n].
         pruned: the weight [m n] that was achieved.
-        moments: of its input.
-        pattern: that was asked for.
         correction: how much of earlier errors it corrects.
-        damping: that its pruner added.
     """
 
     name: str
@@ -49,10 +45,6 @@ class OperatorProblem:
 
         Args:
             count: how many, drawn at random; None is all.
-            generator: of the random numbers.
-
-        Returns:
-            The problem, and the pruned weight of these rows.
         """
         chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
@@ -78,14 +70,8 @@ def operator_problems(
     itself is not changed. An expert to which no token is sent is left out.
 
     Args:
-        model: the dense model.
         tokens: token ids [samples length].
-        settings: of the run.
-        names: of the operators.
-        on_problem: called with each problem.
         pruned: the pruned model; None prunes a copy of each layer here.
-        batch_size: windows at once.
-        reports: those of the run that wrote `pruned`.
     """
     damping = {report.name: report.damping for report in reports}
 

@@ -21,12 +21,10 @@ class Solve:
     """One solver's answer to one problem.
 
     Args:
-        solver: its name.
         objective: q + p at the answer.
         difference: the objective less the least that any solver found, relative to that.
         relative_gap: the gap of its certificate, relative to the objective. Where the target is fitted all but exactly,
             as on fewer tokens than inputs, both are relative to 1e-9 of its energy.
-        kkt_residual: of its certificate.
         seconds: of the solve.
     """
 
@@ -43,10 +41,7 @@ class SolvedProblem:
     """One problem of an operator, and what every solver made of it.
 
     Args:
-        operator: its name.
         penalty: "L1" or "support".
-        rows: m of the problem.
-        columns: n of the problem.
         solves: the production solver's at its default tolerance, the same solver's at a gap of 1e-8, and the oracles'.
     """
 
@@ -60,11 +55,7 @@ class SolvedProblem:
         """What misses.
 
         Args:
-            tolerance: the largest relative difference between objectives that passes.
             gap: the largest relative gap of the production solver at its default that passes.
-
-        Yields:
-            One line for each fault.
         """
         for solve in self.solves[1:]:
             if not solve.difference <= tolerance:
@@ -77,14 +68,6 @@ def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tu
     """A pruning problem when only some columns may move and the others stay dense.
 
     Columns are drawn one by one, or for an n:m pattern in whole groups.
-
-    Args:
-        problem: of an operator.
-        columns: how many may move, about.
-        generator: of the random numbers.
-
-    Returns:
-        The quadratic of the block, and the columns drawn.
     """
     n = problem.weight.shape[1]
     width = problem.pattern.block
@@ -101,12 +84,7 @@ def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> d
     They are those of the calibration error alone. A pruner's damping makes them better conditioned.
 
     Args:
-        q: the quadratic of the block.
-        problem: of the operator.
         kept: which weights of the block the pruner has kept [rows columns].
-
-    Returns:
-        The problems by the name of their penalty.
     """
     assert q.anchor is not None
     scale = q.scale()
@@ -121,9 +99,6 @@ def production(penalty: str) -> dict[str, AbstractSolver]:
 
     Args:
         penalty: "L1" or "support".
-
-    Returns:
-        The solvers by name.
     """
     if penalty == "L1":
         return {"fista": make_solver("fista"), "fista, 1e-8": make_solver("fista", tolerance=EXACT,
@@ -144,12 +119,7 @@ def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
     """Solve one problem by the production solver and the oracles.
 
     Args:
-        name: of the operator.
         penalty: "L1" or "support".
-        problem: the problem.
-
-    Returns:
-        Their answers.
     """
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}

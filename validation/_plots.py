@@ -17,12 +17,6 @@ def will_draw(plots: bool | None) -> bool:
 
     Args:
         plots: what was asked for; None is: if matplotlib is installed.
-
-    Returns:
-        Whether they are.
-
-    Raises:
-        DependencyError: plots were asked for, and matplotlib is missing.
     """
     there = find_spec("matplotlib") is not None
     if plots and not there:
@@ -36,13 +30,6 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
     Error and held-out error by decoder layer, one panel for each pattern; error against matrix products; error,
     divergence from dense and perplexity against sparsity, one line for each method and convention, one panel for each
     text.
-
-    Args:
-        result: of `compare`.
-        folder: where the pictures are written.
-
-    Returns:
-        Their file names.
     """
     rows = result["rows"]
     panels: dict[str, list[Row]] = {}
@@ -68,10 +55,6 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
 
     Args:
         summary: of `compare_samples`.
-        folder: where the picture is written.
-
-    Returns:
-        Its file name.
     """
     from matplotlib.ticker import MaxNLocator
 

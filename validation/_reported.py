@@ -21,9 +21,7 @@ class ReportedError:
     """The relative error of an operator of a run, and what the run reported.
 
     Args:
-        operator: its name.
         error: measured again on the same tokens.
-        reported: by the run.
     """
 
     operator: str
@@ -47,14 +45,8 @@ class ReportedError:
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
-    """The error of an operator beside that in its report. A report whose moments borrowed tokens has none of its own.
-
-    Args:
-        operator: with its problem.
-        reports: of the run.
-
-    Returns:
-        One pair, or none.
+    """The error of an operator beside that in its report. A report whose moments borrowed tokens has none of its
+    own.
     """
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
@@ -63,16 +55,7 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:
-    """Check that two models and the report of a run have the same operators.
-
-    Args:
-        dense: the dense model.
-        pruned: the pruned model.
-        reports: one for each operator.
-
-    Raises:
-        ModelError: they do not; the first that differs is named.
-    """
+    """Check that two models and the report of a run have the same operators."""
     shapes = [{f"{y.name}.{o.name}": o.shape for y in m.layers for o in y.operators} for m in (dense, pruned)]
     shapes.append({report.name: (report.outputs, report.inputs) for report in reports})
     for name in dict.fromkeys(name for each in shapes for name in each):

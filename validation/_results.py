@@ -32,16 +32,7 @@ was held while the variant pruned, beyond what was held before."""
 def make_row(
     variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
 ) -> Row:
-    """The results of one variant.
-
-    Args:
-        variant: the variant.
-        records: one for each layer.
-        texts: the likelihoods by text, then by network.
-
-    Returns:
-        The row.
-    """
+    """The results of one variant."""
     operators = [o for record in records for o in record["operators"]]
     peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
     gaps = [o["gap"] for o in operators if o["gap"] is not None]
@@ -76,10 +67,6 @@ def make_row(
 def text_result(found: Likelihood, dense: Likelihood) -> Row:
     """Perplexity with its excess over dense, and the KL divergence from dense, in all and by window.
 
-    Args:
-        found: of the network.
-        dense: of the dense model.
-
     Returns:
         The entries by name. `difference_error` is the standard error, over windows, of the mean difference of the
         negative log-likelihoods.
@@ -99,14 +86,7 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """The main columns of the table of a report, for a terminal; one line a variant.
-
-    Args:
-        result: of `compare`.
-
-    Returns:
-        The table.
-    """
+    """The main columns of the table of a report, for a terminal; one line a variant."""
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
@@ -114,14 +94,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of a report as text.
-
-    Args:
-        result: of `compare`.
-
-    Returns:
-        The header, and the lines, the dense model first.
-    """
+    """The table of a report as text."""
     texts = list(result["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
     header += ["error", "median", "held-out", "median", "layer output"]
@@ -139,15 +112,7 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The report: table, what its columns are, plots, and the card by which to reproduce it.
-
-    Args:
-        result: of `compare`.
-        plots: file names of pictures.
-
-    Returns:
-        The text.
-    """
+    """The report: table, what its columns are, plots, and the card by which to reproduce it."""
     header, lines = cells(result)
     shared = result["shared_seconds"]
     parts = [
@@ -173,16 +138,7 @@ def name_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """A table for a terminal, names to the left and numbers to the right.
-
-    Args:
-        title: above the table.
-        header: the names of the columns.
-        lines: the cells.
-
-    Returns:
-        The table.
-    """
+    """A table for a terminal, names to the left and numbers to the right."""
     shown = Table(title=title, box=SIMPLE_HEAD)
     for i, name in enumerate(header):
         shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
@@ -192,15 +148,7 @@ def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[s
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for a report, names to the left and numbers to the right.
-
-    Args:
-        header: the names of the columns.
-        lines: the cells.
-
-    Returns:
-        The text.
-    """
+    """A table for a report, names to the left and numbers to the right."""
     marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
 

@@ -84,11 +84,7 @@ def compare_samples(
 
 
 def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
-    """Samples differ in their calibration windows only.
-
-    Raises:
-        RecipeError: a sample was compared by other settings, on other texts or of another model.
-    """
+    """Samples differ in their calibration windows only."""
 
     def identity(of: Mapping[str, Any]) -> str:
         card = {k: v for k, v in of["card"].items() if k not in ("seed", "command", "machine", "hashes")}
@@ -142,9 +138,6 @@ def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
     Args:
         summary: of `compare_samples`.
-
-    Returns:
-        The header, and the lines.
     """
     texts = list(summary["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first")), "layer output", "layer / first"]
@@ -162,9 +155,6 @@ def table(summary: Mapping[str, Any]) -> Table:
 
     Args:
         summary: of `compare_samples`.
-
-    Returns:
-        The table.
     """
     title = f"{summary['card']['model']}: {len(summary['rows'])} variants on {len(summary['card']['seed'])} samples"
     return terminal_table(title, *cells(summary))
@@ -175,10 +165,6 @@ def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
 
     Args:
         summary: of `compare_samples`.
-        plots: file names of pictures.
-
-    Returns:
-        The text.
     """
     card = summary["card"]
     parts = [

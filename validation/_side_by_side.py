@@ -59,29 +59,14 @@ class Tokens:
         return {name: windows for name, windows in streams.items() if len(windows)}
 
     def batches(self, size: int) -> dict[str, list[Tensor]]:
-        """What goes through the network, batch by batch, by the name of its states on disk.
-
-        Args:
-            size: windows in a batch.
-
-        Returns:
-            The batches by stream.
-        """
+        """What goes through the network, batch by batch, by the name of its states on disk."""
         validation_batches = list(self.held_out.split(size)) if len(self.held_out) else []
         fitted = {FITTED: [*self.calibration.split(size), *validation_batches]}
         return fitted | {_stream(name): list(windows.split(size)) for name, windows in self.texts.items()}
 
 
 class Comparison:
-    """A walk through decoder layers with the variants in each; what is recorded in `store` is not done again.
-
-    Args:
-        model: the dense model.
-        tokens: what it sees.
-        variants: settings by name.
-        store: where it works.
-        batch_size: windows in a forward pass.
-    """
+    """A walk through decoder layers with the variants in each; what is recorded in `store` is not done again."""
 
     def __init__(
         self,
@@ -144,14 +129,7 @@ class Comparison:
         return found
 
     def records(self, network: str) -> list[dict[str, Any]]:
-        """What was recorded of a network, decoder layer by decoder layer.
-
-        Args:
-            network: the dense one's name or a variant's.
-
-        Returns:
-            One record a layer.
-        """
+        """What was recorded of a network, decoder layer by decoder layer."""
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
     def _layer(self, context: LayerContext, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
@@ -245,7 +223,6 @@ class Watched(AbstractPruner):
     """A pruner whose seconds are taken, and whose matrix products are counted.
 
     Args:
-        pruner: the pruner.
         seconds: that it took so far.
         surplus: products of single operators, in those of whole stacks.
     """
@@ -269,13 +246,6 @@ class Watched(AbstractPruner):
         """Products [m n] x [n n] of whole stacks, mean over the layer's groups.
 
         Each report of a group counts the group's products; a product of one operator of a stack is a part of one.
-
-        Args:
-            layer: the layer that was pruned.
-            reports: of its operators.
-
-        Returns:
-            The number of products.
         """
         leaders = {f"{layer.name}.{group.operators[0].name}" for group in layer.groups}
         return (sum(r.products for r in reports if r.name in leaders) - self.surplus) / max(1, len(leaders))

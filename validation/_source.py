@@ -37,10 +37,8 @@ class Source:
 
     Args:
         recipe: of the run, or of a pruning to be tried.
-        dense: the dense model.
         dataset: as the recipe names it, or where it is now.
         pruned: the model that a run has pruned.
-        report: of that run.
     """
 
     recipe: Recipe
@@ -55,9 +53,6 @@ class Source:
         Returns:
             Token ids [windows window], and whether they are those of the run. They are not where the model writes
             another text here than it wrote for the run.
-
-        Raises:
-            CalibrationError: the data set is another than that of the run, or too small.
         """
         tokens = recipe_windows(self.dataset, self.dense, self.recipe)[0]
         if self.report is None:
@@ -75,16 +70,6 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
     Args:
         source: a model, or the folder of a run; None is the bundled model.
         settings: of the recipe; of a run, where its model and data set are now.
-        device: where to compute.
-
-    Returns:
-        The source.
-
-    Raises:
-        OutputError: a file of the run is missing, or is not what was written.
-        RecipeError: settings beside a run's own recipe; or its model or tokens are not where they were.
-        ModelError: the model found is not that of the run.
-        CalibrationError: there is no such data set.
     """
     folder = None if source is None else Path(source).expanduser()
     if folder is not None and any((folder / name).is_file() for name in (RECIPE, "report.json", "run.json")):
@@ -160,12 +145,7 @@ def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
 
 
 def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Report) -> None:
-    """See that the model is the one that was pruned: by its files if it was streamed, else by its tensors.
-
-    Raises:
-        ModelError: the model is another one; the first differences are named.
-        OutputError: the report does not say which model was pruned.
-    """
+    """See that the model is the one that was pruned: by its files if it was streamed, else by its tensors."""
     then = report.identity.get("weights")
     if not isinstance(then, dict):
         raise OutputError("The report of the run does not say which model it pruned.")

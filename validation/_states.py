@@ -18,10 +18,6 @@ class Store:
     """For each network (the dense one, each variant) hidden states and records.
 
     Files appear whole. Hidden states before decoder layer k are kept until everything that reads them is recorded.
-
-    Args:
-        folder: the working folder.
-        device: where states are wanted.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -32,13 +28,7 @@ class Store:
         """Keep hidden states before a decoder layer.
 
         Args:
-            network: its name.
-            layer: number of the layer.
-            stream: name of the batches.
             batches: the hidden states [batch tokens hidden].
-
-        Raises:
-            OutputError: the disk is full or fails.
         """
         path = self._states(network, layer, stream)
         temporary = path.with_suffix(".part")
@@ -51,49 +41,22 @@ class Store:
         recorded.keep(path)
 
     def states(self, network: str, layer: int, stream: str) -> Batches:
-        """The hidden states of `write_states`, read from the file as they are used.
-
-        Args:
-            network: its name.
-            layer: number of the layer.
-            stream: name of the batches.
-
-        Returns:
-            The batches.
-
-        Raises:
-            OutputError: the file is missing or damaged.
-        """
+        """The hidden states of `write_states`, read from the file as they are used."""
         path = self._states(network, layer, stream)
         if (found := Batches.kept(path, self._device)) is None:
             raise OutputError(f"{path} is missing or damaged. Remove {self._folder}, and begin the comparison again.")
         return found
 
     def drop_states(self, network: str, layer: int) -> None:
-        """Forget the states before a decoder layer.
-
-        Args:
-            network: its name.
-            layer: number of the layer.
-        """
+        """Forget the states before a decoder layer."""
         shutil.rmtree(self._states(network, layer, "").parent, ignore_errors=True)
 
     def record(self, network: str, layer: int, facts: Any) -> None:
-        """Write down that a decoder layer is done for a network.
-
-        Args:
-            network: its name.
-            layer: number of the layer.
-            facts: what came of it, as JSON can hold it.
-        """
+        """Write down that a decoder layer is done for a network."""
         write_json(self._record(network, layer), facts)
 
     def recorded(self, network: str, layer: int) -> Any:
         """What `record` wrote.
-
-        Args:
-            network: its name.
-            layer: number of the layer.
 
         Returns:
             The facts; None if there are none.

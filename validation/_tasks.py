@@ -20,13 +20,8 @@ class TaskScore:
     """One metric of one task.
 
     Args:
-        task: its name.
-        metric: as "acc" or "acc_norm".
-        value: of the model.
         error: the standard error; None if the metric has none.
-        items: how many there are.
         dense: the value of the dense model, if there is one.
-        dense_error: its standard error.
     """
 
     task: str
@@ -47,16 +42,7 @@ class TaskScore:
 
 
 def require_tasks(names: Sequence[str], folder: Path | None) -> None:
-    """Refuse, before any work, tasks that lm-eval does not have.
-
-    Args:
-        names: of tasks, groups or tags.
-        folder: with task files of one's own.
-
-    Raises:
-        DependencyError: lm-eval is missing.
-        RecipeError: a task is unknown, or there is no such folder.
-    """
+    """Refuse, before any work, tasks that lm-eval does not have."""
     if find_spec("lm_eval") is None:
         raise DependencyError(f"Tasks need lm-eval: {install_hint('eval')}")
     if folder is not None and not folder.expanduser().is_dir():
@@ -70,18 +56,7 @@ def require_tasks(names: Sequence[str], folder: Path | None) -> None:
 
 
 def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
-    """The scores of a model.
-
-    Args:
-        model: the model, with its tokenizer.
-        own: which tasks, and how much of them.
-
-    Returns:
-        One score for each metric of each task.
-
-    Raises:
-        ModelError: the model has no tokenizer.
-    """
+    """The scores of a model."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
     harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")

@@ -16,17 +16,7 @@ LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
 def text_of(source: str) -> str:
-    """The text that a path or a name stands for.
-
-    Args:
-        source: a path (.txt or .jsonl), or a name in `TEXTS`.
-
-    Returns:
-        The text.
-
-    Raises:
-        CalibrationError: there is neither such a file nor such a name.
-    """
+    """The text that a path or a name stands for."""
     if source in TEXTS:
         return TEXTS[source]()
     if source.endswith(TEXT_FILES):
@@ -39,9 +29,6 @@ def python_docs() -> str:
     """The docstrings of Python's standard library, module by module in the order of their paths.
 
     The words of programmers: they change with the version of Python, so a report states it beside the text's hash.
-
-    Returns:
-        The text.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -54,9 +41,6 @@ def licences() -> str:
     """The licences of the installed packages in the order of their names, each paragraph once.
 
     The words of lawyers: they change with what is installed, so a report states the text's hash.
-
-    Returns:
-        The text.
     """
     paragraphs: dict[str, None] = {}
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"].lower()):

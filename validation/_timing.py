@@ -19,11 +19,8 @@ class Timing:
 
     Args:
         what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
-        batch: the number of sequences.
-        format: of the weights.
         milliseconds: the median.
         over_dense: this time over that of the dense format in the same round, the median.
-        middle_half: the quartiles of that.
         nbytes: that have to be read.
         rounds: that were timed; of one or two the quartiles say little.
         tokens_per_second: of the whole model; None for a single weight.
@@ -50,14 +47,7 @@ class Timing:
 
 
 def once(made: object) -> int:
-    """That a run did once what is timed, whatever it made.
-
-    Args:
-        made: what it made.
-
-    Returns:
-        One.
-    """
+    """That a run did once what is timed, whatever it made."""
     return 1
 
 
@@ -73,11 +63,8 @@ def time_in_turns(
     The first round prepares. It counts only if it takes all the seconds: what it prepares is little beside them.
 
     Args:
-        runs: by the name of their format.
-        device: where they compute.
         seconds: after which no further round begins, if enough count; three times that, if one does.
         often: how often a run did what is timed, by what it returned.
-        least: how many rounds are enough.
 
     Returns:
         The seconds of once by format, one of each round.
@@ -111,16 +98,8 @@ def timing(
     """What the rounds come to.
 
     Args:
-        what: see `Timing`.
-        batch: see `Timing`.
-        name: of the format.
-        times: of `time_in_turns`.
-        dense: the name of the dense format.
         nbytes: see `Timing`.
         tokens: that are made at once; None if none are.
-
-    Returns:
-        The timing.
     """
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
     lower, middle, upper = quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
@@ -130,14 +109,7 @@ def timing(
 
 
 def merged(timings: Iterable[Timing]) -> list[Timing]:
-    """One timing of each thing, batch and format: of several, as the dense model has, the one in the middle.
-
-    Args:
-        timings: as they were taken.
-
-    Returns:
-        The timings.
-    """
+    """One timing of each thing, batch and format: of several, as the dense model has, the one in the middle."""
     by_key: dict[tuple[str, int, str], list[Timing]] = {}
     for t in timings:
         by_key.setdefault((t.what, t.batch, t.format), []).append(t)

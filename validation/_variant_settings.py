@@ -15,19 +15,7 @@ from ._variants import Variant
 
 
 def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers; where something is removed, only operators that read it are pruned.
-
-    Args:
-        model: the dense model.
-        variants: what is compared.
-
-    Returns:
-        The settings by the name of the variant.
-
-    Raises:
-        RecipeError: variants remove something else, or some do not.
-        PatternError: a pattern does not fit an operator.
-    """
+    """How each variant prunes the layers; where something is removed, only operators that read it are pruned."""
     settings = _narrowed(model, variants)
     _check(model, settings.values())
     return settings
@@ -53,21 +41,7 @@ def allocated(
     given_settings: Mapping[str, LayerSettings],
     batch_size: int,
 ) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers: its zeros, or bits, spread over them by its allocation.
-
-    Args:
-        model: the dense model.
-        tokens: what it is surveyed on.
-        variants: what is compared.
-        given_settings: what `layer_settings` has returned.
-        batch_size: windows in a forward pass.
-
-    Returns:
-        The settings by the name of the variant.
-
-    Raises:
-        PatternError: a pattern does not fit an operator.
-    """
+    """How each variant prunes the layers: its zeros, or bits, spread over them by its allocation."""
     asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
     settings = {

@@ -58,12 +58,7 @@ class Variant:
     """One method at one pattern under one convention.
 
     Args:
-        method: its name, with settings.
-        pattern: "unstructured" or N:M.
-        sparsity: of an unstructured pattern.
-        convention: of prefix and correction.
         quota: of an unstructured pattern: "matrix" or "row".
-        allocation: the rule.
     """
 
     method: str
@@ -92,15 +87,7 @@ class Variant:
         return parse_pattern(self.pattern, self.sparsity).sparsity
 
     def recipe(self) -> Recipe:
-        """The recipe whose method, pattern and convention these are.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            RecipeError: an unknown method or setting.
-            PatternError: no such pattern or sparsity.
-        """
+        """The recipe whose method, pattern and convention these are."""
         prefix, correction, target = CONVENTIONS[self.convention]
         return make_recipe(
             model="",
@@ -139,22 +126,6 @@ def make_variants(
     quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
     the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
     all: "fista:convention=pruned-layer:allocation=half-curve".
-
-    Args:
-        methods: names, with settings.
-        sparsities: shares of zeros.
-        patterns: "unstructured" or "N:M".
-        conventions: names.
-        quota: "own", "matrix" or "row".
-        allocations: names of rules.
-
-    Returns:
-        One for each that makes sense.
-
-    Raises:
-        RecipeError: an unknown method, setting, convention, quota or allocation, one that is named twice, a pattern
-            that removes whole layers or experts, or nothing to compare.
-        PatternError: no such pattern or sparsity.
     """
     for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
         twice = [value for i, value in enumerate(values) if value in values[:i]]

@@ -225,12 +225,7 @@ def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generato
     """The bounds for rows of an operator, with its pruner's damping and without.
 
     Args:
-        operator: with its problem.
         rows: how many, drawn at random; more are drawn for whole columns (`rows_to_bound`). None is all.
-        generator: of the random numbers.
-
-    Returns:
-        The bounds.
     """
     began = time.perf_counter()
     pattern = operator.pattern

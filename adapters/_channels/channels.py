@@ -32,8 +32,6 @@ class Axis:
 
     Args:
         parameter: its name, from the layer or from the model.
-        dim: the dimension.
-        start: the first entry.
         index: of fused experts, the number of the expert.
         block: how many consecutive entries belong together; 1: each is a channel of its own.
     """
@@ -53,7 +51,6 @@ class Axis:
         """Put the entries, or blocks of them, in another order.
 
         Args:
-            parameter: the parameter.
             order: [channels].
         """
         entries = torch.tensor(self.entries(order.tolist()), device=parameter.device) - self.start
@@ -70,8 +67,6 @@ class Channels:
     """Channels that may change places: with all axes ordered alike the model computes the same.
 
     Args:
-        name: of the channels.
-        size: how many there are.
         axes: those that are no inputs of operators.
         consumers: those that are inputs of operators, whose patterns depend on the order.
     """
@@ -85,7 +80,6 @@ class Channels:
         """Put the channels in another order.
 
         Args:
-            module: from which the axes are named.
             order: [size].
         """
         for axis in (*self.axes, *self.consumers):
@@ -96,7 +90,6 @@ class Channels:
         """Inside, the channels are in another order.
 
         Args:
-            module: from which the axes are named.
             order: [size].
         """
         self.order(module, order)
@@ -114,15 +107,7 @@ class Channels:
         return Channels(f"{layer}.{self.name}", self.size, named(self.axes), named(self.consumers))
 
     def within(self, layers: Sequence[str], within: bool = True) -> "Channels":
-        """Some of the axes.
-
-        Args:
-            layers: paths of layers.
-            within: whether the axes in these layers are meant, or all others.
-
-        Returns:
-            The channels with these axes.
-        """
+        """Some of the axes."""
         prefixes = tuple(f"{layer}." for layer in layers)
 
         def chosen(axes: Sequence[Axis]) -> tuple[Axis, ...]:
@@ -135,8 +120,6 @@ def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
     """Whether two tensors are equal up to the rounding of sums.
 
     Args:
-        expected: one.
-        found: the other, of the same shape.
         dtype: in which the sums are computed.
 
     Returns:
@@ -147,16 +130,7 @@ def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
 
 
 def rows(operator: AbstractOperator, start: int, block: int = 1) -> list[Axis]:
-    """The axes of an operator's outputs: of its weight, and of its bias if it has one.
-
-    Args:
-        operator: the operator.
-        start: the first output.
-        block: how many consecutive outputs belong together.
-
-    Returns:
-        The axes.
-    """
+    """The axes of an operator's outputs: of its weight, and of its bias if it has one."""
     assert isinstance(operator, ParameterOperator)
     place = operator.place
     axes = [Axis(place.path, int(place.transposed), start, place.index, block)]
@@ -167,28 +141,12 @@ def rows(operator: AbstractOperator, start: int, block: int = 1) -> list[Axis]:
 
 
 def columns(operator: AbstractOperator, start: int = 0) -> Axis:
-    """The axis of an operator's inputs.
-
-    Args:
-        operator: the operator.
-        start: the first input.
-
-    Returns:
-        The axis.
-    """
+    """The axis of an operator's inputs."""
     assert isinstance(operator, ParameterOperator)
     return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)
 
 
 def canonical_name_of(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
-    """An operator's `canonical_name`.
-
-    Args:
-        layer: the layer.
-        operator: of the layer.
-
-    Returns:
-        The name without the numbers of equal modules, and these numbers.
-    """
+    """An operator's `canonical_name`."""
     assert isinstance(operator, ParameterOperator)
     return canonical_name(layer.module, operator.place)

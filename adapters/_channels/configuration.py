@@ -27,14 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
-    """The settings of a model.
-
-    Args:
-        model: the model.
-
-    Returns:
-        They, as its config.json has them.
-    """
+    """The settings of a model."""
     if model.shards is None:
         return model.model.config.to_dict()
     return json.loads((model.shards.folder / CONFIG).read_bytes())
@@ -42,10 +35,6 @@ def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
 
 def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
     """Settings that may say a size.
-
-    Args:
-        config: of a model.
-        size: the size.
 
     Yields:
         Those that have its value, and then those that are left to the model.
@@ -60,13 +49,7 @@ def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
 
 
 def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
-    """Change a setting.
-
-    Args:
-        settings: of a model, which are changed.
-        place: of the setting.
-        value: the new one.
-    """
+    """Change a setting."""
     *inside, name = place
     for each in inside:
         settings = settings.setdefault(each, {})
@@ -74,29 +57,13 @@ def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of the same class with other settings, its parameters without memory.
-
-    Args:
-        model: the model.
-        settings: the others.
-
-    Returns:
-        The other model.
-    """
+    """A model of the same class with other settings, its parameters without memory."""
     with parameters_on_meta():
         return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
 
 
 def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
-    """The shapes of the parameters of a model with other settings.
-
-    Args:
-        model: the model.
-        settings: the others.
-
-    Returns:
-        They; none if there is no such model.
-    """
+    """The shapes of the parameters of a model with other settings."""
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
     except REFUSALS:
@@ -104,16 +71,7 @@ def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
 
 
 def require_shapes(model: PreTrainedModel, settings: Mapping[str, Any], expected: Shapes) -> None:
-    """Check that a model with other settings has the parameters that it should have.
-
-    Args:
-        model: the model.
-        settings: the others.
-        expected: the shapes of those parameters.
-
-    Raises:
-        ModelError: it has not; the first that differs is named.
-    """
+    """Check that a model with other settings has the parameters that it should have."""
     if (found := shapes_of(model, settings)) == expected:
         return
     name = next(n for n in (*expected, *found) if found.get(n) != expected.get(n))

@@ -25,17 +25,7 @@ class Cut:
     reads: bool
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what is left of a parameter.
-
-        Args:
-            shape: of the parameter.
-
-        Returns:
-            The smaller shape.
-
-        Raises:
-            ModelError: not as much is removed of each expert.
-        """
+        """The shape of what is left of a parameter."""
         counts = {len(set(numbers)) for numbers in self.removed.values()}
         experts = None not in self.removed
         if len(counts) != 1 or (experts and self.removed.keys() != set(range(shape[0]))):
@@ -54,11 +44,7 @@ class Cut:
         """What is left, put back to its places.
 
         Args:
-            small: what `of` made.
             dense: of the whole shape; gives what was removed, unless that is read.
-
-        Returns:
-            The whole tensor.
         """
         whole = torch.zeros_like(dense) if self.reads else dense.clone()
         for index in self.removed:
@@ -74,27 +60,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutEntry(Entry):
-    """A tensor in a file, of which some channels are not read.
-
-    Args:
-        whole: the entry with all channels.
-        cut: what is removed.
-    """
+    """A tensor in a file, of which some channels are not read."""
 
     whole: Entry | None = None
     cut: Cut | None = None
 
     @classmethod
     def without(cls, whole: Entry, cut: Cut) -> "CutEntry":
-        """What is left of an entry.
-
-        Args:
-            whole: the entry.
-            cut: what is removed.
-
-        Returns:
-            The smaller entry.
-        """
+        """What is left of an entry."""
         shape = cut.shape(whole.spec.shape)
         before, after = torch.Size(whole.spec.shape).numel(), torch.Size(shape).numel()
         spec = Spec(whole.spec.code, shape, whole.spec.nbytes // before * after)

@@ -40,8 +40,6 @@ class _Values:
         readers: the names of the operators that read them.
         touched: the names of parameters that certainly are of the heads.
         groups: how many KV groups each reader reads.
-        heads: and how many heads.
-        width: the columns of a group.
         operator: the name in its layer of the first reader.
         layers: what the names begin with of parameters in the layers of the readers.
     """
@@ -61,19 +59,7 @@ class _Values:
 
 @torch.no_grad()
 def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
-    """The KV groups of heads of a dense model that a pattern removes.
-
-    Args:
-        model: the dense model.
-        pattern: says how many are left.
-
-    Returns:
-        The groups, as channels of many entries each, and the settings.
-
-    Raises:
-        ModelError: no heads are found, or no settings say how many there are.
-        PatternError: the pattern does not fit their number.
-    """
+    """The KV groups of heads of a dense model that a pattern removes."""
     values = _values(model)
     pattern.check(1, values.groups)
     found, dims = _said(model, values, pattern.width(values.groups))
@@ -106,12 +92,7 @@ def _values(model: HuggingFaceModel) -> _Values:
 
 
 def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowing, dict[str, int]]:
-    """Settings that say how many groups are left, and the dimension of each parameter that becomes smaller by them.
-
-    Raises:
-        ModelError: there are none. The nearest number that can be had is named: some families want one that divides
-            the hidden size.
-    """
+    """Settings that say how many groups are left, and the dimension of each parameter that becomes smaller by them."""
     shapes, settings = {name: tuple(p.shape) for name, p in model.model.named_parameters()}, settings_of(model)
     number, nearest = left, None
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
@@ -167,11 +148,7 @@ def _smaller(shapes: Shapes, built: Shapes, groups: int, left: int) -> dict[str,
 def _of_layer(
     layer: DecoderLayer, call: Call, hidden: Tensor, dims: Mapping[str, int], values: _Values, head: int
 ) -> Channels | None:
-    """The KV groups of a layer.
-
-    Raises:
-        ModelError: of some parameter it is not to be found out which entries are of which group.
-    """
+    """The KV groups of a layer."""
     read = {f"{layer.name}.{o.name}": (group, o) for group in layer.groups for o in group.operators}
     (group, operator) = next((read[name] for name in read if name in values.readers), (None, None))
     if group is None or operator is None:
@@ -234,9 +211,6 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
     """Check that layers of the smaller model compute what the dense ones do with zeros in place of some heads.
 
     Settings may say more than shapes: what scores are divided by, say.
-
-    Raises:
-        ModelError: they compute something else.
     """
     narrowed = found.without({one.name: range(found.count(one.size)) for one in found.sets})
     smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()

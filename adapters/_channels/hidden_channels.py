@@ -24,15 +24,6 @@ def hidden_channels(model: HuggingFaceModel) -> Channels:
     """The channels of the hidden states, from the embedding to the head.
 
     What lies outside of the decoder layers is not tried here: the outputs of the whole model show whether it is right.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The channels.
-
-    Raises:
-        NotPermutable: they are not to be found, or more than text becomes hidden states.
     """
     outside = _outside(model)
     found = zip(model.layers, of_each_kind(model, _through), strict=True)
@@ -62,10 +53,8 @@ def _outside(model: HuggingFaceModel) -> dict[str, nn.Parameter]:
 
 
 def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
-    """The axes of the hidden states in a layer; of its vectors either all that are as long, or those of its own norms.
-
-    Raises:
-        NotPermutable: it computes something else with them in another order.
+    """The axes of the hidden states in a layer; of its vectors either all that are as long, or those of its own
+    norms.
     """
     size = hidden.shape[-1]
     known = {axis.parameter for operator in layer.operators for axis in (*rows(operator, 0), columns(operator, 0))}

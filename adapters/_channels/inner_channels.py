@@ -26,14 +26,7 @@ Source = tuple[AbstractOperator, int, int]
 
 @torch.no_grad()
 def inner_channels(model: HuggingFaceModel) -> list[Channels]:
-    """The channels inside of decoder layers: of each operator whose inputs come from other operators one by one.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The sets of channels.
-    """
+    """The channels inside of decoder layers: of each operator whose inputs come from other operators one by one."""
     head = head_size(model.model.config)
     found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
     each = zip(model.layers, found, strict=True)
@@ -137,10 +130,6 @@ def _reached(
 def half(size: int, seed: int) -> Tensor:
     """About half of so many entries, the first among them and, of several, the last not.
 
-    Args:
-        size: how many there are.
-        seed: of what is drawn.
-
     Returns:
         [size], True for those that are chosen.
     """
@@ -155,11 +144,8 @@ def changed_inputs(
     """Which inputs of a group change if some entries of parameters before it are doubled.
 
     Args:
-        layer: the layer, which is in memory.
-        group: of the layer.
         axes: the entries of as many channels, from the starts of the axes on.
         chosen: [channels], which of them are doubled.
-        call: how the layer is called.
         hidden: with which hidden states [1 tokens n].
 
     Returns:
@@ -194,10 +180,6 @@ def same_in_another_order(
     """Whether a group's outputs are the same with all of some channels in another order.
 
     Args:
-        layer: the layer, which is in memory.
-        group: of the layer.
-        found: the channels.
-        call: how the layer is called.
         hidden: with which hidden states [1 tokens n].
 
     Returns:

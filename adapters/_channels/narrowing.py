@@ -49,11 +49,7 @@ class Narrowing(AbstractRemoval):
         return tuple(inside)
 
     def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
-        """See `AbstractRemoval.narrowed`: without the channels that the pruned operators do not read.
-
-        Raises:
-            ModelError: an operator reads too many.
-        """
+        """See `AbstractRemoval.narrowed`: without the channels that the pruned operators do not read."""
         removed = dict[str, list[int]]()
         for one in self.sets:
             (axis,) = one.consumers
@@ -62,11 +58,7 @@ class Narrowing(AbstractRemoval):
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
-        """See `AbstractRemoval.without`: the numbers of channels, by the name of the set.
-
-        Raises:
-            ModelError: they are not as many as there should be, or there are no such channels.
-        """
+        """See `AbstractRemoval.without`: the numbers of channels, by the name of the set."""
         for one in self.sets:
             found, count = set(removed.get(one.name, ())), self.count(one.size)
             if len(found) != count or not found <= set(range(one.size)):
@@ -81,15 +73,7 @@ class Narrowing(AbstractRemoval):
         return changed
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings are those of the smaller model.
-
-        Args:
-            model: the dense model.
-            settings: as they are in a config.json.
-
-        Raises:
-            ModelError: a model of them has other shapes.
-        """
+        """Check that settings are those of the smaller model."""
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
 
@@ -103,7 +87,6 @@ class Narrowed(AbstractReduced):
     """A model without some channels.
 
     Args:
-        narrowing: what can be removed.
         channels: the numbers of those removed, by the name of the operator that they are inputs of.
     """
 
@@ -135,17 +118,6 @@ def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
 
     Which setting says how many there are is found by its value, and tried: the model is built anew, without memory,
     with another value, and exactly those parameters have to become smaller that belong to the channels.
-
-    Args:
-        model: the dense model.
-        pattern: says how many are left.
-
-    Returns:
-        The channels and the settings.
-
-    Raises:
-        ModelError: there are no such channels, or no setting says how many.
-        PatternError: the pattern does not fit their number.
     """
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:

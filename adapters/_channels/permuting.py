@@ -31,7 +31,6 @@ class Permuted:
     """A set of channels and its new order.
 
     Args:
-        channels: the set.
         order: [size].
         before: the fraction of their scores that N:M prunes in the old order.
         after: the same in the new order.
@@ -53,8 +52,6 @@ class Permutation:
     """Every set of channels with its order, and what stays as it is.
 
     Args:
-        pattern: N:M, as text.
-        permuted: the sets.
         left: the reason by name. An operator of which no set is an input is named without the numbers of its layer and
             expert.
     """
@@ -93,18 +90,8 @@ def find_permutation(
     something else stays in its own.
 
     Args:
-        model: the dense model.
         tokens: token ids [windows length].
-        pattern: N:M.
-        batch_size: windows at once.
-        seed: of what is drawn.
         progress: called with the number of sets; returns what is called with each.
-
-    Returns:
-        The order of each set.
-
-    Raises:
-        ModelError: its weights are offloaded.
     """
     if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")

@@ -32,14 +32,6 @@ def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> 
     """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
 
     A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
-
-    Args:
-        model: the model.
-        found: the new order.
-        folder: where to.
-
-    Raises:
-        OutputError: the disk is full or fails.
     """
     changed = {}
     if model.shards is None:

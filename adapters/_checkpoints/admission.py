@@ -20,12 +20,6 @@ def refuse_quantized(config: PretrainedConfig) -> None:
     """Refuse a quantized checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
 
     GGUF passes, because transformers turns its weights into ordinary floats while it reads them.
-
-    Args:
-        config: of the model.
-
-    Raises:
-        ModelError: the configuration names a quantization.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -41,14 +35,7 @@ def refuse_quantized(config: PretrainedConfig) -> None:
 
 
 def refuse_adapters(model: object) -> None:
-    """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs.
-
-    Args:
-        model: the model, or what was given in its place.
-
-    Raises:
-        ModelError: the model is wrapped by peft, or carries an adapter.
-    """
+    """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs."""
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
             if type(module).__module__.split(".")[0] == "peft":
@@ -59,14 +46,7 @@ def refuse_adapters(model: object) -> None:
 
 
 def refuse_inference_mode(model: nn.Module) -> None:
-    """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them.
-
-    Args:
-        model: the model.
-
-    Raises:
-        ModelError: inference mode is on, or was on when a parameter was made.
-    """
+    """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them."""
     made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
     if made or torch.is_inference_mode_enabled():
         what = f"{made[0]} was made inside torch.inference_mode()" if made else "torch.inference_mode() is on"
@@ -80,11 +60,7 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
     """Refuse a model that gives no logits of the next token where something needs them.
 
     Args:
-        model: the model.
         needs: by what needs them: what to do instead; empty if nothing can be done.
-
-    Raises:
-        ModelError: the model has no head, and something needs it.
     """
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
@@ -95,14 +71,7 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
 
 
 def refuse_unloaded(model: PreTrainedModel) -> None:
-    """Refuse weights that were never loaded. Those that accelerate has offloaded pass.
-
-    Args:
-        model: the model.
-
-    Raises:
-        ModelError: a parameter was never loaded.
-    """
+    """Refuse weights that were never loaded. Those that accelerate has offloaded pass."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and offloaded(module) is None:
@@ -113,15 +82,7 @@ def refuse_unloaded(model: PreTrainedModel) -> None:
 
 
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
-    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it.
-
-    Args:
-        module: whose parameters are checked.
-        prefix: before their names, in the error.
-
-    Raises:
-        ModelError: a parameter holds a value that is not finite; the message names it and counts them.
-    """
+    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it."""
     for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta and offloaded(part) is None:
@@ -135,14 +96,7 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
 
 
 def refuse_other_dtypes(layers: nn.ModuleList) -> None:
-    """Refuse linear maps whose weights are no floating-point numbers.
-
-    Args:
-        layers: the decoder layers.
-
-    Raises:
-        ModelError: a weight is of another type; the first is named.
-    """
+    """Refuse linear maps whose weights are no floating-point numbers."""
     for name, module in layers.named_modules():
         for parameter in [*fused_parameters(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
             dtype = module.get_parameter(parameter).dtype
@@ -158,9 +112,6 @@ def refuse_other_codes(codes: Mapping[str, str]) -> None:
 
     Args:
         codes: how each weight is stored, by its name, in the words of safetensors.
-
-    Raises:
-        ModelError: one is; the first is named.
     """
     accepted = [CODES[dtype] for dtype in WEIGHT_DTYPES]
     for name, code in codes.items():
@@ -175,10 +126,6 @@ def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
 
     Args:
         batch: token ids [batch tokens].
-        hidden: the hidden states that enter the first decoder layer.
-
-    Raises:
-        ModelError: the hidden states have another shape.
     """
     if hidden.shape[:-1] != batch.shape:
         raise ModelError(

@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 def result_name(name: str) -> str:
     """What a file of the base folder is called in the result: README.md is the result's own.
 
-    Args:
-        name: of the file.
-
     Returns:
         Its name; of a card one with "-base" more, so that those of several bases stand side by side.
     """
@@ -34,17 +31,7 @@ def result_name(name: str) -> str:
 
 
 def documents(folder: Path) -> list[Path]:
-    """The cards and the licence in a model folder.
-
-    Args:
-        folder: of the model.
-
-    Returns:
-        Their paths, in order.
-
-    Raises:
-        ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
-    """
+    """The cards and the licence in a model folder."""
     with reading(folder):
         found = [path for path in sorted(folder.iterdir()) if CARD.fullmatch(path.name) or LICENCE.match(path.name)]
         found = [path for path in found if path.is_file() and path.suffix != ".py"]
@@ -56,14 +43,8 @@ def documents(folder: Path) -> list[Path]:
 def said_of_base(folder: Path | None) -> dict[str, Any]:
     """What the base model's card says of its licence and language, and the names of the files that say more.
 
-    Args:
-        folder: of the base model.
-
     Returns:
         Metadata by its name on the hub, and "files": as they are named in the result. Empty without a folder.
-
-    Raises:
-        ModelError: one of the files is a link that leads out of the folder.
     """
     found = [] if folder is None else documents(folder)
     cards = sorted((path for path in found if CARD.fullmatch(path.name)), key=lambda path: len(path.name))

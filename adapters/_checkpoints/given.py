@@ -18,12 +18,7 @@ class OriginalState:
         self.layers: dict[str, dict[str, Tensor]] = {}
 
     def keep(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a layer, unless they are kept already.
-
-        Args:
-            name: of the layer.
-            state: its tensors by name.
-        """
+        """Copy the tensors of a layer, unless they are kept already."""
         if name not in self.layers:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 

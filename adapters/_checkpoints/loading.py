@@ -162,18 +162,7 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
 
 
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
-    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub.
-
-    Args:
-        source: of the model, as the caller gave it.
-        allow_pickle: whether weights may be pickles only.
-
-    Returns:
-        Arguments of `from_pretrained`.
-
-    Raises:
-        ModelError: there is no such folder, or something is wrong with it.
-    """
+    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub."""
     path = Path(source).expanduser()
     if str(source) == BUNDLED and not path.exists():
         path = EMBEDDED
@@ -191,16 +180,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     """A model read by transformers, its weights in memory of their own.
 
     Args:
-        source: what to call it in errors.
-        place: arguments of `from_pretrained`.
         dtype: of the weights; None is the checkpoint's own.
-        allow_pickle: whether weights may be pickles.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: the checkpoint cannot be read, is incomplete or quantized, or no model that only decodes text.
     """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantized(config)
@@ -245,11 +225,7 @@ def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
 def _stream(
     source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
 ) -> tuple[PreTrainedModel, Shards]:
-    """The model with its decoder layers left on the disk.
-
-    Raises:
-        NotStreamable: they cannot be.
-    """
+    """The model with its decoder layers left on the disk."""
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))

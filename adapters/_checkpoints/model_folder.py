@@ -27,15 +27,7 @@ class NotStreamable(Exception):
 
 
 def check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Name the file that is at fault in a folder, which transformers does not.
-
-    Args:
-        folder: of a model.
-        allow_pickle: whether weights may be pickles only.
-
-    Raises:
-        ModelError: there is no configuration, a pack, an adapter, only pickles, or what cannot be read or is no file.
-    """
+    """Name the file that is at fault in a folder, which transformers does not."""
     with reading(folder):
         paths = sorted(folder.iterdir())
         for path in paths:
@@ -67,14 +59,7 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def refuse_packed(folder: Path) -> None:
-    """Refuse a folder whose tensors are packed.
-
-    Args:
-        folder: of a model.
-
-    Raises:
-        ModelError: it is one.
-    """
+    """Refuse a folder whose tensors are packed."""
     if holds_pack(folder):
         raise ModelError(
             f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
@@ -82,16 +67,7 @@ def refuse_packed(folder: Path) -> None:
 
 
 def check_layers(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse, before modules are built, a configuration of more layers than the checkpoint can have.
-
-    Args:
-        folder: of the model.
-        config: of the model.
-
-    Raises:
-        ModelError: the configuration has more decoder layers than the checkpoint has tensors.
-        NotStreamable: the folder has no safetensors.
-    """
+    """Refuse, before modules are built, a configuration of more layers than the checkpoint can have."""
     asked = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     stored = sum(len(entries(path)[0]) for path in shard_files(folder))
     if asked > stored:
@@ -102,17 +78,7 @@ def check_layers(folder: Path, config: PretrainedConfig) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of the shards of a folder.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        What the JSON file holds.
-
-    Raises:
-        ModelError: the file is no such index, or names a file that is no safetensors file inside the folder.
-    """
+    """The index of the shards of a folder."""
     path = folder / INDEX
     with reading(path):
         text = path.read_bytes()
@@ -135,18 +101,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, as transformers chooses them.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        NotStreamable: the folder has no safetensors.
-        ModelError: the index is not right, or a shard that it names is missing.
-    """
+    """The shards of a folder, as transformers chooses them."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -159,18 +114,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def companions(folder: Path, with_code: bool) -> list[Path]:
-    """The files that are copied to the result: tokenizers and the like, the card, and code if it was trusted.
-
-    Args:
-        folder: of a model.
-        with_code: whether code was trusted.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        ModelError: one of them is a link that leads out of the folder, but for the blobs of the hub's cache.
-    """
+    """The files that are copied to the result: tokenizers and the like, the card, and code if it was trusted."""
     found = []
     with reading(folder):
         for path in sorted(folder.iterdir()):
@@ -194,30 +138,14 @@ def hub_answers() -> bool:
 
 
 def place_of(name: str) -> dict[str, Any]:
-    """Where transformers should look for a model; the hub is left alone where it does not answer.
-
-    Args:
-        name: a folder, or a name on the hub.
-
-    Returns:
-        Arguments of `from_pretrained`.
-    """
+    """Where transformers should look for a model; the hub is left alone where it does not answer."""
     return {"pretrained_model_name_or_path": name} | (
         {} if Path(name).exists() else {"local_files_only": not hub_answers()}
     )
 
 
 def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
-    """The folder of a model, downloaded if need be.
-
-    Args:
-        source: a folder, or a name on the hub.
-        revision: of a name on the hub.
-        local_files_only: do not ask the hub.
-
-    Returns:
-        The folder itself, or the local snapshot.
-    """
+    """The folder of a model, downloaded if need be."""
     if Path(source).is_dir():
         return Path(source)
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *DOCUMENTS]
@@ -227,17 +155,7 @@ def local_folder(source: str, revision: str, local_files_only: bool = False) -> 
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the first floating-point tensor, for a config that names none.
-
-    Args:
-        folder: of a model.
-
-    Returns:
-        The type.
-
-    Raises:
-        NotStreamable: no tensor is of a floating-point type.
-    """
+    """The type of the first floating-point tensor, for a config that names none."""
     found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
     dtype = next((d for d in found if d is not None and d.is_floating_point), None)
     if dtype is None:
@@ -246,14 +164,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def has_changed(path: Path) -> ModelError:
-    """The error for a file that is not what it was when a run began.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The error, to be raised.
-    """
+    """The error for a file that is not what it was when a run began."""
     return ModelError(
         f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
         "begin again in another folder."

@@ -36,15 +36,8 @@ class Origin(NamedTuple):
 def origin_of_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Origin:
     """The origin of a model in memory, as it is now.
 
-    Args:
-        model: the model.
-        tokenizer: its tokenizer, if it has one.
-
     Returns:
         Checksums, and no stamps.
-
-    Raises:
-        ModelError: the tokenizer cannot be saved, so that no result could hold it.
     """
     found = {name: checksum(tensor_of(model, name)) for name in model.state_dict()}
     found["configuration"] = _of_settings(model.config)

@@ -57,10 +57,6 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
 def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model's folder, .gguf file or name on the hub.
 
-    Args:
-        source: what to call it in errors.
-        place: arguments of `from_pretrained`.
-
     Returns:
         The tokenizer; None of a folder that has none.
     """
@@ -71,19 +67,7 @@ def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBas
 
 
 def ask(source: str, read: Callable[[], Any]) -> Any:
-    """Call a function of transformers, and make its many kinds of failure one.
-
-    Args:
-        source: what is read, for errors.
-        read: the function.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        ModelError: the function raises any other error.
-        DependencyError: a package is missing.
-    """
+    """Call a function of transformers, and make its many kinds of failure one."""
     try:
         return read()
     except (ConvexpruneError, NotStreamable, MemoryError):
@@ -106,18 +90,7 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
 
 
 def model_class(source: str, config: PretrainedConfig) -> Any:
-    """The class of transformers that reads a language model with this configuration, wrapped or not.
-
-    Args:
-        source: what to call the model in errors.
-        config: of the model.
-
-    Returns:
-        The class.
-
-    Raises:
-        ModelError: the configuration is of no model that only decodes text.
-    """
+    """The class of transformers that reads a language model with this configuration, wrapped or not."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:

@@ -72,13 +72,7 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
     """Write a model as a folder that is there whole or not at all.
 
     Args:
-        model: the model.
-        folder: where to; empty, or not there.
         changed: tensors that differ from the model's, by their names in it; only of a model that streams.
-        notes: JSON files to write beside it, by name.
-
-    Raises:
-        OutputError: the disk is full or fails.
     """
     with atomic_folder(folder) as whole:
         if model.shards is None:
@@ -133,16 +127,7 @@ def save_from_store(
 def pruned_entries(
     model: HuggingFaceModel, store: FolderStore, narrowed: AbstractReduced | None = None
 ) -> dict[str, Entry]:
-    """Where the tensors of finished layers are, by their names in the model.
-
-    Args:
-        model: the model, which streams.
-        store: with all layers finished.
-        narrowed: what of it to leave out.
-
-    Returns:
-        The entries.
-    """
+    """Where the tensors of finished layers are, by their names in the model."""
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     return found if narrowed is None else narrowed.entries(found)

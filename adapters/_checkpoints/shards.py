@@ -38,15 +38,8 @@ class Shards:
     """The safetensors shards of a folder, and a model whose parameters on the meta device they fill when asked.
 
     Args:
-        folder: of the checkpoint.
-        model: the model.
-        device: where to compute.
         inside: the path of its decoder layers.
         trusted: whether code that comes with the checkpoint is copied to the result.
-
-    Raises:
-        NotStreamable: the tensors of the folder are not, one by one and as they are, those of the model.
-        ModelError: a shard is damaged, or a file that would be copied is a link that leads out of the folder.
     """
 
     def __init__(
@@ -74,9 +67,6 @@ class Shards:
 
         Returns:
             Checksums and stamps.
-
-        Raises:
-            ModelError: a weight is NaN or infinite, or a file has changed since it was opened.
         """
         found = {CONFIG: str(sha256(self.folder / CONFIG))}
         found |= {self._name(path): scanned(path, self._weights) for path in self.files}
@@ -85,14 +75,7 @@ class Shards:
         return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
 
     def require_same(self, origin: Origin) -> None:
-        """Check that these are the files that another process has opened; only those with other stamps are read.
-
-        Args:
-            origin: of the other process.
-
-        Raises:
-            ModelError: a file differs.
-        """
+        """Check that these are the files that another process has opened; only those with other stamps are read."""
         for path, stamp in self._stamps.items():
             name = self._name(path)
             if stamp != origin.stamps.get(name) and sha256(path) != origin.checksums.get(name):
@@ -104,9 +87,6 @@ class Shards:
 
         Args:
             paths: of the files; None is all.
-
-        Raises:
-            ModelError: a file has changed.
         """
         for path in self._stamps if paths is None else paths:
             if Stamp.of(path) != self._stamps[path]:
@@ -114,14 +94,7 @@ class Shards:
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """Inside, the weights of a layer are in memory, as they are in the shards.
-
-        Args:
-            layer: the layer.
-
-        Raises:
-            ModelError: a weight is not finite or cannot be read, or its file has changed since it was opened.
-        """
+        """Inside, the weights of a layer are in memory, as they are in the shards."""
         away = layer.module.state_dict()
         here = {name: self._read(f"{layer.name}.{name}", tensor) for name, tensor in away.items()}
         self.require_unchanged({self._stored[self._names[f"{layer.name}.{name}"]].path for name in away})
@@ -135,9 +108,6 @@ class Shards:
 
     def entry(self, name: str) -> Entry | None:
         """Where a tensor of the model is stored.
-
-        Args:
-            name: in the model.
 
         Returns:
             The entry; None if it is not stored, but tied to one that is.
@@ -157,14 +127,8 @@ class Shards:
         All other tensors are copied, in the dtype of the model.
 
         Args:
-            target: the folder.
-            pruned: the tensors that replace others, by their names in the model.
             configured: what config.json says of the result, by what it says of the model.
             renamed: the names of tensors in the result, by those in the model.
-
-        Raises:
-            OutputError: the disk is full or fails.
-            ModelError: a file of the checkpoint has changed since it was opened.
         """
         self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
@@ -186,12 +150,7 @@ class Shards:
         """Check that `assemble` has written what it should, bit for bit.
 
         Args:
-            folder: where it wrote.
-            pruned: the tensors that replaced others, by their names in the model.
             renamed: the names of tensors in the result, by those in the model.
-
-        Raises:
-            ModelError: a tensor is missing, too many, or not as it should be.
         """
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
@@ -247,17 +206,7 @@ class Shards:
         return path.relative_to(self.folder).as_posix()
 
     def written_to(self, folder: Path) -> "Shards":
-        """The same tensors as `assemble` has written them.
-
-        Args:
-            folder: where it wrote them.
-
-        Returns:
-            The shards there.
-
-        Raises:
-            ModelError: a tensor is missing, is not of the source, or has another shape or type.
-        """
+        """The same tensors as `assemble` has written them."""
         other = copy(self)
         other.folder, other.files, other._stored = folder, shard_files(folder), {}
         other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}

@@ -38,17 +38,6 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
     """The stored name of every tensor of the model but those that are tied to another.
 
     Checkpoints of the model without its head lack the prefix that its tensors have with it.
-
-    Args:
-        model: the model.
-        stored: the tensors of the checkpoint, by name.
-        inside: the path of the decoder layers in the model.
-
-    Returns:
-        The stored names by the names in the model.
-
-    Raises:
-        NotStreamable: the tensors of the checkpoint are not, one by one and as they are, those of the model.
     """
     prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -71,19 +60,7 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
 
 
 def stored_as(stored: str, name: str, new: str) -> str:
-    """The stored name of a tensor in another model where its layer has another number.
-
-    Args:
-        stored: the stored name in the model.
-        name: its name in the model.
-        new: its name in the other one.
-
-    Returns:
-        The stored name in the other one.
-
-    Raises:
-        ModelError: the number is not in the stored name, or more than once.
-    """
+    """The stored name of a tensor in another model where its layer has another number."""
     parts = zip(name.split("."), new.split("."), strict=True)
     (at,) = [number for number, (old, now) in enumerate(parts) if old != now]
     (before, old), now = name.split(".")[at - 1 : at + 1], new.split(".")[at]

@@ -33,16 +33,6 @@ def require_written(
     """Check that the pruned model is in a folder: names, shapes, dtypes, and the zeros that the reports count.
 
     Of a smaller model, whose zeros are gone, every tensor is compared bit for bit.
-
-    Args:
-        model: the pruned model.
-        folder: where it was written.
-        reports: one for each operator.
-        store: with all layers finished; for a model that is smaller.
-        narrowed: what was left out.
-
-    Raises:
-        OutputError: what was written is not the pruned model.
     """
     try:
         if narrowed is not None:
@@ -74,15 +64,7 @@ def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore,
 
 
 def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
-    """The operators whose zeros are not as many as their reports say.
-
-    Args:
-        model: the pruned model.
-        reports: one for each operator.
-
-    Returns:
-        What is wrong, by the names of these operators.
-    """
+    """The operators whose zeros are not as many as their reports say."""
     said, wrong = {report.name: report.zeros for report in reports}, dict[str, str]()
 
     def count(context: LayerContext) -> None:
@@ -99,9 +81,6 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
     """Each tensor in the folder as it is in memory; of those that are stored under other names, all together.
 
     transformers may take fused experts apart when it saves them. Tied tensors are stored once.
-
-    Raises:
-        ModelError: a tensor is missing, or differs from that in memory.
     """
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()

@@ -14,12 +14,9 @@ class Corpus:
     """Files of a data set on the hub, fixed by a commit so that a run can be repeated.
 
     Args:
-        repository: on the hub.
         revision: the commit, or a branch where there is only that.
         calibration: path of the file to calibrate on.
         evaluation: path of the file to evaluate on.
-        column: that holds the text.
-        separator: between texts.
         rows: how many texts each file must have, where the revision is only a branch.
     """
 
@@ -73,15 +70,7 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
     Args:
         name: a key of `CORPORA`, or the name of any data set ("organisation/name"), of which the first column of text
             is read.
-        split: "calibration" or "evaluation".
         characters: about how many; None is all.
-
-    Returns:
-        The text.
-
-    Raises:
-        DependencyError: the package `datasets` is missing.
-        CalibrationError: the data set cannot be reached or read, or holds no text.
     """
     datasets = datasets_package()
     corpus = CORPORA.get(name)
@@ -109,14 +98,7 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
 
 
 def datasets_package() -> Any:
-    """The package that reads data sets of the hub.
-
-    Returns:
-        The module `datasets`.
-
-    Raises:
-        DependencyError: the package is missing.
-    """
+    """The package that reads data sets of the hub."""
     try:
         import datasets
     except ImportError as cause:

@@ -34,13 +34,8 @@ def likelihoods(
     Logits of a few positions at a time are in memory, and the dense model's probabilities are computed once, for all.
 
     Args:
-        model: that makes logits of hidden states.
         batches: token ids [batch tokens] of the windows.
         dense: the final hidden states [batch tokens hidden] of the dense model, for each batch.
-        others: those of other networks, by name.
-
-    Returns:
-        The likelihoods by name; that of the dense model is "dense".
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
     for i, batch in enumerate(batches):
@@ -73,7 +68,6 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
 
     Args:
         dense: its logits [... vocabulary].
-        other: the logits of the other model.
 
     Returns:
         sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats.

@@ -19,7 +19,6 @@ def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
     """The positions that predict a token, all but the last, in pieces as large as logits are computed at once.
 
     Args:
-        model: the model.
         ids: token ids [windows window].
 
     Returns:
@@ -36,7 +35,6 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
     """The logits of a batch at some positions.
 
     Args:
-        model: the model.
         ids: token ids [windows window].
         positions: which are wanted; None is all.
 
@@ -55,7 +53,6 @@ def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
     Its output is replayed for the others. If it gave none of all positions, the model runs again, for all others.
 
     Args:
-        model: the model.
         ids: token ids [windows window].
 
     Yields:

@@ -22,15 +22,11 @@ def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> 
     """Token ids that come as rows.
 
     Args:
-        dataset: of rows or batches of rows.
         limit: the most rows that are read, because a loader may have no end; None is all.
         length: the tokens of each row; None is any, but all the same.
 
     Returns:
         Token ids [windows length].
-
-    Raises:
-        CalibrationError: there are no rows, they have other lengths or padding, or are no token ids.
     """
     rows: list[Tensor] = []
     for item in dataset:
@@ -69,14 +65,7 @@ def _ids(item: Any) -> Tensor:
 
 
 def ids_as_tensor(ids: Any) -> Any:
-    """Token ids of NumPy or in a list as a tensor.
-
-    Args:
-        ids: as the caller gave them.
-
-    Returns:
-        A tensor; anything that is neither stays as it is.
-    """
+    """Token ids of NumPy or in a list as a tensor."""
     if not hasattr(ids, "__array__") and not (isinstance(ids, list) and ids and isinstance(ids[0], int | list)):
         return ids
     try:

@@ -27,18 +27,8 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
     which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share random
     numbers, whatever their seeds.
 
-    Args:
-        model: the model.
-        num_samples: how many windows.
-        length: tokens of a window.
-        seed: of the random numbers.
-        split: what the windows are for.
-
     Returns:
         Token ids [num_samples length], int64, on the CPU.
-
-    Raises:
-        CalibrationError: `length` leaves nothing to sample.
     """
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")

@@ -18,9 +18,6 @@ def refuse_uninformative(windows: Tensor) -> None:
 
     Args:
         windows: token ids [windows length].
-
-    Raises:
-        CalibrationError: the windows hold fewer than 8 different runs of tokens, over and over.
     """
     different, runs = _runs(windows)
     tokens = windows.unique().numel()
@@ -37,7 +34,6 @@ def shortage(windows: Tensor, widest: int) -> str | None:
 
     Args:
         windows: token ids [windows length].
-        widest: the most inputs of an operator.
 
     Returns:
         The warning; None if there are enough.

@@ -22,14 +22,7 @@ def is_file(text: str) -> bool:
 
 
 def check_text(path: Path) -> None:
-    """Refuse, before any work, a file that `read_text` cannot read.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        CalibrationError: the file is missing, is of another kind, or cannot be opened.
-    """
+    """Refuse, before any work, a file that `read_text` cannot read."""
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
         raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}. Give such a file.")
@@ -40,17 +33,7 @@ def check_text(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A .txt file as it stands; of a .jsonl file, the field "text" of every line.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The text.
-
-    Raises:
-        CalibrationError: the file is missing, is not UTF-8, is of another kind, or a line has no text.
-    """
+    """A .txt file as it stands; of a .jsonl file, the field "text" of every line."""
     check_text(path)
     try:
         content = path.expanduser().read_text(encoding="utf-8")

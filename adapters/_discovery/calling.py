@@ -18,10 +18,6 @@ class _Reached(Exception):
 def entering(layer: DecoderLayer, forward: Callable[[], None]) -> Tensor:
     """The hidden states that enter a layer.
 
-    Args:
-        layer: the layer.
-        forward: a forward pass of the model, which ends there.
-
     Returns:
         [batch tokens hidden].
     """
@@ -43,7 +39,6 @@ class CallRecorder:
     are not needed.
 
     Args:
-        model: its name, for errors.
         layers: the decoder layers, of which the first is in memory.
     """
 
@@ -54,18 +49,7 @@ class CallRecorder:
         self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
     def record(self, forward: Callable[[], None]) -> list[Call]:
-        """The call of each layer.
-
-        Args:
-            forward: a forward pass of the model.
-
-        Returns:
-            One call for each layer.
-
-        Raises:
-            ModelError: a layer gets other hidden states than the one before it has returned, or not every layer is
-                called once.
-        """
+        """The call of each layer."""
         first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
         with first, standing_in(self._layers[1:], self._hand_on):
             forward()
@@ -98,12 +82,7 @@ class CallRecorder:
 
 @contextmanager
 def standing_in(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the layers compute something else.
-
-    Args:
-        layers: the layers.
-        forward: what they compute in place of their own.
-    """
+    """Inside, the layers compute something else."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(computing(layer.module, forward))

@@ -28,12 +28,7 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
     3.  With the outputs of a group changed, whose inputs change? The groups of one expert family are tried as one.
 
     Args:
-        layer: with its weights in memory.
-        call: how the model calls it.
         hidden: what enters it [batch tokens n].
-
-    Returns:
-        The layout.
     """
     seen = watch(layer, call, hidden)
 
@@ -50,13 +45,7 @@ def lay_out(
     """The layout of a layer, from what one forward pass called.
 
     Args:
-        layer: the layer.
-        seen: what the pass called.
-        tokens: how many were sent through.
         moved_by: for an expert family: a function that says whether the inputs of a group depend on its outputs.
-
-    Returns:
-        The layout.
     """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}

@@ -48,7 +48,6 @@ class FusedExperts:
         """Call `hook` with the products in this context.
 
         Args:
-            hook: what to call.
             expert: the expert whose products are meant; None is for all.
         """
         with ExitStack() as cleaning:

@@ -44,16 +44,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
     It is the list of modules with linear maps that is not inside another such list, belongs to what transformers
     calls the decoder, and is as long as the configuration says.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The path to the list, and the list.
-
-    Raises:
-        ModelError: there is no such list, or more than one, or a module is in it twice; or the model is an encoder or
-            has one beside its decoder.
     """
     _refuse_encoders(model)
     decoder = model.get_decoder()
@@ -103,14 +93,7 @@ def _holds_operators(layers: nn.ModuleList) -> bool:
 
 
 def positions(config: PretrainedConfig) -> int:
-    """The most tokens that a model with this configuration can see at once.
-
-    Args:
-        config: of the model.
-
-    Returns:
-        The number; `NO_LIMIT` if it names none.
-    """
+    """The most tokens that a model with this configuration can see at once."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
     limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
@@ -118,14 +101,7 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """The channels that an attention head makes; of a model without heads, those of the hidden states.
-
-    Args:
-        config: of the model.
-
-    Returns:
-        The number.
-    """
+    """The channels that an attention head makes; of a model without heads, those of the hidden states."""
     text = config.get_text_config()
     named = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
     heads = getattr(text, "num_attention_heads", 1)

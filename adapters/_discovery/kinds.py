@@ -21,7 +21,6 @@ def of_each_kind(model: "HuggingFaceModel", find: Callable[[DecoderLayer, Call, 
     """Find something out of every decoder layer; of layers that are built the same, out of the first of them.
 
     Args:
-        model: the model.
         find: called with a layer that is in memory, how it is called, and a few hidden states [1 tokens n].
 
     Returns:

@@ -13,12 +13,7 @@ from .operators import ParameterOperator, Place
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Where the operators of a group are.
-
-    Args:
-        places: in the order of execution.
-        token_aligned: as in `Group`.
-    """
+    """Where the operators of a group are."""
 
     places: tuple[Place, ...]
     token_aligned: bool
@@ -33,7 +28,6 @@ class Layout:
     """What one sort of decoder layer consists of; all layers that are built the same share it.
 
     Args:
-        stages: the groups of each stage.
         left_alone: the reason for each matrix that is no operator.
     """
 
@@ -46,16 +40,7 @@ class Layout:
         return [place for stage in self.stages for spec in stage for place in spec.places]
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
-        """A decoder layer with some of its operators.
-
-        Args:
-            name: its path in the model.
-            module: of the layer.
-            wanted: whether an operator at a place is wanted.
-
-        Returns:
-            The layer.
-        """
+        """A decoder layer with some of its operators."""
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
         def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
@@ -73,27 +58,12 @@ class Layout:
 
 
 def signature(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that are built the same: their class and the names and shapes of their parameters.
-
-    Args:
-        layer: the layer.
-
-    Returns:
-        The class, then a name and a shape for each parameter.
-    """
+    """Equal for layers that are built the same: their class and the names and shapes of their parameters."""
     return type(layer), *((name, tuple(p.shape)) for name, p in layer.named_parameters())
 
 
 def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
-    """The name of a place without the numbers of equal modules in a list, and these numbers.
-
-    Args:
-        layer: the layer.
-        place: in the layer.
-
-    Returns:
-        The name, with * for each number, and the numbers.
-    """
+    """The name of a place without the numbers of equal modules in a list, and these numbers."""
     parts, numbers, module = [], [], layer
     for part in place.module.split("."):
         alike = isinstance(module, nn.ModuleList) and len({signature(child) for child in module}) == 1

@@ -16,15 +16,7 @@ GIB = 1 << 30
 
 
 def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
-    """What the cost of a run depends on.
-
-    Args:
-        recipe: of the run.
-        outline: of its model.
-
-    Returns:
-        The numbers.
-    """
+    """What the cost of a run depends on."""
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
     return sizes.Setting(
@@ -42,31 +34,13 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
 
 
 def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
-    """What a run needs of the device's memory by its formula.
-
-    Args:
-        source: as `inspect` takes it.
-        recipe: of the run.
-        trust_remote_code: let transformers run code that the checkpoint brings.
-
-    Returns:
-        Bytes.
-    """
+    """What a run needs of the device's memory by its formula."""
     outline = read_outline(source, recipe, trust_remote_code)
     return cost.memory(outline.size, setting_of(recipe, outline)).device
 
 
 def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
-    """What a run needs of the device's memory by its formula, and settings that need less.
-
-    Args:
-        source: as `inspect` takes it.
-        recipe: of the run.
-        trust_remote_code: let transformers run code that the checkpoint brings.
-
-    Returns:
-        A sentence or two, for an error.
-    """
+    """What a run needs of the device's memory by its formula, and settings that need less."""
     outline = read_outline(source, recipe, trust_remote_code)
     setting = setting_of(recipe, outline)
     needed = cost.memory(outline.size, setting).device
@@ -80,18 +54,7 @@ def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool 
 def estimate(
     device: str, outline: Outline, setting: sizes.Setting, work: cost.Operations, recipe: Recipe
 ) -> tuple[dict[str, float], list[str]]:
-    """Seconds of each phase, by rates that are measured now, and on a GPU a note on what binds.
-
-    Args:
-        device: where it is to run.
-        outline: of the model.
-        setting: of the run.
-        work: its operations.
-        recipe: of the run.
-
-    Returns:
-        Seconds by phase, and the notes.
-    """
+    """Seconds of each phase, by rates that are measured now, and on a GPU a note on what binds."""
     if device == "cpu":
         return seconds(work, measured_speed(device, outline.dtype), setting.method), []
     card = measured_card(device, outline.dtype)
@@ -102,12 +65,5 @@ def estimate(
 
 
 def gib(size: float) -> str:
-    """Bytes for a reader.
-
-    Args:
-        size: the number.
-
-    Returns:
-        A text.
-    """
+    """Bytes for a reader."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"

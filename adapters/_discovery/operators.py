@@ -47,7 +47,6 @@ class ParameterOperator(AbstractOperator):
 
     Args:
         module: the submodule that holds its weight.
-        place: where in the layer.
     """
 
     module: nn.Module
@@ -68,11 +67,7 @@ class ParameterOperator(AbstractOperator):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """See `AbstractOperator.write`.
-
-        Raises:
-            ModelError: the weight is not in memory, and what was written to where it is kept cannot be read back.
-        """
+        """See `AbstractOperator.write`."""
         whole = held(self.module, self.place.parameter)
         view = self._view(whole)
         view.copy_(weight)
@@ -89,15 +84,7 @@ class ParameterOperator(AbstractOperator):
 
 
 def held(module: nn.Module, name: str) -> Tensor:
-    """The values of a parameter or buffer, from where accelerate keeps them if they are offloaded.
-
-    Args:
-        module: that has it.
-        name: its name in the module.
-
-    Returns:
-        The tensor, detached.
-    """
+    """The values of a parameter or buffer, from where accelerate keeps them if they are offloaded."""
     kept = offloaded(module)
     if kept is not None and name in kept:
         return kept[name]  # a forward pass that was ended early leaves a copy behind, which is not to be used
@@ -105,28 +92,14 @@ def held(module: nn.Module, name: str) -> Tensor:
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """What `held` gives for a tensor of a model, or of any module.
-
-    Args:
-        model: the model.
-        name: of a parameter or buffer, from the model.
-
-    Returns:
-        The tensor, detached.
-    """
+    """What `held` gives for a tensor of a model, or of any module."""
     path, _, last = name.rpartition(".")
     return held(model.get_submodule(path), last)
 
 
 @torch.no_grad()
 def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter or buffer other values, in memory or where accelerate keeps it.
-
-    Args:
-        module: that has it.
-        name: its name in the module.
-        value: the values.
-    """
+    """Give a parameter or buffer other values, in memory or where accelerate keeps it."""
     kept = offloaded(module)
     if kept is not None and name in kept:
         _hand_back(module, name, value)
@@ -146,9 +119,6 @@ def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
 
 def computes_on(module: nn.Module) -> torch.device | None:
     """Where accelerate brings the weights of a module, and what it is called with.
-
-    Args:
-        module: the module.
 
     Returns:
         The device; None if accelerate does neither.

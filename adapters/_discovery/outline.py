@@ -28,11 +28,8 @@ class Outline:
     """What is known of a model without its weights.
 
     Args:
-        name: of the model.
         layers: its decoder layers, with their operators.
         left_alone: by the name of each matrix that is not pruned: the reason.
-        size: of the model.
-        dtype: of its weights.
         positions: the most tokens that it can see.
         notes: what could not be known, and what follows from it.
     """
@@ -47,19 +44,7 @@ class Outline:
 
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
-    """The outline of a model from its configuration, by the discovery of a run on random weights.
-
-    Args:
-        source: a folder, a hub name or a config.json.
-        recipe: of the run.
-        trust_remote_code: let transformers run code that the checkpoint brings.
-
-    Returns:
-        The outline.
-
-    Raises:
-        ModelError: the configuration is missing, of no known model, or of one that is not pruned.
-    """
+    """The outline of a model from its configuration, by the discovery of a run on random weights."""
     config = _config(source, trust_remote_code)
     refuse_quantized(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}

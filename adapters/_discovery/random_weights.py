@@ -27,7 +27,6 @@ class RandomModel(HuggingFaceModel):
 
     Args:
         model: Its parameters are on the meta device, its buffers are not.
-        options: What `HuggingFaceModel` takes.
     """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:

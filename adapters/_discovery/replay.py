@@ -23,14 +23,7 @@ TOLERANCE = 1e-3
 
 
 def refuse_other_replays(model: "HuggingFaceModel") -> None:
-    """Refuse a model that is not its decoder layers. Of one that streams, the calls alone have to be the same.
-
-    Args:
-        model: the model.
-
-    Raises:
-        ModelError: its hidden states are not one vector a token, or its layers do not give its own outputs.
-    """
+    """Refuse a model that is not its decoder layers. Of one that streams, the calls alone have to be the same."""
     batch = model.probe_tokens()
     refuse_other_shapes(batch, model.first_inputs(batch))
     if model.streams:
@@ -47,14 +40,7 @@ def refuse_other_replays(model: "HuggingFaceModel") -> None:
 
 @torch.no_grad()
 def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
-    """Refuse a model whose first layer gives a token something else if the last one differs, as in an encoder.
-
-    Args:
-        model: the model.
-
-    Raises:
-        ModelError: the model is an encoder.
-    """
+    """Refuse a model whose first layer gives a token something else if the last one differs, as in an encoder."""
     batch, layer = model.probe_tokens(), model.layers[0]
     other = torch.cat([batch[:, :-1], batch[:, :1]], dim=1)
     call = model.calls(batch)[0]
@@ -76,11 +62,7 @@ def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
     what they are called with depends on the shape of a batch only.
 
     Args:
-        model: the model.
         batch: token ids [batch tokens].
-
-    Returns:
-        |replayed - own| / |own| of the last layer's outputs.
     """
     own: list[Tensor] = []
 

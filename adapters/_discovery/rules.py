@@ -13,20 +13,7 @@ from .selection import matcher
 
 
 def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[DecoderLayer]) -> LayerSettings:
-    """The settings of a run in which the rules of its recipe hold.
-
-    Args:
-        settings: those of operators without a rule.
-        recipe: that has the rules.
-        layers: of the model.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ModelError: a target of a rule matches no operator that is pruned.
-        RecipeError: a rule is never used, or a regular expression is not valid.
-    """
+    """The settings of a run in which the rules of its recipe hold."""
     found, built = rule_of(recipe.rules, layers), recipe.build_rules()
     return replace(
         settings,
@@ -39,16 +26,8 @@ def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[Decoder
 def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[str, int]:
     """The number of the rule of each operator that has one: of those that match, the first.
 
-    Args:
-        rules: of a recipe.
-        layers: of the model.
-
     Returns:
         Numbers from 0 by "layer.operator".
-
-    Raises:
-        ModelError: a target of a rule matches no operator that is pruned.
-        RecipeError: a rule is never used, because those before it match all that it does.
     """
     names = {f"{layer.name}.{o.name}": tuple(_names(layer.name, o.name)) for layer in layers for o in layer.operators}
     found: dict[str, int] = {}
@@ -65,11 +44,7 @@ def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[st
 
 
 def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The operators that a target names.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """The operators that a target names."""
     matches = matcher(target)
     if matched := [whole for whole, aliases in names.items() if any(map(matches, aliases))]:
         return matched

@@ -33,20 +33,6 @@ def left_alone(
     A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or
     only its last part ("q_proj"; "down_proj" also for each of the experts "mlp.experts.down_proj.0" and so on); a
     class ("Linear" is every linear map); or "re:" and a regular expression that matches the beginning of one of these.
-
-    Args:
-        model: the model.
-        layouts: of its decoder layers, by name.
-        targets: patterns of the operators to prune.
-        ignore: patterns of those to leave.
-        because: the reason for what is no target.
-
-    Returns:
-        The reasons by name.
-
-    Raises:
-        ModelError: a pattern matches no linear map, or no operator is left to prune.
-        RecipeError: a regular expression is not valid.
     """
     shared = ties(model)
     names: dict[str, tuple[str, ...]] = {}
@@ -89,10 +75,6 @@ def left_alone(
 def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
     """A warning about operators of decoder layers that are left because they share their weights.
 
-    Args:
-        left: names and reasons of matrices that are not pruned.
-        layers: the decoder layers.
-
     Returns:
         The warning; None if there is no such operator.
     """
@@ -109,11 +91,6 @@ def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLaye
 
 def unknown_maps(left: Iterable[tuple[str, str]], model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> str | None:
     """A warning about matrices that are left because what is done with them is not known, if they are no small share.
-
-    Args:
-        left: names and reasons of matrices that are not pruned.
-        model: the model.
-        layers: its decoder layers.
 
     Returns:
         The warning; None if they are few.
@@ -137,12 +114,6 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
     By memory and not by name, because families differ in what they tie. Overlap is what counts: parameters that are
     separate pieces of one storage are not tied. What is not in memory shares only itself.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The partners by name.
     """
     spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
     partners: dict[str, str] = {}
@@ -188,12 +159,6 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
     Args:
         pattern: a name, or "re:" and a regular expression that matches the beginning of a name.
-
-    Returns:
-        The test.
-
-    Raises:
-        RecipeError: the regular expression is not valid or too large; or, when the test is used, it takes too long.
     """
     if not pattern.startswith("re:"):
         return pattern.__eq__

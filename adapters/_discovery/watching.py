@@ -22,7 +22,6 @@ class Seen:
     """What a forward pass called, in order.
 
     Args:
-        inputs: of each place.
         tensors: which tensor that was, for each place.
         times: how often each place was called.
         other: places that gave something else than W x + b.
@@ -37,7 +36,6 @@ class Seen:
         """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory.
 
         Args:
-            place: that was called.
             x: its inputs [... n].
         """
         if x.numel():  # an expert that is called without a token is not called
@@ -50,13 +48,7 @@ def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place
     """One forward pass of a layer, observed.
 
     Args:
-        layer: with its weights in memory.
-        call: how the model calls it.
         hidden: what enters it [batch tokens n].
-        changed: the places whose outputs are replaced by others.
-
-    Returns:
-        What the pass called.
     """
     seen = Seen()
     with ExitStack() as hooks:
@@ -108,13 +100,5 @@ def _other(output: Tensor) -> Tensor:
 
 
 def place_of(path: str, module: nn.Module) -> Place:
-    """The place of a module that is one linear map.
-
-    Args:
-        path: of the module in the layer.
-        module: the module.
-
-    Returns:
-        The place.
-    """
+    """The place of a module that is one linear map."""
     return Place(path, transposed=not isinstance(module, nn.Linear))

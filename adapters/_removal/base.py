@@ -55,9 +55,6 @@ class AbstractReduced(ABC):
     def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
         """Modules of a dense model for which zeros are not the same as nothing.
 
-        Args:
-            model: the dense model.
-
         Returns:
             By the name of the module a forward pass, which computes as the smaller model if what is removed is zero.
         """
@@ -71,10 +68,6 @@ class AbstractReduced(ABC):
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of what is left of a parameter.
 
-        Args:
-            name: in the model.
-            shape: the whole.
-
         Returns:
             The smaller shape; None if nothing is left.
         """
@@ -83,15 +76,7 @@ class AbstractReduced(ABC):
         return self.cuts[name].shape(shape) if name in self.cuts else shape
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings are those of the smaller model.
-
-        Args:
-            model: the dense model.
-            settings: as they are in a config.json.
-
-        Raises:
-            ModelError: a model of them has other parameters.
-        """
+        """Check that settings are those of the smaller model."""
         whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
         require_shapes(model.model, settings, {n: s for n, s in named if n is not None and s is not None})
@@ -103,15 +88,7 @@ class AbstractReduced(ABC):
         return {new: cuts[n].of(whole[n]) if n in cuts else whole[n] for n, new in named.items() if new is not None}
 
     def emptied(self, layer: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a decoder layer has in place of what is removed of it: zeros.
-
-        Args:
-            layer: its name.
-            parameters: of the layer, by their names in it.
-
-        Returns:
-            Those that change.
-        """
+        """What a decoder layer has in place of what is removed of it: zeros."""
         changed, cuts = dict[str, Tensor](), self.cuts
         for name, tensor in parameters.items():
             if self.renamed(whole := f"{layer}.{name}") is None:
@@ -125,7 +102,6 @@ class AbstractReduced(ABC):
         """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
 
         Args:
-            narrower: a model that was written so.
             dense: the model that it was made of; both are whole in memory.
         """
         cuts, small = self.cuts, narrower.model.state_dict()
@@ -194,40 +170,14 @@ class AbstractRemoval(ABC):
         """Decide what is removed.
 
         Args:
-            score: see `Score`.
-            model: the dense model.
             windows: token ids [samples length] to judge by.
-            record: makes a place to keep hidden states in.
-
-        Returns:
-            See `AbstractReduced.removed`.
         """
         raise NotImplementedError("the pruned weights say what is removed")
 
     def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:
-        """The model without what the pruned weights make no use of.
-
-        Args:
-            read: gives a pruned weight by its name in the model.
-
-        Returns:
-            What is removed, and what is left.
-
-        Raises:
-            ModelError: too much is used.
-        """
+        """The model without what the pruned weights make no use of."""
         raise NotImplementedError("what is removed was decided before")
 
     @abstractmethod
     def without(self, removed: Any) -> AbstractReduced:
-        """The model without some of it.
-
-        Args:
-            removed: as `AbstractReduced.removed` says it.
-
-        Returns:
-            What is removed, and what is left.
-
-        Raises:
-            ModelError: it is not as much as it should be, or there is no such thing.
-        """
+        """The model without some of it."""

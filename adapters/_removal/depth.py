@@ -27,17 +27,10 @@ def layers_to_remove(
     """The numbers of the layers to remove.
 
     Args:
-        model: the dense model.
         windows: token ids [samples length] to judge by.
         score: "divergence": layer by layer, the one without which the predictions are nearest to the dense ones is
             removed, given those before; all are tried at first, and then the better half of those tried before.
             "influence": those with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
-        allowed: the numbers of those that can go.
-        count: how many are to go.
-        record: makes a place to keep hidden states in.
-
-    Returns:
-        As many numbers, in the order in which they were chosen.
     """
     if score == "influence":
         found = influences(model, windows, record)
@@ -58,9 +51,7 @@ def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list
     """How far each layer turns the hidden states: 1 - mean cos(h, h').
 
     Args:
-        model: the dense model.
         windows: token ids [samples length].
-        record: makes a place to keep hidden states in.
 
     Returns:
         The block influence of each layer.
@@ -89,12 +80,8 @@ def divergences(
     """How far the predictions without some layers and one more are from the dense ones; one walk for all of them.
 
     Args:
-        model: the dense model.
         windows: token ids [samples length].
         dense: the hidden states [1 length hidden] after the last layer of the dense model, for each window.
-        gone: the numbers of layers that are removed already.
-        tried: those of one more.
-        record: makes a place to keep hidden states in.
 
     Returns:
         By the number of the layer the mean over the tokens of KL(dense || without), in nats.

@@ -29,10 +29,7 @@ class Judged:
     """The block of a mixture, and what enters it.
 
     Args:
-        mixture: its experts.
-        block: in memory.
         small: the block of a model with as many experts as are to stay; see `Mixture.graft`.
-        inputs: the arguments of its calls.
     """
 
     def __init__(self, mixture: Mixture, block: nn.Module, small: nn.Module, inputs: Inputs) -> None:
@@ -41,9 +38,6 @@ class Judged:
 
     def error(self, gone: Collection[int]) -> float:
         """What the output changes by without some experts.
-
-        Args:
-            gone: their numbers, as many as `small` lacks.
 
         Returns:
             The summed square.
@@ -56,9 +50,6 @@ class Judged:
 
         What its output f, times the weight g of the router, adds to the block's is what the block loses if the weights
         of the expert are zero: the router, which does not read them, chooses the same.
-
-        Args:
-            number: of the expert.
 
         Returns:
             The score; 0 if no token is sent to it.
@@ -97,16 +88,10 @@ def experts_to_remove(
     """The numbers of the experts to remove of each mixture, each judged by what enters it in the dense model.
 
     Args:
-        model: the dense model.
         windows: token ids [samples length] to judge by.
         score: "reap": those with the lowest score of REAP. "output": from these on, experts that go and experts that
             stay are exchanged as long as the error of the block's output becomes smaller.
         mixtures: the experts of each layer that has some, and its block with as few as are to stay.
-        count: how many are to go of each.
-        record: makes a place to keep hidden states in.
-
-    Returns:
-        The numbers, by the name of the layer.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     here = {mixture.layer: (mixture, small) for mixture, small in mixtures}
@@ -129,16 +114,7 @@ def experts_to_remove(
 
 
 def chosen(judged: Judged, score: Score, count: int) -> list[int]:
-    """The numbers of the experts that a block does best without.
-
-    Args:
-        judged: the block.
-        score: see `experts_to_remove`.
-        count: how many.
-
-    Returns:
-        The numbers.
-    """
+    """The numbers of the experts that a block does best without."""
     scores = [judged.reap(number) for number in range(judged.mixture.size)]
     order = sorted(range(judged.mixture.size), key=scores.__getitem__)
     gone = order[:count]
@@ -160,14 +136,7 @@ def chosen(judged: Judged, score: Score, count: int) -> list[int]:
 
 @contextmanager
 def recording(block: nn.Module) -> Iterator[Inputs]:
-    """Inside, the arguments of all calls of a block are kept.
-
-    Args:
-        block: the module.
-
-    Yields:
-        A list of them.
-    """
+    """Inside, the arguments of all calls of a block are kept."""
     kept = list[tuple[tuple[Any, ...], Mapping[str, Any]]]()
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True)
     with handle:

@@ -34,7 +34,6 @@ class ExpertRemoval(AbstractRemoval):
 
     Args:
         mixtures: of the layers that have one.
-        count: how many are to go.
         place: of the setting that says how many there are.
     """
 
@@ -77,11 +76,7 @@ class ExpertRemoval(AbstractRemoval):
         return experts_to_remove(model, windows, score, pairs, self.count, record)
 
     def without(self, removed: Mapping[str, Collection[int]]) -> "FewerExperts":
-        """See `AbstractRemoval.without`: the numbers of experts, by the name of the layer.
-
-        Raises:
-            ModelError: they are not as many as there should be, or there are no such experts.
-        """
+        """See `AbstractRemoval.without`: the numbers of experts, by the name of the layer."""
         for mixture in self.mixtures:
             found = set(removed.get(mixture.layer, ()))
             if len(found) != self.count or not found <= set(range(mixture.size)):
@@ -96,7 +91,6 @@ class FewerExperts(AbstractReduced):
     """A model without some experts.
 
     Args:
-        removal: what can be removed.
         numbers: of the experts that are, by the name of the layer.
     """
 
@@ -155,17 +149,6 @@ def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
     Which setting says how many there are is found by its value, and tried: a model that is built anew with one less,
     without memory, must differ in nothing but tensors that have a part for each expert. That these are the experts' is
     tried, too: two of them in each other's place compute the same.
-
-    Args:
-        model: the dense model.
-        pattern: says how many are left.
-
-    Returns:
-        The experts and the setting.
-
-    Raises:
-        ModelError: the model has no experts, or no setting says how many.
-        PatternError: the pattern does not fit their number, or the model does not run with so few.
     """
     sizes = _numbers(model)
     if not sizes:
@@ -195,16 +178,7 @@ def _numbers(model: HuggingFaceModel) -> list[int]:
 
 
 def with_experts(settings: Mapping[str, Any], place: Place, number: int) -> dict[str, Any]:
-    """The settings of a model that has another number of experts.
-
-    Args:
-        settings: of the model.
-        place: of the setting that says how many.
-        number: the new one.
-
-    Returns:
-        The new settings.
-    """
+    """The settings of a model that has another number of experts."""
     changed = deepcopy(dict(settings))
     set_at(changed, place, number)
     return changed
@@ -233,12 +207,6 @@ def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
 def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
     """The blocks of a model that is built with another number of experts, without memory for these.
 
-    Args:
-        model: the model.
-        place: of the setting that says how many.
-        mixtures: those of its layers.
-        number: how many experts each is to have.
-
     Returns:
         For each mixture its block, with all that does not depend on the number taken from the model.
     """
@@ -251,11 +219,7 @@ def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixtu
 
 
 def _require_runs(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], left: int) -> None:
-    """Check that the mixtures run with so few experts: a router may need more, or groups of them.
-
-    Raises:
-        PatternError: they do not; the message says with how many they do.
-    """
+    """Check that the mixtures run with so few experts: a router may need more, or groups of them."""
     if (why := _why_not(model, place, mixtures, left)) is None:
         return
     size = mixtures[0].size

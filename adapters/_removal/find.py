@@ -20,18 +20,6 @@ REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]
 
 
 def find_removal(model: HuggingFaceModel, pattern: Constraint) -> AbstractRemoval:
-    """What of a dense model a pattern removes.
-
-    Args:
-        model: the dense model.
-        pattern: which removes something, and says how much is left.
-
-    Returns:
-        What can go.
-
-    Raises:
-        ModelError: there is no such thing, or the configuration cannot say how much is left.
-        PatternError: the pattern does not fit the model.
-    """
+    """What of a dense model a pattern removes."""
     assert pattern.removes is not None
     return REMOVALS[pattern.removes](model, pattern)

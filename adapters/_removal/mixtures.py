@@ -21,9 +21,7 @@ class Mixture:
     """The experts of one decoder layer.
 
     Args:
-        layer: its name.
         block: the name of the smallest module that has all of them, and what routes to them.
-        size: how many there are.
         dims: by the name of a tensor, the dimension that counts experts: of their own weights, or of the router's.
         stacked: those of these tensors that hold the weights and biases of experts.
         lists: names of lists of modules, one for each expert.
@@ -41,15 +39,7 @@ class Mixture:
         return {name: Cut(dim, {None: tuple(sorted(numbers))}, reads=True) for name, dim in self.dims.items()}
 
     def renamed(self, name: str, numbers: Collection[int]) -> str | None:
-        """The name of a tensor of the model without experts; None if it is of one of them.
-
-        Args:
-            name: with all experts.
-            numbers: of those that are gone.
-
-        Returns:
-            The name.
-        """
+        """The name of a tensor of the model without experts; None if it is of one of them."""
         if (place := _in_list(name, self.lists)) is None:
             return name
         path, number, rest = place
@@ -63,11 +53,6 @@ class Mixture:
     def of_expert(self, name: str, tensor: Tensor, number: int) -> Tensor | None:
         """What of a tensor is one expert's own, which makes its output.
 
-        Args:
-            name: of the tensor.
-            tensor: the tensor.
-            number: of the expert.
-
         Returns:
             A view of it; None if nothing is.
         """
@@ -77,10 +62,6 @@ class Mixture:
 
     def is_emptied(self, block: nn.Module, numbers: Collection[int]) -> bool:
         """Whether nothing but zeros is left of some experts.
-
-        Args:
-            block: the module, in memory.
-            numbers: of the experts.
 
         Returns:
             True if so.
@@ -92,10 +73,6 @@ class Mixture:
         """Give a block with fewer experts all submodules of the whole one that have nothing to do with their number.
 
         So what listens to them hears both blocks.
-
-        Args:
-            small: the block of a model that was built with fewer experts.
-            whole: with all of them.
         """
         changed = (*self.dims, *(f"{path}." for path in self.lists))
 
@@ -115,10 +92,6 @@ class Mixture:
         Args:
             small: the block of a model that was built without so many; see `graft`.
             whole: the block with all of them, in memory when it is called.
-            numbers: of the experts that are gone.
-
-        Returns:
-            Its forward pass.
         """
         cuts, start = self.cuts(numbers), len(self.block) + 1
 
@@ -132,16 +105,7 @@ class Mixture:
         return forward
 
     def swapped(self, layer: nn.Module, one: int, other: int) -> Tensors:
-        """What changes of a decoder layer if two experts are in each other's place.
-
-        Args:
-            layer: of the mixture, in memory.
-            one: the number of an expert.
-            other: that of the other.
-
-        Returns:
-            The tensors that do, by their names in the layer.
-        """
+        """What changes of a decoder layer if two experts are in each other's place."""
         order, found = list(range(self.size)), Tensors()
         order[one], order[other] = other, one
         held = dict[str, Tensor](layer.named_parameters()) | dict(layer.named_buffers())
@@ -156,17 +120,7 @@ class Mixture:
 
 
 def find_mixtures(layers: Iterable[str], whole: nn.Module, smaller: nn.Module, size: int) -> list[Mixture]:
-    """The mixtures of a model, by what differs between it and one that was built with one expert less.
-
-    Args:
-        layers: the names of its decoder layers.
-        whole: the model.
-        smaller: the other one; the parameters of both need no memory.
-        size: how many experts the model has.
-
-    Returns:
-        They; none if the two differ in anything else.
-    """
+    """The mixtures of a model, by what differs between it and one that was built with one expert less."""
     before = {name: tuple(t.shape) for name, t in whole.state_dict().items()}
     after = {name: tuple(t.shape) for name, t in smaller.state_dict().items()}
     if not after.keys() <= before.keys():

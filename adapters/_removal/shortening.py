@@ -31,7 +31,6 @@ class Shortening(AbstractRemoval):
 
     Args:
         layers: the names of all of them.
-        count: how many are to go.
         place: of the setting that says how many there are.
         lists: settings that say something of each layer, or the numbers of some, by name.
         allowed: the numbers of the layers that can go.
@@ -61,11 +60,7 @@ class Shortening(AbstractRemoval):
         return layers_to_remove(model, windows, score, self.allowed, self.count, record)
 
     def without(self, removed: Collection[int]) -> "Shortened":
-        """See `AbstractRemoval.without`: the numbers of layers.
-
-        Raises:
-            ModelError: they are not as many as there should be, or cannot go.
-        """
+        """See `AbstractRemoval.without`: the numbers of layers."""
         if len(set(removed)) != self.count or not set(removed) <= set(self.allowed):
             raise ModelError(f"Layers {sorted(removed)} cannot go: {self.count} of {list(self.allowed)} have to.")
         return Shortened(self, tuple(sorted(set(removed))))
@@ -73,12 +68,7 @@ class Shortening(AbstractRemoval):
 
 @dataclass(frozen=True, eq=False)
 class Shortened(AbstractReduced):
-    """A model without some decoder layers.
-
-    Args:
-        shortening: what can be removed.
-        numbers: of the layers that are.
-    """
+    """A model without some decoder layers."""
 
     shortening: Shortening
     numbers: tuple[int, ...]
@@ -130,10 +120,6 @@ class Shortened(AbstractReduced):
     def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
         """What is wrong with settings, if a model of them is not the dense one without these layers.
 
-        Args:
-            model: the dense model.
-            settings: those of the shorter one.
-
         Returns:
             The fault; None if there is none.
         """
@@ -159,17 +145,6 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
     A layer can go if it does nothing once all of its parameters are zero, and if a model that is built anew with one
     layer less, without memory, has exactly the other layers: so it is tried, with each. Settings that say something of
     every layer lose what they say of it; numbers of layers become those that the layers have then.
-
-    Args:
-        model: the dense model.
-        pattern: says how many are left.
-
-    Returns:
-        The layers and the settings.
-
-    Raises:
-        ModelError: none can go, or not as many.
-        PatternError: the pattern does not fit their number.
     """
     count, left = len(model.layers), pattern.width(len(model.layers))
     check_some(pattern.sparsity, count, "decoder layers")

@@ -94,18 +94,7 @@ def prune(
 
 
 def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspection:
-    """What `prune` would do, after all of its checks; nothing is computed for it, and nothing is written.
-
-    Args:
-        recipe: see `prune`.
-        settings: see `prune`; with an output folder.
-
-    Returns:
-        Operators, memory and time.
-
-    Raises:
-        ConvexpruneError: what `prune` raises before it begins.
-    """
+    """What `prune` would do, after all of its checks; nothing is computed for it, and nothing is written."""
     call, asked = _asked(settings, recipe)
     if call.output_dir is None:
         raise RecipeError("A plan is that of a run in a folder. Give output_dir.")

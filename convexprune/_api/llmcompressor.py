@@ -35,10 +35,7 @@ class Modifier:
     """A pruning modifier in our words.
 
     Args:
-        name: of its class.
         targets: as a recipe of ours has them.
-        ignore: the same.
-        settings: the others, by our names.
     """
 
     name: str
@@ -48,19 +45,7 @@ class Modifier:
 
 
 def from_llmcompressor(file: Path) -> dict[str, Any]:
-    """The settings of our recipe that prunes as a recipe of llm-compressor does.
-
-    Args:
-        file: the recipe, in YAML or JSON.
-
-    Returns:
-        Settings by name, checked.
-
-    Raises:
-        OutputError: the file is missing, too long, or no text.
-        RecipeError: it is no such recipe, or says what ours cannot say; that is named.
-        PatternError: its sparsity and its mask contradict each other.
-    """
+    """The settings of our recipe that prunes as a recipe of llm-compressor does."""
     modifiers = [_translated(name, given or {}) for name, given in _modifiers(_read(file))]
     if not modifiers:
         raise RecipeError(f"{file} has no pruning modifier. Known: {', '.join(METHODS)}.")
@@ -102,11 +87,7 @@ def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str
 
 
 def _translated(name: str, given: Any) -> Modifier:
-    """A modifier in our words.
-
-    Raises:
-        RecipeError: it prunes nothing, or has a setting that ours has not.
-    """
+    """A modifier in our words."""
     if name not in METHODS:
         raise RecipeError(f"{name} cannot be translated: it is none of {', '.join(METHODS)}.")
     if not isinstance(given, dict):
@@ -185,11 +166,7 @@ def _name(name: str) -> str:
 
 
 def _rule(modifier: Modifier, first: Modifier) -> dict[str, Any]:
-    """A modifier after the first one, as a rule.
-
-    Raises:
-        RecipeError: no rule can say it.
-    """
+    """A modifier after the first one, as a rule."""
     settings, name = dict(modifier.settings), modifier.name
     if modifier.targets == first.targets:
         raise RecipeError(

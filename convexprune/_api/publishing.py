@@ -25,11 +25,7 @@ def check_hub(name: str, token: str | bool | None = None) -> None:
     """Refuse, before any work, a name that the hub does not take, and an upload that cannot be.
 
     Args:
-        name: of the repository.
         token: of the hub; None is the one that was logged in with.
-
-    Raises:
-        RecipeError: the name is no name on the hub, the hub is switched off, or nobody has logged in.
     """
     try:
         validate_repo_id(name)
@@ -51,20 +47,10 @@ def upload(
     """Upload the files of a result.
 
     Args:
-        folder: of the result.
         report: of the run: of a folder that the run wrote, what it does not name is not uploaded.
-        name: of the repository, which is made if it is not there.
         kept: where the result is if the upload fails, and how to try again.
         private: whether it is; None is what its owner has chosen for new ones, on the hub mostly public.
         token: of the hub; None is the one that was logged in with.
-        commit: further arguments of `HfApi.upload_folder`.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        RecipeError: see `check_hub`.
-        OutputError: the upload failed; the folder is as it was.
     """
     check_hub(name, token)
     packs = (packed_name(Path(file)).as_posix() for file in report.files)
@@ -86,14 +72,7 @@ def upload(
 def write_result(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Report, folder: Path
 ) -> None:
-    """Write a model that was pruned in memory as a folder, with all that a run writes beside it.
-
-    Args:
-        model: the pruned model.
-        tokenizer: of it, if it has one.
-        report: of the run.
-        folder: where to.
-    """
+    """Write a model that was pruned in memory as a folder, with all that a run writes beside it."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -22,11 +22,7 @@ class Replacement:
         self.old = beside(place, "old")
 
     def check(self) -> None:
-        """Refuse, before any work, to replace what no run wrote, or one that goes on.
-
-        Raises:
-            OutputError: the folder holds something else, is in use, or cannot be renamed.
-        """
+        """Refuse, before any work, to replace what no run wrote, or one that goes on."""
         for folder in (self.place, self.new, self.old):
             _require_ours(folder)
         if os.path.ismount(self.place):
@@ -54,11 +50,7 @@ class Replacement:
 
 
 def _require_ours(folder: Path) -> None:
-    """Refuse a folder in which something is not a run's, or which a process works on.
-
-    Raises:
-        OutputError: that is so; the first files are named.
-    """
+    """Refuse a folder in which something is not a run's, or which a process works on."""
     with working(folder):
         foreign = [] if not folder.exists() else list(_foreign(RunFolder(folder)))
     if foreign:

@@ -12,14 +12,7 @@ from convexprune.report import Report
 
 
 def check_copies(call: Call) -> None:
-    """Refuse, before any work, a folder in which copies would replace something.
-
-    Args:
-        call: that says where they are to lie.
-
-    Raises:
-        OutputError: nothing can be written there, or a report or a recipe is there already.
-    """
+    """Refuse, before any work, a folder in which copies would replace something."""
     if call.report_dir is None or is_result(call):
         return
     folder = output_folder(call.report_dir)
@@ -29,15 +22,7 @@ def check_copies(call: Call) -> None:
 
 
 def write_copies(report: Report, call: Call) -> None:
-    """Write report.json and recipe.yaml where the call wants them, unless they lie there.
-
-    Args:
-        report: of the run.
-        call: that says where.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write report.json and recipe.yaml where the call wants them, unless they lie there."""
     if call.report_dir is None or is_result(call):
         return
     folder = call.report_dir.expanduser()

@@ -56,7 +56,6 @@ class Request:
 
     Args:
         settings: those of the recipe, by name, and the model and texts as they were given.
-        call: those that no recipe holds.
     """
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
@@ -212,11 +211,7 @@ class Request:
 
 
 def _require_read(recipe: Recipe) -> None:
-    """Refuse settings of a quantization that is not asked for: nothing would read them.
-
-    Raises:
-        RecipeError: one is given.
-    """
+    """Refuse settings of a quantization that is not asked for: nothing would read them."""
     for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
         given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
         if not read and given != Recipe.model_fields[name].default:
@@ -227,11 +222,7 @@ def _require_read(recipe: Recipe) -> None:
 
 
 def _require_solver(solver: Any) -> AbstractSolver:
-    """A user's own solver.
-
-    Raises:
-        RecipeError: it is none.
-    """
+    """A user's own solver."""
     if isinstance(solver, AbstractSolver):
         return solver
     found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
@@ -242,14 +233,7 @@ def _require_solver(solver: Any) -> AbstractSolver:
 
 
 def name_of(source: Any) -> str:
-    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given.
-
-    Args:
-        source: a name, a path or a loaded model.
-
-    Returns:
-        What a recipe says of it.
-    """
+    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given."""
     text = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)

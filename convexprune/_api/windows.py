@@ -31,7 +31,6 @@ class Sources:
     """A data set to calibrate on, and a text to evaluate on.
 
     Args:
-        dataset: as the caller gave it.
         evaluation: as the caller gave it; None if nothing is evaluated.
     """
 
@@ -41,10 +40,6 @@ class Sources:
     def check(self) -> None:
         """Refuse, before any work, a name or a path that leads nowhere, and data on which no perplexity can be
         measured.
-
-        Raises:
-            CalibrationError: the data set or the text is of no accepted kind, or a file cannot be read.
-            DependencyError: a data set of the hub needs a package that is missing.
         """
         check_dataset(self.dataset)
         text = self.evaluation
@@ -71,19 +66,6 @@ class Sources:
         """The windows of token ids that a run needs.
 
         A model has to be whole in memory to sample text: a streamed one is opened whole for that, and let go.
-
-        Args:
-            model: the model.
-            recipe: of the run.
-            known: windows that the model wrote before, by use.
-            whole: opens the model whole.
-
-        Returns:
-            Windows by use: "calibration", "held_out" and "evaluation".
-
-        Raises:
-            CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
-            DependencyError: a data set of the hub needs a package that is missing.
         """
         windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
         if is_self(self.dataset) and self._is_file:
@@ -118,11 +100,7 @@ class Sources:
 
 
 def _require_some(windows: Tensor) -> Tensor:
-    """Windows to evaluate on [windows window].
-
-    Raises:
-        CalibrationError: there is none.
-    """
+    """Windows to evaluate on [windows window]."""
     if not len(windows):
         raise CalibrationError(
             f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another text to "
@@ -138,9 +116,6 @@ def is_self(text: Any) -> bool:
 
 def name_of_text(text: Any) -> str:
     """The name of a data set or a text, for the recipe.
-
-    Args:
-        text: as the caller gave it.
 
     Returns:
         The full path of a file, a name, or a note of what was given.

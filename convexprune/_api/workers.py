@@ -13,21 +13,7 @@ from convexprune.recipe import Recipe
 
 
 def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> AbstractExecutor:
-    """The executor that a call names.
-
-    Args:
-        call: what it says beside its recipe.
-        recipe: of the run.
-        source: its model, as it was given.
-        device: where to compute.
-
-    Returns:
-        The executor.
-
-    Raises:
-        RecipeError: no executor has this name, or it fits neither the run nor this machine.
-        DependencyError: Ray is missing.
-    """
+    """The executor that a call names."""
     name, workers = call.executor, call.workers
     if workers is not None and name in ("serial", "ranks"):
         why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
@@ -42,15 +28,8 @@ def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> Abstra
 def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
     """The number of ranks that prune each layer together.
 
-    Args:
-        recipe: of the run.
-        executor: of the run.
-
     Returns:
         The number; 1 if each layer has one process.
-
-    Raises:
-        RecipeError: there are more ranks than batches, or the launcher does not say where they meet.
     """
     if recipe.prefix == "dense" or executor.together == 1:
         return 1
@@ -65,12 +44,7 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
 
 
 def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
-    """Refuse what cannot be spread over processes.
-
-    Raises:
-        RecipeError: the run has no folder to meet in, or its layers wait for each other, or its model is in the memory
-            of this process.
-    """
+    """Refuse what cannot be spread over processes."""
     name = call.executor
     if call.output_dir is None:
         raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")

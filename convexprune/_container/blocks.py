@@ -11,15 +11,7 @@ from convexprune._storage.tensors import Entry, Spec, damaged
 
 
 def blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
-    """The bytes of a tensor that is not coded, a block at a time.
-
-    Args:
-        entry: where the tensor is.
-        layout: of its scales, if it is quantized.
-
-    Returns:
-        Its blocks, in the order of the file.
-    """
+    """The bytes of a tensor that is not coded, a block at a time."""
     with opened(entry) as source:
         for nbytes in sizes(entry.spec, layout):
             yield source.read(nbytes)
@@ -29,7 +21,6 @@ def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
     """How many bytes each of a tensor's blocks has.
 
     Args:
-        spec: its shape and dtype.
         layout: of its scales, if it is quantized: then a block is whole rows of one matrix.
 
     Returns:
@@ -45,14 +36,7 @@ def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
 
 @contextmanager
 def opened(entry: Entry) -> Iterator["Source"]:
-    """A tensor's place in its file, to be read.
-
-    Args:
-        entry: where the tensor is.
-
-    Returns:
-        A context, in which the file is open.
-    """
+    """A tensor's place in its file, to be read."""
     with reading(entry.path), entry.path.open("rb") as file:
         file.seek(entry.begin)
         yield Source(file, entry)
@@ -63,7 +47,6 @@ class Source:
 
     Args:
         file: open, at the tensor's first byte.
-        entry: where the tensor is.
     """
 
     def __init__(self, file: BinaryIO, entry: Entry) -> None:
@@ -77,9 +60,6 @@ class Source:
 
         Returns:
             That many bytes.
-
-        Raises:
-            ModelError: there are not so many.
         """
         data = self._file.read(min(nbytes, self.left))
         self.left -= len(data)

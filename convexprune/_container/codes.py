@@ -28,30 +28,14 @@ BASES = {1: 256, 2: 16, 3: 6}  # of so many numbers to a byte: how many values e
 
 
 class Layout(NamedTuple):
-    """How the numbers of a tensor share scales.
-
-    Args:
-        group: one of `KINDS`.
-        columns: entries of a row.
-    """
+    """How the numbers of a tensor share scales."""
 
     group: int
     columns: int
 
     @classmethod
     def of(cls, group: int, spec: Spec) -> "Layout":
-        """That of a tensor.
-
-        Args:
-            group: one of `KINDS`.
-            spec: type and shape of the tensor.
-
-        Returns:
-            The layout.
-
-        Raises:
-            ValueError: such a tensor has none: it is no matrix of floats, or too much of it would be decoded at once.
-        """
+        """That of a tensor."""
         if spec.code not in FLOATS or len(spec.shape) < 2 or group not in KINDS or not spec.nbytes:
             raise ValueError(f"a tensor of type {spec.code} and shape {list(spec.shape)} in groups of {group}")
         layout = cls(group, spec.shape[-1])
@@ -60,14 +44,7 @@ class Layout(NamedTuple):
         return layout
 
     def row_bytes(self, spec: Spec) -> int:
-        """Bytes of a row of the tensor.
-
-        Args:
-            spec: its shape and dtype.
-
-        Returns:
-            Bytes as it is stored when it is not coded.
-        """
+        """Bytes of a row of the tensor."""
         return self.columns * (spec.nbytes // math.prod(spec.shape))
 
     @property
@@ -106,7 +83,6 @@ def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
 
     Args:
         begin: its first bytes, some whole entries.
-        spec: its type and shape.
 
     Returns:
         The layout; None if its first groups are on no grid.
@@ -136,8 +112,6 @@ def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
 
     Args:
         block: its bytes.
-        code: the type of its entries, as safetensors names it.
-        layout: of the tensor.
 
     Returns:
         The coded block; None if it is not on a grid, bit for bit.
@@ -158,17 +132,8 @@ def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, layout: Layout
     """Decode a block; nothing larger than it is ever in memory.
 
     Args:
-        coded: what `encode_codes` has returned.
         nbytes: the bytes of the block.
-        code: the type of its entries, as safetensors names it.
         size: bytes of an entry.
-        layout: of the tensor.
-
-    Returns:
-        The block.
-
-    Raises:
-        ValueError: these are not the bytes of such a block.
     """
     count = nbytes // size
     lines = (

@@ -85,7 +85,6 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: [m n], from -2^(bits - 1) to 2^(bits - 1) - 1.
-        bits: of a code.
 
     Returns:
         int32 [m ceil(n bits / 32)].

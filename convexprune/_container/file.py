@@ -28,16 +28,7 @@ def is_packed(path: Path) -> bool:
 
 
 def pack_file(path: Path, target: Path) -> None:
-    """Pack a safetensors file, block by block.
-
-    Args:
-        path: the file.
-        target: where to write it packed.
-
-    Raises:
-        ModelError: `path` is damaged or cannot be read, or its header is too long to be packed.
-        OutputError: the disk is full or fails.
-    """
+    """Pack a safetensors file, block by block."""
     found, text = entries(path)[0], read_header(path).decode()
     specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
     wider = {name: _wider(entry.spec) for name, entry in found.items()}
@@ -56,16 +47,7 @@ def pack_file(path: Path, target: Path) -> None:
 
 
 def unpack_file(path: Path, target: Path) -> None:
-    """Write a file byte for byte as it was before it was packed, block by block.
-
-    Args:
-        path: the packed file.
-        target: where to write it as it was.
-
-    Raises:
-        ModelError: `path` is damaged or is no such file; nothing is written.
-        OutputError: the disk is full or fails.
-    """
+    """Write a file byte for byte as it was before it was packed, block by block."""
     with atomic_write(target) as out:
         for data in _unpacked(path):
             write(out, data)
@@ -74,14 +56,8 @@ def unpack_file(path: Path, target: Path) -> None:
 def packed_checksum(path: Path) -> str:
     """Unpack a file block by block, and write nothing.
 
-    Args:
-        path: the packed file.
-
     Returns:
         The sha256 of the file as it was before it was packed.
-
-    Raises:
-        ModelError: `path` is damaged or is no such file.
     """
     digest = hashlib.sha256()
     for data in _unpacked(path):
@@ -92,14 +68,8 @@ def packed_checksum(path: Path) -> str:
 def contents(path: Path) -> tuple[int, int]:
     """Read from its header what a packed file holds.
 
-    Args:
-        path: the packed file.
-
     Returns:
         The number of its weights, and the bytes that it had before it was packed.
-
-    Raises:
-        ModelError: `path` is damaged or is no such file.
     """
     header, parts = _parts(path)
     weights = sum(8 * part.spec.nbytes // BITS[part.spec.code] for part in parts)
@@ -242,11 +212,7 @@ def _decoded(part: _Part) -> Iterator[bytes]:
 
 
 def _block(coded: bytes, nbytes: int, code: str, layout: Layout | None) -> bytes:
-    """What `_coded` was given.
-
-    Raises:
-        ValueError: these are not the bytes of such a block.
-    """
+    """What `_coded` was given."""
     size = width(BITS[code])
     if layout is None:
         return decode(coded, nbytes, code, size)

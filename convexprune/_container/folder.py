@@ -129,14 +129,7 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
     Whenever this stops, each file is there, plain or packed.
 
     Args:
-        folder: the result.
         checksums: the sha256 of its files, by their names.
-
-    Returns:
-        Sizes before and after.
-
-    Raises:
-        OutputError: the disk is full or fails, or a pack is not what it should be.
     """
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
@@ -155,7 +148,6 @@ def plain_checksum(folder: Path, name: str) -> str | None:
     """Compute the sha256 of a file, packed or not.
 
     Args:
-        folder: that the file is in.
         name: of the file when it is not packed; others may have chosen it.
 
     Returns:
@@ -185,18 +177,7 @@ def packed_name(path: Path) -> Path:
 
 
 def source_files(source: str | Path) -> tuple[Path, list[Path]]:
-    """The files of a model.
-
-    Args:
-        source: its folder.
-
-    Returns:
-        The folder, and the names of its files.
-
-    Raises:
-        ModelError: it is no folder, or holds what is no file of a model.
-        OutputError: it holds an unfinished run.
-    """
+    """The files of a model."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ModelError(
@@ -232,18 +213,9 @@ def write_folder(
     """Write files to another folder, in which all are or nothing is.
 
     Args:
-        doing: what this is called, for progress.
-        folder: that the files are in.
         names: for each file its new name; those that are converted last come last.
         converts: writes a file to a path in its own way; all others are copied.
-        output_dir: the other folder; must be empty or not there.
         needed: bytes that it takes.
-
-    Returns:
-        The other folder.
-
-    Raises:
-        OutputError: it holds something, or the disk is full.
     """
     target = output_folder(output_dir, folder)
     check_output(target)

@@ -43,11 +43,7 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
     Args:
         block: their bytes.
-        code: their type, as safetensors names it.
         size: bytes of an entry, as `width` says.
-
-    Returns:
-        The coded block.
     """
     entries = np.frombuffer(block, _unsigned(size))
     kept = np.flatnonzero(entries)
@@ -73,16 +69,8 @@ def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
     """Decode a block; nothing larger than it is ever in memory.
 
     Args:
-        coded: what `encode` has returned.
         nbytes: the bytes of the block.
-        code: the type of its entries, as safetensors names it.
         size: bytes of an entry, as `width` says.
-
-    Returns:
-        The block.
-
-    Raises:
-        ValueError: these are not the bytes of such a block.
     """
     streams = Streams(coded)
     count = nbytes // size
@@ -140,11 +128,7 @@ def _unfolded(streams: "Streams", count: int) -> tuple[NDArray[Any], NDArray[Any
 
 
 class Streams:
-    """The streams of a coded block, one after another, each of a known size once it is decompressed.
-
-    Args:
-        coded: what `compressed` has returned.
-    """
+    """The streams of a coded block, one after another, each of a known size once it is decompressed."""
 
     def __init__(self, coded: Bytes) -> None:
         self._left = memoryview(coded)
@@ -157,9 +141,6 @@ class Streams:
 
         Returns:
             They [nbytes].
-
-        Raises:
-            ValueError: there is none of this size.
         """
         length = int.from_bytes(self._left[:4], "little")
         frame, self._left = self._left[4 : 4 + length], self._left[4 + length :]
@@ -168,25 +149,14 @@ class Streams:
         return np.frombuffer(_decompressed(frame, nbytes) if nbytes or length else b"", np.uint8)
 
     def byte(self) -> int:
-        """A byte that is in no stream.
-
-        Returns:
-            It.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """A byte that is in no stream."""
         if not self._left:
             raise ValueError("a block ends too early")
         value, self._left = self._left[0], self._left[1:]
         return value
 
     def end(self) -> None:
-        """See that there are no more.
-
-        Raises:
-            ValueError: there are.
-        """
+        """See that there are no more."""
         if self._left:
             raise ValueError(f"{len(self._left):,} bytes more than a block has")
 

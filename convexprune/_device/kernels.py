@@ -27,9 +27,6 @@ def fused(function: Function) -> Function:
 
     Args:
         function: of tensors, the first of which decides the device. Numbers are given as `number_like`.
-
-    Returns:
-        The function.
     """
 
     @wraps(function)
@@ -58,22 +55,12 @@ def _said(error: Exception) -> str:
 
 
 def are_fused(device: torch.device) -> bool:
-    """Whether functions that are `fused` are kernels on a device, and not op by op.
-
-    Args:
-        device: where.
-
-    Returns:
-        Whether they are, as far as is known.
-    """
+    """Whether functions that are `fused` are kernels on a device, and not op by op."""
     return has_kernels(device) and not _failures
 
 
 def eager_because(device: torch.device | str) -> str | None:
     """Why a GPU works op by op, for whoever reads a report; something small is compiled to know.
-
-    Args:
-        device: where.
 
     Returns:
         A sentence; None on a CPU, and where kernels are compiled.
@@ -105,10 +92,6 @@ def _told() -> str:
 
 def number_like(number: float, tensor: Tensor) -> Tensor:
     """A number as a tensor without axes: no kernel is compiled for its value, and nothing waits for the device.
-
-    Args:
-        number: the number.
-        tensor: whose dtype and device it gets.
 
     Returns:
         The tensor [].

@@ -36,17 +36,7 @@ THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that beg
 
 
 def default_device(name: str | torch.device) -> str:
-    """The name of a device that is here.
-
-    Args:
-        name: of the device; "auto" is the GPU if there is one.
-
-    Returns:
-        The name, as torch takes it.
-
-    Raises:
-        RecipeError: the device is not here; those that are here are named.
-    """
+    """The name of a device that is here."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     name, here = str(name), ["cpu", *(["cuda", *gpus] if gpus else [])]
     if name == "auto":
@@ -62,9 +52,6 @@ def check_threads(threads: int | None) -> None:
 
     Args:
         threads: the number; None passes.
-
-    Raises:
-        RecipeError: there are more than 8 threads for each core.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > THREADS_PER_CORE * cores:
@@ -78,11 +65,7 @@ def default_workers(device: str, threads: int | None) -> int:
     """How many workers fit: one for each GPU, or as many as the cores have room for.
 
     Args:
-        device: where they compute.
         threads: of each worker; None is one.
-
-    Returns:
-        The number.
     """
     if device.startswith("cuda"):
         return 1 if ":" in device else torch.cuda.device_count()
@@ -105,9 +88,6 @@ def steps(device: torch.device | str) -> str:
 def processor(device: torch.device | str) -> dict[str, str]:
     """What decides the order of sums on a device.
 
-    Args:
-        device: where it is computed.
-
     Returns:
         The format of steps, the instruction set that torch uses, and on a GPU its name, and whether kernels are fused.
     """
@@ -120,9 +100,6 @@ def processor(device: torch.device | str) -> dict[str, str]:
 
 def installation(device: torch.device | str) -> dict[str, str]:
     """What the bits of a result depend on that may differ elsewhere, or later.
-
-    Args:
-        device: where it is computed.
 
     Returns:
         The checksum of our code, the processor, and the versions of torch and transformers.
@@ -166,9 +143,6 @@ def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversab
 def peak_memory(device: torch.device | str) -> dict[str, int]:
     """The most memory that was held since this process began.
 
-    Args:
-        device: where it computes.
-
     Returns:
         Bytes: of the "process", of the largest of its ended "workers" if it had any, and of torch on the "gpu".
     """
@@ -196,11 +170,7 @@ class Clock:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Inside, torch computes on a number of threads: sums are the same bits only on equally many.
-
-    Args:
-        number: of threads.
-    """
+    """Inside, torch computes on a number of threads: sums are the same bits only on equally many."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

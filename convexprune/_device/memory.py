@@ -25,10 +25,8 @@ class Holder(Protocol):
 
 
 class Room:
-    """Bytes on a GPU that a run does not need, for tensors that would go to the disk, as long as somebody holds them.
-
-    Args:
-        limit: how many.
+    """Bytes on a GPU that a run does not need, for tensors that would go to the disk, as long as somebody holds
+    them.
     """
 
     def __init__(self, limit: int = 0) -> None:
@@ -39,10 +37,6 @@ class Room:
 
         Args:
             nbytes: how many.
-            holder: who asks.
-
-        Returns:
-            Whether they fit.
         """
         if sum(each.held for each in self._holders | {holder}) + nbytes >= self._limit:
             return False
@@ -54,7 +48,6 @@ def room_on(device: torch.device | str, needed: int) -> Room:
     """What a run leaves free of a GPU by its formula.
 
     Args:
-        device: where it computes.
         needed: bytes of the device's memory that it needs.
 
     Returns:
@@ -68,11 +61,7 @@ def room_on(device: torch.device | str, needed: int) -> Room:
 
 
 def use_gpu(device: str) -> None:
-    """Make a GPU the current one of this process, so that what names none is not on the first.
-
-    Args:
-        device: its name; without a number, or of a CPU, nothing changes.
-    """
+    """Make a GPU the current one of this process, so that what names none is not on the first."""
     index = torch.device(device).index
     if device.startswith("cuda") and index is not None:
         torch.cuda.set_device(index)
@@ -91,9 +80,6 @@ def within_memory(advice: Callable[[], str] = str) -> Iterator[None]:
 
     Args:
         advice: says what this run needs, and what would need less; what fails in there is not told.
-
-    Raises:
-        PruningError: memory ran out.
     """
     try:
         yield

@@ -34,11 +34,7 @@ class Parts:
 
         Args:
             matrix: [m n], float64.
-            count: how many parts.
             dim: along which it is summed in a product: 1 on the left, 0 on the right.
-
-        Returns:
-            The parts.
         """
         largest = matrix.abs().amax(dim, keepdim=True)
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # above the largest entry
@@ -80,7 +76,6 @@ def error_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
     Args:
         a: [m n].
         b: [n k].
-        count: as there.
 
     Returns:
         [m 1].

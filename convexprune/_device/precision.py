@@ -32,11 +32,7 @@ _certifying: ContextVar[CertificateFormat] = ContextVar("certifying", default="a
 
 @contextmanager
 def solving_in(format: Format) -> Iterator[None]:
-    """Inside, products of solves are in a format.
-
-    Args:
-        format: its name.
-    """
+    """Inside, products of solves are in a format."""
     token = _solving.set(format)
     try:
         yield
@@ -46,11 +42,7 @@ def solving_in(format: Format) -> Iterator[None]:
 
 @contextmanager
 def summing_in(format: Format) -> Iterator[None]:
-    """Inside, second moments are added up in a format.
-
-    Args:
-        format: its name.
-    """
+    """Inside, second moments are added up in a format."""
     token = _summing.set(format)
     try:
         yield
@@ -60,11 +52,7 @@ def summing_in(format: Format) -> Iterator[None]:
 
 @contextmanager
 def certifying_in(format: CertificateFormat) -> Iterator[None]:
-    """Inside, precise certificates are computed in a format.
-
-    Args:
-        format: its name.
-    """
+    """Inside, precise certificates are computed in a format."""
     token = _certifying.set(format)
     try:
         yield
@@ -74,9 +62,6 @@ def certifying_in(format: CertificateFormat) -> Iterator[None]:
 
 def certifies_in_parts(like: Tensor) -> bool:
     """Whether a certificate is to take no product in float64: by default where a GPU has slow ones.
-
-    Args:
-        like: a tensor of the problem that is certified.
 
     Returns:
         Whether it is; never for a problem in float64, whose parts would not be those of float32.
@@ -93,8 +78,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Te
         total: [m k].
         a: [m n].
         b: [n k], or several, see `product`.
-        alpha: a factor.
-        out: where the result is wanted; `total` is not it.
 
     Returns:
         [m k].
@@ -165,14 +148,7 @@ def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def has_wide_sums(device: torch.device) -> bool:
-    """Whether a GPU multiplies bfloat16 and sums in float32, and torch lets it (2.8 or newer).
-
-    Args:
-        device: the device.
-
-    Returns:
-        Whether it was done once.
-    """
+    """Whether a GPU multiplies bfloat16 and sums in float32, and torch lets it (2.8 or newer)."""
     if is_host(device) or not has_bfloat16(device):
         return False
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)

@@ -73,7 +73,6 @@ def largest_of_groups(groups: Tensor, kept: int) -> Tensor:
 
     Args:
         groups: [... M].
-        kept: N, so many of each.
 
     Returns:
         [... M], True for the largest.

@@ -23,23 +23,11 @@ class Lane:
     """
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device.
-
-        Args:
-            tensor: of the host.
-
-        Returns:
-            It, or its copy.
-        """
+        """The tensor on the device."""
         return tensor
 
     def to_host(self, tensor: Tensor, take: Take) -> None:
-        """Hand a tensor over on the host.
-
-        Args:
-            tensor: of the device.
-            take: called with it.
-        """
+        """Hand a tensor over on the host."""
         take(tensor)
 
 
@@ -59,12 +47,7 @@ class Slot:
         """The beginning of the buffer as a tensor; the last copy has to be done.
 
         Args:
-            shape: of the tensor.
-            dtype: of the tensor.
             nbytes: of the tensor.
-
-        Returns:
-            The tensor, pinned.
         """
         if len(self.buffer) < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -72,11 +55,7 @@ class Slot:
 
 
 class GpuLane(Lane):
-    """The way to a GPU. The host goes on while its copies are made, and waits where all buffers are in use.
-
-    Args:
-        device: the GPU.
-    """
+    """The way to a GPU. The host goes on while its copies are made, and waits where all buffers are in use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -151,14 +130,7 @@ def sending() -> Iterator[None]:
 
 
 def lane_to(device: torch.device | str) -> Lane:
-    """The way to a device, of which there is one.
-
-    Args:
-        device: a GPU, or the host.
-
-    Returns:
-        The lane.
-    """
+    """The way to a device, of which there is one."""
     device = torch.device(device)
     if is_host(device):
         return _HOST

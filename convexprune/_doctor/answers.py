@@ -40,16 +40,7 @@ class Group:
         return normal(m, n), dense, dense + CHANGE * normal(2 * n, n) * dense.std(0)
 
     def problem(self, pattern: Constraint, device: str, dtype: torch.dtype) -> LayerProblem:
-        """The problem of pruning it, from its tokens.
-
-        Args:
-            pattern: of the answer.
-            device: where.
-            dtype: in which.
-
-        Returns:
-            The problem.
-        """
+        """The problem of pruning it, from its tokens."""
         weight, dense, pruned = self.drawn
         halves = [Moments(weight.shape[1], dtype, device) for _ in range(2)]
         every = Moments(weight.shape[1], dtype, device)
@@ -66,14 +57,7 @@ class Group:
 
 
 def cases(bed: Bed) -> Iterator[Case]:
-    """The checks of answers.
-
-    Args:
-        bed: where, and how large.
-
-    Yields:
-        Each.
-    """
+    """The checks of answers."""
     group = Group(bed)
     patterns: dict[str, Constraint] = {"": Unstructured(0.5), " 2:4": SemiStructured(2, 4)}
     for dtype in (torch.float32, torch.bfloat16):
@@ -88,15 +72,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def second_moments(group: Group, dtype: torch.dtype) -> Found:
-    """Second moments of inputs in some format beside those in float64, in units of the diagonal.
-
-    Args:
-        group: whose inputs they are.
-        dtype: of the inputs.
-
-    Returns:
-        The largest difference.
-    """
+    """Second moments of inputs in some format beside those in float64, in units of the diagonal."""
     x, device = group.drawn[1].to(dtype), group.bed.device
     found, exact = Moments(x.shape[1], device=device), Moments(x.shape[1], torch.float64)
     found.add(x.to(device))
@@ -107,16 +83,7 @@ def second_moments(group: Group, dtype: torch.dtype) -> Found:
 
 
 def answer(group: Group, name: str, pattern: Constraint) -> Found:
-    """A method's answer has its zeros, a gap, and the error that it has in float64 on the CPU.
-
-    Args:
-        group: the problem.
-        name: of the method.
-        pattern: of the answer.
-
-    Returns:
-        These.
-    """
+    """A method's answer has its zeros, a gap, and the error that it has in float64 on the CPU."""
     edit = METHODS[name]().prune(group.problem(pattern, group.bed.device, torch.float32))
     exact = METHODS[name]().prune(group.problem(pattern, "cpu", torch.float64))
     errors = [float(group.exact.squared_error(each.weight.cpu().double()).sum()) for each in (edit, exact)]
@@ -135,14 +102,7 @@ def answer(group: Group, name: str, pattern: Constraint) -> Found:
 
 
 def side_by_side(bed: Bed) -> Found:
-    """Problems that `convex` solves side by side have the errors that they have one by one.
-
-    Args:
-        bed: where, how many and how large.
-
-    Returns:
-        The largest difference, and how much quicker they are.
-    """
+    """Problems that `convex` solves side by side have the errors that they have one by one."""
     count, *shape = bed.experts
     first = Group(replace(bed, group=(shape[0], shape[1]))).problem(Unstructured(0.5), bed.device, torch.float32)
     problems = [replace(first, weight=first.weight.roll(i, 0)) for i in range(count)]
@@ -169,15 +129,7 @@ def _zeros(edit: LayerEdit) -> int:
 
 
 def determined(group: Group, pattern: Constraint) -> Found:
-    """The default method twice, with `torch.use_deterministic_algorithms(True)`: no error, and the same bits.
-
-    Args:
-        group: the problem.
-        pattern: of the answer.
-
-    Returns:
-        How many entries differ.
-    """
+    """The default method twice, with `torch.use_deterministic_algorithms(True)`: no error, and the same bits."""
     problem = group.problem(pattern, group.bed.device, torch.float32)
     with deterministic():
         first, second = (PRUNERS["convex"]().prune(problem).weight for _ in range(2))

@@ -14,11 +14,9 @@ class Bed:
     """Where it is checked, and how large the things are that it is checked on.
 
     Args:
-        device: the name of the device.
         square: the width of the products that are timed.
         widths: of the problems whose iterations are timed.
         round_width: the widest of them whose rounds are timed too: each envelope costs its cube.
-        rows: of these problems.
         matrix: the shape of a weight that is masked, [m n].
         group: the shape of the problem that every method solves, [m n].
         copied: bytes that are copied between host and device.
@@ -48,14 +46,7 @@ class Bed:
 
     @classmethod
     def of(cls, device: str) -> "Bed":
-        """What fits a device: a GPU of 16 GiB or more in two minutes, a CPU in twenty seconds.
-
-        Args:
-            device: its name.
-
-        Returns:
-            The sizes.
-        """
+        """What fits a device: a GPU of 16 GiB or more in two minutes, a CPU in twenty seconds."""
         if device.startswith("cuda"):
             return cls(device)
         return cls(device, 512, (128, 256, 576), 256, 64, (256, 768), (48, 192), 1 << 22, 64, 64, 0.0, (3, 24, 96))
@@ -66,8 +57,6 @@ class Found:
     """What was measured.
 
     Args:
-        said: it, for a reader.
-        numbers: the same, by name.
         passed: whether it is as it has to be; None: there is nothing to hold it against.
         advice: what to do if it is not.
     """
@@ -83,8 +72,6 @@ class Row:
     """A check that was made.
 
     Args:
-        check: the subject.
-        case: of it.
         found: what was measured; if it could not be, the error.
         seconds: that it took.
     """
@@ -106,13 +93,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """A check to make.
-
-    Args:
-        check: the subject.
-        name: of the case.
-        measure: makes it.
-    """
+    """A check to make."""
 
     check: str
     name: str
@@ -138,16 +119,7 @@ def _free() -> None:
 
 
 def alike(first: Mapping[str, Any], second: Mapping[str, Any], what: str) -> Found:
-    """Whether two results are the same.
-
-    Args:
-        first: by name.
-        second: by name.
-        what: was compared.
-
-    Returns:
-        What differs.
-    """
+    """Whether two results are the same."""
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     said = f"{len(first)} {what}, {len(names)} differ" + (f": {', '.join(names[:3])}" if names else "")
     return Found(said, {"differ": len(names)}, bool(first) and not names)

@@ -22,9 +22,7 @@ class Checkup:
     """What was checked.
 
     Args:
-        device: its name.
         environment: versions, and what decides the order of sums.
-        rows: the checks.
     """
 
     device: str
@@ -52,15 +50,7 @@ class Checkup:
 
 
 def all_cases(bed: Bed, folder: Path) -> Iterator[Case]:
-    """Every check.
-
-    Args:
-        bed: where, and how large.
-        folder: a place for files.
-
-    Yields:
-        Each.
-    """
+    """Every check."""
     yield from kernels.cases(bed)
     yield from speeds.cases(bed)
     yield from answers.cases(bed)
@@ -72,16 +62,6 @@ def doctor(**settings: Any) -> Checkup:
     """Measure what a run needs of this machine, and hold it against what it has to be.
 
     What fails is a row, and the others are made all the same.
-
-    Args:
-        settings: by name:
-        {settings}
-
-    Returns:
-        The rows.
-
-    Raises:
-        RecipeError: the device is not here, or a check does not exist.
     """
     asked, shared = DOCTOR.read(settings)
     device = default_device(shared.get("device", "auto"))

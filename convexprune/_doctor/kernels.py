@@ -26,14 +26,7 @@ WORK: dict[str, Callable[..., Any]] = {
 
 
 def cases(bed: Bed) -> Iterator[Case]:
-    """The checks of kernels.
-
-    Args:
-        bed: where, and how large.
-
-    Yields:
-        Each.
-    """
+    """The checks of kernels."""
     yield Case("kernels", "compiler", partial(compiler, bed))
     for name in WORK if bed.on_gpu else ():
         yield Case("kernels", name, partial(beside_eager, bed, name))
@@ -41,14 +34,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def compiler(bed: Bed) -> Found:
-    """Whether torch compiles kernels here.
-
-    Args:
-        bed: where.
-
-    Returns:
-        Whether, and if not why.
-    """
+    """Whether torch compiles kernels here."""
     if not bed.on_gpu:
         return Found("a CPU works op by op")
     why = eager_because(bed.device)
@@ -56,15 +42,7 @@ def compiler(bed: Bed) -> Found:
 
 
 def beside_eager(bed: Bed, name: str) -> Found:
-    """A kernel has to give what its operations give one by one, and in no more time.
-
-    Args:
-        bed: where, and how large.
-        name: of the kernel.
-
-    Returns:
-        Both times, and the largest difference.
-    """
+    """A kernel has to give what its operations give one by one, and in no more time."""
     random = torch.Generator(bed.device).manual_seed(0)
     a, b, c, d = (torch.randn(bed.matrix, generator=random, device=bed.device) for _ in range(4))
     number = number_like(0.7, a)
@@ -86,14 +64,7 @@ def beside_eager(bed: Bed, name: str) -> Found:
 
 
 def in_parts(bed: Bed) -> Found:
-    """A product of parts, for certificates, has to be as near to one in float64 as its bound says.
-
-    Args:
-        bed: where, and how large.
-
-    Returns:
-        The largest error, in units of the bound.
-    """
+    """A product of parts, for certificates, has to be as near to one in float64 as its bound says."""
     random = torch.Generator(bed.device).manual_seed(1)
     a, b = (torch.randn(256, 256, generator=random, device=bed.device, dtype=torch.float64) for _ in range(2))
     left, right = Parts.of(a, OF_RESIDUAL, 1), Parts.of(b, OF_RESIDUAL, 0)

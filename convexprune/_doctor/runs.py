@@ -27,12 +27,7 @@ MEMORY = (0.5, 1.2)  # what is measured over what the formula says, where that i
 
 
 class TwoLayers:
-    """The model in a folder, and what was made of it.
-
-    Args:
-        bed: where, and how wide.
-        folder: a place for files.
-    """
+    """The model in a folder, and what was made of it."""
 
     def __init__(self, bed: Bed, folder: Path) -> None:
         self.bed, self.folder = bed, folder
@@ -81,15 +76,7 @@ class TwoLayers:
         return inspect(self.saved, max_seq_length=self.bed.length, held_out_samples=1, **asked)
 
     def again(self, name: str, **more: Any) -> Found:
-        """Prune once more.
-
-        Args:
-            name: of the folder.
-            more: settings.
-
-        Returns:
-            Whether the bits are those of the first run.
-        """
+        """Prune once more."""
         self.run_once()
         prune(**self.settings, output_dir=self.folder / name, **more)
         return alike(_checksums(self.folder / "first"), _checksums(self.folder / name), "files of weights")
@@ -106,15 +93,7 @@ class TwoLayers:
 
 
 def cases(bed: Bed, folder: Path) -> Iterator[Case]:
-    """The checks of runs.
-
-    Args:
-        bed: where, and how large.
-        folder: a place for files.
-
-    Yields:
-        Each.
-    """
+    """The checks of runs."""
     model = TwoLayers(bed, folder)
     yield Case("runs", "gaps", partial(gaps, model))
     yield Case("runs", "twice, the same bits", partial(model.again, "second"))
@@ -126,14 +105,7 @@ def cases(bed: Bed, folder: Path) -> Iterator[Case]:
 
 
 def gaps(model: TwoLayers) -> Found:
-    """The largest duality gap of a run.
-
-    Args:
-        model: what is pruned.
-
-    Returns:
-        It.
-    """
+    """The largest duality gap of a run."""
     report = model.measured[0].report
     largest = report.largest_gap
     said = f"largest {largest:.1e}, {report.sparsity:.2%} zeros" if largest is not None else "no solve has a gap"
@@ -141,14 +113,7 @@ def gaps(model: TwoLayers) -> Found:
 
 
 def memory(model: TwoLayers) -> Found:
-    """The peak of a run beside what `inspect` says; it is judged on a GPU, where nothing else is counted.
-
-    Args:
-        model: what is pruned.
-
-    Returns:
-        Both.
-    """
+    """The peak of a run beside what `inspect` says; it is judged on a GPU, where nothing else is counted."""
     peak, predicted = model.measured[1].more, model.predicted.needed
     if peak is None:
         return Found("nobody counts the memory of a process here")
@@ -159,14 +124,7 @@ def memory(model: TwoLayers) -> Found:
 
 
 def seconds(model: TwoLayers) -> Found:
-    """The time of a run beside what `inspect` estimates, which leaves out reading, writing and what begins a run.
-
-    Args:
-        model: what is pruned.
-
-    Returns:
-        Both.
-    """
+    """The time of a run beside what `inspect` estimates, which leaves out reading, writing and what begins a run."""
     measured, predicted = model.measured[2], sum(model.predicted.seconds.values())
     said = f"{measured:.1f} s, {measured / predicted:.1f} times the estimate of inspect"
     return Found(said, {"measured": measured, "predicted": predicted})

@@ -27,14 +27,7 @@ BYTES = 12  # of a problem's matrices [n n] in each of the runs that are timed s
 
 
 def cases(bed: Bed) -> Iterator[Case]:
-    """The checks of speed.
-
-    Args:
-        bed: where, and how large.
-
-    Yields:
-        Each.
-    """
+    """The checks of speed."""
     for name in (*DTYPES, *(COARSE if bed.on_gpu else ())):
         yield Case("products", name, partial(product_rate, bed, name))
     for width in bed.widths:
@@ -51,15 +44,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def times(bed: Bed, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each run, the median of rounds in which they take turns.
-
-    Args:
-        bed: where.
-        runs: by name.
-
-    Returns:
-        Seconds by name.
-    """
+    """Seconds of each run, the median of rounds in which they take turns."""
     return {name: median(each) for name, each in time_in_turns(runs, bed.device, bed.seconds).items()}
 
 
@@ -75,15 +60,7 @@ COARSE: tuple[Format, ...] = ("tf32", "bf16x3")  # which a CPU emulates
 
 
 def product(bed: Bed, name: str) -> Callable[[], object]:
-    """A product of two square matrices.
-
-    Args:
-        bed: where, and how large.
-        name: of its format, one of `DTYPES` or `COARSE`.
-
-    Returns:
-        What multiplies.
-    """
+    """A product of two square matrices."""
     matrix = torch.full((bed.square, bed.square), 0.5, dtype=DTYPES.get(name, torch.float32), device=bed.device)
     if name in DTYPES:
         return lambda: matrix @ matrix
@@ -96,15 +73,7 @@ def _coarse(name: Any, matrix: Tensor) -> Tensor:
 
 
 def product_rate(bed: Bed, name: str) -> Found:
-    """Operations a second; bfloat16 has to be faster than float32 where steps are multiplied in it.
-
-    Args:
-        bed: where, and how large.
-        name: of the format.
-
-    Returns:
-        The rate.
-    """
+    """Operations a second; bfloat16 has to be faster than float32 where steps are multiplied in it."""
     seconds = times(bed, {each: product(bed, each) for each in dict.fromkeys((name, "float32"))})
     rate, ratio = 2 * bed.square**3 / seconds[name], seconds["float32"] / seconds[name]
     expected = name == "bfloat16" and bed.on_gpu and has_bfloat16(torch.device(bed.device))
@@ -117,15 +86,7 @@ def product_rate(bed: Bed, name: str) -> Found:
 
 
 def make_quadratic(bed: Bed, width: int) -> Quadratic:
-    """A sum of squares of a weight [rows width]: a unit diagonal, and some directions with more energy.
-
-    Args:
-        bed: where, and how many rows.
-        width: n.
-
-    Returns:
-        The quadratic.
-    """
+    """A sum of squares of a weight [rows width]: a unit diagonal, and some directions with more energy."""
     random = torch.Generator(bed.device).manual_seed(0)
     normal = partial(torch.randn, generator=random, device=bed.device)
     directions = normal(width, min(64, width)) / 8
@@ -141,15 +102,7 @@ def _number_of(width: int, bed: Bed) -> int:
 
 @torch.no_grad()
 def iteration(bed: Bed, width: int) -> Found:
-    """Time of an iteration of FISTA over that of its product.
-
-    Args:
-        bed: where.
-        width: n.
-
-    Returns:
-        Both, and the ratio.
-    """
+    """Time of an iteration of FISTA over that of its product."""
     q, number = make_quadratic(bed, width), _number_of(width, bed)
     assert q.anchor is not None
     problem, start, residual = Problem(q, L1(0.1)), q.anchor, q.cross
@@ -166,14 +119,8 @@ def iteration(bed: Bed, width: int) -> Found:
 
 @torch.no_grad()
 def path_round(bed: Bed, width: int) -> Found:
-    """Time of a round of the default method over that of a product in float32; its own is in bfloat16 where there is.
-
-    Args:
-        bed: where.
-        width: n.
-
-    Returns:
-        Both, and the ratio.
+    """Time of a round of the default method over that of a product in float32; its own is in bfloat16 where there
+    is.
     """
     q, number = make_quadratic(bed, width), _number_of(width, bed)
     pattern = Unstructured(0.5)
@@ -209,15 +156,7 @@ def _scores(bed: Bed) -> Tensor:
 
 
 def mask(bed: Bed, pattern: Constraint) -> Found:
-    """Time of a mask over that of a sort of the same scores; its zeros have to be exactly as many as asked.
-
-    Args:
-        bed: where, and how large.
-        pattern: of the mask.
-
-    Returns:
-        The time and the zeros.
-    """
+    """Time of a mask over that of a sort of the same scores; its zeros have to be exactly as many as asked."""
     scores = _scores(bed)
     seconds = times(bed, {"mask": lambda: pattern.mask(scores), "sort": lambda: scores.flatten().sort()})
     zeros, asked = int((~pattern.mask(scores)).sum()), pattern.zeros(*bed.matrix)
@@ -228,15 +167,7 @@ def mask(bed: Bed, pattern: Constraint) -> Found:
 
 
 def threshold(bed: Bed, pattern: Constraint) -> Found:
-    """Time of a threshold over that of a sort; it has to lie within a few per cent of the exact one.
-
-    Args:
-        bed: where, and how large.
-        pattern: whose threshold it is.
-
-    Returns:
-        The time, and the share of scores below.
-    """
+    """Time of a threshold over that of a sort; it has to lie within a few per cent of the exact one."""
     scores = _scores(bed)
     seconds = times(bed, {"own": lambda: pattern.threshold(scores), "sort": lambda: scores.flatten().sort()})
     below = float((scores < pattern.threshold(scores)).float().mean())
@@ -251,15 +182,7 @@ def threshold(bed: Bed, pattern: Constraint) -> Found:
 
 
 def copies(bed: Bed, direction: str) -> Found:
-    """Bytes a second between host and device, from pinned and from pageable memory.
-
-    Args:
-        bed: where, and how large.
-        direction: "to the device" or "to the host".
-
-    Returns:
-        Both rates.
-    """
+    """Bytes a second between host and device, from pinned and from pageable memory."""
     pageable, there = torch.zeros(bed.copied, dtype=torch.uint8), torch.zeros(bed.copied, dtype=torch.uint8)
     hosts, device = {"pageable": pageable, "pinned": there.pin_memory()}, there.to(bed.device)
     put = direction == "to the device"

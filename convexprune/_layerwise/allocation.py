@@ -29,7 +29,6 @@ class ModelAllocation:
     allocation could cost at most, by the same curves.
 
     Args:
-        shares: of zeros, by operator.
         cost: the predicted loss, in nats a token.
         gap: how much less another could cost at most.
         row_weights: [m] by operator.
@@ -47,15 +46,7 @@ class ModelAllocation:
         return {name: pattern.with_share(share) for name, share in self.shares.items()}
 
     def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
-        """The settings of a run that asks for `pattern` on the whole, with this allocation.
-
-        Args:
-            settings: of a run.
-            pattern: what is asked for on the whole.
-
-        Returns:
-            The settings with it.
-        """
+        """The settings of a run that asks for `pattern` on the whole, with this allocation."""
         rows, columns = (
             {name: torch.tensor(each) for name, each in weights.items()} for weights in (self.row_weights, self.columns)
         )
@@ -70,11 +61,8 @@ class Unit:
     `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
 
     Args:
-        name: "layer.operator".
-        size: its weights.
         costs: by pattern that fits it, in nats a token.
         outliers: the share of outlying scores of its layer.
-        skewness: of its layer's weights.
     """
 
     name: str
@@ -86,9 +74,6 @@ class Unit:
 
 def candidates(pattern: Constraint) -> list[Constraint]:
     """The patterns that an operator may get, the sparsest last.
-
-    Args:
-        pattern: that is asked for on the whole.
 
     Returns:
         For a sparsity, sparsities around it; for N:M, every N of that M.
@@ -113,15 +98,7 @@ def row_weights(fisher: Tensor) -> Tensor:
 
 
 def check_rule(rule: str, pattern: Constraint) -> None:
-    """Refuse, before any work, a rule that does not exist, or that the pattern does not allow.
-
-    Args:
-        rule: its name.
-        pattern: that is asked for on the whole.
-
-    Raises:
-        RecipeError: it is such a rule.
-    """
+    """Refuse, before any work, a rule that does not exist, or that the pattern does not allow."""
     if rule not in RULES:
         raise RecipeError(unknown("allocation", rule, RULES))
     if rule == "columns" and not pattern.by_column:
@@ -160,17 +137,7 @@ def allocate_by_rule(
     could be reconstructed.
 
     Args:
-        units: what was surveyed.
-        rule: one of `RULES`.
-        pattern: what is asked for on the whole.
         fisher: f [m] by operator, for rules that weigh rows.
-
-    Returns:
-        The allocation.
-
-    Raises:
-        RecipeError: see `check_rule`.
-        PatternError: the share of zeros cannot be allocated so.
     """
     check_rule(rule, pattern)
     if rule == "uniform":

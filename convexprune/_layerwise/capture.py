@@ -56,15 +56,9 @@ def observe(
     What is recorded: tokens times the widths of the stages. The first batch shows the shortcuts, too.
 
     Args:
-        layer: the layer.
-        calls: gives the other arguments for a batch.
         batches: what enters the layer [batch tokens hidden].
-        record: makes a place to keep tensors, in memory or on disk.
         error_targets: those that will be asked for (`LayerSettings.error_target`): if no more than
             "residual_stream", the inputs of the group that closes it are not kept.
-
-    Returns:
-        What was observed.
     """
     last_branch = next(
         (
@@ -96,12 +90,7 @@ def observe(
 
 
 def put_away(tensor: Tensor, place: Recorded) -> None:
-    """Keep a tensor on the host, or where it is if a place has room there; in a file, at the end of `sending`.
-
-    Args:
-        tensor: of any device.
-        place: where.
-    """
+    """Keep a tensor on the host, or where it is if a place has room there; in a file, at the end of `sending`."""
     if not isinstance(place, Batches):
         place.append(tensor.cpu())
     elif not place.hold(tensor):
@@ -115,13 +104,7 @@ def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Seq
     to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
 
     Args:
-        layer: the layer.
-        group: one of its groups.
-        calls: gives the other arguments for a batch.
         batches: what enters the layer [batch tokens hidden]; the first is tried.
-
-    Returns:
-        Whether it does.
     """
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
@@ -139,10 +122,7 @@ def through(
     """The outputs of the layer, as it is by now, for each batch.
 
     Args:
-        layer: the layer.
-        calls: gives the other arguments for a batch.
         batches: what enters the layer [batch tokens hidden].
-        known: the inputs of shortcuts, which are then taken.
 
     Yields:
         The outputs [batch tokens hidden].
@@ -158,7 +138,6 @@ class LastBranch(NamedTuple):
 
     Args:
         x: what the group sees [samples tokens n].
-        branch: what it makes of that.
         residual: the layer's output without it [batch tokens hidden].
     """
 
@@ -176,13 +155,7 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
     """One pass of the layer in which the last group makes zeros.
 
     Args:
-        layer: the layer.
-        group: its last group.
-        call: the other arguments.
         batch: what enters the layer [batch tokens hidden].
-
-    Returns:
-        The two parts of the layer's output.
     """
     seen, made = list[Tensor](), list[Tensor]()
 
@@ -199,9 +172,6 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
     """The inputs of the groups of a stage; the layer is run no further than that.
 
     Args:
-        layer: the layer.
-        stage: the groups.
-        call: how the model calls the layer.
         batch: what enters it [batch tokens hidden].
 
     Returns:

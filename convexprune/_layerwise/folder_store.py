@@ -38,9 +38,7 @@ class FolderStore(AbstractStore):
     appears whole, and its checksum stands in a JSON file beside it, which is written last: what it names is there.
 
     Args:
-        folder: the folder.
         count: how many decoder layers there are.
-        device: where hidden states are wanted.
         room: for what is recorded to stay there; none unless given.
     """
 
@@ -84,14 +82,7 @@ class FolderStore(AbstractStore):
 
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
-        """An empty folder for whoever has claimed a layer; gone afterwards.
-
-        Args:
-            number: of the layer.
-
-        Yields:
-            The folder.
-        """
+        """An empty folder for whoever has claimed a layer; gone afterwards."""
         place = self.folder / "scratch" / f"{number:05d}{self._mine}"
         shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
         with writing(place):
@@ -116,15 +107,7 @@ class FolderStore(AbstractStore):
             self._resident[number, stream] = batches
 
     def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A value that one process computes for all: the first to ask; the others wait for it.
-
-        Args:
-            name: of the value.
-            make: computes it; JSON has to be able to hold it.
-
-        Returns:
-            The value.
-        """
+        """A value that one process computes for all: the first to ask; the others wait for it."""
         path = self.folder / f"{name}.json"
         while (value := read_notes(path)) is None:
             with locked(self.folder / f"{name}.lock") as is_locked:
@@ -169,11 +152,7 @@ class FolderStore(AbstractStore):
             model.load_state(model.layers[number], self.layer(number))
 
     def require_whole(self) -> None:
-        """See that every layer is on the disk as it was written.
-
-        Raises:
-            OutputError: a layer is not.
-        """
+        """See that every layer is on the disk as it was written."""
         self.discard_damaged()
         if lost := [n for n in range(self.count) if not self._notes("layers", f"{n:05d}").exists()]:
             raise OutputError(
@@ -226,11 +205,7 @@ class RankStore(FolderStore):
     Their first rank says which layer is next, and writes the layers.
 
     Args:
-        folder: the folder.
         count: how many decoder layers there are.
-        device: where hidden states are wanted.
-        ranks: that prune together.
-        room: see `FolderStore`.
     """
 
     def __init__(

@@ -20,7 +20,6 @@ class Call:
 
     Args:
         args: the positional arguments behind the hidden states.
-        kwargs: the others, by name.
     """
 
     args: tuple[Any, ...] = ()
@@ -77,12 +76,7 @@ class ModuleInput:
 
 @contextmanager
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module computes another function in place of its own.
-
-    Args:
-        module: the module.
-        forward: the function.
-    """
+    """Inside, a module computes another function in place of its own."""
     own = vars(module).get("forward")  # hooks of other libraries may stand there
     module.forward = forward
     try:
@@ -99,8 +93,6 @@ class Group:
     """Operators that share an input: one Gram matrix, one stacked problem.
 
     Args:
-        operators: in the order of execution.
-        input_hook: the hook on their input.
         token_aligned: whether the dense and the pruned layer send the same tokens here, so that an operator can correct
             earlier errors token by token. Not so behind a router.
     """
@@ -116,11 +108,6 @@ class DecoderLayer:
 
     What one stage outputs, a later stage may see; the groups of one stage do not see each other. For LLaMA, with one
     group a stage: q, k, v | o | gate, up | down.
-
-    Args:
-        name: its path in the model.
-        module: of the layer.
-        stages: the groups of each stage.
     """
 
     name: str
@@ -159,12 +146,6 @@ class AbstractModel(ABC):
         """Inside, the weights of a layer are in memory.
 
         If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
-
-        Args:
-            layer: the layer.
-
-        Returns:
-            The context.
         """
 
     @abstractmethod
@@ -177,12 +158,7 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
-        """Copy tensors into a layer that is resident.
-
-        Args:
-            layer: the layer.
-            state: what `state` gave.
-        """
+        """Copy tensors into a layer that is resident."""
 
     @abstractmethod
     def keep(self, layer: DecoderLayer) -> None:

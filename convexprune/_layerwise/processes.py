@@ -21,11 +21,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def require_rendezvous() -> None:
-    """Refuse ranks that do not know where they meet.
-
-    Raises:
-        RecipeError: the launcher has not said so.
-    """
+    """Refuse ranks that do not know where they meet."""
     if missing := [name for name in RENDEZVOUS if name not in environ]:
         raise RecipeError(
             f"executor='ranks' with prefix='pruned': the ranks prune each layer together, and {', '.join(missing)} "
@@ -46,15 +42,7 @@ class ProcessGroup:
     @classmethod
     @contextmanager
     def connected(cls, rank: int, size: int) -> Iterator["ProcessGroup"]:
-        """Inside, the ranks of a launcher can communicate; see `require_rendezvous`.
-
-        Args:
-            rank: of this process.
-            size: how many ranks there are.
-
-        Yields:
-            The group.
-        """
+        """Inside, the ranks of a launcher can communicate; see `require_rendezvous`."""
         if size == 1 or dist.is_initialized():  # by the script that prunes
             yield cls(rank, size)
             return
@@ -73,15 +61,6 @@ class ProcessGroup:
 
         Between GPUs (NCCL) a rank that is lost is no error of this call, but the end of the process after `PATIENCE`.
         So all ranks meet on the CPU before (Gloo), where it is one at once.
-
-        Args:
-            tensor: of this rank.
-
-        Returns:
-            The same tensor.
-
-        Raises:
-            PruningError: another rank was lost.
         """
         if self.size > 1:
             try:

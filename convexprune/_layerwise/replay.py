@@ -40,11 +40,7 @@ class CachedSubmodule:
 
 @contextmanager
 def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
-    """Inside, all of these are taken, each on its x.
-
-    Args:
-        cached: the submodules, and the input of the linear map in each.
-    """
+    """Inside, all of these are taken, each on its x."""
     with ExitStack() as stack:
         for cached_submodule, x in cached.items():
             stack.enter_context(cached_submodule.replayed(x))
@@ -57,11 +53,6 @@ def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group,
 
     Nothing is assumed of any architecture: the output of the module has to be that of the linear map, the same object
     and not written to since, and both have to be called once. The outermost such module is taken.
-
-    Args:
-        layer: the layer, which is run inside.
-        samples: of the batch.
-        found: where they are put, by group.
     """
     looks = {group: _Look(linear, around, samples) for group, linear, around in _candidates(layer)}
     with ExitStack() as hooks:

@@ -34,11 +34,8 @@ class LayerSettings:
     columns, if these are chosen by that.
 
     Args:
-        pruner: prunes each group.
         pattern: what every operator is pruned to.
         correction: a, how much of the error is corrected, 0 to 1.
-        prefix: which network feeds the layer.
-        error_target: which error is corrected.
         patterns: of operators that differ in theirs, by name.
         bound_rows: rows of each operator to bound.
         row_weights: [m] by the name of the operator.
@@ -47,7 +44,6 @@ class LayerSettings:
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
         gram_precision: the format in which second moments are added up, see `_device.precision`.
         solve_precision: that of the products of solves.
-        certificate_precision: that of their certificates.
         quantizer: puts what is kept on the grids of the patterns.
         emptied: what a decoder layer has in place of what is removed of it, by its name and its parameters: zeros;
             None: nothing is removed.
@@ -76,25 +72,11 @@ class LayerSettings:
             self.pruner_of(name).require(self.pattern_of(name))
 
     def pruner_of(self, operator: str) -> AbstractPruner:
-        """What prunes the operator "layer.operator": its own in `pruners`, else that of all.
-
-        Args:
-            operator: its name.
-
-        Returns:
-            Its pruner.
-        """
+        """What prunes the operator "layer.operator": its own in `pruners`, else that of all."""
         return self.pruners.get(operator, self.pruner)
 
     def pattern_of(self, operator: str) -> Constraint:
-        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all.
-
-        Args:
-            operator: its name.
-
-        Returns:
-            Its pattern.
-        """
+        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
         return self.patterns.get(operator, self.pattern)
 
     @property
@@ -104,9 +86,6 @@ class LayerSettings:
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:
         """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike.
-
-        Args:
-            operators: their names, in the order of the stack.
 
         Returns:
             Factors [m], or None.

@@ -32,8 +32,6 @@ class CalibrationStatistics:
     of the outputs if it is given how many (see `ErrorMoments`).
 
     Args:
-        width: n, of the inputs.
-        device: where they are added up.
         outputs: m, if errors are counted in output space.
     """
 
@@ -49,9 +47,6 @@ class CalibrationStatistics:
     def bytes(width: int) -> int:
         """The memory of three Gram matrices, in bytes.
 
-        Args:
-            width: n of each.
-
         Returns:
             The bytes.
         """
@@ -66,7 +61,6 @@ class CalibrationStatistics:
             x: x* [samples tokens n].
             lacking: what the same tokens are to be corrected for, if anything: x - x*, or of outputs [samples tokens
                 m].
-            held_out: whether they are held out.
         """
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
@@ -117,9 +111,6 @@ class CalibrationStatistics:
 
         With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
         moments of `others` are added, with the weight of as many tokens as are lacking to one for each input.
-
-        Args:
-            others: those of all experts beside this one.
         """
         lacking = self.halves[0].width - self.tokens
         if lacking <= 0 or not others.tokens:
@@ -133,14 +124,7 @@ class CalibrationStatistics:
         )
 
     def add_up(self, ranks: ProcessGroup) -> None:
-        """Count what the other ranks have counted, too.
-
-        Args:
-            ranks: that prune together.
-
-        Raises:
-            PruningError: the ranks do not count the same quantities, or one was lost.
-        """
+        """Count what the other ranks have counted, too."""
         self._count_all()
         if ranks.size == 1:
             return
@@ -193,28 +177,12 @@ def at_once(shape: tuple[int, int], pruner: AbstractPruner, device: torch.device
 
     It is one on a CPU, where a step of many small problems takes as long as its parts, and for methods that take one
     after another anyway.
-
-    Args:
-        shape: (m, n) of each.
-        pruner: of all of them.
-        device: where.
-
-    Returns:
-        The number.
     """
     return many_at_once(*shape) if pruner.side_by_side and not is_host(device) else 1
 
 
 def many_at_once(outputs: int, inputs: int) -> int:
-    """How many problems [outputs inputs] are solved side by side on a GPU.
-
-    Args:
-        outputs: m.
-        inputs: n.
-
-    Returns:
-        As many as have `SOLVED` numbers, and one at least.
-    """
+    """How many problems [outputs inputs] are solved side by side on a GPU."""
     return max(1, SOLVED // (inputs * (outputs + inputs)))
 
 
@@ -231,15 +199,7 @@ Item = TypeVar("Item", bound=Paired)
 
 
 def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
-    """The groups of a stage in parts: all token-aligned ones first, then as many of the others as fit.
-
-    Args:
-        stage: the groups, or what stands for them.
-        width: gives the inputs of one.
-
-    Returns:
-        The parts.
-    """
+    """The groups of a stage in parts: all token-aligned ones first, then as many of the others as fit."""
     groups = list(stage)
     parts, room = [[group for group in groups if group.token_aligned]], ROOM
     for group in groups:

@@ -26,22 +26,11 @@ class AbstractStates(ABC):
 
     @abstractmethod
     def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
-        """Inside, make places to record tensors in, which are gone afterwards unless they were put away.
-
-        Args:
-            number: of the layer that is worked on.
-
-        Returns:
-            A context that gives a function which makes a place.
-        """
+        """Inside, make places to record tensors in, which are gone afterwards unless they were put away."""
 
     @abstractmethod
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
         """The batches that enter a layer.
-
-        Args:
-            number: of the layer.
-            stream: of which network.
 
         Returns:
             The hidden states [batch tokens hidden] of each batch; None if they are not there or are damaged.
@@ -52,23 +41,12 @@ class AbstractStates(ABC):
         """Keep what enters a layer until that layer is finished.
 
         Args:
-            number: of the layer.
-            stream: of which network.
             batches: the hidden states [batch tokens hidden].
         """
 
     @abstractmethod
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
-        """Give a finished layer that is in memory the weights of one network: its dense or its pruned ones.
-
-        Args:
-            model: the model.
-            number: of the layer.
-            stream: which network.
-
-        Raises:
-            OutputError: it was pruned in the memory of this process, and is no longer dense.
-        """
+        """Give a finished layer that is in memory the weights of one network: its dense or its pruned ones."""
 
 
 class AbstractStore(AbstractStates):
@@ -76,13 +54,7 @@ class AbstractStore(AbstractStates):
 
     @abstractmethod
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
-        """Keep a pruned layer for good.
-
-        Args:
-            number: of the layer.
-            state: its tensors by name.
-            reports: one for each operator.
-        """
+        """Keep a pruned layer for good."""
 
 
 class MemoryStore(AbstractStore):

@@ -14,11 +14,6 @@ class CorrectionTargets:
     """What the groups `corrected` lack, batch by batch (see `LayerSettings.error_target`).
 
     `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
-
-    Args:
-        corrected: the groups.
-        observed: what the dense layer showed.
-        error_target: which error is corrected.
     """
 
     def __init__(self, corrected: Collection[Group], observed: Observed, error_target: ErrorTarget) -> None:
@@ -32,33 +27,17 @@ class CorrectionTargets:
         }
 
     def in_output_space(self, group: Group) -> bool:
-        """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n].
-
-        Args:
-            group: one of a stage.
-
-        Returns:
-            Whether it is.
-        """
+        """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
         return group is self._last_branch or group in self._weights
 
     def is_last_branch(self, stage: Sequence[Group]) -> bool:
-        """Whether the pass of this stage is to be that of `split_last_branch`.
-
-        Args:
-            stage: some groups of a stage.
-
-        Returns:
-            Whether it is.
-        """
+        """Whether the pass of this stage is to be that of `split_last_branch`."""
         return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
         """At x* [samples tokens n] of batch i, if anything lacks at all; `output` is the layer's with x* and W.
 
         Args:
-            group: one of a stage.
-            i: the number of the batch.
             x: x* [samples tokens n].
             output: of the layer as it is by now, if the group is its last residual branch.
 
@@ -75,34 +54,17 @@ class CorrectionTargets:
 
 
 def width(group: Group) -> int:
-    """n, its inputs.
-
-    Args:
-        group: the group.
-
-    Returns:
-        n.
-    """
+    """n, its inputs."""
     return group.operators[0].shape[1]
 
 
 def height(group: Group) -> int:
-    """m, the outputs of all its operators.
-
-    Args:
-        group: the group.
-
-    Returns:
-        m, of all its operators.
-    """
+    """m, the outputs of all its operators."""
     return sum(operator.shape[0] for operator in group.operators)
 
 
 def stack_of(group: Group) -> Tensor:
     """The weights of operators that share an input [m n]: their rows, in float32.
-
-    Args:
-        group: the group.
 
     Returns:
         W [m n] in float32.

@@ -36,7 +36,6 @@ class LayerContext:
     """One decoder layer, whose weights are in memory, as the walk hands it to a step.
 
     Args:
-        model: the model.
         number: the layer is the one of this number.
         calls: how it is called, for hidden states of each shape.
         inputs: the batches [batch tokens hidden] that enter it, of each stream.
@@ -57,21 +56,13 @@ class LayerContext:
         return self.model.layers[self.number]
 
     def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
-        """One pass of the dense layer.
-
-        Args:
-            error_targets: those that will be asked for; see `capture.observe`.
-
-        Returns:
-            What it shows.
-        """
+        """One pass of the dense layer."""
         return observe(self.layer, self.calls, self.inputs["dense"], self.record, error_targets)
 
     def outputs(self, stream: Stream = "dense", replayed: Mapping[CachedSubmodule, Recorded] | None = None) -> Recorded:
         """What the layer, as it is by now, makes of what enters it.
 
         Args:
-            stream: of which network.
             replayed: submodules that need not run again, and the inputs that they are replayed with.
 
         Returns:
@@ -84,7 +75,6 @@ class LayerContext:
 
         Args:
             outputs: the batches [batch tokens hidden].
-            stream: of which network.
         """
         self.states.put_hidden(self.number + 1, stream, outputs)
         for following in self.model.layers[self.number + 1 : self.number + 2]:
@@ -98,7 +88,6 @@ class LayerWalk:
     """Hands decoder layers to a step, one after another, each in memory and with what enters it.
 
     Args:
-        model: the model.
         windows: token ids [batch tokens]; the first layer gets what the model makes of them.
         states: say which layer is next, and keep what is between the layers.
         streams: the networks of which a step is given what enters its layer.
@@ -119,11 +108,7 @@ class LayerWalk:
         self._on_layer, self._calls = on_layer, calls or LayerCalls(model, windows)
 
     def run(self, step: LayerStep) -> None:
-        """Call the step with every layer, until the states have none left.
-
-        Args:
-            step: called with each.
-        """
+        """Call the step with every layer, until the states have none left."""
         finished = False
         while not finished:
             with self._states.claim() as number:
@@ -136,10 +121,6 @@ class LayerWalk:
         """Call the step with one layer.
 
         If what enters it is damaged and a lower layer is still to come, nothing is done: that one brings it.
-
-        Args:
-            number: that of the layer.
-            step: called with it.
         """
         inputs = dict[Stream, Sequence[Tensor]]()
         for stream in self._streams:
@@ -159,11 +140,7 @@ class LayerWalk:
         return found
 
     def _recomputed_inputs(self, number: int, stream: Stream) -> Recorded:
-        """From the nearest that is there, through layers that are dense, or as they are finished.
-
-        Raises:
-            OutputError: the model in memory is no longer dense.
-        """
+        """From the nearest that is there, through layers that are dense, or as they are finished."""
         start, found = number - 1, None
         while start > 0 and (found := self._states.hidden(start, stream)) is None:
             start -= 1
@@ -191,15 +168,7 @@ def propagate(context: LayerContext) -> None:
 
 @sending()
 def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
-    """Keep batches.
-
-    Args:
-        batches: the tensors.
-        place: where.
-
-    Returns:
-        The place.
-    """
+    """Keep batches."""
     for batch in batches:
         if isinstance(place, Batches):
             put_away(batch, place)

@@ -29,12 +29,6 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
 
     No loader of transformers, vLLM or SGLang looks for the key at this place: only below "quantization_config" and
     "compression_config" does it make a model a quantized one.
-
-    Args:
-        report: of the run.
-
-    Returns:
-        Settings to be added; none if no zeros were asked for.
     """
     if not report.asks_for_zeros:
         return {}
@@ -50,43 +44,20 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
 
 
 def mark_sparse(model: PreTrainedModel, report: Report) -> None:
-    """Have the configuration of a pruned model say so, for when it is saved.
-
-    Args:
-        model: the model.
-        report: of the run.
-    """
+    """Have the configuration of a pruned model say so, for when it is saved."""
     for name, value in sparsity_settings(report).items():
         setattr(model.config, name, value)
 
 
 def write_card(report: Report, folder: Path) -> Path:
-    """Write the model card beside a result.
-
-    Args:
-        report: of the run.
-        folder: of the result.
-
-    Returns:
-        The file.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write the model card beside a result."""
     with atomic_write(folder / CARD) as file:
         write(file, card(report).encode())
     return folder / CARD
 
 
 def card(report: Report) -> str:
-    """The model card, of the report alone; no clock and no path of the machine has a part in it.
-
-    Args:
-        report: of the run.
-
-    Returns:
-        The text of README.md.
-    """
+    """The model card, of the report alone; no clock and no path of the machine has a part in it."""
     name, zeros = name_of_model(report), f"{report.sparsity:.1%}"
     body = text_of(
         "card.md.jinja",
@@ -113,14 +84,7 @@ def _removed(pattern: str) -> str:
 
 
 def metadata(report: Report) -> ModelCardData:
-    """What the hub reads of a result.
-
-    Args:
-        report: of the run.
-
-    Returns:
-        The front matter of the card.
-    """
+    """What the hub reads of a result."""
     base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
     dataset = hub_dataset(report)
     zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
@@ -143,9 +107,6 @@ def metadata(report: Report) -> ModelCardData:
 def hub_name(name: Any) -> str | None:
     """A model's name on the hub.
 
-    Args:
-        name: of a model, as a recipe has it.
-
     Returns:
         The name; None if it is a folder, the bundled model, or was given loaded.
     """
@@ -161,9 +122,6 @@ def hub_name(name: Any) -> str | None:
 
 def hub_dataset(report: Report) -> str | None:
     """The name on the hub of the data set that a model was calibrated on.
-
-    Args:
-        report: of the run.
 
     Returns:
         The name; None if it was a file, tokens, or text that the model wrote.

@@ -10,14 +10,7 @@ STEPS = (1, 2, 5)  # of an axis that covers less than two powers of ten
 
 @dataclass(frozen=True)
 class Mark:
-    """A point, a bar or a tick.
-
-    Args:
-        x: from the left.
-        y: from the top.
-        height: of a bar.
-        text: what it is.
-    """
+    """A point, a bar or a tick."""
 
     x: float
     y: float
@@ -30,9 +23,6 @@ class Chart:
     """Marks, and the ticks of the axes.
 
     Args:
-        marks: points or bars.
-        across: ticks of the horizontal axis.
-        up: ticks of the vertical axis.
         bar: the width of a bar; 0 of points.
     """
 
@@ -44,9 +34,6 @@ class Chart:
 
 def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
     """Points whose axes are logarithmic and alike, so that equal ones are on the diagonal.
-
-    Args:
-        values: across, up, and the name of each point.
 
     Returns:
         The chart; None without two positive, finite pairs.
@@ -72,7 +59,6 @@ def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
     """How many values there are of each size.
 
     Args:
-        values: to count.
         bins: between the least and the largest, or between 0 and 1.
         log: by their logarithm, from the least to the largest; else from 0 to 1.
 
@@ -103,14 +89,7 @@ def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
 
 
 def percent(value: float) -> str:
-    """A share in per cent.
-
-    Args:
-        value: the share.
-
-    Returns:
-        Two digits that count, without the sign.
-    """
+    """A share in per cent."""
     return f"{100 * value:#.2g}".rstrip(".") if 0 < value < 1 else f"{100 * value:.0f}"
 
 

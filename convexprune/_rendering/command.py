@@ -18,8 +18,6 @@ def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | 
     """The command line that prunes as a run did.
 
     Args:
-        report: of the run.
-        folder: where to.
         whole_paths: name files by their paths on the machine of the run; else by the last part only.
 
     Returns:

@@ -16,7 +16,6 @@ class Fact:
     """One thing that a run came to.
 
     Args:
-        name: what it is.
         text: what it came to, in words.
     """
 
@@ -27,9 +26,6 @@ class Fact:
 def facts(report: Report) -> list[Fact]:
     """What a run came to, whatever the clock says: the same of a run that was resumed.
 
-    Args:
-        report: of the run.
-
     Returns:
         Zeros, what the others are, errors and whose the worst are, perplexity, certificates, the size of the download,
         and warnings.
@@ -39,14 +35,7 @@ def facts(report: Report) -> list[Fact]:
 
 
 def costs(report: Report) -> list[Fact]:
-    """What a run took.
-
-    Args:
-        report: of the run.
-
-    Returns:
-        Time and size, and the most memory.
-    """
+    """What a run took."""
     size = "" if report.bytes is None else f"; {bytes_text(report.bytes)} on disk"
     found = [Fact("time, size" if size else "time", f"{sum(report.seconds.values()):.0f} s{size}")]
     if report.memory:
@@ -71,9 +60,6 @@ def bytes_text(size: float) -> str:
 def name_of_model(report: Report) -> str:
     """What to call the base model.
 
-    Args:
-        report: of the run.
-
     Returns:
         Its name on the hub, or the last part of its path: the rest is of one machine only.
     """
@@ -81,14 +67,7 @@ def name_of_model(report: Report) -> str:
 
 
 def short(name: str) -> str:
-    """A name without the folders of one machine.
-
-    Args:
-        name: a path, or another name.
-
-    Returns:
-        The last part of a path; any other name as it is.
-    """
+    """A name without the folders of one machine."""
     path = PurePath(name)
     return path.name or name if path.is_absolute() else name
 
@@ -150,14 +129,7 @@ def _described(o: OperatorReport) -> str:
 
 
 def text_of_evaluation(report: Report) -> str:
-    """What perplexity was measured on.
-
-    Args:
-        report: of the run.
-
-    Returns:
-        Words to stand after "of".
-    """
+    """What perplexity was measured on."""
     text = str(report.recipe.get("evaluation"))
     if text == "self":
         return "text that the dense model wrote itself, which flatters"
@@ -208,15 +180,7 @@ def _warnings(report: Report) -> Iterator[Fact]:
 
 
 def next_steps(report: Report, folder: str) -> list[Fact]:
-    """What to do with a result.
-
-    Args:
-        report: of the run.
-        folder: of the result.
-
-    Returns:
-        What it is for, and the command.
-    """
+    """What to do with a result."""
     place, pretrained = shlex.quote(folder), shlex.quote(f"pretrained={folder}")
     window = next((f" --window {p['window']}" for p in report.perplexity.values()), "")
     if report.packed is not None:

@@ -19,10 +19,7 @@ class Cell:
     """The operators of one place in one layer: one, or all experts there.
 
     Args:
-        value: their mean.
-        text: it, to be shown.
         shade: from 0, the least of the table, to `SHADES` - 1; None if the value is not finite.
-        name: whose it is.
     """
 
     value: float
@@ -38,8 +35,6 @@ class Grid:
     Args:
         columns: the places in a layer, in the order in which they are pruned.
         rows: the name of each layer, and its cell in each column, or None.
-        least: the least value, as text.
-        most: the largest value, as text.
     """
 
     columns: Sequence[str]
@@ -57,13 +52,7 @@ def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[floa
     """Arrange operators.
 
     Args:
-        operators: of a report.
         value: of an operator; None leaves it out.
-        text: shows a value.
-        log: shade by the logarithm.
-
-    Returns:
-        The table.
     """
     found = defaultdict[tuple[str, str], list[float]](list)
     for o in operators:
@@ -80,9 +69,6 @@ def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[floa
 
 def place(name: str) -> tuple[str, str]:
     """Where an operator is.
-
-    Args:
-        name: in the model.
 
     Returns:
         The number of its layer, and its name there, which all experts of the layer share.

@@ -22,13 +22,7 @@ SPREAD = 0.005  # shares of zeros that differ by less are shown as one
 
 
 class Tile(NamedTuple):
-    """A number of the headline.
-
-    Args:
-        name: what it is.
-        value: the number.
-        note: what it depends on.
-    """
+    """A number of the headline."""
 
     name: str
     value: str
@@ -36,19 +30,7 @@ class Tile(NamedTuple):
 
 
 def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
-    """Write the page of a run.
-
-    Args:
-        report: of the run.
-        path: of the page.
-        folder: of the result, if it was moved since.
-
-    Returns:
-        The file.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write the page of a run."""
     with atomic_write(path) as file:
         write(file, page(report, folder).encode())
     return path
@@ -58,11 +40,7 @@ def page(report: Report, folder: str | None = None) -> str:
     """The page, of the report alone.
 
     Args:
-        report: of the run.
         folder: of the result, to be named in commands; None is where it was written.
-
-    Returns:
-        HTML.
     """
     folder = folder or str(report.environment.get("folder", "DIR"))
     held_out = all(o.held_out_error is not None for o in report.operators)

@@ -17,35 +17,17 @@ def text_of(template: str, **values: Any) -> str:
 
     Args:
         template: its file in this folder; one of HTML escapes all values, others those that a filter is named for.
-        values: by name.
-
-    Returns:
-        The text.
     """
     return _compiled(template).render(values)
 
 
 def markdown(value: object) -> str:
-    """Text to stand in Markdown as it is.
-
-    Args:
-        value: from outside.
-
-    Returns:
-        One line in which nothing is markup.
-    """
+    """Text to stand in Markdown as it is."""
     return MARKDOWN.sub(r"\\\1", _line(value))
 
 
 def code(value: object) -> str:
-    """Text to stand in Markdown as code.
-
-    Args:
-        value: from outside.
-
-    Returns:
-        A code span, which no backtick in it ends.
-    """
+    """Text to stand in Markdown as code."""
     text = _line(value)
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
@@ -56,10 +38,6 @@ def fenced(text: str, language: str) -> str:
 
     Args:
         text: of one line or more; no backtick in it ends the block.
-        language: of the code.
-
-    Returns:
-        The block.
     """
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return f"{fence}{language}\n{text}\n{fence}"

@@ -13,24 +13,12 @@ UNLIKE = 2.0  # times the median of operators of the same name, from which the l
 
 
 def worst(report: Report, count: int) -> list[OperatorReport]:
-    """The operators with the largest errors.
-
-    Args:
-        report: of the run.
-        count: how many, at most.
-
-    Returns:
-        The worst first, by the held-out error where there is one.
-    """
+    """The operators with the largest errors."""
     return sorted(report.operators, key=_judged, reverse=True)[:count]
 
 
 def reason(o: OperatorReport, report: Report) -> str:
     """What may be why an operator has a large error.
-
-    Args:
-        o: the operator.
-        report: of the run.
 
     Returns:
         The first that holds: a solve that failed, few tokens, a fit to the sample, many zeros, a bound near the error;

@@ -24,9 +24,6 @@ class Memory:
 
     Args:
         fixed: of parameters outside of the decoder layers.
-        layer: of a decoder layer.
-        moments: of Gram matrices.
-        method: of its largest problem.
         batch: of hidden states and what a pass makes of them.
         host: of the main memory, beside a GPU.
         disk: of hidden states between the layers.
@@ -58,11 +55,7 @@ class Operations:
     """Floating-point operations of a whole run.
 
     Args:
-        forward: of passes through the model.
-        gram: of Gram matrices.
-        solve: of the method.
         judge: of the errors that are reported.
-        problems: how many are solved.
         products: how many matrix products [m n] x [n n] they take.
     """
 
@@ -75,15 +68,7 @@ class Operations:
 
 
 def moments_bytes(stack: Stack, corrected: bool) -> int:
-    """The memory of the Gram matrices of both halves and of the held-out windows, and of what is corrected.
-
-    Args:
-        stack: the stack.
-        corrected: whether errors are corrected.
-
-    Returns:
-        Bytes.
-    """
+    """The memory of the Gram matrices of both halves and of the held-out windows, and of what is corrected."""
     return CalibrationStatistics.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
 
 
@@ -94,14 +79,7 @@ def _correction(stack: Stack) -> int:
 
 
 def correcting(stack: Stack) -> float:
-    """Operations a token for the moments of a correction.
-
-    Args:
-        stack: the stack.
-
-    Returns:
-        The number.
-    """
+    """Operations a token for the moments of a correction."""
     m, n = float(stack.outputs), float(stack.inputs)
     return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
 
@@ -109,14 +87,6 @@ def correcting(stack: Stack) -> float:
 def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
     """The memory of a problem beside these: the moments of all windows, and the method's matrices or those of the
     bound.
-
-    Args:
-        stack: the stack.
-        method: its needs.
-        bound: whether a bound is computed.
-
-    Returns:
-        Bytes.
     """
     m, n = stack.outputs, stack.inputs
     solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
@@ -126,15 +96,7 @@ def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
-    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest.
-
-    Args:
-        model: the model.
-        setting: of the run.
-
-    Returns:
-        Bytes by part.
-    """
+    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest."""
     method = setting.method
     peaks, crowded = [], []
     for layer in model.layers:
@@ -172,13 +134,6 @@ def work(model: ModelSize, setting: Setting) -> Operations:
     Passes after the stage that ends attention begin with it (`_layerwise.replay`). Which one that is shows only when a
     layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
     too little for families without a shortcut (eager attention that returns its weights).
-
-    Args:
-        model: the model.
-        setting: of the run.
-
-    Returns:
-        The operations.
     """
     method, tokens = setting.method, setting.tokens
     forward = gram = solve = judge = products = 0.0
@@ -231,15 +186,7 @@ def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
 
 
 def cheaper(setting: Setting, refit: bool) -> dict[str, Setting]:
-    """Settings that need less memory, the least loss first.
-
-    Args:
-        setting: of the run.
-        refit: whether a refit follows the method.
-
-    Returns:
-        The settings, by what has to be written on the command line.
-    """
+    """Settings that need less memory, the least loss first."""
     ways: dict[str, Setting] = {}
     if setting.batch > 1:
         ways["--batch-size 1"] = replace(setting, batch=1)

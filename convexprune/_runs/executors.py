@@ -48,14 +48,7 @@ class AbstractExecutor(ABC):
 
     @abstractmethod
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
-        """Return when all layers are finished.
-
-        Args:
-            job: what to prune.
-            model: of this process.
-            store: of this process.
-            on_operator: called with the report of each operator.
-        """
+        """Return when all layers are finished."""
 
 
 class Serial(AbstractExecutor):
@@ -72,10 +65,6 @@ class Ranks(AbstractExecutor):
 
     They meet in the run's folder only; if layers wait for each other, they prune each layer together.
     Launchers divide the threads themselves.
-
-    Args:
-        number: of this process.
-        size: how many there are.
     """
 
     number: int
@@ -83,14 +72,7 @@ class Ranks(AbstractExecutor):
 
     @classmethod
     def here(cls) -> "Ranks":
-        """The rank that the launcher has given this process.
-
-        Returns:
-            The ranks, of which this process is one.
-
-        Raises:
-            RecipeError: no launcher has.
-        """
+        """The rank that the launcher has given this process."""
         for rank, size in RANKS:
             if rank in os.environ and size in os.environ:
                 return cls(int(os.environ[rank]), int(os.environ[size]))
@@ -127,12 +109,7 @@ class Pool(AbstractExecutor):
         return len(self.devices)
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
-        """See `AbstractExecutor.run`.
-
-        Raises:
-            ConvexpruneError: what a worker raised.
-            PruningError: workers were lost again and again.
-        """
+        """See `AbstractExecutor.run`."""
         watch = _Watch(store, on_operator)
         release_unused()  # a worker may compute on the GPU that this process has used
         workers, lost = [Worker(job, device) for device in self.devices], 0
@@ -155,11 +132,7 @@ class Pool(AbstractExecutor):
 
 @dataclass(frozen=True)
 class OnRay(AbstractExecutor):
-    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost.
-
-    Args:
-        workers: how many tasks.
-    """
+    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost."""
 
     workers: int
 
@@ -193,20 +166,7 @@ EXECUTORS = ("serial", "pool", "ranks", "ray")
 
 
 def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
-    """The executor of that name.
-
-    Args:
-        name: "serial", "pool", "ranks" or "ray".
-        workers: how many.
-        device: where they compute.
-
-    Returns:
-        The executor.
-
-    Raises:
-        RecipeError: there is none, or it does not fit where we are.
-        DependencyError: Ray is missing.
-    """
+    """The executor of that name."""
     match name:
         case "serial":
             return Serial()

@@ -35,14 +35,7 @@ PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the ru
 
 
 def check_output(folder: Path) -> None:
-    """Refuse, before any work, a folder that holds something.
-
-    Args:
-        folder: the folder, which need not be there.
-
-    Raises:
-        OutputError: the folder is not empty, or is a file.
-    """
+    """Refuse, before any work, a folder that holds something."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise OutputError(f"{folder} already holds something. Give another output folder, or remove this one first.")
 
@@ -69,10 +62,6 @@ class RunFolder:
 
         Args:
             resume: whether an unfinished run may be there.
-
-        Raises:
-            OutputError: the folder holds another thing, an unfinished run that is not to be resumed, or one of which is
-                damaged or gone what it began with.
         """
         done = len(list((self.work / "layers").glob("*.json")))  # first: until they are gone, the rest stays
         if self.folder.exists() and not (self.folder.is_dir() and self._is_ours()):  # another rank may begin it now
@@ -101,12 +90,7 @@ class RunFolder:
         """Begin the run, or go on with it if it is the same; meanwhile no other process can.
 
         Args:
-            identity: what the result depends on, as JSON can hold it.
-            tokens: the windows of token ids by use.
             rank: the process's number if several open the folder on purpose: the first begins, the others wait for it.
-
-        Raises:
-            OutputError: another process works on the folder, or the run in it differs; what differs is named.
         """
         with writing(self.folder):
             make_folder(self.folder)
@@ -133,14 +117,7 @@ class RunFolder:
         return {}
 
     def report(self) -> Report:
-        """The report of the finished run.
-
-        Returns:
-            The report.
-
-        Raises:
-            OutputError: the report cannot be read or is damaged.
-        """
+        """The report of the finished run."""
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
     def require_whole(self, checksum: Callable[[Path, str], str | None] = checksum_inside) -> None:
@@ -148,9 +125,6 @@ class RunFolder:
 
         Args:
             checksum: gives the sha256 of a file, by the folder and its name; None if it is missing.
-
-        Raises:
-            OutputError: a file is missing or damaged; the first five are named.
         """
         files = self.report().files
         faults = (_fault(name, known, checksum(self.folder, name)) for name, known in files.items())
@@ -165,9 +139,6 @@ class RunFolder:
 
         Returns:
             The sha256 of each by its name; of an unfinished run, of those that may lie here already.
-
-        Raises:
-            OutputError: the run is finished, and its report cannot be read or is damaged.
         """
         if self.is_finished:
             report = self.report()
@@ -180,15 +151,7 @@ class RunFolder:
             (self.folder / name).unlink(missing_ok=True)
 
     def finish(self, place: Path, report: Report) -> None:
-        """Move the result here, write the report, and let go of all that was only for the run.
-
-        Args:
-            place: where the result is, whole.
-            report: of the run.
-
-        Raises:
-            OutputError: the disk is full or fails.
-        """
+        """Move the result here, write the report, and let go of all that was only for the run."""
         write_notes(self.work / RESULT, report.files | report.documents)  # whatever happens from here on, they are ours
         move_files(place, self.folder)
         with atomic_write(self.folder / REPORT) as file:
@@ -248,11 +211,7 @@ class RunFolder:
         return kept is not None and kept == sha256(self.work / TOKENS)
 
     def _begun(self) -> Any:
-        """What the unfinished run here began with; None if there is none.
-
-        Raises:
-            OutputError: it is damaged.
-        """
+        """What the unfinished run here began with; None if there is none."""
         for _ in range(2):  # another process may begin or finish the run meanwhile
             if (then := read_notes(self.folder / RUN)) is not None or not self.is_unfinished:
                 return then

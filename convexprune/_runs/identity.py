@@ -25,15 +25,7 @@ def identity(
     """All that the bits of a result depend on: a run is gone on with only if this is the same.
 
     Args:
-        recipe: settings by name.
-        settings: of the run.
         weights: checksums by name.
-        tokens: windows of token ids by use.
-        installed: as `machine.installation` says.
-        numerics: what the arithmetic depends on besides: device, dtype, threads, ranks.
-
-    Returns:
-        A structure that JSON can hold.
     """
     installed = dict(installed)
     plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
@@ -54,11 +46,6 @@ def checksum(tensor: Tensor) -> str:
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
     """What differs between two structures of JSON.
-
-    Args:
-        then: the first.
-        now: the second.
-        name: of the structures.
 
     Returns:
         One line "name: then, now" for each difference; of checksums only the name.

@@ -61,7 +61,6 @@ class Card:
     """What a GPU does in a second.
 
     Args:
-        name: of the GPU.
         float64: operations in products.
         float32: the same, without TF32.
         bfloat16: the same, with sums in float32.
@@ -96,15 +95,6 @@ def seconds_by_resource(model: ModelSize, setting: Setting, needs: Needs, card: 
     """The time of each phase of a run, by what it is spent on; one after the other, though copies can be beside.
 
     Bounds of reports are not counted.
-
-    Args:
-        model: the model.
-        setting: of the run.
-        needs: of its method.
-        card: the GPU, as fast as it really is.
-
-    Returns:
-        Seconds by resource, of each phase.
     """
     phases: dict[str, Seconds] = {"forward": {"bfloat16": work(model, setting).forward / card.bfloat16}}
     phases |= {"gram": {"bfloat16": 0.0}, "solve": dict.fromkeys(SOLVING, 0.0)}
@@ -143,10 +133,6 @@ def _of(stack: Stack, setting: Setting, needs: Needs, card: Card, corrected: boo
 def moved_bytes(model: ModelSize, setting: Setting) -> float:
     """Bytes between host and device: weights, hidden states and recorded inputs, all of them there and back.
 
-    Args:
-        model: the model.
-        setting: of the run.
-
     Returns:
         The bytes of the whole run.
     """
@@ -162,9 +148,6 @@ def binding(phases: Mapping[str, Seconds]) -> str:
 
     Args:
         phases: as `seconds_by_resource` gives them.
-
-    Returns:
-        Its name.
     """
     total: Seconds = {}
     for resource, seconds in (each for phase in phases.values() for each in phase.items()):
@@ -173,27 +156,12 @@ def binding(phases: Mapping[str, Seconds]) -> str:
 
 
 def needs_of(name: str, refit: bool) -> Needs:
-    """The needs of a method.
-
-    Args:
-        name: of the method.
-        refit: whether a refit follows it.
-
-    Returns:
-        The needs.
-    """
+    """The needs of a method."""
     own = NEEDS[name]
     return Needs(*(one + other for one, other in zip(own, REFIT, strict=True))) if refit else own
 
 
 def published(card: Card) -> Card:
-    """A card as fast as large products and long copies are on it.
-
-    Args:
-        card: with its published peaks.
-
-    Returns:
-        The slower one.
-    """
+    """A card as fast as large products and long copies are on it."""
     rates = (card.float64, card.float32, card.bfloat16, card.memory, card.link)
     return Card(card.name, *(REACHED * rate for rate in rates))

@@ -14,15 +14,7 @@ from convexprune.report import OnOperator
 
 
 def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
-    """Refuse, before any work, a pattern that some operator does not fit.
-
-    Args:
-        layers: the decoder layers.
-        settings: of the run.
-
-    Raises:
-        PatternError: the operator is named.
-    """
+    """Refuse, before any work, a pattern that some operator does not fit."""
     for layer in layers:
         for operator in layer.operators:
             try:
@@ -32,13 +24,7 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
 
 
 def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) -> None:
-    """Prune every decoder layer of a model in memory.
-
-    Args:
-        model: the model.
-        work: what to prune on.
-        on_operator: called with the report of each operator.
-    """
+    """Prune every decoder layer of a model in memory."""
     prune_claimed(model, MemoryStore(range(len(model.layers))), work, on_operator)
 
 
@@ -48,14 +34,7 @@ def prune_in_folder(
     """Prune every decoder layer that a store does not have yet.
 
     Args:
-        executor: who prunes.
-        job: what to prune.
-        model: the model.
-        store: of the run.
         on_operator: called with the report of each operator, first those that the store has.
-
-    Raises:
-        OutputError: the disk is full or fails.
     """
     store.discard_damaged()
     for number in range(store.count):

@@ -45,16 +45,7 @@ REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
 def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
-    """The needs of a method.
-
-    Args:
-        name: of the method.
-        refit: whether a refit follows it.
-        weighed: whether rows are weighed.
-
-    Returns:
-        The needs.
-    """
+    """The needs of a method."""
     own = METHODS[name]
     own = own._replace(rectangles=own.rectangles + SCALED * weighed)
     if not refit:
@@ -73,10 +64,6 @@ class Stack:
     """Operators that share an input: one problem [m n].
 
     Args:
-        names: of the operators.
-        heights: outputs of each.
-        inputs: n.
-        token_aligned: as in `Group`.
         share: the fraction of the tokens that reaches them.
     """
 
@@ -97,8 +84,6 @@ class LayerSize:
     """Decoder layers that are built the same.
 
     Args:
-        stages: the stacks of each stage.
-        parameters: of one layer.
         largest: the parameters of its largest tensor.
         count: how many such layers there are.
     """
@@ -119,12 +104,9 @@ class ModelSize:
     """A model in numbers.
 
     Args:
-        layers: its decoder layers.
-        fixed: parameters outside of them.
         largest_fixed: those of the largest tensor outside of them.
         hidden: the width of the hidden states.
         itemsize: bytes of a parameter.
-        whole: whether it cannot be streamed.
     """
 
     layers: tuple[LayerSize, ...]
@@ -145,14 +127,8 @@ class Setting:
     """How a model is pruned, as far as the cost depends on it.
 
     Args:
-        samples: windows to fit.
-        held_out: windows held out.
-        length: tokens of a window.
-        batch: windows at once.
-        method: its needs.
         correction: whether errors of earlier operators are corrected.
         dense_prefix: whether layers get what the dense network gives them.
-        bound: whether bounds are computed.
         gradients: windows that gradients are computed on.
         side_by_side: whether a GPU solves problems of one shape together.
     """
@@ -174,26 +150,10 @@ class Setting:
         return (self.samples + self.held_out) * self.length
 
     def corrects(self, stage: int, stack: Stack) -> bool:
-        """Whether a stack makes up for the operators before it.
-
-        Args:
-            stage: number of its stage.
-            stack: the stack.
-
-        Returns:
-            Whether it does.
-        """
+        """Whether a stack makes up for the operators before it."""
         return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
 
     def together(self, stack: Stack, stage: Iterable[Stack]) -> int:
-        """How many problems a GPU solves side by side.
-
-        Args:
-            stack: one of them.
-            stage: those that are solved in its stage.
-
-        Returns:
-            The number.
-        """
+        """How many problems a GPU solves side by side."""
         alike = sum((s.outputs, s.inputs) == (stack.outputs, stack.inputs) for s in stage)
         return min(many_at_once(stack.outputs, stack.inputs), alike) if self.side_by_side else 1

@@ -26,7 +26,6 @@ class Speed:
 
     Args:
         single: in float32.
-        forward: in the model's dtype.
     """
 
     single: float
@@ -34,16 +33,7 @@ class Speed:
 
 
 def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
-    """An estimate of the time by phase, without reading and writing.
-
-    Args:
-        work: the operations.
-        speed: of the device.
-        method: its needs.
-
-    Returns:
-        Seconds by phase.
-    """
+    """An estimate of the time by phase, without reading and writing."""
     return {
         "forward": work.forward / speed.forward,
         "gram": work.gram / speed.single,
@@ -52,15 +42,7 @@ def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and one in the model's dtype, about a second in all.
-
-    Args:
-        device: where.
-        dtype: of the model.
-
-    Returns:
-        The speed.
-    """
+    """Time a product in float32 and one in the model's dtype, about a second in all."""
     single = _rate(device, torch.float32)
     return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
 
@@ -92,11 +74,7 @@ def measured_card(device: torch.device | str, dtype: torch.dtype) -> Card:
     """Time products, a copy in memory and one to the host on a GPU, a few seconds in all.
 
     Args:
-        device: the GPU.
         dtype: of the model, in which products stand for those of bfloat16 where there are none.
-
-    Returns:
-        Its rates.
     """
     coarse = torch.bfloat16 if has_bfloat16(torch.device(device)) else dtype
     on_gpu = torch.device(device).type == "cuda"

@@ -25,10 +25,7 @@ class Job:
     """What another process needs to work on a run.
 
     Args:
-        folder: of the run's store.
-        work: what to prune on.
         open_model: opens the model on a device.
-        threads: of each process.
         installed: what `machine.installation` said where the run began.
         needed: bytes of a GPU that the run needs.
     """
@@ -41,14 +38,7 @@ class Job:
     needed: int = 0
 
     def do(self, device: str) -> None:
-        """Prune layers until none is left.
-
-        Args:
-            device: where to compute.
-
-        Raises:
-            PruningError: another version of our code, torch or transformers is installed here than where the run began.
-        """
+        """Prune layers until none is left."""
         use_gpu(device)
         here = installation(device)
         if differing := [name for name in here if here[name] != self.installed.get(name)]:
@@ -65,12 +55,7 @@ class Job:
 
 
 class Worker:
-    """A process that works on a job; it ends with this one.
-
-    Args:
-        job: the job.
-        device: where it computes.
-    """
+    """A process that works on a job; it ends with this one."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.device = device
@@ -87,14 +72,7 @@ class Worker:
         return self._process.exitcode
 
     def is_lost(self) -> bool:
-        """Whether it ended before the work did.
-
-        Returns:
-            Whether it is.
-
-        Raises:
-            ConvexpruneError: what it raised.
-        """
+        """Whether it ended before the work did."""
         if self._process.is_alive() or self._process.exitcode == 0:
             return False
         try:

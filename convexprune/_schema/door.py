@@ -53,26 +53,12 @@ class Door(Generic[Own]):
         return shared | dict(self.own.model_fields)
 
     def group_of(self, name: str) -> str:
-        """The group that a setting belongs to.
-
-        Args:
-            name: of the setting.
-
-        Returns:
-            The group's name.
-        """
+        """The group that a setting belongs to."""
         kinds = [kind for kind in reversed(self.own.__mro__) if issubclass(kind, Settings)]
         return next(kind.group for kind in (*kinds, *GROUPS) if name in kind.model_fields)
 
     def options_of(self, name: str) -> list[str]:
-        """What a setting is called as well on the command line.
-
-        Args:
-            name: of the setting.
-
-        Returns:
-            Options, as "--nsamples".
-        """
+        """What a setting is called as well on the command line."""
         return _extra(self.fields[name])["options"]
 
     def comes_first(self, name: str) -> bool:
@@ -84,14 +70,7 @@ class Door(Generic[Own]):
         return _extra(self.fields[name])["named"]
 
     def choices_of(self, name: str) -> tuple[str, ...]:
-        """All that a setting may be, if that is a closed list of names.
-
-        Args:
-            name: of the setting.
-
-        Returns:
-            The names; none if the list is open.
-        """
+        """All that a setting may be, if that is a closed list of names."""
         info = self.fields[name]
         kinds = get_args(info.annotation) if get_origin(info.annotation) in (Union, UnionType) else (info.annotation,)
         named = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
@@ -110,14 +89,8 @@ class Door(Generic[Own]):
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
         """Sort what a call was given.
 
-        Args:
-            given: settings by name; `UNSET` are left out.
-
         Returns:
             The function's own settings, checked, and those of the recipe as they came, with the door's defaults.
-
-        Raises:
-            RecipeError: a setting is unknown, or one of the function's own is out of range.
         """
         settings = renamed(self._by_their_names({name: v for name, v in given.items() if v is not UNSET}))
         for name in settings:
@@ -135,14 +108,7 @@ def _extra(info: FieldInfo) -> dict[str, Any]:
 
 
 def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function that takes `**settings` its signature, and its docstring their words in the place of `PLACE`.
-
-    Args:
-        door: what the function takes.
-
-    Returns:
-        A decorator.
-    """
+    """Give a function that takes `**settings` its signature, and its docstring their words in the place of `PLACE`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = dict(inspect.signature(function).parameters)

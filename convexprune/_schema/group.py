@@ -35,34 +35,17 @@ def setting(
 
     Args:
         default: what it is if it is left out; `...` if it may not be.
-        help: what it means, and what is accepted.
         options: what it is called as well on the command line, and, without dashes, in Python.
         choices: all that is accepted, if that is a closed list of names and its type does not say so.
         first: whether it is one of the few that people need first; they head the help of a command.
         named: whether the command line takes a name, where Python may be given an object.
-        limits: as pydantic's `Field` has them.
-
-    Returns:
-        A field of pydantic.
     """
     known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
     return Field(default, description=help, json_schema_extra=known, **limits)
 
 
 def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
-    """A group of settings from keywords, with one readable error for all that is wrong.
-
-    Args:
-        kind: the group.
-        settings: by name.
-
-    Returns:
-        The group.
-
-    Raises:
-        RecipeError: a setting is unknown or out of range.
-        ConvexpruneError: what a check of the group says.
-    """
+    """A group of settings from keywords, with one readable error for all that is wrong."""
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -100,17 +83,7 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
 
 
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by today's names; an old name is taken for one more release, with a warning.
-
-    Args:
-        settings: by name, old or new.
-
-    Returns:
-        The same by new names.
-
-    Raises:
-        RecipeError: a setting comes by both names.
-    """
+    """Settings by today's names; an old name is taken for one more release, with a warning."""
     found = dict(settings)
     for old, (new, values) in RENAMED.items():
         if (value := found.pop(old, None)) is None:

@@ -21,10 +21,8 @@ class Batches(Sequence[Tensor]):
     """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used.
 
     Args:
-        path: of the file.
         dtype: of the tensors; None until the first is recorded.
         shapes: of the tensors that the file has.
-        device: where the tensors are wanted.
         room: for the first of them to stay there. They are written to the file if it is to be kept.
     """
 
@@ -49,10 +47,6 @@ class Batches(Sequence[Tensor]):
     def kept(cls, path: Path, device: torch.device | str = "cpu") -> "Batches | None":
         """Find what `keep` has kept.
 
-        Args:
-            path: of the file.
-            device: where the tensors are wanted.
-
         Returns:
             The batches; None if they are missing or damaged.
         """
@@ -62,13 +56,8 @@ class Batches(Sequence[Tensor]):
         return cls(path, DTYPES[notes["dtype"]], notes["shapes"], device)
 
     def keep(self, path: Path) -> None:
-        """Move the file to where `kept` finds it: notes beside it, written last, have its dtype, shapes and checksum.
-
-        Args:
-            path: its new name; that of the notes ends in ".json".
-
-        Raises:
-            OutputError: the disk is full or fails.
+        """Move the file to where `kept` finds it: notes beside it, written last, have its dtype, shapes and
+        checksum.
         """
         assert self.dtype is not None, "nothing was recorded"
         if self._resident and self.nbytes < sum(_size(shape, self.dtype) for shape in self.shapes):
@@ -110,14 +99,7 @@ class Batches(Sequence[Tensor]):
         return sum(tensor.nbytes for tensor in self._resident)
 
     def hold(self, batch: Tensor) -> bool:
-        """Record one more on the device, if there is room.
-
-        Args:
-            batch: the tensor, of the device.
-
-        Returns:
-            Whether it is recorded.
-        """
+        """Record one more on the device, if there is room."""
         if self._room is None or not self._room.has(batch.nbytes, self):
             self._room = None  # what comes after one that is in the file is there, too
             return False
@@ -132,14 +114,7 @@ class Batches(Sequence[Tensor]):
         return self._ends[-1]
 
     def append(self, batch: Tensor) -> None:
-        """Record one more.
-
-        Args:
-            batch: the tensor.
-
-        Raises:
-            OutputError: the disk is full or fails.
-        """
+        """Record one more."""
         self._note(batch)
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))

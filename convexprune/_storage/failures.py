@@ -21,39 +21,21 @@ _ADVICE = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file is written into one that says how to go on.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Turn an error of the disk while a file is written into one that says how to go on."""
     with _as_output_error(f"{path} cannot be written"):
         yield
 
 
 @contextmanager
 def working(folder: Path) -> Iterator[None]:
-    """Turn any error of the file system during a run into one that says how to go on.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        OutputError: a file cannot be read, looked at, locked or removed, or is gone.
-    """
+    """Turn any error of the file system during a run into one that says how to go on."""
     with _as_output_error(f"The run in {folder} has stopped"):
         yield
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an error of the system name the file: that of an open file does not.
-
-    Args:
-        path: of the file.
-    """
+    """Let an error of the system name the file: that of an open file does not."""
     try:
         yield
     except OSError as cause:
@@ -64,14 +46,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file of a model is read into one of ours.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        ModelError: the file is gone, may not be read, or the disk fails.
-    """
+    """Turn an error of the disk while a file of a model is read into one of ours."""
     try:
         yield
     except OutputError:

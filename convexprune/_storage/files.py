@@ -21,15 +21,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well.
 
     Its folder is made if need be.
-
-    Args:
-        path: of the file.
-
-    Yields:
-        The open file.
-
-    Raises:
-        OutputError: the disk is full or fails; nothing is left behind.
     """
     # Whoever else may write to the folder cannot know this name, and a link that has it would not be followed.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -44,11 +35,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it lies in, such that they are there after a power cut.
-
-    Args:
-        folder: to make; it may be there already.
-    """
+    """Make a folder, and those that it lies in, such that they are there after a power cut."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -56,39 +43,20 @@ def make_folder(folder: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, such that after a power cut either all of it is there or nothing.
-
-    Args:
-        temporary: the file.
-        path: its name.
-    """
+    """Give a finished file its name, such that after a power cut either all of it is there or nothing."""
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def flush(folder: Path) -> None:
-    """Flush all that lies in a folder to the disk, whoever wrote it.
-
-    Args:
-        folder: the folder.
-    """
+    """Flush all that lies in a folder to the disk, whoever wrote it."""
     for path in (*paths_in(folder), folder):
         _sync(path)
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """All that lies in a folder and in those inside of it, these too, sorted.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        The paths.
-
-    Raises:
-        OSError: a folder cannot be listed; `Path.rglob` would leave out what lies there, and not say so.
-    """
+    """All that lies in a folder and in those inside of it, these too, sorted."""
     found = os.walk(folder, onerror=_not_listed)
     return sorted(Path(place) / name for place, folders, files in found for name in (*folders, *files))
 
@@ -101,23 +69,13 @@ def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Write bytes: every byte of a run goes through here.
 
     Args:
-        file: open to be written.
         data: the bytes.
     """
     file.write(data)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file of a model, as every file of a run is written.
-
-    Args:
-        source: the file.
-        path: of the copy.
-
-    Raises:
-        ModelError: `source` cannot be read.
-        OutputError: the disk is full or fails.
-    """
+    """Copy a file of a model, as every file of a run is written."""
     with reading(source), source.open("rb") as file, atomic_write(path) as copied:
         while data := file.read(CHUNK):
             write(copied, data)
@@ -138,17 +96,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        """The stamp of a file as it is now.
-
-        Args:
-            path: of the file.
-
-        Returns:
-            The stamp.
-
-        Raises:
-            ModelError: the file is missing, or is a pipe or a device, which would be waited for.
-        """
+        """The stamp of a file as it is now."""
         with reading(path):
             found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -168,9 +116,6 @@ def sha256(path: Path) -> str | None:
 def checksums(folder: Path) -> dict[str, str]:
     """Compute the checksums of all files in a folder.
 
-    Args:
-        folder: the folder.
-
     Returns:
         The sha256 of each by its name in the folder.
     """
@@ -180,10 +125,6 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def checksum_inside(folder: Path, name: str) -> str | None:
     """The checksum of a file named by someone else.
-
-    Args:
-        folder: in which the file has to be.
-        name: its path in the folder.
 
     Returns:
         The checksum; None if there is no such file, or it is outside of the folder.
@@ -199,8 +140,6 @@ def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
     Only a hint: a system that takes none, or a file that is gone, is no error.
 
     Args:
-        path: of the file.
-        begin: the first byte.
         length: how many bytes; 0 is all that follow.
     """
     if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows

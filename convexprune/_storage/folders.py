@@ -17,15 +17,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Write a new folder atomically: it is made under another name, and becomes `folder` if the block ends well.
 
     What a process that was killed left under that name is removed.
-
-    Args:
-        folder: where it is wanted; an empty one gives way.
-
-    Yields:
-        The folder under its other name.
-
-    Raises:
-        OutputError: the disk is full or fails, and nothing is left behind; or another process writes this folder.
     """
     place = beside(folder, "part")
     whole = place / folder.name
@@ -45,15 +36,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def move_files(place: Path, folder: Path) -> None:
-    """Move all files of a folder to another one, flushed; config.json last, so half a model is never one.
-
-    Args:
-        place: where they are.
-        folder: where they go, on the same disk.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Move all files of a folder to another one, flushed; config.json last, so half a model is never one."""
     with writing(folder):
         for path in sorted(paths_in(place), key=lambda path: path.name == "config.json"):
             if path.is_file():
@@ -63,15 +46,7 @@ def move_files(place: Path, folder: Path) -> None:
 
 
 def refuse_foreign(path: Path, folder: Path) -> None:
-    """Check that a file of a model lies in its folder, or among the blobs of the hub's cache.
-
-    Args:
-        path: of the file.
-        folder: of the model.
-
-    Raises:
-        ModelError: it is a link that leads somewhere else, and would be copied from there.
-    """
+    """Check that a file of a model lies in its folder, or among the blobs of the hub's cache."""
     place, target = folder.resolve(), path.resolve()
     blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
     if not target.is_relative_to(place) and target.parent != blobs:

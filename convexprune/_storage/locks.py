@@ -16,15 +16,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
     It works on any shared file system that has flock.
 
     Args:
-        path: of the lock file, which is made if need be.
         shared: whether many may hold it at once, and nobody may hold it alone meanwhile.
-
-    Yields:
-        Whether the lock was free, and is held now.
-
-    Raises:
-        DependencyError: the system has no such locks.
-        OutputError: the file cannot be made, or is a link.
     """
     try:
         import fcntl
@@ -43,12 +35,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Put a note that nothing depends on into a file; not if it is a link.
-
-    Args:
-        path: of the file.
-        text: the note.
-    """
+    """Put a note that nothing depends on into a file; not if it is a link."""
     with open(path, "w", opener=_follow_no_link) as file:
         file.write(text)
 

@@ -11,29 +11,13 @@ from convexprune.errors import OutputError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; NaN and infinity are kept, as Python reads them back.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write a value as JSON; NaN and infinity are kept, as Python reads them back."""
     with atomic_write(path) as file:
         write(file, json.dumps(value, indent=1).encode())
 
 
 def write_settings(path: Path, value: Any) -> None:
-    """Write a file of settings as transformers does.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write a file of settings as transformers does."""
     with atomic_write(path) as file:
         write(file, (json.dumps(value, indent=2) + "\n").encode())
 
@@ -42,14 +26,7 @@ def read_text(path: Path, longest: int) -> str:
     """The text of a file.
 
     Args:
-        path: of the file.
         longest: the most bytes that are read.
-
-    Returns:
-        The text.
-
-    Raises:
-        OutputError: the file is missing, too long, or no text.
     """
     try:
         if not path.is_file():  # a pipe would be waited for
@@ -75,15 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_notes(path: Path, value: Any) -> None:
-    """Write a value as `write_json` does, with its checksum.
-
-    Args:
-        path: of the file.
-        value: that JSON can hold.
-
-    Raises:
-        OutputError: the disk is full or fails.
-    """
+    """Write a value as `write_json` does, with its checksum."""
     write_json(path, {"checksum": _checksum(value), "notes": value})
 
 

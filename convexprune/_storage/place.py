@@ -9,32 +9,13 @@ from convexprune.errors import OutputError
 
 
 def beside(folder: Path, what: str = "new") -> Path:
-    """The folder beside another in which what is to take its place is made.
-
-    Args:
-        folder: the other.
-        what: "new", or "old" for what was in its place.
-
-    Returns:
-        The folder, which need not be there.
-    """
+    """The folder beside another in which what is to take its place is made."""
     whole = folder.expanduser().absolute()
     return whole.with_name(f".{whole.name}.{what}")
 
 
 def output_folder(given: str | Path, source: Any = None) -> Path:
-    """The folder for a result, with "~" expanded.
-
-    Args:
-        given: the folder that was asked for.
-        source: the model that is worked on, as the caller gave it.
-
-    Returns:
-        The folder, which need not be there.
-
-    Raises:
-        OutputError: the folder is a file, it cannot be made or written to, or it lies inside of the model's own folder.
-    """
+    """The folder for a result, with "~" expanded."""
     try:
         folder = Path(given).expanduser()
         model = Path(source).expanduser() if isinstance(source, str | Path) else None

@@ -17,15 +17,8 @@ CHUNK = 1 << 24  # bytes, whole numbers of any type
 def scanned(path: Path, weights: Container[str]) -> str:
     """The sha256 of a safetensors file, which is never whole in memory; some of its tensors are checked on the way.
 
-    Args:
-        path: of the file.
-        weights: the names of the tensors that have to be finite.
-
     Returns:
         The checksum in hexadecimal.
-
-    Raises:
-        ModelError: a weight is NaN or infinite, or the file cannot be read or is damaged.
     """
     found, digest = entries(path)[0], hashlib.sha256()
     start = min((entry.begin for entry in found.values()), default=path.stat().st_size)
@@ -45,16 +38,7 @@ def scanned(path: Path, weights: Container[str]) -> str:
 
 
 def not_finite(name: str, broken: int, count: int) -> ModelError:
-    """The error for a weight that is NaN or infinite.
-
-    Args:
-        name: of the weight.
-        broken: how many of its values are.
-        count: how many values it has.
-
-    Returns:
-        The error.
-    """
+    """The error for a weight that is NaN or infinite."""
     return ModelError(
         f"{name} holds {broken:,} of {count:,} values that are NaN or infinite. Repair or download the checkpoint "
         "again; float16 checkpoints may overflow, bfloat16 ones do not."

@@ -33,7 +33,6 @@ class Spec(NamedTuple):
 
     Args:
         code: the type, as the format names it.
-        shape: of the tensor.
         nbytes: its bytes.
     """
 
@@ -52,7 +51,6 @@ class Entry:
     """A tensor in a safetensors file.
 
     Args:
-        path: of the file.
         spec: its type, shape and bytes.
         begin: where its bytes begin in the file.
     """
@@ -62,14 +60,7 @@ class Entry:
     begin: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own.
-
-        Returns:
-            The tensor, on the CPU.
-
-        Raises:
-            ModelError: its type is none that a weight can have, or the file ends too early.
-        """
+        """The tensor, in memory of its own."""
         if self.spec.code not in DTYPES:
             raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
         dtype, data = DTYPES[self.spec.code], self.read_bytes()
@@ -85,9 +76,6 @@ class Entry:
 
         Returns:
             The bytes.
-
-        Raises:
-            ModelError: the file ends too early.
         """
         data = bytearray(self.spec.nbytes)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
@@ -105,14 +93,8 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     What the library safetensors refuses is refused here.
 
-    Args:
-        path: of the file.
-
     Returns:
         The tensors by name, in the order of their bytes, and the metadata.
-
-    Raises:
-        ModelError: the file cannot be read, is not safetensors, or has not the length that its header says.
     """
     size, text = Stamp.of(path).size, read_header(path)
     try:
@@ -132,14 +114,8 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def read_header(path: Path) -> bytes:
     """The header of a safetensors file, as it is there.
 
-    Args:
-        path: of the file.
-
     Returns:
         The bytes; none of a file that is shorter than it says.
-
-    Raises:
-        ModelError: the file cannot be read.
     """
     size = Stamp.of(path).size
     with reading(path), path.open("rb") as file:
@@ -148,17 +124,7 @@ def read_header(path: Path) -> bytes:
 
 
 def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
-    """The tensors that the header of a safetensors file names, in the order of their bytes, and its metadata.
-
-    Args:
-        text: the header.
-
-    Returns:
-        The specs by name, and the metadata.
-
-    Raises:
-        ValueError: the text is no header of a safetensors file.
-    """
+    """The tensors that the header of a safetensors file names, in the order of their bytes, and its metadata."""
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
         metadata = header.pop("__metadata__", {})
@@ -209,13 +175,7 @@ def write_tensors(
     """Write a safetensors file, one tensor after another.
 
     Args:
-        path: of the file.
-        specs: what the header says of each tensor, by name.
         read: gives a tensor, or its bytes, by name; asked once for each.
-        metadata: for the header.
-
-    Raises:
-        OutputError: the disk is full or fails.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -238,28 +198,12 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
-    """The error for a file that is not what it says it is.
-
-    Args:
-        path: of the file.
-        cause: what is wrong.
-
-    Returns:
-        The error.
-    """
+    """The error for a file that is not what it says it is."""
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
 
 
 def cast(entry: Entry, dtype: torch.dtype) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
-    """What is to be written of a tensor in a file of another dtype, and how to get it.
-
-    Args:
-        entry: where it is.
-        dtype: of floating-point tensors; others stay as they are.
-
-    Returns:
-        Its type and shape, and what reads it.
-    """
+    """What is to be written of a tensor in a file of another dtype, and how to get it."""
     stored = DTYPES.get(entry.spec.code)
     if stored is None or not stored.is_floating_point or stored == dtype:
         return entry.spec, entry.read_bytes

@@ -56,15 +56,7 @@ class AbstractGrid(ABC):
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a weight that it does not fit.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Raises:
-            PatternError: it does not fit a weight [m n].
-        """
+        """Refuse a weight that it does not fit."""
 
     @abstractmethod
     def search(
@@ -80,10 +72,6 @@ class AbstractGrid(ABC):
             weight: V [m n].
             shape: gives the scales of columns [n] relative to each other, where it is columns that have them.
             fit: gives the scales [m n/group], where groups have them.
-            attempt: makes of some rows, and scales, a weight with these scales.
-
-        Returns:
-            What `attempt` has made of all rows.
         """
 
     @abstractmethod
@@ -104,7 +92,6 @@ class AbstractGrid(ABC):
 
         Args:
             weight: V [m n].
-            metric: as of `project`.
 
         Returns:
             [m n/group], or [1 n]; not zero, rounded to bfloat16.
@@ -144,7 +131,6 @@ def spread(scales: Tensor, columns: int) -> Tensor:
 
     Args:
         scales: [m n/group]; or [1 n], of columns.
-        columns: n.
 
     Returns:
         [m n], or [1 n].
@@ -154,9 +140,6 @@ def spread(scales: Tensor, columns: int) -> Tensor:
 
 def rounded_scale(scale: Tensor) -> Tensor:
     """Scales as they are stored.
-
-    Args:
-        scale: of any shape.
 
     Returns:
         The nearest bfloat16 numbers, and a tiny one in place of zero, in the dtype of `scale`.

@@ -267,7 +267,6 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
     Args:
         scores: [m n].
-        count: exactly so many of each row.
 
     Returns:
         [m n], True for the largest.

@@ -202,9 +202,6 @@ def _shape(weight: Tensor, metric: Tensor | None) -> Tensor:
 def entropy(codes: Tensor) -> float:
     """The entropy of whole numbers from -128 to 127.
 
-    Args:
-        codes: of any shape, not empty.
-
     Returns:
         - sum_c p_c log2 p_c, in bits a number.
     """
@@ -214,9 +211,6 @@ def entropy(codes: Tensor) -> float:
 
 def frequencies(codes: Tensor) -> Tensor:
     """How often each whole number from -128 to 127 occurs.
-
-    Args:
-        codes: of any shape.
 
     Returns:
         [256].

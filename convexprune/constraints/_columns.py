@@ -110,7 +110,6 @@ def column_norms(weight: Tensor, block: int = 1) -> Tensor:
 
     Args:
         weight: V [m n].
-        block: consecutive columns that are taken together.
 
     Returns:
         |V_:b| [n], b the block of the column.

@@ -8,14 +8,7 @@ from convexprune.errors import PatternError
 
 
 def check_share(share: object) -> None:
-    """Refuse what is not a share of zeros.
-
-    Args:
-        share: what came.
-
-    Raises:
-        PatternError: it is no number, or outside [0, 1).
-    """
+    """Refuse what is not a share of zeros."""
     if not isinstance(share, Real):
         raise PatternError(f"Sparsity {share!r} is no number: it is the share of zeros, 0.5 for half.")
     if not 0 <= float(share) < 1:
@@ -23,16 +16,7 @@ def check_share(share: object) -> None:
 
 
 def check_some(share: float, count: int, parts: str) -> None:
-    """Refuse a share that rounds to none of the parts that can be removed, or to all.
-
-    Args:
-        share: of them.
-        count: how many there are.
-        parts: what they are, in words.
-
-    Raises:
-        PatternError: it does.
-    """
+    """Refuse a share that rounds to none of the parts that can be removed, or to all."""
     if not 0 < (gone := round(share * count)) < count:
         one = float(f"{1 / count:.3g}")
         accepted = f"{one:g} for one of them, to {1 - one:.10g} for all but one" if count > 1 else "none"
@@ -53,17 +37,10 @@ def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: 
     """The share of zeros of a pattern that has a name and nothing else.
 
     Args:
-        kind: its name.
-        text: what came: the name, or the name and a percentage.
         sparsity: the share that is given beside a name; None: a half.
-        quota: where it is to hold.
-        removed: what the pattern removes, in words.
 
     Returns:
         The share; None if the text is of another kind.
-
-    Raises:
-        PatternError: it is to hold in each row.
     """
     match = re.fullmatch(rf"{kind}(?: ([\d.]+)%)?", text)
     if match is None:
@@ -74,16 +51,7 @@ def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: 
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:
-    """Shares of zeros around one, as far as they are in [0, 1).
-
-    Args:
-        share: the one in the middle.
-        reach: how far below and above.
-        step: from one to the next.
-
-    Returns:
-        The shares.
-    """
+    """Shares of zeros around one, as far as they are in [0, 1)."""
     steps = round(reach / step)
     every = (round(share + each * step, 6) for each in range(-steps, steps + 1))
     return [each for each in every if 0 <= each < 1]

@@ -12,11 +12,7 @@ from convexprune.constraints._share import check_share, percent, share_of
 
 @dataclass(frozen=True)
 class _Whole(Mask):
-    """Of n parts round(sparsity * n) are removed; a weight of what stays may be anything.
-
-    Raises:
-        PatternError: `sparsity` outside [0, 1).
-    """
+    """Of n parts round(sparsity * n) are removed; a weight of what stays may be anything."""
 
     kind: ClassVar[Literal["layers", "experts"]]
     what: ClassVar[str]

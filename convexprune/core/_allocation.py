@@ -19,13 +19,8 @@ class Curve:
     """What pruning one unit costs, at some sparsities.
 
     Args:
-        size: the number of its weights.
-        sparsities: ascending.
         costs: one for each sparsity, in units that can be added over units: errors weighted by how much they move the
             loss.
-
-    Raises:
-        PatternError: not one cost for each sparsity, sparsities that do not ascend, or no weights.
     """
 
     size: int
@@ -52,9 +47,6 @@ class Curve:
 
     def refined(self, times: int) -> "Curve":
         """The curve with points added, so that its costs are exponentials of the share between two that it had.
-
-        Args:
-            times: how many intervals are made of one.
 
         Returns:
             The curve; where a cost is zero the points are added on a line.
@@ -83,8 +75,6 @@ class SparsityAllocation:
     """A sparsity for each unit.
 
     Args:
-        sparsities: one for each unit.
-        cost: their total cost.
         gap: cost - gap is a lower bound for any allocation.
     """
 
@@ -105,16 +95,8 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
         min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
 
     Args:
-        curves: one for each unit.
-        sparsity: of all weights together.
         whole: take whole pieces only, so that every unit is at a corner of its envelope (for N:M patterns). The
             sparsity is then at least the one asked for, and the gap is measured at the one that results.
-
-    Returns:
-        The allocation.
-
-    Raises:
-        PatternError: the curves do not reach this sparsity.
     """
     envelopes = [curve.envelope for curve in curves]
     found = [curve.sparsities[0] for curve in envelopes]
@@ -151,18 +133,6 @@ def allocate_by_outliers(
 
     The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the fraction of outliers;
     here the mean is weighted by the layers' sizes, so that the global sparsity is exact.
-
-    Args:
-        statistics: one for each layer.
-        sizes: the number of weights of each layer.
-        sparsity: of all weights together.
-        reach: half of the range.
-
-    Returns:
-        The sparsity of each layer.
-
-    Raises:
-        PatternError: a layer's sparsity is outside [0, 1).
     """
     low, high = min(statistics), max(statistics)
     shifts = [2 * reach * (s - low) / (high - low) if high > low else 0.0 for s in statistics]
@@ -182,17 +152,6 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
     statistic is the skewness of a layer's absolute weights. Of its formula we know from summaries only that a softmax
     reweighs the sparsities so that skewed layers are protected. That the kept fractions are proportional to it, that
     its temperature is 1, the weighing by size and the limit of 1 are ours.
-
-    Args:
-        statistics: one for each layer.
-        sizes: the number of weights of each layer.
-        sparsity: of all weights together.
-
-    Returns:
-        The sparsity of each layer.
-
-    Raises:
-        PatternError: a layer would keep next to nothing.
     """
     largest = max(statistics)
     weights = [exp(statistic - largest) for statistic in statistics]
@@ -213,9 +172,6 @@ def share_of_outliers(scores: Tensor) -> float:
 
     Args:
         scores: |W_ij| |x_j| of all its weights [weights].
-
-    Returns:
-        The share.
     """
     return float((scores > OUTLIER * scores.mean()).float().mean())
 

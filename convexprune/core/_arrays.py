@@ -10,18 +10,7 @@ Array = Tensor | np.ndarray
 
 
 def as_tensor(name: str, value: object) -> Tensor:
-    """A tensor as it is; a NumPy array, or nested lists of numbers, as one.
-
-    Args:
-        name: of the value, for the error.
-        value: what the user gave.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ProblemError: `value` is neither a tensor nor numbers.
-    """
+    """A tensor as it is; a NumPy array, or nested lists of numbers, as one."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as cause:

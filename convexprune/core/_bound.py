@@ -23,7 +23,6 @@ class PruningBound:
     Args:
         error: the squared error mean |V x* - target|^2, summed over rows, of the pruned weight.
         lower: no weight in the pattern with the same number of non-zeros has a lower error on these rows.
-        rows: how many.
     """
 
     error: float
@@ -56,8 +55,6 @@ class LowerBound:
     where c is the derivative of the relaxed value by B, of which that is a concave function.
 
     Args:
-        rounds: how many.
-        iterations: of ADMM in a round.
         last_iterations: of ADMM after the last round.
         barriers: the first and the last barrier, in units of <c, B> / n; they fall geometrically.
         per_row: whether every row has its own split, which is tighter and costs four factorisations [n n] a row and
@@ -78,15 +75,7 @@ class LowerBound:
 
         Args:
             quadratic: the error as a quadratic of weights [m n].
-            pattern: of the operator.
             weight: the pruned weight [m n].
-
-        Returns:
-            The bound.
-
-        Raises:
-            ProblemError: the weight is not shaped like the quadratic, or has more non-zeros than the pattern allows.
-            PatternError: the pattern does not fit.
         """
         return self.of_each(quadratic, [pattern], [weight])[0]
 
@@ -98,15 +87,6 @@ class LowerBound:
 
         Args:
             quadratic: the error of all; their rows, one after another, are its rows.
-            patterns: one for each operator.
-            weights: the pruned weight of each operator.
-
-        Returns:
-            One bound for each operator.
-
-        Raises:
-            ProblemError: a weight is not shaped like the quadratic, or has more non-zeros than its pattern allows.
-            PatternError: a pattern does not fit.
         """
         return [self._alone(operator) for operator in _posed(quadratic, patterns, weights)]
 
@@ -114,17 +94,7 @@ class LowerBound:
     def of_all(
         self, stacks: Sequence[tuple[Quadratic, Sequence[Constraint], Sequence[Tensor]]]
     ) -> list[list[PruningBound]]:
-        """The bounds of several stacks; operators of one shape are bounded side by side.
-
-        Args:
-            stacks: what `of_each` takes for each.
-
-        Returns:
-            What it returns for each.
-
-        Raises:
-            ProblemError, PatternError: see `of_each`.
-        """
+        """The bounds of several stacks; operators of one shape are bounded side by side."""
         posed = [_posed(*stack) for stack in stacks]
         every = [operator for stack in posed for operator in stack]
         if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:
@@ -170,12 +140,7 @@ class _Operator:
     """An operator to be bounded, in coordinates in which H has a unit diagonal.
 
     Args:
-        quadratic: of its rows.
         first: the inverse of H, and the split to begin with; None if H is singular.
-        weight: the pruned weight.
-        budget: see `budget_of`.
-        kept: see `budget_of`.
-        error: of the pruned weight.
     """
 
     quadratic: Quadratic
@@ -225,15 +190,10 @@ def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
     """The budget of a weight.
 
     Args:
-        pattern: one that has lines (`Constraint.budget`).
         weight: [m n].
 
     Returns:
         The budget, and how many units of each line may be not zero [lines 1].
-
-    Raises:
-        ProblemError: the pattern has no lines (a stack: take its operators one by one), or the weight breaks it.
-        PatternError: the pattern does not fit.
     """
     budget = pattern.budget(weight.shape)
     if budget is None:
@@ -250,9 +210,6 @@ def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
 
 def without_dead_inputs(q: Quadratic) -> Quadratic:
     """The quadratic plus 1/2 |V|^2 on the inputs that are always zero: its best pruning has zeros there.
-
-    Args:
-        q: the quadratic.
 
     Returns:
         The sum; `q` itself if no input is always zero.
@@ -276,11 +233,6 @@ def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, budget: Budget, kep
         q: the quadratic of weights [m n].
         split: B [m n], each row proven to be below H.
         weight: V0 [m n], any weight.
-        budget: see `budget_of`.
-        kept: see `budget_of`.
-
-    Returns:
-        The bound, not negative.
     """
     residual = q.residual(weight)
     values = q.values(weight, residual)

@@ -27,9 +27,6 @@ def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> t
 
     Returns:
         The four tensors; None for an anchor that is None.
-
-    Raises:
-        ProblemError: a shape, a dtype or a device does not fit.
     """
     target = as_tensor("cross", cross)
     if target.ndim != 2 or 0 in target.shape:
@@ -70,9 +67,6 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
 
     Returns:
         H, or (H + H') / 2 where H is symmetric only up to rounding.
-
-    Raises:
-        ProblemError: a value is not finite, H is not symmetric, or an entry is too large for its diagonal and energy.
     """
     for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
@@ -123,9 +117,6 @@ def room_for_rounding(gram: Tensor, precision: float) -> float:
     Args:
         gram: H [n n].
         precision: the rounding error of the dtype in which the tensors were given.
-
-    Returns:
-        The room.
     """
     return ROOM * (len(gram) + 64) * precision
 
@@ -142,9 +133,6 @@ def is_sum_of_squares(
         unit: the energies [m] that rounding is measured by.
         precision: the rounding error of the dtype in which the tensors were given.
         factor: the Cholesky factor of H [n n], if it has one.
-
-    Returns:
-        Whether both hold.
     """
     room = room_for_rounding(gram, precision)
     least = energy + room * unit

@@ -14,7 +14,6 @@ class Damping:
     shows little energy.
 
     Args:
-        ridge: the pull in all directions.
         saturating: the pull in those of much energy, beside it.
     """
 

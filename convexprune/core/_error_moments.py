@@ -28,10 +28,6 @@ class ErrorMoments:
 
         Args:
             gram: the second moments [n n] of the inputs, for their shape, dtype and device.
-            outputs: m, if the errors are those of outputs.
-
-        Returns:
-            Zeros.
         """
         if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
@@ -40,10 +36,6 @@ class ErrorMoments:
     @staticmethod
     def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
         """Whether moments of the outputs' errors are less to compute than those of the inputs' errors.
-
-        Args:
-            outputs: m of the weight.
-            inputs: n of the weight.
 
         Returns:
             True if 4 m < 3 n.

@@ -18,9 +18,6 @@ def rounding_margin(gram: Tensor) -> float:
 
     Args:
         gram: H [n n].
-
-    Returns:
-        n rounding errors of the largest diagonal entry.
     """
     return len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
 
@@ -59,12 +56,6 @@ def definite_factor(gram: Tensor) -> Tensor:
 
     Args:
         gram: H [n n].
-
-    Returns:
-        See `cholesky`.
-
-    Raises:
-        PruningError: it is not.
     """
     factor = cholesky(gram)
     if factor is None:

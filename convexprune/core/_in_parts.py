@@ -29,7 +29,6 @@ class Inverse:
     """What is computed of H [n n] once.
 
     Args:
-        parts: of H.
         lower: F [n n], float32.
         least: l, below which H has no eigenvalue but those of dead inputs.
     """
@@ -59,7 +58,6 @@ class InParts(Quadratic):
     """A quadratic, to be certified at one weight V [m n].
 
     Args:
-        inverse: of its H.
         error: e [m 1], of the residual at V.
         known: the residual at V [m n].
         moved: |V - A| summed over each row [m].
@@ -77,10 +75,6 @@ class InParts(Quadratic):
         Args:
             quadratic: in float64.
             weight: V [m n].
-            inverse: of its H.
-
-        Returns:
-            The same function.
         """
         displacement = quadratic.displacement(weight)
         left = Parts.of(displacement, OF_RESIDUAL, 1)

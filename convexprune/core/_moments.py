@@ -236,14 +236,8 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
     estimates the intensity with which shrinking C towards the identity minimises the expected error (Ledoit and Wolf
     2004, with the variance taken from the halves because tokens are not independent).
 
-    Args:
-        folds: the moments of the two halves.
-
     Returns:
         The noise in [0, 1).
-
-    Raises:
-        ProblemError: there are not two folds.
     """
     if len(folds) != 2:
         raise ProblemError(f"Sampling noise needs two folds; {len(folds)} given.")

@@ -36,8 +36,6 @@ def gaps_on_kept(
     moves the dual point by at most e sqrt(H_jj).
 
     Args:
-        quadratic: q.
-        penalty: p.
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
         values: q of each row [m] at `weight`.

@@ -143,18 +143,7 @@ class AbstractPenalty(ABC):
 
 
 def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
-    """The strength of a penalty, if it is not negative and finite.
-
-    Args:
-        strength: a number, or many.
-        wrong: what the error says.
-
-    Returns:
-        It; a tensor in place of another array.
-
-    Raises:
-        ProblemError: it is negative or not finite.
-    """
+    """The strength of a penalty, if it is not negative and finite."""
     if not isinstance(strength, Tensor | float | int):
         strength = as_tensor("strength", strength)
     least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
@@ -164,14 +153,7 @@ def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
 
 
 def require_step(step: float) -> None:
-    """Refuse a negative step: no prox has one.
-
-    Args:
-        step: the step of a prox.
-
-    Raises:
-        ProblemError: the step is negative.
-    """
+    """Refuse a negative step: no prox has one."""
     if step < 0:
         raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
 

@@ -14,7 +14,6 @@ def pruned_fraction(scores: Tensor, pattern: Constraint) -> float:
 
     Args:
         scores: [m n], not negative.
-        pattern: the N:M pattern.
 
     Returns:
         In [0, 1]; 0 where all scores are 0.
@@ -41,15 +40,9 @@ def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int 
 
     Args:
         scores: [m n], not negative.
-        pattern: the N:M pattern.
-        sweeps: how many; a sweep is M steps.
-        seed: of the columns drawn.
 
     Returns:
         The order [n].
-
-    Raises:
-        PatternError: n is no multiple of M.
     """
     pattern.check(*scores.shape)
     size, generator = pattern.block, torch.Generator().manual_seed(seed)

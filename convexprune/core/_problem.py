@@ -128,12 +128,10 @@ def row_gaps(
     all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row.
 
     Args:
-        problem: min q + p.
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
         values: q of each row [m] at `weight`.
         slack: p of each row [m] at `weight`.
-        dear: whether that one is tried, too.
 
     Returns:
         [m].
@@ -226,7 +224,6 @@ def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
     """The sizes of the proximal gradient steps of length one, |U - prox_p(U + K)|, in coordinates U = V * scale.
 
     Args:
-        problem: min q + p.
         point: V [m n].
         residual: K [m n], the residual of q there.
         scale: [n], or of each row [m n].
@@ -239,13 +236,5 @@ def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
 
 
 def kkt_residual(step: float, energy: float) -> float:
-    """The largest proximal step, free of units.
-
-    Args:
-        step: the largest of `proximal_steps`.
-        energy: of the whole target, which is only a unit.
-
-    Returns:
-        See `certify`.
-    """
+    """The largest proximal step, free of units."""
     return 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf

@@ -43,10 +43,6 @@ class Relaxed:
 
         Args:
             before: the split B so far [m n].
-            split: the other one.
-
-        Returns:
-            The iterate.
         """
         return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
 
@@ -77,13 +73,7 @@ def relax(
         q: the quadratic of weights [m n].
         inverse: H^-1 [n n], or of quadratics side by side each [e n n].
         split: B [m n].
-        start: where to begin.
-        budget: the units, and their lines.
         kept: how many units of each line may be not zero [lines 1].
-        iterations: how many.
-
-    Returns:
-        The last iterate.
     """
     weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
     root = (split / 2).sqrt()

@@ -23,29 +23,13 @@ def between(ends: tuple[float, float], share: float) -> float:
     """A point of a geometric path.
 
     Args:
-        ends: its first and its last point, positive.
         share: how far, in [0, 1].
-
-    Returns:
-        The point.
     """
     return ends[0] * (ends[1] / ends[0]) ** share
 
 
 def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
-    """An object of a dataclass of settings.
-
-    Args:
-        kind: the class.
-        name: what a user calls it, for errors.
-        settings: by name.
-
-    Returns:
-        The object.
-
-    Raises:
-        RecipeError: the class has no such setting, or a value is out of range.
-    """
+    """An object of a dataclass of settings."""
     known = signature(kind).parameters
     for setting in settings:
         if setting not in known:
@@ -54,14 +38,7 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
 
 
 def check_settings(made: object) -> None:
-    """Check that every field of a dataclass is what its annotation says; numbers have to be finite.
-
-    Args:
-        made: the object.
-
-    Raises:
-        RecipeError: a value has another type, or is out of range; the first is named.
-    """
+    """Check that every field of a dataclass is what its annotation says; numbers have to be finite."""
     for name, accepted in _accepted(type(made)).items():
         value = getattr(made, name)
         try:

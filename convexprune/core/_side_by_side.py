@@ -36,9 +36,6 @@ class SideBySide(Quadratic):
 
         Args:
             quadratics: of weights of one shape, written about anchors, with tensors of one dtype.
-
-        Returns:
-            All of them.
         """
         gram = torch.stack([each.gram for each in quadratics])
         cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
@@ -172,13 +169,7 @@ def certify_each(
     float64), each is computed by itself.
 
     Args:
-        problem: min q + p.
         weight: V [m n], of all problems.
-        precise: see `certify`.
-        residual: see `certify`.
-
-    Returns:
-        One for each.
     """
     given = problem.quadratic
     if not isinstance(given, SideBySide):

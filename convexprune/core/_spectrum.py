@@ -13,9 +13,6 @@ def largest_eigenvalue(gram: Tensor) -> float:
 
     Args:
         gram: H [n n].
-
-    Returns:
-        The estimate.
     """
     generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
     vectors = torch.randn(STARTS, len(gram), generator=generator).to(gram)

@@ -62,7 +62,6 @@ def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tens
         gram: H [n n].
         split: B [n].
         gain: the derivative of the relaxed value by B [n].
-        barrier: positive.
 
     Returns:
         The split [n]; as it was if no step is feasible.

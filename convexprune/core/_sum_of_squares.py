@@ -30,8 +30,6 @@ class Cache:
         target_energy: see `SumOfSquares.target_energy`; None until it is computed.
         is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until it is computed.
         is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until it is computed.
-        factor: see `SumOfSquares.factor`.
-        inverse: see `_in_parts.Inverse`.
     """
 
     gram: Tensor
@@ -58,13 +56,8 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class SumOfSquares:
-    """What can be asked of a `Quadratic`, which says what `gram`, `cross`, `energy`, `anchor`, `bound` and `cache` are.
-
-    Args:
-        checked: see `Quadratic`.
-
-    Raises:
-        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
+    """What can be asked of a `Quadratic`, which says what `gram`, `cross`, `energy`, `anchor`, `bound` and `cache`
+    are.
     """
 
     gram: Tensor
@@ -249,14 +242,8 @@ class SumOfSquares:
     def shifted_inverse(self, shift: float) -> Tensor:
         """The inverse of H + shift I, by a Cholesky factor.
 
-        Args:
-            shift: not negative.
-
         Returns:
             (H + shift I)^-1 [n n].
-
-        Raises:
-            ProblemError: H + shift I is not positive definite.
         """
         shifted = self.gram.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(shift)

@@ -170,11 +170,7 @@ def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
     """The dense weight, projected on the pattern.
 
     Args:
-        problem: the problem.
         metric: [n], see `Constraint.project`; None are ones.
-
-    Returns:
-        The answer.
     """
     mask = problem.pattern.mask(sizes(problem.weight, metric))
     return LayerEdit(problem.weight * mask, mask)
@@ -195,15 +191,7 @@ def filled(problem: LayerProblem) -> LayerProblem:
 
 
 def with_dead_weights(problem: LayerProblem, found: LayerEdit) -> LayerEdit:
-    """What was found for the `filled` problem, where weights on dead inputs that are kept have their dense values.
-
-    Args:
-        problem: as it was.
-        found: for the other one.
-
-    Returns:
-        The edit.
-    """
+    """What was found for the `filled` problem, where weights on dead inputs that are kept have their dense values."""
     return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
 
 
@@ -212,12 +200,6 @@ def dead_inputs_first(prune: Prune) -> Prune:
 
     The method sees the problem `LayerProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
     same, because it asks for fewer zeros than there are of them, it keeps its dense value.
-
-    Args:
-        prune: the method.
-
-    Returns:
-        The method that does.
     """
 
     @wraps(prune)

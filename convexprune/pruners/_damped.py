@@ -27,11 +27,7 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
     What it has beside the noise is for texts of another kind, which differ however long the sample is.
 
     Args:
-        problem: with the folds of its sample.
         damping: the strength of a ridge; None is what the sample's noise asks for.
-
-    Returns:
-        The damping.
     """
     if damping is not None:
         return Damping(damping)
@@ -44,15 +40,8 @@ def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
 def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
     """The reconstruction error plus the damping, a quadratic about the dense weight; nothing pulls at dead inputs.
 
-    Args:
-        problem: the problem.
-        damping: the damping.
-
     Returns:
         The quadratic of V [m n].
-
-    Raises:
-        PruningError: the Gram matrix is not positive semi-definite.
     """
     quadratic, scale = problem.quadratic, problem.quadratic.scale()
     if damping.strength == 0:
@@ -75,15 +64,8 @@ def saliency_coordinates(problem: LayerProblem, damping: Damping) -> tuple[Quadr
     removing the entry costs once all others have adapted. The scale is that of a unit diagonal, sqrt(H_jj), times
     factors with a mean square of 1, so that a stiffness means the same for every operator.
 
-    Args:
-        problem: the problem.
-        damping: the damping.
-
     Returns:
         The quadratic of U [m n], and the scale [n].
-
-    Raises:
-        PruningError: the damped Gram matrix is not positive definite.
     """
     quadratic = damped(problem, damping).scaled(problem.scale)
     metric = _inverse(quadratic.gram, problem, damping).diagonal().rsqrt()

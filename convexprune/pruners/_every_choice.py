@@ -14,10 +14,6 @@ from convexprune.pruners._refit import on_columns
 def choices(pattern: Constraint, shape: tuple[int, int]) -> int | None:
     """How many choices a pattern leaves.
 
-    Args:
-        pattern: the pattern.
-        shape: (m, n) of the weight.
-
     Returns:
         The number; None if it does not choose whole columns, alike in all rows.
     """
@@ -39,7 +35,6 @@ def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
 
     Args:
         quadratic: the error as a quadratic of V [m n], about the dense weight.
-        pattern: that leaves few choices.
 
     Returns:
         The weight [m n], zero in what is not kept.

@@ -37,7 +37,6 @@ class Found:
 
     Args:
         scores: [m n].
-        solutions: the convex solves behind them.
         products: matrix products [m n] x [n n] outside of these.
     """
 
@@ -56,9 +55,6 @@ class AbstractSearch(AbstractPruner):
     other texts (lab/tried.md has the figures). Where the problem says how much the loss needs each column, nothing is
     searched: that chooses them.
     `refit` is the solver of the values; None keeps the scores on the support.
-
-    Raises:
-        UnsupportedError: `refit` does not take a support.
     """
 
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
@@ -73,21 +69,13 @@ class AbstractSearch(AbstractPruner):
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
         """Scores whose largest are worth keeping: a weight near the optimum, in the coordinates of the search.
 
-        Args:
-            quadratic: the damped problem, in these coordinates.
-            pattern: of the answer.
-
         Returns:
             The scores [m n].
         """
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
+        """See `AbstractPruner.prune`."""
         damping = choose_damping(problem, self.damping)
         kept = _known_support(problem)
         if kept is not None:  # the values are all there is to find
@@ -118,11 +106,7 @@ class AbstractSearch(AbstractPruner):
 
     @torch.no_grad()
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        """See `AbstractPruner.prune_all`.
-
-        Raises:
-            PruningError: a damped Gram matrix is not positive definite.
-        """
+        """See `AbstractPruner.prune_all`."""
         if len(problems) < 2 or not all(map(self._is_batched, problems)):
             return super().prune_all(problems)
         alive = [filled(problem) for problem in problems]

@@ -14,13 +14,7 @@ from convexprune.pruners import LayerEdit, LayerProblem
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], or [1 n].
-
-    Args:
-        grid: the grid.
-        scales: as `Grid.fit` returns them.
-        codes: as `Grid.codes` returns them.
-    """
+    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], or [1 n]."""
 
     grid: AbstractGrid
     scales: Tensor
@@ -31,12 +25,8 @@ class OnGrid:
         """The nearest weight with these scales.
 
         Args:
-            grid: the grid.
             weight: V [m n].
             scales: [m n/group], or [1 n].
-
-        Returns:
-            It.
         """
         return cls(grid, scales, grid.codes(weight, scales))
 

@@ -99,7 +99,6 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Tensor:
 
     Args:
         gram: H [n n], positive definite.
-        found: the codes, and the scales to start from.
         residual: K [m n] there.
 
     Returns:

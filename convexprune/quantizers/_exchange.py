@@ -23,13 +23,9 @@ def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price
 
     Args:
         gram: H [n n], positive definite.
-        found: the codes to begin with.
         residual: K [m n] there; it is overwritten.
         mask: which entries are kept [m n].
         price: of a bit, in units of q; 0: none.
-
-    Returns:
-        The weight, and the residual there.
     """
     grid = found.grid
     codes, scales = found.codes.T.contiguous(), spread(found.scales, len(gram)).T.contiguous()

@@ -26,9 +26,6 @@ class Forecast:
 
     Args:
         problem: with the damping of its sample.
-
-    Raises:
-        PruningError: the damped Gram matrix is not positive definite.
     """
 
     def __init__(self, problem: LayerProblem) -> None:
@@ -40,9 +37,6 @@ class Forecast:
 
     def errors(self, constraint: Constraint) -> Tensor:
         """About the squared error of each row.
-
-        Args:
-            constraint: of the weight, every operator of which has a grid.
 
         Returns:
             mean |V x - W x|^2 [m].

@@ -20,9 +20,6 @@ def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
 
     Returns:
         A + G H^-1 [m n].
-
-    Raises:
-        PruningError: H is not positive definite.
     """
     return anchor + torch.cholesky_solve(cross.T, definite_factor(gram)).T
 
@@ -36,9 +33,6 @@ class Sweep:
 
     Args:
         gram: H [n n], positive definite.
-
-    Raises:
-        PruningError: H is not positive definite.
     """
 
     def __init__(self, gram: Tensor) -> None:
@@ -57,12 +51,8 @@ class Sweep:
 
         Args:
             weight: W [m n], the minimizer of the error.
-            grid: its scales are kept, its codes are not looked at.
             mask: which entries are kept [m n]; the others become zero, and their error is pushed on like that of
                 rounding.
-
-        Returns:
-            The weight on the grid.
         """
         # Columns are rows of what is transposed, so that they lie together in memory.
         scales, kept = spread(grid.scales, weight.shape[1]).T[self._order], mask.T[self._order]

@@ -235,14 +235,7 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
 
 
 def promised_gap(solver: AbstractSolver) -> float:
-    """The relative gap at which a solver says that it is done.
-
-    Args:
-        solver: the solver.
-
-    Returns:
-        Its `tolerance`; `TOLERANCE` if it has none.
-    """
+    """The relative gap at which a solver says that it is done."""
     return getattr(solver, "tolerance", TOLERANCE)
 
 
@@ -251,15 +244,7 @@ def _is_ours(solver: AbstractSolver) -> bool:
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
-    """Refuse a penalty that a solver does not take, before it works.
-
-    Args:
-        solver: the solver.
-        penalty: the class of the penalty.
-
-    Raises:
-        UnsupportedError: the solver does not take the penalty.
-    """
+    """Refuse a penalty that a solver does not take, before it works."""
     if not issubclass(penalty, solver.penalties):
         takes = ", ".join(p.__name__ for p in solver.penalties)
         raise UnsupportedError(
@@ -269,10 +254,6 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
     """Where a solver begins.
-
-    Args:
-        problem: the problem.
-        start: what the caller gave.
 
     Returns:
         `start`, else the anchor, else zero [m n].

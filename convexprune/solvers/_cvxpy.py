@@ -41,7 +41,6 @@ class CVXPY(AbstractSolver):
     one, or what is very large or very small is beyond the engines.
 
     Args:
-        engine: the solver inside CVXPY.
         options: of the engine, over those in `TIGHT`.
         tolerance: the relative gap up to which the status is SOLVED, whatever the engine says.
     """

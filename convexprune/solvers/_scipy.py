@@ -27,7 +27,6 @@ class SciPy(AbstractSolver):
 
     Args:
         tolerance: the relative gap up to which the status is SOLVED.
-        max_iterations: of SLSQP, for a row.
     """
 
     tolerance: NotNegative = 1e-6

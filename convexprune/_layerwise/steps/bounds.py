@@ -28,15 +28,7 @@ TOGETHER = 64
 
 
 def rows_to_bound(pattern: Constraint, rows: int) -> int:
-    """How many rows to draw for a bound.
-
-    Args:
-        pattern: of the operator.
-        rows: that are asked for.
-
-    Returns:
-        The number.
-    """
+    """How many rows to draw for a bound."""
     return rows * TOGETHER if pattern.by_column else rows
 
 
@@ -44,9 +36,7 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
     """Rows drawn at random.
 
     Args:
-        count: how many there are.
         rows: how many are wanted; None is all.
-        generator: of the random numbers.
 
     Returns:
         Their numbers; all of them in their order if none are left out.
@@ -65,10 +55,8 @@ def sampled_bounds(
     `OperatorReport`).
 
     Args:
-        problem: of the stack.
         weight: the pruned weight [m n].
         rows: how many of each operator; more are drawn for whole columns (`rows_to_bound`).
-        damping: that the pruner added.
         factors: of the rows [m], if they are weighed.
 
     Returns:
@@ -83,15 +71,7 @@ Stack = tuple[LayerProblem, Tensor, Damping, Tensor | None]
 
 
 def sampled_bounds_of_all(stacks: Sequence[Stack], rows: int) -> list[list[dict[str, float] | None]]:
-    """The bounds of stacks that were pruned side by side.
-
-    Args:
-        stacks: what `sampled_bounds` takes for each.
-        rows: how many of each operator.
-
-    Returns:
-        What it returns for each.
-    """
+    """The bounds of stacks that were pruned side by side."""
     drawn = [_drawn(*stack, rows) for stack in stacks]
     method = replace(QUICK, rounds=0) if stacks[0][1].shape[1] > WIDE else QUICK
     found = iter(method.of_all([posed for posed, _ in drawn if posed is not None]))

@@ -34,17 +34,6 @@ def prune_groups(
     """Prune the groups of a stage: of each, one stack of rows as one problem for each pruner of its operators.
 
     Where a device waits for the host, problems of one shape that come one after another are solved side by side.
-
-    Args:
-        layer: its name.
-        folds: the moments of their inputs.
-        settings: of the run.
-        on_operator: called with the report of each operator.
-        began: when the work on them began, by `time.perf_counter`.
-        facts: gives numbers for the reports of a group, by name.
-
-    Raises:
-        PruningError: a pruned weight is not what was asked for.
     """
     parts = (part for group, fold in folds.items() for part in _parts(layer, group, fold, settings, facts(group)))
     for _, alike in groupby(parts, lambda part: (part.shape, id(part.pruner))):
@@ -107,11 +96,7 @@ def _parts(
 
 
 def _prune_together(parts: Sequence[_Part], settings: LayerSettings, on_operator: OnOperator, began: float) -> None:
-    """Prune stacks of one shape side by side; the time of the solves is shared equally.
-
-    Raises:
-        PruningError: a pruned weight is not what was asked for.
-    """
+    """Prune stacks of one shape side by side; the time of the solves is shared equally."""
     problems = [part.posed() for part in parts]
     factors = [settings.row_factors(part.names) for part in parts]
     with solving_in(settings.solve_precision), certifying_in(settings.certificate_precision):
@@ -140,11 +125,7 @@ def _report(
     on_operator: OnOperator,
     began: float,
 ) -> None:
-    """Report what was stored for a stack.
-
-    Raises:
-        PruningError: it is not what was asked for.
-    """
+    """Report what was stored for a stack."""
     names, folds = part.names, part.folds
     errors = _relative_errors(problem, stored)
     held_out = _errors_elsewhere(problem, folds.held_out.rows(part.rows), stored)
@@ -175,12 +156,7 @@ def solved(
     What no zeros are asked of is as it was, unless its pattern makes up for what is removed elsewhere.
 
     Args:
-        problems: of stacks of one shape.
         factors: by how much the rows of each count [m]; None: alike.
-        pruner: the pruner.
-
-    Returns:
-        What it makes of each, as the model has its rows.
     """
     changed = [p.pattern.zeros(*p.weight.shape) > 0 or p.pattern.compensates for p in problems]
     scaled = [
@@ -207,11 +183,7 @@ def _as_in_model(problem: LayerProblem, pruned: LayerEdit, factors: Tensor | Non
 def _counted(
     group: Group, names: Sequence[str], asked: Sequence[Constraint], dense: Tensor, stored: Tensor
 ) -> list[dict[str, Any]]:
-    """The shapes and zeros of each operator's report.
-
-    Raises:
-        PruningError: a stored weight breaks its pattern.
-    """
+    """The shapes and zeros of each operator's report."""
     heights, found = [operator.shape[0] for operator in group.operators], []
     parts = zip(group.operators, names, asked, stored.split(heights), dense.split(heights), strict=True)
     for operator, name, pattern, weight, before in parts:

@@ -21,8 +21,6 @@ class Work:
     Args:
         tokens: windows to fit on [samples length].
         held_out: windows to judge by [samples length].
-        batch_size: windows in a forward pass.
-        settings: how layers are pruned.
         process_group: the ranks that prune each layer together.
     """
 
@@ -33,14 +31,7 @@ class Work:
     process_group: ProcessGroup = ALONE
 
     def of_rank(self, ranks: ProcessGroup) -> "Work":
-        """The part of one rank: a share of the batches, and all solves. The first rank computes the bounds, too.
-
-        Args:
-            ranks: the process group.
-
-        Returns:
-            This rank's share of it.
-        """
+        """The part of one rank: a share of the batches, and all solves. The first rank computes the bounds, too."""
 
         def local(windows: Tensor) -> Tensor:
             batches = windows.split(self.batch_size)
@@ -77,7 +68,6 @@ class PruneStep:
 
     Args:
         work: what layers are pruned on, and how.
-        on_operator: called with each operator's report.
     """
 
     store: AbstractStore
@@ -85,12 +75,7 @@ class PruneStep:
     on_operator: OnOperator
 
     def __call__(self, context: LayerContext) -> None:
-        """Prune the layer.
-
-        Raises:
-            ModelError, PruningError: see `prune_observed`.
-            OutputError: the disk is full or fails.
-        """
+        """Prune the layer."""
         settings, reports = self.work.settings, list[OperatorReport]()
 
         def report(operator: OperatorReport) -> None:
@@ -120,11 +105,5 @@ def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_ope
 
     With a dense prefix the next layer can be claimed by another worker as soon as this one has looked at what its dense
     layer makes of the tokens: before it is pruned.
-
-    Args:
-        model: the model.
-        store: hands the layers out and keeps them.
-        work: what they are pruned on, and how.
-        on_operator: called with each operator's report.
     """
     LayerWalk(model, work.batches, store, work.settings.streams).run(PruneStep(store, work, on_operator))

@@ -35,21 +35,8 @@ def prune_observed(
     """Prune the operators of a layer in place, stage by stage: x* is what the pruned stages make of what feeds it.
 
     Args:
-        layer: the layer.
-        calls: gives the other arguments for a batch.
-        hidden: what enters it.
-        observed: what the dense layer makes of that.
-        settings: of the run.
-        on_operator: called with the report of each operator.
         first: the moments of the first stage, if they are known: with a dense prefix nothing changes them.
         record: makes a place to keep what the shortcuts begin with: tokens times the widths of their operators.
-
-    Returns:
-        The inputs of shortcuts, for later passes of what feeds the layer.
-
-    Raises:
-        ModelError: an activation is not finite; the operator is named.
-        PruningError: the pruned weight is not what was asked; the operator is named.
     """
     inputs: dict[Group, Recorded] = {}
     if settings.prefix == "dense":
@@ -88,18 +75,8 @@ def stage_folds(
     than it has inputs borrows from what all of them were sent (`shrink_towards`); its report says so.
 
     Args:
-        layer: the layer.
-        number: of the stage.
-        calls: gives the other arguments for a batch.
-        hidden: what enters the layer.
-        observed: what the dense layer makes of that.
-        settings: of the run.
         inputs: the x* that are known already, of whichever groups: they need no pass through the layer, and where a
             shortcut begins with them a pass takes it. Those of this stage are added.
-        record: makes a place for them.
-
-    Yields:
-        The moments of the groups of a part.
     """
     stage = layer.stages[number]
     before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]

@@ -44,17 +44,10 @@ def survey(
     or on all if none is. What bits alone cost is forecast from all (`convexprune.quantizers._forecast`).
 
     Args:
-        model: the dense model.
         windows: token ids [batch length].
-        held_out: how many of the windows, the last ones, are held out.
-        patterns: to survey.
         fisher: f_i = mean (d loss / d y_i)^2 of each operator's outputs [m].
         pruner: that gives the weights; None is SparseGPT, because the shape of a curve is what matters, and it is
             quick. Rows compete as `row_weights` of f say.
-        record: makes a place for what enters and leaves a layer.
-
-    Returns:
-        One unit for each operator.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
 

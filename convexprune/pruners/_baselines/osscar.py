@@ -76,14 +76,9 @@ def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor
     Args:
         gram: H [n n].
         target: G [m n]; V = G H^-1 is the minimiser.
-        count: how many blocks are removed.
-        block: columns of one.
 
     Returns:
         Which columns are kept [n].
-
-    Raises:
-        PruningError: H is not positive definite.
     """
     inverse = torch.cholesky_inverse(definite_factor(gram))
     weight = target @ inverse
@@ -106,8 +101,6 @@ def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int =
         gram: H [n n].
         target: G [m n].
         kept: which columns are kept [n].
-        size: how many blocks change.
-        block: columns of one.
 
     Returns:
         Which columns are kept now [n].
@@ -133,7 +126,6 @@ def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
 
     Args:
         matrix: [n n].
-        block: their width b.
 
     Returns:
         [n/b b b].
@@ -181,8 +173,5 @@ def explained(gram: Tensor, target: Tensor, kept: Tensor) -> float:
         gram: H [n n].
         target: G [m n].
         kept: the columns [n].
-
-    Returns:
-        The number.
     """
     return float((best(gram, target, kept) * target).sum()) / 2
