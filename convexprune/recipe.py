@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._schema.group import checked, renamed
 from convexprune._schema.settings import (
     DataSettings,
@@ -62,6 +63,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                     f"preset={self.preset!r} is the algorithm as published, with {name}={value!r}, not "
                     f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
                 )
+        TokenWeighting.parse(self.token_weights)
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
         if self.allocation == "columns" and not issubclass(METHODS[self.preset or self.method], AbstractSearch):

@@ -52,6 +52,8 @@ class OperatorReport:
         bound: see above; None if none was asked for, or the operator is too wide.
         dense_zeros: how many weights were zero before.
         damping: of the problem that was posed to the pruner; None if it has none.
+        weighted_error: `relative_error` with the tokens' weights, which the method minimised; None if tokens count
+            alike, as they do in the other errors.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -77,6 +79,7 @@ class OperatorReport:
     bound: dict[str, Number] | None = None
     dense_zeros: int = 0
     damping: Damping | None = None
+    weighted_error: float | None = None
 
     @classmethod
     def read(cls, written: dict[str, Any]) -> "OperatorReport":

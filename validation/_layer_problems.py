@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.capture import Calls, observe, split_last_branch, stage_inputs
-from convexprune._layerwise.model import AbstractModel, DecoderLayer
+from convexprune._layerwise.model import AbstractModel, DecoderLayer, Group
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.steps.bounds import drawn_rows
 from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.targets import CorrectionTargets, height, width
+from convexprune._layerwise.targets import CorrectionTargets, height, weighted_parts, width
 from convexprune._layerwise.walk import LayerContext, LayerWalk
 from convexprune.constraints import Constraint
 from convexprune.core._damping import NO_DAMPING, Damping
@@ -125,28 +125,41 @@ def _watch(
     same = dense.stages[0] if settings.prefix == "dense" else ()
     corrected = [one for one, _ in pairs if one.token_aligned and one not in same and settings.correction > 0]
     lacking = CorrectionTargets(corrected, observed, settings.error_target)
-    moments = [
-        Moments(width(one), torch.float64, outputs=height(one) if lacking.in_output_space(one) else None)
-        for one, _ in pairs
-    ]
+    totals = {one: list(_totals(dense.name, one, lacking.in_output_space(one), settings)) for one, _ in pairs}
+    first = 0
     for i, given in enumerate(hidden.pruned):
         seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
-        for (one, other), total in zip(pairs, moments, strict=True):
+        for one, other in pairs:
             if other not in seen:
                 continue
             x, output = seen[other].cpu(), None
             if lacking.is_last_branch([one]):
                 pruned = split_last_branch(sparse, other, calls(given), given)
                 output = pruned._replace(branch=one.input_hook.module(seen[other])).output
-            total.add(x)
             d = lacking.of(one, i, seen[other], output)
-            if d is not None:
-                total.add_errors(x.flatten(0, -2), d.flatten(0, -2).cpu())
-    for (one, other), total in zip(pairs, moments, strict=True):
-        rows = torch.arange(height(one)).split([w.shape[0] for w in one.operators])
-        for w, v, own in zip(one.operators, other.operators, rows, strict=True):
-            name = f"{dense.name}.{w.name}"
-            if name in wanted and total.tokens:
-                weights = w.read().cpu(), v.read().cpu()
-                asked = settings.pattern_of(name), settings.correction, damping.get(name) or NO_DAMPING
-                yield OperatorProblem(name, *weights, total.rows(own), *asked)
+            for _, rows, weights, total in totals[one]:
+                own = None if weights is None else weights[first : first + len(x)]
+                total.add(x, weights=own)
+                if d is not None:
+                    of_rows = d[..., rows] if lacking.in_output_space(one) else d
+                    total.add_errors(x.flatten(0, -2), of_rows.flatten(0, -2).cpu(), own)
+        first += len(given)
+    for one, other in pairs:
+        sparse_operators = {operator.name: operator for operator in other.operators}
+        for part, _, _, total in totals[one]:
+            rows_of_each = torch.arange(height(part)).split([w.shape[0] for w in part.operators])
+            for w, rows in zip(part.operators, rows_of_each, strict=True):
+                name = f"{dense.name}.{w.name}"
+                if name in wanted and total.tokens:
+                    weights = w.read().cpu(), sparse_operators[w.name].read().cpu()
+                    asked = settings.pattern_of(name), settings.correction, damping.get(name) or NO_DAMPING
+                    yield OperatorProblem(name, *weights, total.rows(rows), *asked)
+
+
+def _totals(
+    layer: str, group: Group, in_output_space: bool, settings: LayerSettings
+) -> Iterator[tuple[Group, slice, Tensor | None, Moments]]:
+    """Yield the parts of a group whose tokens have the same weights, with moments to be filled."""
+    for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
+        outputs = height(part) if in_output_space else None
+        yield part, rows, weights, Moments(width(part), torch.float64, outputs=outputs)

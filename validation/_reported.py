@@ -45,13 +45,15 @@ class ReportedError:
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
-    """The error of an operator beside that in its report. A report whose moments borrowed tokens has none of its
-    own.
+    """The error of an operator, with its tokens' weights, beside that in its report.
+
+    A report whose moments borrowed tokens has none of its own.
     """
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
     own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]
-    return [ReportedError(report.name, error, report.relative_error) for report in own]
+    said = ((o.name, o.relative_error if o.weighted_error is None else o.weighted_error) for o in own)
+    return [ReportedError(name, error, reported) for name, reported in said]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:

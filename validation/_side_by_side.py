@@ -143,18 +143,19 @@ class Comparison:
                 self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
             on_layer(f"layer {number}, dense")
-        first: dict[Group, CalibrationStatistics] = {}
+        first: dict[int, dict[Group, CalibrationStatistics]] = {}  # by the token weights
         for name in todo:
             if name == DENSE:
                 continue
             settings = self._variants[name]
-            if settings.prefix == "dense" and not first and layer.stages:
+            weights = id(settings.token_weights)
+            if settings.prefix == "dense" and weights not in first and layer.stages:
                 states = HiddenStates(hidden, hidden, self._held_out)
                 inputs = dict(observed.inputs)
                 parts = stage_folds(layer, 0, calls, states, observed, settings, inputs)
-                first = {g: f for part in parts for g, f in part.items()}
+                first[weights] = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
-                record, known = self._prune(context, name, observed, first)
+                record, known = self._prune(context, name, observed, first.get(weights, {}))
                 for stream in self._advanced(name):
                     taken = known if stream == FITTED else None
                     self._store.write_states(name, number + 1, stream, self._through(context, name, stream, taken))

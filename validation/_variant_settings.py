@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._runs.run import check_patterns
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._allocating import allocate_each
 from convexprune.adapters._removal.find import find_removal
+from convexprune.adapters._token_weights import token_weights
 from convexprune.errors import RecipeError
 
 from ._side_by_side import Tokens
@@ -44,8 +46,13 @@ def allocated(
     """How each variant prunes the layers: its zeros, or bits, spread over them by its allocation."""
     asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
+    weightings = {v.name: TokenWeighting.parse(v.recipe().token_weights) for v in variants}
+    weights = {each: token_weights(model, each, tokens.calibration) for each in set(weightings.values())}
     settings = {
-        variant.name: allocation.apply_to(given, variant.recipe().build_pattern())
+        variant.name: replace(
+            allocation.apply_to(given, variant.recipe().build_pattern()),
+            token_weights=weights[weightings[variant.name]],
+        )
         for variant, allocation, (_, given) in zip(variants, found, asked, strict=True)
     }
     _check(model, settings.values())

@@ -45,7 +45,7 @@ QUANTIZED = {
     "rtn": ("rtn", "dense-none"),
 }
 """Quantizers by name, and the convention of each one's paper; what they quantize is ours, if it has zeros at all."""
-TARGETS = ("quantize", "bits", "group_size")
+OF_RECIPE = ("refit", "quantize", "bits", "group_size", "token_weights")
 """Settings of the recipe that a method may name beside its own."""
 
 BY_ROW = ("wanda",)
@@ -180,7 +180,7 @@ def _method(text: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"{text!r}: a setting of a method reads name=value, as in sparsegpt:damping=0.1.")
-        place = settings if key in ("refit", *TARGETS) else settings.setdefault("method_args", {})
+        place = settings if key in OF_RECIPE else settings.setdefault("method_args", {})
         place[key] = _value(value)
     if name in QUANTIZED and not {"quantize", "bits"} & settings.keys():
         raise RecipeError(f"{text!r}: a quantizer needs a number of bits, as in {name}:quantize=int4 or {name}:bits=3.")

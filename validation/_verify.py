@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from rich.table import Table
 from convexprune._device.machine import default_device
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.bounds import rows_to_bound
+from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._checkpoints.written import miscounted
 from convexprune.adapters._discovery.selection import matcher
+from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.errors import RecipeError, unknown
@@ -200,7 +202,8 @@ def verify(
     tokens, same = opened.tokens()
     if pruned is not None and not same:
         result.note = "The model writes another text here than for the run: the report's errors are not compared."
-    layer = _layer_settings(recipe, reports)
+    weights = token_weights(dense, TokenWeighting.parse(recipe.token_weights), tokens)
+    layer = replace(_layer_settings(recipe, reports), token_weights=weights)
     generator = torch.Generator().manual_seed(asked.seed)
 
     def judge(operator: OperatorProblem) -> None:

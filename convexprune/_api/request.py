@@ -29,6 +29,7 @@ from convexprune._device.memory import use_gpu
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.steps.prune import Work
+from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._progress import begin
 from convexprune._recipe_file import given
 from convexprune._runs.run import check_patterns
@@ -41,6 +42,7 @@ from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._removal.find import find_removal
+from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
@@ -165,6 +167,8 @@ class Request:
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
+        asked = TokenWeighting.parse(self.recipe.token_weights)
+        self.layers = replace(self.layers, token_weights=token_weights(loaded, asked, windows["calibration"]))
 
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)

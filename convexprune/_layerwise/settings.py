@@ -31,7 +31,7 @@ class LayerSettings:
     `patterns` and `pruners` hold operators that differ in these, `rules` the rule of the recipe that says so.
     `bound_rows` of every operator are compared with what no pruning can beat; it changes no weight. `row_weights` say
     how the outputs [m] of every operator count, if not alike; `columns` how much a model's loss needs each block of
-    columns, if these are chosen by that.
+    columns, if these are chosen by that; `token_weights` how the calibration tokens of an operator count, if not alike.
 
     Args:
         pattern: what every operator is pruned to.
@@ -40,6 +40,7 @@ class LayerSettings:
         bound_rows: rows of each operator to bound.
         row_weights: [m] by the name of the operator.
         columns: [blocks] by the name of the operator.
+        token_weights: [windows length] by the name of the operator, for the calibration windows.
         pruners: of operators that differ in theirs, by name.
         rules: numbers, from 1, of the rules of the recipe, by the names of operators.
         gram_precision: the format in which second moments are added up, see `_device.precision`.
@@ -58,6 +59,7 @@ class LayerSettings:
     bound_rows: int = 0
     row_weights: Mapping[str, Tensor] = field(default_factory=dict)
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
     pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)
     rules: Mapping[str, int] = field(default_factory=dict)
     gram_precision: Format = "auto"

@@ -22,22 +22,30 @@ FEW = 128
 """Tokens. A product of fewer takes most of its time to fetch and store the matrix that it is added to."""
 HELD_OUT = 2
 
-Counted = tuple[Tensor, Tensor | None]  # x* [tokens n], and what it lacks
+Counted = tuple[Tensor, Tensor | None, Tensor | None]  # x* [tokens n], what it lacks, and weights [tokens]
 
 
 class CalibrationStatistics:
     """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
 
     What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
-    of the outputs if it is given how many (see `ErrorMoments`).
+    of the outputs if it is given how many (see `ErrorMoments`). With weights of tokens there are moments beside in
+    which all calibration tokens count alike; held-out tokens always do.
 
     Args:
         outputs: m, if errors are counted in output space.
+        weights: of the tokens of calibration windows [windows length], in the order in which they are counted; None:
+            all count alike.
     """
 
-    def __init__(self, width: int, device: torch.device, outputs: int | None = None) -> None:
+    def __init__(
+        self, width: int, device: torch.device, outputs: int | None = None, weights: Tensor | None = None
+    ) -> None:
         self._halves = (Moments(width, device=device), Moments(width, device=device))
         self._held_out = Moments(width, device=device, outputs=outputs)
+        self._weights = weights
+        self._unweighted = None if weights is None else Moments(width, device=device, outputs=outputs)
+        self._windows = 0
         self.borrowed = 0
         self._change: ErrorMoments | None = None
         self._dealt = [0, 0]  # tokens, to each half
@@ -67,27 +75,38 @@ class CalibrationStatistics:
             waiting = self._waiting[HELD_OUT if held_out else half]
             if not held_out:
                 self._dealt[half] += x.shape[1]
-            counted = x[i], None if lacking is None else lacking[i]
+            weights = None if held_out else self._next_weights(x)
+            counted = x[i], None if lacking is None else lacking[i], weights
             if x.shape[1] < FEW:  # else the batch would stay in memory with them
-                counted = counted[0].clone(), None if counted[1] is None else counted[1].clone()
+                counted = counted[0].clone(), None if counted[1] is None else counted[1].clone(), weights
             waiting.append(counted)
-            if sum(len(tokens) for tokens, _ in waiting) >= FEW:
+            if sum(len(tokens) for tokens, *_ in waiting) >= FEW:
                 self._count(HELD_OUT if held_out else half)
+
+    def _next_weights(self, x: Tensor) -> Tensor | None:
+        """Return the weights [tokens] of the next calibration window, on the device of `x`."""
+        if self._weights is None:
+            return None
+        self._windows += 1
+        return self._weights[self._windows - 1].to(x.device)
 
     def _count(self, part: int) -> None:
         """Count what waits for one of the halves, or held out."""
         if not (waiting := self._waiting[part]):
             return
         moments = (*self._halves, self._held_out)[part]
-        x = _joined([tokens for tokens, _ in waiting])
-        moments.add(x)
-        if changes := [change for _, change in waiting if change is not None]:
-            lacking = _joined(changes).to(moments.sum)
-            if part == HELD_OUT:
-                moments.add_errors(x, lacking)
-            else:
-                self._change = self._change or ErrorMoments.zeros(moments.sum, self._held_out.outputs)
-                self._change.add(x.to(moments.sum), lacking)
+        x, lacking, weights = (_joined(each) for each in zip(*waiting, strict=True))
+        assert x is not None
+        moments.add(x, weights=weights)
+        if lacking is not None and part == HELD_OUT:
+            moments.add_errors(x, lacking)
+        elif lacking is not None:
+            self._change = self._change or ErrorMoments.zeros(moments.sum, self._held_out.outputs)
+            self._change.add(x.to(moments.sum), lacking.to(moments.sum), weights)
+        if self._unweighted is not None and part != HELD_OUT:
+            self._unweighted.add(x)
+            if lacking is not None:
+                self._unweighted.add_errors(x, lacking)
         waiting.clear()
 
     def _count_all(self) -> None:
@@ -136,34 +155,48 @@ class CalibrationStatistics:
             raise PruningError("The ranks do not see the same operator close a layer. Use error_target='operator'.")
         if sum(odd[: ranks.rank]) % 2:  # alone, the next sample would have gone to the second half
             self._halves = self._halves[1], self._halves[0]
-        parts = (*self.halves, self.held_out)
-        tokens = ranks.all_reduce(torch.tensor([part.tokens for part in parts], device=device)).tolist()
-        for part, number in zip(parts, tokens, strict=True):
-            part.tokens = number
+        parts = (*self.halves, self.held_out, *([] if self._unweighted is None else [self._unweighted]))
+        counts = torch.tensor([part.tokens for part in parts], dtype=torch.float64, device=device)
+        for part, number in zip(parts, ranks.all_reduce(counts).tolist(), strict=True):
+            part.tokens = number if self._unweighted is not None else int(number)
             ranks.all_reduce(part.sum)
         none = partial(ErrorMoments.zeros, self.held_out.sum, self.held_out.outputs)
         if changed:
             self._change = _added_up(self._change or none(), ranks)
+        if changed and self._unweighted is not None:
+            self._unweighted.errors = _added_up(self._unweighted.errors or none(), ranks)
         if judged:
             self.held_out.errors = _added_up(self.held_out.errors or none(), ranks)
 
     @property
     def tokens(self) -> int:
         """How many calibration tokens were counted, without the borrowed ones."""
-        return sum(half.tokens for half in self.halves) - self.borrowed
+        return int(self.unweighted.tokens) - self.borrowed
 
     @property
     def total(self) -> Moments:
         """The moments of all calibration windows, without those held out."""
         return (self.halves[0] + self.halves[1]).with_errors(self._change)
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the calibration tokens have weights."""
+        return self._unweighted is not None
+
+    @property
+    def unweighted(self) -> Moments:
+        """The moments of all calibration windows in which every token counts alike."""
+        self._count_all()
+        return self.total if self._unweighted is None else self._unweighted
+
     def is_finite(self) -> bool:
         """Whether every input was."""
         return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if len(given) > 1 else next(iter(given), None)
 
 
 def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:

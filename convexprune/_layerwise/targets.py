@@ -1,6 +1,8 @@
 """What operators are to make up for: what their outputs lack because of the operators that are pruned before them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -61,6 +63,18 @@ def width(group: Group) -> int:
 def height(group: Group) -> int:
     """m, the outputs of all its operators."""
     return sum(operator.shape[0] for operator in group.operators)
+
+
+def weighted_parts(
+    layer: str, group: Group, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[Group, slice, Tensor | None]]:
+    """Divide a group into runs of operators whose tokens have the same weights: each with its rows and its weights."""
+    first = 0
+    each = [(operator, weights.get(f"{layer}.{operator.name}")) for operator in group.operators]
+    for _, alike in groupby(each, lambda pair: id(pair[1])):
+        operators, same = zip(*alike, strict=True)
+        part = group if len(operators) == len(each) else replace(group, operators=operators)
+        yield part, slice(first, first := first + height(part)), same[0]
 
 
 def stack_of(group: Group) -> Tensor:

@@ -121,11 +121,10 @@ class TargetSettings(Settings):
     allocation: str = setting(
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
-        "rows compete for it by how much they move the loss. columns: so do whole columns, which the method then no "
-        "longer chooses itself. curve: shares of least predicted loss as well, after a "
-        "survey that takes about five times as long as SparseGPT; half-curve, half of the way there. owl, skewness: "
-        "by the scores of each decoder layer. N:M takes uniform and curve. Left out: for convex and admm rows if "
-        "unstructured with quota matrix, and columns for channels; curve for bits, else uniform.",
+        "rows compete for it by how much they move the loss. columns: so do whole columns, which the method then does "
+        "not choose. curve: shares of least predicted loss, after a survey (some five times SparseGPT); half-curve, "
+        "half of the way. owl, skewness: by the scores of each decoder layer. N:M takes uniform, curve. Left out: "
+        "for convex and admm rows if unstructured, quota matrix; columns for channels, curve for bits; else uniform.",
         choices=("uniform", "columns", "rows", "curve", "half-curve", "owl", "skewness"),
     )
     targets: tuple[str, ...] = setting(
@@ -213,6 +212,11 @@ class MethodSettings(Settings):
         None,
         "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
         "far. Left out: dense; where layers or experts are removed, pruned.",
+    )
+    token_weights: str = setting(
+        "none",
+        "How calibration tokens count: none, all alike; attention_sink, half of all weight (attention_sink:0.25: a "
+        "quarter) for the first four tokens of each sample, where the outputs are keys and values of attention.",
     )
     quantizer: Literal["descent", "gptq", "rtn"] = setting(
         "descent",

@@ -7,6 +7,11 @@ from convexprune._device.precision import add_gram
 from convexprune.core._triangle import add_square, from_upper, quadratic_forms
 
 
+def weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiply tokens [tokens n] by the square roots of their weights: a second moment then has the weights."""
+    return x if weights is None else x * weights.reshape(-1, 1).sqrt()
+
+
 class ErrorMoments:
     """Second moments of the error d that is to be made up for, and of the input x* [n], as sums over tokens.
 
@@ -42,13 +47,9 @@ class ErrorMoments:
         """
         return 4 * outputs < 3 * inputs
 
-    def add(self, x: Tensor, error: Tensor) -> None:
-        """Count tokens.
-
-        Args:
-            x: the inputs x* [tokens n].
-            error: the errors d, [tokens n] or [tokens m].
-        """
+    def add(self, x: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
+        """Count tokens: inputs x* [tokens n], errors d [tokens n] or [tokens m], and weights [tokens] if not ones."""
+        x, error = weighted(x, weights), weighted(error, weights)
         if self.change.ndim == 2:
             add_square(self.change, error)
         else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._error_moments import ErrorMoments, weighted
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._triangle import add_square, from_upper, quadratic_forms
 from convexprune.errors import ProblemError
@@ -18,6 +18,8 @@ class Moments:
     x [n] is the input that the operator sees in the dense network, x* the one that it sees once the operators before
     it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
     means that error correction never subtracts two nearly equal matrices.
+
+    `tokens` is the sum of the tokens' weights: their number, if none was given.
 
     Args:
         width: n.
@@ -38,7 +40,7 @@ class Moments:
     ) -> None:
         if width < 0 or dtype not in (torch.float32, torch.float64):
             raise ProblemError(f"Moments of {width} inputs in {dtype}; needed are 0 or more, in float32 or float64.")
-        self.tokens = 0
+        self.tokens: float = 0
         self.errors: ErrorMoments | None = None
         self.outputs = outputs
         self.sum = torch.zeros(width, width, dtype=dtype, device=device)  # of x* x*', its upper triangle
@@ -49,32 +51,34 @@ class Moments:
         return self.sum.shape[0]
 
     @torch.no_grad()
-    def add(self, pruned: Tensor, dense: Tensor | None = None) -> None:
+    def add(self, pruned: Tensor, dense: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Count a batch of inputs.
 
         Args:
             pruned: x* [... n].
             dense: x [... n] of the same tokens, if they differ.
+            weights: w [...] of the tokens, not negative. A token of weight k counts as k equal tokens.
 
         Raises:
-            ProblemError: the inputs are not `width` wide, or dense and pruned differ in shape.
+            ProblemError: the inputs are not `width` wide, or dense, pruned and weights differ in shape.
         """
-        x = self._tokens(pruned, dense)
-        add_square(self.sum, x)
-        self.tokens += x.shape[0]
+        x = self._tokens(pruned, dense, weights)
+        add_square(self.sum, weighted(x, weights))
+        self.tokens += x.shape[0] if weights is None else float(weights.sum(dtype=torch.float64))
         if dense is not None:
-            self.add_errors(x, dense.reshape(x.shape).to(self.sum) - x.to(self.sum))
+            self.add_errors(x, dense.reshape(x.shape).to(self.sum) - x.to(self.sum), weights)
 
     @torch.no_grad()
-    def add_errors(self, x: Tensor, error: Tensor) -> None:
+    def add_errors(self, x: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
         """Count the errors of tokens whose inputs are counted already.
 
         Args:
             x: the inputs x* [tokens n].
             error: d, [tokens n] or [tokens m].
+            weights: w [tokens]; None are ones.
         """
         self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
-        self.errors.add(x.to(self.sum), error.to(self.sum))
+        self.errors.add(x.to(self.sum), error.to(self.sum), weights)
 
     @property
     def gram(self) -> Tensor:
@@ -181,7 +185,7 @@ class Moments:
         errors = None if self.errors is None else ErrorMoments(*self.errors.project(weight))
         return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
 
-    def counted_as(self, tokens: int) -> "Moments":
+    def counted_as(self, tokens: float) -> "Moments":
         """The mean of x* x*' without errors, with another count of tokens, which is its weight in a sum.
 
         Args:
@@ -205,18 +209,22 @@ class Moments:
         errors = both[0] + both[1] if len(both) == 2 else next(iter(both), None)
         return self._with(self.tokens + other.tokens, self.sum + other.sum, errors)
 
-    def _with(self, tokens: int, gram: Tensor, errors: ErrorMoments | None) -> "Moments":
+    def _with(self, tokens: float, gram: Tensor, errors: ErrorMoments | None) -> "Moments":
         other = Moments(0, gram.dtype, gram.device, self.outputs)
         other.tokens, other.sum, other.errors = tokens, gram, errors
         return other
 
-    def _tokens(self, pruned: Tensor, dense: Tensor | None) -> Tensor:
+    def _tokens(self, pruned: Tensor, dense: Tensor | None, weights: Tensor | None) -> Tensor:
         """x* as [tokens n], in its own dtype."""
         if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
             shape = None if dense is None else list(dense.shape)
             raise ProblemError(
                 f"Inputs {list(pruned.shape)} and dense inputs {shape}; "
                 f"these moments take equal shapes, {self.width} wide."
+            )
+        if weights is not None and weights.shape != pruned.shape[:-1]:
+            raise ProblemError(
+                f"Weights {list(weights.shape)} of inputs {list(pruned.shape)}: give one for each token."
             )
         return pruned.reshape(-1, self.width)
 

@@ -34,6 +34,45 @@ def test_moments_are_means_over_the_tokens(layer):
         close(moments.change, change.T @ change / len(x))
 
 
+@given(layers, seeds)
+def test_a_token_of_weight_k_counts_as_k_equal_tokens(layer, seed):
+    weights = torch.randint(0, 4, (len(layer.pruned),), generator=torch.Generator().manual_seed(seed))
+    weights[0] += 1  # one token is left at least
+    dense = None if layer.dense is layer.pruned else layer.dense
+    given, repeated = Moments(layer.weight.shape[1], torch.float64), Moments(layer.weight.shape[1], torch.float64)
+    given.add(layer.pruned, dense, weights.double())
+    repeated.add(
+        layer.pruned.repeat_interleave(weights, 0), None if dense is None else dense.repeat_interleave(weights, 0)
+    )
+    assert_same(given, repeated, 1e-11)
+
+
+@given(layers)
+def test_with_weights_of_one_the_bits_are_those_without(layer):
+    ones = Moments(layer.weight.shape[1], torch.float64)
+    ones.add(layer.pruned, None if layer.dense is layer.pruned else layer.dense, torch.ones(len(layer.pruned)))
+    assert_same(ones, layer.moments, 0)
+
+
+@given(layers, corrections, seeds)
+def test_the_reconstruction_weighs_the_losses_of_tokens(layer, correction, seed):
+    weights, weight = random(seed, len(layer.pruned)).exp(), random(seed + 1, *layer.weight.shape)
+    for outputs in (None, len(layer.weight)):
+        moments = Moments(layer.weight.shape[1], torch.float64, outputs=outputs)
+        moments.add(layer.pruned, weights=weights)
+        change = layer.dense - layer.pruned
+        moments.add_errors(layer.pruned, change if outputs is None else change @ layer.weight.T, weights)
+        errors = (layer.pruned @ weight.T - layer.targets(correction)).square() / 2
+        expected = (weights[:, None] * errors).sum(0) / weights.sum()
+        values = moments.reconstruction(layer.weight, correction).values(weight)
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-20)
+
+
+def test_weights_of_other_tokens_are_refused():
+    with pytest.raises(ProblemError, match="one for each token"):
+        Moments(3).add(torch.zeros(5, 3), weights=torch.ones(4))
+
+
 def test_equal_inputs_have_no_change():
     moments = make_layer("full rank", 1, 3, seed=0, change=0).moments
     assert moments.cross is None

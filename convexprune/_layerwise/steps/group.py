@@ -127,21 +127,25 @@ def _report(
 ) -> None:
     """Report what was stored for a stack."""
     names, folds = part.names, part.folds
-    errors = _relative_errors(problem, stored)
+    errors = minimised = _relative_errors(problem, stored)
+    if folds.is_weighted:
+        errors = _errors_elsewhere(problem, folds.unweighted.rows(part.rows), stored)
     held_out = _errors_elsewhere(problem, folds.held_out.rows(part.rows), stored)
     more = pruned.facts | part.facts | ({"borrowed_tokens": folds.borrowed} if folds.borrowed else {})
     counted = _counted(part.group, names, part.asked, problem.weight, stored)
-    for name, counts, error, unseen, bound in zip(names, counted, errors, held_out, bounds, strict=True):
+    each = zip(names, counted, errors, minimised, held_out, bounds, strict=True)
+    for name, counts, error, weighted, unseen, bound in each:
         on_operator(
             OperatorReport(
                 name=name,
                 **counts,
                 relative_error=error,
                 held_out_error=unseen,
+                weighted_error=weighted if folds.is_weighted else None,
                 **_certified(pruned),
                 facts=more | ({"rule": settings.rules[name]} if name in settings.rules else {}),
                 tokens=folds.tokens,
-                held_out_tokens=folds.held_out.tokens,
+                held_out_tokens=int(folds.held_out.tokens),
                 seconds=time.perf_counter() - began,
                 bound=bound,
             )

@@ -39,12 +39,14 @@ class Work:
 
         alike = {id(each): SamePruned(each, ranks.broadcast) for each in self.settings.pruners.values()}
         own = {name: alike[id(each)] for name, each in self.settings.pruners.items()}  # one rule is still one pruner
+        shared = {id(each): local(each) for each in self.settings.token_weights.values()}
         settings = replace(
             self.settings,
             pruner=SamePruned(self.settings.pruner, ranks.broadcast),
             pruners=own,
             quantizer=SameQuantized(self.settings.quantizer, ranks.broadcast),
             bound_rows=0 if ranks.rank else self.settings.bound_rows,
+            token_weights={name: shared[id(weights)] for name, weights in self.settings.token_weights.items()},
         )
         return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
 

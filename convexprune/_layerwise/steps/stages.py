@@ -15,7 +15,7 @@ from convexprune._layerwise.replay import CachedSubmodule, replaying
 from convexprune._layerwise.settings import HiddenStates, LayerSettings
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.group import prune_groups
-from convexprune._layerwise.targets import CorrectionTargets, height, width
+from convexprune._layerwise.targets import CorrectionTargets, height, weighted_parts, width
 from convexprune._storage.batches import Batches
 from convexprune.errors import ModelError
 from convexprune.report import OnOperator
@@ -81,14 +81,18 @@ def stage_folds(
     stage = layer.stages[number]
     before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]
     kept = {group: record() for group in stage if group in observed.cached and group not in inputs}
-    shared = {width(group): _folds(group, False) for group in stage if not group.token_aligned}
+    shared = {
+        width(group): CalibrationStatistics(width(group), _device_of(group))
+        for group in stage
+        if not group.token_aligned
+    }
     for part_number, part in enumerate(in_parts(stage, width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         known = {group: inputs[group] for group in part if group in inputs}
         same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
         corrected = [g for g in part if g.token_aligned and g not in same] if settings.correction > 0 else []
         lacking = CorrectionTargets(corrected, observed, settings.error_target)
-        folds = {group: _folds(group, lacking.in_output_space(group)) for group in part}
+        by_group = {group: _folds(layer, group, lacking.in_output_space(group), settings) for group in part}
         with sending(), summing_in(settings.gram_precision):
             for i, batch in enumerate(hidden.pruned):
                 held_out = i >= len(hidden.pruned) - hidden.held_out
@@ -101,19 +105,23 @@ def stage_folds(
                     else:
                         seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
                 for group, x in seen.items():
-                    if group in folds:
-                        folds[group].add(x, lacking.of(group, i, x, output), held_out)
+                    if group in by_group:
+                        d = lacking.of(group, i, x, output)
+                        for rows, folds in by_group[group].values():
+                            of_rows = d if d is None or not lacking.in_output_space(group) else d[..., rows]
+                            folds.add(x, of_rows, held_out)
                     if group in kept:
                         put_away(x, kept[group])
                     if not group.token_aligned and watched is stage:
                         shared[width(group)].add(x, None, held_out)
-            for counted in (*folds.values(), *(() if part_number else shared.values())):
-                counted.add_up(hidden.process_group)
-        for group in part:
+            counted = {group: folds for parts in by_group.values() for group, (_, folds) in parts.items()}
+            for folds in (*counted.values(), *(() if part_number else shared.values())):
+                folds.add_up(hidden.process_group)
+        for group, folds in counted.items():
             if not group.token_aligned:
-                folds[group].shrink_towards(shared[width(group)])
+                folds.shrink_towards(shared[width(group)])
         del lacking  # it holds weights
-        yield folds
+        yield counted
     inputs |= kept
 
 
@@ -124,11 +132,19 @@ def _prefetch(*wanted: Sequence[Tensor]) -> None:
             batches.prefetch()
 
 
-def _folds(group: Group, in_output_space: bool) -> CalibrationStatistics:
-    """To be filled."""
-    return CalibrationStatistics(
-        width(group), group.operators[0].read().device, height(group) if in_output_space else None
-    )
+def _folds(
+    layer: DecoderLayer, group: Group, in_output_space: bool, settings: LayerSettings
+) -> dict[Group, tuple[slice, CalibrationStatistics]]:
+    """Divide a group by the token weights of its operators: rows and statistics, to be filled, of each part."""
+    found = {}
+    for part, rows, weights in weighted_parts(layer.name, group, settings.token_weights):
+        outputs = height(part) if in_output_space else None
+        found[part] = rows, CalibrationStatistics(width(part), _device_of(part), outputs, weights)
+    return found
+
+
+def _device_of(group: Group) -> torch.device:
+    return group.operators[0].read().device
 
 
 def _require_usable(folds: CalibrationStatistics, name: str) -> None:

@@ -1,0 +1,45 @@
+"""The recipe's setting `token_weights`: which calibration tokens count for more than others, and how much."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convexprune.errors import RecipeError, unknown
+
+KINDS = ("none", "attention_sink")
+SINK = 4
+"""Tokens at the start of a window on which attention rests (arXiv 2309.17453)."""
+
+
+@dataclass(frozen=True)
+class TokenWeighting:
+    """A kind of token weights, and the `share` of all weight that it distributes; the rest is alike for all tokens."""
+
+    kind: str
+    share: float = 0.5
+
+    @classmethod
+    def parse(cls, text: str) -> "TokenWeighting":
+        """Read "none", "attention_sink" or "attention_sink:0.25"."""
+        kind, colon, share = text.partition(":")
+        if kind not in KINDS:
+            raise RecipeError(unknown("token weighting", kind, KINDS))
+        if not colon:
+            return cls(kind)
+        try:
+            found = cls(kind, float(share))
+        except ValueError:
+            found = cls(kind, -1.0)
+        if kind == "none" or not 0 <= found.share < 1:
+            raise RecipeError(f"token_weights={text!r}. Write none, or a kind with a share in [0, 1), {KINDS[1]}:0.5.")
+        return found
+
+
+def sink_weights(windows: int, length: int, share: float) -> Tensor:
+    """Weights [windows length], 1 on average, that give the first `SINK` tokens of each window a `share` of the sum."""
+    weights = torch.ones(length)
+    if length > SINK:
+        weights[:SINK] = share * length / SINK
+        weights[SINK:] = (1 - share) * length / (length - SINK)
+    return weights.expand(windows, length)
