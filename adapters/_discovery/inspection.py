@@ -16,18 +16,19 @@ from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._runs import cost, sizes
 from convexprune._runs.run import check_patterns
-from convexprune._runs.speed import load
+from convexprune._runs.speed import load, measured_speed, seconds
 from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
 from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 
 from .._checkpoints.loading import bundled_if_none
-from .needs import estimate, gib, setting_of
+from .needs import gib, setting_of
 from .outline import read_outline
 from .rules import with_rules
 
 SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
+NO_GPU = "The time is an estimate by the rate of products. It was never compared with a run on a GPU."
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,6 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     if device != "cpu" and device_memory is None:
         device_memory = torch.cuda.get_device_properties(device).total_memory
     memory, work = cost.memory(outline.size, setting), cost.work(outline.size, setting)
-    laps, more = estimate(device, outline, setting, work, checked)
     ways = cost.cheaper(setting, bool(checked.refit))
     changes = {way: cost.memory(outline.size, s).device for way, s in ways.items()}
     return Inspection(
@@ -164,11 +164,11 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         size=outline.size,
         memory=memory,
         work=work,
-        seconds=laps,
+        seconds=seconds(work, measured_speed(device, outline.dtype), setting.method),
         device=device,
         device_memory=device_memory,
         changes=changes,
-        notes=(*outline.notes, *_notes(checked, layers), *more),
+        notes=(*outline.notes, *_notes(checked, layers), *([] if device == "cpu" else [NO_GPU])),
     )
 
 

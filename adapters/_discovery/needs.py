@@ -4,8 +4,6 @@ from pathlib import Path
 
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._runs import cost, sizes
-from convexprune._runs.resources import binding, needs_of, seconds_by_resource
-from convexprune._runs.speed import measured_card, measured_speed, seconds
 from convexprune.recipe import Recipe
 
 from .._allocating import gradient_windows
@@ -49,19 +47,6 @@ def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool 
     less = [f"{way} {gib(size)}" for way, size in sizes_by_way.items() if size < needed]
     told = f" With other settings: {', '.join(less)}." if less else ""
     return f"By its formula this run needs {gib(needed)}, beside what else is there.{told}"
-
-
-def estimate(
-    device: str, outline: Outline, setting: sizes.Setting, work: cost.Operations, recipe: Recipe
-) -> tuple[dict[str, float], list[str]]:
-    """Seconds of each phase, by rates that are measured now, and on a GPU a note on what binds."""
-    if device == "cpu":
-        return seconds(work, measured_speed(device, outline.dtype), setting.method), []
-    card = measured_card(device, outline.dtype)
-    needs = needs_of(recipe.preset or recipe.method, bool(recipe.refit))
-    phases = seconds_by_resource(outline.size, setting, needs, card)
-    said = f"On {card.name} most of the time goes to {binding(phases)} (no line of this estimate was checked on a GPU)."
-    return {phase: sum(each.values()) for phase, each in phases.items()}, [said]
 
 
 def gib(size: float) -> str:

@@ -22,7 +22,7 @@ from convexprune.errors import RecipeError
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
     "_cli", "_container", "_doctor", "_rendering", "errors.py", "_progress.py", "report.py", "_runs/cost.py",
-    "_runs/resources.py", "_runs/sizes.py", "_runs/speed.py", "adapters/_training.py",
+    "_runs/sizes.py", "_runs/speed.py", "adapters/_training.py",
     "adapters/_discovery/inspection.py", "adapters/_discovery/needs.py",
     "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
     "validation/_bench.py", "validation/_evaluate.py", "validation/_formats.py", "validation/_oracles.py",

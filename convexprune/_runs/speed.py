@@ -8,15 +8,12 @@ from math import inf
 
 import torch
 
-from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.products import widened
 from convexprune._runs.cost import Operations
-from convexprune._runs.resources import Card
 from convexprune._runs.sizes import Method
 
 SECONDS = 0.1  # that a matrix product is timed for, each time
 TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause
-COPIED = 1 << 26  # bytes
 WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
 
 
@@ -68,21 +65,6 @@ def _best(run: Callable[[], object]) -> float:
             if time.perf_counter() >= end:
                 break
     return best
-
-
-def measured_card(device: torch.device | str, dtype: torch.dtype) -> Card:
-    """Time products, a copy in memory and one to the host on a GPU, a few seconds in all.
-
-    Args:
-        dtype: of the model, in which products stand for those of bfloat16 where there are none.
-    """
-    coarse = torch.bfloat16 if has_bfloat16(torch.device(device)) else dtype
-    on_gpu = torch.device(device).type == "cuda"
-    here = torch.zeros(COPIED, dtype=torch.uint8, device=device)
-    there = torch.empty(COPIED, dtype=torch.uint8, pin_memory=on_gpu)
-    rates = [_rate(device, each) for each in (torch.float64, torch.float32, coarse)]
-    rates += [2 * COPIED / _best(lambda: int(here.clone()[0])), COPIED / _best(lambda: there.copy_(here))]
-    return Card(torch.cuda.get_device_name(device) if on_gpu else str(device), *rates)
 
 
 def load() -> str:

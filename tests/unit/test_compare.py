@@ -18,7 +18,7 @@ from convexprune.pruners import SparseGPT
 from convexprune.validation import _compare as door
 from convexprune.validation import _plots as plots
 from convexprune.validation import compare, perplexity
-from convexprune.validation._plots import _colours, will_draw
+from convexprune.validation._plots import will_draw
 from convexprune.validation._side_by_side import Comparison
 from convexprune.validation._variants import CONVENTIONS, make_variants
 
@@ -190,13 +190,6 @@ def test_report_and_plots_are_drawn(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert fista["largest_gap"] < 1e-2 and wanda["largest_gap"] is None
 
 
-def test_the_crosses_of_nm_have_the_colour_of_their_method():
-    fista, crosses = ("fista dense-layer rows", True), ("fista dense-layer", False)
-    colours = _colours([crosses, fista, ("fista dense", True), ("alps pruned-own", False)])
-    assert colours["fista dense-layer"] == colours["fista dense-layer rows"]
-    assert len(set(colours.values())) == 3
-
-
 BAD = {
     "method": ({"methods": ["fista", "wando"]}, errors.RecipeError, "Did you mean 'wanda'"),
     "convention": ({"conventions": ["densely"]}, errors.RecipeError, "Did you mean 'dense'"),
@@ -264,7 +257,7 @@ def test_plots_are_drawn_where_there_is_something_to_draw_with(monkeypatch: pyte
     assert will_draw(None) and will_draw(True) and not will_draw(False)
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
     assert not will_draw(None)
-    with pytest.raises(errors.DependencyError, match=r"pip install matplotlib, or ask for none \(--no-plots\)"):
+    with pytest.raises(errors.DependencyError, match=r"pip install matplotlib seaborn, or ask for none \(--no-plots\)"):
         will_draw(True)
 
 

@@ -26,6 +26,7 @@ from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
+from convexprune.adapters._discovery import inspection
 from convexprune.constraints import Columns, Unstructured
 from convexprune.core._error_moments import ErrorMoments
 from convexprune.errors import RecipeError
@@ -276,3 +277,11 @@ def test_what_is_no_amount_of_memory_is_refused(text: str):
     for door, name in ((INSPECT, "device_memory"), (ADVISE, "target")):
         with pytest.raises(RecipeError, match=rf"{name}='.*' is no amount of bytes\. Write it as 24GiB"):
             door.read({name: text})
+
+
+def test_the_time_on_a_gpu_is_said_to_be_unchecked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inspection, "default_device", lambda _: "cuda")
+    monkeypatch.setattr(inspection, "measured_speed", lambda *_: Speed(1e12, 1e13))
+    found = inspection.inspect(device_memory="80GB", num_calibration_samples=2)
+    assert list(found.seconds) == ["forward", "gram", "solve"]
+    assert found.notes[-1] == inspection.NO_GPU
