@@ -1,6 +1,6 @@
 """Pictures of a comparison (seaborn, an optional package)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from math import exp
 from pathlib import Path
@@ -65,7 +65,7 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
     return "divergence-over-first.png"
 
 
-def _lines(folder: Path, name: str, points: list[Row], x: str, y: str, kind: str = "line", **options: Any) -> str:
+def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, kind: Any = "line", **options: Any) -> str:
     """Draw one line for each variant, one panel for each value of the column `col`."""
     import pandas
     import seaborn
@@ -74,8 +74,9 @@ def _lines(folder: Path, name: str, points: list[Row], x: str, y: str, kind: str
     table = pandas.DataFrame(points)
     options |= {"markers": True} if options.get("style") else {}
     with seaborn.axes_style("whitegrid"):
-        shared = {"facet_kws": {"sharey": False}, "col_wrap": 3 if options.get("col") else None, "height": 4}
-        grid = seaborn.relplot(table, x=x, y=y, hue="variant", kind=kind, **options, **shared)
+        grid = seaborn.relplot(
+            table, x=x, y=y, hue="variant", kind=kind, height=4, facet_kws={"sharey": False}, **options
+        )
     grid.set(yscale="log", xscale="log" if x == "products" else "linear")
     grid.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(grid.figure)
