@@ -11,11 +11,58 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-VAGUE = frozenset("What How Whether Which Of That Who Where It They Those These This By From For With In On To".split())
+VAGUE = frozenset(
+    [
+        "What",
+        "How",
+        "Whether",
+        "Which",
+        "Of",
+        "That",
+        "Who",
+        "Where",
+        "It",
+        "They",
+        "Those",
+        "These",
+        "This",
+        "By",
+        "From",
+        "For",
+        "With",
+        "In",
+        "On",
+        "To",
+    ]
+)
 """First words that leave the subject open."""
 PRONOUNS = frozenset(
-    "it its itself they them their theirs this these those what which who whom whose one ones each other others another "
-    "own same found".split()
+    [
+        "it",
+        "its",
+        "itself",
+        "they",
+        "them",
+        "their",
+        "theirs",
+        "this",
+        "these",
+        "those",
+        "what",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "one",
+        "ones",
+        "each",
+        "other",
+        "others",
+        "another",
+        "own",
+        "same",
+        "found",
+    ]
 )
 """By this list 1.5 % of the words in httpx's docstrings are pronouns, in lineax 4.8 %, in skglm .9 %."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
@@ -59,7 +106,9 @@ def main() -> None:
             for key in (room, "all"):
                 counts[key] = [a + b for a, b in zip(counts[key], (1, vague, len(spoken), pronouns), strict=True)]
     for room, (number, vague, spoken, pronouns) in counts.items():
-        print(f"{room:32s} {number:5d} docstrings, {vague / number:4.0%} vague, {pronouns / max(1, spoken):5.1%} pronouns")
+        print(
+            f"{room:32s} {number:5d} docstrings, {vague / number:4.0%} vague, {pronouns / max(1, spoken):5.1%} pronouns"
+        )
 
 
 if __name__ == "__main__":
