@@ -28,12 +28,12 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
 
 
 def given(value: object) -> str:
-    """What a recipe says of a model or of tokens that were handed over in memory: nobody can read them again."""
+    """Describe a model or tokens handed over in memory, for a recipe. Nobody can read such objects again."""
     return f"{type(value).__name__}{GIVEN}"
 
 
 def read_recipe(place: Path) -> Recipe:
-    """The recipe in a file, or in the folder of a run, which may be someone else's."""
+    """Return the recipe of a file or of a run's folder. The folder may be a stranger's."""
     path = place if place.is_file() else place / RECIPE
     try:
         given = plain_yaml.load(read_text(path, LONGEST))

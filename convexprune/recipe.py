@@ -35,7 +35,8 @@ PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operat
 
 
 class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSettings, ModelSettings):
-    """What to prune, how, and on which tokens: all that decides a result. `convexprune._schema.settings` describes it.
+    """Settings that decide a result: model, tokens, method, target. `convexprune._schema.settings` describes the
+    fields.
 
     Some defaults depend on other settings (`_following`).
     """
@@ -83,19 +84,19 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The settings that were given and do not merely follow from others: to be changed, and made a recipe again."""
+        """Return the requested settings without defaults that follow from other settings."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         follows = _following(given)
         return {name: value for name, value in given.items() if name not in follows or value != follows[name]}
 
     def build_pattern(self) -> Constraint:
-        """The pattern that `sparsity`, `pattern`, `quota`, `quantize`, `group_size` and `bits` name.
+        """Return the pattern of `sparsity`, `pattern`, `quota`, `quantize`, `group_size` and `bits`.
 
         Returns:
             The constraint.
 
         Raises:
-            PatternError: they name none.
+            PatternError: the settings describe no pattern.
         """
         return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
 
@@ -112,12 +113,12 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         patterns: Mapping[str, Constraint] | None = None,
         bound_rows: int = 0,
     ) -> LayerSettings:
-        """How every layer is pruned; by `pruner` if the recipe's solver is a user's own.
+        """Return the settings of a layer.
 
         Args:
-            pruner: a pruner of one's own, or None.
-            patterns: of operators that differ in theirs.
-            bound_rows: rows of each operator to bound.
+            pruner: replaces the recipe's pruner; None keeps the recipe's.
+            patterns: patterns by operator, where operators differ.
+            bound_rows: rows of an operator for the lower bound.
 
         Returns:
             The settings.
@@ -152,14 +153,14 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             )
 
     def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:
-        """For each rule its pattern, and its pruner if it names a method; what it does not name is the recipe's.
+        """Return pattern and pruner of every rule. Settings without a value in the rule are the recipe's.
 
         Returns:
-            The pairs, in the order of the rules.
+            Pairs in the order of the rules; the pruner is None if the rule has no method.
 
         Raises:
-            PatternError: a rule's sparsity and pattern name no pattern.
-            RecipeError: a rule's method does not exist, or cannot take the recipe's damping or refit.
+            PatternError: sparsity and pattern of a rule describe no pattern.
+            RecipeError: the method of a rule does not exist, or does not take the recipe's damping or refit.
         """
         return [(self._pattern_of(rule), self._pruner_of(rule)) for rule in self.rules]
 
@@ -184,25 +185,25 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
     @property
     def spare_samples(self) -> int:
-        """How many windows to hold out, if the data set has them."""
+        """Number of windows to hold out, if the data set has enough."""
         return spare_samples(self.num_calibration_samples, self.held_out_samples)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """That of the model, if it is named."""
+        """The torch dtype of the model; None without a request."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     def build_pruner(self, solver: AbstractSolver | None = None) -> AbstractPruner:
-        """The pruner that `preset`, `method` and `solver` name; `solver` may be a user's own.
+        """Return the pruner of `preset`, `method` and `solver`.
 
         Args:
-            solver: a user's own, or None.
+            solver: a solver object of the user, or None.
 
         Returns:
             The pruner.
 
         Raises:
-            RecipeError: an unknown name, or settings that the method does not have.
+            RecipeError: unknown name, or settings that the method does not have.
         """
         if self.preset is not None and self.method != "convex":
             raise RecipeError(f"preset={self.preset!r} names its own method; leave method={self.method!r} out.")
@@ -234,10 +235,10 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 
 
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of settings that follow from others.
+    """Return defaults that follow from other settings.
 
-    The allocation of a method that searches a support is "columns" for channels, and "rows" where the pattern allows it
-    (`check_rule`); that of bits is "curve".
+    The default allocation is "columns" for channels, "rows" for methods that search a support if the pattern allows
+    rows (`check_rule`), and "curve" for bits.
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
@@ -255,17 +256,17 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _takes_share(pattern: str) -> bool:
-    """Whether a pattern takes any share of zeros, and does not say itself which."""
+    """Return True if a pattern takes any share of zeros and does not contain a share."""
     found = parse_pattern(pattern)
     return found.continuous and str(found) != pattern
 
 
 def spare_samples(num_calibration_samples: int, held_out_samples: int | None) -> int:
-    """How many windows to hold out: as asked, or an eighth of those for calibration.
+    """Return the number of windows to hold out: the request, or an eighth of the calibration windows.
 
     Args:
-        num_calibration_samples: windows to fit on.
-        held_out_samples: as asked, or None.
+        num_calibration_samples: number of windows for calibration.
+        held_out_samples: the request, or None.
 
     Returns:
         The number of windows.

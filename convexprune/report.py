@@ -1,4 +1,4 @@
-"""What happened, per operator: plain data, as JSON and as a table."""
+"""The record of a run: plain data by operator, as JSON and as a table."""
 
 import hashlib
 import json
@@ -21,39 +21,39 @@ DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  
 
 @dataclass(frozen=True)
 class OperatorReport:
-    """One operator after pruning; errors and counts are those of the weight as stored.
+    """The record of an operator after pruning. Errors and counts are of the stored weight.
 
-    Operators that share an input are solved as one problem, so they share its solves.
+    Operators with a common input are solved as one problem, so the record of the solve is common too.
 
-    The bound is for a sample of the operator's rows: no weight in the pattern has a smaller `error` there than `lower`,
-    and `ratio` is lower / error. That error is the one the pruner minimises: the sum over the rows of mean |V x* -
-    target|^2 and of its damping, whose strength is `damping`, each row times its weight if rows are weighed
+    The bound holds for a sample of the operator's rows: every weight in the pattern has an `error` of at least `lower`
+    there, and `ratio` is lower / error. This error is the pruner's objective: the sum over rows of mean |V x* -
+    target|^2 plus the damping of strength `damping`, times the weight of the row
     (`convexprune._layerwise.allocation.row_weights`).
 
     Args:
-        name: in the model.
+        name: name of the operator in the model.
         outputs: m.
         inputs: n.
-        zeros: how many of its weights are zero.
-        expected_zeros: how many were asked for.
-        pattern: that was asked for.
+        zeros: number of zero weights.
+        expected_zeros: requested number of zeros.
+        pattern: requested pattern.
         relative_error: mean |V x* - target|^2 over mean |W x|^2 on the calibration tokens.
-        held_out_error: the same on tokens that no method saw, the one to judge by; None if there are none.
-        gap: the relative duality gap of the last solve (the refit); None if nothing convex was solved.
-        largest_gap: of any certified solve. The path that chooses the support stops early on purpose.
-        kkt_residual: of the last solve.
-        status: of the last solve.
-        solves: how many there were.
-        products: matrix products [m n] x [n n].
-        facts: other numbers of the method, by name, for the reader only.
-        tokens: that the moments are means of.
-        held_out_tokens: that the held-out error is a mean of.
-        seconds: of the method.
-        bound: see above; None if none was asked for, or the operator is too wide.
-        dense_zeros: how many weights were zero before.
-        damping: of the problem that was posed to the pruner; None if it has none.
-        weighted_error: `relative_error` with the tokens' weights, which the method minimised; None if tokens count
-            alike, as they do in the other errors.
+        held_out_error: the relative error on tokens that no method saw; None without such tokens.
+        gap: relative duality gap of the last solve (the refit); None without a convex solve.
+        largest_gap: largest gap of all certified solves. The path that chooses the support stops early on purpose.
+        kkt_residual: KKT residual of the last solve.
+        status: status of the last solve.
+        solves: number of solves.
+        products: number of matrix products [m n] x [n n].
+        facts: further numbers of the method, for readers only.
+        tokens: number of tokens in the moments.
+        held_out_tokens: number of tokens in the held-out error.
+        seconds: time of the method.
+        bound: see above; None without a request or for wide operators.
+        dense_zeros: number of zero weights before pruning.
+        damping: damping of the layer problem; None without damping.
+        weighted_error: `relative_error` with the tokens' weights, the method's objective; None if tokens count alike,
+            as in the other errors.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -83,16 +83,16 @@ class OperatorReport:
 
     @classmethod
     def read(cls, written: dict[str, Any]) -> "OperatorReport":
-        """That of a dictionary which `asdict` wrote.
+        """Make a record from a dictionary of `asdict`.
 
         Args:
-            written: by the names of the fields; of an older report, too.
+            written: values by field, also of an older report.
 
         Returns:
-            The report.
+            The record.
 
         Raises:
-            pydantic.ValidationError: a field is missing, or not what it should be.
+            pydantic.ValidationError: a field is missing or malformed.
         """
         return _reader().validate_python(written)
 
@@ -103,7 +103,7 @@ class OperatorReport:
 
 
 def _with_typed_damping(operator: Any) -> Any:
-    """An operator's record, in which older releases had the damping among the facts."""
+    """Move the damping of older records out of the facts."""
     facts = operator.get("facts") if isinstance(operator, dict) else None
     if not isinstance(facts, dict) or "damping" in operator:
         return operator
@@ -122,30 +122,30 @@ OnOperator = Callable[[OperatorReport], None]  # called with the report of each 
 
 @dataclass(repr=False)
 class Report:
-    """All operators of a run, its recipe, what was left alone and why, and where and how long it ran.
+    """The record of a run: operators, recipe, untouched matrices with reasons, machine and time.
 
     Args:
-        recipe: the settings by name.
-        left_alone: by the name of each matrix that was not pruned: the reason.
+        recipe: settings by name.
+        left_alone: reasons by name of untouched matrix.
         environment: machine, versions, folder.
-        operators: one report for each.
-        seconds: by phase.
-        perplexity: before and after, with what it depends on.
+        operators: records of the operators.
+        seconds: time by phase.
+        perplexity: before and after pruning, with text and window.
         allocation: `cost` and `gap` of the allocation's rule (`convexprune._layerwise.allocation.ModelAllocation`).
-        identity: the checksums and versions that the bits of the result depend on.
-        files: the sha256 of every file of the result by its path, if it was written to a folder; of a packed file, of
-            what it unpacks to.
-        warnings: that the user was given.
-        narrowed: if channels, heads, decoder layers or experts were removed for good: by the name of the setting in
-            config.json how many there were and are, and so the `decoder_parameters` and all `parameters`. Of channels
-            and heads `sparsity` is then the share of columns removed from the operators that read them.
-        packed: if the result is a pack: bytes of its files `before` and `after`, and `bits` a weight.
-        documents: the sha256 of the model card, by its path: it was made of the report, and people may change it.
-        base: what the card of the base model says of its licence and language, and the names of its card and licence
-            in the result, as "files".
-        bytes: of the result's files, packed if it is a pack; None if it was not written.
-        memory: the most bytes that this process held, since it began, as "process"; the largest of its workers, as
-            "workers"; and on the GPU, as "gpu".
+        identity: checksums and versions that decide the bits of the result.
+        files: sha256 of every file of the result by path, if a folder was written; for a packed file, of the unpacked
+            content.
+        warnings: warnings of the run.
+        narrowed: after the removal of channels, heads, decoder layers or experts: the numbers before and after by the
+            name of the setting in config.json, and the numbers of `decoder_parameters` and of all `parameters`. For
+            channels and heads `sparsity` is then the share of columns removed from the operators that read the
+            channels.
+        packed: for a pack: bytes of the files `before` and `after`, and `bits` per weight.
+        documents: sha256 of the model card by path. People may edit the card.
+        base: licence and language of the base model's card, and the names of card and licence in the result, as
+            "files".
+        bytes: size of the result's files, packed for a pack; None without files.
+        memory: peak bytes of the process as "process", of the largest worker as "workers", and of the GPU as "gpu".
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -191,17 +191,17 @@ class Report:
 
     @property
     def short_of_tokens(self) -> dict[str, int]:
-        """The tokens of each expert that had fewer than it has inputs; its moments borrow those of others."""
+        """Tokens by expert, for experts with fewer tokens than inputs. Their moments borrow tokens of other experts."""
         return {o.name: o.tokens for o in self.operators if "borrowed_tokens" in o.facts}
 
     @property
     def asks_for_zeros(self) -> bool:
-        """Whether zeros were asked for: not if something was removed, nor on a grid, which has those of rounding."""
+        """True if zeros were requested: not for removals, nor for grids with zeros by rounding."""
         return self.narrowed is None and any(o.expected_zeros for o in self.operators)
 
     @property
     def sparser_before(self) -> str | None:
-        """A warning about operators that had more zeros than they were asked for; None if there are none."""
+        """Warning about operators with more zeros before pruning than requested; None without such operators."""
         those = [o for o in self.operators if o.dense_zeros > o.expected_zeros > 0]
         if not those:
             return None
@@ -214,23 +214,23 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """The whole report as JSON, with its checksum; numbers that are not finite are written as text."""
+        """Return the report as JSON with a checksum. Numbers that are not finite become text."""
         whole = finite(asdict(self) | {name: getattr(self, name) for name in DERIVED})
         return json.dumps(whole | {"checksum": _checksum(whole)}, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, name: str = "The report") -> "Report":
-        """The report that `to_json` wrote.
+        """Read a report written by `to_json`.
 
         Args:
             text: the JSON.
-            name: what to call it in an error.
+            name: name of the file in errors.
 
         Returns:
             The report.
 
         Raises:
-            OutputError: the text is no report, or is not what was written.
+            OutputError: the text is no report, or was changed.
         """
         try:
             whole = json.loads(text)
@@ -246,7 +246,7 @@ class Report:
         raise OutputError(f"{name} is damaged, or of another release of convexprune ({reason[:200]}).")
 
     def table(self) -> Table:
-        """One line per operator, for a terminal."""
+        """Return a table for a terminal, a line for an operator."""
         table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators", box=SIMPLE_HEAD)
         table.add_column("operator", no_wrap=True)
         for name in ("shape", "zeros", "error", "held-out", "gap", "bound", "solves", "damping", "s"):
@@ -270,7 +270,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
 
 
 def finite(value: Any) -> Any:
-    """The same structure as `value` with inf and nan as text, because JSON has no numbers for them."""
+    """Return the structure of `value` with inf and nan as text: JSON has no such numbers."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

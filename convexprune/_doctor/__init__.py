@@ -1,1 +1,1 @@
-"""What a machine has to do for a run: one command measures it and says what fails."""
+"""Checks of a machine: one command measures what a run needs and names the failures."""

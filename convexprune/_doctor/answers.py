@@ -1,4 +1,4 @@
-"""One problem by every method on the device, beside the same in float64 on the CPU."""
+"""Solve one problem by every method on the device, and compare with float64 on the CPU."""
 
 import time
 from collections.abc import Iterator
@@ -21,11 +21,7 @@ CHANGE = 0.1  # of the inputs, by what was pruned before
 
 
 class Group:
-    """An operator of random weights whose inputs are correlated and fall in energy as those of a language model do.
-
-    Args:
-        bed: where it is solved, and its shape.
-    """
+    """An operator of random weights. Its inputs are correlated, and their energy falls as in a language model."""
 
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
@@ -40,7 +36,7 @@ class Group:
         return normal(m, n), dense, dense + CHANGE * normal(2 * n, n) * dense.std(0)
 
     def problem(self, pattern: Constraint, device: str, dtype: torch.dtype) -> LayerProblem:
-        """The problem of pruning it, from its tokens."""
+        """Return the layer problem, with moments of the sampled tokens."""
         weight, dense, pruned = self.drawn
         halves = [Moments(weight.shape[1], dtype, device) for _ in range(2)]
         every = Moments(weight.shape[1], dtype, device)
@@ -52,7 +48,7 @@ class Group:
 
     @cached_property
     def exact(self) -> LayerProblem:
-        """In float64 on the CPU, by which all answers are judged."""
+        """Return the problem in float64 on the CPU, the reference of all answers."""
         return self.problem(Unstructured(0.5), "cpu", torch.float64)
 
 
@@ -72,7 +68,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def second_moments(group: Group, dtype: torch.dtype) -> Found:
-    """Second moments of inputs in some format beside those in float64, in units of the diagonal."""
+    """Compare second moments in a number format with float64, in units of the diagonal."""
     x, device = group.drawn[1].to(dtype), group.bed.device
     found, exact = Moments(x.shape[1], device=device), Moments(x.shape[1], torch.float64)
     found.add(x.to(device))
@@ -83,7 +79,7 @@ def second_moments(group: Group, dtype: torch.dtype) -> Found:
 
 
 def answer(group: Group, name: str, pattern: Constraint) -> Found:
-    """A method's answer has its zeros, a gap, and the error that it has in float64 on the CPU."""
+    """Check the zeros, the gap and the error of a method's answer against float64 on the CPU."""
     edit = METHODS[name]().prune(group.problem(pattern, group.bed.device, torch.float32))
     exact = METHODS[name]().prune(group.problem(pattern, "cpu", torch.float64))
     errors = [float(group.exact.squared_error(each.weight.cpu().double()).sum()) for each in (edit, exact)]
@@ -102,7 +98,7 @@ def answer(group: Group, name: str, pattern: Constraint) -> Found:
 
 
 def side_by_side(bed: Bed) -> Found:
-    """Problems that `convex` solves side by side have the errors that they have one by one."""
+    """Check that problems solved side by side have the errors of problems solved alone."""
     count, *shape = bed.experts
     first = Group(replace(bed, group=(shape[0], shape[1]))).problem(Unstructured(0.5), bed.device, torch.float32)
     problems = [replace(first, weight=first.weight.roll(i, 0)) for i in range(count)]
@@ -120,7 +116,7 @@ def side_by_side(bed: Bed) -> Found:
 
 
 def _gap(edit: LayerEdit) -> float | None:
-    """Of the last solve; a published method may stop at a larger one."""
+    """Return the gap of the last solve. A published method may stop at a larger gap."""
     return edit.solutions[-1].certificate.relative_gap if edit.solutions else None
 
 
@@ -129,7 +125,7 @@ def _zeros(edit: LayerEdit) -> int:
 
 
 def determined(group: Group, pattern: Constraint) -> Found:
-    """The default method twice, with `torch.use_deterministic_algorithms(True)`: no error, and the same bits."""
+    """Run the default method twice under `torch.use_deterministic_algorithms(True)` and compare the bits."""
     problem = group.problem(pattern, group.bed.device, torch.float32)
     with deterministic():
         first, second = (PRUNERS["convex"]().prune(problem).weight for _ in range(2))
@@ -139,7 +135,7 @@ def determined(group: Group, pattern: Constraint) -> Found:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Inside, torch refuses what may give other bits the next time."""
+    """Let torch refuse operations whose bits can change from run to run."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,4 +1,4 @@
-"""A check: what it measured, and whether that is as it has to be."""
+"""A check: the measurement, and the limit that decides."""
 
 import gc
 import time
@@ -11,19 +11,19 @@ import torch
 
 @dataclass(frozen=True)
 class Bed:
-    """Where it is checked, and how large the things are that it is checked on.
+    """Device and sizes of the checks.
 
     Args:
-        square: the width of the products that are timed.
-        widths: of the problems whose iterations are timed.
-        round_width: the widest of them whose rounds are timed too: each envelope costs its cube.
-        matrix: the shape of a weight that is masked, [m n].
-        group: the shape of the problem that every method solves, [m n].
-        copied: bytes that are copied between host and device.
+        square: the width of the timed products.
+        widths: widths of the problems whose iterations are timed.
+        round_width: the widest problem whose rounds are timed; an envelope costs the cube of the width.
+        matrix: the shape [m n] of the masked weight.
+        group: the shape [m n] of the problem that every method solves.
+        copied: bytes copied between host and device.
         hidden: the width of the two-layer LLaMA.
-        length: tokens of a window for it.
-        seconds: after which no further round of a timing begins, if there were five.
-        experts: how many problems are solved side by side, and the shape of each.
+        length: tokens of a window of the LLaMA.
+        seconds: no further round of a timing begins after so many seconds and five rounds.
+        experts: the number of problems solved side by side, and their shape.
     """
 
     device: str
@@ -41,12 +41,12 @@ class Bed:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU."""
+        """Return True on a GPU."""
         return self.device.startswith("cuda")
 
     @classmethod
     def of(cls, device: str) -> "Bed":
-        """What fits a device: a GPU of 16 GiB or more in two minutes, a CPU in twenty seconds."""
+        """Return sizes for a device: a GPU of 16 GiB takes two minutes, a CPU twenty seconds."""
         if device.startswith("cuda"):
             return cls(device)
         return cls(device, 512, (128, 256, 576), 256, 64, (256, 768), (48, 192), 1 << 22, 64, 64, 0.0, (3, 24, 96))
@@ -54,11 +54,11 @@ class Bed:
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured.
+    """A measurement.
 
     Args:
-        passed: whether it is as it has to be; None: there is nothing to hold it against.
-        advice: what to do if it is not.
+        passed: True within the limit; None without a limit.
+        advice: the remedy after a failure.
     """
 
     said: str
@@ -69,11 +69,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Row:
-    """A check that was made.
+    """A finished check.
 
     Args:
-        found: what was measured; if it could not be, the error.
-        seconds: that it took.
+        found: the measurement, or the error that prevented the measurement.
+        seconds: duration of the check.
     """
 
     check: str
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether it is not as it has to be."""
+        """Return True after an error or beyond the limit."""
         return self.found.passed is False
 
     def to_json(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Case:
     measure: Callable[[], Found]
 
     def row(self) -> Row:
-        """Make it; an error is its result, so that the others are made too."""
+        """Run the check. An error becomes the result, so that the next check still runs."""
         began = time.perf_counter()
         try:
             found = self.measure()
@@ -112,14 +112,14 @@ class Case:
 
 
 def _free() -> None:
-    """Give back what a check held of a GPU, for the next one."""
+    """Release the GPU memory of the last check."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def alike(first: Mapping[str, Any], second: Mapping[str, Any], what: str) -> Found:
-    """Whether two results are the same."""
+    """Compare two results bit by bit."""
     names = [name for name in {**first, **second} if first.get(name) != second.get(name)]
     said = f"{len(first)} {what}, {len(names)} differ" + (f": {', '.join(names[:3])}" if names else "")
     return Found(said, {"differ": len(names)}, bool(first) and not names)

@@ -19,10 +19,10 @@ from convexprune._schema.measures import CHECKS
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was checked.
+    """All finished checks.
 
     Args:
-        environment: versions, and what decides the order of sums.
+        environment: versions, and settings that decide the order of sums.
     """
 
     device: str
@@ -31,11 +31,11 @@ class Checkup:
 
     @property
     def failed(self) -> list[Row]:
-        """The checks that are not as they have to be."""
+        """Return the failed checks."""
         return [row for row in self.rows if row.failed]
 
     def verdict(self) -> Iterator[str]:
-        """What fails and what to do, and whether this machine can be used, as sentences."""
+        """Yield sentences: the failures, the remedies, and the fitness of the machine."""
         for row in self.failed:
             advice = f" {row.found.advice}" if row.found.advice else ""
             yield f"Failed: {row.check}, {row.case}: {row.found.said}.{advice}"
@@ -59,9 +59,9 @@ def all_cases(bed: Bed, folder: Path) -> Iterator[Case]:
 
 @documented(DOCTOR)
 def doctor(**settings: Any) -> Checkup:
-    """Measure what a run needs of this machine, and hold it against what it has to be.
+    """Measure the machine and compare with the needs of a run.
 
-    What fails is a row, and the others are made all the same.
+    A failure becomes a row. Later checks still run.
     """
     asked, shared = DOCTOR.read(settings)
     device = default_device(shared.get("device", "auto"))

@@ -1,4 +1,4 @@
-"""Kernels that torch.compile makes of the elementwise work of a round, beside the same op by op."""
+"""Compare kernels of torch.compile with the same operations run one by one."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def compiler(bed: Bed) -> Found:
-    """Whether torch compiles kernels here."""
+    """Check that torch can compile kernels."""
     if not bed.on_gpu:
         return Found("a CPU works op by op")
     why = eager_because(bed.device)
@@ -42,7 +42,7 @@ def compiler(bed: Bed) -> Found:
 
 
 def beside_eager(bed: Bed, name: str) -> Found:
-    """A kernel has to give what its operations give one by one, and in no more time."""
+    """Check that a kernel returns the values of its operations, in no more time."""
     random = torch.Generator(bed.device).manual_seed(0)
     a, b, c, d = (torch.randn(bed.matrix, generator=random, device=bed.device) for _ in range(4))
     number = number_like(0.7, a)
@@ -64,7 +64,7 @@ def beside_eager(bed: Bed, name: str) -> Found:
 
 
 def in_parts(bed: Bed) -> Found:
-    """A product of parts, for certificates, has to be as near to one in float64 as its bound says."""
+    """Check the product of parts, used by certificates, against float64 and its error bound."""
     random = torch.Generator(bed.device).manual_seed(1)
     a, b = (torch.randn(256, 256, generator=random, device=bed.device, dtype=torch.float64) for _ in range(2))
     left, right = Parts.of(a, OF_RESIDUAL, 1), Parts.of(b, OF_RESIDUAL, 0)

@@ -1,4 +1,4 @@
-"""A two-layer LLaMA from end to end: the same bits twice and after a kill, its gaps, its memory and its time."""
+"""Prune a two-layer LLaMA end to end: equal bits twice and after a kill, gaps, memory and time."""
 
 import hashlib
 import multiprocessing
@@ -27,14 +27,14 @@ MEMORY = (0.5, 1.2)  # what is measured over what the formula says, where that i
 
 
 class TwoLayers:
-    """The model in a folder, and what was made of it."""
+    """The folder of a two-layer LLaMA, and its runs."""
 
     def __init__(self, bed: Bed, folder: Path) -> None:
         self.bed, self.folder = bed, folder
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Those of every run."""
+        """Settings of every run."""
         random = torch.Generator().manual_seed(0)
         return {
             "model": str(self.saved), "num_calibration_samples": SAMPLES, "batch_size": 2, "device": self.bed.device,
@@ -44,7 +44,7 @@ class TwoLayers:
 
     @cached_property
     def saved(self) -> Path:
-        """The folder of the model, whose weights are random."""
+        """Folder of the dense model, with random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         hidden = self.bed.hidden
@@ -59,19 +59,19 @@ class TwoLayers:
 
     @cached_property
     def measured(self) -> tuple[PruneResult, Peak, float]:
-        """A run left in peace, its peak of memory and its seconds."""
+        """Return an undisturbed run, its peak memory and its seconds."""
         began = time.perf_counter()
         with peak_memory(torch.device(self.bed.device)) as peak:
             result = prune(**self.settings, output_dir=self.folder / "first")
         return result, peak, time.perf_counter() - began
 
     def run_once(self) -> None:
-        """See to it that there is a first run."""
+        """Make the first run unless there is one."""
         _ = self.measured
 
     @cached_property
     def predicted(self) -> Inspection:
-        """What `inspect` says of it."""
+        """Return the forecast of `inspect`."""
         asked = {k: v for k, v in self.settings.items() if k not in ("model", "dataset", "threads")}
         return inspect(self.saved, max_seq_length=self.bed.length, held_out_samples=1, **asked)
 
@@ -82,7 +82,7 @@ class TwoLayers:
         return alike(_checksums(self.folder / "first"), _checksums(self.folder / name), "files of weights")
 
     def after_a_kill(self) -> Found:
-        """Kill a run in its second layer, and go on with it."""
+        """Kill a run in the second layer, resume, and compare the bits."""
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=_prune_and_die, args=(self.settings, self.folder / "killed"))
         process.start()
@@ -113,7 +113,7 @@ def gaps(model: TwoLayers) -> Found:
 
 
 def memory(model: TwoLayers) -> Found:
-    """The peak of a run beside what `inspect` says; it is judged on a GPU, where nothing else is counted."""
+    """Compare the peak memory with `inspect`. The limit holds on a GPU, where nothing else is counted."""
     peak, predicted = model.measured[1].more, model.predicted.needed
     if peak is None:
         return Found("nobody counts the memory of a process here")
@@ -124,7 +124,7 @@ def memory(model: TwoLayers) -> Found:
 
 
 def seconds(model: TwoLayers) -> Found:
-    """The time of a run beside what `inspect` estimates, which leaves out reading, writing and what begins a run."""
+    """Compare the time with the estimate of `inspect`, which leaves out files and start-up."""
     measured, predicted = model.measured[2], sum(model.predicted.seconds.values())
     said = f"{measured:.1f} s, {measured / predicted:.1f} times the estimate of inspect"
     return Found(said, {"measured": measured, "predicted": predicted})

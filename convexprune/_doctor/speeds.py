@@ -1,4 +1,4 @@
-"""How fast the device multiplies, iterates, selects and copies, each beside what it should not be much slower than."""
+"""Time products, iterations, selections and copies, and compare with a yardstick."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,7 +44,7 @@ def cases(bed: Bed) -> Iterator[Case]:
 
 
 def times(bed: Bed, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each run, the median of rounds in which they take turns."""
+    """Return median seconds of runs that take turns."""
     return {name: median(each) for name, each in time_in_turns(runs, bed.device, bed.seconds).items()}
 
 
@@ -73,7 +73,7 @@ def _coarse(name: Any, matrix: Tensor) -> Tensor:
 
 
 def product_rate(bed: Bed, name: str) -> Found:
-    """Operations a second; bfloat16 has to be faster than float32 where steps are multiplied in it."""
+    """Measure operations per second. Bfloat16 has to beat float32 on devices that use bfloat16 for steps."""
     seconds = times(bed, {each: product(bed, each) for each in dict.fromkeys((name, "float32"))})
     rate, ratio = 2 * bed.square**3 / seconds[name], seconds["float32"] / seconds[name]
     expected = name == "bfloat16" and bed.on_gpu and has_bfloat16(torch.device(bed.device))
@@ -96,13 +96,13 @@ def make_quadratic(bed: Bed, width: int) -> Quadratic:
 
 
 def _number_of(width: int, bed: Bed) -> int:
-    """Of iterations that are timed together: enough to be seen, and at least three."""
+    """Return a number of iterations that takes a measurable time: at least three."""
     return max(3, min(20, int(2e10 if bed.on_gpu else 4e8) // (bed.rows * width)))
 
 
 @torch.no_grad()
 def iteration(bed: Bed, width: int) -> Found:
-    """Time of an iteration of FISTA over that of its product."""
+    """Time an iteration of FISTA in units of its matrix product."""
     q, number = make_quadratic(bed, width), _number_of(width, bed)
     assert q.anchor is not None
     problem, start, residual = Problem(q, L1(0.1)), q.anchor, q.cross
@@ -119,9 +119,7 @@ def iteration(bed: Bed, width: int) -> Found:
 
 @torch.no_grad()
 def path_round(bed: Bed, width: int) -> Found:
-    """Time of a round of the default method over that of a product in float32; its own is in bfloat16 where there
-    is.
-    """
+    """Time a round of the default method in units of its product in float32. The round may use bfloat16."""
     q, number = make_quadratic(bed, width), _number_of(width, bed)
     pattern = Unstructured(0.5)
 
@@ -156,7 +154,7 @@ def _scores(bed: Bed) -> Tensor:
 
 
 def mask(bed: Bed, pattern: Constraint) -> Found:
-    """Time of a mask over that of a sort of the same scores; its zeros have to be exactly as many as asked."""
+    """Time a mask in units of a sort of the same scores, and count the zeros."""
     scores = _scores(bed)
     seconds = times(bed, {"mask": lambda: pattern.mask(scores), "sort": lambda: scores.flatten().sort()})
     zeros, asked = int((~pattern.mask(scores)).sum()), pattern.zeros(*bed.matrix)
@@ -167,7 +165,7 @@ def mask(bed: Bed, pattern: Constraint) -> Found:
 
 
 def threshold(bed: Bed, pattern: Constraint) -> Found:
-    """Time of a threshold over that of a sort; it has to lie within a few per cent of the exact one."""
+    """Time a threshold in units of a sort. The exact threshold has to be near."""
     scores = _scores(bed)
     seconds = times(bed, {"own": lambda: pattern.threshold(scores), "sort": lambda: scores.flatten().sort()})
     below = float((scores < pattern.threshold(scores)).float().mean())

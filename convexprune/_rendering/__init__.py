@@ -1,1 +1,1 @@
-"""What a run came to: facts in words, made once of its report, and the model card and the page that show them."""
+"""The result of a run for people: facts in words, the model card and the page."""

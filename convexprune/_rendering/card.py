@@ -1,4 +1,4 @@
-"""The model card of a result: README.md, with the metadata that the hub reads; and what config.json says of zeros."""
+"""The model card README.md with the metadata of the hub, and the sparsity entry of config.json."""
 
 import re
 from pathlib import Path, PurePath
@@ -25,10 +25,10 @@ METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their 
 
 
 def sparsity_settings(report: Report) -> dict[str, Any]:
-    """What config.json says of the zeros, in the words of compressed-tensors.
+    """Return the sparsity entry of config.json, in the words of compressed-tensors.
 
-    No loader of transformers, vLLM or SGLang looks for the key at this place: only below "quantization_config" and
-    "compression_config" does it make a model a quantized one.
+    Loaders look for quantization below "quantization_config" and "compression_config" only, so this key does not make a
+    model a quantized model.
     """
     if not report.asks_for_zeros:
         return {}
@@ -44,7 +44,7 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
 
 
 def mark_sparse(model: PreTrainedModel, report: Report) -> None:
-    """Have the configuration of a pruned model say so, for when it is saved."""
+    """Add the sparsity entry to the configuration of a pruned model."""
     for name, value in sparsity_settings(report).items():
         setattr(model.config, name, value)
 
@@ -57,7 +57,7 @@ def write_card(report: Report, folder: Path) -> Path:
 
 
 def card(report: Report) -> str:
-    """The model card, of the report alone; no clock and no path of the machine has a part in it."""
+    """Return the model card. The report is its only source: no clock, no path of the machine."""
     name, zeros = name_of_model(report), f"{report.sparsity:.1%}"
     body = text_of(
         "card.md.jinja",
@@ -78,13 +78,13 @@ def card(report: Report) -> str:
 
 
 def _removed(pattern: str) -> str:
-    """What a pattern removes, in words."""
+    """Name the removed parts of a pattern."""
     kind = re.split("[: ]", pattern)[0]
     return {"layers": "decoder layers", "heads": "attention heads"}.get(kind, kind)
 
 
 def metadata(report: Report) -> ModelCardData:
-    """What the hub reads of a result."""
+    """Return the metadata of the hub."""
     base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
     dataset = hub_dataset(report)
     zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
@@ -105,11 +105,7 @@ def metadata(report: Report) -> ModelCardData:
 
 
 def hub_name(name: Any) -> str | None:
-    """A model's name on the hub.
-
-    Returns:
-        The name; None if it is a folder, the bundled model, or was given loaded.
-    """
+    """Return the model's name on the hub; None for a folder, the bundled model, or a model in memory."""
     text = str(name)
     if name is None or text == BUNDLED or text.endswith((GIVEN, ".gguf")) or PurePath(text).is_absolute():
         return None
@@ -121,11 +117,7 @@ def hub_name(name: Any) -> str | None:
 
 
 def hub_dataset(report: Report) -> str | None:
-    """The name on the hub of the data set that a model was calibrated on.
-
-    Returns:
-        The name; None if it was a file, tokens, or text that the model wrote.
-    """
+    """Return the data set's name on the hub; None for a file, tokens, or text written by the model."""
     name = str(report.recipe.get("dataset"))
     return CORPORA[name].repository if name in CORPORA else hub_name(name) if "/" in name else None
 
@@ -147,7 +139,7 @@ def _results(report: Report) -> list[EvalResult]:
 
 
 def _licence(report: Report) -> str:
-    """What is known of the licence of the base model."""
+    """Describe the licence of the base model."""
     base = report.base
     named = base.get("license_name") or base.get("license")
     said = f"that of the base model: {named if isinstance(named, str) else ', '.join(named)}" if named else ""

@@ -1,4 +1,4 @@
-"""Where the marks of two small charts stand, in pixels: pairs of errors, and a histogram."""
+"""Coordinates, in pixels, of two small charts: pairs of errors, and a histogram."""
 
 import math
 from collections.abc import Sequence
@@ -33,10 +33,8 @@ class Chart:
 
 
 def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
-    """Points whose axes are logarithmic and alike, so that equal ones are on the diagonal.
-
-    Returns:
-        The chart; None without two positive, finite pairs.
+    """Place points on equal logarithmic axes, so that equal errors lie on the diagonal; None without two positive
+    pairs.
     """
     known = [(x, y, name) for x, y, name in values if 0 < x < math.inf and 0 < y < math.inf]
     if len(known) < 2:
@@ -56,14 +54,14 @@ def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
 
 
 def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
-    """How many values there are of each size.
+    """Count values by size.
 
     Args:
-        bins: between the least and the largest, or between 0 and 1.
-        log: by their logarithm, from the least to the largest; else from 0 to 1.
+        bins: number of intervals between the least and the largest value, or between 0 and 1.
+        log: use logarithmic intervals from the least to the largest value; else intervals from 0 to 1.
 
     Returns:
-        The chart; None if there is nothing to count.
+        The chart; None without values.
     """
     known = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)]
     if not known:

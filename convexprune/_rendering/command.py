@@ -1,4 +1,4 @@
-"""The command that makes a run again, of its recipe."""
+"""The command line that repeats a run."""
 
 import json
 import shlex
@@ -15,13 +15,13 @@ from .facts import short
 
 
 def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | None:
-    """The command line that prunes as a run did.
+    """Return the command line that repeats a run.
 
     Args:
-        whole_paths: name files by their paths on the machine of the run; else by the last part only.
+        whole_paths: write files with their whole paths; else with the last part only.
 
     Returns:
-        The command; None if what was pruned, or on what, was in the memory of a caller.
+        The command; None if the model or the tokens were objects in memory.
     """
     chosen = _chosen(report.recipe)
     texts = [value for value in chosen.values() if isinstance(value, str)]
@@ -35,7 +35,7 @@ def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | 
 
 
 def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings without which the recipe is another."""
+    """Return the settings that differ from the defaults."""
     kept = {name: value for name, value in recipe.items() if name not in RENAMED}
     for name in list(kept):
         rest = {key: value for key, value in kept.items() if key != name}

@@ -1,4 +1,4 @@
-"""What a run came to, in words: the terminal, the model card and the page say these."""
+"""The result of a run in words, for the terminal, the model card and the page."""
 
 import shlex
 from collections.abc import Callable, Iterator
@@ -13,29 +13,24 @@ from convexprune.report import OperatorReport, Report
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that a run came to.
-
-    Args:
-        text: what it came to, in words.
-    """
+    """A statement about a result: a title and a text."""
 
     name: str
     text: str
 
 
 def facts(report: Report) -> list[Fact]:
-    """What a run came to, whatever the clock says: the same of a run that was resumed.
+    """Return statements about a result, the same for a resumed run.
 
     Returns:
-        Zeros, what the others are, errors and whose the worst are, perplexity, certificates, the size of the download,
-        and warnings.
+        Zeros, kept values, errors with the worst operators, perplexity, certificates, size of the download, warnings.
     """
     parts = (_zeros, _quantized, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
     return [fact for part in parts for fact in part(report)]
 
 
 def costs(report: Report) -> list[Fact]:
-    """What a run took."""
+    """Return time and memory of a run."""
     size = "" if report.bytes is None else f"; {bytes_text(report.bytes)} on disk"
     found = [Fact("time, size" if size else "time", f"{sum(report.seconds.values()):.0f} s{size}")]
     if report.memory:
@@ -58,16 +53,12 @@ def bytes_text(size: float) -> str:
 
 
 def name_of_model(report: Report) -> str:
-    """What to call the base model.
-
-    Returns:
-        Its name on the hub, or the last part of its path: the rest is of one machine only.
-    """
+    """Return the base model's name on the hub, or the last part of its path."""
     return short(str(report.recipe.get("model", BUNDLED)))
 
 
 def short(name: str) -> str:
-    """A name without the folders of one machine."""
+    """Return a name without the folders of the machine."""
     path = PurePath(name)
     return path.name or name if path.is_absolute() else name
 
@@ -105,7 +96,7 @@ def _calibration(report: Report) -> Iterator[Fact]:
 
 
 def _errors(report: Report) -> Iterator[Fact]:
-    """Relative errors, on tokens that were fitted and on those that were not."""
+    """Yield relative errors on calibration and on held-out tokens."""
     kinds: dict[str, Callable[[OperatorReport], float | None]] = {
         "error": lambda o: o.relative_error,
         "held-out error": lambda o: o.held_out_error,
@@ -119,7 +110,7 @@ def _errors(report: Report) -> Iterator[Fact]:
 
 
 def _described(o: OperatorReport) -> str:
-    """What may be why its error is what it is."""
+    """Guess the reason of an operator's large error."""
     found = [f"{o.outputs}x{o.inputs}", f"{o.sparsity:.0%} zeros", f"{o.tokens:,} tokens"]
     if o.damping is not None:
         found.append(f"damping {o.damping.strength:.2f}")
@@ -129,7 +120,7 @@ def _described(o: OperatorReport) -> str:
 
 
 def text_of_evaluation(report: Report) -> str:
-    """What perplexity was measured on."""
+    """Name the text of the perplexity."""
     text = str(report.recipe.get("evaluation"))
     if text == "self":
         return "text that the dense model wrote itself, which flatters"
@@ -180,7 +171,7 @@ def _warnings(report: Report) -> Iterator[Fact]:
 
 
 def next_steps(report: Report, folder: str) -> list[Fact]:
-    """What to do with a result."""
+    """Suggest commands for a result."""
     place, pretrained = shlex.quote(folder), shlex.quote(f"pretrained={folder}")
     window = next((f" --window {p['window']}" for p in report.perplexity.values()), "")
     if report.packed is not None:

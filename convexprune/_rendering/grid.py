@@ -1,4 +1,4 @@
-"""Operators as a table: a row for each decoder layer, a column for each place in it, a shade for each value."""
+"""A table of operators: a row for a decoder layer, a column for a place in the layer, a shade for a value."""
 
 import math
 import re
@@ -16,10 +16,10 @@ Value = Callable[[OperatorReport], float | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """The operators of one place in one layer: one, or all experts there.
+    """The operators of a place in a layer: a single operator, or all experts.
 
     Args:
-        shade: from 0, the least of the table, to `SHADES` - 1; None if the value is not finite.
+        shade: from 0 for the least value of the table to `SHADES` - 1; None for a value that is not finite.
     """
 
     value: float
@@ -33,8 +33,8 @@ class Grid:
     """The table.
 
     Args:
-        columns: the places in a layer, in the order in which they are pruned.
-        rows: the name of each layer, and its cell in each column, or None.
+        columns: places in a layer, in the order of pruning.
+        rows: the name of a layer, and a cell or None for every column.
     """
 
     columns: Sequence[str]
@@ -44,15 +44,15 @@ class Grid:
 
     @property
     def cells(self) -> list[Cell]:
-        """Those that are there."""
+        """All cells with operators."""
         return [cell for _, row in self.rows for cell in row if cell is not None]
 
 
 def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[float], str], log: bool) -> Grid:
-    """Arrange operators.
+    """Arrange operators in a table.
 
     Args:
-        value: of an operator; None leaves it out.
+        value: returns the value of an operator; None leaves the operator out.
     """
     found = defaultdict[tuple[str, str], list[float]](list)
     for o in operators:
@@ -68,17 +68,13 @@ def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[floa
 
 
 def place(name: str) -> tuple[str, str]:
-    """Where an operator is.
-
-    Returns:
-        The number of its layer, and its name there, which all experts of the layer share.
-    """
+    """Split an operator's name into the layer's number and the name inside the layer, shared by all experts."""
     match = PLACE.fullmatch(name)
     return (match[1], re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])) if match else ("", name)
 
 
 def _shortened(kinds: Sequence[str]) -> list[str]:
-    """The last part of each name, if that is enough to tell them apart."""
+    """Return the last parts of names, if the last parts are distinct."""
     last = [kind.rpartition(".")[2] for kind in kinds]
     return last if len(set(last)) == len(last) else list(kinds)
 

@@ -1,4 +1,4 @@
-"""The page of a run: report.html, one file that needs no network; every number in it is the report's."""
+"""The page of a run: report.html, a single file without network access, filled from the report alone."""
 
 import json
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
 
 
 def page(report: Report, folder: str | None = None) -> str:
-    """The page, of the report alone.
+    """Return the page.
 
     Args:
-        folder: of the result, to be named in commands; None is where it was written.
+        folder: folder of the result in commands; None means the folder of the run.
     """
     folder = folder or str(report.environment.get("folder", "DIR"))
     held_out = all(o.held_out_error is not None for o in report.operators)
@@ -91,7 +91,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 
 def _measures(report: Report) -> dict[str, dict[str, float]]:
-    """Perplexity, and KL divergence where it was measured, by the model."""
+    """Return perplexity and KL divergence by model."""
     kinds = {"value": "perplexity", "kl": "KL from dense"}
     found = {
         name: {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
@@ -119,7 +119,7 @@ def _longest(report: Report) -> str:
 
 
 def _zeros(report: Report) -> Grid | None:
-    """Who has how many zeros; None if all have as many."""
+    """Return the table of zeros; None if all operators have the same share."""
     shares = [o.sparsity for o in report.operators]
     if not shares or max(shares) - min(shares) < SPREAD:
         return None
@@ -127,7 +127,7 @@ def _zeros(report: Report) -> Grid | None:
 
 
 def _pairs(report: Report) -> charts.Chart | None:
-    """The error on calibration and on held-out tokens, of each cell of the table."""
+    """Return the chart of calibration against held-out errors."""
 
     def by_place(error: str) -> dict[str, float]:
         table = grid(report.operators, lambda o: getattr(o, error), charts.percent, log=True)

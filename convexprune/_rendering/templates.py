@@ -1,4 +1,4 @@
-"""Templates of the package, filled; whatever comes from outside is escaped for the place where it stands."""
+"""Templates of the package. Values are escaped for HTML or Markdown."""
 
 import re
 import shlex
@@ -13,16 +13,16 @@ MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
 
 
 def text_of(template: str, **values: Any) -> str:
-    """A template with its values.
+    """Return a filled template.
 
     Args:
-        template: its file in this folder; one of HTML escapes all values, others those that a filter is named for.
+        template: file name in this folder. A template of HTML escapes all values, other templates by named filters.
     """
     return _compiled(template).render(values)
 
 
 def markdown(value: object) -> str:
-    """Text to stand in Markdown as it is."""
+    """Escape text for Markdown."""
     return MARKDOWN.sub(r"\\\1", _line(value))
 
 
@@ -34,11 +34,7 @@ def code(value: object) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """A block of code in Markdown.
-
-    Args:
-        text: of one line or more; no backtick in it ends the block.
-    """
+    """Return a code block of Markdown. Backticks in the text cannot end the block."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return f"{fence}{language}\n{text}\n{fence}"
 

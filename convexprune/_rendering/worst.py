@@ -1,4 +1,4 @@
-"""The operators with the largest errors, and what may be why."""
+"""The operators with the largest errors, and likely reasons."""
 
 from statistics import median
 
@@ -18,11 +18,11 @@ def worst(report: Report, count: int) -> list[OperatorReport]:
 
 
 def reason(o: OperatorReport, report: Report) -> str:
-    """What may be why an operator has a large error.
+    """Return the likely reason of an operator's large error.
 
     Returns:
-        The first that holds: a solve that failed, few tokens, a fit to the sample, many zeros, a bound near the error;
-        else how it compares with operators of the same name in other layers.
+        The first that applies of: failed solve, few tokens, fit to the sample, many zeros, bound near the error; else a
+        comparison with the same operator in other layers.
     """
     if o.status not in (None, "SOLVED"):
         return f"its last solve ended as {o.status}"

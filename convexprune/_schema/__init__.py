@@ -1,1 +1,1 @@
-"""Settings, each said once, and the functions and commands that take them. It loads no torch."""
+"""Settings, declared once, and the signatures made from settings. No module here loads torch."""

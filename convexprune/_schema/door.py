@@ -1,4 +1,4 @@
-"""What a function and its command take, made from settings: their names, checks, signature and description."""
+"""The signature, checks and descriptions of a function and its command, made from settings."""
 
 import inspect
 import textwrap
@@ -30,12 +30,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Door(Generic[Own]):
-    """The settings that a function takes.
+    """The settings of a function.
 
     Args:
-        own: the group of those that no recipe holds.
-        shared: the names of those of the recipe.
-        defaults: of shared ones, where they differ from the recipe's.
+        own: the group of settings outside the recipe.
+        shared: names of settings of the recipe.
+        defaults: defaults that differ from the recipe's.
     """
 
     own: type[Own]
@@ -44,7 +44,7 @@ class Door(Generic[Own]):
 
     @cached_property
     def fields(self) -> dict[str, FieldInfo]:
-        """Every setting by its name, the recipe's first."""
+        """All settings by name, the recipe's first."""
         shared = {name: RECIPE[name] for name in self.shared}
         for name, default in self.defaults.items():
             shared[name] = info = shared[name]._copy()
@@ -58,15 +58,15 @@ class Door(Generic[Own]):
         return next(kind.group for kind in (*kinds, *GROUPS) if name in kind.model_fields)
 
     def options_of(self, name: str) -> list[str]:
-        """What a setting is called as well on the command line."""
+        """Return the aliases of a setting on the command line."""
         return _extra(self.fields[name])["options"]
 
     def comes_first(self, name: str) -> bool:
-        """Whether a setting, by its `name`, is one of the few that people need first."""
+        """Return True if the setting `name` heads the help of a command."""
         return _extra(self.fields[name])["first"]
 
     def is_named(self, name: str) -> bool:
-        """Whether the command line takes a name for a setting, by its `name`, where Python may be given an object."""
+        """Return True if the command line takes a name for the setting `name`, while Python also takes an object."""
         return _extra(self.fields[name])["named"]
 
     def choices_of(self, name: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class Door(Generic[Own]):
         return next(named, tuple(_extra(info)["choices"]))
 
     def _by_their_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that came by what else they are called, as `nsamples`, by their names."""
+        """Replace aliases such as `nsamples` by the names of settings."""
         others = {option[2:].replace("-", "_"): name for name in self.fields for option in self.options_of(name)}
         found = dict(given)
         for other in [name for name in given if name in others and name not in self.fields]:
@@ -87,10 +87,10 @@ class Door(Generic[Own]):
         return found
 
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
-        """Sort what a call was given.
+        """Split keyword arguments.
 
         Returns:
-            The function's own settings, checked, and those of the recipe as they came, with the door's defaults.
+            The checked settings outside the recipe, and the settings of the recipe with the function's defaults.
         """
         settings = renamed(self._by_their_names({name: v for name, v in given.items() if v is not UNSET}))
         for name in settings:
@@ -102,13 +102,15 @@ class Door(Generic[Own]):
 
 
 def _extra(info: FieldInfo) -> dict[str, Any]:
-    """What pydantic does not know of a setting."""
+    """Return the entries of a setting that pydantic does not know."""
     extra: Any = info.json_schema_extra
     return extra
 
 
 def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function that takes `**settings` its signature, and its docstring their words in the place of `PLACE`."""
+    """Give a function with `**settings` a signature and a docstring: `PLACE` is replaced by descriptions of the
+    settings.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = dict(inspect.signature(function).parameters)
@@ -126,7 +128,7 @@ def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def _described(door: Door[Any], words: str) -> str:
-    """The settings as they stand in a docstring, below "Args:", but for those that its words explain already."""
+    """Return the Args section of the settings without entries that the docstring already has."""
     indent = " " * 8
     lines = [
         textwrap.fill(

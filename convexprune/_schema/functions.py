@@ -1,4 +1,4 @@
-"""What each function of the top takes, and its command: settings of the recipe, and those of its own."""
+"""The settings of every public function and command."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from convexprune.errors import OutputError, RecipeError
 
 
 class Opening(RemoteCode):
-    """How a model is opened."""
+    """Settings for opening a model."""
 
     group = "model"
     allow_pickle: bool = setting(False, "Read pickled checkpoints, which can run code.")
@@ -23,7 +23,7 @@ class Opening(RemoteCode):
 
 
 class Output(Settings):
-    """Where the result goes."""
+    """Settings for the place of the result."""
 
     group = "run"
     output_dir: Path | None = setting(
@@ -44,7 +44,7 @@ class Output(Settings):
 
 
 class Progress(Settings):
-    """Who follows a run."""
+    """Settings for progress callbacks."""
 
     group = "run"
     progress: Any = setting(None, "Called with the number of steps, returns what is called with each as it is done.")
@@ -61,7 +61,7 @@ class Progress(Settings):
 
 
 class Call(Progress, Output, Opening):
-    """What a call of `prune` says beside its recipe."""
+    """Settings of `prune` outside the recipe."""
 
     group = "run"
     resume: bool = setting(
@@ -124,14 +124,14 @@ class Call(Progress, Output, Opening):
 
 
 class Permute(Progress, Output, Opening):
-    """What a call of `permute` says beside its model and its tokens."""
+    """Settings of `permute` outside model and tokens."""
 
     group = "target"
     pattern: str = setting("2:4", "N:M for N non-zeros in every M inputs, which is to prune less.")
 
 
 class Inspect(RemoteCode):
-    """What a model is to fit into."""
+    """Memory limits for `inspect`."""
 
     group = "device"
     device_memory: ByteSize | None = setting(None, "What has to be enough, as 24GiB; or a number of bytes.")

@@ -1,4 +1,4 @@
-"""What a group of settings is: how one is written down, how what is given is checked, and the names of the past."""
+"""Groups of settings: declaration, checks, and former names."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ Made = TypeVar("Made", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A group of settings; unknown ones are refused."""
+    """A group of settings. Unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
     group: ClassVar[str] = ""
@@ -31,21 +31,21 @@ def setting(
     named: bool = False,
     **limits: Any,
 ) -> Any:
-    """A setting's default and help.
+    """Return the default and the help text of a setting.
 
     Args:
-        default: what it is if it is left out; `...` if it may not be.
-        options: what it is called as well on the command line, and, without dashes, in Python.
-        choices: all that is accepted, if that is a closed list of names and its type does not say so.
-        first: whether it is one of the few that people need first; they head the help of a command.
-        named: whether the command line takes a name, where Python may be given an object.
+        default: the value without a request; `...` if a request is required.
+        options: aliases on the command line, and, without dashes, in Python.
+        choices: all accepted values, if the list is closed and the type does not say so.
+        first: True if the setting heads the help of a command.
+        named: True if the command line takes a name while Python also takes an object.
     """
     known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
     return Field(default, description=help, json_schema_extra=known, **limits)
 
 
 def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
-    """A group of settings from keywords, with one readable error for all that is wrong."""
+    """Make a group of settings from keywords, with a single readable error for all faults."""
     try:
         return kind(**settings)
     except ValidationError as error:
@@ -56,7 +56,7 @@ def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
 
 
 def from_yaml(value: Any) -> Any:
-    """What a text of YAML says, as the command line has it; any other `value`, or no such text, as it is."""
+    """Parse YAML text from the command line; any other `value` is returned unchanged."""
     if not isinstance(value, str):
         return value
     from yaml import YAMLError
@@ -83,7 +83,7 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
 
 
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by today's names; an old name is taken for one more release, with a warning."""
+    """Replace former names of settings, with a warning, for one more release."""
     found = dict(settings)
     for old, (new, values) in RENAMED.items():
         if (value := found.pop(old, None)) is None:
@@ -97,7 +97,7 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _depth_of_caller() -> int:
-    """How many frames lie between `renamed` and whoever called the package: Python shows warnings of scripts only."""
+    """Count the frames between `renamed` and the caller's script: Python shows warnings of scripts only."""
     depth = 1
     while (frame := _getframe(depth)).f_back and frame.f_globals.get("__name__", "").startswith(
         ("convexprune.", "pydantic")

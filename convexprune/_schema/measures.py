@@ -1,4 +1,4 @@
-"""What the functions take that measure, and change no model: compare, verify, evaluate, bench, advise, doctor."""
+"""The settings of functions that measure: compare, verify, evaluate, bench, advise, doctor."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from convexprune.errors import RecipeError, unknown
 
 
 class Compare(Settings):
-    """What is compared, and on which texts."""
+    """Variants and texts of a comparison."""
 
     group = "comparison"
     methods: Annotated[tuple[str, ...], LISTED] = setting(
@@ -59,7 +59,7 @@ class Compare(Settings):
 
 
 class CompareSamples(Compare):
-    """What is compared on several samples."""
+    """Variants and samples of a comparison."""
 
     group = "comparison"
     seeds: Annotated[tuple[int, ...], LISTED] = setting(
@@ -68,7 +68,7 @@ class CompareSamples(Compare):
 
 
 class Verify(Settings):
-    """What is verified, and how closely."""
+    """Scope and precision of a verification."""
 
     group = "verification"
     model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
@@ -92,7 +92,7 @@ class Verify(Settings):
 
 
 class Evaluate(RemoteCode):
-    """What a model is measured on."""
+    """Texts and tasks of an evaluation."""
 
     group = "data"
     text: tuple[str, ...] = setting(
@@ -131,7 +131,7 @@ class Evaluate(RemoteCode):
 
 
 class Bench(RemoteCode):
-    """What is timed."""
+    """Formats and durations of a benchmark."""
 
     group = "timing"
     batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
@@ -151,7 +151,7 @@ MEASURED_ON = "SmolLM2-135M"
 
 
 class Advise(RemoteCode):
-    """What a model is to become: one of a size, a number of bits, or a speed."""
+    """The goal: a size, a number of bits, or a speed."""
 
     group = "target"
     target: ByteSize | None = setting(None, "All weights in so many bytes, as 4GiB, on disk.", first=True)
@@ -169,7 +169,7 @@ CHECKS = ("kernels", "products", "iterations", "masks", "copies", "answers", "de
 
 
 class Doctor(Settings):
-    """What is checked."""
+    """The choice of checks."""
 
     group = "device"
     checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")

@@ -9,9 +9,9 @@ INTEGER, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """An alias, which can make a few lines into gigabytes, is refused; and no number is written in base 60.
+    """A YAML loader without aliases, which can turn a few lines into gigabytes, and without numbers in base 60.
 
-    In YAML 1.1, 2:4 is a number, 124.
+    In YAML 1.1, 2:4 is the number 124.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -33,5 +33,5 @@ _PlainLoader.add_implicit_resolver(
 
 
 def load(text: str) -> Any:
-    """What a `text` of YAML says."""
+    """Parse a `text` of YAML."""
     return yaml.load(text, _PlainLoader)

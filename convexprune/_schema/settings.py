@@ -1,7 +1,7 @@
-"""Every setting of a run, by groups: its name, type, default and help stand here and nowhere else.
+"""All settings of a run, in groups: name, type, default and help.
 
-The recipe (`convexprune.recipe`) is made of these groups, and from them are made the command line's options, the
-arguments of the functions and their descriptions (`_schema.functions`). Nothing here loads torch, so help is quick.
+The recipe (`convexprune.recipe`), the options of the command line, the arguments of functions and their descriptions
+(`_schema.functions`) are made from these groups. No import of torch here: help is quick.
 """
 
 from typing import Any, Literal
@@ -18,7 +18,7 @@ ONE_OF = "a sparsity, a pattern or a method"
 
 
 class ModelSettings(Settings):
-    """What is pruned."""
+    """The model."""
 
     group = "model"
     model: str = setting(BUNDLED, "Folder, or name on the hub. Left out: the small OPT model that is bundled.")
@@ -29,12 +29,12 @@ class ModelSettings(Settings):
     @field_validator("dtype", mode="before")
     @classmethod
     def _name_of_dtype(cls, value: Any) -> Any:
-        """torch's own object by its name."""
+        """Return the name of a torch dtype."""
         return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
 
 
 class DataSettings(Settings):
-    """The tokens that it is pruned and judged on."""
+    """Tokens for calibration and evaluation."""
 
     group = "data"
     dataset: str = setting(
@@ -63,7 +63,7 @@ class DataSettings(Settings):
 
 
 class Rule(Settings):
-    """What some operators have of their own: the recipe has the rest."""
+    """Settings of selected operators. The recipe has the defaults."""
 
     targets: tuple[str, ...] = Field(min_length=1)
     sparsity: float | None = None
@@ -83,7 +83,7 @@ class Rule(Settings):
 
 
 class TargetSettings(Settings):
-    """How sparse which operators become."""
+    """Sparsity and pattern of operators."""
 
     group = "target"
     sparsity: float | None = setting(
@@ -155,7 +155,7 @@ class TargetSettings(Settings):
 
 
 class MethodSettings(Settings):
-    """How an operator is pruned, and what it is to reproduce."""
+    """Pruning method, and targets of an operator."""
 
     group = "method"
     method: str = setting(
@@ -239,7 +239,7 @@ class MethodSettings(Settings):
 
 
 class RunSettings(Settings):
-    """What is measured beside."""
+    """Measurements of a run."""
 
     group = "run"
     bound_rows: int = setting(
@@ -259,7 +259,7 @@ class RunSettings(Settings):
 
 
 class DeviceSettings(Settings):
-    """Where it is computed."""
+    """Device and number formats."""
 
     group = "device"
     device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True)
@@ -286,7 +286,7 @@ class DeviceSettings(Settings):
     @field_validator("device", mode="before")
     @classmethod
     def _name_of_device(cls, value: Any) -> Any:
-        """torch's own object by its name."""
+        """Return the name of a torch device."""
         return str(value) if type(value).__name__ == "device" else value
 
 
@@ -294,7 +294,7 @@ GROUPS = (ModelSettings, DataSettings, TargetSettings, MethodSettings, RunSettin
 
 
 class RemoteCode(Settings):
-    """Whom to trust: no recipe says it, because it may be someone else's."""
+    """Trust in remote code. A recipe does not grant trust: recipes are passed on."""
 
     group = "model"
     trust_remote_code: bool = setting(False, "Let transformers run code that the checkpoint brings.")
