@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from convexprune._device.switches import pinned
 from convexprune._schema import functions as doors
 from convexprune._schema.door import documented
 from convexprune._schema.measures import MEASURED_ON
@@ -113,6 +114,7 @@ def measured() -> list[Way]:
 
 
 @documented(doors.ADVISE)
+@pinned()
 def advise(model: str | Path | None = None, **settings: Any) -> Advice:
     """Which ways to a smaller or faster model reach a target, and what they cost where they were measured.
 

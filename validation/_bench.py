@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune._device.machine import default_device
+from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._schema import functions as doors
 from convexprune._schema.door import documented
@@ -70,6 +71,7 @@ class Bench:
 
 @torch.no_grad()
 @documented(doors.BENCH)
+@pinned()
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
     """Time a model's largest weights and its generation, dense and in every format that is there.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
+from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import begin
 from convexprune._recipe_file import given
@@ -51,6 +52,7 @@ Progress = Callable[[int], Callable[[str], None]]
 
 
 @documented(COMPARE)
+@pinned()
 def compare(
     model: str | Path | None = None,
     methods: Sequence[str] = UNSET,

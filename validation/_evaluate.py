@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
+from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._schema.door import documented
 from convexprune._schema.functions import EVALUATE
@@ -106,6 +107,7 @@ class Evaluation:
 
 
 @documented(EVALUATE)
+@pinned()
 def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Evaluation:
     """Measure a model as the field compares them: perplexity, bits per byte, and accuracy on the tasks of lm-eval.
 

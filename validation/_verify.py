@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune._device.machine import default_device
+from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.bounds import rows_to_bound
 from convexprune._layerwise.token_weights import TokenWeighting
@@ -160,6 +161,7 @@ class Verification:
 
 
 @documented(VERIFY)
+@pinned()
 def verify(
     source: str | Path | None = None, *, on_operator: Callable[[str], None] = lambda _: None, **settings: Any
 ) -> Verification:

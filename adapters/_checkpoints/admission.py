@@ -47,12 +47,10 @@ def refuse_adapters(model: object) -> None:
 
 def refuse_inference_mode(model: nn.Module) -> None:
     """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them."""
-    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
-    if made or torch.is_inference_mode_enabled():
-        what = f"{made[0]} was made inside torch.inference_mode()" if made else "torch.inference_mode() is on"
+    if made := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
         raise ModelError(
-            f"{what}: pruning has to see which tensors change, and to differentiate. Load and prune outside of it; "
-            "torch.no_grad() may be on."
+            f"{made[0]} was made inside torch.inference_mode(): pruning has to see which tensors change, and to "
+            "differentiate. Load the model outside of it."
         )
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from convexprune._container.folder import holds_pack, unpack
 from convexprune._device.machine import default_device
+from convexprune._device.switches import pinned
 from convexprune.recipe import make_recipe
 
 from .loading import place_at, read_model
@@ -16,6 +17,7 @@ from .model_folder import check_folder, local_folder
 from .reading import ask
 
 
+@pinned()
 def load(
     source: str | Path,
     *,

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune._device.machine import default_device
+from convexprune._device.switches import pinned
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._runs import cost, sizes
@@ -107,6 +108,7 @@ class Inspection:
 
 
 @documented(INSPECT)
+@pinned()
 def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     """What a run by these settings would do to a model and need, found without its weights.
 

@@ -19,6 +19,7 @@ from convexprune._api.result import PermuteResult, PruneResult
 from convexprune._api.windows import is_self, name_of_text
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
+from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.folder import check_output
@@ -42,6 +43,7 @@ EXCLUDES = {"bits": ("quantize", "group_size"), "quantize": ("bits",)}
 
 
 @documented(PRUNE)
+@pinned()
 def prune(
     model: str | Path | PreTrainedModel | None = None,
     solver: str | AbstractSolver = UNSET,
@@ -93,6 +95,7 @@ def prune(
     return result
 
 
+@pinned()
 def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspection:
     """What `prune` would do, after all of its checks; nothing is computed for it, and nothing is written."""
     call, asked = _asked(settings, recipe)
@@ -127,6 +130,7 @@ def _require_named(settings: Mapping[str, Any]) -> None:
 
 
 @documented(PERMUTE)
+@pinned()
 def permute(
     model: str | Path | PreTrainedModel | None = None,
     pattern: str = UNSET,

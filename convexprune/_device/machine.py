@@ -17,6 +17,7 @@ import torch
 
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.kernels import eager_because
+from convexprune._device.switches import recorded
 from convexprune.errors import RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
@@ -86,24 +87,20 @@ def steps(device: torch.device | str) -> str:
 
 
 def processor(device: torch.device | str) -> dict[str, str]:
-    """What decides the order of sums on a device.
+    """Return what decides the order of sums and the formats of products on a device, by name.
 
-    Returns:
-        The format of steps, the instruction set that torch uses, and on a GPU its name, and whether kernels are fused.
+    These are the format of steps, the instruction set that torch uses, the switches that are not as torch sets them,
+    and of a GPU its name and whether kernels are fused.
     """
     device, gpu = torch.device(device), dict[str, str]()
     if device.type == "cuda":
         kernels = "op by op" if eager_because(device) else "fused"
         gpu = {"gpu": torch.cuda.get_device_name(device), "kernels": kernels}
-    return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu
+    return {"steps": steps(device), "instructions": torch.backends.cpu.get_cpu_capability()} | gpu | recorded()
 
 
 def installation(device: torch.device | str) -> dict[str, str]:
-    """What the bits of a result depend on that may differ elsewhere, or later.
-
-    Returns:
-        The checksum of our code, the processor, and the versions of torch and transformers.
-    """
+    """Return the checksum of our code, the processor and the versions that can change the bits of a result."""
     return {"code": _own_code()} | processor(device) | {name: _version(name) for name in ("torch", "transformers")}
 
 

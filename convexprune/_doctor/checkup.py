@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from convexprune._device.machine import default_device, processor, versions
+from convexprune._device.switches import pinned
 from convexprune._doctor import answers, kernels, runs, speeds
 from convexprune._doctor.check import Bed, Case, Row
 from convexprune._progress import begin
@@ -58,6 +59,7 @@ def all_cases(bed: Bed, folder: Path) -> Iterator[Case]:
 
 
 @documented(DOCTOR)
+@pinned()
 def doctor(**settings: Any) -> Checkup:
     """Measure the machine and compare with the needs of a run.
 

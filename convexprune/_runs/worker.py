@@ -13,9 +13,11 @@ from pathlib import Path
 
 from convexprune._device.machine import installation, threads
 from convexprune._device.memory import room_on, use_gpu, within_memory
+from convexprune._device.switches import pinned
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.steps.prune import Work, prune_claimed
+from convexprune._runs.identity import differences
 from convexprune._storage.failures import working
 from convexprune.errors import ConvexpruneError, PruningError
 
@@ -37,15 +39,14 @@ class Job:
     installed: Mapping[str, str]
     needed: int = 0
 
+    @pinned()  # a worker imports the user's script, which may have set switches
     def do(self, device: str) -> None:
         """Prune layers until none is left."""
         use_gpu(device)
-        here = installation(device)
-        if differing := [name for name in here if here[name] != self.installed.get(name)]:
-            told = "; ".join(f"{name} {here[name]!r}, the run {self.installed.get(name)!r}" for name in differing)
+        if differing := differences(dict(self.installed), installation(device)):
             raise PruningError(
-                f"This worker has {told}: the bits would differ. Workers need the same code, the same versions, and "
-                "the same kind of processor or GPU."
+                f"This worker differs from where the run began, and so would its bits: {'; '.join(differing)}. Workers "
+                "need the same code, versions, numerical switches, and kind of processor or GPU."
             )
 
         with within_memory(), working(self.folder.parent), threads(self.threads):

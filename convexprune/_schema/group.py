@@ -100,7 +100,7 @@ def _depth_of_caller() -> int:
     """Count the frames between `renamed` and the caller's script: Python shows warnings of scripts only."""
     depth = 1
     while (frame := _getframe(depth)).f_back and frame.f_globals.get("__name__", "").startswith(
-        ("convexprune.", "pydantic")
+        ("convexprune.", "pydantic", "contextlib")
     ):
         depth += 1
     return depth

@@ -41,11 +41,9 @@ def test_separate_pieces_of_one_storage_are_not_tied(build):
     assert [name for name, _ in HuggingFaceModel(model).left_alone] == ["lm_head"]
 
 
-def test_inference_mode_is_refused_now_and_when_weights_were_made(build):
+def test_weights_that_were_made_in_inference_mode_are_refused(build):
     model = build("llama")
     with torch.inference_mode():
-        with pytest.raises(ModelError, match=r"torch\.inference_mode\(\) is on: .* outside of it"):
-            HuggingFaceModel(model)
         model.model.norm.weight = nn.Parameter(torch.ones(8), requires_grad=False)
     with pytest.raises(ModelError, match=r"model\.norm\.weight was made inside torch\.inference_mode"):
         HuggingFaceModel(model)

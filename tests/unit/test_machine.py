@@ -57,7 +57,8 @@ def test_what_is_left_out_of_the_code_is_there():
 
 def test_the_kind_of_processor_and_of_gpu_are_named(monkeypatch: pytest.MonkeyPatch):
     here = machine.processor("cpu")
-    assert here == {"steps": machine.steps("cpu"), "instructions": torch.backends.cpu.get_cpu_capability()}
+    named = {"steps": machine.steps("cpu"), "instructions": torch.backends.cpu.get_cpu_capability()}
+    assert here == named | machine.recorded()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(machine, "eager_because", lambda device: None)  # which would try to compile
