@@ -2,8 +2,8 @@
 
     result = convexprune.prune("facebook/opt-125m", solver="fista", sparsity=0.5, dataset="c4")
 
-The mathematics stands on its own: `Quadratic`, `L1`, `Support`, `Problem`, `certify`, `make_solver`. A name is imported
-when it is first used: torch and transformers take seconds, and whoever wants help only does not wait for them.
+The mathematics stands alone: `Quadratic`, `L1`, `Support`, `Problem`, `certify`, `make_solver`. Names are imported at
+first use: torch and transformers take seconds, and help needs neither.
 """
 
 from importlib import import_module

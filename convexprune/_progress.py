@@ -1,6 +1,6 @@
-"""Progress of a run: its phases, and the steps of each.
+"""Progress of a run: phases and steps.
 
-Progress reaches its follower as a message reaches a log: code that works calls `begin`, and nobody hands a callback on.
+Progress reaches a follower as a message reaches a log: working code calls `begin`, and no callback is passed on.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _follower: ContextVar[Begin | None] = ContextVar("follower", default=None)
 
 @contextmanager
 def followed_by(follower: Begin) -> Iterator[None]:
-    """Inside, a follower is called at every phase of this thread."""
+    """Call a follower at every phase of this thread."""
     token = _follower.set(follower)
     try:
         yield

@@ -9,10 +9,10 @@
     ├── CalibrationError  (ValueError)   a data set that cannot calibrate this model
     ├── ModelError        (ValueError)   a model that cannot be pruned: quantized, non-finite, unreadable, ...
     ├── OutputError       (OSError)      an output folder that cannot be written without losing something
-    └── PruningError      (RuntimeError) the result is not what was asked for: wrong sparsity, non-finite values
+    └── PruningError      (RuntimeError) a result that breaks the request: wrong sparsity, non-finite values
 
-A message says what came, what is accepted and what to do. A solve that did not converge is not an error: it is a
-`Status` in the `Solution` and in the report.
+A message says what came, what is accepted and what to do. A solve that did not converge is not an error: the `Solution`
+and the report have a `Status`.
 """
 
 import re
@@ -39,7 +39,7 @@ class RecipeError(ConvexpruneError, ValueError):
 
 
 class UnsupportedError(ConvexpruneError, TypeError):
-    """The solver cannot take this penalty."""
+    """The solver cannot take the penalty."""
 
 
 class DependencyError(ConvexpruneError, ImportError):
@@ -47,7 +47,7 @@ class DependencyError(ConvexpruneError, ImportError):
 
 
 class CalibrationError(ConvexpruneError, ValueError):
-    """The data set cannot calibrate this model."""
+    """The data set cannot calibrate the model."""
 
 
 class ModelError(ConvexpruneError, ValueError):
@@ -59,16 +59,16 @@ class OutputError(ConvexpruneError, OSError):
 
 
 class PruningError(ConvexpruneError, RuntimeError):
-    """The result is not what was asked for."""
+    """The result breaks the request."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that is not known: what came, what is near, what there is.
+    """Return the message for an unknown name: the name, similar names, all names.
 
     Args:
-        kind: what it should name.
-        name: what came.
-        known: all names that there are.
+        kind: noun for the named thing.
+        name: the unknown name.
+        known: all names.
 
     Returns:
         The text.
@@ -80,7 +80,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A `value` for a message: one line of it at most."""
+    """Return a `value` for a message: a single short line."""
     try:
         text = repr(value)
     except ValueError:  # Python prints no number of so many digits
@@ -89,7 +89,7 @@ def shown(value: object) -> str:
 
 
 def install_hint(extra: str) -> str:
-    """The pip command for the packages of an `extra`, wherever convexprune itself was installed from."""
+    """Return the pip command for the packages of an `extra`, independent of the origin of convexprune."""
     of_extra = re.compile(rf"""([^;]+?)\s*;.*\bextra == ['"]{extra}['"]""")
     packages = [match[1] for match in map(of_extra.match, requires("convexprune") or []) if match]
     return f"pip install {shlex.join(packages)}"

@@ -1,10 +1,10 @@
-"""Named problems with known least values, so that a new solver is tested in one line.
+"""Named problems with known least values, so that a new solver is tested in a single line.
 
     from convexprune import problems
     assert all(result.passed for result in problems.check(my_solver))
 
-A solver is judged by what it promises: its own `tolerance`, a relative duality gap, or one that is given.
-Some are solved by a formula; the others are blocks of real operators of the bundled OPT, whose values are certified.
+The yardstick is the solver's promise: its `tolerance`, a relative duality gap, or a given tolerance. Some problems have
+a formula as solution; the rest are blocks of real operators of the bundled OPT, with certified values.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,14 +31,14 @@ KNOWN = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """A problem whose least value is known.
+    """A problem with a known least value.
 
     Args:
-        name: as `load` takes it.
+        name: name for `load`.
         problem: the problem, in float64.
-        value: its least value.
-        solution: a weight [m n] that has this value.
-        source: how that is known.
+        value: the least value.
+        solution: a weight [m n] with this value.
+        source: reason for the value.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Named:
 
 @dataclass(frozen=True)
 class Result:
-    """What a solver made of a named problem.
+    """The answer of a solver to a named problem.
 
     Args:
-        name: of the problem.
-        excess: the objective over the least value, less one.
+        name: name of the problem.
+        excess: the objective over the least value, less 1.
         gap: the certified duality gap, relative to the objective.
-        tolerance: what it was judged by.
-        passed: whether the objective is the least value, up to the tolerance.
+        tolerance: the yardstick.
+        passed: True if the objective is the least value, up to the tolerance.
     """
 
     name: str
@@ -73,10 +73,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Named:
-    """The problem of that name, in float64.
+    """Return a named problem in float64.
 
     Args:
-        name: one of `names()`.
+        name: an entry of `names()`.
 
     Returns:
         The problem with its solution.
@@ -98,19 +98,20 @@ def load(name: str) -> Named:
 def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Result]:
     """Solve every named problem whose penalty the solver takes.
 
-    An answer V passes if objective(V) - least value <= tolerance * objective(V). That is what a duality gap within the
-    tolerance proves, so a solver that keeps its promise passes. Below the least value it fails too: no weight is there.
+    An answer V passes if |objective(V) - least value| <= tolerance * objective(V). A duality gap within the tolerance
+    proves this, so a solver that keeps its promise passes. An objective below the least value fails too: no weight has
+    it.
 
     Args:
-        solver: the solver to test.
-        tolerance: relative to the objective, as a gap is. None is what the solver promises: its own `tolerance`, where
-            it has one, else 1e-4. Least values are known to 1e-9, which is allowed for.
+        solver: the solver under test.
+        tolerance: relative to the objective, like a gap. None means the solver's promise: its `tolerance`, or 1e-4.
+            Least values are known to 1e-9, and the check allows for 1e-9.
 
     Yields:
-        One result for each problem.
+        A result for every problem.
 
     Raises:
-        UnsupportedError: the solver takes the penalty of no problem, so that nothing would be tested.
+        UnsupportedError: the solver takes no penalty of the problems, so that nothing would be tested.
     """
     asked = promised_gap(solver) if tolerance is None else tolerance
     found = [named for named in map(load, names()) if isinstance(named.problem.penalty, solver.penalties)]
@@ -136,7 +137,7 @@ def _orthogonal_design() -> Named:
 
 
 def _single_column() -> Named:
-    """One input: the soft threshold of a scalar regression."""
+    """Return the soft threshold of a scalar regression."""
     x, y, strength = _normal(2, 30, 1), _normal(3, 30, 4), 0.05
     quadratic = Quadratic.least_squares(x, y)
     second = x.square().mean()
@@ -146,7 +147,7 @@ def _single_column() -> Named:
 
 
 def _diagonal_gram() -> Named:
-    """Inputs of very different sizes that do not correlate, each with its own strength."""
+    """Return a problem with uncorrelated inputs of very different sizes and strengths by entry."""
     diagonal, strength = torch.logspace(-3, 3, 12, dtype=torch.float64), torch.logspace(-3, 2, 12, dtype=torch.float64)
     weight = _normal(4, 5, 12)
     quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(5), weight)
@@ -156,7 +157,7 @@ def _diagonal_gram() -> Named:
 
 
 def _all_zero() -> Named:
-    """A strength above every slope: zero is the solution, and half the energy its value."""
+    """Return a problem with a strength above every slope: the solution is zero, with half the energy as value."""
     x, y = _normal(5, 50, 6), _normal(6, 50, 2)
     quadratic = Quadratic.least_squares(x, y)
     strength = 1.01 * float(quadratic.cross.abs().max())
@@ -165,7 +166,7 @@ def _all_zero() -> Named:
 
 
 def _diagonal_support() -> Named:
-    """A support over inputs that do not correlate: what is kept stays dense."""
+    """Return a problem on a support with uncorrelated inputs: kept weights stay dense."""
     diagonal, weight = torch.logspace(-2, 2, 10, dtype=torch.float64), _normal(7, 4, 10)
     mask = _normal(8, 4, 10) > 0
     quadratic = Quadratic(diagonal.diag(), torch.zeros_like(weight), weight.new_zeros(4), weight)

@@ -1,4 +1,4 @@
-"""What shows that a result is right and good: verify, compare, perplexity, brute force, bench, advise."""
+"""Checks and measurements of results: verify, compare, perplexity, brute force, bench, advise."""
 
 from ._advice import Advice, advise
 from ._brute_force import best_pruning, excess

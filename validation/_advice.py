@@ -1,4 +1,4 @@
-"""`advise`: which ways to a smaller or faster model reach a target, and what each costs by measured tables."""
+"""`advise`: ways to a smaller or faster model that reach a target, with measured costs."""
 
 import csv
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pac
 
 @dataclass(frozen=True)
 class Way:
-    """A way to a smaller model, and what came of it where it was measured.
+    """A way to a smaller model, with measurements on a reference model.
 
     Args:
-        then: the command that follows: "pack", "export", or none.
-        disk: bits that a weight of the operators takes on disk.
-        memory: bits that it takes in the memory of what loads it.
-        kept: the share of the decoder layers' parameters that was left of that model; of others it is as an estimate.
+        then: the next command: "pack", "export", or empty.
+        disk: bits per operator weight on disk.
+        memory: bits per operator weight in the memory of the runtime.
+        kept: share of the decoder layers' parameters left in the reference model; an estimate for other models.
         perplexity: on WikiText-2.
     """
 
@@ -50,14 +50,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Advised:
-    """A way for a model.
+    """A way for a given model.
 
     Args:
         disk: bytes of all files of weights.
         memory: bytes of all weights in memory.
-        bits: on disk, over all weights that the model had.
-        faster: tokens a second at batch 1 over dense where memory decides it: bytes that are read, dense over these.
-        commands: what to run; none if the model is as it should be.
+        bits: bits on disk per weight of the dense model.
+        faster: tokens per second at batch 1 over dense, if memory decides: bytes read by dense over bytes read.
+        commands: commands to run; none if the model already reaches the target.
     """
 
     way: Way
@@ -71,13 +71,13 @@ class Advised:
 
 @dataclass(frozen=True)
 class Advice:
-    """The ways, the cheapest that reaches the target first.
+    """The ways, in front the cheapest that reaches the target.
 
     Args:
-        model: its name.
-        nbytes: of the dense model.
-        target: what was asked for, in words.
-        ways: all of them.
+        model: name of the model.
+        nbytes: bytes of the dense model.
+        target: the request, in words.
+        ways: all ways.
     """
 
     model: str
@@ -86,11 +86,11 @@ class Advice:
     ways: tuple[Advised, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the advice as plain data."""
         return asdict(self) | {"measured_on": MEASURED_ON}
 
     def verdict(self) -> Iterator[str]:
-        """What to do, as sentences."""
+        """Yield the advice as sentences."""
         best = next((each for each in self.ways if each.reaches), None)
         if best is None:
             yield f"Nothing here reaches {self.target}: take a smaller model, or --bits after channels are removed."
@@ -116,10 +116,10 @@ def measured() -> list[Way]:
 @documented(doors.ADVISE)
 @pinned()
 def advise(model: str | Path | None = None, **settings: Any) -> Advice:
-    """Which ways to a smaller or faster model reach a target, and what they cost where they were measured.
+    """List ways to a smaller or faster model that reach a target, with measured costs.
 
-    Only the configuration is read. Sizes follow from it, but for the share of the layers that channels are.
-    Perplexities are those of another model.
+    Only the configuration is read. Sizes follow from the configuration, apart from the share of channels in the layers.
+    Perplexities are of a reference model.
 
     Args:
         model: a folder, a config.json, or a name on the hub; None: the bundled one.

@@ -1,4 +1,4 @@
-"""`bench`: how fast this machine multiplies by a model's own weights and generates, in each of torch's formats."""
+"""`bench`: time products with a model's weights, and generation, in all formats of torch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -32,12 +32,12 @@ CACHE = 1 << 28  # bytes: so much is read before a weight is read again, that no
 
 @dataclass(frozen=True)
 class Bench:
-    """What was timed on which device.
+    """Timings on a device.
 
     Args:
-        dense: the format that others stand beside: "float32", or "bfloat16" for a checkpoint in 16 bits.
+        dense: the reference format: "float32", or "bfloat16" for a checkpoint in 16 bits.
         zeros: the fraction of zeros in the weights.
-        left_out: why a format was not timed, by its name.
+        left_out: reasons by name of a format without timings.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Bench:
         return asdict(self) | {"verdict": self.verdict()}
 
     def verdict(self) -> list[str]:
-        """A sentence for each format: generation with it beside the dense one, or why it was not timed."""
+        """Return a sentence per format: generation beside the dense format, or the reason without timings."""
         lines = []
         for name in FORMATS:
             if name in self.left_out:
@@ -64,7 +64,7 @@ class Bench:
 
     @property
     def line(self) -> str:
-        """For a model card."""
+        """Return a line for a model card."""
         rates = [f"{t.format} {t.tokens_per_second:.3g}" for t in self.timings if (t.what, t.batch) == ("decode", 1)]
         return f"Tokens/s at batch 1 on {self.device}: {', '.join(rates)} ({self.zeros:.0%} zeros)."
 
@@ -73,10 +73,10 @@ class Bench:
 @documented(doors.BENCH)
 @pinned()
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
-    """Time a model's largest weights and its generation, dense and in every format that is there.
+    """Time a model's largest weights and its generation, dense and in every available format.
 
-    Formats take turns, so that all meet the same noise. Speed does not depend on what is pruned but for the sparse
-    formats, and these only on how much: CSR reads non-zeros only, and 2:4 needs that pattern.
+    Formats take turns, so that all meet the same noise. Zeros change the speed of sparse formats only: CSR reads
+    non-zeros, and 2:4 needs the pattern.
 
     Args:
         model: a folder, a name on the hub, or a loaded model; None: the bundled one.
@@ -111,7 +111,7 @@ Linear = tuple[nn.Module, Tensor, Tensor | None]  # a module, its weight [m n], 
 
 
 def _linears(model: HuggingFaceModel) -> list[Linear]:
-    """The operators that are modules of their own; fused experts stay as they are in every format."""
+    """Return the operators that are separate modules; fused experts stay unchanged in every format."""
     found = []
     for layer in model.layers:
         for operator in layer.operators:
@@ -123,7 +123,7 @@ def _linears(model: HuggingFaceModel) -> list[Linear]:
 
 
 def _why_not(made: type[AbstractProduct], weights: Iterable[Tensor]) -> str | None:
-    """Why a format is not there: it cannot hold one of the weights, or its product fails on this device."""
+    """Return the reason why a format is not available: a weight does not fit, or the product fails on this device."""
     first = None
     for weight in weights:
         first = weight if first is None else first
@@ -144,7 +144,7 @@ def _layers(
     asked: doors.Bench,
     device: str,
 ) -> list[Timing]:
-    """Products with weights of the largest shapes; one after the other, as in the model, so that no cache helps."""
+    """Time products with weights of the largest shapes, in turn as in the model, so that no cache helps."""
     shapes = sorted({tuple(w.shape) for w in weights}, key=lambda shape: -shape[0] * shape[1])[:SHAPES]
     batches = (*asked.batches, asked.prompt)
     step, found = begin("timing layers", len(shapes) * len(batches)), []
@@ -175,7 +175,7 @@ def _generation(
     asked: doors.Bench,
     device: str,
 ) -> list[Timing]:
-    """The whole model: a prompt, and tokens behind it. Two are in memory: the dense one, and it in one format."""
+    """Time the whole model: a prompt, and generated tokens. Two models are in memory: dense, and in a single format."""
     others = [name for name in formats if name != dense] or [dense]
     step, found = begin("timing generation", len(others)), []
     reference = _converted(model, linears, formats[dense])
@@ -195,7 +195,7 @@ def _generation(
 
 
 def _converted(model: HuggingFaceModel, linears: Sequence[Linear], made: type[AbstractProduct]) -> PreTrainedModel:
-    """A copy of the model whose operators are products in a format, and all else in the dtype of its activations."""
+    """Return a copy of the model whose operators are products in a format."""
     replaced = {id(module): made(weight, bias) for module, weight, bias in linears}
     copy = deepcopy(model.model, dict(replaced))  # what is in the memo is taken for the copy
     return cast(PreTrainedModel, nn.Module.to(copy, made.dtype))
@@ -207,7 +207,7 @@ def _prefill(model: PreTrainedModel, length: int, device: str) -> Callable[[], o
 
 
 def _decode(model: PreTrainedModel, batch: int, new_tokens: int, device: str, seconds: float) -> Callable[[], Tensor]:
-    """What generates behind one token for about a round's share of the seconds, and returns all tokens."""
+    """Return a function that generates after a single token for about a round's share of the seconds."""
     token = torch.ones(batch, 1, dtype=torch.long, device=device)
     asked: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     asked |= {"max_time": seconds / (2 * ROUNDS), "attention_mask": token, "pad_token_id": 0}
@@ -219,7 +219,7 @@ def _new_tokens(sequences: Tensor) -> int:
 
 
 def _nbytes(model: nn.Module) -> int:
-    """What one token has to read: all weights but the table of embeddings, unless it is the head, too."""
+    """Return the bytes read for a token: all weights without the embedding table, unless the table is also the head."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     head = getattr(model.get_submodule("lm_head"), "weight", None) if hasattr(model, "lm_head") else None
     read = [p for p in model.parameters() if p is head or all(p is not table for table in tables)]

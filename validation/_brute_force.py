@@ -15,10 +15,10 @@ CHUNK = 20_000  # supports solved at once
 
 @torch.no_grad()
 def best_pruning(problem: LayerProblem) -> Tensor:
-    """The weight in a pattern with the least squared error, by enumeration of every row's supports.
+    """Return the weight in a pattern with the least squared error, by enumeration of all supports of a row.
 
-    Rows are independent, so with a quota of the whole matrix the best weight of each row is found for every number of
-    non-zeros, and these numbers are allocated by dynamic programming. Whole columns are one support for all rows.
+    Rows are independent. With a quota of the whole matrix the best weight of a row is computed for every number of
+    non-zeros, and dynamic programming allocates the numbers. Whole columns are a common support of all rows.
 
     Args:
         problem: of a weight [m n] with n <= 20.
@@ -50,14 +50,14 @@ def best_pruning(problem: LayerProblem) -> Tensor:
 
 
 def excess(problem: LayerProblem, pruners: dict[str, AbstractPruner]) -> dict[str, float]:
-    """How far pruners are from the best pruning.
+    """Measure the distance of pruners from the best pruning.
 
     Args:
         problem: see `best_pruning`.
         pruners: by name.
 
     Returns:
-        The squared error of each over that of the best pruning: 1 is optimal.
+        The squared error by pruner over the squared error of the best pruning: 1 is optimal.
     """
     least = float(problem.squared_error(best_pruning(problem)).sum())
     return {
@@ -72,9 +72,9 @@ def _choices(first: int, width: int, kept: int) -> Tensor:
 
 
 def _best(q: Quadratic, supports: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
-    """For each row the best weight [m n] on one of the `supports` [count kept], and its value [m].
+    """Return the best weight [m n] of every row on the `supports` [count kept], and its value [m].
 
-    All rows `together` take the same one, and the value is their sum.
+    With `together` all rows have a common support, and the value is the sum over rows.
     """
     q = q.at(None)
     best = q.energy / 2 if supports.shape[1] == 0 else torch.full_like(q.energy, float("inf"))
@@ -97,7 +97,7 @@ def _best(q: Quadratic, supports: Tensor, together: bool = False) -> tuple[Tenso
 
 
 def _allocate(costs: Tensor, total: int) -> list[int]:
-    """How many non-zeros each row gets so that they sum to `total` and the costs [m n+1] to the least."""
+    """Return numbers of non-zeros by row with sum `total` and the least sum of costs [m n+1]."""
     options = costs.shape[1]
     least = [0.0] + [float("inf")] * total
     choices: list[list[int]] = []

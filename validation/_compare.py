@@ -65,18 +65,18 @@ def compare(
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Compare methods on the same tokens; the result is what `compare.json` in `output` holds.
+    """Compare methods on the same tokens, and write the result as `compare.json` into `output`.
 
-    Beside the result the folder holds `work` meanwhile. Variants are described at `make_variants`.
+    The folder also holds `work` during the comparison. `make_variants` describes the variants.
 
     Args:
-        command: what to state as the way to reproduce the result.
-        progress: called with the number of steps, returns what is called with a description of each step done.
+        command: the command line to state in the report.
+        progress: called with the number of steps; returns a function that takes a description of a finished step.
         settings: by name:
         {settings}
 
     Returns:
-        What was compared and found, as in `compare.json`.
+        The content of `compare.json`.
 
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
@@ -117,7 +117,7 @@ def _load(model: str | Path | None, device: str, recipe: Recipe) -> HuggingFaceM
 
 
 def _tokens(model: HuggingFaceModel, dataset: Any, recipe: Recipe, texts: Mapping[str, str], asked: Any) -> Tokens:
-    """What is pruned on and measured on; a warning says that it is too little to prune on."""
+    """Return the windows for pruning and for measuring, with a warning about short texts."""
     some = slice(asked.eval_windows or None)
     windows = {name: text_windows(text, model, asked.eval_window, name)[some] for name, text in texts.items()}
     tokens = Tokens(*recipe_windows(dataset, model, recipe), windows)
@@ -152,7 +152,7 @@ def _write(result: dict[str, Any], folder: Path, drawing: bool) -> None:
 
 
 def _work_folder(folder: Path, resume: bool) -> Path:
-    """Where a comparison works, in its `folder`."""
+    """Return the working folder of a comparison in `folder`."""
     work = folder / "work"
     if resume and not (work / "identity.json").is_file():
         raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
@@ -168,7 +168,7 @@ def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
 
 
 def _card(model: HuggingFaceModel, tokens: Tokens, recipe: Recipe) -> dict[str, Any]:
-    """What a result depends on beside the settings: tokens, weights, arithmetic, versions."""
+    """Return conditions of a result beside the settings: tokens, weights, arithmetic, versions."""
     installed = installation(model.device)
     return {
         "dtype": str(model.model.dtype).removeprefix("torch."),
@@ -219,7 +219,7 @@ def _texts(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _claim(path: Path, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> None:
-    """Write down what is compared; or, to resume, see that it is the same."""
+    """Write down the identity of a comparison; to resume, require the same identity."""
     recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
     identity = json.loads(json.dumps(card | {"recipes": recipes}))
     if not resume:
@@ -235,7 +235,7 @@ def _claim(path: Path, card: dict[str, Any], variants: Sequence[Variant], resume
 
 
 def _model_hash(model: HuggingFaceModel) -> str:
-    """Of all parameters, by name, as they are in memory."""
+    """Return the sha256 of all parameters, by name, as in memory."""
     total = hashlib.sha256()
     for name, parameter in model.model.named_parameters():
         total.update(name.encode())

@@ -41,13 +41,12 @@ SENTENCE = "The 3 quick brown foxes (naïve, odd) jumped over 12 lazy dogs."  # 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text, by one convention.
+    """The fit of a model to a text, by a convention.
 
     Args:
         convention: "common" (windows of 2048 tokens, or the model's limit if less), "native" (the model's limit),
-            "common, native" where they are one, or "given".
-        bits_per_byte: bits that the model needs for a token, over the bytes of a token's text on average; None without
-            a tokenizer.
+            "common, native" if both agree, or "given".
+        bits_per_byte: bits per token over the mean bytes of a token's text; None without a tokenizer.
         kl: the mean over the predicted tokens of KL(dense || model) in nats; None without a dense model.
         dense: the perplexity of the dense model.
     """
@@ -62,14 +61,14 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured.
+    """The measurements of `evaluate`.
 
     Args:
-        model: its name.
-        against: the dense model's name, if there is one.
-        texts: one for each text and convention.
-        tasks: one for each metric of each task.
-        left_out: what was not measured, and why.
+        model: name of the model.
+        against: name of the dense model, or None.
+        texts: scores by text and convention.
+        tasks: scores by task and metric.
+        left_out: reasons for missing measurements.
     """
 
     model: str
@@ -79,7 +78,7 @@ class Evaluation:
     left_out: tuple[str, ...]
 
     def to_json(self) -> str:
-        """All of it as JSON; numbers that are not finite are text."""
+        """Return the evaluation as JSON. Numbers that are not finite become text."""
         return json.dumps(finite(asdict(self)), indent=2, allow_nan=False)
 
     def tables(self) -> Iterator[Table]:
@@ -109,11 +108,11 @@ class Evaluation:
 @documented(EVALUATE)
 @pinned()
 def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Evaluation:
-    """Measure a model as the field compares them: perplexity, bits per byte, and accuracy on the tasks of lm-eval.
+    """Measure a model as the field compares models: perplexity, bits per byte, and accuracy on tasks of lm-eval.
 
-    Perplexity is that of wanda's and SparseGPT's code: the text is tokenised once, and cut into windows that do not
-    overlap; each token but the first of its window is predicted from those before it in the window; a rest shorter
-    than a window is not used. With a dense model beside it, how far the predictions are from its own is measured, too.
+    Perplexity follows the code of wanda and SparseGPT: the text is tokenised once and cut into windows without overlap;
+    a token is predicted from earlier tokens in the window; a rest shorter than a window is dropped. With a dense model
+    the divergence from its predictions is measured, too.
 
     Args:
         model: Folder, or name on the hub. Left out: the small OPT model that is bundled. Or a loaded model.
@@ -181,7 +180,7 @@ def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:
 
 
 def _require_comparable(model: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-    """Refuse two models whose predictions are not of the same tokens."""
+    """Refuse two models that predict different tokens."""
     read = [each.tokenizer(SENTENCE)["input_ids"] for each in (model, dense) if each.tokenizer is not None]
     if dense.vocab_size != model.vocab_size or read[1:] not in ([], read[:1]):
         raise ModelError(
@@ -198,7 +197,7 @@ def _conventions(limit: int, asked: int | None) -> list[tuple[str, int]]:
 
 
 def _content(text: str, limit: int, own: Evaluate) -> str:
-    """A text: of C4, which is endless, as much as windows may need."""
+    """Return a text: of C4, which is endless, as much as the windows may need."""
     if text not in CORPORA:
         return text_of(text)
     longest = max(window for _, window in _conventions(limit, own.window))
@@ -217,7 +216,7 @@ def _score(
 
 @torch.no_grad()
 def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> float:
-    """How far a model's predictions are from the dense model's; logits of a few positions at a time are in memory.
+    """Return the divergence of a model's predictions from the dense model's, with logits of few positions in memory.
 
     Args:
         tokens: token ids [windows window].
@@ -234,7 +233,7 @@ def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> floa
 
 
 def _bits_per_byte(p: Perplexity, tokens: Tensor, model: HuggingFaceModel) -> float | None:
-    """Bits for a token, times the tokens of the windows over the bytes of their text; None without a tokenizer."""
+    """Return bits per token, times the tokens of the windows over the bytes of their text; None without a tokenizer."""
     if model.tokenizer is None:
         return None
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -1,7 +1,7 @@
-"""Ways to keep the weight of a linear layer and to multiply by it: dense, 8 and 4 bits, and sparse.
+"""Formats for the weight of a linear layer and its product: dense, 8 and 4 bits, and sparse.
 
-They are torch's but for two sparse ones of other packages. Those of 8 and 4 bits are operators that torch does not
-document. A machine without one is no error: `bench` tries each format, leaves out what fails, and says why.
+Two sparse formats are of foreign packages, the rest of torch. torch does not document its operators of 8 and 4 bits. A
+machine without an operator is no error: `bench` tries every format, leaves out failures, and says why.
 """
 
 import warnings
@@ -18,7 +18,7 @@ GROUP = 64  # inputs that share a scale, of 4 bits
 
 
 class AbstractProduct(nn.Module, ABC):
-    """y = x W' + b for x [... n] of `dtype`; made from W [m n], which it keeps in a format of its own.
+    """y = x W' + b for x [... n] of `dtype`; made from W [m n], which is kept in the class's format.
 
     Args:
         weight: W [m n].
@@ -34,7 +34,7 @@ class AbstractProduct(nn.Module, ABC):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        """Why the format cannot hold this weight [m n] here; None if it can.
+        """Return the reason why the format cannot hold a weight [m n] here; None if it can.
 
         Args:
             weight: W [m n].
@@ -42,7 +42,7 @@ class AbstractProduct(nn.Module, ABC):
 
     @abstractmethod
     def keep(self, weight: Tensor) -> None:
-        """Turn W [m n] into the format; its tensors become buffers.
+        """Convert W [m n] into the format; its tensors become buffers.
 
         Args:
             weight: W [m n].
@@ -73,12 +73,12 @@ class AbstractProduct(nn.Module, ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight as it is kept: what one token at a time has to read."""
+        """Bytes of the stored weight: the reads for a single token."""
         return sum(part.nbytes for name, part in self.named_buffers() if name != "bias")
 
 
 class Float32(AbstractProduct):
-    """The weight as it is, in float32."""
+    """The weight in float32."""
 
     dtype = torch.float32
     weight: Tensor
@@ -93,13 +93,13 @@ class Float32(AbstractProduct):
 
 
 class BFloat16(Float32):
-    """The weight as it is, in bfloat16."""
+    """The weight in bfloat16."""
 
     dtype = torch.bfloat16
 
 
 class Int8(AbstractProduct):
-    """8 bits a weight and a scale for each row, to the nearest; torch's weight-only product."""
+    """8 bits per weight and a scale per row, rounded to nearest; torch's weight-only product."""
 
     dtype = torch.bfloat16
     codes: Tensor
@@ -117,7 +117,7 @@ class Int8(AbstractProduct):
 
 
 class Int4(AbstractProduct):
-    """4 bits a weight and a scale for each `GROUP` of inputs, to the nearest; torch's weight-only product."""
+    """4 bits per weight and a scale per `GROUP` of inputs, rounded to nearest; torch's weight-only product."""
 
     dtype = torch.bfloat16
 
@@ -197,7 +197,7 @@ class SemiStructured(AbstractProduct):
 
 
 class NvmathCSR(CSR):
-    """The same in bfloat16, by the universal sparse tensor of nvmath-python: its `TorchUST`."""
+    """CSR in bfloat16, by the universal sparse tensor of nvmath-python: `TorchUST`."""
 
     dtype = torch.bfloat16
 
@@ -213,12 +213,12 @@ class NvmathCSR(CSR):
         self.weight = interface.TorchUST.from_torch(self.weight)
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`. Products of one shape share the memory of their result there: so a copy."""
+        """Copy the product: results of equal shapes share memory in nvmath."""
         return nn.functional.linear(x, self.weight).clone()
 
 
 class MACKO(AbstractProduct):
-    """The non-zeros and their distances, in float16: a kernel for one vector, so a batch goes through it one by one.
+    """The non-zeros and their distances in float16: a kernel for a single vector, so a batch takes a call per vector.
 
     Macko and Boza 2025, arXiv 2511.13061.
     """

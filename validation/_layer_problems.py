@@ -1,4 +1,4 @@
-"""The layer problems of a model: each operator's dense and pruned weight, and its moments in float64."""
+"""The layer problems of a model: dense and pruned weights of operators, and moments in float64."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -24,12 +24,12 @@ from convexprune.report import OnOperator, OperatorReport
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """One operator and the problem that its pruner was to solve.
+    """An operator and the problem of its pruner.
 
     Args:
-        dense: its dense weight [m n].
-        pruned: the weight [m n] that was achieved.
-        correction: how much of earlier errors it corrects.
+        dense: the dense weight [m n].
+        pruned: the pruned weight [m n].
+        correction: share of earlier errors to correct.
     """
 
     name: str
@@ -63,15 +63,15 @@ def operator_problems(
     batch_size: int = 1,
     reports: Iterable[OperatorReport] = (),
 ) -> None:
-    """The problems of some operators of a dense model, in order of execution.
+    """Visit the problems of selected operators of a dense model, in order of execution.
 
-    x is what an operator sees in the dense layer, x* what it sees in the layer pruned; of a dense prefix only the
-    layers that hold one of the operators are pruned. One decoder layer's problems at a time are in memory. The model
-    itself is not changed. An expert to which no token is sent is left out.
+    x is the input of an operator in the dense layer, x* in the pruned layer. With a dense prefix only layers with a
+    selected operator are pruned. Problems of a single decoder layer are in memory at a time. The model is not changed.
+    An expert without tokens is left out.
 
     Args:
         tokens: token ids [samples length].
-        pruned: the pruned model; None prunes a copy of each layer here.
+        pruned: the pruned model; None prunes a copy of every layer here.
     """
     damping = {report.name: report.damping for report in reports}
 
@@ -98,7 +98,7 @@ def operator_problems(
 def _pruned(
     context: LayerContext, hidden: HiddenStates, settings: LayerSettings, on_operator: OnOperator
 ) -> DecoderLayer:
-    """A copy of the layer, pruned as a run prunes it."""
+    """Return a copy of the layer, pruned as in a run."""
     copy, calls = deepcopy(context.layer), context.calls
     observed = observe(copy, calls, hidden.dense, error_targets=(settings.error_target,))
     prune_observed(copy, calls, hidden, observed, settings, on_operator)
@@ -159,7 +159,7 @@ def _watch(
 def _totals(
     layer: str, group: Group, in_output_space: bool, settings: LayerSettings
 ) -> Iterator[tuple[Group, slice, Tensor | None, Moments]]:
-    """Yield the parts of a group whose tokens have the same weights, with moments to be filled."""
+    """Yield the parts of a group whose tokens have the same weights, with moments to fill."""
     for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
         outputs = height(part) if in_output_space else None
         yield part, rows, weights, Moments(width(part), torch.float64, outputs=outputs)

@@ -11,10 +11,9 @@ STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """`total` is the largest number of bytes held inside the block, `more` how many more than when it began.
+    """Peak memory: `total` is the largest number of bytes held inside the block, `more` the growth since the beginning.
 
-    Of the process's memory, where the kernel keeps the peak (Linux); of the GPU's for a model that is on one.
-    None where nobody counts.
+    Process memory where the kernel keeps the peak (Linux); GPU memory for a model on a GPU. None where nobody counts.
     """
 
     total: int | None = None

@@ -18,14 +18,14 @@ NEGLIGIBLE = 1e-9
 
 @dataclass(frozen=True)
 class Solve:
-    """One solver's answer to one problem.
+    """The answer of a solver to a problem.
 
     Args:
         objective: q + p at the answer.
-        difference: the objective less the least that any solver found, relative to that.
-        relative_gap: the gap of its certificate, relative to the objective. Where the target is fitted all but exactly,
-            as on fewer tokens than inputs, both are relative to 1e-9 of its energy.
-        seconds: of the solve.
+        difference: the objective less the least objective of all solvers, relative to the least.
+        relative_gap: the gap of the certificate, relative to the objective. If the target is fitted all but exactly, as
+            on fewer tokens than inputs, both are relative to 1e-9 of the target's energy.
+        seconds: time of the solve.
     """
 
     solver: str
@@ -38,11 +38,11 @@ class Solve:
 
 @dataclass(frozen=True)
 class SolvedProblem:
-    """One problem of an operator, and what every solver made of it.
+    """A problem of an operator, and the answers of all solvers.
 
     Args:
         penalty: "L1" or "support".
-        solves: the production solver's at its default tolerance, the same solver's at a gap of 1e-8, and the oracles'.
+        solves: answers of the production solver at its default tolerance and at a gap of 1e-8, and of the oracles.
     """
 
     operator: str
@@ -52,10 +52,10 @@ class SolvedProblem:
     solves: tuple[Solve, ...]
 
     def faults(self, tolerance: float, gap: float) -> Iterator[str]:
-        """What misses.
+        """Yield missed tolerances.
 
         Args:
-            gap: the largest relative gap of the production solver at its default that passes.
+            gap: the largest accepted relative gap of the production solver at its default.
         """
         for solve in self.solves[1:]:
             if not solve.difference <= tolerance:
@@ -65,9 +65,9 @@ class SolvedProblem:
 
 
 def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
-    """A pruning problem when only some columns may move and the others stay dense.
+    """Return a pruning problem in which only some columns move and the rest stays dense.
 
-    Columns are drawn one by one, or for an n:m pattern in whole groups.
+    Columns are drawn singly, or for an n:m pattern in whole groups.
     """
     n = problem.weight.shape[1]
     width = problem.pattern.block
@@ -79,12 +79,12 @@ def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tu
 
 
 def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
-    """The two convex problems of a block: reweighted L1 as on the path of `convex`, and the refit on a support.
+    """Return the two convex problems of a block: reweighted L1 as on the path of `convex`, and the refit on a support.
 
-    They are those of the calibration error alone. A pruner's damping makes them better conditioned.
+    Both are of the calibration error alone. A pruner's damping would improve the condition.
 
     Args:
-        kept: which weights of the block the pruner has kept [rows columns].
+        kept: mask [rows columns] of the weights that the pruner kept.
     """
     assert q.anchor is not None
     scale = q.scale()
@@ -95,7 +95,7 @@ def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> d
 
 
 def production(penalty: str) -> dict[str, AbstractSolver]:
-    """The production solver of a penalty, at its default and run to the end.
+    """Return the production solver of a penalty, at its default and run to the end.
 
     Args:
         penalty: "L1" or "support".
@@ -116,7 +116,7 @@ def oracles() -> dict[str, AbstractSolver]:
 
 
 def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
-    """Solve one problem by the production solver and the oracles.
+    """Solve a problem by the production solver and the oracles.
 
     Args:
         penalty: "L1" or "support".

@@ -1,4 +1,4 @@
-"""Perplexity on fixed windows of text, as the pruning literature reports it."""
+"""Perplexity on fixed windows of text, as in the pruning literature."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +23,16 @@ from convexprune.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well a model predicts a text, and everything that the number depends on.
+    """The fit of a model to a text, with all conditions of the number.
 
-    A model that is broken has a value of infinity or NaN, and shows it.
+    A broken model has the value infinity or NaN.
 
     Args:
         value: exp(nll).
-        nll: the mean negative log-likelihood of the predicted tokens, in nats: each token after the first of each
-            window, from those before it in its own window.
-        tokens: how many were predicted.
-        windows: how many.
+        nll: mean negative log-likelihood of the predicted tokens, in nats: tokens after the first of a window,
+            predicted from earlier tokens of the window.
+        tokens: number of predicted tokens.
+        windows: number of windows.
         window: tokens of a window.
         stride: tokens between the beginnings of two windows.
     """
@@ -72,22 +72,21 @@ def perplexity(model: PreTrainedModel, tokens: Tensor, batch_size: int = 1) -> P
 
 @torch.no_grad()
 def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, batch_size: int = 1) -> Perplexity:
-    """The perplexity of whatever gives logits.
+    """Compute the perplexity of a source of logits.
 
-    Logits are widened to float32 one window at a time, and losses summed in float64; batches come in their order, each
-    once.
+    Logits are widened to float32 by window, and losses are summed in float64; batches come once, in order.
 
     Args:
         logits: gives, for a batch [batch window], pieces [batch positions vocabulary] of all positions but the last, in
-            their order.
+            order.
         tokens: token ids [windows window].
-        batch_size: windows at once.
+        batch_size: windows per batch.
 
     Returns:
         The perplexity.
 
     Raises:
-        CalibrationError: there is no window, or none with a token to predict; or the batch size is not positive.
+        CalibrationError: there is no window, or no token to predict; or the batch size is not positive.
     """
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise CalibrationError(
@@ -111,13 +110,13 @@ def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, 
 def streamed_perplexity(
     model: HuggingFaceModel, tokens: Tensor, store: FolderStore, pruned: FolderStore | None
 ) -> Perplexity:
-    """The perplexity of a model whose decoder layers are in memory one at a time.
+    """Compute the perplexity of a model with a single decoder layer in memory at a time.
 
     Args:
         model: the model.
         tokens: token ids [windows window].
-        store: where the hidden states between the layers are kept meanwhile.
-        pruned: the store that has the pruned layers; None is for the dense ones.
+        store: place for hidden states between layers.
+        pruned: store with pruned layers; None means the dense layers.
 
     Returns:
         The perplexity.
@@ -128,12 +127,12 @@ def streamed_perplexity(
 
 @torch.no_grad()
 def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderStore) -> dict[str, dict[str, float]]:
-    """The perplexity of a model before and after it was pruned, one decoder layer in memory at a time.
+    """Compute the perplexity of a model before and after pruning, with a single decoder layer in memory at a time.
 
     Args:
         model: the model.
         tokens: token ids [windows window].
-        store: that has the pruned layers, and keeps the hidden states meanwhile.
+        store: has the pruned layers, and place for hidden states.
 
     Returns:
         The fields of `Perplexity` for "dense" and "pruned"; for "pruned" also "kl" (`mean_kl`).
@@ -152,14 +151,14 @@ def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderSt
 
 @contextmanager
 def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]]:
-    """Inside, the hidden states after the last decoder layer of a model that is in memory are recorded.
+    """Record the hidden states after the last decoder layer of a model in memory.
 
     Args:
         model: the model.
-        windows: how many will pass, one after another; some families pass each of them twice.
+        windows: number of windows that will pass; some families pass a window twice.
 
     Yields:
-        A list; afterwards it has the states [1 window hidden] of each window, on the CPU.
+        A list; at the end with the states [1 window hidden] of every window, on the CPU.
     """
     states = list[Tensor]()
 
@@ -172,13 +171,13 @@ def final_states(model: HuggingFaceModel, windows: int) -> Iterator[list[Tensor]
 
 
 def mean_kl(model: HuggingFaceModel, tokens: Tensor, dense: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """How far predictions are from the dense model's, by the final hidden states of both.
+    """Return the divergence from the dense model's predictions, by final hidden states.
 
     Args:
-        model: that makes logits of hidden states.
+        model: makes logits of hidden states.
         tokens: token ids [windows window].
-        dense: the final hidden states [1 window hidden] of the dense model, for each window.
-        other: those of the other.
+        dense: final hidden states [1 window hidden] of the dense model, by window.
+        other: final hidden states of the model to judge.
 
     Returns:
         The mean over the predicted tokens of KL(dense || other), in nats.
@@ -193,7 +192,7 @@ def _last_states(
     count: int,
     pruned: FolderStore | None,
 ) -> Recorded:
-    """The hidden states after the last of `count` layers, which are the pruned ones if there is a store of them."""
+    """Return the hidden states after the last of `count` layers, the pruned layers if `pruned` is a store."""
 
     def step(context: LayerContext) -> None:
         if pruned is not None:

@@ -66,7 +66,7 @@ def draw_samples(summary: Mapping[str, Any], folder: Path) -> str:
 
 
 def _lines(folder: Path, name: str, points: Sequence[Row], x: str, y: str, kind: Any = "line", **options: Any) -> str:
-    """Draw one line for each variant, one panel for each value of the column `col`."""
+    """Draw a line for every variant, and a panel for every value of the column `col`."""
     import pandas
     import seaborn
     from matplotlib import pyplot

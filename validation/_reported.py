@@ -1,4 +1,4 @@
-"""What the report of a run says, beside what is found in the run's folder."""
+"""Compare the report of a run with the files of the run's folder."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ NOTHING = 1e-9  # an error that is only rounding
 
 @dataclass(frozen=True)
 class ReportedError:
-    """The relative error of an operator of a run, and what the run reported.
+    """The relative error of an operator, reported and measured.
 
     Args:
         error: measured again on the same tokens.
@@ -30,7 +30,7 @@ class ReportedError:
 
     @property
     def fault(self) -> str:
-        """What is wrong with it; nothing if it agrees."""
+        """Return the disagreement in words; empty if the errors agree."""
         return (
             ""
             if self.agrees
@@ -39,15 +39,15 @@ class ReportedError:
 
     @property
     def agrees(self) -> bool:
-        """Whether the two are as near as they are on another machine; NaN is that of an operator without input."""
+        """Return True if the errors are as near as on two machines. Operators without input have NaN."""
         both = isnan(self.error) and isnan(self.reported)
         return both or isclose(self.error, self.reported, rel_tol=SAME, abs_tol=NOTHING)
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
-    """The error of an operator, with its tokens' weights, beside that in its report.
+    """Measure the error of an operator, with its tokens' weights, and pair it with the reported error.
 
-    A report whose moments borrowed tokens has none of its own.
+    A report with borrowed tokens has no comparable error.
     """
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())

@@ -1,7 +1,4 @@
-"""The results of a comparison: one row for each variant, as JSON and as tables.
-
-The rows are few and of our own shape, so pandas and tabulate would save less than they cost every installation.
-"""
+"""The results of a comparison: a row for a variant, as JSON and as tables."""
 
 from collections.abc import Mapping, Sequence
 from math import exp
@@ -32,7 +29,7 @@ was held while the variant pruned, beyond what was held before."""
 def make_row(
     variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
 ) -> Row:
-    """The results of one variant."""
+    """Return the results of a variant."""
     operators = [o for record in records for o in record["operators"]]
     peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
     gaps = [o["gap"] for o in operators if o["gap"] is not None]
@@ -86,7 +83,7 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """The main columns of the table of a report, for a terminal; one line a variant."""
+    """Return the main columns for a terminal, a line for a variant."""
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
@@ -112,7 +109,7 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The report: table, what its columns are, plots, and the card by which to reproduce it."""
+    """Return the report: table, meaning of the columns, plots, and the command to reproduce."""
     header, lines = cells(result)
     shared = result["shared_seconds"]
     parts = [
@@ -129,7 +126,7 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 
 def name_cells(row: Mapping[str, Any]) -> list[str]:
-    """The cells under `NAMES`, which say what variant a `row` is."""
+    """Return the cells under `NAMES`, which identify the variant of a `row`."""
     target, pattern = f"{row['sparsity']:.1%}", row["pattern"]
     if pattern != "unstructured":
         target = f"{pattern} {target}" if parse_pattern(pattern).continuous else pattern

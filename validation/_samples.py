@@ -1,4 +1,4 @@
-"""A comparison on several samples of the calibration text, which says what of a difference is chance."""
+"""A comparison on several calibration samples, which shows the part of chance in a difference."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,25 +39,25 @@ def compare_samples(
     command: str = "",
     **settings: Any,
 ) -> dict[str, Any]:
-    """Compare on the calibration sample that each seed draws.
+    """Compare on the calibration samples of several seeds.
 
-    Each sample's comparison is in `output/seed-N`, as `compare` leaves it. Evaluation texts are the same for all.
+    The comparison of a sample is in `output/seed-N`, as `compare` leaves it. Evaluation texts are common.
 
     Args:
         model: see `compare`.
-        seeds: of the choice of calibration windows, at least two. The text should have many more windows than a sample
-            takes: samples that share their windows differ less than samples do.
-        output: the folder for the results; must be empty, unless `resume`.
-        resume: go on with interrupted samples; those that are done are kept.
-        plots: draw them, which needs matplotlib; None: if it is installed.
-        command: what to state as the way to reproduce the result.
+        seeds: seeds of the choice of calibration windows, at least two. The text should have many more windows than a
+            sample: samples with common windows differ too little.
+        output: folder for the results; must be empty, unless `resume`.
+        resume: go on with interrupted samples; finished samples are kept.
+        plots: draw plots, with seaborn; None means if seaborn is installed.
+        command: the command line to state in the report.
         settings: see `compare`.
 
     Returns:
-        What `samples.json` holds.
+        The content of `samples.json`.
 
     Raises:
-        ConvexpruneError: see `compare`; also for seeds that repeat, and samples that do not belong together.
+        ConvexpruneError: see `compare`; also for repeated seeds, and samples that do not belong together.
     """
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
@@ -84,7 +84,7 @@ def compare_samples(
 
 
 def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) -> None:
-    """Samples differ in their calibration windows only."""
+    """Check that samples differ in their calibration windows only."""
 
     def identity(of: Mapping[str, Any]) -> str:
         card = {k: v for k, v in of["card"].items() if k not in ("seed", "command", "machine", "hashes")}
@@ -100,7 +100,7 @@ def _check(first: Mapping[str, Any], result: Mapping[str, Any], folder: Path) ->
 
 
 def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
-    """Each variant over the samples; its ratios are to the first variant of its pattern and share."""
+    """Return a row for a variant over the samples, with ratios to the first variant of the same pattern and share."""
     targets = [(row["pattern"], row["asked_sparsity"]) for row in samples[0]]
     rows = []
     for number, target in enumerate(targets):
@@ -121,9 +121,10 @@ def _rows(samples: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, float] | None:
-    """Geometric means of a value and of its ratio to the first's, with the standard error of the ratio's logarithm.
+    """Return geometric means of a value and of its ratio to the first, with the standard error of the ratio's
+    logarithm.
 
-    None where one is not known, not finite (text in JSON) or not positive, as of what changes nothing.
+    None if a value is unknown, not finite (text in JSON) or not positive.
     """
     known = [[float("nan" if value is None else value) for value in pair] for pair in pairs]
     if not all(0 < value < inf for pair in known for value in pair):
@@ -151,20 +152,20 @@ def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The table for a terminal, one line a variant.
+    """Return the table for a terminal, a line for a variant.
 
     Args:
-        summary: of `compare_samples`.
+        summary: result of `compare_samples`.
     """
     title = f"{summary['card']['model']}: {len(summary['rows'])} variants on {len(summary['card']['seed'])} samples"
     return terminal_table(title, *cells(summary))
 
 
 def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The report: the table, what its columns are, plots, and the command that made it.
+    """Return the report: table, meaning of the columns, plots, and the command.
 
     Args:
-        summary: of `compare_samples`.
+        summary: result of `compare_samples`.
     """
     card = summary["card"]
     parts = [

@@ -1,8 +1,8 @@
-"""Methods side by side on the same tokens: decoder layers outermost, so that what methods share is computed once.
+"""Methods side by side on the same tokens: decoder layers outermost, so that common work is done once.
 
-Of each layer, one dense pass serves every variant, and one set of moments of the first stage all that have a dense
-prefix. Then each variant prunes the layer, sends its own evaluation text through it, and the dense weights are put
-back: no pruned model is ever kept, and one problem is in memory at a time.
+A dense pass of a layer serves every variant, and the moments of the first stage serve all variants with a dense prefix.
+Then a variant prunes the layer, sends its evaluation text through the layer, and the dense weights are restored: no
+pruned model is ever kept, and a single problem is in memory at a time.
 """
 
 import time
@@ -53,20 +53,20 @@ class Tokens:
 
     @property
     def streams(self) -> dict[str, Tensor]:
-        """All windows, by what they are for."""
+        """Return all windows by purpose."""
         streams = {"calibration": self.calibration, "held-out": self.held_out}
         streams |= {_stream(name): windows for name, windows in self.texts.items()}
         return {name: windows for name, windows in streams.items() if len(windows)}
 
     def batches(self, size: int) -> dict[str, list[Tensor]]:
-        """What goes through the network, batch by batch, by the name of its states on disk."""
+        """Return the batches that go through the network, by name of their states on disk."""
         validation_batches = list(self.held_out.split(size)) if len(self.held_out) else []
         fitted = {FITTED: [*self.calibration.split(size), *validation_batches]}
         return fitted | {_stream(name): list(windows.split(size)) for name, windows in self.texts.items()}
 
 
 class Comparison:
-    """A walk through decoder layers with the variants in each; what is recorded in `store` is not done again."""
+    """A walk through decoder layers with all variants in a layer. Work recorded in `store` is not repeated."""
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class Comparison:
 
     @property
     def units(self) -> int:
-        """How often `run` calls `on_layer`."""
+        """Number of calls of `on_layer` in `run`."""
         return len(self._model.layers) * len(self._networks)
 
     @torch.no_grad()
     def run(self, on_layer: Callable[[str], None]) -> None:
-        """Prune every decoder layer by every variant; `on_layer` is called with the name of each."""
+        """Prune every decoder layer by every variant; `on_layer` takes the name of a finished layer."""
         if self._store.recorded(DENSE, 0) is None:
             for stream, batches in self._batches.items():
                 self._store.write_states(DENSE, 0, stream, map(self._model.first_inputs, batches))
@@ -109,11 +109,11 @@ class Comparison:
         LayerWalk(self._model, windows, MemoryStore(pending), streams=()).run(step)
 
     def _todo(self, number: int) -> list[str]:
-        """The networks of which the layer is not recorded yet."""
+        """Return the networks without a record of the layer."""
         return [name for name in self._networks if self._store.recorded(name, number + 1) is None]
 
     def _let_go(self, number: int, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
-        """Drop what entered a layer that is recorded of all networks; of those not `todo` it was before."""
+        """Drop the inputs of a layer once all networks have a record."""
         for name in self._networks:
             self._store.drop_states(name, number)
             if name not in todo:
@@ -121,7 +121,7 @@ class Comparison:
 
     @torch.no_grad()
     def likelihoods(self) -> dict[str, dict[str, Likelihood]]:
-        """For each text, of the dense model and of each variant; to be asked once `run` is through."""
+        """Return likelihoods by text and network, after `run`."""
         last, found = len(self._model.layers), {}
         for name in self._tokens.texts:
             states = {network: self._store.states(network, last, _stream(name)) for network in self._networks}
@@ -129,11 +129,11 @@ class Comparison:
         return found
 
     def records(self, network: str) -> list[dict[str, Any]]:
-        """What was recorded of a network, decoder layer by decoder layer."""
+        """Return the records of a network, by decoder layer."""
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
     def _layer(self, context: LayerContext, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
-        """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
+        """Do all work on a decoder layer. The dense pass serves every network."""
         number, layer, calls, began = context.number, context.layer, context.calls, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
         observed = observe(layer, calls, hidden, error_targets={each.error_target for each in self._variants.values()})
@@ -165,7 +165,7 @@ class Comparison:
     def _prune(
         self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, CalibrationStatistics]
     ) -> tuple[dict[str, Any], dict[CachedSubmodule, Recorded]]:
-        """Prune one layer by one variant; what came of it, and what is known for later passes of what was fitted."""
+        """Prune a layer by a variant; return the record, and cached submodules for later passes."""
         number, layer, settings = context.number, context.layer, self._variants[name]
         dense = self._states(DENSE, number, FITTED)
         pruned = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
@@ -204,28 +204,28 @@ class Comparison:
         return float(torch.cat(ratios).median()) if ratios else None
 
     def _states(self, name: str, number: int, stream: str) -> Sequence[Tensor]:
-        """What enters a decoder layer; before the first, nothing is pruned yet."""
+        """Return the inputs of a decoder layer; before the first layer nothing is pruned."""
         return self._store.states(name if number else DENSE, number, stream)
 
     def _through(
         self, context: LayerContext, name: str, stream: str, known: Mapping[CachedSubmodule, Recorded] | None = None
     ) -> Iterator[Tensor]:
-        """What the layer, as it is by now, makes of a stream."""
+        """Send a stream through the layer in its current state."""
         states = self._states(name, context.number, stream)
         return through(context.layer, context.calls, states, known)
 
     def _advanced(self, name: str) -> list[str]:
-        """The streams that a variant has states of its own for."""
+        """Return the streams for which a variant has separate states."""
         return [s for s in self._batches if s != FITTED or self._variants[name].prefix == "pruned"]
 
 
 @dataclass
 class Watched(AbstractPruner):
-    """A pruner whose seconds are taken, and whose matrix products are counted.
+    """A pruner with a clock and a counter of matrix products.
 
     Args:
-        seconds: that it took so far.
-        surplus: products of single operators, in those of whole stacks.
+        seconds: time so far.
+        surplus: products of single operators, in units of whole stacks.
     """
 
     pruner: AbstractPruner
@@ -244,9 +244,9 @@ class Watched(AbstractPruner):
         return pruned
 
     def products(self, layer: DecoderLayer, reports: Iterable[OperatorReport]) -> float:
-        """Products [m n] x [n n] of whole stacks, mean over the layer's groups.
+        """Return products [m n] x [n n] of whole stacks, as a mean over the layer's groups.
 
-        Each report of a group counts the group's products; a product of one operator of a stack is a part of one.
+        Reports of a group repeat the group's products. A product of a single operator is a fraction of a stack's.
         """
         leaders = {f"{layer.name}.{group.operators[0].name}" for group in layer.groups}
         return (sum(r.products for r in reports if r.name in leaders) - self.surplus) / max(1, len(leaders))
@@ -254,7 +254,7 @@ class Watched(AbstractPruner):
 
 @contextmanager
 def _put_back(layer: DecoderLayer) -> Iterator[None]:
-    """The weights of the layer are afterwards what they were."""
+    """Restore the weights of the layer at the end."""
     before = {operator: operator.read().clone() for operator in layer.operators}
     try:
         yield

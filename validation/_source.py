@@ -1,4 +1,4 @@
-"""The input of `verify`: a fresh model, or the folder of a finished run, of which nothing is believed."""
+"""The input of `verify`: a fresh model, or the folder of a finished run, without trust in the folder."""
 
 import json
 import os
@@ -33,12 +33,12 @@ MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The models and the data set that `verify` works on.
+    """The models and the data set of `verify`.
 
     Args:
-        recipe: of the run, or of a pruning to be tried.
-        dataset: as the recipe names it, or where it is now.
-        pruned: the model that a run has pruned.
+        recipe: recipe of the run, or of a pruning to try.
+        dataset: as in the recipe, or at its new place.
+        pruned: the pruned model of a run.
     """
 
     recipe: Recipe
@@ -48,11 +48,12 @@ class Source:
     report: Report | None = None
 
     def tokens(self) -> tuple[Tensor, bool]:
-        """The windows to verify on.
+        """Return the windows to verify on.
 
         Returns:
-            Token ids [windows window], and whether they are those of the run. They are not where the model writes
-            another text here than it wrote for the run.
+            Token ids [windows window], and True if the run had the same windows. They differ if the model writes
+                another text
+            here than for the run.
         """
         tokens = recipe_windows(self.dataset, self.dense, self.recipe)[0]
         if self.report is None:
@@ -112,7 +113,7 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
 def _widened(
     dense: HuggingFaceModel, other: HuggingFaceModel, narrower: HuggingFaceModel, pattern: Constraint, folder: Path
 ) -> HuggingFaceModel:
-    """The `other` dense model with the weights of a smaller one; of both only what adapts to the removal is judged."""
+    """Return the `other` dense model with the weights of a narrower model. Only the repair of the removal is judged."""
     note = folder / REMOVED[pattern.removes or ""]
     removal = find_removal(dense, pattern)
     try:
@@ -130,7 +131,7 @@ def _load(source: str | Path, recipe: Recipe, device: str) -> HuggingFaceModel:
 
 
 def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
-    """Where the model or the data set of a run is: where it was, or where it is if it was moved with the folder."""
+    """Return the place of a run's model or data set: the recorded place, or the place beside a moved folder."""
     text: str = getattr(recipe, name)
     if text.endswith(GIVEN):
         raise RecipeError(f"The {name} of this run was a {text}. Name one that is the same: {name}=... (--{name}).")
@@ -145,7 +146,7 @@ def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
 
 
 def _require_same_model(dense: HuggingFaceModel, source: str | Path, report: Report) -> None:
-    """See that the model is the one that was pruned: by its files if it was streamed, else by its tensors."""
+    """Check that the model is the pruned model's origin: by files if streamed, else by tensors."""
     then = report.identity.get("weights")
     if not isinstance(then, dict):
         raise OutputError("The report of the run does not say which model it pruned.")

@@ -1,4 +1,4 @@
-"""The working folder of a comparison: what lets it hold one problem in memory, and go on where it stopped."""
+"""The working folder of a comparison: hidden states and records, so that a comparison can go on after a stop."""
 
 import shutil
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from convexprune.errors import OutputError
 
 
 class Store:
-    """For each network (the dense one, each variant) hidden states and records.
+    """Hidden states and records by network (the dense network and every variant).
 
-    Files appear whole. Hidden states before decoder layer k are kept until everything that reads them is recorded.
+    Files appear whole. Hidden states before decoder layer k are kept until all readers have a record.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Store:
         recorded.keep(path)
 
     def states(self, network: str, layer: int, stream: str) -> Batches:
-        """The hidden states of `write_states`, read from the file as they are used."""
+        """Return the hidden states of `write_states`, read from the file on use."""
         path = self._states(network, layer, stream)
         if (found := Batches.kept(path, self._device)) is None:
             raise OutputError(f"{path} is missing or damaged. Remove {self._folder}, and begin the comparison again.")
@@ -56,11 +56,7 @@ class Store:
         write_json(self._record(network, layer), facts)
 
     def recorded(self, network: str, layer: int) -> Any:
-        """What `record` wrote.
-
-        Returns:
-            The facts; None if there are none.
-        """
+        """Return the facts of `record`; None without a record."""
         return read_json(self._record(network, layer))
 
     def _states(self, network: str, layer: int, stream: str) -> Path:

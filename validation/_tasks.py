@@ -17,11 +17,11 @@ from convexprune.errors import DependencyError, ModelError, RecipeError, install
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task.
+    """A metric of a task.
 
     Args:
         error: the standard error; None if the metric has none.
-        dense: the value of the dense model, if there is one.
+        dense: the value of the dense model, or None.
     """
 
     task: str
@@ -33,11 +33,11 @@ class TaskScore:
     dense_error: float | None = None
 
     def beside(self, dense: "TaskScore") -> "TaskScore":
-        """The same with the score of the `dense` model."""
+        """Return the score with the score of the `dense` model."""
         return replace(self, dense=dense.value, dense_error=dense.error)
 
     def shown(self, both: bool) -> list[str]:
-        """The values for a table: of the model, and, of `both`, of the dense one."""
+        """Return the values for a table: the model's, and with `both` the dense model's."""
         return [_with_error(self.value, self.error), *([_with_error(self.dense, self.dense_error)] if both else [])]
 
 
@@ -79,7 +79,7 @@ def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, .
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
-    """What knows the tasks: those of the folder alone if they are all that is asked for, because it is quicker."""
+    """Return the task manager: of the folder alone if only folder tasks are requested, because that is quicker."""
     make = import_module("lm_eval.tasks").TaskManager
     if folder is None:
         return make()
@@ -89,7 +89,7 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def _scores(task: str, metrics: dict[str, Any], count: dict[str, int] | None) -> list[TaskScore]:
-    """The numbers of a task, which stand as "acc,none" beside "acc_stderr,none"."""
+    """Return the numbers of a task, stored as "acc,none" beside "acc_stderr,none"."""
     scores = []
     for key, value in metrics.items():
         metric, _, how = key.partition(",")

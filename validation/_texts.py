@@ -1,4 +1,4 @@
-"""Texts to evaluate on: files, and texts of another kind that every installation carries."""
+"""Texts to evaluate on: files, and texts of a different kind that every installation has."""
 
 import ast
 import sysconfig
@@ -26,9 +26,10 @@ def text_of(source: str) -> str:
 
 @cache
 def python_docs() -> str:
-    """The docstrings of Python's standard library, module by module in the order of their paths.
+    """Return the docstrings of Python's standard library, by module in the order of paths.
 
-    The words of programmers: they change with the version of Python, so a report states it beside the text's hash.
+    The words of programmers. They change with the version of Python, so a report states the version and the text's
+    hash.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -38,9 +39,9 @@ def python_docs() -> str:
 
 @cache
 def licences() -> str:
-    """The licences of the installed packages in the order of their names, each paragraph once.
+    """Return the licences of the installed packages in the order of names, without repeated paragraphs.
 
-    The words of lawyers: they change with what is installed, so a report states the text's hash.
+    The words of lawyers. They change with the installed packages, so a report states the text's hash.
     """
     paragraphs: dict[str, None] = {}
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"].lower()):

@@ -1,4 +1,4 @@
-"""Runs that are timed in turns, so that all meet the same noise, and what their rounds come to."""
+"""Time functions in turns, so that all meet the same noise, and summarise the rounds."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,15 +15,15 @@ LATE = 3  # times the seconds: then one round is enough
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one thing in one format: the median of the rounds.
+    """The time of a format: the median of the rounds.
 
     Args:
         what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
         milliseconds: the median.
-        over_dense: this time over that of the dense format in the same round, the median.
-        nbytes: that have to be read.
-        rounds: that were timed; of one or two the quartiles say little.
-        tokens_per_second: of the whole model; None for a single weight.
+        over_dense: the median of time over the dense format's time in the same round.
+        nbytes: bytes to read.
+        rounds: number of rounds; of two rounds or less the quartiles say little.
+        tokens_per_second: speed of the whole model; None for a single weight.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Timing:
 
     @property
     def verdict(self) -> str:
-        """How much slower or faster it is than dense, if the noise lets one see."""
+        """Return the speed relative to dense, if the noise allows a statement."""
         lower, upper = self.middle_half
         if lower <= 1 <= upper:
             return f"batch {self.batch} as fast, as far as the noise lets one see"
@@ -47,7 +47,7 @@ class Timing:
 
 
 def once(made: object) -> int:
-    """That a run did once what is timed, whatever it made."""
+    """Return 1: a run does the timed work once, whatever its result."""
     return 1
 
 
@@ -58,16 +58,17 @@ def time_in_turns(
     often: Callable[[Any], int] = once,
     least: int = LEAST,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, round by round.
+    """Return seconds of every run, by round.
 
-    The first round prepares. It counts only if it takes all the seconds: what it prepares is little beside them.
+    The first round prepares. It counts only if it takes all the seconds: preparation is little beside so long a round.
 
     Args:
-        seconds: after which no further round begins, if enough count; three times that, if one does.
-        often: how often a run did what is timed, by what it returned.
+        seconds: no further round begins after so many seconds if enough rounds count; after three times as many with a
+            single round.
+        often: number of repeats of the timed work in a run, by the run's result.
 
     Returns:
-        The seconds of once by format, one of each round.
+        Seconds of a single repeat by format, an entry for a round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
@@ -95,11 +96,11 @@ def timing(
     what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, nbytes: int,
     tokens: int | None = None,
 ) -> Timing:  # fmt: skip
-    """What the rounds come to.
+    """Summarise the rounds' times by median and quartiles.
 
     Args:
         nbytes: see `Timing`.
-        tokens: that are made at once; None if none are.
+        tokens: tokens per run; None without tokens.
     """
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
     lower, middle, upper = quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
@@ -109,7 +110,7 @@ def timing(
 
 
 def merged(timings: Iterable[Timing]) -> list[Timing]:
-    """One timing of each thing, batch and format: of several, as the dense model has, the one in the middle."""
+    """Return a timing for a shape, batch and format: of several, as for the dense format, the middle one."""
     by_key: dict[tuple[str, int, str], list[Timing]] = {}
     for t in timings:
         by_key.setdefault((t.what, t.batch, t.format), []).append(t)

@@ -1,4 +1,4 @@
-"""How the variants of a comparison prune the layers of a model: what is removed, and how zeros or bits are spread."""
+"""Layer settings of a comparison's variants: removals, and allocations of zeros or bits."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from ._variants import Variant
 
 
 def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers; where something is removed, only operators that read it are pruned."""
+    """Return layer settings by variant. After a removal only operators that read the removed parts are pruned."""
     settings = _narrowed(model, variants)
     _check(model, settings.values())
     return settings
@@ -43,7 +43,7 @@ def allocated(
     given_settings: Mapping[str, LayerSettings],
     batch_size: int,
 ) -> dict[str, LayerSettings]:
-    """How each variant prunes the layers: its zeros, or bits, spread over them by its allocation."""
+    """Return layer settings by variant, with zeros or bits spread by the variant's allocation."""
     asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
     weightings = {v.name: TokenWeighting.parse(v.recipe().token_weights) for v in variants}

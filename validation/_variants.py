@@ -1,4 +1,4 @@
-"""What is compared: every method, sparsity, pattern and convention by name, and what the names stand for."""
+"""The variants of a comparison: method, sparsity, pattern and convention, by name."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -55,7 +55,7 @@ QUOTAS = ("matrix", "own", "row")
 
 @dataclass(frozen=True)
 class Variant:
-    """One method at one pattern under one convention.
+    """A method with a pattern under a convention.
 
     Args:
         quota: of an unstructured pattern: "matrix" or "row".
@@ -70,13 +70,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Of the variant among others, and of its folder."""
+        """Name of the variant in tables, and of its folder."""
         spread = "" if self.allocation == "uniform" else f" {self.allocation}"
         return f"{self.method} {self.target} {self.convention}{spread}{' by row' if self.quota == 'row' else ''}"
 
     @property
     def target(self) -> str:
-        """The pattern as one reads it."""
+        """The pattern for readers."""
         if self.sparsity is None:
             return self.pattern
         return f"{self.sparsity:g}" if self.pattern == "unstructured" else f"{self.pattern} {self.sparsity:g}"
@@ -87,7 +87,7 @@ class Variant:
         return parse_pattern(self.pattern, self.sparsity).sparsity
 
     def recipe(self) -> Recipe:
-        """The recipe whose method, pattern and convention these are."""
+        """Return the recipe of the method, pattern and convention."""
         prefix, correction, target = CONVENTIONS[self.convention]
         return make_recipe(
             model="",
@@ -102,7 +102,7 @@ class Variant:
         )
 
     def layer_settings(self) -> LayerSettings:
-        """How every layer is pruned."""
+        """Return the settings of a layer."""
         return self.recipe().layer_settings()
 
 
@@ -117,15 +117,14 @@ def make_variants(
     quota: str = "own",
     allocations: Sequence[str] = ("own",),
 ) -> list[Variant]:
-    """Every method x pattern x sparsity x convention, each once; an N:M pattern fixes its sparsity.
+    """Return every method x pattern x sparsity x convention once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
-    (`QUANTIZED`), and may be followed by settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". The convention "own"
-    is the one that each method's paper has.
-    Allocations are the rules of `_layerwise.allocation`, or "own", what the recipe takes if none is given. The
-    quota "own" of an unstructured pattern is of each row for Wanda, as published (unless rows are to compete), and of
-    the whole matrix for all others. A method may name its own convention, allocation and quota in place of those for
-    all: "fista:convention=pruned-layer:allocation=half-curve".
+    (`QUANTIZED`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". The convention "own" is the
+    convention of the method's paper. Allocations are the rules of `_layerwise.allocation`, or "own", the recipe's
+    default. The quota "own" of an unstructured pattern is by row for Wanda, as published (unless rows compete), and by
+    matrix for all other methods. A method may name its convention, allocation and quota:
+    "fista:convention=pruned-layer:allocation=half-curve".
     """
     for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
         twice = [value for i, value in enumerate(values) if value in values[:i]]
@@ -154,7 +153,7 @@ def make_variants(
 def _variant(
     method: str, pattern: str, sparsity: float | None, convention: str, quota: str, allocation: str
 ) -> Variant:
-    """The variant where "own" stands for what the method has."""
+    """Return the variant, with "own" replaced by the method's convention, allocation and quota."""
     if quota not in QUOTAS:
         raise RecipeError(unknown("quota", quota, QUOTAS))
     if pattern != "unstructured":
@@ -188,7 +187,7 @@ def _method(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A setting's value as YAML has it, and numbers without a point (1e-6), which YAML takes for text."""
+    """Parse a setting as YAML, and numbers without a point (1e-6), which YAML takes for text."""
     with suppress(ValueError):
         return float(text) if "e" in text.lower() else int(text)
     try:
@@ -198,7 +197,7 @@ def _value(text: str) -> Any:
 
 
 def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
-    """A method's text without the convention, the allocation and the quota that it may name, and these."""
+    """Split a method's text from the convention, the allocation and the quota that it names."""
     pairs = [(part, *part.partition("=")) for part in text.split(":")]
     own = {key: [value] for _, key, _, value in pairs if key in ("convention", "allocation", "quota")}
     return ":".join(part for part, key, *_ in pairs if key not in own), own

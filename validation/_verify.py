@@ -40,19 +40,19 @@ WIDE = 1024  # above, a split for every row costs too much: rows share one
 
 @dataclass(frozen=True)
 class BoundReport:
-    """What was achieved on a sample of an operator's rows, and the bound on every pruning of them.
+    """The error on a sample of an operator's rows, and a lower bound on the error of every pruning.
 
     Args:
-        operator: its name.
-        rows: how many.
-        damping: the strength that the pruner added.
-        error: mean |V x* - target|^2 plus this damping: what the pruner was to minimise.
+        operator: name of the operator.
+        rows: number of rows.
+        damping: the strength of the pruner's damping.
+        error: mean |V x* - target|^2 plus the damping: the pruner's objective.
         lower: the bound on `error`.
         ratio: lower / error.
-        plain_error: without damping, on the calibration tokens alone.
+        plain_error: error without damping, on the calibration tokens alone.
         plain_lower: the bound on `plain_error`.
         plain_ratio: plain_lower / plain_error.
-        seconds: of both bounds.
+        seconds: time of both bounds.
     """
 
     operator: str
@@ -69,19 +69,19 @@ class BoundReport:
 
 @dataclass
 class Verification:
-    """Everything that was compared; `faults` says in words what missed its tolerance.
+    """All comparisons; `faults` names the missed tolerances.
 
     Args:
-        source: what was verified.
-        settings: of its recipe.
-        tolerance: the largest relative difference of objectives that passes.
-        gap: the largest relative duality gap that passes.
+        source: the verified model or run.
+        settings: settings of the recipe.
+        tolerance: the largest accepted relative difference of objectives.
+        gap: the largest accepted relative duality gap.
         comparisons: the solves.
         bounds: the bounds.
-        miscounted: of a run, the operators whose zeros are not those of the report.
-        errors: of a run, the report's errors beside those measured here.
-        note: why there are none.
-        seconds: in all.
+        miscounted: operators of a run with other zeros than reported.
+        errors: reported errors of a run beside measured errors.
+        note: reason for missing errors.
+        seconds: total time.
     """
 
     source: str
@@ -97,7 +97,7 @@ class Verification:
 
     @property
     def faults(self) -> list[str]:
-        """What missed a tolerance; empty if all is well."""
+        """Missed tolerances; empty if all is well."""
         found = [
             f"{c.operator} [{c.penalty}] {text}"
             for c in self.comparisons
@@ -113,7 +113,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every tolerance was met."""
+        """True if every tolerance was met."""
         return not self.faults
 
     @property
@@ -123,17 +123,17 @@ class Verification:
 
     @property
     def median_plain_ratio(self) -> float:
-        """The same without damping."""
+        """Median ratio of bound and error without damping."""
         return _median(b.plain_ratio for b in self.bounds)
 
     def to_json(self) -> str:
-        """All of it as JSON; numbers that are not finite are written as text."""
+        """Return the verification as JSON. Numbers that are not finite become text."""
         whole = asdict(self) | {"faults": self.faults, "passed": self.passed, "median_ratio": self.median_ratio}
         whole["median_plain_ratio"] = self.median_plain_ratio
         return json.dumps(json.loads(json.dumps(whole), parse_constant=str), indent=2, allow_nan=False)
 
     def tables(self) -> list[Table]:
-        """One line for each solve, and one for each bound and error, if there are any."""
+        """Return tables: a line for a solve, and a line for a bound or an error."""
         solves = Table(title="The same problem, several solvers", box=SIMPLE_HEAD)
         solves.add_column("operator", no_wrap=True)
         solves.add_column("problem", no_wrap=True)
@@ -167,27 +167,25 @@ def verify(
 ) -> Verification:
     """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
 
-    Settings of the recipe are those of a fresh model, whose allocation is "uniform": to judge another, prune, and
-    verify the folder of the run. Of a run, only `model` and `dataset` may be given: where they are now, if they are not
-    where they were.
+    Settings are those of a fresh model with the allocation "uniform": to judge a different allocation, prune, and
+    verify the folder of the run. For a run only `model` and `dataset` may be given: their new places.
 
     Args:
-        source: a model (folder or hub name), which is pruned in memory as the settings say; or the folder of a finished
-            run, whose recipe names the dense model, the tokens and the pattern, and whose weights are the ones judged:
-            its files by the checksums in its report, and its zeros and errors by what the report says of them. None:
-            the bundled model.
-        on_operator: called with each operator's name as it is done.
+        source: a model (folder or hub name), pruned in memory by the settings; or the folder of a finished run, whose
+            recipe names the dense model, the tokens and the pattern. The run's files are checked by the checksums in
+            the report, its zeros and errors by the report's entries. None: the bundled model.
+        on_operator: takes the name of a finished operator.
         settings: by name:
         {settings}
 
     Returns:
-        What was compared, and what missed its tolerance.
+        All comparisons, and the missed tolerances.
 
     Raises:
         OutputError: a file of the run is missing or damaged, or the run is not finished.
-        RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run,
-            which has its own; or its model or data set is not where it was.
-        ModelError, CalibrationError: the model or the data set is not that of the run.
+        RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run; or
+            its model or data set is not at the recorded place.
+        ModelError, CalibrationError: the model or the data set is not the run's.
     """
     began = time.perf_counter()
     asked, settings = VERIFY.read(settings)
@@ -222,15 +220,15 @@ def verify(
 
 
 def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
-    """Those of the recipe, with the patterns that the reports of a run say were asked for."""
+    """Return the recipe's layer settings with the patterns of the run's reports."""
     return recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
-    """The bounds for rows of an operator, with its pruner's damping and without.
+    """Bound rows of an operator from below, with the pruner's damping and without.
 
     Args:
-        rows: how many, drawn at random; more are drawn for whole columns (`rows_to_bound`). None is all.
+        rows: number of rows, drawn at random; more for whole columns (`rows_to_bound`). None means all rows.
     """
     began = time.perf_counter()
     pattern = operator.pattern

@@ -1,4 +1,4 @@
-"""The command line, thin over the Python functions of the same names: one file for each command."""
+"""The command line: a file for a command, thin over the Python function of the same name."""
 
 import sys
 import warnings
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def main() -> None:
-    """Run the command line; an error that is the user's to mend is one message and exit status 2."""
+    """Run the command line. An error that the user can mend becomes a message and exit status 2."""
     warnings.simplefilter("default")
     warnings.formatwarning = _line
     listen()
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    """A warning without the place in the code, which is no user's of a command line."""
+    """Return a warning without its place in the code, which means nothing to a user of commands."""
     return f"{category.__name__}: {message}\n"
 
 

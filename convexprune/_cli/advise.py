@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(ADVISE))
 @with_settings(ADVISE, "model")
 def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Which ways to a smaller or faster model reach a target. Says what they cost where they were measured, and how."""
+    """Say which ways to a smaller or faster model reach a target. Shows measured costs, and the commands."""
     with stoppable(), following(quiet=quiet):
         from convexprune.validation._advice import advise as advised
 

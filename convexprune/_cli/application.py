@@ -1,4 +1,4 @@
-"""The application that the commands belong to, and the console that they write to."""
+"""The application of all commands, and the console."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ from typer.core import TyperCommand
 
 
 def dashed(name: str) -> str:
-    """The `name` of an option or a command, whose words may be joined by underscores."""
+    """Return the `name` of an option or a command with dashes in place of underscores."""
     return name.replace("_", "-")
 
 
 class Command(TyperCommand):
-    """A command whose help has its options by groups, the text beside them as wide as the terminal lets it be."""
+    """A command with options in groups, and help texts as wide as the terminal."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the groups: arguments, the options that come first, then the others in their order."""
+        """Write the groups: arguments, important options, then all options in their order."""
         groups: dict[str, list[str]] = defaultdict(list, Arguments=[], Options=[])
         for each in self.get_params(ctx):
             if record := each.get_help_record(ctx):
@@ -37,14 +37,14 @@ BESIDE = 26  # characters that names of options have to the left of their text
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """The lines of an option: its name, which has a line of its own if it is long, and its text."""
+    """Return the lines of an option. A long name takes a line alone."""
     head, margin = f"  {name}", " " * BESIDE
     lines = wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
     return [head + lines[0][len(head) :], *lines[1:]] if len(head) < BESIDE - 1 and lines else [head, *lines]
 
 
 class _Application(typer.Typer):
-    """Commands are added as typer adds them, and are of the class above."""
+    """An application whose commands are of the class above."""
 
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, **{"cls": Command, **settings})
@@ -77,13 +77,13 @@ def _main(
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object; numbers that are not finite are text, since JSON has none."""
+    """Print a JSON object. Numbers that are not finite become text."""
     from convexprune.report import finite
 
     print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def show(table: Table) -> None:
-    """Print a table as wide as it is: where the terminal is narrower its lines wrap, and no number is cut."""
+    """Print a table at full width. In a narrow terminal lines wrap, and no number is cut."""
     table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.print(table, crop=False)

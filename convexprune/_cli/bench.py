@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(BENCH))
 @with_settings(BENCH, "model")
 def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """How fast a model is on this machine: dense, 8 and 4 bits, sparse. Times its largest layers and generation."""
+    """Time a model on this machine: dense, 8 and 4 bits, sparse. Covers the largest layers and generation."""
     with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar
 

@@ -21,9 +21,9 @@ MARKS = {True: "passed", False: "FAILED", None: ""}
 @app.command(context_settings=also_called(DOCTOR))
 @with_settings(DOCTOR)
 def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Whether this machine computes right, and how fast. Every method, kernels, masks, copies, and a small run.
+    """Check the answers and the speed of this machine. Covers methods, kernels, masks, copies, and a small run.
 
-    Takes about two minutes on a GPU. Ends with exit status 1 if a check fails.
+    Takes about two minutes on a GPU. Ends with exit status 1 after a failed check.
     """
     with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar

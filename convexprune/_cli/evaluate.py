@@ -14,7 +14,7 @@ from convexprune._schema.functions import EVALUATE
 def evaluate(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Measure a model: perplexity, KL to the dense model, tasks.
 
-    Perplexity is by the common convention and the model's own; tasks are of lm-eval.
+    Perplexity is by the common convention and by the model's window. Tasks are of lm-eval.
     """
     with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(INSPECT))
 @with_settings(INSPECT, "model")
 def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """What pruning a model would do and need, from its config alone. Operators, memory, an estimate of the time.
+    """Predict the work of pruning a model, from its config alone. Shows operators, memory, an estimate of the time.
 
     Ends with exit status 1 if the device memory is not enough.
     """
@@ -30,7 +30,7 @@ def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
 
 
 def show_inspection(found: "Inspection", as_json: bool) -> None:
-    """Print what was found; exit status 1 if it does not fit."""
+    """Print an inspection. Exit status 1 if the memory is not enough."""
     if as_json:
         print(found.to_json())
     else:

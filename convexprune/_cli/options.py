@@ -1,4 +1,4 @@
-"""The options of a command, made from the settings of its door: names, types, defaults and help."""
+"""The options of a command, made from settings: names, types, defaults and help."""
 
 import inspect
 from collections.abc import Callable
@@ -30,10 +30,10 @@ READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: st
 def with_settings(
     door: Door[Any], argument: str | None = None, **defaults: Any
 ) -> Callable[[Any], Callable[..., None]]:
-    """Give a command an option for each setting of a door, in place of its parameter `settings`.
+    """Replace a command's parameter `settings` by an option for every setting of a door.
 
-    It gets those that the user gave, and the `defaults` of the command line for others. `argument` names the setting
-    that has no option, but comes first.
+    The command gets the settings that the user gave, and the `defaults` of the command line. The setting `argument` has
+    no option: its value comes first on the line.
     """
 
     def decorate(command: Command) -> Command:
@@ -60,7 +60,7 @@ def with_settings(
 
 
 def also_called(door: Door[Any]) -> dict[str, Any]:
-    """What a command has to know to take the options of a door by all of their names, with underscores or dashes."""
+    """Return the entries that a command needs to accept all names of a door's options, with underscores or dashes."""
     names = {option[2:]: dashed(name) for name in door.fields for option in _long(door, name)}
     return {"token_normalize_func": lambda word: names.get(dashed(word), dashed(word))}
 
@@ -93,12 +93,12 @@ def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> insp
 
 
 def _long(door: Door[Any], name: str) -> list[str]:
-    """The long options that a setting has beside its own, which the help tells in words."""
+    """Return the further long options of a setting."""
     return [option for option in door.options_of(name) if option.startswith("--")]
 
 
 def _named_argument(name: str) -> inspect.Parameter:
-    """The argument that comes first may also be named, as other tools have it."""
+    """Return an option with the name of the leading argument, as in other tools."""
     return _parameter(f"{name}_", str | None, typer.Option(f"--{name}", hidden=True))
 
 
@@ -107,13 +107,13 @@ def _old(name: str) -> inspect.Parameter:
 
 
 def _parameter(name: str, kind: Any, place: Any, required: bool = False) -> inspect.Parameter:
-    """What typer makes an option of; None says that the user did not give it."""
+    """Return the parameter of an option for typer; None means that the user gave no value."""
     default = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, place])
 
 
 def _kind(info: FieldInfo) -> Any:
-    """As what a setting is read from the command line; its own check makes of it what it has to be."""
+    """Return the type that the command line reads. The setting's check converts further."""
     kind = info.annotation
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not NoneType)

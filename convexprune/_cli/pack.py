@@ -19,7 +19,7 @@ def pack(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a pruned model smaller to store and to download; lossless. Its memory and speed stay what they are."""
+    """Make a pruned model smaller to store and to download, without loss. Memory and speed in use stay the same."""
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=also_called(PERMUTE))
 @with_settings(PERMUTE, "model", output_dir=Path("permuted"))
 def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Order the channels of a dense model such that N:M costs less. The model computes the same as before."""
+    """Order the channels of a dense model so that N:M costs less. The model computes the same as before."""
     with stoppable(), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 

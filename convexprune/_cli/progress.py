@@ -1,4 +1,4 @@
-"""What a command does now, on stderr: a bar on a terminal; elsewhere plain lines, one for each phase and layer."""
+"""Progress on stderr: a bar on a terminal; plain lines elsewhere, a line for a phase or a layer."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ QUIET = 60.0  # seconds after which a line says that a long phase goes on
 
 @contextmanager
 def following(console: Console | None = None, quiet: bool = False) -> Iterator["Bar | Lines"]:
-    """Inside, every phase that begins is shown; the first one is that Python starts. If quiet, no warning either."""
+    """Show every phase that begins, first the start of Python. A quiet command shows no warnings either."""
     if quiet:
         with _without_warnings():
             yield Lines(Console(quiet=True))
@@ -54,7 +54,7 @@ def following(console: Console | None = None, quiet: bool = False) -> Iterator["
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Inside, neither warnings nor the bars of other packages are shown; an error that ends a command is, outside."""
+    """Hide warnings and the bars of packages. Errors that end a command still appear."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -80,7 +80,7 @@ def _columns() -> Sequence[ProgressColumn]:
 
 
 class Bar:
-    """A bar for the phase that is on, which says what its last step was."""
+    """A progress bar for the current phase, with the result of the last step."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -101,7 +101,7 @@ class Bar:
             self._progress.update(each, visible=each == task)
 
     def operators(self, total: int) -> "OnOperator":
-        """Begin to prune so many operators; returns what is called with the report of each."""
+        """Begin to prune `total` operators; the returned function takes the report of every operator."""
         step = self("pruning", total)
         return lambda report: step(f"{report.name}  error {report.relative_error:.1e}")
 
@@ -127,7 +127,7 @@ class Lines:
         return step
 
     def operators(self, total: int) -> "OnOperator":
-        """Begin to prune so many operators; returns what is called with the report of each."""
+        """Begin to prune `total` operators; the returned function takes the report of every operator."""
         began, done, layer = time.monotonic(), 0, list["OperatorReport"]()
         self._say(f"pruning: {total} operators")
 

@@ -19,9 +19,9 @@ def from_llmcompressor(
         Path | None, typer.Option("--output", "-o", help="File for our recipe. Left out: it is printed.")
     ] = None,
 ) -> None:
-    """Translate a recipe of llm-compressor; what ours cannot say is refused by name.
+    """Translate a recipe of llm-compressor. Entries without an equivalent are refused by name.
 
-    Prune by it: convexprune prune MODEL --recipe FILE.
+    Prune by the result: convexprune prune MODEL --recipe FILE.
     """
     if output is not None and output.exists():
         raise OutputError(f"{output} is there already. Give another file.")

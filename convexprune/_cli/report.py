@@ -19,7 +19,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the page of a run. Errors, zeros, certificates and what to do next, as one HTML file without a network."""
+    """Write the page of a run. Errors, zeros, certificates and next steps, as a single HTML file without a network."""
     with stoppable():
         from convexprune._rendering.page import write_page
         from convexprune._runs.folder import PAGE, RunFolder

@@ -1,4 +1,4 @@
-"""How a command ends when it is stopped: by Ctrl-C, or by a signal that asks it to end."""
+"""The end of a stopped command: by Ctrl-C, or by a signal."""
 
 import shlex
 import signal
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """Have SIGTERM and SIGHUP end a command as Ctrl-C does, unless they are ignored, as under nohup."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless ignored, as under nohup."""
     for name in ("SIGTERM", "SIGHUP"):  # the second is not on Windows
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -39,7 +39,7 @@ def status(stop: KeyboardInterrupt) -> int:
 
 @contextmanager
 def stoppable(folder: Path | None = None, marker: str = "run.json") -> Iterator[None]:
-    """Inside, whoever stops the command is told how to go on: with what is in `folder`, if a file says it was begun."""
+    """Tell whoever stops the command how to resume in `folder`, once the file `marker` exists."""
     try:
         yield
     except KeyboardInterrupt as stop:

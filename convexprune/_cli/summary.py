@@ -1,4 +1,4 @@
-"""What a run came to, in the 80 columns of any terminal; the rest is in report.json."""
+"""The result of a run in the 80 columns of a terminal; report.json has the rest."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ WIDTH = 80
 
 
 def summary(report: "Report") -> Table:
-    """The facts of a run and what it took, a row for each."""
+    """Return the facts and the costs of a run, a row for a fact."""
     from convexprune._rendering.facts import costs, facts
 
     table = Table.grid(padding=(0, 2))

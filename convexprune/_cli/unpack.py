@@ -18,7 +18,7 @@ def unpack(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make an ordinary model folder of a pack. The files are those that were packed, byte for byte."""
+    """Make an ordinary model folder of a pack. The files are the packed files, byte for byte."""
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 

@@ -20,10 +20,10 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check answers against three foreign solvers. Pruned weights are held against a bound that no pruning can beat.
+    """Check answers against three foreign solvers. Pruned weights are compared with a bound that no pruning can beat.
 
-    A model is pruned as the settings say. A run has its recipe; --model and --dataset say where these are now. Ends
-    with exit status 1 if a tolerance is missed.
+    A model is pruned as the settings say. A run has a recipe; --model and --dataset give new places. Ends with exit
+    status 1 if a tolerance is missed.
     """
     with stoppable(), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar

@@ -1,1 +1,1 @@
-"""What the machine can do, and kernels for it: number formats, fused work, threads, versions."""
+"""The machine: number formats, fused kernels, threads, versions, memory, copies."""

@@ -28,7 +28,7 @@ def lacks_products(dtype: torch.dtype) -> bool:
 
 
 def is_host(device: torch.device) -> bool:
-    """Return True if tensors on a device are in the memory of the process, so that reading them waits for nothing."""
+    """Return True if tensors on a device are in the memory of the process, so that reads need no waiting."""
     return device.type == "cpu"
 
 

@@ -1,4 +1,4 @@
-"""Elementwise work of an iteration as one kernel, on devices that torch writes kernels for."""
+"""Elementwise work of an iteration as a single kernel, on devices with a compiler in torch."""
 
 import logging
 from collections.abc import Callable
@@ -18,15 +18,15 @@ _failures: list[str] = []
 
 
 def fused(function: Function) -> Function:
-    """A function of tensors, compiled into one kernel where the device has kernels (`has_kernels`), op by op elsewhere.
-
-    What is memory-bound then reads and writes every tensor once: of each function torch makes one Triton kernel, and
-    none is written by hand (tests/unit/test_triton.py). Results differ in rounding only. Where the compiler fails
-    (there is Triton, but no C compiler, say) and op by op it works, that is said once, and all that follows is op by
+    """Compile a function of tensors into a single kernel on devices with kernels (`has_kernels`); elsewhere run op by
     op.
 
+    Memory-bound work then reads and writes a tensor once. torch makes a Triton kernel of the function; no kernel is
+    written by hand (tests/unit/test_triton.py). Results differ by rounding only. If the compiler fails (Triton without
+    a C compiler, say) and op by op works, a warning appears once, and all later calls run op by op.
+
     Args:
-        function: of tensors, the first of which decides the device. Numbers are given as `number_like`.
+        function: of tensors; the first tensor decides the device. Numbers come as `number_like`.
     """
 
     @wraps(function)
@@ -55,7 +55,7 @@ def _said(error: Exception) -> str:
 
 
 def are_fused(device: torch.device) -> bool:
-    """Whether functions that are `fused` are kernels on a device, and not op by op."""
+    """Return True if `fused` functions are kernels on a device."""
     return has_kernels(device) and not _failures
 
 
@@ -91,9 +91,7 @@ def _told() -> str:
 
 
 def number_like(number: float, tensor: Tensor) -> Tensor:
-    """A number as a tensor without axes: no kernel is compiled for its value, and nothing waits for the device.
-
-    Returns:
-        The tensor [].
+    """Return a number as a tensor without axes: no kernel is compiled for the value, and nothing waits for the
+    device.
     """
     return tensor.new_full((), number)

@@ -1,4 +1,4 @@
-"""Where a run happens: its device, how many workers fit, the versions of what it depends on, and its seconds."""
+"""The machine of a run: device, number of workers, versions, seconds."""
 
 import hashlib
 import os
@@ -63,10 +63,10 @@ def check_threads(threads: int | None) -> None:
 
 
 def default_workers(device: str, threads: int | None) -> int:
-    """How many workers fit: one for each GPU, or as many as the cores have room for.
+    """Return the number of workers: the number of GPUs, or as many as the cores have room for.
 
     Args:
-        threads: of each worker; None is one.
+        threads: threads of a worker; None means a single thread.
     """
     if device.startswith("cuda"):
         return 1 if ":" in device else torch.cuda.device_count()
@@ -105,13 +105,10 @@ def installation(device: torch.device | str) -> dict[str, str]:
 
 
 def code(package: Traversable | None = None) -> str:
-    """The checksum of this package's own code, but for what is only `SHOWING`.
+    """Return the sha256 of this package's code, without files that only show results (`SHOWING`).
 
     Args:
-        package: the folder of the package, which may be in a zip file; None is this one.
-
-    Returns:
-        The sha256 in hexadecimal.
+        package: folder of the package, possibly in a zip file; None means this package.
     """
     total = hashlib.sha256()
     for name, file in sorted(_modules(files("convexprune") if package is None else package)):
@@ -121,12 +118,12 @@ def code(package: Traversable | None = None) -> str:
 
 @cache
 def _own_code() -> str:
-    """The checksum of what this process computes with; files that are changed meanwhile are not that."""
+    """Return the checksum of the code in this process. Files that changed since the start do not count."""
     return code()
 
 
 def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:
-    """The Python files that compute, each with its path in the package."""
+    """Return the Python files that compute, with paths inside the package."""
     found = []
     for child in folder.iterdir():
         name = inside + child.name
@@ -138,10 +135,10 @@ def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversab
 
 
 def peak_memory(device: torch.device | str) -> dict[str, int]:
-    """The most memory that was held since this process began.
+    """Return the peak memory since the process began.
 
     Returns:
-        Bytes: of the "process", of the largest of its ended "workers" if it had any, and of torch on the "gpu".
+        Bytes of the "process", of the largest ended worker as "workers", and of torch on the "gpu".
     """
     unit = 1 if sys.platform == "darwin" else 1024
     kinds = {"process": resource.RUSAGE_SELF, "workers": resource.RUSAGE_CHILDREN}
@@ -152,14 +149,14 @@ def peak_memory(device: torch.device | str) -> dict[str, int]:
 
 
 class Clock:
-    """Seconds of each phase of a run."""
+    """The seconds of a run by phase."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Add what has passed since the last lap to the phase `name`."""
+        """Add the time since the last lap to the phase `name`."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
@@ -167,7 +164,7 @@ class Clock:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Inside, torch computes on a number of threads: sums are the same bits only on equally many."""
+    """Let torch compute on a number of threads: sums have the same bits only on equally many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""The memory of a GPU: whose it is, what may stay there, what is given back, and what to say when it runs out."""
+"""The memory of a GPU: owners of tensors, room, release, and the advice after a failed allocation."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -16,27 +16,25 @@ USABLE = 0.9  # of what is free: memory is given out in pieces that do not fit t
 
 
 class Holder(Protocol):
-    """What holds tensors on a GPU that could be elsewhere."""
+    """Owner of GPU tensors that can be moved to the host."""
 
     @property
     def held(self) -> int:
-        """Bytes of them."""
+        """Bytes of these tensors."""
         ...
 
 
 class Room:
-    """Bytes on a GPU that a run does not need, for tensors that would go to the disk, as long as somebody holds
-    them.
-    """
+    """GPU memory that a run does not need, for tensors that would go to the disk, as long as their owner lives."""
 
     def __init__(self, limit: int = 0) -> None:
         self._limit, self._holders = limit, WeakSet[Holder]()
 
     def has(self, nbytes: int, holder: Holder) -> bool:
-        """Whether a holder may hold so many bytes more.
+        """Return True if `nbytes` more fit into the holder's share.
 
         Args:
-            nbytes: how many.
+            nbytes: number of bytes.
         """
         if sum(each.held for each in self._holders | {holder}) + nbytes >= self._limit:
             return False
@@ -45,13 +43,13 @@ class Room:
 
 
 def room_on(device: torch.device | str, needed: int) -> Room:
-    """What a run leaves free of a GPU by its formula.
+    """Return the GPU memory that a run leaves free by its formula.
 
     Args:
-        needed: bytes of the device's memory that it needs.
+        needed: bytes of GPU memory that the run needs.
 
     Returns:
-        The room: none on a CPU, where files are in memory anyway as long as they fit.
+        The room: none on a CPU, where the operating system keeps files in memory.
     """
     device = torch.device(device)
     if is_host(device):
@@ -61,14 +59,14 @@ def room_on(device: torch.device | str, needed: int) -> Room:
 
 
 def use_gpu(device: str) -> None:
-    """Make a GPU the current one of this process, so that what names none is not on the first."""
+    """Make a GPU the current device of the process, so that allocations without a device do not go to the first GPU."""
     index = torch.device(device).index
     if device.startswith("cuda") and index is not None:
         torch.cuda.set_device(index)
 
 
 def release_unused() -> None:
-    """Give back what torch keeps of GPUs for later, so that another process can have it."""
+    """Return cached GPU memory of torch to other processes."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
@@ -76,10 +74,10 @@ def release_unused() -> None:
 
 @contextmanager
 def within_memory(advice: Callable[[], str] = str) -> Iterator[None]:
-    """Turn the ways in which memory runs out into one error that says what to lower.
+    """Turn all failures by lack of memory into a single error with advice.
 
     Args:
-        advice: says what this run needs, and what would need less; what fails in there is not told.
+        advice: returns the needs of the run and settings that need less; errors inside are dropped.
     """
     try:
         yield
@@ -99,7 +97,7 @@ def within_memory(advice: Callable[[], str] = str) -> Iterator[None]:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an `error` of Python or torch says that memory ran out, or threads."""
+    """Return True if an `error` of Python or torch means lack of memory or of threads."""
     if isinstance(error, ConvexpruneError):
         return False
     known = ("can't allocate memory", "not enough memory", "out of memory", "can't start new thread")

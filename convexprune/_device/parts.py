@@ -1,8 +1,8 @@
-"""Products of float64 from exact products of small integers, for GPUs whose float64 is 1/32 or 1/64 of their float32.
+"""Products of float64 from exact products of small integers, for GPUs whose float64 has 1/32 or 1/64 of the speed.
 
-Each number is cut into parts of six bits (Ozaki et al. 2012). Products of two parts, summed over `LINES` of them, are
-integers of at most 2^24, which float32 holds whatever the order of the sums: they are exact where bfloat16 is
-multiplied and float32 summed. What the last parts leave has a bound.
+A number is cut into parts of six bits (Ozaki et al. 2012). Products of two parts, summed over `LINES` terms, are
+integers of at most 2^24. Float32 holds such integers in any order of summation: the sums are exact where bfloat16 is
+multiplied and float32 summed. The remainder has a bound.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Parts:
 
         Args:
             matrix: [m n], float64.
-            dim: along which it is summed in a product: 1 on the left, 0 on the right.
+            dim: axis of the sum in a product: 1 on the left, 0 on the right.
         """
         largest = matrix.abs().amax(dim, keepdim=True)
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # above the largest entry
@@ -47,12 +47,12 @@ class Parts:
 
 
 def product_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
-    """A product a b, from `count` parts of each.
+    """Return a product a b from `count` parts of both factors.
 
     Args:
         a: [m n].
         b: [n k].
-        count: how many parts are looked at; products of them that lie below the last one are left out.
+        count: number of parts; products of parts below the last part are left out.
 
     Returns:
         [m k], float64; see `error_of_parts`.
@@ -68,10 +68,10 @@ def product_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
 
 
 def error_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
-    """A bound on the error of every entry in each row of `product_of_parts`.
+    """Bound the error of every entry in a row of `product_of_parts`.
 
-    A term of the sum over n is cut off by at most 2^(-6 count) (3 + count) / 4, in units of both scales; the sums of
-    float64 have a rounding error for each of their terms.
+    A term of the sum over n loses at most 2^(-6 count) (3 + count) / 4, in units of both scales. Sums of float64 have a
+    rounding error per term.
 
     Args:
         a: [m n].

@@ -1,12 +1,12 @@
-"""In which number format matrices of float32 are multiplied; a run names one for its Gram matrices and one for solving.
+"""Number formats for products of float32 matrices: a run names a format for Gram matrices and a format for solves.
 
-    float32   as it is
-    tf32      both rounded to 11 significant bits, sums in float32
-    bf16x3    both split into two of bfloat16, and the three larger products of the parts summed in float32: 16 bits
+    float32   unchanged
+    tf32      both factors rounded to 11 significant bits, sums in float32
+    bf16x3    both factors split into two of bfloat16; the three larger products of parts summed in float32: 16 bits
     auto      float32 on a CPU; bf16x3 on a GPU that multiplies bfloat16 and sums in float32
 
-On a CPU the coarse formats are emulated, to see what they cost. Certificates are in float64, or where a GPU is slow at
-that in `parts` (`_device.parts`): a bound in either case.
+On a CPU the coarse formats are emulated, to show their cost. Certificates are in float64, or in `parts`
+(`_device.parts`) where a GPU is slow at float64: a bound in either case.
 """
 
 from collections.abc import Iterator
@@ -61,10 +61,9 @@ def certifying_in(format: CertificateFormat) -> Iterator[None]:
 
 
 def certifies_in_parts(like: Tensor) -> bool:
-    """Whether a certificate is to take no product in float64: by default where a GPU has slow ones.
+    """Return True if a certificate takes no product in float64: by default on GPUs with slow float64.
 
-    Returns:
-        Whether it is; never for a problem in float64, whose parts would not be those of float32.
+    Never for a problem in float64: parts represent numbers of float32.
     """
     if like.dtype != torch.float32 or _certifying.get() == "float64":
         return False
@@ -90,11 +89,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Te
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A product a b [m k], in the format of solves.
+    """Return a product a b [m k] in the format of solves.
 
     Args:
         a: [m n].
-        b: [n k]; or several [e n k], of which each multiplies the next m/e rows.
+        b: [n k]; or several matrices [e n k], where a matrix multiplies the next m/e rows.
 
     Returns:
         [m k].
@@ -116,7 +115,7 @@ def bare_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_matrix(a: Tensor, b: Tensor) -> Tensor:
-    """Rows [m n], or where there are several matrices [e n k] those that each multiplies [e m/e n]."""
+    """Split rows [m n] by matrix into [e m/e n], if there are several matrices [e n k]."""
     return a if b.ndim == 2 else a.unflatten(0, (len(b), -1))
 
 
@@ -128,7 +127,7 @@ def _by_rows(a: Tensor) -> Tensor:
 def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a' b to a total in place, in the format of second moments.
 
-    What comes in 16 bits has exact products in float32: where a GPU sums them there, nothing is rounded but the sums.
+    Inputs in 16 bits have exact products in float32: on a GPU with float32 sums only the sums are rounded.
 
     Args:
         total: [n k].
@@ -148,7 +147,7 @@ def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def has_wide_sums(device: torch.device) -> bool:
-    """Whether a GPU multiplies bfloat16 and sums in float32, and torch lets it (2.8 or newer)."""
+    """Return True if a GPU multiplies bfloat16 and sums in float32 and torch allows both (2.8 or newer)."""
     if is_host(device) or not has_bfloat16(device):
         return False
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
@@ -176,17 +175,17 @@ def _multiplied(a: Tensor, b: Tensor, format: Format) -> Tensor:
 
 
 def _split(a: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of bfloat16, and the nearest to what is left."""
+    """Split into the nearest bfloat16 and the nearest bfloat16 of the remainder."""
     high = a.bfloat16()
     return high, (a - high).bfloat16()
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """A product of bfloat16 whose sums are in float32, where products of two are exact.
+    """Return a product of bfloat16 with sums in float32. Products of two entries are exact.
 
     Args:
-        a: [m n], or several.
-        b: [n k], or as many.
+        a: [m n], or several matrices.
+        b: [n k], or as many matrices.
 
     Returns:
         [m k], float32.
@@ -198,7 +197,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rounded(a: Tensor) -> Tensor:
-    """To the 10 bits that TF32 has behind the first one."""
+    """Round to the 10 explicit bits of TF32."""
     return ((a.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of 16 bits on a CPU that has no instructions for them: in float32, rounded at the end."""
+"""Products of 16 bits on a CPU without instructions for 16 bits: in float32, rounded at the end."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,10 +16,10 @@ _FEW = 32  # rows, below which a product takes less time than a copy of the weig
 
 
 def widened(device: torch.device, dtype: torch.dtype, rows: int = _FEW) -> AbstractContextManager[Any]:
-    """Compute products of 16 bits in float32 and round them, where a CPU is slow at them.
+    """Compute products of 16 bits in float32 and round the result, where a CPU is slow at 16 bits.
 
-    Without such instructions torch adds up entry by entry, 5 to 100 times slower than in float32. Its sums are in
-    float32 there as well: the results differ by the order of the sums. `rows` is the most that a product has.
+    Without such instructions torch adds up entry by entry, 5 to 100 times slower than in float32. Sums are in float32
+    there as well: results differ by the order of the sums. `rows` is the largest number of rows of a product.
     """
     return _Widened() if rows >= _FEW and is_host(device) and lacks_products(dtype) else nullcontext()
 

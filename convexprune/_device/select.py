@@ -1,4 +1,6 @@
-"""Thresholds of long lines, and what is largest in each small group: without a sort, and without the host waiting."""
+"""Thresholds of long lines, and the largest entries of small groups: without a sort, and without waiting of the
+host.
+"""
 
 from itertools import combinations
 
@@ -15,10 +17,10 @@ WIDEST = 16  # entries of a group that are compared pair by pair
 
 
 def kth_smallest(lines: Tensor, k: int) -> Tensor:
-    """The k-th smallest entry of each line.
+    """Return the k-th smallest entry of every line.
 
-    On a GPU `kthvalue` has one block of threads for each line, and no way that is deterministic by torch's own word. So
-    few entries are sorted there, and in many the value is found digit by digit, by counting.
+    On a GPU `kthvalue` has a block of threads per line, and no deterministic way. So few entries are sorted, and among
+    many the value is computed digit by digit, by counting.
 
     Args:
         lines: [m n], not negative.
@@ -35,15 +37,15 @@ def kth_smallest(lines: Tensor, k: int) -> Tensor:
 
 
 def kth_by_counts(lines: Tensor, k: int, digit: int | None = None) -> Tensor:
-    """The k-th smallest entry of each line, by one pass over the lines for each digit of a number.
+    """Return the k-th smallest entry of every line, with a pass over the lines for a digit of the number.
 
-    Numbers that are not negative are ordered as the integers that their bits are. The answer is the largest integer
-    below which less than k of them lie. A pass counts for all values of a digit at once how many lie below.
+    Numbers that are not negative have the order of their bits as integers. The answer is the largest integer with less
+    than k entries below. A pass counts the entries below all values of a digit at once.
 
     Args:
         lines: [m n], not negative.
         k: from 1 to n.
-        digit: bits of a digit. None: 4 where a pass is one kernel, else 1, because each value then takes a pass.
+        digit: bits of a digit. None: 4 if a pass is a single kernel, else 1, because a value then takes a pass.
 
     Returns:
         [m 1].
@@ -62,14 +64,14 @@ def kth_by_counts(lines: Tensor, k: int, digit: int | None = None) -> Tensor:
 
 @fused
 def _with_digit(bits: Tensor, found: Tensor, values: Tensor, rank: Tensor) -> Tensor:
-    """What is `found` of the answers [m 1], plus the largest of some `values` below which less than `rank` lie."""
+    """Add to the answers `found` [m 1] the largest of the `values` with less than `rank` entries below."""
     limits = found + values
     below = torch.stack([(bits < limit[:, None]).sum(1, dtype=torch.int32) for limit in limits.unbind(1)], 1)
     return torch.where(below < rank, limits, found).amax(1, keepdim=True)
 
 
 def largest_of_groups(groups: Tensor, kept: int) -> Tensor:
-    """Which are the largest of each group; of equal ones the earlier, and NaN is larger than all.
+    """Mark the largest entries of every group. Of equal entries the earlier wins, and NaN is larger than all.
 
     Args:
         groups: [... M].
@@ -85,7 +87,7 @@ def largest_of_groups(groups: Tensor, kept: int) -> Tensor:
 
 @fused
 def _ranks(groups: Tensor) -> Tensor:
-    """How many of its group come before each entry, by comparing every pair."""
+    """Count the entries of the group that come before an entry, by comparing every pair."""
     entries = [entry.contiguous() for entry in groups.unbind(-1)]
     ranks = [torch.zeros_like(entry, dtype=torch.uint8) for entry in entries]
     for i, j in combinations(range(len(entries)), 2):
@@ -96,7 +98,7 @@ def _ranks(groups: Tensor) -> Tensor:
 
 
 def middle_of_groups(groups: Tensor, kept: int) -> Tensor:
-    """The mean of the N-th and the next largest size of each group.
+    """Return the mean of the N-th and the next largest size of every group.
 
     Args:
         groups: [... M].
@@ -113,7 +115,7 @@ def middle_of_groups(groups: Tensor, kept: int) -> Tensor:
 
 @fused
 def _middle(groups: Tensor, kept: int) -> Tensor:
-    """By exchanging the larger of two for the smaller, until the first ones stand in their order."""
+    """Exchange pairs, the larger to the front, until the first places are in order."""
     entries = [entry.abs() for entry in groups.unbind(-1)]
     for i in range(kept + 1):
         for j in range(i + 1, len(entries)):

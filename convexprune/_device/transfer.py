@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU: through pinned buffers, on streams of their own, while the GPU computes."""
+"""Copies between host and GPU: through pinned buffers, on separate streams, while the GPU computes."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,10 @@ Take = Callable[[Tensor], None]
 
 
 class Lane:
-    """The way to a device that is the host itself: nothing is copied.
+    """The way to a device that is the host: without copies.
 
-    Tensors are taken on the host in the order in which they were sent, at the end of `sending` at the latest; one that
-    is taken is the taker's only during the call.
+    Sent tensors are taken on the host in the order of sending, at the latest at the end of `sending`. A taken tensor
+    belongs to the taker only during the call.
     """
 
     def to_device(self, tensor: Tensor) -> Tensor:
@@ -33,11 +33,11 @@ class Lane:
 
 @dataclass
 class Slot:
-    """A pinned buffer, and what tells that the last copy from it or to it is done.
+    """A pinned buffer with the event of its last copy.
 
     Args:
-        buffer: the bytes; more are taken when they are needed.
-        done: an event of the last copy; None before the first.
+        buffer: the bytes; grows on demand.
+        done: event of the last copy; None before the first copy.
     """
 
     buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
@@ -55,7 +55,7 @@ class Slot:
 
 
 class GpuLane(Lane):
-    """The way to a GPU. The host goes on while its copies are made, and waits where all buffers are in use."""
+    """The way to a GPU. The host goes on during copies, and waits if all buffers are in use."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -64,7 +64,7 @@ class GpuLane(Lane):
         self._sent: deque[tuple[Slot, Tensor, Take]] = deque()
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """See `Lane.to_device`: what the GPU is asked for next waits for the copy, what it does already does not."""
+        """Copy as `Lane.to_device`. Later work of the GPU waits for the copy, earlier work does not."""
         slot = self._free[False][0]
         self._free[False].rotate(-1)
         if slot.done is not None:
@@ -81,7 +81,7 @@ class GpuLane(Lane):
         return there
 
     def to_host(self, tensor: Tensor, take: Take) -> None:
-        """See `Lane.to_host`: it is taken when its buffer is needed again."""
+        """Copy as `Lane.to_host`. The tensor is taken when its buffer is needed again."""
         if not self._free[True]:
             self._take_first()
         slot, tensor = self._free[True].popleft(), tensor.clone()  # what is computed next may change it
@@ -100,7 +100,7 @@ class GpuLane(Lane):
             self._take_first()
 
     def drop(self) -> None:
-        """Forget what was sent and is not taken."""
+        """Forget sent tensors that nobody took."""
         for slot, _, _ in self._sent:
             slot.done.synchronize()
             self._free[True].append(slot)
@@ -119,7 +119,7 @@ _lanes: dict[torch.device, GpuLane] = {}
 
 @contextmanager
 def sending() -> Iterator[None]:
-    """At its end all that was sent to the host is taken, on all lanes; after an error nothing more is."""
+    """Take all sent tensors on the host at the end, on all lanes; after an error take none."""
     try:
         yield
         for lane in _lanes.values():
@@ -130,7 +130,7 @@ def sending() -> Iterator[None]:
 
 
 def lane_to(device: torch.device | str) -> Lane:
-    """The way to a device, of which there is one."""
+    """Return the lane of a device. Lanes are shared."""
     device = torch.device(device)
     if is_host(device):
         return _HOST
