@@ -276,15 +276,31 @@ class HuggingFaceModel(AbstractModel):
         with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
             return logits_at(self.model, batch.to(self.device), positions)
 
-    def forward(self, batch: Tensor) -> None:
-        """Send a batch through all decoder layers.
+    def forward(self, batch: Tensor) -> Tensor:
+        """Send a batch through the decoder.
 
         Args:
             batch: token ids [batch tokens].
+
+        Returns:
+            The hidden states [batch tokens hidden] that the head gets.
         """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         with widened(self.device, self.model.dtype):
-            self.model.base_model(input_ids=batch.to(self.device), use_cache=False)
+            return self.model.base_model(input_ids=batch.to(self.device), use_cache=False)[0]
+
+    def normed(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        """The hidden states that the head gets: those after the final norm.
+
+        Args:
+            batch: token ids [batch tokens].
+            hidden: after the last decoder layer [batch tokens hidden].
+
+        Returns:
+            [batch tokens hidden].
+        """
+        with standing_in(self.layers, lambda *_, **__: self._recorder.returned(hidden)):
+            return self.forward(batch)
 
 
 def _bound(layer: DecoderLayer, layout: Layout, reasons: Mapping[str, str]) -> DecoderLayer:

@@ -32,6 +32,7 @@ from convexprune.solvers import AbstractSolver, solver_names
 PRESETS = ("fistapruner",)
 SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
+ALPHAS = {"gptaq": 0.25, "qep": 0.5}  # the corrections of quantizers that are published with one
 
 
 class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSettings, ModelSettings):
@@ -78,6 +79,11 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             raise RecipeError(
                 f"Pattern {self.pattern!r} has the layers behind make up for what is gone, so that they have to see "
                 "what is left. Leave prefix out."
+            )
+        if self.quantizer in ALPHAS and self.error_target != "operator":
+            raise RecipeError(
+                f"Quantizer {self.quantizer!r} corrects the errors of operators' inputs, and error_target="
+                f"{self.error_target!r} is another error. Leave error_target out."
             )
         self._check_rules(pattern)
         return self
@@ -244,13 +250,14 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
     searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
-    prefix = "pruned" if str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
+    alpha = ALPHAS.get(str(given.get("quantizer")))
+    prefix = "pruned" if alpha or str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
     channels = str(given.get("pattern")).startswith("channels")
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
     return {
         "prefix": prefix,
-        "error_correction": 0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0,
-        "error_target": "operator" if published else "residual_stream",
+        "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),
+        "error_target": "operator" if published or alpha else "residual_stream",
         "allocation": spread if given.get("bits") is None else "curve",
     }
 

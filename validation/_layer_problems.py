@@ -123,8 +123,7 @@ def _watch(
         return
     observed = observe(dense, calls, hidden.dense, error_targets=(settings.error_target,))
     same = dense.stages[0] if settings.prefix == "dense" else ()
-    corrected = [one for one, _ in pairs if one.token_aligned and one not in same and settings.correction > 0]
-    lacking = CorrectionTargets(corrected, observed, settings.error_target)
+    lacking = CorrectionTargets([one for one, _ in pairs if one not in same], dense, observed, settings)
     totals = {one: list(_totals(dense.name, one, lacking.in_output_space(one), settings)) for one, _ in pairs}
     first = 0
     for i, given in enumerate(hidden.pruned):

@@ -20,6 +20,7 @@ CONVENTIONS: dict[str, tuple[str, float, str]] = {
     "dense-none": ("dense", 0.0, "operator"),
     "dense-layer": ("dense", 1.0, "residual_stream"),
     "pruned-own": ("pruned", 0.0, "operator"),
+    "pruned-quarter": ("pruned", 0.25, "operator"),
     "pruned-half": ("pruned", 0.5, "operator"),
     "pruned-dense": ("pruned", 1.0, "operator"),
     "pruned-layer": ("pruned", 0.5, "residual_stream"),
@@ -38,13 +39,13 @@ OWN = {
 """What each method's paper or code does; of ours, the recipe's default."""
 
 QUANTIZED = {
-    "descent": ("descent", "own"),
-    "gptaq": ("gptq", "pruned-dense"),
-    "gptq": ("gptq", "pruned-own"),
-    "qep": ("gptq", "pruned-half"),
-    "rtn": ("rtn", "dense-none"),
+    "descent": "own",
+    "gptaq": "pruned-quarter",
+    "gptq": "pruned-own",
+    "qep": "pruned-half",
+    "rtn": "dense-none",
 }
-"""Quantizers by name, and the convention of each one's paper; what they quantize is ours, if it has zeros at all."""
+"""The convention of each quantizer's paper; what they quantize is ours, if it has zeros at all."""
 OF_RECIPE = ("refit", "quantize", "bits", "group_size", "token_weights")
 """Settings of the recipe that a method may name beside its own."""
 
@@ -174,7 +175,7 @@ def _method(text: str) -> dict[str, Any]:
         raise RecipeError(no_method(name, (*SOLVERS, *QUANTIZED)))
     settings: dict[str, Any] = {"method": name} if name in METHODS else {"method": "convex", "solver": name}
     if name in QUANTIZED:
-        settings = {"method": "convex", "quantizer": QUANTIZED[name][0]}
+        settings = {"method": "convex", "quantizer": name}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -213,10 +214,9 @@ def _known_convention(name: str, method: str) -> str:
 def _own(method: str) -> str:
     """The convention of the method's paper; for ours, of the recipe's defaults."""
     name = method.partition(":")[0]
-    own = OWN.get(name) or QUANTIZED.get(name, ("", "own"))[1]
+    own = OWN.get(name) or QUANTIZED.get(name, "own")
     if own != "own":
         return own
     recipe = make_recipe(model="")
     default = recipe.prefix, recipe.error_correction, recipe.error_target
-    (convention,) = [name for name, value in CONVENTIONS.items() if value == default]
-    return convention
+    return next(name for name, value in CONVENTIONS.items() if value == default)

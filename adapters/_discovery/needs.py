@@ -4,6 +4,7 @@ from pathlib import Path
 
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._runs import cost, sizes
+from convexprune.quantizers import QUANTIZERS
 from convexprune.recipe import Recipe
 
 from .._allocating import gradient_windows
@@ -28,6 +29,7 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
         bound=recipe.bound_rows > 0,
         gradients=min(gradient_windows(recipe.allocation, length), recipe.num_calibration_samples),
         side_by_side=recipe.build_pruner().side_by_side,
+        input_errors=QUANTIZERS[recipe.quantizer].input_errors,
     )
 
 

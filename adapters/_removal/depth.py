@@ -50,23 +50,31 @@ def layers_to_remove(
 def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list[float]:
     """How far each layer turns the hidden states: 1 - mean cos(h, h').
 
+    What the last layer turns them into is taken after the final norm, as in the code of ShortGPT: transformers' list of
+    hidden states ends there.
+
     Args:
         windows: token ids [samples length].
 
     Returns:
         The block influence of each layer.
     """
-    found = list[float]()
+    found, batches = list[float](), windows.split(1)
 
     def step(context: LayerContext) -> None:
-        outputs = context.outputs()
-        pairs = zip(context.inputs["dense"], outputs, strict=True)
-        turned = [torch.cosine_similarity(h.float(), after.to(h.device).float(), -1) for h, after in pairs]
-        found.append(1 - fmean(float(cosine.mean()) for cosine in turned))
+        outputs = after = context.outputs()
+        if context.number == len(model.layers) - 1:
+            after = [model.normed(*pair) for pair in zip(batches, outputs, strict=True)]
+        pairs = zip(context.inputs["dense"], after, strict=True)
+        found.append(1 - fmean(float(_cosine(*pair).mean()) for pair in pairs))
         context.hand_on(outputs)
 
-    LayerWalk(model, windows.split(1), MemoryStore(range(len(model.layers)), record)).run(step)
+    LayerWalk(model, batches, MemoryStore(range(len(model.layers)), record)).run(step)
     return found
+
+
+def _cosine(h: Tensor, after: Tensor) -> Tensor:
+    return torch.cosine_similarity(h.to(after.device).float(), after.float(), -1)
 
 
 def divergences(

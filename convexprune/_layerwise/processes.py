@@ -120,6 +120,16 @@ class SameQuantized(AbstractQuantizer):
     quantizer: AbstractQuantizer
     broadcast: Callable[[Tensor], Tensor]
 
+    @property
+    def input_errors(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `AbstractQuantizer`."""
+        return self.quantizer.input_errors
+
+    @property
+    def corrects_last(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `AbstractQuantizer`."""
+        return self.quantizer.corrects_last
+
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         found = self.quantizer.on_grid(problem, pruned, grid)

@@ -1,32 +1,38 @@
 """What operators are to make up for: what their outputs lack because of the operators that are pruned before them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import ErrorTarget, Observed
-from convexprune._layerwise.model import Group
+from convexprune._layerwise.capture import Observed
+from convexprune._layerwise.model import DecoderLayer, Group
+from convexprune._layerwise.settings import LayerSettings
 from convexprune.core._error_moments import ErrorMoments
 
 
 class CorrectionTargets:
-    """What the groups `corrected` lack, batch by batch (see `LayerSettings.error_target`).
+    """Errors that the `groups` of a stage are to make up for, batch by batch (see `LayerSettings.error_target`).
 
-    `observed` shows the dense layer, to which these groups belong and in which they have their dense weights.
+    `observed` shows the dense `layer`, to which these groups belong and in which they have their dense weights.
+
+    Args:
+        groups: those whose inputs the pruned layer changes.
     """
 
-    def __init__(self, corrected: Collection[Group], observed: Observed, error_target: ErrorTarget) -> None:
-        self._last_branch = (
-            observed.last_branch if error_target == "residual_stream" and observed.last_branch in corrected else None
-        )
+    def __init__(
+        self, groups: Iterable[Group], layer: DecoderLayer, observed: Observed, settings: LayerSettings
+    ) -> None:
+        spared = () if settings.quantizer.corrects_last else layer.stages[-1]
+        corrected = [g for g in groups if g.token_aligned and g not in spared] if settings.correction > 0 else []
+        ends = settings.error_target == "residual_stream" and observed.last_branch in corrected
+        self._last_branch = observed.last_branch if ends else None
         self._outputs = observed.outputs
         self._inputs = {group: observed.inputs[group] for group in corrected if group is not self._last_branch}
-        self._weights = {
-            g: stack_of(g) for g in self._inputs if ErrorMoments.cheaper_in_output_space(height(g), width(g))
-        }
+        cheaper = () if settings.quantizer.input_errors else self._inputs
+        self._weights = {g: stack_of(g) for g in cheaper if ErrorMoments.cheaper_in_output_space(height(g), width(g))}
 
     def in_output_space(self, group: Group) -> bool:
         """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""

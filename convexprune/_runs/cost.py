@@ -67,15 +67,11 @@ class Operations:
     products: float
 
 
-def moments_bytes(stack: Stack, corrected: bool) -> int:
-    """The memory of the Gram matrices of both halves and of the held-out windows, and of what is corrected."""
-    return CalibrationStatistics.bytes(stack.inputs) + (2 * FLOAT * _correction(stack) if corrected else 0)
-
-
-def _correction(stack: Stack) -> int:
-    """How many numbers the moments of a correction are (`ErrorMoments`)."""
+def moments_bytes(stack: Stack, corrected: bool, of_inputs: bool = False) -> int:
+    """Return the bytes of the Gram matrices of both halves and of the held-out windows, and of `ErrorMoments`."""
     m, n = stack.outputs, stack.inputs
-    return m * n + m if ErrorMoments.cheaper_in_output_space(m, n) else 2 * n * n
+    numbers = 2 * n * n if of_inputs or not ErrorMoments.cheaper_in_output_space(m, n) else m * n + m
+    return CalibrationStatistics.bytes(n) + (2 * FLOAT * numbers if corrected else 0)
 
 
 def correcting(stack: Stack) -> float:
@@ -102,7 +98,7 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
     for layer in model.layers:
         for number, stage in enumerate(layer.stages):
             for part in in_parts(stage, lambda s: s.inputs):
-                moments = sum(moments_bytes(s, setting.corrects(number, s)) for s in part)
+                moments = sum(moments_bytes(s, setting.corrects(number, s), setting.input_errors) for s in part)
                 moments += sum(
                     CalibrationStatistics.bytes(width) for width in {s.inputs for s in stage if not s.token_aligned}
                 )

@@ -131,6 +131,7 @@ class Setting:
         dense_prefix: whether layers get what the dense network gives them.
         gradients: windows that gradients are computed on.
         side_by_side: whether a GPU solves problems of one shape together.
+        input_errors: whether the errors of all inputs are counted (`AbstractQuantizer`).
     """
 
     samples: int
@@ -143,6 +144,7 @@ class Setting:
     bound: bool = False
     gradients: int = 0
     side_by_side: bool = False
+    input_errors: bool = False
 
     @property
     def tokens(self) -> int:

@@ -30,8 +30,8 @@ class Compare(Settings):
     conventions: Annotated[tuple[str, ...], LISTED] = setting(
         ("own",),
         "Which network feeds a decoder layer, and which of earlier errors are corrected: own, what each method's paper "
-        "has, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-half, pruned-dense, "
-        "pruned-layer (docs/compare.md).",
+        "has, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-quarter, pruned-half, "
+        "pruned-dense, pruned-layer (docs/compare.md).",
         "--convention",
     )
     allocations: Annotated[tuple[str, ...], LISTED] = setting(

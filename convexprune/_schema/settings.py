@@ -198,7 +198,7 @@ class MethodSettings(Settings):
     error_correction: float = setting(
         None,
         "How much an operator makes up for the errors of those pruned before it, 0 to 1. Left out: 1, or 1/2 with the "
-        "prefix pruned.",
+        "prefix pruned; as published for gptaq, 0.25, and qep, 0.5.",
         ge=0,
         le=1,
     )
@@ -206,22 +206,22 @@ class MethodSettings(Settings):
         None,
         "Which error to make up for: operator, that of the operator's own outputs, as published; residual_stream, for "
         "the operator that ends a decoder layer that of the layer's outputs. Left out: residual_stream; for "
-        "fistapruner operator.",
+        "fistapruner, gptaq and qep operator.",
     )
     prefix: Literal["dense", "pruned"] = setting(
         None,
         "The network that feeds a decoder layer: the dense one, so that layers are independent, or the one pruned so "
-        "far. Left out: dense; where layers or experts are removed, pruned.",
+        "far. Left out: dense; where layers or experts are removed, and for gptaq and qep, pruned.",
     )
     token_weights: str = setting(
         "none",
         "How calibration tokens count: none, all alike; attention_sink, half of all weight (attention_sink:0.25: a "
         "quarter) for the first four tokens of each sample, where the outputs are keys and values of attention.",
     )
-    quantizer: Literal["descent", "gptq", "rtn"] = setting(
+    quantizer: Literal["descent", "gptaq", "gptq", "qep", "rtn"] = setting(
         "descent",
-        "What finds the codes of quantize: descent, ours; or a baseline: gptq (with error_correction 0 as published, "
-        "with 1 the target of GPTAQ, with 0.5 of QEP), rtn, round to nearest.",
+        "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "
+        "0 as published), gptaq, qep, rtn (round to nearest).",
     )
     method_args: dict[str, Any] = setting(
         {}, "Further settings of the method's class in convexprune.pruners, as {name: value, ...}."

@@ -2,9 +2,15 @@
 
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._descent import Descent
-from convexprune.quantizers._gptq import GPTQ
+from convexprune.quantizers._gptq import GPTAQ, GPTQ, QEP
 from convexprune.quantizers._nearest import Nearest
 
-QUANTIZERS: dict[str, type[AbstractQuantizer]] = {"descent": Descent, "gptq": GPTQ, "rtn": Nearest}
+QUANTIZERS: dict[str, type[AbstractQuantizer]] = {
+    "descent": Descent,
+    "gptaq": GPTAQ,
+    "gptq": GPTQ,
+    "qep": QEP,
+    "rtn": Nearest,
+}
 
-__all__ = ["GPTQ", "QUANTIZERS", "AbstractQuantizer", "Descent", "Nearest"]
+__all__ = ["GPTAQ", "GPTQ", "QEP", "QUANTIZERS", "AbstractQuantizer", "Descent", "Nearest"]

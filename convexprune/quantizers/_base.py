@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ class AbstractQuantizer(ABC):
         RecipeError: a setting is not of its type, or out of range.
     """
 
+    input_errors: ClassVar[bool] = False
+    """Whether the quantizer needs the errors of inputs, and not merely those of outputs (`ErrorMoments`)."""
+    corrects_last: ClassVar[bool] = True
+    """Whether operators of a layer's last stage make up for earlier errors, too."""
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -65,7 +71,8 @@ class AbstractQuantizer(ABC):
             return pruned
         weight, filled = pruned.weight.clone(), problem
         if bool(problem.dead.any()):  # their weights change nothing here, and are rounded as they are
-            filled = replace(problem, moments=problem.moments.with_dead_inputs_filled(problem.weight))
+            moments = problem.moments.with_dead_inputs_filled(problem.weight)
+            filled = replace(problem, moments=moments.with_errors(problem.moments.errors))
         for grid, rows in _together(parts):
             rows = rows.to(weight.device)
             part = filled.rows(rows, problem.pattern)

@@ -1,6 +1,7 @@
-"""GPTQ, and with error correction GPTAQ and QEP."""
+"""GPTQ, and what GPTAQ and QEP add to it for the errors of earlier operators."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,9 @@ from convexprune.quantizers._sweep import Sweep, minimizer
 class GPTQ(AbstractQuantizer):
     """Frantar et al., arXiv 2210.17323 (IST-DASLab/gptq) with act_order, static_groups, symmetric, mse.
 
-    The sweep starts at the minimizer of the error. With `error_correction=0` that is the dense weight: GPTQ. With 1 the
-    target is that of GPTAQ (arXiv 2504.02692), with 1/2 of QEP (arXiv 2504.09629); starting there is Qronos
-    (arXiv 2505.11695). Scales are the authors' search: of the largest weight over 2^(bits-1) - 1/2, shrunk to 20 % in
-    steps of 1 %, that with the least sum of |error|^2.4.
+    The sweep starts at the minimizer of the error. With `error_correction=0` that is the dense weight, as published;
+    with 1 it is Qronos (arXiv 2505.11695). Scales are the authors' search: of the largest weight over 2^(bits-1) - 1/2,
+    shrunk to 20 % in steps of 1 %, that with the least sum of |error|^2.4.
 
     Coded weights have one scale for all: Huffman-GPTQ, as WaterSIC (arXiv 2603.04956) calls it.
 
@@ -35,21 +35,72 @@ class GPTQ(AbstractQuantizer):
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
-        gram = problem.quadratic.gram.clone()
-        gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        target, sweep = minimizer(problem.quadratic.cross, gram, problem.weight), Sweep(gram)
+        gram = ridged(problem.gram, self.damping)
+        return self._swept(gram, minimizer(problem.quadratic.cross, gram, problem.weight), pruned, grid)
+
+    def _swept(
+        self, gram: Tensor, weight: Tensor, pruned: LayerEdit, grid: AbstractGrid, cross: Tensor | None = None
+    ) -> OnGrid:
+        sweep = Sweep(gram)
 
         def attempt(rows: slice, scales: Tensor) -> OnGrid:
-            return sweep.onto(target[rows], OnGrid.nearest(grid, target[rows], scales), pruned.mask[rows])
+            return sweep.onto(weight[rows], OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows], cross)
 
         def searched(groups: Grid) -> Tensor:
             return _searched(groups, pruned.weight)
 
-        return grid.search(target, lambda: torch.ones_like(target[0]), searched, attempt)
+        return grid.search(weight, lambda: torch.ones_like(weight[0]), searched, attempt)
+
+
+@dataclass(frozen=True)
+class GPTAQ(GPTQ):
+    """Li et al., arXiv 2504.02692 (Intelligent-Computing-Lab-Yale/GPTAQ, gptaq_utils.py).
+
+    The sweep starts at the dense weight and adds a first-order term for the errors of earlier operators to the columns
+    that are left, times alpha = `error_correction`: .25 in the authors' code. All else is as `GPTQ` has it.
+    """
+
+    input_errors: ClassVar[bool] = True
+
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+        """See `AbstractQuantizer.on_grid`."""
+        cross = problem.moments.cross
+        cross = None if cross is None else problem.correction * cross
+        return self._swept(ridged(problem.gram, self.damping), problem.weight, pruned, grid, cross)
+
+
+@dataclass(frozen=True)
+class QEP(GPTQ):
+    """Arai and Ichikawa, arXiv 2504.09629 (FujitsuResearch/qep, gptq.py): the weight is corrected, then GPTQ.
+
+    It becomes W + alpha W C (H + c mean(diag H) I)^-1 with C = mean (x - x*) x*' and alpha = `error_correction`. As in
+    the authors' code alpha is 1/2, c is 1, and the operators of a layer's last stage (down_proj) are not corrected.
+
+    Args:
+        damping: that of `GPTQ`.
+        correction_damping: c.
+    """
+
+    corrects_last: ClassVar[bool] = False
+    correction_damping: NotNegative = 1.0
+
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+        """See `AbstractQuantizer.on_grid`."""
+        gram = ridged(problem.gram, self.correction_damping)
+        weight = minimizer(problem.quadratic.cross, gram, problem.weight)
+        corrected = replace(problem, weight=weight, moments=problem.moments.with_errors(None))
+        return super().on_grid(corrected, replace(pruned, weight=weight * pruned.mask), grid)
+
+
+def ridged(gram: Tensor, damping: float) -> Tensor:
+    """Return H + damping mean(diag H) I [n n]."""
+    ridged = gram.clone()
+    ridged.diagonal().add_(damping * gram.diagonal().mean())
+    return ridged
 
 
 def _searched(grid: Grid, weight: Tensor) -> Tensor:
-    """The authors' scales [m n/group] of a weight [m n]."""
+    """Return the authors' scales [m n/group] of a weight [m n]."""
     groups = weight.unflatten(1, (-1, grid.width(weight.shape[1])))
     whole = groups.abs().amax(2, keepdim=True) / (grid.highest + 0.5)
     best, least = torch.ones_like(whole), torch.full_like(whole, torch.inf)

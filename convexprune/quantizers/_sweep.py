@@ -46,17 +46,22 @@ class Sweep:
         """U_jj [n]: errors of columns that cost the same."""
         return torch.empty_like(self._upper[0]).index_copy_(0, self._order, self._upper.diagonal())
 
-    def onto(self, weight: Tensor, grid: OnGrid, mask: Tensor) -> OnGrid:
+    def onto(self, weight: Tensor, grid: OnGrid, mask: Tensor, cross: Tensor | None = None) -> OnGrid:
         """Sweep over all columns.
+
+        With C = `cross`, P = triu(C U', 1) U: once column j is rounded, W_j P_j: is added to the columns after it, so
+        that they make up for what column j lacks (GPTAQ). Blocks further on get V_j P_j:, as in the authors' code.
 
         Args:
             weight: W [m n], the minimizer of the error.
             mask: which entries are kept [m n]; the others become zero, and their error is pushed on like that of
                 rounding.
+            cross: C [n n], alpha * mean (x - x*) x*'; None: nothing is made up for.
         """
         # Columns are rows of what is transposed, so that they lie together in memory.
         scales, kept = spread(grid.scales, weight.shape[1]).T[self._order], mask.T[self._order]
-        left, upper, columns = weight.T[self._order], self._upper, weight.shape[1]
+        left, upper, columns, order = weight.T[self._order], self._upper, weight.shape[1], self._order
+        pulls = None if cross is None else (cross[order][:, order] @ upper.T).triu_(1) @ upper
         codes = torch.empty_like(left)
         low, high = grid.grid.lowest, grid.grid.highest
         for first in range(0, columns, BLOCK):
@@ -67,7 +72,11 @@ class Sweep:
                 scale = scales[first + j]
                 code = (part[j] / scale).round_().clamp_(low, high) * kept[first + j]
                 errors[j] = (part[j] - code * scale) / u[j, j]
+                if pulls is not None:
+                    part[j + 1 :] += pulls[first + j, first + j + 1 : last, None] * part[j]
                 part[j:] -= u[j, j:, None] * errors[j]
                 codes[first + j] = code
             left[last:] -= upper[first:last, last:].T @ errors
+            if pulls is not None:
+                left[last:] += pulls[first:last, last:].T @ part  # rounded by now
         return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())

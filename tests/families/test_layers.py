@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,10 @@ def test_a_model_of_which_no_configuration_has_the_rest_is_refused(monkeypatch: 
 def test_the_scores_are_those_of_the_model_without_each_layer():
     model = HuggingFaceModel(made(LlamaConfig(**LLAMA)))
     dense = logits_without(model, [])[:, :-1].double().log_softmax(-1)
-    states = model.model(TOKENS, output_hidden_states=True).hidden_states[:-1]
+    states = model.model(TOKENS, output_hidden_states=True).hidden_states
     last = model.layers[4].module(states[4], **model.calls(TOKENS)[4].kwargs)
-    for number, score in enumerate(influences(model, TOKENS, list)):
-        after = (*states, last)[number + 1]
-        assert score == pytest.approx(1 - float(torch.cosine_similarity(states[number], after, -1).mean()), abs=1e-5)
+    for (before, after), score in zip(pairwise(states), influences(model, TOKENS, list), strict=True):
+        assert score == pytest.approx(1 - float(torch.cosine_similarity(before, after, -1).mean()), abs=1e-5)
 
     def divergence(gone: list[int]) -> float:
         other = logits_without(model, gone)[:, :-1].double().log_softmax(-1)

@@ -80,8 +80,9 @@ def test_quantizers_use_the_bits_that_there_are_and_no_more(name: str, support: 
 @given(seeds, st.sampled_from((2.0, 3.0)))
 def test_steps_of_columns_and_descent_are_worth_it(seed: int, bits: float):
     problem, before = posed(seed, bits)
-    errors = [float(problem.squared_error(QUANTIZERS[n]().quantize(problem, before).weight).sum()) for n in QUANTIZERS]
-    assert errors[0] < errors[1] < errors[2]  # descent, gptq, rtn
+    ways = (QUANTIZERS[name]() for name in ("descent", "gptq", "rtn"))
+    errors = [float(problem.squared_error(way.quantize(problem, before).weight).sum()) for way in ways]
+    assert errors[0] < errors[1] < errors[2]
 
 
 @given(seeds, st.sampled_from((0.0, 0.1)))

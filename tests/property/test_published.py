@@ -164,4 +164,4 @@ def test_alps_is_its_algorithm_with_a_linear_solve_in_every_step(kind: str, patt
         assert rows.any()
         assert torch.equal(found.mask[rows][:, live], mask[rows][:, live])
         errors = [float(problem.squared_error(each).sum()) for each in (found.weight, weight)]
-        assert errors[0] == pytest.approx(errors[1], rel=1e-3)  # ours stops at a gap of 1e-4
+        assert errors[0] == pytest.approx(errors[1], rel=1e-6)

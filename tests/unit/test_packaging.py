@@ -40,7 +40,7 @@ PUBLIC = {
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
         REAP ShortGPT SparseGPT Wanda WandaSP no_method""",
-    "convexprune.quantizers": "GPTQ QUANTIZERS AbstractQuantizer Descent Nearest",
+    "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.problems": "Named Result check load names",
 }
 

@@ -16,7 +16,10 @@ from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Coded, Quantized, Unstructured, parse_pattern
 from convexprune.errors import ConvexpruneError, RecipeError
-from convexprune.quantizers import QUANTIZERS
+from convexprune.pruners import LayerProblem
+from convexprune.quantizers import GPTAQ, GPTQ, QEP, QUANTIZERS
+from convexprune.quantizers._base import OnGrid
+from convexprune.recipe import make_recipe
 
 
 @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
@@ -30,6 +33,33 @@ def test_what_is_kept_is_on_a_grid(tiny_llama: HuggingFaceModel, sparsity: float
         assert o.pattern == f"unstructured {sparsity:.0%} per matrix, int4 in groups of 32"
         assert o.expected_zeros == sparsity * weight.numel() <= o.zeros == int((weight == 0).sum())
         assert max(len(group.unique()) for row in weight for group in row.split(32)) <= 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "spaces"), [(GPTAQ, ("inputs", "inputs")), (QEP, ("inputs", None)), (GPTQ, ("inputs", "outputs"))]
+)
+def test_quantizers_get_the_errors_that_they_correct(
+    tiny_llama: HuggingFaceModel, kind: type[GPTQ], spaces: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+):
+    """GPTAQ those of inputs, also where those of outputs are cheaper; QEP none for a layer's last stage."""
+    seen, on_grid = [], kind.on_grid
+
+    def watched(self: GPTQ, problem: LayerProblem, *more: Any) -> OnGrid:
+        cross = problem.moments.cross
+        square = cross is not None and cross.shape[0] == cross.shape[1]
+        seen.append(None if cross is None else "inputs" if square else "outputs")
+        return on_grid(self, problem, *more)
+
+    monkeypatch.setattr(kind, "on_grid", watched)
+    settings: dict[str, Any] = {"quantizer": kind.__name__.lower(), "quantize": "int8", "group_size": -1}
+    settings |= {"prefix": "pruned", "error_target": "operator"}
+    convexprune.prune(tiny_llama.model, sparsity=0, **settings, **SMALL)
+    assert seen[-2:] == list(spaces) and len(seen) == 2 * 4
+
+
+def test_a_layer_s_error_is_none_that_gptaq_corrects():
+    with pytest.raises(RecipeError, match="error_target='residual_stream' is another error"):
+        make_recipe(quantizer="gptaq", error_target="residual_stream", quantize="int4")
 
 
 def test_int8_per_output_channel_is_rounding_to_nearest(tiny_llama: HuggingFaceModel):
@@ -56,7 +86,7 @@ def test_int8_per_output_channel_is_rounding_to_nearest(tiny_llama: HuggingFaceM
         ({"pattern": "int8"}, "Unknown pattern 'int8'.*quantize='int4' puts what is kept on a grid"),
         ({"quantize": "int4", "bits": 3}, "bits=3.0 is in place of quantize='int4': leave one of them out"),
         ({"bits": 0.5}, "bits=0.5: Input should be greater than or equal to 1"),
-        ({"quantizer": "awq"}, "quantizer='awq': Input should be 'descent', 'gptq' or 'rtn'"),
+        ({"quantizer": "awq"}, "quantizer='awq': Input should be 'descent', 'gptaq', 'gptq', 'qep' or 'rtn'"),
     ],
 )
 def test_grids_that_there_are_not_are_refused_before_any_work(settings: dict[str, Any], reason: str):

@@ -89,9 +89,8 @@ def stage_folds(
     for part_number, part in enumerate(in_parts(stage, width)):
         watched = part if part_number else stage  # the first pass is for what the experts share, too
         known = {group: inputs[group] for group in part if group in inputs}
-        same = [g for g in part if g in observed.inputs and known.get(g) is observed.inputs[g]]
-        corrected = [g for g in part if g.token_aligned and g not in same] if settings.correction > 0 else []
-        lacking = CorrectionTargets(corrected, observed, settings.error_target)
+        changed = [g for g in part if g not in observed.inputs or known.get(g) is not observed.inputs[g]]
+        lacking = CorrectionTargets(changed, layer, observed, settings)
         by_group = {group: _folds(layer, group, lacking.in_output_space(group), settings) for group in part}
         with sending(), summing_in(settings.gram_precision):
             for i, batch in enumerate(hidden.pruned):

@@ -30,9 +30,9 @@ class ALPS(AbstractPruner):
 
     Differences to the authors' code: exact ties; B is written as a difference from the dense weight (the same
     iteration, without cancellation); the scale is sqrt(diag) without the 1e-8; the progress report's products are left
-    out; conjugate gradients stop by the gradient of each row, not of each column over all rows; with error correction
-    the target is that of the problem (correction=0 is the published method); each operator of a stack has its own
-    penalty schedule. The paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag H.
+    out; with error correction the target is that of the problem (correction=0 is the published method); each operator
+    of a stack has its own penalty schedule. The paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag
+    H. The code's conjugate gradients take all ten steps: their stop looks at entries that are zero, too.
 
     Args:
         iterations: the most.
@@ -48,7 +48,7 @@ class ALPS(AbstractPruner):
     every: Count = 3
     settled: Count = 30
     damping: NotNegative = 0.01
-    refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=1e-4, max_iterations=10))
+    refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(tolerance=0.0, max_iterations=10))
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:

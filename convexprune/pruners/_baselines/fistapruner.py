@@ -27,11 +27,10 @@ class FISTAPruner(AbstractPruner):
     the strength is raised if E_round / E > `ratio`, else lowered, by bisection of [0, `largest_strength`] (Eq. 8).
     Strengths are in units of the sum over tokens, as in the paper. No damping, no refit.
 
-    The paper's settings are improvement=1e-3 and warm_start="wanda" for LLaMA, 1e-6 and "sparsegpt" for OPT. The
-    defaults are 1e-3 and SparseGPT, which ends with a lower error than Wanda; 1e-6 has a lower one still, for ten times
-    the products. Differences: the authors published no code; the initial strength, the interval, `improvement` and the
-    exact form of E_round are reconstructed from reviews; the stop on a small step inside the 20 is left out; each
-    operator of a stack has its own bisection, as in the paper.
+    The defaults are the paper's settings for OPT. For LLaMA it has improvement=1e-3 and warm_start="wanda", which take
+    a tenth of the products and end with a higher error. Differences: the authors published no code; the initial
+    strength, the interval, `improvement` and the exact form of E_round are reconstructed from reviews; the stop on a
+    small step inside the 20 is left out; each operator of a stack has its own bisection, as in the paper.
 
     Args:
         warm_start: the pruner whose weight it starts from.
@@ -47,7 +46,7 @@ class FISTAPruner(AbstractPruner):
     iterations: Count = 20
     ratio: NotNegative = 0.3
     patience: Count = 3
-    improvement: NotNegative = 1e-3
+    improvement: NotNegative = 1e-6
     strength: Positive = 1e-5
     largest_strength: Positive = 1e6
 
