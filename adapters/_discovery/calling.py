@@ -15,7 +15,7 @@ class _Reached(Exception):
     """Ends a forward pass at the first decoder layer."""
 
 
-def entering(layer: DecoderLayer, forward: Callable[[], None]) -> Tensor:
+def entering(layer: DecoderLayer, forward: Callable[[], object]) -> Tensor:
     """The hidden states that enter a layer.
 
     Returns:
@@ -48,7 +48,7 @@ class CallRecorder:
         self._handed: Tensor | None = None
         self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
-    def record(self, forward: Callable[[], None]) -> list[Call]:
+    def record(self, forward: Callable[[], object]) -> list[Call]:
         """The call of each layer."""
         first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
         with first, standing_in(self._layers[1:], self._hand_on):

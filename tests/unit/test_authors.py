@@ -18,6 +18,8 @@ reap: CerebrasResearch/reap 1970473, `update_pruning_state(renormalize_router_we
 fistapruner: no code was published; a reconstruction in float64 from the equations of arXiv 2408.03728 and its reviews
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -200,9 +202,20 @@ def test_shortgpt():
 
 @torch.no_grad()
 def test_reap():
-    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "intermediate_size": 8, "vocab_size": 64, "head_dim": 8}
-    counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 6}
-    config = Qwen3MoeConfig(**sizes, **counts, num_experts_per_tok=2, norm_topk_prob=True)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 8,
+        "vocab_size": 64,
+        "head_dim": 8,
+    }
+    counts: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+    }
+    config = Qwen3MoeConfig(num_experts_per_tok=2, norm_topk_prob=True, **sizes, **counts)
     model = HuggingFaceModel(Qwen3MoeForCausalLM(config).eval())
     mixture = find_experts(model, Experts(1 / 6)).mixtures[0]
     block = model.model.get_submodule(mixture.block)
