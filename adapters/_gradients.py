@@ -21,7 +21,8 @@ from ._discovery.experts import FusedExperts, Product, fused_parameters
 from ._discovery.operators import LINEAR_MODULES, Place
 from ._huggingface import HuggingFaceModel
 
-WITHOUT = "take an allocation without gradients (allocation='uniform')"
+WITHOUT = "leave gradients out (allocation='uniform', token_weights='none')"
+TOGETHER = 32768  # tokens whose inputs of all layers lie on the disk while a model that streams is differentiated
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +35,13 @@ class Fisher:
         outputs: (d loss / d y_i)^2 of the outputs [m]: what an error of size one in y_i costs, twice.
         inputs: (sum_{j in b} x_j d loss / d x_j)^2 of each block b of inputs [n / block]: what it costs if the operator
             does not read them, twice; by operator and block, where it was asked for.
+        tokens: |d loss / d y|^2 of each token [windows length], of operators that all tokens reach; where it was asked
+            for.
     """
 
     outputs: dict[str, Tensor]
     inputs: dict[tuple[str, int], Tensor]
+    tokens: dict[str, Tensor]
 
 
 def loss_fisher(
@@ -46,6 +50,7 @@ def loss_fisher(
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
     blocks: Collection[tuple[str, int]] = (),
+    by_token: bool = False,
 ) -> Fisher:
     """The empirical Fisher information of operators.
 
@@ -56,14 +61,16 @@ def loss_fisher(
     Args:
         tokens: token ids [windows length].
         blocks: operators whose inputs are asked for, and how many consecutive ones count as one.
+        by_token: whether each token's part is asked for.
 
     Returns:
         That of the outputs of all operators, and of the inputs of some.
     """
-    squares = _Squares(model, blocks)
+    squares = _Squares(model, blocks, by_token)
     batches = list(tokens.split(batch_size))
     calls = LayerCalls(model, batches)
-    parts = [batches] if model.streams else [[batch] for batch in batches]  # of a streamed model, read layers once
+    together = max(1, TOGETHER // (batch_size * tokens.shape[1])) if model.streams else 1  # which reads layers again
+    parts = [batches[first : first + together] for first in range(0, len(batches), together)]
     count = len(model.layers)
     on_layer = begin("gradients", 2 * len(parts) * count)
     for part in parts:
@@ -81,7 +88,8 @@ def loss_fisher(
             )
     count = tokens.numel()
     outputs = {name: (total / count).float() for name, total in squares.sums.items()}
-    return Fisher(outputs, {key: (total / count).float() for key, total in squares.inputs.items()})
+    inputs = {key: (total / count).float() for key, total in squares.inputs.items()}
+    return Fisher(outputs, inputs, {name: torch.cat(each).view(tokens.shape) for name, each in squares.tokens.items()})
 
 
 @contextmanager
@@ -110,11 +118,13 @@ def _loss_gradient(model: HuggingFaceModel, ids: Tensor, hidden: Tensor) -> Tens
 class _Squares:
     """The squares of a `Fisher`, summed over tokens."""
 
-    def __init__(self, model: HuggingFaceModel, blocks: Collection[tuple[str, int]]) -> None:
+    def __init__(self, model: HuggingFaceModel, blocks: Collection[tuple[str, int]], by_token: bool) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=model.device)
         self._operators = {f"{layer.name}.{o.name}": o for layer in model.layers for o in layer.operators}
         self.sums = {name: zeros(operator.shape[0]) for name, operator in self._operators.items()}
         self.inputs = {(name, block): zeros(self._operators[name].shape[1] // block) for name, block in blocks}
+        aligned = [(y.name, o.name) for y in model.layers for g in y.groups if g.token_aligned for o in g.operators]
+        self.tokens = {f"{layer}.{name}": list[Tensor]() for layer, name in aligned if by_token}
         self._blocks = dict[str, list[int]]()
         for name, block in blocks:
             self._blocks.setdefault(name, []).append(block)
@@ -129,6 +139,8 @@ class _Squares:
         """Count the gradient [... m] at the outputs of some tokens, and with their inputs x [... n] that of these."""
         gradient = gradient.float().flatten(0, -2)
         self.sums[name] += gradient.square().sum(0, dtype=torch.float64).to(self.sums[name].device)
+        if name in self.tokens:
+            self.tokens[name].append(gradient.square().sum(1).cpu())
         if x is not None:
             each = (gradient @ self._operators[name].read().float()).mul_(x.float().flatten(0, -2))
             for block in self._blocks[name]:

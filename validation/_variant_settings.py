@@ -47,7 +47,7 @@ def allocated(
     asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
     found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
     weightings = {v.name: TokenWeighting.parse(v.recipe().token_weights) for v in variants}
-    weights = {each: token_weights(model, each, tokens.calibration) for each in set(weightings.values())}
+    weights = {each: token_weights(model, each, tokens.calibration, batch_size) for each in set(weightings.values())}
     settings = {
         variant.name: replace(
             allocation.apply_to(given, variant.recipe().build_pattern()),

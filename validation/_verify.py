@@ -202,7 +202,7 @@ def verify(
     tokens, same = opened.tokens()
     if pruned is not None and not same:
         result.note = "The model writes another text here than for the run: the report's errors are not compared."
-    weights = token_weights(dense, TokenWeighting.parse(recipe.token_weights), tokens)
+    weights = token_weights(dense, TokenWeighting.parse(recipe.token_weights), tokens, recipe.batch_size)
     layer = replace(_layer_settings(recipe, reports), token_weights=weights)
     generator = torch.Generator().manual_seed(asked.seed)
 

@@ -115,8 +115,10 @@ class Request:
             self._narrow(loaded, pattern)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
+        weighting = TokenWeighting.parse(self.recipe.token_weights)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
+            "token_weights='loss'": (weighting.kind == "loss", "take another"),
             'dataset="self"': (is_self(self.sources.dataset), "another data set"),
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
@@ -167,8 +169,10 @@ class Request:
             check_patterns(loaded.layers, self.layers)
             report.allocation = {"cost": found.cost, "gap": found.gap}
             self.clock.lap("allocation")
-        asked = TokenWeighting.parse(self.recipe.token_weights)
-        self.layers = replace(self.layers, token_weights=token_weights(loaded, asked, windows["calibration"]))
+        weighting = TokenWeighting.parse(self.recipe.token_weights)
+        weights = token_weights(loaded, weighting, windows["calibration"], self.recipe.batch_size, store)
+        self.layers = replace(self.layers, token_weights=weights)
+        self.clock.lap("token weights")
 
     def _work(self, windows: Windows) -> Work:
         return Work(windows["calibration"], windows["held_out"], self.recipe.batch_size, self.layers)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune.errors import RecipeError, unknown
 
-KINDS = ("none", "attention_sink")
+KINDS = ("none", "attention_sink", "loss")
 SINK = 4
 """Tokens at the start of a window on which attention rests (arXiv 2309.17453)."""
 
@@ -34,6 +34,12 @@ class TokenWeighting:
         if kind == "none" or not 0 <= found.share < 1:
             raise RecipeError(f"token_weights={text!r}. Write none, or a kind with a share in [0, 1), {KINDS[1]}:0.5.")
         return found
+
+
+def loss_weights(squares: Tensor, share: float) -> Tensor:
+    """Weights, 1 on average, of which a `share` follows the squared gradients [windows length] of the tokens."""
+    mean = squares.mean(dtype=torch.float64).float()
+    return 1 - share + share * squares / mean if mean > 0 else torch.ones_like(squares)
 
 
 def sink_weights(windows: int, length: int, share: float) -> Tensor:

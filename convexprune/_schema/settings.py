@@ -216,7 +216,7 @@ class MethodSettings(Settings):
     token_weights: str = setting(
         "none",
         "How calibration tokens count: none, all alike; attention_sink, half of all weight (attention_sink:0.25: a "
-        "quarter) for the first four tokens of each sample, where the outputs are keys and values of attention.",
+        "quarter) for the first four of each sample, where outputs are keys and values; loss, by squared gradients.",
     )
     quantizer: Literal["descent", "gptaq", "gptq", "qep", "rtn"] = setting(
         "descent",

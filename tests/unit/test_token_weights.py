@@ -5,14 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, TOKENS, checksums, require_resumed
+from runs import SETTINGS, TOKENS, checksums, flip, require_resumed, stop_after
 from test_compare import compared, folder
 from tiny_families import build_family
+from torch import Tensor
 
 import convexprune
-from convexprune._layerwise.token_weights import SINK, TokenWeighting, sink_weights
-from convexprune.adapters import HuggingFaceModel
+from convexprune._layerwise.token_weights import SINK, TokenWeighting, loss_weights, sink_weights
+from convexprune.adapters import HuggingFaceModel, load
+from convexprune.adapters import _gradients as gradients
+from convexprune.adapters import _token_weights as adapter
 from convexprune.adapters._discovery.mixing import read_by_other_tokens
+from convexprune.adapters._gradients import loss_fisher
+from convexprune.adapters._token_weights import token_weights
 from convexprune.errors import RecipeError
 from convexprune.report import OperatorReport
 from convexprune.validation import verify
@@ -77,11 +82,43 @@ def test_verify_measures_the_weighted_errors_again(dense: Path, tmp_path: Path):
     assert len(found.errors) == 3 and not found.faults
 
 
-def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Path):
-    _pruned(dense, tmp_path / "one", **SINKS)
-    _pruned(dense, tmp_path / "two", executor="pool", workers=2, **SINKS)
+@pytest.mark.parametrize("streams", [True, False])
+def test_loss_weights_follow_the_squared_gradients_of_tokens(dense: Path, streams: bool, monkeypatch):
+    monkeypatch.setattr(gradients, "TOGETHER", 40)  # two windows at once, so that three parts are read
+    found = token_weights(load(dense, device="cpu", stream=streams), TokenWeighting("loss", 0.75), TOKENS, 2)
+    model, name = load(dense, device="cpu").model, "model.layers.2.self_attn.v_proj"
+    squares = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> None:
+        output.requires_grad_().register_hook(lambda gradient: squares.append(gradient[0].square().sum(1)))
+
+    with model.get_submodule(name).register_forward_hook(keep):
+        for window in TOKENS:
+            logits = model(window[None]).logits[0, :-1]
+            torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+    expected = torch.stack(squares)
+    torch.testing.assert_close(found[name], 0.25 + 0.75 * expected / expected.mean(), rtol=1e-4, atol=1e-5)
+    assert len(found) == 4 * 7
+
+
+def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Path, monkeypatch):
+    weighted = SETTINGS | {"token_weights": "loss"}
+    _pruned(dense, tmp_path / "one", **weighted)
+    _pruned(dense, tmp_path / "two", executor="pool", workers=2, **weighted)
     assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
-    require_resumed(dense, tmp_path, **SINKS)
+    require_resumed(dense, tmp_path, **weighted)
+    asked = []
+    monkeypatch.setattr(adapter, "loss_fisher", lambda *args, **named: asked.append(1) or loss_fisher(*args, **named))
+    with pytest.raises(KeyboardInterrupt):
+        convexprune.prune(dense, output_dir=tmp_path / "damaged", progress=stop_after(1), **weighted)
+    flip(tmp_path / "damaged" / "work" / "token_weights.safetensors")
+    asked.clear()
+    convexprune.prune(dense, output_dir=tmp_path / "damaged", resume=True, **weighted)
+    assert asked and checksums(tmp_path / "one") == checksums(tmp_path / "damaged")
+
+
+def test_tokens_without_gradients_count_alike():
+    assert bool((loss_weights(torch.zeros(2, 3), 0.5) == 1).all())
 
 
 @pytest.mark.parametrize("convention", ["dense-half", "pruned-own"])
