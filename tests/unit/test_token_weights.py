@@ -102,7 +102,7 @@ def test_loss_weights_follow_the_squared_gradients_of_tokens(dense: Path, stream
 
 
 def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Path, monkeypatch):
-    weighted = SETTINGS | {"token_weights": "loss"}
+    weighted: dict[str, Any] = SETTINGS | {"token_weights": "loss"}
     _pruned(dense, tmp_path / "one", **weighted)
     _pruned(dense, tmp_path / "two", executor="pool", workers=2, **weighted)
     assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
