@@ -1,1 +1,1 @@
-"""The functions of the top, `prune` and `permute`: what they are given, what they do, what they give back."""
+"""The public functions `prune` and `permute`: arguments, work, results."""

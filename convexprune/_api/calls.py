@@ -1,4 +1,4 @@
-"""The user's doors: `prune`, and `permute` before it."""
+"""The public functions `prune`, `plan` and `permute`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -62,21 +62,21 @@ def prune(
 ) -> PruneResult:
     """Prune a language model; the report has the certificate of every operator's convex solve.
 
-    A model may be a loaded one, which moves to `device` and `dtype` and is changed in place: it keeps its modes (train,
-    eval) and `requires_grad`, and is pruned only if the run succeeds. For that, a copy of its decoder layers is in the
-    memory of the CPU meanwhile. A data set may also be a list of texts, or token ids: as tensors, arrays, lists, or an
-    iterable of them (a DataLoader); a text to evaluate on may be token windows [windows window]; a solver may be your
-    own `AbstractSolver`. With `output_dir` the model is never whole in memory, if its checkpoint allows it
-    (docs/runs.md), the run can be interrupted, and `recipe.yaml` and `report.json` lie beside the result.
+    A loaded model moves to `device` and `dtype` and is changed in place: it keeps its modes (train, eval) and
+    `requires_grad`, and is pruned only if the run succeeds. Meanwhile a copy of its decoder layers is in the memory of
+    the CPU. A data set may also be a list of texts, or token ids: tensors, arrays, lists, or an iterable (a
+    DataLoader); a text to evaluate on may be token windows [windows window]; a solver may be an `AbstractSolver` of the
+    user. With `output_dir` the model is never whole in memory, if its checkpoint allows streaming (docs/runs.md); the
+    run can be interrupted, and `recipe.yaml` and `report.json` lie beside the result.
 
     Args:
-        recipe: a `Recipe`, its file, or the folder of a run: settings that are given besides replace its own, and what
-            merely follows from others, as the allocation from the pattern, follows anew.
+        recipe: a `Recipe`, its file, or the folder of a run. Settings beside the recipe replace the recipe's, and
+            dependent defaults, such as the allocation of a pattern, follow anew.
         settings: by name:
         {settings}
 
     Returns:
-        The result: its report, and the pruned model when it is asked for.
+        The result: its report, and the pruned model on request.
 
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
@@ -97,7 +97,7 @@ def prune(
 
 @pinned()
 def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspection:
-    """What `prune` would do, after all of its checks; nothing is computed for it, and nothing is written."""
+    """Predict the work of `prune` after all of its checks. Nothing is computed or written."""
     call, asked = _asked(settings, recipe)
     if call.output_dir is None:
         raise RecipeError("A plan is that of a run in a folder. Give output_dir.")
@@ -106,7 +106,7 @@ def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspe
 
 
 def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[Call, dict[str, Any]]:
-    """The settings of a call: those that no recipe holds, and those of the recipe."""
+    """Split the settings of a call: settings outside the recipe, and settings of the recipe."""
     given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
         given = {name: value for name, value in given.items() if value is not UNSET}
@@ -118,12 +118,12 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
 
 
 def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:
-    """Those that a recipe chose, which may be in a file."""
+    """Return the settings that a recipe, possibly a file, chose."""
     return (recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())).chosen
 
 
 def _require_named(settings: Mapping[str, Any]) -> None:
-    """Refuse a recipe of what its caller had in memory, unless that is given again."""
+    """Refuse a recipe whose model or tokens were objects in memory, unless they are given again."""
     for name in ("model", "dataset", "evaluation"):
         if isinstance(text := settings.get(name), str) and text.endswith(GIVEN):
             raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
@@ -139,21 +139,20 @@ def permute(
     progress: Callable[[int], Callable[[Permuted], None]] | None = None,
     **settings: Any,
 ) -> PermuteResult:
-    """Put the channels of a dense model in an order of which an N:M pattern prunes less; it computes what it did.
+    """Order the channels of a dense model so that an N:M pattern prunes less; the function stays the same.
 
-    What an N:M pattern keeps depends on which inputs stand side by side. Channels inside of an MLP, inside of an
-    attention head, and those of the hidden states may change places without a change of the function, if the rows that
-    make them and the columns that read them do so alike (Pool & Yu, NeurIPS 2021): which they are is found by
-    experiments on the model, and the result is tried. Prune the permuted model as any other. Adapters (LoRA) that were
-    trained on the model in its old order do not fit the new one. A loaded model is changed in place; with `output_dir`
-    the model is never whole in memory, if its checkpoint allows it, and `permutation.json` holds every order.
+    An N:M pattern depends on the order of inputs. Channels inside an MLP, inside an attention head, and of the hidden
+    states may change places without a change of the function, if writing rows and reading columns move alike (Pool &
+    Yu, NeurIPS 2021). Experiments on the model find such sets, and the result is tried. Prune the permuted model as
+    usual. Adapters (LoRA) trained on the former order do not fit. A loaded model is changed in place; with `output_dir`
+    the model is never whole in memory, if its checkpoint allows streaming, and `permutation.json` holds every order.
 
     Args:
         settings: by name:
         {settings}
 
     Returns:
-        The new order, the permuted model (of a loaded one the model itself), and the folder.
+        The order, the permuted model (of a loaded model the model itself), and the folder.
 
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.

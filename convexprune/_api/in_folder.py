@@ -1,4 +1,4 @@
-"""A call of `prune` with an output folder: layer by layer from files to files, to be resumed if it is interrupted."""
+"""A call of `prune` with an output folder: layer by layer from files to files, resumable."""
 
 import logging
 from dataclasses import replace
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class InFolder(Request):
-    """A request whose `call` names a folder, and says whether to go on with a run that is there; `settings` as ever."""
+    """A request whose `call` names a folder, possibly with a run to resume."""
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         super().__init__(settings, call)
@@ -53,7 +53,7 @@ class InFolder(Request):
         self.folder = RunFolder(self.replacement.new if self.replacement is not None else self.place)
 
     def run(self) -> PruneResult:
-        """Prune what is not yet pruned; the result, in the folder."""
+        """Prune the unfinished layers and return the result in the folder."""
         if self.replacement is not None:
             self.replacement.check()
             self.replacement.clear(self.call.resume)
@@ -67,7 +67,7 @@ class InFolder(Request):
             return self._pruned(loaded)
 
     def plan(self) -> Inspection:
-        """Everything that is checked before a run begins, and what it would do and need; nothing is written."""
+        """Check everything before a run, and predict work and needs; nothing is written."""
         if self.replacement is not None:
             self.replacement.check()
         else:
@@ -114,7 +114,7 @@ class InFolder(Request):
         return PruneResult(report=folder.report(), tokenizer=loaded.tokenizer, output_dir=folder.folder, _model=model)
 
     def _identity(self, windows: Windows, report: Report) -> dict[str, Any]:
-        """All that the result depends on: a run that is resumed must have the same."""
+        """Return everything that decides the bits of the result; a resumed run must have the same."""
         return identity(
             self.recipe.model_dump(mode="json"),
             self.layers,
@@ -128,7 +128,7 @@ class InFolder(Request):
         )
 
     def _finish(self, loaded: HuggingFaceModel, windows: Windows, report: Report) -> bool:
-        """Prune what is not yet, and write the result unless another rank does; whether this one has."""
+        """Prune the unfinished layers and write the result, unless another rank writes. Return True after writing."""
         if not loaded.streams:  # once it is pruned in place, it is too late
             self._evaluate(report, "dense", loaded, windows)
         on_gpu = not is_host(torch.device(self.device))
@@ -170,7 +170,7 @@ class InFolder(Request):
             self.folder.finish(place, report)
 
     def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
-        """Write the pruned model and what belongs to it to the folder `place`, and look at it."""
+        """Write the pruned model and its companions to the folder `place`, and check the files."""
         stored = pruned_entries(loaded, store)
         narrowed = self._narrowed(lambda name: stored[name].read())
         if narrowed is not None:
@@ -188,7 +188,7 @@ class InFolder(Request):
             report.bytes = packed.after
 
     def _check_finished(self) -> None:
-        """See that a result that is handed back is whole, and say so if it is not of the text to evaluate on now."""
+        """Check that a finished result is whole, and warn if it was evaluated on a different text."""
         folder = self.folder.folder
         self.folder.require_whole(plain_checksum)
         if self.call.pack and not holds_pack(folder):

@@ -16,7 +16,7 @@ class InMemory(Request):
     """A request that changes a model in memory."""
 
     def run(self) -> PruneResult:
-        """Prune the loaded model in place; if that fails, a model that was given loaded is as it was."""
+        """Prune the loaded model in place. After a failure the model is unchanged."""
         begin("loading the model")
         with self.open(device=self.device).lent(undo=isinstance(self.source, PreTrainedModel)) as loaded:
             return self._pruned(loaded)

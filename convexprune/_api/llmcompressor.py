@@ -1,7 +1,6 @@
-"""Recipes of llm-compressor, as recipes of ours; what ours cannot say is refused by name.
+"""Translate recipes of llm-compressor. Entries without an equivalent are refused by name.
 
-The format: stages, whose names end in `_stage`, hold groups, whose names end in `_modifiers`, of modifiers by the names
-of their classes.
+The format: stages with names in `_stage` hold groups with names in `_modifiers` of modifiers, by class name.
 """
 
 import re
@@ -32,10 +31,10 @@ DAMPING = ("dampening_frac", "percdamp")
 
 @dataclass(frozen=True)
 class Modifier:
-    """A pruning modifier in our words.
+    """A pruning modifier in terms of a recipe.
 
     Args:
-        targets: as a recipe of ours has them.
+        targets: as in a recipe.
     """
 
     name: str
@@ -70,7 +69,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every modifier of a recipe, by the name of its class, in its order."""
+    """Yield every modifier of a recipe with its class name, in order."""
     for name, value in recipe.items():
         path = f"{place}{name}"
         if str(name).endswith("Modifier"):
@@ -127,7 +126,7 @@ def _pattern(left: dict[str, Any], name: str, method: str) -> dict[str, Any]:
 
 
 def _allocation(left: dict[str, Any], name: str) -> dict[str, Any]:
-    """OWL, if it is asked for with the constants that ours has."""
+    """Return OWL's settings, if the constants equal ours."""
     profile, outlier, reach = (left.pop(each, None) for each in ("sparsity_profile", "owl_m", "owl_lmbda"))
     if profile is None:
         return {}
@@ -140,7 +139,7 @@ def _allocation(left: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _arguments(left: dict[str, Any], method: str) -> dict[str, Any]:
-    """What the method itself takes."""
+    """Return the arguments of the method."""
     if method != "sparsegpt":
         return {}
     dampings = [left.pop(name, None) for name in DAMPING]
@@ -150,7 +149,7 @@ def _arguments(left: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def _names(names: Any, name: str) -> list[str]:
-    """Targets: there a module stands for all that is inside of it."""
+    """Return targets, where a module stands for everything inside."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise RecipeError(f"{name}: targets and ignore are lists of names; got {shown(names)}.")
@@ -166,7 +165,7 @@ def _name(name: str) -> str:
 
 
 def _rule(modifier: Modifier, first: Modifier) -> dict[str, Any]:
-    """A modifier after the first one, as a rule."""
+    """Return a modifier after the first as a rule."""
     settings, name = dict(modifier.settings), modifier.name
     if modifier.targets == first.targets:
         raise RecipeError(

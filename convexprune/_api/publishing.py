@@ -1,4 +1,4 @@
-"""A result on the Hugging Face hub: only what the run wrote goes there, and a failure loses nothing."""
+"""Upload a result to the Hugging Face hub: only files of the run are uploaded, and a failure loses nothing."""
 
 import glob
 from pathlib import Path
@@ -22,10 +22,10 @@ from convexprune.report import Report
 
 
 def check_hub(name: str, token: str | bool | None = None) -> None:
-    """Refuse, before any work, a name that the hub does not take, and an upload that cannot be.
+    """Refuse, before any work, a name that the hub rejects, and an impossible upload.
 
     Args:
-        token: of the hub; None is the one that was logged in with.
+        token: token of the hub; None means the stored login.
     """
     try:
         validate_repo_id(name)
@@ -47,10 +47,10 @@ def upload(
     """Upload the files of a result.
 
     Args:
-        report: of the run: of a folder that the run wrote, what it does not name is not uploaded.
-        kept: where the result is if the upload fails, and how to try again.
-        private: whether it is; None is what its owner has chosen for new ones, on the hub mostly public.
-        token: of the hub; None is the one that was logged in with.
+        report: the run's report; files that it does not name are not uploaded.
+        kept: sentence on the place of the result after a failure.
+        private: visibility; None means the owner's default, mostly public.
+        token: token of the hub; None means the stored login.
     """
     check_hub(name, token)
     packs = (packed_name(Path(file)).as_posix() for file in report.files)
@@ -72,7 +72,7 @@ def upload(
 def write_result(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Report, folder: Path
 ) -> None:
-    """Write a model that was pruned in memory as a folder, with all that a run writes beside it."""
+    """Write a model pruned in memory as a folder, with all companions of a run."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

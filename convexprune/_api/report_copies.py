@@ -1,4 +1,4 @@
-"""Copies of what a run says of itself, in a folder of the user's choice."""
+"""Copies of report and recipe in a folder of the user's choice."""
 
 from convexprune._recipe_file import RECIPE, write_recipe
 from convexprune._runs.folder import REPORT
@@ -22,7 +22,7 @@ def check_copies(call: Call) -> None:
 
 
 def write_copies(report: Report, call: Call) -> None:
-    """Write report.json and recipe.yaml where the call wants them, unless they lie there."""
+    """Write report.json and recipe.yaml to the requested folder, unless they lie there."""
     if call.report_dir is None or is_result(call):
         return
     folder = call.report_dir.expanduser()
@@ -34,6 +34,6 @@ def write_copies(report: Report, call: Call) -> None:
 
 
 def is_result(call: Call) -> bool:
-    """Whether the folder for copies is that of the result of the `call`, where they lie anyway."""
+    """Return True if the folder for copies is the result's folder, where the files lie anyway."""
     folders = [folder.expanduser().resolve() for folder in (call.report_dir, call.output_dir) if folder is not None]
     return len(folders) == 2 and folders[0] == folders[1]

@@ -1,4 +1,4 @@
-"""What every call of `prune` does: checks what it was given, opens the model, draws the tokens, and reports."""
+"""The common part of all calls of `prune`: checks, model, tokens, report."""
 
 import logging
 import platform
@@ -54,10 +54,10 @@ logger = logging.getLogger(__name__)
 
 
 class Request:
-    """A call of `prune`, checked: its recipe, its executor, and how to open its model; a derived class runs it.
+    """A checked call of `prune`: recipe, executor, and the way to open the model; a subclass runs the request.
 
     Args:
-        settings: those of the recipe, by name, and the model and texts as they were given.
+        settings: settings of the recipe by name, with model and texts as given.
     """
 
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
@@ -105,11 +105,11 @@ class Request:
         self.dense_states: list[Tensor] | None = None
 
     def what_needs_less(self) -> str:
-        """For an error: what this run needs by its formula, and which settings need less."""
+        """Return the memory needs of this run, and settings that need less, for an error."""
         return what_needs_less(self.source, self.recipe, self.call.trust_remote_code)
 
     def _check(self, loaded: HuggingFaceModel) -> None:
-        """Refuse, before any work, what the model does not allow."""
+        """Refuse, before any work, requests that the model does not allow."""
         pattern = self.recipe.build_pattern()
         if pattern.removes:
             self._narrow(loaded, pattern)
@@ -125,7 +125,7 @@ class Request:
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
 
     def _narrow(self, loaded: HuggingFaceModel, pattern: Constraint) -> None:
-        """Prune only the operators that what can be removed is about."""
+        """Restrict the pruned operators to the operators that the removal concerns."""
         begin(f"looking for {pattern.removes}")
         self.removal = find_removal(loaded, pattern)
         self.open = partial(self.open, targets=self.removal.choose(loaded))
@@ -134,7 +134,7 @@ class Request:
     def _choose(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
-        """Decide, once for all processes, what is removed before anything is pruned: whole layers or experts."""
+        """Choose the removed layers or experts before pruning, once for all processes."""
         removal, kind = self.removal, self.layers.pattern.removes
         if removal is None or kind is None or not removal.chosen_first:
             return
@@ -155,13 +155,13 @@ class Request:
         self.clock.lap("choosing what to remove")
 
     def _narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced | None:
-        """The model without what was chosen, or without what the pruned weights, which `read` gives, do not use."""
+        """Return the model without removed parts, by choice or by the zeros of the pruned weights that `read` gives."""
         return self.reduced if self.removal is None or self.reduced is not None else self.removal.narrowed(read)
 
     def _allocate(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
-        """Spread the zeros as the recipe says, or as they were spread when the run in the store began."""
+        """Spread the zeros by the recipe, or as at the beginning of the run in the store."""
         if self.recipe.allocation != "uniform":
             asked = self.recipe.allocation, self.layers
             found = allocate(loaded, windows["calibration"], windows["held_out"], asked, self.recipe.batch_size, store)
@@ -202,11 +202,11 @@ class Request:
         return self.progress(operators) if self.progress is not None else lambda _: None
 
     def _end(self, report: Report) -> None:
-        """What a run took, once it is done."""
+        """Record time and memory of a finished run."""
         report.seconds, report.memory = self.clock.laps, peak_memory(self.device)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
-        """Measure perplexity, and how far a model that is no longer dense is from what it was."""
+        """Measure perplexity, and for a pruned model the divergence from the dense model."""
         if "evaluation" in windows:
             with final_states(loaded, len(windows["evaluation"])) as states:
                 found: dict[str, float] = vars(perplexity(loaded.model, windows["evaluation"]))
@@ -219,7 +219,7 @@ class Request:
 
 
 def _require_read(recipe: Recipe) -> None:
-    """Refuse settings of a quantization that is not asked for: nothing would read them."""
+    """Refuse settings of a quantization without a quantization: nothing would read the settings."""
     for name, readers in {"group_size": ("quantize",), "quantizer": ("quantize", "bits")}.items():
         given, read = getattr(recipe, name), any(getattr(recipe, reader) is not None for reader in readers)
         if not read and given != Recipe.model_fields[name].default:
@@ -230,7 +230,7 @@ def _require_read(recipe: Recipe) -> None:
 
 
 def _require_solver(solver: Any) -> AbstractSolver:
-    """A user's own solver."""
+    """Check a solver of the user."""
     if isinstance(solver, AbstractSolver):
         return solver
     found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
@@ -241,7 +241,9 @@ def _require_solver(solver: Any) -> AbstractSolver:
 
 
 def name_of(source: Any) -> str:
-    """Of a model, for its recipe: the bundled one's name, a path in full, a name on the hub, or what was given."""
+    """Return the name of a model for its recipe: the bundled model's, a full path, a name on the hub, or a
+    description.
+    """
     text = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not isinstance(text, str | Path) or not text:  # a compiled model has no truth value
         return given(source)
@@ -250,7 +252,7 @@ def name_of(source: Any) -> str:
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:
-    """What the result depends on besides the recipe."""
+    """Return conditions of the result beside the recipe."""
     return versions() | {
         "machine": platform.machine(),
         "device": str(model.device),

@@ -1,4 +1,4 @@
-"""What `prune` and `permute` give back."""
+"""The results of `prune` and `permute`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from convexprune.report import Report
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Result:
-    """A model that was changed, and where it was written, if anywhere."""
+    """A changed model and its folder, if any."""
 
     output_dir: Path | None
     _model: Callable[[], PreTrainedModel]
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model: the one that was changed in memory, else read from `output_dir` now."""
+        """The model: changed in memory, or read from `output_dir` now."""
         return self._model()
 
     def _shown(self, what: object) -> str:
@@ -36,8 +36,8 @@ class PruneResult(_Result):
     """A pruned model and its report; see also `output_dir` and `model`.
 
     Args:
-        report: what happened, operator by operator.
-        tokenizer: of the model, if it has one.
+        report: record of the run by operator.
+        tokenizer: tokenizer of the model, or None.
     """
 
     report: Report
@@ -51,13 +51,13 @@ class PruneResult(_Result):
     ) -> str:
         """Upload the result with its model card, as `push_to_hub` of transformers does.
 
-        Of a folder only what the run wrote is uploaded; `recipe.yaml`, `report.json` and `report.html` name folders of
+        Only files of the run are uploaded from a folder; `recipe.yaml`, `report.json` and `report.html` name folders of
         this machine.
 
         Args:
-            repo_id: the name of the repository, "OWNER/NAME"; it is made if it is not there.
-            private: whether it is; None is what its owner has chosen for new ones, on the hub mostly public.
-            token: of the hub; None is the one that was logged in with.
+            repo_id: name of the repository, "OWNER/NAME"; created if missing.
+            private: visibility; None means the owner's default, mostly public.
+            token: token of the hub; None means the stored login.
             commit: further arguments of `huggingface_hub.HfApi.upload_folder`: commit_message, revision, create_pr, ...
 
         Returns:
@@ -65,7 +65,7 @@ class PruneResult(_Result):
 
         Raises:
             RecipeError: the name is no name on the hub, the hub is switched off, or nobody has logged in.
-            OutputError: the upload failed; the result is where it was.
+            OutputError: the upload failed; the result is unchanged.
         """
         options: dict[str, Any] = {"private": private, "token": token, **commit}
         if self.output_dir is not None:
@@ -83,7 +83,7 @@ class PermuteResult(_Result):
     """A permuted model; see also `output_dir` and `model`.
 
     Args:
-        permutation: the order of each set of channels.
+        permutation: the order of every set of channels.
     """
 
     permutation: Permutation

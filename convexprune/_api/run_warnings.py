@@ -1,4 +1,4 @@
-"""Warnings before a run: settings and data that are valid, and that may not be what was meant."""
+"""Warnings before a run: valid settings and data that may not be intended."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ ORACLES, FEW = ("cvxpy", "scipy"), 32  # solvers that are exact and slow, and th
 
 
 def run_warnings(model: HuggingFaceModel, windows: Windows, recipe: Recipe) -> Iterator[str]:
-    """What a user should know before a run: few tokens, weights that are left, no compiler, slow settings."""
+    """Yield warnings before a run: few tokens, untouched weights, no compiler, slow settings."""
     shapes = [operator.shape for layer in model.layers for operator in layer.operators]
     widest, fewest = max(inputs for _, inputs in shapes), min(outputs for outputs, _ in shapes)
     few, shared = shortage(windows["calibration"], widest), shared_weights(model.left_alone, model.layers)

@@ -1,4 +1,4 @@
-"""What a run is calibrated and evaluated on: the windows of token ids, and where they come from."""
+"""The windows of token ids for calibration and evaluation, and their sources."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,19 +28,17 @@ EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """A data set to calibrate on, and a text to evaluate on.
+    """A data set for calibration, and a text for evaluation.
 
     Args:
-        evaluation: as the caller gave it; None if nothing is evaluated.
+        evaluation: as the caller gave it; None without an evaluation.
     """
 
     dataset: Any
     evaluation: Any
 
     def check(self) -> None:
-        """Refuse, before any work, a name or a path that leads nowhere, and data on which no perplexity can be
-        measured.
-        """
+        """Refuse, before any work, names and paths that lead nowhere, and data without a perplexity."""
         check_dataset(self.dataset)
         text = self.evaluation
         if isinstance(text, str | Path) and text not in ("self", HELD_OUT):
@@ -52,20 +50,20 @@ class Sources:
             )
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
-        """The part of the `windows` that the model writes itself."""
+        """Return the part of the `windows` that the model writes."""
         return {name: tokens for name, tokens in windows.items() if is_self(self._by_use[name])}
 
     @property
     def has_sampled(self) -> bool:
-        """Whether the model is to write text itself."""
+        """Return True if the model is to write text."""
         return any(map(is_self, self._by_use.values()))
 
     def draw(
         self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
     ) -> Windows:
-        """The windows of token ids that a run needs.
+        """Return the windows of token ids for a run.
 
-        A model has to be whole in memory to sample text: a streamed one is opened whole for that, and let go.
+        A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
         """
         windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
         if is_self(self.dataset) and self._is_file:
@@ -90,7 +88,7 @@ class Sources:
 
     @property
     def _is_file(self) -> bool:
-        """Whether what is evaluated on is there already."""
+        """Return True if the evaluation text is a file."""
         text = self.evaluation
         return text is not None and not (isinstance(text, str) and text in ("self", HELD_OUT))
 
@@ -110,16 +108,12 @@ def _require_some(windows: Tensor) -> Tensor:
 
 
 def is_self(text: Any) -> bool:
-    """Whether `text` asks for text that the model samples itself."""
+    """Return True if `text` asks for text sampled by the model."""
     return isinstance(text, str) and text == "self"
 
 
 def name_of_text(text: Any) -> str:
-    """The name of a data set or a text, for the recipe.
-
-    Returns:
-        The full path of a file, a name, or a note of what was given.
-    """
+    """Return the name of a data set or a text for the recipe: a full path, a name, or a description."""
     if not isinstance(text, str | Path):
         return given(text)
     path = Path(text).expanduser()

@@ -1,4 +1,4 @@
-"""Who prunes: the executor that a call of `prune` asks for, or why its layers cannot be spread like that."""
+"""The executor of a call of `prune`, or the reason why layers cannot be spread."""
 
 from typing import Any
 
@@ -26,11 +26,7 @@ def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> Abstra
 
 
 def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
-    """The number of ranks that prune each layer together.
-
-    Returns:
-        The number; 1 if each layer has one process.
-    """
+    """Return the number of ranks that prune a layer together; 1 if a layer has a single process."""
     if recipe.prefix == "dense" or executor.together == 1:
         return 1
     require_rendezvous()
@@ -44,7 +40,7 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
 
 
 def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
-    """Refuse what cannot be spread over processes."""
+    """Refuse runs that cannot be spread over processes."""
     name = call.executor
     if call.output_dir is None:
         raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")

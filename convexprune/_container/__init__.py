@@ -1,4 +1,4 @@
-"""A pruned model as a smaller download, and back, bit for bit; a quantized one in the layout of other engines."""
+"""Containers of a result: a smaller download without loss, and layouts of runtimes."""
 
 from convexprune._container.compressed_tensors import export
 from convexprune._container.folder import Packed, pack, unpack

@@ -1,14 +1,14 @@
-"""The coding of a tensor's bytes, block by block: which entries are zero, and the others in planes of bytes, by zstd.
+"""The coding of a tensor's bytes, block by block: a mask of zeros, and kept entries in planes of bytes, by zstd.
 
-A block is at most `BLOCK` bytes of a tensor, entries in their order, little-endian. It becomes a few streams, each a
-length (4 bytes) and a zstd frame:
+A block is at most `BLOCK` bytes of a tensor, entries in order, little-endian. A block becomes a few streams, where a
+stream is a length (4 bytes) and a zstd frame:
 
-    mask    a bit for each entry, 1 if any bit of it is set, so -0.0 is kept
-    values  plane by plane, all first bytes of the kept entries together, then all second ones, ...
+    mask    a bit for an entry, 1 if any bit of the entry is set, so -0.0 is kept
+    values  plane by plane: all first bytes of the kept entries, then all second bytes, ...
 
-Floats are rotated by one bit first, such that the sign comes last and the exponent first. Of bfloat16 and float32 the
-first byte is then the exponent. In its place the first plane holds a 4-bit code of it, which the 15 most frequent ones
-have, and the 4 bits that follow it: zstd spends at least a bit on a byte, which is too much for exponents alone.
+Floats are rotated by one bit first, so that the sign comes last and the exponent first. The first byte of bfloat16 and
+float32 is then the exponent. In its place the first plane holds a 4-bit code for the 15 most frequent exponents, and
+the next 4 bits: zstd spends at least a bit on a byte, too much for exponents alone.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,7 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
     """Code a block of entries.
 
     Args:
-        block: their bytes.
+        block: bytes of the entries.
         size: bytes of an entry, as `width` says.
     """
     entries = np.frombuffer(block, _unsigned(size))
@@ -52,13 +52,13 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
 
 def compressed(streams: Iterable[NDArray[Any]]) -> bytes:
-    """Compress streams, each by itself.
+    """Compress streams separately.
 
     Args:
-        streams: bytes [length] of each.
+        streams: bytes [length] by stream.
 
     Returns:
-        One after another, each a length and a frame, as `Streams` reads them.
+        Length and frame of every stream in order, as `Streams` reads them.
     """
     compress = zstandard.ZstdCompressor(compression_params=FAST).compress
     frames = (compress(stream.tobytes()) if stream.size else b"" for stream in streams)
@@ -66,10 +66,10 @@ def compressed(streams: Iterable[NDArray[Any]]) -> bytes:
 
 
 def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
-    """Decode a block; nothing larger than it is ever in memory.
+    """Decode a block; nothing larger than the block is ever in memory.
 
     Args:
-        nbytes: the bytes of the block.
+        nbytes: bytes of the block.
         size: bytes of an entry, as `width` says.
     """
     streams = Streams(coded)
@@ -97,7 +97,7 @@ def _split(values: NDArray[Any], code: str) -> Iterator[NDArray[Any]]:
 
 
 def _joined(streams: "Streams", count: int, code: str, size: int) -> NDArray[Any]:
-    """The `count` values whose planes come next."""
+    """Join the next planes into `count` values."""
     first = list(_unfolded(streams, count)) if code in FOLDED else []
     planes = first + [streams.next(count) for _ in range(size - len(first))]
     values = np.stack(planes[::-1], axis=1).reshape(-1).view(_unsigned(size))
@@ -105,7 +105,7 @@ def _joined(streams: "Streams", count: int, code: str, size: int) -> NDArray[Any
 
 
 def _folded(top: NDArray[Any], second: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """The two upper planes as: exponents that have a code; codes, each with half a byte; other halves; the rest."""
+    """Fold the two upper planes: exponents with a code; codes with half a byte; remaining halves; the rest."""
     frequent = np.argsort(-np.bincount(top, minlength=256), kind="stable")[:ESCAPE].astype(np.uint8)
     code_of = np.full(256, ESCAPE, np.uint8)
     code_of[frequent] = np.arange(ESCAPE, dtype=np.uint8)
@@ -128,19 +128,19 @@ def _unfolded(streams: "Streams", count: int) -> tuple[NDArray[Any], NDArray[Any
 
 
 class Streams:
-    """The streams of a coded block, one after another, each of a known size once it is decompressed."""
+    """The streams of a coded block, in order, with known sizes after decompression."""
 
     def __init__(self, coded: Bytes) -> None:
         self._left = memoryview(coded)
 
     def next(self, nbytes: int) -> NDArray[Any]:
-        """Decompress the next one.
+        """Decompress the next stream.
 
         Args:
-            nbytes: how many bytes it has.
+            nbytes: bytes of the stream.
 
         Returns:
-            They [nbytes].
+            The bytes [nbytes].
         """
         length = int.from_bytes(self._left[:4], "little")
         frame, self._left = self._left[4 : 4 + length], self._left[4 + length :]
@@ -162,7 +162,7 @@ class Streams:
 
 
 def _decompressed(frame: memoryview, nbytes: int) -> bytes:
-    """What a zstd frame holds, if it says itself that it is `nbytes`: zstandard allocates what a frame says."""
+    """Return the content of a zstd frame that declares `nbytes`: zstandard allocates the declared size."""
     try:
         if zstandard.frame_content_size(frame) != nbytes:
             raise ValueError(f"a stream that is not of {nbytes:,} bytes")

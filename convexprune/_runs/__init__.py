@@ -1,1 +1,1 @@
-"""A run: its folder, who works on its layers, and what it will need."""
+"""A run: folder, executors, identity, and needs."""

@@ -1,4 +1,4 @@
-"""What a run will need, from sizes alone: memory, disk and arithmetic."""
+"""The needs of a run, from sizes alone: memory, disk and arithmetic."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and mor
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by part; on a GPU all but the host's is there, on a CPU all of it is in one memory.
+    """Peak bytes by part. On a GPU all parts but the host's are there; on a CPU all parts share a memory.
 
     Args:
-        fixed: of parameters outside of the decoder layers.
-        batch: of hidden states and what a pass makes of them.
-        host: of the main memory, beside a GPU.
-        disk: of hidden states between the layers.
-        beside: of other problems that a GPU solves at the same time.
+        fixed: parameters outside the decoder layers.
+        batch: hidden states of a batch, and activations of a pass.
+        host: main memory beside a GPU.
+        disk: hidden states between the layers.
+        beside: further problems that a GPU solves at the same time.
     """
 
     fixed: int
@@ -41,22 +41,22 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Of the GPU."""
+        """Bytes on the GPU."""
         return self.fixed + self.layer + self.moments + self.method + self.batch + self.beside
 
     @property
     def all(self) -> int:
-        """Of a process on a CPU."""
+        """Bytes of a process on a CPU."""
         return self.device - self.beside + LIBRARIES + round(KEPT * (self.moments + self.method))
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a whole run.
+    """Floating-point operations of a run.
 
     Args:
-        judge: of the errors that are reported.
-        products: how many matrix products [m n] x [n n] they take.
+        judge: operations for reported errors.
+        products: number of matrix products [m n] x [n n].
     """
 
     forward: float
@@ -81,9 +81,7 @@ def correcting(stack: Stack) -> float:
 
 
 def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
-    """The memory of a problem beside these: the moments of all windows, and the method's matrices or those of the
-    bound.
-    """
+    """Return the bytes of a problem: the moments of all windows, and matrices of the method or of the bound."""
     m, n = stack.outputs, stack.inputs
     solving = method.squares * n * n + (method.rectangles * m + method.apart * max(stack.heights)) * n
     squares = next((squares for widest, squares in BOUND.items() if n <= widest), None)
@@ -92,7 +90,7 @@ def problem_bytes(stack: Stack, method: Method, bound: bool = False) -> int:
 
 
 def memory(model: ModelSize, setting: Setting) -> Memory:
-    """The peak: what is fixed, a decoder layer, and the stage whose moments and largest problem are largest."""
+    """Return the peak: fixed parameters, a decoder layer, and the stage with the largest moments and problem."""
     method = setting.method
     peaks, crowded = [], []
     for layer in model.layers:
@@ -124,12 +122,12 @@ def memory(model: ModelSize, setting: Setting) -> Memory:
 
 
 def work(model: ModelSize, setting: Setting) -> Operations:
-    """The operations: passes (the dense layer once, then up to each stage; for gradients twice, and back), Gram
+    """Count the operations: passes (the dense layer once, then up to every stage; for gradients twice, and back), Gram
     matrices, products.
 
-    Passes after the stage that ends attention begin with it (`_layerwise.replay`). Which one that is shows only when a
-    layer runs; here it is taken to be the first that is one operator as high as the hidden states are wide. That is
-    too little for families without a shortcut (eager attention that returns its weights).
+    Passes after the stage that ends attention begin there (`_layerwise.replay`). The stage is known only once a layer
+    runs; the count assumes the first stage with a single operator as high as the hidden states are wide. This is too
+    low for families without a shortcut (eager attention that returns its weights).
     """
     method, tokens = setting.method, setting.tokens
     forward = gram = solve = judge = products = 0.0
@@ -167,9 +165,9 @@ def _batch_bytes(model: ModelSize, layer: LayerSize, stage: Iterable[Stack], set
 
 
 def _disk_bytes(model: ModelSize, setting: Setting, layers: int) -> int:
-    """The finished layers and the result, what enters a layer, and what one layer's operators see.
+    """Return the bytes of finished layers, the result, hidden states, and recorded inputs of a layer.
 
-    Single operators may begin a shortcut for a later stage, so what the pruned layer shows them is kept as well.
+    Single operators may begin a shortcut for a later stage, so inputs from the pruned layer are kept as well.
     """
     hidden = model.itemsize * setting.tokens * model.hidden * (1 if setting.dense_prefix else 2)
     widths = []

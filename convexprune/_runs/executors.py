@@ -1,7 +1,7 @@
-"""Who works on the layers of a run: this process, a pool of them, the ranks of a launcher, or a Ray cluster.
+"""Executors of a run: this process, a pool of processes, the ranks of a launcher, or a Ray cluster.
 
-They differ in nothing but who calls `prune_claimed`: the queue is the run's folder, where a layer is claimed by a lock.
-The pool is our own: concurrent.futures gives a whole pool up when one worker dies, and here the others go on.
+Executors differ only in who calls `prune_claimed`: the queue is the run's folder, where a lock claims a layer. The pool
+is not of concurrent.futures, which gives up a whole pool when a worker dies; here the surviving workers go on.
 """
 
 import os
@@ -29,21 +29,21 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 class AbstractExecutor(ABC):
-    """Sees to it that all layers of a run get finished."""
+    """An executor finishes all layers of a run."""
 
     @property
     def rank(self) -> int | None:
-        """The number of this process, if several open the run's folder on purpose."""
+        """The number of this process, if several processes open the run's folder on purpose; else None."""
         return None
 
     @property
     def processes(self) -> int:
-        """How many share the threads of this one."""
+        """Number of processes that share the threads of this process."""
         return 1
 
     @property
     def together(self) -> int:
-        """How many can prune one layer together."""
+        """Number of workers that can share a layer."""
         return 1
 
     @abstractmethod
@@ -61,10 +61,10 @@ class Serial(AbstractExecutor):
 
 @dataclass(frozen=True)
 class Ranks(AbstractExecutor):
-    """One of the processes that torchrun or srun started with the same command.
+    """A process of torchrun or srun, started with the same command as its peers.
 
-    They meet in the run's folder only; if layers wait for each other, they prune each layer together.
-    Launchers divide the threads themselves.
+    Ranks meet in the run's folder only; if layers wait for each other, the ranks prune a layer together. Launchers
+    divide the threads.
     """
 
     number: int
@@ -72,7 +72,7 @@ class Ranks(AbstractExecutor):
 
     @classmethod
     def here(cls) -> "Ranks":
-        """The rank that the launcher has given this process."""
+        """Return the rank that the launcher has given this process."""
         for rank, size in RANKS:
             if rank in os.environ and size in os.environ:
                 return cls(int(os.environ[rank]), int(os.environ[size]))
@@ -100,7 +100,7 @@ class Ranks(AbstractExecutor):
 
 @dataclass(frozen=True)
 class Pool(AbstractExecutor):
-    """Processes on this machine, one for each of `devices`; one that is lost is started again."""
+    """Processes on this machine, a process for each of `devices`; a lost process is restarted."""
 
     devices: Sequence[str]
 
@@ -132,7 +132,7 @@ class Pool(AbstractExecutor):
 
 @dataclass(frozen=True)
 class OnRay(AbstractExecutor):
-    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray starts again those that are lost."""
+    """Tasks of a Ray cluster whose nodes all see the run's folder; Ray restarts lost tasks."""
 
     workers: int
 
@@ -183,7 +183,7 @@ def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
 
 
 class _Watch:
-    """Calls `on_operator` with the reports of each layer that has been finished since the last look."""
+    """Call `on_operator` with the reports of layers that were finished since the last look."""
 
     def __init__(self, store: FolderStore, on_operator: OnOperator) -> None:
         self._store, self._on_operator = store, on_operator

@@ -1,4 +1,4 @@
-"""What makes a run the same run, and what differs if it is another."""
+"""The identity of a run, and differences between two identities."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def identity(
     installed: Mapping[str, str],
     **numerics: Any,
 ) -> dict[str, Any]:
-    """All that the bits of a result depend on: a run is gone on with only if this is the same.
+    """Return everything that decides the bits of a result: a run is resumed only if all is the same.
 
     Args:
         weights: checksums by name.
@@ -45,10 +45,10 @@ def checksum(tensor: Tensor) -> str:
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two structures of JSON.
+    """List the differences between two structures of JSON.
 
     Returns:
-        One line "name: then, now" for each difference; of checksums only the name.
+        A line "name: then, now" for a difference; for checksums only the name.
     """
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [*then, *(key for key in now if key not in then)]

@@ -1,4 +1,4 @@
-"""From a model and its tokens to pruned layers, in memory or in a folder."""
+"""Prune a model on tokens, in memory or in a folder."""
 
 from collections.abc import Iterable
 
@@ -31,10 +31,10 @@ def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) ->
 def prune_in_folder(
     executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
 ) -> None:
-    """Prune every decoder layer that a store does not have yet.
+    """Prune every decoder layer that is missing in a store.
 
     Args:
-        on_operator: called with the report of each operator, first those that the store has.
+        on_operator: takes the report of every operator, first of layers that the store has.
     """
     store.discard_damaged()
     for number in range(store.count):

@@ -1,4 +1,4 @@
-"""What the cost of a run depends on: the needs of its method, the sizes of the model, and how it is pruned."""
+"""The sizes that decide the cost of a run: of method, model and settings."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from convexprune._layerwise.statistics import many_at_once
 
 
 class Method(NamedTuple):
-    """What a method needs for a stack [m n].
+    """The needs of a method for a stack [m n].
 
-    `squares` matrices [n n] and `rectangles` [m n] of float32 are alive at its peak, beside the moments, and `apart` of
-    the tallest operator's shape, if it solves them one by one (counted by torch's allocator, tests/unit/test_cost.py).
-    `products` [m n] x [n n] are what it takes on real layers, the refit's among them (lab/benchmarks.md);
-    `factorisations` are n^3 operations in Cholesky factors and the like. `overhead` is its time over that of this
-    arithmetic at the rate of a bare product (benchmarks/layer.py). Both stay constants: a group that is pruned here in
-    a second is so narrow that its time, carried over, was 1.2 to 2.7 times the true one.
+    `squares` matrices [n n] and `rectangles` [m n] of float32 live at the peak, beside the moments, and `apart` of the
+    tallest operator's shape, if operators are solved singly (counted by torch's allocator, tests/unit/test_cost.py).
+    `products` [m n] x [n n] are counted on real layers, with the refit's (lab/benchmarks.md); `factorisations` are n^3
+    operations in Cholesky factors and the like. `overhead` is measured time over the time of this arithmetic at the
+    rate of a bare product (benchmarks/layer.py). Both stay constants: a group that is pruned here in a second is so
+    narrow that extrapolated times were 1.2 to 2.7 times the true times.
     """
 
     squares: float
@@ -61,10 +61,10 @@ def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
 
 @dataclass(frozen=True)
 class Stack:
-    """Operators that share an input: one problem [m n].
+    """Operators with a common input: a problem [m n].
 
     Args:
-        share: the fraction of the tokens that reaches them.
+        share: the fraction of the tokens that reaches the operators.
     """
 
     names: tuple[str, ...]
@@ -75,17 +75,17 @@ class Stack:
 
     @property
     def outputs(self) -> int:
-        """m: those of all operators together."""
+        """m: the outputs of all operators together."""
         return sum(self.heights)
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Decoder layers that are built the same.
+    """Decoder layers of equal structure.
 
     Args:
-        largest: the parameters of its largest tensor.
-        count: how many such layers there are.
+        largest: parameters of the largest tensor.
+        count: number of such layers.
     """
 
     stages: tuple[tuple[Stack, ...], ...]
@@ -95,17 +95,17 @@ class LayerSize:
 
     @property
     def stacks(self) -> list[Stack]:
-        """All of them, in the order of execution."""
+        """All stacks in the order of execution."""
         return list(chain.from_iterable(self.stages))
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model in numbers.
+    """The sizes of a model.
 
     Args:
-        largest_fixed: those of the largest tensor outside of them.
-        hidden: the width of the hidden states.
+        largest_fixed: parameters of the largest tensor outside the decoder layers.
+        hidden: width of the hidden states.
         itemsize: bytes of a parameter.
     """
 
@@ -118,7 +118,7 @@ class ModelSize:
 
     @property
     def bytes(self) -> int:
-        """Of the checkpoint."""
+        """Bytes of the checkpoint."""
         return self.itemsize * (self.fixed + sum(layer.count * layer.parameters for layer in self.layers))
 
 
@@ -148,14 +148,14 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """That go through every layer."""
+        """Number of tokens that go through a layer."""
         return (self.samples + self.held_out) * self.length
 
     def corrects(self, stage: int, stack: Stack) -> bool:
-        """Whether a stack makes up for the operators before it."""
+        """Return True if a stack corrects errors of earlier operators."""
         return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
 
     def together(self, stack: Stack, stage: Iterable[Stack]) -> int:
-        """How many problems a GPU solves side by side."""
+        """Return the number of problems that a GPU solves side by side."""
         alike = sum((s.outputs, s.inputs) == (stack.outputs, stack.inputs) for s in stage)
         return min(many_at_once(stack.outputs, stack.inputs), alike) if self.side_by_side else 1

@@ -1,4 +1,4 @@
-"""How fast a device multiplies matrices, and what that makes of a run's arithmetic: an estimate of its time."""
+"""The rate of matrix products on a device, and an estimate of a run's time."""
 
 import os
 import time
@@ -39,13 +39,13 @@ def seconds(work: Operations, speed: Speed, method: Method) -> dict[str, float]:
 
 
 def measured_speed(device: torch.device | str, dtype: torch.dtype) -> Speed:
-    """Time a product in float32 and one in the model's dtype, about a second in all."""
+    """Time a product in float32 and a product in the model's dtype, about a second in all."""
     single = _rate(device, torch.float32)
     return Speed(single, single if dtype == torch.float32 else _rate(device, dtype))
 
 
 def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """The best of all repeats: the nearest to what the device can do when nobody else uses it."""
+    """Return the best rate of all repeats, the nearest to the rate of an idle device."""
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
     with widened(a.device, dtype):  # as a model's are
@@ -68,7 +68,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def load() -> str:
-    """How busy this machine is now, for whoever reads an estimate."""
+    """Describe the present load of this machine."""
     if not hasattr(os, "getloadavg"):  # on Windows
         return "at its present load"
     return f"at its present load ({os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"

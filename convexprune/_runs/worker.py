@@ -1,4 +1,4 @@
-"""What a worker of a run is: the job that it is given, and a process that does it."""
+"""A worker of a run: its job, and its process."""
 
 import multiprocessing
 import os
@@ -24,12 +24,12 @@ from convexprune.errors import ConvexpruneError, PruningError
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What another process needs to work on a run.
+    """The data that a process needs to work on a run.
 
     Args:
         open_model: opens the model on a device.
-        installed: what `machine.installation` said where the run began.
-        needed: bytes of a GPU that the run needs.
+        installed: result of `machine.installation` at the beginning of the run.
+        needed: bytes of GPU memory that the run needs.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Job:
 
 
 class Worker:
-    """A process that works on a job; it ends with this one."""
+    """A process for a job. The process ends with its parent."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.device = device
@@ -69,11 +69,11 @@ class Worker:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code of the process; None while it works."""
+        """The exit code of the process; None during work."""
         return self._process.exitcode
 
     def is_lost(self) -> bool:
-        """Whether it ended before the work did."""
+        """Return True if the process ended before the work."""
         if self._process.is_alive() or self._process.exitcode == 0:
             return False
         try:
@@ -89,7 +89,7 @@ class Worker:
 
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """A process that is started inside never hears Ctrl-C, which a terminal sends to all: the one that waits does."""
+    """Start processes that ignore Ctrl-C, which a terminal sends to all: only the waiting process reacts."""
     resource_tracker.ensure_running()  # started with the first worker, it would let Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -99,7 +99,7 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it is gone, whatever is being computed."""
+    """End this process as soon as its parent is gone, in the middle of any computation."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

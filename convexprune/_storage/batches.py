@@ -1,4 +1,4 @@
-"""Batches of tensors that are recorded in a file and mapped back one at a time, or stay on a GPU while they fit."""
+"""Batches of tensors in a file, mapped into memory singly, or on a GPU while they fit."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -18,12 +18,12 @@ from convexprune._storage.tensors import CODES, DTYPES, raw
 
 
 class Batches(Sequence[Tensor]):
-    """Tensors of one dtype in a file; each is mapped into memory when asked for, and only as long as it is used.
+    """Tensors of one dtype in a file; a tensor is mapped into memory only during use.
 
     Args:
-        dtype: of the tensors; None until the first is recorded.
-        shapes: of the tensors that the file has.
-        room: for the first of them to stay there. They are written to the file if it is to be kept.
+        dtype: dtype of the tensors; None before the first.
+        shapes: shapes of the tensors in the file.
+        room: GPU memory for the first tensors. With `keep` they are written to the file too.
     """
 
     def __init__(
@@ -45,18 +45,14 @@ class Batches(Sequence[Tensor]):
 
     @classmethod
     def kept(cls, path: Path, device: torch.device | str = "cpu") -> "Batches | None":
-        """Find what `keep` has kept.
-
-        Returns:
-            The batches; None if they are missing or damaged.
-        """
+        """Return batches that `keep` has kept; None if missing or damaged."""
         notes = read_notes(path.with_suffix(".json"))
         if notes is None or sha256(path) != notes["sha256"]:
             return None
         return cls(path, DTYPES[notes["dtype"]], notes["shapes"], device)
 
     def keep(self, path: Path) -> None:
-        """Move the file to where `kept` finds it: notes beside it, written last, have its dtype, shapes and
+        """Move the file to the place where `kept` looks. Notes beside the file, written last, have dtype, shapes and
         checksum.
         """
         assert self.dtype is not None, "nothing was recorded"
@@ -99,7 +95,7 @@ class Batches(Sequence[Tensor]):
         return sum(tensor.nbytes for tensor in self._resident)
 
     def hold(self, batch: Tensor) -> bool:
-        """Record one more on the device, if there is room."""
+        """Record a batch on the device; return False without room."""
         if self._room is None or not self._room.has(batch.nbytes, self):
             self._room = None  # what comes after one that is in the file is there, too
             return False
@@ -110,11 +106,11 @@ class Batches(Sequence[Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """How long the file should be."""
+        """Expected length of the file."""
         return self._ends[-1]
 
     def append(self, batch: Tensor) -> None:
-        """Record one more."""
+        """Record a batch."""
         self._note(batch)
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))
@@ -127,7 +123,7 @@ class Batches(Sequence[Tensor]):
 
     @sending()
     def _write_all(self) -> None:
-        """Have the file hold what is on the device as well."""
+        """Write the batches on the device to the file as well."""
         whole = Batches(self.path.with_suffix(".whole"))
         for batch in self:
             lane_to(self.device).to_host(batch, whole.append)

@@ -21,14 +21,14 @@ _ADVICE = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file is written into one that says how to go on."""
+    """Turn a disk error while writing a file into an error that says how to go on."""
     with _as_output_error(f"{path} cannot be written"):
         yield
 
 
 @contextmanager
 def working(folder: Path) -> Iterator[None]:
-    """Turn any error of the file system during a run into one that says how to go on."""
+    """Turn any error of the file system during a run into an error that says how to go on."""
     with _as_output_error(f"The run in {folder} has stopped"):
         yield
 
@@ -46,7 +46,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an error of the disk while a file of a model is read into one of ours."""
+    """Turn a disk error while reading a model file into a ModelError."""
     try:
         yield
     except OutputError:

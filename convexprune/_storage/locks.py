@@ -1,4 +1,4 @@
-"""Locks that vanish with the process that holds them."""
+"""Locks that vanish with their process."""
 
 import os
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from convexprune.errors import DependencyError
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock in the block, if it was free; it is gone with the process whatever ends it.
+    """Hold a lock in the block, if free. The lock vanishes with the process, whatever ends the process.
 
-    It works on any shared file system that has flock.
+    Works on any shared file system with flock.
 
     Args:
-        shared: whether many may hold it at once, and nobody may hold it alone meanwhile.
+        shared: allow many holders at once, and no exclusive holder meanwhile.
     """
     try:
         import fcntl
@@ -35,7 +35,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Put a note that nothing depends on into a file; not if it is a link."""
+    """Write a note of no consequence into a file; do nothing for a link."""
     with open(path, "w", opener=_follow_no_link) as file:
         file.write(text)
 

@@ -1,4 +1,4 @@
-"""Small files of text and JSON; notes are JSON with its own checksum."""
+"""Small files of text and JSON; notes are JSON with a checksum."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from convexprune.errors import OutputError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; NaN and infinity are kept, as Python reads them back."""
+    """Write a value as JSON. NaN and infinity are kept, as Python reads them back."""
     with atomic_write(path) as file:
         write(file, json.dumps(value, indent=1).encode())
 
@@ -43,7 +43,7 @@ def read_text(path: Path, longest: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value of the JSON file at `path`; None if it is missing or is not JSON."""
+    """Return the value of the JSON file at `path`; None if missing or not JSON."""
     try:
         with naming(path):
             return json.loads(path.read_bytes())
@@ -52,12 +52,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_notes(path: Path, value: Any) -> None:
-    """Write a value as `write_json` does, with its checksum."""
+    """Write a value as `write_json` does, with a checksum."""
     write_json(path, {"checksum": _checksum(value), "notes": value})
 
 
 def read_notes(path: Path) -> Any:
-    """The value that `write_notes` wrote to `path`; None if it is missing or is not what was written."""
+    """Return the value that `write_notes` wrote to `path`; None if missing or changed."""
     match read_json(path):
         case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
             return value

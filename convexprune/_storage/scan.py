@@ -1,4 +1,4 @@
-"""One pass over a file of weights: its checksum, and whether its weights are finite."""
+"""One pass over a file of weights: checksum, and a check for finite values."""
 
 import hashlib
 from collections.abc import Container, Iterator
@@ -15,7 +15,7 @@ CHUNK = 1 << 24  # bytes, whole numbers of any type
 
 
 def scanned(path: Path, weights: Container[str]) -> str:
-    """The sha256 of a safetensors file, which is never whole in memory; some of its tensors are checked on the way.
+    """Return the sha256 of a safetensors file, never whole in memory, and check tensors on the way.
 
     Returns:
         The checksum in hexadecimal.
@@ -46,7 +46,7 @@ def not_finite(name: str, broken: int, count: int) -> ModelError:
 
 
 def _chunks(path: Path, file: BinaryIO, length: int) -> Iterator[memoryview]:
-    """The next `length` bytes of a file, in one buffer again and again."""
+    """Yield the next `length` bytes of a file, in a reused buffer."""
     buffer = memoryview(bytearray(min(length, CHUNK)))
     for begin in range(0, length, CHUNK):
         part = buffer[: length - begin]

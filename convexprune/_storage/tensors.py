@@ -29,11 +29,11 @@ LONGEST_HEADER = 100_000_000  # bytes; that of the library
 
 
 class Spec(NamedTuple):
-    """What the header of a safetensors file says of a tensor.
+    """The header entry of a tensor in a safetensors file.
 
     Args:
-        code: the type, as the format names it.
-        nbytes: its bytes.
+        code: name of the type in the format.
+        nbytes: bytes of the tensor.
     """
 
     code: str
@@ -42,7 +42,7 @@ class Spec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Spec":
-        """The spec of a `tensor` as it would be stored."""
+        """Return the spec of a `tensor` as stored."""
         return cls(CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
@@ -51,8 +51,8 @@ class Entry:
     """A tensor in a safetensors file.
 
     Args:
-        spec: its type, shape and bytes.
-        begin: where its bytes begin in the file.
+        spec: type, shape and bytes.
+        begin: offset of the first byte in the file.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Entry:
     begin: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Return a copy of the tensor."""
         if self.spec.code not in DTYPES:
             raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
         dtype, data = DTYPES[self.spec.code], self.read_bytes()
@@ -89,9 +89,9 @@ class Entry:
 
 
 def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a safetensors file holds; only the header is read.
+    """Return the tensors and the metadata of a safetensors file; only the header is read.
 
-    What the library safetensors refuses is refused here.
+    Files that the library safetensors refuses are refused here.
 
     Returns:
         The tensors by name, in the order of their bytes, and the metadata.
@@ -112,11 +112,7 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def read_header(path: Path) -> bytes:
-    """The header of a safetensors file, as it is there.
-
-    Returns:
-        The bytes; none of a file that is shorter than it says.
-    """
+    """Return the header of a safetensors file, unparsed; empty if the file is shorter than declared."""
     size = Stamp.of(path).size
     with reading(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -124,7 +120,7 @@ def read_header(path: Path) -> bytes:
 
 
 def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
-    """The tensors that the header of a safetensors file names, in the order of their bytes, and its metadata."""
+    """Return the tensors of a safetensors header in the order of their bytes, and the metadata."""
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
         metadata = header.pop("__metadata__", {})
@@ -158,7 +154,7 @@ def _refused(text: str) -> Any:
 
 
 def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
-    """What a header says of a tensor, if it is right."""
+    """Return a checked header entry of a tensor."""
     code, shape = value["dtype"], value["shape"]
     if value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has {', '.join(value)}")
@@ -172,10 +168,10 @@ def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
 def write_tensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, one tensor after another.
+    """Write a safetensors file, tensor by tensor.
 
     Args:
-        read: gives a tensor, or its bytes, by name; asked once for each.
+        read: returns a tensor, or its bytes, by name; called once per tensor.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -198,12 +194,12 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
-    """The error for a file that is not what it says it is."""
+    """Return the error for a damaged file."""
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
 
 
 def cast(entry: Entry, dtype: torch.dtype) -> tuple[Spec, Callable[[], Tensor | bytearray]]:
-    """What is to be written of a tensor in a file of another dtype, and how to get it."""
+    """Return the spec of a tensor in a new dtype, and a function that reads and converts the tensor."""
     stored = DTYPES.get(entry.spec.code)
     if stored is None or not stored.is_floating_point or stored == dtype:
         return entry.spec, entry.read_bytes

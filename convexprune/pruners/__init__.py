@@ -1,4 +1,4 @@
-"""Pruners by name. To add one: a file here and a line in `PRUNERS`."""
+"""Pruners by name. To add a pruner: a file here and a line in `PRUNERS`."""
 
 import warnings
 from collections.abc import Iterable
@@ -45,11 +45,11 @@ GONE = {
 
 
 def no_method(name: str, others: Iterable[str] = ()) -> str:
-    """The message for a name that is no method.
+    """Return the message for an unknown method.
 
     Args:
-        name: what came.
-        others: names that are accepted, too.
+        name: the unknown name.
+        others: further accepted names.
 
     Returns:
         The text.

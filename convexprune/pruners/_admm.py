@@ -44,7 +44,7 @@ class ADMM(AbstractSearch):
     relaxation: NotNegative = 0.7
 
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
-        """See `AbstractSearch.search`: the scores are the last S, whose rounding is the last D."""
+        """Return the last S as scores; rounding S gives the last D."""
         assert quadratic.anchor is not None
         kept = scores = quadratic.anchor
         dual = torch.zeros_like(kept)

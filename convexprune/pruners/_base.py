@@ -1,4 +1,4 @@
-"""What every pruner promises: a `LayerProblem` in, a `LayerEdit` out."""
+"""The interface of pruners: a `LayerProblem` in, a `LayerEdit` out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +21,11 @@ from convexprune.solvers import Solution
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """Make `weight` [m n] fit `pattern` and change its outputs least, on inputs known by their `moments`.
+    """Fit `weight` [m n] into `pattern` with the least change of the outputs, on inputs described by `moments`.
 
-    `correction` in [0, 1] is how much of the error of the operators before it the operator corrects (see
-    `Moments.reconstruction`); `folds` are the moments of two disjoint halves of the same tokens. `importance` [m n]
-    says how much the loss needs each column, alike in all rows of an operator, if columns are chosen by that.
+    `correction` in [0, 1] is the share of earlier operators' errors that the operator corrects
+    (`Moments.reconstruction`); `folds` are the moments of two disjoint halves of the tokens. `importance` [m n] is the
+    loss's need of a column, alike in all rows of an operator, if columns are chosen by the loss.
     """
 
     weight: Tensor
@@ -37,21 +37,21 @@ class LayerProblem:
 
     @cached_property
     def gram(self) -> Tensor:
-        """H [n n]; problems of the same inputs share it (`_on_the_same_inputs`)."""
+        """H [n n]; problems with equal inputs share the matrix (`_on_the_same_inputs`)."""
         return self.moments.gram
 
     @cached_property
     def quadratic(self) -> Quadratic:
-        """The reconstruction error, undamped: what is reported, whatever the pruner minimised."""
+        """The reconstruction error without damping: the reported error, whatever the pruner minimised."""
         return self.moments.reconstruction(self.weight, self.correction, gram=self.gram)
 
     @cached_property
     def energy(self) -> Tensor:
-        """mean |W x|^2 of each row [m]."""
+        """mean |W x|^2 by row [m]."""
         return self.moments.energy(self.weight, self.gram)
 
     def squared_error(self, weight: Tensor) -> Tensor:
-        """The squared error of each row; over `energy` it is the relative error.
+        """Return the squared error by row; divided by `energy`, the relative error.
 
         Args:
             weight: V [m n].
@@ -68,33 +68,34 @@ class LayerProblem:
 
     @cached_property
     def dead(self) -> Tensor:
-        """Which inputs are always zero [n]: what their weights are changes no output."""
+        """Mask [n] of inputs that are always zero: their weights change no output."""
         return self.moments.sum.diagonal() == 0
 
     def with_dead_inputs_filled(self) -> "LayerProblem":
-        """The problem in which dead inputs have the energy of a mean input, and weights of zero, which cost nothing.
+        """Return a problem in which dead inputs have the energy of a mean input, and weights of zero, which cost
+        nothing.
 
-        That is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
+        This is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
 
         Returns:
-            The other problem.
+            The problem.
         """
         moments = self.moments.with_dead_inputs_filled(self.weight)
         return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
 
     def operators(self) -> list["LayerProblem"]:
-        """One problem for each operator of the stack."""
+        """Split the stack into a problem per operator."""
         return [self.rows(rows, own) for rows, own in self.pattern.parts(len(self.weight))]
 
     def scaled(self, factors: Tensor | None) -> "LayerProblem":
-        """The problem in which the error of each output counts times the square of its factor.
+        """Return the problem in which an output's error counts times the square of the output's factor.
 
-        Its weights are those of this one with their rows times the factors, so that rows compete otherwise for what is
-        kept of the whole matrix. A row's best weights on a support are the same, and so is all where each row, or each
-        group of N:M, has its own quota.
+        Its weights are this problem's rows times the factors, so that rows compete differently under a quota of the
+        whole matrix. A row's best weights on a support stay the same; so does everything where rows, or groups of N:M,
+        have separate quotas.
 
         Args:
-            factors: [m]; None are ones.
+            factors: [m]; None means ones.
 
         Returns:
             The scaled problem.
@@ -109,8 +110,8 @@ class LayerProblem:
         """Undo the row scaling of a weight; unchanged entries come back bit-identical.
 
         Args:
-            weight: of the scaled problem [m n].
-            factors: [m]; None are ones.
+            weight: [m n] of the scaled problem.
+            factors: [m]; None means ones.
 
         Returns:
             The weight [m n] of this problem.
@@ -121,11 +122,11 @@ class LayerProblem:
         return self.weight.where(same, weight / factors.to(weight)[:, None])
 
     def rows(self, chosen: Tensor | slice, pattern: Constraint) -> "LayerProblem":
-        """The problem of some rows.
+        """Return the problem of selected rows.
 
         Args:
             chosen: numbers [k], a mask [m] or a slice.
-            pattern: of these rows.
+            pattern: pattern of these rows.
 
         Returns:
             The problem.
@@ -135,22 +136,22 @@ class LayerProblem:
         return self._on_the_same_inputs(replace(own, weight=self.weight[chosen]))
 
     def _on_the_same_inputs(self, other: "LayerProblem") -> "LayerProblem":
-        """The other problem, which need not build the Gram matrix again."""
+        """Share the Gram matrix with a problem on the same inputs."""
         vars(other)["gram"] = self.gram
         return other
 
 
 @dataclass(frozen=True, eq=False)
 class LayerEdit:
-    """What a pruner makes of a `LayerProblem`.
+    """The answer of a pruner to a `LayerProblem`.
 
     Args:
         weight: V [m n], in the pattern.
-        mask: which entries it keeps [m n]; once they are quantized, which are not zero.
-        solutions: every convex solve behind it, the last one last.
-        damping: of the problem that was posed; None if it had none.
-        facts: other numbers for the reader of a report, by name.
-        other_products: matrix products [m n] x [n n] outside of these solves.
+        mask: kept entries [m n]; after quantization the non-zero entries.
+        solutions: every convex solve, the last solve at the end.
+        damping: damping of the problem; None without damping.
+        facts: further numbers for the report, by name.
+        other_products: matrix products [m n] x [n n] outside the solves.
     """
 
     weight: Tensor
@@ -167,10 +168,10 @@ class LayerEdit:
 
 
 def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
-    """The dense weight, projected on the pattern.
+    """Return the dense weight projected on the pattern.
 
     Args:
-        metric: [n], see `Constraint.project`; None are ones.
+        metric: [n], see `Constraint.project`; None means ones.
     """
     mask = problem.pattern.mask(sizes(problem.weight, metric))
     return LayerEdit(problem.weight * mask, mask)
@@ -186,20 +187,20 @@ Prune = TypeVar("Prune", bound=Callable[..., LayerEdit])
 
 
 def filled(problem: LayerProblem) -> LayerProblem:
-    """The `problem` in which every input has energy: itself, or `LayerProblem.with_dead_inputs_filled`."""
+    """Return the `problem` in which every input has energy: itself, or `LayerProblem.with_dead_inputs_filled`."""
     return problem.with_dead_inputs_filled() if bool(problem.dead.any()) else problem
 
 
 def with_dead_weights(problem: LayerProblem, found: LayerEdit) -> LayerEdit:
-    """What was found for the `filled` problem, where weights on dead inputs that are kept have their dense values."""
+    """Give kept weights on dead inputs their dense values in an answer to the `filled` problem."""
     return replace(found, weight=torch.where(problem.dead, problem.weight * found.mask, found.weight))
 
 
 def dead_inputs_first(prune: Prune) -> Prune:
     """Make a method prune the weights on inputs that are always zero (H_jj = 0) first.
 
-    The method sees the problem `LayerProblem.with_dead_inputs_filled`. Where the pattern keeps such a weight all the
-    same, because it asks for fewer zeros than there are of them, it keeps its dense value.
+    The method sees the problem `LayerProblem.with_dead_inputs_filled`. If the pattern keeps such a weight, because it
+    asks for fewer zeros, the weight keeps its dense value.
     """
 
     @wraps(prune)
@@ -216,7 +217,7 @@ class AbstractPruner(ABC):
     """Settings of a pruner, a dataclass.
 
     Raises:
-        RecipeError: a setting is not of its type, or out of range.
+        RecipeError: a setting has a wrong type, or is out of range.
     """
 
     columns_only: ClassVar[bool] = False
@@ -240,7 +241,7 @@ class AbstractPruner(ABC):
             pattern: the pattern.
 
         Raises:
-            PatternError: it is one.
+            PatternError: the method cannot take the pattern.
         """
         if self.columns_only and not pattern.by_column:
             raise PatternError(
@@ -270,12 +271,12 @@ class AbstractPruner(ABC):
         """A weight in the pattern, of a `problem`."""
 
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        """Weights in their patterns, of problems of one shape: one after another, or where a method can, side by side.
+        """Prune problems of equal shape: in turn, or side by side if the method can.
 
         Args:
-            problems: whose memory, all of it together, the device has.
+            problems: the problems; the device has memory for all of them.
 
         Returns:
-            What `prune` makes of each, up to rounding.
+            The answers of `prune`, up to rounding.
         """
         return [self.prune(problem) for problem in problems]

@@ -27,38 +27,38 @@ ONLY = "reweighted-l1"  # of four penalties that there were
 
 @dataclass(frozen=True)
 class Convex(AbstractSearch):
-    """Scores from convex problems with a reweighted L1 penalty, solved by any solver that takes it.
+    """Scores from convex problems with a reweighted L1 penalty, solved by any solver that takes the penalty.
 
-    A path in the coordinates of `AbstractSearch`: round by round, the convex problem
+    A path in the coordinates of `AbstractSearch`: in a round the convex problem
 
         min_V envelope(V) + sum_ij c t exp(-(|S_ij| / t)^2) |V_ij|
 
-    is solved from where the last two rounds point to, P = V + (V - V_before). The scores S are P after a long gradient
-    step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so what is clearly kept is hardly penalised.
-    The strength c and the stiffness of the envelope grow geometrically. Each problem majorises a bounded concave
-    penalty: one iteration of FISTA each is enough. As the residual is affine, that of P is known from the rounds
-    before: a round costs one product. Where one operator chooses whole columns the penalty is that of the group LASSO,
-    sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the columns' lengths, or of those of whole blocks of
-    them. The last problem of every envelope is certified, those before are on the way.
+    is solved from the extrapolation of the last two rounds, P = V + (V - V_before). The scores S are P after a long
+    gradient step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so clearly kept entries are hardly
+    penalised. The strength c and the stiffness of the envelope grow geometrically. A problem majorises a bounded
+    concave penalty: a single iteration of FISTA per problem is enough. The residual is affine, so P's residual is known
+    from earlier rounds: a round costs a single product. Where a single operator chooses whole columns the penalty is
+    the group LASSO's, sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the lengths of columns, or of whole
+    blocks of columns. The last problem of every envelope is certified, earlier problems are steps on the way.
 
-    Where a pattern leaves few choices of whole columns, as of the heads of a layer, the path is left out: all of them
-    are tried, and the one is taken that is best after the refit.
+    A pattern with few choices of whole columns, such as the heads of a layer, needs no path: all choices are tried, and
+    the best after the refit is taken.
 
     The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (lab/tried.md) and checked on
-    others (lab/benchmarks.md).
+    further problems (lab/benchmarks.md).
 
     Args:
-        solver: of these problems; None is FISTA as `solver_for` sets it.
-        penalty: the only one is its default.
-        rounds: how many problems.
+        solver: solver of the problems; None is FISTA as `solver_for` sets it.
+        penalty: the only value is the default.
+        rounds: number of problems.
         strengths: the first and the last c.
         stiffnesses: of the first and the last envelope.
-        envelopes: how many.
-        reach: the length of the gradient step of the scores.
-        choices: so many are few; half of 8 leaves 70.
+        envelopes: number of envelopes.
+        reach: length of the gradient step of the scores.
+        choices: largest number of choices to try singly; half of 8 leaves 70.
 
     Raises:
-        RecipeError: a `penalty` that is gone.
+        RecipeError: a `penalty` that was removed.
         UnsupportedError: `solver` does not take an L1 penalty, or `refit` a support.
     """
 
@@ -162,12 +162,14 @@ class Convex(AbstractSearch):
 def _ahead(
     before: Tensor, weight: Tensor, slope_before: Tensor, slope: Tensor, reach: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P = V + (V - V_before), its residual, which is affine in the weight, and the scores P + reach K."""
+    """Return P = V + (V - V_before), its residual, which is affine in the weight, and the scores P + reach K."""
     start, slope_start = before.lerp(weight, 2.0), slope_before.lerp(slope, 2.0)
     return start, slope_start, torch.addcmul(start, slope_start, reach)
 
 
 @fused
 def _strengths(scores: Tensor, threshold: Tensor, strength: Tensor) -> Tensor:
-    """c t exp(-(S / t)^2), where S is 8 t or more with exp(-64): as good as zero, and what is denormal is slow."""
+    """Return c t exp(-(S / t)^2). Beyond 8 t the value is exp(-64): practically zero, because denormal numbers are
+    slow.
+    """
     return (scores / threshold).square_().clamp_max_(64).neg_().exp_().mul_(strength * threshold)

@@ -1,4 +1,4 @@
-"""Few choices of whole columns, as of a model's heads: all of them are tried."""
+"""Enumerate the choices of whole columns where they are few, as for a model's heads."""
 
 from itertools import combinations
 from math import comb
@@ -12,32 +12,29 @@ from convexprune.pruners._refit import on_columns
 
 
 def choices(pattern: Constraint, shape: tuple[int, int]) -> int | None:
-    """How many choices a pattern leaves.
-
-    Returns:
-        The number; None if it does not choose whole columns, alike in all rows.
-    """
+    """Count the choices of a pattern; None if it does not choose whole columns, alike in all rows."""
     if not pattern.by_column or len(pattern.parts(shape[0])) > 1:
         return None
     return comb(*_blocks(pattern, shape))
 
 
 def _blocks(pattern: Constraint, shape: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks of columns there are, and how many of them a pattern removes."""
+    """Return the number of blocks of columns, and the number that a pattern removes."""
     rows, columns = shape
     return columns // pattern.block, pattern.zeros(rows, columns) // (rows * pattern.block)
 
 
 def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
-    """The choice of whole columns with the least error, with the values that are the best on it.
+    """Return the choice of whole columns with the least error, with its best values.
 
-    The values belong to it: what is made up for best may be what is missed most where nothing makes up for it.
+    The values belong to the choice: a column that is compensated best may be the one that is missed most without
+    compensation.
 
     Args:
         quadratic: the error as a quadratic of V [m n], about the dense weight.
 
     Returns:
-        The weight [m n], zero in what is not kept.
+        The weight [m n], zero in removed columns.
     """
     dense = quadratic.anchor
     assert dense is not None

@@ -1,4 +1,4 @@
-"""The refit: the values of least squares on a support that some pruner has found."""
+"""The refit: least squares on a support."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,13 +21,13 @@ from convexprune.solvers._cg import ConjugateGradient
 
 @dataclass(frozen=True)
 class Refitted(AbstractPruner):
-    """Another pruner's support, with the values that are best on it.
+    """A pruner's support, with the best values on the support.
 
     Args:
-        pruner: the other pruner.
+        pruner: the pruner of the support.
         refit: the solver of the values.
-        damping: of the refit alone, the pruner has its own: 0 is plain least squares, None leaves it to the sample's
-            noise (`choose_damping`).
+        damping: damping of the refit alone: 0 is plain least squares, None follows the sample's noise
+            (`choose_damping`).
 
     Raises:
         UnsupportedError: `refit` does not take a support.
@@ -43,14 +43,14 @@ class Refitted(AbstractPruner):
 
     @property
     def scores(self) -> Mapping[str, Score]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of its pruner."""
+        """The scores of the pruner."""
         return self.pruner.scores
 
     def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`: what its pruner takes.
+        """Refuse patterns that the pruner cannot take.
 
         Raises:
-            ConvexpruneError: see there.
+            ConvexpruneError: see `AbstractPruner.require`.
         """
         self.pruner.require(pattern)
 
@@ -70,18 +70,18 @@ class Refitted(AbstractPruner):
 def refitted(
     quadratic: Quadratic, mask: Tensor, start: Tensor, refit: AbstractSolver | None
 ) -> tuple[Tensor, tuple[Solution, ...]]:
-    """The best values on a support.
+    """Return the best values on a support.
 
-    Where all rows have the same, one factorisation solves for them all, and the solver has it to certify.
+    If all rows have the same support, a single factorisation serves all rows, and the solver certifies.
 
     Args:
         quadratic: the error as a quadratic of V [m n].
         mask: the support [m n].
-        start: where to begin [m n].
+        start: the first weight [m n].
         refit: the solver; None keeps the values of `start`.
 
     Returns:
-        The weight [m n], and the solution, if there is one.
+        The weight [m n], and the solution, if any.
     """
     start = start * mask
     if refit is None:
@@ -93,12 +93,12 @@ def refitted(
 
 
 def on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
-    """The best weights on some columns; `start` if these leave them open.
+    """Return the best weights on some columns; `start` if the columns leave the weights open.
 
     Args:
         quadratic: the error as a quadratic of V [m n].
-        kept: the columns [n].
-        start: zero elsewhere [m n].
+        kept: mask of the columns [n].
+        start: zero in the rest [m n].
 
     Returns:
         The weight [m n].

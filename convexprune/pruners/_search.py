@@ -1,4 +1,4 @@
-"""What the pruners that search a support have in common: damping, coordinates, rounding, refit."""
+"""The common part of pruners that search a support: damping, coordinates, rounding, refit."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Found:
 
     Args:
         scores: [m n].
-        products: matrix products [m n] x [n n] outside of these.
+        products: matrix products [m n] x [n n] outside the solves.
     """
 
     scores: Tensor
@@ -47,14 +47,13 @@ class Found:
 
 @dataclass(frozen=True)
 class AbstractSearch(AbstractPruner):
-    """Scores are searched on the damped problem, the pattern keeps the largest, and a refit finds their values.
+    """Search scores on the damped problem, keep the largest scores by the pattern, and refit the values.
 
-    The search works in the coordinates of `saliency_coordinates`. `damping` is the r of  r/2 sum_ij H_jj (V - W)_ij^2,
-    in the search and in the refit; None leaves it to the sample's noise (`choose_damping`). A search for whole columns
-    then has more, `COLUMNS`: a column is worth what others do not make up for, and how they do is another matter in
-    other texts (lab/tried.md has the figures). Where the problem says how much the loss needs each column, nothing is
-    searched: that chooses them.
-    `refit` is the solver of the values; None keeps the scores on the support.
+    The search works in the coordinates of `saliency_coordinates`. `damping` is the r of r/2 sum_ij H_jj (V - W)_ij^2,
+    in the search and in the refit; None follows the sample's noise (`choose_damping`). A search for whole columns adds
+    `COLUMNS`: a column is worth the part that the rest cannot compensate, and compensation differs between texts
+    (lab/tried.md has the figures). If the problem has the loss's need of every column, the need chooses, without a
+    search. `refit` is the solver of the values; None keeps the scores on the support.
     """
 
     refit: AbstractSolver | None = field(default_factory=lambda: ConjugateGradient(scale=False))
@@ -67,7 +66,7 @@ class AbstractSearch(AbstractPruner):
 
     @abstractmethod
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
-        """Scores whose largest are worth keeping: a weight near the optimum, in the coordinates of the search.
+        """Return scores whose largest are worth keeping: a weight near the optimum, in the coordinates of the search.
 
         Returns:
             The scores [m n].
@@ -97,7 +96,7 @@ class AbstractSearch(AbstractPruner):
     def _search_and_refit(
         self, searched: Quadratic, quadratic: Quadratic, pattern: Constraint
     ) -> tuple[Tensor, Tensor, list[tuple[Solution, ...]], int]:
-        """The refitted weight [m n], its support, the solves of each problem, and the products outside of these."""
+        """Return the refitted weight [m n], its support, the solves by problem, and the products outside the solves."""
         found = self.search(searched, pattern)
         mask = pattern.mask(found.scores.abs())
         weight, refits = refitted(quadratic, mask, found.scores, self.refit)
@@ -124,14 +123,16 @@ class AbstractSearch(AbstractPruner):
         return edits
 
     def _is_batched(self, problem: LayerProblem) -> bool:
-        """Whether search and refit do to each of many problems what they do to one; a subclass has to say so itself."""
+        """Return True if search and refit treat many problems as they treat one; a subclass has to declare this."""
         known = self.refit is None or isinstance(self.refit, ConjugateGradient)
         searched = not problem.pattern.by_column and problem.pattern.zeros(*problem.weight.shape) > 0
         return known and searched and vars(type(self)).get("side_by_side", False)
 
 
 def _known_support(problem: LayerProblem) -> Tensor | None:
-    """What is kept [m n] where nothing has to be searched: all, or the columns that the loss needs most."""
+    """Return the support [m n] where nothing has to be searched: everything, or the columns that the loss needs
+    most.
+    """
     if problem.pattern.zeros(*problem.weight.shape) == 0:
         return torch.ones_like(problem.weight, dtype=torch.bool)
     return None if problem.importance is None else problem.pattern.mask(problem.importance.sqrt())

@@ -1,4 +1,4 @@
-"""Solvers by name. To add one: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
+"""Solvers by name. To add a solver: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
 
 from importlib import import_module
 from typing import Any
@@ -22,17 +22,17 @@ def solver_names() -> list[str]:
 
 
 def make_solver(name: str, **settings: Any) -> AbstractSolver:
-    """The solver of that name; its module, and a foreign library behind it, is imported only now.
+    """Return a solver by name; its module, and a foreign library behind it, is imported only now.
 
     Args:
-        name: one of `solver_names()`.
-        settings: those of its class, by name.
+        name: an entry of `solver_names()`.
+        settings: settings of the solver's class, by name.
 
     Returns:
         The solver.
 
     Raises:
-        RecipeError: there is no such solver, or it has no such setting.
+        RecipeError: unknown solver, or unknown setting.
     """
     if name not in _PLACES:
         raise RecipeError(unknown("solver", name, _PLACES))

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 
 class Status(Enum):
-    """How a solve ended, as a sentence; the worst one last."""
+    """The end of a solve, as a sentence; the worst status comes last."""
 
     SOLVED = "The certificate, of all rows together, meets the tolerance."
     ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
@@ -37,12 +37,13 @@ class Status(Enum):
 
     @classmethod
     def of(cls, said: "Status", certificate: Certificate, tolerance: float) -> "Status":
-        """How a solve ended, by its certificate; what the solver says decides where the certificate leaves it open.
+        """Derive the status from a certificate; the solver's statement decides where the certificate leaves the status
+        open.
 
         Args:
-            said: what the solver says.
-            certificate: of the answer.
-            tolerance: the relative gap that was asked for.
+            said: the solver's statement.
+            certificate: certificate of the answer.
+            tolerance: the requested relative gap.
 
         Returns:
             The status.
@@ -84,12 +85,12 @@ class Solution:
 
     @classmethod
     def together(cls, parts: "Sequence[Solution]", weight: Tensor, residual: Tensor | None = None) -> "Solution":
-        """The solution of problems that were solved side by side: sums, and the worst status.
+        """Join solutions of problems that were solved side by side: sums, and the worst status.
 
         Args:
-            parts: of each problem; of one it is its solution.
-            weight: V of all of them [m n].
-            residual: of all of them [m n].
+            parts: solutions by problem; a single one is returned unchanged.
+            weight: V of all problems [m n].
+            residual: residual of all problems [m n].
 
         Returns:
             The solution.
@@ -110,11 +111,11 @@ class Solution:
 
     @property
     def each(self) -> "tuple[Solution, ...]":
-        """Of each problem: of one, the solution itself."""
+        """The solutions by problem; for a single problem the solution itself."""
         return self.parts or (self,)
 
     def record(self) -> "Solution":
-        """The solution without its large tensors, for a report: its weight is [m 0]."""
+        """Return the solution without its large tensors, for a report: the weight is [m 0]."""
         nothing = self.weight.new_empty(len(self.weight), 0)
         return replace(self, weight=nothing, residual=None, parts=tuple(part.record() for part in self.parts))
 
@@ -124,9 +125,9 @@ class StepResult(NamedTuple):
 
     Args:
         weight: V [m n].
-        residual: the quadratic's residual there [m n], if it is known.
-        products: all matrix products that were needed.
-        solution: the weight with its certificate, if there is one.
+        residual: the quadratic's residual at V [m n], if known.
+        products: number of matrix products.
+        solution: the weight with its certificate, if certified.
     """
 
     weight: Tensor
@@ -136,11 +137,10 @@ class StepResult(NamedTuple):
 
 
 class AbstractSolver(ABC):
-    """The base of all solvers: ours are dataclasses of settings, a user's own is a subclass with `penalties` and
-    `solve`.
+    """The base of all solvers: a dataclass of settings, or a user's subclass with `penalties` and `solve`.
 
     Raises:
-        RecipeError: a setting of a dataclass is not of its type, or out of range.
+        RecipeError: a setting of a dataclass has a wrong type, or is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class AbstractSolver(ABC):
     @property
     @abstractmethod
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """The penalties that this solver takes."""
+        """The accepted penalties."""
 
     @abstractmethod
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
@@ -183,15 +183,15 @@ class AbstractSolver(ABC):
         return self.step(problem, start, residual, certified)
 
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
-        """Go some way towards the minimum, where the next problem is posed from the answer.
+        """Go some way towards the minimum; the next problem is posed from the answer.
 
-        This default solves, as any solver does whose certificate costs little.
+        The default solves, which suits a solver with cheap certificates.
 
         Args:
             problem: min q + p.
-            start: where to begin [m n].
+            start: the first weight [m n].
             residual: the quadratic's residual at `start` [m n].
-            certified: if false, there need be no solution, and the residual at the end need not be exact.
+            certified: if False, no solution is needed, and the residual at the end need not be exact.
 
         Returns:
             The weight reached.
@@ -202,13 +202,13 @@ class AbstractSolver(ABC):
 
 
 def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
-    """Solve a problem by any solver, also one of a user, whose certificate is then computed here.
+    """Solve a problem by any solver. The answer of a user's solver is certified here.
 
     Args:
         solver: the solver.
         problem: min q + p.
-        start: where to begin [m n]; None is the solver's choice.
-        certified: whether a user's solver needs our certificate.
+        start: the first weight [m n]; None leaves the choice to the solver.
+        certified: True if a user's solver needs a certificate.
 
     Returns:
         The solution.
@@ -235,7 +235,7 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
 
 
 def promised_gap(solver: AbstractSolver) -> float:
-    """The relative gap at which a solver says that it is done."""
+    """Return the relative gap that a solver promises."""
     return getattr(solver, "tolerance", TOLERANCE)
 
 
@@ -244,7 +244,7 @@ def _is_ours(solver: AbstractSolver) -> bool:
 
 
 def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> None:
-    """Refuse a penalty that a solver does not take, before it works."""
+    """Refuse a penalty that a solver does not take, before any work."""
     if not issubclass(penalty, solver.penalties):
         takes = ", ".join(p.__name__ for p in solver.penalties)
         raise UnsupportedError(
@@ -253,11 +253,7 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
 
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
-    """Where a solver begins.
-
-    Returns:
-        `start`, else the anchor, else zero [m n].
-    """
+    """Return the first weight of a solver: `start`, else the anchor, else zero [m n]."""
     if start is not None:
         return problem.admit(start).to(problem.quadratic.cross)
     anchor = problem.quadratic.anchor
@@ -265,7 +261,7 @@ def initial(problem: Problem, start: Tensor | None) -> Tensor:
 
 
 def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A square root of a Gram matrix, for back-ends that need a sum of squares.
+    """Return a square root of a Gram matrix, for back-ends that need a sum of squares.
 
     Args:
         gram: H [n n].

@@ -19,24 +19,24 @@ from convexprune.solvers._base import AbstractSolver, Solution, Status, initial,
 
 @dataclass(frozen=True)
 class ConjugateGradient(AbstractSolver):
-    """Least squares on each row's support by masked conjugate gradients.
+    """Least squares on the supports of rows by masked conjugate gradients.
 
-    With P the projection on the support, each row solves (P H P) v = P g by the recurrence of Hestenes and Stiefel
-    (1952): one product per iteration whatever the number of rows, each with its own steps.
+    With P the projection on the support, a row solves (P H P) v = P g by the recurrence of Hestenes and Stiefel (1952):
+    a single product per iteration for all rows, with step lengths by row.
 
-    It stops when gap <= tolerance * objective, when all rows are done, or after `max_iterations`. A row is done when
-    its gradient is four rounding errors of its first one, or when d H d' <= eps |H|_F |d|^2 for its direction d: the
-    energy that the data have there is rounding. Where H is singular on the support, as on fewer tokens than inputs, it
-    ends so at the solution nearest to its start, in place of a walk through the null space.
+    The solver stops when gap <= tolerance * objective, when all rows are done, or after `max_iterations`. A row is done
+    when its gradient is four rounding errors of the first gradient, or when d H d' <= eps |H|_F |d|^2 for its direction
+    d: such energy is rounding. If H is singular on the support, as on fewer tokens than inputs, the solver ends at the
+    solution nearest to its start, without a walk through the null space.
 
-    The gap is computed from what the recurrence carries: a triangular solve, no product. While an iteration still gains
-    more than the tolerance the gap is not tested, because it was larger than that gain just before. So a solve whose
-    gap falls at once ends one test late.
+    The gap is computed from the recurrence: a triangular solve, no product. While an iteration still gains more than
+    the tolerance the gap is not tested, because the gap was larger than the gain just before. So a solve whose gap
+    falls at once ends a test late.
 
     Args:
-        tolerance: the relative gap that is asked for.
-        max_iterations: where it stops in any case.
-        check_every: the gap is tested every so many iterations.
+        tolerance: the requested relative gap.
+        max_iterations: the largest number of iterations.
+        check_every: iterations between tests of the gap.
         scale: work in coordinates where the Gram matrix has a unit diagonal, which is preconditioning by the diagonal.
             Where the inverse has a constant diagonal (`saliency_coordinates`), fewer iterations are needed without.
     """
@@ -91,7 +91,7 @@ class ConjugateGradient(AbstractSolver):
         return self._solution(problem, weight, made, began)
 
     def _done(self, q: Quadratic, residual: Tensor, gain: Tensor, value: Tensor, going: Tensor) -> list[bool]:
-        """Of each problem: whether no row is `going` on [m], or its gap is small; not tested after a large `gain`."""
+        """Decide by problem: no row is `going` on [m], or the gap is small; not tested after a large `gain`."""
         idle = [not count for count in q.totals(going)]
         enough = [self.tolerance * each for each in q.totals(value)]
         near = [each <= most for each, most in zip(q.totals(gain), enough, strict=True)]
@@ -101,7 +101,7 @@ class ConjugateGradient(AbstractSolver):
         return [before or now for before, now in zip(idle, near, strict=True)]
 
     def _solution(self, problem: Problem, weight: Tensor, made: list[int], began: float) -> Solution:
-        """The solution, certified; of each problem so many iterations were `made`."""
+        """Return the certified solution; `made` counts iterations by problem."""
         certificates = certify_each(problem, weight)
         seconds = (time.perf_counter() - began) / len(made)
         parts = []
@@ -124,13 +124,13 @@ def _advance(
     least: Tensor,
     flat: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One iteration, in place, after its product D H, the `image`; `energy` is |K|^2 and `size` |D|^2, each [m 1].
+    """Finish an iteration in place after its product D H, the `image`; `energy` is |K|^2 and `size` |D|^2, both [m 1].
 
-    Rows whose |K|^2 is at most the `least` [m 1], or whose curvature is at most that of `flat` directions ([], or
-    [m 1]), are done: their direction is zero from then on.
+    Rows whose |K|^2 is at most `least` [m 1], or whose curvature is at most `flat` ([], or [m 1]), are done: their
+    direction is zero from then on.
 
     Returns:
-        What each row gains [m], and |K|^2 and |D|^2 then; |K|^2 is zero for rows that are done.
+        The gain by row [m], and the new |K|^2 and |D|^2; |K|^2 is zero for finished rows.
     """
     curvature = torch.linalg.vecdot(direction, image)[:, None]  # directions are zero off the support
     ends = curvature <= flat * size

@@ -1,4 +1,4 @@
-"""The ground truth: the same problem, handed to CVXPY row by row."""
+"""The ground truth: problems handed to CVXPY row by row."""
 
 import time
 import warnings
@@ -36,12 +36,12 @@ class CVXPY(AbstractSolver):
     """CVXPY with one of three engines, set to oracle accuracy; for small problems.
 
     Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
-    eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make
-    the problem unbounded below and cannot come from data. Inputs and targets are stated in units in which they are near
-    one, or what is very large or very small is beyond the engines.
+    eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make the
+    problem unbounded below and cannot come from data. Inputs and targets are stated in units near 1, because very large
+    or very small numbers are beyond the engines.
 
     Args:
-        options: of the engine, over those in `TIGHT`.
+        options: options of the engine, over the options in `TIGHT`.
         tolerance: the relative gap up to which the status is SOLVED, whatever the engine says.
     """
 
@@ -96,7 +96,7 @@ class CVXPY(AbstractSolver):
     def _whole(
         self, q: Quadratic, penalty: GroupLasso, unit: np.ndarray, factor: np.ndarray, inverse: np.ndarray, size: float
     ) -> tuple[cp.Variable, cp.Problem]:
-        """All rows in one statement, for a penalty that couples them; of the weight in its own units."""
+        """State all rows at once, for a penalty that couples rows; the weight has its original units."""
         (m, n), block = q.cross.shape, penalty.block
         anchor = np.zeros((m, n)) if q.anchor is None else q.anchor.cpu().numpy() / size
         d = cp.Variable((m, n))
@@ -131,7 +131,9 @@ class CVXPY(AbstractSolver):
 
 
 def _sizes(quadratic: Quadratic, together: bool) -> list[float]:
-    """The lengths of the targets of the rows, or of all `together`: in these units an engine sees numbers near one."""
+    """Return the lengths of the rows' targets, or of all rows `together`: in these units an engine sees numbers
+    near 1.
+    """
     energy = 2 * quadratic.values(torch.zeros_like(quadratic.cross))
     energy = energy.sum()[None] if together else energy
     return torch.where((energy > 0) & energy.isfinite(), energy, 1.0).sqrt().tolist()

@@ -1,4 +1,4 @@
-"""FISTA, the production solver: one matrix product per iteration, in place, certified by its duality gap."""
+"""FISTA, the production solver: a matrix product per iteration, in place, certified by the duality gap."""
 
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ class FISTA(AbstractIterative):
         return self._accelerate(problem, weight - anchor, new.sub_(anchor), products)
 
     def _accelerate(self, problem: Problem, old: Tensor, new: Tensor, products: int) -> tuple[Tensor, Status, int, int]:
-        """From the first step `old` -> `new`, both less the anchor: one product an iteration, all else in place."""
+        """Iterate from the first step `old` -> `new`, both less the anchor: a product an iteration, in place."""
         q = problem.quadratic
         lipschitz = q.lipschitz
         anchor = torch.zeros_like(q.cross) if q.anchor is None else q.anchor
@@ -76,7 +76,7 @@ def _extrapolate(
 ) -> Tensor:
     """Move Y, the `point`, to Z + (t - 1) / t_next (Z - Z_old), and return t_next [m 1].
 
-    Rows whose momentum points uphill forget it first; all `together`, if the penalty couples them.
+    Rows whose momentum points uphill restart first; all rows `together`, if the penalty couples rows.
     """
     torch.sub(new, old, out=move)
     if restart:

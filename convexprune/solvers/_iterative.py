@@ -18,15 +18,16 @@ from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResu
 
 @dataclass(frozen=True)
 class AbstractIterative(AbstractSolver):
-    """Iterates all rows at once, and stops when gap <= tolerance * objective.
+    """Iterate all rows at once, and stop when gap <= tolerance * objective.
 
     Args:
-        tolerance: the relative gap that is asked for.
-        max_iterations: where it stops in any case.
-        check_every: the gap is tested every so many iterations; the dear one of `row_gaps` after 1, 2, 4, ... tests.
-        scale: iterate in coordinates where the Gram matrix has a unit diagonal. The penalties are separable, so this is
-            the same problem, up to four orders of magnitude better conditioned.
-        precise: compute the final certificate in float64; else in the problem's own dtype, three times cheaper.
+        tolerance: the requested relative gap.
+        max_iterations: the largest number of iterations.
+        check_every: iterations between tests of the gap; the expensive gap of `row_gaps` comes after 1, 2, 4, ...
+            tests.
+        scale: iterate in coordinates where the Gram matrix has a unit diagonal. The penalties are separable, so the
+            problem stays the same, up to four orders of magnitude better conditioned.
+        precise: compute the final certificate in float64; else in the problem's dtype, three times cheaper.
     """
 
     tolerance: NotNegative = 1e-4
@@ -48,9 +49,9 @@ class AbstractIterative(AbstractSolver):
 
     @torch.no_grad()
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
-        """See `AbstractSolver.step`: the same iterations, from a residual that need not be computed.
+        """Iterate as in `solve`, from a residual that need not be computed.
 
-        If not `certified` the residual at the end is what `Quadratic.residual_after` makes of it.
+        Without `certified` the residual at the end is `Quadratic.residual_after`.
         """
         if certified:
             solution = self._solved(problem, start, residual)
@@ -59,7 +60,7 @@ class AbstractIterative(AbstractSolver):
         return StepResult(weight, problem.quadratic.residual_after(residual, start, weight), products + 1)
 
     def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
-        """The solution; the `residual` at the start may be inexact: it decides the way, not the certificate."""
+        """Return the solution; the `residual` at the start may be inexact: it steers the way, not the certificate."""
         began = time.perf_counter()
         weight, status, iterations, products = self._from(problem, start, residual)
         with solving_in("float32"):
@@ -90,10 +91,10 @@ class AbstractIterative(AbstractSolver):
     def _iterate(
         self, problem: Problem, weight: Tensor, residual: Tensor | None = None
     ) -> tuple[Tensor, Status, int, int]:
-        """The loop: (weight, status, iterations, products); `residual` is that at the `weight` it starts from."""
+        """Run the loop: (weight, status, iterations, products); `residual` belongs to the first `weight`."""
 
     def _status(self, problem: Problem, weight: Tensor, iteration: int) -> Status | None:
-        """How the solve ends at `weight`, or None if it goes on. One product."""
+        """Return the status at `weight`, or None to go on. Takes a product."""
         with solving_in("float32"):
             residual = problem.quadratic.residual(weight)
         values = problem.quadratic.values(weight, residual)
@@ -108,6 +109,6 @@ class AbstractIterative(AbstractSolver):
         return Status.SOLVED if gap <= enough else None
 
     def _is_due(self, iteration: int, inputs: int) -> bool:
-        """Whether a gap is tried that takes a factor for each row: so seldom that it is no more work than the rest."""
+        """Return True if a gap with a factor per row is due: so seldom that the cost is at most the rest's."""
         checks = iteration // self.check_every
         return checks & (checks - 1) == 0 and 6 * iteration >= inputs

@@ -21,9 +21,9 @@ class SciPy(AbstractSolver):
     """Exact active-set methods in float64, row by row; for small problems.
 
     With H = F' F and y = F^-T g, the dual of  1/2 |F v - y|^2 + sum_j strength_j |v_j|  is the projection of y on the
-    polyhedron  |F' r|_j <= strength_j,  whose Hessian is the identity that SLSQP starts from; the multipliers of the
-    active constraints, found by non-negative least squares on F v = y - r, are the weight. On a support it is plain
-    least squares. Nothing is shared with the other solvers but the problem's three tensors.
+    polyhedron  |F' r|_j <= strength_j. Its Hessian is the identity, where SLSQP starts. The multipliers of the active
+    constraints, by non-negative least squares on F v = y - r, are the weight. On a support the problem is plain least
+    squares. The solver shares only the problem's three tensors with all other solvers.
 
     Args:
         tolerance: the relative gap up to which the status is SOLVED.
@@ -38,7 +38,7 @@ class SciPy(AbstractSolver):
         return (L1, Support)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
-        """See `AbstractSolver.solve`; `start` is not used but for its shape."""
+        """Solve the problem; of `start` only the shape is used."""
         require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)

@@ -9,7 +9,7 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, p
 class Magnitude(AbstractPruner):
     """Score |W_ij|; kept weights do not change (Han et al. 2015, without the retraining).
 
-    That is the nearest weight in the pattern, all entries counting alike. It knows no inputs, dead ones neither.
+    The result is the nearest weight in the pattern with equal entries. Inputs, dead inputs too, play no part.
     """
 
     def prune(self, problem: LayerProblem) -> LayerEdit:

@@ -1,4 +1,4 @@
-"""OSSCAR: Optimal Brain Surgeon for whole columns or blocks of them, and a local search after it."""
+"""OSSCAR: Optimal Brain Surgeon for whole columns or blocks of columns, and a local search."""
 
 from dataclasses import dataclass
 
@@ -14,24 +14,24 @@ LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding
 
 @dataclass(frozen=True)
 class OSSCAR(AbstractPruner):
-    """Meng et al., arXiv 2403.12983 (mazumder-lab/OSSCAR): blocks of columns are removed one by one, then exchanged.
+    """Meng et al., arXiv 2403.12983 (mazumder-lab/OSSCAR): blocks of columns are removed in turn, then exchanged.
 
-    With P = H^-1 of the columns that are left, and V their best weights, removing a block B of them costs
-    tr(V_:B P_BB^-1 V_:B') / 2 once all others have adapted. The one that costs least goes, and
+    With P = H^-1 of the remaining columns, and V their best weights, removing a block B of columns costs tr(V_:B
+    P_BB^-1 V_:B') / 2 once all weights have adapted. The cheapest block goes, and
 
         V <- V - V_:B P_BB^-1 P_B:,   P <- P - P_:B P_BB^-1 P_B:
 
     which is Optimal Brain Surgeon for groups, as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110). A block is
-    a column where the pattern says nothing else, and a KV group where heads go. In each
-    round of exchanges after it, the blocks that cost least to remove give way to as many that gain most, by what each
-    alone costs and gains; a round that does not lower the error is undone, and the next one exchanges half as many.
-    Last come the weights of least squares on what is left. All of it begins at the damped minimiser.
+    a single column by default, and a KV group for heads. In a round of exchanges, the cheapest blocks give way to as
+    many blocks with the largest gain, by separate costs and gains; a round that does not lower the error is undone, and
+    the next round exchanges half as many. The last step is least squares on the remaining columns. The method begins at
+    the damped minimiser.
 
-    Differences to the authors' code: one block at a time, and an error correction if one is asked for.
+    Differences from the authors' code: blocks go singly, and an error correction on request.
 
     Args:
         damping: the ridge, in units of the mean diagonal of H.
-        exchanged: the share of the removed blocks that the first round exchanges; 0 is Optimal Brain Surgeon alone.
+        exchanged: the share of the removed blocks exchanged in the first round; 0 is Optimal Brain Surgeon alone.
     """
 
     columns_only = True
@@ -57,7 +57,7 @@ class OSSCAR(AbstractPruner):
         return LayerEdit(torch.cat(weights).to(problem.weight), torch.cat(masks))
 
     def _choice(self, gram: Tensor, target: Tensor, count: int, block: int) -> Tensor:
-        """Which columns are kept [n], `count` blocks less than all."""
+        """Choose the kept columns [n], `count` blocks fewer than all."""
         kept = backward(gram, target, count, block)
         size, value = int(self.exchanged * count), explained(gram, target, kept)
         while size > 0:
@@ -71,14 +71,14 @@ class OSSCAR(AbstractPruner):
 
 
 def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor:
-    """Remove blocks of columns one by one.
+    """Remove blocks of columns in turn.
 
     Args:
         gram: H [n n].
         target: G [m n]; V = G H^-1 is the minimiser.
 
     Returns:
-        Which columns are kept [n].
+        Mask of kept columns [n].
     """
     inverse = torch.cholesky_inverse(definite_factor(gram))
     weight = target @ inverse
@@ -95,15 +95,15 @@ def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor
 
 
 def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int = 1) -> Tensor:
-    """Drop the blocks that cost least, and take in as many that gain most.
+    """Drop the cheapest blocks, and take in as many with the largest gain.
 
     Args:
         gram: H [n n].
         target: G [m n].
-        kept: which columns are kept [n].
+        kept: mask of kept columns [n].
 
     Returns:
-        Which columns are kept now [n].
+        The new mask of kept columns [n].
     """
     weight, left = best(gram, target, kept), kept[::block].clone()
     on = left.nonzero().flatten()
@@ -167,11 +167,11 @@ def best(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
 
 
 def explained(gram: Tensor, target: Tensor, kept: Tensor) -> float:
-    """How much less the error is than that of no weights: tr(V G') / 2 of the best V on some columns.
+    """Return the decrease of the error from zero weights: tr(V G') / 2 of the best V on some columns.
 
     Args:
         gram: H [n n].
         target: G [m n].
-        kept: the columns [n].
+        kept: mask of the columns [n].
     """
     return float((best(gram, target, kept) * target).sum()) / 2

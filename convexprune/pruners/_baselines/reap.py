@@ -1,4 +1,4 @@
-"""REAP: the experts that add least where they are chosen are removed, and nothing else changes."""
+"""REAP: remove the experts that add least on their tokens, without further changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, S
 
 @dataclass(frozen=True)
 class REAP(AbstractPruner):
-    """Router-weighted activations choose experts; weights of the others do not change (Lasby et al., arXiv 2510.13999).
+    """Router-weighted activations choose experts; remaining weights do not change (Lasby et al., arXiv 2510.13999).
 
-    The score of an expert is the mean of g |f(x)| over the tokens x that are sent to it, with g the weight that the
-    router gives it and f its output.
+    The score of an expert is the mean of g |f(x)| over its tokens x, with g the router's weight and f the expert's
+    output.
     """
 
     whole_only = "experts"

@@ -11,9 +11,9 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, S
 
 @dataclass(frozen=True)
 class ShortGPT(AbstractPruner):
-    """Block influence chooses decoder layers; weights of the others do not change (Men et al., arXiv 2403.03853).
+    """Block influence chooses decoder layers; remaining weights do not change (Men et al., arXiv 2403.03853).
 
-    The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave it.
+    The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave the layer.
     """
 
     whole_only = "layers"

@@ -1,4 +1,4 @@
-"""SparseGPT: one sweep over the columns, each error pushed to the columns that are still to come."""
+"""SparseGPT: a sweep over the columns that pushes errors to later columns."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, d
 class SparseGPT(AbstractPruner):
     """Frantar and Alistarh, arXiv 2301.00774, Algorithm 1 (IST-DASLab/sparsegpt, sparsegpt.py).
 
-    With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1, the score of an entry is (W_ij / U_jj)^2 on
-    the weight as updated so far; a column's error (W_j - V_j) / U_jj is subtracted along U_j from the columns after it.
-    For n:m the scores of a group are taken when its first column is reached.
+    With U the upper Cholesky factor of (H + damping mean(diag H) I)^-1, the score of an entry is (W_ij / U_jj)^2 on the
+    weight as updated so far; a column's error (W_j - V_j) / U_jj is subtracted along U_j from later columns. For n:m
+    the scores of a group are taken at its first column.
 
-    Differences to the authors' code: exact counts (the code's `<=` overshoots on ties); with a whole-matrix quota each
-    block of columns holds the same share of it, as in the code; a dead input has the energy of a mean input instead of
-    1, and keeps its weights where its block has more of them than zeros. With error correction the sweep starts at the
-    damped minimiser W + G (H + damping)^-1 instead of W, so that all methods can share one target; with correction=0 it
+    Differences from the authors' code: exact counts (the code's `<=` overshoots on ties); with a whole-matrix quota
+    every block of columns holds an equal share, as in the code; a dead input has the energy of a mean input instead of
+    1, and keeps its weights if its block has more of them than zeros. With error correction the sweep starts at the
+    damped minimiser W + G (H + damping)^-1 instead of W, so that all methods can share a target; with correction=0 it
     is the published method.
 
     Args:
@@ -65,7 +65,7 @@ class SparseGPT(AbstractPruner):
         return LayerEdit(weight * mask, mask)
 
     def _sweep(self, part: Tensor, u: Tensor, pattern: Constraint, first: int) -> tuple[Tensor, Tensor]:
-        """Prune one block of columns [m b] in place; returns its mask and its errors [m b]."""
+        """Prune a block of columns [m b] in place; return its mask and its errors [m b]."""
         columns = part.shape[1]
         at_once = pattern.block if pattern.block > 1 else columns
         mask, errors = torch.empty_like(part, dtype=torch.bool), torch.empty_like(part)

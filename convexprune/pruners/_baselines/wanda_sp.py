@@ -12,9 +12,9 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, d
 class WandaSP(AbstractPruner):
     """Score sum_i |W_ij| |X_j|_2 of column j; kept weights do not change (An et al., arXiv 2312.11983, section 4.1).
 
-    Wanda itself, as the nearest weight in the pattern, takes the root of the sum of squares, |W_:j|_2 |X_j|_2. FLAP's
-    own score is the square of that, with the variance of x_j in place of its mean square. Where blocks of columns are
-    chosen, as heads are, the scores of their columns are added up, as in the code of FLAP.
+    Wanda for columns, as the nearest weight in the pattern, takes the root of the sum of squares, |W_:j|_2 |X_j|_2.
+    FLAP's score is the square, with the variance of x_j in place of its mean square. For blocks of columns, such as
+    heads, the scores of columns are added up, as in FLAP's code.
     """
 
     columns_only = True
@@ -29,5 +29,5 @@ class WandaSP(AbstractPruner):
 
 
 def _added_up(scores: Tensor, block: int) -> Tensor:
-    """Those of an operator [m n] over its rows and over blocks of its columns, in the place of each."""
+    """Add up an operator's scores [m n] over rows and over blocks of columns, in place of every score."""
     return scores.sum(0).view(-1, block).sum(1).repeat_interleave(block).expand_as(scores)
