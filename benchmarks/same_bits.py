@@ -1,4 +1,4 @@
-"""Whether two checkouts prune to the same bits: every method, pattern and prefix, weights and errors side by side.
+"""Whether two checkouts prune to the same bits: every method, pattern, prefix and grid, weights and errors side by side.
 
 python benchmarks/same_bits.py OLD NEW [--model DIR] [--layers 0 15] [--windows 6] [--length 256] [--methods convex wanda]
 
@@ -19,6 +19,13 @@ from typing import Any
 
 PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
 METHODS = ("convex", "admm", "alps", "sparsegpt", "wanda", "magnitude", "fistapruner")
+GRIDS: dict[str, dict[str, Any]] = {
+    "int8 in rows": {"quantize": "int8", "group_size": -1},
+    "int4": {"quantize": "int4", "group_size": 32},
+    "int3 of 50 %": {"quantize": "int3", "group_size": 32, "sparsity": 0.5},
+    "3 bits": {"bits": 3.0},
+}
+QUANTIZERS = ("descent", "gptq", "rtn")
 Found = dict[str, dict[str, Any]]  # of each case: the bits of each file, and the error of each operator
 
 
@@ -29,6 +36,9 @@ def _cases(asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, pattern in PATTERNS.items():
             for prefix in ("dense", "pruned"):
                 yield f"| {method} | {name} | {prefix} |", common | pattern | {"method": method, "prefix": prefix}
+    for quantizer in asked.quantizers:
+        for name, grid in GRIDS.items():
+            yield f"| {quantizer} | {name} | dense |", common | {"sparsity": 0.0} | grid | {"quantizer": quantizer}
 
 
 def _prune(asked: argparse.Namespace) -> Found:
@@ -63,7 +73,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--dataset", default="self")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--quantizers", nargs="*", default=QUANTIZERS)
     parser.add_argument("--write", type=Path, help="where to keep what the last checkout gives")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()

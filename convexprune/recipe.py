@@ -20,7 +20,8 @@ from convexprune._schema.settings import (
     RunSettings,
     TargetSettings,
 )
-from convexprune.constraints import Coded, Constraint, Grid, Quantized, parse_pattern
+from convexprune.constraints import Coded, Constraint, Quantized, parse_pattern
+from convexprune.constraints._grids import make_grid
 from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
@@ -111,7 +112,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             raise RecipeError(f"bits={self.bits} is in place of quantize={self.quantize!r}: leave one of them out.")
         if self.bits is not None:
             return Quantized(support, Coded(self.bits))
-        return support if self.quantize is None else Quantized(support, Grid(int(self.quantize[3:]), self.group_size))
+        return support if self.quantize is None else Quantized(support, make_grid(self.quantize, self.group_size))
 
     def layer_settings(
         self,

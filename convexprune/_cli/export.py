@@ -15,14 +15,15 @@ from convexprune._cli.stopping import stoppable
 def export(
     source: Annotated[Path, typer.Argument(help="Folder that `prune --quantize` has written.")],
     output: Annotated[Path, typer.Argument(help="Folder for the export; must be empty or not there.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors.")] = "compressed-tensors",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a quantized model as vLLM and transformers load it. The layout is that of compressed-tensors."""
+    """Write a quantized model as other engines load it. vLLM and transformers take the format compressed-tensors."""
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.export(source, output)
+        folder = container.export(source, output, format)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

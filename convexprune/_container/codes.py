@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convexprune._container.format import Bytes, Streams, compressed
 from convexprune._storage.tensors import DTYPES, Spec
+from convexprune.constraints._codebook import Scales
 from convexprune.constraints._grid import GROUPS, ROW, Grid
 
 FLOATS = ("BF16", "F16", "F32")
@@ -194,5 +195,5 @@ def _values(block: Bytes, code: str) -> Tensor:
 
 def _bytes(scales: Tensor, codes: Tensor, code: str, layout: Layout) -> bytes:
     """The bytes of codes times scales. No zero is negative."""
-    values = layout.entries(layout.grid().weight(codes, scales).to(DTYPES[code]))
+    values = layout.entries(layout.grid().weight(codes, Scales(scales)).to(DTYPES[code]))
     return values.contiguous().view(torch.uint8).numpy().tobytes()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
 from convexprune._storage.notes import read_text, write_settings
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
-from convexprune.constraints import Coded, Grid, parse_pattern
+from convexprune.constraints import Grid, parse_pattern
 from convexprune.constraints._grid import ROW
 from convexprune.errors import ModelError
 
+LAYOUT = "compressed-tensors"
 INDEX, CONFIG = ".safetensors.index.json", "config.json"
 ACCEPTED = (
     "The layout takes Linear modules only, no experts in one tensor, and none that was quantized before. "
@@ -28,11 +30,10 @@ OF_RUN = (REPORT, PAGE)  # tell of the files as they were
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 
-def export(source: str | Path, output_dir: str | Path) -> Path:
-    """Write the result of a quantized run for other engines: codes of few bits and scales in place of weights.
+def export_compressed_tensors(source: str | Path, output_dir: str | Path) -> Path:
+    """Write a folder of codes and scales, for transformers (with the package compressed-tensors) and vLLM.
 
-    transformers (with the package compressed-tensors) and vLLM load the folder, and compute with the weights that the
-    run has stored, bit for bit. A code takes its bits, whether it is zero or not.
+    They compute with the weights that the run has stored, bit for bit.
 
     Args:
         source: the folder of a run with `quantize`.
@@ -95,20 +96,19 @@ def packed_codes(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little").view("<i4"))
 
 
-def _grid(folder: Path) -> Grid:
-    """That of the run whose result a folder is."""
+def _grid(folder: Path) -> Any:
+    """Return the grid of the run whose result a folder is; all that is asked of it are `find`, `bits` and groups."""
     if not RunFolder(folder).is_finished:
         raise ModelError(f"{folder} is no result of a run. Give the folder that `prune --quantize int4` has written.")
     grids = {parse_pattern(operator.pattern).grid for operator in RunFolder(folder).report().operators}
-    if coded := [grid for grid in grids if isinstance(grid, Coded)]:
+    if others := [grid for grid in grids if grid is not None and LAYOUT not in grid.layouts]:
         raise ModelError(
-            f"{folder} has {coded[0]}, which the layout pack-quantized cannot say. Prune with --quantize int4, say, or "
-            "take `convexprune pack`."
+            f"{folder} has {others[0]}, which the layout pack-quantized cannot say. Prune with --quantize int4, say, "
+            "or take `convexprune pack`."
         )
-    found = grids.pop() if len(grids) == 1 else None
-    if not isinstance(found, Grid):
+    if len(grids) != 1 or None in grids:
         raise ModelError(f"{folder} is not quantized. Prune with --quantize int4, say.")
-    return found
+    return grids.pop()
 
 
 def _is_quantized(entry: Entry, grid: Grid) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.constraints._abstract_grid import AbstractGrid
+from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
@@ -130,10 +130,10 @@ class SameQuantized(AbstractQuantizer):
         """See `AbstractQuantizer`."""
         return self.quantizer.corrects_last
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         found = self.quantizer.on_grid(problem, pruned, grid)
-        return OnGrid(grid, self.broadcast(found.scales), self.broadcast(found.codes))
+        return OnGrid(grid, found.scales.map(self.broadcast), self.broadcast(found.codes))
 
 
 ALONE = ProcessGroup()

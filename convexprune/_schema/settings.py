@@ -105,10 +105,10 @@ class TargetSettings(Settings):
     quota: Literal["matrix", "row"] = setting(
         "matrix", "Where the share of zeros holds: in each matrix, or in each row of it."
     )
-    quantize: Literal["int8", "int6", "int5", "int4", "int3"] | None = setting(
+    quantize: str | None = setting(
         None,
-        "What is kept becomes whole numbers of so many bits, times a scale for each group of weights; zeros stay zero. "
-        "With a sparsity of 0: quantization alone. Left out: none.",
+        "What is kept becomes numbers of so few bits, times a scale for each group of weights; zeros stay zero. Whole "
+        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. With a sparsity of 0: quantization alone. Left out: none.",
     )
     bits: float | None = setting(
         None,
@@ -117,7 +117,7 @@ class TargetSettings(Settings):
         ge=1,
         le=6,
     )
-    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all of them.")
+    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all.")
     allocation: str = setting(
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "

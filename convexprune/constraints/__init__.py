@@ -1,4 +1,4 @@
-"""Constraints by name. To add a kind: a file here and a line in `KINDS`."""
+"""Constraints by name. To add a kind: a file here and a line in `KINDS`; a grid has its line in `GRIDS`."""
 
 import re
 
@@ -8,6 +8,7 @@ from convexprune.constraints._channels import Channels
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._columns import Columns
 from convexprune.constraints._grid import Grid
+from convexprune.constraints._grids import GRIDS, read_grid
 from convexprune.constraints._heads import Heads
 from convexprune.constraints._quantized import Quantized
 from convexprune.constraints._semi_structured import SemiStructured
@@ -54,8 +55,9 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
     if all(stack):
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
-    if (parts := Quantized.read(text)) is not None:
-        return Quantized(parse_pattern(parts[0]), parts[1])
+    support, _, values = text.rpartition(", ")
+    if support and (grid := read_grid(values)) is not None:
+        return Quantized(parse_pattern(support), grid)
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
         if found is not None:
@@ -64,6 +66,6 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
 
 
 __all__ = [
-    "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Experts", "Grid", "Heads", "Layers", "Mask",
-    "Quantized", "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
+    "GRIDS", "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Experts", "Grid", "Heads", "Layers",
+    "Mask", "Quantized", "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from convexprune._device.capabilities import is_host
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.constraints._budget import Budget
+from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PatternError
 
 Quota = Literal["matrix", "row"]
@@ -28,7 +28,7 @@ class Constraint(ABC):
     """The share of zeros that is asked for."""
 
     @property
-    def grid(self) -> AbstractGrid | None:
+    def grid(self) -> Codebook | None:
         """What the values that are kept have to be on; None: any will do."""
         return None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints._abstract_grid import AbstractGrid, Made, rounded_scale
+from convexprune.constraints._codebook import Codebook, Made, Scales, rounded_scale
 from convexprune.constraints._grid import ROW, Grid
 from convexprune.errors import PatternError
 
@@ -22,11 +22,12 @@ WIDEST = 4  # scales over that of the middle column: measured, see lab/tried.md
 NEAR = 0.02  # bits a weight that may be left over
 TRIES = 4  # of steps that leave more
 ROWS = 64  # that the first step is tried on, at least
+PRICE = 0.1  # of a bit, over the squared step: measured, see lab/tried.md
 STORED = Grid(8, ROW)  # of the transposed weight: a row of it is a column
 
 
 @dataclass(frozen=True)
-class Coded(AbstractGrid):
+class Coded(Codebook):
     """Weights that are a scale, of a column, times a whole number from -127 to 127, of `bits` bits by their entropy.
 
     Of a weight [m n] whose codes take the value c with the frequency p_c, that is
@@ -44,32 +45,33 @@ class Coded(AbstractGrid):
     """
 
     bits: float
-    lowest = -127
-    highest = 127
+    values = tuple(map(float, range(-127, 128)))
+    by_row = False  # all rows share the scales of columns, and one entropy code
 
     def __post_init__(self) -> None:
         if not LEAST <= self.bits <= MOST:
             raise PatternError(f"{self.bits:g} bits a weight: {LEAST:g} to {MOST:g} can be had.")
 
     @property
-    def by_row(self) -> bool:
-        """No: all rows share the scales of columns, and one entropy code."""
-        return False
-
-    @property
     def share(self) -> float:
-        """Of 16 bits a weight those that are saved."""
+        """See `Codebook.share`."""
         return 1 - self.bits / WHOLE
 
     def with_share(self, share: float) -> "Coded":
         return Coded(round(WHOLE * (1 - share), 4))
 
-    def ladder(self) -> list[AbstractGrid]:
+    def ladder(self) -> list[Codebook]:
         around = {min(MOST, self.bits + REACH), self.bits, max(LEAST, self.bits - REACH)}
         return [Coded(bits) for bits in sorted(around, reverse=True)]
 
+    def width(self, columns: int) -> int:
+        return 1
+
+    def nearest(self, multiples: Tensor) -> Tensor:
+        return multiples.round_().clamp_(self.values[0], self.values[-1])
+
     def check(self, rows: int, columns: int) -> None:
-        """See `AbstractGrid.check`: the scales alone do not take half of the bits."""
+        """See `Codebook.check`: the scales alone do not take half of the bits."""
         if SCALE / rows > self.bits / 2:
             raise PatternError(
                 f"{self.bits:g} bits a weight of {rows} rows: the scales of the columns alone take {SCALE / rows:.2g}. "
@@ -87,8 +89,8 @@ class Coded(AbstractGrid):
         """
         return entropy(codes) + SCALE / len(codes)
 
-    def scales(self, step: float, shape: Tensor, weight: Tensor) -> Tensor:
-        """The scales of columns: `step` times the shape, and so large that 127 reaches the largest weight.
+    def scales(self, step: float, shape: Tensor, weight: Tensor) -> Scales:
+        """Return the scales of columns: `step` times the shape, and so large that 127 reaches the largest weight.
 
         A few inputs of a language model are a thousand times as large as others. Their columns would have scales so
         small that no code reached their weights, where an error costs the most. Others hardly occur in the sample, and
@@ -100,10 +102,10 @@ class Coded(AbstractGrid):
             weight: V [m n].
 
         Returns:
-            [1 n], bfloat16 numbers in the dtype of `shape`.
+            Steps [1 n], bfloat16 numbers in the dtype of `shape`.
         """
         rounded = shape.clamp_max(WIDEST * shape.median()).log2().mul_(OCTAVE).round_().div_(OCTAVE).exp2_()
-        return rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.highest))[None]
+        return Scales(rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.values[-1]))[None])
 
     def step(self, weight: Tensor, shape: Tensor) -> float:
         """The smallest step with which the nearest codes of a weight take no more than `bits`, found by halving.
@@ -129,10 +131,10 @@ class Coded(AbstractGrid):
         self,
         weight: Tensor,
         shape: Callable[[], Tensor],
-        fit: Callable[[Grid], Tensor],
-        attempt: Callable[[slice, Tensor], Made],
+        fit: Callable[[Codebook], Scales],
+        attempt: Callable[[slice, Scales], Made],
     ) -> Made:
-        """See `AbstractGrid.search`: the smallest step, or nearly, of which the codes take no more bits than there are.
+        """See `Codebook.search`: the smallest step, or nearly, of which the codes take no more bits than there are.
 
         By a step that is twice as long codes take a bit less, as if weights had a density (Gish and Pierce, 1968). So
         each step follows from what the one before has come to, at first of a sample of rows.
@@ -153,8 +155,29 @@ class Coded(AbstractGrid):
                 return max(kept, key=lambda each: each[0])[1]
             step *= 2 ** (max(over, NEAR) * 1.5 if over > 0 else over + NEAR / 2)
 
+    def price(self, scales: Scales, shape: Callable[[], Tensor]) -> float:
+        """See `Codebook.price`: by the step of most columns, not of those whose largest weight needs a larger one."""
+        return PRICE * float((scales.step / shape()).quantile(0.5)) ** 2
+
+    def chooser(self, codes: Tensor, price: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """See `Codebook.chooser`.
+
+        A code c costs `price` times its length l_c besides. With the curvature h and the best multiple t that is
+        h (c - t)^2 / 2 + price * l_c, so c is better than c - 1 for |t| > c - 1/2 + price (l_c - l_{c-1}) / h.
+        """
+        if not price:
+            return super().chooser(codes, price)
+        extra = code_lengths(codes).diff() * price
+        halves = torch.arange(self.values[-1], dtype=codes.dtype, device=codes.device) + 0.5
+
+        def choose(best: Tensor, curvature: Tensor) -> Tensor:
+            ends = (halves + extra / curvature).cummax(0).values
+            return best.sign() * torch.bucketize(best.abs(), ends)
+
+        return choose
+
     def found(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes of a weight as it is stored.
+        """Find the codes of a weight as it is stored.
 
         Args:
             weight: V [m n], of any dtype.
@@ -166,7 +189,7 @@ class Coded(AbstractGrid):
         return codes.T, on[:, 0]
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `AbstractGrid.project`: in a metric h the steps are as 1 / sqrt(h), which spreads the error evenly."""
+        """See `Codebook.project`: in a metric h the steps are as 1 / sqrt(h), which spreads the error evenly."""
         if self.violation(weight) == 0:
             return weight
         shape = _shape(weight, metric)
@@ -178,8 +201,8 @@ class Coded(AbstractGrid):
                 return near
             step *= 1.02
 
-    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `AbstractGrid.fit`: the smallest with which there are bits enough."""
+    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
+        """See `Codebook.fit`: the smallest with which there are bits enough."""
         shape = _shape(weight, metric)
         return self.scales(self.step(weight, shape), shape, weight)
 
@@ -200,19 +223,21 @@ def _shape(weight: Tensor, metric: Tensor | None) -> Tensor:
 
 
 def entropy(codes: Tensor) -> float:
-    """The entropy of whole numbers from -128 to 127.
-
-    Returns:
-        - sum_c p_c log2 p_c, in bits a number.
-    """
+    """Return - sum_c p_c log2 p_c, the bits that a number takes, of whole numbers from -128 to 127."""
     share = frequencies(codes).double() / codes.numel()
     return -float(torch.special.xlogy(share, share).sum()) / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
 
 
 def frequencies(codes: Tensor) -> Tensor:
-    """How often each whole number from -128 to 127 occurs.
-
-    Returns:
-        [256].
-    """
+    """Return how often each whole number from -128 to 127 occurs [256]."""
     return torch.bincount(codes.flatten().int() + 128, minlength=256)
+
+
+def code_lengths(codes: Tensor) -> Tensor:
+    """Return the bits that codes 0 to 127 take [128]: -log2 of the frequencies of c and -c together, never falling.
+
+    A code that never occurs counts as a sixteenth of an occurrence.
+    """
+    counts = frequencies(codes).to(codes)[1:]
+    counts = (counts + counts.flip(0))[127:] / 2 + 1 / 16
+    return -(counts / (2 * counts.sum() - counts[0])).cummin(0).values.log2_()

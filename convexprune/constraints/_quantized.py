@@ -1,16 +1,13 @@
 """A choice of entries whose kept values are on a grid; zeros stay zero."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from convexprune.constraints._abstract_grid import AbstractGrid
 from convexprune.constraints._base import Constraint
 from convexprune.constraints._budget import Budget
-from convexprune.constraints._coded import Coded
-from convexprune.constraints._grid import ROW, Grid
+from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PatternError
 
 
@@ -25,11 +22,11 @@ class Quantized(Constraint):
         values: the grid of what is kept.
 
     Raises:
-        PatternError: the support removes columns for good.
+        PatternError: the support removes columns for good, or has zeros that the grid does not have.
     """
 
     support: Constraint
-    values: AbstractGrid
+    values: Codebook
     sparsity: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -37,31 +34,15 @@ class Quantized(Constraint):
             raise PatternError(
                 f"{removed.capitalize()} are removed before a model is quantized: prune twice, the smaller model last."
             )
+        if self.support.sparsity and not self.values.has_zero:
+            raise PatternError(f"{self.values} has no zero, so nothing can be pruned there. Take a sparsity of 0.")
         object.__setattr__(self, "sparsity", self.support.sparsity)
 
     def describe(self) -> str:
         return f"{self.support}, {self.values}"
 
-    @classmethod
-    def read(cls, text: str) -> tuple[str, AbstractGrid] | None:
-        """Take a description apart.
-
-        Args:
-            text: what `describe` says.
-
-        Returns:
-            The description of the support, and the grid; None if the text is of another kind.
-
-        Raises:
-            PatternError: there is no such grid.
-        """
-        if match := re.fullmatch(r"(.+), int(\d+) (?:in groups of (\d+)|per output channel)", text):
-            return match[1], Grid(int(match[2]), int(match[3] or ROW))
-        match = re.fullmatch(r"(.+), (.+) bits a weight", text)
-        return None if match is None else (match[1], Coded(float(match[2])))
-
     @property
-    def grid(self) -> AbstractGrid:
+    def grid(self) -> Codebook:
         return self.values
 
     @property

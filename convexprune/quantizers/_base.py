@@ -8,27 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.constraints._abstract_grid import AbstractGrid
+from convexprune.constraints._codebook import Codebook, Scales
 from convexprune.core._setting_types import check_settings
 from convexprune.pruners import LayerEdit, LayerProblem
 
 
 @dataclass(frozen=True, eq=False)
 class OnGrid:
-    """A weight on a grid: `codes` [m n], whole numbers, times `scales` [m n/group], or [1 n]."""
+    """A weight [m n] on a grid: codes [m n], multiples of scales."""
 
-    grid: AbstractGrid
-    scales: Tensor
+    grid: Codebook
+    scales: Scales
     codes: Tensor
 
     @classmethod
-    def nearest(cls, grid: AbstractGrid, weight: Tensor, scales: Tensor) -> "OnGrid":
-        """The nearest weight with these scales.
-
-        Args:
-            weight: V [m n].
-            scales: [m n/group], or [1 n].
-        """
+    def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
+        """Return the weight with these scales that is nearest to `weight` [m n]."""
         return cls(grid, scales, grid.codes(weight, scales))
 
     @property
@@ -81,7 +76,7 @@ class AbstractQuantizer(ABC):
         return replace(pruned, weight=weight, mask=weight != 0)
 
     @abstractmethod
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """The weight of rows that share a grid.
 
         Args:
@@ -97,9 +92,9 @@ class AbstractQuantizer(ABC):
         """
 
 
-def _together(parts: Sequence[tuple[slice, AbstractGrid]]) -> list[tuple[AbstractGrid, Tensor]]:
+def _together(parts: Sequence[tuple[slice, Codebook]]) -> list[tuple[Codebook, Tensor]]:
     """Grids and their rows: one for all operators whose rows are on it by themselves, else one for each operator."""
-    found = list[tuple[AbstractGrid, Tensor]]()
+    found = list[tuple[Codebook, Tensor]]()
     for rows, grid in parts:
         own = torch.arange(rows.start, rows.stop)
         same = next((i for i, (other, _) in enumerate(found) if grid.by_row and other == grid), None)

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from convexprune.constraints._abstract_grid import AbstractGrid, rounded_scale
+from convexprune.constraints._codebook import Codebook, Scales
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative, Whole
 from convexprune.pruners import LayerEdit, LayerProblem
@@ -15,7 +15,6 @@ from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 from convexprune.quantizers._exchange import exchanged
 from convexprune.quantizers._sweep import Sweep, minimizer
 
-PRICE = 0.1  # of a bit, over the squared step: measured, see lab/tried.md
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time
 
@@ -46,7 +45,7 @@ class Descent(AbstractQuantizer):
     rounds: Whole = 1
     damping: NotNegative | None = None
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`.
 
         Raises:
@@ -59,14 +58,11 @@ class Descent(AbstractQuantizer):
         weight = minimizer(quadratic.cross, gram, quadratic.anchor) if dense else pruned.weight
         sweep = cache(lambda: Sweep(gram))
 
-        def attempt(rows: slice, scales: Tensor) -> OnGrid:
-            found, mask, price = OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows], 0.0
+        def attempt(rows: slice, scales: Scales) -> OnGrid:
+            found, mask = OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows]
             if dense:
                 found = sweep().onto(weight[rows], found, mask)
-            if not grid.by_row:
-                price = (
-                    PRICE * float((scales / sweep().shape).quantile(0.5)) ** 2
-                )  # of most columns, not of those in need
+            price = grid.price(scales, lambda: sweep().shape)
             return self._descended(quadratic.rows(rows), found, mask, price)
 
         return grid.search(weight, lambda: sweep().shape, lambda groups: groups.fit(weight, gram.diagonal()), attempt)
@@ -83,35 +79,36 @@ class Descent(AbstractQuantizer):
 
 
 def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[OnGrid, Tensor]:
-    """The codes with better scales, in the rows where rounding leaves them better, and the residual there."""
+    """Return the codes with better scales, in the rows where rounding leaves them better, and the residual there."""
     fitted = OnGrid(found.grid, fitted_scales(quadratic.gram, found, residual), found.codes)
     after = quadratic.residual(fitted.weight)
     better = quadratic.values(fitted.weight, after) < quadratic.values(found.weight, residual)
-    scales = torch.where(better[:, None], fitted.scales, found.scales)
+    scales = fitted.scales.where(better, found.scales)
     return OnGrid(found.grid, scales, found.codes), torch.where(better[:, None], after, residual)
 
 
-def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Tensor:
-    """The scales of least error for given codes, rounded to bfloat16.
+def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
+    """Return the scales of least error for given codes, rounded as a file has them.
 
     Of row i, with C_g the row's codes of group g and zero elsewhere, q is a quadratic of its scales s: its Gram matrix
-    is C_g H C_h', and its residual K C_g'.
+    is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes.
 
     Args:
         gram: H [n n], positive definite.
         residual: K [m n] there.
-
-    Returns:
-        [m n/group].
     """
-    count = found.scales.shape[1]
-    group = len(gram) // count
-    parts = []
-    for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // count**2)):
+    step, offset = found.scales.step, found.scales.offset
+    count = step.shape[1]
+    group, kinds = len(gram) // count, 1 if offset is None else 2
+    wanted = list[Tensor]()
+    for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // (kinds * count) ** 2)):
         codes = found.codes[rows].unflatten(1, (count, group))
-        slope = (residual[rows].view_as(codes) * codes).sum(2)
-        images = (codes[:, g] @ gram[g * group : (g + 1) * group] for g in range(count))
-        square = torch.stack([(image.view_as(codes) * codes).sum(2) for image in images], dim=1)
+        units = [codes] if offset is None else [codes, torch.full_like(codes, -1)]
+        slope = torch.cat([(residual[rows].view_as(codes) * unit).sum(2) for unit in units], dim=1)
+        images = (u[:, g] @ gram[g * group : (g + 1) * group] for u in units for g in range(count))
+        seen = ([(image.view_as(codes) * unit).sum(2) for unit in units] for image in images)
+        square = torch.stack([torch.cat(parts, dim=1) for parts in seen], dim=1)
         square.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(square.dtype).tiny)
-        parts.append(found.scales[rows] + torch.linalg.solve(square, slope))
-    return rounded_scale(torch.cat(parts))
+        wanted.append(torch.linalg.solve(square, slope))
+    change = torch.cat(wanted).split(count, dim=1)
+    return found.grid.rounded(Scales(step + change[0], None if offset is None else offset + change[1]))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.constraints._abstract_grid import AbstractGrid
+from convexprune.constraints._codebook import Codebook
 from convexprune.constraints._coded import entropy
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
@@ -44,7 +44,7 @@ class Forecast:
         parts = constraint.parts(len(self._weight))
         return torch.cat([self._of(self._weight[rows], own.grid) for rows, own in parts if own.grid is not None])
 
-    def _of(self, weight: Tensor, grid: AbstractGrid) -> Tensor:
+    def _of(self, weight: Tensor, grid: Codebook) -> Tensor:
         near = OnGrid.nearest(grid, weight, grid.fit(weight, self._metric))
         errors = (near.weight - weight).square() @ self._metric
         some = slice(None, None, max(1, len(weight) // ROWS))

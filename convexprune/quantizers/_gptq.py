@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.constraints import Grid
-from convexprune.constraints._abstract_grid import AbstractGrid, rounded_scale
+from convexprune.constraints._codebook import Codebook, Scales
 from convexprune.core._setting_types import NotNegative
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
@@ -33,21 +32,21 @@ class GPTQ(AbstractQuantizer):
 
     damping: NotNegative = 0.01
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         gram = ridged(problem.gram, self.damping)
         return self._swept(gram, minimizer(problem.quadratic.cross, gram, problem.weight), pruned, grid)
 
     def _swept(
-        self, gram: Tensor, weight: Tensor, pruned: LayerEdit, grid: AbstractGrid, cross: Tensor | None = None
+        self, gram: Tensor, weight: Tensor, pruned: LayerEdit, grid: Codebook, cross: Tensor | None = None
     ) -> OnGrid:
         sweep = Sweep(gram)
 
-        def attempt(rows: slice, scales: Tensor) -> OnGrid:
+        def attempt(rows: slice, scales: Scales) -> OnGrid:
             return sweep.onto(weight[rows], OnGrid.nearest(grid, weight[rows], scales), pruned.mask[rows], cross)
 
-        def searched(groups: Grid) -> Tensor:
-            return _searched(groups, pruned.weight)
+        def searched(groups: Codebook) -> Scales:
+            return groups.fit(pruned.weight) if groups.has_offsets else _searched(groups, pruned.weight)
 
         return grid.search(weight, lambda: torch.ones_like(weight[0]), searched, attempt)
 
@@ -62,7 +61,7 @@ class GPTAQ(GPTQ):
 
     input_errors: ClassVar[bool] = True
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         cross = problem.moments.cross
         cross = None if cross is None else problem.correction * cross
@@ -84,7 +83,7 @@ class QEP(GPTQ):
     corrects_last: ClassVar[bool] = False
     correction_damping: NotNegative = 1.0
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`."""
         gram = ridged(problem.gram, self.correction_damping)
         weight = minimizer(problem.quadratic.cross, gram, problem.weight)
@@ -99,15 +98,9 @@ def ridged(gram: Tensor, damping: float) -> Tensor:
     return ridged
 
 
-def _searched(grid: Grid, weight: Tensor) -> Tensor:
-    """Return the authors' scales [m n/group] of a weight [m n]."""
+def _searched(grid: Codebook, weight: Tensor) -> Scales:
+    """Return the authors' scales of a weight [m n]."""
     groups = weight.unflatten(1, (-1, grid.width(weight.shape[1])))
-    whole = groups.abs().amax(2, keepdim=True) / (grid.highest + 0.5)
-    best, least = torch.ones_like(whole), torch.full_like(whole, torch.inf)
-    for percent in range(100, 20, -1):
-        scale = rounded_scale(whole * (percent / 100))
-        off = (groups / scale).round_().clamp_(grid.lowest, grid.highest).mul_(scale).sub_(groups)
-        error = off.abs_().pow_(2.4).sum(2, keepdim=True)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.squeeze(2)
+    whole = groups.abs().amax(2) / ((grid.values[-1] - grid.values[0]) / 2)
+    shrunk = (whole * (percent / 100) for percent in range(100, 20, -1))
+    return grid.best(groups, shrunk, lambda off: off.abs_().pow_(2.4))

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from convexprune.constraints._abstract_grid import AbstractGrid
+from convexprune.constraints._codebook import Codebook, Scales
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 
@@ -18,10 +17,10 @@ class Nearest(AbstractQuantizer):
     code, which is never better.
     """
 
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: AbstractGrid) -> OnGrid:
+    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
         """See `AbstractQuantizer.on_grid`; columns have the same scale, where they have one."""
 
-        def attempt(rows: slice, scales: Tensor) -> OnGrid:
+        def attempt(rows: slice, scales: Scales) -> OnGrid:
             return OnGrid.nearest(grid, pruned.weight[rows], scales)
 
         weight = pruned.weight

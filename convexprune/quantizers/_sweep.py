@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from convexprune.constraints._abstract_grid import spread
+from convexprune.constraints._codebook import divisible
 from convexprune.core._factor import definite_factor
 from convexprune.quantizers._base import OnGrid
 
@@ -47,7 +47,7 @@ class Sweep:
         return torch.empty_like(self._upper[0]).index_copy_(0, self._order, self._upper.diagonal())
 
     def onto(self, weight: Tensor, grid: OnGrid, mask: Tensor, cross: Tensor | None = None) -> OnGrid:
-        """Sweep over all columns.
+        """Return the weight on the grid after a sweep over all columns.
 
         With C = `cross`, P = triu(C U', 1) U: once column j is rounded, W_j P_j: is added to the columns after it, so
         that they make up for what column j lacks (GPTAQ). Blocks further on get V_j P_j:, as in the authors' code.
@@ -59,19 +59,21 @@ class Sweep:
             cross: C [n n], alpha * mean (x - x*) x*'; None: nothing is made up for.
         """
         # Columns are rows of what is transposed, so that they lie together in memory.
-        scales, kept = spread(grid.scales, weight.shape[1]).T[self._order], mask.T[self._order]
-        left, upper, columns, order = weight.T[self._order], self._upper, weight.shape[1], self._order
+        order, columns = self._order, weight.shape[1]
+        step, offset = grid.scales.spread(columns)
+        scales, kept = step.T[order], mask.T[order]
+        offsets = torch.zeros_like(scales[:, :1]) if offset is None else offset.T[order]
+        divisors, left, upper = divisible(scales), weight.T[order], self._upper
         pulls = None if cross is None else (cross[order][:, order] @ upper.T).triu_(1) @ upper
         codes = torch.empty_like(left)
-        low, high = grid.grid.lowest, grid.grid.highest
         for first in range(0, columns, BLOCK):
             last = min(first + BLOCK, columns)
             part, u = left[first:last], upper[first:last, first:last]
             errors = torch.empty_like(part)
             for j in range(last - first):
-                scale = scales[first + j]
-                code = (part[j] / scale).round_().clamp_(low, high) * kept[first + j]
-                errors[j] = (part[j] - code * scale) / u[j, j]
+                wanted = part[j] + offsets[first + j]
+                code = grid.grid.nearest(wanted / divisors[first + j]) * kept[first + j]
+                errors[j] = (wanted - code * scales[first + j]) / u[j, j]
                 if pulls is not None:
                     part[j + 1 :] += pulls[first + j, first + j + 1 : last, None] * part[j]
                 part[j:] -= u[j, j:, None] * errors[j]

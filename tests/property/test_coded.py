@@ -13,14 +13,15 @@ from pruning_cases import correlated, layer_problem
 from strategies import Layer, random, seeds
 
 from convexprune.constraints import Coded, Constraint, Quantized, SemiStructured, Stacked, Unstructured, parse_pattern
-from convexprune.constraints._coded import entropy
+from convexprune.constraints._codebook import Scales
+from convexprune.constraints._coded import code_lengths, entropy
 from convexprune.core._damping import Damping
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import QUANTIZERS, Descent
 from convexprune.quantizers._base import OnGrid
-from convexprune.quantizers._exchange import code_lengths, exchanged
+from convexprune.quantizers._exchange import exchanged
 from convexprune.quantizers._forecast import Forecast
 
 DENSE = Unstructured(0.0)
@@ -92,13 +93,13 @@ def test_each_code_is_the_cheapest_of_all_while_others_stay(seed: int, price: fl
     grid = Coded(3.0)
     scales = random(seed + 1, 1, 48).double().abs().add(0.2) * problem.weight.std()
     price *= float((quadratic.gram.diagonal() * scales.square()).min())
-    begin = OnGrid.nearest(grid, problem.weight.double(), scales)
+    begin = OnGrid.nearest(grid, problem.weight.double(), Scales(scales))
     lengths = code_lengths(begin.codes) * price
     found, residual = exchanged(quadratic.gram, begin, quadratic.residual(begin.weight), before.mask, price)
     torch.testing.assert_close(residual, quadratic.residual(found.weight))
     codes, every = begin.codes.clone(), torch.arange(-127, 128, dtype=torch.float64)
     for j in range(48):  # the slow twin, columns from left to right
-        pull = quadratic.residual(grid.weight(codes, scales))[:, j]
+        pull = quadratic.residual(grid.weight(codes, Scales(scales)))[:, j]
         step = (every - codes[:, j, None]) * scales[0, j]
         cost = quadratic.gram[j, j] * step.square() / 2 - pull[:, None] * step + lengths[every.abs().long()]
         codes[:, j] = every[cost.argmin(1)]
@@ -164,6 +165,6 @@ def test_what_a_sweep_will_cost_is_forecast_from_one_factor(seed: int, bits: flo
 def test_columns_that_hardly_occur_keep_scales_for_texts_in_which_they_do(seed: int):
     weight, metric = random(seed, 64, 32), torch.ones(32)
     metric[7] = 1e-6
-    scales = Coded(3.0).fit(weight, metric)[0]
+    scales = Coded(3.0).fit(weight, metric).step[0]
     assert 3 < scales[7] / scales.median() < 5
     assert bool(Coded(3.0).project(weight, metric)[:, 7].any())

@@ -11,7 +11,7 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._abstract_grid import spread
+from convexprune.constraints._codebook import Scales, spread
 from convexprune.constraints._grid import ROW
 from convexprune.core._damping import Damping
 from convexprune.pruners import LayerEdit, LayerProblem, Wanda
@@ -67,10 +67,10 @@ def test_no_other_code_of_one_entry_is_better_at_the_end_of_a_descent(seed: int)
     before = replace(pruned(problem), damping=Damping(0.01))
     quadratic = damped(problem, Damping(0.01)).double
     found = Descent(sweeps=20, rounds=0).on_grid(problem, before, GRID)
-    residual, scales = quadratic.residual(found.weight.double()), spread(found.scales, 64).double()
+    residual, scales = quadratic.residual(found.weight.double()), spread(found.scales.step, 64).double()
     for step in (-1.0, 1.0):
         code = found.codes + step
-        allowed = before.mask & (code >= GRID.lowest) & (code <= GRID.highest)
+        allowed = before.mask & (code >= GRID.values[0]) & (code <= GRID.values[-1])
         worse = quadratic.gram.diagonal() * (step * scales).square() / 2 - residual * step * scales  # of one code alone
         assert bool((worse[allowed] >= -1e-5 * quadratic.values(found.weight.double()).max()).all())
 
@@ -80,8 +80,8 @@ def test_the_scales_are_those_of_least_squares_for_each_row(seed: int):
     problem = posed(seed)
     quadratic = damped(problem, Damping(0.01)).double
     begin = OnGrid.nearest(GRID, problem.weight, GRID.fit(problem.weight))
-    found = OnGrid(GRID, begin.scales.double(), begin.codes.double())
-    scales = fitted_scales(quadratic.gram, found, quadratic.residual(found.weight))
+    found = OnGrid(GRID, begin.scales.map(Tensor.double), begin.codes.double())
+    scales = fitted_scales(quadratic.gram, found, quadratic.residual(found.weight)).step
     root = torch.linalg.cholesky(quadratic.gram)
     target = minimizer(quadratic.cross, quadratic.gram, problem.weight.double())
     for row in range(len(scales)):
@@ -98,7 +98,7 @@ def slow_gptq(weight: Tensor, gram: Tensor, scales: Tensor, grid: Grid) -> Tenso
         rest = order[number:]
         inverse = torch.linalg.inv(gram[rest][:, rest])
         scale = scales[:, j // grid.group].double()
-        out[:, j] = (left[:, j] / scale).round().clamp(grid.lowest, grid.highest) * scale
+        out[:, j] = (left[:, j] / scale).round().clamp(grid.values[0], grid.values[-1]) * scale
         left[:, rest] -= ((left[:, j] - out[:, j]) / inverse[0, 0])[:, None] * inverse[0]
     return out
 
@@ -107,8 +107,8 @@ def slow_gptq(weight: Tensor, gram: Tensor, scales: Tensor, grid: Grid) -> Tenso
 def test_a_sweep_is_the_published_one(seed: int):
     problem = posed(seed)
     gram = (problem.quadratic.gram + 0.01 * torch.eye(64)).double()
-    weight, scales = problem.weight.double(), GRID.fit(problem.weight).double()
-    begin = OnGrid(GRID, scales, torch.zeros_like(weight))
+    weight, scales = problem.weight.double(), GRID.fit(problem.weight).step.double()
+    begin = OnGrid(GRID, Scales(scales), torch.zeros_like(weight))
     found = Sweep(gram).onto(weight, begin, torch.ones_like(weight, dtype=torch.bool))
     torch.testing.assert_close(found.weight, slow_gptq(weight, gram, scales, GRID))
 

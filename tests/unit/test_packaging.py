@@ -34,7 +34,7 @@ PUBLIC = {
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """
-        KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
+        GRIDS KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
         Stacked Unstructured parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """

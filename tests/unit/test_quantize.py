@@ -77,10 +77,10 @@ def test_int8_per_output_channel_is_rounding_to_nearest(tiny_llama: HuggingFaceM
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quantize": "int2"}, "quantize='int2': Input should be 'int8', 'int6', 'int5', 'int4' or 'int3'"),
+        ({"quantize": "int2"}, r"Unknown grid 'int2'\. .*Known: fp4, int3, int4"),
         (
             {"quantize": "int4", "group_size": 48},
-            "int4 in groups of 48: bits are 3 to 8, groups 32, 64, 128 columns, or -1",
+            "int4 in groups of 48: groups are 32, 64, 128 columns, or -1",
         ),
         ({"quantize": "int4", "pattern": "channels"}, "prune twice, the smaller model last"),
         ({"pattern": "int8"}, "Unknown pattern 'int8'.*quantize='int4' puts what is kept on a grid"),

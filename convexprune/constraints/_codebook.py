@@ -1,0 +1,259 @@
+"""Values that weights may take: a table of multiples, times scales that groups of a row share, less offsets."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+CLIPS = 16  # candidates for each scale
+NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost value stands for, over the group's largest weight
+ROUNDING = 3  # roundings between a value times its scale, and the same as it is stored
+
+
+class OnSomeGrid(Protocol):
+    """A weight on a grid."""
+
+    @property
+    def codes(self) -> Tensor:
+        """Multiples of the scales [m n]."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [m n]."""
+        ...
+
+
+Made = TypeVar("Made", bound=OnSomeGrid)
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """Scales of a weight V [m n] that is `codes * step - offset`.
+
+    Args:
+        step: [m n/group], or [1 n] where columns have scales.
+        offset: of the same shape; None: zero.
+        stored: the numbers [m ...] that a file has in their place.
+    """
+
+    step: Tensor
+    offset: Tensor | None = None
+    stored: tuple[Tensor, ...] = ()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Scales":
+        """Return the scales with a function applied to each tensor."""
+        offset = None if self.offset is None else function(self.offset)
+        return Scales(function(self.step), offset, tuple(map(function, self.stored)))
+
+    def where(self, rows: Tensor, other: "Scales") -> "Scales":
+        """Return these scales in `rows` (a mask [m]), and those of `other` elsewhere."""
+        ours, theirs = (iter([s.step, *([] if s.offset is None else [s.offset]), *s.stored]) for s in (self, other))
+        return self.map(lambda _: torch.where(rows.view(-1, *[1] * ((own := next(ours)).dim() - 1)), own, next(theirs)))
+
+    def spread(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Return the step and the offset of each entry, [m n] or [1 n]."""
+        return spread(self.step, columns), None if self.offset is None else spread(self.offset, columns)
+
+
+class Codebook(ABC):
+    """A kind of grid: the table of `values`, and how scales are shared, fitted and rounded.
+
+    A weight is `code * step - offset`, with codes out of `values`. Quantizers, files and allocations know no grid by
+    name. A new one is a subclass, and a line in `convexprune.constraints.GRIDS`.
+    """
+
+    values: tuple[float, ...]
+    """The codes, in rising order."""
+    layouts: ClassVar[tuple[str, ...]] = ()
+    """Layouts of `convexprune export` that can say it."""
+    has_offsets: ClassVar[bool] = False
+    by_row: ClassVar[bool] = True
+    """Whether rows share nothing, so that each is on the grid or not by itself."""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is a value whatever the scales, so that zeros stay zero."""
+        return 0 in self.values and not self.has_offsets
+
+    @property
+    def share(self) -> float | None:
+        """Share of 16 bits that is saved, of a grid that is made for any number of bits."""
+        return None
+
+    def with_share(self, share: float) -> "Codebook":
+        """Return the grid of as many bits as a `share` of 16 leaves."""
+        return self
+
+    def ladder(self) -> "list[Codebook]":
+        """Return grids to choose from, the finest first."""
+        return [self]
+
+    @abstractmethod
+    def width(self, columns: int) -> int:
+        """Return how many of the `columns` of a row share a scale."""
+
+    @abstractmethod
+    def check(self, rows: int, columns: int) -> None:
+        """Refuse a shape that the grid does not fit.
+
+        Args:
+            rows: m.
+            columns: n.
+
+        Raises:
+            PatternError: the shape does not fit.
+        """
+
+    def nearest(self, multiples: Tensor) -> Tensor:
+        """Return the nearest values; `multiples` may be overwritten."""
+        values, middles = _table(self.values, multiples.dtype, multiples.device)
+        return values[torch.bucketize(multiples, middles)]
+
+    def chooser(self, codes: Tensor, price: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return a function that chooses the codes of a column [m], each at least cost.
+
+        Args:
+            codes: [m n], from which the costs of codes in bits follow, where codes have any.
+            price: of a bit.
+
+        Returns:
+            A function of the best multiples [m], and of the curvature of the error there.
+        """
+        return lambda best, curvature: self.nearest(best)
+
+    def price(self, scales: Scales, shape: Callable[[], Tensor]) -> float:
+        """Return what a bit costs, in units of the error; 0 where all codes take the same bits.
+
+        Args:
+            scales: of the weight.
+            shape: gives the errors of columns [n] that cost the same.
+        """
+        return 0.0
+
+    def codes(self, weight: Tensor, scales: Scales) -> Tensor:
+        """Return the nearest codes [m n] of a `weight` [m n]."""
+        step, offset = scales.spread(weight.shape[1])
+        return self.nearest((weight if offset is None else weight + offset) / divisible(step))
+
+    def weight(self, codes: Tensor, scales: Scales) -> Tensor:
+        """Return the weight [m n] of `codes` [m n]; no zero is negative."""
+        step, offset = scales.spread(codes.shape[1])
+        if offset is not None:
+            return codes * step - offset
+        return (codes * step).masked_fill_(codes == 0, 0)
+
+    def round_step(self, step: Tensor) -> Tensor:
+        """Return the nearest steps that a file can have; none is zero."""
+        return rounded_scale(step)
+
+    def rounded(self, scales: Scales) -> Scales:
+        """Return the nearest scales that a file can have."""
+        return Scales(self.round_step(scales.step))
+
+    def search(
+        self,
+        weight: Tensor,
+        shape: Callable[[], Tensor],
+        fit: "Callable[[Codebook], Scales]",
+        attempt: Callable[[slice, Scales], Made],
+    ) -> Made:
+        """Put a weight on the grid with the scales that fit best, or the least that a number of bits allows.
+
+        Args:
+            weight: V [m n].
+            shape: gives the scales of columns [n] relative to each other, where columns have scales.
+            fit: gives the scales of groups, where groups have scales.
+            attempt: makes of some rows, and scales, a weight with these scales.
+
+        Returns:
+            What `attempt` has made of all rows.
+        """
+        return attempt(slice(None), fit(self))
+
+    def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
+        """Return scales of least squared error, of some candidates, when each entry is rounded to its nearest code.
+
+        Args:
+            weight: V [m n]; zeros need no code and do not count, where the grid has a zero.
+            metric: h [n], not negative: the error is sum_j h_j (V_j' - V_j)^2; None: ones.
+
+        Returns:
+            Scales that a file can have.
+        """
+        width = self.width(weight.shape[1])
+        groups = weight.unflatten(1, (-1, width))
+        counts = (groups != 0).to(weight) if self.has_zero else torch.ones_like(groups)
+        if metric is not None:
+            counts *= metric.view(1, -1, width)
+        outermost = max(self.values, key=abs)
+        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
+        clips = (largest * (clip / outermost) for clip in torch.linspace(WIDEST, NARROWEST, CLIPS).tolist())
+        return self.best(groups, clips, lambda off: off.square_().mul_(counts))
+
+    def best(self, groups: Tensor, candidates: Iterable[Tensor], cost: Callable[[Tensor], Tensor]) -> Scales:
+        """Return the candidate of least cost for each group.
+
+        Args:
+            groups: [m n/group group].
+            candidates: steps [m n/group].
+            cost: of deviations [m n/group group]; it may overwrite them.
+        """
+        best = torch.ones_like(groups[..., 0])
+        least = torch.full_like(best, torch.inf)
+        for candidate in candidates:
+            step = self.round_step(candidate)
+            scale = step[..., None]
+            error = cost(self.nearest(groups / scale).mul_(scale).sub_(groups)).sum(2)
+            better = error < least
+            best, least = torch.where(better, step, best), torch.where(better, error, least)
+        return Scales(best)
+
+    def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
+        """Return the nearest weight [m n] on the grid, as near as `fit` finds it.
+
+        Args:
+            weight: V [m n].
+            metric: as of `fit`.
+        """
+        scales = self.fit(weight, metric)
+        return self.weight(self.codes(weight, scales), scales)
+
+    def violation(self, weight: Tensor) -> int:
+        """Return how many entries of a stored `weight` [m n] are in groups that are on the grid with no scale."""
+        groups = weight.float().unflatten(1, (-1, self.width(weight.shape[1])))
+        largest = groups.abs().amax(2, keepdim=True)
+        slack = ROUNDING * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps) * groups.abs()
+        on = largest == 0
+        for value in filter(None, self.values):
+            scale = divisible(largest / value)
+            on |= ((self.nearest(groups / scale) * scale - groups).abs() <= slack).all(2, keepdim=True)
+        return groups.shape[2] * int((~on).sum())
+
+
+@cache
+def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values, and the middles between them."""
+    table = torch.tensor(values, dtype=dtype, device=device)
+    return table, (table[1:] + table[:-1]) / 2
+
+
+def divisible(step: Tensor) -> Tensor:
+    """Return steps with one in place of zero."""
+    return torch.where(step == 0, 1.0, step)
+
+
+def spread(scales: Tensor, columns: int) -> Tensor:
+    """Return the scale of each entry, [m n] or [1 n], of scales [m n/group] or [1 n]."""
+    return scales.repeat_interleave(columns // scales.shape[1], dim=1)
+
+
+def rounded_scale(scale: Tensor) -> Tensor:
+    """Return the nearest bfloat16 numbers, and a tiny one in place of zero, in the dtype of `scale`."""
+    rounded = scale.bfloat16().to(scale.dtype)
+    tiny = torch.finfo(torch.bfloat16).tiny
+    return torch.where(rounded.abs() < tiny, torch.full_like(rounded, tiny), rounded)
