@@ -21,13 +21,13 @@ KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Ch
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
-    """The constraint of a name or of a description.
+    """Return the constraint of a name or a description.
 
     Args:
         pattern: "unstructured", "columns", "columns:BLOCK", "channels", "channels:MULTIPLE", "heads", "layers" or
-            "experts" (a share), "N:M"; or what `Constraint.describe` says.
-        sparsity: the share of zeros in [0, 1), of a name that does not say it; None: 0.5, or what the pattern fixes.
-        quota: of "unstructured": where the share holds, in each "matrix" or in each "row".
+            "experts" (a share), "N:M"; or a text of `Constraint.describe`.
+        sparsity: the share of zeros in [0, 1), for a name without a share; None: 0.5, or the pattern's fixed share.
+        quota: of "unstructured": the unit with the share, every "matrix" or every "row".
 
     Returns:
         The constraint.

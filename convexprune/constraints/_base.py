@@ -1,4 +1,4 @@
-"""What every constraint on a weight promises: project on it, see what breaks it, say it in words that parse back."""
+"""The interface of constraints on a weight: project, count violations, describe in words that parse back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ Removed = Literal["channels", "heads", "layers", "experts"]
 
 
 class Constraint(ABC):
-    """A set of weights [m n], for a weight to be put into: masks, grids. Ties go to the lower index.
+    """A set of weights [m n]: masks, grids. Ties go to the lower index.
 
-    A kind of constraint is one file: a frozen dataclass with the abstract methods, and a line in
-    `convexprune.constraints.KINDS`. The properties say what pruners, allocations and bounds may ask of it.
+    A kind of constraint is a file: a frozen dataclass with the abstract methods, and a line in
+    `convexprune.constraints.KINDS`. The properties tell pruners, allocations and bounds what the kind can do.
     """
 
     sparsity: float
@@ -29,54 +29,54 @@ class Constraint(ABC):
 
     @property
     def grid(self) -> Codebook | None:
-        """What the values that are kept have to be on; None: any will do."""
+        """The grid of kept values; None: any value."""
         return None
 
     @property
     def share(self) -> float:
-        """What an allocation hands out: the share of zeros, or of 16 bits a weight those that are saved."""
+        """The quantity that an allocation distributes: the share of zeros, or the saved share of 16 bits per weight."""
         return self.sparsity
 
     @property
     def continuous(self) -> bool:
-        """Whether `with_share` can give it any share."""
+        """True if `with_share` takes any share."""
         return False
 
     @property
     def by_row(self) -> bool:
-        """Whether each row has a budget of its own, so that rows do not compete."""
+        """True if a row has a separate budget, so that rows do not compete."""
         return True
 
     @property
     def by_column(self) -> bool:
-        """Whether whole columns are chosen."""
+        """True if whole columns are chosen."""
         return False
 
     @property
     def removes(self) -> Removed | None:
-        """What of the model is removed for good: of so many there are `width` left; None: nothing is."""
+        """The removed parts of the model, `width` of which are left; None: nothing is removed."""
         return None
 
     @property
     def compensates(self) -> bool:
-        """Whether a weight of which no zeros are asked is solved for: it makes up for what is removed elsewhere."""
+        """True if weights without requested zeros are solved for, because they compensate for removals elsewhere."""
         return False
 
     @property
     def block(self) -> int:
-        """How many consecutive columns have to be chosen together."""
+        """Number of consecutive columns that are chosen together."""
         return 1
 
     @abstractmethod
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """The nearest weight in the set.
+        """Return the nearest weight in the set.
 
         Args:
             weight: V [m n].
             metric: h [n], not negative (the diagonal of a Gram matrix, say); None: ones.
 
         Returns:
-            The P of the set with the least sum_ij h_j (P_ij - V_ij)^2, as near as the kind can find it.
+            The P of the set with the least sum_ij h_j (P_ij - V_ij)^2, as near as the kind can compute.
 
         Raises:
             PatternError: the constraint does not fit a weight of this shape.
@@ -84,45 +84,46 @@ class Constraint(ABC):
 
     @abstractmethod
     def violation(self, weight: Tensor) -> int:
-        """How many entries, or columns, of the `weight` [m n] are too many, or off the grid; 0: it is in the set."""
+        """Count entries or columns of the `weight` [m n] that break the constraint; 0: the weight is in the set."""
 
     @abstractmethod
     def describe(self) -> str:
-        """A text from which `parse_pattern` makes an equal constraint."""
+        """Return a text from which `parse_pattern` makes an equal constraint."""
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        """The constraint of a name, or of what `describe` says.
+        """Return the constraint of a name or a description.
 
         Args:
             text: the name or the description.
-            sparsity: a share of zeros that is given beside a name.
-            quota: where it holds.
+            sparsity: a share of zeros beside a name.
+            quota: unit of the share.
 
         Returns:
-            The constraint; None if the text is of another kind.
+            The constraint; None if the text is of a different kind.
 
         Raises:
-            PatternError: the settings are out of range, or none of this kind.
+            PatternError: the settings are out of range, or unknown to this kind.
         """
         return None
 
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a weight that the constraint does not fit: its zeros are all of it, or none where some are asked for.
+        """Refuse a weight that the constraint does not fit: all entries would be zero, or none although zeros are
+        requested.
 
         Args:
             rows: m.
             columns: n.
 
         Raises:
-            PatternError: it does not fit a weight [rows columns].
+            PatternError: the constraint does not fit a weight [rows columns].
         """
         zeros = self.zeros(rows, columns)
         if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):
             raise PatternError(f"Sparsity {self.sparsity} of a weight [{rows} {columns}] rounds to {zeros} zeros.")
 
     def budget(self, shape: Sequence[int]) -> Budget | None:
-        """The lines of a weight of that `shape` and what each may keep; None if it has no lines."""
+        """Return the lines of a weight of that `shape` and the budget per line; None without lines."""
         return None
 
     def zeros(self, rows: int, columns: int) -> int:
@@ -138,10 +139,10 @@ class Constraint(ABC):
         return 0
 
     def width(self, columns: int) -> int:
-        """How many a model keeps of what the constraint `removes`.
+        """Return the number of parts that a model keeps of the kind that the constraint `removes`.
 
         Args:
-            columns: n, of which there are so many.
+            columns: n, the number of parts.
 
         Returns:
             The number.
@@ -149,11 +150,11 @@ class Constraint(ABC):
         return columns
 
     def parts(self, rows: int) -> list[tuple[slice, "Constraint"]]:
-        """The constraint of each operator in a stack of `rows`, with its rows; of one operator itself."""
+        """Return rows and constraint of every operator in a stack of `rows`."""
         return [(slice(0, rows), self)]
 
     def with_share(self, share: float) -> "Constraint":
-        """The same kind with another share, as near as there is.
+        """Return a constraint of the same kind with a new share, as near as possible.
 
         Args:
             share: in [0, 1).
@@ -162,42 +163,43 @@ class Constraint(ABC):
             The constraint.
 
         Raises:
-            PatternError: the share is out of range, or the kind has none.
+            PatternError: the share is out of range, or the kind has no share.
         """
         raise PatternError(f"Pattern {self} has no share of zeros to choose.")
 
     def ladder(self, reach: float, step: float) -> list["Constraint"]:
-        """Constraints of its kind to choose from where this one is asked for on the whole.
+        """Return constraints of the kind around this constraint, as choices for an allocation.
 
         Args:
-            reach: how far their shares of zeros may be away.
-            step: how far they are apart, where any share can be had.
+            reach: largest distance of the shares of zeros.
+            step: distance of neighbours, if any share is possible.
 
         Returns:
-            Those there are, the largest share last.
+            The choices, the largest share last.
         """
         return [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        """Which entries are kept: those with the largest scores.
+        """Mark the kept entries: the largest scores.
 
         Args:
             scores: [m n], not negative.
-            first: where they begin, of a weight that is decided in blocks of columns; the blocks' counts add up to the
+            first: first column, for a weight that is decided in blocks of columns; the blocks' counts add up to the
                 exact count of the whole.
 
         Returns:
-            [m n], True for what is kept.
+            [m n], True for kept entries.
 
         Raises:
-            PatternError: it does not fit scores of this shape, or is no choice of entries.
+            PatternError: the constraint does not fit scores of this shape, or chooses no entries.
         """
         raise PatternError(f"Pattern {self} is no choice of entries: it has no mask.")
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """What separates the sizes of kept scores from the others.
+        """Return a threshold between kept and pruned scores.
 
-        It is for weighing scores, not for choosing: of a large matrix it is estimated from a part of the entries.
+        The threshold serves as a weight of scores, not as a choice: for a large matrix it is estimated from a part of
+        the entries.
 
         Args:
             scores: [m n].
@@ -211,7 +213,7 @@ class Constraint(ABC):
         raise PatternError(f"Pattern {self} is no choice of entries: it has no threshold.")
 
     def masks(self, scores: Tensor) -> Tensor:
-        """`mask` of several weights of one shape.
+        """Apply `mask` to several scores of equal shape.
 
         Args:
             scores: [k m n].
@@ -222,7 +224,7 @@ class Constraint(ABC):
         return torch.stack([self.mask(each) for each in scores])
 
     def thresholds(self, scores: Tensor) -> Tensor:
-        """`threshold` of several weights of one shape.
+        """Apply `threshold` to several scores of equal shape.
 
         Args:
             scores: [k m n].
@@ -237,7 +239,7 @@ class Constraint(ABC):
 
 
 class Mask(Constraint):
-    """A rule for which entries of a weight may be non-zero: the projection keeps what is largest in the metric."""
+    """A rule for the non-zero entries of a weight: the projection keeps the largest entries in the metric."""
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         return weight * self.mask(sizes(weight, metric))
@@ -250,7 +252,7 @@ class Mask(Constraint):
 
 
 def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:
-    """The square root of what it costs in a metric to zero an entry.
+    """Return the square root of the cost, in a metric, of zeroing an entry.
 
     Args:
         weight: V [m n].
@@ -263,7 +265,7 @@ def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Which are the largest of every row; of equal scores the earlier.
+    """Mark the largest entries of every row; of equal scores the earlier.
 
     Args:
         scores: [m n].

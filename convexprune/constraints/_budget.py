@@ -1,4 +1,4 @@
-"""How many units of a weight may be kept, where a unit is an entry, or columns that are chosen together."""
+"""The number of units of a weight that may be kept. A unit is an entry, or columns that are chosen together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Budget:
-    """There may be `kept` units that are not zero in each line of `width` units of a weight, read row by row.
+    """Up to `kept` non-zero units in every line of `width` units of a weight, read row by row.
 
     Args:
-        width: the units of a line.
-        kept: how many of them.
-        block: the columns of a unit; 1, with one row: a unit is an entry.
-        rows: the rows of a unit.
+        width: units of a line.
+        kept: kept units of a line.
+        block: columns of a unit; 1, with a single row: a unit is an entry.
+        rows: rows of a unit.
     """
 
     width: int
@@ -24,21 +24,21 @@ class Budget:
 
     @property
     def by_entry(self) -> bool:
-        """Whether each entry is a unit."""
+        """True if a unit is an entry."""
         return self.block == self.rows == 1
 
     def sums(self, tensor: Tensor) -> Tensor:
-        """The sum over each unit [lines width] of a `tensor` [m n]."""
+        """Return the sum over every unit [lines width] of a `tensor` [m n]."""
         if self.by_entry:
             return tensor.reshape(-1, self.width)
         return tensor.reshape(-1, self.rows, self.width, self.block).sum((1, 3))
 
     def norms(self, tensor: Tensor) -> Tensor:
-        """The norm of each unit [lines width] of a `tensor` [m n], whose entries are not negative."""
+        """Return the norm of every unit [lines width] of a `tensor` [m n] without negative entries."""
         return self.sums(tensor) if self.by_entry else self.sums(tensor.square()).sqrt()
 
     def spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
-        """A value for each unit, in all of its entries.
+        """Copy the value of a unit to all of its entries.
 
         Args:
             units: [lines width].

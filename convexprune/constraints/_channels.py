@@ -58,7 +58,7 @@ class Channels(Columns):
             )
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        """All layers keep the same width."""
+        """Return only this constraint: all layers keep the same width."""
         return [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:

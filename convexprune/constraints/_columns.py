@@ -1,4 +1,4 @@
-"""Whole input channels, one by one or in blocks: the same columns are zero in all rows of an operator."""
+"""Whole input channels, singly or in blocks: the same columns are zero in all rows of an operator."""
 
 import re
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Columns(Mask):
-    """round(sparsity * n / block) blocks of columns of a weight [m n] are zero in all rows: those of least energy.
+    """round(sparsity * n / block) blocks of columns of a weight [m n] are zero in all rows: the blocks of least energy.
 
     The energy of a block is the sum of S_ij^2 over all rows and its columns.
 
     Args:
         sparsity: the share of the blocks.
-        block: consecutive columns that are chosen together; 1: each for itself.
+        block: consecutive columns that are chosen together; 1: single columns.
 
     Raises:
         PatternError: `sparsity` outside [0, 1), or a block below 1.
@@ -50,12 +50,12 @@ class Columns(Mask):
 
     @property
     def continuous(self) -> bool:
-        """To a column, or a block."""
+        """True, up to a column or a block."""
         return True
 
     @property
     def by_column(self) -> bool:
-        """They are."""
+        """True."""
         return True
 
     @property
@@ -95,7 +95,9 @@ class Columns(Mask):
         return kept.expand(scores.shape).clone()
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """A block counts as a whole: each of its scores is to its threshold as its norm is to that of all blocks."""
+        """Return thresholds by entry: a score is to its threshold as the norm of its block is to the threshold of
+        norms.
+        """
         norms = column_norms(scores, self.block)[None]
         each, removed = norms[:, :: self.block], self._removed(norms.shape[1]) // self.block
         between = kth_smallest(each, min(removed + 1, each.shape[1]))
@@ -106,7 +108,7 @@ class Columns(Mask):
 
 
 def column_norms(weight: Tensor, block: int = 1) -> Tensor:
-    """The norm of each column, or of the block that it is in.
+    """Return the norm of a column, or of its block.
 
     Args:
         weight: V [m n].

@@ -11,9 +11,9 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Heads(Columns):
-    """Of n KV groups round(sparsity * n) are removed: key/value heads, each with all query heads that attend to it.
+    """Of n KV groups round(sparsity * n) are removed: key/value heads with all query heads that attend to them.
 
-    How many columns of an operator a group has, only the model says: its operators are pruned to `Columns` in blocks.
+    Only the model knows the columns of a group: its operators are pruned to `Columns` in blocks.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).

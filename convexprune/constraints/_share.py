@@ -1,4 +1,4 @@
-"""A share of zeros: checked, and as a percentage that reads back to the very same number."""
+"""A share of zeros: checked, and as a percentage that reads back to the very number."""
 
 import re
 from decimal import Decimal
@@ -8,7 +8,7 @@ from convexprune.errors import PatternError
 
 
 def check_share(share: object) -> None:
-    """Refuse what is not a share of zeros."""
+    """Refuse numbers that are no share of zeros."""
     if not isinstance(share, Real):
         raise PatternError(f"Sparsity {share!r} is no number: it is the share of zeros, 0.5 for half.")
     if not 0 <= float(share) < 1:
@@ -51,7 +51,7 @@ def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: 
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:
-    """Shares of zeros around one, as far as they are in [0, 1)."""
+    """Return shares of zeros around a share, inside [0, 1)."""
     steps = round(reach / step)
     every = (round(share + each * step, 6) for each in range(-steps, steps + 1))
     return [each for each in every if 0 <= each < 1]

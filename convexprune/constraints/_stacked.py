@@ -1,4 +1,4 @@
-"""The constraints of operators that share an input, and are solved as one problem."""
+"""The constraints of operators with a common input, solved as one problem."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from convexprune.constraints._base import Constraint
 
 @dataclass(frozen=True)
 class Stacked(Constraint):
-    """The `constraints` of the operators of a stack, which have so many rows each: its `heights`."""
+    """The `constraints` of the operators of a stack, with `heights` rows."""
 
     constraints: tuple[Constraint, ...]
     heights: tuple[int, ...]
 
     @classmethod
     def alike(cls, constraint: Constraint, heights: tuple[int, ...]) -> "Stacked":
-        """One constraint applied to each operator.
+        """Apply a constraint to every operator.
 
         Args:
-            constraint: of each.
-            heights: their rows.
+            constraint: the constraint.
+            heights: rows by operator.
 
         Returns:
             The stack.
@@ -33,35 +33,35 @@ class Stacked(Constraint):
 
     @classmethod
     def of(cls, stacks: Sequence[tuple[Constraint, int]]) -> "Stacked":
-        """A stack of stacks.
+        """Join stacks.
 
         Args:
-            stacks: the constraint and the rows of each.
+            stacks: constraint and rows by stack.
 
         Returns:
-            One stack of all their operators.
+            A stack of all operators.
         """
         parts = [part for constraint, rows in stacks for part in constraint.parts(rows)]
         return cls(tuple(own for _, own in parts), tuple(rows.stop - rows.start for rows, _ in parts))
 
     @property
     def by_column(self) -> bool:
-        """Whether all do, each for itself."""
+        """True if all operators choose whole columns, separately."""
         return all(each.by_column for each in self.constraints)
 
     @property
     def by_row(self) -> bool:
-        """Whether in none of them rows compete."""
+        """True if rows compete in no operator."""
         return all(each.by_row for each in self.constraints)
 
     @property
     def compensates(self) -> bool:
-        """Whether any of them does."""
+        """True if any operator compensates."""
         return any(each.compensates for each in self.constraints)
 
     @property
     def block(self) -> int:
-        """Columns after which a block of each of them ends."""
+        """Number of columns after which a block of every operator ends."""
         return lcm(*(each.block for each in self.constraints))
 
     def describe(self) -> str:
@@ -96,7 +96,7 @@ class Stacked(Constraint):
         return torch.cat([level.expand(count, height, width).flatten(0, 1) for (count, height, _), level in runs])
 
     def _runs(self, scores: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
-        """Operators in a row that are alike, as one: a constraint, and the scores [k m n] of k of them."""
+        """Yield runs of equal neighbouring operators: a constraint, and the scores [k m n] of k operators."""
         runs = [(each, height, len(list(alike))) for (each, height), alike in groupby(self._pairs())]
         parts = scores.split([height * count for _, height, count in runs])
         for (each, height, count), part in zip(runs, parts, strict=True):

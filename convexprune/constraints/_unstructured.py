@@ -19,7 +19,7 @@ THRESHOLD_SAMPLE = 2**15  # scores: the standard error of a sampled median is 0.
 
 @dataclass(frozen=True)
 class Unstructured(Mask):
-    """A share of zeros anywhere in the matrix, or the same share in every row: round(sparsity * size) zeros.
+    """A share of zeros anywhere in the matrix, or an equal share in every row: round(sparsity * size) zeros.
 
     Raises:
         PatternError: `sparsity` outside [0, 1), or an unknown `quota`.
@@ -58,12 +58,12 @@ class Unstructured(Mask):
 
     @property
     def continuous(self) -> bool:
-        """To an entry."""
+        """True, up to an entry."""
         return True
 
     @property
     def by_row(self) -> bool:
-        """With quota="row"."""
+        """True with quota="row"."""
         return self.quota == "row"
 
     def with_share(self, share: float) -> "Unstructured":
@@ -95,7 +95,7 @@ class Unstructured(Mask):
         return keep_largest(lines, lines.shape[1] - zeros // (len(lines) // count)).view_as(scores)
 
     def _lines(self, scores: Tensor) -> Tensor:
-        """What has a quota each: rows, or whole weights."""
+        """Return the units with a quota: rows, or whole weights."""
         return scores.flatten(0, 1) if self.by_row else scores.flatten(1)
 
 

@@ -12,7 +12,7 @@ from convexprune.constraints._share import check_share, percent, share_of
 
 @dataclass(frozen=True)
 class _Whole(Mask):
-    """Of n parts round(sparsity * n) are removed; a weight of what stays may be anything."""
+    """Of n parts round(sparsity * n) are removed; weights of remaining parts are free."""
 
     kind: ClassVar[Literal["layers", "experts"]]
     what: ClassVar[str]
@@ -36,11 +36,11 @@ class _Whole(Mask):
 
     @property
     def compensates(self) -> bool:
-        """They do."""
+        """True."""
         return True
 
     def width(self, columns: int) -> int:
-        """How many are left of so many."""
+        """Return the number of remaining parts."""
         return columns - round(self.sparsity * columns)
 
     def check(self, rows: int, columns: int) -> None:
@@ -62,7 +62,7 @@ class _Whole(Mask):
 
 @dataclass(frozen=True)
 class Layers(_Whole):
-    """Of n decoder layers round(sparsity * n) are removed; a weight of one that stays may be anything.
+    """Of n decoder layers round(sparsity * n) are removed; weights of remaining layers are free.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).
@@ -74,7 +74,7 @@ class Layers(_Whole):
 
 @dataclass(frozen=True)
 class Experts(_Whole):
-    """Of the n experts of each mixture round(sparsity * n) are removed; a weight of what stays may be anything.
+    """Of the n experts of every mixture round(sparsity * n) are removed; weights of remaining experts are free.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).

@@ -1,4 +1,4 @@
-"""How many zeros each part of a model gets, to a global sparsity: an exact convex allocation, and a rule beside it."""
+"""Allocate a global sparsity to the parts of a model: an exact convex allocation, and published rules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ OUTLIER = 5  # times the mean score; OWL's M
 
 @dataclass(frozen=True)
 class Curve:
-    """What pruning one unit costs, at some sparsities.
+    """The cost of pruning a unit at several sparsities.
 
     Args:
-        costs: one for each sparsity, in units that can be added over units: errors weighted by how much they move the
+        costs: a cost for every sparsity, in units that add up over units of the model: errors times their effect on the
             loss.
     """
 
@@ -37,7 +37,7 @@ class Curve:
 
     @property
     def envelope(self) -> "Curve":
-        """The largest convex function below the points, by its corners (Andrew's monotone chain)."""
+        """Return the largest convex function below the points, by its corners (Andrew's monotone chain)."""
         hull: list[tuple[float, float]] = []
         for x, y in zip(self.sparsities, self.costs, strict=True):
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (x, y)):
@@ -46,10 +46,10 @@ class Curve:
         return Curve(self.size, tuple(x for x, _ in hull), tuple(y for _, y in hull))
 
     def refined(self, times: int) -> "Curve":
-        """The curve with points added, so that its costs are exponentials of the share between two that it had.
+        """Add points, so that costs between two points are exponentials of the share.
 
         Returns:
-            The curve; where a cost is zero the points are added on a line.
+            The curve; at a cost of zero the points are added on a line.
         """
         xs, ys = list(self.sparsities[:1]), list(self.costs[:1])
         points = list(zip(self.sparsities, self.costs, strict=True))
@@ -72,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class SparsityAllocation:
-    """A sparsity for each unit.
+    """A sparsity for every unit.
 
     Args:
         gap: cost - gap is a lower bound for any allocation.
@@ -84,19 +84,19 @@ class SparsityAllocation:
 
 
 def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> SparsityAllocation:
-    """The cheapest allocation of a sparsity to units: an exact solution of a convex problem.
+    """Return the cheapest allocation of a sparsity to units: the exact solution of a convex problem.
 
         min sum_u c_u(s_u) subject to sum_u size_u s_u = sparsity sum_u size_u
 
-    with c_u the curves' convex envelopes. These are piecewise linear and convex, so the cheapest pieces per zero are
-    taken first until there are enough zeros; the slope of the last one is the multiplier l, and weak duality gives the
-    gap:
+    with c_u the curves' convex envelopes. The envelopes are piecewise linear and convex, so the cheapest pieces per
+    zero are taken first until there are enough zeros; the slope of the last piece is the multiplier l, and weak duality
+    gives the gap:
 
         min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
 
     Args:
         whole: take whole pieces only, so that every unit is at a corner of its envelope (for N:M patterns). The
-            sparsity is then at least the one asked for, and the gap is measured at the one that results.
+            sparsity is then at least the requested sparsity, and the gap is measured at the resulting sparsity.
     """
     envelopes = [curve.envelope for curve in curves]
     found = [curve.sparsities[0] for curve in envelopes]
@@ -129,10 +129,10 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
 def allocate_by_outliers(
     statistics: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float = OWL_REACH
 ) -> list[float]:
-    """Sparsities that fall linearly with a statistic of each layer, over a range of 2 `reach`.
+    """Return sparsities that fall linearly with a statistic of the layer, over a range of 2 `reach`.
 
-    The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the fraction of outliers;
-    here the mean is weighted by the layers' sizes, so that the global sparsity is exact.
+    The rule of OWL (Yin et al., arXiv 2310.05175; luuyin/OWL, main.py), whose statistic is the fraction of outliers.
+    Here the mean is weighted by the layers' sizes, so that the global sparsity is exact.
     """
     low, high = min(statistics), max(statistics)
     shifts = [2 * reach * (s - low) / (high - low) if high > low else 0.0 for s in statistics]
@@ -144,14 +144,14 @@ def allocate_by_outliers(
 
 
 def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
-    """Sparsities whose kept fractions are as the softmax of a statistic of each layer.
+    """Return sparsities whose kept fractions follow the softmax of a statistic of the layer.
 
         kept_l = min(1, c exp(statistic_l)),   c such that sum_l size_l kept_l = (1 - sparsity) sum_l size_l
 
     A reconstruction of the Skew-aware Dynamic Sparsity Allocation of AutoPrune (Kang et al., arXiv 2511.15390), whose
-    statistic is the skewness of a layer's absolute weights. Of its formula we know from summaries only that a softmax
-    reweighs the sparsities so that skewed layers are protected. That the kept fractions are proportional to it, that
-    its temperature is 1, the weighing by size and the limit of 1 are ours.
+    statistic is the skewness of a layer's absolute weights. Summaries say of the formula only that a softmax reweighs
+    the sparsities so that skewed layers are protected. The proportional kept fractions, the temperature of 1, the
+    weighing by size and the limit of 1 are ours.
     """
     largest = max(statistics)
     weights = [exp(statistic - largest) for statistic in statistics]
@@ -168,7 +168,7 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
 
 
 def share_of_outliers(scores: Tensor) -> float:
-    """OWL's statistic of a layer: the share of scores above `OUTLIER` times their mean.
+    """Return OWL's statistic of a layer: the share of scores above `OUTLIER` times their mean.
 
     Args:
         scores: |W_ij| |x_j| of all its weights [weights].
@@ -177,7 +177,7 @@ def share_of_outliers(scores: Tensor) -> float:
 
 
 def sums_of_powers(weight: Tensor) -> Tensor:
-    """What `skewness` needs of weights, to be added up over those of a layer.
+    """Return sums of powers for `skewness`, to be added up over the weights of a layer.
 
     Args:
         weight: W [m n].

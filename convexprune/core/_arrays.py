@@ -10,7 +10,7 @@ Array = Tensor | np.ndarray
 
 
 def as_tensor(name: str, value: object) -> Tensor:
-    """A tensor as it is; a NumPy array, or nested lists of numbers, as one."""
+    """Return a tensor unchanged; convert a NumPy array or nested lists of numbers."""
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as cause:

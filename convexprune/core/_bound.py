@@ -1,4 +1,4 @@
-"""How good could any pruning be? A certified lower bound on the error of the best weight in a pattern."""
+"""A certified lower bound on the error of the best weight in a pattern."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class PruningBound:
 
     Args:
         error: the squared error mean |V x* - target|^2, summed over rows, of the pruned weight.
-        lower: no weight in the pattern with the same number of non-zeros has a lower error on these rows.
+        lower: no weight in the pattern with equally many non-zeros has a lower error on these rows.
     """
 
     error: float
@@ -37,28 +37,27 @@ class PruningBound:
 
 @dataclass(frozen=True)
 class LowerBound:
-    """The perspective relaxation of the cardinality-constrained problem, with a split that is fitted to it.
+    """The perspective relaxation of the cardinality-constrained problem, with a fitted split.
 
     Take a diagonal split B >= 0 with H - B positive semidefinite. At any weight V0 with negative gradient K,
 
         q(V) >= q(V0) - <K, V - V0> + 1/2 sum_j B_j (V_j - V0_j)^2
 
     and the right-hand side is separable: its least value over a pattern that keeps k units of a line (entries of a row,
-    of a group of n:m, or of all rows; whole columns) is known in closed form (`lower_bound`). So any V0 and any split
-    give a valid bound.
-    The best V0 minimises the perspective relaxation (reverse Huber; Pilanci, Wainwright and El Ghaoui 2015; Dong, Chen
-    and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. Each round makes
-    some iterations of ADMM on V0 (`relax`), and then a Newton step on
+    of a group of n:m, or of all rows; whole columns) has a closed form (`lower_bound`). So any V0 and any split give a
+    valid bound. The best V0 minimises the perspective relaxation (reverse Huber; Pilanci, Wainwright and El Ghaoui
+    2015; Dong, Chen and Linderoth 2015, arXiv 1510.06083), the best split is the dual of its semidefinite relaxation. A
+    round makes some iterations of ADMM on V0 (`relax`), and then a Newton step on
 
         max_B  <c, B> + barrier log det(H - B),     c_j = V_j^2 (1 / z_j - 1) / 2
 
-    where c is the derivative of the relaxed value by B, of which that is a concave function.
+    where c is the derivative of the relaxed value, concave in B.
 
     Args:
-        last_iterations: of ADMM after the last round.
-        barriers: the first and the last barrier, in units of <c, B> / n; they fall geometrically.
-        per_row: whether every row has its own split, which is tighter and costs four factorisations [n n] a row and
-            round; else all rows share one.
+        last_iterations: iterations of ADMM after the last round.
+        barriers: the first and the last barrier, in units of <c, B> / n; barriers fall geometrically.
+        per_row: give every row a separate split, which is tighter and costs four factorisations [n n] a row and round;
+            else all rows share a split.
     """
 
     rounds: int = 12
@@ -69,9 +68,9 @@ class LowerBound:
 
     @torch.no_grad()
     def of(self, quadratic: Quadratic, pattern: Constraint, weight: Tensor) -> PruningBound:
-        """The bound for a pruned weight, whose rows may be a sample of an operator's rows.
+        """Bound the error of a pruned weight, whose rows may be a sample of an operator's rows.
 
-        A quota of the whole matrix is then the number of non-zeros that the weight has in these rows.
+        A quota of the whole matrix then means the number of non-zeros that the weight has in these rows.
 
         Args:
             quadratic: the error as a quadratic of weights [m n].
@@ -83,10 +82,10 @@ class LowerBound:
     def of_each(
         self, quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]
     ) -> list[PruningBound]:
-        """The bounds for operators that share their inputs.
+        """Bound operators that share their inputs.
 
         Args:
-            quadratic: the error of all; their rows, one after another, are its rows.
+            quadratic: the error of all operators; its rows are the operators' rows in order.
         """
         return [self._alone(operator) for operator in _posed(quadratic, patterns, weights)]
 
@@ -94,7 +93,7 @@ class LowerBound:
     def of_all(
         self, stacks: Sequence[tuple[Quadratic, Sequence[Constraint], Sequence[Tensor]]]
     ) -> list[list[PruningBound]]:
-        """The bounds of several stacks; operators of one shape are bounded side by side."""
+        """Bound several stacks; operators of equal shape are bounded side by side."""
         posed = [_posed(*stack) for stack in stacks]
         every = [operator for stack in posed for operator in stack]
         if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:
@@ -111,7 +110,7 @@ class LowerBound:
         return operator.bound(split.expand(point.shape), point, self.rounds > 0)
 
     def _together(self, every: "Sequence[_Operator]") -> Iterator[tuple[Tensor, Tensor]]:
-        """The splits and points of operators of one shape, each with one split for its rows."""
+        """Yield splits and points of operators of equal shape, with a split for all rows of an operator."""
         q = SideBySide.of([operator.quadratic for operator in every])
         inverse, first = (torch.stack(each) for each in zip(*(o.first for o in every if o.first), strict=True))
         weight, kept = (torch.cat([getattr(operator, name) for operator in every]) for name in ("weight", "kept"))
@@ -119,7 +118,7 @@ class LowerBound:
         return zip(q.by_block(q.for_rows(split)), q.by_block(point), strict=True)
 
     def _ascend(self, q: Quadratic, inverse: Tensor, split: Tensor, posed: "_Operator") -> tuple[Tensor, Tensor]:
-        """The split, for each row [m n] or operator [e n], and the weight V0 [m n] at which the bound is best."""
+        """Return the split, by row [m n] or operator [e n], and the weight V0 [m n] with the best bound."""
         found, budget, kept = Relaxed.at(posed.weight), posed.budget, posed.kept
 
         def of_rows(split: Tensor) -> Tensor:
@@ -137,10 +136,10 @@ class LowerBound:
 
 @dataclass(frozen=True, eq=False)
 class _Operator:
-    """An operator to be bounded, in coordinates in which H has a unit diagonal.
+    """An operator to bound, in coordinates in which H has a unit diagonal.
 
     Args:
-        first: the inverse of H, and the split to begin with; None if H is singular.
+        first: the inverse of H, and the first split; None if H is singular.
     """
 
     quadratic: Quadratic
@@ -152,18 +151,18 @@ class _Operator:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What operators have in common that are bounded side by side."""
+        """Return the key of operators that can be bounded side by side."""
         return tuple(self.weight.shape), replace(self.budget, kept=0), self.first is None
 
     def bound(self, split: Tensor, point: Tensor, fitted: bool) -> PruningBound:
-        """The bound at a point, by a split; one that is `fitted` is proven here."""
+        """Return the bound at a point, by a split; a `fitted` split is proven here."""
         proven = safe_split(self.quadratic.gram, split) if fitted else split
         lower = lower_bound(self.quadratic, proven, point, self.budget, self.kept)
         return PruningBound(self.error, 2 * lower, len(self.weight))
 
 
 def _posed(quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]) -> list[_Operator]:
-    """Operators that share their inputs, see `LowerBound.of_each`."""
+    """Return operators that share their inputs, see `LowerBound.of_each`."""
     weight = torch.cat(list(weights))
     if tuple(weight.shape) != quadratic.shape:
         raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
@@ -187,13 +186,13 @@ def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor
 
 
 def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
-    """The budget of a weight.
+    """Return the budget of a weight.
 
     Args:
         weight: [m n].
 
     Returns:
-        The budget, and how many units of each line may be not zero [lines 1].
+        The budget, and the number of non-zero units allowed per line [lines 1].
     """
     budget = pattern.budget(weight.shape)
     if budget is None:
@@ -209,7 +208,7 @@ def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
 
 
 def without_dead_inputs(q: Quadratic) -> Quadratic:
-    """The quadratic plus 1/2 |V|^2 on the inputs that are always zero: its best pruning has zeros there.
+    """Add 1/2 |V|^2 on the inputs that are always zero: the best pruning has zeros there.
 
     Returns:
         The sum; `q` itself if no input is always zero.

@@ -1,7 +1,7 @@
-"""Whether a Gram matrix, a cross term and energies fit, and can be those of a sum of squares: cheaply, and as a whole.
+"""Check that a Gram matrix, a cross term and energies can belong to a sum of squares: cheaply, and in full.
 
-With H = X X', G = Z X', e_i = |z_i|^2, every [[H, G_i'], [G_i, e_i]] is positive semidefinite.
-What is cheap is its entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H_jj); the whole needs a factorisation.
+With H = X X', G = Z X', e_i = |z_i|^2, every [[H, G_i'], [G_i, e_i]] is positive semidefinite. The cheap check is on
+entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H_jj); the full check needs a factorisation.
 """
 
 import torch
@@ -17,7 +17,7 @@ ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens hav
 
 
 def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> tuple[Tensor | None, ...]:
-    """The parts of a quadratic as tensors, of one dtype and on one device.
+    """Return the parts of a quadratic as tensors of a common dtype and device.
 
     Args:
         gram: H [n n].
@@ -54,10 +54,10 @@ def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> t
 
 
 def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Tensor:
-    """The symmetric part of H, if its entries, G and e can be those of a sum of squares.
+    """Return the symmetric part of H, if the entries of H, G and e can belong to a sum of squares.
 
-    Differences of up to 3e-4, the root of float32's precision, are taken for rounding: those of targets, in units of
-    what the anchor puts out.
+    Differences of up to 3e-4, the root of float32's precision, count as rounding: of targets, in units of the anchor's
+    outputs.
 
     Args:
         gram: H [n n].
@@ -66,7 +66,7 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
         anchor: A [m n], or None.
 
     Returns:
-        H, or (H + H') / 2 where H is symmetric only up to rounding.
+        H, or (H + H') / 2 if H is symmetric only up to rounding.
     """
     for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
@@ -88,7 +88,7 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
 
 
 def _symmetric_part(gram: Tensor) -> Tensor:
-    """H, or (H + H') / 2 where H is symmetric only up to rounding; refused if it is no Gram matrix by its entries."""
+    """Return H, or (H + H') / 2 if H is symmetric only up to rounding; refuse entries of no Gram matrix."""
     diagonal = gram.diagonal()
     if bool((diagonal < 0).any()):
         raise ProblemError(
@@ -112,11 +112,11 @@ def _symmetric_part(gram: Tensor) -> Tensor:
 
 
 def room_for_rounding(gram: Tensor, precision: float) -> float:
-    """How far sums may be from those of a sum of squares by rounding, in units of the energy.
+    """Bound the rounding error of sums, in units of the energy.
 
     Args:
         gram: H [n n].
-        precision: the rounding error of the dtype in which the tensors were given.
+        precision: the rounding error of the given tensors' dtype.
     """
     return ROOM * (len(gram) + 64) * precision
 
@@ -124,15 +124,15 @@ def room_for_rounding(gram: Tensor, precision: float) -> float:
 def is_sum_of_squares(
     gram: Tensor, cross: Tensor, energy: Tensor, unit: Tensor, precision: float, factor: Tensor | None
 ) -> bool:
-    """Whether H is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
+    """Return True if H is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
 
     Args:
-        gram: H [n n], with a diagonal near one, or zero.
+        gram: H [n n], with a diagonal near 1, or zero.
         cross: G [m n].
         energy: e [m].
-        unit: the energies [m] that rounding is measured by.
-        precision: the rounding error of the dtype in which the tensors were given.
-        factor: the Cholesky factor of H [n n], if it has one.
+        unit: the energies [m] in whose units rounding is measured.
+        precision: the rounding error of the given tensors' dtype.
+        factor: the Cholesky factor of H [n n], or None.
     """
     room = room_for_rounding(gram, precision)
     least = energy + room * unit

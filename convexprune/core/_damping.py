@@ -10,11 +10,11 @@ EIGENVALUE_KNEE = 0.1
 class Damping:
     """A pull towards the dense weight,  1/2 sum_i (V - W)_i S (ridge I + saturating P) S (V - W)_i',  S = sqrt(diag H).
 
-    P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1 and k = `EIGENVALUE_KNEE`, is small where the sample
-    shows little energy.
+    P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1 and k = `EIGENVALUE_KNEE`, is small in directions
+    where the sample has little energy.
 
     Args:
-        saturating: the pull in those of much energy, beside it.
+        saturating: the pull in directions of much energy, beside the ridge.
     """
 
     ridge: float
@@ -22,7 +22,7 @@ class Damping:
 
     @property
     def strength(self) -> float:
-        """Of the pull in directions of much energy."""
+        """The pull in directions of much energy."""
         return self.ridge + self.saturating
 
 

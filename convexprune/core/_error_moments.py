@@ -1,4 +1,4 @@
-"""The second moments of the errors that pruned operators before this one have caused."""
+"""The second moments of errors that earlier pruned operators caused."""
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ class ErrorMoments:
 
     @classmethod
     def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
-        """The moments of no token.
+        """Return the moments of no token.
 
         Args:
-            gram: the second moments [n n] of the inputs, for their shape, dtype and device.
+            gram: the second moments [n n] of the inputs, for shape, dtype and device.
         """
         if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
@@ -40,7 +40,7 @@ class ErrorMoments:
 
     @staticmethod
     def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
-        """Whether moments of the outputs' errors are less to compute than those of the inputs' errors.
+        """Return True if moments of the outputs' errors cost less than moments of the inputs' errors.
 
         Returns:
             True if 4 m < 3 n.
@@ -57,10 +57,10 @@ class ErrorMoments:
         add_gram(self.cross, error, x)
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The moments in the output space of one weight.
+        """Return the moments in the output space of a weight.
 
         Args:
-            weight: W [m n]. If the errors are those of outputs already, only its dtype and device count.
+            weight: W [m n]. For errors of outputs only its dtype and device count.
 
         Returns:
             sum (W d) x*' [m n] and sum (W d)^2 [m].
@@ -71,7 +71,7 @@ class ErrorMoments:
         return weight @ self.cross, quadratic_forms(weight, from_upper(self.change))
 
     def is_finite(self) -> bool:
-        """Whether every error counted so far was finite."""
+        """Return True if all errors were finite."""
         return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
 
     def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
@@ -79,7 +79,7 @@ class ErrorMoments:
         return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
 
     def scaled(self, factors: Tensor) -> "ErrorMoments":
-        """The moments for the weight with its rows times `factors` [m]."""
+        """Return the moments for the weight with its rows times `factors` [m]."""
         if self.change.ndim == 2:
             return self
         factors = factors.to(self.change)

@@ -1,4 +1,4 @@
-"""Cholesky factors: torch's own, and on a CPU in blocks where torch's take longer to copy than to compute."""
+"""Cholesky factors: torch's, and on a CPU in blocks where torch takes longer to copy than to compute."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ BLOCK = 256
 
 
 def rounding_margin(gram: Tensor) -> float:
-    """What is taken from the diagonal before a factorisation, so that its own rounding does not make F F' exceed H.
+    """Return the reduction of the diagonal before a factorisation, so that F F' does not exceed H by rounding.
 
-    It is more than the error that is observed, and less than the n (n + 2) rounding errors that are proven (Higham
-    2002, theorem 10.3).
+    More than observed errors, and less than the n (n + 2) rounding errors that are proven (Higham 2002, theorem 10.3).
 
     Args:
         gram: H [n n].
@@ -23,16 +22,16 @@ def rounding_margin(gram: Tensor) -> float:
 
 
 def cholesky(gram: Tensor) -> Tensor | None:
-    """The Cholesky factor of a symmetric matrix.
+    """Return the Cholesky factor of a symmetric matrix.
 
-    Blocks are the same sums in another order: bounds on the rounding hold for either (Higham 2002, theorem 10.3). Like
-    torch's, the factor lies column by column in memory, as LAPACK wants it.
+    Blocks are the same sums in a different order: bounds on the rounding hold for both (Higham 2002, theorem 10.3).
+    Like torch's, the factor lies column by column in memory, as LAPACK wants.
 
     Args:
         gram: H [n n], or several [e n n].
 
     Returns:
-        The lower triangular F with F F' = H, shaped like it; None if an H is not positive definite.
+        The lower triangular F with F F' = H, shaped like H; None if an H is not positive definite.
     """
     if len(gram) < WIDE or gram.device.type != "cpu" or gram.ndim == 3:
         factor, info = torch.linalg.cholesky_ex(gram)

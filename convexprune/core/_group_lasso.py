@@ -19,21 +19,21 @@ HALVINGS = 60
 class GroupLasso(AbstractPenalty):
     """sum_j strength_j |V_:j|_2, over the columns of V: a column is zero in all rows, or in none.
 
-    It couples the rows; the share of row i in `values` is sum_j strength_j V_ij^2 / |V_:j|. Its prox shrinks each
-    column towards zero, and its dual norm is that of each column: p*(S) is zero where |S_:j| <= strength_j for all j
-    (Yuan and Lin 2006).
+    The penalty couples rows; the part of row i in `values` is sum_j strength_j V_ij^2 / |V_:j|. The prox shrinks
+    columns towards zero, and the dual norm is by column: p*(S) is zero where |S_:j| <= strength_j for all j (Yuan and
+    Lin 2006).
 
-    With a `block` it is sum_b strength_b |V_:b / w_b|_F over blocks of as many columns, each in its unit w_j; p*(S) is
-    zero where |S_:b w_b| <= strength_b. Where the units of a block differ, its prox takes a bisection.
+    With a `block` the penalty is sum_b strength_b |V_:b / w_b|_F over blocks of as many columns, with units w_j; p*(S)
+    is zero where |S_:b w_b| <= strength_b. If the units of a block differ, the prox takes a bisection.
 
     Args:
-        strength: not negative, a number or [n], the same in all columns of a block. Zero leaves a column free.
-        checked: whether to check the strengths. False is for those made in a loop, where the check stops a GPU.
-        block: how many consecutive columns have one price.
+        strength: not negative, a number or [n], equal in all columns of a block. Zero leaves a column free.
+        checked: check the strengths. False is for strengths made in a loop, where the check stops a GPU.
+        block: number of consecutive columns with a common price.
         units: w [n], positive, of the columns in blocks; None: ones.
 
     Raises:
-        ProblemError: a strength is negative or not finite, or there is one for each row.
+        ProblemError: a strength is negative or not finite, or strengths differ by row.
     """
 
     couples_rows = True
@@ -63,7 +63,7 @@ class GroupLasso(AbstractPenalty):
         return torch.mul(weight, self._shrinkage(weight, strength, self.units), out=out)
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Zero on its domain, columns no longer than their strength."""
+        """Return zero: on the domain no column is longer than its strength."""
         return dual.new_zeros(dual.shape[0])
 
     def project(self, dual: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class GroupLasso(AbstractPenalty):
         return torch.where(column_norms(scaled, self.block) > 0, direction, self.project(dual))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
-        """The same for all rows."""
+        """Return a common factor for all rows."""
         norms = column_norms(dual if self.units is None else dual * self.units, self.block)
         ratio = (self._like(dual) / norms).nan_to_num_(nan=inf, posinf=inf)  # 0 / 0: no factor is too large
         return ratio.amin().expand(len(dual))

@@ -1,12 +1,12 @@
-"""A quadratic about one weight whose certificate takes no product in float64, and is a bound all the same.
+"""A quadratic about a weight whose certificate takes no product in float64, and still is a bound.
 
 The residual K there is known up to an error E with |E_ij| <= e_i, the inverse by a factor of float32, F F' <= H - l I.
 With any y in place of H^-1 k, and r = k - y H,
 
     k H^-1 k'  =  <k, y> + <r, y> + r H^-1 r'  <=  <k, y> + <r, y> + |r|^2 / l
 
-so that the factor's rounding decides how tight the bound is, not whether it holds. What E adds to a distance in the
-norm of H^-1 is at most sqrt(n / l) e_i.
+so that the factor's rounding decides how tight the bound is, not whether it holds. E adds at most sqrt(n / l) e_i to a
+distance in the norm of H^-1.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ OF_RESIDUAL, OF_PRICE = 6, 4
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """What is computed of H [n n] once.
+    """Factor and least eigenvalue of H [n n], computed once.
 
     Args:
         lower: F [n n], float32.
-        least: l, below which H has no eigenvalue but those of dead inputs.
+        least: l; except for dead inputs H has no eigenvalue below.
     """
 
     parts: Parts
@@ -39,13 +39,10 @@ class Inverse:
 
     @classmethod
     def of(cls, quadratic: Quadratic) -> "Inverse | None":
-        """The inverse of a quadratic.
+        """Return the inverse of a quadratic; None if H is not definite beyond the rounding of float32.
 
         Args:
-            quadratic: whose H has a diagonal near one, or zero, and entries of float32.
-
-        Returns:
-            It; None if H is not definite beyond what float32 rounds.
+            quadratic: with a diagonal of H near 1, or zero, and entries of float32.
         """
         gram = quadratic.gram.float()
         least = rounding_margin(gram)
@@ -55,12 +52,12 @@ class Inverse:
 
 @dataclass(frozen=True, eq=False)
 class InParts(Quadratic):
-    """A quadratic, to be certified at one weight V [m n].
+    """A quadratic, to be certified at a single weight V [m n].
 
     Args:
         error: e [m 1], of the residual at V.
         known: the residual at V [m n].
-        moved: |V - A| summed over each row [m].
+        moved: |V - A| summed over rows [m].
     """
 
     inverse: Inverse | None = None
@@ -84,39 +81,39 @@ class InParts(Quadratic):
         return cls(*tensors, False, inverse, error, residual, displacement.abs().sum(1))
 
     def residual(self, weight: Tensor) -> Tensor:
-        """K [m n] at the one weight."""
+        """Return K [m n] at V."""
         assert self.known is not None
         return self.known
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """At least q of each row [m] at the one weight."""
+        """Return a lower bound of q by row [m] at V."""
         return super().values(weight, self.known) + self._of_values / 2
 
     @property
     def rounding(self) -> Tensor:
-        """The resolution of q [m], with what the error of the residual makes of it."""
+        """Return the resolution of q [m], including the error of the residual."""
         return super().rounding + self._of_values
 
     @property
     def factor(self) -> Tensor | None:
-        """That of float32: there is one."""
+        """The factor of float32."""
         assert self.inverse is not None
         return self.inverse.lower
 
     @property
     def is_well_conditioned(self) -> bool:
-        """It is: there is no other in parts."""
+        """True: an ill-conditioned quadratic is not certified in parts."""
         return True
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """Whether every energy is large enough for its cross term, up to rounding; H is definite."""
+        """True if every energy is large enough for its cross term, up to rounding; H is definite."""
         unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
         least = self.energy + room_for_rounding(self.gram, self._cache.precision) * unit
         return bool((2 * self._price(self.cross) <= least).all())
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
-        """At least 1/2 k H^-1 k' of each row k, if that is off by the error of the residual."""
+        """Bound 1/2 k H^-1 k' from above by row k, with the error of the residual."""
         return (self._price(gradient).sqrt() + self._blur).square()
 
     def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
@@ -131,12 +128,12 @@ class InParts(Quadratic):
 
     @property
     def _blur(self) -> Tensor:
-        """sqrt(1/2 E H^-1 E') of each row [m], at most."""
+        """Bound sqrt(1/2 E H^-1 E') from above by row [m]."""
         assert self.error is not None and self.inverse is not None
         return self.error[:, 0] * (len(self.gram) / (2 * self.inverse.least)) ** 0.5
 
     def _price(self, gradient: Tensor) -> Tensor:
-        """At least 1/2 k H^-1 k' of each row k [m]."""
+        """Bound 1/2 k H^-1 k' from above by row k [m]."""
         assert self.inverse is not None
         about = torch.cholesky_solve(gradient.float().T, self.inverse.lower).T.double()
         left = Parts.of(about, OF_PRICE, 1)

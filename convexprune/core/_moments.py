@@ -1,4 +1,4 @@
-"""The streaming calibration accumulator: tokens go in, their second moments stay."""
+"""The streaming calibration accumulator: tokens go in, second moments stay."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from convexprune.errors import ProblemError
 class Moments:
     """Second moments, as means over tokens, of an operator's pruned input x* and of its error d = x - x*.
 
-    x [n] is the input that the operator sees in the dense network, x* the one that it sees once the operators before
-    it are pruned. One pass, any split into batches; the tokens themselves are not kept. Keeping x - x* rather than x
-    means that error correction never subtracts two nearly equal matrices.
+    x [n] is the operator's input in the dense network, x* its input after earlier operators are pruned. A single pass,
+    any split into batches; the tokens are not kept. With x - x* in place of x, error correction never subtracts two
+    nearly equal matrices.
 
-    `tokens` is the sum of the tokens' weights: their number, if none was given.
+    `tokens` is the sum of the tokens' weights: the number of tokens without weights.
 
     Args:
         width: n.
-        dtype: of accumulation, float32 or float64.
-        device: of accumulation.
-        outputs: m, if errors are counted of the outputs of one weight [m n] (see `ErrorMoments`).
+        dtype: dtype of accumulation, float32 or float64.
+        device: device of accumulation.
+        outputs: m, if errors are of the outputs of a weight [m n] (see `ErrorMoments`).
 
     Raises:
         ProblemError: the width is negative, or the dtype is neither float32 nor float64.
@@ -56,7 +56,7 @@ class Moments:
 
         Args:
             pruned: x* [... n].
-            dense: x [... n] of the same tokens, if they differ.
+            dense: x [... n] of the same tokens, if different.
             weights: w [...] of the tokens, not negative. A token of weight k counts as k equal tokens.
 
         Raises:
@@ -70,19 +70,19 @@ class Moments:
 
     @torch.no_grad()
     def add_errors(self, x: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
-        """Count the errors of tokens whose inputs are counted already.
+        """Count the errors of tokens whose inputs were counted before.
 
         Args:
             x: the inputs x* [tokens n].
             error: d, [tokens n] or [tokens m].
-            weights: w [tokens]; None are ones.
+            weights: w [tokens]; None means ones.
         """
         self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
         self.errors.add(x.to(self.sum), error.to(self.sum), weights)
 
     @property
     def gram(self) -> Tensor:
-        """The mean of x* x*' [n n]; SparseGPT and GPTQ call twice this matrix the Hessian.
+        """Mean of x* x*' [n n]; SparseGPT and GPTQ call twice this matrix the Hessian.
 
         Raises:
             ProblemError: no token was seen.
@@ -104,16 +104,16 @@ class Moments:
         return change if change.ndim == 1 else from_upper(change)
 
     def is_finite(self) -> bool:
-        """Whether every input counted so far was finite."""
+        """Return True if all inputs were finite."""
         own = bool(self.sum.diagonal().isfinite().all())
         return own and (self.errors is None or self.errors.is_finite())
 
     def energy(self, weight: Tensor, gram: Tensor | None = None) -> Tensor:
-        """The energy of the target of each row, the unit of relative errors.
+        """Return the energy of the target by row, the unit of relative errors.
 
         Args:
             weight: W [m n].
-            gram: `gram`, if it is at hand.
+            gram: `gram`, if at hand.
 
         Returns:
             mean |W x|^2 [m], or with errors of outputs mean |W x* + d|^2.
@@ -130,16 +130,16 @@ class Moments:
     def reconstruction(
         self, weight: Tensor, alpha: float = 1.0, *, correction: float | None = None, gram: Tensor | None = None
     ) -> Quadratic:
-        """The layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
+        """Return the layer-wise reconstruction error 1/2 mean |V x* - W (x* + alpha (x - x*))|^2, a quadratic of V.
 
         With alpha = 1 the target is the dense operator on the dense input, the error correction of FISTAPruner (arXiv
-        2408.03728, Eq. 2). With alpha = 0 it is the dense operator on its own, pruned input, as in SparseGPT.
+        2408.03728, Eq. 2). With alpha = 0 the target is the dense operator on the pruned input, as in SparseGPT.
 
         Args:
             weight: W [m n], which is also the anchor.
-            alpha: how much of the error is corrected, in [0, 1].
-            correction: the old name of `alpha`.
-            gram: `gram`, if it is at hand.
+            alpha: share of the error to correct, in [0, 1].
+            correction: former name of `alpha`.
+            gram: `gram`, if at hand.
 
         Returns:
             The quadratic of V [m n].
@@ -164,20 +164,20 @@ class Moments:
         return self._with(self.tokens, self.sum, None if self.errors is None else self.errors.rows(chosen))
 
     def scaled(self, factors: Tensor) -> "Moments":
-        """The moments for the weight with its rows times `factors` [m]."""
+        """Return the moments for the weight with its rows times `factors` [m]."""
         return self.with_errors(None if self.errors is None else self.errors.scaled(factors))
 
     def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
-        """The moments where inputs that are always zero have the mean energy of the others, and correlate with none.
+        """Return moments in which inputs that are always zero have the mean energy of live inputs, and no correlations.
 
-        What the columns of the weight at these inputs add to the outputs of the dense network is still made up for,
+        Contributions of the weight's columns at these inputs to the dense network's outputs are still compensated,
         whatever these columns are by then.
 
         Args:
             weight: W [m n].
 
         Returns:
-            Other moments.
+            The moments.
         """
         diagonal = self.sum.diagonal()
         dead = diagonal == 0
@@ -186,13 +186,13 @@ class Moments:
         return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
 
     def counted_as(self, tokens: float) -> "Moments":
-        """The mean of x* x*' without errors, with another count of tokens, which is its weight in a sum.
+        """Return the mean of x* x*' without errors, with a new count of tokens as weight in a sum.
 
         Args:
             tokens: the count.
 
         Returns:
-            Other moments.
+            The moments.
 
         Raises:
             ProblemError: no token was seen.
@@ -201,7 +201,7 @@ class Moments:
         return self._with(tokens, tokens / self.tokens * self.sum, None)
 
     def with_errors(self, errors: ErrorMoments | None) -> "Moments":
-        """These moments of x* with other `errors` of the same tokens, or with none."""
+        """Return these moments of x* with new `errors` of the same tokens, or without errors."""
         return self._with(self.tokens, self.sum, errors)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -215,7 +215,7 @@ class Moments:
         return other
 
     def _tokens(self, pruned: Tensor, dense: Tensor | None, weights: Tensor | None) -> Tensor:
-        """x* as [tokens n], in its own dtype."""
+        """Return x* as [tokens n], without change of dtype."""
         if pruned.shape[-1] != self.width or (dense is not None and dense.shape != pruned.shape):
             shape = None if dense is None else list(dense.shape)
             raise ProblemError(
@@ -234,7 +234,7 @@ class Moments:
 
 
 def sampling_noise(folds: Sequence[Moments]) -> float:
-    """How much of the correlations of the inputs is sampling noise.
+    """Estimate the share of sampling noise in the correlations of the inputs.
 
     With C_A, C_B the Gram matrices of two disjoint halves of the tokens and C their mean, all in coordinates where C
     has a unit diagonal,

@@ -1,4 +1,4 @@
-"""The duality gap of each row priced on what the row keeps: where H is singular, but not there."""
+"""The duality gap of a row priced on its kept entries: for H that is singular, but not on the kept entries."""
 
 from math import inf
 
@@ -17,33 +17,32 @@ AT_ONCE = 2**24  # numbers in the factors that are computed together
 def gaps_on_kept(
     quadratic: Quadratic, penalty: AbstractPenalty, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor
 ) -> Tensor:
-    """A bound on the duality gap of each row that needs no inverse of H, only those of H on what the rows keep.
+    """Bound the duality gap by row without an inverse of H, by inverses of H on kept entries.
 
-    Of a penalty that couples the rows, the bound is of all together: they keep the same, and have one factor.
+    For a penalty that couples rows, the bound is of all rows together: they keep the same entries, and share a factor.
 
-    Let F be the entries that are not zero after a proximal gradient step, of length 1 / H_jj each, and S the
-    subgradient of p there that is nearest to K. The step y on F, y_F = (K - S)_F H_FF^-1, is what least squares would
-    still move. So K - y H is S on F by construction, however small a strength is, and a factor s <= 1 brings it into
-    the domain of p*. It costs
+    Let F be the non-zero entries after a proximal gradient step of length 1 / H_jj, and S the subgradient of p there
+    nearest to K. The step y on F, y_F = (K - S)_F H_FF^-1, is the remaining move of least squares. So K - y H is S on F
+    by construction, however small a strength is, and a factor s <= 1 brings the point into the domain of p*. The cost
+    is
 
         p(V) + p*(s (K - y H)) - s <K - y H, V>  +  ((1 - s) sqrt(q) + s sqrt(1/2 y H y'))^2
 
-    the last by the triangle inequality, in outputs: sqrt(q) is the length of what V misses, and y moves them. Near the
-    optimum s is one, and the gap is what y would gain, which falls with the square of the distance. Any F and any S in
+    the last term by the triangle inequality, in outputs: sqrt(q) is the length of V's misfit, and y moves the outputs.
+    Near the optimum s is 1, and the gap is y's gain, which falls with the square of the distance. Any F and any S in
     the domain make a bound.
 
-    Rounding errs upwards: the factor is that of H_FF less a margin, and y is off by at most e in the norm of H, which
-    moves the dual point by at most e sqrt(H_jj).
+    Rounding errs upwards: the factor is of H_FF less a margin, and y is off by at most e in the norm of H, which moves
+    the dual point by at most e sqrt(H_jj).
 
     Args:
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
-        values: q of each row [m] at `weight`.
-        slack: p of each row [m] at `weight`.
+        values: q by row [m] at `weight`.
+        slack: p by row [m] at `weight`.
 
     Returns:
-        [m], of which the sum counts if the rows are coupled; inf where H_FF is singular, or all of it would take more
-        than `PRICED` operations.
+        [m], of which the sum counts if rows are coupled; inf where H_FF is singular, or beyond `PRICED` operations.
     """
     gram = quadratic.gram
     scale = quadratic.scale()
@@ -71,16 +70,17 @@ def gaps_on_kept(
 
 
 def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of each row on what it keeps, y = k H_FF^-1 of the gradient k.
+    """Return the step of rows on kept entries, y = k H_FF^-1 of the gradient k.
 
     Args:
         gram: H [n n].
-        kept: F [g n], of groups of rows that keep the same.
+        kept: F [g n], of groups of rows with equal entries.
         gradient: k [g r n], of r rows in a group.
 
     Returns:
-        At least 1/2 y H y' [m = g r], which is inf where H_FF is not safely positive definite; y [m n]; and at least
-        the length of what y is off by, in the norm of H [m].
+        A bound on 1/2 y H y' [m = g r], inf where H_FF is not safely positive definite; y [m n]; and a bound on the
+            error
+        of y in the norm of H [m].
     """
     margin, most = rounding_margin(gram), int(kept.sum(1).max())
     order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # what is kept comes first

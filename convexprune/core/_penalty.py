@@ -1,4 +1,4 @@
-"""The penalties: each owns all the mathematics of its term, so that solvers and certificates know only these verbs."""
+"""Penalties. A penalty has all mathematics of its term, so that solvers and certificates call only these methods."""
 
 from abc import ABC, abstractmethod
 from copy import copy
@@ -15,10 +15,10 @@ from convexprune.errors import ProblemError
 
 
 class AbstractPenalty(ABC):
-    """A closed function of the weight V [m n], separable over its entries or groups of them, with p(V) >= p(0) = 0.
+    """A closed function of the weight V [m n], separable over entries or groups of entries, with p(V) >= p(0) = 0.
 
-    It is convex unless its class says that it is not: the bounds that follow from the conjugate hold either way, but
-    they can only be tight for a convex one.
+    The function is convex unless its class says otherwise: bounds by the conjugate hold in both cases, and can be tight
+    only for a convex function.
     """
 
     couples_rows = False
@@ -26,16 +26,16 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def values(self, weight: Tensor) -> Tensor:
-        """p of each row [m], of the `weight` [m n]."""
+        """Return p by row [m] of the `weight` [m n]."""
 
     @abstractmethod
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
-        """The proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
+        """Return the proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
 
         Args:
             weight: V [m n].
             step: not negative.
-            out: where the result is written, if given; may be `weight` itself.
+            out: tensor for the result, if given; may be `weight`.
 
         Returns:
             U [m n].
@@ -57,7 +57,7 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def conjugate(self, dual: Tensor) -> Tensor:
-        """The convex conjugate p*(S) = max_V <S, V> - p(V) of each row.
+        """Return the convex conjugate p*(S) = max_V <S, V> - p(V) by row.
 
         Args:
             dual: S [m n], in the domain of p*.
@@ -79,7 +79,7 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def dual_scale(self, dual: Tensor) -> Tensor:
-        """The largest factor s_i for which the conjugate of each row s_i S_i is finite.
+        """Return the largest factor s_i for which the conjugate of the row s_i S_i is finite.
 
         Args:
             dual: S [m n].
@@ -90,7 +90,7 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def scaled(self, scale: Tensor) -> "AbstractPenalty":
-        """The same function of U = V * scale.
+        """Return the penalty as a function of U = V * scale.
 
         Args:
             scale: [n], positive.
@@ -101,22 +101,22 @@ class AbstractPenalty(ABC):
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Self:
-        """The same function for weights of another `dtype`."""
+        """Return the penalty for weights of a new `dtype`."""
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
-        """The subgradient of p that is nearest to a dual point, so that p(V) + p*(S) = <S, V>.
+        """Return the subgradient of p nearest to a dual point, so that p(V) + p*(S) = <S, V>.
 
         Args:
             weight: V [m n].
             dual: the point [m n].
 
         Returns:
-            S [m n]. None where it equals what `project` gives, or is not known: then certificates are not as tight.
+            S [m n]. None if equal to `project`, or unknown: then certificates are less tight.
         """
         return None
 
     def rows(self, chosen: slice) -> Self:
-        """The same function of the rows `chosen` of the weight alone."""
+        """Return the penalty of the rows `chosen` alone."""
         other = copy(self)
         for field in fields(self) if is_dataclass(self) else ():
             tensor = getattr(self, field.name)
@@ -125,13 +125,13 @@ class AbstractPenalty(ABC):
         return other
 
     def check(self, shape: tuple[int, int]) -> None:
-        """Refuse to be added to a quadratic of weights of another shape.
+        """Refuse weights of a shape that does not fit.
 
         Args:
             shape: (m, n) of the weights.
 
         Raises:
-            ProblemError: a tensor of the penalty does not broadcast to it.
+            ProblemError: a tensor of the penalty does not broadcast to the shape.
         """
         for field in fields(self) if is_dataclass(self) else ():
             tensor = getattr(self, field.name)
@@ -143,7 +143,7 @@ class AbstractPenalty(ABC):
 
 
 def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
-    """The strength of a penalty, if it is not negative and finite."""
+    """Return the strength of a penalty, if finite and not negative."""
     if not isinstance(strength, Tensor | float | int):
         strength = as_tensor("strength", strength)
     least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
@@ -153,7 +153,7 @@ def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
 
 
 def require_step(step: float) -> None:
-    """Refuse a negative step: no prox has one."""
+    """Refuse a negative step."""
     if step < 0:
         raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
 
@@ -197,7 +197,7 @@ class L1(AbstractPenalty):
         return _shrink_ahead(weight, residual, self._like(weight), number_like(step, weight))
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Zero on its domain, the box |S_ij| <= strength_ij."""
+        """Return zero: the domain is the box |S_ij| <= strength_ij."""
         return dual.new_zeros(dual.shape[0])
 
     def project(self, dual: Tensor) -> Tensor:
@@ -231,14 +231,14 @@ _shrink = fused(_soft)
 
 @fused
 def _shrink_ahead(weight: Tensor, residual: Tensor, strength: Tensor, step: Tensor) -> Tensor:
-    """The same of V + step K."""
+    """Shrink V + step K."""
     point = torch.addcmul(weight, residual, step)
     return _soft(point, strength, step, point)
 
 
 @dataclass(frozen=True, eq=False)
 class Support(AbstractPenalty):
-    """Infinite for a non-zero outside `mask` [m n], else zero: the values are free, their places are fixed.
+    """Infinite for a non-zero outside `mask` [m n], else zero: values are free, places are fixed.
 
     Raises:
         ProblemError: the mask is not boolean.
@@ -261,7 +261,7 @@ class Support(AbstractPenalty):
         return torch.mul(weight, self.mask, out=out)
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Zero on its domain: dual points that vanish on the support."""
+        """Return zero: the domain are dual points that vanish on the support."""
         return dual.new_zeros(dual.shape[0])
 
     def project(self, dual: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The order of a weight's columns: N:M patterns prune less of some orders than of others."""
+"""The order of a weight's columns: the cost of N:M patterns depends on the order."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -23,20 +23,19 @@ def pruned_fraction(scores: Tensor, pattern: Constraint) -> float:
 
 
 def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int = 0) -> Tensor:
-    """An order of the columns in which N:M prunes less.
+    """Return an order of the columns in which N:M prunes less.
 
         min over orders of  sum of the scores [:, order] of the entries that are pruned
 
-    A step takes one column, drawn at random, out of every group of M, and puts each back into that group where all of
-    them cost least: a linear assignment problem, solved exactly (SciPy), so no step raises the sum. With b the
-    (M - N)-th smallest score of the group's remaining columns in each row, what column s costs there is, but for what
-    the remaining ones cost anyhow,
+    A step takes a column, drawn at random, out of every group of M, and puts every column back into the group with the
+    least total cost: a linear assignment problem, solved exactly (SciPy), so no step raises the sum. With b the (M -
+    N)-th smallest score of the group's remaining columns in a row, the additional cost of column s there is
 
         sum_i min(b_i, s_i) = sum_i (b_i + s_i - |b_i - s_i|) / 2
 
-    whose first two terms are the same for all assignments: the sum of the distances |b - s|_1 is made as large as it
-    can be. To permute channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity (NeurIPS 2021), to do
-    so by linear assignment from RIA (Zhang et al., Plug-and-Play, ICLR 2024).
+    whose first two terms are equal for all assignments: the sum of the distances |b - s|_1 is maximised. Permuting
+    channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity (NeurIPS 2021), the linear assignment from
+    RIA (Zhang et al., Plug-and-Play, ICLR 2024).
 
     Args:
         scores: [m n], not negative.
@@ -55,7 +54,7 @@ def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int 
 
 
 def _assigned(scores: Tensor, groups: Tensor, pattern: Constraint) -> Tensor:
-    """For each of the groups [g M], the number of the one whose first column is to be its own."""
+    """Return, for every group [g M], the number of the group whose first column it receives."""
     loose, remaining = scores[:, groups[:, 0]], scores[:, groups[:, 1:].flatten()]
     by_group = remaining.view(len(scores), len(groups), -1)
     budget = pattern.budget(scores.shape)

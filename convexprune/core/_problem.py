@@ -1,4 +1,4 @@
-"""The abstract layer-wise problem, and the certificate of any answer to it."""
+"""The abstract layer-wise problem, and the certificate of any answer."""
 
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -25,7 +25,7 @@ class Problem:
         penalty: p, of weights of the same shape.
 
     Raises:
-        ProblemError: these are not a quadratic and a penalty of weights of one shape.
+        ProblemError: the arguments are no quadratic and penalty of weights of a common shape.
     """
 
     quadratic: Quadratic
@@ -50,16 +50,16 @@ class Problem:
         return float((self.quadratic.values(point) + self.penalty.values(point)).sum())
 
     def admit(self, weight: Array) -> Tensor:
-        """A weight as a tensor on the problem's device.
+        """Return a weight as a tensor on the problem's device.
 
         Args:
             weight: a tensor or an array [m n].
 
         Returns:
-            The tensor [m n], in its own dtype.
+            The tensor [m n], without change of dtype.
 
         Raises:
-            ProblemError: `weight` is not [m n], or no floating-point numbers.
+            ProblemError: `weight` is not [m n], or has no floating-point numbers.
         """
         point = as_tensor("weight", weight)
         if tuple(point.shape) != self.shape or not point.is_floating_point():
@@ -72,16 +72,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Certificate:
-    """How far a weight is from optimal: primal - gap <= min_V q + p <= primal, summed over the rows.
+    """The distance of a weight from the optimum: primal - gap <= min_V q + p <= primal, summed over rows.
 
-    What is not defined or, in a certificate that is not precise, not computed is inf. So is the gap of a problem whose
-    tensors are those of no sum of squares: it has no least value, or none that can be known from them.
+    Values that are undefined or, in an imprecise certificate, not computed are inf. So is the gap of a problem whose
+    tensors belong to no sum of squares: there is no least value, or none that the tensors determine.
 
     Args:
         primal: the objective at the weight.
         gap: the duality gap.
         kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
-        resolution: what the data resolve: the epsilon of their dtype times the energy of the target.
+        resolution: resolution of the data: the epsilon of their dtype times the energy of the target.
     """
 
     primal: float
@@ -96,10 +96,7 @@ class Certificate:
 
     @property
     def relative_gap(self) -> float:
-        """gap / primal, or gap / resolution where the target is fitted to all digits of the data; without a gap zero.
-
-        Rows that are small beside others may be farther from their own optimum.
-        """
+        """gap / primal, or gap / resolution if the target is fitted to all digits of the data; zero without a gap."""
         if self.gap == 0:
             return 0.0
         return self.gap / max(self.primal, self.resolution) if self.primal > 0 and isfinite(self.primal) else inf
@@ -212,7 +209,7 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
 
 
 def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
-    """The quadratic about a weight, without products in float64; as it is where H is not definite enough for that."""
+    """Return the quadratic about a weight, without products in float64; unchanged if H is not definite enough."""
     cache = quadratic.cache
     assert cache is not None
     if cache.inverse is UNKNOWN:
@@ -221,12 +218,12 @@ def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
 
 
 def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    """The sizes of the proximal gradient steps of length one, |U - prox_p(U + K)|, in coordinates U = V * scale.
+    """Return the sizes of proximal gradient steps of length 1, |U - prox_p(U + K)|, in coordinates U = V * scale.
 
     Args:
         point: V [m n].
         residual: K [m n], the residual of q there.
-        scale: [n], or of each row [m n].
+        scale: [n], or by row [m n].
 
     Returns:
         [m n].

@@ -1,4 +1,4 @@
-"""The one smooth term: a convex quadratic of the weight whose Gram matrix is shared by all rows."""
+"""The smooth term: a convex quadratic of the weight whose Gram matrix all rows share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,9 +23,9 @@ class Quadratic(SumOfSquares):
 
         q(V) = 1/2 tr(D H D') - tr(D G') + 1/2 sum(e)
 
-    Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
-    H is what SparseGPT and GPTQ call the Hessian, up to a factor. Everything is computed from the small D, so that
-    nothing cancels. Quadratics are closed under addition and non-negative scaling.
+    Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed. H
+    is the Hessian of SparseGPT and GPTQ, up to a factor. Everything is computed from the small D, so that nothing
+    cancels. Quadratics are closed under addition and non-negative scaling.
 
     The tensors, or NumPy arrays, are float32 or float64, all alike.
 
@@ -33,15 +33,15 @@ class Quadratic(SumOfSquares):
         gram: H [n n].
         cross: G [m n].
         energy: e [m].
-        anchor: A [m n], the point near which the solution is expected (the dense weight); None is zero.
-        bound: an upper bound on H's eigenvalues, if one is known.
-        cache: what has been computed of the function, for all quadratics that write it about other anchors.
-        checked: whether to check cheaply that the tensors can be those of a sum of squares (`core._consistency`);
-            a certificate checks it in full. False is for what was computed from tokens or from another quadratic,
-            because the check stops a GPU.
+        anchor: A [m n], a point near the expected solution (the dense weight); None means zero.
+        bound: an upper bound on H's eigenvalues, if known.
+        cache: computed values, shared by quadratics that write the function about different anchors.
+        checked: check cheaply that the tensors can belong to a sum of squares (`core._consistency`); a certificate
+            checks in full. False is for tensors computed from tokens or from a quadratic, because the check stops a
+            GPU.
 
     Raises:
-        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
+        ProblemError: the shapes or dtypes do not fit, or the tensors belong to no sum of squares.
     """
 
     @classmethod
@@ -76,14 +76,14 @@ class Quadratic(SumOfSquares):
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
-        """A pull towards the anchor: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
+        """Return a pull towards the anchor: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
 
         Args:
             anchor: A [m n].
             strength: [n], not negative.
 
         Returns:
-            The quadratic, to be added to another one.
+            The quadratic, to be added to a quadratic.
 
         Raises:
             ProblemError: a strength is negative.
@@ -94,7 +94,7 @@ class Quadratic(SumOfSquares):
         return cls(torch.diag(strength), zero, zero[:, 0], anchor, checked=False)
 
     def scaled(self, scale: Tensor) -> Self:
-        """The same function of U = V * scale.
+        """Return the quadratic as a function of U = V * scale.
 
         Args:
             scale: [n], positive.
@@ -110,7 +110,7 @@ class Quadratic(SumOfSquares):
 
     @cached_property
     def double(self) -> Self:
-        """The same function in float64, for certificates."""
+        """Return the quadratic in float64, for certificates."""
         if self.gram.dtype == torch.float64:
             return self
         anchor = None if self.anchor is None else self.anchor.double()
@@ -119,9 +119,10 @@ class Quadratic(SumOfSquares):
 
     @cached_property
     def unit_free(self) -> tuple[Self, Tensor]:
-        """The same function, in float64, of U = V * scale, and that scale [n]: sqrt(H_jj) up to a power of two.
+        """Return the quadratic in float64 as a function of U = V * scale, and the scale [n]: sqrt(H_jj) up to a power
+        of two.
 
-        Nothing is rounded on the way, and the units of inputs and weights make no difference to what is computed there.
+        Nothing is rounded on the way, and units of inputs and weights do not change the computation.
         """
         scale = power_of_two(self.scale().double())
         gram = self.gram.to(torch.float64, copy=True).div_(scale).div_(scale[:, None])
@@ -130,11 +131,11 @@ class Quadratic(SumOfSquares):
         return self._as_precise(*tensors), scale
 
     def envelope(self, stiffness: float) -> Self:
-        """The Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V.
+        """Return the Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V.
 
         With R = (H + stiffness I)^-1:  gram s - s^2 R,  cross s G R,  energy e - diag(G R G').  Its eigenvalues lie
-        below both H's and `stiffness`, so few iterations solve it; the inner U is V + residual(V) / stiffness.
-        Splitting the weight like this is the relaxation of Zheng et al. (arXiv 1807.05411, SR3).
+        below both H's and `stiffness`, so few iterations solve the problem; the inner U is V + residual(V) / stiffness.
+        Splitting the weight in this way is the relaxation of Zheng et al. (arXiv 1807.05411, SR3).
 
         Args:
             stiffness: positive.
@@ -156,14 +157,14 @@ class Quadratic(SumOfSquares):
         return relaxed
 
     def at(self, anchor: Tensor | None, residual: Tensor | None = None) -> Self:
-        """The same function written about another anchor.
+        """Write the function about a new anchor.
 
         Args:
-            anchor: [m n]; None is zero.
-            residual: the residual at `anchor` [m n]; if it is known, no product is needed.
+            anchor: [m n]; None means zero.
+            residual: the residual at `anchor` [m n]; if known, no product is needed.
 
         Returns:
-            The quadratic; it shares the cache.
+            The quadratic, with a shared cache.
         """
         if anchor is self.anchor:
             return self
@@ -179,12 +180,12 @@ class Quadratic(SumOfSquares):
         return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
 
     def columns(self, chosen: Tensor) -> Self:
-        """The quadratic of the inputs `chosen` [k] alone, where the weights of all others stay at the anchor."""
+        """Return the quadratic of the inputs `chosen` [k] alone; weights of remaining inputs stay at the anchor."""
         anchor = None if self.anchor is None else self.anchor[:, chosen]
         return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
 
     def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
-        """Another quadratic, whose rounding errors are those of the tensors that this one was given."""
+        """Return a quadratic with the rounding errors of this quadratic's given tensors."""
         cache = Cache(gram, self._cache.precision, self._cache.energy)
         return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
 

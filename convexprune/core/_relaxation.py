@@ -23,8 +23,8 @@ class Relaxed:
         point: V [m n], near the minimum.
         weight: the copy of V on which the perspective acts.
         fraction: z [m n] in [0, 1].
-        dual: the sum of their differences [m n].
-        price: the logarithm of what a unit costs that is not zero [lines 1]; None before the first iteration.
+        dual: the sum of the differences between point and weight [m n].
+        price: the logarithm of the price of a non-zero unit [lines 1]; None before the first iteration.
     """
 
     point: Tensor
@@ -39,7 +39,7 @@ class Relaxed:
         return cls(weight, weight, torch.ones_like(weight), torch.zeros_like(weight))
 
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
-        """The same iterate for another split: B * dual stays.
+        """Return the iterate for a new split: B * dual stays.
 
         Args:
             before: the split B so far [m n].
@@ -63,17 +63,17 @@ def relax(
 ) -> Relaxed:
     """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_u(ij) - 1)  over V and 0 <= z <= 1, in a line sum z_u <= kept.
 
-    u(ij) is the unit of an entry: the entry, or the columns that are chosen with it (`Budget`).
-    ADMM between q - 1/2 B V^2 and the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H
-    serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
-    iterations reach what three thousand of accelerated proximal gradient do (lab/tried.md). The price of a non-zero is
-    found inside the prox, by Newton's method.
+    u(ij) is the unit of an entry: the entry, or the columns chosen with it (`Budget`). ADMM between q - 1/2 B V^2 and
+    the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H serves every split of every
+    row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty iterations reach as far as three
+    thousand of accelerated proximal gradient (lab/tried.md). The price of a non-zero is computed inside the prox, by
+    Newton's method.
 
     Args:
         q: the quadratic of weights [m n].
-        inverse: H^-1 [n n], or of quadratics side by side each [e n n].
+        inverse: H^-1 [n n], or for quadratics side by side [e n n].
         split: B [m n].
-        kept: how many units of each line may be not zero [lines 1].
+        kept: the number of non-zero units allowed per line [lines 1].
     """
     weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
     root = (split / 2).sqrt()
@@ -96,21 +96,21 @@ def _gradient(residual: Tensor, split: Tensor, weight: Tensor) -> Tensor:
 
 @fused
 def _target(point: Tensor, dual: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the perspective's prox is taken, and the scores that the price decides about."""
+    """Return the point of the perspective's prox, and the scores that the price decides."""
     target = point + dual
     return target, target.abs() * root
 
 
 @fused
 def _parted(target: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight at which the perspective of a fraction is least, and what it leaves of the target."""
+    """Return the weight with the least perspective at a fraction, and the remainder of the target."""
     weight = target * fraction / (1 + fraction)
     return weight, target - weight
 
 
 @fused
 def fractions(scores: Tensor, price: Tensor) -> Tensor:
-    """The fraction z in [0, 1] of each unit at a price.
+    """Return the fraction z in [0, 1] of every unit at a price.
 
     Args:
         scores: the norm of V sqrt(B / 2) over the unit [lines width].
@@ -123,11 +123,11 @@ def fractions(scores: Tensor, price: Tensor) -> Tensor:
 
 
 def _price(scores: Tensor, kept: Tensor, price: Tensor | None) -> Tensor:
-    """The logarithm of the price at which the fractions of a line sum to `kept` [lines 1], by Newton's method.
+    """Return the logarithm of the price at which the fractions of a line sum to `kept` [lines 1], by Newton's method.
 
-    Its variable is the logarithm of the unit exp(-price / 2). The slope of the sum is that of the scores whose fraction
-    is neither 0 nor 1. A score stays among them for log 2, so steps that are shorter hardly turn in circles. The next
-    iteration goes on from where the last of the few steps ends; another price makes the bound looser, never wrong.
+    The variable is the logarithm of the unit exp(-price / 2). The slope of the sum comes from scores whose fraction is
+    neither 0 nor 1. A score stays among them for log 2, so shorter steps hardly turn in circles. The next iteration of
+    ADMM goes on from the last of the few steps; an inexact price makes the bound looser, never wrong.
     """
     if price is None:  # with a unit at the k-th largest score less than k are kept, with twice that k or more
         k = min(max(int(kept.max()), 1), scores.shape[1])

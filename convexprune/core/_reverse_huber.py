@@ -1,4 +1,4 @@
-"""The reverse Huber penalty: the convex relaxation of a price for each non-zero."""
+"""The reverse Huber penalty: the convex relaxation of a price per non-zero."""
 
 from dataclasses import dataclass
 from math import inf
@@ -13,7 +13,7 @@ from convexprune.errors import ProblemError
 
 @dataclass(frozen=True, eq=False)
 class ReverseHuber(AbstractPenalty):
-    """What non-zeros cost once they may be fractions: linear near zero, a parabola beyond (the perspective penalty).
+    """The cost of fractional non-zeros: linear near zero, a parabola beyond (the perspective penalty).
 
         p(V) = sum_ij min_{0 <= z <= 1} B_ij V_ij^2 / 2 z + mu_ij z
              = sum_ij  sqrt(2 mu B) |V|     if |V| <= sqrt(2 mu / B),     else  B V^2 / 2 + mu
@@ -22,7 +22,7 @@ class ReverseHuber(AbstractPenalty):
     both of a shape that broadcasts to [m n] (Dong, Chen and Linderoth 2015, arXiv 1510.06083).
 
     Raises:
-        ProblemError: a curvature is not positive, a price is negative, or one of them is not finite.
+        ProblemError: a curvature is not positive, a price is negative, or a value is not finite.
     """
 
     curvature: Tensor

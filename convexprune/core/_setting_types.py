@@ -38,7 +38,7 @@ def make(kind: type[Made], name: str, settings: dict[str, Any]) -> Made:
 
 
 def check_settings(made: object) -> None:
-    """Check that every field of a dataclass is what its annotation says; numbers have to be finite."""
+    """Check the fields of a dataclass against their annotations; numbers have to be finite."""
     for name, accepted in _accepted(type(made)).items():
         value = getattr(made, name)
         try:

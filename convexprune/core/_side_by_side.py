@@ -1,4 +1,4 @@
-"""Problems of equal shape as one, so that a GPU is given each step of all of them at once."""
+"""Problems of equal shape as a single problem, so that a GPU gets every step of all problems at once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from convexprune.core._sum_of_squares import UNKNOWN, Cache
 
 @dataclass(frozen=True, eq=False)
 class SideBySide(Quadratic):
-    """Quadratics of e weights [m n], as that of all their rows: the weight is [e m, n], and `gram` is H [e n n].
+    """Quadratics of e weights [m n] as a quadratic of all rows: the weight is [e m, n], and `gram` is H [e n n].
 
-    What a quadratic says of its inputs, `scale` and `dead`, is said for each row: [e m, n]. The factors are computed
-    together; where one of them is none, each problem is treated by itself (`blocks`).
+    Properties of inputs, `scale` and `dead`, are by row: [e m, n]. The factors are computed together; if a factor does
+    not exist, problems are treated singly (`blocks`).
     """
 
     def __post_init__(self, checked: bool) -> None:
@@ -32,10 +32,10 @@ class SideBySide(Quadratic):
 
     @classmethod
     def of(cls, quadratics: Sequence[Quadratic]) -> Self:
-        """Quadratics side by side.
+        """Join quadratics.
 
         Args:
-            quadratics: of weights of one shape, written about anchors, with tensors of one dtype.
+            quadratics: of weights of equal shape, written about anchors, with tensors of a common dtype.
         """
         gram = torch.stack([each.gram for each in quadratics])
         cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
@@ -46,13 +46,13 @@ class SideBySide(Quadratic):
 
     @property
     def parts(self) -> list[slice]:
-        """The rows of each weight."""
+        """The rows of every weight."""
         height = len(self.cross) // len(self.gram)
         return [slice(first, first + height) for first in range(0, len(self.cross), height)]
 
     @cached_property
     def blocks(self) -> list[Quadratic]:
-        """The quadratic of each weight, which shares these tensors."""
+        """Return the quadratic of every weight, with shared tensors."""
         inner, stiffness = self._cache.envelope_of or (None, 0.0)
         blocks = []
         for i, rows in enumerate(self.parts):
@@ -65,44 +65,44 @@ class SideBySide(Quadratic):
         return blocks
 
     def by_block(self, rows: Tensor) -> Tensor:
-        """What is said of all `rows` [e m, ...], for each weight: [e m ...]."""
+        """Split `rows` [e m, ...] by weight: [e m ...]."""
         return rows.unflatten(0, (len(self.gram), -1))
 
     def for_rows(self, values: Tensor) -> Tensor:
-        """What is said of each weight, `values` [e ...], for each of its rows: [e m, ...]."""
+        """Repeat `values` [e ...] by weight for every row: [e m, ...]."""
         height = len(self.cross) // len(values)
         return values[:, None].expand(len(values), height, *values.shape[1:]).flatten(0, 1)
 
     def totals(self, rows: Tensor) -> list[float]:
-        """The sum over the `rows` [e m] of each weight."""
+        """Return the sum over the `rows` [e m] by weight."""
         return self.by_block(rows).sum(1).tolist()
 
     @property
     def norm(self) -> Tensor:
-        """|H|_F of each row's problem [e m, 1]."""
+        """Return |H|_F of the row's problem [e m, 1]."""
         return self.for_rows(super().norm)[:, None]
 
     def scale(self) -> Tensor:
-        """See `SumOfSquares.scale`, for each row [e m, n]."""
+        """Return `SumOfSquares.scale` by row [e m, n]."""
         return self.for_rows(_positive(self._diagonal).sqrt())
 
     @cached_property
     def target_energies(self) -> list[float]:
-        """See `SumOfSquares.target_energy`, of each."""
+        """Return `SumOfSquares.target_energy` by problem."""
         return self.totals(2 * self.values(torch.zeros_like(self.cross)))
 
     def scaled(self, scale: Tensor) -> Self:
-        """See `Quadratic.scaled`; the scale is that of each row [e m, n]."""
+        """Scale as `Quadratic.scaled`; the scale is by row [e m, n]."""
         return self._in_units(self.gram, self.by_block(scale)[:, 0])
 
     @cached_property
     def unit_free(self) -> tuple[Self, Tensor]:
-        """See `Quadratic.unit_free`; the scale is that of each row [e m, n]."""
+        """Scale as `Quadratic.unit_free`; the scale is by row [e m, n]."""
         unit = power_of_two(_positive(self._diagonal).sqrt().double())
         return self._in_units(self.gram.double(), unit), self.for_rows(unit)
 
     def _in_units(self, gram: Tensor, unit: Tensor) -> Self:
-        """The same function of U = V * unit [e n], in the dtype of `gram`."""
+        """Return the quadratic as a function of U = V * unit [e n], in the dtype of `gram`."""
         scale = self.for_rows(unit)
         anchor = None if self.anchor is None else self.anchor * scale
         gram = (gram / unit[:, None]).div_(unit[:, :, None])
@@ -114,7 +114,7 @@ class SideBySide(Quadratic):
 
     @property
     def dead(self) -> Tensor:
-        """See `SumOfSquares.dead`, for each row [e m, n]."""
+        """`SumOfSquares.dead` by row [e m, n]."""
         return self.for_rows(self._dead)
 
     @property
@@ -123,7 +123,7 @@ class SideBySide(Quadratic):
 
     @property
     def factor(self) -> Tensor | None:
-        """See `SumOfSquares.factor`: [e n n], or None if one of them is not safely positive definite."""
+        """`SumOfSquares.factor`: [e n n], or None if a problem is not safely positive definite."""
         if self._cache.factor is UNKNOWN:
             margin = self.gram.shape[1] * torch.finfo(self.gram.dtype).eps * self._diagonal.amax(1, keepdim=True)
             self._cache.factor = cholesky(self.gram + torch.where(self._dead, 1.0, -margin).diag_embed())
@@ -131,14 +131,14 @@ class SideBySide(Quadratic):
 
     @property
     def is_well_conditioned(self) -> bool:
-        """Whether all are, see `SumOfSquares.is_well_conditioned`."""
+        """True if all problems are, see `SumOfSquares.is_well_conditioned`."""
         least = self.gram.shape[1] * torch.finfo(torch.float32).eps * self._diagonal.amax(1)
         factor = self.factor
         return factor is not None and bool((factor.diagonal(dim1=1, dim2=2).amin(1).square() > least).all())
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """Whether all are known to be, because H is definite; see `SumOfSquares.is_sum_of_squares`."""
+        """True if all problems are, because H is definite; see `SumOfSquares.is_sum_of_squares`."""
         unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
         least = self.energy + room_for_rounding(self.gram[0], self._cache.precision) * unit
         return self.factor is not None and bool((2 * self.inverse_form(self.cross) <= least).all())
@@ -163,10 +163,10 @@ def _positive(diagonal: Tensor) -> Tensor:
 def certify_each(
     problem: Problem, weight: Tensor, precise: bool = True, residual: Tensor | None = None
 ) -> list[Certificate]:
-    """The certificates of problems side by side, or of one problem: those of `certify`.
+    """Return the certificates, as of `certify`, of problems side by side, or of a single problem.
 
-    Regular ones are computed together. Where one is not (a value that is not finite, a singular H, certificates without
-    float64), each is computed by itself.
+    Regular problems are certified together. If a problem is irregular (a value that is not finite, a singular H,
+    certificates without float64), problems are certified singly.
 
     Args:
         weight: V [m n], of all problems.

@@ -1,4 +1,4 @@
-"""The size of a Gram matrix: its largest eigenvalue, and units that no rounding goes with."""
+"""The size of a Gram matrix: its largest eigenvalue, and units without rounding."""
 
 import torch
 from torch import Tensor
@@ -24,5 +24,5 @@ def largest_eigenvalue(gram: Tensor) -> float:
 
 
 def power_of_two(size: Tensor) -> Tensor:
-    """The power of two above positive numbers, at most twice as large; one where `size` is zero."""
+    """Return the power of two above positive numbers, at most twice as large; 1 where `size` is zero."""
     return torch.where(size > 0, size / torch.frexp(size).mantissa, torch.ones_like(size))

@@ -1,4 +1,4 @@
-"""A diagonal below the Gram matrix: the part of an error that is separable, one weight at a time."""
+"""A diagonal below the Gram matrix: the separable part of an error."""
 
 import torch
 from torch import Tensor
@@ -101,14 +101,14 @@ def rounding(gram: Tensor) -> float:
 
 
 def is_below(gram: Tensor, split: Tensor) -> bool:
-    """Whether a Cholesky factorisation proves H - B positive semidefinite.
+    """Return True if a Cholesky factorisation proves H - B positive semidefinite.
 
     Args:
         gram: H [n n].
         split: B [n].
 
     Returns:
-        True if it is proven.
+        True with a proof.
     """
     return cholesky(_less(gram, split + rounding(gram))) is not None
 

@@ -1,4 +1,4 @@
-"""A sum of squares of the weight: its values, its residuals, and what a factor of its Gram matrix tells."""
+"""A sum of squares of the weight: values, residuals, and everything that follows from a factor of the Gram matrix."""
 
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
@@ -20,16 +20,16 @@ UNKNOWN: Any = object()  # of what was not tried: None says that there is none
 
 @dataclass(eq=False)
 class Cache:
-    """What does not depend on the anchor, computed at most once for all quadratics that differ only in it.
+    """Values that do not depend on the anchor, computed at most once for all quadratics that differ only in the anchor.
 
     Args:
         gram: H [n n].
-        precision: the rounding error of the dtype in which the tensors were given.
-        energy: the energy [m] that was given.
-        envelope_of: the quadratic whose Moreau envelope this is, and the stiffness; None for any other quadratic.
-        target_energy: see `SumOfSquares.target_energy`; None until it is computed.
-        is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until it is computed.
-        is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until it is computed.
+        precision: the rounding error of the given tensors' dtype.
+        energy: the given energy [m].
+        envelope_of: the quadratic and the stiffness of a Moreau envelope; None for a quadratic that is no envelope.
+        target_energy: see `SumOfSquares.target_energy`; None until computed.
+        is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until computed.
+        is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until computed.
     """
 
     gram: Tensor
@@ -49,16 +49,14 @@ class Cache:
 
     @cached_property
     def gram_of_steps(self) -> Tensor:
-        """H [n n] in the dtype in which steps are multiplied: bfloat16 where the device has it, else H itself."""
+        """H [n n] in the dtype for products of steps: bfloat16 if the device has such products, else H."""
         coarse = self.gram.dtype == torch.float32 and has_bfloat16(self.gram.device)
         return self.gram.bfloat16() if coarse else self.gram
 
 
 @dataclass(frozen=True, eq=False)
 class SumOfSquares:
-    """What can be asked of a `Quadratic`, which says what `gram`, `cross`, `energy`, `anchor`, `bound` and `cache`
-    are.
-    """
+    """The methods of a `Quadratic`, which documents `gram`, `cross`, `energy`, `anchor`, `bound` and `cache`."""
 
     gram: Tensor
     cross: Tensor
@@ -83,15 +81,15 @@ class SumOfSquares:
         return self.cross.shape[0], self.cross.shape[1]
 
     def totals(self, rows: Tensor) -> list[float]:
-        """The sum over the `rows` [m]: one number."""
+        """Return the sum over the `rows` [m]: a single number."""
         return [float(rows.sum())]
 
     def by_block(self, rows: Tensor) -> Tensor:
-        """What is said of all `rows` [m ...], for the weight as a whole: [1 m ...]."""
+        """View `rows` [m ...] as a single block [1 m ...]."""
         return rows[None]
 
     def for_rows(self, values: Tensor) -> Tensor:
-        """What is said of the weight as a whole, `values` [1 ...], for each row: [m ...]."""
+        """Expand `values` [1 ...] of the whole weight to every row: [m ...]."""
         return values.expand(len(self.cross), *values.shape[1:])
 
     @property
@@ -108,10 +106,10 @@ class SumOfSquares:
         return add_product(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
     def residual_after(self, residual: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """The residual after a small step on the way to an answer.
+        """Return the residual after a small step on the way to an answer.
 
-        The product is in bfloat16 where the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
-        change, which is small where the step is. Certificates and reports use `residual`.
+        The product is in bfloat16 if the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
+        change, small for a small step. Certificates and reports use `residual`.
 
         Args:
             residual: K [m n] before the step.
@@ -127,11 +125,11 @@ class SumOfSquares:
         return torch.sub(residual, change, out=change if change.dtype == residual.dtype else None)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """q of each row.
+        """Return q by row.
 
         Args:
             weight: V [m n].
-            residual: the residual at `weight` [m n]; if it is known, no product is needed.
+            residual: the residual at `weight` [m n]; if known, no product is needed.
 
         Returns:
             [m], not negative.
@@ -142,7 +140,7 @@ class SumOfSquares:
 
     @property
     def lipschitz(self) -> float:
-        """An upper estimate of H's largest eigenvalue: the bound, or what the power method says."""
+        """Return an upper estimate of H's largest eigenvalue: the bound, or the power method's value."""
         if self.bound is not None:
             return self.bound
         return self._cache.largest_eigenvalue
@@ -161,14 +159,14 @@ class SumOfSquares:
 
     @property
     def rounding(self) -> Tensor:
-        """The resolution of q [m]: four rounding errors of the energy, in the dtype that it was given in."""
+        """Return the resolution of q [m]: four rounding errors of the energy, in the given dtype."""
         return 4 * self._cache.precision * self._cache.energy.to(self.energy)
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """Whether H is positive semidefinite and every energy large enough for its cross term, up to rounding.
+        """True if H is positive semidefinite and every energy large enough for its cross term, up to rounding.
 
-        Only of a quadratic whose H has a diagonal near one, or zero (`unit_free`).
+        Only for a quadratic whose H has a diagonal near 1, or zero (`unit_free`).
         """
         if self._cache.is_sum_of_squares is None:
             unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
@@ -181,8 +179,8 @@ class SumOfSquares:
     def factor(self) -> Tensor | None:
         """Lower triangular F [n n] with F F' <= H, or None if H is not safely positive definite.
 
-        `rounding_margin` is taken from the diagonal, so that |F^-1 k|^2 errs upwards. Inputs that are always zero get a
-        one on the diagonal, so that they do not spoil the rest; `inverse_form` handles them.
+        `rounding_margin` reduces the diagonal, so that |F^-1 k|^2 errs upwards. Inputs that are always zero get a
+        diagonal of 1, which leaves the rest exact; `inverse_form` handles these inputs.
         """
         if self._cache.factor is UNKNOWN:
             shift = torch.where(self.dead, 1.0, -rounding_margin(self.gram)).to(self.gram)
@@ -191,9 +189,9 @@ class SumOfSquares:
 
     @property
     def is_well_conditioned(self) -> bool:
-        """Whether H, or that of the function whose envelope this is, has pivots above the rounding of float32.
+        """True if H, or the H of the function under an envelope, has pivots above the rounding of float32.
 
-        Its least eigenvalue is not above the least of them, so that a float32 factor of H exists nowhere else.
+        Its least eigenvalue is at most the least pivot, so without such pivots no float32 factor of H exists.
         """
         inner = self if self._cache.envelope_of is None else self._cache.envelope_of[0]
         if inner._cache.is_well_conditioned is None:
@@ -204,14 +202,14 @@ class SumOfSquares:
 
     @property
     def dead(self) -> Tensor:
-        """Which inputs are always zero [n]: the function does not depend on their weights."""
+        """Mask [n] of inputs that are always zero. Their weights do not change the objective."""
         return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
-        """An upper bound on 1/2 k H^-1 k' of each row k.
+        """Return an upper bound on 1/2 k H^-1 k' by row k.
 
-        The conjugate of an envelope is that of the function it relaxes plus |k|^2 / (2 stiffness), so that one
-        factorisation serves all envelopes.
+        The conjugate of an envelope is the conjugate of the relaxed function plus |k|^2 / (2 stiffness), so that a
+        single factorisation serves all envelopes.
 
         Args:
             gradient: the rows k [m n].
@@ -228,7 +226,7 @@ class SumOfSquares:
         return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
 
     def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
-        """What the dual point s K costs: (1 - s)^2 q of each row.
+        """Return the cost of the dual point s K: (1 - s)^2 q by row.
 
         Args:
             values: q [m] where the residual is K.

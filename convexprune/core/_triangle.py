@@ -1,4 +1,4 @@
-"""Symmetric matrices: summed as upper triangles, at little more than half the cost, and their quadratic forms."""
+"""Symmetric matrices: sums as upper triangles, at little more than half the cost, and quadratic forms."""
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def from_upper(triangle: Tensor) -> Tensor:
 
 
 def quadratic_forms(weight: Tensor, matrix: Tensor) -> Tensor:
-    """w_i M w_i' of each row.
+    """Return w_i M w_i' by row.
 
     Args:
         weight: W [m n].
