@@ -113,8 +113,8 @@ def measured() -> list[Way]:
     return [Way(**row) for row in rows]
 
 
-@documented(doors.ADVISE)
 @pinned()
+@documented(doors.ADVISE)
 def advise(model: str | Path | None = None, **settings: Any) -> Advice:
     """List ways to a smaller or faster model that reach a target, with measured costs.
 

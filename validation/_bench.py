@@ -70,8 +70,8 @@ class Bench:
 
 
 @torch.no_grad()
-@documented(doors.BENCH)
 @pinned()
+@documented(doors.BENCH)
 def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Bench:
     """Time a model's largest weights and its generation, dense and in every available format.
 

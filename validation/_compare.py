@@ -51,8 +51,8 @@ Progress = Callable[[int], Callable[[str], None]]
 """Called with the number of steps, returns what is called with a description of each step done."""
 
 
-@documented(COMPARE)
 @pinned()
+@documented(COMPARE)
 def compare(
     model: str | Path | None = None,
     methods: Sequence[str] = UNSET,

@@ -105,8 +105,8 @@ class Evaluation:
         return table
 
 
-@documented(EVALUATE)
 @pinned()
+@documented(EVALUATE)
 def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Evaluation:
     """Measure a model as the field compares models: perplexity, bits per byte, and accuracy on tasks of lm-eval.
 

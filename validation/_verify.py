@@ -160,8 +160,8 @@ class Verification:
         return [solves, *(table for table in (bounds, errors) if table.row_count)]
 
 
-@documented(VERIFY)
 @pinned()
+@documented(VERIFY)
 def verify(
     source: str | Path | None = None, *, on_operator: Callable[[str], None] = lambda _: None, **settings: Any
 ) -> Verification:

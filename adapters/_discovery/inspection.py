@@ -107,8 +107,8 @@ class Inspection:
         yield _needs(self)
 
 
-@documented(INSPECT)
 @pinned()
+@documented(INSPECT)
 def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
     """What a run by these settings would do to a model and need, found without its weights.
 

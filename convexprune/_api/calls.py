@@ -42,8 +42,8 @@ EXCLUDES = {"bits": ("quantize", "group_size"), "quantize": ("bits",)}
 """Settings of a recipe that make room for one that is given beside it, because both together mean nothing."""
 
 
-@documented(PRUNE)
 @pinned()
+@documented(PRUNE)
 def prune(
     model: str | Path | PreTrainedModel | None = None,
     solver: str | AbstractSolver = UNSET,
@@ -129,8 +129,8 @@ def _require_named(settings: Mapping[str, Any]) -> None:
             raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
 
 
-@documented(PERMUTE)
 @pinned()
+@documented(PERMUTE)
 def permute(
     model: str | Path | PreTrainedModel | None = None,
     pattern: str = UNSET,

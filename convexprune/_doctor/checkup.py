@@ -58,8 +58,8 @@ def all_cases(bed: Bed, folder: Path) -> Iterator[Case]:
     yield from runs.cases(bed, folder)
 
 
-@documented(DOCTOR)
 @pinned()
+@documented(DOCTOR)
 def doctor(**settings: Any) -> Checkup:
     """Measure the machine and compare with the needs of a run.
 

@@ -51,6 +51,22 @@ def test_the_workflow_releases_what_a_tag_says():
     assert '.ci/release "$GITHUB_REF_NAME"' in steps and ".ci/run" in steps
 
 
+def test_every_push_and_pull_request_runs_ci():
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert flow[True] == {"push": {"branches": ["**"]}, "pull_request": None}
+    assert ".ci/run" in [step.get("run") for step in flow["jobs"]["run"]["steps"]]
+
+
+def test_before_a_commit_the_checks_are_those_of_ci():
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revisions = {each["repo"].rpartition("/")[2]: each["rev"].removeprefix("v") for each in repositories}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"ruff=={revisions['ruff-pre-commit']}" in project["optional-dependencies"]["lint"]
+    assert {"end-of-file-fixer", "ruff-format", "codespell"} <= {
+        h["id"] for each in repositories for h in each["hooks"]
+    }
+
+
 def test_the_image_runs_both_commands_of_the_readme():
     """What a stage installs and what its container runs make one command of the README together."""
     stages = re.findall(r"^FROM base.*\nRUN (.+)\nCMD (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
