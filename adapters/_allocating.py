@@ -1,4 +1,4 @@
-"""How the zeros of a model are spread over its operators and their rows, by a look at the dense model."""
+"""The allocation of a model's zeros to operators and rows, by a survey of the dense model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,7 +23,7 @@ CHOOSING = 32768  # tokens that choose whole columns: with a quarter of them, th
 
 
 def gradient_windows(rule: str, length: int) -> int:
-    """How many windows of the calibration text a rule needs gradients of."""
+    """Return the number of calibration windows whose gradients a rule needs."""
     if rule == "columns":
         return max(WINDOWS, ceil(CHOOSING / length))
     return min(GRADIENTS, WINDOWS) if rule in WEIGHED else 0
@@ -42,11 +42,11 @@ def allocate_each(
     batch_size: int = 1,
     record: Callable[[], Recorded] = list,
 ) -> list[ModelAllocation]:
-    """For each rule and run asked for, what each operator is allocated, from windows [windows length].
+    """Return an allocation for every requested rule and run, from windows [windows length].
 
-    The dense model is surveyed once for all of them, on the first 16 windows of `calibration` and all of `held_out`,
-    with SparseGPT's weights, so that an allocation does not depend on the method that uses it. Only the rules with
-    curves prune for that; they, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
+    The dense model is surveyed once for all, on the first 16 windows of `calibration` and all of `held_out`, with
+    SparseGPT's weights, so that an allocation does not depend on the method. Only the rules with curves prune for the
+    survey; curves, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
 
     Args:
         calibration: windows [samples length].
@@ -79,7 +79,7 @@ def allocate_each(
 
 
 def _blocks(model: HuggingFaceModel, settings: LayerSettings) -> Iterator[tuple[str, int]]:
-    """The operators whose columns are chosen, and how many of them at once."""
+    """Yield the operators with chosen columns, and the columns of a block."""
     for layer in model.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
@@ -89,7 +89,7 @@ def _blocks(model: HuggingFaceModel, settings: LayerSettings) -> Iterator[tuple[
 
 
 def _rounded(weights: Tensor) -> list[float]:
-    """For a file."""
+    """Round weights for a file."""
     return [float(f"{w:.3g}") for w in weights.tolist()]
 
 
@@ -101,7 +101,7 @@ def allocate(
     batch_size: int,
     store: FolderStore | None,
 ) -> ModelAllocation:
-    """That of a run, found once for all processes that share the store and for whoever goes on with it.
+    """Return the allocation of a run, computed once for all processes that share the store and for resumed runs.
 
     Args:
         calibration: windows [samples length].

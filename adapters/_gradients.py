@@ -1,4 +1,4 @@
-"""How much the outputs and the inputs of each operator move the loss: Fisher estimates on the calibration tokens."""
+"""The effect of operators' outputs and inputs on the loss: Fisher estimates on the calibration tokens."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,16 +27,16 @@ TOGETHER = 32768  # tokens whose inputs of all layers lie on the disk while a mo
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """How much operators, "layer.operator", move the loss: means over tokens.
+    """The effect of operators, "layer.operator", on the loss: means over tokens.
 
-    An expert's are of its own tokens, divided by the number of all: weighing a mean over its tokens, they count them.
+    The squared gradients of an expert are summed over the tokens routed to the expert and divided by the number of all
+    tokens, so that rare experts count less.
 
     Args:
-        outputs: (d loss / d y_i)^2 of the outputs [m]: what an error of size one in y_i costs, twice.
-        inputs: (sum_{j in b} x_j d loss / d x_j)^2 of each block b of inputs [n / block]: what it costs if the operator
-            does not read them, twice; by operator and block, where it was asked for.
-        tokens: |d loss / d y|^2 of each token [windows length], of operators that all tokens reach; where it was asked
-            for.
+        outputs: (d loss / d y_i)^2 of the outputs [m]: twice the cost of an error of size 1 in y_i.
+        inputs: (sum_{j in b} x_j d loss / d x_j)^2 of blocks b of inputs [n / block]: twice the cost of not reading the
+            block; by operator, on request.
+        tokens: |d loss / d y|^2 by token [windows length], of operators that all tokens reach; on request.
     """
 
     outputs: dict[str, Tensor]
@@ -52,19 +52,19 @@ def loss_fisher(
     blocks: Collection[tuple[str, int]] = (),
     by_token: bool = False,
 ) -> Fisher:
-    """The empirical Fisher information of operators.
+    """Return the empirical Fisher information of operators.
 
-    The loss is the summed negative log-likelihood of a window (the labels are the text's own). It is differentiated
-    layer by layer, from the last to the first, so that a model that streams has one decoder layer at a time in memory;
-    what enters each of its layers is recorded meanwhile.
+    The loss is the summed negative log-likelihood of a window (the labels are the text's). It is differentiated by
+    layer, from the last to the first, so that a streamed model has a single decoder layer in memory; the inputs of
+    layers are recorded meanwhile.
 
     Args:
         tokens: token ids [windows length].
-        blocks: operators whose inputs are asked for, and how many consecutive ones count as one.
-        by_token: whether each token's part is asked for.
+        blocks: operators whose inputs are requested, and the number of consecutive inputs in a block.
+        by_token: True if parts by token are requested.
 
     Returns:
-        That of the outputs of all operators, and of the inputs of some.
+        The estimates for the outputs of all operators, and for the inputs of some.
     """
     squares = _Squares(model, blocks, by_token)
     batches = list(tokens.split(batch_size))
@@ -132,11 +132,13 @@ class _Squares:
         self._waiting = set[str]()
 
     def reads(self, pile: str) -> bool:
-        """Whether inputs of a pile of experts, by its "layer.path", are asked for."""
+        """Return True if inputs of a stack of experts, by its "layer.path", are requested."""
         return any(name.startswith(f"{pile}.") for name in self._blocks)
 
     def add(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
-        """Count the gradient [... m] at the outputs of some tokens, and with their inputs x [... n] that of these."""
+        """Count the gradient [... m] at the outputs of some tokens, and with their inputs x [... n] the gradient
+        there.
+        """
         gradient = gradient.float().flatten(0, -2)
         self.sums[name] += gradient.square().sum(0, dtype=torch.float64).to(self.sums[name].device)
         if name in self.tokens:
@@ -154,27 +156,27 @@ class _Squares:
         output.register_hook(partial(self.add, name, inputs[0].detach() if name in self._blocks else None))
 
     def see(self, pile: str, product: Product) -> None:
-        """What a pile of experts, by its "layer.path", tells of its forward pass."""
+        """Take a product of a stack of experts, by its "layer.path", in the forward pass."""
         name = Place(pile, product.slice.parameter, product.slice.index).name
         if name in self._blocks:
             self._seen[name] = product.inputs.detach()
 
     def hear(self, pile: str, product: Product) -> None:
-        """What a pile of experts, by its "layer.path", tells of its backward pass."""
+        """Take a product of a stack of experts, by its "layer.path", in the backward pass."""
         name = Place(pile, product.slice.parameter, product.slice.index).name
         if name in self.sums:
             self.add(name, self._seen.pop(name, None), product.inputs)
 
     def require_all(self) -> None:
-        """Raise a RuntimeError if a module was watched whose outputs got no gradient since."""
+        """Raise a RuntimeError if a watched module's outputs got no gradient."""
         if self._waiting:
             raise RuntimeError(f"no gradient reaches the outputs of {min(self._waiting)}.")
 
 
 class _Backward:
-    """The step of a walk from the last layer to the first: squares and adds the gradients of a layer's operators.
+    """The step of a walk from the last layer to the first: add squared gradients of a layer's operators.
 
-    `gradients` are those of what leaves the layer, of each batch; then they are those of what enters it.
+    `gradients` are those at the layer's outputs, by batch; afterwards those at its inputs.
     """
 
     def __init__(self, gradients: list[Tensor], squares: _Squares) -> None:

@@ -1,4 +1,4 @@
-"""A model of Hugging Face transformers, seen as decoder layers that can be called one by one."""
+"""A model of Hugging Face transformers as decoder layers that can be called singly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -38,26 +38,25 @@ PROBE_TOKENS = 16
 
 
 class HuggingFaceModel(AbstractModel):
-    """A causal language model and, to read text, its tokenizer; loaded, or with layers that come out of shards.
+    """A causal language model and, to read text, its tokenizer; loaded, or with layers streamed from shards.
 
-    The model is used in place: it is put in evaluation mode and its parameters stop asking for gradients, until it is
-    given back (`lent`). `layers` holds every decoder layer; the stages of each hold only the operators to be pruned.
-    `left_alone` lists every other linear map of the model, and every other matrix of its decoder layers, with the
-    reason.
+    The model is used in place: evaluation mode, and parameters without gradients, until the model is given back
+    (`lent`). `layers` holds every decoder layer; the stages hold only the operators to prune. `left_alone` lists every
+    other linear map of the model, and every other matrix of its decoder layers, with the reason.
 
     Args:
         model: the model of transformers.
-        tokenizer: of the model, if it has one.
-        name: what to call it; None is its own name.
+        tokenizer: tokenizer of the model, or None.
+        name: name in messages; None means the model's name.
         targets: see `convexprune.adapters._discovery.selection.left_alone`.
         ignore: see `convexprune.adapters._discovery.selection.left_alone`.
-        shards: where its layers come from if it streams.
-        whole_because: why it does not stream.
+        shards: source of the layers of a streamed model.
+        whole_because: reason why the model is not streamed.
 
     Raises:
-        ModelError: the model is quantized, not loaded, wrapped in an adapter or not finite; its decoder layers are
-            not to be found, or do not give its own outputs when they are called one by one; `targets` or `ignore`
-            name what does not exist or leave nothing to prune.
+        ModelError: the model is quantized, not loaded, wrapped in an adapter or not finite; its decoder layers are not
+            recognised, or do not reproduce the model's outputs when called singly; `targets` or `ignore` name unknown
+            operators or leave nothing to prune.
         RecipeError: `targets` or `ignore` hold a bad regular expression.
     """
 
@@ -106,7 +105,7 @@ class HuggingFaceModel(AbstractModel):
         self.choose(targets, ignore)
 
     def choose(self, targets: Sequence[str], ignore: Sequence[str] = (), **reason: str) -> None:
-        """Prune these operators, and no others.
+        """Choose the operators to prune.
 
         Args:
             targets: see `convexprune.adapters._discovery.selection.left_alone`.
@@ -114,7 +113,7 @@ class HuggingFaceModel(AbstractModel):
             reason: see `convexprune.adapters._discovery.selection.left_alone`, by its name `because`.
 
         Raises:
-            ModelError: they name what does not exist or leave nothing to prune.
+            ModelError: unknown operators, or nothing left to prune.
             RecipeError: a bad regular expression.
         """
         reasons = left_alone(self.model, self._layouts, targets, ignore, **reason)
@@ -123,11 +122,11 @@ class HuggingFaceModel(AbstractModel):
 
     @contextmanager
     def lent(self, undo: bool = False) -> Iterator[Self]:
-        """Inside, the model is a run's; afterwards its modules' modes and `requires_grad` are as they were given.
+        """Lend the model to a run; afterwards its modules' modes and `requires_grad` are restored.
 
         Args:
-            undo: restore the weights of its decoder layers, too, if the run raises. It costs a copy of the layers that
-                have changed, in the memory of the CPU.
+            undo: restore the weights of its decoder layers, too, if the run raises. This costs a copy of changed
+                layers, in the memory of the CPU.
 
         Yields:
             The model.
@@ -149,7 +148,7 @@ class HuggingFaceModel(AbstractModel):
 
     @property
     def folder(self) -> Path | None:
-        """The folder that it was read from; None if it was a name on the hub that was loaded whole, or nobody knows."""
+        """The model's folder; None for a name on the hub that was loaded whole, or if unknown."""
         if self.shards is not None:
             return self.shards.folder
         path = Path(self.name).expanduser()
@@ -157,7 +156,7 @@ class HuggingFaceModel(AbstractModel):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go; of an offloaded model, where accelerate computes."""
+        """The device of token ids; for an offloaded model, where accelerate computes."""
         own = self.model.get_input_embeddings().weight
         assert isinstance(own, Tensor)
         if not own.is_meta:
@@ -166,7 +165,7 @@ class HuggingFaceModel(AbstractModel):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids run from 0 to one less than this."""
+        """Size of the vocabulary: token ids run from 0 to one less."""
         embedding = self.model.get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
         return embedding.num_embeddings
@@ -177,7 +176,7 @@ class HuggingFaceModel(AbstractModel):
         return positions(self.model.config)
 
     def origin(self) -> Origin:
-        """What this model was made of, as it is now: of its files if it streams, else of what is in memory.
+        """Return checksums of the model's present sources: files if streamed, else tensors in memory.
 
         Returns:
             The checksums.
@@ -202,7 +201,7 @@ class HuggingFaceModel(AbstractModel):
             self.shards.prefetch(layer)
 
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
-        """See `AbstractModel.state`; what is offloaded comes from where it is kept."""
+        """Return the layer's tensors; offloaded tensors come from their place of storage."""
         return {name: tensor_of(layer.module, name) for name in layer.module.state_dict()}
 
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
@@ -213,7 +212,7 @@ class HuggingFaceModel(AbstractModel):
             put(layer.module.get_submodule(path), last, value)
 
     def keep(self, layer: DecoderLayer) -> None:
-        """See `AbstractModel.keep`; only while it is lent so that it can be undone."""
+        """Note the layer's weights, if the model is lent with `undo`."""
         if self._keeps:
             self._original.keep(layer.name, self.state(layer))
 
@@ -224,9 +223,9 @@ class HuggingFaceModel(AbstractModel):
 
     @torch.no_grad()
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a batch of this shape; recorded on a forward pass.
+        """Return the calls of all decoder layers for a batch of this shape, recorded in a forward pass.
 
-        Layer by layer, because some families give each layer its own mask or rotary table.
+        Calls differ by layer, because some families give every layer a separate mask or rotary table.
         """
         self._recorder = CallRecorder(self.name, self.layers)
         with self.resident(self.layers[0]):
@@ -247,28 +246,29 @@ class HuggingFaceModel(AbstractModel):
         return self.first_inputs(batch), self.calls(batch)
 
     def _look_at_layers(self) -> dict[str, Layout]:
-        """The layout of each layer by its name; equal layers are watched once."""
+        """Return the layout of layers by name; equal layers are watched once."""
         found = of_each_kind(self, lambda layer, call, hidden: discover(layer.module, call, hidden))
         return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
 
     def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """The positions that predict a token, in pieces as large as logits are computed at once.
+        """Return the positions that predict a token, in pieces of the size at which logits are computed.
 
         Args:
             batch: token ids [batch tokens].
 
         Returns:
-            The positions of each piece.
+            The positions by piece.
         """
         return pieces(self.model, batch)
 
     def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The logits that the hidden states after the last decoder layer lead to; they have gradients if these have.
+        """Return the logits of hidden states after the last decoder layer, with gradients if the hidden states have
+        them.
 
         Args:
             batch: token ids [batch tokens].
             hidden: after the last decoder layer [batch tokens hidden].
-            positions: which are wanted; None is all.
+            positions: requested positions; None means all.
 
         Returns:
             [batch positions vocabulary].
@@ -290,7 +290,7 @@ class HuggingFaceModel(AbstractModel):
             return self.model.base_model(input_ids=batch.to(self.device), use_cache=False)[0]
 
     def normed(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        """The hidden states that the head gets: those after the final norm.
+        """Return the inputs of the head: hidden states after the final norm.
 
         Args:
             batch: token ids [batch tokens].

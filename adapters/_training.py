@@ -16,19 +16,19 @@ from convexprune.errors import ModelError
 
 @contextmanager
 def keep_zeros(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Inside, the weights of a pruned model that are zero stay zero, whatever trains it.
+    """Keep the zero weights of a pruned model at zero during any training.
 
-    Every exact zero counts that a matrix has now; embeddings and matrices of zeros only (the fresh ones of an adapter)
-    are left to train. Gradients are zero there, so that neither momentum nor clipping sees them, and what an optimizer
-    of torch writes there all the same is undone after each step. An adapter (LoRA of peft) acts on the other weights
-    only, so that a model computes the same before and after it is merged: merge it inside. It takes a byte for each
-    weight of these matrices, and with an adapter one more product for each of its layers.
+    All present exact zeros of a matrix count; embeddings, and matrices of zeros only (the fresh ones of an adapter),
+    train freely. Gradients are zero there, so that neither momentum nor clipping sees them, and writes of a torch
+    optimizer there are undone after every step. An adapter (LoRA of peft) acts on the remaining weights only, so that
+    the model's function stays the same after merging: merge inside the context. The cost is a byte per weight of these
+    matrices, and with an adapter a further product per adapted layer.
 
     Args:
-        model: the model, with the adapter if it has one, on the device where it is trained.
+        model: the model, with its adapter, if any, on the device of the training.
 
     Yields:
-        How many zeros are kept, by the name of the parameter.
+        Numbers of kept zeros by name of the parameter.
 
     Raises:
         ModelError: no matrix has zeros, or a parameter is not in memory (offloaded, or sharded by DeepSpeed).
@@ -46,30 +46,30 @@ def keep_zeros(model: nn.Module) -> Iterator[dict[str, int]]:
 
 
 class KeepZeros(TrainerCallback):
-    """`keep_zeros` for the Trainer of transformers, from the beginning of its training to the end.
+    """`keep_zeros` for the Trainer of transformers, from the beginning of the training to the end.
 
-    An adapter that is merged after the training is not seen: merge it within `keep_zeros`.
+    A merge after the training is not seen: merge an adapter within `keep_zeros`.
     """
 
     def __init__(self) -> None:
         self._kept = ExitStack()
 
     def on_train_begin(self, *given: Any, **named: Any) -> None:
-        """Begin with the zeros that the model has now.
+        """Begin with the present zeros of the model.
 
         Args:
             given: settings and state of the Trainer.
-            named: its parts, "model" among them.
+            named: parts of the Trainer, "model" among them.
         """
         self._kept.close()  # of a training that has failed
         self._kept.enter_context(keep_zeros(named["model"]))
 
     def on_train_end(self, *given: Any, **named: Any) -> None:
-        """Let go of them.
+        """Release the zeros.
 
         Args:
             given: settings and state of the Trainer.
-            named: its parts.
+            named: parts of the Trainer.
         """
         self._kept.close()
 
@@ -99,7 +99,7 @@ def _zeros(model: nn.Module) -> Zeros:
 
 
 def _adapters(model: nn.Module, zeros: Zeros) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Each adapted layer of peft whose weight has zeros, and where."""
+    """Yield the adapted layers of peft whose weight has zeros, with the zeros."""
     masks = {id(parameter): mask for parameter, mask in zeros.values()}
     for name, module in model.named_modules():
         mask = masks.get(id(getattr(getattr(module, "base_layer", None), "weight", None)))
@@ -115,7 +115,7 @@ def _without(mask: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _on_others_only(mask: Tensor, adapter: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
-    """The output of a layer with LoRA, without what the adapter would add to weights that are zero."""
+    """Return the output of a layer with LoRA, without the adapter's additions to zero weights."""
     active = [name for name in adapter.active_adapters if name in adapter.lora_A]
     if adapter.disable_adapters or adapter.merged or not active:
         return output

@@ -1,1 +1,1 @@
-"""Channels that may change places, and the order of which N:M prunes less."""
+"""Sets of channels that may change places, and orders in which N:M prunes less."""

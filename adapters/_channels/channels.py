@@ -1,6 +1,6 @@
-"""Channels that may change places: axes of parameters which have to be ordered alike.
+"""Channels that may change places: axes of parameters that have to be ordered alike.
 
-Which they are is found by experiments, as no architecture is known here: `inner_channels` and `hidden_channels`.
+Experiments find the sets, because no architecture is known here: `inner_channels` and `hidden_channels`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,17 +23,17 @@ HIDDEN = "hidden states"
 
 
 class NotPermutable(Exception):
-    """Why channels have to stay in their order."""
+    """The reason why channels have to stay in order."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Some entries of one dimension of a parameter.
+    """Entries along a dimension of a parameter.
 
     Args:
-        parameter: its name, from the layer or from the model.
-        index: of fused experts, the number of the expert.
-        block: how many consecutive entries belong together; 1: each is a channel of its own.
+        parameter: name, from the layer or from the model.
+        index: number of the expert, in fused experts.
+        block: consecutive entries of a channel; 1: an entry is a channel.
     """
 
     parameter: str
@@ -48,7 +48,7 @@ class Axis:
 
     @torch.no_grad()
     def order(self, parameter: Tensor, order: Tensor) -> None:
-        """Put the entries, or blocks of them, in another order.
+        """Reorder the entries, or blocks of entries.
 
         Args:
             order: [channels].
@@ -58,17 +58,17 @@ class Axis:
         part.copy_(part.index_select(self.dim, entries))
 
     def entries(self, numbers: Iterable[int]) -> list[int]:
-        """Where in the dimension the channels with these `numbers` are."""
+        """Return the positions, along the dimension, of channels with these `numbers`."""
         return [self.start + number * self.block + i for number in numbers for i in range(self.block)]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that may change places: with all axes ordered alike the model computes the same.
+    """Channels that may change places: with all axes ordered alike the model's function stays the same.
 
     Args:
-        axes: those that are no inputs of operators.
-        consumers: those that are inputs of operators, whose patterns depend on the order.
+        axes: axes that are no inputs of operators.
+        consumers: axes that are inputs of operators, whose patterns depend on the order.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Channels:
     consumers: tuple[Axis, ...]
 
     def order(self, module: nn.Module, order: Tensor) -> None:
-        """Put the channels in another order.
+        """Reorder the channels.
 
         Args:
             order: [size].
@@ -87,7 +87,7 @@ class Channels:
 
     @contextmanager
     def ordered(self, module: nn.Module, order: Tensor) -> Iterator[None]:
-        """Inside, the channels are in another order.
+        """Reorder the channels during a context.
 
         Args:
             order: [size].
@@ -99,7 +99,7 @@ class Channels:
             self.order(module, order.argsort())
 
     def of_layer(self, layer: str) -> "Channels":
-        """The same channels, named from the model; `layer` is the path of the layer in it."""
+        """Return the channels with names from the model; `layer` is the path of the layer."""
 
         def named(axes: Sequence[Axis]) -> tuple[Axis, ...]:
             return tuple(replace(axis, parameter=f"{layer}.{axis.parameter}") for axis in axes)
@@ -117,20 +117,17 @@ class Channels:
 
 
 def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two tensors are equal up to the rounding of sums.
+    """Return True if two tensors are equal up to the rounding of sums.
 
     Args:
-        dtype: in which the sums are computed.
-
-    Returns:
-        True if they are.
+        dtype: dtype of the sums.
     """
     tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)
     return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
 
 
 def rows(operator: AbstractOperator, start: int, block: int = 1) -> list[Axis]:
-    """The axes of an operator's outputs: of its weight, and of its bias if it has one."""
+    """Return the axes of an operator's outputs: of its weight, and of its bias, if any."""
     assert isinstance(operator, ParameterOperator)
     place = operator.place
     axes = [Axis(place.path, int(place.transposed), start, place.index, block)]

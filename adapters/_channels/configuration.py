@@ -1,4 +1,4 @@
-"""A model's configuration with another number in it: which settings may say a size, and the shapes that come of it."""
+"""Change a number in a model's configuration: the settings that may declare a size, and the resulting shapes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,11 +34,7 @@ def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
 
 
 def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
-    """Settings that may say a size.
-
-    Yields:
-        Those that have its value, and then those that are left to the model.
-    """
+    """Yield settings that may declare a size: first settings with its value, then settings left to the model."""
     text = config.get_text_config()
     inside = () if text is config else tuple(name for name, value in vars(config).items() if value is text)[:1]
     values = text.to_dict()
@@ -57,13 +53,13 @@ def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
 
 
 def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A model of the same class with other settings, its parameters without memory."""
+    """Return a model of the same class with new settings and parameters without memory."""
     with parameters_on_meta():
         return type(model)(type(model.config).from_dict(deepcopy(dict(settings))))
 
 
 def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
-    """The shapes of the parameters of a model with other settings."""
+    """Return the parameters' shapes of a model with new settings."""
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
     except REFUSALS:
@@ -71,7 +67,7 @@ def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
 
 
 def require_shapes(model: PreTrainedModel, settings: Mapping[str, Any], expected: Shapes) -> None:
-    """Check that a model with other settings has the parameters that it should have."""
+    """Check that a model with new settings has the expected parameters."""
     if (found := shapes_of(model, settings)) == expected:
         return
     name = next(n for n in (*expected, *found) if found.get(n) != expected.get(n))

@@ -1,4 +1,4 @@
-"""A parameter without some channels: its shape, its values, and where it is stored."""
+"""A parameter without some channels: shape, values, and place of storage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from convexprune.errors import ModelError
 
 @dataclass(frozen=True)
 class Cut:
-    """What is removed of one dimension of a parameter, or of each expert in it.
+    """The removal along a dimension of a parameter, or of every expert inside.
 
     Args:
-        dim: the dimension, of the parameter or of the matrix of an expert.
-        removed: the numbers of what is removed, by the number of the expert; None is the parameter itself.
-        reads: whether the channels are inputs: what is removed of it is zero.
+        dim: the dimension, of the parameter or of an expert's matrix.
+        removed: removed positions, by the number of the expert; None is the parameter itself.
+        reads: True if the channels are inputs: removed entries are zero.
     """
 
     dim: int
@@ -25,7 +25,7 @@ class Cut:
     reads: bool
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what is left of a parameter."""
+        """Return the remaining shape of a parameter."""
         counts = {len(set(numbers)) for numbers in self.removed.values()}
         experts = None not in self.removed
         if len(counts) != 1 or (experts and self.removed.keys() != set(range(shape[0]))):
@@ -34,17 +34,17 @@ class Cut:
         return tuple(size - count if i == dim else size for i, size in enumerate(shape))
 
     def of(self, tensor: Tensor) -> Tensor:
-        """What is left of a `tensor`."""
+        """Return the remaining part of a `tensor`."""
         if None in self.removed:
             return tensor.index_select(self.dim, self._kept(None, tensor).to(tensor.device))
         parts = (part.index_select(self.dim, self._kept(i, part).to(part.device)) for i, part in enumerate(tensor))
         return torch.stack(list(parts))
 
     def back(self, small: Tensor, dense: Tensor) -> Tensor:
-        """What is left, put back to its places.
+        """Put a remaining part back to its places.
 
         Args:
-            dense: of the whole shape; gives what was removed, unless that is read.
+            dense: tensor of the whole shape; supplies the removed entries, unless they are inputs.
         """
         whole = torch.zeros_like(dense) if self.reads else dense.clone()
         for index in self.removed:
@@ -60,14 +60,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutEntry(Entry):
-    """A tensor in a file, of which some channels are not read."""
+    """A tensor in a file whose removed channels are skipped."""
 
     whole: Entry | None = None
     cut: Cut | None = None
 
     @classmethod
     def without(cls, whole: Entry, cut: Cut) -> "CutEntry":
-        """What is left of an entry."""
+        """Return the remaining part of an entry."""
         shape = cut.shape(whole.spec.shape)
         before, after = torch.Size(whole.spec.shape).numel(), torch.Size(shape).numel()
         spec = Spec(whole.spec.code, shape, whole.spec.nbytes // before * after)

@@ -1,8 +1,8 @@
-"""Attention heads removed for good, a KV group at a time: what of each parameter is of it, and what says how many.
+"""Remove attention heads for good, by KV group: the parts of parameters that belong to a group, and the settings.
 
-A KV group is a key/value head with all query heads that attend to it. Its columns are those of one operator, which
-reads what the heads make; all else that is of it follows from what becomes smaller in a model with fewer, and from
-experiments: entries of it that are doubled change inputs of that operator, and these have to be of one group.
+A KV group is a key/value head with all query heads that attend to it. Its columns are columns of a single operator, the
+reader of the heads' outputs. All further parts follow from the parameters that shrink in a model with fewer groups, and
+from experiments: entries that are doubled change inputs of the reader, and these have to be of a single group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ DIM = "head_dim"
 
 @dataclass(frozen=True)
 class _Values:
-    """What is known of a model's heads from where their values go.
+    """Facts on a model's heads that follow from the way of their values.
 
     Args:
-        readers: the names of the operators that read them.
-        touched: the names of parameters that certainly are of the heads.
-        groups: how many KV groups each reader reads.
-        operator: the name in its layer of the first reader.
-        layers: what the names begin with of parameters in the layers of the readers.
+        readers: names of the operators that read the values.
+        touched: names of parameters that certainly belong to the heads.
+        groups: number of KV groups by reader.
+        operator: name, in its layer, of the first reader.
+        layers: prefixes of parameters in the layers of the readers.
     """
 
     readers: frozenset[str]
@@ -53,7 +53,7 @@ class _Values:
     layers: tuple[str, ...]
 
     def are_all_of(self, dims: Mapping[str, int]) -> bool:
-        """Whether what becomes smaller is of these heads: all that certainly is, and nothing in other layers."""
+        """Return True if the shrunk parameters belong to these heads: all certain ones, and none in further layers."""
         return self.touched <= dims.keys() and all(name.startswith(self.layers) for name in dims)
 
 
@@ -72,7 +72,7 @@ def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
 
 
 def _values(model: HuggingFaceModel) -> _Values:
-    """Those of all decoder layers, which have to be alike: of each KV head, the columns that its values go to."""
+    """Return the facts of all decoder layers, which have to be alike: by KV head, the columns of its values."""
     found = dict[str, list[Channels]]()
     for one in inner_channels(model):
         name, inside, _ = one.name.partition("[")
@@ -92,7 +92,7 @@ def _values(model: HuggingFaceModel) -> _Values:
 
 
 def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowing, dict[str, int]]:
-    """Settings that say how many groups are left, and the dimension of each parameter that becomes smaller by them."""
+    """Return settings that declare the remaining groups, and by shrunk parameter its dimension."""
     shapes, settings = {name: tuple(p.shape) for name, p in model.model.named_parameters()}, settings_of(model)
     number, nearest = left, None
     for number in sorted(range(1, values.groups), key=lambda number: (abs(number - left), -number)):
@@ -112,7 +112,9 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
 
 
 def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator[Narrowing]:
-    """Settings that may say how many groups are left: as many as may be, of those that have the numbers now."""
+    """Yield settings that may declare the remaining groups: as many as possible of the settings with the present
+    numbers.
+    """
     config, text = model.model.config, model.model.config.get_text_config()
     places: dict[Place, int] = {
         place: number
@@ -128,12 +130,14 @@ def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator
 
 
 def _width(config: PretrainedConfig, heads: int) -> int:
-    """What the setting for the width of heads is, or has to be so that it does not follow from their number."""
+    """Return the setting for the width of heads, or the value that keeps the width independent of the number of
+    heads.
+    """
     return getattr(config, DIM, None) or config.hidden_size // heads
 
 
 def _smaller(shapes: Shapes, built: Shapes, groups: int, left: int) -> dict[str, int]:
-    """The dimension of each parameter that has so many fewer entries in it; none if something else is different."""
+    """Return the dimension of every parameter that loses the expected entries; empty if anything else differs."""
     found = dict[str, int]()
     for name, shape in shapes.items() if shapes.keys() == built.keys() else ():
         different = [dim for dim, pair in enumerate(zip(shape, built[name], strict=True)) if pair[0] != pair[1]]
@@ -180,7 +184,9 @@ def _of_layer(
 def _groups(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], starts: range, call: Call, hidden: Tensor, width: int
 ) -> list[int]:
-    """The KV group of each block of entries: that which they change, with half of them doubled; -1: not one alone."""
+    """Return the KV group of every block of entries, by the changes after doubling half of the blocks; -1: not a single
+    group.
+    """
     found = list[int]()
     for start in starts:
         each = [replace(axis, start=start) for axis in axes]
@@ -191,9 +197,9 @@ def _groups(
 
 
 def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
-    """Where runs of blocks begin that are of each group in turn, and how many of each; None if they are none.
+    """Return the beginnings and lengths of runs of blocks, a run for every group in turn; None without such runs.
 
-    Of fused q, k and v there are three: the query heads of all groups, then their keys, then their values.
+    Of fused q, k and v there are three: query heads of all groups, then keys, then values.
     """
     runs, at = list[tuple[int, int]](), 0
     while at < len(found):
@@ -208,9 +214,9 @@ def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
 
 
 def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
-    """Check that layers of the smaller model compute what the dense ones do with zeros in place of some heads.
+    """Check that layers of the smaller model compute the dense layers' function with zeros in place of some heads.
 
-    Settings may say more than shapes: what scores are divided by, say.
+    Settings may decide more than shapes: the divisor of attention scores, say.
     """
     narrowed = found.without({one.name: range(found.count(one.size)) for one in found.sets})
     smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()
@@ -232,7 +238,7 @@ def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
 
 
 class _With(nn.Module):
-    """A module with other tensors, whose names begin with that of the layer."""
+    """A module with replaced tensors, whose names begin with the layer's."""
 
     def __init__(self, module: nn.Module, state: Mapping[str, Tensor], layer: str) -> None:
         super().__init__()
@@ -242,5 +248,5 @@ class _With(nn.Module):
         self._run = partial(functional_call, module, buffers | own)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns with them."""
+        """Run the module with the replaced tensors."""
         return self._run(args, kwargs)

@@ -1,4 +1,4 @@
-"""The channels of the hidden states, through the whole model, by experiment: layers are tried with another order."""
+"""The channels of the hidden states, through the whole model, by experiment: layers are tried in a new order."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,9 +21,9 @@ Inputs = Mapping[Group, Tensor]
 
 @torch.no_grad()
 def hidden_channels(model: HuggingFaceModel) -> Channels:
-    """The channels of the hidden states, from the embedding to the head.
+    """Return the channels of the hidden states, from the embedding to the head.
 
-    What lies outside of the decoder layers is not tried here: the outputs of the whole model show whether it is right.
+    Parameters outside the decoder layers are not tried here: the outputs of the whole model are the check.
     """
     outside = _outside(model)
     found = zip(model.layers, of_each_kind(model, _through), strict=True)
@@ -36,7 +36,7 @@ def hidden_channels(model: HuggingFaceModel) -> Channels:
 
 
 def _outside(model: HuggingFaceModel) -> dict[str, nn.Parameter]:
-    """The parameters outside of the decoder layers, all of which have to be used for text."""
+    """Return the parameters outside the decoder layers, all of which have to be used for text."""
     within = tuple(f"{layer.name}." for layer in model.layers)
     outside = {name: p for name, p in model.model.named_parameters() if not name.startswith(within)}
     used = set[str]()
@@ -53,7 +53,7 @@ def _outside(model: HuggingFaceModel) -> dict[str, nn.Parameter]:
 
 
 def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
-    """The axes of the hidden states in a layer; of its vectors either all that are as long, or those of its own
+    """Return the axes of the hidden states in a layer; of its vectors either all of equal length, or those of its
     norms.
     """
     size = hidden.shape[-1]
@@ -68,11 +68,11 @@ def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
 
 
 def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequence[Axis]) -> Channels | None:
-    """The axes found stage by stage, with the hidden states and what is found of the layer in another order.
+    """Return the axes found by stage, with hidden states and known parts of the layer in a new order.
 
-    What a group then sees is in that order too, so its columns have to be; or as before, so its rows have to be if
-    they are as many, for their outputs are added to the hidden states. None if neither, or if the layer then computes
-    something else.
+    If a group's inputs then have the new order, its columns get the new order; if they are unchanged, its rows do if
+    there are as many, because its outputs are added to the hidden states. None in all further cases, or if the layer's
+    function changes.
     """
     size = hidden.shape[-1]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(hidden.device)
@@ -96,7 +96,7 @@ def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequ
 def _of_stage(
     layer: DecoderLayer, stage: Sequence[Group], before: Inputs, seen: Inputs, order: Tensor
 ) -> Channels | None:
-    """The axes of the groups of a stage, by what they saw before, and see now."""
+    """Return the axes of a stage's groups, by inputs before and after the change."""
     axes, consumers = list[Axis](), list[Axis]()
     roles: dict[str, bool | None] = {}  # of an expert that no token reaches, its siblings'
     for group in sorted(stage, key=lambda group: group not in seen):
@@ -114,7 +114,7 @@ def _of_stage(
 
 
 def _reads(before: Tensor, now: Tensor, order: Tensor) -> bool | None:
-    """Whether what was seen before is now in this order, or (false) as it was; None if neither."""
+    """Return True if inputs appear in the new order, False if unchanged, None otherwise."""
     if before.shape != now.shape:
         return None
     if before.shape[-1] == len(order) and close(before[..., order], now, before.dtype):

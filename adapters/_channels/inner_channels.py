@@ -1,7 +1,7 @@
-"""Channels inside of decoder layers that may change places, by experiment: in MLPs, attention heads and experts.
+"""Channels inside decoder layers that may change places, by experiment: in MLPs, attention heads and experts.
 
-Outputs of an operator that are doubled show which inputs of a later one they reach one by one; these channels are then
-tried in another order, and kept only if the outputs of the later one stay the same.
+Doubled outputs of an operator show the inputs of a later operator that they reach singly. These channels are then tried
+in a new order, and kept only if the later operator's outputs stay the same.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,9 @@ Source = tuple[AbstractOperator, int, int]
 
 @torch.no_grad()
 def inner_channels(model: HuggingFaceModel) -> list[Channels]:
-    """The channels inside of decoder layers: of each operator whose inputs come from other operators one by one."""
+    """Return the channels inside decoder layers: for every operator whose inputs come singly from outputs of
+    operators.
+    """
     head = head_size(model.model.config)
     found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
     each = zip(model.layers, found, strict=True)
@@ -50,7 +52,7 @@ def _inside(layer: DecoderLayer, call: Call, hidden: Tensor, head: int) -> Itera
 def _in_experts(
     layer: DecoderLayer, earlier: Sequence[Group], stage: Sequence[Group], call: Call, hidden: Tensor
 ) -> Iterator[Channels]:
-    """Those inside of the experts of a stage: tried on one that tokens reach, and the same in its siblings."""
+    """Yield the channels inside the experts of a stage: tried on an expert with tokens, and equal in its siblings."""
     families: dict[str, dict[str, Group]] = {}
     for group in stage:
         if not group.token_aligned:
@@ -77,10 +79,10 @@ def _in_experts(
 def _coupled(
     layer: DecoderLayer, group: Group, earlier: Sequence[AbstractOperator], call: Call, hidden: Tensor, size: int
 ) -> dict[tuple[int, ...], list[Source]]:
-    """For blocks of `size` inputs of the group, by their numbers: the outputs that reach these one by one.
+    """Return, by block of `size` inputs of the group, the outputs that reach these inputs singly.
 
-    An operator may have more outputs for each block than reach it so: keys beside values, as in MLA. Or those that
-    reach one input stand side by side: a gate and its value, as in gpt-oss.
+    An operator may have more outputs per block: keys beside values, as in MLA. Or outputs that reach an input stand
+    side by side: a gate and its value, as in gpt-oss.
     """
     found: dict[tuple[int, ...], list[Source]] = {}
     blocks, rest = divmod(group.operators[0].shape[1], size)
@@ -99,7 +101,7 @@ def _coupled(
 
 
 def _together(found: Mapping[tuple[int, ...], list[Source]]) -> dict[tuple[int, ...], list[Source]]:
-    """Outputs that reach one block in common change places together: a gate of each query head, and their values."""
+    """Join outputs that reach a common block: they change places together, as a gate of a query head and its values."""
     merged: dict[tuple[int, ...], list[Source]] = {}
     for reached, sources in found.items():
         common = [other for other in merged if not set(other).isdisjoint(reached)]
@@ -120,7 +122,9 @@ def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequen
 def _reached(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], size: int, call: Call, hidden: Tensor
 ) -> tuple[int, ...]:
-    """The blocks of the group's inputs that these outputs reach one by one: with half of them doubled, these change."""
+    """Return the blocks of the group's inputs that these outputs reach singly: doubling half of the outputs changes
+    them.
+    """
     chosen = half(size, axes[0].start)
     changed = changed_inputs(layer, group, axes, chosen, call, hidden).view(-1, size)
     spread = bool((changed & ~chosen).any())
@@ -128,10 +132,10 @@ def _reached(
 
 
 def half(size: int, seed: int) -> Tensor:
-    """About half of so many entries, the first among them and, of several, the last not.
+    """Choose about half of the entries, the first among them and, of several, not the last.
 
     Returns:
-        [size], True for those that are chosen.
+        [size], True for chosen entries.
     """
     chosen = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
     chosen[-1], chosen[0] = False, True
@@ -141,15 +145,15 @@ def half(size: int, seed: int) -> Tensor:
 def changed_inputs(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], chosen: Tensor, call: Call, hidden: Tensor
 ) -> Tensor:
-    """Which inputs of a group change if some entries of parameters before it are doubled.
+    """Return the inputs of a group that change if entries of earlier parameters are doubled.
 
     Args:
         axes: the entries of as many channels, from the starts of the axes on.
-        chosen: [channels], which of them are doubled.
-        hidden: with which hidden states [1 tokens n].
+        chosen: [channels], True for doubled channels.
+        hidden: hidden states [1 tokens n] for the trial.
 
     Returns:
-        [inputs], True for those that change.
+        [inputs], True for changed inputs.
     """
     before = _inputs(layer, group, call, hidden)
     with _doubled(layer.module, axes, chosen):
@@ -159,7 +163,7 @@ def changed_inputs(
 
 @contextmanager
 def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterator[None]:
-    """Inside, those of the entries that are chosen are twice what they are: exactly, in any dtype."""
+    """Double the chosen entries during a context: exactly, in any dtype."""
     held = [axis.of(module.get_parameter(axis.parameter)) for axis in axes]
     kept = [parameter.clone() for parameter in held]
     try:
@@ -177,13 +181,10 @@ def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterato
 def same_in_another_order(
     layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Call, hidden: Tensor
 ) -> bool:
-    """Whether a group's outputs are the same with all of some channels in another order.
+    """Return True if a group's outputs stay the same with all of some channels in a new order.
 
     Args:
-        hidden: with which hidden states [1 tokens n].
-
-    Returns:
-        True if they are.
+        hidden: hidden states [1 tokens n] for the trial.
     """
 
     def outputs() -> Tensor:

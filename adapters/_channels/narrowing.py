@@ -1,4 +1,4 @@
-"""Channels, or heads, removed for good: those whose number settings of the model say, the same in all layers."""
+"""Remove channels, or heads, for good: sets whose number is a setting of the model, equal in all layers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -22,12 +22,13 @@ from .inner_channels import inner_channels
 
 @dataclass(frozen=True, eq=False)
 class Narrowing(AbstractRemoval):
-    """The channels of a model that can be removed, and how many are to be; KV groups of heads are such, of many rows.
+    """The removable channels of a model, and the number to remove; a KV group of heads counts as a channel of many
+    rows.
 
     Args:
-        sets: of channels, each the inputs of one operator, after which it is named.
-        widths: of the settings that say how many there are: before and after.
-        said: settings that must not follow from those, with their values.
+        sets: sets of channels, named after the operator whose inputs they are.
+        widths: numbers before and after, by the setting that declares them.
+        said: further settings, with their values, that must not follow from the numbers.
     """
 
     sets: tuple[Channels, ...]
@@ -73,12 +74,12 @@ class Narrowing(AbstractRemoval):
         return changed
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings are those of the smaller model."""
+        """Check that settings describe the smaller model."""
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
 
     def count(self, size: int) -> int:
-        """How many are to be removed of a set of that `size`."""
+        """Return the number to remove from a set of that `size`."""
         return next(before - after for before, after in self.widths.values() if before == size)
 
 
@@ -87,7 +88,7 @@ class Narrowed(AbstractReduced):
     """A model without some channels.
 
     Args:
-        channels: the numbers of those removed, by the name of the operator that they are inputs of.
+        channels: numbers of the removed channels, by the operator whose inputs they are.
     """
 
     narrowing: Narrowing
@@ -109,15 +110,15 @@ class Narrowed(AbstractReduced):
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
-        """What is left of each parameter that becomes smaller, by name."""
+        """Return the cut of every parameter that shrinks, by name."""
         return _cuts(self.narrowing.sets, self.channels)
 
 
 def find_narrowing(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
-    """The channels of a dense model that a pattern removes: inside of MLPs and experts, found by experiment.
+    """Find the channels of a dense model that a pattern removes: inside MLPs and experts, by experiment.
 
-    Which setting says how many there are is found by its value, and tried: the model is built anew, without memory,
-    with another value, and exactly those parameters have to become smaller that belong to the channels.
+    The setting with their number is found by its value, and tried: the model is built without memory with a new value,
+    and exactly the parameters of the channels have to shrink.
     """
     whole = [one for one in inner_channels(model) if len(one.consumers) == 1 and "[" not in one.name]
     if not whole:
@@ -152,7 +153,7 @@ def _said_by(
     sets: Sequence[Channels],
     shapes: Shapes,
 ) -> list[Channels]:
-    """Those of the sets whose size these settings say; none if they say something else, or something more."""
+    """Return the sets whose size these settings declare; empty if the settings declare anything else as well."""
     built = shapes_of(model, Narrowing((), widths).configured(settings))
     changed = {name for name, shape in built.items() if shape != shapes.get(name)}
     found = [one for one in sets if one.consumers[0].parameter in changed]

@@ -1,4 +1,4 @@
-"""An order of a model's channels of which N:M patterns prune less."""
+"""Find an order of a model's channels in which N:M patterns prune less."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,8 @@ class Permuted:
 
     Args:
         order: [size].
-        before: the fraction of their scores that N:M prunes in the old order.
-        after: the same in the new order.
+        before: the pruned fraction of the scores in the former order.
+        after: the pruned fraction in the new order.
     """
 
     channels: Channels
@@ -43,17 +43,16 @@ class Permuted:
 
     @property
     def kind(self) -> str:
-        """Its name without numbers: of the same sets in all layers."""
+        """Name of the set without numbers: equal for corresponding sets of all layers."""
         return _kind(self.channels.name)
 
 
 @dataclass(repr=False)
 class Permutation:
-    """Every set of channels with its order, and what stays as it is.
+    """Every set of channels with its order, and channels that stay in place.
 
     Args:
-        left: the reason by name. An operator of which no set is an input is named without the numbers of its layer and
-            expert.
+        left: reasons by name. An operator without a set of inputs is named without the numbers of its layer and expert.
     """
 
     pattern: str
@@ -64,11 +63,11 @@ class Permutation:
         return f"Permutation(for {self.pattern}: {len(self.permuted)} sets of channels; {len(self.left)} left)"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it: `Channels.order` with the inverse of an order undoes it."""
+        """Return plain data: `Channels.order` with the inverse of an order undoes the order."""
         return asdict(self)
 
     def apply(self, model: nn.Module) -> None:
-        """Put the channels of a `model` in memory in their order."""
+        """Reorder the channels of a `model` in memory."""
         for one in self.permuted:
             one.channels.order(model, torch.tensor(one.order))
 
@@ -82,16 +81,15 @@ def find_permutation(
     seed: int = 0,
     progress: Callable[[int], Callable[[Permuted], None]] | None = None,
 ) -> Permutation:
-    """An order of the channels of a dense model of which an N:M pattern prunes less; the model is not changed.
+    """Find an order of a dense model's channels in which an N:M pattern prunes less; the model is not changed.
 
-    The scores are W_ij^2 mean x_j^2 (Wanda's, squared), those of all operators that see a set of channels together,
-    each relative to its sum. The sets are those inside of decoder layers, and the hidden states (`channels`); one
-    decoder layer is in memory at a time. The model is tried in the new order on a few tokens, and what makes it compute
-    something else stays in its own.
+    The scores are W_ij^2 mean x_j^2 (Wanda's, squared), of all operators that read a set of channels, relative to their
+    sums. The sets are inside decoder layers, and the hidden states (`channels`); a single decoder layer is in memory at
+    a time. The model is tried in the new order on a few tokens, and a set that changes the function stays in place.
 
     Args:
         tokens: token ids [windows length].
-        progress: called with the number of sets; returns what is called with each.
+        progress: called with the number of sets; returns a function that takes every set.
     """
     if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
@@ -128,7 +126,7 @@ def _found(
     hidden: Sequence[Channels],
     find: Callable[[Channels, Tensor], Permuted],
 ) -> tuple[list[Permuted], list[Permuted]]:
-    """What `find` finds for the sets inside of layers and for those through all, in one pass through the layers."""
+    """Return the results of `find` for the sets inside layers and for the sets through all layers, in a single pass."""
     found, parts, stride = list[Permuted](), list[Tensor](), _stride(model.model, hidden)
 
     def step(context: LayerContext) -> None:
@@ -160,7 +158,7 @@ def _columns(layer: DecoderLayer, operator: AbstractOperator) -> Axis:
 
 
 def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -> list[Channels]:
-    """Those that make whole groups; the others are left."""
+    """Return the sets that make whole groups; the rest is left alone."""
     odd = [one for one in sets if one.size % pattern.block]
     done.left |= {one.name: f"{one.size} channels are no multiple of {pattern.block}" for one in odd}
     return [one for one in sets if one not in odd]
@@ -185,9 +183,9 @@ def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Ten
 
 
 def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
-    """Those [rows size] of all operators of the layer that see the channels, every so manieth row of each.
+    """Return scores [rows size] of all operators of the layer that read the channels, from every `step`-th row.
 
-    `squares` are the mean squares [n] of what each of them sees.
+    `squares` are the mean squares [n] of an operator's inputs.
     """
     seen = {_columns(layer, operator): operator for operator in squares}
     parts = []
@@ -200,7 +198,7 @@ def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], cha
 
 
 class _Squares:
-    """The mean square [n] of what a group sees; of an expert that no token reaches, one."""
+    """The mean square [n] of a group's inputs; 1 for an expert without tokens."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self._sum, self._count = torch.zeros(inputs, device=device), 0
@@ -216,7 +214,7 @@ class _Squares:
 
 
 def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]) -> Tensor:
-    """What the model makes of a window [1 length] in this order; it is not changed."""
+    """Return the logits of a window [1 length] in this order; the model is not changed."""
     names = [layer.name for layer in model.layers]
     states = MemoryStore(range(len(names)))
     walk = LayerWalk(model, [probe], states)
@@ -232,7 +230,7 @@ def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]
 
 @contextmanager
 def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Channels], Channels]) -> Iterator[None]:
-    """Inside, this part of the channels is in its order."""
+    """Reorder a part of the channels during a context."""
     with ExitStack() as stack:
         for one in permuted:
             stack.enter_context(part(one.channels).ordered(model, torch.tensor(one.order)))

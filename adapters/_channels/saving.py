@@ -1,4 +1,4 @@
-"""A model written with its channels in another order; of one that streams, no tensor is changed but as it is copied."""
+"""Write a model with reordered channels; tensors of a streamed model change only while they are copied."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .permuting import Permutation
 
 @dataclass(frozen=True)
 class _PermutedEntry(Entry):
-    """A tensor in a file, with entries of some of its axes in other orders."""
+    """A tensor in a file, with reordered entries along some axes."""
 
     orders: tuple[tuple[Axis, list[int]], ...] = ()
 
@@ -29,9 +29,9 @@ class _PermutedEntry(Entry):
 
 
 def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
-    """Write a model in its new order, and `permutation.json`, as a folder that is there whole or not at all.
+    """Write a model in its new order, and `permutation.json`, as a folder that appears whole or not at all.
 
-    A model that streams is written tensor by tensor; of one in memory the channels are put in their order.
+    A streamed model is written tensor by tensor; the channels of a model in memory are reordered.
     """
     changed = {}
     if model.shards is None:

@@ -1,4 +1,4 @@
-"""Which models are refused before any work is done on them, and why."""
+"""Refuse unsuitable models before any work, with reasons."""
 
 from collections.abc import Mapping
 
@@ -17,9 +17,9 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:
-    """Refuse a quantized checkpoint: its weights are codes, and a code that is zero is not a weight that is zero.
+    """Refuse a quantized checkpoint: its weights are codes, and a code of zero is not a weight of zero.
 
-    GGUF passes, because transformers turns its weights into ordinary floats while it reads them.
+    GGUF passes, because transformers converts the weights into ordinary floats.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -35,7 +35,9 @@ def refuse_quantized(config: PretrainedConfig) -> None:
 
 
 def refuse_adapters(model: object) -> None:
-    """Refuse a model with LoRA or another adapter around its linear maps: what is pruned would not be what runs."""
+    """Refuse a model with LoRA or another adapter around linear maps: the pruned function would not be the executed
+    function.
+    """
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
             if type(module).__module__.split(".")[0] == "peft":
@@ -46,7 +48,7 @@ def refuse_adapters(model: object) -> None:
 
 
 def refuse_inference_mode(model: nn.Module) -> None:
-    """Refuse inference tensors: torch neither notes when they change nor differentiates what is made of them."""
+    """Refuse inference tensors: torch neither tracks their changes nor differentiates their results."""
     if made := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
         raise ModelError(
             f"{made[0]} was made inside torch.inference_mode(): pruning has to see which tensors change, and to "
@@ -55,10 +57,10 @@ def refuse_inference_mode(model: nn.Module) -> None:
 
 
 def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
-    """Refuse a model that gives no logits of the next token where something needs them.
+    """Refuse a model without logits of the next token where logits are needed.
 
     Args:
-        needs: by what needs them: what to do instead; empty if nothing can be done.
+        needs: by purpose the remedy; empty if there is none.
     """
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
@@ -69,7 +71,7 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
 
 
 def refuse_unloaded(model: PreTrainedModel) -> None:
-    """Refuse weights that were never loaded. Those that accelerate has offloaded pass."""
+    """Refuse weights that were never loaded. Weights offloaded by accelerate pass."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and offloaded(module) is None:
@@ -80,7 +82,7 @@ def refuse_unloaded(model: PreTrainedModel) -> None:
 
 
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
-    """Refuse NaN and infinity in any parameter that is in memory: one of them spoils every activation behind it."""
+    """Refuse NaN and infinity in any parameter in memory: a single one spoils every later activation."""
     for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta and offloaded(part) is None:
@@ -106,10 +108,10 @@ def refuse_other_dtypes(layers: nn.ModuleList) -> None:
 
 
 def refuse_other_codes(codes: Mapping[str, str]) -> None:
-    """Refuse a checkpoint whose weights are stored as other than floating-point numbers, which scales might belong to.
+    """Refuse a checkpoint whose weights are not stored as floating-point numbers, because scales might belong to them.
 
     Args:
-        codes: how each weight is stored, by its name, in the words of safetensors.
+        codes: stored types by name of the weight, in the words of safetensors.
     """
     accepted = [CODES[dtype] for dtype in WEIGHT_DTYPES]
     for name, code in codes.items():
@@ -120,7 +122,7 @@ def refuse_other_codes(codes: Mapping[str, str]) -> None:
 
 
 def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
-    """Refuse hidden states that are not one vector for each token; Gemma 3n has four.
+    """Refuse hidden states that are not a single vector per token; Gemma 3n has four.
 
     Args:
         batch: token ids [batch tokens].

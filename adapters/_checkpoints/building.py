@@ -1,4 +1,4 @@
-"""Models built of their configuration, with parameters that take no memory."""
+"""Build models from configurations, with parameters that take no memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ DRAWS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"}  # by name:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, modules that are built get parameters without memory; their buffers are computed as always.
+    """Give modules that are built in the context parameters without memory; buffers are computed as always.
 
-    Buffers that no checkpoint holds, as the tables of rotary embeddings, are thereby right.
+    Buffers without a place in checkpoints, such as the tables of rotary embeddings, are right in this way.
     """
     register = nn.Module.register_parameter
 
@@ -35,9 +35,10 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """What would not fit into memory until it is registered, as all experts of a layer in zeros, is never made.
+    """Large tensors on the meta device: they would not fit into memory until registered, as all experts of a layer in
+    zeros.
 
-    Nothing is drawn for what has no memory: torch traces it in Python, which took three quarters of the time.
+    Nothing is drawn for tensors without memory: torch traces drawing in Python, which took three quarters of the time.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""What a model folder says of itself to people: its card and its licence, which go with the result."""
+"""Card and licence of the base model, which are copied to the result."""
 
 import logging
 import re
@@ -22,10 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def result_name(name: str) -> str:
-    """What a file of the base folder is called in the result: README.md is the result's own.
+    """Return the name, in the result, of a file of the base folder.
 
     Returns:
-        Its name; of a card one with "-base" more, so that those of several bases stand side by side.
+        The name; a card gets the suffix "-base", because README.md is the result's, and cards of several bases stand
+            side
+        by side.
     """
     return f"{name.removesuffix('.md')}-base.md" if CARD.fullmatch(name) else name
 
@@ -41,10 +43,10 @@ def documents(folder: Path) -> list[Path]:
 
 
 def said_of_base(folder: Path | None) -> dict[str, Any]:
-    """What the base model's card says of its licence and language, and the names of the files that say more.
+    """Return licence and language of the base model's card, and the names of the documents.
 
     Returns:
-        Metadata by its name on the hub, and "files": as they are named in the result. Empty without a folder.
+        Metadata by name on the hub, and "files": names in the result. Empty without a folder.
     """
     found = [] if folder is None else documents(folder)
     cards = sorted((path for path in found if CARD.fullmatch(path.name)), key=lambda path: len(path.name))
@@ -53,7 +55,7 @@ def said_of_base(folder: Path | None) -> dict[str, Any]:
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The values that are kept of a card; of one that cannot be read none, and a warning."""
+    """Return the kept values of a card; for an unreadable card none, with a warning."""
     try:
         text = read_text(card, LONGEST)
         data = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text.startswith("---") else {}

@@ -1,4 +1,4 @@
-"""A caller's model in the hands of a run: what is noted of it before, and how it is given back."""
+"""The state of a caller's model, noted before a run and restored afterwards."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 
 class OriginalState:
-    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, layers before they
-    changed.
+    """The state of a `model` before a run: modes of modules, parameters with gradients, layers before their change.
 
     `layers` are copies in the memory of the CPU, by name.
     """
@@ -18,12 +17,12 @@ class OriginalState:
         self.layers: dict[str, dict[str, Tensor]] = {}
 
     def keep(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a layer, unless they are kept already."""
+        """Copy the tensors of a layer, unless copied before."""
         if name not in self.layers:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 
     def restore(self) -> None:
-        """Modes, and parameters that ask for gradients, as they were; no layer is kept any longer."""
+        """Restore modes and gradients of parameters, and forget the copies."""
         self.layers = {}
         for module in self._training:
             module.training = True

@@ -1,4 +1,4 @@
-"""From files to a model. Only safetensors are read, unless the caller trusts the pickles."""
+"""Load a model from files. Only safetensors are read, unless the caller trusts pickles."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 def bundled_if_none(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a call: where they name no model, those of the bundled one, as it was trained.
+    """Return the settings of a call; without a model, those of the bundled model, as trained.
 
     Args:
         settings: by the names of `convexprune._schema.settings`.
 
     Returns:
-        With a model, a dtype and a length of windows.
+        Settings with a model, a dtype and a length of windows.
     """
     if settings.get("model") is not None:
         return dict(settings)
@@ -62,24 +62,23 @@ def load(
     ignore: Sequence[str] = (),
     stream: bool = False,
 ) -> HuggingFaceModel:
-    """A model of Hugging Face transformers, ready to be pruned.
+    """Load a model of Hugging Face transformers for pruning.
 
-    A model that is already loaded is used and moved in place, not copied; one that accelerate has placed stays where it
-    is. A folder without a tokenizer is fine as long as it is calibrated with token ids.
+    A loaded model is used and moved in place, not copied; a model placed by accelerate stays in place. A folder without
+    a tokenizer is accepted for calibration with token ids.
 
     Args:
-        source: a folder, a .gguf file, a name on the hub, or a model that is already loaded.
-        device: where to compute.
-        dtype: of the weights; None is the checkpoint's own.
-        tokenizer: in place of the one beside the checkpoint.
+        source: a folder, a .gguf file, a name on the hub, or a loaded model.
+        device: device of the computation.
+        dtype: dtype of the weights; None means the checkpoint's.
+        tokenizer: replaces the tokenizer beside the checkpoint.
         trust_remote_code: run the code that comes with the checkpoint.
-        allow_pickle: read weights that are stored as pickles, which can run code.
-        revision: of a name on the hub; None is "main".
+        allow_pickle: read weights stored as pickles, which can run code.
+        revision: revision of a name on the hub; None is "main".
         targets: see `convexprune.adapters._discovery.selection.left_alone`.
         ignore: see `convexprune.adapters._discovery.selection.left_alone`.
-        stream: leave the decoder layers on the disk until each is asked for, if the checkpoint allows it: safetensors
-            whose tensors are the model's as they are. If not, it is loaded whole, and `whole_because` of the model says
-            why.
+        stream: leave decoder layers on the disk until needed, if the checkpoint allows streaming: safetensors with the
+            model's tensors. Otherwise the model is loaded whole, with the reason in `whole_because`.
 
     Returns:
         The model.
@@ -117,7 +116,7 @@ def load(
 
 
 def _move(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype | None) -> None:
-    """Move a loaded model in place; one that accelerate has placed stays where it is."""
+    """Move a loaded model in place; a model placed by accelerate stays in place."""
     if all(computes_on(module) is None for module in model.modules()):
         model.to(device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
     elif dtype not in (None, model.dtype):
@@ -130,7 +129,7 @@ def _move(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype
 def _whole(
     name: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device, allow_pickle: bool
 ) -> PreTrainedModel:
-    """The model with all its weights in memory."""
+    """Load a model with all its weights in memory."""
     model = read_model(name, place, dtype, allow_pickle)
     if "gguf_file" in place:
         logger.warning("%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype)
@@ -140,18 +139,18 @@ def _whole(
 
 
 def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str | torch.device) -> HuggingFaceModel:
-    """The model of a run in another process, streamed if it can be.
+    """Open the model of a run in another process, streamed if possible.
 
     Args:
         opened: opens the model, given a device and whether to stream.
-        origin: of the model that the run began with.
-        device: where to compute.
+        origin: origin of the model at the beginning of the run.
+        device: device of the computation.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: its files or weights have changed since.
+        ModelError: files or weights have changed since.
     """
     model = opened(device=device, stream=True)
     if model.shards is not None:
@@ -162,7 +161,7 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
 
 
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
-    """Where transformers should look: a folder that was checked, a file inside one, or a name on the hub."""
+    """Return the place for transformers: a checked folder, a file inside, or a name on the hub."""
     path = Path(source).expanduser()
     if str(source) == BUNDLED and not path.exists():
         path = EMBEDDED
@@ -177,10 +176,10 @@ def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
-    """A model read by transformers, its weights in memory of their own.
+    """Read a model by transformers, with private memory for its weights.
 
     Args:
-        dtype: of the weights; None is the checkpoint's own.
+        dtype: dtype of the weights; None means the checkpoint's.
     """
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantized(config)
@@ -215,7 +214,7 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
 
 
 def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse weights that are stored as whole numbers, of which transformers 5 would make unscaled floats."""
+    """Refuse weights stored as whole numbers, which transformers 5 would turn into unscaled floats."""
     inner = f"{model.base_model_prefix}."
     weights = {name.removeprefix(inner) for name, _ in model.named_parameters()}
     stored = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
@@ -225,7 +224,7 @@ def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
 def _stream(
     source: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
 ) -> tuple[PreTrainedModel, Shards]:
-    """The model with its decoder layers left on the disk."""
+    """Open a model with its decoder layers left on the disk."""
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))

@@ -1,4 +1,4 @@
-"""The files of a model folder: which hold its weights, which are copied to the result, and what it is refused for."""
+"""The files of a model folder: weights, companions to copy, and reasons to refuse."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ class NotStreamable(Exception):
 
 
 def check_folder(folder: Path, allow_pickle: bool) -> None:
-    """Name the file that is at fault in a folder, which transformers does not."""
+    """Name the faulty file of a folder, which transformers does not."""
     with reading(folder):
         paths = sorted(folder.iterdir())
         for path in paths:
@@ -59,7 +59,7 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def refuse_packed(folder: Path) -> None:
-    """Refuse a folder whose tensors are packed."""
+    """Refuse a folder with packed tensors."""
     if holds_pack(folder):
         raise ModelError(
             f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
@@ -101,7 +101,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The shards of a folder, as transformers chooses them."""
+    """Return the shards of a folder, by the choice of transformers."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -114,7 +114,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def companions(folder: Path, with_code: bool) -> list[Path]:
-    """The files that are copied to the result: tokenizers and the like, the card, and code if it was trusted."""
+    """Return the files to copy to the result: tokenizers and the like, the card, and trusted code."""
     found = []
     with reading(folder):
         for path in sorted(folder.iterdir()):
@@ -127,7 +127,7 @@ def companions(folder: Path, with_code: bool) -> list[Path]:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached: asked once, where each file would be asked for five times."""
+    """Return True if the hub can be reached: asked once, in place of five times per file."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -138,7 +138,7 @@ def hub_answers() -> bool:
 
 
 def place_of(name: str) -> dict[str, Any]:
-    """Where transformers should look for a model; the hub is left alone where it does not answer."""
+    """Return the place of a model for transformers; a silent hub is left alone."""
     return {"pretrained_model_name_or_path": name} | (
         {} if Path(name).exists() else {"local_files_only": not hub_answers()}
     )
@@ -164,7 +164,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def has_changed(path: Path) -> ModelError:
-    """The error for a file that is not what it was when a run began."""
+    """Return the error for a file that changed since the beginning of a run."""
     return ModelError(
         f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
         "begin again in another folder."

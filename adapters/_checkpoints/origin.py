@@ -1,4 +1,4 @@
-"""What a model was made of, as checksums: two models with the same give the same results."""
+"""The origin of a model as checksums: equal origins give equal results."""
 
 import hashlib
 import json
@@ -22,11 +22,11 @@ OF_LAST_CALL = {"padding", "truncation", "is_local", "local_files_only"}
 
 
 class Origin(NamedTuple):
-    """What a model was read from.
+    """The source of a model.
 
     Args:
-        checksums: of its files; of a loaded model, of its tensors, settings and tokenizer; by name.
-        stamps: of its files, if it streams.
+        checksums: by name: of files; for a loaded model, of tensors, settings and tokenizer.
+        stamps: stamps of the files of a streamed model.
     """
 
     checksums: Mapping[str, str]
@@ -34,11 +34,7 @@ class Origin(NamedTuple):
 
 
 def origin_of_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Origin:
-    """The origin of a model in memory, as it is now.
-
-    Returns:
-        Checksums, and no stamps.
-    """
+    """Return the present origin of a model in memory: checksums, and no stamps."""
     found = {name: checksum(tensor_of(model, name)) for name in model.state_dict()}
     found["configuration"] = _of_settings(model.config)
     if (generation := getattr(model, "generation_config", None)) is not None:
@@ -56,7 +52,7 @@ def _of_settings(config: PretrainedConfig | GenerationConfig) -> str:
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The checksum of the files that it is saved as: a slow tokenizer is more than its vocabulary."""
+    """Return the checksum of the tokenizer's saved files: a slow tokenizer is more than its vocabulary."""
     with TemporaryDirectory() as folder:
         try:
             tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A model of transformers from a pack, or from any other folder or name on the hub."""
+"""Load a model of transformers from a pack, an ordinary folder or a name on the hub."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,17 +26,17 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The model in a pack, ready to use: `from_pretrained` for packs; what is no pack is read as well.
+    """Load the model of a pack, ready to use: `from_pretrained` for packs, which also reads ordinary folders.
 
-    A pack is unpacked to a temporary folder (the variable TMPDIR says where), which takes the room of the unpacked
-    model while it is read. A tokenizer needs nothing of this: `AutoTokenizer.from_pretrained(source)`.
+    A pack is unpacked to a temporary folder (in TMPDIR), with the room of the unpacked model during the load. A
+    tokenizer is read directly: `AutoTokenizer.from_pretrained(source)`.
 
     Args:
         source: a folder, or a name on the hub.
-        device: "auto" is the GPU if there is one; "cpu", "cuda", "cuda:1", or torch's own object.
-        dtype: "float32", "bfloat16", "float16", or torch's own object; None is the one that is stored.
+        device: "auto" is the GPU if there is one; "cpu", "cuda", "cuda:1", or a torch device.
+        dtype: "float32", "bfloat16", "float16", or a torch dtype; None is the stored dtype.
         trust_remote_code: let transformers run code that a checkpoint brings.
-        revision: of a name on the hub: a branch, a tag or a commit.
+        revision: revision of a name on the hub: a branch, a tag or a commit.
 
     Returns:
         The model of transformers.
@@ -58,7 +58,7 @@ def load(
 
 
 def _unpacked(source: str | Path, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Where transformers is to look; in `folder`, if what it would find is a pack."""
+    """Return the place for transformers: `folder` with the unpacked files, if the source is a pack."""
     path = Path(source).expanduser()
     if not (path.is_dir() and holds_pack(path)):
         place = place_at(source, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Reading models and tokenizers by transformers, with its many kinds of failure made one error."""
+"""Read models and tokenizers by transformers, and turn its many kinds of failure into a ModelError."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,16 +29,16 @@ LONGEST_CAUSE = 300  # characters of what transformers says
 
 
 def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a caller gave.
+    """Return a caller's tokenizer.
 
     Args:
         tokenizer: an object of transformers, a folder, a name on the hub, or None.
 
     Returns:
-        The tokenizer; None if none was given.
+        The tokenizer, or None.
 
     Raises:
-        ModelError: it is none of these, or cannot be read.
+        ModelError: `tokenizer` is of a different kind, or cannot be read.
     """
     if isinstance(tokenizer, str | Path):
         name = str(Path(tokenizer).expanduser())
@@ -67,7 +67,7 @@ def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBas
 
 
 def ask(source: str, read: Callable[[], Any]) -> Any:
-    """Call a function of transformers, and make its many kinds of failure one."""
+    """Call a function of transformers, and turn its failures into a ModelError."""
     try:
         return read()
     except (ConvexpruneError, NotStreamable, MemoryError):
@@ -90,7 +90,7 @@ def ask(source: str, read: Callable[[], Any]) -> Any:
 
 
 def model_class(source: str, config: PretrainedConfig) -> Any:
-    """The class of transformers that reads a language model with this configuration, wrapped or not."""
+    """Return the class of transformers that reads a language model with this configuration, wrapped or not."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "auto_map" in vars(config):
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""A model written as a folder that transformers loads: of one that streams tensor by tensor, of a loaded one whole."""
+"""Write a model as a folder for transformers: tensor by tensor if streamed, else whole."""
 
 import json
 import logging
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def save(model: HuggingFaceModel, folder: str | Path) -> None:
-    """Write a model, and its tokenizer if it has one, as a folder that transformers loads.
+    """Write a model, and its tokenizer, if any, as a folder for transformers.
 
     Args:
         model: the model.
-        folder: where to.
+        folder: the new folder.
     """
     inner = model.model
     # What reading a GGUF file leaves behind makes transformers refuse to save weights that are ordinary by now.
@@ -50,9 +50,9 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
 
 @contextmanager
 def _valid_generation(model: Any, name: str) -> Iterator[None]:
-    """Inside, its settings of generation can be saved.
+    """Repair settings of generation that cannot be saved, during the context.
 
-    Old LLaMA checkpoints ship a temperature without sampling. Their weights must not be lost to that.
+    Old LLaMA checkpoints have a temperature without sampling. The weights must not be lost to that.
     """
     own = model.generation_config
     if own is not None:
@@ -69,10 +69,10 @@ def _valid_generation(model: Any, name: str) -> Iterator[None]:
 
 
 def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
-    """Write a model as a folder that is there whole or not at all.
+    """Write a model as a folder that appears whole or not at all.
 
     Args:
-        changed: tensors that differ from the model's, by their names in it; only of a model that streams.
+        changed: tensors that differ from the model's, by name; only for a streamed model.
     """
     with atomic_folder(folder) as whole:
         if model.shards is None:
@@ -91,17 +91,17 @@ def save_from_store(
     settings: Mapping[str, Any],
     narrowed: AbstractReduced | None = None,
 ) -> None:
-    """Write the model with its layers as the store has them.
+    """Write the model with its layers from the store.
 
-    A model that streams is assembled tensor by tensor; a loaded one has its layers as in the store by now.
+    A streamed model is assembled tensor by tensor; a loaded model has the layers already.
 
     Args:
         model: the model.
-        store: with all layers finished.
-        folder: where to; it is there.
-        tokenizer: the caller's own, if it is not the one beside the checkpoint.
-        settings: to be added to config.json.
-        narrowed: what of it to leave out.
+        store: store with all layers finished.
+        folder: existing folder for the result.
+        tokenizer: the caller's tokenizer, if it replaces the checkpoint's.
+        settings: entries to add to config.json.
+        narrowed: parts to leave out.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -127,7 +127,7 @@ def save_from_store(
 def pruned_entries(
     model: HuggingFaceModel, store: FolderStore, narrowed: AbstractReduced | None = None
 ) -> dict[str, Entry]:
-    """Where the tensors of finished layers are, by their names in the model."""
+    """Return the places of finished layers' tensors, by name in the model."""
     layers = enumerate(model.layers)
     found = {f"{layer.name}.{name}": e for i, layer in layers for name, e in store.entries(i).items()}
     return found if narrowed is None else narrowed.entries(found)

@@ -1,4 +1,6 @@
-"""A checkpoint that is never whole in memory: one decoder layer's weights at a time, and the pruned one assembled."""
+"""A checkpoint that is never whole in memory: weights of a single decoder layer, and assembly of the pruned
+checkpoint.
+"""
 
 import json
 import logging
@@ -35,11 +37,11 @@ Renamed = Callable[[str], str | None]
 
 
 class Shards:
-    """The safetensors shards of a folder, and a model whose parameters on the meta device they fill when asked.
+    """The safetensors shards of a folder, and a model on the meta device whose parameters they fill on demand.
 
     Args:
-        inside: the path of its decoder layers.
-        trusted: whether code that comes with the checkpoint is copied to the result.
+        inside: path of the decoder layers.
+        trusted: True if code that comes with the checkpoint is copied to the result.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Shards:
         self._fill_fixed(model, inside)
 
     def origin(self) -> Origin:
-        """The sha256 of every file that decides what the result is, by its name in the folder; reads all of them.
+        """Return the sha256 of every file that decides the result, by name; reads all files.
 
         Returns:
             Checksums and stamps.
@@ -75,7 +77,7 @@ class Shards:
         return Origin(found, {self._name(path): stamp for path, stamp in self._stamps.items()})
 
     def require_same(self, origin: Origin) -> None:
-        """Check that these are the files that another process has opened; only those with other stamps are read."""
+        """Check that the files are those of another process; only files with new stamps are read."""
         for path, stamp in self._stamps.items():
             name = self._name(path)
             if stamp != origin.stamps.get(name) and sha256(path) != origin.checksums.get(name):
@@ -86,7 +88,7 @@ class Shards:
         """Check that files have not been written to or replaced since they were opened.
 
         Args:
-            paths: of the files; None is all.
+            paths: the files; None means all.
         """
         for path in self._stamps if paths is None else paths:
             if Stamp.of(path) != self._stamps[path]:
@@ -94,7 +96,7 @@ class Shards:
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """Inside, the weights of a layer are in memory, as they are in the shards."""
+        """Load the weights of a layer from the shards during the context."""
         away = layer.module.state_dict()
         here = {name: self._read(f"{layer.name}.{name}", tensor) for name, tensor in away.items()}
         self.require_unchanged({self._stored[self._names[f"{layer.name}.{name}"]].path for name in away})
@@ -107,11 +109,7 @@ class Shards:
             layer.module.load_state_dict(away, assign=True)
 
     def entry(self, name: str) -> Entry | None:
-        """Where a tensor of the model is stored.
-
-        Returns:
-            The entry; None if it is not stored, but tied to one that is.
-        """
+        """Return the place of a tensor; None for a tensor that is tied and not stored."""
         return self._stored[self._names[name]] if name in self._names else None
 
     def prefetch(self, layer: DecoderLayer) -> None:
@@ -124,11 +122,11 @@ class Shards:
     ) -> None:
         """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
 
-        All other tensors are copied, in the dtype of the model.
+        All remaining tensors are copied, in the dtype of the model.
 
         Args:
-            configured: what config.json says of the result, by what it says of the model.
-            renamed: the names of tensors in the result, by those in the model.
+            configured: returns the result's config.json from the model's.
+            renamed: names of tensors in the result, by name in the model.
         """
         self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
@@ -147,10 +145,10 @@ class Shards:
         write_settings(target / CONFIG, config)
 
     def require_assembled(self, folder: Path, pruned: Mapping[str, Entry], renamed: Renamed = str) -> None:
-        """Check that `assemble` has written what it should, bit for bit.
+        """Check that `assemble` has written the requested tensors, bit for bit.
 
         Args:
-            renamed: the names of tensors in the result, by those in the model.
+            renamed: names of tensors in the result, by name in the model.
         """
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
@@ -166,7 +164,7 @@ class Shards:
                 raise ModelError(f"{folder}: {name} has other values than it should have.")
 
     def _places(self, renamed: Renamed) -> dict[str, str]:
-        """The names under which the stored tensors are stored in another model, by those that they have."""
+        """Return the stored names in the result, by stored name."""
         named, places = {stored: name for name, stored in self._names.items()}, dict[str, str]()
         for stored in self._stored:
             name = named.get(stored, stored)
@@ -175,7 +173,7 @@ class Shards:
         return places
 
     def _write_shard(self, path: Path, target: Path, replaced: Mapping[str, Entry], places: Mapping[str, str]) -> int:
-        """Write a shard; how many bytes its tensors have."""
+        """Write a shard; return the bytes of its tensors."""
         here = {n: new for n, new in places.items() if self._stored[n].path == path}
         casts = {new: cast(replaced.get(n, self._stored[n]), self.dtype) for n, new in here.items()}
         specs = {n: spec for n, (spec, _) in casts.items()}
@@ -184,7 +182,7 @@ class Shards:
 
     @property
     def _companions(self) -> dict[Path, str]:
-        """What is copied beside the weights, and the names of the copies."""
+        """Return the files to copy beside the weights, with the names of the copies."""
         return {path: result_name(path.name) for path in companions(self.folder, self.trusted)}
 
     def _copy_companions(self, target: Path) -> None:
@@ -195,7 +193,7 @@ class Shards:
                 copy_file(path, target / name)
 
     def _settings(self, path: Path) -> Any:
-        """What a JSON file says, but for where code lies that was not trusted and is not copied."""
+        """Return the content of a JSON file, without places of code that was not trusted and is not copied."""
         with reading(path):
             value = json.loads(path.read_bytes())
         if not self.trusted and isinstance(value, dict) and value.pop("auto_map", None):
@@ -206,7 +204,7 @@ class Shards:
         return path.relative_to(self.folder).as_posix()
 
     def written_to(self, folder: Path) -> "Shards":
-        """The same tensors as `assemble` has written them."""
+        """Return shards for the checkpoint that `assemble` has written."""
         other = copy(self)
         other.folder, other.files, other._stored = folder, shard_files(folder), {}
         other._stamps = {path: Stamp.of(path) for path in (folder / CONFIG, *other.files)}

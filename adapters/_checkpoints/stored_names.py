@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which of the model, where transformers only renames them while it loads."""
+"""Map stored tensors to tensors of the model, where transformers only renames them on loading."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,7 +12,7 @@ from .model_folder import NotStreamable
 
 
 def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """The stored name by the name that transformers gives it while it loads; tensors that it changes are refused."""
+    """Return stored names by the name after loading; tensors that loading changes are refused."""
     if model.dtype in (torch.float16, torch.bfloat16) and (
         model._keep_in_fp32_modules or getattr(model, "_keep_in_fp32_modules_strict", None)
     ):
@@ -35,9 +35,9 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
-    """The stored name of every tensor of the model but those that are tied to another.
+    """Return the stored name of every tensor of the model without tied tensors.
 
-    Checkpoints of the model without its head lack the prefix that its tensors have with it.
+    Checkpoints of a model without its head lack the prefix of the tensors.
     """
     prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -60,7 +60,7 @@ def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: st
 
 
 def stored_as(stored: str, name: str, new: str) -> str:
-    """The stored name of a tensor in another model where its layer has another number."""
+    """Return the stored name of a tensor in a model where its layer has a new number."""
     parts = zip(name.split("."), new.split("."), strict=True)
     (at,) = [number for number, (old, now) in enumerate(parts) if old != now]
     (before, old), now = name.split(".")[at - 1 : at + 1], new.split(".")[at]

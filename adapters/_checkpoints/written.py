@@ -1,4 +1,4 @@
-"""The result of a run, opened again before what it was made of is let go: each tensor there, each zero counted."""
+"""Check the result of a run by opening it before the base model is released: every tensor, every zero."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -55,7 +55,7 @@ def require_written(
 
 
 def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore, narrowed: AbstractReduced) -> None:
-    """Each tensor in the folder as it should be, and the configuration that of a model of this size."""
+    """Check the tensors of a folder, and that the configuration describes a model of this size."""
     if model.shards is None:
         _require_equal(narrowed.apply_to(model), folder)
     else:
@@ -64,7 +64,7 @@ def _require_narrowed(model: HuggingFaceModel, folder: Path, store: FolderStore,
 
 
 def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> dict[str, str]:
-    """The operators whose zeros are not as many as their reports say."""
+    """Return the operators whose zeros differ from their reports."""
     said, wrong = {report.name: report.zeros for report in reports}, dict[str, str]()
 
     def count(context: LayerContext) -> None:
@@ -78,9 +78,9 @@ def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> di
 
 
 def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
-    """Each tensor in the folder as it is in memory; of those that are stored under other names, all together.
+    """Compare the tensors of a folder with memory; tensors under new names are compared as a set.
 
-    transformers may take fused experts apart when it saves them. Tied tensors are stored once.
+    transformers may split fused experts on saving. Tied tensors are stored once.
     """
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()
@@ -99,7 +99,9 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
 
 
 def _place(model: PreTrainedModel, parameter: Tensor) -> int:
-    """The same of all that are tied; of what is offloaded the configuration knows that the head is."""
+    """Return an address that tied tensors share; for offloaded tensors the configuration tells that the head is
+    tied.
+    """
     if not parameter.is_meta:
         return parameter.untyped_storage().data_ptr()
     head: Any = model.get_output_embeddings()

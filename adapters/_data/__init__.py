@@ -1,1 +1,1 @@
-"""Calibration tokens: from texts, rows, the hub, or the model itself."""
+"""Calibration tokens: from texts, rows, the hub, or the model."""

@@ -34,20 +34,20 @@ def calibration_tokens(
     seed: int,
     split: Split = "calibration",
 ) -> Tensor:
-    """Token ids to calibrate or evaluate on.
+    """Return token ids for calibration or evaluation.
 
-    Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is not used. When there
-    are more windows than asked for, a permutation drawn from the seed chooses: the two splits choose from its two ends,
-    so that with one data set and one seed they stay apart as long as it has windows for both. Token ids that already
-    have rows are taken row by row.
+    Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is dropped. If there are
+    more windows than requested, a permutation drawn from the seed chooses: the two splits choose from its two ends, so
+    that with a common data set and seed they stay apart while there are windows for both. Rows of token ids are taken
+    row by row.
 
     Args:
         dataset: any of `ACCEPTED`.
-        model: whose tokenizer and vocabulary count.
-        num_samples: how many windows; None is all that there are.
-        max_seq_length: tokens of a window. None is the rows' own length, or for text the shorter of 2048 and what the
-            model can see.
-        seed: of the choice of windows, and of sampled text.
+        model: supplies tokenizer and vocabulary.
+        num_samples: number of windows; None means all.
+        max_seq_length: tokens of a window. None means the rows' length, or for text the shorter of 2048 and the model's
+            limit.
+        seed: seed of the choice of windows, and of sampled text.
         split: "calibration" or "evaluation".
 
     Returns:
@@ -55,7 +55,7 @@ def calibration_tokens(
 
     Raises:
         CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
-            vocabulary; or the windows are longer than the model can see.
+            vocabulary; or the windows are longer than the model's limit.
         DependencyError: a data set of the hub needs a package that is missing.
     """
     settings = {"max_seq_length": max_seq_length, "seed": seed, "split": split}
@@ -72,13 +72,13 @@ def calibration_and_held_out(
     seed: int,
     split: Split = "calibration",
 ) -> tuple[Tensor, Tensor]:
-    """Token ids to calibrate on, and windows that are none of them: what the data set has left.
+    """Return token ids for calibration, and disjoint windows from the rest of the data set.
 
     Args:
         dataset: see `calibration_tokens`.
         model: see `calibration_tokens`.
         num_samples: see `calibration_tokens`.
-        spare: the most windows to hold out.
+        spare: largest number of windows to hold out.
         max_seq_length: see `calibration_tokens`.
         seed: see `calibration_tokens`.
         split: see `calibration_tokens`.
@@ -109,11 +109,11 @@ def calibration_and_held_out(
 
 
 def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
-    """The tokens of a window of text.
+    """Return the tokens of a window of text.
 
     Args:
-        model: that has to see them.
-        max_seq_length: what was asked for; None is as many as are sensible.
+        model: has the limit.
+        max_seq_length: the request; None means a sensible length.
 
     Returns:
         The length.
@@ -154,19 +154,20 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
 def text_windows(
     text: str | Path, model: HuggingFaceModel, window: int | None = None, name: str | None = None
 ) -> Tensor:
-    """All disjoint windows of a text, in order, to evaluate on; a shorter rest is not used.
+    """Return all disjoint windows of a text, in order, for evaluation; a shorter rest is dropped.
 
     Args:
-        text: the text itself, or a path to a .txt or .jsonl file: a `Path`, or one line that ends like one.
-        model: whose tokenizer counts.
-        window: tokens of a window; None is the shorter of 1024 and what the model can see.
-        name: what to call the text in an error.
+        text: the text, or a path to a .txt or .jsonl file: a `Path`, or a line that ends like one.
+        model: supplies the tokenizer.
+        window: tokens of a window; None means the shorter of 1024 and the model's limit.
+        name: name of the text in errors.
 
     Returns:
         Token ids [windows window].
 
     Raises:
-        CalibrationError: the file is missing, the text is shorter than a window, or the model cannot see so far.
+        CalibrationError: the file is missing, the text is shorter than a window, or the window is beyond the model's
+            limit.
     """
     window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
     _check_request(None, window, model)
@@ -214,7 +215,7 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse, before any work, a data set whose name or path leads nowhere; others pass.
+    """Refuse, before any work, a data set whose name or path leads nowhere.
 
     Args:
         dataset: as the caller gave it.
@@ -264,7 +265,7 @@ def _cut(tokens: Tensor, length: int) -> Tensor:
 
 
 def _valid(windows: Tensor, model: HuggingFaceModel) -> Tensor:
-    """The windows as int64 on the CPU, if the model can read them."""
+    """Return windows as int64 on the CPU, if the model can read them."""
     if windows.dtype not in INTEGERS:
         raise CalibrationError(f"Token ids are integers; got {windows.dtype}. Give what the tokenizer returned.")
     windows = windows.to("cpu", torch.int64)

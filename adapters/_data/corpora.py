@@ -1,4 +1,4 @@
-"""Text to calibrate and evaluate with, from the hub: three corpora by short name, and any other by its own."""
+"""Text from the hub for calibration and evaluation: three corpora by short name, and any data set by full name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,12 +65,11 @@ CORPORA = {
 
 
 def hub_text(name: str, split: Split, characters: int | None) -> str:
-    """The beginning of a data set on the hub, in its own order.
+    """Return the beginning of a data set on the hub, in order.
 
     Args:
-        name: a key of `CORPORA`, or the name of any data set ("organisation/name"), of which the first column of text
-            is read.
-        characters: about how many; None is all.
+        name: a key of `CORPORA`, or the name of any data set ("organisation/name"), whose first column of text is read.
+        characters: approximate number of characters; None means all.
     """
     datasets = datasets_package()
     corpus = CORPORA.get(name)
@@ -107,7 +106,7 @@ def datasets_package() -> Any:
 
 
 def _split_of(splits: Mapping[str, Any], split: Split) -> Any:
-    """The split for this purpose; one that exists under none of the usual names is not guessed."""
+    """Return the split for this purpose; a split under an unusual name is not guessed."""
     wanted = ("train",) if split == "calibration" else ("test", "validation")
     for name in wanted:
         if name in splits:

@@ -1,4 +1,4 @@
-"""How well final hidden states predict a text, and how far from the dense model's predictions they are."""
+"""The fit of final hidden states to a text, and their divergence from the dense model's predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ from .._huggingface import HuggingFaceModel
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How well a network predicts the windows of a text.
+    """The fit of a network to the windows of a text.
 
-    Means are over the predicted tokens: each token after the first, from those before it in its window.
+    Means are over the predicted tokens: tokens after the first, predicted from earlier tokens of the window.
 
     Args:
-        nll: the mean negative log-likelihood of each window, in nats.
-        kl: the mean divergence of each window from the dense model, mean sum_v p_dense(v) (ln p_dense(v) - ln p(v)), in
-            nats.
+        nll: mean negative log-likelihood by window, in nats.
+        kl: mean divergence from the dense model by window, mean sum_v p_dense(v) (ln p_dense(v) - ln p(v)), in nats.
     """
 
     nll: tuple[float, ...]
@@ -29,13 +28,13 @@ class Likelihood:
 def likelihoods(
     model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """The likelihood of windows for the dense model and for others.
+    """Return the likelihood of windows for the dense model and for further networks.
 
-    Logits of a few positions at a time are in memory, and the dense model's probabilities are computed once, for all.
+    Logits of few positions are in memory, and the dense model's probabilities are computed once, for all networks.
 
     Args:
         batches: token ids [batch tokens] of the windows.
-        dense: the final hidden states [batch tokens hidden] of the dense model, for each batch.
+        dense: final hidden states [batch tokens hidden] of the dense model, by batch.
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
     for i, batch in enumerate(batches):
@@ -49,7 +48,7 @@ def likelihoods(
 
 
 def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Of one window, ids [1 tokens]: the mean negative log-likelihood and the mean divergence of each network."""
+    """Return, for a window of ids [1 tokens], the mean negative log-likelihood and the mean divergence by network."""
     parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in states}
     for positions in model.pieces(ids):
         reference = model.logits(ids, states["dense"], positions)[0].float()
@@ -64,10 +63,10 @@ def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) 
 
 
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
-    """How far predictions are from the dense model's.
+    """Return the divergence of predictions from the dense model's.
 
     Args:
-        dense: its logits [... vocabulary].
+        dense: logits [... vocabulary] of the dense model.
 
     Returns:
         sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats.
@@ -77,5 +76,5 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
 
 
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> Tensor:
-    """-sum_v p(v) ln softmax(z)(v) of each row."""
+    """Return -sum_v p(v) ln softmax(z)(v) by row."""
     return logits.logsumexp(-1) - torch.linalg.vecdot(probabilities, logits)

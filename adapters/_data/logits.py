@@ -1,4 +1,4 @@
-"""Logits of a few positions at a time: those of a whole window can take more memory than all the rest of a run."""
+"""Logits of few positions at a time: those of a whole window can take more memory than the rest of a run."""
 
 from collections.abc import Iterator
 from inspect import signature
@@ -16,13 +16,13 @@ NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
 
 
 def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
-    """The positions that predict a token, all but the last, in pieces as large as logits are computed at once.
+    """Return the positions that predict a token, all but the last, in pieces.
 
     Args:
         ids: token ids [windows window].
 
     Returns:
-        The positions of each piece; one piece if the model cannot leave any out.
+        The positions by piece; a single piece if the model cannot skip positions.
     """
     every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
     if not _leaves_out(model):
@@ -32,11 +32,11 @@ def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The logits of a batch at some positions.
+    """Return the logits of a batch at some positions.
 
     Args:
         ids: token ids [windows window].
-        positions: which are wanted; None is all.
+        positions: requested positions; None means all.
 
     Returns:
         [windows positions vocabulary].
@@ -48,15 +48,15 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
 
 def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """The logits of a batch, a piece at a time, while the model's decoder runs only once.
+    """Yield the logits of a batch by piece, while the model's decoder runs only once.
 
-    Its output is replayed for the others. If it gave none of all positions, the model runs again, for all others.
+    The decoder's output is replayed for later pieces. If the output does not cover all positions, the model runs again.
 
     Args:
         ids: token ids [windows window].
 
     Yields:
-        The logits [windows positions vocabulary] of each of the `pieces`.
+        The logits [windows positions vocabulary] by piece of `pieces`.
     """
     first, *others = pieces(model, ids)
     named = (model.get_decoder(), model.base_model, *model.children())  # some families name none, or the whole model

@@ -1,4 +1,4 @@
-"""Token ids that come as rows: tensors, arrays, lists, mappings, and whatever yields them."""
+"""Token ids in rows: tensors, arrays, lists, mappings, and iterables of these."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,11 +19,11 @@ ACCEPTED = (
 
 
 def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> Tensor:
-    """Token ids that come as rows.
+    """Read token ids in rows.
 
     Args:
-        limit: the most rows that are read, because a loader may have no end; None is all.
-        length: the tokens of each row; None is any, but all the same.
+        limit: largest number of rows, because a loader may be endless; None means all.
+        length: tokens of a row; None means any common length.
 
     Returns:
         Token ids [windows length].
@@ -46,7 +46,7 @@ def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> 
 
 
 def _ids(item: Any) -> Tensor:
-    """The token ids of what a loader yields: a tensor or list, a mapping with "input_ids", a tuple that begins so."""
+    """Return the token ids of a loader's item: a tensor or list, a mapping with "input_ids", a tuple that begins so."""
     if isinstance(item, Mapping):
         mask = ids_as_tensor(item.get("attention_mask"))
         if isinstance(mask, Tensor) and not bool(mask.all()):

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: calibration without any data, network or licence."""
+"""Text written by the model: calibration without any data, network or licence."""
 
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ BATCH_TOKENS = (
 
 
 def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
-    """Windows drawn from the model's own distribution.
+    """Draw windows from the model's distribution.
 
-    Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is a token like any other, after
-    which the model goes on as it did in training. Reproducible for a seed on one machine; the splits never share random
-    numbers, whatever their seeds.
+    Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is an ordinary token, after which
+    the model goes on as in training. Reproducible for a seed on a machine; the splits never share random numbers,
+    whatever their seeds.
 
     Returns:
         Token ids [num_samples length], int64, on the CPU.
@@ -44,7 +44,7 @@ def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, s
 
 
 class _ProgressReport(StoppingCriteria):
-    """Stops nothing: transformers calls it once a token, and it reports progress."""
+    """A stopping criterion that never stops: transformers calls it once per token, and it reports progress."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
@@ -81,9 +81,9 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: S
 
 
 def _first_token(model: HuggingFaceModel) -> int:
-    """The token that starts a text, else the one that ends it, else a random one.
+    """Return the token that starts a text, else the token that ends a text, else a random token.
 
-    A model has to be given something; where it has no such token, any other is as good, and the seed decides.
+    A model needs some first token; without a special token any is as good, and the seed decides.
     """
     for token in (model.model.config.bos_token_id, model.model.config.eos_token_id):
         if isinstance(token, list):

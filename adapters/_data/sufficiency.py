@@ -1,6 +1,4 @@
-"""Whether calibration windows say enough: how often they repeat themselves, and how many tokens there are for how wide
-an operator.
-"""
+"""Check that calibration windows are informative: repetitions, and tokens per input of the widest operator."""
 
 from math import ceil
 
@@ -14,7 +12,7 @@ MIN_DIFFERENT_RUNS = 8  # different runs; fewer are one sentence at most
 
 
 def refuse_uninformative(windows: Tensor) -> None:
-    """Refuse windows that are the same few tokens over and over: a word, a character, padding.
+    """Refuse windows of the same few tokens, repeated: a word, a character, padding.
 
     Args:
         windows: token ids [windows length].
@@ -29,14 +27,13 @@ def refuse_uninformative(windows: Tensor) -> None:
 
 
 def shortage(windows: Tensor, widest: int) -> str | None:
-    """A warning about fewer calibration tokens than an operator has inputs; tokens that only repeat others do not
-    count.
+    """Warn about fewer calibration tokens than inputs of an operator; repeated tokens do not count.
 
     Args:
         windows: token ids [windows length].
 
     Returns:
-        The warning; None if there are enough.
+        The warning; None if there are enough tokens.
     """
     different, runs = _runs(windows)
     tokens, part = windows.numel(), different / max(1, runs)
@@ -52,7 +49,7 @@ def shortage(windows: Tensor, widest: int) -> str | None:
 
 
 def _runs(windows: Tensor) -> tuple[int, int]:
-    """How many different runs of tokens there are, and how many in all."""
+    """Return the number of different runs of tokens, and the number of all runs."""
     run = min(RUN, windows.shape[1])
     starts = windows.shape[1] - run + 1
     hashed = torch.zeros_like(windows[:, :starts])

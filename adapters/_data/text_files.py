@@ -12,7 +12,7 @@ OTHER = "If it is Latin-1: iconv -f LATIN1 -t UTF-8."
 
 
 def is_file(text: str) -> bool:
-    """Whether `text` is a path: it ends like one of a text file, or leads to something."""
+    """Return True if `text` is a path: it ends like a text file's, or leads to something."""
     if text.endswith(TEXT_FILES):
         return True
     try:
@@ -33,7 +33,7 @@ def check_text(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A .txt file as it stands; of a .jsonl file, the field "text" of every line."""
+    """Return the content of a .txt file, or the field "text" of every line of a .jsonl file."""
     check_text(path)
     try:
         content = path.expanduser().read_text(encoding="utf-8")

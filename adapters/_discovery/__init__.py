@@ -1,1 +1,1 @@
-"""What is in a decoder layer, found by watching it run."""
+"""Discovery of a decoder layer's operators, by watching the layer run."""

@@ -1,4 +1,4 @@
-"""Decoder layers inside a forward pass of their model: what enters them, how they are called, what may stand in."""
+"""Decoder layers inside a forward pass of their model: inputs, calls, and stand-ins."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,13 +33,13 @@ def entering(layer: DecoderLayer, forward: Callable[[], object]) -> Tensor:
 
 
 class CallRecorder:
-    """Records how the decoder layers of a model are called.
+    """Record the calls of a model's decoder layers.
 
-    Only the first layer computes; the others hand on what they get, in the form that it returns, so that their weights
-    are not needed.
+    Only the first layer computes; later layers pass their input on, in the form of the first layer's output, so that
+    their weights are not needed.
 
     Args:
-        layers: the decoder layers, of which the first is in memory.
+        layers: the decoder layers; the first is in memory.
     """
 
     def __init__(self, model: str, layers: Sequence[DecoderLayer]) -> None:
@@ -49,7 +49,7 @@ class CallRecorder:
         self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
     def record(self, forward: Callable[[], object]) -> list[Call]:
-        """The call of each layer."""
+        """Return the calls by layer."""
         first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
         with first, standing_in(self._layers[1:], self._hand_on):
             forward()
@@ -61,7 +61,7 @@ class CallRecorder:
         return self._calls
 
     def returned(self, hidden: Tensor) -> Any:
-        """What a layer returns whose hidden states are `hidden`."""
+        """Return a layer's output with the hidden states `hidden`."""
         return hidden if self._beside is None else (hidden, *self._beside)
 
     def _watch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -90,7 +90,7 @@ def standing_in(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> 
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states, and all the other arguments of a decoder layer."""
+    """Split the hidden states from all further arguments of a decoder layer."""
     if args:
         return args[0], Call(args[1:], dict(kwargs))
     return kwargs["hidden_states"], Call((), {name: kwargs[name] for name in kwargs if name != "hidden_states"})

@@ -1,7 +1,7 @@
-"""The operators of a decoder layer, found by observing a forward pass: no architecture is known here.
+"""Find the operators of a decoder layer by observing a forward pass: no architecture is known here.
 
-An operator is a linear map that a forward pass calls once. Operators that are given the same tensor form a group; the
-stages of the groups follow from experiments: what changes when a group's outputs are changed depends on it.
+An operator is a linear map that a forward pass calls once. Operators with a common input tensor form a group. The
+stages of the groups follow from experiments: everything that changes with a group's outputs depends on the group.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,15 +20,16 @@ from .watching import Seen, place_of, watch
 
 @torch.no_grad()
 def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
-    """The layout of a layer, found by a few forward passes.
+    """Return the layout of a layer, from a few forward passes.
 
-    1.  Which linear maps are called, how often, in which order, and with which tensor.
-    2.  Experts are alike: one that no token reached is laid out as its siblings. An expert gets some of the tokens
-        only, so its group is not token-aligned. What sits beside experts and is as narrow as they are many routes.
-    3.  With the outputs of a group changed, whose inputs change? The groups of one expert family are tried as one.
+    1.  Record the called linear maps: number of calls, order, input tensor. 2.  Experts are alike: an expert without
+    tokens is laid out like its siblings. An expert gets some tokens only, so its
+        group is not token-aligned. A map beside experts that is as narrow as their number is a router.
+    3.  Change the outputs of a group and watch the inputs of all groups. The groups of an expert family are tried
+    together.
 
     Args:
-        hidden: what enters it [batch tokens n].
+        hidden: inputs of the layer [batch tokens n].
     """
     seen = watch(layer, call, hidden)
 
@@ -42,10 +43,10 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
 def lay_out(
     layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
 ) -> Layout:
-    """The layout of a layer, from what one forward pass called.
+    """Return the layout of a layer from the calls of a forward pass.
 
     Args:
-        moved_by: for an expert family: a function that says whether the inputs of a group depend on its outputs.
+        moved_by: for an expert family: returns True for a group whose inputs depend on the family's outputs.
     """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
@@ -62,7 +63,7 @@ def lay_out(
 
 
 def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
-    """All linear maps of the layer, called or not; of fused experts that were used, all of them."""
+    """Return all linear maps of the layer, called or not; of used fused experts, all experts."""
     every = [place_of(path, module) for path, module in layer.named_modules() if isinstance(module, LINEAR_MODULES)]
     used = {(p.module, p.parameter, p.transposed): None for p in seen.inputs if p.index is not None}
     for path, parameter, transposed in used:
@@ -77,7 +78,7 @@ def _every_place(layer: nn.Module, seen: Seen) -> list[Place]:
 def _families(
     layer: nn.Module, every: list[Place], seen: Seen, tokens: int, reasons: Mapping[str, str]
 ) -> list[ExpertFamily]:
-    """The groups in the order of their first calls, those of equal experts together."""
+    """Return the groups in the order of their first calls, with groups of equal experts together."""
     together: dict[tuple[object, ...], list[Place]] = {}
     for place, tensor in seen.tensors.items():
         if place.name not in reasons:
@@ -113,7 +114,7 @@ def _numerically(number: str) -> list[int]:
 
 
 def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:
-    """For each module that holds experts, how many there are."""
+    """Return the number of experts by module with experts."""
     held = {path: len(p) for path, module in layer.named_modules() for p in fused_parameters(module).values()}
     blocks = {path.rpartition(".")[0]: number for path, number in held.items()}
     for family in families:
@@ -124,7 +125,7 @@ def _blocks(layer: nn.Module, families: list[ExpertFamily]) -> dict[str, int]:
 
 
 def _routers(layer: nn.Module, every: list[Place], families: list[ExpertFamily]) -> dict[str, str]:
-    """The linear maps that choose experts: beside them, and no wider than they are many."""
+    """Return the linear maps that choose experts: beside experts, and no wider than their number."""
     experts = {place for family in families if len(family) > 1 for spec in family for place in spec.places}
     found = {}
     for block, number in _blocks(layer, families).items():
@@ -136,7 +137,7 @@ def _routers(layer: nn.Module, every: list[Place], families: list[ExpertFamily])
 
 
 def _unsupported_parameters(layer: nn.Module, families: list[ExpertFamily], every: list[Place]) -> dict[str, str]:
-    """The matrices of a layer that are no linear map we know, among them the routers of transformers 5."""
+    """Return the matrices of a layer that are no known linear map, such as the routers of transformers 5."""
     known = {place.path for place in every}
     blocks = _blocks(layer, families)
     found = {}

@@ -1,4 +1,4 @@
-"""Experts fused into one parameter, as in transformers 5: the input of each, observed as it is multiplied."""
+"""Experts fused into a parameter, as in transformers 5: inputs by expert, observed at the multiplication."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True)
 class ExpertIndex:
-    """Which expert: matrix number `index` of the fused parameter named `parameter`."""
+    """An expert: matrix number `index` of the fused parameter `parameter`."""
 
     parameter: str
     index: int
@@ -36,7 +36,7 @@ MatmulHook = Callable[[Product], Callable[[Tensor], Tensor] | None]
 class FusedExperts:
     """A `module` with fused experts, parameters [number rows columns], and the `hooks` on their products.
 
-    All hooks of a module share one object, so that a forward pass is observed once, however many experts there are.
+    All hooks of a module share an object, so that a forward pass is observed once, however many experts there are.
     Hooks under the key None are called with every product.
     """
 
@@ -48,7 +48,7 @@ class FusedExperts:
         """Call `hook` with the products in this context.
 
         Args:
-            expert: the expert whose products are meant; None is for all.
+            expert: the expert whose products count; None means all.
         """
         with ExitStack() as cleaning:
             if not self.hooks:
@@ -64,7 +64,7 @@ class FusedExperts:
 
     @contextmanager
     def looped(self) -> Iterator[None]:
-        """In this context every forward pass of the module is a plain loop over its experts."""
+        """Turn forward passes of the module into a plain loop over its experts during the context."""
         config = getattr(self.module, "config", None)
         own = getattr(config, "_experts_implementation", None)
         with ExitStack() as cleaning:
@@ -83,18 +83,19 @@ class FusedExperts:
         """Call `hook` with the products of a backward pass in this context; the forward pass has to be `looped`.
 
         Args:
-            hook: what to call. The inputs [tokens m] of a product are the gradients at the outputs of the forward one.
+            hook: takes the products. The inputs [tokens m] of a product are the gradients at the forward product's
+                outputs.
         """
         with _Products(FusedExperts(self.module, {None: [hook]})):
             yield
 
     def _watch(self, cleaning: ExitStack) -> None:
-        """Make every forward pass of the module a plain loop over experts, and watch its products."""
+        """Turn every forward pass of the module into a plain loop over experts, and watch the products."""
         cleaning.enter_context(self.looped())
         self._run_inside(_Products, cleaning)
 
     def _run_inside(self, mode: Callable[["FusedExperts"], AbstractContextManager[Any]], cleaning: ExitStack) -> None:
-        """Make every forward pass of the module run in a `mode` of its own."""
+        """Run every forward pass of the module inside a separate `mode`."""
         modes: list[AbstractContextManager[Any]] = []
 
         def enter(*_: Any) -> None:
@@ -122,15 +123,15 @@ class ExpertInput:
 
     @contextmanager
     def __call__(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
-        """In this context, call `heard` with the inputs [tokens n] of the expert."""
+        """Call `heard` with the inputs [tokens n] of the expert during the context."""
         with self.experts.hooked(lambda product: heard(product.inputs), self.slice):
             yield
 
 
 class _OneByOne(TorchFunctionMode):
-    """Multiplies experts one after the other, each with its own tokens, where Llama 4 calls `torch.bmm` for all.
+    """Multiply experts in turn on their tokens, where Llama 4 calls `torch.bmm` for all.
 
-    There every expert gets all tokens; those that are not its own are zeros.
+    There every expert gets all tokens, with zeros in place of tokens of further experts.
     """
 
     def __init__(self, experts: FusedExperts) -> None:
@@ -183,7 +184,7 @@ class _Products(TorchDispatchMode):
 
 
 def fused_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a `module` itself, by name, that hold several matrices [number rows columns]."""
+    """Return the parameters of a `module`, by name, that hold several matrices [number rows columns]."""
     if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return {}  # a kernel
     own = module.named_parameters(recurse=False)

@@ -1,4 +1,4 @@
-"""Decoder layers and sizes, from a model of transformers and its configuration; and the families that are tested."""
+"""Decoder layers and sizes of a model of transformers, by its configuration; and the tested families."""
 
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
@@ -40,10 +40,10 @@ whatever the layers of another decoder do is found in the same way, by watching 
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers of a language model, or of the one inside a wrapper.
+    """Return the list of decoder layers of a language model, or of the language model inside a wrapper.
 
-    It is the list of modules with linear maps that is not inside another such list, belongs to what transformers
-    calls the decoder, and is as long as the configuration says.
+    The list of modules with linear maps that is not inside such a list, belongs to transformers' decoder, and has the
+    length that the configuration declares.
     """
     _refuse_encoders(model)
     decoder = model.get_decoder()
@@ -93,7 +93,7 @@ def _holds_operators(layers: nn.ModuleList) -> bool:
 
 
 def positions(config: PretrainedConfig) -> int:
-    """The most tokens that a model with this configuration can see at once."""
+    """Return the largest number of tokens that a model with this configuration accepts."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
     limits = [limit for name in names if isinstance(limit := getattr(text, name, None), int) and limit > 0]
@@ -101,7 +101,7 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """The channels that an attention head makes; of a model without heads, those of the hidden states."""
+    """Return the channels of an attention head; for a model without heads, the hidden size."""
     text = config.get_text_config()
     named = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
     heads = getattr(text, "num_attention_heads", 1)

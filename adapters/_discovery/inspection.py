@@ -1,4 +1,4 @@
-"""`inspect`: what a run on a model would do and need, from its configuration alone; no weight is read."""
+"""`inspect`: predict a run's work and needs on a model from its configuration alone; no weight is read."""
 
 import json
 from collections import Counter
@@ -34,23 +34,23 @@ NO_GPU = "The time is an estimate by the rate of products. It was never compared
 
 @dataclass(frozen=True)
 class Inspection:
-    """Sizes, needs, an estimate of the time, and whether all fits.
+    """Sizes, needs, an estimate of the time, and the fit into a device's memory.
 
     Args:
-        model: its name.
-        recipe: the settings of the run.
-        operators: how many are pruned.
-        weights: how many these have.
-        zeros: how many of them will be zero.
-        left_alone: by the name of each matrix that is not pruned: the reason.
-        size: of the model.
+        model: name of the model.
+        recipe: settings of the run.
+        operators: number of pruned operators.
+        weights: number of their weights.
+        zeros: number of zeros after the run.
+        left_alone: reasons by name of untouched matrix.
+        size: size of the model.
         memory: bytes by part.
         work: operations of the run.
-        seconds: estimated, by phase.
-        device: where it is to run.
-        device_memory: bytes of the device, if they are known.
-        changes: settings that need less memory, and the bytes that the run then needs.
-        notes: what could not be known, and what follows from it.
+        seconds: estimates by phase.
+        device: device of the run.
+        device_memory: bytes of the device, or None.
+        changes: settings that need less memory, with the bytes that the run then needs.
+        notes: unknown quantities, and their consequences.
     """
 
     model: str
@@ -75,11 +75,11 @@ class Inspection:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits; true if nobody said into what."""
+        """True if the run fits, or if no memory was given."""
         return self.device_memory is None or self.needed <= self.device_memory
 
     def verdict(self) -> Iterator[str]:
-        """Whether it fits, and if not what to change, as sentences."""
+        """Yield sentences: the fit, and otherwise the settings to change."""
         if self.device_memory is None:
             return
         room = gib(self.device_memory)
@@ -95,12 +95,12 @@ class Inspection:
         yield f"  --ignore {' --ignore '.join(dict.fromkeys(widest.names))}: leaves the largest problem out"
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """Return the inspection as JSON."""
         more = {"fits": self.fits, "device_bytes": self.memory.device, "cpu_bytes": self.memory.all}
         return json.dumps(asdict(self) | more, indent=2)
 
     def tables(self) -> Iterator[Table]:
-        """What is pruned, what is not, and what it takes, for a terminal."""
+        """Yield tables for a terminal: operators, untouched matrices, needs."""
         yield _problems(self)
         if self.left_alone:
             yield _left_alone(self.left_alone)
@@ -110,7 +110,7 @@ class Inspection:
 @pinned()
 @documented(INSPECT)
 def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
-    """What a run by these settings would do to a model and need, found without its weights.
+    """Predict work and needs of a run on a model, without its weights.
 
     Only the configuration is read. Memory is by the formulas of `_runs.cost`; the time is an estimate, from products
     that are timed on `device` now.
@@ -121,12 +121,12 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
         {settings}
 
     Returns:
-        What was found.
+        The inspection.
 
     Raises:
         RecipeError, PatternError: settings that do not exist or do not fit.
         ModelError: the configuration cannot be read, or names a model that cannot be pruned.
-        CalibrationError: the model does not see so many tokens.
+        CalibrationError: the windows are longer than the model's limit.
     """
     asked, settings = INSPECT.read(settings)
     device_memory: int | None = asked.device_memory
@@ -175,7 +175,7 @@ def inspect(source: str | Path | None = None, **settings: Any) -> Inspection:
 
 
 def _notes(recipe: Recipe, settings: LayerSettings) -> Iterator[str]:
-    """What the figures leave out, and what the rules are about."""
+    """Yield notes on figures that are not counted, and on the rules."""
     if recipe.allocation not in ("uniform", "rows"):
         yield SURVEY
     for number, rule in enumerate(recipe.rules, 1):

@@ -1,4 +1,4 @@
-"""What is found out of one decoder layer, and holds for all that are built the same."""
+"""Facts on a decoder layer that hold for all layers of equal structure."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def of_each_kind(model: "HuggingFaceModel", find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
-    """Find something out of every decoder layer; of layers that are built the same, out of the first of them.
+    """Determine a fact for every decoder layer; of layers with equal structure, on the first.
 
     Args:
-        find: called with a layer that is in memory, how it is called, and a few hidden states [1 tokens n].
+        find: takes a layer in memory, its call, and a few hidden states [1 tokens n].
 
     Returns:
-        For each layer what `find` returned, with the names of the layer that it was called with.
+        By layer the result of `find`, with the names of the tried layer.
     """
     tokens, kinds, found = model.probe_tokens(), [signature(layer.module) for layer in model.layers], {}
     hidden = model.first_inputs(tokens)

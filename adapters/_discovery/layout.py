@@ -1,4 +1,4 @@
-"""What one sort of decoder layer consists of: operators in groups and stages, to be bound to any layer of that sort."""
+"""The layout of a kind of decoder layer: operators in groups and stages, to be bound to any layer of the kind."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .operators import ParameterOperator, Place
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Where the operators of a group are."""
+    """The places of a group's operators."""
 
     places: tuple[Place, ...]
     token_aligned: bool
@@ -25,10 +25,10 @@ ExpertFamily = tuple[GroupSpec, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """What one sort of decoder layer consists of; all layers that are built the same share it.
+    """The layout of a kind of decoder layer, shared by all layers of equal structure.
 
     Args:
-        left_alone: the reason for each matrix that is no operator.
+        left_alone: reasons by matrix that is no operator.
     """
 
     stages: tuple[tuple[GroupSpec, ...], ...]
@@ -40,7 +40,7 @@ class Layout:
         return [place for stage in self.stages for spec in stage for place in spec.places]
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
-        """A decoder layer with some of its operators."""
+        """Return a decoder layer with some of its operators."""
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
         def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:
@@ -58,12 +58,12 @@ class Layout:
 
 
 def signature(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that are built the same: their class and the names and shapes of their parameters."""
+    """Return a key that is equal for layers of equal structure: class, and names and shapes of parameters."""
     return type(layer), *((name, tuple(p.shape)) for name, p in layer.named_parameters())
 
 
 def canonical_name(layer: nn.Module, place: Place) -> tuple[str, str]:
-    """The name of a place without the numbers of equal modules in a list, and these numbers."""
+    """Split the numbers of equal modules in lists from the name of a place."""
     parts, numbers, module = [], [], layer
     for part in place.module.split("."):
         alike = isinstance(module, nn.ModuleList) and len({signature(child) for child in module}) == 1

@@ -1,4 +1,4 @@
-"""Operators whose outputs other tokens read, as attention reads keys and values: found by experiment."""
+"""Operators whose outputs reach other tokens, as attention reads keys and values: found by experiment."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def _mixing(layer: DecoderLayer, call: Call, hidden: Tensor) -> list[str]:
 
 
 def _change_first(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    """Replace the output of the first token by another order of it, plus one."""
+    """Replace the output of the first token by a new order of its entries, plus 1."""
     changed = output.clone(memory_format=torch.contiguous_format)
     first = changed.flatten(0, -2)[0]
     first.copy_(first.roll(1, -1) + 1)

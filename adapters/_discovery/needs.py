@@ -1,4 +1,4 @@
-"""What a run needs by its recipe and the outline of its model: for `inspect`, and for an error when memory runs out."""
+"""The needs of a run by recipe and outline, for `inspect` and for errors by lack of memory."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
-    """What the cost of a run depends on."""
+    """Return the settings that decide the cost of a run."""
     length = recipe.max_seq_length or min(DEFAULT_LENGTH, outline.positions)
     weighed, method = recipe.allocation in WEIGHED, recipe.preset or recipe.method
     return sizes.Setting(
@@ -34,13 +34,13 @@ def setting_of(recipe: Recipe, outline: Outline) -> sizes.Setting:
 
 
 def device_bytes(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> int:
-    """What a run needs of the device's memory by its formula."""
+    """Return the device memory that a run needs by its formula."""
     outline = read_outline(source, recipe, trust_remote_code)
     return cost.memory(outline.size, setting_of(recipe, outline)).device
 
 
 def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> str:
-    """What a run needs of the device's memory by its formula, and settings that need less."""
+    """Return a sentence with the device memory that a run needs, and settings that need less."""
     outline = read_outline(source, recipe, trust_remote_code)
     setting = setting_of(recipe, outline)
     needed = cost.memory(outline.size, setting).device

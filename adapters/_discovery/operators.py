@@ -1,4 +1,4 @@
-"""Linear maps as views of the parameters that hold them: plain, transposed, one slice of many, off the device."""
+"""Linear maps as views of the parameters that hold them: plain, transposed, a slice of a stack, offloaded."""
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ UNKNOWN = "no known linear map"
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a decoder layer the weight of an operator is; the same place exists in every equal layer.
+    """The place of an operator's weight in a decoder layer; equal layers have equal places.
 
-    The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D);
-    or several such matrices, of which W is number `index` (the experts of transformers 5).
+    The parameter `parameter` of the submodule `module` holds W [m n]; or W' [n m] if `transposed` (GPT-2's Conv1D); or
+    several matrices, of which W is number `index` (the experts of transformers 5).
     """
 
     module: str
@@ -43,10 +43,10 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class ParameterOperator(AbstractOperator):
-    """The operator at a place of a decoder layer; it keeps no tensor, so that weights may come and go.
+    """The operator at a place of a decoder layer, without a reference to a tensor, so that weights may come and go.
 
     Args:
-        module: the submodule that holds its weight.
+        module: the submodule that holds the weight.
     """
 
     module: nn.Module
@@ -84,7 +84,7 @@ class ParameterOperator(AbstractOperator):
 
 
 def held(module: nn.Module, name: str) -> Tensor:
-    """The values of a parameter or buffer, from where accelerate keeps them if they are offloaded."""
+    """Return the values of a parameter or buffer; offloaded values come from accelerate."""
     kept = offloaded(module)
     if kept is not None and name in kept:
         return kept[name]  # a forward pass that was ended early leaves a copy behind, which is not to be used
@@ -92,14 +92,14 @@ def held(module: nn.Module, name: str) -> Tensor:
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """What `held` gives for a tensor of a model, or of any module."""
+    """Return a tensor of any module by name, as `held` does."""
     path, _, last = name.rpartition(".")
     return held(model.get_submodule(path), last)
 
 
 @torch.no_grad()
 def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a parameter or buffer other values, in memory or where accelerate keeps it."""
+    """Replace the values of a parameter or buffer, in memory or at accelerate's place."""
     kept = offloaded(module)
     if kept is not None and name in kept:
         _hand_back(module, name, value)
@@ -112,31 +112,27 @@ def _own(module: nn.Module, name: str) -> Tensor:
 
 
 def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
-    """Where accelerate keeps the weights of a `module` that it has offloaded; None if it has not."""
+    """Return accelerate's mapping of a `module`'s offloaded weights; None without offloading."""
     kept = [getattr(hook, "weights_map", None) for hook in _hooks(module)]
     return next((weights for weights in kept if weights is not None), None)
 
 
 def computes_on(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of a module, and what it is called with.
-
-    Returns:
-        The device; None if accelerate does neither.
-    """
+    """Return the device to which accelerate brings weights and inputs of a module; None without accelerate."""
     devices = [getattr(hook, "execution_device", None) for hook in _hooks(module)]
     return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Those of accelerate; looked at and not imported, as most models are loaded without."""
+    """Return accelerate's hooks; read and not imported, because most models are loaded without accelerate."""
     hook: Any = vars(module).get("_hf_hook")
     return list(getattr(hook, "hooks", [hook]))
 
 
 def _hand_back(module: nn.Module, parameter: str, value: Tensor) -> None:
-    """Give accelerate the new value to load before each forward pass; a file is never written to.
+    """Give accelerate the new value to load before every forward pass; a file is never written to.
 
-    What it keeps is nested: prefixes around a mapping, or around a loader, of which `state_dict` goes before files.
+    accelerate's store is nested: prefixes around a mapping, or around a loader whose `state_dict` goes before files.
     """
     kept: Any = offloaded(module)
     name = parameter

@@ -1,4 +1,4 @@
-"""A model as its configuration tells it: its operators, their sizes, and what is left alone."""
+"""The outline of a model from its configuration: operators, sizes, untouched matrices."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ from .random_weights import RandomModel
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a model without its weights.
+    """Facts on a model without its weights.
 
     Args:
-        layers: its decoder layers, with their operators.
-        left_alone: by the name of each matrix that is not pruned: the reason.
-        positions: the most tokens that it can see.
-        notes: what could not be known, and what follows from it.
+        layers: decoder layers with operators.
+        left_alone: reasons by name of untouched matrix.
+        positions: largest number of tokens in a window.
+        notes: unknown quantities, and their consequences.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Outline:
 
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:
-    """The outline of a model from its configuration, by the discovery of a run on random weights."""
+    """Return the outline of a model from its configuration, by a run's discovery on random weights."""
     config = _config(source, trust_remote_code)
     refuse_quantized(config)
     reader, remote = model_class(str(source), config), {"trust_remote_code": trust_remote_code}
@@ -94,7 +94,7 @@ def _size(model: RandomModel, config: PretrainedConfig, dtype: torch.dtype, whol
 
 
 def _stages(layer: DecoderLayer, config: PretrainedConfig) -> tuple[tuple[Stack, ...], ...]:
-    """The stacks of each stage; of experts each gets an even share of the tokens."""
+    """Return the stacks by stage; experts get equal shares of the tokens."""
     piled = max(
         (len(pile) for module in layer.module.modules() for pile in fused_parameters(module).values()), default=0
     )

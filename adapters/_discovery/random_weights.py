@@ -1,6 +1,6 @@
-"""A model known by its configuration alone, with random weights that take no memory and multiply in no time.
+"""A model built from its configuration, with random weights that take no memory and multiply in no time.
 
-So `inspect` finds operators as a run does, by the same discovery, on a machine that could not hold one layer.
+With it `inspect` finds operators by a run's discovery, on a machine that could not hold a single layer.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 
 
 class RandomModel(HuggingFaceModel):
-    """A model built with its parameters on the meta device; those of a decoder layer are random while it is resident.
+    """A model with parameters on the meta device; weights of a decoder layer are random while resident.
 
     Args:
-        model: Its parameters are on the meta device, its buffers are not.
+        model: parameters are on the meta device, buffers are not.
     """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
@@ -53,9 +53,9 @@ class RandomModel(HuggingFaceModel):
 
 
 class _QuickProducts(TorchDispatchMode):
-    """Products with random weights are replaced: the weights of an output are one of its own and one for all inputs.
+    """Replace products with random weights: an output has a private weight and a common weight for all inputs.
 
-    It still depends on every input, which is all that discovery asks.
+    The output still depends on every input, as discovery requires.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,13 +78,13 @@ def _every_expert_by_itself(layer: nn.Module) -> Iterator[None]:
 
 
 def _random(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values for the tensors that have none, always the same: random matrices, and vectors of ones."""
+    """Return reproducible values for tensors without values: random matrices, and vectors of ones."""
     generator = torch.Generator().manual_seed(0)
     return {name: _values(tensor, generator) if tensor.is_meta else tensor for name, tensor in state.items()}
 
 
 def _values(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Ones, or a matrix whose rows are windows of one short random sequence: W[i, j] = r[2 i + j]."""
+    """Return ones, or a matrix whose rows are windows of a short random sequence: W[i, j] = r[2 i + j]."""
     if like.dim() < 2:
         return torch.ones_like(like, device="cpu")
     strides = tuple(range(like.dim(), 0, -1))
@@ -94,5 +94,5 @@ def _values(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _overlaps(weight: Tensor) -> bool:
-    """Whether its rows overlap in memory, as those of random weights do."""
+    """Return True if rows overlap in memory, as in random weights."""
     return weight.untyped_storage().nbytes() < weight.nbytes

@@ -1,4 +1,4 @@
-"""Whether the layers of a model, called one by one, are the model, and decode: no token sees those behind it."""
+"""Check that a model equals its layers, called singly, and that no token sees later tokens."""
 
 from collections.abc import Sequence
 from math import inf
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 
 def refuse_other_replays(model: "HuggingFaceModel") -> None:
-    """Refuse a model that is not its decoder layers. Of one that streams, the calls alone have to be the same."""
+    """Refuse a model that differs from its decoder layers. For a streamed model only the calls are compared."""
     batch = model.probe_tokens()
     refuse_other_shapes(batch, model.first_inputs(batch))
     if model.streams:
@@ -40,7 +40,7 @@ def refuse_other_replays(model: "HuggingFaceModel") -> None:
 
 @torch.no_grad()
 def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
-    """Refuse a model whose first layer gives a token something else if the last one differs, as in an encoder."""
+    """Refuse a model whose first layer changes a token's output with the last token, as an encoder does."""
     batch, layer = model.probe_tokens(), model.layers[0]
     other = torch.cat([batch[:, :-1], batch[:, :1]], dim=1)
     call = model.calls(batch)[0]
@@ -56,10 +56,10 @@ def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
 
 @torch.no_grad()
 def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
-    """How far the decoder layers, called one after the other, are from the model.
+    """Return the relative difference between the model and its decoder layers, called in turn.
 
-    They are replayed with the calls of another batch. The error is zero where nothing happens between the layers, and
-    what they are called with depends on the shape of a batch only.
+    The layers are replayed with the calls of a second batch. The error is zero if nothing happens between the layers,
+    and calls depend on the shape of a batch only.
 
     Args:
         batch: token ids [batch tokens].

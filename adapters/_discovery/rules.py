@@ -1,4 +1,4 @@
-"""Which operators the rules of a recipe are about, and what a run does with them."""
+"""The operators that the rules of a recipe concern, and the resulting settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from .selection import matcher
 
 
 def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[DecoderLayer]) -> LayerSettings:
-    """The settings of a run in which the rules of its recipe hold."""
+    """Return the settings of a run with the rules of its recipe."""
     found, built = rule_of(recipe.rules, layers), recipe.build_rules()
     return replace(
         settings,
@@ -24,7 +24,7 @@ def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[Decoder
 
 
 def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[str, int]:
-    """The number of the rule of each operator that has one: of those that match, the first.
+    """Return the number of the first matching rule, by operator.
 
     Returns:
         Numbers from 0 by "layer.operator".
@@ -52,12 +52,14 @@ def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 def _short(names: Mapping[str, tuple[str, ...]]) -> set[str]:
-    """Names that do not say which layer."""
+    """Return the names without the layer."""
     return {alias for _, *short in names.values() for alias in short}
 
 
 def _names(layer: str, operator: str) -> Iterator[str]:
-    """What an operator is called, whole first: as `selection.left_alone` has it, but for classes other than Linear."""
+    """Yield the names of an operator, the whole name first, as `selection.left_alone` without classes other than
+    Linear.
+    """
     yield f"{layer}.{operator}"
     yield operator
     path, _, last = operator.rpartition(".")

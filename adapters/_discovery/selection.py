@@ -1,4 +1,4 @@
-"""Which operators of a model are pruned, and the reason for each linear map that is left alone."""
+"""Choose the operators to prune, with a reason for every untouched linear map."""
 
 import re
 import time
@@ -28,11 +28,11 @@ def left_alone(
     ignore: Sequence[str],
     because: str = "not among the targets of the recipe",
 ) -> dict[str, str]:
-    """The reason for every matrix of a model that is not to be pruned.
+    """Return the reason for every matrix of a model that is not pruned.
 
-    A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or
-    only its last part ("q_proj"; "down_proj" also for each of the experts "mlp.experts.down_proj.0" and so on); a
-    class ("Linear" is every linear map); or "re:" and a regular expression that matches the beginning of one of these.
+    A pattern is a name, whole ("model.layers.3.self_attn.q_proj"), relative to the layer ("self_attn.q_proj") or only
+    the last part ("q_proj"; "down_proj" also for all experts "mlp.experts.down_proj.0" and so on); a class ("Linear" is
+    every linear map); or "re:" and a regular expression that matches the beginning of such a name.
     """
     shared = ties(model)
     names: dict[str, tuple[str, ...]] = {}
@@ -73,10 +73,8 @@ def left_alone(
 
 
 def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
-    """A warning about operators of decoder layers that are left because they share their weights.
-
-    Returns:
-        The warning; None if there is no such operator.
+    """Warn about operators of decoder layers that are left alone because they share weights; None without such
+    operators.
     """
     inside = tuple(f"{layer.name}." for layer in layers)
     tied = [(name, reason) for name, reason in left if name.startswith(inside) and reason.startswith(TIED)]
@@ -90,11 +88,7 @@ def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLaye
 
 
 def unknown_maps(left: Iterable[tuple[str, str]], model: PreTrainedModel, layers: Iterable[DecoderLayer]) -> str | None:
-    """A warning about matrices that are left because what is done with them is not known, if they are no small share.
-
-    Returns:
-        The warning; None if they are few.
-    """
+    """Warn about matrices that are left alone because their use is unknown; None if their share is small."""
     inside = tuple(f"{layer.name}." for layer in layers)
     sizes = {name: p.numel() for name, p in model.named_parameters() if name.startswith(inside)}
     unknown = [(name, reason) for name, reason in left if name in sizes and reason.endswith(UNKNOWN)]
@@ -110,10 +104,10 @@ def unknown_maps(left: Iterable[tuple[str, str]], model: PreTrainedModel, layers
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """For each parameter that shares memory with another, the name of one that it shares it with.
+    """Return, by parameter that shares memory, the name of a parameter with the same memory.
 
-    By memory and not by name, because families differ in what they tie. Overlap is what counts: parameters that are
-    separate pieces of one storage are not tied. What is not in memory shares only itself.
+    Memory decides, not names, because families tie different parameters. Overlap counts: separate pieces of a storage
+    are not tied. A tensor without memory shares only itself.
     """
     spans = sorted((*_span(p), name) for name, p in model.named_parameters(remove_duplicate=False))
     partners: dict[str, str] = {}
@@ -129,7 +123,7 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _span(parameter: Tensor) -> tuple[str, int, int]:
-    """Where a parameter is, from and to."""
+    """Return the beginning and the end of a parameter in memory."""
     if parameter.is_meta:
         return f"nowhere {id(parameter)}", 0, 1
     last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
@@ -138,7 +132,7 @@ def _span(parameter: Tensor) -> tuple[str, int, int]:
 
 
 def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[str]:
-    """The whole names of all that match any pattern; each pattern must match something, or it is misspelt."""
+    """Return the whole names that match any pattern; a pattern without a match is an error in spelling."""
     if isinstance(patterns, str):
         raise RecipeError(f"Targets and ignore are lists of names; got the text {patterns!r}. Write [{patterns!r}].")
     matched: set[str] = set()
@@ -188,5 +182,5 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _examples(names: Iterable[tuple[str, ...]]) -> set[str]:
-    """Enough names to see how they are written: of the many layers, only what is relative to them."""
+    """Return enough names to show the spelling: of the many layers only relative names."""
     return {alias for _, *short in names for alias in short}

@@ -1,4 +1,4 @@
-"""One forward pass of a decoder layer, watched: which linear maps it calls, in which order, and with what."""
+"""Watch a forward pass of a decoder layer: the called linear maps, their order, and their inputs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from .operators import LINEAR_MODULES, ParameterOperator, Place, held
 
 @dataclass
 class Seen:
-    """What a forward pass called, in order.
+    """The calls of a forward pass, in order.
 
     Args:
-        tensors: which tensor that was, for each place.
-        times: how often each place was called.
-        other: places that gave something else than W x + b.
+        tensors: input tensor by place.
+        times: number of calls by place.
+        other: places whose output was not W x + b.
     """
 
     inputs: dict[Place, Tensor] = field(default_factory=dict)
@@ -33,10 +33,10 @@ class Seen:
     other: set[Place] = field(default_factory=set)
 
     def add(self, place: Place, x: Tensor) -> None:
-        """Count a call. The inputs are kept, so that no two tensors of the pass lie in the same memory.
+        """Count a call. Inputs are kept, so that no two tensors of the pass lie in the same memory.
 
         Args:
-            x: its inputs [... n].
+            x: inputs of the call [... n].
         """
         if x.numel():  # an expert that is called without a token is not called
             self.inputs.setdefault(place, x)
@@ -45,10 +45,10 @@ class Seen:
 
 
 def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
-    """One forward pass of a layer, observed.
+    """Observe a forward pass of a layer.
 
     Args:
-        hidden: what enters it [batch tokens n].
+        hidden: inputs of the layer [batch tokens n].
     """
     seen = Seen()
     with ExitStack() as hooks:
@@ -83,7 +83,7 @@ def _watch_module(module: nn.Module, place: Place, seen: Seen, changed: frozense
 
 
 def _is_linear(module: nn.Module, place: Place, x: Tensor, output: Any) -> bool:
-    """Whether a module has computed W x + b: what is derived from `nn.Linear` may do something else."""
+    """Return True if a module has computed W x + b: subclasses of `nn.Linear` may differ."""
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     if not isinstance(output, Tensor):
@@ -95,10 +95,10 @@ def _is_linear(module: nn.Module, place: Place, x: Tensor, output: Any) -> bool:
 
 
 def _other(output: Tensor) -> Tensor:
-    """Other outputs: the order differs, which no norm hides, and so does the sum."""
+    """Return changed outputs: the order differs, which no norm hides, and so does the sum."""
     return output.roll(1, -1) + 1
 
 
 def place_of(path: str, module: nn.Module) -> Place:
-    """The place of a module that is one linear map."""
+    """Return the place of a module that is a linear map."""
     return Place(path, transposed=not isinstance(module, nn.Linear))

@@ -1,1 +1,1 @@
-"""What a model can do without, for good: decoder layers; and what every smaller model promises."""
+"""Removals of decoder layers, experts, channels and heads, and the interface of smaller models."""

@@ -1,4 +1,4 @@
-"""What every removal promises: what can go, and the smaller model without it, which is written as an ordinary one."""
+"""The interface of removals: removable parts, and the smaller model, which is written as an ordinary model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -23,72 +23,68 @@ Making = Callable[[], Recorded]
 
 
 class AbstractReduced(ABC):
-    """A model without what was removed of it."""
+    """A model without its removed parts."""
 
     @property
     @abstractmethod
     def widths(self) -> Mapping[str, tuple[int, int]]:
-        """How many there were and are, by the names of the settings that say so."""
+        """Numbers before and after, by the setting that declares them."""
 
     @property
     @abstractmethod
     def removed(self) -> Any:
-        """What was removed, for `AbstractRemoval.without`; JSON can hold it."""
+        """Return the removed parts as plain data, for `AbstractRemoval.without`."""
 
     @abstractmethod
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Have only those operators of their `model` pruned that adapt to the removal; the targets that name them."""
+        """Let a `model` prune only operators that adapt to the removal; return the targets that name them."""
 
     @abstractmethod
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The `settings` of the smaller model, from those of the dense one."""
+        """Return the smaller model's settings from the dense model's `settings`."""
 
     @cached_property
     def cuts(self) -> Mapping[str, Cut]:
-        """What is left of each tensor that becomes smaller, by its name in the dense model."""
+        """Return the cut of every tensor that shrinks, by its name in the dense model."""
         return {}
 
     def renamed(self, name: str) -> str | None:
-        """The name in the smaller model of what has that `name` in the dense one; None: it is gone."""
+        """Return the name in the smaller model for a `name` in the dense model; None: removed."""
         return name
 
     def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
-        """Modules of a dense model for which zeros are not the same as nothing.
+        """Return replacements for modules of a dense model in which zeros differ from absence.
 
         Returns:
-            By the name of the module a forward pass, which computes as the smaller model if what is removed is zero.
+            By module name a forward pass that computes as the smaller model if the removed parts are zero.
         """
         return {}
 
     def stand_in(self, model: HuggingFaceModel) -> None:
-        """Have a dense `model` compute as the smaller one wherever what is removed is zero."""
+        """Let a dense `model` compute as the smaller model wherever removed parts are zero."""
         for name, forward in self.stand_ins(model).items():
             model.model.get_submodule(name).forward = forward
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of what is left of a parameter.
-
-        Returns:
-            The smaller shape; None if nothing is left.
-        """
+        """Return the remaining shape of a parameter; None if nothing is left."""
         if self.renamed(name) is None:
             return None
         return self.cuts[name].shape(shape) if name in self.cuts else shape
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings are those of the smaller model."""
+        """Check that settings describe the smaller model."""
         whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
         require_shapes(model.model, settings, {n: s for n, s in named if n is not None and s is not None})
 
     def state(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is left of the tensors of the `whole` model, by the names that they have in the smaller one."""
+        """Return the remaining tensors of the `whole` model, by name in the smaller model."""
         cuts = self.cuts
         named = {name: self.renamed(name) for name in whole}
         return {new: cuts[n].of(whole[n]) if n in cuts else whole[n] for n, new in named.items() if new is not None}
 
     def emptied(self, layer: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a decoder layer has in place of what is removed of it: zeros."""
+        """Return zeros in place of the removed parts of a decoder layer."""
         changed, cuts = dict[str, Tensor](), self.cuts
         for name, tensor in parameters.items():
             if self.renamed(whole := f"{layer}.{name}") is None:
@@ -99,10 +95,10 @@ class AbstractReduced(ABC):
 
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        """Give a `dense` model the weights of the `narrower` one: it then computes the same, in its own size.
+        """Give a `dense` model the weights of the `narrower` model: the function is then the narrower model's.
 
         Args:
-            dense: the model that it was made of; both are whole in memory.
+            dense: the model before the removal; both models are whole in memory.
         """
         cuts, small = self.cuts, narrower.model.state_dict()
         for name, tensor in dense.model.state_dict().items():
@@ -113,7 +109,7 @@ class AbstractReduced(ABC):
         self.stand_in(dense)
 
     def entries(self, whole: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Where what is left of tensors is, by the names of the `whole` ones in the model."""
+        """Return the places of the remaining tensors, by name in the `whole` model."""
         cuts, left = self.cuts, [name for name in whole if self.renamed(name) is not None]
         return {name: CutEntry.without(whole[name], cuts[name]) if name in cuts else whole[name] for name in left}
 
@@ -128,13 +124,13 @@ class AbstractReduced(ABC):
         return smaller.to(device=model.device).eval()  # pyright: ignore[reportCallIssue]
 
     def apply_to(self, model: HuggingFaceModel) -> HuggingFaceModel:
-        """The smaller of a `model` that is whole in memory, with its tokenizer."""
+        """Return the smaller model of a `model` that is whole in memory, with its tokenizer."""
         narrower = copy(model)
         narrower.model = self.model(model)
         return narrower
 
     def note(self) -> dict[str, Any]:
-        """What the file beside the result says that names what was removed."""
+        """Return the content of the file beside the result that names the removed parts."""
         return {"widths": {name: list(pair) for name, pair in self.widths.items()}, "removed": self.removed}
 
     def sizes(self, model: HuggingFaceModel) -> dict[str, list[int]]:
@@ -150,34 +146,34 @@ class AbstractReduced(ABC):
 
 
 class AbstractRemoval(ABC):
-    """What of a dense model can be removed, and how much of it is to be."""
+    """The removable parts of a dense model, and the number to remove."""
 
     @property
     @abstractmethod
     def patterns(self) -> Mapping[str, Constraint]:
-        """What operators are pruned to that differ in it, by name."""
+        """Return the patterns of operators that differ, by name."""
 
     @abstractmethod
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """Have only those operators of their `model` pruned that may be concerned; the targets that name them."""
+        """Let a `model` prune only operators that the removal may concern; return the targets that name them."""
 
     @property
     def chosen_first(self) -> bool:
-        """Whether `choose_by` decides what is removed before anything is pruned, and not the pruned weights."""
+        """True if `choose_by` decides before pruning; False if the pruned weights decide."""
         return False
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
-        """Decide what is removed.
+        """Decide the removed parts.
 
         Args:
-            windows: token ids [samples length] to judge by.
+            windows: token ids [samples length] for the judgement.
         """
         raise NotImplementedError("the pruned weights say what is removed")
 
     def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:
-        """The model without what the pruned weights make no use of."""
+        """Return the model without parts that the pruned weights do not use."""
         raise NotImplementedError("what is removed was decided before")
 
     @abstractmethod
     def without(self, removed: Any) -> AbstractReduced:
-        """The model without some of it."""
+        """Return the model without the given parts."""

@@ -1,4 +1,4 @@
-"""Which decoder layers a model does best without: by its predictions, or by how far they turn the hidden states."""
+"""Choose the decoder layers to remove: by predictions, or by the change of hidden states."""
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -24,13 +24,13 @@ LEAST = 8  # layers that a round tries, if there are as many
 def layers_to_remove(
     model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: Making
 ) -> list[int]:
-    """The numbers of the layers to remove.
+    """Return the numbers of the layers to remove.
 
     Args:
-        windows: token ids [samples length] to judge by.
-        score: "divergence": layer by layer, the one without which the predictions are nearest to the dense ones is
-            removed, given those before; all are tried at first, and then the better half of those tried before.
-            "influence": those with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
+        windows: token ids [samples length] for the judgement.
+        score: "divergence": in turn, remove the layer without which the predictions are nearest to the dense
+            predictions, given earlier removals; first all layers are tried, then the better half of the last trial.
+            "influence": remove layers with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
     """
     if score == "influence":
         found = influences(model, windows, record)
@@ -48,16 +48,13 @@ def layers_to_remove(
 
 
 def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list[float]:
-    """How far each layer turns the hidden states: 1 - mean cos(h, h').
+    """Return the block influence of every layer: 1 - mean cos(h, h').
 
-    What the last layer turns them into is taken after the final norm, as in the code of ShortGPT: transformers' list of
-    hidden states ends there.
+    The output of the last layer is taken after the final norm, as in the code of ShortGPT: transformers' list of hidden
+    states ends there.
 
     Args:
         windows: token ids [samples length].
-
-    Returns:
-        The block influence of each layer.
     """
     found, batches = list[float](), windows.split(1)
 
@@ -85,11 +82,11 @@ def divergences(
     tried: Iterable[int],
     record: Making,
 ) -> dict[int, float]:
-    """How far the predictions without some layers and one more are from the dense ones; one walk for all of them.
+    """Return the divergence of predictions without some layers and one more; a single walk serves all trials.
 
     Args:
         windows: token ids [samples length].
-        dense: the hidden states [1 length hidden] after the last layer of the dense model, for each window.
+        dense: the hidden states [1 length hidden] after the last layer of the dense model, by window.
 
     Returns:
         By the number of the layer the mean over the tokens of KL(dense || without), in nats.
@@ -118,7 +115,7 @@ def divergences(
 
 
 def _final(model: HuggingFaceModel, windows: Tensor, record: Making) -> Recorded:
-    """The hidden states of the dense model after its last layer."""
+    """Return the hidden states of the dense model after its last layer."""
     states = MemoryStore(range(len(model.layers)), record)
     LayerWalk(model, windows.split(1), states).run(propagate)
     return states.take(len(model.layers))

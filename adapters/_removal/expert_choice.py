@@ -1,4 +1,4 @@
-"""Which experts a mixture does best without: by the error of its output, or by what they add where they are chosen."""
+"""Choose the experts to remove: by the error of the mixture's output, or by REAP's score."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ Inputs = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
 class Judged:
-    """The block of a mixture, and what enters it.
+    """The block of a mixture, and its inputs.
 
     Args:
-        small: the block of a model with as many experts as are to stay; see `Mixture.graft`.
+        small: the block of a model with the remaining number of experts; see `Mixture.graft`.
     """
 
     def __init__(self, mixture: Mixture, block: nn.Module, small: nn.Module, inputs: Inputs) -> None:
@@ -37,22 +37,18 @@ class Judged:
         self.dense = self._outputs(block)
 
     def error(self, gone: Collection[int]) -> float:
-        """What the output changes by without some experts.
-
-        Returns:
-            The summed square.
-        """
+        """Return the summed square of the output's change without some experts."""
         found = self._outputs(self.mixture.without(self.small, self.block, gone))
         return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(found, self.dense, strict=True))
 
     def reap(self, number: int) -> float:
-        """The mean of g |f(x)| over the tokens x that are sent to an expert (arXiv 2510.13999, equation 9).
+        """Return the mean of g |f(x)| over the tokens x of an expert (arXiv 2510.13999, equation 9).
 
-        What its output f, times the weight g of the router, adds to the block's is what the block loses if the weights
-        of the expert are zero: the router, which does not read them, chooses the same.
+        The expert's output f, times the router's weight g, equals the block's loss if the expert's weights are zero:
+        the router does not read these weights, and chooses the same.
 
         Returns:
-            The score; 0 if no token is sent to it.
+            The score; 0 without tokens.
         """
         own = [self.mixture.of_expert(n, t, number) for n, t in self.mixture.tensors(self.block).items()]
         held = [(part, part.clone()) for part in own if part is not None]
@@ -85,13 +81,13 @@ def experts_to_remove(
     count: int,
     record: Making,
 ) -> dict[str, list[int]]:
-    """The numbers of the experts to remove of each mixture, each judged by what enters it in the dense model.
+    """Return the numbers of the experts to remove by mixture, judged on inputs in the dense model.
 
     Args:
-        windows: token ids [samples length] to judge by.
-        score: "reap": those with the lowest score of REAP. "output": from these on, experts that go and experts that
-            stay are exchanged as long as the error of the block's output becomes smaller.
-        mixtures: the experts of each layer that has some, and its block with as few as are to stay.
+        windows: token ids [samples length] for the judgement.
+        score: "reap": the lowest scores of REAP. "output": starting from these, removed and remaining experts are
+            exchanged as long as the error of the block's output falls.
+        mixtures: the experts of layers with a mixture, and blocks with the remaining number of experts.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     here = {mixture.layer: (mixture, small) for mixture, small in mixtures}

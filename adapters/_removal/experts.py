@@ -1,4 +1,4 @@
-"""Experts removed for good: a model whose mixtures have fewer, and whose configuration says how many."""
+"""Remove experts for good: smaller mixtures, and a configuration with their number."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
@@ -30,11 +30,11 @@ from .mixtures import Mixture, find_mixtures
 
 @dataclass(frozen=True, eq=False)
 class ExpertRemoval(AbstractRemoval):
-    """The experts that mixtures can be left without, and how many are to go of each.
+    """The removable experts of mixtures, and the number to remove.
 
     Args:
-        mixtures: of the layers that have one.
-        place: of the setting that says how many there are.
+        mixtures: by layer with a mixture.
+        place: place of the setting with the number of experts.
     """
 
     mixtures: tuple[Mixture, ...]
@@ -43,12 +43,12 @@ class ExpertRemoval(AbstractRemoval):
 
     @property
     def patterns(self) -> Mapping[str, Constraint]:
-        """That of all operators."""
+        """Return a pattern for all operators."""
         return {}
 
     @property
     def size(self) -> int:
-        """How many experts a mixture has."""
+        """Number of experts of a mixture."""
         return self.mixtures[0].size
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class ExpertRemoval(AbstractRemoval):
 
     @property
     def chosen_first(self) -> bool:
-        """They are."""
+        """True."""
         return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> dict[str, list[int]]:
@@ -134,7 +134,7 @@ class FewerExperts(AbstractReduced):
 
 
 def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbers: list[int]) -> Callable[..., Any]:
-    """The forward pass of a block that does without experts once nothing but zeros is left of them."""
+    """Return the forward pass of a block that skips experts once their weights are all zero."""
     dense = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -144,11 +144,11 @@ def _either(mixture: Mixture, block: nn.Module, fewer: Callable[..., Any], numbe
 
 
 def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
-    """The experts that the mixtures of a dense model can be left without.
+    """Find the removable experts of a dense model's mixtures.
 
-    Which setting says how many there are is found by its value, and tried: a model that is built anew with one less,
-    without memory, must differ in nothing but tensors that have a part for each expert. That these are the experts' is
-    tried, too: two of them in each other's place compute the same.
+    The setting with their number is found by its value, and tried: a model built without memory with one expert less
+    may differ only in tensors with a part per expert. That the parts are experts is tried, too: two experts in
+    exchanged places compute the same.
     """
     sizes = _numbers(model)
     if not sizes:
@@ -167,7 +167,7 @@ def find_experts(model: HuggingFaceModel, pattern: Constraint) -> ExpertRemoval:
 
 
 def _numbers(model: HuggingFaceModel) -> list[int]:
-    """How many experts mixtures may have: as there are matrices in one tensor, or equal modules in a list."""
+    """Return possible numbers of experts: matrices in a tensor, or equal modules in a list."""
     found = dict[int, None]()
     for layer in model.layers:
         for module in layer.module.modules():
@@ -178,14 +178,14 @@ def _numbers(model: HuggingFaceModel) -> list[int]:
 
 
 def with_experts(settings: Mapping[str, Any], place: Place, number: int) -> dict[str, Any]:
-    """The settings of a model that has another number of experts."""
+    """Return the settings of a model with a new number of experts."""
     changed = deepcopy(dict(settings))
     set_at(changed, place, number)
     return changed
 
 
 def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
-    """The mixtures whose number of experts a setting says; none if it says something else, or something more."""
+    """Return the mixtures whose number of experts a setting declares; empty if it declares anything else as well."""
     try:
         smaller = built(model.model, with_experts(settings_of(model), place, size - 1))
     except REFUSALS:
@@ -205,10 +205,10 @@ def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
 
 
 def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
-    """The blocks of a model that is built with another number of experts, without memory for these.
+    """Return the blocks of a model with a new number of experts, without memory for the experts.
 
     Returns:
-        For each mixture its block, with all that does not depend on the number taken from the model.
+        Blocks by mixture; parts independent of the number are the model's.
     """
     small = built(model.model, with_experts(model.model.config.to_dict(), place, number)).eval().requires_grad_(False)
     blocks = list[nn.Module]()
@@ -219,7 +219,7 @@ def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixtu
 
 
 def _require_runs(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], left: int) -> None:
-    """Check that the mixtures run with so few experts: a router may need more, or groups of them."""
+    """Check that mixtures run with so few experts: a router may need more experts, or groups of experts."""
     if (why := _why_not(model, place, mixtures, left)) is None:
         return
     size = mixtures[0].size

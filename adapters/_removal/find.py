@@ -1,4 +1,4 @@
-"""Removals by what they remove."""
+"""Removals by pattern."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,6 +20,6 @@ REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]
 
 
 def find_removal(model: HuggingFaceModel, pattern: Constraint) -> AbstractRemoval:
-    """What of a dense model a pattern removes."""
+    """Return the removal of a pattern for a dense model."""
     assert pattern.removes is not None
     return REMOVALS[pattern.removes](model, pattern)

@@ -1,4 +1,4 @@
-"""The mixtures of experts of a model: which entries of which tensors are an expert's, and how one runs without some."""
+"""Mixtures of experts: the entries of tensors that belong to an expert, and blocks that run without some experts."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,13 +18,13 @@ STACKED = 3  # dimensions of a tensor that has a matrix for each expert
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """The experts of one decoder layer.
+    """The experts of a decoder layer.
 
     Args:
-        block: the name of the smallest module that has all of them, and what routes to them.
-        dims: by the name of a tensor, the dimension that counts experts: of their own weights, or of the router's.
-        stacked: those of these tensors that hold the weights and biases of experts.
-        lists: names of lists of modules, one for each expert.
+        block: name of the smallest module with all experts and their router.
+        dims: by name of a tensor, the dimension that counts experts: of expert weights, or of the router's.
+        stacked: tensors among them with weights and biases of experts.
+        lists: names of lists of modules, a module for an expert.
     """
 
     layer: str
@@ -35,44 +35,37 @@ class Mixture:
     lists: tuple[str, ...]
 
     def cuts(self, numbers: Collection[int]) -> dict[str, Cut]:
-        """What is left of the tensors that count experts, without those of these `numbers`."""
+        """Return the cuts of tensors that count experts, without experts of these `numbers`."""
         return {name: Cut(dim, {None: tuple(sorted(numbers))}, reads=True) for name, dim in self.dims.items()}
 
     def renamed(self, name: str, numbers: Collection[int]) -> str | None:
-        """The name of a tensor of the model without experts; None if it is of one of them."""
+        """Return the name of a tensor in the model without experts; None for a tensor of a removed expert."""
         if (place := _in_list(name, self.lists)) is None:
             return name
         path, number, rest = place
         return None if number in numbers else f"{path}.{number - sum(gone < number for gone in numbers)}.{rest}"
 
     def tensors(self, block: nn.Module) -> Tensors:
-        """What the `block` holds by now."""
+        """Return the present tensors of the `block`."""
         held = dict[str, Tensor](block.named_parameters()) | dict(block.named_buffers())
         return {f"{self.block}.{name}": tensor for name, tensor in held.items()}
 
     def of_expert(self, name: str, tensor: Tensor, number: int) -> Tensor | None:
-        """What of a tensor is one expert's own, which makes its output.
-
-        Returns:
-            A view of it; None if nothing is.
-        """
+        """Return a view of the part of a tensor that makes an expert's output; None without such a part."""
         if name in self.stacked:
             return tensor[number]
         return tensor if any(name.startswith(f"{path}.{number}.") for path in self.lists) else None
 
     def is_emptied(self, block: nn.Module, numbers: Collection[int]) -> bool:
-        """Whether nothing but zeros is left of some experts.
-
-        Returns:
-            True if so.
-        """
+        """Return True if the weights of some experts are all zero."""
         own = (self.of_expert(name, t, n) for name, t in self.tensors(block).items() for n in numbers)
         return not any(bool(each.any()) for each in own if each is not None)
 
     def graft(self, small: nn.Module, whole: nn.Module) -> None:
-        """Give a block with fewer experts all submodules of the whole one that have nothing to do with their number.
+        """Give a block with fewer experts all submodules of the whole block that do not depend on the number of
+        experts.
 
-        So what listens to them hears both blocks.
+        Hooks on these submodules then see both blocks.
         """
         changed = (*self.dims, *(f"{path}." for path in self.lists))
 
@@ -87,11 +80,11 @@ class Mixture:
         descend(small, whole, self.block)
 
     def without(self, small: nn.Module, whole: nn.Module, numbers: Collection[int]) -> Callable[..., Any]:
-        """How the block computes without some experts: as the one of the smaller model, with its part of the weights.
+        """Return a forward pass without some experts: the smaller model's block with its part of the weights.
 
         Args:
-            small: the block of a model that was built without so many; see `graft`.
-            whole: the block with all of them, in memory when it is called.
+            small: the block of a model that was built with fewer experts; see `graft`.
+            whole: the block with all experts, in memory at the call.
         """
         cuts, start = self.cuts(numbers), len(self.block) + 1
 
@@ -105,7 +98,7 @@ class Mixture:
         return forward
 
     def swapped(self, layer: nn.Module, one: int, other: int) -> Tensors:
-        """What changes of a decoder layer if two experts are in each other's place."""
+        """Return the changed tensors of a decoder layer after two experts exchange places."""
         order, found = list(range(self.size)), Tensors()
         order[one], order[other] = other, one
         held = dict[str, Tensor](layer.named_parameters()) | dict(layer.named_buffers())
@@ -120,7 +113,7 @@ class Mixture:
 
 
 def find_mixtures(layers: Iterable[str], whole: nn.Module, smaller: nn.Module, size: int) -> list[Mixture]:
-    """The mixtures of a model, by what differs between it and one that was built with one expert less."""
+    """Return the mixtures of a model, by differences from a model built with one expert less."""
     before = {name: tuple(t.shape) for name, t in whole.state_dict().items()}
     after = {name: tuple(t.shape) for name, t in smaller.state_dict().items()}
     if not after.keys() <= before.keys():

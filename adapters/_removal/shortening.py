@@ -1,4 +1,4 @@
-"""Decoder layers removed for good: a model that is left with fewer, whose configuration says how many."""
+"""Remove decoder layers for good: a shorter model, and a configuration with the number of layers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -27,13 +27,13 @@ OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs betw
 
 @dataclass(frozen=True, eq=False)
 class Shortening(AbstractRemoval):
-    """The decoder layers that a model can be left without, and how many are to go.
+    """The removable decoder layers of a model, and the number to remove.
 
     Args:
-        layers: the names of all of them.
-        place: of the setting that says how many there are.
-        lists: settings that say something of each layer, or the numbers of some, by name.
-        allowed: the numbers of the layers that can go.
+        layers: names of all layers.
+        place: place of the setting with the number of layers.
+        lists: settings with an entry per layer, or with numbers of layers, by name.
+        allowed: numbers of the removable layers.
     """
 
     layers: tuple[str, ...]
@@ -44,7 +44,7 @@ class Shortening(AbstractRemoval):
 
     @property
     def patterns(self) -> Mapping[str, Constraint]:
-        """That of all layers."""
+        """Return a pattern for all layers."""
         return {}
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class Shortening(AbstractRemoval):
 
     @property
     def chosen_first(self) -> bool:
-        """They are."""
+        """True."""
         return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
@@ -83,7 +83,7 @@ class Shortened(AbstractReduced):
         return {".".join(self.shortening.place): (before, before - len(self.numbers))}
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
-        """See `AbstractReduced.choose`: those behind a layer that is removed; if none is, those of the last one."""
+        """Choose the operators behind a removed layer; without a removal, the last layer's."""
         kept = [number for number in range(len(self.shortening.layers)) if number not in self.numbers]
         behind = [model.layers[number] for number in kept if number > self.numbers[0] or number == kept[-1]]
         names = tuple(f"{layer.name}.{operator.name}" for layer in behind for operator in layer.operators)
@@ -118,10 +118,8 @@ class Shortened(AbstractReduced):
             raise ModelError(f"{model.name}: config.json is not that of the model without these layers: {why}.")
 
     def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
-        """What is wrong with settings, if a model of them is not the dense one without these layers.
-
-        Returns:
-            The fault; None if there is none.
+        """Return the fault of settings whose model is not the dense model without these layers; None without a
+        fault.
         """
         try:
             shorter = built(model, settings)
@@ -140,11 +138,11 @@ class Shortened(AbstractReduced):
 
 
 def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
-    """The decoder layers that a dense model can be left without.
+    """Find the removable decoder layers of a dense model.
 
-    A layer can go if it does nothing once all of its parameters are zero, and if a model that is built anew with one
-    layer less, without memory, has exactly the other layers: so it is tried, with each. Settings that say something of
-    every layer lose what they say of it; numbers of layers become those that the layers have then.
+    A layer is removable if it does nothing once all of its parameters are zero, and if a model built without memory
+    with one layer less has exactly the remaining layers: every layer is tried. Settings with an entry per layer lose
+    the entry; numbers of layers are shifted.
     """
     count, left = len(model.layers), pattern.width(len(model.layers))
     check_some(pattern.sparsity, count, "decoder layers")
@@ -172,7 +170,7 @@ def find_shortening(model: HuggingFaceModel, pattern: Constraint) -> Shortening:
 
 
 def _require_residual(model: HuggingFaceModel) -> None:
-    """Check that layers do nothing once their parameters are zero: then one that is gone and one of zeros are alike."""
+    """Check that layers do nothing once their parameters are zero: then removal and zeros are alike."""
 
     def does_nothing(layer: DecoderLayer, call: Call, hidden: Tensor) -> bool:
         held = {name: parameter.clone() for name, parameter in layer.module.named_parameters()}
@@ -193,13 +191,13 @@ def _require_residual(model: HuggingFaceModel) -> None:
 
 
 def _are_numbers(name: str, values: Sequence[Any], count: int) -> bool:
-    """Whether a setting lists some of `count` layers by their numbers, each once: `mlp_only_layers`, say."""
+    """Return True if a setting lists some of `count` layers by number, without repeats: `mlp_only_layers`, say."""
     numbers = all(type(value) is int and 0 <= value < count for value in values)
     return "layer" in name and numbers and len(set(values)) == len(values)
 
 
 def _said_of(layer: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """What the modules of a layer say of themselves, beside their number: the kind of attention, say."""
+    """Return the attributes of a layer's modules beside the layer's number: the kind of attention, say."""
     plain = (int, float, bool, str, type(None))
     return [
         (name, {n: v for n, v in vars(m).items() if type(v) in plain and n not in OWN and n[0] != "_"})
