@@ -3,8 +3,12 @@
     python benchmarks/quantize.py MODEL --dataset TEXT --eval-text TEXT [TEXT ...] [--only NAME ...] > lines.md
     python benchmarks/quantize.py --draw lines.md --picture quantize.png
 
-MODEL is a folder, or `bundled`. TEXT is a file or a name of `convexprune compare --eval-texts`. The second command draws the lines of the first. Bits are those of the packed
-operators, everything counted: masks, scales, entropy codes. Perplexities and divergences are in the order of the texts. Each line is printed when it is there, so that a stopped run leaves its lines.
+MODEL is a folder, or `bundled`. TEXT is a file or a name of `convexprune compare --eval-texts`. The second command draws the
+lines of the first. Weights are computed in float32 and stored in bfloat16; what is stored is judged. Bits are those of the
+packed operators: masks, scales and entropy codes are counted. MB are those of all files of the pack, embeddings too. A line is
+printed when it is there, so that a stopped run leaves its lines.
+
+A LLaMA that was stored in 4 bits has to be rescaled first (`benchmarks/gauge.py`).
 """
 
 import argparse
@@ -24,19 +28,28 @@ from convexprune.validation._texts import text_of
 OWN: dict[str, Any] = {"error_correction": 0, "prefix": "pruned"}  # GPTQ's convention
 KINDS: dict[str, dict[str, Any]] = {
     "rtn": {"sparsity": 0, "quantizer": "rtn", "error_correction": 0, "num_calibration_samples": 2},
-    "gptq": {"sparsity": 0, "quantizer": "gptq", **OWN},
-    "gptaq": {"sparsity": 0, "quantizer": "gptq", "prefix": "pruned", "error_correction": 1},
-    "qep": {"sparsity": 0, "quantizer": "gptq", "prefix": "pruned", "error_correction": 0.5},
+    "gptq": {"sparsity": 0, "quantizer": "gptq", "allocation": "uniform", **OWN},
+    "gptq, our shares": {"sparsity": 0, "quantizer": "gptq", **OWN},
+    "gptaq": {"sparsity": 0, "quantizer": "gptaq"},
+    "qep": {"sparsity": 0, "quantizer": "qep"},
     "ours": {"sparsity": 0},
     "ours uniform": {"sparsity": 0, "allocation": "uniform"},
     "ours 25%": {"sparsity": 0.25},
     "ours 50%": {"sparsity": 0.5},
-    "ours 60%": {"sparsity": 0.6},
 }
-DENSE, ZEROS = ("int8", "int4", "int3"), ("int8", "int6", "int4", "int3")
-INTS = {"ours uniform": (), "ours 25%": ZEROS, "ours 50%": ZEROS, "ours 60%": ZEROS}
-BITS = {"ours": (4, 3.3, 3, 2.5, 2), "ours uniform": (3.3,), "ours 50%": (2.5,)}  # of coded weights
-ALL = [f"{kind} {each}" for kind in KINDS for each in (*INTS.get(kind, DENSE), *BITS.get(kind, ()))]
+FEW, CODED = ("int4", "int3"), (4, 3.3, 3, 2.5, 2)
+NUMBERS: dict[str, tuple[str | float, ...]] = {
+    "rtn": ("int8", *FEW),
+    "gptq": ("int8", *FEW, *CODED),
+    "gptq, our shares": (3.3, 2.5),
+    "gptaq": FEW,
+    "qep": FEW,
+    "ours": ("int8", *FEW, *CODED),
+    "ours uniform": (3.3, 2.5),
+    "ours 25%": ("int4",),
+    "ours 50%": ("int6", "int4"),
+}
+ALL = [f"{kind} {number}" for kind, numbers in NUMBERS.items() for number in numbers]
 MOST = 6  # bits, of a drawing: with more, all are near the dense model
 
 
@@ -60,7 +73,7 @@ def divergences(model: Any, windows: torch.Tensor, dense: list[torch.Tensor] | N
 
 
 def bits_of(pack: Path, sizes: dict[str, int]) -> float:
-    """Bits a weight of the packed operators; `sizes` says how many weights each has."""
+    """Return the bits a weight of the packed operators; `sizes` says how many weights each has."""
     found = {name: entry for path in pack.glob("*.pack.safetensors") for name, entry in entries(path)[0].items()}
     return 8 * sum(found[f"{name}.weight"].spec.nbytes for name in sizes) / sum(sizes.values())
 
@@ -69,13 +82,13 @@ def draw(lines: Path, picture: Path) -> None:
     """Draw divergence against up to `MOST` bits, a panel for each text: points of one kind are joined."""
     import matplotlib.pyplot as plt
 
-    cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 5]
-    texts = cells[0][3].removeprefix("KL, nats: ").split(" / ")
+    cells = [line.strip("| \n").split(" | ") for line in lines.read_text().splitlines() if line.count(" | ") == 6]
+    texts = cells[0][4].removeprefix("KL, nats: ").split(" / ")
     figure = plt.figure(figsize=(3 + 4 * len(texts), 4), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for number, (text, axes) in enumerate(zip(texts, panels, strict=True)):
         kinds: dict[str, list[tuple[float, float]]] = {}
-        for name, bits, _, divergence, *_ in (each for each in cells[1:] if float(each[1]) <= MOST):
+        for name, bits, _, _, divergence, *_ in (each for each in cells[1:] if float(each[1]) <= MOST):
             kind, _, numbers = name.rpartition(" ")
             kind = f"{kind} --quantize" if numbers.startswith("int") else f"{kind} --bits"
             kinds.setdefault(kind, []).append((float(bits), float(divergence.split(" / ")[number])))
@@ -94,10 +107,12 @@ def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windo
     numbers: dict[str, Any] = {"quantize": bits} if bits.startswith("int") else {"bits": float(bits)}
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder, "out"), time.perf_counter()
-        report = convexprune.prune(model, output_dir=out, **shared | numbers | KINDS[kind]).report
-        seconds = time.perf_counter() - began
+        result = convexprune.prune(model, **shared | numbers | KINDS[kind])
+        report, seconds = result.report, time.perf_counter() - began
+        result.model.to(torch.bfloat16).save_pretrained(out)
         sizes = {o.name: o.outputs * o.inputs for o in report.operators}
-        size = bits_of(convexprune.pack(out, Path(folder, "pack")).output_dir, sizes)
+        packed = convexprune.pack(out, Path(folder, "pack"))
+        size = bits_of(packed.output_dir, sizes)
         pruned = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
         found = [divergences(pruned, windows[text], dense[text])[1:] for text in windows]
     zeros = sum(o.zeros for o in report.operators) / sum(sizes.values())
@@ -105,7 +120,7 @@ def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windo
         " / ".join(f"{v:.{places}f}" for v in each)
         for each, places in zip(zip(*found, strict=True), (2, 3), strict=True)
     )
-    return f"| {name} | {size:.2f} | {perplexities} | {kls} | {zeros:.0%} | {seconds:.0f} |"
+    return f"| {name} | {size:.2f} | {packed.after / 1e6:.1f} | {perplexities} | {kls} | {zeros:.0%} | {seconds:.0f} |"
 
 
 def main() -> None:
@@ -136,8 +151,8 @@ def main() -> None:
     found = {text: divergences(model_before, each, None) for text, each in windows.items()}
     dense, texts = {text: each[0] for text, each in found.items()}, " / ".join(windows)
     print(f"dense: perplexity {' / '.join(f'{each[1]:.2f}' for each in found.values())}\n")
-    print(f"| weights | bits | perplexity: {texts} | KL, nats: {texts} | zeros | seconds |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(f"| weights | bits | MB | perplexity: {texts} | KL, nats: {texts} | zeros | seconds |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     shared = {"dataset": args.dataset, "num_calibration_samples": args.samples, "max_seq_length": args.length}
     shared |= {"held_out_samples": 0, "bound_rows": 0, "dtype": "float32"}
     for name in args.only:
