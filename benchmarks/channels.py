@@ -14,19 +14,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._channels.heads import find_heads
 from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
-from convexprune.adapters._discovery.operators import ParameterOperator
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Channels, Constraint, Heads
 from convexprune.core._moments import Moments
@@ -35,7 +32,6 @@ from convexprune.pruners import (
     OSSCAR,
     AbstractPruner,
     Convex,
-    LayerEdit,
     LayerProblem,
     Magnitude,
     Refitted,
@@ -45,30 +41,6 @@ from convexprune.pruners import (
 from convexprune.validation import perplexity
 from convexprune.validation._texts import text_of
 from convexprune.validation._timing import Timing, time_in_turns, timing
-
-
-@dataclass(frozen=True)
-class FLAP(AbstractPruner):
-    """Score |W_:j|^2 var(x_j) of column j, added up over blocks; kept weights do not change.
-
-    An et al., arXiv 2312.11983, whose default also shares channels out over the layers: here all keep as many, as their
-    `UL-UM`. What the removed columns send on average goes into a bias (`compensation`), which LLaMA does not have.
-    """
-
-    mean: Tensor  # of x [n]
-    columns_only = True
-
-    def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
-        variance = problem.moments.gram.diagonal() - self.mean.square()
-        sums = (problem.weight.square().sum(0) * variance).view(-1, problem.pattern.block).sum(1)
-        mask = problem.pattern.mask(sums.repeat_interleave(problem.pattern.block).expand_as(problem.weight))
-        return LayerEdit(problem.weight * mask, mask)
-
-    def compensation(self, dense: Tensor, pruned: Tensor) -> Tensor:
-        """(W - V) E x [m], for the bias."""
-        return (dense - pruned) @ self.mean.to(dense)
-
 
 BY_LOSS = "convexprune"  # which the loss chooses for
 METHODS: dict[str, AbstractPruner] = {
@@ -88,7 +60,6 @@ REMOVED: dict[str, tuple[Callable[[HuggingFaceModel, Constraint], Narrowing], Ca
     "channels": (find_narrowing, partial(Channels, multiple=1)),
     "heads": (find_heads, Heads),
 }
-BY_MEANS = {"FLAP, with its bias": lambda mean: FLAP(mean), "FLAP + refit": lambda mean: Refitted(FLAP(mean))}
 
 
 def _add(moments: Moments, x: Tensor) -> None:
@@ -96,7 +67,7 @@ def _add(moments: Moments, x: Tensor) -> None:
 
 
 def collected(model: HuggingFaceModel, windows: Tensor, patterns: Mapping[str, Constraint]) -> dict[str, Any]:
-    """The sums of x x' of each operator on two halves of the windows, their means, and what the loss needs of x."""
+    """Return the sums of x x' of each operator on two halves of the windows, and what the loss needs of x."""
     blocks = [(name, pattern.block) for name, pattern in patterns.items()]
     needs = {name: each for (name, _), each in loss_fisher(model, windows, blocks=blocks).inputs.items()}
     operators = {f"{y.name}.{o.name}": o for y in model.layers for o in y.operators}
@@ -109,30 +80,7 @@ def collected(model: HuggingFaceModel, windows: Tensor, patterns: Mapping[str, C
             for window in part:
                 model.forward(window[None])
     sums = {name: [(m.sum, m.tokens) for m in pair] for name, pair in halves.items()}
-    return {"halves": sums, "means": means(model, windows), "needs": needs}
-
-
-def module_of(layer: DecoderLayer, operator: AbstractOperator) -> Any:
-    """What holds an operator's weight and bias."""
-    assert isinstance(operator, ParameterOperator)
-    return layer.module.get_submodule(operator.place.module)
-
-
-def means(model: HuggingFaceModel, windows: Tensor) -> dict[str, Tensor]:
-    """The mean input of each operator."""
-    sums: dict[str, Tensor] = {}
-
-    def add(names: Sequence[str], x: Tensor) -> None:
-        for name in names:
-            sums[name] = sums.get(name, 0) + x.flatten(0, -2).sum(0, dtype=torch.float64)
-
-    with ExitStack() as hooks:
-        for layer in model.layers:
-            for group in layer.groups:
-                hooks.enter_context(group.input_hook(partial(add, [f"{layer.name}.{o.name}" for o in group.operators])))
-        for window in windows:
-            model.forward(window[None])
-    return {name: each / windows.numel() for name, each in sums.items()}
+    return {"halves": sums, "needs": needs}
 
 
 def problem(
@@ -154,21 +102,15 @@ def prune(
     method: str,
     patterns: Mapping[str, Constraint],
 ) -> None:
-    """Put the pruned weights into the model, and the bias of a method that has one."""
+    """Put the pruned weights into the model."""
     for layer in model.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
             needs = moments["needs"][name] if method == BY_LOSS else None
             posed = problem(dense[name], moments["halves"][name], patterns[name], needs)
-            pruner = BY_MEANS[method](moments["means"][name]) if method in BY_MEANS else METHODS[method]
-            edit = pruner.prune(posed)
+            edit = METHODS[method].prune(posed)
             assert posed.pattern.violation(edit.weight) == 0
             operator.write(edit.weight)
-            module = module_of(layer, operator)
-            bias = dense.get(f"{name}.bias")
-            if isinstance(pruner, FLAP) and posed.pattern.sparsity:
-                bias = pruner.compensation(dense[name], edit.weight) + (0 if bias is None else bias)
-            module.bias = None if bias is None else nn.Parameter(bias)
 
 
 def speed(model: HuggingFaceModel, narrowing: Narrowing, seconds: float, tokens: int = 32) -> list[Timing]:
@@ -188,7 +130,6 @@ def _able(narrowing: Narrowing) -> Iterator[str]:
             for pattern in narrowing.patterns.values():
                 method.require(pattern)
             yield name
-    yield from BY_MEANS
 
 
 def _asked() -> argparse.Namespace:
@@ -253,8 +194,6 @@ def main() -> None:
     }
     moments = _moments(asked, model, whole.patterns)
     dense = {f"{y.name}.{o.name}": o.read().clone() for y in model.layers for o in y.operators}
-    modules = {f"{y.name}.{o.name}": module_of(y, o) for y in model.layers for o in y.operators}
-    dense |= {f"{name}.bias": module.bias.clone() for name, module in modules.items() if module.bias is not None}
     measure = _measure(asked, model, texts)
     measure("dense", size, lambda: None)
     for width, narrowing in narrowings.items():

@@ -9,6 +9,7 @@ together, of keys and of queries. The largest change of a logit is printed.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def regauge(model: PreTrainedModel, spread: float = 0.15, seed: int = 1) -> None
     def factors(*shape: int) -> Tensor:
         return (spread * torch.randn(shape, generator=generator)).exp()
 
-    for layer in model.model.layers:
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         readers = (attention.q_proj, attention.k_proj, attention.v_proj)
         for norm, operators in (
@@ -52,7 +54,7 @@ def _rescale(makes: torch.nn.Linear, reads: torch.nn.Linear, rows: Tensor, colum
 def _rescale_rows(operator: torch.nn.Linear, factors: Tensor) -> None:
     operator.weight *= factors[:, None]
     if operator.bias is not None:
-        operator.bias *= factors
+        operator.bias.mul_(factors)
 
 
 def main() -> None:

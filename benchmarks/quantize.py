@@ -109,7 +109,7 @@ def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windo
         out, began = Path(folder, "out"), time.perf_counter()
         result = convexprune.prune(model, **shared | numbers | KINDS[kind])
         report, seconds = result.report, time.perf_counter() - began
-        result.model.to(torch.bfloat16).save_pretrained(out)
+        result.model.bfloat16().save_pretrained(out)
         sizes = {o.name: o.outputs * o.inputs for o in report.operators}
         packed = convexprune.pack(out, Path(folder, "pack"))
         size = bits_of(packed.output_dir, sizes)
