@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from convexprune.core._reverse_huber import ReverseHuber
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
-    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solver_names
+    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve, solver_names
     from convexprune.validation import (
         Evaluation,
         Verification,
@@ -44,7 +44,7 @@ __all__ = [
     "Report", "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification",
     "advise", "certify", "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros",
     "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
-    "solver_names", "solvers", "unpack", "verify",
+    "solve", "solver_names", "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -68,7 +68,7 @@ _NAMES = {
     ),
     "recipe": ("Recipe",),
     "report": ("OperatorReport", "Report"),
-    "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "solver_names"),
+    "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"),
     "validation": (
         "Evaluation",
         "Verification",

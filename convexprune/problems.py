@@ -19,8 +19,8 @@ from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import Problem
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError, UnsupportedError, unknown
-from convexprune.solvers import AbstractSolver, solve
-from convexprune.solvers._base import promised_gap
+from convexprune.solvers import AbstractSolver
+from convexprune.solvers._base import promised_gap, run
 
 __all__ = ["Named", "Result", "check", "load", "names"]
 
@@ -118,7 +118,7 @@ def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Re
     if not found:
         raise UnsupportedError(f"{type(solver).__name__} takes no penalty that a named problem has: L1 or Support.")
     for named in found:
-        solution = solve(solver, named.problem)
+        solution = run(solver, named.problem)
         objective = named.problem.value(solution.weight)
         above = (objective - named.value) / objective  # NaN, which does not pass, where the objective is infinite
         gap, passed = solution.certificate.relative_gap, -KNOWN <= above <= asked + KNOWN

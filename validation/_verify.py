@@ -31,7 +31,7 @@ from convexprune.recipe import Recipe
 from convexprune.report import OperatorReport
 
 from ._layer_problems import OperatorProblem, operator_problems
-from ._oracles import SolvedProblem, block, block_problems, solve_by_all
+from ._oracles import SolvedProblem, block, block_problems, oracles, solve_by_all
 from ._reported import ReportedError, reported_errors, require_same_shapes
 from ._source import open_source
 
@@ -186,10 +186,12 @@ def verify(
         RecipeError: an unknown setting or operator, a number out of its range, or settings given for a finished run; or
             its model or data set is not at the recorded place.
         ModelError, CalibrationError: the model or the data set is not the run's.
+        DependencyError: CVXPY is not installed.
     """
     began = time.perf_counter()
     asked, settings = VERIFY.read(settings)
     settings |= {} if asked.model is None else {"model": asked.model}
+    oracles()  # before any work: CVXPY is an extra
     opened = open_source(source, settings, default_device(settings.pop("device", "auto")))
     recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
     reports = [] if opened.report is None else opened.report.operators

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints._columns import column_norms
-from convexprune.core._penalty import AbstractPenalty, checked_strength, require_step
+from convexprune.core._penalty import FINITE, AbstractPenalty, checked_strength, require_step
 from convexprune.errors import ProblemError
 
 HALVINGS = 60
@@ -46,7 +46,7 @@ class GroupLasso(AbstractPenalty):
     def __post_init__(self, checked: bool) -> None:
         if checked:
             wrong = "The strengths of a group LASSO penalty are one for each column, [n], not negative and finite."
-            object.__setattr__(self, "strength", checked_strength(self.strength, wrong))
+            object.__setattr__(self, "strength", checked_strength(self.strength, wrong, FINITE))
             if isinstance(self.strength, Tensor) and self.strength.ndim > 1:
                 raise ProblemError(wrong)
 

@@ -142,14 +142,17 @@ class AbstractPenalty(ABC):
                 )
 
 
-def checked_strength(strength: float | Array, wrong: str) -> float | Tensor:
-    """Return the strength of a penalty, if finite and not negative."""
+def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
+    """Return a strength, or a tensor of strengths, that is not negative and not above `most`."""
     if not isinstance(strength, Tensor | float | int):
         strength = as_tensor("strength", strength)
     least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
-    if not (least >= 0 and largest < inf):
+    if not (least >= 0 and largest <= most):
         raise ProblemError(wrong)
     return strength
+
+
+FINITE = torch.finfo(torch.float64).max
 
 
 def require_step(step: float) -> None:
@@ -169,11 +172,11 @@ class L1(AbstractPenalty):
     `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs.
 
     Args:
-        strength: not negative, of a shape that broadcasts to [m n]. Zero leaves an entry free.
+        strength: not negative, of a shape that broadcasts to [m n]. Zero leaves an entry free, inf makes it zero.
         checked: whether to check the strengths. False is for those made in a loop, where the check stops a GPU.
 
     Raises:
-        ProblemError: a strength is negative or not finite.
+        ProblemError: a strength is negative or NaN.
     """
 
     strength: float | Tensor
@@ -181,15 +184,17 @@ class L1(AbstractPenalty):
 
     def __post_init__(self, checked: bool) -> None:
         if checked:
-            wrong = "A strength of the L1 penalty is negative or not finite; strengths lie in [0, inf)."
+            wrong = "A strength of the L1 penalty is negative or NaN; strengths lie in [0, inf]."
             object.__setattr__(self, "strength", checked_strength(self.strength, wrong))
 
     def values(self, weight: Tensor) -> Tensor:
-        return (weight.abs() * self.strength).sum(1)
+        price = weight.abs() * self.strength
+        return price.masked_fill_(weight == 0, 0).sum(1)  # also at an infinite strength
 
     def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         """Soft thresholding, sign(V) (|V| - step strength)_+."""
         require_step(step)
+        step = step or torch.finfo(weight.dtype).tiny  # an infinite strength makes zeros at any step
         return _shrink(weight, self._like(weight), number_like(step, weight), out)
 
     def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:

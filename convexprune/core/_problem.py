@@ -12,6 +12,7 @@ from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._penalty import AbstractPenalty
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._shown import Shown
 from convexprune.core._sum_of_squares import UNKNOWN
 from convexprune.errors import ProblemError
 
@@ -50,18 +51,19 @@ class Problem:
         return float((self.quadratic.values(point) + self.penalty.values(point)).sum())
 
     def admit(self, weight: Array) -> Tensor:
-        """Return a weight as a tensor on the problem's device.
+        """A weight as a tensor on the problem's device.
 
         Args:
-            weight: a tensor or an array [m n].
+            weight: a tensor or an array [m n], or [n] of one row.
 
         Returns:
-            The tensor [m n], without change of dtype.
+            The tensor [m n], in its own dtype.
 
         Raises:
-            ProblemError: `weight` is not [m n], or has no floating-point numbers.
+            ProblemError: `weight` is not [m n], or no floating-point numbers.
         """
         point = as_tensor("weight", weight)
+        point = point[None] if point.ndim == 1 and self.shape[0] == 1 else point
         if tuple(point.shape) != self.shape or not point.is_floating_point():
             raise ProblemError(
                 f"The weight is {point.dtype} {list(point.shape)}; this problem needs {list(self.shape)} "
@@ -71,7 +73,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Shown):
     """The distance of a weight from the optimum: primal - gap <= min_V q + p <= primal, summed over rows.
 
     Values that are undefined or, in an imprecise certificate, not computed are inf. So is the gap of a problem whose
@@ -88,6 +90,14 @@ class Certificate:
     gap: float
     kkt_residual: float
     resolution: float = 0.0
+
+    def facts(self) -> dict[str, str]:
+        """Return the objective, how far it is from the least value at most, and the optimality conditions."""
+        return {
+            "objective": f"{self.primal:.6g}",
+            "gap": f"{self.gap:.2g}, {self.relative_gap:.2g} of the objective; no weight is below {self.dual:.6g}",
+            "KKT residual": f"{self.kkt_residual:.2g}",
+        }
 
     @property
     def dual(self) -> float:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from convexprune._device.precision import product
-from convexprune.core._arrays import Array, as_tensor
-from convexprune.core._consistency import DTYPES
+from convexprune.core._arrays import Array
+from convexprune.core._regression import second_moments
 from convexprune.core._spectrum import power_of_two
 from convexprune.core._sum_of_squares import Cache, SumOfSquares
 from convexprune.errors import ProblemError
@@ -23,36 +23,38 @@ class Quadratic(SumOfSquares):
 
         q(V) = 1/2 tr(D H D') - tr(D G') + 1/2 sum(e)
 
-    Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed. H
-    is the Hessian of SparseGPT and GPTQ, up to a factor. Everything is computed from the small D, so that nothing
-    cancels. Quadratics are closed under addition and non-negative scaling.
+    Row i is 1/2 |z_i - d_i X|^2 with H = X X', G = Z X', e_i = |z_i|^2: the input X and the target Z are not needed.
+    H is what SparseGPT and GPTQ call the Hessian, up to a factor. Everything is computed from the small D, so that
+    nothing cancels. Quadratics are closed under addition and non-negative scaling.
 
     The tensors, or NumPy arrays, are float32 or float64, all alike.
 
     Args:
         gram: H [n n].
-        cross: G [m n].
-        energy: e [m].
-        anchor: A [m n], a point near the expected solution (the dense weight); None means zero.
-        bound: an upper bound on H's eigenvalues, if known.
-        cache: computed values, shared by quadratics that write the function about different anchors.
-        checked: check cheaply that the tensors can belong to a sum of squares (`core._consistency`); a certificate
-            checks in full. False is for tensors computed from tokens or from a quadratic, because the check stops a
-            GPU.
+        cross: G [m n], or [n] of one row.
+        energy: e [m], or a number.
+        anchor: A [m n], the point near which the solution is expected (the dense weight); None is zero.
+        bound: an upper bound on H's eigenvalues, if one is known.
+        cache: what has been computed of the function, for all quadratics that write it about other anchors.
+        checked: whether to check cheaply that the tensors can be those of a sum of squares (`core._consistency`);
+            a certificate checks it in full. False is for what was computed from tokens or from another quadratic,
+            because the check stops a GPU.
+        data: the kind of arrays that `convexprune.solve` answers in; None is that of `cross`.
 
     Raises:
-        ProblemError: the shapes or dtypes do not fit, or the tensors belong to no sum of squares.
+        ProblemError: the shapes or dtypes do not fit, or the tensors are those of no sum of squares.
     """
 
     @classmethod
-    def least_squares(cls, inputs: Array, targets: Array, anchor: Array | None = None) -> Self:
+    def least_squares(cls, inputs: Any, targets: Any, anchor: Array | None = None, intercept: bool = False) -> Self:
         """The mean squared error 1/2 mean_t |targets_t - V inputs_t|^2 of a linear map V.
 
         Args:
-            inputs: [tokens n].
-            targets: [tokens m].
+            inputs: [tokens n], of torch, NumPy, pandas or scipy.sparse. Only its moments [n n] are kept.
+            targets: [tokens m]; or [tokens], and then `convexprune.solve` returns a weight [n].
             anchor: a good guess [m n] where the fit is nearly exact. In float32 an error of less than 1e-7 of the
                 targets' energy is lost otherwise, and no certificate is small.
+            intercept: whether a constant is added to V inputs_t, without a penalty.
 
         Returns:
             The quadratic of V [m n].
@@ -60,19 +62,8 @@ class Quadratic(SumOfSquares):
         Raises:
             ProblemError: no tokens, values that are not finite, or shapes or dtypes that do not fit.
         """
-        x, y = as_tensor("inputs", inputs), as_tensor("targets", targets)
-        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
-            shapes = f"Inputs {list(x.shape)} and targets {list(y.shape)}"
-            raise ProblemError(f"{shapes}; needed are [tokens inputs] and [tokens outputs] of one token or more.")
-        if x.dtype not in DTYPES or x.dtype != y.dtype:
-            raise ProblemError(f"Inputs are {x.dtype}, targets {y.dtype}; both must be float32, or both float64.")
-        about = None if anchor is None else as_tensor("anchor", anchor)
-        if about is not None:
-            y = y - x @ about.T
-        if not bool(x.isfinite().all() & y.isfinite().all()):
-            raise ProblemError("Inputs or targets hold a value that is NaN or infinite.")
-        tokens, gram = len(x), x.T @ x / len(x)
-        return cls((gram + gram.T) / 2, y.T @ x / tokens, y.square().sum(0) / tokens, about, checked=False)
+        gram, cross, energy, about, data = second_moments(inputs, targets, anchor, intercept)
+        return cls(gram, cross, energy, about, data=data, checked=False)
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:

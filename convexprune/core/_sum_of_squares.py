@@ -5,11 +5,13 @@ from functools import cached_property
 from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import add_product, bare_product
+from convexprune.core._arrays import DataFormat, as_tensor
 from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
 from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._spectrum import largest_eigenvalue
@@ -65,9 +67,17 @@ class SumOfSquares:
     bound: float | None = None
     cache: "Cache | None" = field(default=None, repr=False)
     checked: InitVar[bool] = True
+    data: DataFormat | None = field(default=None, kw_only=True)
 
     def __post_init__(self, checked: bool) -> None:
         names = ("gram", "cross", "energy", "anchor")
+        if self.data is None:
+            object.__setattr__(self, "data", DataFormat.of(self.cross))
+        if np.ndim(self.cross) == 1:  # pyright: ignore[reportArgumentType]
+            for name in names[1:]:
+                value = getattr(self, name)
+                shape = (1,) if name == "energy" else (1, -1)
+                object.__setattr__(self, name, None if value is None else as_tensor(name, value).reshape(shape))
         for name, tensor in zip(names, fitting(*(getattr(self, name) for name in names)), strict=True):
             object.__setattr__(self, name, tensor)
         if checked:

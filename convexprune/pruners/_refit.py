@@ -14,8 +14,8 @@ from convexprune.core._quadratic import Quadratic
 from convexprune.core._setting_types import NotNegative
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 from convexprune.pruners._damped import choose_damping, damped
-from convexprune.solvers import AbstractSolver, Solution, solve
-from convexprune.solvers._base import require_penalty
+from convexprune.solvers import AbstractSolver, Solution
+from convexprune.solvers._base import require_penalty, run
 from convexprune.solvers._cg import ConjugateGradient
 
 
@@ -88,7 +88,7 @@ def refitted(
         return start, ()
     if quadratic.gram.ndim == 2 and bool((mask == mask[:1]).all()):
         start = on_columns(quadratic, mask[0], start)
-    solution = solve(refit, Problem(quadratic, Support(mask)), start)
+    solution = run(refit, Problem(quadratic, Support(mask)), start)
     return solution.weight, (solution,)
 
 

@@ -1,11 +1,14 @@
 """Solvers by name. To add a solver: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from convexprune.core._arrays import TENSORS, Array
+from convexprune.core._problem import Problem
 from convexprune.core._setting_types import make
-from convexprune.errors import RecipeError, unknown
-from convexprune.solvers._base import AbstractSolver, Solution, Status, solve
+from convexprune.errors import DependencyError, RecipeError, install_hint, unknown
+from convexprune.solvers._base import AbstractSolver, Solution, Status, run
 
 _PLACES = {
     "admm": ("_admm", "ADMM"),
@@ -22,23 +25,60 @@ def solver_names() -> list[str]:
 
 
 def make_solver(name: str, **settings: Any) -> AbstractSolver:
-    """Return a solver by name; its module, and a foreign library behind it, is imported only now.
+    """The solver of that name; its module, and a foreign library behind it, is imported only now.
 
     Args:
-        name: an entry of `solver_names()`.
-        settings: settings of the solver's class, by name.
+        name: one of `solver_names()`.
+        settings: those of its class, by name.
 
     Returns:
         The solver.
 
     Raises:
-        RecipeError: unknown solver, or unknown setting.
+        RecipeError: there is no such solver, or it has no such setting.
+        DependencyError: the library behind it is not installed.
     """
     if name not in _PLACES:
         raise RecipeError(unknown("solver", name, _PLACES))
     module, cls = _PLACES[name]
-    solver = getattr(import_module(f"convexprune.solvers.{module}"), cls)
+    try:
+        solver = getattr(import_module(f"convexprune.solvers.{module}"), cls)
+    except ModuleNotFoundError as cause:
+        if cause.name != name:
+            raise
+        raise DependencyError(f"The solver {name!r} needs {name}, an extra: {install_hint(name)}") from cause
     return make(solver, name, settings)
+
+
+def solve(
+    problem: Problem, solver: str | AbstractSolver = "fista", start: Array | None = None, **settings: Any
+) -> Solution:
+    """Solve a problem, and answer in the kind of arrays in which the problem was stated.
+
+    A problem of NumPy arrays gets a NumPy weight, a one-dimensional response a one-dimensional weight.
+
+    Args:
+        problem: min q + p.
+        solver: one of `solver_names()`, or a solver.
+        start: where to begin [m n]: the answer to a problem nearby saves iterations.
+        settings: of the solver, by name, such as `tolerance`: the relative gap that is asked for.
+
+    Returns:
+        The solution, certified here whoever found it.
+
+    Raises:
+        RecipeError: there is no such solver, or it has no such setting.
+        UnsupportedError: the solver does not take the penalty.
+    """
+    made = make_solver(solver, **settings) if isinstance(solver, str) else solver
+    solution = run(made, problem, None if start is None else problem.admit(start))
+    data = problem.quadratic.data or TENSORS
+    return replace(
+        solution,
+        weight=data.weight(solution.weight),
+        intercept=data.intercept(solution.weight),
+        solver=solution.solver or (solver if isinstance(solver, str) else type(solver).__name__),
+    )
 
 
 __all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"]

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf, isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from convexprune.core._penalty import AbstractPenalty
 from convexprune.core._problem import Certificate, Problem, certify
 from convexprune.core._setting_types import check_settings
+from convexprune.core._shown import Shown
 from convexprune.errors import ProblemError, UnsupportedError
 
 TOLERANCE = 1e-4
@@ -57,12 +59,12 @@ class Status(Enum):
         return cls.UNCONFIRMED if said is cls.SOLVED else said
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(Shown):
     """The answer of a solver, with a certificate that does not depend on the solver.
 
     Args:
-        weight: V [m n].
+        weight: V [m n], a tensor. `convexprune.solve` returns the kind of array in which the problem was stated.
         status: how the solve ended.
         certificate: how far the weight is from optimal.
         iterations: how many were made.
@@ -71,6 +73,8 @@ class Solution:
         build_seconds: seconds of translating the problem to the form of a back-end.
         residual: the quadratic's residual at the weight [m n], if the solver knows it, for whoever goes on from there.
         parts: the solution of each problem, where several were solved side by side.
+        solver: the solver, and why it was taken.
+        intercept: the constant of each row [m], or a number, if the quadratic was made with one.
     """
 
     weight: Tensor
@@ -82,6 +86,24 @@ class Solution:
     build_seconds: float = 0.0
     residual: Tensor | None = None
     parts: tuple["Solution", ...] = ()
+    solver: str = ""
+    intercept: Any = None
+
+    def facts(self) -> dict[str, str]:
+        """Return what a person asks first: the status, the certificate, the cost and the zeros."""
+        zeros = float((torch.as_tensor(self.weight) == 0).double().mean())
+        return {
+            "status": f"{self.status.name.lower().replace('_', ' ')}. {self.status.value}",
+            **self.certificate.facts(),
+            "iterations": f"{self.iterations}",
+            "seconds": f"{self.solve_seconds + self.build_seconds:.3g}",
+            "zeros": f"{zeros:.1%} of {list(self.weight.shape)}",
+            **({"solver": self.solver} if self.solver else {}),
+        }
+
+    def __repr__(self) -> str:
+        gap = self.certificate.relative_gap
+        return f"<Solution {self.status.name} {list(self.weight.shape)} relative_gap={gap:.2g} {self.solver}>"
 
     @classmethod
     def together(cls, parts: "Sequence[Solution]", weight: Tensor, residual: Tensor | None = None) -> "Solution":
@@ -196,26 +218,13 @@ class AbstractSolver(ABC):
         Returns:
             The weight reached.
         """
-        solution = solve(self, problem, start, certified)
+        solution = run(self, problem, start, certified)
         proven = solution if certified or _is_ours(self) else None
         return StepResult(solution.weight, solution.residual, solution.products, proven)
 
 
-def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
-    """Solve a problem by any solver. The answer of a user's solver is certified here.
-
-    Args:
-        solver: the solver.
-        problem: min q + p.
-        start: the first weight [m n]; None leaves the choice to the solver.
-        certified: True if a user's solver needs a certificate.
-
-    Returns:
-        The solution.
-
-    Raises:
-        ProblemError: the answer is no `Solution`, or its weight is not shaped like the problem.
-    """
+def run(solver: AbstractSolver, problem: Problem, start: Tensor | None = None, certified: bool = True) -> Solution:
+    """Solve a problem by any solver. The answer of a user's solver is checked, and certified here."""
     solution = solver.solve(problem, start)
     if _is_ours(solver):
         return solution
@@ -235,7 +244,7 @@ def solve(solver: AbstractSolver, problem: Problem, start: Tensor | None = None,
 
 
 def promised_gap(solver: AbstractSolver) -> float:
-    """Return the relative gap that a solver promises."""
+    """Return the relative gap at which a solver says that it is done."""
     return getattr(solver, "tolerance", TOLERANCE)
 
 
@@ -253,7 +262,7 @@ def require_penalty(solver: AbstractSolver, penalty: type[AbstractPenalty]) -> N
 
 
 def initial(problem: Problem, start: Tensor | None) -> Tensor:
-    """Return the first weight of a solver: `start`, else the anchor, else zero [m n]."""
+    """Return where a solver begins [m n]: the start, else the anchor, else zero."""
     if start is not None:
         return problem.admit(start).to(problem.quadratic.cross)
     anchor = problem.quadratic.anchor
@@ -261,14 +270,7 @@ def initial(problem: Problem, start: Tensor | None) -> Tensor:
 
 
 def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a square root of a Gram matrix, for back-ends that need a sum of squares.
-
-    Args:
-        gram: H [n n].
-
-    Returns:
-        F [rank n] with H = F' F, and its pseudo-inverse [n rank].
-    """
+    """Return F [rank n] with H = F' F, and the pseudo-inverse of F [n rank]."""
     values, vectors = np.linalg.eigh(gram)
     keep = values > values.max(initial=0) * len(values) * np.finfo(float).eps
     root = np.sqrt(values[keep])

@@ -78,8 +78,8 @@ class CVXPY(AbstractSolver):
         anchor = problem.quadratic.anchor
         weight = displacement if anchor is None else displacement + anchor
         worst = max(statuses, key=list(Status).index)
-        if isinstance(problem.penalty, Support):
-            weight = weight * problem.penalty.mask
+        if isinstance(problem.penalty, Support | L1):
+            weight = problem.penalty.prox(weight, 0.0)  # zeros that were constraints are zeros
         certificate = certify(problem, weight)
         status = Status.of(worst, certificate, self.tolerance)
         return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
@@ -127,7 +127,9 @@ class CVXPY(AbstractSolver):
             return d, cp.Problem(cp.Minimize(smooth + slope @ length + parabola))
         assert isinstance(problem.penalty, L1)
         strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
-        return d, cp.Problem(cp.Minimize(smooth + strength / size @ cp.abs(d + anchor)))
+        zero, finite = np.flatnonzero(np.isinf(strength)), np.where(np.isinf(strength), 0, strength)
+        price = finite / size @ cp.abs(d + anchor)
+        return d, cp.Problem(cp.Minimize(smooth + price), [d[zero] == -anchor[zero]] if len(zero) else [])
 
 
 def _sizes(quadratic: Quadratic, together: bool) -> list[float]:

@@ -62,7 +62,12 @@ class SciPy(AbstractSolver):
         return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
 
     def _lasso(self, root: np.ndarray, y: np.ndarray, strength: np.ndarray) -> np.ndarray:
-        if not len(root):  # inputs that are always zero: SLSQP takes no problem without variables
+        free = np.isfinite(strength)
+        if not free.all():
+            row = np.zeros(len(free))
+            row[free] = self._lasso(root[:, free], y, strength[free])
+            return row
+        if 0 in root.shape:  # inputs that are always zero: SLSQP takes no problem without variables
             return np.zeros(root.shape[1])
         size = float(np.linalg.norm(y)) or 1.0  # the tolerances below are for targets of length one
         return size * self._unit_lasso(root, y / size, strength / size)

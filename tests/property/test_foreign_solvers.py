@@ -34,7 +34,7 @@ def test_the_certificate_of_a_users_solver_is_ours():
     _, problem = make_problem("full rank", "L1", 2, 4, 0, 0.1, 0.3)
     wrong = torch.ones(2, 4, dtype=torch.float64)
     boast = Solution(wrong, Status.SOLVED, Certificate(0.0, 0.0, 0.0), 1, 1, 0.0, residual=wrong)
-    solution = solve(Stranger(boast), problem)
+    solution = solve(problem, Stranger(boast))
     assert solution.certificate == certify(problem, wrong)
     assert (solution.status, solution.residual) == (Status.UNCONFIRMED, None)
     modest = replace(boast, weight=make_solver("scipy").solve(problem).weight, status=Status.ITERATION_LIMIT)
@@ -48,7 +48,7 @@ def test_what_is_no_solution_is_refused(answer):
     if answer is not None and answer.shape == (3, 3):
         answer = Solution(answer, Status.SOLVED, Certificate(0.0, 0.0, 0.0), 1, 1, 0.0)
     with pytest.raises(ProblemError, match=r"Stranger\.solve"):
-        solve(Stranger(answer), problem)
+        solve(problem, Stranger(answer))
 
 
 @pytest.mark.parametrize(

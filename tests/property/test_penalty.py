@@ -147,8 +147,8 @@ def test_a_scaled_penalty_is_the_same_function_of_the_scaled_weight(name, shape,
     torch.testing.assert_close(penalty.scaled(scale).values(weight * scale), penalty.values(weight))
 
 
-@pytest.mark.parametrize("strength", [-0.1, inf, float("nan"), torch.tensor([1.0, -1e-9])])
-def test_a_strength_that_is_negative_or_not_finite_is_refused(strength):
+@pytest.mark.parametrize("strength", [-0.1, -inf, float("nan"), torch.tensor([1.0, -1e-9])])
+def test_a_strength_that_is_negative_or_no_number_is_refused(strength):
     with pytest.raises(ProblemError, match="strength"):
         L1(strength)
 

@@ -246,7 +246,7 @@ def test_double_is_the_same_function_in_float64():
         "gram": (torch.zeros(2, 2), torch.zeros(1, 3), torch.zeros(1), None),
         "energy": (torch.zeros(3, 3), torch.zeros(1, 3), torch.zeros(2), None),
         "anchor": (torch.zeros(3, 3), torch.zeros(1, 3), torch.zeros(1), torch.zeros(3, 1)),
-        "cross": (torch.zeros(3, 3), torch.zeros(3), torch.zeros(1), None),
+        "cross": (torch.zeros(3, 3), torch.zeros(1, 1, 3), torch.zeros(1), None),
     }.items(),
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(name, tensors):

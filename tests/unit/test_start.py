@@ -31,7 +31,7 @@ def test_ten_commands_lead_to_a_published_model(tiny_opt: Any, hub: Hub, tmp_pat
     for name in ("text.txt", "held-out.txt"):
         Path(name).write_text(TEXT * 200)
     lines = the_ten()
-    assert len(lines) == 10 and lines[0] == "pip install ." and lines[8] == "hf auth login"
+    assert len(lines) == 10 and lines[0] == "pip install '.[cvxpy]'" and lines[8] == "hf auth login"
     for line in lines:
         program, *words = shlex.split(line)
         if program == "convexprune":

@@ -1,0 +1,126 @@
+"""Any kind of arrays goes in, and the same kind comes out."""
+
+import subprocess
+import sys
+from math import inf
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from strategies import random, seeds
+
+from convexprune import L1, Problem, Quadratic, Status, certify, make_solver, solve, solvers
+from convexprune.core._problem import Certificate
+from convexprune.errors import DependencyError, ProblemError
+
+TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}
+
+
+def regression(seed: int, tokens: int = 30, inputs: int = 6, outputs: int = 2):
+    x = random(seed, tokens, inputs) * (random(seed + 1, tokens, inputs) > 0)
+    return x, 1.5 + x @ random(seed + 2, inputs, outputs) + 0.3 * random(seed + 3, tokens, outputs)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("intercept", [False, True])
+def test_numpy_sparse_and_torch_are_one_problem_and_each_gets_its_own_kind(flat: bool, intercept: bool):
+    x, y = regression(0)
+    y = y[:, 0] if flat else y
+    answers = []
+    for inputs in (x, x.numpy(), scipy.sparse.csr_matrix(x.numpy()), scipy.sparse.coo_array(x.numpy())):
+        targets = y if inputs is x else y.numpy()
+        solution = solve(Problem(Quadratic.least_squares(inputs, targets, intercept=intercept), L1(0.1)), **TIGHT)
+        assert type(solution.weight) is type(targets)
+        assert tuple(solution.weight.shape) == ((6,) if flat else (2, 6))
+        assert (solution.intercept is None) == (not intercept)
+        assert isinstance(solution.intercept, float if flat else type(targets)) or not intercept
+        answers.append((torch.as_tensor(solution.weight), torch.as_tensor(solution.intercept or 0.0 if flat else 0.0)))
+    for weight, offset in answers[1:]:
+        torch.testing.assert_close(weight, answers[0][0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(offset, answers[0][1], rtol=0, atol=1e-6)
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_an_intercept_is_a_column_of_ones_without_a_penalty(seed: int):
+    x, y = regression(seed)
+    centred = solve(Problem(Quadratic.least_squares(x, y, intercept=True), L1(0.05)), **TIGHT)
+    ones = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    strengths = torch.tensor([0.05] * 6 + [0.0])
+    other = solve(Problem(Quadratic.least_squares(ones, y), L1(strengths)), "admm", **TIGHT)
+    assert centred.certificate.primal == pytest.approx(other.certificate.primal, rel=1e-7)
+    torch.testing.assert_close(centred.intercept, other.weight[:, -1], rtol=0, atol=1e-3)
+    about = Quadratic.least_squares(x, y, random(seed + 9, 2, 6), intercept=True)
+    assert about.data is not None
+    torch.testing.assert_close(about.data.intercept(centred.weight), centred.intercept)
+
+
+def test_lists_integers_and_one_row_of_moments_are_taken():
+    x, y = [[1, 0], [0, 1], [1, 1]], [1.0, 2.0, 3.5]
+    flat = solve(Problem(Quadratic.least_squares(x, y), L1(0.0)), **TIGHT)
+    assert isinstance(flat.weight, np.ndarray) and np.allclose(
+        flat.weight, np.linalg.lstsq(np.array(x), y)[0], atol=1e-4
+    )
+    gram, cross = np.eye(2), np.array([1.0, 0.2])
+    solution = solve(Problem(Quadratic(gram, cross, 2.0), L1(0.5)))  # pyright: ignore[reportArgumentType]
+    assert np.allclose(solution.weight, [0.5, 0.0])
+    assert certify(Problem(Quadratic(gram, cross, 2.0), L1(0.5)), solution.weight).relative_gap < 1e-4  # pyright: ignore[reportArgumentType]
+
+
+def test_sparse_inputs_of_another_length_are_refused():
+    with pytest.raises(ProblemError, match=r"\[3, 2\] and targets \[4, 1\]"):
+        Quadratic.least_squares(scipy.sparse.eye_array(3, 2).tocsc(), np.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["fista", "admm", "cvxpy", "scipy"])
+def test_an_entry_of_infinite_strength_is_zero_and_the_rest_is_as_without_it(name: str):
+    x, y = regression(1)
+    strengths = torch.tensor([[0.05, inf, 0.0, 0.05, inf, 0.05], [0.05] * 6], dtype=torch.float64)
+    whole = Problem(Quadratic.least_squares(x, y), L1(strengths))
+    solution = make_solver(name).solve(whole, torch.ones(2, 6))
+    assert solution.status is Status.SOLVED
+    assert not solution.weight[0, [1, 4]].any() and bool((solution.weight[1] != 0).sum() > 3)
+    assert certify(whole, torch.ones(2, 6)).primal == inf
+    kept = [0, 2, 3, 5]
+    alone = Problem(Quadratic.least_squares(x[:, kept], y[:, :1]), L1(strengths[:1, kept]))
+    best = solve(alone, "admm", **TIGHT).certificate.primal
+    assert best * (1 - 1e-9) <= certify(alone, solution.weight[:1, kept]).primal <= best * (1 + 1e-4)
+
+
+def test_a_solution_and_a_certificate_print_what_a_person_asks_first():
+    solution = solve(Problem(Quadratic.least_squares(*regression(2)), L1(0.3)))
+    text = str(solution)
+    for name in ("status", "objective", "gap", "iterations", "seconds", "zeros", "solver"):
+        assert f"\n{name}" in f"\n{text}"
+    assert "solved." in text and " of [2, 6]" in text
+    assert len(repr(solution)) < 120 and "SOLVED" in repr(solution)
+    assert "<th>KKT residual</th>" in solution._repr_html_()
+    assert (
+        str(Certificate(1.0, 0.5, inf)).splitlines()[1]
+        == "gap           0.5, 0.5 of the objective; no weight is below 0.5"
+    )
+    own = solve(Problem(Quadratic.least_squares(*regression(2)), L1(0.3)), make_solver("fista"))
+    assert own.facts()["solver"] == "FISTA"
+
+
+def test_the_mathematics_needs_neither_transformers_nor_cvxpy():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("transformers", "cvxpy", "sklearn", "huggingface_hub", "safetensors")))
+import numpy, convexprune as c
+x = numpy.random.default_rng(0).normal(size=(40, 5))
+print(c.solve(c.Problem(c.Quadratic.least_squares(x, x[:, 0]), c.L1(0.1))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "solved." in done.stdout and "80.0% of [5]" in done.stdout
+
+
+def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str):
+        raise ModuleNotFoundError("No module named 'cvxpy'", name="cvxpy")
+
+    monkeypatch.setattr(solvers, "import_module", missing)
+    with pytest.raises(DependencyError, match=r"needs cvxpy, an extra: pip install"):
+        make_solver("cvxpy")
