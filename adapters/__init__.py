@@ -8,11 +8,11 @@ from ._checkpoints.saving import save, save_from_store
 from ._data.calibration import (
     calibration_and_held_out,
     calibration_tokens,
-    check_dataset,
     recipe_windows,
     text_windows,
     window_length,
 )
+from ._data.sources import check_dataset
 from ._discovery.family import TESTED
 from ._huggingface import HuggingFaceModel
 

@@ -22,6 +22,7 @@ from convexprune.adapters import (
     recipe_windows,
 )
 from convexprune.adapters._checkpoints.model_folder import local_folder, refuse_packed
+from convexprune.adapters._data.mixture import needs_sampling, parts_of
 from convexprune.adapters._removal.find import find_removal
 from convexprune.constraints import Constraint
 from convexprune.errors import CalibrationError, ModelError, OutputError, RecipeError
@@ -60,7 +61,7 @@ class Source:
             return tokens, False
         known = self.report.identity.get("tokens")
         same = isinstance(known, dict) and known.get("calibration") == checksum(tokens)
-        if not same and self.recipe.dataset != "self":
+        if not same and not needs_sampling(self.recipe.dataset):
             raise CalibrationError(f"{self.dataset} does not give the tokens of the run. Name its own: dataset=...")
         return tokens, same
 
@@ -136,7 +137,7 @@ def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
     if text.endswith(GIVEN):
         raise RecipeError(f"The {name} of this run was a {text}. Name one that is the same: {name}=... (--{name}).")
     path, was = Path(text), report.environment.get("folder")
-    if not path.is_absolute():  # a name
+    if not path.is_absolute() or len(parts_of(text)) > 1:  # a name, or several texts
         return text
     places = [path, *([folder / os.path.relpath(path, was)] if isinstance(was, str) else [])]
     for place in places:

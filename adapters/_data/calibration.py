@@ -1,6 +1,6 @@
 """Calibration tokens: whatever the user has, as disjoint windows of token ids, with nothing cut off in silence."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from convexprune._progress import begin
-from convexprune.errors import CalibrationError, shown, unknown
+from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 
 from .._huggingface import HuggingFaceModel
-from .corpora import CORPORA, Split, datasets_package, hub_text
+from .corpora import Split
+from .mixture import Part, apportioned, interleaved, parts_of
 from .rows import ACCEPTED, ids_as_tensor, read_rows
 from .sampling import sampled_windows
+from .sources import text_of
 from .sufficiency import refuse_uninformative
-from .text_files import TEXT_FILES, check_text, is_file, read_text
+from .text_files import TEXT_FILES, read_text
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
-LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text is one
 
 
 def calibration_tokens(
@@ -91,7 +92,9 @@ def calibration_and_held_out(
         DependencyError: a data set of the hub needs a package that is missing.
     """
     _check_request(num_samples, max_seq_length, model)
-    length = window_length(model, max_seq_length)
+    if len(parts := parts_of(dataset)) > 1:
+        return _mixed(parts, model, num_samples, spare, max_seq_length=max_seq_length, seed=seed, split=split)
+    dataset, length = parts[0][0], window_length(model, max_seq_length)
     if isinstance(dataset, str) and dataset == "self":
         if num_samples is None:
             raise CalibrationError('dataset="self" has no end: say how many samples, num_samples=128 for example.')
@@ -106,6 +109,22 @@ def calibration_and_held_out(
     chosen, left = _choose(windows, num_samples, spare, seed, split, name)
     refuse_uninformative(chosen)
     return chosen, left
+
+
+def _mixed(
+    parts: Sequence[Part], model: HuggingFaceModel, num_samples: int | None, spare: int, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Windows to calibrate on and windows held out, of each part by its share."""
+    if num_samples is None:
+        raise CalibrationError("A data set of several parts: say how many samples, num_samples=128 for example.")
+    counts, spares = apportioned(num_samples, parts), apportioned(spare, parts)
+    if 0 in counts:
+        raise CalibrationError(f"Of {num_samples} samples, {parts[counts.index(0)][0]} gives none. Ask for more.")
+    each = [
+        calibration_and_held_out(name, model, num_samples=count, spare=left, **settings)
+        for (name, _), count, left in zip(parts, counts, spares, strict=True)
+    ]
+    return interleaved([fitted for fitted, _ in each]), interleaved([left for _, left in each])
 
 
 def window_length(model: HuggingFaceModel, max_seq_length: int | None) -> int:
@@ -191,7 +210,7 @@ def _windows(
     match dataset:
         case str() | Path():
             characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN
-            return _cut(_tokenise(_text_of(dataset, split, characters), model), length)
+            return _cut(_tokenise(text_of(dataset, split, characters), model), length)
         case list() | tuple() if dataset and all(isinstance(item, str) for item in dataset):
             return _cut(_tokenise("\n\n".join(dataset), model), length)
         case Tensor() if dataset.dim() == 1:
@@ -212,42 +231,6 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
             f"Windows of {length} tokens: {model.name} can see from 1 to {model.max_positions}. "
             "Leave their length out to have as many as are sensible."
         )
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuse, before any work, a data set whose name or path leads nowhere.
-
-    Args:
-        dataset: as the caller gave it.
-
-    Raises:
-        CalibrationError: there is no such file, or no such name.
-        DependencyError: a data set of the hub needs a package that is missing.
-    """
-    if dataset is None or isinstance(dataset, int | float | bytes):
-        raise CalibrationError(f"A data set of type {type(dataset).__name__} cannot calibrate. Accepted: {ACCEPTED}.")
-    if not isinstance(dataset, str | Path) or dataset == "self":
-        return
-    if isinstance(dataset, str) and dataset in CORPORA:
-        datasets_package()
-    elif isinstance(dataset, Path) or is_file(dataset):
-        check_text(Path(dataset))
-    elif len(dataset.split()) > 1 or len(dataset) > LONGEST_NAME:
-        raise CalibrationError(
-            f"dataset is a text of {len(dataset):,} characters, {shown(dataset[:40])}, and no name of a data set. Give "
-            "texts as a list: dataset=[text]."
-        )
-    elif dataset.count("/") == 1:
-        datasets_package()
-    else:
-        raise CalibrationError(f"{unknown('data set', dataset, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
-
-
-def _text_of(source: str | Path, split: Split, characters: int | None) -> str:
-    check_dataset(source)
-    if isinstance(source, Path) or (source not in CORPORA and is_file(source)):
-        return read_text(Path(source))
-    return hub_text(source, split, characters)
 
 
 def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:

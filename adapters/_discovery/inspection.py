@@ -24,6 +24,7 @@ from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 
 from .._checkpoints.loading import bundled_if_none
+from .._data.mixture import needs_sampling
 from .needs import gib, setting_of
 from .outline import read_outline
 from .rules import with_rules
@@ -236,7 +237,7 @@ def _needs(found: Inspection) -> Table:
     table.add_row("device", gib(m.device), " + ".join(f"{name} {gib(part)}" for name, part in parts.items() if part))
     table.add_row("host", gib(m.host), f"beside a GPU; on a CPU all is in one memory: {gib(m.all)}")
     table.add_row("disk", gib(m.disk), "finished layers, the result, hidden states, recorded inputs")
-    if found.recipe["dataset"] == "self":
+    if needs_sampling(found.recipe["dataset"]):
         table.add_row("", gib(found.size.bytes), "on the device, once, if the model writes its own text (dataset self)")
     table.add_row("products", f"{w.products:,.0f}", f"rows x width times width x width, in {w.problems:,} problems")
     flops = {"forward": w.forward, "Gram": w.gram, "solve": w.solve + w.judge}

@@ -16,7 +16,7 @@ from convexprune._api.publishing import check_hub
 from convexprune._api.report_copies import write_copies
 from convexprune._api.request import name_of
 from convexprune._api.result import PermuteResult, PruneResult
-from convexprune._api.windows import is_self, name_of_text
+from convexprune._api.windows import name_of_text
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
@@ -32,6 +32,7 @@ from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer
 from convexprune.adapters._channels.permuting import Permuted, find_permutation
 from convexprune.adapters._channels.saving import save_permuted
 from convexprune.adapters._checkpoints.admission import refuse_headless
+from convexprune.adapters._data.mixture import needs_sampling
 from convexprune.adapters._discovery.inspection import Inspection
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
@@ -189,7 +190,8 @@ def permute(
     with opened(source, stream=folder is not None).lent() as loaded:
         refuse_headless(loaded.model, {"permute": ""})
         check_patterns(loaded.layers, recipe.layer_settings())  # what `prune` refuses afterwards
-        sampler = opened(source) if loaded.streams and is_self(dataset) else loaded  # to sample text it has to be whole
+        # To sample text a model has to be whole.
+        sampler = opened(source) if loaded.streams and needs_sampling(dataset) else loaded
         tokens, _ = recipe_windows(dataset, sampler, recipe)
         del sampler
         found = find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed, call.progress)

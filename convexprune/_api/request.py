@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from convexprune._api.report_copies import check_copies
 from convexprune._api.run_warnings import run_warnings
-from convexprune._api.windows import Sources, Windows, is_self, name_of_text
+from convexprune._api.windows import Sources, Windows, name_of_text
 from convexprune._api.workers import executor_for, team_size
 from convexprune._device.machine import (
     Clock,
@@ -38,6 +38,7 @@ from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_toke
 from convexprune.adapters._allocating import allocate
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
+from convexprune.adapters._data.mixture import needs_sampling
 from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
@@ -119,7 +120,7 @@ class Request:
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
             "token_weights='loss'": (weighting.kind == "loss", "take another"),
-            'dataset="self"': (is_self(self.sources.dataset), "another data set"),
+            'dataset="self"': (needs_sampling(self.sources.dataset), "another data set"),
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})

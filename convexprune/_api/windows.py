@@ -16,6 +16,7 @@ from convexprune.adapters import (
     text_windows,
     window_length,
 )
+from convexprune.adapters._data.mixture import needs_sampling, parts_of
 from convexprune.adapters._data.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
@@ -51,12 +52,12 @@ class Sources:
 
     def sampled(self, windows: Windows) -> dict[str, Tensor]:
         """Return the part of the `windows` that the model writes."""
-        return {name: tokens for name, tokens in windows.items() if is_self(self._by_use[name])}
+        return {name: tokens for name, tokens in windows.items() if needs_sampling(self._by_use[name])}
 
     @property
     def has_sampled(self) -> bool:
         """Return True if the model is to write text."""
-        return any(map(is_self, self._by_use.values()))
+        return any(map(needs_sampling, self._by_use.values()))
 
     def draw(
         self, model: HuggingFaceModel, recipe: Recipe, known: Windows, whole: Callable[[], HuggingFaceModel]
@@ -65,8 +66,8 @@ class Sources:
 
         A model has to be whole in memory to sample text: a streamed model is opened whole for sampling, and released.
         """
-        windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if is_self(text)]
-        if is_self(self.dataset) and self._is_file:
+        windows, to_sample = self.sampled(known), [name for name, text in self._by_use.items() if needs_sampling(text)]
+        if needs_sampling(self.dataset) and self._is_file:
             # Before the model writes its own text, which takes long: this one may be too short.
             windows["evaluation"] = self._to_evaluate(model, window_length(model, recipe.max_seq_length), recipe)
         sampler = whole() if model.streams and not windows.keys() >= set(to_sample) else model
@@ -81,7 +82,7 @@ class Sources:
     def _to_evaluate(self, model: HuggingFaceModel, window: int, recipe: Recipe) -> Tensor:
         if isinstance(self.evaluation, Tensor):
             return self.evaluation
-        if is_self(self.evaluation):
+        if self.evaluation == "self":
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
             return calibration_tokens("self", model, split="evaluation", **settings)
         return text_windows(Path(self.evaluation), model, window)
@@ -107,14 +108,11 @@ def _require_some(windows: Tensor) -> Tensor:
     return windows
 
 
-def is_self(text: Any) -> bool:
-    """Return True if `text` asks for text sampled by the model."""
-    return isinstance(text, str) and text == "self"
-
-
 def name_of_text(text: Any) -> str:
     """Return the name of a data set or a text for the recipe: a full path, a name, or a description."""
     if not isinstance(text, str | Path):
         return given(text)
-    path = Path(text).expanduser()
-    return str(path.absolute()) if path.suffix in TEXT_FILES and path.is_file() else str(text)
+    if len(parts := parts_of(text)) > 1:
+        return ",".join(f"{name_of_text(name)}:{share:g}" for name, share in parts)
+    path = Path(parts[0][0]).expanduser()
+    return str(path.absolute()) if path.suffix in TEXT_FILES and path.is_file() else str(parts[0][0])

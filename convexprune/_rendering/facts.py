@@ -58,9 +58,9 @@ def name_of_model(report: Report) -> str:
 
 
 def short(name: str) -> str:
-    """Return a name without the folders of the machine."""
-    path = PurePath(name)
-    return path.name or name if path.is_absolute() else name
+    """Return a name, or several with commas between, without the folders of the machine."""
+    paths = [(part, PurePath(part)) for part in name.split(",")]
+    return ", ".join(path.name or part if path.is_absolute() else part for part, path in paths)
 
 
 def _zeros(report: Report) -> Iterator[Fact]:

@@ -40,7 +40,7 @@ class DataSettings(Settings):
     dataset: str = setting(
         "self",
         "Text to calibrate on: self (sampled from the model), c4, wikitext2, ptb, OWNER/NAME on the hub (needs the "
-        "package datasets), or a .txt or .jsonl file.",
+        "package datasets), or a .txt or .jsonl file; or several with shares, as a.txt:0.5,self:0.5.",
         first=True,
     )
     num_calibration_samples: int = setting(128, "Samples to fit on.", "--nsamples", ge=1, first=True)
