@@ -1,15 +1,12 @@
 """Formats for the weight of a linear layer and its product: dense, 8 and 4 bits, and sparse.
 
-Two sparse formats are of foreign packages, the rest of torch. torch does not document its operators of 8 and 4 bits. A
-machine without an operator is no error: `bench` tries every format, leaves out failures, and says why.
+All formats are torch's, which does not document its operators of 8 and 4 bits. A machine without an operator is no
+error: `bench` tries every format, leaves out failures, and says why.
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +81,9 @@ class Float32(AbstractProduct):
     weight: Tensor
 
     def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
         self.register_buffer("weight", weight.to(self.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
         return x @ self.weight.T
 
 
@@ -106,13 +101,11 @@ class Int8(AbstractProduct):
     scale: Tensor
 
     def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
         scale = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         self.register_buffer("codes", (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.to(self.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
         return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
 
 
@@ -123,7 +116,6 @@ class Int4(AbstractProduct):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        """See `AbstractProduct.why_not`."""
         if weight.device.type != "cpu":
             return "torch packs 4 bits in another layout there"
         if weight.shape[1] % GROUP or weight.shape[0] % 16:
@@ -131,7 +123,6 @@ class Int4(AbstractProduct):
         return None
 
     def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
         parts = weight.float().unflatten(1, (-1, GROUP))
         scale = parts.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 7
         codes = (parts / scale[..., None]).round().clamp(-8, 7) + 8
@@ -141,7 +132,6 @@ class Int4(AbstractProduct):
         self.register_buffer("scale_and_zero", ends.contiguous().to(self.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scale_and_zero)
 
 
@@ -151,7 +141,6 @@ class CSR(AbstractProduct):
     dtype = torch.float32
 
     def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that torch's CSR is beta
             kept = weight.to(self.dtype).to_sparse_csr()
@@ -160,7 +149,6 @@ class CSR(AbstractProduct):
         self.kept = sum(part.nbytes for part in (rows, columns, kept.values()))
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
         return (self.weight @ x.T).T
 
     @property
@@ -175,7 +163,6 @@ class SemiStructured(AbstractProduct):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        """See `AbstractProduct.why_not`."""
         if why := _without_cuda(weight):
             return why
         if weight.shape[1] % 4 or bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).any()):
@@ -183,12 +170,10 @@ class SemiStructured(AbstractProduct):
         return None
 
     def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
         self.weight = torch.sparse.to_sparse_semi_structured(weight.to(self.dtype))
         self.kept = weight.numel() * 9 // 8  # half of the values of two bytes, and a bit of place for each
 
     def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
         return nn.functional.linear(x, self.weight)
 
     @property
@@ -196,62 +181,8 @@ class SemiStructured(AbstractProduct):
         return self.kept
 
 
-class NvmathCSR(CSR):
-    """CSR in bfloat16, by the universal sparse tensor of nvmath-python: `TorchUST`."""
-
-    dtype = torch.bfloat16
-
-    @staticmethod
-    def why_not(weight: Tensor) -> str | None:
-        """See `AbstractProduct.why_not`."""
-        return _without_cuda(weight) or _not_installed("nvmath", "pip install 'nvmath-python[cu13]'")
-
-    def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
-        super().keep(weight)
-        interface: Any = import_module("nvmath.sparse.ust.interfaces.torch_interface")
-        self.weight = interface.TorchUST.from_torch(self.weight)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Copy the product: results of equal shapes share memory in nvmath."""
-        return nn.functional.linear(x, self.weight).clone()
-
-
-class MACKO(AbstractProduct):
-    """The non-zeros and their distances in float16: a kernel for a single vector, so a batch takes a call per vector.
-
-    Macko and Boza 2025, arXiv 2511.13061.
-    """
-
-    dtype = torch.float16
-
-    @staticmethod
-    def why_not(weight: Tensor) -> str | None:
-        """See `AbstractProduct.why_not`."""
-        return _without_cuda(weight) or _not_installed(
-            "macko_spmv", "pip install git+https://github.com/vlejd/macko_spmv"
-        )
-
-    def keep(self, weight: Tensor) -> None:
-        """See `AbstractProduct.keep`."""
-        self.macko: Any = import_module("macko_spmv")
-        self.parts = self.macko.compress(weight.to(self.dtype).contiguous())
-
-    def product(self, x: Tensor) -> Tensor:
-        """See `AbstractProduct.product`."""
-        return torch.stack([self.macko.multiply(self.parts, each) for each in x.contiguous()])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts if isinstance(part, Tensor))
-
-
 def _without_cuda(weight: Tensor) -> str | None:
     return None if weight.device.type == "cuda" else "it needs an NVIDIA GPU"
-
-
-def _not_installed(package: str, command: str) -> str | None:
-    return None if find_spec(package) else f"{package} is not installed: {command}"
 
 
 FORMATS: Mapping[str, type[AbstractProduct]] = {
@@ -261,6 +192,4 @@ FORMATS: Mapping[str, type[AbstractProduct]] = {
     f"int4, groups of {GROUP}": Int4,
     "CSR, float32": CSR,
     "2:4, bfloat16": SemiStructured,
-    "CSR of nvmath, bfloat16": NvmathCSR,
-    "MACKO, float16": MACKO,
 }

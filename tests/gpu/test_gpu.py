@@ -1,6 +1,5 @@
 """What a GPU must do as a CPU does: `pytest -m gpu` on a machine that has one; without one they are skipped."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,7 @@ def test_the_doctor_finds_nothing(check: str):
     assert found.rows and not found.failed, list(found.verdict())
 
 
-PACKAGES = {"CSR of nvmath, bfloat16": "nvmath", "MACKO, float16": "macko_spmv"}
-ABSENT = {name: "is not installed: pip install" for name, package in PACKAGES.items() if find_spec(package) is None}
-ABSENT |= {name: "another layout" for name in FORMATS if name.startswith("int4")}
+ABSENT = {name: "another layout" for name in FORMATS if name.startswith("int4")}
 
 
 def _two_of_four() -> Tensor:
