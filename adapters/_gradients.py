@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from convexprune._device.memory import lacks_memory
 from convexprune._device.products import widened
 from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerCalls, LayerContext, LayerWalk, propagate
+from convexprune._layerwise.walk import LayerCalls, LayerWalk
 from convexprune._progress import begin
 from convexprune.errors import ModelError
 

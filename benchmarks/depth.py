@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.steps.prune import Work
+from convexprune._layerwise.work import Work
 from convexprune._runs.run import prune_in_place
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._removal.depth import layers_to_remove

@@ -16,9 +16,11 @@ from phases import medians, phases, report
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from convexprune._layerwise.settings import HiddenStates
-from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.context import LayerContext
+from convexprune._layerwise.pipeline import Pipeline
+from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls
+from convexprune._layerwise.work import layer_steps
 from convexprune._runs.speed import measured_speed
 from convexprune.adapters import HuggingFaceModel
 from convexprune.recipe import make_recipe
@@ -59,29 +61,21 @@ def run(shape: str, method: str, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     model = HuggingFaceModel(build(shape, args.length).to(device, dtype), name=shape)  # pyright: ignore[reportArgumentType]
-    layer = model.layers[0]
     hidden = [entering(SHAPES[shape][0], args.length, i).to(device, dtype) for i in range(args.samples + 1)]
     tokens = torch.zeros(1, args.length, dtype=torch.long)
     recipe = make_recipe(model=shape, method=method)
     settings = recipe.layer_settings()
-    calls = LayerCalls(model, [tokens]).of(0)
+    context = LayerContext(model=model, number=0, layer=model.layers[0], calls=LayerCalls(model, [tokens]).of(0),
+                           inputs={"dense": hidden}, states=MemoryStore([0]), held_out=1)  # fmt: skip
     speed, reports = measured_speed(device, dtype), list[OperatorReport]()
     with peak_memory(device) as peak, phases(args.device) as seconds:
-        observed = timed_observe(layer, calls, hidden, error_targets=(settings.error_target,))
-        prune_observed(layer, calls, HiddenStates(hidden, hidden, 1), observed, settings, reports.append)
+        Pipeline(settings, layer_steps(settings, reports.append))(context)
     stacks = {r.name: 2 * r.products * r.outputs * r.inputs**2 for r in reports}
     bare = sum(stacks.values()) / speed.single
     seconds["x product"] = seconds["solve"] / bare if bare else float("nan")
     seconds["GFLOP/s"] = speed.single / 1e9
     seconds["peak GiB"] = (peak.more or 0) / 2**30
     return seconds
-
-
-def timed_observe(*args, **settings):
-    """`observe` as the phases see it: looked up when it is called."""
-    from convexprune._layerwise import capture as passes
-
-    return passes.observe(*args, **settings)
 
 
 def build(shape: str, length: int) -> LlamaForCausalLM:

@@ -15,17 +15,15 @@ from unittest.mock import patch
 import torch
 
 from convexprune._api import in_folder
-from convexprune._layerwise import capture as passes
-from convexprune._layerwise import walk
+from convexprune._layerwise import context, pipeline, stages
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.statistics import CalibrationStatistics
-from convexprune._layerwise.steps import stages as layer
 
 # Who does what; none of them calls another.
 PHASES: dict[str, list[tuple[Any, str]]] = {
-    "forward": [(walk, "observe"), (passes, "observe"), (layer, "stage_inputs")],
+    "forward": [(context, "observe"), (stages, "stage_inputs")],
     "Gram": [(CalibrationStatistics, "add")],
-    "solve": [(layer, "prune_groups")],
+    "solve": [(pipeline, "run_steps")],
     "write": [(FolderStore, "finish"), (FolderStore, "put_hidden"), (in_folder, "save_from_store")],
 }
 

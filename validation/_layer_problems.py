@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Calls, observe, split_last_branch, stage_inputs
+from convexprune._layerwise.capture import split_last_branch, stage_inputs
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractModel, DecoderLayer, Group
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.pipeline import Pipeline
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.bounds import drawn_rows
-from convexprune._layerwise.steps.stages import prune_observed
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.targets import CorrectionTargets, height, weighted_parts, width
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
+from convexprune._layerwise.work import stack_steps
 from convexprune.constraints import Constraint
 from convexprune.core._damping import NO_DAMPING, Damping
 from convexprune.core._moments import Moments
@@ -80,14 +82,15 @@ def operator_problems(
 
     def step(context: LayerContext) -> None:
         layer, sparse = context.layer, context.layer
-        hidden = HiddenStates(context.inputs["dense"], context.inputs[settings.prefix])
         wanted = {f"{layer.name}.{operator.name}" for operator in layer.operators}.intersection(names)
         if wanted or settings.prefix == "pruned":
-            sparse = pruned.layers[context.number] if pruned else _pruned(context, hidden, settings, on_operator)
-        for problem in _watch(layer, sparse, wanted, context.calls, hidden, settings, damping):
+            sparse = pruned.layers[context.number] if pruned else _pruned(context, settings, on_operator)
+        for problem in _watch(context, sparse, wanted, settings, damping):
             on_problem(problem)
         if settings.prefix == "pruned":
-            context.hand_on([context.calls(batch)(sparse.module, batch) for batch in hidden.pruned], "pruned")
+            context.hand_on(
+                [context.calls(batch)(sparse.module, batch) for batch in context.inputs["pruned"]], "pruned"
+            )
         context.hand_on(context.outputs())
 
     needed = [i for i, layer in enumerate(model.layers) if any(name.startswith(f"{layer.name}.") for name in names)]
@@ -95,25 +98,22 @@ def operator_problems(
     LayerWalk(model, tokens.split(batch_size), states, settings.streams).run(step)
 
 
-def _pruned(
-    context: LayerContext, hidden: HiddenStates, settings: LayerSettings, on_operator: OnOperator
-) -> DecoderLayer:
-    """Return a copy of the layer, pruned as in a run."""
-    copy, calls = deepcopy(context.layer), context.calls
-    observed = observe(copy, calls, hidden.dense, error_targets=(settings.error_target,))
-    prune_observed(copy, calls, hidden, observed, settings, on_operator)
-    return copy
+def _pruned(context: LayerContext, settings: LayerSettings, on_operator: OnOperator) -> DecoderLayer:
+    """Return a copy of the layer, pruned as a run prunes it."""
+    copied = replace(context, layer=deepcopy(context.layer))
+    copied.observe((settings.error_target,))
+    Pipeline(settings, stack_steps(on_operator))(copied)
+    return copied.layer
 
 
 def _watch(
-    dense: DecoderLayer,
+    context: LayerContext,
     sparse: DecoderLayer,
     wanted: Collection[str],
-    calls: Calls,
-    hidden: HiddenStates,
     settings: LayerSettings,
     damping: Mapping[str, Damping | None],
 ) -> Iterator[OperatorProblem]:
+    dense, calls = context.layer, context.calls
     pairs = [
         (one, other)
         for one, other in zip(dense.groups, sparse.groups, strict=True)
@@ -121,12 +121,12 @@ def _watch(
     ]
     if not pairs:
         return
-    observed = observe(dense, calls, hidden.dense, error_targets=(settings.error_target,))
+    observed = context.observe((settings.error_target,))
     same = dense.stages[0] if settings.prefix == "dense" else ()
     lacking = CorrectionTargets([one for one, _ in pairs if one not in same], dense, observed, settings)
     totals = {one: list(_totals(dense.name, one, lacking.in_output_space(one), settings)) for one, _ in pairs}
     first = 0
-    for i, given in enumerate(hidden.pruned):
+    for i, given in enumerate(context.inputs[settings.prefix]):
         seen = stage_inputs(sparse, [other for _, other in pairs], calls(given), given)
         for one, other in pairs:
             if other not in seen:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.likelihood import likelihoods

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Observed, Recorded, observe, through
-from convexprune._layerwise.model import DecoderLayer, Group
+from convexprune._layerwise.capture import Recorded, through
+from convexprune._layerwise.context import LayerContext
+from convexprune._layerwise.model import DecoderLayer
+from convexprune._layerwise.pipeline import Pipeline
 from convexprune._layerwise.replay import CachedSubmodule
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.statistics import CalibrationStatistics
-from convexprune._layerwise.steps.stages import prune_observed, stage_folds
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.stages import Statistics, stage_statistics
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
+from convexprune._layerwise.work import stack_steps
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.likelihood import Likelihood, likelihoods
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
@@ -133,29 +135,29 @@ class Comparison:
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
     def _layer(self, context: LayerContext, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
-        """Do all work on a decoder layer. The dense pass serves every network."""
-        number, layer, calls, began = context.number, context.layer, context.calls, time.perf_counter()
+        """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
+        number, layer, began = context.number, context.layer, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
-        observed = observe(layer, calls, hidden, error_targets={each.error_target for each in self._variants.values()})
+        context = replace(context, inputs={"dense": hidden}, held_out=self._held_out)
+        observed = context.observe({each.error_target for each in self._variants.values()})
         if DENSE in todo:
             for stream in self._batches:
                 batches = observed.outputs if stream == FITTED else self._through(context, DENSE, stream)
                 self._store.write_states(DENSE, number + 1, stream, batches)
             self._store.record(DENSE, number + 1, {"seconds": time.perf_counter() - began})
             on_layer(f"layer {number}, dense")
-        first: dict[int, dict[Group, CalibrationStatistics]] = {}  # by the token weights
+        first: dict[int, Statistics] = {}  # by the token weights
         for name in todo:
             if name == DENSE:
                 continue
             settings = self._variants[name]
             weights = id(settings.token_weights)
             if settings.prefix == "dense" and weights not in first and layer.stages:
-                states = HiddenStates(hidden, hidden, self._held_out)
-                inputs = dict(observed.inputs)
-                parts = stage_folds(layer, 0, calls, states, observed, settings, inputs)
+                context.begin_pass("dense", edits=False)
+                parts = stage_statistics(context, settings, 0)
                 first[weights] = {g: f for part in parts for g, f in part.items()}
             with _put_back(layer):
-                record, known = self._prune(context, name, observed, first.get(weights, {}))
+                record, known = self._prune(context, name, first.get(weights, {}))
                 for stream in self._advanced(name):
                     taken = known if stream == FITTED else None
                     self._store.write_states(name, number + 1, stream, self._through(context, name, stream, taken))
@@ -163,42 +165,35 @@ class Comparison:
             on_layer(f"layer {number}, {name}")
 
     def _prune(
-        self, context: LayerContext, name: str, observed: Observed, first: Mapping[Group, CalibrationStatistics]
+        self, context: LayerContext, name: str, first: Statistics
     ) -> tuple[dict[str, Any], dict[CachedSubmodule, Recorded]]:
         """Prune a layer by a variant; return the record, and cached submodules for later passes."""
         number, layer, settings = context.number, context.layer, self._variants[name]
-        dense = self._states(DENSE, number, FITTED)
-        pruned = dense if settings.prefix == "dense" else self._states(name, number, FITTED)
-        hidden = HiddenStates(dense, pruned, self._held_out)
+        inputs = context.inputs
+        if settings.prefix == "pruned":
+            inputs, first = {**inputs, "pruned": self._states(name, number, FITTED)}, {}
         watched, reports = Watched(settings.pruner), []
         began = time.perf_counter()
         with peak_memory(self._device) as peak:
-            known = prune_observed(
-                layer,
-                context.calls,
-                hidden,
-                observed,
-                replace(settings, pruner=watched),
-                reports.append,
-                first if settings.prefix == "dense" else None,
-            )
+            own = replace(context, inputs=inputs, first=first)
+            Pipeline(replace(settings, pruner=watched), stack_steps(reports.append))(own)
         seconds = time.perf_counter() - began
         record = {
             "operators": [asdict(report) for report in reports],
-            "output_error": self._output_error(context, dense, observed),
+            "output_error": self._output_error(context),
             "products": watched.products(layer, reports),
             "solve_seconds": watched.seconds,
             "seconds": seconds,
             "peak_bytes": peak.total,
             "more_bytes": peak.more,
         }
-        return record, known
+        return record, own.replayed
 
-    def _output_error(self, context: LayerContext, dense: Sequence[Tensor], observed: Observed) -> float | None:
+    def _output_error(self, context: LayerContext) -> float | None:
         """Median over the held-out tokens of |y* - y|^2 / |y - x|^2: dense input x, dense and pruned output y, y*."""
-        ratios = []
+        dense, ratios = context.inputs["dense"], []
         for i in range(len(dense) - self._held_out, len(dense)):
-            x, y = dense[i], observed.outputs[i]
+            x, y = dense[i], context.observed.outputs[i]
             wrong = context.calls(x)(context.layer.module, x) - y
             ratios.append((wrong.float().square().sum(-1) / (y - x).float().square().sum(-1)).flatten())
         return float(torch.cat(ratios).median()) if ratios else None

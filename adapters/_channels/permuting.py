@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._layerwise.walk import LayerWalk
 from convexprune.constraints import Constraint
 from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import ModelError

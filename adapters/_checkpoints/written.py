@@ -9,9 +9,10 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._storage.tensors import Entry, Spec, entries
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport

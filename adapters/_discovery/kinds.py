@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
 
 from .layout import signature
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from convexprune._layerwise.context import propagate
 from convexprune._layerwise.model import Call
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerCalls, LayerWalk, propagate
+from convexprune._layerwise.walk import LayerCalls, LayerWalk
 from convexprune.errors import ModelError
 
 from .._checkpoints.admission import refuse_other_shapes

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.context import LayerContext, propagate, recorded
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate, recorded
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.pruners._base import Score
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from convexprune._device.products import widened
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.pruners._base import Score
 

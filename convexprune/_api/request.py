@@ -28,8 +28,8 @@ from convexprune._device.machine import (
 from convexprune._device.memory import use_gpu
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
-from convexprune._layerwise.steps.prune import Work
 from convexprune._layerwise.token_weights import TokenWeighting
+from convexprune._layerwise.work import Work
 from convexprune._progress import begin
 from convexprune._recipe_file import given
 from convexprune._runs.run import check_patterns

@@ -1,4 +1,4 @@
-"""How the layers of a run are pruned, and on what: the settings of all, and the hidden states of one."""
+"""The settings by which every layer of a run is pruned."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from convexprune._device.precision import CertificateFormat, Format
 from convexprune._layerwise.capture import ErrorTarget
-from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune.constraints import Constraint
 from convexprune.pruners import AbstractPruner
 from convexprune.quantizers import AbstractQuantizer, Descent
@@ -93,17 +92,3 @@ class LayerSettings:
             Factors [m], or None.
         """
         return torch.cat([self.row_weights[name] for name in operators]).sqrt() if self.row_weights else None
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenStates:
-    """The batches [batch tokens hidden] that enter a decoder layer; the last `held_out` of them judge, and never fit.
-
-    `dense` are those of the dense network, `pruned` those that the layer gets while it is pruned. Of a
-    `process_group` they are this rank's share.
-    """
-
-    dense: Sequence[Tensor]
-    pruned: Sequence[Tensor]
-    held_out: int = 0
-    process_group: ProcessGroup = ALONE

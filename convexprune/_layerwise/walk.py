@@ -1,18 +1,15 @@
 """The one loop over decoder layers: each in turn is in memory, with what enters it, while a step works on it."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from convexprune._device.transfer import sending
-from convexprune._layerwise.capture import Calls, ErrorTarget, Observed, Recorded, observe, put_away, through
-from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
-from convexprune._layerwise.replay import CachedSubmodule
+from convexprune._layerwise.capture import Calls, Recorded
+from convexprune._layerwise.context import LayerContext, propagate, recorded
+from convexprune._layerwise.model import AbstractModel, Call
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import AbstractStates, MemoryStore
-from convexprune._storage.batches import Batches
 
 
 class LayerCalls:
@@ -29,56 +26,6 @@ class LayerCalls:
             return self._by_shape[hidden.shape[:2]][number]
 
         return call
-
-
-@dataclass(frozen=True, eq=False)
-class LayerContext:
-    """One decoder layer, whose weights are in memory, as the walk hands it to a step.
-
-    Args:
-        number: the layer is the one of this number.
-        calls: how it is called, for hidden states of each shape.
-        inputs: the batches [batch tokens hidden] that enter it, of each stream.
-        record: makes a place to keep tensors in, which is gone after the step unless it is handed on.
-        states: where what is between the layers is kept.
-    """
-
-    model: AbstractModel
-    number: int
-    calls: Calls
-    inputs: Mapping[Stream, Sequence[Tensor]]
-    record: Callable[[], Recorded]
-    states: AbstractStates
-
-    @property
-    def layer(self) -> DecoderLayer:
-        """The layer itself."""
-        return self.model.layers[self.number]
-
-    def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
-        """One pass of the dense layer."""
-        return observe(self.layer, self.calls, self.inputs["dense"], self.record, error_targets)
-
-    def outputs(self, stream: Stream = "dense", replayed: Mapping[CachedSubmodule, Recorded] | None = None) -> Recorded:
-        """What the layer, as it is by now, makes of what enters it.
-
-        Args:
-            replayed: submodules that need not run again, and the inputs that they are replayed with.
-
-        Returns:
-            The batches [batch tokens hidden] that leave it.
-        """
-        return recorded(through(self.layer, self.calls, self.inputs[stream], replayed), self.record())
-
-    def hand_on(self, outputs: Recorded, stream: Stream = "dense") -> None:
-        """Keep what enters the next layer, which may come nearer now.
-
-        Args:
-            outputs: the batches [batch tokens hidden].
-        """
-        self.states.put_hidden(self.number + 1, stream, outputs)
-        for following in self.model.layers[self.number + 1 : self.number + 2]:
-            self.model.prefetch(following)
 
 
 LayerStep = Callable[[LayerContext], None]
@@ -129,7 +76,8 @@ class LayerWalk:
             inputs[stream] = found
         layer = self._model.layers[number]
         with self._model.resident(layer), self._states.scratch(number) as record:
-            step(LayerContext(self._model, number, self._calls.of(number), inputs, record, self._states))
+            calls = self._calls.of(number)
+            step(LayerContext(self._model, number, layer, calls, inputs, self._states, record=record))
         self._on_layer(layer.name)
 
     def _inputs(self, number: int, stream: Stream) -> Recorded | None:
@@ -159,19 +107,3 @@ class LayerWalk:
             batches = between.take(number)
             self._states.put_hidden(number, stream, batches)
         return batches
-
-
-def propagate(context: LayerContext) -> None:
-    """The step that hands on what the layer of the `context` makes of what enters it."""
-    context.hand_on(context.outputs())
-
-
-@sending()
-def recorded(batches: Iterable[Tensor], place: Recorded) -> Recorded:
-    """Keep batches."""
-    for batch in batches:
-        if isinstance(place, Batches):
-            put_away(batch, place)
-        else:
-            place.append(batch)
-    return place

@@ -18,7 +18,7 @@ from convexprune._device.memory import release_unused
 from convexprune._layerwise.folder_store import FolderStore, RankStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.steps.prune import prune_claimed
+from convexprune._layerwise.work import prune_claimed
 from convexprune._runs.worker import Job, Worker
 from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
 from convexprune.report import OnOperator

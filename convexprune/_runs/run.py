@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.steps.prune import Work, prune_claimed
 from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.executors import AbstractExecutor
 from convexprune._runs.worker import Job
 from convexprune.errors import PatternError

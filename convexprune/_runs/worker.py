@@ -16,7 +16,7 @@ from convexprune._device.memory import room_on, use_gpu, within_memory
 from convexprune._device.switches import pinned
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
-from convexprune._layerwise.steps.prune import Work, prune_claimed
+from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.identity import differences
 from convexprune._storage.failures import working
 from convexprune.errors import ConvexpruneError, PruningError

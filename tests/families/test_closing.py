@@ -1,21 +1,23 @@
 """The operator that closes a decoder layer is found by watching, and makes up for all that the layer's output lacks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layer_contexts import context_of, pruned
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor
 
-from convexprune._layerwise.capture import Calls, Observed, observe
+from convexprune._layerwise.capture import Calls
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import DecoderLayer
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.steps.prune import PruneStep, Work
-from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.walk import LayerWalk
+from convexprune._layerwise.work import PruneLayer, Work
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Unstructured
 from convexprune.pruners import SparseGPT
@@ -25,22 +27,15 @@ from convexprune.report import OperatorReport
 TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().manual_seed(0))
 
 
-def layer_of(family: str, **settings: Any) -> tuple[DecoderLayer, Calls, list[Tensor]]:
+def context_in(family: str, **settings: Any) -> LayerContext:
     name, _, bfloat16 = family.partition(", in ")
     model = build_family(name).eval()
     model = HuggingFaceModel(model.to(torch.bfloat16) if bfloat16 else model, **settings)
-    batches = list(TOKENS.split(2))
-    call = model.calls(batches[0])[0]
-    return model.layers[0], lambda _: call, [model.first_inputs(batch) for batch in batches]
+    return context_of(model, TOKENS, batch=2)
 
 
-def prune(
-    layer: DecoderLayer, calls: Calls, hidden: HiddenStates, observed: Observed, share: float = 0.5, **settings: Any
-) -> list[OperatorReport]:
-    reports: list[OperatorReport] = []
-    made = LayerSettings(SparseGPT(), Unstructured(share), **settings)
-    prune_observed(layer, calls, hidden, observed, made, reports.append)
-    return reports
+def prune(context: LayerContext, share: float = 0.5, **settings: Any) -> list[OperatorReport]:
+    return pruned(context, LayerSettings(SparseGPT(), Unstructured(share), **settings))
 
 
 @pytest.mark.parametrize(
@@ -60,13 +55,13 @@ def prune(
     ],
 )
 def test_who_closes_a_layer_is_found(family: str, settings: dict[str, Any], name: str | None):
-    layer, calls, hidden = layer_of(family, **settings)
-    observed = observe(layer, calls, hidden, error_targets=("residual_stream",))
+    context = context_in(family, **settings)
+    layer, observed = context.layer, context.observe(("residual_stream",))
     assert (observed.last_branch and observed.last_branch.operators[0].name) == name
     token_aligned = {group for group in layer.groups if group.token_aligned}
     assert set(observed.inputs) == token_aligned - {observed.last_branch}, "what nobody asks for is not kept"
-    assert set(observe(layer, calls, hidden, error_targets=("residual_stream", "operator")).inputs) == token_aligned
-    assert observe(layer, calls, hidden).last_branch is None
+    assert set(context.observe(("residual_stream", "operator")).inputs) == token_aligned
+    assert context.observe().last_branch is None
 
 
 @pytest.mark.parametrize("correction", [0.5, 1.0])
@@ -74,21 +69,22 @@ def test_who_closes_a_layer_is_found(family: str, settings: dict[str, Any], name
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox, sequential"])
 def test_its_error_is_that_of_the_layers_output(family: str, prefix: Any, correction: float):
     """Its target is y_W + a (y - y_W): y of the dense layer, y_W of the pruned one with its own weight dense."""
-    layer, calls, dense = layer_of(family)
+    context = context_in(family)
+    layer, calls, dense = context.layer, context.calls, context.inputs["dense"]
     noise = torch.Generator().manual_seed(1)
-    fed = dense if prefix == "dense" else [x + 0.1 * torch.randn(x.shape, generator=noise) for x in dense]
-    observed = observe(layer, calls, dense, error_targets=("residual_stream",))
+    fed = list(dense) if prefix == "dense" else [x + 0.1 * torch.randn(x.shape, generator=noise) for x in dense]
+    context = replace(context, inputs={"dense": dense, "pruned": fed}, held_out=1)
     last = layer.groups[-1].operators[0]
     before = last.read().clone()
     settings = {"error_target": "residual_stream", "prefix": prefix, "correction": correction}
-    *others, report = prune(layer, calls, HiddenStates(dense, fed, 1), observed, **settings)
+    *others, report = prune(context, **settings)
     assert [r.facts.get("corrects_layer") for r in (*others, report)] == [None] * len(others) + [1]
     achieved, after = outputs(layer, calls, fed), last.read().clone()
     last.write(before)
     same = outputs(layer, calls, fed)
     last.write(torch.zeros_like(before))
     rest = outputs(layer, calls, fed)
-    wanted = torch.stack(list(observed.outputs)).double()
+    wanted = torch.stack(list(context.observed.outputs)).double()
     for error, part in ((report.relative_error, slice(0, -1)), (report.held_out_error, slice(-1, None))):
         target = torch.lerp(same[part], wanted[part], correction)
         energy = (wanted - rest)[part].square().sum()
@@ -104,11 +100,7 @@ def outputs(layer: DecoderLayer, calls: Calls, fed: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("prefix", ["dense", "pruned"])
 def test_nothing_lacks_where_nothing_is_pruned(prefix: Any):
-    layer, calls, hidden = layer_of("llama")
-    observed = observe(layer, calls, hidden, error_targets=("residual_stream",))
-    reports = prune(
-        layer, calls, HiddenStates(hidden, hidden), observed, share=0.0, prefix=prefix, error_target="residual_stream"
-    )
+    reports = prune(context_in("llama"), share=0.0, prefix=prefix, error_target="residual_stream")
     assert [report.relative_error for report in reports] == [0.0] * 7
 
 
@@ -116,20 +108,18 @@ def test_nothing_lacks_where_nothing_is_pruned(prefix: Any):
 def test_where_no_operator_closes_all_aim_at_their_own_outputs(family: str):
     results = []
     for error_target in ("residual_stream", "operator"):
-        layer, calls, hidden = layer_of(family)
-        observed = observe(layer, calls, hidden, error_targets=(error_target,))
-        prune(layer, calls, HiddenStates(hidden, hidden), observed, error_target=error_target)
-        results.append([operator.read().clone() for operator in layer.operators])
+        context = context_in(family)
+        prune(context, error_target=error_target)
+        results.append([operator.read().clone() for operator in context.layer.operators])
     assert all(map(torch.equal, *results))
 
 
 def test_the_others_are_pruned_the_same():
     results = []
     for error_target in ("residual_stream", "operator"):
-        layer, calls, hidden = layer_of("llama")
-        observed = observe(layer, calls, hidden, error_targets=(error_target,))
-        prune(layer, calls, HiddenStates(hidden, hidden), observed, error_target=error_target)
-        results.append({operator.name: operator.read().clone() for operator in layer.operators})
+        context = context_in("llama")
+        prune(context, error_target=error_target)
+        results.append({operator.name: operator.read().clone() for operator in context.layer.operators})
     assert [name for name, w in results[0].items() if not torch.equal(w, results[1][name])] == ["mlp.down_proj"]
 
 
@@ -160,7 +150,7 @@ def test_a_layer_that_is_finished_before_the_one_before_it_leaves_what_that_one_
     def task(number: int, folder: Path, on_operator: Callable[[OperatorReport], None] = lambda _: None) -> None:
         model = HuggingFaceModel(build_family("llama").eval())
         store = FolderStore(folder, 2)
-        LayerWalk(model, work.batches, store).visit(number, PruneStep(store, work, on_operator))
+        LayerWalk(model, work.batches, store).visit(number, PruneLayer(store, work, on_operator))
 
     def overtake(report: OperatorReport) -> None:
         if not FolderStore(tmp_path / "overtaken", 2).is_finished(1):

@@ -44,14 +44,14 @@ def test_each_expert_sees_the_tokens_that_are_routed_to_it(family: str):
 
 
 def test_a_fused_expert_gets_the_moments_of_its_own_tokens(monkeypatch: pytest.MonkeyPatch):
-    from convexprune._layerwise.steps import stages as room
+    from convexprune._layerwise import pipeline as room
 
-    def keep(layer: str, folds: dict[Any, CalibrationStatistics], *_: Any):
-        for group, fold in folds.items():
-            moments.setdefault(group.operators[0].name, fold.total)
+    def keep(_: Any, stacks: list[Any], began: float):
+        for stack in stacks:
+            moments.setdefault(stack.group.operators[0].name, stack.statistics.total)
 
     model, moments = build_family("gpt_oss"), {}
-    monkeypatch.setattr(room, "prune_groups", keep)
+    monkeypatch.setattr(room, "run_steps", keep)
     block = model.model.layers[0].mlp
     given: list[Tensor] = []
     hook = block.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -167,7 +167,7 @@ SIDE_BY_SIDE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SIDE_BY_SIDE)
 def test_experts_solved_side_by_side_are_those_solved_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch):
-    from convexprune._layerwise.steps import group as room
+    from convexprune._layerwise import pipeline as room
 
     asked, prune_all = list[int](), Convex.prune_all
 

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._cli import app
 from convexprune._layerwise.capture import stage_inputs
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._channels import hidden_channels as hidden
 from convexprune.adapters._channels import inner_channels as inner

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from layer_contexts import context_of
+from layer_contexts import pruned as pruned_layer
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
 import convexprune
 from convexprune._layerwise import capture as passes
-from convexprune._layerwise.capture import observe, through
+from convexprune._layerwise.capture import observe
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import Call, DecoderLayer
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.steps import survey
-from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.discovery import discover
 from convexprune.constraints import Unstructured
@@ -70,18 +72,16 @@ def test_shortcuts_change_no_bit_on_disk(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_attention_runs_twice_for_each_batch():
     model, times = HuggingFaceModel(build_family("llama")), Counter[str]()
-    layer, batches = model.layers[0], [model.first_inputs(ids) for ids in TOKENS.split(1)]
+    context = context_of(model, TOKENS)
+    layer = context.layer
     for name, module in layer.module.named_modules():
         module.register_forward_hook(lambda *_, name=name: times.update([name]))
-    call = model.calls(TOKENS[:1])[0]
     times.clear()
-    observed = observe(layer, lambda _: call, batches)
-    settings = LayerSettings(SparseGPT(), Unstructured(0.5))
-    known = prune_observed(layer, lambda _: call, HiddenStates(batches, batches), observed, settings, lambda _: None)
+    pruned_layer(context, LayerSettings(SparseGPT(), Unstructured(0.5)))
     assert times["self_attn.q_proj"] == 2 * 5  # dense, and for o
     assert times["self_attn.o_proj"] == 3 * 5  # dense, and for gate and up, and for down
     assert times["mlp.gate_proj"] == 2 * 5 and times["mlp.down_proj"] == 5
-    assert len(list(through(layer, lambda _: call, batches, known))) == 5
+    assert len(context.outputs(replayed=context.replayed)) == 5
     assert times["self_attn.q_proj"] == 2 * 5 and times["self_attn.o_proj"] == 4 * 5
     assert "forward" not in vars(layer.module.get_submodule("self_attn"))
 
@@ -152,11 +152,10 @@ def test_a_survey_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch):
     fisher = {f"{la.name}.{o.name}": torch.ones(o.shape[0]) for la in model.layers for o in la.operators}
 
     def surveyed() -> list[Any]:
-        found = survey.survey(model, TOKENS.split(1), 1, [Unstructured(0.5)], fisher)
+        found = survey(model, TOKENS.split(1), 1, [Unstructured(0.5)], fisher)
         return [(unit.name, unit.costs, unit.outliers, unit.skewness) for unit in found]
 
     once = surveyed()
     assert len(runs) == 1 + 5  # once to see how it is called
-    own: Any = survey.stage_folds
-    monkeypatch.setattr(survey, "stage_folds", lambda *args: own(*args[:-1], {}))
+    monkeypatch.setattr(LayerContext, "begin_pass", lambda *_: None)
     assert once == surveyed() and len(runs) == 2 * (1 + 5) + 4 * 5  # and once for each stage

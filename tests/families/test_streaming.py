@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune._layerwise.steps import stages as room
+from convexprune._layerwise import pipeline as room
 from convexprune._storage.tensors import entries
 from convexprune.adapters import HuggingFaceModel, load
 from convexprune.adapters._data.logits import logits_at
@@ -98,16 +98,17 @@ def test_the_buffers_and_the_calls_are_those_of_the_model_in_memory(dense: Path)
 def test_one_decoder_layer_at_a_time_is_in_memory(llama: Path, tmp_path: Path, monkeypatch):
     opened: list[HuggingFaceModel] = []
     monkeypatch.setattr(convexprune._api.request, "load", lambda *a, **k: opened.append(load(*a, **k)) or opened[-1])
-    prune_groups, resident = room.prune_groups, []
+    run_steps, resident = room.run_steps, []
 
-    def look(name, *rest):
+    def look(steps, stacks, began):
+        name = stacks[0].context.layer.name
         for layer in opened[0].layers:
             here = {not p.is_meta for p in layer.module.parameters()}
             assert here == {layer.name == name}
             resident.append(name)
-        prune_groups(name, *rest)
+        run_steps(steps, stacks, began)
 
-    monkeypatch.setattr(room, "prune_groups", look)
+    monkeypatch.setattr(room, "run_steps", look)
     convexprune.prune(llama, output_dir=tmp_path / "out", **SETTINGS)
     assert len(opened) == 1 and len(resident) == 2 * 2 * 4
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import convexprune
 from convexprune import errors
-from convexprune._layerwise.steps import stages as layer
+from convexprune._layerwise import pipeline
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._rendering.page import page
 from convexprune._storage import tensors
@@ -149,7 +149,7 @@ def test_a_pool_that_loses_a_worker_tells_of_every_operator(small: Path, tmp_pat
 
 def test_what_a_worker_raises_is_what_the_pool_raises(small: Path, tmp_path: Path):
     settings: dict[str, Any] = QUICK | MODES["pool"] | {"output_dir": tmp_path / "out"}
-    with forks(lambda: patch.object(layer, "prune_groups", side_effect=errors.PruningError("in the worker"))):
+    with forks(lambda: patch.object(pipeline, "run_steps", side_effect=errors.PruningError("in the worker"))):
         raised = _raised(lambda: convexprune.prune(small, **settings))
     assert isinstance(raised, errors.PruningError) and str(raised) == "in the worker"
 

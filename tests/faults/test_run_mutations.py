@@ -89,8 +89,8 @@ FAULTS = (
           test_survey.test_half_a_curve_is_half_of_the_way_and_its_gap_reaches_to_the_best),
     Fault("rows that count for nothing", allocation.row_weights, ".clamp_min(LEAST)", "",
           test_row_weights.test_the_weights_of_rows_are_half_of_the_way_and_never_nothing),
-    Fault("an operator that is left out", survey._units, "for name, (size, costs) in found.items()",
-          "for name, (size, costs) in list(found.items())[1:]",
+    Fault("an operator that is left out", survey.Survey.units, "in self._costs.items()",
+          "in list(self._costs.items())[1:]",
           test_survey.test_costs_grow_with_the_zeros_and_nothing_is_written),
 )  # fmt: skip
 

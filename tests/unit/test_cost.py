@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from convexprune import pruners
-from convexprune._layerwise.capture import Observed
+from convexprune._layerwise import pipeline
+from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, ModuleInput
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
+from convexprune._layerwise.pipeline import Pipeline
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import ROOM, CalibrationStatistics, in_parts
 from convexprune._layerwise.steps import bounds as bounding
-from convexprune._layerwise.steps import group
 from convexprune._layerwise.steps.bounds import WIDE
-from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.work import stack_steps
 from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
@@ -128,15 +129,21 @@ def memory(name: str, heights: tuple[int, ...], n: int, bound: bool) -> tuple[in
     pattern = Columns(0.5) if method == "osscar" else Unstructured(0.5)
     weights = {f"layer.{o.name}": torch.linspace(0.5, 2, o.shape[0]) for o in operators} if weighed else {}
     settings = LayerSettings(METHODS[name], pattern, bound_rows=2 if bound else 0, row_weights=weights)
-    hidden, observed = HiddenStates((), ()), Observed([], {})
-    calls: Any = None  # the moments are known, so nothing is run
-
-    def prune() -> None:
-        prune_observed(layer, calls, hidden, observed, settings, lambda _: None, {own: folds})
+    prune = pruning(layer, settings, {own: folds})
 
     measured = allocated(prune)
     stack = sizes.Stack(tuple(o.name for o in operators), heights, n)
     return measured, cost.problem_bytes(stack, sizes.method_cost(method, "refit" in more, weighed), bound)
+
+
+Folds = dict[Group, CalibrationStatistics]
+
+
+def pruning(layer: DecoderLayer, settings: LayerSettings, folds: Folds) -> Callable[[], None]:
+    """Prune a layer of one stage, whose statistics are known, so that nothing is run."""
+    nowhere: dict[str, Any] = {"model": None, "number": 0, "calls": None, "states": None}
+    context = LayerContext(layer=layer, inputs={"dense": ()}, first=folds, **nowhere)
+    return lambda: Pipeline(settings, stack_steps(lambda _: None))(context)
 
 
 @pytest.mark.parametrize("bound", [False, True])
@@ -149,9 +156,9 @@ def test_memory_of_problems_side_by_side_is_what_torch_allocates(bound: bool, mo
         for i in range(3):
             filled.add(torch.randn(1, 2 * n, n, generator=random), None, i == 2)
         folds[Group(operators, ModuleInput(nn.Identity()), False)] = filled
-    monkeypatch.setattr(group, "at_once", lambda *_: 4)
+    monkeypatch.setattr(pipeline, "at_once", lambda *_: 4)
     settings = LayerSettings(METHODS["convex"], Unstructured(0.5), correction=0, bound_rows=2 if bound else 0)
-    measured = allocated(lambda: group.prune_groups("layer", folds, settings, lambda _: None, 0, lambda _: {}))
+    measured = allocated(pruning(DecoderLayer("layer", nn.Identity(), (tuple(folds),)), settings, folds))
     stack = sizes.Stack(("a", "b"), heights, n, token_aligned=False)
     layers = sizes.LayerSize(((stack,) * 4,), 0, 0, 1), sizes.LayerSize(((stack,),), 0, 0, 1)
     alone = replace(SETTING, correction=False, bound=bound)

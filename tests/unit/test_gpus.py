@@ -18,9 +18,9 @@ from convexprune._api import in_folder
 from convexprune._api.in_memory import InMemory
 from convexprune._device import memory, transfer
 from convexprune._device.transfer import BUFFERS, GpuLane, Lane, lane_to, sending
+from convexprune._layerwise.context import recorded
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.walk import recorded
 from convexprune._runs import executors
 from convexprune._storage.batches import Batches
 

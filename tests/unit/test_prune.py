@@ -76,17 +76,17 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     """The moments a pruner gets for `o_proj` are those of the layer with q, k, v pruned against the dense layer."""
     import copy
 
-    from convexprune._layerwise.steps import stages as room
+    from convexprune._layerwise import pipeline, stages
 
     seen = {}
 
-    def halve(layer, folds, *_):
-        for group, fold in folds.items():
-            first = group.operators[0]
-            seen[first.name] = fold.total
+    def halve(_, stacks, began):
+        for stack in stacks:
+            first = stack.group.operators[0]
+            seen[first.name] = stack.statistics.total
             first.write(first.read() / 2)
 
-    monkeypatch.setattr(room, "prune_groups", halve)
+    monkeypatch.setattr(pipeline, "run_steps", halve)
     dense = copy.deepcopy(tiny_llama)
     convexprune.prune(tiny_llama.model, **SMALL, error_target="operator")
     layer, call, hidden = dense.layers[-1], dense.calls(TOKENS[:1])[-1], None
@@ -94,9 +94,9 @@ def test_error_correction_feeds_each_stage_with_what_the_pruned_stages_make(tiny
     first_call = dense.calls(TOKENS[:1])[0]
     hidden = [first_call(dense.layers[0].module, h) for h in hidden]
     (group,) = layer.stages[1]
-    x = torch.cat([room.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
+    x = torch.cat([stages.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
     layer.operators[0].write(layer.operators[0].read() / 2)
-    y = torch.cat([room.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
+    y = torch.cat([stages.stage_inputs(layer, [group], call, h)[group][0] for h in hidden])
     moments = seen["self_attn.o_proj"]
     torch.testing.assert_close(moments.gram, y.T @ y / len(y))
     torch.testing.assert_close(moments.cross, (x - y).T @ y / len(y), atol=1e-6, rtol=1e-4)
@@ -157,14 +157,14 @@ def test_by_default_an_eighth_is_held_out_if_there_is_so_much(tiny_opt: HuggingF
 
 
 def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_llama: HuggingFaceModel, monkeypatch):
-    from convexprune._layerwise.steps import stages as room
+    from convexprune._layerwise import pipeline
 
     seen = {}
 
-    def halve(layer, folds, *_):
-        for group, fold in folds.items():
-            seen[f"{layer}.{group.operators[0].name}"] = fold.total
-            for operator in group.operators:
+    def halve(_, stacks, began):
+        for stack in stacks:
+            seen[stack.names[0]] = stack.statistics.total
+            for operator in stack.group.operators:
                 operator.write(operator.read() / 2)
 
     def inputs(name):
@@ -177,7 +177,7 @@ def test_a_pruned_prefix_feeds_each_layer_with_what_the_pruned_layers_make(tiny_
 
     name = "model.layers.1.self_attn.q_proj"
     x = inputs(name)
-    monkeypatch.setattr(room, "prune_groups", halve)
+    monkeypatch.setattr(pipeline, "run_steps", halve)
     convexprune.prune(tiny_llama.model, prefix="pruned", **SMALL)
     y = inputs(name)
     torch.testing.assert_close(seen[name].gram, y.T @ y / len(y))

@@ -12,7 +12,7 @@ from test_cli import folder, run
 import convexprune
 from convexprune import errors
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.steps.prune import Work
+from convexprune._layerwise.work import Work
 from convexprune._recipe_file import read_recipe
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.rules import with_rules

@@ -18,8 +18,8 @@ import convexprune
 from convexprune import errors
 from convexprune._api import in_folder, request
 from convexprune._device import machine
+from convexprune._layerwise import pipeline
 from convexprune._layerwise.folder_store import FolderStore
-from convexprune._layerwise.steps import stages as layer
 from convexprune._runs import executors
 from convexprune._runs.folder import RunFolder
 from convexprune._runs.identity import differences
@@ -42,8 +42,8 @@ def test_an_unfinished_run_is_never_overwritten_and_goes_on_when_asked(dense, st
     with pytest.raises(errors.OutputError, match=r"unfinished run, 2 of its layers finished.*--resume"):
         convexprune.prune(dense, output_dir=stopped, **SETTINGS)
     pruned, told = [], []
-    prune_groups = layer.prune_groups
-    monkeypatch.setattr(layer, "prune_groups", lambda name, *rest: (pruned.append(name), prune_groups(name, *rest)))
+    call = pipeline.Pipeline.__call__
+    monkeypatch.setattr(pipeline.Pipeline, "__call__", lambda s, c: (pruned.append(c.layer.name), call(s, c)))
     result = convexprune.prune(dense, output_dir=stopped, resume=True, progress=lambda _: told.append, **SETTINGS)
     assert set(pruned) == {"model.layers.2", "model.layers.3"}  # what was finished is not redone
     assert told == result.report.operators and len(told) == 7 * LAYERS

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from layer_contexts import context_of, pruned
 
 import convexprune
 from convexprune._layerwise.allocation import SURVEYED, Unit, allocate_by_rule, candidates
-from convexprune._layerwise.capture import observe
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.steps.stages import prune_observed
+from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
@@ -21,7 +20,7 @@ from convexprune.constraints import Columns, SemiStructured, Unstructured
 from convexprune.errors import OutputError, RecipeError
 from convexprune.pruners import Convex, Magnitude
 from convexprune.recipe import make_recipe
-from convexprune.report import OperatorReport, Report
+from convexprune.report import Report
 from convexprune.validation import compare, verify
 from convexprune.validation._variants import make_variants
 from convexprune.validation._verify import _layer_settings
@@ -156,14 +155,11 @@ def test_what_cannot_be_allocated_is_refused():
 
 
 def test_operators_with_one_input_differ_in_their_shares_and_none_is_touched_for_nothing(tiny_llama: HuggingFaceModel):
-    layer, call = tiny_llama.layers[0], tiny_llama.calls(TOKENS[:1])[0]
+    layer = tiny_llama.layers[0]
     asked = {"self_attn.q_proj": 0.0, "self_attn.k_proj": 0.7, "mlp.up_proj": 0.25}
     patterns = {f"{layer.name}.{name}": Unstructured(share) for name, share in asked.items()}
     before = {operator.name: operator.read().clone() for operator in layer.operators}
-    hidden, reports = [tiny_llama.first_inputs(ids) for ids in TOKENS.split(1)], list[OperatorReport]()
-    observed = observe(layer, lambda _: call, hidden)
-    settings = LayerSettings(Convex(), HALF, patterns=patterns)
-    prune_observed(layer, lambda _: call, HiddenStates(hidden, hidden), observed, settings, reports.append)
+    reports = pruned(context_of(tiny_llama, TOKENS), LayerSettings(Convex(), HALF, patterns=patterns))
     zeros = {operator.name: int((operator.read() == 0).sum()) for operator in layer.operators}
     assert zeros == {name: round(asked.get(name, 0.5) * weight.numel()) for name, weight in before.items()}
     assert [o.pattern for o in reports] == [str(patterns.get(o.name, HALF)) for o in reports]

@@ -10,9 +10,10 @@ import torch
 from tiny_families import TOKENS, build_family
 
 import convexprune
+from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.walk import LayerContext, LayerWalk, propagate
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._storage.batches import Batches
 from convexprune.adapters import HuggingFaceModel
 

@@ -3,19 +3,22 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from convexprune._layerwise.allocation import Unit, row_weights
-from convexprune._layerwise.capture import Calls, Observed, Recorded
-from convexprune._layerwise.model import AbstractModel, DecoderLayer
-from convexprune._layerwise.settings import HiddenStates, LayerSettings
-from convexprune._layerwise.steps.group import solved
-from convexprune._layerwise.steps.stages import stage_folds
+from convexprune._layerwise.capture import Recorded
+from convexprune._layerwise.context import LayerContext
+from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.pipeline import AbstractStackStep, Pipeline
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.stack import Stack
+from convexprune._layerwise.steps.observe import Observe
+from convexprune._layerwise.steps.prune import solved
 from convexprune._layerwise.store import MemoryStore
-from convexprune._layerwise.targets import stack_of
-from convexprune._layerwise.walk import LayerContext, LayerWalk
+from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.constraints import Constraint, Stacked, Unstructured
 from convexprune.core._allocation import share_of_outliers, skewness, sums_of_powers
@@ -50,11 +53,13 @@ def survey(
             quick. Rows compete as `row_weights` of f say.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
+    settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
 
     def step(context: LayerContext) -> None:
-        observed, hidden = context.observe(), HiddenStates(context.inputs["dense"], context.inputs["dense"], held_out)
-        units.extend(_units(context.layer, context.calls, hidden, observed, patterns, fisher, pruner))
-        context.hand_on(observed.outputs)
+        context.held_out = held_out
+        costs = Survey(patterns, fisher)
+        Pipeline(settings, [Observe(), costs])(context)
+        units.extend(costs.units())
 
     count = len(model.layers)
     on_layer = begin("looking at the dense model", count)
@@ -62,44 +67,48 @@ def survey(
     return units
 
 
-def _units(
-    layer: DecoderLayer,
-    calls: Calls,
-    hidden: HiddenStates,
-    observed: Observed,
-    patterns: Sequence[Constraint],
-    fisher: Mapping[str, Tensor],
-    pruner: AbstractPruner,
-) -> list[Unit]:
-    settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
-    found = dict[str, tuple[int, dict[Constraint, float]]]()
-    scores: list[Tensor] = []
-    powers = torch.zeros(4, dtype=torch.float64)
-    for number in range(len(layer.stages)):
-        for part in stage_folds(layer, number, calls, hidden, observed, settings, dict(observed.inputs)):
-            for group, folds in part.items():
-                heights = tuple(operator.shape[0] for operator in group.operators)
-                weight = stack_of(group)
-                judge = folds.held_out if folds.held_out.tokens else folds.total
-                names = [f"{layer.name}.{operator.name}" for operator in group.operators]
-                costs = {name: dict[Constraint, float]() for name in names}
-                forecast = cache(partial(Forecast, LayerProblem(weight, folds.total, Unstructured(0.0), 0.0)))
-                for pattern in patterns:
-                    stack = Stacked.alike(pattern, heights)
-                    if pattern.share > pattern.sparsity == 0:  # bits alone are saved
-                        errors = forecast().errors(stack).double()
-                    else:
-                        factors = torch.cat([row_weights(fisher[name]) for name in names]).sqrt()
-                        problem = LayerProblem(weight, folds.total, stack, 0.0)
-                        made = QUANTIZER.quantize(problem, *solved([problem], [factors], pruner))
-                        errors = LayerProblem(weight, judge, stack, 0.0).squared_error(made.weight).double()
-                    for name, error in zip(names, errors.split(heights), strict=True):
-                        with suppress(PatternError):  # few rows have no room for the scales of few bits
-                            pattern.check(len(error), weight.shape[1])
-                            costs[name][pattern] = float(error @ fisher[name].to(error)) / 2
-                sizes = [height * weight.shape[1] for height in heights]
-                found |= {name: (size, costs[name]) for name, size in zip(names, sizes, strict=True)}
-                powers += sums_of_powers(weight)
-                scores.append((weight.abs() * folds.total.gram.diagonal().sqrt()).flatten().cpu())
-    outliers = share_of_outliers(torch.cat(scores)) if scores else 0.0
-    return [Unit(name, size, costs, outliers, skewness(powers)) for name, (size, costs) in found.items()]
+class Survey(AbstractStackStep):
+    """Prunes stacks to every pattern and keeps what that costs, not the weights."""
+
+    edits: ClassVar[bool] = False
+
+    def __init__(self, patterns: Sequence[Constraint], fisher: Mapping[str, Tensor]) -> None:
+        self._patterns, self._fisher = patterns, fisher
+        self._costs = dict[str, tuple[int, dict[Constraint, float]]]()
+        self._scores = list[Tensor]()
+        self._powers = torch.zeros(4, dtype=torch.float64)
+
+    def __call__(self, stacks: Sequence[Stack]) -> None:
+        for stack in stacks:
+            weight, moments = stack.weight, stack.statistics.total
+            heights = tuple(operator.shape[0] for operator in stack.group.operators)
+            costs = {name: dict[Constraint, float]() for name in stack.names}
+            forecast = cache(partial(Forecast, LayerProblem(weight, moments, Unstructured(0.0), 0.0)))
+            for pattern in self._patterns:
+                alike = Stacked.alike(pattern, heights)
+                bits_alone = pattern.share > pattern.sparsity == 0
+                errors = (forecast().errors(alike) if bits_alone else self._errors(stack, alike)).double()
+                for name, error in zip(stack.names, errors.split(heights), strict=True):
+                    with suppress(PatternError):  # few rows have no room for the scales of few bits
+                        pattern.check(len(error), weight.shape[1])
+                        costs[name][pattern] = float(error @ self._fisher[name].to(error)) / 2
+            sizes = [height * weight.shape[1] for height in heights]
+            self._costs |= {name: (size, costs[name]) for name, size in zip(stack.names, sizes, strict=True)}
+            self._powers += sums_of_powers(weight)
+            self._scores.append((weight.abs() * moments.gram.diagonal().sqrt()).flatten().cpu())
+
+    def _errors(self, stack: Stack, pattern: Stacked) -> Tensor:
+        """Return the error of each row of a stack that is pruned to a pattern, on the tokens that judge."""
+        folds = stack.statistics
+        factors = torch.cat([row_weights(self._fisher[name]) for name in stack.names]).sqrt()
+        problem = LayerProblem(stack.weight, folds.total, pattern, 0.0)
+        edit = QUANTIZER.quantize(problem, *solved([problem], [factors], stack.pruner))
+        judge = folds.held_out if folds.held_out.tokens else folds.total
+        return LayerProblem(stack.weight, judge, pattern, 0.0).squared_error(edit.weight)
+
+    def units(self) -> list[Unit]:
+        """Return a unit for each operator of the layer, whose outliers and skewness are those of the layer."""
+        if not self._costs:
+            return []
+        outliers, skewed = share_of_outliers(torch.cat(self._scores)), skewness(self._powers)
+        return [Unit(name, size, costs, outliers, skewed) for name, (size, costs) in self._costs.items()]

@@ -1,0 +1,120 @@
+"""The statistics of one stage of a decoder layer, on what the stages before it make by now."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+
+from convexprune._device.precision import summing_in
+from convexprune._device.transfer import sending
+from convexprune._layerwise.capture import Recorded, put_away, split_last_branch, stage_inputs
+from convexprune._layerwise.context import LayerContext
+from convexprune._layerwise.model import Group
+from convexprune._layerwise.replay import replaying
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
+from convexprune._layerwise.targets import CorrectionTargets, height, weighted_parts, width
+from convexprune.errors import ModelError
+
+Statistics = Mapping[Group, CalibrationStatistics]
+
+
+@torch.no_grad()
+def stage_statistics(context: LayerContext, settings: LayerSettings, number: int) -> Iterator[Statistics]:
+    """Yield the statistics of the groups of stage `number`, in parts.
+
+    The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
+    than it has inputs borrows from what all of them were sent (`shrink_towards`); its report says so. Groups whose
+    inputs were seen need no pass through the layer. Those of this stage are added, if a later pass can be replayed.
+    """
+    if number == 0 and context.first:
+        yield context.first
+        return
+    stage, cached = context.layer.stages[number], context.observed.cached
+    kept = {group: context.record() for group in stage if group in cached and group not in context.seen}
+    experts = [group for group in stage if not group.token_aligned]
+    shared = {width(group): CalibrationStatistics(width(group), _device_of(group)) for group in experts}
+    for part_number, part in enumerate(in_parts(stage, width)):
+        with context.with_dense(part):
+            statistics = _gather(context, settings, number, part, {} if part_number else shared, kept)
+        for group, folds in statistics.items():
+            if not group.token_aligned:
+                folds.shrink_towards(shared[width(group)])
+            _require_usable(folds, f"{context.layer.name}.{group.operators[0].name}")
+        yield statistics
+    context.seen |= kept
+
+
+def _gather(
+    context: LayerContext,
+    settings: LayerSettings,
+    number: int,
+    part: Sequence[Group],
+    shared: Mapping[int, CalibrationStatistics],
+    kept: Mapping[Group, Recorded],
+) -> Statistics:
+    """Pass what feeds the layer through it as far as a part of a stage, and add up the inputs of each group.
+
+    `shared` are the statistics, by width, of all experts of the stage together, if this pass is to count these.
+    """
+    layer, calls, inputs, observed = context.layer, context.calls, context.seen, context.observed
+    batches = context.inputs[settings.prefix]
+    before = [group for group in chain(*layer.stages[:number]) if group in observed.cached and group in inputs]
+    watched = layer.stages[number] if shared else part
+    known = {group: inputs[group] for group in part if group in inputs}
+    changed = [g for g in part if g not in observed.inputs or known.get(g) is not observed.inputs[g]]
+    lacking = CorrectionTargets(changed, layer, observed, settings)
+    by_group = {group: _empty(layer.name, group, lacking.in_output_space(group), settings) for group in part}
+    with sending(), summing_in(settings.gram_precision):
+        for i, batch in enumerate(batches):
+            held_out = i >= len(batches) - context.held_out
+            seen = {group: x[i].to(batch.device) for group, x in known.items()}
+            output = None
+            with replaying({observed.cached[g]: inputs[g][i].to(batch.device) for g in before}):
+                if lacking.is_last_branch(part):
+                    last = split_last_branch(layer, part[0], calls(batch), batch)
+                    seen, output = {part[0]: last.x}, last.output
+                else:
+                    seen |= stage_inputs(layer, [g for g in watched if g not in seen], calls(batch), batch)
+            for group, x in seen.items():
+                if group in by_group:
+                    d = lacking.of(group, i, x, output)
+                    for rows, folds in by_group[group].values():
+                        of_rows = d if d is None or not lacking.in_output_space(group) else d[..., rows]
+                        folds.add(x, of_rows, held_out)
+                if group in kept:
+                    put_away(x, kept[group])
+                if shared and not group.token_aligned:
+                    shared[width(group)].add(x, None, held_out)
+        statistics = {group: folds for parts in by_group.values() for group, (_, folds) in parts.items()}
+        for folds in (*statistics.values(), *shared.values()):
+            folds.add_up(context.ranks)
+    return statistics
+
+
+def _empty(
+    layer: str, group: Group, in_output_space: bool, settings: LayerSettings
+) -> dict[Group, tuple[slice, CalibrationStatistics]]:
+    """Divide a group by the token weights of its operators: rows and statistics, to be filled, of each part."""
+    empty = {}
+    for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
+        outputs = height(part) if in_output_space else None
+        empty[part] = rows, CalibrationStatistics(width(part), _device_of(part), outputs, weights)
+    return empty
+
+
+def _device_of(group: Group) -> torch.device:
+    return group.operators[0].read().device
+
+
+def _require_usable(folds: CalibrationStatistics, name: str) -> None:
+    if not any(half.tokens for half in folds.halves):
+        raise ModelError(
+            f"No calibration token was sent to {name}, nor to another expert beside it. Calibrate with more tokens, "
+            "or leave these operators out (ignore=)."
+        )
+    if not folds.is_finite():
+        raise ModelError(
+            f"The input of {name} is not finite on the calibration tokens. "
+            f"Load the model in a wider dtype (dtype='float32'), or look for a damaged weight before it."
+        )

@@ -1,0 +1,121 @@
+"""The work of a run: what every layer is pruned on, and the steps that are taken with each."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convexprune._layerwise.context import LayerContext
+from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.pipeline import AbstractLayerStep, AbstractStackStep, Pipeline
+from convexprune._layerwise.processes import ALONE, ProcessGroup, SamePruned, SameQuantized
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.steps.measure import Measure
+from convexprune._layerwise.steps.observe import Observe, Remove
+from convexprune._layerwise.steps.prune import Prune
+from convexprune._layerwise.steps.quantize import Quantize
+from convexprune._layerwise.store import AbstractStore
+from convexprune._layerwise.walk import LayerWalk
+from convexprune.report import OnOperator, OperatorReport
+
+
+def stack_steps(on_operator: OnOperator) -> list[AbstractStackStep]:
+    """Return the steps on the operators of a layer that was observed."""
+    return [Prune(), Quantize(), Measure(on_operator)]
+
+
+def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
+    """Return all steps of a run, in their order."""
+    removal = [] if settings.emptied is None else [Remove(settings.emptied)]
+    return [Observe(settings.error_target), *removal, *stack_steps(on_operator)]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Windows [samples length] to fit and to judge by, how layers are pruned on them, and by whom.
+
+    Args:
+        tokens: windows to fit on [samples length].
+        held_out: windows to judge by [samples length].
+        batch_size: windows in a forward pass.
+        settings: how layers are pruned.
+        ranks: the processes that prune each layer together.
+    """
+
+    tokens: Tensor
+    held_out: Tensor
+    batch_size: int
+    settings: LayerSettings
+    ranks: ProcessGroup = ALONE
+
+    def of_rank(self, ranks: ProcessGroup) -> "Work":
+        """Return the part of one rank: a share of the batches, and all solves. The first rank alone computes bounds."""
+
+        def local(windows: Tensor) -> Tensor:
+            batches = windows.split(self.batch_size)
+            return torch.cat([windows[:0], *batches[ranks.local_slice(len(batches))]])
+
+        alike = {id(each): SamePruned(each, ranks.broadcast) for each in self.settings.pruners.values()}
+        own = {name: alike[id(each)] for name, each in self.settings.pruners.items()}  # one rule is still one pruner
+        shared = {id(each): local(each) for each in self.settings.token_weights.values()}
+        settings = replace(
+            self.settings,
+            pruner=SamePruned(self.settings.pruner, ranks.broadcast),
+            pruners=own,
+            quantizer=SameQuantized(self.settings.quantizer, ranks.broadcast),
+            bound_rows=0 if ranks.rank else self.settings.bound_rows,
+            token_weights={name: shared[id(weights)] for name, weights in self.settings.token_weights.items()},
+        )
+        return Work(local(self.tokens), local(self.held_out), self.batch_size, settings, ranks)
+
+    @property
+    def validation_batches(self) -> list[Tensor]:
+        """The batches that are never fitted, the last ones."""
+        return list(self.held_out.split(self.batch_size)) if len(self.held_out) else []
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """All of them [batch length]."""
+        return [*self.tokens.split(self.batch_size), *self.validation_batches]
+
+
+@dataclass(frozen=True, eq=False)
+class PruneLayer:
+    """Prunes a layer and puts it, and what enters the next one, away in the `store`.
+
+    All that it reads is in the model and the store, and all that it leaves is in the store: done again, it leaves the
+    same.
+    """
+
+    store: AbstractStore
+    work: Work
+    on_operator: OnOperator
+
+    def __call__(self, context: LayerContext) -> None:
+        """Prune the layer of the context.
+
+        Raises:
+            ModelError, PruningError: see `Pipeline`.
+            OutputError: the disk is full or fails.
+        """
+        settings, reports = self.work.settings, list[OperatorReport]()
+
+        def report(operator: OperatorReport) -> None:
+            reports.append(operator)
+            self.on_operator(operator)
+
+        context.held_out, context.ranks = len(self.work.validation_batches), self.work.ranks
+        context.model.keep(context.layer)
+        Pipeline(settings, layer_steps(settings, report))(context)
+        if settings.prefix == "pruned" and not context.is_last:
+            context.hand_on(context.outputs("pruned", context.replayed), "pruned")
+        self.store.finish(context.number, context.model.state(context.layer), reports)
+
+
+def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:
+    """Prune one layer after another as the store hands them out, until all are finished, by whomever.
+
+    With a dense prefix the next layer can be claimed by another worker as soon as this one has looked at what its dense
+    layer makes of the tokens: before it is pruned.
+    """
+    LayerWalk(model, work.batches, store, work.settings.streams).run(PruneLayer(store, work, on_operator))
