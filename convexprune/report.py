@@ -140,7 +140,7 @@ class Report:
             name of the setting in config.json, and the numbers of `decoder_parameters` and of all `parameters`. For
             channels and heads `sparsity` is then the share of columns removed from the operators that read the
             channels.
-        packed: for a pack: bytes of the files `before` and `after`, and `bits` per weight.
+        packed: for a pack: bytes of the files `before` and `after`, `bits` per weight, `operator_bits` of operators.
         documents: sha256 of the model card by path. People may edit the card.
         base: licence and language of the base model's card, and the names of card and licence in the result, as
             "files".

@@ -29,7 +29,7 @@ def pack(
         return
     before, after = packed.before / 1e6, packed.after / 1e6
     share = packed.after / max(1, packed.before)
-    console.print(f"{before:,.1f} MB -> {after:,.1f} MB ({share:.1%}; {packed.bits:.2f} bits a weight)")
+    console.print(f"{before:,.1f} MB -> {after:,.1f} MB ({share:.1%}; {packed.bits_text})")
     console.print(f"pack: {packed.output_dir.resolve()}", soft_wrap=True)
     console.print(
         "Unpacked (convexprune unpack), it takes the memory and the time that it took before.", soft_wrap=True

@@ -65,15 +65,18 @@ def packed_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def contents(path: Path) -> tuple[int, int]:
-    """Read from its header what a packed file holds.
+class Contents(NamedTuple):
+    """What a packed file holds: the bytes that it had, and by the name of a tensor its weights and its packed bytes."""
 
-    Returns:
-        The number of its weights, and the bytes that it had before it was packed.
-    """
+    before: int
+    tensors: Mapping[str, tuple[int, int]]
+
+
+def contents(path: Path) -> Contents:
+    """Read from its header what a packed file holds."""
     header, parts = _parts(path)
-    weights = sum(8 * part.spec.nbytes // BITS[part.spec.code] for part in parts)
-    return weights, len(header) + sum(part.spec.nbytes for part in parts)
+    tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], p.entry.spec.nbytes) for n, p in parts.items()}
+    return Contents(len(header) + sum(part.spec.nbytes for part in parts.values()), tensors)
 
 
 # ---- packing
@@ -145,12 +148,12 @@ def _unpacked(path: Path) -> Iterator[bytes]:
     """The bytes of the file that was packed to `path`, a block at a time."""
     header, parts = _parts(path)
     yield header
-    for part in parts:
+    for part in parts.values():
         yield from _tensor(part)
 
 
-def _parts(path: Path) -> tuple[bytes, list[_Part]]:
-    """The header of the file that was packed to `path`, with its length, and its tensors."""
+def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
+    """Return the header of the file that was packed to `path`, with its length, and its tensors by name."""
     found, metadata = entries(path)
     try:
         notes = _notes(metadata)
@@ -160,9 +163,10 @@ def _parts(path: Path) -> tuple[bytes, list[_Part]]:
             raise ValueError("its tensors are not those that it tells of")
         groups = notes["groups"]
         layouts = {name: Layout.of(group, specs[name]) for name, group in groups.items()}
-        parts = [
-            _Part(found[name], spec, checksums[name], name in coded, layouts.get(name)) for name, spec in specs.items()
-        ]
+        parts = {
+            name: _Part(found[name], spec, checksums[name], name in coded, layouts.get(name))
+            for name, spec in specs.items()
+        }
         if wrong := [name for name in specs.keys() - coded if specs[name] != found[name].spec]:
             raise ValueError(f"{wrong[0]} is not what it was")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:

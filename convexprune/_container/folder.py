@@ -16,12 +16,12 @@ from convexprune._container.file import (
     unpack_file,
 )
 from convexprune._progress import begin
-from convexprune._runs.folder import RUN, check_output
+from convexprune._runs.folder import REPORT, RUN, RunFolder, check_output
 from convexprune._storage.failures import reading
 from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, paths_in
 from convexprune._storage.folders import atomic_folder, refuse_foreign
 from convexprune._storage.place import output_folder
-from convexprune.errors import ModelError, OutputError
+from convexprune.errors import ConvexpruneError, ModelError, OutputError
 
 Convert = Callable[[Path, Path], None]
 """Writes what is made of the file at a path to another one."""
@@ -39,20 +39,23 @@ class Packed:
         before: bytes of all files before they were packed.
         after: bytes of all files of the pack.
         bits: bits a weight in the packed files.
+        operator_bits: the same of the operators that a report beside the files names; None without one.
     """
 
     output_dir: Path
     before: int
     after: int
     bits: float
+    operator_bits: float | None = None
 
     @classmethod
-    def of(cls, folder: Path, names: Iterable[Path]) -> "Packed":
+    def of(cls, folder: Path, names: Iterable[Path], operators: Iterable[str] = ()) -> "Packed":
         """Read the outcome from the headers of a pack.
 
         Args:
             folder: the pack.
             names: its files.
+            operators: names of those that were pruned or quantized.
 
         Returns:
             Sizes before and after.
@@ -63,10 +66,18 @@ class Packed:
         files = [folder / name for name in names]
         packs = {path: contents(path) for path in files if is_packed(path)}
         sizes = {path: Stamp.of(path).size for path in files}
-        before = sum(packs[path][1] if path in packs else size for path, size in sizes.items())
-        weights = sum(count for count, _ in packs.values())
-        bits = 8 * sum(sizes[path] for path in packs) / max(1, weights)
-        return cls(folder, before, sum(sizes.values()), bits)
+        before = sum(packs[path].before if path in packs else size for path, size in sizes.items())
+        tensors = {name: size for each in packs.values() for name, size in each.tensors.items()}
+        bits = 8 * sum(sizes[path] for path in packs) / max(1, sum(count for count, _ in tensors.values()))
+        pruned = [tensors[f"{name}.weight"] for name in operators if f"{name}.weight" in tensors]
+        own = 8 * sum(size for _, size in pruned) / sum(count for count, _ in pruned) if pruned else None
+        return cls(folder, before, sum(sizes.values()), bits, own)
+
+    @property
+    def bits_text(self) -> str:
+        """Bits a weight of the operators, if they are known, and of all that is packed."""
+        own = "" if self.operator_bits is None else f"{self.operator_bits:.2f} of the operators, "
+        return f"bits a weight: {own}{self.bits:.2f} of all"
 
 
 def pack(source: str | Path, output_dir: str | Path) -> Packed:
@@ -94,7 +105,16 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
     names = {path: packed_name(path) for path in files if path not in left_out}
-    return Packed.of(write_folder("packing", folder, names, _changed(names, pack_file), output_dir), names.values())
+    target = write_folder("packing", folder, names, _changed(names, pack_file), output_dir)
+    return Packed.of(target, names.values(), _operators(folder))
+
+
+def _operators(folder: Path) -> list[str]:
+    """Return the names of the operators of which a report in the folder tells."""
+    try:
+        return [o.name for o in RunFolder(folder).report().operators] if (folder / REPORT).is_file() else []
+    except ConvexpruneError:
+        return []
 
 
 def unpack(source: str | Path, output_dir: str | Path) -> Path:
@@ -123,13 +143,14 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
     return write_folder("unpacking", folder, names, _changed(names, unpack_file), output_dir, before)
 
 
-def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
+def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:
     """Replace the safetensors files of a run's result by their packs, each once it is seen to unpack to the same.
 
     Whenever this stops, each file is there, plain or packed.
 
     Args:
         checksums: the sha256 of its files, by their names.
+        operators: the names of those that were pruned.
     """
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
@@ -141,7 +162,7 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str]) -> Packed:
                     f"{packed}: this is not {path.name}. Mend the disk, then go on with resume=True (--resume)."
                 )
             path.unlink()
-    return Packed.of(folder, map(packed_name, map(Path, checksums)))
+    return Packed.of(folder, map(packed_name, map(Path, checksums)), operators)
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:

@@ -159,7 +159,9 @@ def _certificates(report: Report) -> Iterator[Fact]:
 def _download(report: Report) -> Iterator[Fact]:
     if report.packed is not None:
         before, after = bytes_text(report.packed["before"]), bytes_text(report.packed["after"])
-        sizes = f"{after}, packed from {before} ({report.packed['bits']:.2f} bits a weight)"
+        own = report.packed.get("operator_bits")
+        bits = ("" if own is None else f"{own:.2f} of the operators, ") + f"{report.packed['bits']:.2f} of all"
+        sizes = f"{after}, packed from {before} (bits a weight: {bits})"
         yield Fact("download", f"{sizes}; unpacked, memory and speed are those of the {before}")
 
 

@@ -55,6 +55,12 @@ def test_the_outcome_counts_all_files(pruned: Path, tmp_path: Path):
     weights = sum(e.spec.nbytes // 4 for p in pruned.glob("*.safetensors") for e in entries(p)[0].values())
     coded = sum(p.stat().st_size for p in (tmp_path / "packed").glob("*.safetensors"))
     assert outcome.bits == pytest.approx(8 * coded / weights)
+    stored = {n: e.spec.nbytes for p in (tmp_path / "packed").glob("*.safetensors") for n, e in entries(p)[0].items()}
+    operators = RunFolder(pruned).report().operators
+    own, count = sum(stored[f"{o.name}.weight"] for o in operators), sum(o.outputs * o.inputs for o in operators)
+    assert outcome.operator_bits == pytest.approx(8 * own / count)
+    (shutil.copytree(pruned, tmp_path / "damaged") / "report.json").write_text("{")
+    assert convexprune.pack(tmp_path / "damaged", tmp_path / "unknown").operator_bits is None
 
 
 def test_what_is_loaded_is_the_model(pruned: Path, packed: Path):
@@ -83,7 +89,7 @@ def test_a_pack_on_the_hub_is_fetched_as_checkpoints_are(packed: Path, monkeypat
 def test_the_command_line_packs_and_unpacks(pruned: Path, tmp_path: Path):
     run = CliRunner().invoke(app, ["pack", str(pruned), str(tmp_path / "packed")])
     assert run.exit_code == 0, run.output
-    assert "bits a weight)" in run.output and "MB ->" in run.output and "memory and the time" in run.output
+    assert "bits a weight: " in run.output and "MB ->" in run.output and "memory and the time" in run.output
     assert CliRunner().invoke(app, ["unpack", str(tmp_path / "packed"), str(tmp_path / "back")]).exit_code == 0
     assert _files(tmp_path / "back") == _files(pruned)
 
