@@ -32,10 +32,11 @@ def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fal
 
 
 def _table(found: "Advice") -> Table:
-    table = Table("", "on disk", "bits", "in memory", "perplexity over dense", "from", box=SIMPLE_HEAD)
+    heads = ("", "all files", "bits of operators", "of all", "in memory", "perplexity over dense", "from")
+    table = Table(*heads, box=SIMPLE_HEAD)
     table.title = f"{found.model}: {found.nbytes / 1e6:,.0f} MB in 16 bits. Target: {found.target}"
     for each in found.ways:
         way, style = each.way, None if each.reaches else "dim"
-        sizes = (f"{each.disk / 1e6:,.0f} MB", f"{each.bits:.2f}", f"{each.memory / 1e6:,.0f} MB")
+        sizes = (f"{each.disk / 1e6:,.0f} MB", f"{way.disk:.2f}", f"{each.bits:.2f}", f"{each.memory / 1e6:,.0f} MB")
         table.add_row(way.name, *sizes, f"{way.times:.2f}", way.source, style=style)
     return table
