@@ -1,1 +1,1 @@
-"""The walk over decoder layers: what enters them, what their operators see, and what is between them."""
+"""The walk over decoder layers, and the pipeline of steps on a layer."""

@@ -1,4 +1,4 @@
-"""How zeros are spread over the operators of a model, and over the rows and the columns of each, by a rule."""
+"""Spread zeros over operators, rows and columns by a rule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,16 +21,15 @@ LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves noth
 
 @dataclass(frozen=True)
 class ModelAllocation:
-    """The share of zeros that each operator, "layer.operator", is asked for; none where all have the same.
+    """The requested share of zeros by operator, "layer.operator"; empty if all operators have the same share.
 
-    `row_weights` say how the rows [m] of an operator compete for its non-zeros; none where they do as they are;
-    `columns` how much a model's loss needs each block of its columns, where these are chosen by that. Of a
-    rule that has curves, `cost` is the loss that they predict, in nats a token, and `gap` how much less any other
-    allocation could cost at most, by the same curves.
+    `row_weights` decide how the rows [m] of an operator compete for non-zeros; empty without weights. `columns` is the
+    loss's need of column blocks, if the loss chooses columns. For a rule with curves, `cost` is the predicted loss, and
+    `gap` a bound on the advantage of any allocation, by the curves.
 
     Args:
-        cost: the predicted loss, in nats a token.
-        gap: how much less another could cost at most.
+        cost: the predicted loss, in nats per token.
+        gap: bound on the possible decrease of the cost.
         row_weights: [m] by operator.
         columns: [blocks] by operator.
     """
@@ -42,11 +41,11 @@ class ModelAllocation:
     columns: dict[str, list[float]] = field(default_factory=dict)
 
     def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
-        """The operators' patterns, each of the kind of `pattern`."""
+        """Return the operators' patterns, of the kind of `pattern`."""
         return {name: pattern.with_share(share) for name, share in self.shares.items()}
 
     def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
-        """The settings of a run that asks for `pattern` on the whole, with this allocation."""
+        """Return the settings of a run with the global `pattern` and this allocation."""
         rows, columns = (
             {name: torch.tensor(each) for name, each in weights.items()} for weights in (self.row_weights, self.columns)
         )
@@ -56,13 +55,14 @@ class ModelAllocation:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """An operator, "layer.operator", of `size` weights; `costs` are those of pruning it to each pattern surveyed.
+    """An operator, "layer.operator", of `size` weights; `costs` are the costs of pruning by surveyed pattern.
 
-    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` that of |W_ij|, in the whole layer.
+    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` the skewness of |W_ij|, in the whole
+    layer.
 
     Args:
-        costs: by pattern that fits it, in nats a token.
-        outliers: the share of outlying scores of its layer.
+        costs: by pattern that fits the operator, in nats per token.
+        outliers: the share of outlying scores of the layer.
     """
 
     name: str
@@ -73,19 +73,19 @@ class Unit:
 
 
 def candidates(pattern: Constraint) -> list[Constraint]:
-    """The patterns that an operator may get, the sparsest last.
+    """Return the possible patterns of an operator, the sparsest last.
 
     Returns:
-        For a sparsity, sparsities around it; for N:M, every N of that M.
+        For a sparsity, sparsities around it; for N:M, every N of the M.
     """
     return pattern.ladder(REACH, STEP)
 
 
 def row_weights(fisher: Tensor) -> Tensor:
-    """The weights of rows in their competition: sqrt(f_i / mean f).
+    """Return the weights of rows in their competition: sqrt(f_i / mean f).
 
-    With f_i itself the error of an operator would be the estimate of the loss that `survey` has. The root goes half of
-    the way there from rows that count alike, for the reasons of "half-curve": measured, it is better (lab/tried.md).
+    With f_i the error of an operator would be `survey`'s estimate of the loss. The root goes half of the way from equal
+    rows, for the reasons of "half-curve": measured, the root is better (lab/tried.md).
 
     Args:
         fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
@@ -127,14 +127,14 @@ def check_rule(rule: str, pattern: Constraint) -> None:
 def allocate_by_rule(
     units: Sequence[Unit], rule: str, pattern: Constraint, fisher: Mapping[str, Tensor] | None = None
 ) -> ModelAllocation:
-    """Allocate the zeros of `pattern` to the operators, and to the rows of each, by a rule.
+    """Allocate the zeros of `pattern` to operators and their rows, by a rule.
 
-    "rows" asks the same share of each operator, whose rows compete for it as `row_weights` of `fisher` say (the f_i of
-    `survey`); so they do by the next two rules as well. "curve" minimises the surveyed costs (`core._allocation`);
-    "half-curve" goes half of the way there from the uniform shares, as the costs are of one text, and count the errors
-    of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with more outlying scores
-    less sparsity, "skewness" one whose weights are more skewed: AutoPrune's allocation (arXiv 2511.15390) as far as it
-    could be reconstructed.
+    "rows" requests an equal share of every operator, whose rows compete by `row_weights` of `fisher` (the f_i of
+    `survey`); rows compete in the same way under the next two rules. "curve" minimises the surveyed costs
+    (`core._allocation`); "half-curve" goes half of the way from uniform shares, because the costs are of a single text
+    and count the errors of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with
+    more outlying scores less sparsity, "skewness" a layer with more skewed weights: AutoPrune's allocation (arXiv
+    2511.15390) as far as it could be reconstructed.
 
     Args:
         fisher: f [m] by operator, for rules that weigh rows.

@@ -1,4 +1,4 @@
-"""Passes through one decoder layer: what the dense one shows, and what the operators of a stage see."""
+"""Passes through a decoder layer: observations of the dense layer, and inputs of a stage's operators."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -20,16 +20,16 @@ ErrorTarget = Literal["residual_stream", "operator"]
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What the dense decoder layer makes of each batch: its outputs, and inputs of token-aligned groups, on the CPU.
+    """Outputs of the dense decoder layer by batch, and inputs of token-aligned groups, on the CPU.
 
-    `cached` are what later passes of the layer may leave out; `last_branch` is the group that closes the layer, if it
-    was looked for (see `is_last_branch`).
+    `cached` are submodules that later passes may skip; `last_branch` is the group that closes the layer, if requested
+    (see `is_last_branch`).
 
     Args:
-        outputs: of each batch [batch tokens hidden].
-        inputs: of each token-aligned group [samples tokens n], batch by batch.
-        cached: what later passes of the layer may leave out.
-        last_branch: the group that closes the layer, if it was looked for.
+        outputs: by batch [batch tokens hidden].
+        inputs: by token-aligned group [samples tokens n], in batches.
+        cached: submodules that later passes may skip.
+        last_branch: the group that closes the layer, if requested.
     """
 
     outputs: Recorded
@@ -51,14 +51,14 @@ def observe(
     record: Callable[[], Recorded] = list,
     error_targets: Collection[ErrorTarget] = ("operator",),
 ) -> Observed:
-    """One pass of the dense layer over all batches.
+    """Run the dense layer over all batches.
 
-    What is recorded: tokens times the widths of the stages. The first batch shows the shortcuts, too.
+    The record takes tokens times the widths of the stages. The first batch also shows the shortcuts.
 
     Args:
-        batches: what enters the layer [batch tokens hidden].
-        error_targets: those that will be asked for (`LayerSettings.error_target`): if no more than
-            "residual_stream", the inputs of the group that closes it are not kept.
+        batches: inputs of the layer [batch tokens hidden].
+        error_targets: later requests (`LayerSettings.error_target`): for "residual_stream" alone, the inputs of the
+            closing group are not kept.
     """
     last_branch = next(
         (
@@ -90,7 +90,7 @@ def observe(
 
 
 def put_away(tensor: Tensor, place: Recorded) -> None:
-    """Keep a tensor on the host, or where it is if a place has room there; in a file, at the end of `sending`."""
+    """Keep a tensor on the host, or in place if there is room; in a file, at the end of `sending`."""
     if not isinstance(place, Batches):
         place.append(tensor.cpu())
     elif not place.hold(tensor):
@@ -98,13 +98,13 @@ def put_away(tensor: Tensor, place: Recorded) -> None:
 
 
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
-    """Whether the layer's output is that of `group`, a single operator and alone in the last stage, added to the rest.
+    """Return True if the layer's output is the output of `group`, alone in the last stage, added to the rest.
 
-    Nothing is assumed of any architecture: with zeros in place of the group's output the layer has to give the rest,
-    to which that output adds up to the layer's own, bit for bit. Not so if a norm comes behind it (Gemma 2).
+    No architecture is assumed: with zeros in place of the group's output the layer has to give a rest that adds up with
+    the output to the layer's output, bit for bit. False if a norm follows the group (Gemma 2).
 
     Args:
-        batches: what enters the layer [batch tokens hidden]; the first is tried.
+        batches: inputs of the layer [batch tokens hidden]; the first is tried.
     """
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
@@ -119,10 +119,10 @@ def through(
     batches: Sequence[Tensor],
     known: Mapping[CachedSubmodule, Recorded] | None = None,
 ) -> Iterator[Tensor]:
-    """The outputs of the layer, as it is by now, for each batch.
+    """Yield the outputs of the layer in its current state.
 
     Args:
-        batches: what enters the layer [batch tokens hidden].
+        batches: inputs of the layer [batch tokens hidden].
 
     Yields:
         The outputs [batch tokens hidden].
@@ -134,11 +134,11 @@ def through(
 
 
 class LastBranch(NamedTuple):
-    """What the last group sees [samples tokens n], what it makes of that, and the layer's output without it.
+    """Inputs of the last group [samples tokens n], its outputs, and the layer's output without the group.
 
     Args:
-        x: what the group sees [samples tokens n].
-        residual: the layer's output without it [batch tokens hidden].
+        x: inputs of the group [samples tokens n].
+        residual: the layer's output without the group [batch tokens hidden].
     """
 
     x: Tensor
@@ -147,15 +147,15 @@ class LastBranch(NamedTuple):
 
     @property
     def output(self) -> Tensor:
-        """The layer's output, if the group closes it."""
+        """The layer's output, if the group closes the layer."""
         return self.residual + self.branch.reshape(self.residual.shape)
 
 
 def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> LastBranch:
-    """One pass of the layer in which the last group makes zeros.
+    """Run the layer with zeros in place of the last group's output.
 
     Args:
-        batch: what enters the layer [batch tokens hidden].
+        batch: inputs of the layer [batch tokens hidden].
     """
     seen, made = list[Tensor](), list[Tensor]()
 
@@ -169,13 +169,13 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """The inputs of the groups of a stage; the layer is run no further than that.
+    """Return the inputs of a stage's groups; the layer stops there.
 
     Args:
-        batch: what enters it [batch tokens hidden].
+        batch: inputs of the layer [batch tokens hidden].
 
     Returns:
-        [samples tokens n] of each group that a token reaches. Unless it is token-aligned, all tokens are one sample.
+        [samples tokens n] by group with tokens. Without token alignment, all tokens are a single sample.
     """
     seen: dict[Group, Tensor] = {}
     if not stage:

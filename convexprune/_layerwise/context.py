@@ -1,4 +1,4 @@
-"""One decoder layer while steps work on it: what enters it, what its dense pass shows, and what later steps read."""
+"""The context of a decoder layer: inputs, observations of the dense pass, and results for later steps."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,25 +21,25 @@ from convexprune.pruners import LayerEdit
 
 @dataclass(eq=False)
 class LayerContext:
-    """One decoder layer, whose weights are in memory, as the walk hands it to a step, and what steps find out.
+    """A decoder layer with its weights in memory, and the results of steps so far.
 
     Args:
         model: the model.
-        number: of the layer.
+        number: number of the layer.
         layer: the layer.
-        calls: how the model calls it, for hidden states of each shape.
-        inputs: the batches [batch tokens hidden] that enter it, of each stream; of a process group this rank's share.
-        states: keep what is between the layers.
-        held_out: how many batches, the last ones, judge and never fit.
-        ranks: the processes that work on the layer together.
-        record: makes a place to keep tensors in, which is gone after the step unless it is handed on.
-        observed: what a pass of the dense layer has shown.
-        first: the statistics of the first stage, if they are known: with a dense prefix nothing changes them.
-        is_dense: whether no step has moved a weight yet.
-        seen: inputs x* of groups, as the stages before them are by now.
-        dense: the dense weights of operators, if steps move them and later ones compare with them.
-        edits: the last edit of each stack, by the names of its operators, without its weight.
-        seconds: spent on each stack by earlier passes.
+        calls: the model's call of the layer, by shape of the hidden states.
+        inputs: batches [batch tokens hidden] that enter the layer, by stream; of a process group this rank's share.
+        states: store between the layers.
+        held_out: number of batches, at the end, that judge and never fit.
+        ranks: processes that work on the layer together.
+        record: makes a place for tensors, which vanishes after the step unless handed on.
+        observed: observations of the dense pass.
+        first: statistics of the first stage, if known: with a dense prefix nothing changes them.
+        is_dense: True until a step moves a weight.
+        seen: inputs x* by group, after the present earlier stages.
+        dense: dense weights of operators, if steps move them and later steps compare.
+        edits: the last edit by stack, named by its operators, without the weight.
+        seconds: time by stack in earlier passes.
     """
 
     model: AbstractModel
@@ -60,39 +60,39 @@ class LayerContext:
     seconds: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)
 
     def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
-        """Run the dense layer once and keep what that shows (see `capture.observe`)."""
+        """Run the dense layer once and keep the observations (see `capture.observe`)."""
         self.observed = observe(self.layer, self.calls, self.inputs["dense"], self.record, error_targets)
         return self.observed
 
     def outputs(self, stream: Stream = "dense", replayed: Mapping[CachedSubmodule, Recorded] | None = None) -> Recorded:
-        """Record the outputs [batch tokens hidden] of the layer as it is by now, for a stream."""
+        """Record the outputs [batch tokens hidden] of the layer in its current state, for a stream."""
         return recorded(through(self.layer, self.calls, self.inputs[stream], replayed), self.record())
 
     @property
     def replayed(self) -> dict[CachedSubmodule, Recorded]:
-        """The submodules that later passes of the layer need not run, and the inputs to replay them with."""
+        """The submodules that later passes can skip, with the inputs for their replay."""
         return {self.observed.cached[group]: x for group, x in self.seen.items() if group in self.observed.cached}
 
     @property
     def is_last(self) -> bool:
-        """Whether no layer waits for what this one makes of its inputs."""
+        """True if no layer waits for this layer's outputs."""
         following = self.number + 1
         return following == len(self.model.layers) or self.states.is_finished(following)
 
     def hand_on(self, outputs: Recorded, stream: Stream = "dense") -> None:
-        """Keep the batches [batch tokens hidden] that enter the next layer, which may come nearer now."""
+        """Keep the batches [batch tokens hidden] that enter the next layer, and prefetch that layer."""
         self.states.put_hidden(self.number + 1, stream, outputs)
         for following in self.model.layers[self.number + 1 : self.number + 2]:
             self.model.prefetch(following)
 
     def keep_dense(self) -> None:
-        """Copy the weights of all operators, if no step has moved them yet."""
+        """Copy the weights of all operators, unless a step has moved them."""
         if self.is_dense:
             self.dense = {operator: operator.read().clone() for operator in self.layer.operators}
 
     @contextmanager
     def with_dense(self, groups: Iterable[Group]) -> Iterator[None]:
-        """Inside, the operators of some groups have their dense weights."""
+        """Give operators of some groups their dense weights during the context."""
         operators = [operator for group in groups for operator in group.operators if operator in self.dense]
         edited = {operator: operator.read().clone() for operator in operators}
         for operator in edited:
@@ -106,15 +106,15 @@ class LayerContext:
     def begin_pass(self, prefix: Stream, edits: bool) -> None:
         """Forget inputs x* of earlier passes.
 
-        Known are those of the dense pass where a dense prefix feeds the layer: of the first stage, and while nothing is
-        edited, of all stages.
+        With a dense prefix the inputs of the dense pass are known: of the first stage, and before any edit of all
+        stages.
         """
         same = chain(*self.layer.stages[: None if self.is_dense and not edits else 1]) if prefix == "dense" else ()
         self.seen = {group: self.observed.inputs[group] for group in same if group in self.observed.inputs}
         self.is_dense = self.is_dense and not edits
 
     def note_edit(self) -> None:
-        """Forget what holds only for the weights before a step that may have moved any: inputs and solutions."""
+        """Forget results that hold only for earlier weights: inputs and solutions."""
         self.is_dense = False
         self.seen.clear()
         for names, edit in self.edits.items():
@@ -122,7 +122,7 @@ class LayerContext:
 
 
 def propagate(context: LayerContext) -> None:
-    """Hand on what the layer of the `context`, as it is by now, makes of what enters it."""
+    """Hand on the outputs of the `context`'s layer in its current state."""
     context.hand_on(context.outputs())
 
 

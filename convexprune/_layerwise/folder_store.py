@@ -32,14 +32,14 @@ POLL = 0.05  # seconds between two looks at what the other workers have publishe
 
 
 class FolderStore(AbstractStore):
-    """The folder `work` of a run; any number of processes may share it.
+    """The folder `work` of a run, shared by any number of processes.
 
-    A layer is claimed by a lock that vanishes with its process, so a killed worker's layer is free at once. Every file
-    appears whole, and its checksum stands in a JSON file beside it, which is written last: what it names is there.
+    A lock that vanishes with its process claims a layer, so a killed worker's layer is free at once. Files appear
+    whole. A JSON file beside a file has the checksum and is written last: a named file exists.
 
     Args:
-        count: how many decoder layers there are.
-        room: for what is recorded to stay there; none unless given.
+        count: number of decoder layers.
+        room: room for records on the device; none by default.
     """
 
     def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu", room: Room | None = None) -> None:
@@ -107,7 +107,7 @@ class FolderStore(AbstractStore):
             self._resident[number, stream] = batches
 
     def compute_once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A value that one process computes for all: the first to ask; the others wait for it."""
+        """Compute a value in a single process: the first to ask computes, later processes wait."""
         path = self.folder / f"{name}.json"
         while (value := read_notes(path)) is None:
             with locked(self.folder / f"{name}.lock") as is_locked:
@@ -118,7 +118,7 @@ class FolderStore(AbstractStore):
         return value
 
     def tensors_once(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Tensors by name that one process computes for all, as `compute_once` does; a damaged file is made again."""
+        """Compute tensors by name in a single process, as `compute_once`; a damaged file is made again."""
         path = self.folder / f"{name}.safetensors"
 
         def write() -> str:
@@ -135,7 +135,7 @@ class FolderStore(AbstractStore):
         return load_file(self._shard(number))
 
     def entries(self, number: int) -> dict[str, Entry]:
-        """Where the tensors of the finished layer of that `number` lie."""
+        """Return the places of the tensors of the finished layer `number`."""
         return entries(self._shard(number))[0]
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
@@ -160,12 +160,12 @@ class FolderStore(AbstractStore):
             model.load_state(model.layers[number], self.layer(number))
 
     def restore(self, model: AbstractModel) -> None:
-        """Put into a `model` in memory what others, or an earlier process, have pruned."""
+        """Load finished layers into a `model` in memory."""
         for number in set(range(self.count)) - self.pruned_here:
             model.load_state(model.layers[number], self.layer(number))
 
     def require_whole(self) -> None:
-        """See that every layer is on the disk as it was written."""
+        """Check that every layer is on the disk as written."""
         self.discard_damaged()
         if lost := [n for n in range(self.count) if not self._notes("layers", f"{n:05d}").exists()]:
             raise OutputError(
@@ -174,7 +174,7 @@ class FolderStore(AbstractStore):
             )
 
     def discard_damaged(self) -> list[int]:
-        """Forget every finished layer whose file or report is not what was written, and name them."""
+        """Forget finished layers whose file or report was changed, and return their names."""
         damaged = []
         for notes_path in sorted((self.folder / "layers").glob("*.json")):
             notes = read_notes(notes_path)
@@ -185,7 +185,7 @@ class FolderStore(AbstractStore):
         return damaged
 
     def _let_go(self, number: int) -> None:
-        """Of what entered a layer, now that this one is finished."""
+        """Delete hidden states that are used up once layer `number` is finished."""
         self.pruned_here.add(number)
         for one in (number, number + 1):
             if self._is_used_up(one):
@@ -199,7 +199,10 @@ class FolderStore(AbstractStore):
         return self.folder / kind / f"{name}.json"
 
     def _is_used_up(self, number: int) -> bool:
-        """What enters a layer is what leaves the one before it, which aims at it until it is finished, too."""
+        """Return True if the hidden states that enter layer `number` can be deleted.
+
+        The layer reads them as inputs, the layer before as its target, so both must be finished.
+        """
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
     def _forget_hidden(self, number: int, stream: Stream) -> None:
@@ -213,12 +216,12 @@ class FolderStore(AbstractStore):
 
 
 class RankStore(FolderStore):
-    """The same folder for ranks that prune each layer together: each keeps what enters it of its own batches.
+    """A shared folder for ranks that prune a layer together: a rank keeps the hidden states of its batches.
 
-    Their first rank says which layer is next, and writes the layers.
+    The first rank chooses the next layer, and writes the layers.
 
     Args:
-        count: how many decoder layers there are.
+        count: number of decoder layers.
     """
 
     def __init__(

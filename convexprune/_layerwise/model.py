@@ -1,4 +1,4 @@
-"""All that the pipeline may ask of a language model; it knows neither transformers nor any architecture."""
+"""The interface of language models: no transformers, no architecture."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ from convexprune._device.products import widened
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """How a model calls one of its decoder layers: every argument but the hidden states, recorded and replayed.
+    """A model's call of a decoder layer: every argument except the hidden states, recorded and replayed.
 
-    Arguments are never named here, because their names change between releases of transformers.
+    Arguments have no names here, because names change between releases of transformers.
 
     Args:
-        args: the positional arguments behind the hidden states.
+        args: the positional arguments after the hidden states.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """The layer's output [batch tokens hidden]; some families return it inside a tuple."""
+        """Return the layer's output [batch tokens hidden]; some families wrap the output in a tuple."""
         with widened(hidden.device, hidden.dtype):
             output = layer(hidden, *self.args, **self.kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 
 class AbstractOperator(ABC):
-    """One linear map y = W x of a decoder layer, however its weight is stored."""
+    """A linear map y = W x of a decoder layer, in any form of storage."""
 
     name: str
 
@@ -44,7 +44,7 @@ class AbstractOperator(ABC):
 
     @abstractmethod
     def read(self) -> Tensor:
-        """W [m n] as it is stored, in its dtype and on its device; not to be written to."""
+        """Return W [m n] as stored, in its dtype and on its device; read-only."""
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:
@@ -52,11 +52,11 @@ class AbstractOperator(ABC):
 
 
 class InputHook(Protocol):
-    """Inside the context of hook(heard), heard(inputs [... n]) is called with what reaches the operators."""
+    """Inside the context of hook(heard), heard(inputs [... n]) is called with the inputs of the operators."""
 
     @property
     def module(self) -> nn.Module:
-        """Where it listens."""
+        """The module with the hook."""
         ...
 
     def __call__(self, heard: Callable[[Tensor], None]) -> AbstractContextManager[None]: ...
@@ -76,7 +76,7 @@ class ModuleInput:
 
 @contextmanager
 def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module computes another function in place of its own."""
+    """Replace a module's function during the context."""
     own = vars(module).get("forward")  # hooks of other libraries may stand there
     module.forward = forward
     try:
@@ -90,11 +90,11 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Operators that share an input: one Gram matrix, one stacked problem.
+    """Operators with a common input: a Gram matrix, a stacked problem.
 
     Args:
-        token_aligned: whether the dense and the pruned layer send the same tokens here, so that an operator can correct
-            earlier errors token by token. Not so behind a router.
+        token_aligned: True if the dense and the pruned layer send the same tokens here, so that an operator can correct
+            earlier errors by token. False behind a router.
     """
 
     operators: tuple[AbstractOperator, ...]
@@ -104,10 +104,10 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """One decoder layer and its operators in the order of execution.
+    """A decoder layer and its operators in the order of execution.
 
-    What one stage outputs, a later stage may see; the groups of one stage do not see each other. For LLaMA, with one
-    group a stage: q, k, v | o | gate, up | down.
+    Outputs of a stage may reach later stages; groups of a stage do not see each other. For LLaMA, with a group per
+    stage: q, k, v | o | gate, up | down.
     """
 
     name: str
@@ -134,27 +134,27 @@ class AbstractModel(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the hidden states are computed."""
+        """The device of the hidden states."""
 
     @property
     @abstractmethod
     def streams(self) -> bool:
-        """Whether the weights of a decoder layer are in memory only inside of `resident`."""
+        """True if the weights of a decoder layer are in memory only inside `resident`."""
 
     @abstractmethod
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """Inside, the weights of a layer are in memory.
+        """Hold the weights of a layer in memory.
 
-        If the model streams they are then always the dense ones, and what was written to them is forgotten afterwards.
+        A streamed model then has the dense weights, and changes are forgotten at the end.
         """
 
     @abstractmethod
     def prefetch(self, layer: DecoderLayer) -> None:
-        """A hint that `layer` will be resident soon: what is far away may come nearer meanwhile."""
+        """Announce that `layer` will be resident soon, so that its weights can come nearer."""
 
     @abstractmethod
     def state(self, layer: DecoderLayer) -> dict[str, Tensor]:
-        """The tensors of a `layer` that is resident, by their names in it."""
+        """Return the tensors of a resident `layer`, by name in the layer."""
 
     @abstractmethod
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def keep(self, layer: DecoderLayer) -> None:
-        """Note the weights of a `layer` that is about to change, if they may have to come back."""
+        """Note the weights of a `layer` before a change, if they may have to be restored."""
 
     @abstractmethod
     def first_inputs(self, batch: Tensor) -> Tensor:
@@ -170,4 +170,4 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def calls(self, batch: Tensor) -> list[Call]:
-        """How each decoder layer is called for a `batch` [batch tokens] of this shape."""
+        """Return the calls of the decoder layers for a `batch` [batch tokens] of this shape."""

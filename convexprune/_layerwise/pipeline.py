@@ -1,4 +1,4 @@
-"""The steps of one decoder layer, in a row. Steps on stacks of operators that follow each other share one pass."""
+"""The pipeline of steps on a decoder layer. Consecutive steps on stacks of operators share a pass."""
 
 import time
 from abc import ABC, abstractmethod
@@ -38,16 +38,16 @@ class AbstractStackStep(ABC):
 
     @abstractmethod
     def __call__(self, stacks: Sequence[Stack]) -> None:
-        """Work on stacks of one shape and one pruner, which are solved side by side."""
+        """Work on stacks of equal shape and pruner, which are solved side by side."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """The steps of a decoder layer, one after another.
+    """The steps of a decoder layer, in order.
 
-    A pass over the stages gathers the statistics of each stage, with the stages before it as they are by then. Steps on
-    stacks that follow each other share a pass, which holds the statistics of one stage at a time. A step on the whole
-    layer may move any weight, so the pass after it gathers new ones.
+    A pass over the stages gathers statistics of a stage after the present earlier stages. Consecutive steps on stacks
+    share a pass, which holds statistics of a single stage. A step on the whole layer may move any weight, so the next
+    pass gathers new statistics.
     """
 
     settings: LayerSettings
@@ -62,8 +62,8 @@ class Pipeline:
         """Run all steps.
 
         Raises:
-            ModelError: an activation is not finite; the operator is named.
-            PruningError: a pruned weight is not what was asked for; the operator is named.
+            ModelError: an activation is not finite; the message names the operator.
+            PruningError: a pruned weight breaks the request; the message names the operator.
         """
         left = list(self.steps)
         while left:
@@ -77,7 +77,7 @@ class Pipeline:
                 _on_layer(context, step, goes_on=any(map(_is_on_stacks, left)))
 
     def _pass(self, context: LayerContext, steps: Sequence[AbstractStackStep], goes_on: bool) -> None:
-        """Run steps on all stacks of the layer, stage by stage; if another pass comes, keep what that one needs."""
+        """Run steps on all stacks of the layer, by stage; keep the needs of a following pass."""
         if goes_on:
             context.keep_dense()
         context.begin_pass(self.settings.prefix, any(step.edits for step in steps))
@@ -92,7 +92,7 @@ class Pipeline:
                     began = time.perf_counter()
 
     def _stacks(self, context: LayerContext, statistics: Statistics) -> Iterator[list[Stack]]:
-        """Yield the stacks of a stage: several at once only where a device waits for the host, and of one shape."""
+        """Yield the stacks of a stage: several of equal shape at once only if a device waits for the host."""
         stacks = (s for group, own in statistics.items() for s in stacks_of(context, self.settings, group, own))
         for _, alike in groupby(stacks, lambda stack: (stack.shape, id(stack.pruner))):
             waiting = list(alike)
@@ -122,7 +122,7 @@ def _on_layer(context: LayerContext, step: AbstractLayerStep, goes_on: bool) -> 
 
 
 def _keep_edits(stacks: Sequence[Stack]) -> None:
-    """Keep for a later pass what the edits say beside the weights, which are in the model."""
+    """Keep the edits without weights, which are in the model, for a later pass."""
     for stack in stacks:
         nothing, solutions = stack.edit.weight[:, :0], tuple(solution.record() for solution in stack.edit.solutions)
         stack.context.edits[stack.names] = replace(stack.edit, weight=nothing, solutions=solutions)
@@ -130,7 +130,7 @@ def _keep_edits(stacks: Sequence[Stack]) -> None:
 
 
 def _prefetch(context: LayerContext, settings: LayerSettings, number: int) -> None:
-    """Have what the next stage reads come from the disk while this one is solved."""
+    """Fetch the next stage's inputs from the disk during the solve of this stage."""
     following = chain(*context.layer.stages[number : number + 1])
     for batches in (context.inputs[settings.prefix], *map(context.observed.read_for, following)):
         if isinstance(batches, Batches):

@@ -1,4 +1,4 @@
-"""Ranks that prune one decoder layer together: each passes its share of the samples through it, all solve the same."""
+"""Ranks that prune a decoder layer together: a rank sends its samples through the layer, and all ranks solve."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def require_rendezvous() -> None:
-    """Refuse ranks that do not know where they meet."""
+    """Refuse ranks without a meeting place."""
     if missing := [name for name in RENDEZVOUS if name not in environ]:
         raise RecipeError(
             f"executor='ranks' with prefix='pruned': the ranks prune each layer together, and {', '.join(missing)} "
@@ -31,7 +31,7 @@ def require_rendezvous() -> None:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank `rank` of `size` that all go the same way; of one rank, a sum over the ranks is what it was.
+    """Rank `rank` of `size` ranks in lockstep; for a single rank a sum over ranks changes nothing.
 
     All communication is `all_reduce`, which every rank has to call equally often.
     """
@@ -53,14 +53,14 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     def local_slice(self, count: int) -> slice:
-        """Which of `count` items in a row this rank has."""
+        """Return this rank's slice of `count` items."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place.
+        """Sum over all ranks, in place.
 
-        Between GPUs (NCCL) a rank that is lost is no error of this call, but the end of the process after `PATIENCE`.
-        So all ranks meet on the CPU before (Gloo), where it is one at once.
+        Between GPUs (NCCL) a lost rank raises no error here; the process ends after `PATIENCE`. So all ranks meet on
+        the CPU first (Gloo), where a lost rank is an error at once.
         """
         if self.size > 1:
             try:
@@ -80,9 +80,9 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class SamePruned(AbstractPruner):
-    """`pruner`, asked by every rank; all take the answer of the first, by `broadcast`, so their weights are equal.
+    """`pruner`, run by every rank; all take the first rank's answer by `broadcast`, so weights are equal.
 
-    All pose the same problem, but another processor may round its solution in another way.
+    All pose the same problem, but different processors may round the solution differently.
     """
 
     pruner: AbstractPruner
@@ -99,7 +99,7 @@ class SamePruned(AbstractPruner):
 
     @property
     def side_by_side(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """As its pruner."""
+        """True if the pruner solves side by side."""
         return self.pruner.side_by_side
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Submodules that need not run again: they return what a linear map in them makes of inputs that are known by then."""
+"""Submodules that need not run again: a linear map inside is replayed on known inputs."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,9 @@ from convexprune._layerwise.model import DecoderLayer, Group, ModuleInput, compu
 
 @dataclass(frozen=True, eq=False)
 class CachedSubmodule:
-    """`module` returns the very tensor that `linear` inside of it returns, alone or in a tuple with `beside` after it.
+    """`module` returns the very tensor that `linear` inside returns, alone or in a tuple with `beside` after it.
 
-    So attention is not run again for what comes after it, once the inputs of its output projection are known.
+    So later operators do not run attention again, once the inputs of its output projection are known.
     """
 
     module: nn.Module
@@ -24,10 +24,10 @@ class CachedSubmodule:
 
     @contextmanager
     def replayed(self, x: Tensor) -> Iterator[None]:
-        """Inside, the module runs nothing but its linear map, with the weight that it has by now, on x [... n].
+        """Run only the linear map, with its current weight, on x [... n] during the context.
 
         Args:
-            x: the input [samples tokens n] of its linear map.
+            x: inputs of the linear map [samples tokens n].
         """
 
         def forward(*_: Any, **__: Any) -> Any:
@@ -40,7 +40,7 @@ class CachedSubmodule:
 
 @contextmanager
 def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
-    """Inside, all of these are taken, each on its x."""
+    """Replay submodules on their inputs during the context."""
     with ExitStack() as stack:
         for cached_submodule, x in cached.items():
             stack.enter_context(cached_submodule.replayed(x))
@@ -49,10 +49,11 @@ def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group, CachedSubmodule]) -> Iterator[None]:
-    """Inside is to be one pass of the dense layer with `samples` windows; after it `found` has what that pass showed.
+    """Find cached submodules during a pass of the dense layer with `samples` windows; `found` has the results
+    afterwards.
 
-    Nothing is assumed of any architecture: the output of the module has to be that of the linear map, the same object
-    and not written to since, and both have to be called once. The outermost such module is taken.
+    No architecture is assumed: the output of the module has to be the output of the linear map, as an object and
+    unwritten, and both have to be called once. The outermost such module is taken.
     """
     looks = {group: _Look(linear, around, samples) for group, linear, around in _candidates(layer)}
     with ExitStack() as hooks:
@@ -67,9 +68,9 @@ def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group,
 
 
 def _candidates(layer: DecoderLayer) -> Iterator[tuple[Group, nn.Module, list[nn.Module]]]:
-    """The groups that are one linear map of all tokens, the map, and the modules around it, the outermost first.
+    """Yield groups that are a linear map of all tokens, the map, and the modules around it, the outermost first.
 
-    Modules where a group of a later stage listens are left out: a shortcut would make it deaf.
+    Modules with the hook of a later stage's group are left out: a shortcut would skip the hook.
     """
     parts = {module: set(module.modules()) for module in layer.module.modules()}
     for number, stage in enumerate(layer.stages[:-1]):
@@ -83,7 +84,7 @@ def _candidates(layer: DecoderLayer) -> Iterator[tuple[Group, nn.Module, list[nn
 
 @dataclass(eq=False)
 class _Look:
-    """What a pass shows of a linear map and of the modules around it; `ends` are those that return what it returns."""
+    """Observations of a linear map and of the modules around it; `ends` are modules that return the map's output."""
 
     linear: nn.Module
     around: list[nn.Module]
@@ -94,14 +95,14 @@ class _Look:
     version: int = 0
 
     def at_linear(self, linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Inputs will be given to it as they are kept, [samples tokens n] in one piece; so they have to be that now."""
+        """Require inputs in the form of the record, [samples tokens n] in a single piece."""
         self.times[linear] += 1
         x = args[0]
         if x.dim() == 3 and len(x) == self.samples and x.is_contiguous():
             self.output, self.version = output, output._version
 
     def at_module(self, module: nn.Module, _: Any, output: Any) -> None:
-        """Whether it ends here, with nothing beside the output that a shortcut could not give."""
+        """Note a module whose output is the map's, with nothing beside that a shortcut could not give."""
         self.times[module] += 1
         first, *others = output if type(output) is tuple and output else (output,)
         same = isinstance(first, Tensor) and first is self.output and first._version == self.version

@@ -1,4 +1,4 @@
-"""The settings by which every layer of a run is pruned."""
+"""The settings for the layers of a run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,34 +19,33 @@ Emptied = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class LayerSettings:
-    """How every layer of a run is pruned: by what, to what, and what its operators see and aim at.
+    """Settings for the layers of a run: pruner, pattern, inputs and targets.
 
-    `prefix` says which network feeds a decoder layer with x*: "dense", so that layers are independent of each other
-    (FISTAPruner), or "pruned", the layers before it as they are by now (SparseGPT, Wanda, ALPS). The target is
-    W x* + a d with a = `correction`, where d = W (x - x*) is what the operator's outputs lack, with x what it sees in
-    the dense network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not
-    "operator", d is what the outputs of the decoder layer lack, for the operator that is its last residual branch
-    (`capture.is_last_branch`): what reached them by other ways, too.
-    `patterns` and `pruners` hold operators that differ in these, `rules` the rule of the recipe that says so.
-    `bound_rows` of every operator are compared with what no pruning can beat; it changes no weight. `row_weights` say
-    how the outputs [m] of every operator count, if not alike; `columns` how much a model's loss needs each block of
-    columns, if these are chosen by that; `token_weights` how the calibration tokens of an operator count, if not alike.
+    `prefix` names the network that feeds a decoder layer with x*: "dense", so that layers are independent
+    (FISTAPruner), or "pruned", the earlier layers in their current state (SparseGPT, Wanda, ALPS). The target is W x* +
+    a d with a = `correction`, where d = W (x - x*) is the operator's missing output, with x the input in the dense
+    network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not "operator", d is the missing
+    output of the decoder layer, for the operator of its last residual branch (`capture.is_last_branch`): errors on all
+    ways count. `patterns` and `pruners` hold operators that differ, `rules` the rule of the recipe. `bound_rows` of
+    every operator are compared with a lower bound; they change no weight. `row_weights` weigh the outputs [m] of
+    operators; `columns` is the loss's need of column blocks, if the loss chooses columns; `token_weights` weigh the
+    calibration tokens of operators.
 
     Args:
-        pattern: what every operator is pruned to.
-        correction: a, how much of the error is corrected, 0 to 1.
-        patterns: of operators that differ in theirs, by name.
-        bound_rows: rows of each operator to bound.
-        row_weights: [m] by the name of the operator.
-        columns: [blocks] by the name of the operator.
-        token_weights: [windows length] by the name of the operator, for the calibration windows.
-        pruners: of operators that differ in theirs, by name.
-        rules: numbers, from 1, of the rules of the recipe, by the names of operators.
-        gram_precision: the format in which second moments are added up, see `_device.precision`.
-        solve_precision: that of the products of solves.
-        quantizer: puts what is kept on the grids of the patterns.
-        emptied: what a decoder layer has in place of what is removed of it, by its name and its parameters: zeros;
-            None: nothing is removed.
+        pattern: pattern of every operator.
+        correction: a, the share of the error to correct, 0 to 1.
+        patterns: by operator that differs.
+        bound_rows: rows per operator to bound.
+        row_weights: [m] by operator.
+        columns: [blocks] by operator.
+        token_weights: [windows length] by operator, for the calibration windows.
+        pruners: by operator that differs.
+        rules: numbers, from 1, of the recipe's rules, by operator.
+        gram_precision: the format of second moments, see `_device.precision`.
+        solve_precision: the format of products in solves.
+        quantizer: puts kept values on the grids of the patterns.
+        emptied: returns a layer's parameters with zeros in place of removed parts, by layer name and parameters; None:
+            nothing is removed.
     """
 
     pruner: AbstractPruner
@@ -73,22 +72,18 @@ class LayerSettings:
             self.pruner_of(name).require(self.pattern_of(name))
 
     def pruner_of(self, operator: str) -> AbstractPruner:
-        """What prunes the operator "layer.operator": its own in `pruners`, else that of all."""
+        """Return the pruner of the operator "layer.operator"."""
         return self.pruners.get(operator, self.pruner)
 
     def pattern_of(self, operator: str) -> Constraint:
-        """The pattern of the operator "layer.operator": its own in `patterns`, else that of all."""
+        """Return the pattern of the operator "layer.operator"."""
         return self.patterns.get(operator, self.pattern)
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """The networks of which a run has to know what enters a layer."""
+        """The networks whose hidden states a run needs."""
         return ("dense",) if self.prefix == "dense" else ("dense", "pruned")
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:
-        """What the rows [m] of a stack of operators are multiplied by while it is pruned; None if all count alike.
-
-        Returns:
-            Factors [m], or None.
-        """
+        """Return factors for the rows [m] of a stack of operators during pruning; None if rows count alike."""
         return torch.cat([self.row_weights[name] for name in operators]).sqrt() if self.row_weights else None

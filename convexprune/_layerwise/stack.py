@@ -1,4 +1,4 @@
-"""Operators that share an input and a pruner: one problem, and the edit that steps make of it."""
+"""Operators with a common input and pruner: a problem, and the edit by steps."""
 
 import time
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 
 @dataclass(eq=False)
 class Stack:
-    """Operators of a group that one pruner prunes: their weights [m n], below each other.
+    """Operators of a group with a common pruner: weights [m n], below each other.
 
-    `rows` are those of the operators among all that share the input. `statistics` are those of the input, with the
-    stages before this one as they are by now.
+    `rows` are the operators' rows among all rows on the input. `statistics` are the input's, after the present earlier
+    stages.
     """
 
     context: LayerContext
@@ -52,12 +52,12 @@ class Stack:
 
     @property
     def pruner(self) -> AbstractPruner:
-        """The pruner of all of them."""
+        """The pruner of all operators."""
         return self.settings.pruner_of(self.names[0])
 
     @property
     def patterns(self) -> tuple[Constraint, ...]:
-        """The pattern of each operator."""
+        """The patterns by operator."""
         return tuple(self.settings.pattern_of(name) for name in self.names)
 
     @property
@@ -67,11 +67,11 @@ class Stack:
         return ({"corrects_layer": 1.0} if self.closes else {}) | ({"borrowed_tokens": borrowed} if borrowed else {})
 
     def begin(self, began: float) -> None:
-        """Read the dense weights, before a step moves them; the stack is worked on since `began`."""
+        """Read the dense weights, before a step moves them; work on the stack started at `began`."""
         self.began, _ = began, self.weight
 
     def seconds(self, count: int) -> float:
-        """Seconds spent on the stack, which is one of `count` that are worked on together."""
+        """Return the seconds spent on the stack, one of `count` that are solved together."""
         return self.context.seconds.get(self.names, 0.0) + (time.perf_counter() - self.began) / count
 
     @cached_property
@@ -98,7 +98,7 @@ class Stack:
 
     @cached_property
     def edit(self) -> LayerEdit:
-        """The weights that the last step made; of a step in an earlier pass, as the model has them now."""
+        """The weights of the last step; for a step in an earlier pass, the model's current weights."""
         weight, before = stack_of(self.group), self.context.edits.get(self.names)
         if before is None:
             return LayerEdit(weight, (weight != 0) | (weight == self.weight))
@@ -126,7 +126,7 @@ class Stack:
 def stacks_of(
     context: LayerContext, settings: LayerSettings, group: Group, statistics: CalibrationStatistics
 ) -> Iterator[Stack]:
-    """Divide a group by the pruners of its operators."""
+    """Divide a group by pruner."""
     corrects = (
         settings.error_target == "residual_stream" and settings.correction > 0 and settings.quantizer.corrects_last
     )

@@ -1,4 +1,4 @@
-"""The statistics of one stage of a decoder layer, on what the stages before it make by now."""
+"""The statistics of a decoder layer's stage, after the present earlier stages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -23,9 +23,9 @@ Statistics = Mapping[Group, CalibrationStatistics]
 def stage_statistics(context: LayerContext, settings: LayerSettings, number: int) -> Iterator[Statistics]:
     """Yield the statistics of the groups of stage `number`, in parts.
 
-    The experts of a stage come a few at a time, as many as have room for their moments. One that was sent fewer tokens
-    than it has inputs borrows from what all of them were sent (`shrink_towards`); its report says so. Groups whose
-    inputs were seen need no pass through the layer. Those of this stage are added, if a later pass can be replayed.
+    The experts of a stage come in parts, as many as have room for their moments. An expert with fewer tokens than
+    inputs borrows tokens of all experts (`shrink_towards`); its report says so. Groups with known inputs need no pass
+    through the layer. Inputs of this stage are added, if a later pass can be replayed.
     """
     if number == 0 and context.first:
         yield context.first
@@ -53,9 +53,9 @@ def _gather(
     shared: Mapping[int, CalibrationStatistics],
     kept: Mapping[Group, Recorded],
 ) -> Statistics:
-    """Pass what feeds the layer through it as far as a part of a stage, and add up the inputs of each group.
+    """Run the layer up to a part of a stage, and add up the inputs of its groups.
 
-    `shared` are the statistics, by width, of all experts of the stage together, if this pass is to count these.
+    `shared` are the statistics, by width, of all experts of the stage together, if this pass is to count them.
     """
     layer, calls, inputs, observed = context.layer, context.calls, context.seen, context.observed
     batches = context.inputs[settings.prefix]
@@ -95,7 +95,7 @@ def _gather(
 def _empty(
     layer: str, group: Group, in_output_space: bool, settings: LayerSettings
 ) -> dict[Group, tuple[slice, CalibrationStatistics]]:
-    """Divide a group by the token weights of its operators: rows and statistics, to be filled, of each part."""
+    """Divide a group by the token weights of its operators, into rows and empty statistics."""
     empty = {}
     for part, rows, weights in weighted_parts(layer, group, settings.token_weights):
         outputs = height(part) if in_output_space else None

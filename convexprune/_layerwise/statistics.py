@@ -1,4 +1,4 @@
-"""The moments of one input in three disjoint parts: two halves that fit, and a part that judges."""
+"""The moments of an input in three disjoint parts: two halves that fit, and a part that judges."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,16 +26,15 @@ Counted = tuple[Tensor, Tensor | None, Tensor | None]  # x* [tokens n], what it 
 
 
 class CalibrationStatistics:
-    """Moments of `width` inputs: the calibration windows dealt to two halves, and held-out windows apart.
+    """Moments of `width` inputs: calibration windows dealt to two halves, and held-out windows.
 
-    What is to be corrected is kept of all calibration windows together: the halves have nothing but x* x*'. It is told
-    of the outputs if it is given how many (see `ErrorMoments`). With weights of tokens there are moments beside in
-    which all calibration tokens count alike; held-out tokens always do.
+    Error moments are of all calibration windows together: the halves have only x* x*'. With `outputs` errors are in
+    output space (see `ErrorMoments`). With weights of tokens there are further moments in which all calibration tokens
+    count alike; held-out tokens always do.
 
     Args:
         outputs: m, if errors are counted in output space.
-        weights: of the tokens of calibration windows [windows length], in the order in which they are counted; None:
-            all count alike.
+        weights: weights of the calibration tokens [windows length], in order of counting; None: all count alike.
     """
 
     def __init__(
@@ -61,14 +60,13 @@ class CalibrationStatistics:
         return 3 * 4 * width * width
 
     def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count inputs; each sample goes whole to one half, the one that has seen less.
+        """Count inputs; a sample goes whole to the half with fewer tokens.
 
-        Samples of less than `FEW` tokens wait until so many are there.
+        Samples of less than `FEW` tokens wait for more.
 
         Args:
             x: x* [samples tokens n].
-            lacking: what the same tokens are to be corrected for, if anything: x - x*, or of outputs [samples tokens
-                m].
+            lacking: the error to correct, if any: x - x*, or of outputs [samples tokens m].
         """
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
@@ -91,7 +89,7 @@ class CalibrationStatistics:
         return self._weights[self._windows - 1].to(x.device)
 
     def _count(self, part: int) -> None:
-        """Count what waits for one of the halves, or held out."""
+        """Count waiting samples of a half, or of the held-out part."""
         if not (waiting := self._waiting[part]):
             return
         moments = (*self._halves, self._held_out)[part]
@@ -115,21 +113,21 @@ class CalibrationStatistics:
 
     @property
     def halves(self) -> tuple[Moments, Moments]:
-        """Those of the two halves of the calibration windows."""
+        """Moments of the two halves of the calibration windows."""
         self._count_all()
         return self._halves
 
     @property
     def held_out(self) -> Moments:
-        """Those of the held-out windows."""
+        """Moments of the held-out windows."""
         self._count_all()
         return self._held_out
 
     def shrink_towards(self, others: "CalibrationStatistics") -> None:
-        """Make up for tokens that an expert did not get with what all experts got.
+        """Fill missing tokens of an expert with tokens of all experts.
 
         With fewer tokens than inputs a Gram matrix is singular, and an expert without a token has none. So the mean
-        moments of `others` are added, with the weight of as many tokens as are lacking to one for each input.
+        moments of `others` are added, with the weight of the tokens missing to a token per input.
         """
         lacking = self.halves[0].width - self.tokens
         if lacking <= 0 or not others.tokens:
@@ -143,7 +141,7 @@ class CalibrationStatistics:
         )
 
     def add_up(self, ranks: ProcessGroup) -> None:
-        """Count what the other ranks have counted, too."""
+        """Add the counts of all ranks."""
         self._count_all()
         if ranks.size == 1:
             return
@@ -170,27 +168,27 @@ class CalibrationStatistics:
 
     @property
     def tokens(self) -> int:
-        """How many calibration tokens were counted, without the borrowed ones."""
+        """Number of calibration tokens, without borrowed tokens."""
         return int(self.unweighted.tokens) - self.borrowed
 
     @property
     def total(self) -> Moments:
-        """The moments of all calibration windows, without those held out."""
+        """Return the moments of all calibration windows, without held-out windows."""
         return (self.halves[0] + self.halves[1]).with_errors(self._change)
 
     @property
     def is_weighted(self) -> bool:
-        """Whether the calibration tokens have weights."""
+        """True if the calibration tokens have weights."""
         return self._unweighted is not None
 
     @property
     def unweighted(self) -> Moments:
-        """The moments of all calibration windows in which every token counts alike."""
+        """Return the moments of all calibration windows with equal tokens."""
         self._count_all()
         return self.total if self._unweighted is None else self._unweighted
 
     def is_finite(self) -> bool:
-        """Whether every input was."""
+        """Return True if all inputs were finite."""
         return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
 
 
@@ -206,25 +204,24 @@ def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
 
 
 def at_once(shape: tuple[int, int], pruner: AbstractPruner, device: torch.device) -> int:
-    """How many problems are solved side by side.
+    """Return the number of problems to solve side by side.
 
-    It is one on a CPU, where a step of many small problems takes as long as its parts, and for methods that take one
-    after another anyway.
+    1 on a CPU, where a step of many small problems takes as long as its parts, and for methods that solve in turn.
     """
     return many_at_once(*shape) if pruner.side_by_side and not is_host(device) else 1
 
 
 def many_at_once(outputs: int, inputs: int) -> int:
-    """How many problems [outputs inputs] are solved side by side on a GPU."""
+    """Return the number of problems [outputs inputs] that a GPU solves side by side."""
     return max(1, SOLVED // (inputs * (outputs + inputs)))
 
 
 class Paired(Protocol):
-    """What has one input, which is that of every token or not (see `Group`)."""
+    """An item with an input, token-aligned or not (see `Group`)."""
 
     @property
     def token_aligned(self) -> bool:
-        """Whether it is."""
+        """True if the input is token-aligned."""
         ...
 
 
@@ -232,7 +229,7 @@ Item = TypeVar("Item", bound=Paired)
 
 
 def in_parts(stage: Iterable[Item], width: Callable[[Item], int]) -> list[list[Item]]:
-    """The groups of a stage in parts: all token-aligned ones first, then as many of the others as fit."""
+    """Split the groups of a stage: first all token-aligned groups, then as many of the rest as fit."""
     groups = list(stage)
     parts, room = [[group for group in groups if group.token_aligned]], ROOM
     for group in groups:

@@ -1,4 +1,4 @@
-"""Where a walk keeps what is between its layers: what a store is, and the one in memory (`folder_store` is on disk)."""
+"""Stores for hidden states between layers: the interface, and the store in memory (`folder_store` is on disk)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,31 +14,31 @@ from convexprune.report import OperatorReport
 
 
 class AbstractStates(ABC):
-    """Which layer is next on a walk, and the hidden states that enter each."""
+    """The queue of layers of a walk, and the hidden states that enter layers."""
 
     @abstractmethod
     def claim(self) -> AbstractContextManager[int | None]:
-        """The number of a layer that is now this worker's, as long as the block lasts; None once all are finished."""
+        """Claim a layer for the block; gives its number, or None once all layers are finished."""
 
     @abstractmethod
     def is_finished(self, number: int) -> bool:
-        """Whether the layer of that `number` is finished."""
+        """Return True if the layer `number` is finished."""
 
     @abstractmethod
     def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
-        """Inside, make places to record tensors in, which are gone afterwards unless they were put away."""
+        """Make places for recorded tensors, which vanish at the end unless put away."""
 
     @abstractmethod
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
-        """The batches that enter a layer.
+        """Return the batches that enter a layer.
 
         Returns:
-            The hidden states [batch tokens hidden] of each batch; None if they are not there or are damaged.
+            The hidden states [batch tokens hidden] by batch; None if missing or damaged.
         """
 
     @abstractmethod
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
-        """Keep what enters a layer until that layer is finished.
+        """Keep the inputs of a layer until the layer is finished.
 
         Args:
             batches: the hidden states [batch tokens hidden].
@@ -46,7 +46,7 @@ class AbstractStates(ABC):
 
     @abstractmethod
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
-        """Give a finished layer that is in memory the weights of one network: its dense or its pruned ones."""
+        """Give a finished layer in memory the dense or the pruned weights."""
 
 
 class AbstractStore(AbstractStates):
@@ -58,9 +58,9 @@ class AbstractStore(AbstractStates):
 
 
 class MemoryStore(AbstractStore):
-    """Of one worker that takes the layers in the order of `numbers`; what it prunes is in the model.
+    """The store of a single worker that takes the layers in the order of `numbers`; pruned weights are in the model.
 
-    What is between the layers is where `record` makes a place, until it is used; with `keep`, for a way back, too.
+    Hidden states are where `record` makes a place, until used; with `keep`, for a way back, too.
     """
 
     def __init__(self, numbers: Iterable[int], record: Callable[[], Recorded] = list, keep: bool = False) -> None:
@@ -70,7 +70,7 @@ class MemoryStore(AbstractStore):
         self._made: list[Recorded] = []
 
     def backward(self) -> "MemoryStore":
-        """The states that were kept, for the same layers from the last to the first."""
+        """Return the kept states for the layers from the last to the first."""
         back = MemoryStore(reversed(self._numbers), self._record)
         back._hidden, back._made = self._hidden, self._made
         return back
@@ -112,10 +112,10 @@ class MemoryStore(AbstractStore):
         self._hidden[number, stream] = batches
 
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
-        """See `AbstractStates.load`: what enters a layer is never damaged, so no finished one is passed again."""
+        """Do nothing: inputs in memory are never damaged, so no finished layer is run again."""
 
     def take(self, number: int) -> Recorded:
-        """What was handed on to layer `number`, which is the caller's now."""
+        """Return the inputs of layer `number`, and give up ownership."""
         return self._hidden.pop((number, "dense"))
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:

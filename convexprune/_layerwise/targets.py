@@ -1,4 +1,4 @@
-"""What operators are to make up for: what their outputs lack because of the operators that are pruned before them."""
+"""Correction targets: errors of operators' outputs caused by earlier pruned operators."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,12 +14,12 @@ from convexprune.core._error_moments import ErrorMoments
 
 
 class CorrectionTargets:
-    """Errors that the `groups` of a stage are to make up for, batch by batch (see `LayerSettings.error_target`).
+    """Errors that the `groups` of a stage have to correct, by batch (see `LayerSettings.error_target`).
 
-    `observed` shows the dense `layer`, to which these groups belong and in which they have their dense weights.
+    `observed` has the observations of the dense `layer`, in which these groups still have dense weights.
 
     Args:
-        groups: those whose inputs the pruned layer changes.
+        groups: groups whose inputs the pruned layer changes.
     """
 
     def __init__(
@@ -35,22 +35,22 @@ class CorrectionTargets:
         self._weights = {g: stack_of(g) for g in cheaper if ErrorMoments.cheaper_in_output_space(height(g), width(g))}
 
     def in_output_space(self, group: Group) -> bool:
-        """Whether it is told of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
+        """Return True if errors are of the group's outputs [samples tokens m], not of its inputs [samples tokens n]."""
         return group is self._last_branch or group in self._weights
 
     def is_last_branch(self, stage: Sequence[Group]) -> bool:
-        """Whether the pass of this stage is to be that of `split_last_branch`."""
+        """Return True if the pass of this stage has to be `split_last_branch`."""
         return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
-        """At x* [samples tokens n] of batch i, if anything lacks at all; `output` is the layer's with x* and W.
+        """Return the error at x* [samples tokens n] of batch i, if there is any; `output` is the layer's with x* and W.
 
         Args:
             x: x* [samples tokens n].
-            output: of the layer as it is by now, if the group is its last residual branch.
+            output: output of the current layer, if the group is its last residual branch.
 
         Returns:
-            What is lacked [samples tokens n], or [samples tokens m] in output space; None if nothing is corrected.
+            The error [samples tokens n], or [samples tokens m] in output space; None without a correction.
         """
         if group is self._last_branch:
             assert output is not None
@@ -62,19 +62,19 @@ class CorrectionTargets:
 
 
 def width(group: Group) -> int:
-    """n, its inputs."""
+    """Return n, the number of inputs."""
     return group.operators[0].shape[1]
 
 
 def height(group: Group) -> int:
-    """m, the outputs of all its operators."""
+    """Return m, the number of outputs of all operators."""
     return sum(operator.shape[0] for operator in group.operators)
 
 
 def weighted_parts(
     layer: str, group: Group, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[Group, slice, Tensor | None]]:
-    """Divide a group into runs of operators whose tokens have the same weights: each with its rows and its weights."""
+    """Divide a group into runs of operators with equal token weights, with rows and weights."""
     first = 0
     each = [(operator, weights.get(f"{layer}.{operator.name}")) for operator in group.operators]
     for _, alike in groupby(each, lambda pair: id(pair[1])):
@@ -84,9 +84,5 @@ def weighted_parts(
 
 
 def stack_of(group: Group) -> Tensor:
-    """The weights of operators that share an input [m n]: their rows, in float32.
-
-    Returns:
-        W [m n] in float32.
-    """
+    """Return the weights W [m n] of operators with a common input: their rows, in float32."""
     return torch.cat([operator.read().float() for operator in group.operators])

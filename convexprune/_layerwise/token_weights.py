@@ -1,4 +1,4 @@
-"""The recipe's setting `token_weights`: which calibration tokens count for more than others, and how much."""
+"""The setting `token_weights`: the weights of calibration tokens."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ SINK = 4
 
 @dataclass(frozen=True)
 class TokenWeighting:
-    """A kind of token weights, and the `share` of all weight that it distributes; the rest is alike for all tokens."""
+    """A kind of token weights, and the `share` of all weight that the kind distributes; the rest is uniform."""
 
     kind: str
     share: float = 0.5
@@ -37,13 +37,15 @@ class TokenWeighting:
 
 
 def loss_weights(squares: Tensor, share: float) -> Tensor:
-    """Weights, 1 on average, of which a `share` follows the squared gradients [windows length] of the tokens."""
+    """Return weights, 1 on average, of which a `share` follows the squared gradients [windows length] of the tokens."""
     mean = squares.mean(dtype=torch.float64).float()
     return 1 - share + share * squares / mean if mean > 0 else torch.ones_like(squares)
 
 
 def sink_weights(windows: int, length: int, share: float) -> Tensor:
-    """Weights [windows length], 1 on average, that give the first `SINK` tokens of each window a `share` of the sum."""
+    """Return weights [windows length], 1 on average, that give the first `SINK` tokens of a window a `share` of the
+    sum.
+    """
     weights = torch.ones(length)
     if length > SINK:
         weights[:SINK] = share * length / SINK

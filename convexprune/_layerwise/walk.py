@@ -1,4 +1,4 @@
-"""The one loop over decoder layers: each in turn is in memory, with what enters it, while a step works on it."""
+"""The loop over decoder layers: a layer is in memory, with its inputs, while a step works."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,14 +13,14 @@ from convexprune._layerwise.store import AbstractStates, MemoryStore
 
 
 class LayerCalls:
-    """How each decoder layer of a `model` is called, for batches of every shape among `windows` of token ids."""
+    """The calls of decoder layers of a `model`, for batches of every shape among `windows` of token ids."""
 
     def __init__(self, model: AbstractModel, windows: Sequence[Tensor]) -> None:
         batches = {batch.shape: batch for batch in windows}
         self._by_shape = {shape: model.calls(batch) for shape, batch in batches.items()}
 
     def of(self, number: int) -> Calls:
-        """How layer `number` is called with hidden states [batch tokens hidden]."""
+        """Return the call of layer `number` for hidden states [batch tokens hidden]."""
 
         def call(hidden: Tensor) -> Call:
             return self._by_shape[hidden.shape[:2]][number]
@@ -32,14 +32,14 @@ LayerStep = Callable[[LayerContext], None]
 
 
 class LayerWalk:
-    """Hands decoder layers to a step, one after another, each in memory and with what enters it.
+    """Hand decoder layers to a step, in turn, with weights in memory and inputs.
 
     Args:
-        windows: token ids [batch tokens]; the first layer gets what the model makes of them.
-        states: say which layer is next, and keep what is between the layers.
-        streams: the networks of which a step is given what enters its layer.
-        on_layer: called with the name of each layer that is done.
-        calls: how the layers are called, if that is known.
+        windows: token ids [batch tokens]; the model turns them into inputs of the first layer.
+        states: choose the next layer, and keep hidden states between layers.
+        streams: networks whose hidden states a step needs.
+        on_layer: takes the name of a finished layer.
+        calls: calls of the layers, if known.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class LayerWalk:
 
     @torch.no_grad()
     def visit(self, number: int, step: LayerStep) -> None:
-        """Call the step with one layer.
+        """Call the step with a layer.
 
-        If what enters it is damaged and a lower layer is still to come, nothing is done: that one brings it.
+        If the inputs are damaged and a lower layer is still to come, nothing is done: the lower layer restores the
+        inputs.
         """
         inputs = dict[Stream, Sequence[Tensor]]()
         for stream in self._streams:
@@ -81,14 +82,14 @@ class LayerWalk:
         self._on_layer(layer.name)
 
     def _inputs(self, number: int, stream: Stream) -> Recorded | None:
-        """What enters a layer: as the layer before it handed it on, or else computed again."""
+        """Return the inputs of a layer: handed on by the layer before, or recomputed."""
         found = self._states.hidden(number, stream)
         if found is None and all(self._states.is_finished(n) for n in range(number)):
             return self._recomputed_inputs(number, stream)
         return found
 
     def _recomputed_inputs(self, number: int, stream: Stream) -> Recorded:
-        """From the nearest that is there, through layers that are dense, or as they are finished."""
+        """Recompute inputs from the nearest known layer, through dense or finished layers."""
         start, found = number - 1, None
         while start > 0 and (found := self._states.hidden(start, stream)) is None:
             start -= 1

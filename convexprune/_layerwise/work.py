@@ -1,4 +1,4 @@
-"""The work of a run: what every layer is pruned on, and the steps that are taken with each."""
+"""The work of a run: windows and settings for all layers, and the steps of a layer."""
 
 from dataclasses import dataclass, replace
 
@@ -25,21 +25,21 @@ def stack_steps(on_operator: OnOperator) -> list[AbstractStackStep]:
 
 
 def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
-    """Return all steps of a run, in their order."""
+    """Return all steps of a run, in order."""
     removal = [] if settings.emptied is None else [Remove(settings.emptied)]
     return [Observe(settings.error_target), *removal, *stack_steps(on_operator)]
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Windows [samples length] to fit and to judge by, how layers are pruned on them, and by whom.
+    """Windows [samples length] to fit and to judge by, settings, and processes.
 
     Args:
         tokens: windows to fit on [samples length].
         held_out: windows to judge by [samples length].
         batch_size: windows in a forward pass.
-        settings: how layers are pruned.
-        ranks: the processes that prune each layer together.
+        settings: settings of the layers.
+        ranks: the processes that prune a layer together.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Work:
     ranks: ProcessGroup = ALONE
 
     def of_rank(self, ranks: ProcessGroup) -> "Work":
-        """Return the part of one rank: a share of the batches, and all solves. The first rank alone computes bounds."""
+        """Return the part of a rank: a share of the batches, and all solves. Only the first rank computes bounds."""
 
         def local(windows: Tensor) -> Tensor:
             batches = windows.split(self.batch_size)
@@ -70,21 +70,20 @@ class Work:
 
     @property
     def validation_batches(self) -> list[Tensor]:
-        """The batches that are never fitted, the last ones."""
+        """The batches at the end, which are never fitted."""
         return list(self.held_out.split(self.batch_size)) if len(self.held_out) else []
 
     @property
     def batches(self) -> list[Tensor]:
-        """All of them [batch length]."""
+        """All batches [batch length]."""
         return [*self.tokens.split(self.batch_size), *self.validation_batches]
 
 
 @dataclass(frozen=True, eq=False)
 class PruneLayer:
-    """Prunes a layer and puts it, and what enters the next one, away in the `store`.
+    """Prune a layer, and put the layer and the next layer's inputs away in the `store`.
 
-    All that it reads is in the model and the store, and all that it leaves is in the store: done again, it leaves the
-    same.
+    The model and the store are its only inputs, and the store its only output: a repeated call leaves the same.
     """
 
     store: AbstractStore
@@ -113,9 +112,9 @@ class PruneLayer:
 
 
 def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:
-    """Prune one layer after another as the store hands them out, until all are finished, by whomever.
+    """Prune layers as the store hands them out, until all are finished by any worker.
 
-    With a dense prefix the next layer can be claimed by another worker as soon as this one has looked at what its dense
-    layer makes of the tokens: before it is pruned.
+    With a dense prefix a second worker can claim the next layer as soon as this worker has the outputs of its dense
+    layer: before pruning.
     """
     LayerWalk(model, work.batches, store, work.settings.streams).run(PruneLayer(store, work, on_operator))

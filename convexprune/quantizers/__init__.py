@@ -1,4 +1,4 @@
-"""Quantizers by name: they put what a pruner kept on a grid. To add one: a file here and a line in `QUANTIZERS`."""
+"""Quantizers by name: they put kept values on a grid. To add a quantizer: a file here and a line in `QUANTIZERS`."""
 
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._descent import Descent

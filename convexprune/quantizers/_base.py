@@ -1,4 +1,4 @@
-"""What every quantizer promises: a pruned weight in, the same weight on its grid out, with its zeros."""
+"""The interface of quantizers: a pruned weight in, the weight on its grid out, with its zeros."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,12 +23,17 @@ class OnGrid:
 
     @classmethod
     def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
-        """Return the weight with these scales that is nearest to `weight` [m n]."""
+        """Return the nearest weight with these scales.
+
+        Args:
+            weight: V [m n].
+            scales: scales of the grid.
+        """
         return cls(grid, scales, grid.codes(weight, scales))
 
     @property
     def weight(self) -> Tensor:
-        """The weight itself [m n]."""
+        """The weight [m n]."""
         return self.grid.weight(self.codes, self.scales)
 
 
@@ -36,7 +41,7 @@ class AbstractQuantizer(ABC):
     """Settings of a quantizer, a dataclass.
 
     Raises:
-        RecipeError: a setting is not of its type, or out of range.
+        RecipeError: a setting has a wrong type, or is out of range.
     """
 
     input_errors: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Codes one after another, each the best while all others stay."""
+"""Exchange codes in turn, with all further codes fixed; and the cost of a code in bits."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a quantization will cost, before it is made: errors of rounding, and of a sweep over a few rows."""
+"""Forecast the error of a quantization: errors of rounding, and of a sweep over a few rows."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ ROWS = 64  # that are swept, at least
 
 
 class Forecast:
-    """Errors of a dense weight of some bits, for one factorisation.
+    """Errors of a dense weight at some bits, for a single factorisation.
 
-    After a sweep the damped error of a row is sum_j e_ij^2 / U_jj^2, with e the errors of rounding weights that took
-    up those of the columns before them. Of many bits these are spread like the weights themselves; few bits make them
-    larger. So some rows are swept, to see by how much larger the error is, and how many bits more there are: each
-    would make up for a factor of four. The descent after it finds less, by about the same factor for each operator.
+    After a sweep the damped error of a row is sum_j e_ij^2 / U_jj^2, with e the rounding errors of weights that took up
+    errors of earlier columns. At many bits these weights are spread like the dense weights; few bits spread them
+    further. So some rows are swept to measure the growth of the error and of the bits: a bit more divides the error by
+    four. The descent after the sweep lowers the error by about the same factor for every operator.
 
     Args:
         problem: with the damping of its sample.
@@ -36,7 +36,7 @@ class Forecast:
         self._metric = self._sweep.shape.square().reciprocal()
 
     def errors(self, constraint: Constraint) -> Tensor:
-        """About the squared error of each row.
+        """Estimate the squared error by row.
 
         Returns:
             mean |V x - W x|^2 [m].

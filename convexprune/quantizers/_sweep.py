@@ -1,4 +1,4 @@
-"""One sweep over the columns: each is rounded, and its error is pushed to the columns that are still to come."""
+"""A sweep over the columns: a column is rounded, and its error is pushed to later columns."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ BLOCK = 128  # columns between two products
 
 
 def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
-    """The weight of least error, whatever its zeros and its grid.
+    """Return the weight of least error without zeros or grid.
 
     Args:
         cross: G [m n] of a quadratic.

@@ -1,1 +1,1 @@
-"""What is done with one decoder layer: it is pruned, stage by stage, or surveyed."""
+"""The steps on a decoder layer: observe, remove, prune, quantize, measure, survey."""

@@ -1,4 +1,4 @@
-"""How far a pruned operator is from the best possible, on a few of its rows."""
+"""Lower bounds on the error of pruned operators, on some of their rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,18 +28,18 @@ TOGETHER = 64
 
 
 def rows_to_bound(pattern: Constraint, rows: int) -> int:
-    """How many rows to draw for a bound."""
+    """Return the number of rows to draw for a bound."""
     return rows * TOGETHER if pattern.by_column else rows
 
 
 def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tensor:
-    """Rows drawn at random.
+    """Draw rows at random.
 
     Args:
-        rows: how many are wanted; None is all.
+        rows: number of rows; None means all.
 
     Returns:
-        Their numbers; all of them in their order if none are left out.
+        Numbers of rows; in order if all are taken.
     """
     if rows is None or rows >= count:
         return torch.arange(count)
@@ -49,19 +49,17 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
 def sampled_bounds(
     problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
 ) -> list[dict[str, float] | None]:
-    """The quick bound for some rows of each operator of a pruned stack, the same ones in every run.
+    """Return the quick bound for some rows of every operator of a pruned stack, the same rows in every run.
 
-    The error is that of the problem that was posed: mean |V x* - target|^2, plus the damping that the pruner added (see
-    `OperatorReport`).
+    The error is the pruner's objective: mean |V x* - target|^2, plus the damping (see `OperatorReport`).
 
     Args:
         weight: the pruned weight [m n].
-        rows: how many of each operator; more are drawn for whole columns (`rows_to_bound`).
-        factors: of the rows [m], if they are weighed.
+        rows: rows per operator; more are drawn for whole columns (`rows_to_bound`).
+        factors: factors of the rows [m], if rows are weighed.
 
     Returns:
-        One bound for each operator; None if no rows are asked, if nothing was to be pruned, or if the operators are too
-        wide.
+        Bounds by operator; None without a request, without pruning, or for wide operators.
     """
     return sampled_bounds_of_all([(problem, weight, damping, factors)], rows)[0]
 
@@ -85,7 +83,7 @@ def sampled_bounds_of_all(stacks: Sequence[Stack], rows: int) -> list[list[dict[
 def _drawn(
     problem: LayerProblem, weight: Tensor, damping: Damping, factors: Tensor | None, rows: int
 ) -> tuple[tuple[Quadratic, list[Constraint], Sequence[Tensor]] | None, list[bool]]:
-    """What `LowerBound.of_each` takes of a stack, and which operators it is for; None if there is none."""
+    """Return the arguments of `LowerBound.of_each` for a stack, and the bounded operators; None without any."""
     parts, n = problem.operators(), weight.shape[1]
     wanted = [_is_bounded(part) for part in parts]
     if rows == 0 or n > WIDEST or not any(wanted):

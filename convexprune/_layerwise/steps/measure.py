@@ -1,4 +1,4 @@
-"""The last step: errors, gaps, bounds and counts of the weights as the model has them by then."""
+"""The last step: errors, gaps, bounds and counts of the model's current weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from convexprune.report import OnOperator, OperatorReport
 
 @dataclass(frozen=True)
 class Measure(AbstractStackStep):
-    """Reports every operator, and refuses weights that break their pattern."""
+    """Report every operator, and refuse weights that break their pattern."""
 
     on_operator: OnOperator
     edits: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class Measure(AbstractStackStep):
 
 
 def _counted(stack: Stack, stored: Tensor) -> list[dict[str, Any]]:
-    """Return the shapes and zeros of each operator's report.
+    """Return the shapes and zeros for the operators' reports.
 
     Raises:
         PruningError: a stored weight breaks its pattern.
@@ -92,7 +92,7 @@ def _counted(stack: Stack, stored: Tensor) -> list[dict[str, Any]]:
 
 
 def _certified(edit: LayerEdit) -> dict[str, Any]:
-    """Return what a report says of the convex solves behind a stack."""
+    """Return the certificates of a stack's convex solves for a report."""
     certificates = [solution.certificate for solution in edit.solutions]
     last = edit.solutions[-1] if edit.solutions else None
     return {
@@ -107,7 +107,7 @@ def _certified(edit: LayerEdit) -> dict[str, Any]:
 
 
 def _relative_errors(problem: LayerProblem, weight: Tensor) -> list[float]:
-    """Return mean |V x* - target|^2 over mean |W x|^2, of each operator of the stack [m n]; 0 where both are."""
+    """Return mean |V x* - target|^2 over mean |W x|^2 by operator of the stack [m n]; 0 where both are."""
     errors, energies = problem.squared_error(weight), problem.energy
     parts = [(errors[rows].sum(), energies[rows].sum()) for rows, _ in problem.pattern.parts(len(weight))]
     return [float(error / energy) if error != 0 else 0.0 for error, energy in parts]

@@ -1,4 +1,4 @@
-"""The first steps: the pass of the dense layer, and what is taken out of it before the rest is pruned."""
+"""The first steps: the pass of the dense layer, and removals before pruning."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from convexprune._layerwise.settings import Emptied
 
 @dataclass(frozen=True)
 class Observe(AbstractLayerStep):
-    """Runs the dense layer. Its outputs enter the next layer, which another worker can begin with from then on."""
+    """Run the dense layer. Its outputs enter the next layer, which a second worker can then begin."""
 
     error_target: ErrorTarget = "operator"
     edits: ClassVar[bool] = False
@@ -24,7 +24,7 @@ class Observe(AbstractLayerStep):
 
 @dataclass(frozen=True, eq=False)
 class Remove(AbstractLayerStep):
-    """Puts zeros in place of what is removed for good. Operators are compared with what they are then."""
+    """Put zeros in place of parts removed for good. Later comparisons are with these weights."""
 
     emptied: Emptied
     edits: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The step that prunes operators, each on what the pruned stages before it make."""
+"""The step that prunes operators on the inputs after earlier pruned stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 
 @dataclass(frozen=True)
 class Prune(AbstractStackStep):
-    """Prunes stacks by the pruner of their settings."""
+    """Prune stacks by the pruner of their settings."""
 
     def __call__(self, stacks: Sequence[Stack]) -> None:
         settings, problems = stacks[0].settings, [stack.problem for stack in stacks]
@@ -28,7 +28,7 @@ class Prune(AbstractStackStep):
 def solved(
     problems: Sequence[LayerProblem], factors: Sequence[Tensor | None], pruner: AbstractPruner
 ) -> list[LayerEdit]:
-    """Prune stacks of one shape, whose rows count by the square of their factors [m], or alike if there are none.
+    """Prune stacks of equal shape, whose rows count by the square of their factors [m], or alike without factors.
 
     Operators without zeros to place keep their weights, unless they compensate for inputs that another operator lost.
     """

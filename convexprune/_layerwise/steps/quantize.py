@@ -1,4 +1,4 @@
-"""The step that puts the weights that are kept on the grids of their patterns."""
+"""The step that puts kept weights on the grids of their patterns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from convexprune._layerwise.stack import Stack
 
 @dataclass(frozen=True)
 class Quantize(AbstractStackStep):
-    """Quantizes stacks whose patterns have a grid, by the quantizer of their settings."""
+    """Quantize stacks whose patterns have a grid, by the quantizer of their settings."""
 
     def __call__(self, stacks: Sequence[Stack]) -> None:
         settings = stacks[0].settings

@@ -1,4 +1,4 @@
-"""What pruning each part of a model to each pattern would cost: one pass over the dense model, which stays as it is."""
+"""Survey the cost of pruning parts of a model to several patterns, in a single pass over the dense model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,17 +40,18 @@ def survey(
     pruner: AbstractPruner | None = None,
     record: Callable[[], Recorded] = list,
 ) -> list[Unit]:
-    """Prune every operator of the dense model to every pattern, write nothing, and report the costs.
+    """Prune every operator of the dense model to every pattern, write nothing, and return the costs.
 
-    One decoder layer at a time is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of
-    the loss with a diagonal metric, in nats a token, and comparable across layers. It is taken on the windows held out,
-    or on all if none is. What bits alone cost is forecast from all (`convexprune.quantizers._forecast`).
+    A single decoder layer is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of the
+    loss with a diagonal metric, in nats per token, comparable across layers. The error is on held-out windows, or on
+    all without held-out windows. The cost of bits alone is forecast from all windows
+    (`convexprune.quantizers._forecast`).
 
     Args:
         windows: token ids [batch length].
-        fisher: f_i = mean (d loss / d y_i)^2 of each operator's outputs [m].
-        pruner: that gives the weights; None is SparseGPT, because the shape of a curve is what matters, and it is
-            quick. Rows compete as `row_weights` of f say.
+        fisher: f_i = mean (d loss / d y_i)^2 of operators' outputs [m].
+        pruner: pruner of the weights; None is SparseGPT, which is quick, and only the shape of a curve matters. Rows
+            compete by `row_weights` of f.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
     settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
@@ -68,7 +69,7 @@ def survey(
 
 
 class Survey(AbstractStackStep):
-    """Prunes stacks to every pattern and keeps what that costs, not the weights."""
+    """Prune stacks to every pattern and keep the costs, not the weights."""
 
     edits: ClassVar[bool] = False
 
@@ -98,7 +99,7 @@ class Survey(AbstractStackStep):
             self._scores.append((weight.abs() * moments.gram.diagonal().sqrt()).flatten().cpu())
 
     def _errors(self, stack: Stack, pattern: Stacked) -> Tensor:
-        """Return the error of each row of a stack that is pruned to a pattern, on the tokens that judge."""
+        """Return the error by row of a stack pruned to a pattern, on the tokens that judge."""
         folds = stack.statistics
         factors = torch.cat([row_weights(self._fisher[name]) for name in stack.names]).sqrt()
         problem = LayerProblem(stack.weight, folds.total, pattern, 0.0)
@@ -107,7 +108,7 @@ class Survey(AbstractStackStep):
         return LayerProblem(stack.weight, judge, pattern, 0.0).squared_error(edit.weight)
 
     def units(self) -> list[Unit]:
-        """Return a unit for each operator of the layer, whose outliers and skewness are those of the layer."""
+        """Return a unit by operator of the layer, with outliers and skewness of the layer."""
         if not self._costs:
             return []
         outliers, skewed = share_of_outliers(torch.cat(self._scores)), skewness(self._powers)
