@@ -19,6 +19,7 @@ an `Args:` section or in backticks.
 import ast
 import inspect
 import re
+import runpy
 from collections.abc import Container, Iterator, Sequence
 from functools import cache
 from importlib import import_module
@@ -274,3 +275,16 @@ def test_a_fault_is_found(code: str, fault: str | None, tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(code)
     assert list(offences(path)) == ([] if fault is None else [fault])
+
+
+GRAMMAR = runpy.run_path(str(PACKAGE.parent / "benchmarks" / "grammar.py"))
+
+
+def test_docstrings_open_with_a_verb_or_a_noun_and_name_things():
+    """Hardly an opening is vague, and at most 4 % of the words are pronouns (httpx 1.5 %, lineax 4.8 %)."""
+    texts = [(path, name, text) for path in GRAMMAR["product_files"]() for name, text in GRAMMAR["docstrings"](path)]
+    words = [[word.lower() for word in GRAMMAR["words"](text)] for _, _, text in texts]
+    vague = [f"{path}: {name}: {text}" for path, name, text in texts if text.split()[0] in GRAMMAR["VAGUE"]]
+    assert len(vague) < 0.02 * len(texts), "\n".join(vague)
+    pronouns = sum(word in GRAMMAR["PRONOUNS"] for text in words for word in text)
+    assert len(texts) > 1000 and pronouns <= 0.04 * sum(map(len, words))
