@@ -53,9 +53,9 @@ class Disk:
             case "write":
                 self._add("write", path, self._files[path], *more)
             case "rename":
-                file = self._files.pop(path)
-                self._files[Path(more[0])] = file
-                self._add("rename", path, file, more[0])
+                target, file = Path(more[0]), self._files.get(path, -1)  # -1 is a folder
+                self._files = {_moved(each, path, target): number for each, number in self._files.items()}
+                self._add("rename", path, file, target)
             case "unlink" if path in self._files:
                 self._add("unlink", path, self._files.pop(path))
             case "mkdir" | "rmdir":
@@ -114,6 +114,11 @@ def _apply(change: _Change, done: float, zeros: bool, names: dict[Path, int], da
             held[begin : begin + len(content)] = bytes(len(content)) if zeros else content
         case "cut":
             data[change.file] = bytearray()
+        case "rename" if change.file < 0:
+            if change.path in names:
+                moved = {_moved(path, change.path, change.more[0]): file for path, file in names.items()}
+                names.clear()
+                names.update(moved)
         case "rename":
             if names.get(change.path) == change.file:
                 del names[change.path]
@@ -123,6 +128,11 @@ def _apply(change: _Change, done: float, zeros: bool, names: dict[Path, int], da
                 del names[change.path]
         case "name" | "mkdir":
             names[change.path] = change.file
+
+
+def _moved(path: Path, source: Path, target: Path) -> Path:
+    """The name of a file or folder once a folder that it may lie in, or it itself, was renamed."""
+    return target / path.relative_to(source) if path.is_relative_to(source) else path
 
 
 def put(held: dict[Path, bytes | None]) -> None:

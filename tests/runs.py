@@ -22,6 +22,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def place_of(folder: Path) -> Path:
+    """Where a run or a comparison of a folder is while it is unfinished."""
+    return folder.with_name(f".{folder.name}.part")
+
+
 def checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from runs import LAYERS, SETTINGS, checksums, stop_after
+from runs import LAYERS, SETTINGS, checksums, place_of, stop_after
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -141,7 +141,8 @@ def interrupted(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stopped(interrupted: Path, tmp_path: Path) -> Path:
     """The folder of a run that was interrupted in its third layer."""
-    return Path(shutil.copytree(interrupted, tmp_path / "out"))
+    shutil.copytree(place_of(interrupted), place_of(tmp_path / "out"))
+    return tmp_path / "out"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._progress import begin
 from convexprune._recipe_file import given
-from convexprune._runs.folder import check_output
 from convexprune._runs.identity import checksum
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
+from convexprune._storage.failures import working
 from convexprune._storage.notes import write_json
-from convexprune._storage.place import output_folder
+from convexprune._storage.staging import Staging, output_folder, require_empty
 from convexprune._storage.tensors import raw
 from convexprune.adapters import (
     EMBEDDED,
@@ -47,6 +46,7 @@ from ._variant_settings import allocated, layer_settings
 from ._variants import Variant, make_variants
 
 logger = logging.getLogger(__name__)
+IDENTITY = Path("work", "identity.json")
 Progress = Callable[[int], Callable[[str], None]]
 """Called with the number of steps, returns what is called with a description of each step done."""
 
@@ -67,7 +67,7 @@ def compare(
 ) -> dict[str, Any]:
     """Compare methods on the same tokens, and write the result as `compare.json` into `output`.
 
-    The folder also holds `work` during the comparison. `make_variants` describes the variants.
+    The folder is there once the comparison is whole. Variants are described at `make_variants`.
 
     Args:
         command: the command line to state in the report.
@@ -91,17 +91,20 @@ def compare(
     drawing = will_draw(asked.plots)
     device = default_device(recipe.device)
     check_dataset(dataset)
-    folder = output_folder(asked.output, model)
-    work = _work_folder(folder, asked.resume)
+    staging = Staging(output_folder(asked.output, model), "compare")
+    require_resumable(staging, staging.place / IDENTITY, asked.resume)
     texts = _texts(asked.eval_texts)
     loaded = _load(model, device, recipe)
     given_settings = layer_settings(loaded, variants)
     tokens = _tokens(loaded, dataset, recipe, texts, asked)
     card = _card(loaded, tokens, recipe) | _named(model, dataset)
-    _claim(work / "identity.json", card, variants, asked.resume)
-    comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work, progress)
-    result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
-    _write(result, folder, drawing)
+    with working(staging.output), staging.held() as is_free:
+        if not is_free:
+            raise staging.in_use()
+        work = _claim(staging, card, variants, asked.resume)
+        comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work, progress)
+        result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
+        _write(result, staging, drawing)
     return result
 
 
@@ -144,21 +147,31 @@ def _compared(
     return comparison, clock
 
 
-def _write(result: dict[str, Any], folder: Path, drawing: bool) -> None:
+def _write(result: dict[str, Any], staging: Staging, drawing: bool) -> None:
+    folder = staging.begin()
     write_json(folder / "compare.json", finite(result))
     drawn = draw(result, folder) if drawing else []
     (folder / "report.md").write_text(markdown(result, drawn))
-    shutil.rmtree(folder / "work")
+    staging.publish()
+    staging.discard()
 
 
-def _work_folder(folder: Path, resume: bool) -> Path:
-    """Return the working folder of a comparison in `folder`."""
-    work = folder / "work"
-    if resume and not (work / "identity.json").is_file():
-        raise OutputError(f"{folder} holds no comparison that was interrupted, so there is nothing to resume.")
-    if not resume:
-        check_output(folder)
-    return work
+def require_resumable(staging: Staging, begun: Path, resume: bool) -> None:
+    """Refuse, before any work, what would be lost: an output, or what was `begun` in its place and is not resumed.
+
+    Raises:
+        OutputError: that is so, or there is nothing to resume.
+    """
+    require_empty(staging.output)
+    staging.check()
+    is_begun = staging.is_ours and begun.exists()
+    if resume and not is_begun:
+        raise OutputError(f"{staging.output}: no comparison was interrupted, so there is nothing to resume.")
+    if is_begun and not resume:
+        raise OutputError(
+            f"{staging.place} already holds something: an interrupted comparison. Go on with resume=True (--resume), "
+            "or remove this folder."
+        )
 
 
 def _warn_if_short(model: HuggingFaceModel, tokens: Tokens) -> None:
@@ -218,20 +231,26 @@ def _texts(sources: Sequence[str]) -> dict[str, str]:
     return {Path(source).stem: text_of(source) for source in sources}
 
 
-def _claim(path: Path, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> None:
-    """Write down the identity of a comparison; to resume, require the same identity."""
+def _claim(staging: Staging, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> Path:
+    """Write down what is compared, or see that it is the same to resume; return the folder to work in.
+
+    Raises:
+        RecipeError: it is another comparison.
+    """
     recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
-    identity = json.loads(json.dumps(card | {"recipes": recipes}))
+    identity, path = json.loads(json.dumps(card | {"recipes": recipes})), staging.place / IDENTITY
     if not resume:
+        staging.clear()
         write_json(path, identity)
-        return
+        return path.parent
     before = json.loads(path.read_text())
     differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
     if differing:
         raise RecipeError(
-            f"{path.parent.parent} holds another comparison: {', '.join(differing)} differ. Give the settings that it "
+            f"{staging.place} holds another comparison: {', '.join(differing)} differ. Give the settings that it "
             "began with, or another output folder."
         )
+    return path.parent
 
 
 def _model_hash(model: HuggingFaceModel) -> str:

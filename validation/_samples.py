@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from convexprune._runs.folder import check_output
+from convexprune._storage.failures import working
 from convexprune._storage.notes import write_json
-from convexprune._storage.place import output_folder
-from convexprune.errors import OutputError, RecipeError
+from convexprune._storage.staging import Staging, output_folder
+from convexprune.errors import RecipeError
 from convexprune.report import finite
 
-from ._compare import compare
+from ._compare import compare, require_resumable
 from ._plots import draw_samples, will_draw
 from ._results import NAMES, Row, markdown_table, name_cells, terminal_table, to_perplexity
 
@@ -41,7 +41,8 @@ def compare_samples(
 ) -> dict[str, Any]:
     """Compare on the calibration samples of several seeds.
 
-    The comparison of a sample is in `output/seed-N`, as `compare` leaves it. Evaluation texts are common.
+    Each sample's comparison is in `output/seed-N`, as `compare` leaves it. Evaluation texts are the same for all. The
+    output is there once all samples are.
 
     Args:
         model: see `compare`.
@@ -62,24 +63,27 @@ def compare_samples(
     if len(set(seeds)) < max(2, len(seeds)):
         raise RecipeError(f"Seeds {', '.join(map(str, seeds))}: give at least two, each once.")
     drawing = will_draw(plots)
-    output = output_folder(output, model)
-    if not resume:
-        check_output(output)
-    elif not any(output.glob("seed-*")):
-        raise OutputError(f"{output} holds no samples that were interrupted, so there is nothing to resume.")
-    results: list[dict[str, Any]] = []
-    for seed in seeds:
-        folder = output / f"seed-{seed}"
-        if not (folder / "compare.json").is_file():
-            going_on = resume and (folder / "work" / "identity.json").is_file()
-            compare(model, output=folder, seed=seed, resume=going_on, plots=plots, command=command, **settings)
-        results.append(json.loads((folder / "compare.json").read_text()))
-        _check(results[0], results[-1], folder)
-    card = results[0]["card"] | {"seed": list(seeds), "command": command}
-    summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
-    write_json(output / SAMPLES, finite(summary))
-    drawn = [draw_samples(summary, output)] if drawing else []
-    (output / "report.md").write_text(markdown(summary, drawn))
+    staging = Staging(output_folder(output, model), "compare")
+    require_resumable(staging, staging.new, resume)
+    with working(staging.output), staging.held() as is_free:
+        if not is_free:
+            raise staging.in_use()
+        folder = staging.new if resume else staging.begin()
+        results = list[dict[str, Any]]()
+        for seed in seeds:
+            place = folder / f"seed-{seed}"
+            if not place.exists():
+                again = Staging(place, "compare").is_ours
+                compare(model, output=place, seed=seed, resume=again, plots=plots, command=command, **settings)
+            results.append(json.loads((place / "compare.json").read_text()))
+            _check(results[0], results[-1], place)
+        card = results[0]["card"] | {"seed": list(seeds), "command": command}
+        summary = {"card": card, "dense": results[0]["dense"], "rows": _rows([r["rows"] for r in results])}
+        write_json(folder / SAMPLES, finite(summary))
+        drawn = [draw_samples(summary, folder)] if drawing else []
+        (folder / "report.md").write_text(markdown(summary, drawn))
+        staging.publish()
+        staging.discard()
     return summary
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
-from convexprune._runs.folder import REMOVED, RunFolder
+from convexprune._runs.folder import REMOVED, REPORT, RunFolder
 from convexprune._runs.identity import checksum, differences
-from convexprune._storage.files import checksum_inside
+from convexprune._storage.files import checksum_inside, named
 from convexprune.adapters import (
     BUNDLED,
     EMBEDDED,
@@ -73,8 +73,10 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
         source: a model, or the folder of a run; None is the bundled model.
         settings: of the recipe; of a run, where its model and data set are now.
     """
-    folder = None if source is None else Path(source).expanduser()
-    if folder is not None and any((folder / name).is_file() for name in (RECIPE, "report.json", "run.json")):
+    folder = None if source is None else named(source)
+    if folder is not None and RunFolder(folder).is_unfinished:
+        raise OutputError(f"The run of {folder} is unfinished. Finish it with resume=True (--resume), then verify it.")
+    if folder is not None and any((folder / name).is_file() for name in (RECIPE, REPORT)):
         return _open_run(folder, settings, device)
     if "model" in settings:
         raise RecipeError(f"model={str(settings['model'])!r} is for the folder of a run; {source} is a model itself.")
@@ -95,8 +97,6 @@ def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
     if others := [name for name in settings if name not in MOVED]:
         raise RecipeError(f"{folder} is a finished run with its own recipe; leave out: {', '.join(others)}.")
     run = RunFolder(folder)
-    if run.is_unfinished:
-        raise OutputError(f"{folder} holds an unfinished run. Finish it with resume=True (--resume), then verify it.")
     refuse_packed(folder)
     run.require_whole()
     recipe, report = read_recipe(folder), run.report()

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from convexprune._storage.failures import reading
-from convexprune._storage.folders import refuse_foreign
+from convexprune._storage.files import refuse_foreign
 from convexprune._storage.notes import read_text
 from convexprune.errors import OutputError, shown
 

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._schema.settings import BUNDLED
+from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
@@ -162,7 +163,7 @@ def reopen(opened: Callable[..., HuggingFaceModel], origin: Origin, device: str 
 
 def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
     """Return the place for transformers: a checked folder, a file inside, or a name on the hub."""
-    path = Path(source).expanduser()
+    path = named(source)
     if str(source) == BUNDLED and not path.exists():
         path = EMBEDDED
     if path.is_file() and path.suffix == ".gguf":

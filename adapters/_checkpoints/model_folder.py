@@ -9,10 +9,9 @@ from huggingface_hub import constants, get_session, snapshot_download
 from transformers import PretrainedConfig
 
 from convexprune._container.folder import holds_pack
-from convexprune._runs.folder import OWN, WORK
+from convexprune._runs.folder import OWN
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp
-from convexprune._storage.folders import refuse_foreign
+from convexprune._storage.files import PARTS, Stamp, refuse_foreign
 from convexprune._storage.tensors import DTYPES, entries
 from convexprune.errors import ModelError
 
@@ -92,10 +91,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from cause
     for name in sorted(names):
         hidden = any(part.startswith(".") for part in name.parts)
-        if name.is_absolute() or hidden or name.parts[:1] == (WORK,) or name.suffix != ".safetensors":
+        if name.is_absolute() or hidden or name.suffix != ".safetensors":
             raise ModelError(
                 f"{path} names {str(name)!r}. Accepted: safetensors files in the folder itself or below it, not "
-                f"hidden and not in {WORK}/. Move the file there."
+                "hidden. Move the file there."
             )
     return index
 
@@ -164,8 +163,5 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def has_changed(path: Path) -> ModelError:
-    """Return the error for a file that changed since the beginning of a run."""
-    return ModelError(
-        f"{path} has changed since the run began. Put it back as it was and go on with resume=True (--resume), or "
-        "begin again in another folder."
-    )
+    """Return the error for a file of a model that is not what it was when the model was opened."""
+    return ModelError(f"{path} has changed since it was opened. Put it back as it was, and start again.")

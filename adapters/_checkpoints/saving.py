@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file
-from convexprune._storage.folders import atomic_folder
 from convexprune._storage.notes import write_json, write_settings
+from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry
 
 from .._discovery.operators import offloaded, tensor_of
@@ -74,7 +74,7 @@ def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry]
     Args:
         changed: tensors that differ from the model's, by name; only for a streamed model.
     """
-    with atomic_folder(folder) as whole:
+    with Staging(folder).whole() as whole:
         if model.shards is None:
             save(model, whole)
         else:

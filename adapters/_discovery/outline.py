@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._runs.sizes import LayerSize, ModelSize, Stack
+from convexprune._storage.files import named
 from convexprune.errors import ModelError
 from convexprune.recipe import Recipe
 
@@ -63,7 +64,7 @@ def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = F
 
 
 def _config(source: str | Path, trust_remote_code: bool) -> PretrainedConfig:
-    path = Path(source).expanduser()
+    path = named(source)
     if path.is_dir():
         check_folder(path, allow_pickle=True)
     if not path.exists() and (isinstance(source, Path) or str(source).count("/") > 1 or str(source)[0] in "./~"):

@@ -159,7 +159,7 @@ def resumed(model: str = "m/llama", **settings: Any) -> convexprune.PruneResult:
 def instruction_set() -> None:
     stopped()
     capability = torch.backends.cpu.get_cpu_capability()
-    assert capability.lower() in Path("out/run.json").read_text().lower(), f"run.json does not name {capability}"
+    assert capability.lower() in Path(".out.part/run.json").read_text().lower(), f"run.json does not name {capability}"
 
 
 SELF: dict[str, Any] = {"dataset": "self", "evaluation": "self", "num_calibration_samples": 4}
@@ -169,7 +169,7 @@ SELF: dict[str, Any] = {"dataset": "self", "evaluation": "self", "num_calibratio
           each=("0.1", "0.3", "0.5", "0.7", "0.9", "0.97"))  # fmt: skip
 def windows_flipped(where: str) -> None:
     stopped(**SELF)
-    file = Path("out/work/tokens.safetensors")
+    file = Path(".out.part/work/tokens.safetensors")
     content = bytearray(file.read_bytes())
     content[int(float(where) * len(content)) // 8 * 8] ^= 4
     file.write_bytes(content)
@@ -190,7 +190,7 @@ def windows_flipped(where: str) -> None:
           each=("flipped", "truncated", "gone", "edited"))  # fmt: skip
 def run_json(name: str) -> None:
     stopped()
-    file, layers = Path("out/run.json"), {p.name for p in Path("out/work/layers").iterdir()}
+    file, layers = Path(".out.part/run.json"), {p.name for p in Path(".out.part/work/layers").iterdir()}
     if name == "edited":
         file.write_text(file.read_text().replace('"cpu"', '"cpt"'))
     elif name == "truncated":
@@ -198,7 +198,7 @@ def run_json(name: str) -> None:
     else:
         DAMAGE[name](file)
     said = error_of(resumed)
-    there = {p.name for p in Path("out/work/layers").glob("*")} if Path("out/work").exists() else set()
+    there = {p.name for p in Path(".out.part/work/layers").glob("*")} if Path(".out.part/work").exists() else set()
     finished = Path("out/model.safetensors").exists()
     assert said or finished, "neither an error nor a result"
     if said:

@@ -38,7 +38,7 @@ def signalled(number: int, line: str = SPARSEGPT) -> tuple[int, str]:
         words = [sys.executable, "-c", code, *line.split()]
         process = subprocess.Popen(words, stdout=printed, stderr=printed, start_new_session=True)
         until = time.monotonic() + 100
-        while time.monotonic() < until and not any(Path("out/work/layers").glob("*.json")):
+        while time.monotonic() < until and not any(Path(".out.part/work/layers").glob("*.json")):
             time.sleep(0.005)
         process.send_signal(number)
         status = process.wait(60)
@@ -130,7 +130,10 @@ def memory_limit(megabytes: str) -> None:
     )
 
 
-@rows.row("A folder that vanishes under a run ({}): an error of ours.", each=("out", "out/work", "out/work/hidden"))
+@rows.row(
+    "A folder that vanishes under a run ({}): an error of ours.",
+    each=("out", ".out.part/work", ".out.part/work/hidden"),
+)
 def folder_vanishes(path: str) -> None:
     done: list[Any] = []
 

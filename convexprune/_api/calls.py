@@ -22,12 +22,11 @@ from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._recipe_file import GIVEN, read_recipe
-from convexprune._runs.folder import check_output
 from convexprune._runs.run import check_patterns
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._storage.failures import working
-from convexprune._storage.place import output_folder
+from convexprune._storage.staging import Staging
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters._channels.permuting import Permuted, find_permutation
 from convexprune.adapters._channels.saving import save_permuted
@@ -170,9 +169,7 @@ def permute(
         raise PatternError(f"Pattern {call.pattern!r} does not see the order of channels. Accepted: 'N:M', '2:4' say.")
     place = default_device(recipe.device)
     check_dataset(dataset)
-    folder = None if call.output_dir is None else output_folder(call.output_dir, source)
-    if folder is not None:
-        check_output(folder)
+    folder = None if call.output_dir is None else Staging.of_new(call.output_dir, source).output
     opened = partial(
         load,
         device=place,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from convexprune._api.replacing import Replacement
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
-from convexprune._container.folder import discard_packs, holds_pack, pack_in_place, plain_checksum
+from convexprune._container.folder import holds_pack, pack_in_place, plain_checksum
+from convexprune._container.provenance import require_only_result
 from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
 from convexprune._device.memory import room_on
@@ -29,7 +29,7 @@ from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
 from convexprune._storage.files import checksums, sha256
 from convexprune._storage.notes import write_json
-from convexprune._storage.place import output_folder
+from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
 from convexprune.adapters._checkpoints.packed import load as load_packed
 from convexprune.adapters._checkpoints.saving import pruned_entries
@@ -48,18 +48,15 @@ class InFolder(Request):
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         super().__init__(settings, call)
         assert call.output_dir is not None
-        self.place = output_folder(call.output_dir, self.source)
-        self.replacement = Replacement(self.place) if call.overwrite else None
-        self.folder = RunFolder(self.replacement.new if self.replacement is not None else self.place)
+        place = output_folder(call.output_dir, self.source)
+        self.folder = RunFolder(place, require_only_result if call.overwrite else None)
 
     def run(self) -> PruneResult:
         """Prune the unfinished layers and return the result in the folder."""
-        if self.replacement is not None:
-            self.replacement.check()
-            self.replacement.clear(self.call.resume)
-        folder = self.folder
-        folder.check(self.call.resume or self.executor.rank is not None)
-        if folder.is_finished and not self.executor.rank:
+        self.folder.check(self.call.resume or self.executor.rank is not None)
+        if self.call.overwrite and not self.call.resume:
+            self.folder.restart()
+        if self.folder.is_finished and not self.executor.rank:
             self._check_finished()
         begin("loading the model")
         opened = self.open(device=self.device, stream=True)
@@ -68,10 +65,7 @@ class InFolder(Request):
 
     def plan(self) -> Inspection:
         """Check everything before a run, and predict work and needs; nothing is written."""
-        if self.replacement is not None:
-            self.replacement.check()
-        else:
-            self.folder.check(self.call.resume or self.executor.rank is not None)
+        self.folder.check(self.call.resume or self.executor.rank is not None)
         begin("loading the model")
         with self.open(device=self.device, stream=True).lent() as loaded:
             self._check(loaded)
@@ -96,13 +90,10 @@ class InFolder(Request):
         continues = self.call.resume and self.sources.has_sampled and folder.is_unfinished
         windows = self._windows(loaded, folder.sampled() if continues else {})
         report = self._report(loaded, windows)
-        report.environment["folder"] = str(self.place.absolute())
+        report.environment["folder"] = str(folder.folder.absolute())
         report.identity = self._identity(windows, report)
         with folder.opened(report.identity, self.sources.sampled(windows), self.executor.rank):
             written = not folder.is_finished and self._finish(loaded, windows, report)
-        if self.replacement is not None:
-            self.replacement.take_place()
-            self.folder = folder = RunFolder(self.place)
         in_place = not loaded.streams and self.removal is None
         if in_place and not written:  # whoever has done the work
             pruned = self._read()
@@ -159,15 +150,13 @@ class InFolder(Request):
             report.perplexity = streamed_evaluation(loaded, windows["evaluation"], store)
             self.clock.lap("evaluation")
         begin("writing the result")
-        self.folder.discard_result()
-        discard_packs(self.folder.folder)
-        with store.scratch_folder(store.count) as place:
-            self._write_files(loaded, store, report, place)
-            self.clock.lap("write")
-            self._end(report)
-            report.documents = {CARD: str(sha256(write_card(report, place)))}
-            write_page(report, place / PAGE)
-            self.folder.finish(place, report)
+        place = self.folder.staging.begin()
+        self._write_files(loaded, store, report, place)
+        self.clock.lap("write")
+        self._end(report)
+        report.documents = {CARD: str(sha256(write_card(report, place)))}
+        write_page(report, place / PAGE)
+        self.folder.finish(report)
 
     def _write_files(self, loaded: HuggingFaceModel, store: FolderStore, report: Report, place: Path) -> None:
         """Write the pruned model and its companions to the folder `place`, and check the files."""

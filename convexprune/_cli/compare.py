@@ -20,13 +20,10 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     seeds, output, model = asked.seeds, asked.output, settings.pop("model", None)
     settings.pop("seeds", None)
     settings["command"] = shlex.join(["convexprune", *sys.argv[1:]])
-    with (
-        stoppable(output, "work/identity.json" if len(seeds) == 1 else f"seed-{seeds[0]}"),
-        following(quiet=quiet) as shown,
-    ):
+    with stoppable(output, "compare"), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 
-        from convexprune._storage.place import output_folder
+        from convexprune._storage.staging import output_folder
         from convexprune.validation import _results as results
         from convexprune.validation import _samples as samples
         from convexprune.validation import compare as compare_sample

@@ -13,7 +13,7 @@ from convexprune._cli.stopping import stoppable
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder that `prune --quantize` has written.")],
+    source: Annotated[str, typer.Argument(help="Folder that `prune --quantize` has written.")],
     output: Annotated[Path, typer.Argument(help="Folder for the export; must be empty or not there.")],
     format: Annotated[str, typer.Option("--format", help="compressed-tensors.")] = "compressed-tensors",
     as_json: AsJson = False,

@@ -14,7 +14,7 @@ from convexprune._cli.stopping import stoppable
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="Folder of a model: safetensors files, and others beside them.")],
+    source: Annotated[str, typer.Argument(help="Folder of a model: safetensors files, and others beside them.")],
     output: Annotated[Path, typer.Argument(help="Folder for the pack; must be empty or not there.")],
     as_json: AsJson = False,
     quiet: Quiet = False,

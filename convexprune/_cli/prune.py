@@ -13,7 +13,6 @@ from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 from convexprune._cli.summary import summary
 from convexprune._schema.functions import PRUNE
-from convexprune._storage.place import beside
 
 if TYPE_CHECKING:
     from convexprune._api.result import PruneResult
@@ -55,8 +54,7 @@ def prune(
         settings = {"evaluation": "held-out"} | settings
     if recipe is None and settings.get("dataset", "self") == "self":
         settings = {"evaluation": "self"} | settings
-    folder = beside(settings["output_dir"]) if settings.get("overwrite") else settings["output_dir"]
-    with stoppable(folder), following(quiet=quiet) as shown:
+    with stoppable(settings["output_dir"], "prune"), following(quiet=quiet) as shown:
         from transformers.utils.logging import disable_progress_bar
 
         from convexprune._api import calls as api

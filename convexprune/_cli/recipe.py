@@ -23,8 +23,10 @@ def from_llmcompressor(
 
     Prune by the result: convexprune prune MODEL --recipe FILE.
     """
-    if output is not None and output.exists():
+    if output is not None and (output.exists() or output.is_symlink()):
         raise OutputError(f"{output} is there already. Give another file.")
+    if output is not None and not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}. Make it, or give another file.")
     import yaml
 
     from convexprune._api.llmcompressor import from_llmcompressor as translated

@@ -12,19 +12,22 @@ from convexprune._cli.stopping import stoppable
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run; also one that is packed.")],
+    run: Annotated[str, typer.Argument(help="Folder of a finished run; also one that is packed.")],
     output: Annotated[
         Path | None,
-        typer.Option(help="File to write; one that is there is replaced. Left out: report.html in the folder."),
+        typer.Option(help="File to write; a page that is there is replaced. Left out: report.html in the folder."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of a run. Errors, zeros, certificates and next steps, as a single HTML file without a network."""
     with stoppable():
-        from convexprune._rendering.page import write_page
+        from convexprune._rendering.page import check_page, write_page
         from convexprune._runs.folder import PAGE, RunFolder
+        from convexprune._storage.files import named
 
-        page = write_page(RunFolder(run).report(), output or run / PAGE, str(run))
+        folder = named(run)
+        place = check_page(output or folder / PAGE)
+        page = write_page(RunFolder(folder).report(), place, str(folder))
     if as_json:
         print_json({"page": str(page.resolve())})
         return

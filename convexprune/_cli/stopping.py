@@ -11,6 +11,8 @@ from types import FrameType
 import typer
 from rich.console import Console
 
+from convexprune._storage.staging import kept
+
 
 class Stopped(KeyboardInterrupt):
     """A signal came that asks the process to end."""
@@ -38,15 +40,15 @@ def status(stop: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def stoppable(folder: Path | None = None, marker: str = "run.json") -> Iterator[None]:
-    """Tell whoever stops the command how to resume in `folder`, once the file `marker` exists."""
+def stoppable(output: Path | None = None, command: str = "") -> Iterator[None]:
+    """Inside, whoever stops the `command` is told how to go on, if its work on the `output` is kept."""
     try:
         yield
     except KeyboardInterrupt as stop:
         said = "Stopped."
-        if folder is not None and (folder / marker).exists():
+        if output is not None and (place := kept(output, command)) is not None:
             given = [argument for argument in sys.argv[1:] if argument != "--resume"]
-            command = shlex.join(["convexprune", *given, "--resume"])
-            said = f"Stopped. What is finished is kept in {folder}; go on with:\n  {command}"
+            again = shlex.join(["convexprune", *given, "--resume"])
+            said = f"Stopped. What is finished is kept in {place}; go on with:\n  {again}"
         Console(stderr=True, markup=False).print(said, soft_wrap=True, highlight=False)
         raise typer.Exit(status(stop)) from None

@@ -13,7 +13,7 @@ from convexprune._cli.stopping import stoppable
 
 @app.command()
 def unpack(
-    source: Annotated[Path, typer.Argument(help="Folder of a pack.")],
+    source: Annotated[str, typer.Argument(help="Folder of a pack.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -15,6 +15,7 @@ from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
 from convexprune._storage.notes import read_text, write_settings
+from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.constraints import Grid, parse_pattern
 from convexprune.constraints._grid import ROW
@@ -47,6 +48,7 @@ def export_compressed_tensors(source: str | Path, output_dir: str | Path) -> Pat
             modules, which is all that the layout knows.
         OutputError: the output folder holds something, or the disk is full.
     """
+    staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack. Unpack it first (convexprune unpack).")
@@ -71,7 +73,7 @@ def export_compressed_tensors(source: str | Path, output_dir: str | Path) -> Pat
     converts |= {path: partial(_convert_index, quantized=quantized) for path in files if path.name.endswith(INDEX)}
     converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
-    return write_folder("exporting", folder, {path: path for path in kept}, converts, output_dir)
+    return write_folder("exporting", folder, {path: path for path in kept}, converts, staging)
 
 
 def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str]) -> None:

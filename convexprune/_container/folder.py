@@ -16,11 +16,10 @@ from convexprune._container.file import (
     unpack_file,
 )
 from convexprune._progress import begin
-from convexprune._runs.folder import REPORT, RUN, RunFolder, check_output
+from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, paths_in
-from convexprune._storage.folders import atomic_folder, refuse_foreign
-from convexprune._storage.place import output_folder
+from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, named, paths_in, refuse_foreign
+from convexprune._storage.staging import Staging
 from convexprune.errors import ConvexpruneError, ModelError, OutputError
 
 Convert = Callable[[Path, Path], None]
@@ -97,6 +96,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
             safetensors; or it is a pack already.
         OutputError: the output folder holds something, the source holds an unfinished run, or the disk is full.
     """
+    staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack already. Give a folder of plain safetensors files.")
@@ -105,7 +105,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
     names = {path: packed_name(path) for path in files if path not in left_out}
-    target = write_folder("packing", folder, names, _changed(names, pack_file), output_dir)
+    target = write_folder("packing", folder, names, _changed(names, pack_file), staging)
     return Packed.of(target, names.values(), _operators(folder))
 
 
@@ -131,6 +131,7 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
         ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere.
         OutputError: the output folder holds something, or the disk has not enough room.
     """
+    staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
     if not any(map(is_packed, files)):
         raise ModelError(f"{folder} is no pack: it holds no file whose name ends in {PACKED}.")
@@ -140,7 +141,7 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
     before = Packed.of(folder, files).before
-    return write_folder("unpacking", folder, names, _changed(names, unpack_file), output_dir, before)
+    return write_folder("unpacking", folder, names, _changed(names, unpack_file), staging, before)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:
@@ -180,13 +181,6 @@ def plain_checksum(folder: Path, name: str) -> str | None:
     return checksum_inside(folder, name)
 
 
-def discard_packs(folder: Path) -> None:
-    """Remove from `folder` the packs of a result that a run had not finished when it was killed."""
-    for path in paths_in(folder):
-        if path.name.endswith(PACKED):
-            path.unlink()
-
-
 def holds_pack(folder: Path) -> bool:
     """Whether `folder` is a pack."""
     return any(path.name.endswith(PACKED) for path in paths_in(folder))
@@ -198,19 +192,24 @@ def packed_name(path: Path) -> Path:
 
 
 def source_files(source: str | Path) -> tuple[Path, list[Path]]:
-    """The files of a model."""
-    folder = Path(source).expanduser()
+    """Return the folder of a model, and the names of its files.
+
+    Raises:
+        ModelError: it is no folder, or holds what is no file of a model.
+        OutputError: it is the folder of an unfinished run.
+    """
+    folder = named(source)
     if not folder.is_dir():
+        if RunFolder(folder).is_unfinished:
+            raise OutputError(f"The run of {folder} is unfinished. Finish it with resume=True (--resume) first.")
         raise ModelError(
             f"{source}: no such folder. Give the folder of a model; one on the hub has to be downloaded first."
         )
-    if (folder / RUN).is_file():
-        raise OutputError(f"{folder} holds an unfinished run. Finish it with resume=True (--resume) first.")
     return folder, _files(folder)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The names of the files in a folder, without those in hidden folders (.git, .cache) and unfinished ones."""
+    """Return the names of the files in a folder, but for those in hidden folders (.git, .cache) and unfinished ones."""
     found = []
     with reading(folder):
         for path in paths_in(folder):
@@ -228,25 +227,27 @@ def write_folder(
     folder: Path,
     names: Mapping[Path, Path],
     converts: Mapping[Path, Convert],
-    output_dir: str | Path,
+    staging: Staging,
     needed: int = 0,
 ) -> Path:
     """Write files to another folder, in which all are or nothing is.
 
     Args:
-        names: for each file its new name; those that are converted last come last.
+        doing: the activity, for progress.
+        folder: that the files are in.
+        names: for each file its new name, in the order of writing.
         converts: writes a file to a path in its own way; all others are copied.
+        staging: where the other folder is made.
         needed: bytes that it takes.
     """
-    target = output_folder(output_dir, folder)
-    check_output(target)
-    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    target = staging.output
+    there = next(path for path in target.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(there).free):
         raise OutputError(
             f"{target}: {needed:,} bytes are needed, and {free:,} are free. Make room, or give another folder."
         )
     step = begin(doing, len(names))
-    with atomic_folder(target) as whole:
+    with staging.whole() as whole:
         for source, name in names.items():
             converts.get(source, copy_file)(folder / source, whole / name)
             step(str(source))

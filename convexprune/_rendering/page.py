@@ -1,12 +1,17 @@
 """The page of a run: report.html, a single file without network access, filled from the report alone."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from convexprune._container.provenance import is_page
+from convexprune._storage.failures import writing
 from convexprune._storage.files import atomic_write, write
+from convexprune._storage.staging import followed
+from convexprune.errors import OutputError
 from convexprune.report import Report
 
 from . import charts
@@ -29,8 +34,19 @@ class Tile(NamedTuple):
     note: str
 
 
+def check_page(path: Path) -> Path:
+    """Return the place of a page that may be written, its links followed."""
+    place = followed(path) if path.is_symlink() else path
+    with writing(place):
+        if not place.parent.is_dir():
+            raise OutputError(f"{place}: there is no folder {place.parent}. Make it, or give another file.")
+        if os.path.lexists(place) and not (place.is_file() and is_page(place)):
+            raise OutputError(f"{place} is no page of a run, and is not replaced. Give another file.")
+    return place
+
+
 def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
-    """Write the page of a run."""
+    """Write the page of a run, whose result is in `folder` if it was moved, and return its path."""
     with atomic_write(path) as file:
         write(file, page(report, folder).encode())
     return path

@@ -1,9 +1,8 @@
-"""The folder of a run: empty, unfinished (it holds run.json) or finished; refused if it is another run's."""
+"""The folder of a run: the result, which is whole or not there, and beside it the place where a run is unfinished."""
 
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,109 +14,117 @@ from torch import Tensor
 
 from convexprune._runs.identity import differences
 from convexprune._storage.failures import writing
-from convexprune._storage.files import PARTS, atomic_write, checksum_inside, make_folder, sha256, write
-from convexprune._storage.folders import move_files
-from convexprune._storage.locks import locked, overwrite
+from convexprune._storage.files import atomic_write, checksum_inside, sha256, write
+from convexprune._storage.locks import locked
 from convexprune._storage.notes import read_notes, read_text, write_notes
+from convexprune._storage.staging import Staging, require_empty
 from convexprune._storage.tensors import Spec, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import Report
 
 logger = logging.getLogger(__name__)
-RUN, WORK, LOCK, FINISH, REPORT = "run.json", "work", "run.lock", "finish.lock", "report.json"
+RUN, WORK, FINISH, REPORT = "run.json", "work", "finish.lock", "report.json"
 REMOVED = {kind: f"{kind}.json" for kind in ("channels", "heads", "layers", "experts")}  # which were removed for good
 CARD, PAGE = "README.md", "report.html"  # what the report says, for people
-OWN = (RUN, LOCK, FINISH, REPORT, PAGE, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
-TOKENS, RESULT = "tokens.safetensors", "result.json"
+OWN = (REPORT, PAGE, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
+TOKENS = "tokens.safetensors"
 LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
 
 
-def check_output(folder: Path) -> None:
-    """Refuse, before any work, a folder that holds something."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise OutputError(f"{folder} already holds something. Give another output folder, or remove this one first.")
-
-
 class RunFolder:
-    """The output `folder` of a run and what it says of itself; `work` is for what is between the layers."""
+    """The result of a run in `folder`, and the run that is unfinished in the `staging` place beside it.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.work = folder / WORK
+    Args:
+        folder: of the result.
+        replaces: refuses a folder that the result may not take the place of. None: the folder has to be empty.
+    """
 
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether a run began here and did not end."""
-        return (self.folder / RUN).is_file()
+    def __init__(self, folder: Path, replaces: Callable[[Path], None] | None = None) -> None:
+        self.folder, self.replaces = folder, replaces
+        self.staging = Staging(folder, "prune")
+        self.work, self._run = self.staging.place / WORK, self.staging.place / RUN
 
     @property
     def is_finished(self) -> bool:
-        """Whether a result lies here."""
-        return not self.is_unfinished and (self.folder / REPORT).is_file()
+        """True if the result is in the folder."""
+        return self.replaces is None and (self.folder / REPORT).is_file()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """True if a run for the folder began and did not end."""
+        return not self.is_finished and self.staging.is_ours and self._run.is_file()
 
     def check(self, resume: bool) -> None:
-        """Refuse, before any work, a folder that holds what would be lost.
-
-        Args:
-            resume: whether an unfinished run may be there.
-        """
-        done = len(list((self.work / "layers").glob("*.json")))  # first: until they are gone, the rest stays
-        if self.folder.exists() and not (self.folder.is_dir() and self._is_ours()):  # another rank may begin it now
-            check_output(self.folder)
-        if not resume and self.is_finished:
+        """Refuse, before any work, what would be lost. An unfinished run is accepted with `resume`."""
+        if self.is_finished:
+            if resume:
+                return
             raise OutputError(
                 f"{self.folder} already holds something: a finished run. Give another output folder, or "
                 "overwrite=True (--overwrite)."
             )
-        if self._begun() is None and not self.is_finished and done:
+        self.staging.check()
+        if self.replaces is None:
+            require_empty(self.folder)
+        elif os.path.lexists(self.folder):
+            self.replaces(self.folder)
+        if self.replaces is not None and not resume:
+            return
+        done = len(list((self.work / "layers").glob("*.json"))) if self.staging.is_ours else 0
+        if self._begun() is None and done:
             raise OutputError(
-                f"{self.folder} holds {done} finished layers, but {RUN}, which says of what run, is missing. Put it "
-                "back to go on, or remove the folder to begin again."
+                f"{self.staging.place} holds {done} finished layers, but {RUN}, which says of what run, is missing. "
+                "Put it back to go on, or remove the folder to begin again."
             )
         if not resume and self.is_unfinished:
-            with locked(self.folder / LOCK, shared=True) as free:
-                if not free:
-                    raise self._in_use()
             raise OutputError(
-                f"{self.folder} holds an unfinished run, {done} of its layers finished. Go on with resume=True "
+                f"{self.staging.place} holds an unfinished run, {done} of its layers finished. Go on with resume=True "
                 "(--resume), or begin again with overwrite=True (--overwrite)."
             )
 
+    def restart(self) -> None:
+        """Discard the unfinished run, if there is one."""
+        if self.staging.is_ours:
+            with self.staging.held() as is_free:
+                if not is_free:
+                    raise self.staging.in_use()
+                self.staging.discard()
+
     @contextmanager
     def opened(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor], rank: int | None) -> Iterator[None]:
-        """Begin the run, or go on with it if it is the same; meanwhile no other process can.
+        """Begin the run, or go on with it if it is the same. Meanwhile no other process can.
 
         Args:
+            identity: all that the result depends on, as JSON can hold it.
+            tokens: the windows of token ids by use.
             rank: the process's number if several open the folder on purpose: the first begins, the others wait for it.
         """
-        with writing(self.folder):
-            make_folder(self.folder)
+        identity = json.loads(json.dumps(identity))
         try:
-            with self._held(shared=rank is not None):
-                if rank is None:
-                    overwrite(self.folder / LOCK, f"process {os.getpid()} on {os.uname().nodename}\n")
-                if rank:
-                    self._wait()
-                elif not self.is_unfinished and not self.is_finished:
-                    self._begin(identity, tokens)
-                self._require_same(identity, tokens)
-                if not rank and self.is_unfinished and not self._tokens_are_whole():
-                    self._keep(tokens)
-                yield
+            while not self.is_finished:
+                with self.staging.held(shared=rank is not None) as is_free:
+                    if is_free:
+                        self._enter(identity, tokens, rank)
+                        yield
+                        return
+                    if not self.is_finished:
+                        raise self.staging.in_use()
+            self._require_same(identity, tokens)
+            yield
         finally:
             self._tidy_up()
 
     def sampled(self) -> dict[str, Tensor]:
-        """The windows that the run began with and that the model wrote; none, and a warning, if they are damaged."""
+        """Return the windows that the run began with and that the model wrote; none, with a warning, if damaged."""
         if self._tokens_are_whole():
             return load_file(self.work / TOKENS)
         logger.warning("%s is damaged: the windows that the model wrote are sampled again", self.work / TOKENS)
         return {}
 
     def report(self) -> Report:
-        """The report of the finished run."""
+        """Return the report of the finished run."""
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
     def require_whole(self, checksum: Callable[[Path, str], str | None] = checksum_inside) -> None:
@@ -134,72 +141,47 @@ class RunFolder:
                 f"checksums in {REPORT}. Put back what was written, or remove the folder and prune again."
             )
 
-    def result(self) -> dict[str, str]:
-        """The files of the result, packed or not.
-
-        Returns:
-            The sha256 of each by its name; of an unfinished run, of those that may lie here already.
-        """
-        if self.is_finished:
-            report = self.report()
-            return report.files | report.documents
-        return read_notes(self.work / RESULT) or {}
-
-    def discard_result(self) -> None:
-        """Remove from the `folder` what an unfinished run that was killed had of its result."""
-        for name in self.result():
-            (self.folder / name).unlink(missing_ok=True)
-
-    def finish(self, place: Path, report: Report) -> None:
-        """Move the result here, write the report, and let go of all that was only for the run."""
-        write_notes(self.work / RESULT, report.files | report.documents)  # whatever happens from here on, they are ours
-        move_files(place, self.folder)
-        with atomic_write(self.folder / REPORT) as file:
+    def finish(self, report: Report) -> None:
+        """Write the report beside the result, which is whole in `staging.new`, and put it into the folder."""
+        with atomic_write(self.staging.new / REPORT) as file:
             write(file, report.to_json().encode())
-        os.replace(self.folder / RUN, self.work / RUN)  # from here on it is finished
+        self.staging.publish(self.replaces)
+        self.replaces = None  # from here on the run is finished
+        self._run.unlink()
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Inside, this process is the only one to finish the run; false if another one has."""
+        """Yield True if this process is the one that has to finish the run; False if another one did."""
         while self.is_unfinished:
-            with locked(self.folder / FINISH) as is_locked:
+            with locked(self.staging.place / FINISH) as is_locked:
                 if is_locked and self.is_unfinished:
                     yield True
                     return
             time.sleep(POLL)
         yield False
 
-    @contextmanager
-    def _held(self, shared: bool) -> Iterator[None]:
-        """The lock on the folder; who holds it in a finished run only tidies up, and is waited for."""
-        while True:
-            with locked(self.folder / LOCK, shared=shared) as is_locked:
-                if is_locked:
-                    yield
-                    return
-                if not self.is_finished:
-                    raise self._in_use()
-            time.sleep(POLL)
-
-    def _in_use(self) -> OutputError:
-        holder = (self.folder / LOCK).read_text().strip() or "a rank of a launcher"
-        return OutputError(f"Another process works on {self.folder} ({holder}). Wait for it, or give another folder.")
-
     def _tidy_up(self) -> None:
-        """Of a finished run, remove all that was only for the run, unless another process still works on it."""
-        if self.is_finished:
-            with locked(self.folder / LOCK) as last:
-                if last:
-                    shutil.rmtree(self.work, ignore_errors=True)
-                    for path in (*self.folder.glob(PARTS), self.folder / FINISH, self.folder / LOCK):
-                        path.unlink(missing_ok=True)
+        """Remove what only the finished run needed, unless another process works on it, or it is another run."""
+        if self.is_finished and self.staging.is_ours:
+            with self.staging.held() as is_last:
+                if is_last and (not self._run.exists() or read_notes(self._run) == self.report().identity):
+                    self.staging.discard()
+
+    def _enter(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor], rank: int | None) -> None:
+        if rank:
+            self._wait()
+        elif not self.is_unfinished and not self.is_finished:
+            self._begin(identity, tokens)
+        self._require_same(identity, tokens)
+        if not rank and self.is_unfinished and not self._tokens_are_whole():
+            self._keep(tokens)
 
     def _begin(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.staging.clear()
         with writing(self.work):
             self.work.mkdir()
         self._keep(tokens)
-        write_notes(self.folder / RUN, json.loads(json.dumps(identity)))
+        write_notes(self._run, identity)
 
     def _keep(self, tokens: Mapping[str, Tensor]) -> None:
         specs = {name: Spec.of(windows) for name, windows in tokens.items()}
@@ -211,13 +193,13 @@ class RunFolder:
         return kept is not None and kept == sha256(self.work / TOKENS)
 
     def _begun(self) -> Any:
-        """What the unfinished run here began with; None if there is none."""
+        """Return the identity that the unfinished run began with; None if there is no such run."""
         for _ in range(2):  # another process may begin or finish the run meanwhile
-            if (then := read_notes(self.folder / RUN)) is not None or not self.is_unfinished:
+            if (then := read_notes(self._run)) is not None or not self.is_unfinished:
                 return then
         raise OutputError(
-            f"{self.folder / RUN} is damaged, or of another release: it does not say any more what run this is. Put "
-            "back what was written to go on, or remove the folder to begin again."
+            f"{self._run} is damaged, or of another release: it does not say any more what run this is. Put back what "
+            "was written to go on, or remove the folder to begin again."
         )
 
     def _wait(self) -> None:
@@ -228,10 +210,10 @@ class RunFolder:
             time.sleep(POLL)
 
     def _require_same(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor]) -> None:
-        then = self._begun()
+        then = None if self.is_finished else self._begun()
         if then is None and self.is_finished:  # also if another rank has just finished it
             then = self.report().identity
-        differing = differences(then or {}, json.loads(json.dumps(identity)))
+        differing = differences(then or {}, identity)
         lost = [name for name in tokens if f"tokens.{name}" in differing] if self.is_unfinished else []
         if lost and not self._tokens_are_whole():
             raise OutputError(
@@ -244,11 +226,7 @@ class RunFolder:
                 "with, or give another output folder."
             )
 
-    def _is_ours(self) -> bool:
-        names = {path.name for path in self.folder.iterdir() if not path.match(PARTS)}
-        return self.is_unfinished or self.is_finished or names <= {WORK, LOCK, FINISH}
-
 
 def _fault(name: str, known: str, found: str | None) -> str:
-    """What is wrong with a file of the result; nothing if it is as it was written."""
+    """Return what is wrong with a file of the result; nothing if it is as it was written."""
     return "" if found == known else f"{name} is {'missing' if found is None else 'damaged'}"

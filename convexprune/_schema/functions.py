@@ -39,7 +39,7 @@ class Output(Settings):
     @classmethod
     def _named(cls, folder: Any) -> Any:
         if isinstance(folder, str) and not folder.strip():
-            raise OutputError("output_dir is an empty text. Give a folder, '.' for this one; or leave it out.")
+            raise OutputError("output_dir is an empty text. Give a folder, or leave it out.")
         return folder
 
 

@@ -19,18 +19,25 @@ _ADVICE = {
 }
 
 
+class _DiskError(OutputError):
+    """Error of the file system, to which a run adds how it goes on."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a disk error while writing a file into an error that says how to go on."""
+    """Turn an error of the disk while a file is written into an OutputError that says what to do."""
     with _as_output_error(f"{path} cannot be written"):
         yield
 
 
 @contextmanager
 def working(folder: Path) -> Iterator[None]:
-    """Turn any error of the file system during a run into an error that says how to go on."""
-    with _as_output_error(f"The run in {folder} has stopped"):
-        yield
+    """Turn any error of the file system during a run that can be resumed into an OutputError that says so."""
+    try:
+        with _as_output_error(f"The run in {folder} has stopped"):
+            yield
+    except _DiskError as error:
+        raise OutputError(f"{error} What is finished is kept: go on with resume=True (--resume).") from error
 
 
 @contextmanager
@@ -46,7 +53,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn a disk error while reading a model file into a ModelError."""
+    """Turn an error of the disk while a file of a model is read into a ModelError."""
     try:
         yield
     except OutputError:
@@ -63,6 +70,4 @@ def _as_output_error(what: str) -> Iterator[None]:
         raise
     except OSError as cause:
         advice = _ADVICE.get(cause.errno or 0, "Mend the disk")
-        raise OutputError(
-            f"{what}: {cause}. {advice}, and start again; a run with resume=True (--resume), which keeps what is done."
-        ) from cause
+        raise _DiskError(f"{what}: {cause}. {advice}, and start again.") from cause

@@ -12,16 +12,13 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from convexprune._storage.failures import naming, reading, writing
 from convexprune.errors import ModelError
 
-PARTS = ".*.part"  # files that are being written, or were when their process was killed
+PARTS = f".{'[0-9a-f]' * 16}.part"  # files that are being written, or were when their process was killed
 CHUNK = 1 << 20  # bytes that are read at once
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well.
-
-    Its folder is made if need be.
-    """
+    """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well."""
     # Whoever else may write to the folder cannot know this name, and a link that has it would not be followed.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
@@ -35,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it lies in, such that they are there after a power cut."""
+    """Make a `folder`, and those that it lies in, such that they are there after a power cut."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -43,20 +40,20 @@ def make_folder(folder: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, such that after a power cut either all of it is there or nothing."""
+    """Give a finished file or folder its name, such that after a power cut either all of it is there or nothing."""
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def flush(folder: Path) -> None:
-    """Flush all that lies in a folder to the disk, whoever wrote it."""
+    """Flush all that lies in a `folder` to the disk, whoever wrote it."""
     for path in (*paths_in(folder), folder):
         _sync(path)
 
 
 def paths_in(folder: Path) -> list[Path]:
-    """All that lies in a folder and in those inside of it, these too, sorted."""
+    """Return the paths of all files and folders below a `folder`, sorted."""
     found = os.walk(folder, onerror=_not_listed)
     return sorted(Path(place) / name for place, folders, files in found for name in (*folders, *files))
 
@@ -66,11 +63,7 @@ def _not_listed(error: OSError) -> NoReturn:
 
 
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Write bytes: every byte of a run goes through here.
-
-    Args:
-        data: the bytes.
-    """
+    """Write bytes: every byte of a run goes through here."""
     file.write(data)
 
 
@@ -82,13 +75,7 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is written to or replaced.
-
-    Args:
-        inode: its number in the file system.
-        size: bytes.
-        modified: nanoseconds since the epoch.
-    """
+    """Facts of a file that change when it is written to or replaced; `modified` in nanoseconds since the epoch."""
 
     inode: int
     size: int
@@ -96,7 +83,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        """The stamp of a file as it is now."""
+        """Return the stamp of a file as it is now."""
         with reading(path):
             found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -104,8 +91,18 @@ class Stamp(NamedTuple):
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def named(source: str | Path) -> Path:
+    """Return the path of a model or a run, with "~" expanded; an empty text is no path, though pathlib has it so."""
+    if not str(source).strip():
+        raise ModelError("An empty text is no folder. Give the folder; '.' is the current one.")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as cause:
+        raise ModelError(f"{source}: {cause} Write the folder without '~'.") from cause
+
+
 def sha256(path: Path) -> str | None:
-    """The checksum of the file at `path`, which is never whole in memory; None if it is missing."""
+    """Return the checksum of the file at `path`, which is never whole in memory; None if it is missing."""
     try:
         with naming(path), path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -114,33 +111,22 @@ def sha256(path: Path) -> str | None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Compute the checksums of all files in a folder.
-
-    Returns:
-        The sha256 of each by its name in the folder.
-    """
+    """Compute the sha256 of every file below a `folder`, by its name there."""
     files = (path for path in paths_in(folder) if path.is_file())
     return {path.relative_to(folder).as_posix(): str(sha256(path)) for path in files}
 
 
 def checksum_inside(folder: Path, name: str) -> str | None:
-    """The checksum of a file named by someone else.
-
-    Returns:
-        The checksum; None if there is no such file, or it is outside of the folder.
-    """
+    """Return the checksum of a file that someone else has named; None if there is no such file in the folder."""
     path = Path(name)
     inside = not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()  # nor a pipe or a device
     return sha256(folder / path) if inside else None
 
 
 def read_ahead(path: Path, begin: int = 0, length: int = 0) -> None:
-    """Ask the system to bring bytes of a file into its cache while others compute.
+    """Ask the system to bring bytes of a file into its cache; `length` 0 is all that follow.
 
     Only a hint: a system that takes none, or a file that is gone, is no error.
-
-    Args:
-        length: how many bytes; 0 is all that follow.
     """
     if hasattr(os, "posix_fadvise"):  # not on macOS, nor on Windows
         with suppress(OSError), path.open("rb") as file:
@@ -153,3 +139,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_foreign(path: Path, folder: Path) -> None:
+    """Refuse a file of a model that is a link out of the model's folder, but for the blobs of the hub's cache."""
+    place, target = folder.resolve(), path.resolve()
+    blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
+    if not target.is_relative_to(place) and target.parent != blobs:
+        raise ModelError(
+            f"{path} is a link to {target}, outside of the model's folder, and would be copied to the result. Put "
+            "the file itself into the folder, or remove the link."
+        )

@@ -11,12 +11,9 @@ from convexprune.errors import DependencyError
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock in the block, if free. The lock vanishes with the process, whatever ends the process.
+    """Hold a lock inside the block, and yield True; yield False if it is not free. It ends with the process.
 
-    Works on any shared file system with flock.
-
-    Args:
-        shared: allow many holders at once, and no exclusive holder meanwhile.
+    Any shared file system that has flock will do. The lock file is made if need be. Many may hold a `shared` lock.
     """
     try:
         import fcntl
@@ -35,7 +32,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Write a note of no consequence into a file; do nothing for a link."""
+    """Put a note that nothing depends on into a file; not if it is a link."""
     with open(path, "w", opener=_follow_no_link) as file:
         file.write(text)
 

@@ -11,7 +11,7 @@ from convexprune.errors import OutputError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON. NaN and infinity are kept, as Python reads them back."""
+    """Write a value as JSON; NaN and infinity are kept, as Python reads them back."""
     with atomic_write(path) as file:
         write(file, json.dumps(value, indent=1).encode())
 
@@ -23,11 +23,7 @@ def write_settings(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path, longest: int) -> str:
-    """The text of a file.
-
-    Args:
-        longest: the most bytes that are read.
-    """
+    """Return the text of a file."""
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OutputError(f"{path}: there is no such file. Is it the right folder?")
@@ -43,21 +39,21 @@ def read_text(path: Path, longest: int) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value of the JSON file at `path`; None if missing or not JSON."""
+    """Return the value of the JSON file at `path`; None if it is missing or is not JSON."""
     try:
         with naming(path):
             return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
 def write_notes(path: Path, value: Any) -> None:
-    """Write a value as `write_json` does, with a checksum."""
+    """Write a value as `write_json` does, with its checksum."""
     write_json(path, {"checksum": _checksum(value), "notes": value})
 
 
 def read_notes(path: Path) -> Any:
-    """Return the value that `write_notes` wrote to `path`; None if missing or changed."""
+    """Return the value that `write_notes` wrote to `path`; None if it is missing or is not what was written."""
     match read_json(path):
         case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
             return value

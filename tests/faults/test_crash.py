@@ -56,8 +56,8 @@ class Trial:
     """Runs of one mode on one model, each in the same folder, and what becomes of them."""
 
     def __init__(self, model: Path, folder: Path, mode: str) -> None:
-        self.model, self.mode, self.out = model, mode, folder / "out"
-        self.roots = (model, self.out)
+        self.model, self.mode, self.here = model, mode, folder / "here"
+        self.out, self.roots = self.here / "out", (model, self.here)
         self.log = os.open(folder / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)  # of all processes
         self.counts = Counter[tuple[str, str]]()
         self.run(resume=True)
@@ -68,6 +68,11 @@ class Trial:
         settings: dict[str, Any] = QUICK | MODES[self.mode] | here
         convexprune.prune(self.model, output_dir=self.out, resume=resume, **settings)
 
+    def clear(self) -> None:
+        """Remove the result, and what was left beside it."""
+        shutil.rmtree(self.here)
+        self.here.mkdir()
+
     def watched(self, last: int | None = None, lasting: bool = False) -> list[str]:
         """Run, in the pool within a worker, and let operation `last` fail, and if it is `lasting` all after it.
 
@@ -75,7 +80,7 @@ class Trial:
             what kinds of operations there were.
         """
         os.ftruncate(self.log, 0)
-        shutil.rmtree(self.out)
+        self.clear()
         count = 0
 
         def on_operation(kind: str, path: Path, *_: Any) -> None:
@@ -132,7 +137,7 @@ def test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on(small: P
 
 
 def test_a_pool_that_loses_a_worker_tells_of_every_operator(small: Path, tmp_path: Path):
-    told, folder = list[str](), tmp_path / "out"
+    told, folder = list[str](), tmp_path / "here" / "out"
 
     def deadly(kind: str, path: Path, *_: Any) -> None:
         if kind == "flock" and path.parent.name == "claims":
@@ -141,7 +146,7 @@ def test_a_pool_that_loses_a_worker_tells_of_every_operator(small: Path, tmp_pat
     settings: dict[str, Any] = (
         QUICK | MODES["pool"] | {"output_dir": folder, "progress": lambda _: lambda o: told.append(o.name)}
     )
-    with forks(lambda: watched([folder], deadly)) as workers:
+    with forks(lambda: watched([folder.parent], deadly)) as workers:
         assert _raised(lambda: convexprune.prune(small, **settings)) is None
     assert workers[0].exitcode == -signal.SIGKILL and len(workers) == 2
     assert sorted(told) == sorted(o["name"] for o in _found(folder)["report.json"]) and len(told) == 14
@@ -167,18 +172,18 @@ def test_every_operation_fails_in_turn(small: Path, tmp_path: Path, mode: str):
 
 
 def _power_is_cut(trial: Trial, states: Callable[[Disk], Iterable[tuple[int, str]]]) -> None:
-    disk, seen = Disk(trial.out), set[int]()
-    shutil.rmtree(trial.out)
-    with watched([trial.out], disk.record):
+    disk, seen = Disk(trial.here), set[int]()
+    trial.clear()
+    with watched([trial.here], disk.record):
         trial.run()
     assert disk.after(disk.moments, "all") == {
-        path: None if path.is_dir() else path.read_bytes() for path in (trial.out, *trial.out.rglob("*"))
+        path: None if path.is_dir() else path.read_bytes() for path in (trial.here, *trial.here.rglob("*"))
     }
     for moment, policy in states(disk):
         held = disk.after(moment, policy)
         if (state := hash(tuple(sorted(held.items(), key=lambda item: item[0])))) not in seen:
             seen.add(state)
-            shutil.rmtree(trial.out)
+            shutil.rmtree(trial.here)
             put(held)
             trial.check(policy, lambda: None)
 
@@ -220,7 +225,7 @@ def _short_of(memory: Memory) -> Iterator[None]:
 
 def _memory_runs_out(trial: Trial, moments: Callable[[int], Iterable[int]]) -> None:
     def lacking(last: float) -> int:
-        shutil.rmtree(trial.out)
+        trial.clear()
         with _short_of(memory := Memory(last)):
             trial.run()
         return memory.count

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import SETTINGS, checksums, cut, empty, flip, stop_after
+from runs import SETTINGS, checksums, cut, empty, flip, place_of, stop_after
 from safetensors.torch import load_file, save_file
 
 import convexprune
 from convexprune import errors
 from convexprune._runs.folder import RunFolder
-from convexprune._storage.locks import locked
 
 SAMPLED: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
 
@@ -26,15 +25,15 @@ def _other_digit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, _other_digit, Path.unlink])
 def test_without_what_a_run_began_with_nothing_is_done_and_nothing_is_lost(dense, stopped: Path, expected, damage):
-    run = stopped / "run.json"
+    run = place_of(stopped) / "run.json"
     kept = run.read_bytes()
     damage(run)
-    before = sorted(stopped.rglob("*"))
+    before = sorted(stopped.parent.rglob("*"))
     wrong = "2 finished layers, but run.json.* is missing" if damage == Path.unlink else "run.json is damaged"
     for resume in (True, False):
         with pytest.raises(errors.OutputError, match=wrong + ".*Put .*back.*, or remove the folder to begin again"):
             convexprune.prune(dense, output_dir=stopped, resume=resume, **SETTINGS)
-    assert sorted(stopped.rglob("*")) == before
+    assert sorted(stopped.parent.rglob("*")) == before
     run.write_bytes(kept)
     _resumed(dense, stopped)
     assert checksums(stopped) == expected
@@ -49,7 +48,7 @@ def sampled(dense: Path, tmp_path: Path) -> Path:
 
 
 def test_damaged_windows_are_sampled_again_and_are_the_same(dense: Path, sampled: Path, tmp_path: Path, caplog):
-    tokens = sampled / "work" / "tokens.safetensors"
+    tokens = place_of(sampled) / "work" / "tokens.safetensors"
     windows = load_file(tokens)
     windows["evaluation"][0, 3] ^= 1  # a file as good as any, but for its checksum
     save_file(windows, tokens)
@@ -64,27 +63,27 @@ def test_windows_that_come_out_otherwise_are_refused_as_damage(dense: Path, samp
     from convexprune.adapters._data import calibration
 
     sampled_windows = calibration.sampled_windows
-    cut(sampled / "work" / "tokens.safetensors")
+    cut(place_of(sampled) / "work" / "tokens.safetensors")
     monkeypatch.setattr(calibration, "sampled_windows", lambda *a, **b: sampled_windows(*a, **b | {"seed": 5}))
     with pytest.raises(errors.OutputError, match="is damaged, and the text that the model writes here is another"):
         _resumed(dense, sampled, evaluation="self", **SAMPLED)
-    assert (sampled / "work" / "layers" / "00000.json").is_file()
+    assert (place_of(sampled) / "work" / "layers" / "00000.json").is_file()
 
 
 def test_a_refused_resume_of_a_finished_run_leaves_no_trace(dense: Path, tmp_path: Path):
     out = tmp_path / "out"
     convexprune.prune(dense, output_dir=out, **SETTINGS)
-    before = sorted(out.iterdir())
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(errors.OutputError, match="holds another run"):
         _resumed(dense, out, sparsity=0.3)
-    assert sorted(out.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_who_begins_where_another_works_is_told_so(tmp_path: Path):
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path / "out")
     with folder.opened({"a": 1}, {}, None), pytest.raises(errors.OutputError, match=r"Another process .*\(process \d+"):
-        RunFolder(tmp_path).check(resume=False)
-    with locked(tmp_path / "run.lock") as free:
+        RunFolder(tmp_path / "out").check(resume=False)
+    with folder.staging.held() as free:
         assert free
 
 

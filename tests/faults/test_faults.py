@@ -1,6 +1,5 @@
 """Faults in the middle of a run: full disks, kills at any moment, two at one folder. Nothing is lost or wrong."""
 
-import contextlib
 import errno
 import os
 import random
@@ -9,10 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from runs import SETTINGS, TOKENS, checksums, killed
+from runs import SETTINGS, TOKENS, checksums, killed, place_of
 
 import convexprune
 from convexprune import errors
@@ -63,7 +61,7 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_when_there_is_room(d
             _patch_write(patch, filling)
             with pytest.raises(errors.OutputError, match=r"No space left on device.*--resume"):
                 convexprune.prune(dense, output_dir=folder, **SETTINGS)
-        assert not list(folder.rglob("*.part"))
+        assert not list(place_of(folder).rglob("*.part"))
         if (folder / "config.json").exists():  # what looks like a model is a whole one
             assert checksums(folder) == expected
         convexprune.prune(dense, output_dir=folder, resume=True, **SETTINGS)
@@ -151,8 +149,8 @@ def test_killed_again_and_again_it_still_gets_there(dense: Path, tmp_path: Path,
 
 def test_two_processes_on_one_folder_are_one_too_many(dense: Path, stopped: Path, expected):
     with (
-        locked(stopped / output.LOCK) as mine,
-        pytest.raises(errors.OutputError, match=r"Another process works on.*process"),
+        locked(place_of(stopped) / "lock") as mine,
+        pytest.raises(errors.OutputError, match=r"Another process works on"),
     ):
         assert mine
         convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
@@ -160,37 +158,34 @@ def test_two_processes_on_one_folder_are_one_too_many(dense: Path, stopped: Path
     assert checksums(stopped) == expected
 
 
-def test_a_rank_that_comes_while_another_tidies_up_waits_for_it(dense: Path, tmp_path: Path, expected, monkeypatch):
-    out, tidied = tmp_path / "out", []
+def test_a_rank_that_comes_while_another_tidies_up_takes_the_run_as_finished(
+    dense: Path, tmp_path: Path, expected, monkeypatch
+):
+    out = tmp_path / "out"
     convexprune.prune(dense, output_dir=out, **SETTINGS)
-
-    def done(seconds: float) -> None:
-        tidied.append(seconds)
-        tidying.close()
-
-    with contextlib.ExitStack() as tidying:
-        assert tidying.enter_context(locked(out / output.LOCK))
-        monkeypatch.setattr(output, "time", SimpleNamespace(sleep=done, monotonic=time.monotonic))
+    with output.RunFolder(out).staging.held() as tidying:
+        assert tidying
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS).report.operators
-    assert tidied == [output.POLL] and checksums(out) == expected
+    assert checksums(out) == expected
 
 
 def test_a_rank_that_opens_a_run_while_another_finishes_it_takes_it_as_finished(tmp_path: Path, monkeypatch):
-    folder, tokens = output.RunFolder(tmp_path), {"calibration": TOKENS}
+    folder, tokens = output.RunFolder(tmp_path / "out"), {"calibration": TOKENS}
     with folder.opened({"a": 1}, tokens, 0):
         report = Report({}, {}, {}, identity={"a": 1})
 
     def finishing(path: Path):
         if path.name == output.RUN and folder.is_unfinished:
-            (tmp_path / "work" / "result").mkdir()
-            folder.finish(tmp_path / "work" / "result", report)
+            folder.staging.begin()
+            folder.finish(report)
         return read_notes(path)
 
     monkeypatch.setattr(output, "read_notes", finishing)
     with folder.opened({"a": 1}, tokens, 1):
         assert folder.is_finished
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_lock_goes_with_its_process(tmp_path: Path):

@@ -16,7 +16,7 @@ from runs import SETTINGS, checksums, flip
 from transformers import AutoModelForCausalLM
 
 import convexprune
-from convexprune._storage import folders
+from convexprune._storage import files
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, given_tokenizer, load, reopen
 from convexprune.adapters._checkpoints import model_folder
 from convexprune.adapters._checkpoints.model_folder import INDEX
@@ -43,7 +43,7 @@ def _move_shards(folder: Path, move: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
-    "move", ["/absolute/{}", "../elsewhere/{}", "../../../../../etc/passwd", "work/{}", ".hidden/{}", "{}.bin"]
+    "move", ["/absolute/{}", "../elsewhere/{}", "../../../../../etc/passwd", ".hidden/{}", "{}.bin"]
 )
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder: Path, move: str, stream: bool):
     _move_shards(folder, move.format)
@@ -105,7 +105,7 @@ def test_weights_that_change_while_the_result_is_written_make_no_model(folder: P
     assert model.shards is not None
     path = model.shards.files[0]
     monkeypatch.setattr(Shards, "_copy_companions", lambda *_: _overwrite(path))
-    with pytest.raises(ModelError, match=rf"{path.name} has changed since the run began"):
+    with pytest.raises(ModelError, match=rf"{path.name} has changed since it was opened"):
         model.shards.assemble(tmp_path / "out", {})
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -117,7 +117,7 @@ def test_a_run_whose_weights_are_replaced_goes_on_once_they_are_back(folder: Pat
     def progress(_: int) -> Callable[[Any], None]:
         return lambda _: _overwrite(path)
 
-    with pytest.raises(ModelError, match=rf"{path.name} has changed.*--resume"):
+    with pytest.raises(ModelError, match=rf"{path.name} has changed.*start again"):
         convexprune.prune(folder, output_dir=out, progress=progress, **SETTINGS)
     assert not checksums(out) and not (out / "report.json").exists()
     with pytest.raises(OutputError, match="differs in weights"):
@@ -165,11 +165,11 @@ def test_links_are_copied_only_from_the_folder_and_the_blobs_of_the_hub(folder: 
     (blobs / "1").write_text("of the hub")
     (snapshot / "blob.txt").symlink_to("../../blobs/1")
     (snapshot / "inside.txt").symlink_to("blob.txt")
-    (snapshot / "run.json").write_text("{}")  # a name of ours: it would be taken for what the run says of itself
+    (snapshot / "report.json").write_text("{}")  # a name of ours: it would be taken for what the run says of itself
     load(snapshot, device="cpu", stream=True).shards.assemble(tmp_path / "out", {})  # pyright: ignore
     copied = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
     assert copied == {"blob.txt": "of the hub", "inside.txt": "of the hub"}
-    assert not any(path.is_symlink() or path.name == "run.json" for path in (tmp_path / "out").iterdir())
+    assert not any(path.is_symlink() or path.name == "report.json" for path in (tmp_path / "out").iterdir())
     (blobs / "2").symlink_to("/etc/passwd")
     for target in ("/etc/passwd", "../../blobs/2", "../../refs"):
         (tmp_path / "repo" / "refs").write_text("beside the blobs")
@@ -286,9 +286,9 @@ def test_the_hub_is_asked_once_whether_it_is_there(monkeypatch: pytest.MonkeyPat
     assert model_folder.hub_answers()
 
 
-def test_the_tokenizer_that_was_given_is_flushed_and_renamed_too(folder: Path, tmp_path: Path, monkeypatch):
-    published, publish = [], folders.publish
-    monkeypatch.setattr(folders, "publish", lambda *paths: published.append(paths[1].name) or publish(*paths))
+def test_the_tokenizer_that_was_given_is_flushed_too(folder: Path, tmp_path: Path, monkeypatch):
+    flushed = set[str]()
+    monkeypatch.setattr(files, "_sync", lambda path: flushed.add(path.name))
     convexprune.prune(folder, tokenizer=str(EMBEDDED), output_dir=tmp_path / "out", **SETTINGS)  # pyright: ignore
-    assert "tokenizer.json" in published and (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "tokenizer.json" in flushed and (tmp_path / "out" / "tokenizer.json").is_file()
     assert "tokenizer.json" in json.loads((tmp_path / "out" / "report.json").read_text())["files"]

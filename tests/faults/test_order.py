@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
-from convexprune._storage.place import output_folder
+from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data import calibration
 from convexprune.validation import compare, verify
@@ -124,7 +124,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(tmp_path: Path, mo
     def full(**_: object) -> str:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("convexprune._storage.place.mkdtemp", full)
+    monkeypatch.setattr("convexprune._storage.staging.mkdtemp", full)
     with pytest.raises(errors.OutputError, match="Read-only file system"):
         convexprune.prune(NOWHERE, output_dir=tmp_path / "out")
 

@@ -44,7 +44,7 @@ FAULTS = (
           test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
     Fault("a name that is not flushed", files.publish, "_sync(path.parent)", "pass",
           test_crash.test_after_a_power_cut_the_run_goes_on, {"mode": "serial"}),
-    Fault("a failing disk that is Python's error", failures._as_output_error, "raise OutputError(", "raise OSError(",
+    Fault("a failing disk that is Python's error", failures._as_output_error, "raise _DiskError(", "raise OSError(",
           test_crash.test_an_operation_that_fails_is_one_clear_error_and_the_run_goes_on,
           {"mode": "serial", "step": 6}),
     # Executors.

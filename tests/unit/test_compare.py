@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import place_of
 from transformers import PreTrainedModel
 
 import convexprune
@@ -139,7 +140,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     interrupt(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         compared(folder, **settings)
-    assert not (folder / "out" / "compare.json").exists()
+    assert not (folder / "out").exists()
     with pytest.raises(errors.RecipeError, match=r"another comparison: recipes differ"):
         compared(folder, **settings | {"sparsities": [0.6]}, resume=True)
     with pytest.raises(errors.OutputError, match="already holds something"):
@@ -147,7 +148,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(folder: Path, monk
     with monkeypatch.context() as patch, pytest.raises(errors.RecipeError, match="another comparison: code differ"):
         patch.setattr(machine, "_own_code", lambda: "another")
         compared(folder, **settings, resume=True)
-    states = next((folder / "out").rglob("states-*/*.bin"))
+    states = next(place_of(folder / "out").rglob("states-*/*.bin"))
     whole_states = states.read_bytes()
     states.write_bytes(whole_states[:-1] + bytes([whole_states[-1] ^ 1]))
     with pytest.raises(errors.OutputError, match=r"\.bin is missing or damaged\. Remove"):

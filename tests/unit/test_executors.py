@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from crash import forks
-from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed
+from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed, place_of
 from transformers import AutoModelForCausalLM
 
 import convexprune
@@ -38,7 +38,7 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     lost, is_lost = [], worker.Worker.is_lost
 
     def killing(self):
-        if not lost and list((tmp_path / "out" / "work" / "scratch").glob("*")):
+        if not lost and list((tmp_path / ".out.part" / "work" / "scratch").glob("*")):
             lost.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
         return is_lost(self)
@@ -161,7 +161,7 @@ def test_ranks_meet_in_the_folder_and_give_the_same_bits(dense: Path, tmp_path: 
     children = [forked(lambda number=number: rank(number)) for number in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
     assert checksums(out) == expected
-    assert not (out / "work").exists() and not (out / "run.lock").exists()
+    assert not place_of(out).exists()
 
 
 def test_ranks_that_load_the_model_themselves_all_end_with_it_pruned(dense: Path, tmp_path: Path, expected):
@@ -183,7 +183,7 @@ def test_a_lost_rank_is_made_up_for(dense: Path, tmp_path: Path, expected, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     killed(lambda: convexprune.prune(dense, output_dir=out, executor="ranks", progress=_die, **SETTINGS))
-    assert (out / "run.json").exists()
+    assert (place_of(out) / "run.json").exists()
     monkeypatch.setenv("RANK", "1")
     convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
     assert checksums(out) == expected
@@ -228,7 +228,7 @@ def test_a_lost_worker_of_ray_is_made_up_for(dense: Path, tmp_path: Path, expect
     lost, all_finished = list[int](), executors._Watch.all_finished
 
     def killing(self):
-        if not lost and list((tmp_path / "out" / "work" / "scratch").glob("*")):
+        if not lost and list((tmp_path / ".out.part" / "work" / "scratch").glob("*")):
             found = subprocess.run(["pgrep", "-f", "^ray::_do"], capture_output=True, text=True).stdout.split()
             lost.extend(int(pid) for pid in found[:1])
             for pid in lost:

@@ -5,16 +5,15 @@ from typing import Any
 
 import pytest
 from door import SMALL
+from runs import place_of
 from safetensors.torch import load_file
 
 import convexprune
 from convexprune import errors
-from convexprune._api import replacing
-from convexprune._container.file import PACKED, SUFFIX
-from convexprune._container.folder import holds_pack
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._runs.folder import RunFolder
-from convexprune._storage import folders
+from convexprune._storage import files as files_module
+from convexprune._storage import staging
 
 GIVEN: dict[str, Any] = SMALL | {"method": "magnitude"}
 
@@ -65,7 +64,7 @@ def spoil(folder: Path, how: str) -> str:
     if how == "a folder of the user":
         (folder / "work").mkdir()
         (folder / "work" / "thesis.tex").write_text("mine")
-        return "work/thesis.tex"
+        return "work, work/thesis.tex"
     name = "config.json" if how == "a file that the user changed" else "README.md"
     (folder / name).write_text("{}")
     return name
@@ -94,59 +93,86 @@ def test_a_run_that_fails_leaves_the_old_one_and_can_be_resumed(
     build, done: Path, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ):
     before = files(done)
-
-    def fail(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(*where, fail)
+        patch.setattr(*where, interrupt)
         with pytest.raises(KeyboardInterrupt):
             convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
-    assert files(done) == before and (done.parent / ".out.new" / "run.json").is_file()
+    assert files(done) == before and (place_of(done) / "run.json").is_file()
+    handed_back = convexprune.prune(build("llama"), **GIVEN, sparsity=0.3, output_dir=done, resume=True)
+    assert handed_back.report.sparsity == pytest.approx(0.3, abs=0.01) and (place_of(done) / "run.json").is_file()
     result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
     assert result.report.sparsity == 0.5 and [path.name for path in done.parent.iterdir()] == ["out"]
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_at(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Interrupt the rename that would give a folder this name."""
+
+    def publish(temporary: Path, path: Path) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        files_module.publish(temporary, path)
+
+    patch.setattr(staging, "publish", publish)
+
+
+@pytest.mark.parametrize("name", ["out", "old"])
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("pack", [False, True])
-def test_a_run_killed_while_its_result_was_moved_is_overwritten_or_goes_on(
-    build, done: Path, pack: bool, resume: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_between_two_renames_loses_nothing(
+    build, done: Path, name: str, resume: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    expected, publish, place = files(done), folders.publish, done.parent / "killed"
-
-    def fail(temporary: Path, path: Path) -> None:
-        if path.name == "config.json":
-            raise KeyboardInterrupt
-        publish(temporary, path)
-
-    given: dict[str, Any] = GIVEN | {"sparsity": 0.3, "output_dir": place}
+    before = files(done)
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "publish", fail)
-        with pytest.raises(KeyboardInterrupt):
-            convexprune.prune(build("llama"), **given, pack=not pack)
-    assert (place / f"model{SUFFIX if pack else PACKED}").is_file()
-    (place / "notes.txt").write_text("mine")
-    with pytest.raises(errors.OutputError, match=r"changed since: notes\.txt\. Only"):
-        convexprune.prune(build("llama"), **given, overwrite=True)
-    (place / "notes.txt").unlink()
-    convexprune.prune(build("llama"), **given, pack=pack, resume=resume, overwrite=not resume)
-    written = files(place)
-    assert len(written) == len(expected) and holds_pack(place) is pack
-    assert pack or written["model.safetensors"] == expected["model.safetensors"]
-
-
-def test_a_kill_between_two_renames_loses_nothing(build, done: Path, monkeypatch: pytest.MonkeyPatch):
-    before, rename = files(done), replacing.os.rename
-
-    def fail(source: Path, target: Path) -> None:
-        if source.name == ".out.new":
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(replacing.os, "rename", fail)
+        stop_at(name, patch)
         with pytest.raises(KeyboardInterrupt):
             convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
-    assert not done.exists() and files(done.parent / ".out.old") == before
-    result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
+    assert files(done if name == "old" else place_of(done) / "old") == before
+    result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=resume)
     assert result.report.sparsity == 0.5 and [path.name for path in done.parent.iterdir()] == ["out"]
+
+
+def test_the_old_result_comes_back_if_the_new_one_does_not_replace_it(
+    build, done: Path, monkeypatch: pytest.MonkeyPatch
+):
+    before = files(done)
+    with monkeypatch.context() as patch:
+        stop_at("out", patch)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    with pytest.raises(errors.OutputError, match=r"differs in recipe\.sparsity"):
+        convexprune.prune(build("llama"), **GIVEN, output_dir=done, resume=True)
+    assert files(done) == before
+
+
+def test_a_folder_that_the_user_made_meanwhile_is_not_touched(build, done: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        stop_at("out", patch)
+        with pytest.raises(KeyboardInterrupt):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    done.mkdir()
+    (done / "notes.txt").write_text("mine")
+    kept = files(place_of(done) / "old")
+    for resume in (True, False):
+        with pytest.raises(errors.OutputError, match="holds what no run wrote"):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=resume)
+    assert files(done) == {"notes.txt": b"mine"} and files(place_of(done) / "old") == kept
+
+
+def test_a_file_that_comes_while_the_run_is_on_keeps_the_old_result(build, done: Path, monkeypatch: pytest.MonkeyPatch):
+    finish = RunFolder.finish
+
+    def late(self: RunFolder, report: Any) -> None:
+        (done / "notes.txt").write_text("mine")
+        finish(self, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", late)
+        with pytest.raises(errors.OutputError, match="holds what no run wrote"):
+            convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True)
+    assert (done / "notes.txt").read_text() == "mine" and (done / "report.json").is_file()
+    (done / "notes.txt").unlink()
+    result = convexprune.prune(build("llama"), **GIVEN, output_dir=done, overwrite=True, resume=True)
+    assert result.report.sparsity == 0.5

@@ -132,8 +132,8 @@ def test_a_folder_that_is_none_is_refused(command, pruned: Path, packed: Path, t
 
 
 def test_an_unfinished_run_is_not_packed(stopped: Path, tmp_path: Path):
-    with pytest.raises(OutputError, match="holds an unfinished run"):
-        convexprune.pack(stopped, tmp_path / "out")
+    with pytest.raises(OutputError, match="is unfinished"):
+        convexprune.pack(stopped, tmp_path / "pack")
 
 
 def test_notes_are_plain_json(packed: Path):
@@ -210,7 +210,7 @@ def test_a_pack_that_is_not_what_was_pruned_is_not_kept(dense: Path, tmp_path: P
     monkeypatch.setattr("convexprune._container.folder.pack_file", pack_wrong)
     with pytest.raises(OutputError, match=r"model-00001.*pack\.safetensors: this is not model-00001"):
         convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, **SETTINGS)
-    assert not list((tmp_path / "out").glob("*.safetensors")) and (tmp_path / "out" / "run.json").is_file()
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.part" / "run.json").is_file()
     monkeypatch.undo()
     convexprune.prune(dense, output_dir=tmp_path / "out", pack=True, resume=True, **SETTINGS)
     assert list((tmp_path / "out").glob("*.pack.safetensors"))

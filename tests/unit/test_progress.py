@@ -20,6 +20,7 @@ from convexprune._cli.stopping import Stopped, listen
 from convexprune._cli.summary import summary
 from convexprune._progress import begin, followed_by
 from convexprune._rendering.facts import facts
+from convexprune._storage.staging import Staging
 from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 
@@ -133,15 +134,15 @@ def test_who_stops_a_run_is_told_how_to_go_on(
 ):
     def fail(**_: object) -> None:
         if begun:
-            (tmp_path / "run.json").write_text("{}")
+            Staging(tmp_path / "out", "prune")._claim()
         raise stop
 
-    arguments = ["prune", "some model", "--output", str(tmp_path)]
+    arguments = ["prune", "some model", "--output", str(tmp_path / "out")]
     monkeypatch.setattr(convexprune._api.calls, "prune", fail)
     monkeypatch.setattr(sys, "argv", ["/bin/convexprune", *arguments])
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == status
-    command = f"convexprune prune 'some model' --output {tmp_path} --resume"
+    command = f"convexprune prune 'some model' --output {tmp_path / 'out'} --resume"
     assert "Stopped." in result.stderr and (command in result.stderr) == begun
 
 

@@ -1,6 +1,6 @@
 """Runs in a folder: what is finished is kept, what changed or is damaged is found, and the bits are always the same."""
 
-import os
+import pkgutil
 import re
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, stop_after
+from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, place_of, stop_after
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,9 +65,9 @@ def test_the_text_to_evaluate_on_may_change_while_a_run_is_interrupted(dense: Pa
     whole = convexprune.prune(dense, output_dir=tmp_path / "whole", evaluation="self", **settings)
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, output_dir=tmp_path / "out", evaluation=TOKENS, progress=stop_after(1), **settings)
-    (tmp_path / "out").rename(tmp_path / "stopped")
+    place_of(tmp_path / "out").rename(tmp_path / "stopped")
     for evaluation, expected in (("self", whole.report.perplexity), (None, {})):
-        shutil.copytree(tmp_path / "stopped", tmp_path / "out")
+        shutil.copytree(tmp_path / "stopped", place_of(tmp_path / "out"))
         found = convexprune.prune(dense, output_dir=tmp_path / "out", resume=True, evaluation=evaluation, **settings)
         assert found.report.perplexity == expected and found.report.recipe["evaluation"] == evaluation
         assert checksums(tmp_path / "out") == checksums(tmp_path / "whole")
@@ -101,21 +101,22 @@ def test_what_was_streamed_is_read_as_it_was_opened(dense: Path, tmp_path: Path,
     assert result.model is not None and asked == [True, True]
 
 
-@pytest.mark.parametrize("look", ["exists", "is_dir", "is_file"])
+@pytest.mark.parametrize("where", ["pathlib.Path.is_file", "os.path.lexists"])
 def test_a_rank_may_begin_a_folder_while_another_looks_at_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ):
-    out, real = tmp_path / "out", getattr(Path, look)
+    out, real, looks = tmp_path / "out", pkgutil.resolve_name(where), list[Path]()
 
-    def looks(path: Path) -> bool:
+    def look(path: Path) -> bool:
         found = real(path)
-        if path == out:
-            os.makedirs(out, exist_ok=True)
-            (out / "run.lock").touch()
+        if path.is_relative_to(place_of(out)) and not looks:
+            looks.append(path)
+            RunFolder(out).staging._claim()
         return found
 
-    monkeypatch.setattr(Path, look, looks)
+    monkeypatch.setattr(where, look)
     RunFolder(out).check(resume=True)
+    assert looks and RunFolder(out).staging.is_ours
 
 
 def _other_model(dense: Path, folder: Path) -> Path:
@@ -176,7 +177,7 @@ def _lie(path: Path) -> None:
     "file", ["layers/00000.safetensors", "layers/00001.json", "hidden/00002.dense.bin", "hidden/*"]
 )
 def test_damaged_files_are_found_and_done_again(dense: Path, stopped: Path, expected, file: str, damage):
-    paths = sorted((stopped / "work").glob(file))
+    paths = sorted((place_of(stopped) / "work").glob(file))
     assert paths
     for path in paths:
         damage(path)
@@ -198,7 +199,7 @@ def test_a_disk_that_does_not_keep_what_it_is_given_is_found(dense: Path, tmp_pa
 
 
 def test_a_report_that_is_not_what_was_written_is_done_again(dense: Path, stopped: Path):
-    _lie(stopped / "work" / "layers" / "00001.json")
+    _lie(place_of(stopped) / "work" / "layers" / "00001.json")
     result = convexprune.prune(dense, output_dir=stopped, resume=True, **SETTINGS)
     assert all(o.zeros == o.expected_zeros for o in result.report.operators)
 
@@ -228,10 +229,11 @@ def test_a_loaded_model_with_other_settings_or_another_tokenizer_is_another_run(
 
 
 def test_another_folder_is_left_alone_even_when_resuming(dense: Path, tmp_path: Path):
-    (tmp_path / "kept").write_text("x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("x")
     with pytest.raises(errors.OutputError, match="already holds something"):
-        convexprune.prune(dense, output_dir=tmp_path, resume=True, **SETTINGS)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+        convexprune.prune(dense, output_dir=tmp_path / "out", resume=True, **SETTINGS)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "kept"]
 
 
 def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_path: Path):
@@ -242,7 +244,7 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(fresh(), output_dir=out, progress=stop_after(2), **SETTINGS)
-    flip(out / "work" / "hidden" / "00002.dense.bin")
+    flip(place_of(out) / "work" / "hidden" / "00002.dense.bin")
     model = fresh()
     result = convexprune.prune(model, output_dir=out, resume=True, **SETTINGS)
     assert result.model is model
@@ -262,7 +264,7 @@ def test_a_pruned_prefix_is_resumed_bit_for_bit(dense: Path, tmp_path: Path, fil
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, output_dir=out, progress=stop_after(2), **settings)
-    for path in sorted((out / "work").glob(file)):
+    for path in sorted((place_of(out) / "work").glob(file)):
         flip(path)
     convexprune.prune(dense, output_dir=out, resume=True, **settings)
     assert checksums(out) == checksums(tmp_path / "peace")

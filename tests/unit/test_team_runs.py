@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, TOKENS, checksums, forked
+from runs import SETTINGS, TOKENS, checksums, forked, place_of
 from tiny_families import build_family
 
 import convexprune
@@ -46,7 +46,7 @@ def pruned_by(size: int, out: Path, model: Any, **settings: Any) -> Report:
     run = {**SEQUENTIAL, **settings}
     children = launched(size, lambda _: convexprune.prune(model, output_dir=out, executor="ranks", **run))
     assert ended(children) == [0] * size
-    assert not (out / "work").exists() and not (out / "run.lock").exists()
+    assert not place_of(out).exists()
     return Report.from_json((out / "report.json").read_text())
 
 
@@ -140,8 +140,8 @@ def test_a_team_that_loses_a_rank_says_so_and_goes_on_with_the_same_bits(dense: 
             convexprune.prune(dense, output_dir=out, executor="ranks", progress=progress, **SEQUENTIAL)
 
     assert ended(launched(2, dying)) == [-signal.SIGKILL, 0]
-    assert len(list((out / "work" / "layers").glob("*.json"))) == 1
-    (out / "work" / "hidden" / "00001.pruned.1.bin").write_bytes(b"damaged")  # what one rank keeps for itself
+    assert len(list((place_of(out) / "work" / "layers").glob("*.json"))) == 1
+    (place_of(out) / "work" / "hidden" / "00001.pruned.1.bin").write_bytes(b"damaged")  # what one rank keeps for itself
     with pytest.raises(errors.OutputError, match="ranks: 2 then, 1 now"):
         convexprune.prune(dense, output_dir=out, resume=True, **SEQUENTIAL)
     pruned_by(2, out, dense)
