@@ -130,7 +130,7 @@ class Staging:
         return self._marker() is not None
 
     def check(self) -> None:
-        """Refuse, before any work, a place that this program did not make, or that a process or another command uses."""
+        """Refuse, before any work, a place that is not this program's, or that a process or another command uses."""
         was_there, marker = os.path.lexists(self.place), self._marker()
         if marker is None and was_there and os.path.lexists(self.place):  # no other process has just begun, or ended
             raise OutputError(

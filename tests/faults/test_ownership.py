@@ -25,6 +25,7 @@ from convexprune._storage.staging import MARKER, Staging
 from convexprune.errors import ConvexpruneError, OutputError
 
 QUICK: dict[str, Any] = SETTINGS | {"method": "magnitude"}
+QUANTIZED: dict[str, Any] = SETTINGS | {"sparsity": 0, "quantize": "int4", "group_size": -1}
 COMPARED: dict[str, Any] = {
     "methods": ["magnitude"], "conventions": ["own"], "eval_texts": ["licences"], "eval_window": 16, "eval_windows": 1,
     "plots": False, "dataset": SETTINGS["dataset"], "num_calibration_samples": 2, "held_out_samples": 1,
@@ -72,7 +73,7 @@ def sources(dense: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactor
     tokenizer.save_pretrained(folder / "text")
     shutil.copytree(dense, folder / "dense")
     convexprune.prune(dense, output_dir=folder / "run", **QUICK)
-    convexprune.prune(dense, output_dir=folder / "int4", quantize="int4", group_size=-1, **SETTINGS | {"sparsity": 0})
+    convexprune.prune(dense, output_dir=folder / "int4", **QUANTIZED)
     convexprune.pack(folder / "run", folder / "pack")
     return folder
 
