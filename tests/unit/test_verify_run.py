@@ -128,7 +128,7 @@ def test_a_report_that_names_files_outside_of_its_folder_reads_none(copied: Path
 
 
 def test_an_unfinished_run_is_to_be_finished_first(dense: Path, stopped: Path):
-    with pytest.raises(OutputError, match=r"holds an unfinished run.*--resume"):
+    with pytest.raises(OutputError, match=r"is unfinished.*--resume"):
         _verified(stopped)
 
 
