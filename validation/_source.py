@@ -137,7 +137,7 @@ def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:
     if text.endswith(GIVEN):
         raise RecipeError(f"The {name} of this run was a {text}. Name one that is the same: {name}=... (--{name}).")
     path, was = Path(text), report.environment.get("folder")
-    if not path.is_absolute() or len(parts_of(text)) > 1:  # a name, or several texts
+    if not path.is_absolute() or "#" in text or len(parts_of(text)) > 1:  # a name, a column, or several texts
         return text
     places = [path, *([folder / os.path.relpath(path, was)] if isinstance(was, str) else [])]
     for place in places:

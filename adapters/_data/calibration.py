@@ -12,13 +12,14 @@ from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 
 from .._huggingface import HuggingFaceModel
+from .conversations import Documents
 from .corpora import Split
 from .mixture import Part, apportioned, interleaved, parts_of
 from .rows import ACCEPTED, ids_as_tensor, read_rows
 from .sampling import sampled_windows
-from .sources import text_of
+from .sources import documents_of
 from .sufficiency import refuse_uninformative
-from .text_files import TEXT_FILES, read_text
+from .text_files import TEXT_FILES, read_documents
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024
@@ -191,7 +192,7 @@ def text_windows(
     window = min(EVALUATION_WINDOW, model.max_positions) if window is None else window
     _check_request(None, window, model)
     is_path = isinstance(text, Path) or ("\n" not in text and text.endswith(TEXT_FILES))
-    windows = _cut(_tokenise(read_text(Path(text)) if is_path else str(text), model), window)
+    windows = _cut(_tokenise(read_documents(Path(text)) if is_path else Documents([str(text)]), model), window)
     return _choose(
         _valid(windows, model), None, 0, 0, "evaluation", name or (str(text) if is_path else "the text given")
     )[0]
@@ -210,9 +211,11 @@ def _windows(
     match dataset:
         case str() | Path():
             characters = None if num_samples is None else num_samples * length * CHARACTERS_PER_TOKEN
-            return _cut(_tokenise(text_of(dataset, split, characters), model), length)
+            return _cut(_tokenise(documents_of(dataset, split, characters), model), length)
         case list() | tuple() if dataset and all(isinstance(item, str) for item in dataset):
-            return _cut(_tokenise("\n\n".join(dataset), model), length)
+            return _cut(_tokenise(Documents(dataset), model), length)
+        case list() | tuple() if dataset and all(isinstance(item, Mapping) and "messages" in item for item in dataset):
+            return _cut(_tokenise(Documents([item["messages"] for item in dataset]), model), length)
         case Tensor() if dataset.dim() == 1:
             return _cut(dataset, length)
         case Tensor() | Mapping():
@@ -233,13 +236,15 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
         )
 
 
-def _tokenise(text: str, model: HuggingFaceModel) -> Tensor:
-    """All token ids [tokens] of a text, begun as the tokenizer begins any text."""
+def _tokenise(documents: Documents, model: HuggingFaceModel) -> Tensor:
+    """All token ids [tokens] of a text, begun as the tokenizer begins any text; of conversations as their template."""
     if model.tokenizer is None:
         raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
+    text, special = documents.text(model.tokenizer)
     begin(f"reading {len(text):,} characters of text")
     # Not verbose: a text longer than the model can see is no mistake here, it is cut into windows next.
-    return torch.tensor(model.tokenizer(text, truncation=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = model.tokenizer(text, truncation=False, verbose=False, add_special_tokens=special)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _cut(tokens: Tensor, length: int) -> Tensor:

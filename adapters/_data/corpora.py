@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from convexprune.errors import CalibrationError, DependencyError, install_hint
+from convexprune.errors import CalibrationError, DependencyError, install_hint, unknown
+
+from .conversations import Documents, is_conversation
 
 Split = Literal["calibration", "evaluation"]
 
@@ -65,17 +67,27 @@ CORPORA = {
 
 
 def hub_text(name: str, split: Split, characters: int | None) -> str:
-    """Return the beginning of a data set on the hub, in order.
+    """Return the beginning of a data set on the hub that holds text, in order; see `hub_documents`."""
+    return hub_documents(name, split, characters).text(None)[0]
+
+
+def hub_documents(
+    name: str, split: Split, characters: int | None, column: str | None = None, revision: str | None = None
+) -> Documents:
+    """Return the first rows of a data set on the hub, in order.
 
     Args:
-        name: a key of `CORPORA`, or the name of any data set ("organisation/name"), whose first column of text is read.
+        name: a key of `CORPORA`, or the name of any data set ("organisation/name").
         characters: approximate number of characters; None means all.
+        column: of texts or conversations. None: "text", else the first column of text, else "messages".
+        revision: a branch, a tag or a commit; None means the newest.
     """
     datasets = datasets_package()
     corpus = CORPORA.get(name)
     try:
         if corpus is None:
-            rows = _split_of(datasets.load_dataset(name), split)
+            at = {} if revision is None else {"revision": revision}
+            rows = _split_of(datasets.load_dataset(name, **at), split)
         else:
             # The card's own counts are of whole splits, not of the one file that is read.
             rows = datasets.load_dataset(
@@ -92,8 +104,11 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
             f"{name}: the data set cannot be loaded ({type(cause).__name__}: {cause}). Is the name right and the hub "
             'within reach? dataset="self", a text file or token ids need no network.'
         ) from cause
-    column = _text_column(name, rows.features) if corpus is None else corpus.column
-    return _beginning((row[column] for row in rows), "\n\n" if corpus is None else corpus.separator, characters)
+    column = corpus.column if corpus is not None else _column(name, rows.features, column)
+    chosen = _beginning((row[column] for row in rows), characters)
+    if not all(isinstance(row, str) or is_conversation(row) for row in chosen):
+        raise CalibrationError(f"{name}: column {column!r} holds neither text nor messages with role and content.")
+    return Documents(chosen, "\n\n" if corpus is None else corpus.separator)
 
 
 def datasets_package() -> Any:
@@ -114,18 +129,24 @@ def _split_of(splits: Mapping[str, Any], split: Split) -> Any:
     raise ValueError(f"for {split} it needs a split {' or '.join(wanted)}; it has {', '.join(splits)}")
 
 
-def _text_column(name: str, features: Mapping[str, Any]) -> str:
+def _column(name: str, features: Mapping[str, Any], asked: str | None) -> str:
+    """Return the column that is asked for, or that is likely to be meant."""
+    if asked is not None:
+        if asked not in features:
+            raise CalibrationError(f"{name}: {unknown('column', asked, list(features))}")
+        return asked
     columns = [column for column, kind in features.items() if getattr(kind, "dtype", None) == "string"]
-    if not columns:
-        raise CalibrationError(f"{name}: no column of text among {', '.join(features)}. Give the texts as a list.")
-    return "text" if "text" in columns else columns[0]
+    likely = [column for column in ("text", *columns, "messages") if column in features]
+    if not likely or (likely[0] == "text" and "text" not in columns):
+        raise CalibrationError(f"{name}: no column of text among {', '.join(features)}. Name one: {name}#COLUMN.")
+    return likely[0]
 
 
-def _beginning(texts: Iterable[str], separator: str, characters: int | None) -> str:
+def _beginning(rows: Iterable[Any], characters: int | None) -> list[Any]:
     chosen, total = [], 0
-    for text in texts:
-        chosen.append(text)
-        total += len(text)
+    for row in rows:
+        chosen.append(row)
+        total += len(row if isinstance(row, str) else str(row))
         if characters is not None and total >= characters:
             break
-    return separator.join(chosen)
+    return chosen

@@ -5,10 +5,11 @@ from typing import Any
 
 from convexprune.errors import CalibrationError, shown, unknown
 
-from .corpora import CORPORA, Split, datasets_package, hub_text
+from .conversations import Documents
+from .corpora import CORPORA, Split, datasets_package, hub_documents
 from .mixture import parts_of
 from .rows import ACCEPTED
-from .text_files import check_text, is_file, read_text
+from .text_files import check_text, is_file, read_documents
 
 LONGEST_NAME = 200  # characters of a data set's name or a path; a longer text is one
 
@@ -33,24 +34,37 @@ def check_dataset(dataset: Any) -> None:
     ((dataset, _),) = parts
     if not isinstance(dataset, str | Path) or dataset == "self":
         return
-    if isinstance(dataset, str) and dataset in CORPORA:
-        datasets_package()
-    elif isinstance(dataset, Path) or is_file(dataset):
-        check_text(Path(dataset))
-    elif len(dataset.split()) > 1 or len(dataset) > LONGEST_NAME:
+    name, *_ = addressed(dataset)
+    if isinstance(name, Path) or (name not in CORPORA and is_file(name)):
+        check_text(Path(name))
+    elif len(name.split()) > 1 or len(name) > LONGEST_NAME:
         raise CalibrationError(
-            f"dataset is a text of {len(dataset):,} characters, {shown(dataset[:40])}, and no name of a data set. Give "
+            f"dataset is a text of {len(name):,} characters, {shown(name[:40])}, and no name of a data set. Give "
             "texts as a list: dataset=[text]."
         )
-    elif dataset.count("/") == 1:
-        datasets_package()
+    elif name.count("/") != 1 and name not in CORPORA:
+        raise CalibrationError(f"{unknown('data set', name, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+    elif name in CORPORA and dataset != name:
+        raise CalibrationError(f"{dataset}: {name} has its own column and revision, so that runs can be repeated.")
     else:
-        raise CalibrationError(f"{unknown('data set', dataset, ['self', *CORPORA])} Accepted: {ACCEPTED}.")
+        datasets_package()
 
 
-def text_of(source: str | Path, split: Split, characters: int | None) -> str:
+def addressed(source: str | Path) -> tuple[str | Path, str | None, str | None]:
+    """Split "FILE#FIELD" or "OWNER/NAME@REVISION#COLUMN" into the name, the column and the revision."""
+    if isinstance(source, Path) or is_file(source):
+        return source, None, None
+    name, _, column = source.partition("#")
+    if is_file(name):
+        return name, column or None, None
+    name, _, revision = name.partition("@")
+    return name, column or None, revision or None
+
+
+def documents_of(source: str | Path, split: Split, characters: int | None) -> Documents:
     """Read a file or a data set of the hub; of the latter about so many characters."""
     check_dataset(source)
-    if isinstance(source, Path) or (source not in CORPORA and is_file(source)):
-        return read_text(Path(source))
-    return hub_text(source, split, characters)
+    name, column, revision = addressed(source)
+    if isinstance(name, Path) or (name not in CORPORA and is_file(name)):
+        return read_documents(Path(name), column)
+    return hub_documents(name, split, characters, column, revision)

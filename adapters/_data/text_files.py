@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from convexprune.errors import CalibrationError, shown
+
+from .conversations import Documents, is_conversation
 
 TEXT_FILES = (".txt", ".jsonl")
 UTF16 = "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
@@ -22,7 +25,7 @@ def is_file(text: str) -> bool:
 
 
 def check_text(path: Path) -> None:
-    """Refuse, before any work, a file that `read_text` cannot read."""
+    """Refuse, before any work, a file that `read_documents` cannot read."""
     if path.suffix not in TEXT_FILES:
         there = f"{path} exists; " if is_file(str(path)) else f"{shown(str(path))}: "
         raise CalibrationError(f"{there}files of text end in {' or '.join(TEXT_FILES)}. Give such a file.")
@@ -32,8 +35,12 @@ def check_text(path: Path) -> None:
         raise CalibrationError(f"{path}: cannot be read ({getattr(cause, 'strerror', cause)}).") from cause
 
 
-def read_text(path: Path) -> str:
-    """Return the content of a .txt file, or the field "text" of every line of a .jsonl file."""
+def read_documents(path: Path, field: str | None = None) -> Documents:
+    """Return a .txt file as a text, or of every line of a .jsonl file its text or its conversation.
+
+    Args:
+        field: the field of a line that holds one or the other. None: "text", or "messages" where there is none.
+    """
     check_text(path)
     try:
         content = path.expanduser().read_text(encoding="utf-8")
@@ -45,24 +52,37 @@ def read_text(path: Path) -> str:
     if "\0" in content:
         raise CalibrationError(f"{path}: holds NUL bytes, so it is no UTF-8 text. Is it UTF-16, or no text at all?")
     if path.suffix == ".txt":
-        return content
+        return Documents([content])
     lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    return "\n\n".join(_json_text(path, number, line) for number, line in lines)
+    rows = [_row(path, number, line, field) for number, line in lines]
+    if len({type(row) for row in rows}) > 1:
+        raise CalibrationError(f"{path}: some lines hold text and some conversations. Give two files, a.jsonl,b.jsonl.")
+    return Documents(rows)
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a file that holds no conversations."""
+    documents = read_documents(path)
+    if not all(isinstance(row, str) for row in documents.rows):
+        raise CalibrationError(f"{path} holds conversations, and text is needed here.")
+    return documents.text(None)[0]
+
+
+def _row(path: Path, number: int, line: str, field: str | None) -> Any:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as cause:
         raise CalibrationError(f"{path}, line {number}: not JSON ({cause}). Mend or remove it.") from cause
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        if isinstance(row, dict):
-            found = f"the fields {', '.join(map(shown, row))}"
-            found += f", and {type(row['text']).__name__} in that one" if "text" in row else ""
-        else:
-            found = f"a {type(row).__name__}"
-        raise CalibrationError(
-            f'{path}, line {number}: needs an object with a field "text" that holds text; it has {found}. Write every '
-            'line as {"text": "..."}.'
-        )
-    return row["text"]
+    name = field or ("messages" if isinstance(row, dict) and "text" not in row and "messages" in row else "text")
+    value = row.get(name) if isinstance(row, dict) else None
+    if isinstance(value, str) or is_conversation(value):
+        return value
+    if isinstance(row, dict):
+        found = f"the fields {', '.join(map(shown, row))}"
+        found += f", and {type(row[name]).__name__} in that one" if name in row else ""
+    else:
+        found = f"a {type(row).__name__}"
+    raise CalibrationError(
+        f'{path}, line {number}: needs an object with a field "{name}" that holds text, or messages with role and '
+        f'content; it has {found}. Write every line as {{"text": "..."}}, or name another field: {path.name}#FIELD.'
+    )

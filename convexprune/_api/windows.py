@@ -17,6 +17,7 @@ from convexprune.adapters import (
     window_length,
 )
 from convexprune.adapters._data.mixture import needs_sampling, parts_of
+from convexprune.adapters._data.sources import addressed
 from convexprune.adapters._data.text_files import TEXT_FILES, check_text
 from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
@@ -114,5 +115,7 @@ def name_of_text(text: Any) -> str:
         return given(text)
     if len(parts := parts_of(text)) > 1:
         return ",".join(f"{name_of_text(name)}:{share:g}" for name, share in parts)
-    path = Path(parts[0][0]).expanduser()
-    return str(path.absolute()) if path.suffix in TEXT_FILES and path.is_file() else str(parts[0][0])
+    name, column, _ = addressed(parts[0][0])
+    path = Path(name).expanduser()
+    whole = path.suffix in TEXT_FILES and path.is_file()
+    return f"{path.absolute()}{'' if column is None else f'#{column}'}" if whole else str(parts[0][0])

@@ -219,7 +219,9 @@ class DatasetsError(Exception):
 
 
 class Rows(list):
-    features: ClassVar = {"label": SimpleNamespace(dtype="int64"), "text": SimpleNamespace(dtype="string")}
+    features: ClassVar = {name: SimpleNamespace(dtype="string") for name in ("text", "other")} | {
+        "label": SimpleNamespace(dtype="int64")
+    }
 
 
 @pytest.fixture
@@ -230,8 +232,8 @@ def hub(monkeypatch):
     def load_dataset(name, **options):
         asked.append((name, options))
         count = TEXTS.get(options.get("data_files", {}).get("train"), 50)
-        rows = Rows([{"label": 1, "text": PROSE, "sentence": PROSE}] * count)
-        return rows if options else {"train": rows, "test": Rows(rows[:1])}
+        rows = Rows([{"label": 1, "text": PROSE, "sentence": PROSE, "other": PROSE[::-1]}] * count)
+        return rows if "data_files" in options else {"train": rows, "test": Rows(rows[:1])}
 
     module = ModuleType("datasets")
     vars(module).update(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError))
@@ -261,6 +263,18 @@ def test_other_names_of_the_hub_are_read_by_their_text_column(tiny_opt, hub):
     assert tiny_opt.tokenizer.decode(windows[0]).strip() in PROSE.replace("\n", " ") + PROSE
     with pytest.raises(CalibrationError, match="full windows"):
         calibrate("someone/something", tiny_opt, num_samples=100, split="evaluation")
+
+
+def test_a_column_and_a_revision_may_be_named(tiny_opt, hub):
+    windows = calibrate("someone/something@abc123#other", tiny_opt, num_samples=4)
+    assert hub == [("someone/something", {"revision": "abc123"})]
+    assert tiny_opt.tokenizer.decode(windows[0]).strip() in PROSE[::-1].replace("\n", " ") + PROSE[::-1]
+    with pytest.raises(CalibrationError, match="column 'label' holds neither text nor messages"):
+        calibrate("someone/something#label", tiny_opt)
+    with pytest.raises(CalibrationError, match=r"Unknown column 'texts'. Did you mean 'text'"):
+        calibrate("someone/something#texts", tiny_opt)
+    with pytest.raises(CalibrationError, match="its own column"):
+        calibrate("c4#url", tiny_opt)
 
 
 def test_a_missing_package_says_what_to_install(tiny_opt, monkeypatch):
