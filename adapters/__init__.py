@@ -2,9 +2,7 @@
 
 from convexprune._schema.settings import BUNDLED
 
-from ._checkpoints.loading import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen
 from ._checkpoints.reading import given_tokenizer
-from ._checkpoints.saving import save, save_from_store
 from ._data.calibration import (
     calibration_and_held_out,
     calibration_tokens,
@@ -15,6 +13,8 @@ from ._data.calibration import (
 from ._data.sources import check_dataset
 from ._discovery.family import TESTED
 from ._huggingface import HuggingFaceModel
+from ._loading.loading import EMBEDDED, EMBEDDED_WINDOW, bundled_if_none, load, reopen
+from ._saving.saving import save, save_from_store
 
 __all__ = [
     "BUNDLED",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._device.products import widened
-from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
+from convexprune._layerwise.model import Call, DecoderLayer
 
 from ._checkpoints.admission import (
     refuse_adapters,
@@ -23,12 +23,12 @@ from ._checkpoints.admission import (
 from ._checkpoints.given import OriginalState
 from ._checkpoints.origin import Origin, origin_of_loaded
 from ._checkpoints.shards import Shards
-from ._data.logits import logits_at, pieces
 from ._discovery.calling import CallRecorder, entering, standing_in
 from ._discovery.discovery import discover
 from ._discovery.family import decoder_layers, positions
-from ._discovery.kinds import of_each_kind
+from ._discovery.kinds import ProbedModel, of_each_kind
 from ._discovery.layout import Layout
+from ._discovery.logits import logits_at, pieces
 from ._discovery.operators import computes_on, put, tensor_of
 from ._discovery.replay import refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone
@@ -37,7 +37,7 @@ PROBE_TOKENS = 16
 """How many tokens are sent through the model to see what its layers do."""
 
 
-class HuggingFaceModel(AbstractModel):
+class HuggingFaceModel(ProbedModel):
     """A causal language model and, to read text, its tokenizer; loaded, or with layers streamed from shards.
 
     The model is used in place: evaluation mode, and parameters without gradients, until the model is given back

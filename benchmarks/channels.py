@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from convexprune.adapters import HuggingFaceModel, load, text_windows
-from convexprune.adapters._channels.heads import find_heads
-from convexprune.adapters._channels.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._gradients import loss_fisher
+from convexprune.adapters._removal.heads import find_heads
+from convexprune.adapters._removal.narrowing import Narrowing, find_narrowing
 from convexprune.constraints import Channels, Constraint, Heads
 from convexprune.core._moments import Moments
 from convexprune.errors import PatternError

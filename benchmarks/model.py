@@ -14,7 +14,7 @@ import torch
 from phases import medians, phases, report
 
 import convexprune
-from convexprune.adapters._discovery.inspection import inspect
+from convexprune.adapters._inspection.inspection import inspect
 from convexprune.validation._memory import peak_memory
 
 

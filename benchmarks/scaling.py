@@ -24,7 +24,7 @@ import torch
 from phases import report
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from convexprune.adapters._discovery.inspection import inspect
+from convexprune.adapters._inspection.inspection import inspect
 
 AXES = ("layers", "width", "tokens", "workers")
 

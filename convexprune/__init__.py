@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
     from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
     from convexprune._container import Packed, export, pack, unpack
-    from convexprune.adapters._checkpoints.packed import load
-    from convexprune.adapters._discovery.inspection import Inspection, inspect
+    from convexprune.adapters._inspection.inspection import Inspection, inspect
+    from convexprune.adapters._loading.packed import load
     from convexprune.adapters._training import KeepZeros, keep_zeros
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
     from convexprune.core._group_lasso import GroupLasso
@@ -48,8 +48,8 @@ __all__ = [
 ]  # fmt: skip
 
 _NAMES = {
-    "adapters._discovery.inspection": ("Inspection", "inspect"),
-    "adapters._checkpoints.packed": ("load",),
+    "adapters._inspection.inspection": ("Inspection", "inspect"),
+    "adapters._loading.packed": ("load",),
     "adapters._training": ("KeepZeros", "keep_zeros"),
     "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
     "_container": ("Packed", "export", "pack", "unpack"),

@@ -12,7 +12,7 @@ from convexprune._schema import functions as doors
 from convexprune._schema.door import documented
 from convexprune._schema.measures import MEASURED_ON
 from convexprune.adapters import bundled_if_none
-from convexprune.adapters._discovery.outline import read_outline
+from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import RecipeError
 from convexprune.recipe import make_recipe
 

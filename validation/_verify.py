@@ -20,8 +20,8 @@ from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._checkpoints.written import miscounted
 from convexprune.adapters._discovery.selection import matcher
+from convexprune.adapters._saving.written import miscounted
 from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound

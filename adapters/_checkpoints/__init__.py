@@ -1,1 +1,1 @@
-"""Models from files, layer by layer, and back."""
+"""Files of a checkpoint: the place of each tensor, checksums, and models that are refused before any work."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._storage.scan import not_finite
@@ -119,16 +119,3 @@ def refuse_other_codes(codes: Mapping[str, str]) -> None:
             raise ModelError(
                 f"{name} is stored as {code}; accepted: {', '.join(accepted)}. Give the unquantized checkpoint."
             )
-
-
-def refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
-    """Refuse hidden states that are not a single vector per token; Gemma 3n has four.
-
-    Args:
-        batch: token ids [batch tokens].
-    """
-    if hidden.shape[:-1] != batch.shape:
-        raise ModelError(
-            f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
-            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
-        )

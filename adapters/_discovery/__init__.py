@@ -1,1 +1,1 @@
-"""Discovery of a decoder layer's operators, by watching the layer run."""
+"""Decoder layers of a model, their operators and calls, discovered by watching the model run."""

@@ -1,24 +1,37 @@
 """Facts on a decoder layer that hold for all layers of equal structure."""
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from convexprune._layerwise.context import LayerContext
-from convexprune._layerwise.model import Call, DecoderLayer
+from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 
 from .layout import signature
 
-if TYPE_CHECKING:
-    from .._huggingface import HuggingFaceModel
-
 T = TypeVar("T")
 
 
-def of_each_kind(model: "HuggingFaceModel", find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
+class ProbedModel(AbstractModel):
+    """A model of transformers with a few tokens for experiments."""
+
+    model: PreTrainedModel
+
+    @abstractmethod
+    def probe_tokens(self) -> Tensor:
+        """Return token ids [1 tokens], all different."""
+
+    @abstractmethod
+    def forward(self, batch: Tensor) -> Tensor:
+        """Send token ids [batch tokens] through the decoder."""
+
+
+def of_each_kind(model: ProbedModel, find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
     """Determine a fact for every decoder layer; of layers with equal structure, on the first.
 
     Args:

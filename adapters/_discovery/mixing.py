@@ -1,20 +1,17 @@
 """Operators whose outputs reach other tokens, as attention reads keys and values: found by experiment."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convexprune._layerwise.model import Call, DecoderLayer
 
-from .kinds import of_each_kind
-
-if TYPE_CHECKING:
-    from .._huggingface import HuggingFaceModel
+from .kinds import ProbedModel, of_each_kind
 
 
 @torch.no_grad()
-def read_by_other_tokens(model: "HuggingFaceModel") -> list[str]:
+def read_by_other_tokens(model: ProbedModel) -> list[str]:
     """Name the operators whose outputs at the first token of a window move the layer's outputs at later tokens."""
     found = of_each_kind(model, _mixing)
     return [f"{layer.name}.{name}" for layer, names in zip(model.layers, found, strict=True) for name in names]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,16 @@ from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls, LayerWalk
 from convexprune.errors import ModelError
 
-from .._checkpoints.admission import refuse_other_shapes
-
-if TYPE_CHECKING:
-    from .._huggingface import HuggingFaceModel
+from .kinds import ProbedModel
 
 TOLERANCE = 1e-3
 """Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
 
 
-def refuse_other_replays(model: "HuggingFaceModel") -> None:
+def refuse_other_replays(model: ProbedModel) -> None:
     """Refuse a model that differs from its decoder layers. For a streamed model only the calls are compared."""
     batch = model.probe_tokens()
-    refuse_other_shapes(batch, model.first_inputs(batch))
+    _refuse_other_shapes(batch, model.first_inputs(batch))
     if model.streams:
         error = 0.0 if _same(model.calls(batch), model.calls(batch.flip(-1))) else inf
     else:
@@ -39,8 +36,21 @@ def refuse_other_replays(model: "HuggingFaceModel") -> None:
         )
 
 
+def _refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
+    """Refuse hidden states that are not a single vector per token; Gemma 3n has four.
+
+    Args:
+        batch: token ids [batch tokens].
+    """
+    if hidden.shape[:-1] != batch.shape:
+        raise ModelError(
+            f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
+            "accepted: [batch tokens hidden]. Such a model cannot be pruned layer by layer."
+        )
+
+
 @torch.no_grad()
-def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
+def refuse_looking_ahead(model: ProbedModel) -> None:
     """Refuse a model whose first layer changes a token's output with the last token, as an encoder does."""
     batch, layer = model.probe_tokens(), model.layers[0]
     other = torch.cat([batch[:, :-1], batch[:, :1]], dim=1)
@@ -56,7 +66,7 @@ def refuse_looking_ahead(model: "HuggingFaceModel") -> None:
 
 
 @torch.no_grad()
-def replay_error(model: "HuggingFaceModel", batch: Tensor) -> float:
+def replay_error(model: ProbedModel, batch: Tensor) -> float:
     """Return the relative difference between the model and its decoder layers, called in turn.
 
     The layers are replayed with the calls of a second batch. The error is zero if nothing happens between the layers,

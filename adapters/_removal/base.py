@@ -15,9 +15,9 @@ from convexprune._storage.tensors import Entry
 from convexprune.constraints import Constraint
 from convexprune.pruners._base import Score
 
-from .._channels.configuration import built, require_shapes
-from .._channels.cut import Cut, CutEntry
 from .._huggingface import HuggingFaceModel
+from .configuration import built, require_shapes
+from .cut import Cut, CutEntry
 
 Making = Callable[[], Recorded]
 

@@ -17,13 +17,13 @@ from convexprune.errors import ModelError, PatternError
 from convexprune.pruners._base import Score
 
 from .._channels.channels import close
-from .._channels.configuration import REFUSALS, Place, built, candidates, set_at, settings_of
-from .._channels.cut import Cut
 from .._discovery.experts import fused_parameters
 from .._discovery.kinds import of_each_kind
 from .._discovery.layout import signature
 from .._huggingface import HuggingFaceModel
 from .base import AbstractReduced, AbstractRemoval, Making
+from .configuration import REFUSALS, Place, built, candidates, set_at, settings_of
+from .cut import Cut
 from .expert_choice import experts_to_remove
 from .mixtures import Mixture, find_mixtures
 

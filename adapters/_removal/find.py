@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 
 from convexprune.constraints import Constraint
 
-from .._channels.heads import find_heads
-from .._channels.narrowing import find_narrowing
 from .._huggingface import HuggingFaceModel
 from .base import AbstractRemoval
 from .experts import find_experts
+from .heads import find_heads
+from .narrowing import find_narrowing
 from .shortening import find_shortening
 
 REMOVALS: Mapping[str, Callable[[HuggingFaceModel, Constraint], AbstractRemoval]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._channels.cut import Cut
+from .cut import Cut
 
 Tensors = dict[str, Tensor]
 """Parameters and buffers of a module, by their names in the model."""

@@ -15,11 +15,11 @@ from convexprune.constraints._share import check_some
 from convexprune.errors import ModelError
 from convexprune.pruners._base import Score
 
-from .._channels.configuration import REFUSALS, Place, built, candidates, set_at, settings_of
 from .._discovery.family import decoder_layers
 from .._discovery.kinds import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .base import AbstractReduced, AbstractRemoval, Making
+from .configuration import REFUSALS, Place, built, candidates, set_at, settings_of
 from .depth import layers_to_remove
 
 OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs between modules that are alike

@@ -39,8 +39,8 @@ from convexprune.adapters._allocating import allocate
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.documents import said_of_base
 from convexprune.adapters._data.mixture import needs_sampling
-from convexprune.adapters._discovery.needs import what_needs_less
 from convexprune.adapters._discovery.rules import with_rules
+from convexprune.adapters._inspection.needs import what_needs_less
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._removal.find import find_removal
 from convexprune.adapters._token_weights import token_weights

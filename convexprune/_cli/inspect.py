@@ -12,7 +12,7 @@ from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import INSPECT
 
 if TYPE_CHECKING:
-    from convexprune.adapters._discovery.inspection import Inspection
+    from convexprune.adapters._inspection.inspection import Inspection
 
 
 @app.command(context_settings=also_called(INSPECT))
@@ -23,7 +23,7 @@ def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     Ends with exit status 1 if the device memory is not enough.
     """
     with stoppable(), following(quiet=quiet):
-        from convexprune.adapters._discovery.inspection import inspect as inspect_model
+        from convexprune.adapters._inspection.inspection import inspect as inspect_model
 
         found = inspect_model(settings.pop("model", None), **settings)
     show_inspection(found, as_json)

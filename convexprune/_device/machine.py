@@ -24,8 +24,8 @@ PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
     "_cli", "_container", "_doctor", "_rendering", "errors.py", "_progress.py", "report.py", "_runs/cost.py",
     "_runs/sizes.py", "_runs/speed.py", "adapters/_training.py",
-    "adapters/_discovery/inspection.py", "adapters/_discovery/needs.py",
-    "adapters/_discovery/outline.py", "adapters/_discovery/random_weights.py",
+    "adapters/_inspection/inspection.py", "adapters/_inspection/needs.py",
+    "adapters/_inspection/outline.py", "adapters/_inspection/random_weights.py",
     "validation/_bench.py", "validation/_evaluate.py", "validation/_formats.py", "validation/_oracles.py",
     "validation/_plots.py", "validation/_reported.py", "validation/_source.py", "validation/_tasks.py",
     "validation/_timing.py", "validation/_verify.py",

@@ -16,7 +16,7 @@ from convexprune._api.calls import prune
 from convexprune._api.result import PruneResult
 from convexprune._doctor.answers import LARGEST_GAP
 from convexprune._doctor.check import Bed, Case, Found, alike
-from convexprune.adapters._discovery.inspection import Inspection, inspect
+from convexprune.adapters._inspection.inspection import Inspection, inspect
 from convexprune.report import OperatorReport
 from convexprune.validation._memory import Peak, peak_memory
 

@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._channels.heads import find_heads
+from convexprune.adapters._removal.heads import find_heads
 from convexprune.constraints import Heads
 from convexprune.errors import ConvexpruneError, ModelError, PatternError
 

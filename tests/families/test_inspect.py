@@ -13,10 +13,10 @@ from convexprune import _cli as cli
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._runs.speed import Speed
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
-from convexprune.adapters._discovery import needs
 from convexprune.adapters._discovery.experts import fused_parameters
-from convexprune.adapters._discovery.inspection import SURVEY, inspect
-from convexprune.adapters._discovery.outline import read_outline
+from convexprune.adapters._inspection import needs
+from convexprune.adapters._inspection.inspection import SURVEY, inspect
+from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
 from convexprune.validation._memory import peak_memory

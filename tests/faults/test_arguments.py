@@ -12,7 +12,7 @@ from tiny_families import _COMMON, build_family
 import convexprune
 from convexprune import errors
 from convexprune.adapters import EMBEDDED, HuggingFaceModel
-from convexprune.adapters._discovery.inspection import inspect
+from convexprune.adapters._inspection.inspection import inspect
 from convexprune.solvers._fista import FISTA
 
 

@@ -21,7 +21,7 @@ from convexprune.adapters import EMBEDDED, HuggingFaceModel, given_tokenizer, lo
 from convexprune.adapters._checkpoints import model_folder
 from convexprune.adapters._checkpoints.model_folder import INDEX
 from convexprune.adapters._checkpoints.shards import Shards
-from convexprune.adapters._discovery.inspection import inspect
+from convexprune.adapters._inspection.inspection import inspect
 from convexprune.errors import ModelError, OutputError
 
 

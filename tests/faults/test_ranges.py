@@ -15,7 +15,7 @@ import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._device.machine import check_threads, default_device
-from convexprune.adapters._discovery.inspection import inspect
+from convexprune.adapters._inspection.inspection import inspect
 from convexprune.recipe import make_recipe
 from convexprune.validation import compare, verify
 from convexprune.validation._variants import make_variants

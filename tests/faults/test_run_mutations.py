@@ -23,8 +23,9 @@ from convexprune._runs import executors, worker
 from convexprune._storage import failures, files
 from convexprune._storage.batches import Batches
 from convexprune.adapters import _gradients as gradients
-from convexprune.adapters._checkpoints import loading, reading, stored_names
+from convexprune.adapters._checkpoints import reading, stored_names
 from convexprune.adapters._checkpoints.shards import Shards
+from convexprune.adapters._loading import loading
 from convexprune.pruners._search import AbstractSearch
 
 llama, folder, small, spoilt = test_streaming.llama, test_checkpoint.folder, test_crash.small, test_hostile.folder

@@ -27,7 +27,7 @@ from convexprune._layerwise.work import stack_steps
 from convexprune._runs import cost, sizes
 from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
-from convexprune.adapters._discovery import inspection
+from convexprune.adapters._inspection import inspection
 from convexprune.constraints import Columns, Unstructured
 from convexprune.core._error_moments import ErrorMoments
 from convexprune.errors import RecipeError

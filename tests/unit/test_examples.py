@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from convexprune._api import windows
 from convexprune.adapters import EMBEDDED
-from convexprune.adapters._checkpoints import loading
+from convexprune.adapters import _loading as loading
 from convexprune.adapters._data import calibration
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from convexprune._container import file as packing
 from convexprune._container.file import pack_file
 from convexprune._runs.folder import RunFolder
 from convexprune._storage.tensors import entries
-from convexprune.adapters._checkpoints import packed as reader
+from convexprune.adapters._loading import packed as reader
 from convexprune.errors import ConvexpruneError, ModelError, OutputError, RecipeError
 
 

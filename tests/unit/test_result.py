@@ -15,8 +15,8 @@ from torch import Tensor
 
 import convexprune
 from convexprune import errors
-from convexprune.adapters._checkpoints import saving
 from convexprune.adapters._checkpoints.shards import Shards
+from convexprune.adapters._saving import saving
 from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 

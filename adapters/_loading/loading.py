@@ -16,15 +16,23 @@ from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
+from .._checkpoints.admission import refuse_adapters, refuse_other_codes, refuse_quantized, refuse_unloaded
+from .._checkpoints.building import parameters_on_meta
+from .._checkpoints.model_folder import (
+    NotStreamable,
+    check_folder,
+    check_layers,
+    local_folder,
+    place_of,
+    shard_files,
+    stored_dtype,
+)
+from .._checkpoints.origin import Origin
+from .._checkpoints.reading import ask, model_class, read_tokenizer
+from .._checkpoints.shards import Shards
 from .._discovery.family import decoder_layers
 from .._discovery.operators import computes_on
 from .._huggingface import HuggingFaceModel
-from .admission import refuse_adapters, refuse_other_codes, refuse_quantized, refuse_unloaded
-from .building import parameters_on_meta
-from .model_folder import NotStreamable, check_folder, check_layers, local_folder, place_of, shard_files, stored_dtype
-from .origin import Origin
-from .reading import ask, model_class, read_tokenizer
-from .shards import Shards
 
 EMBEDDED = Path(str(files("convexprune"))) / "data" / BUNDLED
 """The folder of the small OPT model that comes with convexprune (float16)."""

@@ -8,10 +8,10 @@ import torch
 
 from convexprune._storage.tensors import DTYPES, Entry
 
-from .._checkpoints.saving import save_new
+from .._channels.channels import Axis
+from .._channels.permuting import Permutation
 from .._huggingface import HuggingFaceModel
-from .channels import Axis
-from .permuting import Permutation
+from .saving import save_new
 
 
 @dataclass(frozen=True)

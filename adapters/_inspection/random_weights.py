@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
 
+from .._discovery.experts import FusedExperts, fused_parameters
+from .._discovery.family import decoder_layers
 from .._huggingface import HuggingFaceModel
-from .experts import FusedExperts, fused_parameters
-from .family import decoder_layers
 
 ADDED = torch.ops.aten.addmm.default
 PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)

@@ -17,11 +17,11 @@ from convexprune._storage.notes import write_json, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry
 
+from .._checkpoints.documents import documents, result_name
+from .._checkpoints.model_folder import CONFIG
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced
-from .documents import documents, result_name
-from .model_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 

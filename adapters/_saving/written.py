@@ -17,10 +17,10 @@ from convexprune._storage.tensors import Entry, Spec, entries
 from convexprune.errors import ModelError, OutputError
 from convexprune.report import OperatorReport
 
+from .._checkpoints.model_folder import CONFIG, shard_files
 from .._discovery.operators import tensor_of
 from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced
-from .model_folder import CONFIG, shard_files
 from .saving import pruned_entries
 
 

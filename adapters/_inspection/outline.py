@@ -20,7 +20,7 @@ from .._checkpoints.admission import refuse_quantized
 from .._checkpoints.building import parameters_on_meta
 from .._checkpoints.model_folder import NotStreamable, check_folder, check_layers, place_of
 from .._checkpoints.reading import ask, model_class
-from .experts import fused_parameters
+from .._discovery.experts import fused_parameters
 from .random_weights import RandomModel
 
 

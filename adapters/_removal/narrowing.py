@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from convexprune.constraints import Columns, Constraint
 from convexprune.errors import ModelError
 
+from .._channels.channels import Channels
+from .._channels.inner_channels import inner_channels
 from .._huggingface import HuggingFaceModel
-from .._removal.base import AbstractReduced, AbstractRemoval
-from .channels import Channels
+from .base import AbstractReduced, AbstractRemoval
 from .configuration import Place, Shapes, candidates, require_shapes, set_at, settings_of, shapes_of
 from .cut import Cut
-from .inner_channels import inner_channels
 
 
 @dataclass(frozen=True, eq=False)

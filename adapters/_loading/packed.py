@@ -12,9 +12,9 @@ from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
 from convexprune.recipe import make_recipe
 
+from .._checkpoints.model_folder import check_folder, local_folder
+from .._checkpoints.reading import ask
 from .loading import place_at, read_model
-from .model_folder import check_folder, local_folder
-from .reading import ask
 
 
 @pinned()

@@ -1,0 +1,1 @@
+"""Results written as ordinary checkpoints, and read again to see that they hold what was pruned."""
