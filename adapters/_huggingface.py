@@ -13,15 +13,12 @@ from convexprune._device.products import widened
 from convexprune._layerwise.model import Call, DecoderLayer
 
 from ._checkpoints.admission import (
-    refuse_adapters,
-    refuse_inference_mode,
     refuse_non_finite,
-    refuse_other_dtypes,
     refuse_quantized,
-    refuse_unloaded,
 )
-from ._checkpoints.given import OriginalState
+from ._checkpoints.given import OriginalState, used_alone
 from ._checkpoints.origin import Origin, origin_of_loaded
+from ._checkpoints.plain import require_plain, told_if_mixed
 from ._checkpoints.shards import Shards
 from ._discovery.calling import CallRecorder, entering, standing_in
 from ._discovery.discovery import discover
@@ -77,32 +74,27 @@ class HuggingFaceModel(ProbedModel):
         shards: Shards | None = None,
         whole_because: str = "it was given loaded",
     ) -> None:
-        refuse_adapters(model)
-        refuse_inference_mode(model)
         refuse_quantized(model.config)
-        path, layers = decoder_layers(model)
         self.shards = shards
         self.whole_because = whole_because
+        require_plain(model, loaded=not self.streams)
+        path, layers = decoder_layers(model)
         if not self.streams:
-            refuse_unloaded(model)
             refuse_non_finite(model)
-        refuse_other_dtypes(layers)
         self.name = name or model.name_or_path or type(model).__name__
         self.model = model
         self.tokenizer = tokenizer
         self.layers = [DecoderLayer(f"{path}.{i}", layer, ()) for i, layer in enumerate(layers)]
         self._original, self._keeps = OriginalState(model), False
         model.eval().requires_grad_(False)
-        with ExitStack() as refused:
+        with used_alone(model), ExitStack() as refused:
             refused.callback(self._original.restore)
-            self._look(targets, ignore)
+            with told_if_mixed(model):
+                refuse_other_replays(self)
+                refuse_looking_ahead(self)
+                self._layouts = self._look_at_layers()
+            self.choose(targets, ignore)
             refused.pop_all()
-
-    def _look(self, targets: Sequence[str], ignore: Sequence[str]) -> None:
-        refuse_other_replays(self)
-        refuse_looking_ahead(self)
-        self._layouts = self._look_at_layers()
-        self.choose(targets, ignore)
 
     def choose(self, targets: Sequence[str], ignore: Sequence[str] = (), **reason: str) -> None:
         """Choose the operators to prune.
@@ -133,7 +125,7 @@ class HuggingFaceModel(ProbedModel):
         """
         self._keeps = undo
         try:
-            with ExitStack() as failed:
+            with used_alone(self.model), ExitStack() as failed:
                 failed.callback(self._put_back)
                 yield self
                 failed.pop_all()

@@ -1,10 +1,18 @@
 """`convexprune`, and `python -m convexprune`: Ctrl-C is no traceback even while the command line is being loaded."""
 
+import os
 import sys
 
 
 def run() -> None:
     """Load the command line and run it."""
+    if sys.stdout is None:  # closed: what is printed goes nowhere, and not into the next file that is opened
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("The current folder was removed. Change to another one (cd).", file=sys.stderr)
+        sys.exit(2)
     try:
         from convexprune._cli import main
     except KeyboardInterrupt:

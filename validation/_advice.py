@@ -136,7 +136,11 @@ def advise(model: str | Path | None = None, **settings: Any) -> Advice:
     asked, _ = doors.ADVISE.read(settings)
     given = [name for name in ("target", "bits", "speed") if getattr(asked, name) is not None]
     if len(given) != 1:
-        raise RecipeError(f"{len(given)} targets. Give one: target (4GiB), bits (3.5) or speed (1.5).")
+        came = f"{' and '.join(given)} are given" if given else "none is given"
+        raise RecipeError(
+            f"advise needs a single target, and {came}. Accepted: target='4GiB' (--target), bits=3.5 (--bits) or "
+            "speed=1.5 (--speed)."
+        )
     source = bundled_if_none({"model": model})["model"]
     outline = read_outline(source, make_recipe(model=str(source)), asked.trust_remote_code)
     size = outline.size

@@ -103,7 +103,7 @@ def timing(
         tokens: tokens per run; None without tokens.
     """
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
-    lower, middle, upper = quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    lower, middle, upper = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     seconds = median(times[name])
     rate = None if tokens is None else tokens / seconds
     return Timing(what, batch, name, 1e3 * seconds, middle, (lower, upper), nbytes, len(ratios), rate)

@@ -10,10 +10,8 @@ from convexprune._storage.scan import not_finite
 from convexprune._storage.tensors import CODES
 from convexprune.errors import ModelError
 
-from .._discovery.experts import fused_parameters
-from .._discovery.operators import LINEAR_MODULES, held, offloaded
-
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .._discovery.operators import held, offloaded
+from .plain import WEIGHT_DTYPES
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:
@@ -34,28 +32,6 @@ def refuse_quantized(config: PretrainedConfig) -> None:
         )
 
 
-def refuse_adapters(model: object) -> None:
-    """Refuse a model with LoRA or another adapter around linear maps: the pruned function would not be the executed
-    function.
-    """
-    if isinstance(model, nn.Module):
-        for name, module in model.named_modules():
-            if type(module).__module__.split(".")[0] == "peft":
-                raise ModelError(
-                    f"{name or 'The model'} is a {type(module).__name__} of peft. Merge the adapter first "
-                    "(model = model.merge_and_unload()), prune the result, and train a new adapter on it."
-                )
-
-
-def refuse_inference_mode(model: nn.Module) -> None:
-    """Refuse inference tensors: torch neither tracks their changes nor differentiates their results."""
-    if made := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
-        raise ModelError(
-            f"{made[0]} was made inside torch.inference_mode(): pruning has to see which tensors change, and to "
-            "differentiate. Load the model outside of it."
-        )
-
-
 def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
     """Refuse a model without logits of the next token where logits are needed.
 
@@ -70,17 +46,6 @@ def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
         )
 
 
-def refuse_unloaded(model: PreTrainedModel) -> None:
-    """Refuse weights that were never loaded. Weights offloaded by accelerate pass."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and offloaded(module) is None:
-                raise ModelError(
-                    f"{path}.{name} is on the meta device and was never loaded, so there is nothing to prune. "
-                    "Load the model with its weights (from_pretrained, not from_config)."
-                )
-
-
 def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
     """Refuse NaN and infinity in any parameter in memory: a single one spoils every later activation."""
     for path, part in module.named_modules(prefix=prefix.removesuffix(".")):
@@ -93,18 +58,6 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
                 if not broken:
                     continue
                 raise not_finite(f"{path}.{name}", broken, value.numel())
-
-
-def refuse_other_dtypes(layers: nn.ModuleList) -> None:
-    """Refuse linear maps whose weights are no floating-point numbers."""
-    for name, module in layers.named_modules():
-        for parameter in [*fused_parameters(module), *(["weight"] if isinstance(module, LINEAR_MODULES) else [])]:
-            dtype = module.get_parameter(parameter).dtype
-            if dtype not in WEIGHT_DTYPES:
-                raise ModelError(
-                    f"{name}.{parameter} of the decoder layers is of type {dtype}; accepted: "
-                    f"{', '.join(str(dtype) for dtype in WEIGHT_DTYPES)}. Load the unquantized checkpoint."
-                )
 
 
 def refuse_other_codes(codes: Mapping[str, str]) -> None:

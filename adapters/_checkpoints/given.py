@@ -1,12 +1,41 @@
 """The state of a caller's model, noted before a run and restored afterwards."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from convexprune.errors import ModelError
+
+_lock = threading.Lock()
+_users: dict[int, list[int]] = {}  # by the model: its thread, once for each use inside of another
+
+
+@contextmanager
+def used_alone(model: nn.Module) -> Iterator[None]:
+    """Refuse a model that another thread uses: both would see and change what the other one computes."""
+    thread = threading.get_ident()
+    with _lock:
+        users = _users.setdefault(id(model), [])
+        if users and users[0] != thread:
+            raise ModelError(
+                f"This {type(model).__name__} is in use by another thread of this process. Give each thread a model of "
+                "its own (copy.deepcopy), or wait."
+            )
+        users.append(thread)
+    try:
+        yield
+    finally:
+        with _lock:
+            users.pop()
+            if not users:
+                del _users[id(model)]
+
 
 class OriginalState:
-    """The state of a `model` before a run: modes of modules, parameters with gradients, layers before their change.
+    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, layers before they
+    changed. Compiled modules run as they are written until then, because compiled ones call no hooks.
 
     `layers` are copies in the memory of the CPU, by name.
     """
@@ -15,6 +44,9 @@ class OriginalState:
         self._training = [module for module in model.modules() if module.training]
         self._learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.layers: dict[str, dict[str, Tensor]] = {}
+        self._compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+        for module in self._compiled:
+            module._compiled_call_impl = None
 
     def keep(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a layer, unless copied before."""
@@ -22,8 +54,10 @@ class OriginalState:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 
     def restore(self) -> None:
-        """Restore modes and gradients of parameters, and forget the copies."""
+        """Restore modes, compiled modules, and parameters that ask for gradients; no layer is kept any longer."""
         self.layers = {}
+        for module, compiled in self._compiled.items():
+            module._compiled_call_impl = compiled
         for module in self._training:
             module.training = True
         for parameter in self._learning:

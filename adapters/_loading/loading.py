@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._schema.settings import BUNDLED
@@ -16,7 +17,7 @@ from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
-from .._checkpoints.admission import refuse_adapters, refuse_other_codes, refuse_quantized, refuse_unloaded
+from .._checkpoints.admission import refuse_other_codes, refuse_quantized
 from .._checkpoints.building import parameters_on_meta
 from .._checkpoints.model_folder import (
     NotStreamable,
@@ -28,6 +29,7 @@ from .._checkpoints.model_folder import (
     stored_dtype,
 )
 from .._checkpoints.origin import Origin
+from .._checkpoints.plain import require_plain
 from .._checkpoints.reading import ask, model_class, read_tokenizer
 from .._checkpoints.shards import Shards
 from .._discovery.family import decoder_layers
@@ -97,13 +99,14 @@ def load(
             that `HuggingFaceModel` refuses.
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
-    refuse_adapters(source)
     chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
     if isinstance(source, PreTrainedModel):
         refuse_quantized(source.config)
-        refuse_unloaded(source)
+        require_plain(source)
         _move(source, device, dtype)
         return HuggingFaceModel(source, tokenizer, **chosen)
+    if isinstance(source, nn.Module):
+        require_plain(source)  # says what to do with a model of peft
     if not isinstance(source, str | Path):
         raise ModelError(
             f"A {type(source).__name__} is no model of transformers. Accepted: a PreTrainedModel, a folder, a .gguf "
@@ -142,7 +145,7 @@ def _whole(
     model = read_model(name, place, dtype, allow_pickle)
     if "gguf_file" in place:
         logger.warning("%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype)
-    refuse_unloaded(model)
+    require_plain(model)
     # It has its dtype: to cast it again would cast its rotary tables too, which are float32 in any dtype.
     return model.to(device=device)  # pyright: ignore[reportCallIssue]
 

@@ -204,7 +204,7 @@ class Request:
 
     def _end(self, report: Report) -> None:
         """Record time and memory of a finished run."""
-        report.seconds, report.memory = self.clock.laps, peak_memory(self.device)
+        report.seconds, report.memory = self.clock.laps, peak_memory(self.device, self.executor.spawns)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
         """Measure perplexity, and for a pruned model the divergence from the dense model."""

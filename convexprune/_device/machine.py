@@ -134,18 +134,17 @@ def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversab
     return found
 
 
-def peak_memory(device: torch.device | str) -> dict[str, int]:
-    """Return the peak memory since the process began.
+def peak_memory(device: torch.device | str, has_workers: bool = False) -> dict[str, int]:
+    """Return the peak memory in bytes since the process began, by place.
 
-    Returns:
-        Bytes of the "process", of the largest ended worker as "workers", and of torch on the "gpu".
+    The places are the "process", the largest ended child as "workers" if there were workers, and torch on the "gpu".
     """
     unit = 1 if sys.platform == "darwin" else 1024
-    kinds = {"process": resource.RUSAGE_SELF, "workers": resource.RUSAGE_CHILDREN}
-    found = {name: resource.getrusage(kind).ru_maxrss * unit for name, kind in kinds.items()}
+    kinds = {"process": resource.RUSAGE_SELF} | ({"workers": resource.RUSAGE_CHILDREN} if has_workers else {})
+    sizes = {name: resource.getrusage(kind).ru_maxrss * unit for name, kind in kinds.items()}
     if torch.device(device).type == "cuda":
-        found["gpu"] = torch.cuda.max_memory_allocated(device)
-    return {name: size for name, size in found.items() if size}
+        sizes["gpu"] = torch.cuda.max_memory_allocated(device)
+    return sizes
 
 
 class Clock:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import ClassVar
 
 import torch
 
@@ -29,7 +30,9 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 
 
 class AbstractExecutor(ABC):
-    """An executor finishes all layers of a run."""
+    """An executor finishes all layers of a run; `spawns` says whether in child processes of this process."""
+
+    spawns: ClassVar[bool] = False
 
     @property
     def rank(self) -> int | None:
@@ -75,7 +78,13 @@ class Ranks(AbstractExecutor):
         """Return the rank that the launcher has given this process."""
         for rank, size in RANKS:
             if rank in os.environ and size in os.environ:
-                return cls(int(os.environ[rank]), int(os.environ[size]))
+                number, count = (os.environ[name] for name in (rank, size))
+                if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+                    raise RecipeError(
+                        f"{rank}={number!r}, {size}={count!r}: with executor='ranks', {rank} has to be a number from 0 "
+                        f"to {size} - 1. torchrun and srun set both."
+                    )
+                return cls(int(number), int(count))
         raise RecipeError(
             "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
         )
@@ -102,6 +111,7 @@ class Ranks(AbstractExecutor):
 class Pool(AbstractExecutor):
     """Processes on this machine, a process for each of `devices`; a lost process is restarted."""
 
+    spawns = True
     devices: Sequence[str]
 
     @property

@@ -1,7 +1,7 @@
 """Groups of settings: declaration, checks, and former names."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from sys import _getframe
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -49,10 +49,17 @@ def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:
     try:
         return kind(**settings)
     except ValidationError as error:
-        causes = [fault.get("ctx", {}).get("error") for fault in error.errors()]
+        faults = [fault for fault in error.errors() if not _contains_another(fault, error.errors())]
+        causes = [fault.get("ctx", {}).get("error") for fault in faults]
         if ours := [cause for cause in causes if isinstance(cause, ConvexpruneError)]:
             raise ours[0] from None  # it is ours and says it all
-        raise RecipeError(" ".join(_told(fault, kind) for fault in error.errors()[:FAULTS])) from error
+        raise RecipeError(" ".join(_told(fault, kind) for fault in faults[:FAULTS])) from error
+
+
+def _contains_another(fault: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if another fault is about a part of the same value: a tuple with a bad entry counts as empty."""
+    place = fault["loc"]
+    return any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in faults)
 
 
 def from_yaml(value: Any) -> Any:

@@ -143,6 +143,7 @@ class Bench(RemoteCode):
         15.0,
         "Seconds to share out among what is timed; less than a round takes is a round. More make it less noisy.",
         gt=0,
+        le=86_400,  # a day
     )
 
 

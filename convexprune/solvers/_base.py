@@ -270,8 +270,13 @@ def initial(problem: Problem, start: Tensor | None) -> Tensor:
 
 
 def square_root(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return F [rank n] with H = F' F, and the pseudo-inverse of F [n rank]."""
+    """Return F [rank n] with H = F' F, and the pseudo-inverse of F [n rank].
+
+    Of H = 0 both hold a row of zeros, because CVXPY takes no empty matrix.
+    """
     values, vectors = np.linalg.eigh(gram)
     keep = values > values.max(initial=0) * len(values) * np.finfo(float).eps
+    if not keep.any():
+        return np.zeros((1, len(gram))), np.zeros((len(gram), 1))
     root = np.sqrt(values[keep])
     return root[:, None] * vectors[:, keep].T, vectors[:, keep] / root

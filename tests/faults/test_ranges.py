@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._device.machine import check_threads, default_device
+from convexprune._runs.executors import RANKS
 from convexprune.adapters._inspection.inspection import inspect
 from convexprune.recipe import make_recipe
 from convexprune.validation import compare, verify
+from convexprune.validation._bench import bench
 from convexprune.validation._variants import make_variants
 
 NOWHERE = Path("nowhere")  # no model is looked for before these checks
@@ -87,6 +89,41 @@ def test_a_number_out_of_range_is_refused_by_its_name(door: str, settings: dict[
 def test_workers_that_would_not_be_used_are_refused(executor: str):
     with pytest.raises(errors.RecipeError, match=f"workers=4: executor='{executor}'"):
         convexprune.prune(NOWHERE, executor=executor, workers=4, output_dir="out")
+
+
+@pytest.mark.parametrize("names", RANKS)
+@pytest.mark.parametrize(
+    ("rank", "size"), [("5", "2"), ("2", "2"), ("-1", "2"), ("a", "2"), ("", "2"), ("0", "0"), ("0", "")]
+)
+def test_ranks_that_no_launcher_gives_are_refused_at_once(monkeypatch, names: tuple[str, str], rank: str, size: str):
+    for name in (name for pair in RANKS for name in pair):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(names, (rank, size), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        errors.RecipeError, match=f"{names[0]}='{rank}', {names[1]}='{size}'.* from 0 to {names[1]} - 1"
+    ):
+        convexprune.prune(NOWHERE, executor="ranks", output_dir="out")
+
+
+@pytest.mark.parametrize("seconds", [inf, nan, 1e300, 0])
+def test_a_time_to_measure_has_an_end(seconds: float):
+    with pytest.raises(errors.RecipeError, match="seconds="):
+        bench(NOWHERE, seconds=seconds)
+
+
+def test_an_entry_that_is_refused_is_told_once():
+    with pytest.raises(errors.RecipeError) as refused:
+        bench(NOWHERE, batches=(8, 0))
+    assert str(refused.value) == "batches.1=0: Input should be greater than or equal to 1."
+
+
+@pytest.mark.parametrize(
+    ("given", "came"), [({}, "none is given"), ({"bits": 3, "speed": 2}, "bits and speed are given")]
+)
+def test_advice_is_for_one_target(given: dict[str, float], came: str):
+    with pytest.raises(errors.RecipeError, match=f"a single target, and {came}"):
+        convexprune.advise(NOWHERE, **given)
 
 
 def test_threads_have_a_limit_that_is_said():

@@ -8,7 +8,7 @@ import torch
 from strategies import make_problem, random
 
 from convexprune.core._group_lasso import GroupLasso
-from convexprune.core._penalty import L1, AbstractPenalty
+from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Certificate, Problem, certify
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
@@ -88,6 +88,14 @@ def test_cvxpy_solves_in_any_units(name, inputs, outputs):
     }[name]
     solution = make_solver("cvxpy").solve(Problem(quadratic, penalty))
     assert solution.status is Status.SOLVED and solution.certificate.relative_gap <= 1e-8
+
+
+@pytest.mark.parametrize("engine", ["CLARABEL", "OSQP", "SCS"])
+@pytest.mark.parametrize("kept", [[0, 0], [1, 0], [1, 1]])
+def test_cvxpy_takes_a_support_without_a_live_input(engine: str, kept: list[int]):
+    nothing = Quadratic(torch.zeros(2, 2), torch.zeros(1, 2), torch.zeros(1))
+    solution = make_solver("cvxpy", engine=engine).solve(Problem(nothing, Support(torch.tensor([kept]).bool())))
+    assert solution.certificate.primal == solution.certificate.gap == 0 and not solution.weight.any()
 
 
 def test_an_engine_that_raises_is_a_status(monkeypatch):

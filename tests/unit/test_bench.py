@@ -110,6 +110,11 @@ def test_generation_ends_with_its_share_of_the_time_and_counts_its_tokens(tiny_l
     assert _new_tokens(_decode(model, 2, 5, "cpu", 1e-6)()) == 1
 
 
+def test_the_middle_half_of_two_rounds_lies_between_them():
+    found = timing("q_proj", 1, "csr", {"csr": [1.0, 9.0], "dense": [1.0, 1.0]}, "dense", nbytes=1)
+    assert found.middle_half == (3.0, 7.0) and found.over_dense == 5.0
+
+
 def test_what_is_timed_once_says_so():
     found = timing("decode", 1, "int8", {"int8": [2.0], "float32": [1.0]}, "float32", 1, 3)
     assert (found.rounds, found.over_dense, found.middle_half, found.tokens_per_second) == (1, 2.0, (2.0, 2.0), 1.5)

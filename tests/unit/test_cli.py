@@ -1,5 +1,6 @@
 """The command line says what it did, and what is wrong."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,6 +75,19 @@ def test_an_error_is_one_message_and_status_two(folder: Path, monkeypatch, capsy
         cli.main()
     assert stopped.value.code == 2
     assert "RecipeError: Unknown method 'wando'. Did you mean 'wanda'?" in capsys.readouterr().err
+
+
+def test_a_current_folder_that_was_removed_is_one_message(tmp_path: Path):
+    (tmp_path / "gone").mkdir()
+    code = f"import os; os.rmdir({str(tmp_path / 'gone')!r}); from convexprune.__main__ import run; run()"
+    done = subprocess.run([sys.executable, "-c", code, "list"], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "The current folder was removed. Change to another one (cd).\n")
+
+
+def test_a_closed_output_loses_what_is_printed_and_nothing_else():
+    command = f"exec {sys.executable} -m convexprune list >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_brackets_of_a_message_are_not_markup(folder: Path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """What of this machine and of our code decides the bits of a result."""
 
 import shutil
+import subprocess
+import sys
 import zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from convexprune._device import machine
+from convexprune._runs import executors
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,10 @@ def test_the_kind_of_processor_and_of_gpu_are_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(machine, "eager_because", lambda device: None)  # which would try to compile
     assert machine.installation("cuda:1")["gpu"] == "GPU cuda:1"
+
+
+def test_a_child_process_is_no_worker_unless_there_are_workers():
+    subprocess.run([sys.executable, "-c", ""], check=True)
+    assert set(machine.peak_memory("cpu")) == {"process"}
+    assert machine.peak_memory("cpu", has_workers=True)["workers"] > 0
+    assert executors.Pool.spawns and not executors.Serial.spawns
