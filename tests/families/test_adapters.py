@@ -73,6 +73,7 @@ def test_hidden_states_may_come_by_name(tiny_llama, monkeypatch):
         rotary = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
         for layer in inner.layers:
             hidden = layer(hidden_states=hidden, position_embeddings=rotary)
+        return (hidden,)
 
     monkeypatch.setattr(inner, "forward", forward)
     hidden = tiny_llama.first_inputs(BATCH)

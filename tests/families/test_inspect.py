@@ -14,7 +14,7 @@ from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._runs.speed import Speed
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._discovery.experts import fused_parameters
-from convexprune.adapters._inspection import needs
+from convexprune.adapters._inspection import inspection
 from convexprune.adapters._inspection.inspection import SURVEY, inspect
 from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
@@ -40,7 +40,7 @@ GIB = 1 << 30
 def known_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """To time products takes a second or two, and once is enough."""
     if "quickly" not in request.node.name:
-        monkeypatch.setattr(needs, "measured_speed", lambda device, dtype: Speed(1e11, 1e11))
+        monkeypatch.setattr(inspection, "measured_speed", lambda device, dtype: Speed(1e11, 1e11))
 
 
 @pytest.fixture

@@ -72,5 +72,5 @@ def test_a_model_that_is_as_it_should_be_is_left_as_it_is(folder: Path, target: 
 
 @pytest.mark.parametrize("target", [{}, {"bits": 3.0, "speed": 2.0}])
 def test_one_target_is_asked_for(folder: Path, target: dict[str, float]):
-    with pytest.raises(RecipeError, match="needs a single target.*Accepted: target='4GiB'"):
+    with pytest.raises(RecipeError, match=r"needs a single target.*Accepted: target='4GiB'"):
         convexprune.advise(folder, **target)
