@@ -25,7 +25,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "computes"),
     [
-        ("solvers/_fista.py", True), ("_layerwise/steps/group.py", True), ("adapters/_data/sampling.py", True),
+        ("solvers/_fista.py", True), ("_layerwise/steps/prune.py", True), ("adapters/_data/sampling.py", True),
         ("core/_quadratic.py", True), ("_cli/prune.py", False), ("validation/_plots.py", False),
         ("validation/_verify.py", False), ("report.py", False),
     ],

@@ -1,9 +1,11 @@
 """What a user installs: one top-level package, with the adapters, the validation and the bundled model inside."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from importlib import import_module
 from pathlib import Path
 
@@ -22,6 +24,13 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
     needed = ("adapters/_huggingface.py", "validation/_perplexity.py", "data/opt-books/model.safetensors", "py.typed")
     needed += ("_rendering/card.md.jinja", "_rendering/page.html.jinja")
     assert {f"convexprune/{n}" for n in needed} <= set(names)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        said = Parser().parsestr(wheel.read(metadata).decode())
+    links = re.findall(r"\]\(([^)]*)\)", str(said.get_payload()))
+    assert len(links) > 20 and [link for link in links if not link.startswith("https://")] == []
+    assert any("/raw/" in link and link.endswith(".png") for link in links)
+    assert said["Description-Content-Type"] == "text/markdown" and "Typing :: Typed" in said.get_all("Classifier", [])
 
 
 PUBLIC = {
@@ -29,8 +38,8 @@ PUBLIC = {
         L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport Packed
         PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support
         GroupLasso Unstructured Verification advise certify compare compare_samples errors evaluate export inspect
-        keep_zeros load make_solver pack parse_pattern permute perplexity problems prune pruners solver_names solvers
-        unpack verify""",
+        keep_zeros load make_solver pack parse_pattern permute perplexity problems prune pruners solve
+        solver_names solvers unpack verify""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
     "convexprune.constraints": """

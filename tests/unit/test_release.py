@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,30 @@ def released(tag: str) -> "subprocess.CompletedProcess[str]":
 def test_a_tag_that_is_not_the_version_is_no_release():
     refused = released("v99")
     assert refused.returncode == 1 and f"The tag is v99, the version in pyproject.toml is {VERSION}" in refused.stdout
+
+
+def test_a_release_takes_its_fragments_and_has_a_tag(tmp_path: Path):
+    for name in (".ci/release", "pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "changelog.d").mkdir()
+    (tmp_path / "changelog.d" / "+new.added.md").write_text("Something new.\n")
+    variables = {f"GIT_{role}_{key}": "a" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    given = os.environ | variables | {"PYTHON": sys.executable}
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=given, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "before")
+    subprocess.run([tmp_path / ".ci" / "release", "prepare", "7.8.9"], env=given, check=True, capture_output=True)
+    assert git("tag").split() == ["v7.8.9"] and git("status", "--porcelain") == ""
+    log = (tmp_path / "CHANGELOG.md").read_text()
+    assert log.index("## [7.8.9]") < log.index("Something new.") < log.index("## [0.1.0]")
+    assert 'version = "7.8.9"' in (tmp_path / "pyproject.toml").read_text()
+    assert not (tmp_path / "changelog.d" / "+new.added.md").exists()
 
 
 @pytest.mark.slow
