@@ -118,7 +118,7 @@ def line_of(name: str, model: str | None, shared: dict[str, Any], windows: Windo
     zeros = sum(o.zeros for o in report.operators) / sum(sizes.values())
     perplexities, kls = (
         " / ".join(f"{v:.{places}f}" for v in each)
-        for each, places in zip(zip(*found, strict=True), (2, 3), strict=True)
+        for each, places in zip(zip(*found, strict=True), (2, 4), strict=True)
     )
     return f"| {name} | {size:.2f} | {packed.after / 1e6:.1f} | {perplexities} | {kls} | {zeros:.0%} | {seconds:.0f} |"
 

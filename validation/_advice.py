@@ -98,7 +98,7 @@ class Advice:
         if not best.commands:
             yield f"{self.target}: {best.way.name}. Nothing has to be done."
             return
-        yield f"{self.target}: {best.way.name}, {best.way.times:.2f} times the perplexity of {MEASURED_ON}."
+        yield f"{self.target}: {best.way.name}, {best.way.times:.2f} times the dense perplexity."
         yield from (f"  {command}" for command in best.commands)
         yield f"An estimate, by measurements on {MEASURED_ON}. For yours: convexprune eval DIR --against {self.model}"
 

@@ -45,9 +45,9 @@ class AbstractQuantizer(ABC):
     """
 
     input_errors: ClassVar[bool] = False
-    """Whether the quantizer needs the errors of inputs, and not merely those of outputs (`ErrorMoments`)."""
+    """True if the quantizer reads the errors of inputs, which those of outputs do not give (`ErrorMoments`)."""
     corrects_last: ClassVar[bool] = True
-    """Whether operators of a layer's last stage make up for earlier errors, too."""
+    """True if operators of a layer's last stage make up for earlier errors, too."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -29,7 +29,16 @@ from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._removal.depth import influences
 from convexprune.adapters._removal.expert_choice import Judged
 from convexprune.adapters._removal.experts import find_experts
-from convexprune.constraints import Columns, Constraint, Experts, Grid, Quantized, SemiStructured, Unstructured
+from convexprune.constraints import (
+    Columns,
+    Constraint,
+    Experts,
+    Grid,
+    Quantized,
+    SemiStructured,
+    Unstructured,
+    _codebook,
+)
 from convexprune.core._allocation import allocate_by_outliers, share_of_outliers
 from convexprune.core._moments import Moments
 from convexprune.pruners import (
@@ -44,7 +53,7 @@ from convexprune.pruners import (
     Wanda,
     WandaSP,
 )
-from convexprune.quantizers import GPTAQ, GPTQ, QEP, AbstractQuantizer, Nearest, _gptq
+from convexprune.quantizers import GPTAQ, GPTQ, QEP, AbstractQuantizer, Nearest
 
 ROWS, COLUMNS, TOKENS = 4, 160, 600
 
@@ -161,7 +170,7 @@ def test_pruners(name: str):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantizers(name: str, monkeypatch: pytest.MonkeyPatch):
     """The authors' scales are not rounded."""
-    monkeypatch.setattr(_gptq, "rounded_scale", lambda scale: scale)
+    monkeypatch.setattr(_codebook, "rounded_scale", lambda scale: scale)
     quantizer, correction, masks, values = QUANTIZED[name]
     problem = posed(Quantized(Unstructured(0.0), Grid(4, 32)), correction)
     found = summary(quantizer.quantize(problem, untouched(problem)).weight)

@@ -14,7 +14,8 @@ class REAP(AbstractPruner):
     """Router-weighted activations choose experts; remaining weights do not change (Lasby et al., arXiv 2510.13999).
 
     The score of an expert is the mean of g |f(x)| over its tokens x, with g the router's weight and f the expert's
-    output.
+    output. Difference to the authors' code (CerebrasResearch/reap): g is the weight that the model uses. Theirs is not
+    normalized where a configuration has no `norm_topk_prob` (Mixtral).
     """
 
     whole_only = "experts"

@@ -13,7 +13,8 @@ from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, S
 class ShortGPT(AbstractPruner):
     """Block influence chooses decoder layers; remaining weights do not change (Men et al., arXiv 2403.03853).
 
-    The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave the layer.
+    The score of a layer is 1 - mean cos(h, h'), of the hidden states that enter and leave the layer; those that
+    leave the last layer are taken after the final norm (icip-cas/ShortGPT, shortgpt.py).
     """
 
     whole_only = "layers"
