@@ -14,7 +14,7 @@ _users: dict[int, list[int]] = {}  # by the model: its thread, once for each use
 
 @contextmanager
 def used_alone(model: nn.Module) -> Iterator[None]:
-    """Refuse a model that another thread uses: both would see and change what the other one computes."""
+    """Refuse a model that another thread uses: two runs would disturb each other's hooks and weights."""
     thread = threading.get_ident()
     with _lock:
         users = _users.setdefault(id(model), [])

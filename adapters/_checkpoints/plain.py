@@ -1,4 +1,4 @@
-"""The gate for models in memory: every parameter is a plain tensor of numbers, and what its module multiplies by."""
+"""The gate for models in memory: all parameters are plain tensors of numbers that modules multiply by directly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ ABSENT = (
 
 
 def _computed(module: nn.Module) -> str | None:
-    """Return what else than its own parameters a module multiplies by, and how to change that; None if nothing."""
+    """Return why a module's weight is computed from other tensors, and the remedy; None for a plain module."""
     kind = type(module).__name__
     if type(module).__module__.split(".")[0] == "peft":
         return (
@@ -65,9 +65,9 @@ def _computed(module: nn.Module) -> str | None:
 
 
 def _unusual(parameter: nn.Parameter, multiplies: bool) -> str | None:
-    """Return what a parameter is in place of a plain tensor, and what to do; None if it is one.
+    """Return the fault of a parameter, and the remedy; None for a plain tensor.
 
-    Integers pass unless the module `multiplies` by them: models count in them.
+    Integers pass unless the module `multiplies` by the parameter: models count in integers.
     """
     if parameter.is_inference():
         return (

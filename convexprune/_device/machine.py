@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -37,7 +37,7 @@ THREADS_PER_CORE = 8  # so many are still sensible, to go on with a run that beg
 
 
 def default_device(name: str | torch.device) -> str:
-    """The name of a device that is here."""
+    """Return the name of an available device; "auto" is the GPU if there is one."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     name, here = str(name), ["cpu", *(["cuda", *gpus] if gpus else [])]
     if name == "auto":
@@ -49,11 +49,7 @@ def default_device(name: str | torch.device) -> str:
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse more threads than make sense here.
-
-    Args:
-        threads: the number; None passes.
-    """
+    """Refuse more threads than 8 for each core; None passes."""
     cores = os.cpu_count() or 1
     if threads is not None and threads > THREADS_PER_CORE * cores:
         raise RecipeError(
@@ -63,34 +59,36 @@ def check_threads(threads: int | None) -> None:
 
 
 def default_workers(device: str, threads: int | None) -> int:
-    """Return the number of workers: the number of GPUs, or as many as the cores have room for.
-
-    Args:
-        threads: threads of a worker; None means a single thread.
-    """
+    """Return the number of GPUs, or of workers with `threads` threads that the cores have room for."""
     if device.startswith("cuda"):
         return 1 if ":" in device else torch.cuda.device_count()
     return max(1, (os.cpu_count() or 1) // (threads or 1))
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on, and of Python."""
+    """Return the versions of the packages that a result depends on, and of Python."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
-_version = cache(version)  # which reads files, and of one process they are the same
+@cache
+def _version(name: str) -> str:
+    """Return the version of a package, which is read from files; extras may be absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def steps(device: torch.device | str) -> str:
-    """The number format of products between certificates (`Quadratic.residual_after`) on a `device`."""
+    """Return the number format of products between certificates (`Quadratic.residual_after`) on a `device`."""
     return "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
 
 
 def processor(device: torch.device | str) -> dict[str, str]:
-    """Return what decides the order of sums and the formats of products on a device, by name.
+    """Return the settings that decide the order of sums and the formats of products on a device.
 
-    These are the format of steps, the instruction set that torch uses, the switches that are not as torch sets them,
-    and of a GPU its name and whether kernels are fused.
+    They are the format of steps, torch's instruction set, switches away from torch's defaults, and a GPU's name and
+    kernels.
     """
     device, gpu = torch.device(device), dict[str, str]()
     if device.type == "cuda":

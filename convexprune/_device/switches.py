@@ -1,4 +1,4 @@
-"""Torch's numerical switches, which a user's script may have set: some are pinned for a run, others name it."""
+"""Torch's numerical switches, which a user's script may have set: pinned for a run, or part of the run's identity."""
 
 import os
 import threading
@@ -95,7 +95,7 @@ def _formats() -> list[Any]:
 
 
 def _read(switch: Callable[[], R]) -> R | None:
-    """Return the value of an older switch; None where newer ones were set, so that torch refuses to tell."""
+    """Return the value of an older switch; None if newer switches contradict and torch raises."""
     try:
         return switch()
     except RuntimeError:

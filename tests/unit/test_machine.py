@@ -73,3 +73,8 @@ def test_a_child_process_is_no_worker_unless_there_are_workers():
     assert set(machine.peak_memory("cpu")) == {"process"}
     assert machine.peak_memory("cpu", has_workers=True)["workers"] > 0
     assert executors.Pool.spawns and not executors.Serial.spawns
+
+
+def test_a_package_of_an_extra_may_be_absent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no-such-package"))
+    assert machine.versions()["no-such-package"] == "not installed"
