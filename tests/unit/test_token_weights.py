@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, TOKENS, checksums, flip, require_resumed, stop_after
+from runs import SETTINGS, TOKENS, checksums, flip, place_of, require_resumed, stop_after
 from test_compare import compared, folder
 from tiny_families import build_family
 from torch import Tensor
@@ -126,7 +126,7 @@ def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Pat
     monkeypatch.setattr(adapter, "loss_fisher", lambda *args, **named: asked.append(1) or loss_fisher(*args, **named))
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, output_dir=tmp_path / "damaged", progress=stop_after(1), **weighted)
-    flip(tmp_path / "damaged" / "work" / "token_weights.safetensors")
+    flip(place_of(tmp_path / "damaged") / "work" / "token_weights.safetensors")
     asked.clear()
     convexprune.prune(dense, output_dir=tmp_path / "damaged", resume=True, **weighted)
     assert asked and checksums(tmp_path / "one") == checksums(tmp_path / "damaged")
