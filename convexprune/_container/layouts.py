@@ -6,11 +6,13 @@ from pathlib import Path
 from convexprune._container.compressed_tensors import export_compressed_tensors
 from convexprune.errors import RecipeError, unknown
 
-LAYOUTS: dict[str, Callable[[str | Path, str | Path], Path]] = {"compressed-tensors": export_compressed_tensors}
+LAYOUTS: dict[str, Callable[[str | Path, str | Path, bool], Path]] = {"compressed-tensors": export_compressed_tensors}
 """Functions that write the folder of a run to another place, and return that."""
 
 
-def export(source: str | Path, output: str | Path, format: str = "compressed-tensors") -> Path:
+def export(
+    source: str | Path, output: str | Path, format: str = "compressed-tensors", *, allow_changed: bool = False
+) -> Path:
     """Write the result of a quantized run as other engines load it: codes of few bits, and scales.
 
     A code takes its bits, whether it is zero or not.
@@ -19,6 +21,7 @@ def export(source: str | Path, output: str | Path, format: str = "compressed-ten
         source: the folder of a run with `quantize`.
         output: where to write to; must be empty or not there. It is there whole or not at all.
         format: "compressed-tensors", a folder for vLLM and transformers.
+        allow_changed: take a result whose files are not those that the run wrote.
 
     Returns:
         The output.
@@ -30,4 +33,4 @@ def export(source: str | Path, output: str | Path, format: str = "compressed-ten
     """
     if format not in LAYOUTS:
         raise RecipeError(unknown("format", format, tuple(LAYOUTS)))
-    return LAYOUTS[format](source, output)
+    return LAYOUTS[format](source, output, allow_changed)

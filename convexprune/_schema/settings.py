@@ -291,3 +291,13 @@ class RemoteCode(Settings):
 
     group = "model"
     trust_remote_code: bool = setting(False, "Let transformers run code that the checkpoint brings.")
+
+
+ALLOW_CHANGED = "Take a result whose files are not those that its run wrote."
+
+
+class Reading(RemoteCode):
+    """Trust in the files of a model."""
+
+    group = "model"
+    allow_changed: bool = setting(False, ALLOW_CHANGED)
