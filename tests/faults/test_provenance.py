@@ -21,7 +21,7 @@ from convexprune._container import compressed_tensors, file, folder
 from convexprune._rendering.card import card
 from convexprune._rendering.page import page
 from convexprune._runs.folder import RunFolder
-from convexprune.adapters._loading import loading
+from convexprune.adapters._loading import loading, packed
 
 QUICK: dict[str, Any] = SETTINGS | {"method": "magnitude"}
 QUANTIZED: dict[str, Any] = SETTINGS | {"sparsity": 0, "quantize": "int4", "group_size": -1}
@@ -125,7 +125,7 @@ def test_files_that_are_replaced_while_they_are_read_are_noticed(
     for module, name in ((folder, "copy_file"), (compressed_tensors, "write_settings"), (loading, "refuse_unloaded")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real: (_replace(path), real(*a)))
-    reads: Any = convexprune.adapters._loading.packed
+    reads: Any = packed
     real_read = reads.read_model
     monkeypatch.setattr(reads, "read_model", lambda *a, **b: (_replace(path), real_read(*a, **b))[1])
     with pytest.raises(errors.ModelError, match=f"{path.name} has changed since it was opened"):
