@@ -18,18 +18,12 @@ if TYPE_CHECKING:
     from convexprune.adapters._loading.packed import load
     from convexprune.adapters._training import KeepZeros, keep_zeros
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
-    from convexprune.core import (
-        L1,
-        AbstractPenalty,
-        Certificate,
-        GroupLasso,
-        Moments,
-        Problem,
-        Quadratic,
-        ReverseHuber,
-        Support,
-        certify,
-    )
+    from convexprune.core._group_lasso import GroupLasso
+    from convexprune.core._moments import Moments
+    from convexprune.core._penalty import L1, AbstractPenalty, Support
+    from convexprune.core._problem import Certificate, Problem, certify
+    from convexprune.core._quadratic import Quadratic
+    from convexprune.core._reverse_huber import ReverseHuber
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve, solver_names

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convexprune.core import L1, Problem, Quadratic, Support
+from convexprune.core._penalty import L1, Support
+from convexprune.core._problem import Problem
+from convexprune.core._quadratic import Quadratic
 from convexprune.errors import ProblemError, UnsupportedError, unknown
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers._base import promised_gap, run

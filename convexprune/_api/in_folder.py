@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
-from convexprune._container.folder import holds_pack, pack_in_place
-from convexprune._container.provenance import plain_checksum, require_only_result
+from convexprune._container.folder import holds_pack, pack_in_place, plain_checksum
+from convexprune._container.provenance import require_only_result
 from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
 from convexprune._device.memory import room_on
@@ -22,7 +22,7 @@ from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
-from convexprune._runs.folder import CARD, PAGE, REMOVED, RunFolder
+from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
@@ -128,7 +128,7 @@ class InFolder(Request):
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
             self._choose(loaded, windows, report, store)
-        opened = partial(reopen, partial(self.open, allow_changed=True), self.origin)
+        opened = partial(reopen, self.open, self.origin)
         job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
         prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
         self.clock.lap("prune")
@@ -165,6 +165,7 @@ class InFolder(Request):
         if narrowed is not None:
             report.narrowed = narrowed.sizes(loaded)
         save_from_store(loaded, store, place, self.given_tokenizer, sparsity_settings(report), narrowed)
+        store.write_blocks(place / BLOCKS, [layer.name for layer in loaded.layers])
         write_recipe(self.recipe, place)
         if narrowed is not None:
             write_json(place / REMOVED[self.recipe.build_pattern().removes or ""], narrowed.note())

@@ -6,25 +6,24 @@ from typing import Annotated
 import typer
 
 from convexprune._cli.application import app, console, print_json
-from convexprune._cli.options import AllowChanged, AsJson, Quiet
+from convexprune._cli.options import AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="Folder that `prune --quantize` has written.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the export; must be empty or not there.")],
-    format: Annotated[str, typer.Option("--format", help="compressed-tensors.")] = "compressed-tensors",
-    allow_changed: AllowChanged = False,
+    source: Annotated[str, typer.Argument(help="Folder that `prune` has written.")],
+    output: Annotated[Path, typer.Argument(help="Folder, or file, for the export; must be empty or not there.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors or gguf.")] = "compressed-tensors",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a quantized model as other engines load it. vLLM and transformers take the format compressed-tensors."""
+    """Write a model as other engines load it. vLLM takes the format compressed-tensors, llama.cpp takes gguf."""
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.export(source, output, format, allow_changed=allow_changed)
+        folder = container.export(source, output, format)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from convexprune._cli.application import app, console, print_json
-from convexprune._cli.options import AllowChanged, AsJson, Quiet
+from convexprune._cli.options import AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
@@ -15,7 +15,6 @@ from convexprune._cli.stopping import stoppable
 def unpack(
     source: Annotated[str, typer.Argument(help="Folder of a pack.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
-    allow_changed: AllowChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -23,7 +22,7 @@ def unpack(
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.unpack(source, output, allow_changed=allow_changed)
+        folder = container.unpack(source, output)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

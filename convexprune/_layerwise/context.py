@@ -21,25 +21,26 @@ from convexprune.pruners import LayerEdit
 
 @dataclass(eq=False)
 class LayerContext:
-    """A decoder layer with its weights in memory, and the results of steps so far.
+    """One decoder layer, whose weights are in memory, as the walk hands it to a step, and what steps find out.
 
     Args:
         model: the model.
-        number: number of the layer.
+        number: of the layer.
         layer: the layer.
-        calls: the model's call of the layer, by shape of the hidden states.
-        inputs: batches [batch tokens hidden] that enter the layer, by stream; of a process group this rank's share.
-        states: store between the layers.
-        held_out: number of batches, at the end, that judge and never fit.
-        ranks: processes that work on the layer together.
-        record: makes a place for tensors, which vanishes after the step unless handed on.
-        observed: observations of the dense pass.
-        first: statistics of the first stage, if known: with a dense prefix nothing changes them.
-        is_dense: True until a step moves a weight.
-        seen: inputs x* by group, after the present earlier stages.
-        dense: dense weights of operators, if steps move them and later steps compare.
-        edits: the last edit by stack, named by its operators, without the weight.
-        seconds: time by stack in earlier passes.
+        calls: how the model calls it, for hidden states of each shape.
+        inputs: the batches [batch tokens hidden] that enter it, of each stream; of a process group this rank's share.
+        states: keep what is between the layers.
+        held_out: how many batches, the last ones, judge and never fit.
+        ranks: the processes that work on the layer together.
+        record: makes a place to keep tensors in, which is gone after the step unless it is handed on.
+        observed: what a pass of the dense layer has shown.
+        first: the statistics of the first stage, if they are known: with a dense prefix nothing changes them.
+        is_dense: whether no step has moved a weight yet.
+        seen: inputs x* of groups, as the stages before them are by now.
+        dense: the dense weights of operators, if steps move them and later ones compare with them.
+        edits: the last edit of each stack, by the names of its operators, without its weight.
+        seconds: spent on each stack by earlier passes.
+        blocks: of operators, by name, the bytes of what a step has put on block grids (`LayerEdit.blocks`).
     """
 
     model: AbstractModel
@@ -58,6 +59,7 @@ class LayerContext:
     dense: dict[AbstractOperator, Tensor] = field(default_factory=dict, init=False)
     edits: dict[tuple[str, ...], LayerEdit] = field(default_factory=dict, init=False)
     seconds: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)
+    blocks: dict[str, Tensor | None] = field(default_factory=dict, init=False)
 
     def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
         """Run the dense layer once and keep the observations (see `capture.observe`)."""
@@ -117,6 +119,7 @@ class LayerContext:
         """Forget results that hold only for earlier weights: inputs and solutions."""
         self.is_dense = False
         self.seen.clear()
+        self.blocks.clear()
         for names, edit in self.edits.items():
             self.edits[names] = replace(edit, solutions=(), other_products=edit.products)
 

@@ -18,7 +18,7 @@ from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.settings import Stream
-from convexprune._layerwise.store import AbstractStore
+from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
 from convexprune._storage.files import sha256
@@ -132,11 +132,24 @@ class FolderStore(AbstractStore):
 
     def layer(self, number: int) -> Mapping[str, Tensor]:
         """The tensors of the finished layer of that `number`, by name."""
-        return load_file(self._shard(number))
+        return {name: entry.read() for name, entry in self.entries(number).items()}
 
     def entries(self, number: int) -> dict[str, Entry]:
         """Return the places of the tensors of the finished layer `number`."""
-        return entries(self._shard(number))[0]
+        return {name: e for name, e in entries(self._shard(number))[0].items() if not name.startswith(BLOCKS)}
+
+    def blocks(self, number: int) -> dict[str, Entry]:
+        """Where the bytes of operators on block grids lie, by the names of these operators in their layer."""
+        found = entries(self._shard(number))[0].items()
+        return {name.removeprefix(BLOCKS): entry for name, entry in found if name.startswith(BLOCKS)}
+
+    def write_blocks(self, path: Path, layers: Sequence[str]) -> None:
+        """Write the bytes of all operators on block grids to a file, if there are any, by their names in the model."""
+        every = enumerate(layers)
+        found = {f"{layer}.{name}": entry for i, layer in every for name, entry in self.blocks(i).items()}
+        if found:
+            specs = {name: entry.spec for name, entry in found.items()}
+            write_tensors(path, specs, lambda name: found[name].read_bytes(), {})
 
     def finish(self, number: int, state: Mapping[str, Tensor], reports: Sequence[OperatorReport]) -> None:
         path = self._shard(number)

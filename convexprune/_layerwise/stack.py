@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, repeat
 
 import torch
 from torch import Tensor
@@ -111,13 +111,14 @@ class Stack:
         """
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")
-        heights = [operator.shape[0] for operator in self.group.operators]
+        heights, blocks = [operator.shape[0] for operator in self.group.operators], edit.blocks or repeat(None)
         parts = zip(edit.weight.split(heights), edit.mask.split(heights), self.weight.split(heights), strict=True)
-        for operator, (weight, mask, before) in zip(self.group.operators, parts, strict=True):
+        for operator, own, (weight, mask, before) in zip(self.group.operators, blocks, parts):  # noqa: B905
+            self.context.blocks[operator.name] = own
             dtype = operator.read().dtype
             rounded = weight.to(dtype)
             smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-            vanished = mask & (rounded == 0) & (before != 0)
+            vanished = mask & (rounded == 0) & (before != 0) if own is None else torch.zeros_like(mask)
             rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
             operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
         self.edit = edit

@@ -12,6 +12,9 @@ from convexprune._layerwise.settings import Stream
 from convexprune._storage.batches import Batches
 from convexprune.report import OperatorReport
 
+BLOCKS = "blocks of "
+"""Begins the names, among those of a layer's tensors, of what operators on block grids have in a file of such grids."""
+
 
 class AbstractStates(ABC):
     """The queue of layers of a walk, and the hidden states that enter layers."""

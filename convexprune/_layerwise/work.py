@@ -14,7 +14,7 @@ from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe, Remove
 from convexprune._layerwise.steps.prune import Prune
 from convexprune._layerwise.steps.quantize import Quantize
-from convexprune._layerwise.store import AbstractStore
+from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.report import OnOperator, OperatorReport
 
@@ -108,7 +108,8 @@ class PruneLayer:
         Pipeline(settings, layer_steps(settings, report))(context)
         if settings.prefix == "pruned" and not context.is_last:
             context.hand_on(context.outputs("pruned", context.replayed), "pruned")
-        self.store.finish(context.number, context.model.state(context.layer), reports)
+        blocks = {BLOCKS + name: data for name, data in context.blocks.items() if data is not None}
+        self.store.finish(context.number, context.model.state(context.layer) | blocks, reports)
 
 
 def prune_claimed(model: AbstractModel, store: AbstractStore, work: Work, on_operator: OnOperator) -> None:

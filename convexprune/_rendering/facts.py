@@ -70,13 +70,12 @@ def _zeros(report: Report) -> Iterator[Fact]:
 
 
 def _quantized(report: Report) -> Iterator[Fact]:
-    if (numbers := report.recipe.get("quantize")) is not None:
-        group, by = report.recipe.get("group_size"), report.recipe.get("quantizer")
-        shared = "row" if group == -1 else f"{group} columns"
-        yield Fact("values", f"{numbers} times a scale for each {shared}, by {by}; stored as their products")
-    if (bits := report.recipe.get("bits")) is not None:
-        by = report.recipe.get("quantizer")
+    bits, by = report.recipe.get("bits"), report.recipe.get("quantizer")
+    if bits is not None:
         yield Fact("values", f"{bits} bits a weight once packed: numbers times a scale for each column, by {by}")
+    elif report.recipe.get("quantize") is not None:
+        grids = sorted({operator.pattern.rpartition(", ")[2] for operator in report.operators})
+        yield Fact("values", f"{', '.join(grids)}, by {by}; stored as their products")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

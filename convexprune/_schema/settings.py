@@ -108,7 +108,8 @@ class TargetSettings(Settings):
     quantize: str | None = setting(
         None,
         "What is kept becomes numbers of so few bits, times a scale for each group of weights; zeros stay zero. Whole "
-        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. With a sparsity of 0: quantization alone. Left out: none.",
+        "numbers: int8 to int3. Tables: nf4, fp4, mxfp4. Blocks of GGUF files: q8_0, q6_k, q5_k, q4_k, q4_0, iq4_nl, "
+        "iq4_xs, q3_k, q2_k. With a sparsity of 0: quantization alone. Left out: none.",
     )
     bits: float | None = setting(
         None,
@@ -117,7 +118,9 @@ class TargetSettings(Settings):
         ge=1,
         le=6,
     )
-    group_size: int = setting(64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all.")
+    group_size: int = setting(
+        64, "Columns of a row that share a scale of quantize: 32, 64 or 128; -1: all. Blocks of GGUF have their own."
+    )
     allocation: str = setting(
         None,
         "How the zeros, or the bits, are spread. uniform: the same share in each operator. rows: that too, but its "
@@ -154,10 +157,6 @@ class TargetSettings(Settings):
         return names
 
 
-METHODS = ("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "reap", "shortgpt",
-           "wanda-sp")  # fmt: skip
-
-
 class MethodSettings(Settings):
     """Pruning method, and targets of an operator."""
 
@@ -167,7 +166,19 @@ class MethodSettings(Settings):
         "convex, ours; admm, the pattern as a constraint. Baselines: alps, fistapruner, magnitude, sparsegpt, wanda; "
         "for columns and channels osscar, wanda-sp (heads, too); for layers shortgpt; for experts reap.",
         "--prune-method",
-        choices=METHODS,
+        choices=(
+            "convex",
+            "admm",
+            "alps",
+            "fistapruner",
+            "magnitude",
+            "sparsegpt",
+            "wanda",
+            "osscar",
+            "reap",
+            "shortgpt",
+            "wanda-sp",
+        ),
         first=True,
     )
     solver: str = setting(
@@ -206,10 +217,9 @@ class MethodSettings(Settings):
         "far. Left out: dense; where layers or experts are removed, and for gptaq and qep, pruned.",
     )
     token_weights: str = setting(
-        None,
-        "How calibration tokens count: none, all alike; attention_sink, a tenth of all weight (half as "
-        "attention_sink:0.5) for the first four of each sample, where outputs are keys and values; loss, half by "
-        "squared gradients. Left out: attention_sink with quantize and our quantizer, else none.",
+        "none",
+        "How calibration tokens count: none, all alike; attention_sink, half of all weight (attention_sink:0.25: a "
+        "quarter) for the first four of each sample, where outputs are keys and values; loss, by squared gradients.",
     )
     quantizer: Literal["descent", "gptaq", "gptq", "qep", "rtn"] = setting(
         "descent",
@@ -291,13 +301,3 @@ class RemoteCode(Settings):
 
     group = "model"
     trust_remote_code: bool = setting(False, "Let transformers run code that the checkpoint brings.")
-
-
-ALLOW_CHANGED = "Take a result whose files are not those that its run wrote."
-
-
-class Reading(RemoteCode):
-    """Trust in the files of a model."""
-
-    group = "model"
-    allow_changed: bool = setting(False, ALLOW_CHANGED)

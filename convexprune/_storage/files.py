@@ -4,7 +4,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -19,13 +19,22 @@ CHUNK = 1 << 20  # bytes that are read at once
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well."""
+    with atomic_path(path) as temporary, temporary.open("xb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give the name of a file that is to be written, and renamed to `path` if the block ends well.
+
+    Its folder is made if need be.
+    """
     # Whoever else may write to the folder cannot know this name, and a link that has it would not be followed.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with writing(path):
             make_folder(path.parent)
-            with temporary.open("xb") as file:
-                yield file
+            yield temporary
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -91,18 +100,6 @@ class Stamp(NamedTuple):
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def require_unchanged(stamps: Mapping[Path, Stamp]) -> None:
-    """Refuse files of a model that have been written to or replaced since their stamps were taken."""
-    for path, stamp in stamps.items():
-        if Stamp.of(path) != stamp:
-            raise has_changed(path)
-
-
-def has_changed(path: Path) -> ModelError:
-    """Return the error for a file of a model that is not what it was when the model was opened."""
-    return ModelError(f"{path} has changed since it was opened. Put it back as it was, and start again.")
-
-
 def named(source: str | Path) -> Path:
     """Return the path of a model or a run, with "~" expanded; an empty text is no path, though pathlib has it so."""
     if not str(source).strip():
@@ -155,7 +152,7 @@ def _sync(path: Path) -> None:
 
 def refuse_foreign(path: Path, folder: Path) -> None:
     """Refuse a file of a model that is a link out of the model's folder, but for the blobs of the hub's cache."""
-    place, target = (Path(os.path.realpath(each)) for each in (folder, path))  # which takes links in a circle
+    place, target = folder.resolve(), path.resolve()
     blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
     if not target.is_relative_to(place) and target.parent != blobs:
         raise ModelError(

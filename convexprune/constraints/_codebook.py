@@ -1,7 +1,7 @@
 """Values that weights may take: a table of multiples, times scales that groups of a row share, less offsets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol, TypeVar
@@ -38,22 +38,44 @@ class Scales:
     Args:
         step: [m n/group], or [1 n] where columns have scales.
         offset: of the same shape; None: zero.
-        stored: the numbers [m ...] that a file has in their place.
+        units: numbers [m blocks] whose whole multiples the steps, and the offsets, are in a file; empty: none.
     """
 
     step: Tensor
     offset: Tensor | None = None
-    stored: tuple[Tensor, ...] = ()
+    units: tuple[Tensor, ...] = ()
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [self.step, *([] if self.offset is None else [self.offset]), *self.units]
+
+    def _like(self, tensors: Iterable[Tensor]) -> "Scales":
+        step, *rest = tensors
+        return Scales(step, None if self.offset is None else rest.pop(0), tuple(rest))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Scales":
         """Return the scales with a function applied to each tensor."""
-        offset = None if self.offset is None else function(self.offset)
-        return Scales(function(self.step), offset, tuple(map(function, self.stored)))
+        return self._like(map(function, self._tensors))
 
     def where(self, rows: Tensor, other: "Scales") -> "Scales":
         """Return these scales in `rows` (a mask [m]), and those of `other` elsewhere."""
-        ours, theirs = (iter([s.step, *([] if s.offset is None else [s.offset]), *s.stored]) for s in (self, other))
-        return self.map(lambda _: torch.where(rows.view(-1, *[1] * ((own := next(ours)).dim() - 1)), own, next(theirs)))
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        return self._like(torch.where(rows[:, None], own, its) for own, its in pairs)
+
+    @staticmethod
+    def cat(parts: "Sequence[Scales]") -> "Scales":
+        """Return the scales of rows one after another."""
+        return parts[0]._like(map(torch.cat, zip(*(part._tensors for part in parts), strict=True)))
+
+    @property
+    def flat(self) -> Tensor:
+        """The steps, and the offsets behind them [m k]."""
+        return self.step if self.offset is None else torch.cat([self.step, self.offset], dim=1)
+
+    def with_flat(self, flat: Tensor) -> "Scales":
+        """Return scales that have these steps and offsets, and the same units."""
+        step, *offset = flat.split(self.step.shape[1], dim=1)
+        return Scales(step, *(offset or [None]), units=self.units)
 
     def spread(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """Return the step and the offset of each entry, [m n] or [1 n]."""
@@ -151,9 +173,23 @@ class Codebook(ABC):
         """Return the nearest steps that a file can have; none is zero."""
         return rounded_scale(step)
 
+    def pack(self, codes: Tensor, scales: Scales) -> Tensor | None:
+        """Return the bytes [m ...] of a weight in a file of block grids; None where other files tell the codes."""
+        return None
+
     def rounded(self, scales: Scales) -> Scales:
         """Return the nearest scales that a file can have."""
         return Scales(self.round_step(scales.step))
+
+    def settled(self, scales: Scales, square: Tensor, slope: Tensor) -> Scales:
+        """Return rounded scales after a descent on their error, where they have units to be multiples of.
+
+        Args:
+            scales: the rounded ones.
+            square: Q [m k k] of the error, a quadratic of `Scales.flat`.
+            slope: its residual [m k] there.
+        """
+        return scales
 
     def search(
         self,
@@ -226,7 +262,7 @@ class Codebook(ABC):
     def violation(self, weight: Tensor) -> int:
         """Return how many entries of a stored `weight` [m n] are in groups that are on the grid with no scale."""
         groups = weight.float().unflatten(1, (-1, self.width(weight.shape[1])))
-        largest = groups.abs().amax(2, keepdim=True)
+        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
         slack = ROUNDING * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps) * groups.abs()
         on = largest == 0
         for value in filter(None, self.values):

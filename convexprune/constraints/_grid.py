@@ -59,7 +59,7 @@ class Grid(Grouped):
 
     bits: int
     group: int = 64
-    layouts = ("compressed-tensors",)
+    layouts = ("compressed-tensors", "gguf")
 
     def __post_init__(self) -> None:
         if self.bits not in range(3, 9):

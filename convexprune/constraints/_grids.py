@@ -6,6 +6,7 @@ from functools import partial
 
 from convexprune.constraints._codebook import Codebook
 from convexprune.constraints._coded import Coded
+from convexprune.constraints._ggml import BLOCKS
 from convexprune.constraints._grid import ROW, Grid
 from convexprune.constraints._tables import FP4, MXFP4, NF4
 from convexprune.errors import PatternError, unknown
@@ -14,7 +15,7 @@ GRIDS: dict[str, Callable[[int], Codebook]] = {
     **{f"int{bits}": partial(Grid, bits) for bits in (8, 7, 6, 5, 4, 3)},
     "nf4": NF4,
     "fp4": FP4,
-    "mxfp4": lambda group: MXFP4(),
+    **{grid.name: lambda group, grid=grid: grid() for grid in (MXFP4, *BLOCKS)},
 }
 """Make the grid of a name for a number of columns that share a scale."""
 
@@ -41,5 +42,5 @@ def read_grid(text: str) -> Codebook | None:
     """Return the grid that a description (its `str`) names; None for another text."""
     if match := re.fullmatch(r"(\S+) bits a weight", text):
         return Coded(float(match[1]))
-    match = re.fullmatch(r"(\w+) (?:in groups of (\d+)|per output channel)", text)
-    return make_grid(match[1], int(match[2] or ROW)) if match else None
+    match = re.fullmatch(r"(\w+)( in groups of (\d+)| per output channel)?", text)
+    return make_grid(match[1], int(match[3] or ROW)) if match and match[1] in GRIDS else None

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import check_settings
 from convexprune.constraints import Constraint
 from convexprune.constraints._base import sizes
-from convexprune.core import Moments, Quadratic
 from convexprune.core._damping import Damping
+from convexprune.core._moments import Moments
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import check_settings
 from convexprune.errors import PatternError
 from convexprune.solvers import Solution
 
@@ -151,6 +152,7 @@ class LayerEdit:
         damping: damping of the problem; None without damping.
         facts: further numbers for the report, by name.
         other_products: matrix products [m n] x [n n] outside the solves.
+        blocks: for each operator its bytes [m ...] in a file of block grids, where it is on one; empty if none is.
     """
 
     weight: Tensor
@@ -159,6 +161,7 @@ class LayerEdit:
     damping: Damping | None = None
     facts: dict[str, float] = field(default_factory=dict)
     other_products: int = 0
+    blocks: tuple[Tensor | None, ...] = ()
 
     @property
     def products(self) -> int:

@@ -1,15 +1,15 @@
 """The interface of quantizers: a pruned weight in, the weight on its grid out, with its zeros."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import check_settings
 from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.core._setting_types import check_settings
 from convexprune.pruners import LayerEdit, LayerProblem
 
 
@@ -66,19 +66,27 @@ class AbstractQuantizer(ABC):
         Raises:
             PruningError: the damped Gram matrix is not positive definite.
         """
-        parts = [(rows, own.grid) for rows, own in problem.pattern.parts(len(problem.weight)) if own.grid is not None]
-        if not parts:
+        parts = problem.pattern.parts(len(problem.weight))
+        grids = {number: own.grid for number, (_, own) in enumerate(parts) if own.grid is not None}
+        if not grids:
             return pruned
         weight, filled = pruned.weight.clone(), problem
         if bool(problem.dead.any()):  # their weights change nothing here, and are rounded as they are
             moments = problem.moments.with_dead_inputs_filled(problem.weight)
             filled = replace(problem, moments=moments.with_errors(problem.moments.errors))
-        for grid, rows in _together(parts):
-            rows = rows.to(weight.device)
+        blocks: list[Tensor | None] = [None] * len(parts)
+        for grid, numbers in _together(grids):
+            own = [torch.arange(parts[number][0].start, parts[number][0].stop) for number in numbers]
+            rows = torch.cat(own).to(weight.device)
             part = filled.rows(rows, problem.pattern)
             mask = pruned.mask[rows]
-            weight[rows] = self.on_grid(part, replace(pruned, weight=weight[rows], mask=mask), grid).weight * mask
-        return replace(pruned, weight=weight, mask=weight != 0)
+            on_grid = self.on_grid(part, replace(pruned, weight=weight[rows], mask=mask), grid)
+            weight[rows] = on_grid.weight * mask
+            if (packed := grid.pack(on_grid.codes, on_grid.scales)) is not None:
+                for number, data in zip(numbers, packed.split([len(each) for each in own]), strict=True):
+                    blocks[number] = data
+        kept = tuple(blocks) if any(data is not None for data in blocks) else ()
+        return replace(pruned, weight=weight, mask=weight != 0, blocks=kept)
 
     @abstractmethod
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
@@ -97,14 +105,13 @@ class AbstractQuantizer(ABC):
         """
 
 
-def _together(parts: Sequence[tuple[slice, Codebook]]) -> list[tuple[Codebook, Tensor]]:
-    """Grids and their rows: one for all operators whose rows are on it by themselves, else one for each operator."""
-    found = list[tuple[Codebook, Tensor]]()
-    for rows, grid in parts:
-        own = torch.arange(rows.start, rows.stop)
-        same = next((i for i, (other, _) in enumerate(found) if grid.by_row and other == grid), None)
+def _together(grids: Mapping[int, Codebook]) -> list[tuple[Codebook, list[int]]]:
+    """Return grids and the numbers of their operators: all on a grid whose rows share nothing, else one."""
+    together = list[tuple[Codebook, list[int]]]()
+    for number, grid in grids.items():
+        same = next((numbers for other, numbers in together if grid.by_row and other == grid), None)
         if same is None:
-            found.append((grid, own))
+            together.append((grid, [number]))
         else:
-            found[same] = (grid, torch.cat([found[same][1], own]))
-    return found
+            same.append(number)
+    return together

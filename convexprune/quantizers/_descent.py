@@ -6,9 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import NotNegative, Whole
 from convexprune.constraints._codebook import Codebook, Scales
-from convexprune.core import Quadratic
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._setting_types import NotNegative, Whole
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
@@ -91,24 +91,29 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
     """Return the scales of least error for given codes, rounded as a file has them.
 
     Of row i, with C_g the row's codes of group g and zero elsewhere, q is a quadratic of its scales s: its Gram matrix
-    is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes.
+    is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes. Scales that are multiples of units
+    then descend: each becomes the best multiple while all others stay.
 
     Args:
         gram: H [n n], positive definite.
         residual: K [m n] there.
     """
-    step, offset = found.scales.step, found.scales.offset
-    count = step.shape[1]
-    group, kinds = len(gram) // count, 1 if offset is None else 2
-    wanted = list[Tensor]()
+    start, grid = found.scales, found.grid
+    count, kinds = start.step.shape[1], 1 if start.offset is None else 2
+    group, parts = len(gram) // count, list[Scales]()
     for rows in torch.arange(len(residual), device=gram.device).split(max(1, ROOM // (kinds * count) ** 2)):
-        codes = found.codes[rows].unflatten(1, (count, group))
-        units = [codes] if offset is None else [codes, torch.full_like(codes, -1)]
+        codes, begin = found.codes[rows].unflatten(1, (count, group)), start.map(lambda each, rows=rows: each[rows])
+        units = [codes] if start.offset is None else [codes, torch.full_like(codes, -1)]
         slope = torch.cat([(residual[rows].view_as(codes) * unit).sum(2) for unit in units], dim=1)
         images = (u[:, g] @ gram[g * group : (g + 1) * group] for u in units for g in range(count))
         seen = ([(image.view_as(codes) * unit).sum(2) for unit in units] for image in images)
-        square = torch.stack([torch.cat(parts, dim=1) for parts in seen], dim=1)
+        square = torch.stack([torch.cat(each, dim=1) for each in seen], dim=1)
         square.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(square.dtype).tiny)
-        wanted.append(torch.linalg.solve(square, slope))
-    change = torch.cat(wanted).split(count, dim=1)
-    return found.grid.rounded(Scales(step + change[0], None if offset is None else offset + change[1]))
+        best = grid.rounded(begin.with_flat(begin.flat + torch.linalg.solve(square, slope)))
+        parts.append(grid.settled(best, square, slope - _times(square, best.flat - begin.flat)))
+    return Scales.cat(parts)
+
+
+def _times(square: Tensor, change: Tensor) -> Tensor:
+    """Return the product of matrices [m k k] and vectors [m k]."""
+    return (square @ change[..., None]).squeeze(2)

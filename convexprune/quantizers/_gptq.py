@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import NotNegative
 from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.core._setting_types import NotNegative
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 from convexprune.quantizers._sweep import Sweep, minimizer
@@ -103,4 +103,4 @@ def _searched(grid: Codebook, weight: Tensor) -> Scales:
     groups = weight.unflatten(1, (-1, grid.width(weight.shape[1])))
     whole = groups.abs().amax(2) / ((grid.values[-1] - grid.values[0]) / 2)
     shrunk = (whole * (percent / 100) for percent in range(100, 20, -1))
-    return grid.best(groups, shrunk, lambda off: off.abs_().pow_(2.4))
+    return grid.rounded(grid.best(groups, shrunk, lambda off: off.abs_().pow_(2.4)))

@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune._setting_types import NotNegative
-from convexprune.core import L1, AbstractPenalty, GroupLasso, Problem, Quadratic, ReverseHuber, Support, certify
+from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._penalty import L1, AbstractPenalty, Support
+from convexprune.core._problem import Problem, certify
+from convexprune.core._quadratic import Quadratic
+from convexprune.core._reverse_huber import ReverseHuber
+from convexprune.core._setting_types import NotNegative
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 
 TIGHT: dict[str, dict[str, Any]] = {

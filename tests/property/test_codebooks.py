@@ -36,9 +36,9 @@ def test_no_value_is_nearer_than_the_nearest(grid: Codebook, seed: int):
 
 @given(grids, seeds)
 def test_codes_are_the_nearest_for_their_scales(grid: Codebook, seed: int):
-    weight = random(seed, 3, 128)
+    weight = random(seed, 3, 256)
     scales = grid.fit(weight)
-    step, offset = scales.spread(128)
+    step, offset = scales.spread(256)
     every = step[..., None] * torch.tensor(grid.values) - (0.0 if offset is None else offset[..., None])
     least = (every - weight[..., None]).abs().amin(2)
     found = grid.weight(grid.codes(weight, scales), scales)
@@ -47,19 +47,19 @@ def test_codes_are_the_nearest_for_their_scales(grid: Codebook, seed: int):
 
 @given(grids, st.sampled_from((torch.float32, torch.float16, torch.bfloat16)), seeds)
 def test_a_stored_weight_is_known_to_be_on_its_grid(grid: Codebook, dtype: torch.dtype, seed: int):
-    stored = grid.project(random(seed, 4, 128)).to(dtype)
+    stored = grid.project(random(seed, 4, 256)).to(dtype)
     assert grid.violation(stored) == 0
     assert parse_pattern(str(Quantized(DENSE, grid))) == Quantized(DENSE, grid)
 
 
 @given(grids.filter(lambda grid: len(grid.values) <= 16), seeds)
 def test_a_weight_that_is_not_is_counted(grid: Codebook, seed: int):
-    assert grid.violation(random(seed, 4, 128)) > 0
+    assert grid.violation(random(seed, 4, 256)) > 0
 
 
 @given(grids, seeds)
 def test_scales_that_are_rounded_stay(grid: Codebook, seed: int):
-    scales = grid.fit(random(seed, 3, 128))
+    scales = grid.fit(random(seed, 3, 256))
     again = grid.rounded(scales)
     for one, other in zip((scales.step, scales.offset), (again.step, again.offset), strict=True):
         assert one is other is None or torch.equal(one, other)  # pyright: ignore[reportArgumentType]
@@ -68,7 +68,7 @@ def test_scales_that_are_rounded_stay(grid: Codebook, seed: int):
 @pytest.mark.parametrize("name", sorted(GRIDS))
 @pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
 def test_every_quantizer_takes_every_grid(name: str, quantizer: str):
-    problem = layer_problem(correlated(2, m=6, n=64, tokens=200), Quantized(DENSE, make_grid(name, 32)))
+    problem = layer_problem(correlated(2, m=6, n=256, tokens=600), Quantized(DENSE, make_grid(name, 32)))
     before = LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
     edit = QUANTIZERS[quantizer]().quantize(problem, before)
     assert problem.pattern.violation(edit.weight) == 0
@@ -78,7 +78,7 @@ def test_every_quantizer_takes_every_grid(name: str, quantizer: str):
 
 @given(grids, seeds)
 def test_a_descent_never_raises_the_error(grid: Codebook, seed: int):
-    problem = layer_problem(correlated(seed, m=4, n=64, tokens=200), Quantized(DENSE, grid))
+    problem = layer_problem(correlated(seed, m=4, n=256, tokens=600), Quantized(DENSE, grid))
     before = LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
     errors = [
         problem.squared_error(Descent(*ways, damping=0.0).quantize(problem, before).weight) for ways in ((2, 0), (2, 2))

@@ -152,7 +152,7 @@ def test_quantization_is_no_sparsity(build, tmp_path: Path):
     convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "out", **SETTINGS | grid)
     text = (tmp_path / "out" / "README.md").read_text()
     data = _metadata(text)
-    assert "int4 times a scale for each 32 columns, by descent" in text
+    assert "int4 in groups of 32, by descent" in text
     assert "sparse" not in data["tags"] and "sparsity" not in data
     assert "sparsity_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 

@@ -1,0 +1,147 @@
+"""Architectures of transformers as llama.cpp knows them: the keys of a GGUF file, the names and the rows of tensors."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import pi
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from convexprune.errors import ModelError
+
+SIZES = {
+    "add_context_length": "max_position_embeddings",
+    "add_embedding_length": "hidden_size",
+    "add_feed_forward_length": "intermediate_size",
+    "add_head_count": "num_attention_heads",
+    "add_head_count_kv": "num_key_value_heads",
+    "add_layer_norm_rms_eps": "rms_norm_eps",
+    "add_expert_count": "num_local_experts",
+    "add_expert_used_count": "num_experts_per_tok",
+    "add_expert_feed_forward_length": "moe_intermediate_size",
+    "add_expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "add_key_length": "head_dim",
+    "add_value_length": "head_dim",
+    "add_vocab_size": "vocab_size",
+}
+"""Methods of the writer, and the settings of `config.json` that they take."""
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+STACKED = re.compile(r"(.*\.experts)\.(\w+)\.(\d+)")
+HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}  # of an operator that is two in a file
+ROTATED = re.compile(r".*\.(q|k)_proj\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The name that llama.cpp has for an architecture, and what it takes for granted of its configuration.
+
+    With `neighbours` it rotates pairs of neighbouring channels, where transformers rotates the halves of a head.
+    """
+
+    name: str
+    neighbours: bool = False
+    granted: tuple[tuple[str, Any], ...] = ()
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama", neighbours=True),
+    "MistralForCausalLM": Architecture("llama", neighbours=True),
+    "MixtralForCausalLM": Architecture("llama", neighbours=True),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen2MoeForCausalLM": Architecture("qwen2moe", granted=(("norm_topk_prob", False),)),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "Qwen3MoeForCausalLM": Architecture("qwen3moe", granted=(("norm_topk_prob", True),)),
+}
+
+
+class GGUFModel:
+    """What `config.json` says of a model, in the words of llama.cpp.
+
+    Raises:
+        ModelError: the architecture, or its rotary embedding, is none that can be written.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+        (name, *_) = config.get("architectures") or [None]
+        if name not in ARCHITECTURES:
+            raise ModelError(f"{folder}: {name} cannot be written as GGUF. Known: {', '.join(ARCHITECTURES)}.")
+        self.config, self.architecture = dict(config), ARCHITECTURES[name]
+        self.rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        self.kind = self.rope.get("rope_type", self.rope.get("type", "default"))
+        if self.kind not in ("default", "linear", "llama3", "yarn"):
+            raise ModelError(f"{folder}: rotary embeddings of type {self.kind!r} cannot be written as GGUF.")
+        for key, value in (("hidden_act", "silu"), ("use_sliding_window", False), *self.architecture.granted):
+            if config.get(key, value) != value:
+                raise ModelError(
+                    f"{folder}: {key} is {config[key]!r}; llama.cpp computes {self.architecture.name} with {value!r}."
+                )
+        keys = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+        self.layers = int(config["num_hidden_layers"])
+        self._names = gguf.get_tensor_name_map(keys[self.architecture.name], self.layers)
+
+    def describe(self, writer: gguf.GGUFWriter) -> None:
+        """Write the sizes of the model."""
+        sizes = {"num_local_experts": self.config.get("num_experts")} | self.config
+        writer.add_block_count(self.layers)
+        for method, key in SIZES.items():
+            if sizes.get(key) is not None:
+                getattr(writer, method)(sizes[key])
+        if self.architecture.name == "llama":
+            writer.add_rope_dimension_count(self._head)
+        writer.add_rope_freq_base(float(self.rope.get("rope_theta", self.config.get("rope_theta", 10000.0))))
+        if self.kind in ("linear", "yarn"):
+            writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
+            writer.add_rope_scaling_factor(float(self.rope["factor"]))
+        if self.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(self.rope["original_max_position_embeddings"])
+
+    @property
+    def _head(self) -> int:
+        return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
+
+    def extra(self) -> dict[str, Tensor]:
+        """Return tensors that a file has and a checkpoint does not: what LLaMA 3 divides its frequencies by."""
+        if self.kind != "llama3":
+            return {}
+        theta, factor = self.rope["rope_theta"], self.rope["factor"]
+        low, high = self.rope["low_freq_factor"], self.rope["high_freq_factor"]
+        turns = self.rope["original_max_position_embeddings"] / (
+            2 * pi * theta ** (torch.arange(0, self._head, 2, dtype=torch.float32) / self._head)
+        )
+        smooth = (turns - low) / (high - low)
+        factors = torch.where(turns < low, factor, 1 / ((1 - smooth) / factor + smooth))
+        return {"rope_freqs.weight": torch.where(turns > high, 1.0, factors)}
+
+    def place(self, name: str) -> tuple[str, int | None]:
+        """Return the name in the file of a stored tensor, and its number if it is one expert of several.
+
+        Raises:
+            ModelError: the file has no such tensor.
+        """
+        found = EXPERT.fullmatch(name)
+        stored = name if found is None else f"{found[1]}.{found[3]}.weight"
+        new = self._names.get_name(stored, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise ModelError(f"{name} has no name in GGUF files of {self.architecture.name}.")
+        return new, None if found is None else int(found[2])
+
+    def operator(self, name: str) -> list[tuple[str, int | None]]:
+        """Return the places of an operator, by its name in a report: the halves of its rows may have two."""
+        match = STACKED.fullmatch(name)
+        if match is None:
+            return [self.place(f"{name}.weight")]
+        kinds = HALVES.get(match[2], (match[2],))
+        return [self.place(f"{match[1]}.{match[3]}.{kind}.weight") for kind in kinds]
+
+    def rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor [m ...] with its rows in the order of the file."""
+        match = ROTATED.fullmatch(name) if self.architecture.neighbours else None
+        if match is None:
+            return tensor
+        heads = self.config["num_attention_heads"]
+        heads = heads if match[1] == "q" else self.config.get("num_key_value_heads") or heads
+        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
