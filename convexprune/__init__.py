@@ -18,12 +18,25 @@ if TYPE_CHECKING:
     from convexprune.adapters._loading.packed import load
     from convexprune.adapters._training import KeepZeros, keep_zeros
     from convexprune.constraints import SemiStructured, Unstructured, parse_pattern
-    from convexprune.core._group_lasso import GroupLasso
-    from convexprune.core._moments import Moments
-    from convexprune.core._penalty import L1, AbstractPenalty, Support
-    from convexprune.core._problem import Certificate, Problem, certify
-    from convexprune.core._quadratic import Quadratic
-    from convexprune.core._reverse_huber import ReverseHuber
+    from convexprune.core import (
+        L1,
+        MCP,
+        SCAD,
+        AbstractPenalty,
+        Blocks,
+        Certificate,
+        ElasticNet,
+        GroupLasso,
+        Moments,
+        NuclearNorm,
+        Problem,
+        Quadratic,
+        ReverseHuber,
+        RowGroups,
+        Support,
+        TotalVariation,
+        certify,
+    )
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve, solver_names
@@ -39,12 +52,13 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "L1", "AbstractPenalty", "AbstractSolver", "Certificate", "Evaluation", "GroupLasso", "Inspection", "KeepZeros",
-    "Moments", "OperatorReport", "Packed", "PermuteResult", "Problem", "PruneResult", "Quadratic", "Recipe",
-    "Report", "ReverseHuber", "SemiStructured", "Solution", "Status", "Support", "Unstructured", "Verification",
-    "advise", "certify", "compare", "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros",
-    "load", "make_solver", "pack", "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners",
-    "solve", "solver_names", "solvers", "unpack", "verify",
+    "L1", "MCP", "SCAD", "AbstractPenalty", "AbstractSolver", "Blocks", "Certificate", "ElasticNet", "Evaluation",
+    "GroupLasso", "Inspection", "KeepZeros", "Moments", "NuclearNorm", "OperatorReport", "Packed", "PermuteResult",
+    "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "RowGroups", "SemiStructured",
+    "Solution", "Status", "Support", "TotalVariation", "Unstructured", "Verification", "advise", "certify", "compare",
+    "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver", "pack",
+    "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names", "solvers",
+    "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -56,14 +70,21 @@ _NAMES = {
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
     "core": (
         "L1",
+        "MCP",
+        "SCAD",
         "AbstractPenalty",
+        "Blocks",
         "Certificate",
+        "ElasticNet",
         "GroupLasso",
         "Moments",
+        "NuclearNorm",
         "Problem",
         "Quadratic",
         "ReverseHuber",
+        "RowGroups",
         "Support",
+        "TotalVariation",
         "certify",
     ),
     "recipe": ("Recipe",),

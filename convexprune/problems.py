@@ -15,16 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
+from convexprune.core import L1, AbstractPenalty, Problem, Quadratic, Support
+from convexprune.core._penalty import require_norm
 from convexprune.errors import ProblemError, UnsupportedError, unknown
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers._base import promised_gap, run
 
-__all__ = ["Named", "Result", "check", "load", "names"]
+__all__ = ["Named", "PenaltyCheck", "Result", "check", "check_penalty", "load", "names"]
 
 FOLDER = Path(__file__).parent / "data" / "problems"
+CLOSE = 1e-9
+"""The relative error up to which a penalty has to do what it says."""
+STEP = 0.7  # of the prox that is tried
 KNOWN = 1e-9
 """The relative error up to which the least values are known."""
 
@@ -123,6 +125,97 @@ def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Re
         above = (objective - named.value) / objective  # NaN, which does not pass, where the objective is infinite
         gap, passed = solution.certificate.relative_gap, -KNOWN <= above <= asked + KNOWN
         yield Result(named.name, objective / named.value - 1, gap, asked, passed)
+
+
+@dataclass(frozen=True)
+class PenaltyCheck:
+    """What a check of a penalty found.
+
+    Args:
+        name: what was checked.
+        passed: whether the penalty did as it says.
+        error: the largest deviation, relative to the numbers compared.
+    """
+
+    name: str
+    passed: bool
+    error: float
+
+
+def check_penalty(penalty: AbstractPenalty, shape: tuple[int, int] = (3, 12), seed: int = 0) -> Iterator[PenaltyCheck]:
+    """Try a penalty's methods on random weights, in float64.
+
+    A certificate is as right as `values`, `prox`, `dual_scale` and `conjugate` are.
+
+    Args:
+        penalty: to check.
+        shape: (m, n) of the weights.
+        seed: of the random numbers.
+
+    Yields:
+        One result for each property.
+
+    Raises:
+        ProblemError: the penalty does not fit weights of that shape, or is no norm and has no conjugate.
+    """
+    penalty = penalty.to(torch.float64)
+    penalty.check(shape)
+    target, far = 2 * _normal(seed, *shape), _normal(seed + 1, *shape)
+    require_norm(penalty, penalty.prox(target, 0.01))
+    scale = penalty.units(_normal(seed + 2, shape[1]).exp())
+    for name, error in (*_of_values(penalty, target, far, scale), *_of_duals(penalty, target, far)):
+        yield PenaltyCheck(name, error <= CLOSE, error)
+
+
+def _of_values(penalty: AbstractPenalty, target: Tensor, far: Tensor, scale: Tensor) -> Iterator[tuple[str, float]]:
+    """The errors of values and prox."""
+
+    def cost(weight: Tensor) -> Tensor:
+        return (weight - target).square().sum() / 2 + STEP * penalty.values(weight).sum()
+
+    at, zero = penalty.prox(target, STEP), torch.zeros_like(target)
+    others = *_others(penalty, at, far), zero, 0.9 * at, 1.1 * at, at + 0.1 * (target - at)
+    excess = torch.stack([cost(at) - cost(each) for each in others])
+    yield "values are zero at zero", float(penalty.values(zero).abs().sum())
+    yield "values are not negative", float(-penalty.values(at).sum())
+    yield "prox is least", float(excess.max() / (1 + cost(at)))
+    yield "scaled is the same function", _difference(penalty.scaled(scale).values(at * scale), penalty.values(at))
+    if not penalty.couples_rows:
+        alone = penalty.rows(slice(1, None)).values(at[1:])
+        yield "rows are the same function", _difference(alone, penalty.values(at)[1:])
+
+
+def _of_duals(penalty: AbstractPenalty, target: Tensor, far: Tensor) -> Iterator[tuple[str, float]]:
+    """The errors of what certificates are made of."""
+    if not penalty.is_convex:
+        return
+    at, size = penalty.prox(target, STEP), 1 + float(target.square().sum())
+
+    def slack(weight: Tensor, dual: Tensor) -> float:
+        """Return p(V) + p*(S) - <S, V>, which is never negative."""
+        return float((penalty.values(weight) + penalty.conjugate(dual) - (dual * weight).sum(1)).sum()) / size
+
+    def outside(dual: Tensor) -> float:
+        return max(-slack(each, dual) for each in (*_others(penalty, at, far), at)) / (1 + float(dual.abs().max()))
+
+    nearest, factor = penalty.subgradient(at, target), penalty.dual_scale(target)
+    inside = factor.clamp_max(1e3)[:, None] * target
+    moved = (1.01 * inside - penalty.project(1.01 * inside)).abs().amax(1)
+    moved = moved.amax().expand_as(moved) if penalty.couples_rows else moved
+    yield "conjugate is exact at a prox", abs(slack(at, (target - at) / STEP))
+    yield "project is inside", outside(penalty.project(target))
+    yield "subgradient is one", 0.0 if nearest is None else abs(slack(at, nearest))
+    yield "dual_scale is inside", outside(inside)
+    yield "dual_scale is the largest", float(((moved <= CLOSE) & (factor < 1e3) & (factor > 0)).any())
+
+
+def _others(penalty: AbstractPenalty, at: Tensor, far: Tensor) -> list[Tensor]:
+    """Weights near and far at which the penalty is finite."""
+    return [penalty.prox(at + r * far, t) for r in (1e-3, 0.1, 1) for t in (1e-9, 0.1)]
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    return float((first - second).abs().sum() / (1 + second.abs().sum()))
 
 
 def _orthogonal_design() -> Named:

@@ -1,13 +1,17 @@
 """The mathematics of a layer: quadratic, penalties, problem, certificate, and bounds on any pruning."""
 
-from convexprune.core._group_lasso import GroupLasso
+from convexprune.core._concave import MCP, SCAD
+from convexprune.core._elastic_net import ElasticNet
+from convexprune.core._group_lasso import GroupLasso, RowGroups
 from convexprune.core._moments import Moments
+from convexprune.core._nuclear import Blocks, NuclearNorm
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Certificate, Problem, certify
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
+from convexprune.core._total_variation import TotalVariation
 
 __all__ = [
-    "L1", "AbstractPenalty", "Certificate", "GroupLasso", "Moments", "Problem", "Quadratic", "ReverseHuber", "Support",
-    "certify",
+    "L1", "MCP", "SCAD", "AbstractPenalty", "Blocks", "Certificate", "ElasticNet", "GroupLasso", "Moments",
+    "NuclearNorm", "Problem", "Quadratic", "ReverseHuber", "RowGroups", "Support", "TotalVariation", "certify",
 ]  # fmt: skip

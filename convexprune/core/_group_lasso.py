@@ -1,18 +1,17 @@
-"""The group LASSO penalty: the price of a column, or of a block of columns, as a whole."""
+"""Group penalties: the price of a column, of a block of columns, or of a group of entries inside a row, as a whole."""
 
 from dataclasses import InitVar, dataclass, replace
 from math import inf
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from convexprune.constraints._columns import column_norms
-from convexprune.core._penalty import FINITE, AbstractPenalty, checked_strength, require_step
+from convexprune.core._arrays import as_tensor
+from convexprune.core._penalty import FINITE, AbstractPenalty, broadcasts, checked_strength, require_step
 from convexprune.errors import ProblemError
 
-HALVINGS = 60
-"""Of the interval, in logarithms, in which the multiplier of a block in other units is: to the last bit of float64."""
+HALVINGS = 60  # of a factor: to the last bit of float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +20,12 @@ class GroupLasso(AbstractPenalty):
 
     The penalty couples rows; the part of row i in `values` is sum_j strength_j V_ij^2 / |V_:j|. The prox shrinks
     columns towards zero, and the dual norm is by column: p*(S) is zero where |S_:j| <= strength_j for all j (Yuan and
-    Lin 2006).
-
-    With a `block` the penalty is sum_b strength_b |V_:b / w_b|_F over blocks of as many columns, with units w_j; p*(S)
-    is zero where |S_:b w_b| <= strength_b. If the units of a block differ, the prox takes a bisection.
+    Lin 2006). With a `block` the columns are blocks of as many consecutive columns, with the norm of Frobenius.
 
     Args:
         strength: not negative, a number or [n], equal in all columns of a block. Zero leaves a column free.
         checked: check the strengths. False is for strengths made in a loop, where the check stops a GPU.
         block: number of consecutive columns with a common price.
-        units: w [n], positive, of the columns in blocks; None: ones.
 
     Raises:
         ProblemError: a strength is negative or not finite, or strengths differ by row.
@@ -41,7 +36,6 @@ class GroupLasso(AbstractPenalty):
     strength: float | Tensor
     checked: InitVar[bool] = True
     block: int = 1
-    units: Tensor | None = None
 
     def __post_init__(self, checked: bool) -> None:
         if checked:
@@ -51,70 +45,163 @@ class GroupLasso(AbstractPenalty):
                 raise ProblemError(wrong)
 
     def values(self, weight: Tensor) -> Tensor:
-        weight = weight if self.units is None else weight / self.units
         return (weight * self._directions(weight) * self._like(weight)).sum(1)
 
-    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
-        """Block shrinkage, V_:j (1 - step strength_j / |V_:j|)_+; in units U_j = V_j w_j^2 / (w_j^2 + mu)."""
-        require_step(step)
-        strength = step * self._like(weight)
-        if self.units is None:
-            return torch.mul(weight, 1 - _ratio(strength, column_norms(weight, self.block)), out=out)
-        return torch.mul(weight, self._shrinkage(weight, strength, self.units), out=out)
+    def prox(self, weight: Tensor, step: float) -> Tensor:
+        """Block shrinkage, V_:b (1 - step strength_b / |V_:b|)_+."""
+        return weight * self._shrinkage(weight, step)
 
-    def conjugate(self, dual: Tensor) -> Tensor:
-        """Return zero: on the domain no column is longer than its strength."""
-        return dual.new_zeros(dual.shape[0])
+    def prox_(self, weight: Tensor, step: float) -> Tensor:
+        return weight.mul_(self._shrinkage(weight, step))
 
     def project(self, dual: Tensor) -> Tensor:
-        if self.units is not None:
-            return dual - self.prox(dual, 1.0)
         return dual * _ratio(self._like(dual), column_norms(dual, self.block))
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
         """strength_j V_:j / |V_:j| where the column is not zero, else the dual point shortened to the strength."""
-        scaled = weight if self.units is None else weight / self.units
-        direction = self._directions(scaled) * self._like(scaled)
-        direction = direction if self.units is None else direction / self.units
-        return torch.where(column_norms(scaled, self.block) > 0, direction, self.project(dual))
+        direction = self._directions(weight) * self._like(weight)
+        return torch.where(column_norms(weight, self.block) > 0, direction, self.project(dual))
 
     def dual_scale(self, dual: Tensor) -> Tensor:
-        """Return a common factor for all rows."""
-        norms = column_norms(dual if self.units is None else dual * self.units, self.block)
-        ratio = (self._like(dual) / norms).nan_to_num_(nan=inf, posinf=inf)  # 0 / 0: no factor is too large
-        return ratio.amin().expand(len(dual))
+        ratio = self._like(dual) / column_norms(dual, self.block)
+        return ratio.nan_to_num_(nan=inf, posinf=inf).amin().expand(len(dual))  # 0 / 0: no factor is too large
+
+    def units(self, scale: Tensor) -> Tensor:
+        """The geometric mean of each block."""
+        if self.block == 1:
+            return scale
+        return scale.view(-1, self.block).log().mean(1).exp().repeat_interleave(self.block)
 
     def scaled(self, scale: Tensor) -> "GroupLasso":
-        if self.block == 1:
-            return GroupLasso(self.strength / scale, checked=False)
-        return replace(self, checked=False, units=scale if self.units is None else self.units * scale)
+        return replace(self, strength=self.strength / scale, checked=False)
 
-    def to(self, dtype: torch.dtype) -> Self:
-        strength, units = (each.to(dtype) if isinstance(each, Tensor) else each for each in (self.strength, self.units))
-        return replace(self, strength=strength, checked=False, units=units)
+    def check(self, shape: tuple[int, int]) -> None:
+        super().check(shape)
+        if shape[1] % self.block:
+            raise ProblemError(f"A weight {list(shape)} has no blocks of {self.block} columns: give a block that fits.")
 
     def _like(self, tensor: Tensor) -> Tensor:
         return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
 
     def _directions(self, weight: Tensor) -> Tensor:
-        """V_:j / |V_:j| [m n]; zero where the column is."""
+        """Return V_:j / |V_:j| [m n]; zero where the column is zero."""
         norms = column_norms(weight, self.block)
         return weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
-    def _shrinkage(self, weight: Tensor, strength: Tensor, units: Tensor) -> Tensor:
-        """w_j^2 / (w_j^2 + mu) [n], with mu |U_:b / w_b| the strength; zero where |V_:b w_b| is not above that."""
-        squares = units.square()
-        energy, in_blocks = weight.square().sum(0) * squares, squares.view(-1, self.block)
-        above = column_norms(weight * units, self.block) - strength
-        room = strength / above.clamp_min(torch.finfo(above.dtype).tiny)
-        low, high = (room * each.repeat_interleave(self.block) for each in (in_blocks.amin(1), in_blocks.amax(1)))
-        for _ in range(HALVINGS):
-            middle = low.sqrt() * high.sqrt()
-            found = middle * column_norms((energy.sqrt() / (squares + middle))[None], self.block)
-            low, high = torch.where(found < strength, middle, low), torch.where(found < strength, high, middle)
-        return torch.where(above > 0, squares / (squares + high), 0.0)
+    def _shrinkage(self, weight: Tensor, step: float) -> Tensor:
+        require_step(step)
+        return 1 - _ratio(step * self._like(weight), column_norms(weight, self.block))
 
 
 def _ratio(strength: Tensor, norms: Tensor) -> Tensor:
-    """min(1, strength / norm) [n]: 1 of a column that is zero."""
+    """Return min(1, strength / norm) [n]: 1 for a zero column."""
     return torch.where(norms > strength, strength / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups(AbstractPenalty):
+    """sum_ig strength_g |V_ig|_2 + sum_ij l1_ij |V_ij|, over groups of entries inside each row.
+
+    Of one response this is the group LASSO of Yuan and Lin (2006), with `l1` the sparse-group LASSO of Simon et al.
+    (2013): soft thresholding, and then shrinkage of each group, is its prox.
+
+    Args:
+        groups: the number of the group of each column [n], or of each entry [m n]: 0, 1, 2, ...
+        strength: not negative, a number, or [groups]. sqrt(size of the group) times a number treats all sizes alike.
+        l1: not negative, of a shape that broadcasts to [m n]: the price of entries inside groups.
+
+    Raises:
+        ProblemError: a strength is negative or not finite, or the groups are no whole numbers from 0.
+    """
+
+    groups: Tensor
+    strength: float | Tensor
+    l1: float | Tensor = 0.0
+
+    def __post_init__(self) -> None:
+        groups = as_tensor("groups", self.groups)
+        if groups.is_floating_point() or groups.ndim not in (1, 2) or not len(groups) or int(groups.min()) < 0:
+            raise ProblemError(f"`groups` is {groups.dtype} {list(groups.shape)}; needed are whole numbers from 0.")
+        object.__setattr__(self, "groups", torch.atleast_2d(groups.long()))
+        for name in ("strength", "l1"):
+            wrong = f"`{name}` of groups inside rows is not negative and finite; one `strength` may be given a group."
+            object.__setattr__(self, name, checked_strength(getattr(self, name), wrong, FINITE))
+        if isinstance(self.strength, Tensor):
+            strength = torch.atleast_2d(self.strength)
+            if len(strength) > 1 or strength.shape[1] not in (1, int(groups.max()) + 1):
+                raise ProblemError(f"`strength` is {list(self.strength.shape)} for {int(groups.max()) + 1} groups.")
+            object.__setattr__(self, "strength", strength)
+
+    def values(self, weight: Tensor) -> Tensor:
+        lasso = (weight.abs() * self._like(self.l1, weight)).sum(1)
+        return (self._norms(weight) * self._like(self.strength, weight)).sum(1) + lasso
+
+    def prox(self, weight: Tensor, step: float) -> Tensor:
+        require_step(step)
+        soft = self._soft(weight, step)
+        return soft * (1 - self._spread(_ratio(step * self._like(self.strength, weight), self._norms(soft)), weight))
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
+        """The gradient of each group's norm where the group is not zero, and the part of the dual point elsewhere."""
+        norms, l1 = self._norms(weight), self._like(self.l1, weight)
+        scale = self._like(self.strength, weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        inside = torch.where(weight != 0, l1 * weight.sign(), dual.clamp(-l1, l1))
+        slope = weight * self._spread(scale.expand_as(norms), weight) + inside
+        return torch.where(self._spread(norms > 0, weight), slope, self.project(dual))
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        """1 / e for the least e with |soft(S_g, e l1)| <= e strength_g in each group, found by halving."""
+        strength, norms = self._like(self.strength, dual), self._norms(dual)
+        high = (norms / strength).nan_to_num(nan=0.0, posinf=inf)
+        if bool(self._like(self.l1, dual).any()):
+            low = torch.zeros_like(high)
+            most = self._like(self.l1, dual).clamp_min(torch.finfo(dual.dtype).tiny)
+            high = high.minimum(low.scatter_reduce(1, self._labels(dual), dual.abs() / most, "amax"))
+            for _ in range(HALVINGS):
+                middle = (low + high) / 2
+                inside = self._norms(self._soft(dual, self._spread(middle, dual))) <= middle * strength
+                low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+        return 1 / high.amax(1)
+
+    def units(self, scale: Tensor) -> Tensor:
+        """The geometric mean of each group, if groups are of columns."""
+        if len(self.groups) > 1:
+            return super().units(scale)
+        labels = self.groups[0].to(scale.device)
+        sums = torch.zeros(int(labels.max()) + 1, dtype=scale.dtype, device=scale.device)
+        means = sums.scatter_add(0, labels, scale.log()) / labels.bincount().clamp_min(1)
+        return means.exp()[labels]
+
+    def scaled(self, scale: Tensor) -> "RowGroups":
+        if len(self.groups) > 1:
+            return replace(self, strength=self.strength / scale[:1], l1=self.l1 / scale)
+        strength = self._like(self.strength, scale).expand(1, int(self.groups.max()) + 1)[0]
+        labels = self.groups[0].to(scale.device)
+        of_group = torch.ones_like(strength).scatter(0, labels, scale)  # the scale is one number in each group
+        return replace(self, strength=strength / of_group, l1=self.l1 / scale)
+
+    def check(self, shape: tuple[int, int]) -> None:
+        if self.groups.shape[1] != shape[1] or len(self.groups) not in (1, shape[0]):
+            raise ProblemError(
+                f"`groups` is {list(self.groups.shape)}; a weight {list(shape)} has a group for each column or entry."
+            )
+        if isinstance(self.l1, Tensor) and not broadcasts(self.l1.shape, shape):
+            raise ProblemError(f"`l1` is {list(self.l1.shape)}, which does not broadcast to {list(shape)}.")
+
+    def _labels(self, weight: Tensor) -> Tensor:
+        return self.groups.to(weight.device).expand_as(weight)
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        """Return |V_ig| [m groups]."""
+        sums = weight.new_zeros(len(weight), int(self.groups.max()) + 1)
+        return sums.scatter_add_(1, self._labels(weight), weight.square()).sqrt()
+
+    def _spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return a value of each group [m groups] for each entry [m n]."""
+        return values.expand(len(weight), -1).gather(1, self._labels(weight))
+
+    def _soft(self, weight: Tensor, step: float | Tensor) -> Tensor:
+        return weight - weight.clamp(-(limit := step * self._like(self.l1, weight)), limit)
+
+    def _like(self, value: float | Tensor, tensor: Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)

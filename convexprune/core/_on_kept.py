@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune.core._factor import rounding_margin
-from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._penalty import AbstractPenalty, Elementwise
 from convexprune.core._quadratic import Quadratic
 
 PRICED = 1e11
@@ -45,12 +45,14 @@ def gaps_on_kept(
         [m], of which the sum counts if rows are coupled; inf where H_FF is singular, or beyond `PRICED` operations.
     """
     gram = quadratic.gram
-    scale = quadratic.scale()
+    scale = penalty.units(quadratic.scale())
     ahead = weight * scale + residual / scale
     ahead = torch.where(ahead == 0, torch.finfo(ahead.dtype).tiny, ahead)  # what has no penalty is kept
     ahead = penalty.scaled(scale).prox(ahead, 1.0)
     kept = (ahead != 0) & ~quadratic.dead
     dual = penalty.subgradient(ahead / scale, residual)
+    if dual is None and not isinstance(penalty, Elementwise):
+        return torch.full_like(values, inf)  # zeros do not tell where this penalty is smooth
     dual = penalty.project(residual) if dual is None else dual
     on = kept.any(0, keepdim=True) if penalty.couples_rows else kept
     if len(on) * int(on.sum(1).max()) ** 3 > PRICED:

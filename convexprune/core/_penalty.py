@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import InitVar, dataclass, fields, is_dataclass
 from math import inf
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,33 +13,60 @@ from convexprune._device.kernels import fused, number_like
 from convexprune.core._arrays import Array, as_tensor
 from convexprune.errors import ProblemError
 
+FINITE = torch.finfo(torch.float64).max
+
 
 class AbstractPenalty(ABC):
-    """A closed function of the weight V [m n], separable over entries or groups of entries, with p(V) >= p(0) = 0.
+    """A closed function of the weight V [m n] with p(V) >= p(0) = 0.
 
-    The function is convex unless its class says otherwise: bounds by the conjugate hold in both cases, and can be tight
-    only for a convex function.
+    Three methods make a penalty: `values`, `prox` and `dual_scale`. All others follow for a norm. A penalty that is no
+    norm has a `conjugate`, too. A penalty that is a sum over columns has `units` and `scaled`, and is solved faster.
+    `convexprune.problems.check_penalty` tries what a class says.
     """
 
     couples_rows = False
     """Whether it is no sum over rows: its values [m] then only add up to it."""
+    is_convex = True
+    """Without convexity no certificate exists, and solvers stop where the weight is stationary."""
 
     @abstractmethod
     def values(self, weight: Tensor) -> Tensor:
         """Return p by row [m] of the `weight` [m n]."""
 
     @abstractmethod
-    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+    def prox(self, weight: Tensor, step: float) -> Tensor:
         """Return the proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
 
         Args:
             weight: V [m n].
             step: not negative.
-            out: tensor for the result, if given; may be `weight`.
 
         Returns:
             U [m n].
         """
+
+    @abstractmethod
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        """Return the largest factor s_i for which the conjugate of the row s_i S_i is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m]; may be inf. The same for all rows, if the penalty couples them.
+        """
+
+    def prox_(self, weight: Tensor, step: float) -> Tensor:
+        """Return `prox`, written over the weight.
+
+        Args:
+            weight: V [m n].
+            step: not negative.
+
+        Returns:
+            `weight`.
+        """
+        return weight.copy_(self.prox(weight, step))
 
     def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
         """The proximal gradient step, prox(V + step K).
@@ -52,12 +79,10 @@ class AbstractPenalty(ABC):
         Returns:
             U [m n].
         """
-        point = torch.add(weight, residual, alpha=step)
-        return self.prox(point, step, out=point)
+        return self.prox_(torch.add(weight, residual, alpha=step), step)
 
-    @abstractmethod
     def conjugate(self, dual: Tensor) -> Tensor:
-        """Return the convex conjugate p*(S) = max_V <S, V> - p(V) by row.
+        """Return the convex conjugate p*(S) = max_V <S, V> - p(V) by row: zero, of a norm.
 
         Args:
             dual: S [m n], in the domain of p*.
@@ -65,10 +90,10 @@ class AbstractPenalty(ABC):
         Returns:
             [m].
         """
+        return dual.new_zeros(len(dual))
 
-    @abstractmethod
     def project(self, dual: Tensor) -> Tensor:
-        """The point nearest to S where the conjugate is finite.
+        """A point where the conjugate is finite; of a norm, the nearest one (Moreau's decomposition).
 
         Args:
             dual: S [m n].
@@ -76,32 +101,7 @@ class AbstractPenalty(ABC):
         Returns:
             [m n].
         """
-
-    @abstractmethod
-    def dual_scale(self, dual: Tensor) -> Tensor:
-        """Return the largest factor s_i for which the conjugate of the row s_i S_i is finite.
-
-        Args:
-            dual: S [m n].
-
-        Returns:
-            [m]; may be inf.
-        """
-
-    @abstractmethod
-    def scaled(self, scale: Tensor) -> "AbstractPenalty":
-        """Return the penalty as a function of U = V * scale.
-
-        Args:
-            scale: [n], positive.
-
-        Returns:
-            The penalty of U.
-        """
-
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> Self:
-        """Return the penalty for weights of a new `dtype`."""
+        return dual - self.prox(dual, 1.0)
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
         """Return the subgradient of p nearest to a dual point, so that p(V) + p*(S) = <S, V>.
@@ -111,21 +111,53 @@ class AbstractPenalty(ABC):
             dual: the point [m n].
 
         Returns:
-            S [m n]. None if equal to `project`, or unknown: then certificates are less tight.
+            S [m n]. None if unknown: certificates take the subgradient at a prox instead.
         """
         return None
 
-    def rows(self, chosen: slice) -> Self:
+    def units(self, scale: Tensor) -> Tensor:
+        """Return the scale nearest to a scale of which `scaled` is known: by default, one number for all columns.
+
+        Args:
+            scale: [n], positive.
+
+        Returns:
+            [n].
+        """
+        return scale.log().mean().exp().expand_as(scale)
+
+    def scaled(self, scale: Tensor) -> "AbstractPenalty":
+        """Return the penalty as a function of U = V * scale.
+
+        Args:
+            scale: [n], positive, as `units` returns it.
+
+        Returns:
+            The penalty of U.
+        """
+        return Scaled(self, float(scale.flatten()[0]))
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the penalty for weights of a new `dtype`."""
+        return self._with(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def rows(self, chosen: slice | Tensor) -> Self:
         """Return the penalty of the rows `chosen` alone."""
+        return self._with(lambda tensor: tensor[chosen] if tensor.ndim == 2 and len(tensor) > 1 else tensor)
+
+    def _with(self, change: Any) -> Self:
         other = copy(self)
-        for field in fields(self) if is_dataclass(self) else ():
-            tensor = getattr(self, field.name)
-            if isinstance(tensor, Tensor) and tensor.ndim == 2 and len(tensor) > 1:
-                object.__setattr__(other, field.name, tensor[chosen])
+        for name, tensor in self._tensors():
+            object.__setattr__(other, name, change(tensor))
         return other
 
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """The fields of a dataclass that are tensors, by name."""
+        named = [(field.name, getattr(self, field.name)) for field in fields(self)] if is_dataclass(self) else []
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
     def check(self, shape: tuple[int, int]) -> None:
-        """Refuse weights of a shape that does not fit.
+        """Refuse to be added to a quadratic of weights of another shape.
 
         Args:
             shape: (m, n) of the weights.
@@ -133,13 +165,70 @@ class AbstractPenalty(ABC):
         Raises:
             ProblemError: a tensor of the penalty does not broadcast to the shape.
         """
-        for field in fields(self) if is_dataclass(self) else ():
-            tensor = getattr(self, field.name)
-            if isinstance(tensor, Tensor) and not _broadcasts(tensor.shape, shape):
+        for name, tensor in self._tensors():
+            if not broadcasts(tensor.shape, shape):
                 raise ProblemError(
-                    f"`{field.name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
+                    f"`{name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
                     f"problem's {list(shape)} [outputs inputs]."
                 )
+
+
+def require_norm(penalty: AbstractPenalty, like: Tensor) -> None:
+    """Refuse a penalty without a conjugate that is no norm: its certificates would be wrong."""
+    if penalty.is_convex and type(penalty).conjugate is AbstractPenalty.conjugate:
+        once, twice = penalty.values(like), penalty.values(2 * like)
+        if not torch.allclose(2 * once.sum(), twice.sum(), rtol=1e-3):
+            raise ProblemError(
+                f"{type(penalty).__name__} is no norm: p(2 V) is not 2 p(V). Give it its `conjugate`, p*(S) by row."
+            )
+
+
+class Elementwise(AbstractPenalty):
+    """A sum over entries: known in any units of the columns."""
+
+    def units(self, scale: Tensor) -> Tensor:
+        return scale
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(AbstractPenalty):
+    """The penalty p(U / scale) of U, for one number."""
+
+    penalty: AbstractPenalty
+    scale: float
+
+    @property
+    def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.couples_rows
+
+    @property
+    def is_convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.is_convex
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self.penalty.values(weight / self.scale)
+
+    def prox(self, weight: Tensor, step: float) -> Tensor:
+        return self.penalty.prox(weight / self.scale, step / self.scale**2) * self.scale
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        return self.penalty.dual_scale(dual * self.scale)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        return self.penalty.conjugate(dual * self.scale)
+
+    def project(self, dual: Tensor) -> Tensor:
+        return self.penalty.project(dual * self.scale) / self.scale
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
+        found = self.penalty.subgradient(weight / self.scale, dual * self.scale)
+        return None if found is None else found / self.scale
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.penalty.to(dtype), self.scale)
+
+    def rows(self, chosen: slice | Tensor) -> Self:
+        return type(self)(self.penalty.rows(chosen), self.scale)
 
 
 def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
@@ -152,21 +241,18 @@ def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> 
     return strength
 
 
-FINITE = torch.finfo(torch.float64).max
-
-
 def require_step(step: float) -> None:
     """Refuse a negative step."""
     if step < 0:
         raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
 
 
-def _broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
+def broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
     return len(shape) <= 2 and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 
 @dataclass(frozen=True, eq=False)
-class L1(AbstractPenalty):
+class L1(Elementwise):
     """sum_ij strength_ij |V_ij|.
 
     `strength * sqrt(H_jj)` makes a penalty that does not depend on the scale of the inputs.
@@ -191,8 +277,14 @@ class L1(AbstractPenalty):
         price = weight.abs() * self.strength
         return price.masked_fill_(weight == 0, 0).sum(1)  # also at an infinite strength
 
-    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+    def prox(self, weight: Tensor, step: float) -> Tensor:
         """Soft thresholding, sign(V) (|V| - step strength)_+."""
+        return self._shrunk(weight, step)
+
+    def prox_(self, weight: Tensor, step: float) -> Tensor:
+        return self._shrunk(weight, step, out=weight)
+
+    def _shrunk(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
         require_step(step)
         step = step or torch.finfo(weight.dtype).tiny  # an infinite strength makes zeros at any step
         return _shrink(weight, self._like(weight), number_like(step, weight), out)
@@ -201,11 +293,8 @@ class L1(AbstractPenalty):
         require_step(step)
         return _shrink_ahead(weight, residual, self._like(weight), number_like(step, weight))
 
-    def conjugate(self, dual: Tensor) -> Tensor:
-        """Return zero: the domain is the box |S_ij| <= strength_ij."""
-        return dual.new_zeros(dual.shape[0])
-
     def project(self, dual: Tensor) -> Tensor:
+        """The nearest point of the box |S_ij| <= strength_ij."""
         return torch.clamp(dual, -self._like(dual), self._like(dual))
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor:
@@ -218,9 +307,6 @@ class L1(AbstractPenalty):
 
     def scaled(self, scale: Tensor) -> "L1":
         return L1(self.strength / scale, checked=False)
-
-    def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.strength.to(dtype), False) if isinstance(self.strength, Tensor) else self
 
     def _like(self, tensor: Tensor) -> Tensor:
         return torch.as_tensor(self.strength, dtype=tensor.dtype, device=tensor.device)
@@ -242,7 +328,7 @@ def _shrink_ahead(weight: Tensor, residual: Tensor, strength: Tensor, step: Tens
 
 
 @dataclass(frozen=True, eq=False)
-class Support(AbstractPenalty):
+class Support(Elementwise):
     """Infinite for a non-zero outside `mask` [m n], else zero: values are free, places are fixed.
 
     Raises:
@@ -261,13 +347,12 @@ class Support(AbstractPenalty):
         outside = ((weight != 0) & ~self.mask).any(1)
         return torch.where(outside, inf, 0.0).to(weight.dtype)
 
-    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+    def prox(self, weight: Tensor, step: float) -> Tensor:
         """V on the support, zero elsewhere."""
-        return torch.mul(weight, self.mask, out=out)
+        return weight * self.mask
 
-    def conjugate(self, dual: Tensor) -> Tensor:
-        """Return zero: the domain are dual points that vanish on the support."""
-        return dual.new_zeros(dual.shape[0])
+    def prox_(self, weight: Tensor, step: float) -> Tensor:
+        return weight.mul_(self.mask)
 
     def project(self, dual: Tensor) -> Tensor:
         return dual * ~self.mask
@@ -277,7 +362,4 @@ class Support(AbstractPenalty):
         return torch.where(inside, 0.0, inf).to(dual.dtype)
 
     def scaled(self, scale: Tensor) -> "Support":
-        return self
-
-    def to(self, dtype: torch.dtype) -> Self:
         return self

@@ -10,9 +10,10 @@ from convexprune._device.precision import certifies_in_parts
 from convexprune.core._arrays import Array, as_tensor
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
-from convexprune.core._penalty import AbstractPenalty
+from convexprune.core._penalty import AbstractPenalty, Elementwise, require_norm
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._shown import Shown
+from convexprune.core._spectrum import power_of_two
 from convexprune.core._sum_of_squares import UNKNOWN
 from convexprune.errors import ProblemError
 
@@ -39,6 +40,8 @@ class Problem:
                 f"Problem({given}): needed are a Quadratic and a penalty (L1, Support, ...), in this order."
             )
         self.penalty.check(self.shape)
+        if not type(self.penalty).__module__.startswith(f"{__package__}."):
+            require_norm(self.penalty, self.quadratic.cross)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,18 +87,24 @@ class Certificate(Shown):
         gap: the duality gap.
         kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
         resolution: resolution of the data: the epsilon of their dtype times the energy of the target.
+        convex: whether the penalty is. If not, nothing bounds the least value, and the gap is inf.
     """
 
     primal: float
     gap: float
     kkt_residual: float
     resolution: float = 0.0
+    convex: bool = True
 
     def facts(self) -> dict[str, str]:
         """Return the objective, how far it is from the least value at most, and the optimality conditions."""
         return {
             "objective": f"{self.primal:.6g}",
-            "gap": f"{self.gap:.2g}, {self.relative_gap:.2g} of the objective; no weight is below {self.dual:.6g}",
+            "gap": (
+                f"{self.gap:.2g}, {self.relative_gap:.2g} of the objective; no weight is below {self.dual:.6g}"
+                if self.convex
+                else "none: the penalty is not convex"
+            ),
             "KKT residual": f"{self.kkt_residual:.2g}",
         }
 
@@ -128,7 +137,8 @@ def row_gaps(
         clipping     S = project(K),   c = 1/2 (K - S) H^-1 (K - S)'   (only if H is positive definite, or K is in the
                      domain anyway)
         subgradient  S in dp(V) nearest to K, with the same c: nothing else is left, so that it falls with the square of
-                     the distance to the optimum, where clipping falls with the distance
+                     the distance to the optimum, where clipping falls with the distance. Where a penalty knows none,
+                     V + K - U at U = prox(V + K) is one at U, and p(V) - p(U) - <S, V - U> is left
 
     On a support the second and the third are one. All terms are non-negative sums, so nothing cancels near the optimum.
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
@@ -156,6 +166,12 @@ def row_gaps(
     dual = penalty.subgradient(weight, residual)
     if dual is not None:
         gaps = least(gaps, quadratic.inverse_form(residual - dual))
+    elif not isinstance(penalty, Elementwise):  # of a sum over entries that is the clipping
+        ahead = penalty.forward_backward(weight, residual, 1.0)
+        dual = weight + residual - ahead
+        rest = slack - penalty.values(ahead) - torch.linalg.vecdot(dual, weight - ahead)
+        rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
+        gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest.clamp_min(0))
     if dear and not quadratic.is_well_conditioned:
         gaps = least(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
     return gaps + quadratic.rounding
@@ -189,9 +205,13 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     Raises:
         ProblemError: `weight` is not shaped like the problem.
     """
-    point, given = problem.admit(weight), problem.quadratic
+    point, given, consistent = problem.admit(weight), problem.quadratic, None
     if precise:
-        quadratic, unit = given.unit_free
+        quadratic, free = given.unit_free
+        unit = problem.penalty.units(free)
+        if unit is not free:  # the penalty is not known in every unit
+            consistent, unit = quadratic.is_sum_of_squares, power_of_two(unit)
+            quadratic = given.double.scaled(unit)
         point = point.double() * unit
         if certifies_in_parts(given.gram) and not problem.penalty.couples_rows:
             quadratic = _in_parts(quadratic, point)
@@ -203,19 +223,21 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     values = problem.quadratic.values(point, residual)
     slack = problem.penalty.values(point)
     primal = values + slack
+    convex = problem.penalty.is_convex
     if not bool(primal.isfinite().all()):
-        return Certificate(inf, inf, inf)
-    if precise and not problem.quadratic.is_sum_of_squares:
+        return Certificate(inf, inf, inf, convex=convex)
+    if precise and not (problem.quadratic.is_sum_of_squares if consistent is None else consistent):
         return Certificate(float(primal.sum()), inf, inf)
-    gaps = row_gaps(problem, point, residual, values, slack, dear=precise)
+    gaps = row_gaps(problem, point, residual, values, slack, dear=precise) if convex else torch.full_like(values, inf)
     resolution = torch.finfo(given.cross.dtype).eps * given.target_energy
     if not precise:
-        return Certificate(float(primal.sum()), float(gaps.sum()), inf, resolution)
-    scale = problem.quadratic.scale()
+        return Certificate(float(primal.sum()), float(gaps.sum()), inf, resolution, convex)
+    scale = problem.penalty.units(problem.quadratic.scale())
     reach = (problem.quadratic.displacement(point).abs() @ scale).square()  # at least |D| |H| |D|', which may cancel
     gaps += 4 * torch.finfo(reach.dtype).eps * reach
     step = float(proximal_steps(problem, point, residual, scale).max())
-    return Certificate(float(primal.sum()), float(gaps.sum()), kkt_residual(step, given.target_energy), resolution)
+    kkt = kkt_residual(step, given.target_energy)
+    return Certificate(float(primal.sum()), float(gaps.sum()), kkt, resolution, convex)
 
 
 def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
@@ -230,6 +252,8 @@ def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
 def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
     """Return the sizes of proximal gradient steps of length 1, |U - prox_p(U + K)|, in coordinates U = V * scale.
 
+    Without convexity the length is that of a step that goes down, and the size is over the length.
+
     Args:
         point: V [m n].
         residual: K [m n], the residual of q there.
@@ -238,8 +262,9 @@ def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
     Returns:
         [m n].
     """
+    length = 1.0 if problem.penalty.is_convex else 1 / problem.quadratic.scaled(scale).lipschitz
     point = point * scale
-    return (point - problem.penalty.scaled(scale).prox(point + residual / scale, 1.0)).abs()
+    return (point - problem.penalty.scaled(scale).forward_backward(point, residual / scale, length)).abs() / length
 
 
 def kkt_residual(step: float, energy: float) -> float:

@@ -175,6 +175,18 @@ class Quadratic(SumOfSquares):
         anchor = None if self.anchor is None else self.anchor[:, chosen]
         return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
 
+    def repeated(self, times: int) -> Self:
+        """The quadratic of weights side by side [V_1 V_2 ...], [m, times n], as a function of their sum.
+
+        Args:
+            times: how many weights are added.
+
+        Returns:
+            The quadratic, about zero.
+        """
+        at = self.at(None)
+        return self._as_precise(at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None)
+
     def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
         """Return a quadratic with the rounding errors of this quadratic's given tensors."""
         cache = Cache(gram, self._cache.precision, self._cache.energy)

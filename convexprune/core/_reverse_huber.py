@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import AbstractPenalty, require_step
+from convexprune.core._penalty import Elementwise, require_step
 from convexprune.errors import ProblemError
 
 
 @dataclass(frozen=True, eq=False)
-class ReverseHuber(AbstractPenalty):
+class ReverseHuber(Elementwise):
     """The cost of fractional non-zeros: linear near zero, a parabola beyond (the perspective penalty).
 
         p(V) = sum_ij min_{0 <= z <= 1} B_ij V_ij^2 / 2 z + mu_ij z
@@ -44,12 +43,12 @@ class ReverseHuber(AbstractPenalty):
         beyond = (size - self.slope / self.curvature).clamp_min(0)
         return (self.slope * size + self.curvature / 2 * beyond.square()).sum(1)
 
-    def prox(self, weight: Tensor, step: float, out: Tensor | None = None) -> Tensor:
+    def prox(self, weight: Tensor, step: float) -> Tensor:
         """sign(V) times the lesser of (|V| - step slope)_+ and |V| / (1 + step B)."""
         require_step(step)
         size = weight.abs()
         soft = (size - step * self.slope).clamp_min_(0)
-        return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight, out=out)
+        return torch.copysign(torch.minimum(soft, size.div_(1 + step * self.curvature)), weight)
 
     def conjugate(self, dual: Tensor) -> Tensor:
         """sum_j (S_ij^2 / 2 B_ij - mu_ij)_+, finite everywhere."""
@@ -68,6 +67,3 @@ class ReverseHuber(AbstractPenalty):
 
     def scaled(self, scale: Tensor) -> "ReverseHuber":
         return ReverseHuber(self.curvature / scale.square(), self.price)
-
-    def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.curvature.to(dtype), self.price.to(dtype))

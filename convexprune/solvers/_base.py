@@ -26,6 +26,7 @@ class Status(Enum):
     """The end of a solve, as a sentence; the worst status comes last."""
 
     SOLVED = "The certificate, of all rows together, meets the tolerance."
+    STATIONARY = "The weight is stationary to the tolerance; the penalty is not convex, and a better weight may exist."
     ITERATION_LIMIT = "The iterations ran out first: allow more, loosen the tolerance, or add damping."
     UNCONFIRMED = (
         "The solver says that it is done, the certificate does not meet the tolerance: the data may not resolve it. "
@@ -52,6 +53,8 @@ class Status(Enum):
         """
         if not isfinite(certificate.primal):
             return cls.FAILED if said is cls.FAILED else cls.NON_FINITE
+        if not certificate.convex:
+            return cls.STATIONARY if certificate.kkt_residual <= tolerance else said
         if certificate.gap == inf:
             return cls.INCONSISTENT
         if certificate.relative_gap <= tolerance:

@@ -1,4 +1,4 @@
-"""The ground truth: problems handed to CVXPY row by row."""
+"""The ground truth: the same problem, handed to CVXPY row by row, or whole where the penalty couples the rows."""
 
 import time
 import warnings
@@ -11,13 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune.core._group_lasso import GroupLasso
-from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._reverse_huber import ReverseHuber
+from convexprune.core import (
+    L1,
+    AbstractPenalty,
+    Blocks,
+    ElasticNet,
+    GroupLasso,
+    NuclearNorm,
+    Problem,
+    ReverseHuber,
+    RowGroups,
+    Support,
+    TotalVariation,
+    certify,
+)
 from convexprune.core._setting_types import NotNegative
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
+from convexprune.solvers._statements import Constraints, stated
 
 TIGHT: dict[str, dict[str, Any]] = {
     "OSQP": {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 200_000, "polishing": True, "adaptive_rho_interval": 50},
@@ -35,13 +45,14 @@ STATUS = {
 class CVXPY(AbstractSolver):
     """CVXPY with one of three engines, set to oracle accuracy; for small problems.
 
-    Row i is stated as   minimise 1/2 |F d - F^-T g|^2 + sum_j strength_j |a_j + d_j|   with H = F' F from a symmetric
-    eigendecomposition, so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make the
-    problem unbounded below and cannot come from data. Inputs and targets are stated in units near 1, because very large
-    or very small numbers are beyond the engines.
+    Rows are stated as   minimise 1/2 |F d - F^-T g|^2 + p(a + d)   with H = F' F from a symmetric eigendecomposition,
+    so that rank-deficient Gram matrices are stated exactly; g outside the range of H would make the problem unbounded
+    below and cannot come from data. Inputs and targets are stated in units in which they are near one, or what is very
+    large or very small is beyond the engines.
 
     Args:
-        options: options of the engine, over the options in `TIGHT`.
+        engine: the solver inside CVXPY.
+        options: of the engine, over those in `TIGHT`.
         tolerance: the relative gap up to which the status is SOLVED, whatever the engine says.
     """
 
@@ -51,40 +62,50 @@ class CVXPY(AbstractSolver):
 
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
-        """The penalties that are stated in CVXPY's atoms below."""
-        return (L1, GroupLasso, ReverseHuber, Support)
+        """The penalties that `_statements` knows in CVXPY's atoms."""
+        return (L1, Blocks, ElasticNet, GroupLasso, NuclearNorm, ReverseHuber, RowGroups, Support, TotalVariation)
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
         require_penalty(self, type(problem.penalty))
         began = time.perf_counter()
         initial(problem, start)  # checks the shape; the engines are started by themselves
-        quadratic, unit = problem.quadratic.unit_free  # or inputs of very different sizes are beyond the engines
-        penalty, roots = problem.penalty.to(torch.float64), square_root(quadratic.gram.cpu().numpy())
-        sizes = _sizes(quadratic, penalty.couples_rows)
-        if isinstance(penalty, GroupLasso):
-            statements = [self._whole(quadratic, penalty, unit.cpu().numpy(), *roots, sizes[0])]
-        else:
-            stated = Problem(quadratic, penalty.scaled(unit))
-            statements = [self._row(stated, i, *roots, size) for i, size in enumerate(sizes)]
+        penalty, free = problem.penalty.to(torch.float64), problem.quadratic.unit_free
+        unit = penalty.units(free[1])  # or inputs of very different sizes are beyond the engines
+        quadratic = free[0] if unit is free[1] else problem.quadratic.double.scaled(unit)
+        energy = 2 * quadratic.values(torch.zeros_like(quadratic.cross))
+        energy = energy.sum()[None] if penalty.couples_rows else energy
+        sizes = torch.where((energy > 0) & energy.isfinite(), energy, 1.0).sqrt().tolist()
+        rows = [slice(None)] if penalty.couples_rows else [slice(i, i + 1) for i in range(len(energy))]
+        roots, statements = square_root(quadratic.gram.cpu().numpy()), list[tuple[cp.Variable, cp.Problem]]()
+        for chosen, size in zip(rows, sizes, strict=True):  # V = size U / unit, and the objective is over size^2
+            q, share = quadratic.rows(chosen), penalty.rows(chosen).scaled(unit / size)
+            statements.append(self._statement(q.cross.cpu().numpy() / size, q.anchor, share, size, *roots))
         built = time.perf_counter()
-        rows, statuses = [], []
-        for (variable, statement), size in zip(statements, sizes, strict=True):
-            value, status = self._solve_row(variable, statement)
-            rows.append(size * value)
-            statuses.append(status)
+        found = [self._solve(*statement) for statement in statements]
         solved = time.perf_counter()
-        displacement = (torch.from_numpy(np.vstack(rows)).to(unit) / unit).to(problem.quadratic.cross)
+        rows = np.vstack([size * value for size, (value, _) in zip(sizes, found, strict=True)])
+        displacement = (torch.from_numpy(rows).to(unit) / unit).to(problem.quadratic.cross)
         anchor = problem.quadratic.anchor
         weight = displacement if anchor is None else displacement + anchor
-        worst = max(statuses, key=list(Status).index)
-        if isinstance(problem.penalty, Support | L1):
-            weight = problem.penalty.prox(weight, 0.0)  # zeros that were constraints are zeros
+        if isinstance(problem.penalty, L1 | Support | ElasticNet):
+            weight = problem.penalty.prox(weight, 0.0)  # constraints are met to the last bit
         certificate = certify(problem, weight)
-        status = Status.of(worst, certificate, self.tolerance)
+        status = Status.of(max((s for _, s in found), key=list(Status).index), certificate, self.tolerance)
         return Solution(weight, status, certificate, 0, 0, solved - built, built - began)
 
-    def _solve_row(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
+    def _statement(
+        self, cross: np.ndarray, anchor: Tensor | None, penalty: AbstractPenalty, size: float, factor: np.ndarray,
+        inverse: np.ndarray,
+    ) -> tuple[cp.Variable, cp.Problem]:  # fmt: skip
+        d = cp.Variable(cross.shape)
+        about = 0 if anchor is None else anchor.cpu().numpy() / size
+        constraints: Constraints = []
+        price = stated(penalty, d + about, constraints) / size**2
+        smooth = cp.sum_squares(d @ factor.T - cross @ inverse) / 2
+        return d, cp.Problem(cp.Minimize(smooth + price), constraints)
+
+    def _solve(self, variable: cp.Variable, statement: cp.Problem) -> tuple[np.ndarray, Status]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "may be inaccurate" is the status that we return
             with suppress(cp.SolverError):  # no answer
@@ -92,50 +113,3 @@ class CVXPY(AbstractSolver):
         if variable.value is None:
             return np.full(variable.shape, np.nan), Status.FAILED
         return variable.value, STATUS.get(statement.status, Status.FAILED)
-
-    def _whole(
-        self, q: Quadratic, penalty: GroupLasso, unit: np.ndarray, factor: np.ndarray, inverse: np.ndarray, size: float
-    ) -> tuple[cp.Variable, cp.Problem]:
-        """State all rows at once, for a penalty that couples rows; the weight has its original units."""
-        (m, n), block = q.cross.shape, penalty.block
-        anchor = np.zeros((m, n)) if q.anchor is None else q.anchor.cpu().numpy() / size
-        d = cp.Variable((m, n))
-        smooth = cp.sum_squares(d @ factor.T - q.cross.cpu().numpy() @ inverse / size) / 2
-        strength = torch.as_tensor(penalty.strength, dtype=torch.float64).expand(n).cpu().numpy()[::block] / size
-        largest = unit.reshape(-1, block).max(1)  # what the columns of a block have in common is the strength's
-        weight = cp.multiply(d + anchor, np.broadcast_to(largest.repeat(block) / unit, (m, n)))
-        blocks = cp.reshape(weight, (m * block, n // block), order="F")  # the columns of a block, one below another
-        return d, cp.Problem(cp.Minimize(smooth + strength / largest @ cp.norm(blocks, axis=0)))
-
-    def _row(
-        self, problem: Problem, i: int, factor: np.ndarray, inverse: np.ndarray, size: float
-    ) -> tuple[cp.Variable, cp.Problem]:
-        q = problem.quadratic
-        cross = q.cross[i].cpu().numpy() / size
-        anchor = np.zeros_like(cross) if q.anchor is None else q.anchor[i].cpu().numpy() / size
-        target = cross @ inverse
-        d = cp.Variable(len(cross))
-        smooth = cp.sum_squares(factor @ d - target) / 2
-        if isinstance(problem.penalty, Support):
-            outside = np.flatnonzero(~problem.penalty.mask.expand(problem.shape)[i].cpu().numpy())
-            return d, cp.Problem(cp.Minimize(smooth), [d[outside] == -anchor[outside]] if len(outside) else [])
-        if isinstance(problem.penalty, ReverseHuber):
-            penalty = problem.penalty
-            curvature, slope = (t.expand(problem.shape)[i].cpu().numpy() for t in (penalty.curvature, penalty.slope))
-            slope, length = slope / size, cp.abs(d + anchor)
-            parabola = curvature / 2 @ cp.square(cp.pos(length - slope / curvature))
-            return d, cp.Problem(cp.Minimize(smooth + slope @ length + parabola))
-        assert isinstance(problem.penalty, L1)
-        strength = torch.as_tensor(problem.penalty.strength, dtype=torch.float64).expand(problem.shape)[i].cpu().numpy()
-        zero, finite = np.flatnonzero(np.isinf(strength)), np.where(np.isinf(strength), 0, strength)
-        price = finite / size @ cp.abs(d + anchor)
-        return d, cp.Problem(cp.Minimize(smooth + price), [d[zero] == -anchor[zero]] if len(zero) else [])
-
-
-def _sizes(quadratic: Quadratic, together: bool) -> list[float]:
-    """Return the lengths of the rows' targets, or of all rows `together`: in these units an engine sees numbers
-    near 1.
-    """
-    energy = 2 * quadratic.values(torch.zeros_like(quadratic.cross))
-    energy = energy.sum()[None] if together else energy
-    return torch.where((energy > 0) & energy.isfinite(), energy, 1.0).sqrt().tolist()

@@ -56,7 +56,7 @@ class FISTA(AbstractIterative):
         for iteration in range(1, self.max_iterations + 1):
             if iteration > 1:
                 add_product(shift, point, step, out=new).add_(anchor)
-                problem.penalty.prox(new, 1 / lipschitz, out=new).sub_(anchor)
+                problem.penalty.prox_(new, 1 / lipschitz).sub_(anchor)
                 products += 1
             if iteration % self.check_every == 0:
                 products += 1
@@ -65,7 +65,10 @@ class FISTA(AbstractIterative):
                     return new + anchor, status, iteration, products
             if iteration == self.max_iterations:
                 break
-            t = _extrapolate(new, old, point, move, t, self.restart, problem.penalty.couples_rows)
+            if problem.penalty.is_convex:
+                t = _extrapolate(new, old, point, move, t, self.restart, problem.penalty.couples_rows)
+            else:  # without momentum every step goes down
+                point.copy_(new)
             old, new = new, old
         return new.add_(anchor), Status.ITERATION_LIMIT, self.max_iterations, products
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import solving_in
-from convexprune.core._penalty import AbstractPenalty
-from convexprune.core._problem import Problem, row_gaps
+from convexprune.core import AbstractPenalty, Problem
+from convexprune.core._problem import proximal_steps, row_gaps
 from convexprune.core._setting_types import Count, NotNegative
 from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
@@ -81,7 +81,7 @@ class AbstractIterative(AbstractSolver):
         """The loop from `weight`, in the coordinates that are asked for."""
         if not self.scale:
             return self._iterate(problem, weight, residual)
-        scale = problem.quadratic.scale()
+        scale = problem.penalty.units(problem.quadratic.scale())
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         residual = None if residual is None else residual / scale
         weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
@@ -102,6 +102,9 @@ class AbstractIterative(AbstractSolver):
         primal = float((values + slack).sum())
         if primal != primal or primal == inf:
             return Status.NON_FINITE
+        if not problem.penalty.is_convex:
+            step = float(proximal_steps(problem, weight, residual, torch.ones_like(weight[0])).max())
+            return Status.STATIONARY if step <= self.tolerance * problem.quadratic.target_energy**0.5 else None
         enough, at = self.tolerance * primal, (problem, weight, residual, values, slack)
         gap = float(row_gaps(*at).sum())
         if gap > enough and not problem.quadratic.is_well_conditioned and self._is_due(iteration, problem.shape[1]):

@@ -32,9 +32,9 @@ def work(m: int, n: int, step: float) -> list[torch.Tensor]:
     start, slope, scores = convex._ahead(a, b, c, d, number_like(step, a))
     strengths = convex._strengths(scores, scores.abs().mean(1, keepdim=True), number_like(step, a))
     shrunk = L1(strengths).prox(start, step)
-    elsewhere = L1(0.5).prox(slope, step, out=torch.empty_like(slope))
+    elsewhere = L1(0.5).prox(slope, step)
     in_place = slope.clone()
-    L1(strengths).prox(in_place, step, out=in_place)  # as FISTA does
+    L1(strengths).prox_(in_place, step)  # as FISTA does
     return [start, slope, scores, strengths, shrunk, elsewhere, in_place]
 
 

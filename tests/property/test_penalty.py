@@ -91,7 +91,7 @@ def test_prox_and_projection_add_up_to_the_point(name, shape, seed):
 def test_the_prox_may_overwrite_its_argument(name, shape, seed):
     penalty, weight = make(name, shape, seed), random(seed + 1, *shape)
     expected = penalty.prox(weight.clone(), 0.3)
-    assert penalty.prox(weight, 0.3, out=weight) is weight
+    assert penalty.prox_(weight, 0.3) is weight
     assert torch.equal(weight, expected)
 
 

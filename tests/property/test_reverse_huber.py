@@ -58,7 +58,7 @@ def test_the_prox_minimises_its_objective(shape, seed, step):
         other = found.clone()
         other[0, 0] = value
         assert objective(found)[0] <= objective(other)[0] + ROUNDING
-    assert penalty.prox(weight, step, out=weight) is weight
+    assert penalty.prox_(weight, step) is weight
     assert torch.equal(weight, found)
 
 

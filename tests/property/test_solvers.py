@@ -164,8 +164,8 @@ class Ridge(AbstractPenalty):
     def values(self, weight):
         return weight.square().sum(1) / 2
 
-    def prox(self, weight, step, out=None):
-        return torch.div(weight, 1 + step, out=out)
+    def prox(self, weight, step):
+        return weight / (1 + step)
 
     def conjugate(self, dual):
         return dual.square().sum(1) / 2
@@ -175,12 +175,6 @@ class Ridge(AbstractPenalty):
 
     def dual_scale(self, dual):
         return torch.full_like(dual[:, 0], float("inf"))
-
-    def scaled(self, scale):
-        raise NotImplementedError
-
-    def to(self, dtype):
-        return self
 
 
 @pytest.mark.parametrize("name", ["cg", "cvxpy", "scipy"])
