@@ -71,10 +71,12 @@ class Blocks(AbstractPenalty):
 
     @property
     def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the parts does."""
         return any(penalty.couples_rows for penalty, _ in self.parts)
 
     @property
     def is_convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether all of the parts are."""
         return all(penalty.is_convex for penalty, _ in self.parts)
 
     def values(self, weight: Tensor) -> Tensor:
