@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from convexprune.core import L1, AbstractPenalty, Problem, Quadratic, Support
-from convexprune.core._penalty import require_norm
+from convexprune.core._abstract_penalty import require_norm
 from convexprune.errors import ProblemError, UnsupportedError, unknown
 from convexprune.solvers import AbstractSolver
 from convexprune.solvers._base import promised_gap, run

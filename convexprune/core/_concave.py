@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import FINITE, Elementwise, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, require_step
 from convexprune.errors import ProblemError
 
 

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import FINITE, Elementwise, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, Elementwise, checked_strength, require_step
 
 SLACK = 8  # rounding errors by which an entry may be beyond a bound: units change by them
 

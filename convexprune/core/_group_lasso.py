@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints._columns import column_norms
+from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, broadcasts, checked_strength, require_step
 from convexprune.core._arrays import as_tensor
-from convexprune.core._penalty import FINITE, AbstractPenalty, broadcasts, checked_strength, require_step
 from convexprune.errors import ProblemError
 
 HALVINGS = 60  # of a factor: to the last bit of float64

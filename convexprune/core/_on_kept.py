@@ -5,8 +5,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise
 from convexprune.core._factor import rounding_margin
-from convexprune.core._penalty import AbstractPenalty, Elementwise
 from convexprune.core._quadratic import Quadratic
 
 PRICED = 1e11

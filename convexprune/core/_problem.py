@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
+from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise, require_norm
 from convexprune.core._arrays import Array, as_tensor
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
-from convexprune.core._penalty import AbstractPenalty, Elementwise, require_norm
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._shown import Shown
 from convexprune.core._spectrum import power_of_two

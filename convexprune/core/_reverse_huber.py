@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import Elementwise, require_step
+from convexprune.core._abstract_penalty import Elementwise, require_step
 from convexprune.errors import ProblemError
 
 

@@ -6,7 +6,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import FINITE, AbstractPenalty, checked_strength, require_step
+from convexprune.core._abstract_penalty import FINITE, AbstractPenalty, checked_strength, require_step
 from convexprune.errors import ProblemError
 
 ITERATIONS = 1000  # of Newton's method on the jumps: a few tens are made

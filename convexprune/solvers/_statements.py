@@ -19,7 +19,7 @@ from convexprune.core import (
     Support,
     TotalVariation,
 )
-from convexprune.core._penalty import Scaled
+from convexprune.core._abstract_penalty import Scaled
 from convexprune.errors import UnsupportedError
 
 Constraints = list[Any]

@@ -28,7 +28,7 @@ from convexprune import (
     make_solver,
     problems,
 )  # fmt: skip
-from convexprune.core._penalty import Scaled
+from convexprune.core._abstract_penalty import Scaled
 from convexprune.errors import ProblemError, UnsupportedError
 
 M, N = 3, 12

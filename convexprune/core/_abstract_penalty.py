@@ -1,0 +1,250 @@
+"""The base of penalties: all mathematics of a term, so that solvers and certificates call only these methods."""
+
+from abc import ABC, abstractmethod
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
+from math import inf
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from convexprune.core._arrays import Array, as_tensor
+from convexprune.errors import ProblemError
+
+FINITE = torch.finfo(torch.float64).max
+
+
+class AbstractPenalty(ABC):
+    """A closed function of the weight V [m n] with p(V) >= p(0) = 0.
+
+    Three methods make a penalty: `values`, `prox` and `dual_scale`. All others follow for a norm. A penalty that is no
+    norm has a `conjugate`, too. A penalty that is a sum over columns has `units` and `scaled`, and is solved faster.
+    `convexprune.problems.check_penalty` tries what a class says.
+    """
+
+    couples_rows = False
+    """Whether it is no sum over rows: its values [m] then only add up to it."""
+    is_convex = True
+    """Without convexity no certificate exists, and solvers stop where the weight is stationary."""
+
+    @abstractmethod
+    def values(self, weight: Tensor) -> Tensor:
+        """Return p by row [m] of the `weight` [m n]."""
+
+    @abstractmethod
+    def prox(self, weight: Tensor, step: float) -> Tensor:
+        """Return the proximal operator, argmin_U 1/2 |U - V|^2 + step p(U).
+
+        Args:
+            weight: V [m n].
+            step: not negative.
+
+        Returns:
+            U [m n].
+        """
+
+    @abstractmethod
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        """Return the largest factor s_i for which the conjugate of the row s_i S_i is finite.
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m]; may be inf. The same for all rows, if the penalty couples them.
+        """
+
+    def prox_(self, weight: Tensor, step: float) -> Tensor:
+        """Return `prox`, written over the weight.
+
+        Args:
+            weight: V [m n].
+            step: not negative.
+
+        Returns:
+            `weight`.
+        """
+        return weight.copy_(self.prox(weight, step))
+
+    def forward_backward(self, weight: Tensor, residual: Tensor, step: float) -> Tensor:
+        """The proximal gradient step, prox(V + step K).
+
+        Args:
+            weight: V [m n].
+            residual: K [m n], the negative gradient at V.
+            step: not negative.
+
+        Returns:
+            U [m n].
+        """
+        return self.prox_(torch.add(weight, residual, alpha=step), step)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        """Return the convex conjugate p*(S) = max_V <S, V> - p(V) by row: zero, of a norm.
+
+        Args:
+            dual: S [m n], in the domain of p*.
+
+        Returns:
+            [m].
+        """
+        return dual.new_zeros(len(dual))
+
+    def project(self, dual: Tensor) -> Tensor:
+        """A point where the conjugate is finite; of a norm, the nearest one (Moreau's decomposition).
+
+        Args:
+            dual: S [m n].
+
+        Returns:
+            [m n].
+        """
+        return dual - self.prox(dual, 1.0)
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
+        """Return the subgradient of p nearest to a dual point, so that p(V) + p*(S) = <S, V>.
+
+        Args:
+            weight: V [m n].
+            dual: the point [m n].
+
+        Returns:
+            S [m n]. None if unknown: certificates take the subgradient at a prox instead.
+        """
+        return None
+
+    def units(self, scale: Tensor) -> Tensor:
+        """Return the scale nearest to a scale of which `scaled` is known: by default, one number for all columns.
+
+        Args:
+            scale: [n], positive.
+
+        Returns:
+            [n].
+        """
+        return scale.log().mean().exp().expand_as(scale)
+
+    def scaled(self, scale: Tensor) -> "AbstractPenalty":
+        """Return the penalty as a function of U = V * scale.
+
+        Args:
+            scale: [n], positive, as `units` returns it.
+
+        Returns:
+            The penalty of U.
+        """
+        return Scaled(self, float(scale.flatten()[0]))
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the penalty for weights of a new `dtype`."""
+        return self._with(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def rows(self, chosen: slice | Tensor) -> Self:
+        """Return the penalty of the rows `chosen` alone."""
+        return self._with(lambda tensor: tensor[chosen] if tensor.ndim == 2 and len(tensor) > 1 else tensor)
+
+    def _with(self, change: Any) -> Self:
+        other = copy(self)
+        for name, tensor in self._tensors():
+            object.__setattr__(other, name, change(tensor))
+        return other
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """The fields of a dataclass that are tensors, by name."""
+        named = [(field.name, getattr(self, field.name)) for field in fields(self)] if is_dataclass(self) else []
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Refuse to be added to a quadratic of weights of another shape.
+
+        Args:
+            shape: (m, n) of the weights.
+
+        Raises:
+            ProblemError: a tensor of the penalty does not broadcast to the shape.
+        """
+        for name, tensor in self._tensors():
+            if not broadcasts(tensor.shape, shape):
+                raise ProblemError(
+                    f"`{name}` of {type(self).__name__} is {list(tensor.shape)}, which does not broadcast to the "
+                    f"problem's {list(shape)} [outputs inputs]."
+                )
+
+
+def require_norm(penalty: AbstractPenalty, like: Tensor) -> None:
+    """Refuse a penalty without a conjugate that is no norm: its certificates would be wrong."""
+    if penalty.is_convex and type(penalty).conjugate is AbstractPenalty.conjugate:
+        once, twice = penalty.values(like), penalty.values(2 * like)
+        if not torch.allclose(2 * once.sum(), twice.sum(), rtol=1e-3):
+            raise ProblemError(
+                f"{type(penalty).__name__} is no norm: p(2 V) is not 2 p(V). Give it its `conjugate`, p*(S) by row."
+            )
+
+
+class Elementwise(AbstractPenalty):
+    """A sum over entries: known in any units of the columns."""
+
+    def units(self, scale: Tensor) -> Tensor:
+        return scale
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(AbstractPenalty):
+    """The penalty p(U / scale) of U, for one number."""
+
+    penalty: AbstractPenalty
+    scale: float
+
+    @property
+    def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.couples_rows
+
+    @property
+    def is_convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.penalty.is_convex
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self.penalty.values(weight / self.scale)
+
+    def prox(self, weight: Tensor, step: float) -> Tensor:
+        return self.penalty.prox(weight / self.scale, step / self.scale**2) * self.scale
+
+    def dual_scale(self, dual: Tensor) -> Tensor:
+        return self.penalty.dual_scale(dual * self.scale)
+
+    def conjugate(self, dual: Tensor) -> Tensor:
+        return self.penalty.conjugate(dual * self.scale)
+
+    def project(self, dual: Tensor) -> Tensor:
+        return self.penalty.project(dual * self.scale) / self.scale
+
+    def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
+        found = self.penalty.subgradient(weight / self.scale, dual * self.scale)
+        return None if found is None else found / self.scale
+
+    def to(self, dtype: torch.dtype) -> Self:
+        return type(self)(self.penalty.to(dtype), self.scale)
+
+    def rows(self, chosen: slice | Tensor) -> Self:
+        return type(self)(self.penalty.rows(chosen), self.scale)
+
+
+def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:
+    """Return a strength, or a tensor of strengths, that is not negative and not above `most`."""
+    if not isinstance(strength, Tensor | float | int):
+        strength = as_tensor("strength", strength)
+    least, largest = torch.as_tensor(strength, dtype=torch.float64).aminmax()  # NaN if there is one
+    if not (least >= 0 and largest <= most):
+        raise ProblemError(wrong)
+    return strength
+
+
+def require_step(step: float) -> None:
+    """Refuse a negative step."""
+    if step < 0:
+        raise ProblemError(f"The step of a prox is {step}; it must be 0 or more.")
+
+
+def broadcasts(shape: torch.Size, to: tuple[int, int]) -> bool:
+    return len(shape) <= 2 and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
