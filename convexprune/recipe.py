@@ -20,9 +20,9 @@ from convexprune._schema.settings import (
     RunSettings,
     TargetSettings,
 )
+from convexprune._setting_types import make
 from convexprune.constraints import Coded, Constraint, Quantized, parse_pattern
 from convexprune.constraints._grids import make_grid
-from convexprune.core._setting_types import make
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._base import WHOLE
@@ -244,18 +244,20 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
 def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return defaults that follow from other settings.
 
-    The default allocation is "columns" for channels, "rows" for methods that search a support if the pattern allows
-    rows (`check_rule`), and "curve" for bits.
+    Rows compete where a method searches a support and `check_rule` allows it. What is published counts tokens alike.
     """
     published = "fistapruner" in (given.get("preset"), given.get("method"))
     pruner = METHODS.get(str(given.get("preset") or given.get("method", "convex")))
     whole = given.get("pattern", "unstructured") == "unstructured" and given.get("quota", "matrix") == "matrix"
-    searches = pruner is not None and issubclass(pruner, AbstractSearch) and given.get("sparsity") != 0
+    ours = pruner is not None and issubclass(pruner, AbstractSearch)
+    searches = ours and given.get("sparsity") != 0
     alpha = ALPHAS.get(str(given.get("quantizer")))
     prefix = "pruned" if alpha or str(given.get("pattern")).startswith(tuple(WHOLE)) else "dense"
     channels = str(given.get("pattern")).startswith("channels")
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
+    codes = given.get("quantize") is not None and given.get("quantizer", "descent") == "descent"
     return {
+        "token_weights": "attention_sink" if codes and ours and not published else "none",
         "prefix": prefix,
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),
         "error_target": "operator" if published or alpha else "residual_stream",

@@ -88,7 +88,9 @@ def bench(model: str | Path | PreTrainedModel | None = None, **settings: Any) ->
     place = default_device(shared.get("device", "auto"))
     begin("loading the model")
     source = bundled_if_none({"model": model})["model"]
-    with load(source, device=place, trust_remote_code=asked.trust_remote_code).lent() as loaded:
+    with load(
+        source, device=place, trust_remote_code=asked.trust_remote_code, allow_changed=asked.allow_changed
+    ).lent() as loaded:
         linears = _linears(loaded)
         if not linears:
             raise ModelError(

@@ -5,7 +5,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from convexprune.core._quadratic import Quadratic
+from convexprune.core import Quadratic
 from convexprune.errors import ProblemError
 from convexprune.pruners import AbstractPruner, LayerProblem
 

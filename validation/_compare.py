@@ -94,7 +94,7 @@ def compare(
     staging = Staging(output_folder(asked.output, model), "compare")
     require_resumable(staging, staging.place / IDENTITY, asked.resume)
     texts = _texts(asked.eval_texts)
-    loaded = _load(model, device, recipe)
+    loaded = _load(model, device, recipe, asked.allow_changed)
     given_settings = layer_settings(loaded, variants)
     tokens = _tokens(loaded, dataset, recipe, texts, asked)
     card = _card(loaded, tokens, recipe) | _named(model, dataset)
@@ -108,7 +108,7 @@ def compare(
     return result
 
 
-def _load(model: str | Path | None, device: str, recipe: Recipe) -> HuggingFaceModel:
+def _load(model: str | Path | None, device: str, recipe: Recipe, allow_changed: bool) -> HuggingFaceModel:
     begin("loading the model")
     return load(
         EMBEDDED if model is None else model,
@@ -116,6 +116,7 @@ def _load(model: str | Path | None, device: str, recipe: Recipe) -> HuggingFaceM
         dtype=recipe.torch_dtype,
         targets=recipe.targets,
         ignore=recipe.ignore,
+        allow_changed=allow_changed,
     )
 
 

@@ -152,7 +152,8 @@ def _check(own: Evaluate) -> None:
 
 def _open(source: Any, device: str, own: Evaluate, chosen: Mapping[str, Any]) -> HuggingFaceModel:
     dtype = None if chosen.get("dtype") is None else getattr(torch, str(chosen["dtype"]))
-    return load(source, device=device, dtype=dtype, trust_remote_code=own.trust_remote_code)
+    trust: dict[str, Any] = {"trust_remote_code": own.trust_remote_code, "allow_changed": own.allow_changed}
+    return load(source, device=device, dtype=dtype, **trust)
 
 
 def _measured(opened: Sequence[HuggingFaceModel], own: Evaluate) -> Evaluation:

@@ -18,8 +18,8 @@ from convexprune._layerwise.targets import CorrectionTargets, height, weighted_p
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._layerwise.work import stack_steps
 from convexprune.constraints import Constraint
+from convexprune.core import Moments
 from convexprune.core._damping import NO_DAMPING, Damping
-from convexprune.core._moments import Moments
 from convexprune.pruners import LayerProblem
 from convexprune.report import OnOperator, OperatorReport
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from convexprune.core._penalty import L1, Support
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
+from convexprune.core import L1, Problem, Quadratic, Support
 from convexprune.pruners import LayerProblem
 from convexprune.solvers import AbstractSolver, make_solver
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from convexprune._container.provenance import require_as_written
 from convexprune._recipe_file import GIVEN, RECIPE, read_recipe
 from convexprune._runs.folder import REMOVED, REPORT, RunFolder
 from convexprune._runs.identity import checksum, differences
@@ -66,7 +67,9 @@ class Source:
         return tokens, same
 
 
-def open_source(source: str | Path | None, settings: dict[str, Any], device: str) -> Source:
+def open_source(
+    source: str | Path | None, settings: dict[str, Any], device: str, allow_changed: bool = False
+) -> Source:
     """Open a model, to be pruned as the settings of a recipe say, or a finished run; see `verify`.
 
     Args:
@@ -77,7 +80,7 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
     if folder is not None and RunFolder(folder).is_unfinished:
         raise OutputError(f"The run of {folder} is unfinished. Finish it with resume=True (--resume), then verify it.")
     if folder is not None and any((folder / name).is_file() for name in (RECIPE, REPORT)):
-        return _open_run(folder, settings, device)
+        return _open_run(folder, settings, device, allow_changed)
     if "model" in settings:
         raise RecipeError(f"model={str(settings['model'])!r} is for the folder of a run; {source} is a model itself.")
     if source is None:
@@ -89,25 +92,25 @@ def open_source(source: str | Path | None, settings: dict[str, Any], device: str
     if recipe.build_pattern().removes:
         raise RecipeError(f"Pattern {recipe.pattern!r}: prune with it, and verify the folder of the run.")
     check_dataset(recipe.dataset)
-    dense = _load(recipe.model, recipe, device)
+    dense = _load(recipe.model, recipe, device, allow_changed)
     return Source(recipe, dense, recipe.dataset)
 
 
-def _open_run(folder: Path, settings: dict[str, Any], device: str) -> Source:
+def _open_run(folder: Path, settings: dict[str, Any], device: str, allow_changed: bool) -> Source:
     if others := [name for name in settings if name not in MOVED]:
         raise RecipeError(f"{folder} is a finished run with its own recipe; leave out: {', '.join(others)}.")
     run = RunFolder(folder)
     refuse_packed(folder)
-    run.require_whole()
+    require_as_written(folder, allow_changed)
     recipe, report = read_recipe(folder), run.report()
     place = {name: _found(name, folder, recipe, report) for name in MOVED if name not in settings} | settings
     model, dataset = place["model"], place["dataset"]
     check_dataset(dataset)
-    dense = _load(model, recipe, device)
+    dense = _load(model, recipe, device, allow_changed)
     _require_same_model(dense, model, report)
-    pruned, pattern = _load(folder, recipe, device), recipe.build_pattern()
+    pruned, pattern = _load(folder, recipe, device, allow_changed), recipe.build_pattern()
     if pattern.removes:
-        pruned = _widened(dense, _load(model, recipe, device), pruned, pattern, folder)
+        pruned = _widened(dense, _load(model, recipe, device, allow_changed), pruned, pattern, folder)
     return Source(recipe, dense, dataset, pruned, report)
 
 
@@ -127,8 +130,9 @@ def _widened(
     return other
 
 
-def _load(source: str | Path, recipe: Recipe, device: str) -> HuggingFaceModel:
-    return load(source, device=device, dtype=recipe.torch_dtype, targets=recipe.targets, ignore=recipe.ignore)
+def _load(source: str | Path, recipe: Recipe, device: str, allow_changed: bool) -> HuggingFaceModel:
+    chosen = {"targets": recipe.targets, "ignore": recipe.ignore, "allow_changed": allow_changed}
+    return load(source, device=device, dtype=recipe.torch_dtype, **chosen)
 
 
 def _found(name: str, folder: Path, recipe: Recipe, report: Report) -> str:

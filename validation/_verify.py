@@ -192,7 +192,7 @@ def verify(
     asked, settings = VERIFY.read(settings)
     settings |= {} if asked.model is None else {"model": asked.model}
     oracles()  # before any work: CVXPY is an extra
-    opened = open_source(source, settings, default_device(settings.pop("device", "auto")))
+    opened = open_source(source, settings, default_device(settings.pop("device", "auto")), asked.allow_changed)
     recipe, dense, pruned = opened.recipe, opened.dense, opened.pruned
     reports = [] if opened.report is None else opened.report.operators
     names = _choose(dense, asked.operators, asked.sample or None, asked.seed)

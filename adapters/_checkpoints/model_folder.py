@@ -160,8 +160,3 @@ def stored_dtype(folder: Path) -> torch.dtype:
     if dtype is None:
         raise NotStreamable("it stores no floating-point tensor")
     return dtype
-
-
-def has_changed(path: Path) -> ModelError:
-    """Return the error for a file of a model that is not what it was when the model was opened."""
-    return ModelError(f"{path} has changed since it was opened. Put it back as it was, and start again.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._storage.failures import reading
-from convexprune._storage.files import Stamp, copy_file, sha256
+from convexprune._storage.files import Stamp, copy_file, has_changed, require_unchanged, sha256
 from convexprune._storage.notes import write_settings
 from convexprune._storage.scan import scanned
 from convexprune._storage.tensors import Entry, cast, entries, raw, write_tensors
@@ -24,7 +24,7 @@ from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite, refuse_other_codes
 from .documents import result_name
-from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, has_changed, read_index, shard_files
+from .model_folder import CONFIG, INDEX, WEIGHTS, NotStreamable, companions, read_index, shard_files
 from .origin import Origin
 from .stored_names import stored_as, stored_names
 
@@ -90,9 +90,7 @@ class Shards:
         Args:
             paths: the files; None means all.
         """
-        for path in self._stamps if paths is None else paths:
-            if Stamp.of(path) != self._stamps[path]:
-                raise has_changed(path)
+        require_unchanged(self._stamps if paths is None else {path: self._stamps[path] for path in paths})
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:

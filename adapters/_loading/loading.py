@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from convexprune._container.provenance import unchanged
 from convexprune._schema.settings import BUNDLED
 from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
@@ -72,6 +73,7 @@ def load(
     targets: Sequence[str] = ("Linear",),
     ignore: Sequence[str] = (),
     stream: bool = False,
+    allow_changed: bool = False,
 ) -> HuggingFaceModel:
     """Load a model of Hugging Face transformers for pruning.
 
@@ -90,6 +92,7 @@ def load(
         ignore: see `convexprune.adapters._discovery.selection.left_alone`.
         stream: leave decoder layers on the disk until needed, if the checkpoint allows streaming: safetensors with the
             model's tensors. Otherwise the model is loaded whole, with the reason in `whole_because`.
+        allow_changed: take the result of a run although its files are not those that the run wrote.
 
     Returns:
         The model.
@@ -97,6 +100,7 @@ def load(
     Raises:
         ModelError: the files are missing, damaged or incomplete, or are pickles and `allow_pickle` is false; and all
             that `HuggingFaceModel` refuses.
+        OutputError: the folder is the result of a run, and not what the run wrote.
         DependencyError: a .gguf file was given and the package that reads it is missing.
     """
     chosen: dict[str, Any] = {"targets": targets, "ignore": ignore}
@@ -115,16 +119,23 @@ def load(
     name, place = str(source), place_at(source, allow_pickle) | {"revision": revision or "main"}
     place["trust_remote_code"] = trust_remote_code
     model, shards, because = None, None, "that was asked for"
-    if stream:
-        try:
-            model, shards = _stream(name, place, dtype, device)
-        except NotStreamable as cause:
-            because = str(cause)
-            logger.warning("%s is loaded whole: %s", name, because)
-    if model is None:
-        model = _whole(name, place, dtype, device, allow_pickle)
-    tokenizer = read_tokenizer(name, place) if tokenizer is None else tokenizer
+    with unchanged_at(place, allow_changed):
+        if stream:
+            try:
+                model, shards = _stream(name, place, dtype, device)
+            except NotStreamable as cause:
+                because = str(cause)
+                logger.warning("%s is loaded whole: %s", name, because)
+        if model is None:
+            model = _whole(name, place, dtype, device, allow_pickle)
+        tokenizer = read_tokenizer(name, place) if tokenizer is None else tokenizer
     return HuggingFaceModel(model, tokenizer, name=name, shards=shards, whole_because=because, **chosen)
+
+
+def unchanged_at(place: Mapping[str, Any], allow_changed: bool) -> AbstractContextManager[None]:
+    """Return the context in which the files at a place must not change. A name on the hub has no files here."""
+    folder = Path(place["pretrained_model_name_or_path"])
+    return unchanged(folder, allow_changed, place.get("gguf_file")) if folder.is_dir() else nullcontext()
 
 
 def _move(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype | None) -> None:

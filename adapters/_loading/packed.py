@@ -14,7 +14,7 @@ from convexprune.recipe import make_recipe
 
 from .._checkpoints.model_folder import check_folder, local_folder
 from .._checkpoints.reading import ask
-from .loading import place_at, read_model
+from .loading import place_at, read_model, unchanged_at
 
 
 @pinned()
@@ -25,6 +25,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    allow_changed: bool = False,
 ) -> PreTrainedModel:
     """Load the model of a pack, ready to use: `from_pretrained` for packs, which also reads ordinary folders.
 
@@ -37,6 +38,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", or a torch dtype; None is the stored dtype.
         trust_remote_code: let transformers run code that a checkpoint brings.
         revision: revision of a name on the hub: a branch, a tag or a commit.
+        allow_changed: take the result of a run although its files are not those that the run wrote.
 
     Returns:
         The model of transformers.
@@ -50,14 +52,15 @@ def load(
     target = default_device(recipe.device)
     options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     with TemporaryDirectory() as temporary:
-        place = _unpacked(source, options, Path(temporary, "model"))
-        model = read_model(str(source), place | options, recipe.torch_dtype, allow_pickle=False)
+        place = _unpacked(source, options, Path(temporary, "model"), allow_changed)
+        with unchanged_at(place, allow_changed):
+            model = read_model(str(source), place | options, recipe.torch_dtype, allow_pickle=False)
     model.name_or_path = model.config.name_or_path = str(source)
     model.to(device=target)  # pyright: ignore[reportCallIssue]
     return model
 
 
-def _unpacked(source: str | Path, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _unpacked(source: str | Path, options: dict[str, Any], folder: Path, allow_changed: bool) -> dict[str, Any]:
     """Return the place for transformers: `folder` with the unpacked files, if the source is a pack."""
     path = Path(source).expanduser()
     if not (path.is_dir() and holds_pack(path)):
@@ -68,6 +71,6 @@ def _unpacked(source: str | Path, options: dict[str, Any], folder: Path) -> dict
         path = ask(name, lambda: local_folder(name, options["revision"], offline))
         if not holds_pack(path):
             return place
-    unpack(path, folder)
+    unpack(path, folder, allow_changed=allow_changed)
     check_folder(folder, allow_pickle=False)
     return {"pretrained_model_name_or_path": str(folder)}

@@ -177,6 +177,7 @@ def permute(
         tokenizer=given_tokenizer(call.tokenizer),
         trust_remote_code=call.trust_remote_code,
         allow_pickle=call.allow_pickle,
+        allow_changed=call.allow_changed,
     )
 
     def read() -> PreTrainedModel:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from convexprune._api.request import Request
 from convexprune._api.result import PruneResult
 from convexprune._api.windows import OF_DATASET, Windows
-from convexprune._container.folder import holds_pack, pack_in_place, plain_checksum
-from convexprune._container.provenance import require_only_result
+from convexprune._container.folder import holds_pack, pack_in_place
+from convexprune._container.provenance import plain_checksum, require_only_result
 from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
 from convexprune._device.memory import room_on
@@ -128,7 +128,7 @@ class InFolder(Request):
         with use_threads(self.threads):
             self._allocate(loaded, windows, report, store)
             self._choose(loaded, windows, report, store)
-        opened = partial(reopen, self.open, self.origin)
+        opened = partial(reopen, partial(self.open, allow_changed=True), self.origin)
         job = Job(self.folder.work, self._work(windows), opened, self.threads, self.installed, needed)
         prune_in_folder(self.executor, job, loaded, store, self._on_operator(loaded))
         self.clock.lap("prune")

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._container.folder import packed_name
+from convexprune._container.file import packed_name
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import write_card
 from convexprune._rendering.facts import name_of_model

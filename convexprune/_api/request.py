@@ -92,6 +92,7 @@ class Request:
             tokenizer=self.given_tokenizer,
             trust_remote_code=call.trust_remote_code,
             allow_pickle=call.allow_pickle,
+            allow_changed=call.allow_changed,
             targets=recipe.targets,
             ignore=recipe.ignore,
         )

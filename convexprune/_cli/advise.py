@@ -12,7 +12,7 @@ from convexprune._cli.stopping import stoppable
 from convexprune._schema.functions import ADVISE
 
 if TYPE_CHECKING:
-    from convexprune.validation._advice import Advice
+    from convexprune.validation import Advice
 
 
 @app.command(context_settings=also_called(ADVISE))

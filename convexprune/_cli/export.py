@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from convexprune._cli.application import app, console, print_json
-from convexprune._cli.options import AsJson, Quiet
+from convexprune._cli.options import AllowChanged, AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
@@ -16,6 +16,7 @@ def export(
     source: Annotated[str, typer.Argument(help="Folder that `prune` has written.")],
     output: Annotated[Path, typer.Argument(help="Folder, or file, for the export; must be empty or not there.")],
     format: Annotated[str, typer.Option("--format", help="compressed-tensors or gguf.")] = "compressed-tensors",
+    allow_changed: AllowChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -23,7 +24,7 @@ def export(
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.export(source, output, format)
+        folder = container.export(source, output, format, allow_changed=allow_changed)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

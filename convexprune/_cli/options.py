@@ -23,6 +23,9 @@ AsJson = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.", rich_help_panel=PRINTED)
 ]
+AllowChanged = Annotated[
+    bool, typer.Option("--allow-changed", help="Take a result whose files are not those that its run wrote.")
+]
 Command = Callable[..., None]
 READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: str, dict: str, ByteSize: str}
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from convexprune._cli.application import app, console, print_json
-from convexprune._cli.options import AsJson, Quiet
+from convexprune._cli.options import AllowChanged, AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
@@ -16,6 +16,7 @@ from convexprune._cli.stopping import stoppable
 def pack(
     source: Annotated[str, typer.Argument(help="Folder of a model: safetensors files, and others beside them.")],
     output: Annotated[Path, typer.Argument(help="Folder for the pack; must be empty or not there.")],
+    allow_changed: AllowChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -23,7 +24,7 @@ def pack(
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        packed = container.pack(source, output)
+        packed = container.pack(source, output, allow_changed=allow_changed)
     if as_json:
         print_json(asdict(packed) | {"output_dir": str(packed.output_dir.resolve())})
         return

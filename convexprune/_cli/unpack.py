@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from convexprune._cli.application import app, console, print_json
-from convexprune._cli.options import AsJson, Quiet
+from convexprune._cli.options import AllowChanged, AsJson, Quiet
 from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
 
@@ -15,6 +15,7 @@ from convexprune._cli.stopping import stoppable
 def unpack(
     source: Annotated[str, typer.Argument(help="Folder of a pack.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
+    allow_changed: AllowChanged = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -22,7 +23,7 @@ def unpack(
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.unpack(source, output)
+        folder = container.unpack(source, output, allow_changed=allow_changed)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

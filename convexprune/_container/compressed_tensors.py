@@ -13,8 +13,9 @@ from torch import Tensor
 
 from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
+from convexprune._container.provenance import require_as_written
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
-from convexprune._storage.notes import read_text, write_settings
+from convexprune._storage.notes import read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.constraints import Grid, parse_pattern
@@ -31,7 +32,7 @@ OF_RUN = (REPORT, PAGE)  # tell of the files as they were
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 
-def export(source: str | Path, output_dir: str | Path) -> Path:
+def export(source: str | Path, output_dir: str | Path, allow_changed: bool = False) -> Path:
     """Write a folder of codes and scales, for transformers (with the package compressed-tensors) and vLLM.
 
     They compute with the weights that the run has stored, bit for bit.
@@ -39,6 +40,7 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     Args:
         source: the folder of a run with `quantize`.
         output_dir: where to write to; must be empty or not there. It is there whole or not at all.
+        allow_changed: take a result whose files are not those that the run wrote.
 
     Returns:
         The folder.
@@ -52,9 +54,11 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     folder, files = source_files(source)
     if any(map(is_packed, files)):
         raise ModelError(f"{folder} is a pack. Unpack it first (convexprune unpack).")
+    grid = _grid(folder)
+    require_as_written(folder, allow_changed)
+    _require_settings(folder, files)
     tensors = [path for path in files if path.suffix == SUFFIX]
     plain = {name: entry for path in tensors for name, entry in entries(folder / path)[0].items()}
-    grid = _grid(folder)
     weights = {name: entry for name, entry in plain.items() if name.endswith(".weight") and len(entry.spec.shape) == 2}
     quantized = {name for name, entry in weights.items() if _is_quantized(entry, grid)}
     report = RunFolder(folder).report()
@@ -73,7 +77,26 @@ def export(source: str | Path, output_dir: str | Path) -> Path:
     converts |= {path: partial(_convert_index, quantized=quantized) for path in files if path.name.endswith(INDEX)}
     converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
-    return write_folder("exporting", folder, {path: path for path in kept}, converts, staging)
+    return write_folder("exporting", folder, files, {path: path for path in kept}, converts, staging)
+
+
+def _require_settings(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse, before any work, a model without settings, and settings or an index that are not of a model."""
+    if Path(CONFIG) not in files:
+        raise ModelError(f"{folder} has no {CONFIG}, without which nothing loads it. Put it back.")
+    for path in files:
+        if path.name.endswith(INDEX) or path == Path(CONFIG):
+            value = read_json(folder / path) if (folder / path).stat().st_size <= LONGEST else None
+            places = value.get("weight_map") if isinstance(value, dict) and path != Path(CONFIG) else {}
+            if not isinstance(value, dict) or not isinstance(places, dict) or _strangers(places, path, files):
+                raise ModelError(f"{folder / path} is damaged: save_pretrained writes something else. Put it back.")
+
+
+def _strangers(places: dict[str, Any], index: Path, files: Iterable[Path]) -> list[Any]:
+    """Return the places in an index that are no file of the model."""
+    known = {path.as_posix() for path in files}
+    names = {place: (index.parent / str(place)).as_posix() for place in map(str, places.values())}
+    return [place for place in places.values() if not isinstance(place, str) or names[place] not in known]
 
 
 def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str]) -> None:

@@ -27,6 +27,11 @@ def is_packed(path: Path) -> bool:
     return path.name.endswith(PACKED)
 
 
+def packed_name(path: Path) -> Path:
+    """The name of the pack of the file at `path`; that of the file itself if it is not packed."""
+    return path.with_name(path.stem + PACKED) if path.suffix == SUFFIX else path
+
+
 def pack_file(path: Path, target: Path) -> None:
     """Pack a safetensors file, block by block."""
     found, text = entries(path)[0], read_header(path).decode()

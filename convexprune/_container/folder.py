@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from convexprune._container.file import (
@@ -13,12 +14,14 @@ from convexprune._container.file import (
     is_packed,
     pack_file,
     packed_checksum,
+    packed_name,
     unpack_file,
 )
+from convexprune._container.provenance import require_as_written
 from convexprune._progress import begin
 from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp, checksum_inside, copy_file, named, paths_in, refuse_foreign
+from convexprune._storage.files import PARTS, Stamp, copy_file, named, paths_in, refuse_foreign, require_unchanged
 from convexprune._storage.staging import Staging
 from convexprune.errors import ConvexpruneError, ModelError, OutputError
 
@@ -79,7 +82,7 @@ class Packed:
         return f"bits a weight: {own}{self.bits:.2f} of all"
 
 
-def pack(source: str | Path, output_dir: str | Path) -> Packed:
+def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = False) -> Packed:
     """Write a model folder as a smaller one, from which `unpack` makes the same files again, byte for byte.
 
     Any safetensors checkpoint can be packed, zeros make it small (docs/pack.md). It takes a few MB of memory.
@@ -87,6 +90,7 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     Args:
         source: a folder that holds safetensors files, such as `prune` writes.
         output_dir: where to write the pack; must be empty or not there. It is there whole or not at all.
+        allow_changed: take a result whose files are not those that its run wrote.
 
     Returns:
         The folder, and sizes before and after.
@@ -94,7 +98,8 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     Raises:
         ModelError: a file of the model is damaged, cannot be read, or is a link that leads elsewhere; there are no
             safetensors; or it is a pack already.
-        OutputError: the output folder holds something, the source holds an unfinished run, or the disk is full.
+        OutputError: the output folder holds something, the source is the result of a run and is not what the run
+            wrote, or the disk is full.
     """
     staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
@@ -105,7 +110,8 @@ def pack(source: str | Path, output_dir: str | Path) -> Packed:
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
     names = {path: packed_name(path) for path in files if path not in left_out}
-    target = write_folder("packing", folder, names, _changed(names, pack_file), staging)
+    require_as_written(folder, allow_changed)
+    target = write_folder("packing", folder, files, names, _changed(names, pack_file), staging)
     return Packed.of(target, names.values(), _operators(folder))
 
 
@@ -117,12 +123,13 @@ def _operators(folder: Path) -> list[str]:
         return []
 
 
-def unpack(source: str | Path, output_dir: str | Path) -> Path:
+def unpack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = False) -> Path:
     """Write the files of a pack, byte for byte as they were before they were packed.
 
     Args:
         source: the folder of a pack.
         output_dir: where to write the model; must be empty or not there. It is there whole or not at all.
+        allow_changed: take a result whose files are not those that its run wrote.
 
     Returns:
         The folder of the model.
@@ -141,7 +148,8 @@ def unpack(source: str | Path, output_dir: str | Path) -> Path:
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
     before = Packed.of(folder, files).before
-    return write_folder("unpacking", folder, names, _changed(names, unpack_file), staging, before)
+    require = partial(require_as_written, allow_changed=allow_changed)
+    return write_folder("unpacking", folder, files, names, _changed(names, unpack_file), staging, before, require)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:
@@ -166,33 +174,13 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterabl
     return Packed.of(folder, map(packed_name, map(Path, checksums)), operators)
 
 
-def plain_checksum(folder: Path, name: str) -> str | None:
-    """Compute the sha256 of a file, packed or not.
-
-    Args:
-        name: of the file when it is not packed; others may have chosen it.
-
-    Returns:
-        The sha256 of the file when it is not packed; None if there is no such file inside the folder.
-    """
-    packed = str(packed_name(Path(name)))
-    if packed != name and checksum_inside(folder, packed) is not None:
-        return packed_checksum(folder / packed)
-    return checksum_inside(folder, name)
-
-
 def holds_pack(folder: Path) -> bool:
     """Whether `folder` is a pack."""
     return any(path.name.endswith(PACKED) for path in paths_in(folder))
 
 
-def packed_name(path: Path) -> Path:
-    """The name of the pack of the file at `path`; that of the file itself if it is not packed."""
-    return path.with_name(path.stem + PACKED) if path.suffix == SUFFIX else path
-
-
-def source_files(source: str | Path) -> tuple[Path, list[Path]]:
-    """Return the folder of a model, and the names of its files.
+def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
+    """Return the folder of a model, and the names of its files with their stamps.
 
     Raises:
         ModelError: it is no folder, or holds what is no file of a model.
@@ -208,37 +196,40 @@ def source_files(source: str | Path) -> tuple[Path, list[Path]]:
     return folder, _files(folder)
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> dict[Path, Stamp]:
     """Return the names of the files in a folder, but for those in hidden folders (.git, .cache) and unfinished ones."""
-    found = []
+    found = dict[Path, Stamp]()
     with reading(folder):
         for path in paths_in(folder):
             name = path.relative_to(folder)
             hidden = any(part.startswith(".") for part in name.parts[:-1])
             if not hidden and not path.match(PARTS) and (path.is_symlink() or not path.is_dir()):
                 refuse_foreign(path, folder)
-                Stamp.of(path)
-                found.append(name)
+                found[name] = Stamp.of(path)
     return found
 
 
 def write_folder(
     doing: str,
     folder: Path,
+    files: Mapping[Path, Stamp],
     names: Mapping[Path, Path],
     converts: Mapping[Path, Convert],
     staging: Staging,
     needed: int = 0,
+    require: Callable[[Path], None] = lambda _: None,
 ) -> Path:
     """Write files to another folder, in which all are or nothing is.
 
     Args:
         doing: the activity, for progress.
         folder: that the files are in.
+        files: all of them, with the stamps that they have to have in the end, too.
         names: for each file its new name, in the order of writing.
         converts: writes a file to a path in its own way; all others are copied.
         staging: where the other folder is made.
         needed: bytes that it takes.
+        require: refuses what was written.
     """
     target = staging.output
     there = next(path for path in target.absolute().parents if path.exists())
@@ -251,6 +242,8 @@ def write_folder(
         for source, name in names.items():
             converts.get(source, copy_file)(folder / source, whole / name)
             step(str(source))
+        require_unchanged({folder / name: stamp for name, stamp in files.items()})
+        require(whole)
     return target
 
 

@@ -16,6 +16,7 @@ from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import source_files
 from convexprune._container.gguf_model import GGUFModel
 from convexprune._container.gguf_tokenizer import write_tokenizer
+from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import atomic_path, named
@@ -80,7 +81,7 @@ class Part:
         return data
 
 
-def export(source: str | Path, output: str | Path) -> Path:
+def export(source: str | Path, output: str | Path, allow_changed: bool = False) -> Path:
     """Write a GGUF file of a model: pruned, smaller, quantized, or as it is.
 
     Operators that a run has put on block grids (`quantize`: q8_0, q6_k, ..., q2_k) are written as their bytes; int4 and
@@ -89,6 +90,7 @@ def export(source: str | Path, output: str | Path) -> Path:
     Args:
         source: the folder of a model.
         output: the file, which must not be there. It is there whole or not at all.
+        allow_changed: take a result whose files are not those that the run wrote.
 
     Returns:
         The file.
@@ -103,13 +105,14 @@ def export(source: str | Path, output: str | Path) -> Path:
     target = named(output)
     if target.exists():
         raise OutputError(f"{target} is there already. Give another name.")
-    plain = {n: e for path in files if path.suffix == SUFFIX for n, e in entries(folder / path)[0].items()}
-    config = json.loads(read_text(folder / "config.json", LONGEST))
-    model = GGUFModel(config, folder)
-    tensors = _places(model, plain, folder)
-    with atomic_path(target) as path, closing(gguf.GGUFWriter(path, model.architecture.name)) as writer:
-        _describe(writer, model, folder, [part for parts in tensors.values() for part in parts])
-        _write(writer, model, tensors)
+    with unchanged(folder, allow_changed):
+        plain = {n: e for path in files if path.suffix == SUFFIX for n, e in entries(folder / path)[0].items()}
+        config = json.loads(read_text(folder / "config.json", LONGEST))
+        model = GGUFModel(config, folder)
+        tensors = _places(model, plain, folder)
+        with atomic_path(target) as path, closing(gguf.GGUFWriter(path, model.architecture.name)) as writer:
+            _describe(writer, model, folder, [part for parts in tensors.values() for part in parts])
+            _write(writer, model, tensors)
     return target
 
 

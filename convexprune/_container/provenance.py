@@ -1,18 +1,71 @@
 """Proof, by the checksums in report.json, that a folder is what a run wrote."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from convexprune._container.file import is_packed, packed_checksum
-from convexprune._container.folder import packed_name
+from convexprune._container.file import SUFFIX, is_packed, packed_checksum, packed_name
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
-from convexprune._storage.failures import writing
-from convexprune._storage.files import paths_in, sha256
+from convexprune._storage.failures import reading, writing
+from convexprune._storage.files import Stamp, checksum_inside, paths_in, require_unchanged, sha256
+from convexprune._storage.notes import read_json
 from convexprune.errors import ModelError, OutputError
 
 GENERATOR = b'<meta name="generator" content="convexprune">'
 """Tag of a page of this program: no other file is replaced by a page."""
 HEAD = 1 << 12  # bytes of a page in which the tag is looked for
+
+
+READ = (SUFFIX, ".json", ".bin", ".gguf", ".model", ".jinja", ".txt", ".py")
+"""Ends of the names of files that decide what a model is."""
+AS_IT_IS = "Put back what was written, or take it as it is with allow_changed=True (--allow-changed)."
+
+
+@contextmanager
+def unchanged(folder: Path, allow_changed: bool, name: str | None = None) -> Iterator[None]:
+    """Refuse a model of which a file changes inside the block, and a result that is not what its run wrote.
+
+    Args:
+        folder: the folder of the model.
+        allow_changed: take a result as it is.
+        name: the only file that is read, if the model is in a single file.
+    """
+    with reading(folder):
+        paths = [*folder.iterdir(), *folder.rglob(f"*{SUFFIX}")] if name is None else [folder / name]
+        stamps = {path: Stamp.of(path) for path in paths if path.suffix in READ and path.is_file()}
+    if name is None:
+        require_as_written(folder, allow_changed)
+    yield
+    require_unchanged(stamps)
+
+
+def require_as_written(folder: Path, allow_changed: bool = False) -> None:
+    """Refuse a folder whose files are not those of its report, unless that is allowed."""
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    if allow_changed or (isinstance(report, dict) and not {"operators", "recipe"} <= report.keys()):
+        return  # no report, or another program's
+    run = RunFolder(folder)
+    run.require_whole(plain_checksum, AS_IT_IS)
+    known = run.report().files
+    packs = {packed_name(Path(name)).as_posix() for name in known}
+    weights = (path.name for path in sorted(folder.glob(f"*{SUFFIX}")))
+    if known and (new := [name for name in weights if name not in {*known, *packs}]):
+        raise OutputError(f"{folder}: {', '.join(new[:5])} was not written by the run of {REPORT}. {AS_IT_IS}")
+
+
+def plain_checksum(folder: Path, name: str) -> str | None:
+    """Compute the sha256 of a file, packed or not.
+
+    Args:
+        name: of the file when it is not packed; others may have chosen it.
+
+    Returns:
+        The sha256 of the file when it is not packed; None if there is no such file inside the folder.
+    """
+    packed = str(packed_name(Path(name)))
+    if packed != name and checksum_inside(folder, packed) is not None:
+        return packed_checksum(folder / packed)
+    return checksum_inside(folder, name)
 
 
 def require_only_result(folder: Path) -> None:

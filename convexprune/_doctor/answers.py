@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convexprune._doctor.check import Bed, Case, Found
 from convexprune.constraints import Columns, Constraint, SemiStructured, Unstructured
-from convexprune.core._moments import Moments
+from convexprune.core import Moments
 from convexprune.pruners import METHODS, PRUNERS, LayerEdit, LayerProblem
 
 LARGEST_GAP = 1e-4

@@ -13,9 +13,7 @@ from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import Format
 from convexprune._doctor.check import Bed, Case, Found
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
-from convexprune.core._penalty import L1
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
+from convexprune.core import L1, Problem, Quadratic
 from convexprune.pruners import Convex
 from convexprune.solvers._fista import FISTA
 from convexprune.validation._timing import time_in_turns

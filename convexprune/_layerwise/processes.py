@@ -14,7 +14,8 @@ from convexprune.constraints import Constraint
 from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
-from convexprune.quantizers._base import AbstractQuantizer, OnGrid
+from convexprune.quantizers import AbstractQuantizer
+from convexprune.quantizers._base import OnGrid
 
 PATIENCE = timedelta(hours=6)  # one rank may have to compute again what enters a layer; the others wait
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")

@@ -18,7 +18,7 @@ from convexprune.report import Report
 
 from .command import command_of
 from .facts import facts, name_of_model, text_of_evaluation
-from .templates import code, text_of
+from .templates import code, text_of, visible
 
 FOLDER = "DIR"  # what the card calls the place of the result, wherever it lies
 METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their names in the report
@@ -74,7 +74,7 @@ def card(report: Report) -> str:
         documents=", ".join(map(code, report.base.get("files", []))),
         licence=_licence(report),
     )
-    return f"---\n{metadata(report).to_yaml()}\n---\n\n{body}"
+    return f"---\n{visible(metadata(report).to_yaml())}\n---\n\n{body}"
 
 
 def _removed(pattern: str) -> str:

@@ -18,7 +18,7 @@ def text_of(template: str, **values: Any) -> str:
     Args:
         template: file name in this folder. A template of HTML escapes all values, other templates by named filters.
     """
-    return _compiled(template).render(values)
+    return visible(_compiled(template).render(values))
 
 
 def markdown(value: object) -> str:
@@ -39,6 +39,11 @@ def fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def visible(text: str) -> str:
+    """Return a text with a sign in place of each control character; they could rewrite a terminal or hide text."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _line(value: object) -> str:
     return " ".join(str(value).split())
 
@@ -52,7 +57,11 @@ def _compiled(template: str) -> Template:
 @cache
 def _environment(escapes: bool) -> Environment:
     made = Environment(
-        autoescape=escapes, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=escapes,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     filters: dict[str, Callable[..., str]] = {"md": markdown, "code": code, "fenced": fenced, "shell": shlex.quote}
     made.filters.update(filters)

@@ -29,6 +29,7 @@ CARD, PAGE = "README.md", "report.html"  # what the report says, for people
 BLOCKS = "blocks.ggml"  # safetensors, but not to be loaded as weights: bytes of operators on block grids
 OWN = (REPORT, PAGE, BLOCKS, *REMOVED.values(), "recipe.yaml")  # not to be names of a model's files
 TOKENS = "tokens.safetensors"
+PRUNE_AGAIN = "Put back what was written, or remove the folder and prune again."
 LONGEST_REPORT = 1 << 28  # bytes; that of 100,000 operators has less
 POLL = 0.05  # seconds between two looks at what other processes have done
 PATIENCE = 3600.0  # seconds that a rank waits for the first one to begin the run
@@ -128,19 +129,15 @@ class RunFolder:
         """Return the report of the finished run."""
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
-    def require_whole(self, checksum: Callable[[Path, str], str | None] = checksum_inside) -> None:
-        """Check that every file of a finished run is as it was written.
-
-        Args:
-            checksum: gives the sha256 of a file, by the folder and its name; None if it is missing.
-        """
+    def require_whole(
+        self, checksum: Callable[[Path, str], str | None] = checksum_inside, advice: str = PRUNE_AGAIN
+    ) -> None:
+        """Refuse a result of which a file is missing or damaged, by its `checksum` in a folder."""
         files = self.report().files
         faults = (_fault(name, known, checksum(self.folder, name)) for name, known in files.items())
         if wrong := [fault for fault in faults if fault]:
-            raise OutputError(
-                f"{self.folder}: {', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if wrong[5:] else ''}, by the "
-                f"checksums in {REPORT}. Put back what was written, or remove the folder and prune again."
-            )
+            more = f" and {len(wrong) - 5} more" if wrong[5:] else ""
+            raise OutputError(f"{self.folder}: {', '.join(wrong[:5])}{more}, by the checksums in {REPORT}. {advice}")
 
     def finish(self, report: Report) -> None:
         """Write the report beside the result, which is whole in `staging.new`, and put it into the folder."""

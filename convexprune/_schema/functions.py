@@ -8,11 +8,11 @@ from pydantic import ByteSize, field_validator, model_validator
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.group import Settings, setting
 from convexprune._schema.measures import Advise, Bench, Compare, CompareSamples, Doctor, Evaluate, Verify
-from convexprune._schema.settings import RemoteCode
+from convexprune._schema.settings import Reading, RemoteCode
 from convexprune.errors import OutputError, RecipeError
 
 
-class Opening(RemoteCode):
+class Opening(Reading):
     """Settings for opening a model."""
 
     group = "model"

@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, field_validator
 
 from convexprune._schema.door import LISTED
 from convexprune._schema.group import Settings, setting
-from convexprune._schema.settings import LARGEST_SEED, RemoteCode
+from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Reading, RemoteCode
 from convexprune.errors import RecipeError, unknown
 
 
@@ -55,6 +55,7 @@ class Compare(Settings):
     eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
     eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
     resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
+    allow_changed: bool = setting(False, ALLOW_CHANGED)
     plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
 
 
@@ -83,6 +84,7 @@ class Verify(Settings):
     )
     tolerance: float = setting(1e-6, "Largest relative difference of objectives.", ge=0)
     gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
+    allow_changed: bool = setting(False, ALLOW_CHANGED)
     seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
 
     @field_validator("model", mode="before")
@@ -91,7 +93,7 @@ class Verify(Settings):
         return str(model) if isinstance(model, Path) else model
 
 
-class Evaluate(RemoteCode):
+class Evaluate(Reading):
     """Texts and tasks of an evaluation."""
 
     group = "data"
@@ -130,7 +132,7 @@ class Evaluate(RemoteCode):
         return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
 
 
-class Bench(RemoteCode):
+class Bench(Reading):
     """Formats and durations of a benchmark."""
 
     group = "timing"

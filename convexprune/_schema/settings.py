@@ -157,6 +157,10 @@ class TargetSettings(Settings):
         return names
 
 
+METHODS = ("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "wanda", "osscar", "reap", "shortgpt",
+           "wanda-sp")  # fmt: skip
+
+
 class MethodSettings(Settings):
     """Pruning method, and targets of an operator."""
 
@@ -166,19 +170,7 @@ class MethodSettings(Settings):
         "convex, ours; admm, the pattern as a constraint. Baselines: alps, fistapruner, magnitude, sparsegpt, wanda; "
         "for columns and channels osscar, wanda-sp (heads, too); for layers shortgpt; for experts reap.",
         "--prune-method",
-        choices=(
-            "convex",
-            "admm",
-            "alps",
-            "fistapruner",
-            "magnitude",
-            "sparsegpt",
-            "wanda",
-            "osscar",
-            "reap",
-            "shortgpt",
-            "wanda-sp",
-        ),
+        choices=METHODS,
         first=True,
     )
     solver: str = setting(
@@ -217,9 +209,10 @@ class MethodSettings(Settings):
         "far. Left out: dense; where layers or experts are removed, and for gptaq and qep, pruned.",
     )
     token_weights: str = setting(
-        "none",
-        "How calibration tokens count: none, all alike; attention_sink, half of all weight (attention_sink:0.25: a "
-        "quarter) for the first four of each sample, where outputs are keys and values; loss, by squared gradients.",
+        None,
+        "How calibration tokens count: none, all alike; attention_sink, a tenth of all weight (half as "
+        "attention_sink:0.5) for the first four of each sample, where outputs are keys and values; loss, half by "
+        "squared gradients. Left out: attention_sink with quantize and our quantizer, else none.",
     )
     quantizer: Literal["descent", "gptaq", "gptq", "qep", "rtn"] = setting(
         "descent",
@@ -301,3 +294,13 @@ class RemoteCode(Settings):
 
     group = "model"
     trust_remote_code: bool = setting(False, "Let transformers run code that the checkpoint brings.")
+
+
+ALLOW_CHANGED = "Take a result whose files are not those that its run wrote."
+
+
+class Reading(RemoteCode):
+    """Trust in the files of a model."""
+
+    group = "model"
+    allow_changed: bool = setting(False, ALLOW_CHANGED)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -100,6 +100,18 @@ class Stamp(NamedTuple):
         return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def require_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Refuse files of a model that have been written to or replaced since their stamps were taken."""
+    for path, stamp in stamps.items():
+        if Stamp.of(path) != stamp:
+            raise has_changed(path)
+
+
+def has_changed(path: Path) -> ModelError:
+    """Return the error for a file of a model that is not what it was when the model was opened."""
+    return ModelError(f"{path} has changed since it was opened. Put it back as it was, and start again.")
+
+
 def named(source: str | Path) -> Path:
     """Return the path of a model or a run, with "~" expanded; an empty text is no path, though pathlib has it so."""
     if not str(source).strip():
@@ -152,7 +164,7 @@ def _sync(path: Path) -> None:
 
 def refuse_foreign(path: Path, folder: Path) -> None:
     """Refuse a file of a model that is a link out of the model's folder, but for the blobs of the hub's cache."""
-    place, target = folder.resolve(), path.resolve()
+    place, target = (Path(os.path.realpath(each)) for each in (folder, path))  # which takes links in a circle
     blobs = place.parents[1] / "blobs" if place.parent.name == "snapshots" else place
     if not target.is_relative_to(place) and target.parent != blobs:
         raise ModelError(

@@ -7,10 +7,10 @@ from math import inf
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import between
 from convexprune.constraints import Budget, Constraint
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._relaxation import Relaxed, relax
-from convexprune.core._setting_types import between
 from convexprune.core._side_by_side import SideBySide
 from convexprune.core._split import first_split, fit_split, safe_split
 from convexprune.errors import ProblemError

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
+from convexprune._setting_types import Count, Ends, NotNegative, between
 from convexprune.constraints import Constraint
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, Ends, NotNegative, between
+from convexprune.core import Quadratic
 from convexprune.pruners._search import AbstractSearch, Found
 
 

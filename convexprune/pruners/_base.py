@@ -9,12 +9,11 @@ from typing import ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import check_settings
 from convexprune.constraints import Constraint
 from convexprune.constraints._base import sizes
+from convexprune.core import Moments, Quadratic
 from convexprune.core._damping import Damping
-from convexprune.core._moments import Moments
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import check_settings
 from convexprune.errors import PatternError
 from convexprune.solvers import Solution
 

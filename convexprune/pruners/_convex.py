@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from convexprune._device.kernels import fused, number_like
+from convexprune._setting_types import Count, Ends, NotNegative, Whole, between
 from convexprune.constraints import Constraint
 from convexprune.constraints._columns import column_norms
-from convexprune.core._group_lasso import GroupLasso
-from convexprune.core._penalty import L1
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, Ends, NotNegative, Whole, between
+from convexprune.core import L1, GroupLasso, Problem, Quadratic
 from convexprune.errors import RecipeError
 from convexprune.pruners._base import LayerProblem, Score
 from convexprune.pruners._every_choice import best_choice, choices

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from convexprune.core import Quadratic
 from convexprune.core._damping import EIGENVALUE_KNEE, Damping
 from convexprune.core._factor import cholesky
 from convexprune.core._moments import sampling_noise
-from convexprune.core._quadratic import Quadratic
 from convexprune.errors import PruningError
 from convexprune.pruners._base import LayerProblem
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.core._quadratic import Quadratic
+from convexprune.core import Quadratic
 from convexprune.pruners._refit import on_columns
 
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint
+from convexprune.core import Problem, Quadratic, Support
 from convexprune.core._factor import cholesky
-from convexprune.core._penalty import Support
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import NotNegative
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint, Stacked
+from convexprune.core import Quadratic, Support
 from convexprune.core._damping import Damping
-from convexprune.core._penalty import Support
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import NotNegative
 from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners._base import (
     AbstractPruner,

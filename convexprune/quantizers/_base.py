@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import check_settings
 from convexprune.constraints._codebook import Codebook, Scales
-from convexprune.core._setting_types import check_settings
 from convexprune.pruners import LayerEdit, LayerProblem
 
 

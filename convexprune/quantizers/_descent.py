@@ -6,9 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import NotNegative, Whole
 from convexprune.constraints._codebook import Codebook, Scales
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import NotNegative, Whole
+from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid

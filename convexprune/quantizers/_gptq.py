@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import NotNegative
 from convexprune.constraints._codebook import Codebook, Scales
-from convexprune.core._setting_types import NotNegative
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
 from convexprune.quantizers._sweep import Sweep, minimizer

@@ -4,9 +4,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+from convexprune._setting_types import make
+from convexprune.core import Problem
 from convexprune.core._arrays import TENSORS, Array
-from convexprune.core._problem import Problem
-from convexprune.core._setting_types import make
 from convexprune.errors import DependencyError, RecipeError, install_hint, unknown
 from convexprune.solvers._base import AbstractSolver, Solution, Status, run
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import add_product
-from convexprune.core._problem import Problem
-from convexprune.core._setting_types import Count, Positive
+from convexprune._setting_types import Count, Positive
+from convexprune.core import Problem
 from convexprune.errors import ProblemError
 from convexprune.solvers._base import Status
 from convexprune.solvers._iterative import AbstractIterative

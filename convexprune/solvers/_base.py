@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import AbstractPenalty
-from convexprune.core._problem import Certificate, Problem, certify
-from convexprune.core._setting_types import check_settings
+from convexprune._setting_types import check_settings
+from convexprune.core import AbstractPenalty, Certificate, Problem, certify
 from convexprune.core._shown import Shown
 from convexprune.errors import ProblemError, UnsupportedError
 

@@ -9,10 +9,8 @@ from torch import Tensor
 from convexprune._device.capabilities import is_host
 from convexprune._device.kernels import fused
 from convexprune._device.precision import product
-from convexprune.core._penalty import AbstractPenalty, Support
-from convexprune.core._problem import Problem
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, NotNegative, Whole
+from convexprune._setting_types import Count, NotNegative, Whole
+from convexprune.core import AbstractPenalty, Problem, Quadratic, Support
 from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty
 

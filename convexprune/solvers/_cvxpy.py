@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import NotNegative
 from convexprune.core import (
     L1,
     AbstractPenalty,
@@ -25,7 +26,6 @@ from convexprune.core import (
     TotalVariation,
     certify,
 )
-from convexprune.core._setting_types import NotNegative
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 from convexprune.solvers._statements import Constraints, stated
 

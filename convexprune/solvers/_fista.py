@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune._device.kernels import fused
 from convexprune._device.precision import add_product
-from convexprune.core._problem import Problem
+from convexprune.core import Problem
 from convexprune.solvers._base import Status
 from convexprune.solvers._iterative import AbstractIterative
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import solving_in
+from convexprune._setting_types import Count, NotNegative
 from convexprune.core import AbstractPenalty, Problem
 from convexprune.core._problem import proximal_steps, row_gaps
-from convexprune.core._setting_types import Count, NotNegative
 from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
 

@@ -8,9 +8,8 @@ import torch
 from scipy.optimize import minimize, nnls
 from torch import Tensor
 
-from convexprune.core._penalty import L1, AbstractPenalty, Support
-from convexprune.core._problem import Problem, certify
-from convexprune.core._setting_types import Count, NotNegative
+from convexprune._setting_types import Count, NotNegative
+from convexprune.core import L1, AbstractPenalty, Problem, Support, certify
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 
 ACTIVE = 1e-7  # a dual constraint this near to its bound may carry a weight, of a target of length one

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, TOKENS, checksums, flip, require_resumed, stop_after
+from runs import SETTINGS, TOKENS, checksums, flip, place_of, require_resumed, stop_after
 from test_compare import compared, folder
 from tiny_families import build_family
 from torch import Tensor
@@ -19,12 +19,13 @@ from convexprune.adapters._discovery.mixing import read_by_other_tokens
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.adapters._token_weights import token_weights
 from convexprune.errors import RecipeError
+from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
 from convexprune.validation import verify
 
 __all__ = ["folder"]  # a fixture of test_compare
 
-SINKS: dict[str, Any] = SETTINGS | {"token_weights": "attention_sink"}
+SINKS: dict[str, Any] = SETTINGS | {"token_weights": "attention_sink:0.5"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,20 @@ def test_other_weightings_are_refused(text: str):
     with pytest.raises(RecipeError, match="token"):
         convexprune.prune(token_weights=text)
     assert TokenWeighting.parse("attention_sink:0.25") == TokenWeighting("attention_sink", 0.25)
+
+
+def test_left_out_they_are_those_of_sinks_for_our_codes_only():
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "none"),
+        ({"quantize": "int4"}, "attention_sink"),
+        ({"quantize": "int4", "token_weights": "none"}, "none"),
+        ({"quantize": "int4", "quantizer": "gptq"}, "none"),
+        ({"quantize": "int4", "method": "sparsegpt"}, "none"),
+        ({"quantize": "int4", "preset": "fistapruner"}, "none"),
+        ({"bits": 3.3}, "none"),
+    ]
+    for given, expected in cases:
+        assert make_recipe(**given).token_weights == expected
 
 
 def _pruned(dense: Path, folder: Path, **settings: Any) -> list[OperatorReport]:
@@ -111,7 +126,7 @@ def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Pat
     monkeypatch.setattr(adapter, "loss_fisher", lambda *args, **named: asked.append(1) or loss_fisher(*args, **named))
     with pytest.raises(KeyboardInterrupt):
         convexprune.prune(dense, output_dir=tmp_path / "damaged", progress=stop_after(1), **weighted)
-    flip(tmp_path / "damaged" / "work" / "token_weights.safetensors")
+    flip(place_of(tmp_path / "damaged") / "work" / "token_weights.safetensors")
     asked.clear()
     convexprune.prune(dense, output_dir=tmp_path / "damaged", resume=True, **weighted)
     assert asked and checksums(tmp_path / "one") == checksums(tmp_path / "damaged")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
+from convexprune.core import Quadratic
 from convexprune.core._bound import LowerBound, PruningBound
 from convexprune.core._damping import Damping
-from convexprune.core._quadratic import Quadratic
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import damped
 

@@ -10,8 +10,8 @@ from convexprune._layerwise.pipeline import AbstractStackStep
 from convexprune._layerwise.stack import Stack
 from convexprune._layerwise.steps.bounds import sampled_bounds_of_all
 from convexprune._layerwise.targets import stack_of
+from convexprune.core import Moments
 from convexprune.core._damping import NO_DAMPING
-from convexprune.core._moments import Moments
 from convexprune.errors import PruningError
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.report import OnOperator, OperatorReport

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import Count, NotNegative, Positive
 from convexprune.constraints import Constraint
-from convexprune.core._quadratic import Quadratic
-from convexprune.core._setting_types import Count, NotNegative, Positive
+from convexprune.core import Quadratic
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.pruners._refit import refitted
 from convexprune.solvers import AbstractSolver

@@ -6,9 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from convexprune.core._penalty import L1
-from convexprune.core._problem import Problem
-from convexprune.core._setting_types import Count, NotNegative, Positive
+from convexprune._setting_types import Count, NotNegative, Positive
+from convexprune.core import L1, Problem
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
 from convexprune.pruners._baselines.wanda import Wanda

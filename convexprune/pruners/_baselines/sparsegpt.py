@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
 from convexprune.core._factor import cholesky
-from convexprune.core._setting_types import Count, NotNegative
 from convexprune.errors import PruningError
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
