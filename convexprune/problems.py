@@ -129,12 +129,12 @@ def check(solver: AbstractSolver, tolerance: float | None = None) -> Iterator[Re
 
 @dataclass(frozen=True)
 class PenaltyCheck:
-    """What a check of a penalty found.
+    """The result of a check of a penalty.
 
     Args:
-        name: what was checked.
-        passed: whether the penalty did as it says.
-        error: the largest deviation, relative to the numbers compared.
+        name: name of the check.
+        passed: True if the penalty keeps its promise.
+        error: the largest deviation, relative to the compared numbers.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A tensor in a file, block by block: pieces that are coded one at a time."""
+"""A tensor in a file, in blocks that are coded singly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ def blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
 
 
 def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
-    """How many bytes each of a tensor's blocks has.
+    """Yield the bytes of a tensor's blocks.
 
     Args:
-        layout: of its scales, if it is quantized: then a block is whole rows of one matrix.
+        layout: layout of the scales, if quantized: a block is then whole rows of a matrix.
 
-    Returns:
-        The bytes of its blocks, in the order of the file; their sum is the tensor's.
+    Yields:
+        The bytes by block, in the order of the file; their sum is the tensor's.
     """
     whole, most = spec.nbytes, BLOCK
     if layout is not None:
@@ -36,14 +36,14 @@ def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
 
 @contextmanager
 def opened(entry: Entry) -> Iterator["Source"]:
-    """A tensor's place in its file, to be read."""
+    """Open a tensor's place in its file for reading."""
     with reading(entry.path), entry.path.open("rb") as file:
         file.seek(entry.begin)
         yield Source(file, entry)
 
 
 class Source:
-    """The bytes of a tensor in a file, of which `left` are not read yet.
+    """The bytes of a tensor in a file, `left` of which are unread.
 
     Args:
         file: open, at the tensor's first byte.

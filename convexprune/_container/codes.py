@@ -1,9 +1,9 @@
-"""The coding of quantized weights: the scales, and whole numbers, several of them to a byte.
+"""The coding of quantized weights: scales, and whole numbers, several to a byte.
 
-Nobody tells the scales and numbers: `Grid.find` does. A block is coded so only if it comes back bit for bit. It becomes
-four streams, as in `_container.format`: the upper and the lower bytes of the scales, which are bfloat16; the numbers,
-one, two or three to a byte, whichever takes the least; and those that are too large for that. zstd's Huffman codes make
-few bits of them: of a byte for several numbers they are nearer to the entropy than of a byte for each.
+Scales and numbers are not passed on: `Grid.find` recovers them. A block is coded in this way only if it comes back bit
+for bit. A block becomes four streams, as in `_container.format`: the upper and the lower bytes of the bfloat16 scales;
+the numbers, one, two or three to a byte, whichever is smallest; and numbers too large for a digit. zstd's Huffman codes
+compress the streams: bytes of several numbers come nearer to the entropy than a byte per number.
 """
 
 import math
@@ -30,14 +30,14 @@ BASES = {1: 256, 2: 16, 3: 6}  # of so many numbers to a byte: how many values e
 
 
 class Layout(NamedTuple):
-    """How the numbers of a tensor share scales."""
+    """The way in which numbers of a tensor share scales."""
 
     group: int
     columns: int
 
     @classmethod
     def of(cls, group: int, spec: Spec) -> "Layout":
-        """That of a tensor."""
+        """Return the layout of a tensor."""
         if spec.code not in FLOATS or len(spec.shape) < 2 or group not in KINDS or not spec.nbytes:
             raise ValueError(f"a tensor of type {spec.code} and shape {list(spec.shape)} in groups of {group}")
         layout = cls(group, spec.shape[-1])
@@ -51,23 +51,23 @@ class Layout(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether columns have the scales."""
+        """True if columns have the scales."""
         return self.group < ROW
 
     @property
     def rows(self) -> int:
-        """Of how many rows a block has to be a multiple."""
+        """Number of rows that a block must be a multiple of."""
         return -self.group if self.group < COLUMN else 1
 
     def grid(self) -> Grid:
-        """The grid of what `lines` returns."""
+        """The grid of the result of `lines`."""
         return Grid(8, ROW if self.group in (ROW, COLUMN) else abs(self.group))
 
     def lines(self, values: Tensor) -> Tensor:
-        """Entries with those that share a scale side by side.
+        """Order entries so that entries with a common scale stand side by side.
 
         Args:
-            values: of whole rows [rows * columns].
+            values: entries of whole rows [rows * columns].
 
         Returns:
             [rows columns], or [columns rows].
@@ -81,13 +81,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
-    """How the numbers of a tensor share scales, if it is quantized.
+    """Return the layout of a quantized tensor; None if its first groups are on no grid.
 
     Args:
-        begin: its first bytes, some whole entries.
-
-    Returns:
-        The layout; None if its first groups are on no grid.
+        begin: the tensor's first bytes, some whole entries.
     """
     try:
         layouts = [Layout.of(kind, spec) for kind in KINDS]
@@ -99,7 +96,7 @@ def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
 
 
 def _fits(layout: Layout, values: Tensor) -> bool:
-    """Whether the first groups that are not zero are on the grid."""
+    """Return True if the first groups with a non-zero are on the grid."""
     rows = len(values) // layout.columns // layout.rows * layout.rows
     lines, grid = layout.lines(values[: rows * layout.columns]), layout.grid()
     if lines.numel() == 0 or lines.shape[1] % grid.width(lines.shape[1]):
@@ -110,13 +107,10 @@ def _fits(layout: Layout, values: Tensor) -> bool:
 
 
 def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
-    """Code a block of quantized weights.
+    """Code a block of quantized weights; None if the block is not on a grid, bit for bit.
 
     Args:
-        block: its bytes.
-
-    Returns:
-        The coded block; None if it is not on a grid, bit for bit.
+        block: bytes of the block.
     """
     lines = layout.lines(_values(block, code))
     if lines.shape[1] % layout.grid().width(lines.shape[1]):
@@ -131,10 +125,10 @@ def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
 
 
 def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, layout: Layout) -> bytes:
-    """Decode a block; nothing larger than it is ever in memory.
+    """Decode a block; nothing larger than the block is ever in memory.
 
     Args:
-        nbytes: the bytes of the block.
+        nbytes: bytes of the block.
         size: bytes of an entry.
     """
     count = nbytes // size
@@ -154,7 +148,7 @@ def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, layout: Layout
 
 
 def _together(numbers: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Numbers, `count` of them to a byte, and those that no digit stands for."""
+    """Put `count` numbers into a byte, and return the numbers without a digit separately."""
     base = BASES[count]
     if count == 1:
         return numbers.view(np.uint8), np.empty(0, np.uint8)
@@ -167,7 +161,7 @@ def _together(numbers: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[
 
 
 def _apart(streams: Streams, total: int) -> NDArray[Any]:
-    """The `total` numbers whose two streams come next."""
+    """Return `total` numbers from the next two streams."""
     count = streams.byte()
     if count not in BASES:
         raise ValueError(f"{count} numbers to a byte")
@@ -186,7 +180,7 @@ def _apart(streams: Streams, total: int) -> NDArray[Any]:
 
 
 def _order(scales: Tensor, layout: Layout) -> Tensor:
-    """Columns by their scales: those with alike ones have alike numbers, and zstd a code for each 128 KiB."""
+    """Order columns by scale: columns with similar scales have similar numbers, and zstd makes a code per 128 KiB."""
     return scales[:, 0].argsort(stable=True) if layout.group == COLUMN else torch.arange(len(scales))
 
 

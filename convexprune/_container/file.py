@@ -1,8 +1,8 @@
-"""A safetensors file and its packed form: each tensor under its own name as coded bytes, or as it was if that is less.
+"""A safetensors file and its packed form: tensors under their names as coded bytes, or unchanged if that is shorter.
 
-The metadata of a packed file holds the original header as it was, the sha256 of every tensor, and which of them are
-coded and how; so the original comes back byte for byte. Nothing is believed before it was checked: these notes by a
-checksum of their own, every size against the file and the original header, every tensor by its sha256.
+The metadata of a packed file holds the original header, the sha256 of every tensor, and the coding of coded tensors; so
+the original comes back byte for byte. Everything is checked before use: the notes by a checksum, sizes against the file
+and the original header, tensors by their sha256.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 2
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file at `path` has the name of a packed one."""
+    """Return True if the file at `path` is named like a packed file."""
     return path.name.endswith(PACKED)
 
 
@@ -52,18 +52,14 @@ def pack_file(path: Path, target: Path) -> None:
 
 
 def unpack_file(path: Path, target: Path) -> None:
-    """Write a file byte for byte as it was before it was packed, block by block."""
+    """Restore the original file byte for byte, block by block."""
     with atomic_write(target) as out:
         for data in _unpacked(path):
             write(out, data)
 
 
 def packed_checksum(path: Path) -> str:
-    """Unpack a file block by block, and write nothing.
-
-    Returns:
-        The sha256 of the file as it was before it was packed.
-    """
+    """Return the sha256 of the original file, without writing."""
     digest = hashlib.sha256()
     for data in _unpacked(path):
         digest.update(data)
@@ -71,14 +67,14 @@ def packed_checksum(path: Path) -> str:
 
 
 class Contents(NamedTuple):
-    """What a packed file holds: the bytes that it had, and by the name of a tensor its weights and its packed bytes."""
+    """The content of a packed file: original bytes, and by tensor the number of weights and the packed bytes."""
 
     before: int
     tensors: Mapping[str, tuple[int, int]]
 
 
 def contents(path: Path) -> Contents:
-    """Read from its header what a packed file holds."""
+    """Read the content of a packed file from its header."""
     header, parts = _parts(path)
     tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], p.entry.spec.nbytes) for n, p in parts.items()}
     return Contents(len(header) + sum(part.spec.nbytes for part in parts.values()), tensors)
@@ -88,10 +84,10 @@ def contents(path: Path) -> Contents:
 
 
 def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | None]:
-    """Write a tensor coded, or as it is if that is not longer.
+    """Write a tensor coded, or unchanged if that is not longer.
 
     Returns:
-        How many bytes it is coded in, if it is; its sha256; how many weights share a scale, if it is quantized.
+        The number of coded bytes, or None; the sha256; the number of weights with a common scale, if quantized.
     """
     begin, digest = out.tell(), hashlib.sha256()
     layout = layout_of(next(blocks(entry), b""), entry.spec)
@@ -110,7 +106,9 @@ def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | No
 
 
 def _coded(block: bytes, code: str, layout: Layout | None) -> bytes:
-    """A block of a tensor; of a quantized one it begins with a byte that says whether the block is on the grid."""
+    """Code a block of a tensor; the block of a quantized tensor begins with a byte that tells if the block is on the
+    grid.
+    """
     if layout is None:
         return encode(block, code, width(BITS[code]))
     numbers = encode_codes(block, code, layout)
@@ -132,7 +130,7 @@ def _header(
 
 
 def _wider(spec: Spec) -> Spec:
-    """One that takes more of a header than that of the tensor does, coded or not."""
+    """Return a spec that needs more room in a header than the tensor's, coded or not."""
     return Spec(spec.code, (*spec.shape, spec.nbytes), spec.nbytes)
 
 
@@ -140,7 +138,7 @@ def _wider(spec: Spec) -> Spec:
 
 
 class _Part(NamedTuple):
-    """A tensor in a packed file: where its bytes are, what it was, whether it is coded, and how it shares scales."""
+    """A tensor in a packed file: place, original spec, coding, and layout of scales."""
 
     entry: Entry
     spec: Spec
@@ -180,7 +178,7 @@ def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
 
 
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `pack_file` has noted."""
+    """Return the notes of `pack_file`."""
     if NOTES not in metadata:
         raise ValueError("it was not packed by convexprune")
     text = metadata[NOTES]
@@ -193,7 +191,7 @@ def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tensor(part: _Part) -> Iterator[bytes]:
-    """The bytes of a tensor, a block at a time; refused at its end if they are not those that were packed."""
+    """Yield the bytes of a tensor by block; refuse the tensor at its end if the checksum differs."""
     digest = hashlib.sha256()
     for block in _decoded(part) if part.coded else blocks(part.entry):
         digest.update(block)
@@ -203,7 +201,7 @@ def _tensor(part: _Part) -> Iterator[bytes]:
 
 
 def _decoded(part: _Part) -> Iterator[bytes]:
-    """The same of one that is coded."""
+    """Yield the bytes of a coded tensor by block."""
     code, path = part.spec.code, part.entry.path
     with opened(part.entry) as source:
         for nbytes in sizes(part.spec, part.layout):
@@ -221,7 +219,7 @@ def _decoded(part: _Part) -> Iterator[bytes]:
 
 
 def _block(coded: bytes, nbytes: int, code: str, layout: Layout | None) -> bytes:
-    """What `_coded` was given."""
+    """Decode a block of `_coded`."""
     size = width(BITS[code])
     if layout is None:
         return decode(coded, nbytes, code, size)

@@ -1,4 +1,4 @@
-"""A model folder and its pack: the same files under the same names, those of tensors packed, all others copied."""
+"""A model folder and its pack: equal file names, tensors packed, all further files copied."""
 
 import logging
 import shutil
@@ -34,14 +34,14 @@ OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".o
 
 @dataclass(frozen=True)
 class Packed:
-    """What packing came to. Once unpacked, the model takes the memory and the time that it took before.
+    """The result of packing. An unpacked model takes its former memory and time.
 
     Args:
-        output_dir: the folder of the pack.
-        before: bytes of all files before they were packed.
+        output_dir: folder of the pack.
+        before: bytes of all files before packing.
         after: bytes of all files of the pack.
-        bits: bits a weight in the packed files.
-        operator_bits: the same of the operators that a report beside the files names; None without one.
+        bits: bits per weight in the packed files.
+        operator_bits: bits per weight of the operators in the report; None without a report.
     """
 
     output_dir: Path
@@ -175,7 +175,7 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterabl
 
 
 def holds_pack(folder: Path) -> bool:
-    """Whether `folder` is a pack."""
+    """Return True if `folder` is a pack."""
     return any(path.name.endswith(PACKED) for path in paths_in(folder))
 
 
@@ -248,5 +248,5 @@ def write_folder(
 
 
 def _changed(names: Mapping[Path, Path], convert: Convert) -> dict[Path, Convert]:
-    """What converts the files whose names change."""
+    """Return the converter of every file whose name changes."""
     return {path: convert for path, name in names.items() if name != path}

@@ -59,11 +59,7 @@ ARCHITECTURES = {
 
 
 class GGUFModel:
-    """What `config.json` says of a model, in the words of llama.cpp.
-
-    Raises:
-        ModelError: the architecture, or its rotary embedding, is none that can be written.
-    """
+    """The settings of `config.json` in the words of llama.cpp."""
 
     def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
         (name, *_) = config.get("architectures") or [None]

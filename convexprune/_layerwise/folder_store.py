@@ -139,7 +139,7 @@ class FolderStore(AbstractStore):
         return {name: e for name, e in entries(self._shard(number))[0].items() if not name.startswith(BLOCKS)}
 
     def blocks(self, number: int) -> dict[str, Entry]:
-        """Where the bytes of operators on block grids lie, by the names of these operators in their layer."""
+        """Return the places of the bytes of operators on block grids, by name in their layer."""
         found = entries(self._shard(number))[0].items()
         return {name.removeprefix(BLOCKS): entry for name, entry in found if name.startswith(BLOCKS)}
 

@@ -124,14 +124,14 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is pruned, as far as the cost depends on it.
+    """Settings that decide the cost.
 
     Args:
-        correction: whether errors of earlier operators are corrected.
-        dense_prefix: whether layers get what the dense network gives them.
-        gradients: windows that gradients are computed on.
-        side_by_side: whether a GPU solves problems of one shape together.
-        input_errors: whether the errors of all inputs are counted (`AbstractQuantizer`).
+        correction: True if errors of earlier operators are corrected.
+        dense_prefix: True if layers get the hidden states of the dense network.
+        gradients: number of windows for gradients.
+        side_by_side: True if a GPU solves problems of equal shape together.
+        input_errors: True if the errors of all inputs are counted (`AbstractQuantizer`).
     """
 
     samples: int

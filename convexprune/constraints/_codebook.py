@@ -99,7 +99,7 @@ class Codebook(ABC):
 
     @property
     def has_zero(self) -> bool:
-        """Whether zero is a value whatever the scales, so that zeros stay zero."""
+        """True if zero is a value for any scale, so that zeros stay zero."""
         return 0 in self.values and not self.has_offsets
 
     @property

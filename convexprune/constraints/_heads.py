@@ -11,7 +11,7 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Heads(Columns):
-    """Of n KV groups round(sparsity * n) are removed: key/value heads with all query heads that attend to them.
+    """round(sparsity * n) of n KV groups are removed: key/value heads with all query heads that attend to them.
 
     Only the model knows the columns of a group: its operators are pruned to `Columns` in blocks.
 

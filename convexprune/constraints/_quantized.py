@@ -84,7 +84,7 @@ class Quantized(Constraint):
 
     @property
     def share(self) -> float:
-        """Of bits, if there is a number of them to choose; else of zeros, as of the support."""
+        """The share of bits, if the grid takes any number of bits; else the support's share of zeros."""
         saved = self.values.share
         return self.support.share if saved is None else saved
 

@@ -12,7 +12,7 @@ from convexprune.constraints._share import check_share, percent, share_of
 
 @dataclass(frozen=True)
 class _Whole(Mask):
-    """Of n parts round(sparsity * n) are removed; weights of remaining parts are free."""
+    """round(sparsity * n) of n parts are removed; weights of remaining parts are free."""
 
     kind: ClassVar[Literal["layers", "experts"]]
     what: ClassVar[str]
@@ -62,7 +62,7 @@ class _Whole(Mask):
 
 @dataclass(frozen=True)
 class Layers(_Whole):
-    """Of n decoder layers round(sparsity * n) are removed; weights of remaining layers are free.
+    """round(sparsity * n) of n decoder layers are removed; weights of remaining layers are free.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).
@@ -74,7 +74,7 @@ class Layers(_Whole):
 
 @dataclass(frozen=True)
 class Experts(_Whole):
-    """Of the n experts of every mixture round(sparsity * n) are removed; weights of remaining experts are free.
+    """round(sparsity * n) of the n experts of every mixture are removed; weights of remaining experts are free.
 
     Raises:
         PatternError: `sparsity` outside [0, 1).

@@ -71,12 +71,12 @@ class Blocks(AbstractPenalty):
 
     @property
     def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether one of the parts does."""
+        """True if a part couples rows."""
         return any(penalty.couples_rows for penalty, _ in self.parts)
 
     @property
     def is_convex(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether all of the parts are."""
+        """True if all parts are convex."""
         return all(penalty.is_convex for penalty, _ in self.parts)
 
     def values(self, weight: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def row_gaps(
 
 
 def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:
-    """Those of two bounds [m] with the smaller sum: one dual point for all rows."""
+    """Return the bound [m] with the smaller sum: a single dual point serves all rows."""
     return torch.where(others.sum() < gaps.sum(), others, gaps)
 
 
