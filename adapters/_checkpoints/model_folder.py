@@ -65,10 +65,10 @@ def refuse_packed(folder: Path) -> None:
         )
 
 
-def check_layers(folder: Path, config: PretrainedConfig) -> None:
+def check_layers(folder: Path, config: PretrainedConfig, stored: int | None = None) -> None:
     """Refuse, before modules are built, a configuration of more layers than the checkpoint can have."""
     asked = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-    stored = sum(len(entries(path)[0]) for path in shard_files(folder))
+    stored = sum(len(entries(path)[0]) for path in shard_files(folder)) if stored is None else stored
     if asked > stored:
         raise ModelError(
             f"{folder}: config.json asks for {asked:,} decoder layers, the checkpoint holds {stored:,} tensors. "

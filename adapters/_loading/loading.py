@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._container.provenance import unchanged
 from convexprune._schema.settings import BUNDLED
@@ -212,10 +212,8 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
             ask(source, lambda: check_layers(folder, config))
     reader = model_class(source, config)
     if folder.is_dir() and "gguf_file" not in place:
-        with parameters_on_meta():
-            empty = ask(source, lambda: reader.from_config(config, trust_remote_code=place["trust_remote_code"]))
         with suppress(NotStreamable):
-            _refuse_codes(folder, empty)
+            _refuse_codes(folder, empty_model(source, config, place))
     options = place | {"dtype": dtype or "auto", "output_loading_info": True}
     if "gguf_file" not in place:
         # With pickles allowed, safetensors are still preferred where both are there.
@@ -236,6 +234,13 @@ def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, al
     return model
 
 
+def empty_model(source: str, config: PretrainedConfig, place: Mapping[str, Any], **options: Any) -> PreTrainedModel:
+    """Build a model from its configuration, with parameters that take no memory."""
+    reader = model_class(source, config)
+    with parameters_on_meta():
+        return ask(source, lambda: reader.from_config(config, trust_remote_code=place["trust_remote_code"], **options))
+
+
 def _refuse_codes(folder: Path, model: PreTrainedModel) -> None:
     """Refuse weights stored as whole numbers, which transformers 5 would turn into unscaled floats."""
     inner = f"{model.base_model_prefix}."
@@ -251,14 +256,11 @@ def _stream(
     if "gguf_file" in place:
         raise NotStreamable("a GGUF file is unpacked whole")
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
-    reader = model_class(source, config)
     refuse_quantized(config)
     where = ("pretrained_model_name_or_path", "revision", "local_files_only")
     folder = ask(source, lambda: local_folder(*(place[key] for key in where if key in place)))
     check_folder(folder, allow_pickle=True)
     ask(source, lambda: check_layers(folder, config))
-    remote = {"trust_remote_code": place["trust_remote_code"]}
     stored = getattr(config, "dtype", None) or ask(source, lambda: stored_dtype(folder))
-    with parameters_on_meta():
-        model = ask(source, lambda: reader.from_config(config, dtype=dtype or stored, **remote))
+    model = empty_model(source, config, place, dtype=dtype or stored)
     return model, Shards(folder, model, device, decoder_layers(model)[0], place["trust_remote_code"])

@@ -5,16 +5,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from convexprune._container.folder import holds_pack, unpack
+from convexprune._container.file import contents, is_packed
+from convexprune._container.folder import holds_pack, source_files, unpack
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
+from convexprune.errors import ModelError
 from convexprune.recipe import make_recipe
 
-from .._checkpoints.model_folder import check_folder, local_folder
+from .._checkpoints.model_folder import check_folder, check_layers, local_folder
 from .._checkpoints.reading import ask
-from .loading import place_at, read_model, unchanged_at
+from .loading import empty_model, place_at, read_model, unchanged_at
+
+TIMES, SPARE = 2, 1 << 24
+"""Weights in a pack for one of the model, and further ones: checkpoints hold tied weights twice, and old masks."""
 
 
 @pinned()
@@ -71,6 +76,22 @@ def _unpacked(source: str | Path, options: dict[str, Any], folder: Path, allow_c
         path = ask(name, lambda: local_folder(name, options["revision"], offline))
         if not holds_pack(path):
             return place
-    unpack(path, folder, allow_changed=allow_changed)
+    _require_admitted(path, options)
+    unpack(path, folder, allow_changed=allow_changed, allow_large=True)
     check_folder(folder, allow_pickle=False)
     return {"pretrained_model_name_or_path": str(folder)}
+
+
+def _require_admitted(folder: Path, options: dict[str, Any]) -> None:
+    """Refuse, before anything is written, a pack of more weights than the model of its config.json can have."""
+    _, files = source_files(folder)
+    packs = [contents(folder / path).tensors for path in files if is_packed(path)]
+    config = ask(str(folder), lambda: AutoConfig.from_pretrained(folder, **options))
+    check_layers(folder, config, sum(map(len, packs)))
+    known = sum(tensor.numel() for tensor in empty_model(str(folder), config, options).state_dict().values())
+    count = sum(weights for tensors in packs for weights, _ in tensors.values())
+    if count > TIMES * known + SPARE:
+        raise ModelError(
+            f"{folder} unpacks to {count:,} weights, and the model of its config.json has {known:,}. Accepted: {TIMES} "
+            f"times as many, and {SPARE:,} more. Unpack it first (convexprune unpack) if you trust it."
+        )

@@ -16,6 +16,9 @@ def unpack(
     source: Annotated[str, typer.Argument(help="Folder of a pack.")],
     output: Annotated[Path, typer.Argument(help="Folder for the model; must be empty or not there.")],
     allow_changed: AllowChanged = False,
+    allow_large: Annotated[
+        bool, typer.Option("--allow-large", help="Write more than 400 times the bytes of the pack.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -23,7 +26,7 @@ def unpack(
     with stoppable(), following(quiet=quiet):
         from convexprune import _container as container
 
-        folder = container.unpack(source, output, allow_changed=allow_changed)
+        folder = container.unpack(source, output, allow_changed=allow_changed, allow_large=allow_large)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

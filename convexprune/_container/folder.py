@@ -29,6 +29,7 @@ Convert = Callable[[Path, Path], None]
 """Writes what is made of the file at a path to another one."""
 
 logger = logging.getLogger(__name__)
+ROOM, RATIO = 64 << 20, 400  # bytes; a pack of more per packed byte holds nearly nothing but zeros
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
 
@@ -123,19 +124,23 @@ def _operators(folder: Path) -> list[str]:
         return []
 
 
-def unpack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = False) -> Path:
+def unpack(
+    source: str | Path, output_dir: str | Path, *, allow_changed: bool = False, allow_large: bool = False
+) -> Path:
     """Write the files of a pack, byte for byte as they were before they were packed.
 
     Args:
         source: the folder of a pack.
         output_dir: where to write the model; must be empty or not there. It is there whole or not at all.
         allow_changed: take a result whose files are not those that its run wrote.
+        allow_large: write more than 400 times the bytes of the pack, where that is more than 64 MiB.
 
     Returns:
         The folder of the model.
 
     Raises:
-        ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere.
+        ModelError: the folder is no pack, or one of its files is damaged, cannot be read, or leads elsewhere; or the
+            model is too large for the pack.
         OutputError: the output folder holds something, or the disk has not enough room.
     """
     staging = Staging.of_new(output_dir, source)
@@ -147,9 +152,14 @@ def unpack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = 
     }
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
-    before = Packed.of(folder, files).before
+    sizes = Packed.of(folder, files)
+    if sizes.before > ROOM + RATIO * sizes.after and not allow_large:
+        raise ModelError(
+            f"{folder} has {sizes.after:,} bytes and unpacks to {sizes.before:,}, nearly all zero. Accepted: {RATIO} "
+            f"times as many, and {ROOM:,} more. Take it as it is with allow_large=True (--allow-large)."
+        )
     require = partial(require_as_written, allow_changed=allow_changed)
-    return write_folder("unpacking", folder, files, names, _changed(names, unpack_file), staging, before, require)
+    return write_folder("unpacking", folder, files, names, _changed(names, unpack_file), staging, sizes.before, require)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:

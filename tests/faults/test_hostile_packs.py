@@ -15,8 +15,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import convexprune
+from convexprune._cli import app
 from convexprune._container.file import CHECKSUM, NOTES, pack_file, packed_checksum, unpack_file
 from convexprune._container.format import decode
 from convexprune._storage.files import sha256
@@ -155,9 +157,7 @@ def test_a_size_that_the_disk_does_not_have_is_refused_at_once(good: Path, tmp_p
     (tmp_path / "pack").mkdir()
     _rewritten(good, tmp_path / "pack" / PACK, _larger)
     with pytest.raises(OutputError, match=r"17,592,[\d,]+ bytes are needed, and .* are free"):
-        convexprune.unpack(tmp_path / "pack", tmp_path / "out")
-    with pytest.raises(OutputError, match="are free"):
-        convexprune.load(tmp_path / "pack", device="cpu")
+        convexprune.unpack(tmp_path / "pack", tmp_path / "out", allow_large=True)
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]
 
 
@@ -214,6 +214,47 @@ def test_a_folder_that_was_spoilt_is_refused_and_nothing_is_left(folder: Path, t
     with pytest.raises(ModelError, match=SPOILT[spoil]):
         convexprune.load(folder, device="cpu")
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def _spy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The files that are unpacked from now on."""
+    seen = list[Any]()
+    monkeypatch.setattr("convexprune._container.folder.unpack_file", lambda *paths: seen.append(paths))
+    return seen
+
+
+def test_a_bomb_is_refused_before_anything_is_written(folder: Path, good: Path, tmp_path: Path, monkeypatch):
+    """A few hundred bytes that unpack to 16 TiB of zeros, beside the configuration of a small model."""
+    seen = _spy(monkeypatch)
+    _rewritten(good, folder / ("more-" + PACK), _larger)
+    with pytest.raises(
+        ModelError, match=r"unpacks to 17,592,[\d,]+, nearly all zero. Accepted: 400 times .*--allow-large"
+    ):
+        convexprune.unpack(folder, tmp_path / "out")
+    with pytest.raises(
+        ModelError, match=r"unpacks to 8,796,[\d,]+ weights, and the model of its config.json has [\d,]+\. A"
+    ):
+        convexprune.load(folder, device="cpu")
+    assert not seen and [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_pack_is_loaded_if_its_config_admits_it_and_unpacked_if_that_is_allowed(
+    folder: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("convexprune._container.folder.ROOM", 0)
+    monkeypatch.setattr("convexprune._container.folder.RATIO", 0)
+    convexprune.load(folder, device="cpu")
+    with pytest.raises(ModelError, match="nearly all zero"):
+        convexprune.unpack(folder, tmp_path / "out")
+    result = CliRunner().invoke(app, ["unpack", str(folder), str(tmp_path / "out"), "--allow-large"])
+    assert result.exit_code == 0 and (tmp_path / "out").is_dir()
+
+
+def test_a_configuration_of_more_layers_than_a_pack_has_tensors_is_not_built(folder: Path):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="asks for 1,000,000,000 decoder layers"):
+        convexprune.load(folder, device="cpu")
 
 
 def test_a_pack_in_the_cache_of_the_hub_is_links_to_its_blobs(folder: Path, dense: Path, tmp_path: Path):
