@@ -13,9 +13,8 @@ from .corpora import CORPORA
 ACCEPTED = (
     '"self" (text sampled from the model), '
     f"{', '.join(repr(name) for name in CORPORA)}, another data set of the hub as 'organisation/name', "
-    "a path to a .txt or .jsonl file, several of these with shares ('a.txt:0.5,self:0.5'), a list of texts or of "
-    "{'messages': [...]}, token ids as a tensor or array [windows tokens] or [tokens], "
-    "a list of such, or what yields token ids, as a DataLoader does"
+    "a path to a .txt or .jsonl file, several with shares ('a.txt:0.5,self:0.5'), a list of texts or of "
+    "{'messages': [...]}, token ids as a tensor or array [windows tokens] or [tokens], a list of such, or a DataLoader"
 )
 
 

@@ -171,7 +171,8 @@ class Staging:
             if not is_free:
                 raise self.in_use()
             try:
-                yield self.begin()
+                with writing(self.output):
+                    yield self.begin()
                 self.publish()
             finally:
                 self.discard()

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from convexprune._api import windows
 from convexprune.adapters import EMBEDDED
-from convexprune.adapters import _loading as loading
 from convexprune.adapters._data import calibration
+from convexprune.adapters._loading import loading
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "prune_opt.py"]  # test_bundled's

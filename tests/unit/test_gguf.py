@@ -156,12 +156,14 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, build):
         convexprune.export(run, tmp_path / "taken.gguf", "gguf")
     kept = (run / "blocks.ggml").read_bytes()
     (run / "blocks.ggml").unlink()
-    with pytest.raises(ModelError, match=r"blocks\.ggml has no model.layers.0.self_attn.q_proj"):
+    with pytest.raises(OutputError, match=r"blocks\.ggml is missing, by the checksums in report\.json"):
         convexprune.export(run, tmp_path / "model.gguf", "gguf")
+    with pytest.raises(ModelError, match=r"blocks\.ggml has no model.layers.0.self_attn.q_proj"):
+        convexprune.export(run, tmp_path / "model.gguf", "gguf", allow_changed=True)
     (run / "blocks.ggml").write_bytes(kept)
     shutil.copy(tmp_path / "dense" / "model.safetensors", run)
     with pytest.raises(ModelError, match="has changed since it was quantized"):
-        convexprune.export(run, tmp_path / "model.gguf", "gguf")
+        convexprune.export(run, tmp_path / "model.gguf", "gguf", allow_changed=True)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     for changed, words in {
         ("hidden_act", "gelu"): "hidden_act is 'gelu'; llama.cpp computes llama with 'silu'",

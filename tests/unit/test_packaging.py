@@ -35,13 +35,15 @@ def test_the_wheel_holds_everything_under_one_name(tmp_path: Path):
 
 PUBLIC = {
     "convexprune": """
-        L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport Packed
-        PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution Status Support
-        GroupLasso Unstructured Verification advise certify compare compare_samples errors evaluate export inspect
-        keep_zeros load make_solver pack parse_pattern permute perplexity problems prune pruners solve
-        solver_names solvers unpack verify""",
+        L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport
+        Packed PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution
+        Status Support GroupLasso Unstructured Verification advise certify compare compare_samples errors
+        evaluate export inspect keep_zeros load make_solver pack parse_pattern permute perplexity problems prune
+        pruners solve solver_names solvers unpack verify Blocks ElasticNet MCP NuclearNorm RowGroups SCAD
+        TotalVariation""",
     "convexprune.core": """
-        L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify""",
+        L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify Blocks
+        ElasticNet MCP NuclearNorm RowGroups SCAD TotalVariation""",
     "convexprune.constraints": """
         GRIDS KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
         Stacked Unstructured parse_pattern""",
@@ -50,7 +52,8 @@ PUBLIC = {
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
         REAP ShortGPT SparseGPT Wanda WandaSP no_method""",
     "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
-    "convexprune.problems": "Named Result check load names",
+    "convexprune.problems": """
+        Named Result check load names PenaltyCheck check_penalty""",
 }
 
 

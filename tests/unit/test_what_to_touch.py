@@ -51,13 +51,13 @@ TOYS: dict[str, Edits] = {
     },
     "a layout of `export`": {
         "convexprune/_container/toy.py": """
-            def export_toy(source, output):
+            def export(source, output, allow_changed=False):
                 output.write_text("toy")
                 return output
             """,
         "convexprune/_container/layouts.py": (
-            "LAYOUTS: dict[str, Callable[[str | Path, str | Path], Path]] = {",
-            "from convexprune._container.toy import export_toy\nLAYOUTS = {'toy': export_toy, ",
+            "LAYOUTS = {",
+            "LAYOUTS = {'toy': 'toy', ",
         ),
     },
     "a solver": {
@@ -90,7 +90,7 @@ TOYS: dict[str, Edits] = {
             "PRUNERS: dict[str, type[AbstractPruner]] = {",
             "from convexprune.pruners._toy import Toy\nPRUNERS = {'toy': Toy, ",
         ),
-        "convexprune/_schema/settings.py": ('"convex",\n            "admm",', '"toy",\n            "admm",'),
+        "convexprune/_schema/settings.py": ('METHODS = ("convex", "admm",', 'METHODS = ("convex", "toy",'),
         "convexprune/_runs/sizes.py": ("METHODS = {", 'METHODS = {"toy": Method(5.0, 7.9, 0, 0, 1.0),'),
     },
     "a quantizer": {
