@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convexprune import errors, problems, pruners, solvers
     from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
-    from convexprune._container import Packed, export, pack, unpack
+    from convexprune._api.exporting import export
+    from convexprune._container import Packed, pack, unpack
     from convexprune.adapters._inspection.inspection import Inspection, inspect
     from convexprune.adapters._loading.packed import load
     from convexprune.adapters._training import KeepZeros, keep_zeros
@@ -66,7 +67,8 @@ _NAMES = {
     "adapters._loading.packed": ("load",),
     "adapters._training": ("KeepZeros", "keep_zeros"),
     "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
-    "_container": ("Packed", "export", "pack", "unpack"),
+    "_api.exporting": ("export",),
+    "_container": ("Packed", "pack", "unpack"),
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
     "core": (
         "L1",

@@ -22,9 +22,9 @@ def export(
 ) -> None:
     """Write a model as other engines load it. vLLM takes the format compressed-tensors, llama.cpp takes gguf."""
     with stoppable(), following(quiet=quiet):
-        from convexprune import _container as container
+        from convexprune._api.exporting import export as write
 
-        folder = container.export(source, output, format, allow_changed=allow_changed)
+        folder = write(source, output, format, allow_changed=allow_changed)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

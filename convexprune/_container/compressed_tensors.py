@@ -14,7 +14,7 @@ from torch import Tensor
 from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._container.provenance import require_as_written
-from convexprune._runs.folder import PAGE, REPORT, RunFolder
+from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
 from convexprune._storage.notes import read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
@@ -28,7 +28,7 @@ ACCEPTED = (
     "The layout takes Linear modules only, no experts in one tensor, and none that was quantized before. "
     "`convexprune pack` takes any model."
 )
-OF_RUN = (REPORT, PAGE)  # tell of the files as they were
+OF_RUN = (CARD, REPORT, PAGE)  # tell of the files as they were
 LONGEST = 1 << 28  # bytes of an index; that of 1,000,000 tensors has less
 
 

@@ -20,7 +20,7 @@ from .command import command_of
 from .facts import facts, name_of_model, text_of_evaluation
 from .templates import code, text_of, visible
 
-FOLDER = "DIR"  # what the card calls the place of the result, wherever it lies
+FOLDER, RUN = "DIR", "RUN"  # names in the card of the result's place and, in the card of an export, of the run's
 METRICS = {"value": "perplexity", "kl": "kl divergence from dense"}  # by their names in the report
 
 
@@ -49,32 +49,48 @@ def mark_sparse(model: PreTrainedModel, report: Report) -> None:
         setattr(model.config, name, value)
 
 
-def write_card(report: Report, folder: Path) -> Path:
-    """Write the model card beside a result."""
+def write_card(report: Report, folder: Path, layout: str | None = None) -> Path:
+    """Write the model card beside a result, or beside an export in a layout."""
     with atomic_write(folder / CARD) as file:
-        write(file, card(report).encode())
+        write(file, card(report, layout).encode())
     return folder / CARD
 
 
-def card(report: Report) -> str:
-    """Return the model card. The report is its only source: no clock, no path of the machine."""
+def card(report: Report, layout: str | None = None) -> str:
+    """Return the model card of a result, or of its export. The report is the only source: no clock, no path."""
     name, zeros = name_of_model(report), f"{report.sparsity:.1%}"
     body = text_of(
         "card.md.jinja",
-        title=f"{name}, {zeros} of its weights zero" if report.asks_for_zeros else name,
+        title=", ".join(
+            [name, *([f"{zeros} of its weights zero"] if report.asks_for_zeros else []), *_kind(report, layout)]
+        ),
+        layout=layout,
         model=name,
         hub_name=hub_name(report.recipe.get("model")),
         report=report,
+        grid=_grid(report),
         zeros=zeros,
         removed=_removed(str(report.recipe["pattern"])),
-        facts=facts(report),
+        facts=facts(report, "codes and scales" if layout else "their products"),
         folder=FOLDER,
-        command=command_of(report, FOLDER),
+        run=RUN if layout else FOLDER,
+        command=command_of(report, RUN if layout else FOLDER),
         window=next((p["window"] for p in report.perplexity.values()), None),
         documents=", ".join(map(code, report.base.get("files", []))),
         licence=_licence(report),
     )
-    return f"---\n{visible(metadata(report).to_yaml())}\n---\n\n{body}"
+    return f"---\n{visible(metadata(report, layout).to_yaml())}\n---\n\n{body}"
+
+
+def _grid(report: Report) -> str | None:
+    """Name the grid of a quantized run."""
+    bits = report.recipe.get("bits")
+    return report.recipe.get("quantize") or (None if bits is None else f"{bits} bits a weight")
+
+
+def _kind(report: Report, layout: str | None) -> list[str]:
+    """Name the grid and the layout of an export."""
+    return [str(report.recipe["quantize"]), layout] if layout else []
 
 
 def _removed(pattern: str) -> str:
@@ -83,19 +99,24 @@ def _removed(pattern: str) -> str:
     return {"layers": "decoder layers", "heads": "attention heads"}.get(kind, kind)
 
 
-def metadata(report: Report) -> ModelCardData:
+def metadata(report: Report, layout: str | None = None) -> ModelCardData:
     """Return the metadata of the hub."""
     base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
     dataset = hub_dataset(report)
     zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
+    kinds = [re.sub(r"[^\w:.\- ]", "", pattern)] if zeros or report.narrowed or not _grid(report) else []
     kept = {name: value for name, value in report.base.items() if name != "files"}
     return ModelCardData(
         model_name=name_of_model(report),
         base_model=base,
-        base_model_relation=None if base is None else "finetune",  # the hub has no word for pruned models
+        base_model_relation=None
+        if base is None
+        else "quantized"
+        if layout
+        else "finetune",  # the hub has no word for pruned models
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["convexprune", *(["pruned", "sparse"] if zeros else []), re.sub(r"[^\w:.\- ]", "", pattern)],
+        tags=["convexprune", *_kind(report, layout), *(["pruned", "sparse"] if zeros else []), *kinds],
         datasets=None if dataset is None else [dataset],
         eval_results=_results(report) or None,
         ignore_metadata_errors=True,

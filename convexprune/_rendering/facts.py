@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from statistics import fmean
 
@@ -19,13 +20,17 @@ class Fact:
     text: str
 
 
-def facts(report: Report) -> list[Fact]:
+def facts(report: Report, stored: str = "their products") -> list[Fact]:
     """Return statements about a result, the same for a resumed run.
+
+    Args:
+        stored: form of quantized values in the files.
 
     Returns:
         Zeros, kept values, errors with the worst operators, perplexity, certificates, size of the download, warnings.
     """
-    parts = (_zeros, _quantized, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
+    values = partial(_quantized, stored=stored)
+    parts = (_zeros, values, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
     return [fact for part in parts for fact in part(report)]
 
 
@@ -69,13 +74,13 @@ def _zeros(report: Report) -> Iterator[Fact]:
         yield Fact("zeros", f"{report.sparsity:.2%} of {weights:,} weights in {len(report.operators)} operators")
 
 
-def _quantized(report: Report) -> Iterator[Fact]:
+def _quantized(report: Report, stored: str) -> Iterator[Fact]:
     bits, by = report.recipe.get("bits"), report.recipe.get("quantizer")
     if bits is not None:
         yield Fact("values", f"{bits} bits a weight once packed: numbers times a scale for each column, by {by}")
     elif report.recipe.get("quantize") is not None:
         grids = sorted({operator.pattern.rpartition(", ")[2] for operator in report.operators})
-        yield Fact("values", f"{', '.join(grids)}, by {by}; stored as their products")
+        yield Fact("values", f"{', '.join(grids)}, by {by}; stored as {stored}")
 
 
 def _removed(report: Report) -> Iterator[Fact]:

@@ -1,6 +1,8 @@
 """A quantized model in the layout of compressed-tensors: read by the library itself, with the same bits."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune._cli import app
 from convexprune._container.compressed_tensors import packed_codes
+from convexprune._rendering.card import card
 from convexprune.errors import ModelError
 
 GRID: dict[str, Any] = {"quantize": "int4", "group_size": 32, "ignore": ["down_proj"]}
@@ -55,6 +58,27 @@ def test_transformers_loads_the_weights_of_the_run(run: Path, tmp_path: Path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == stored
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.25])
+def test_the_card_is_that_of_the_export(build, tmp_path: Path, sparsity: float):
+    build("llama").save_pretrained(tmp_path / "dense")
+    grid: dict[str, Any] = GRID | {"sparsity": sparsity}
+    report = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "run", **SETTINGS | grid).report
+    convexprune.export(tmp_path / "run", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert {"- int4", "- compressed-tensors"} <= set(front.splitlines())
+    assert ("- unstructured" in front.splitlines()) == ("- sparse" in front.splitlines()) == bool(sparsity)
+    assert body.strip().splitlines()[0].endswith(", int4, compressed-tensors")
+    assert "quantized to int4, and stored as codes and scales in the layout compressed-tensors" in body
+    assert "put into the pattern" not in body and "their products" not in body and "\nvllm serve DIR\n" in body
+    again = card(replace(report, recipe=report.recipe | {"dataset": "text.txt"}), "compressed-tensors")
+    assert "--output RUN\nconvexprune export RUN DIR\n" in again
+    names = set(re.findall(r"[\w.-]+\.(?:json|html|yaml|md|safetensors)\b", body))
+    assert names == {"recipe.yaml"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    plain = (tmp_path / "run" / "README.md").read_text()
+    assert "quantized to int4." in plain and "vllm" not in plain and "put into the pattern" not in plain
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma3"])
