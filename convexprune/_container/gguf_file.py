@@ -19,8 +19,9 @@ from convexprune._container.gguf_tokenizer import write_tokenizer
 from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder
-from convexprune._storage.files import atomic_path, named
+from convexprune._storage.files import named
 from convexprune._storage.notes import read_text
+from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
 from convexprune.constraints import Grid, parse_pattern
 from convexprune.constraints._codebook import Codebook, Scales
@@ -110,7 +111,10 @@ def export(source: str | Path, output: str | Path, allow_changed: bool = False) 
         config = json.loads(read_text(folder / "config.json", LONGEST))
         model = GGUFModel(config, folder)
         tensors = _places(model, plain, folder)
-        with atomic_path(target) as path, closing(gguf.GGUFWriter(path, model.architecture.name)) as writer:
+        with (
+            Staging(target).whole(is_file=True) as path,
+            closing(gguf.GGUFWriter(path, model.architecture.name)) as writer,
+        ):
             _describe(writer, model, folder, [part for parts in tensors.values() for part in parts])
             _write(writer, model, tensors)
     return target

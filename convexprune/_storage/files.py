@@ -18,23 +18,14 @@ CHUNK = 1 << 20  # bytes that are read at once
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a new file atomically: under another name, flushed, and renamed to `path` if the block ends well."""
-    with atomic_path(path) as temporary, temporary.open("xb") as file:
-        yield file
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give the name of a file that is to be written, and renamed to `path` if the block ends well.
-
-    Its folder is made if need be.
-    """
+    """Write a new file, and a folder for it, atomically: under another name, renamed if the block ends well."""
     # Whoever else may write to the folder cannot know this name, and a link that has it would not be followed.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with writing(path):
             make_folder(path.parent)
-            yield temporary
+            with temporary.open("xb") as file:
+                yield file
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

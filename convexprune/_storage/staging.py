@@ -1,4 +1,4 @@
-"""The one place where an output folder is made: a marked, hidden folder beside it, put in its place by a rename."""
+"""The one place where an output is made: in a marked, hidden folder beside it, put in its place by a rename."""
 
 import errno
 import os
@@ -163,8 +163,8 @@ class Staging:
             yield is_free
 
     @contextmanager
-    def whole(self) -> Iterator[Path]:
-        """Yield an empty folder that becomes the output if the block ends well; else nothing is left of it."""
+    def whole(self, *, is_file: bool = False) -> Iterator[Path]:
+        """Yield a new folder, or the name of a new file, for the output; publish it if the block ends well."""
         require_empty(self.output)
         self.check()
         with self.held() as is_free:
@@ -172,16 +172,17 @@ class Staging:
                 raise self.in_use()
             try:
                 with writing(self.output):
-                    yield self.begin()
+                    yield self.begin(is_file=is_file)
                 self.publish()
             finally:
                 self.discard()
 
-    def begin(self) -> Path:
-        """Make `new` afresh."""
+    def begin(self, *, is_file: bool = False) -> Path:
+        """Make `new` afresh; as a file, only its name."""
         remove(self.new)
         with writing(self.new):
-            self.new.mkdir()
+            if not is_file:
+                self.new.mkdir()
         return self.new
 
     def publish(self, require: Callable[[Path], None] | None = None) -> None:
@@ -190,7 +191,8 @@ class Staging:
         What lies there is empty; or it passes `require`, which raises an error if not, and is removed.
         """
         with writing(self.output):
-            flush(self.new)
+            if self.new.is_dir():
+                flush(self.new)
             if require is None:
                 require_empty(self.output)
             elif self.output.exists():

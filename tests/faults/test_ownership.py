@@ -95,6 +95,7 @@ COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "pack": lambda s, out: convexprune.pack(s / "run", out),
     "unpack": lambda s, out: convexprune.unpack(s / "pack", out),
     "export": lambda s, out: convexprune.export(s / "int4", out),
+    "export, gguf": lambda s, out: convexprune.export(s / "text", out, "gguf"),
     "permute": lambda s, out: convexprune.permute(
         s / "dense", output_dir=out, dataset=SETTINGS["dataset"], num_calibration_samples=2
     ),
@@ -199,7 +200,7 @@ def test_a_place_of_another_command_that_goes_on_is_not_touched(command: str, so
     tried(command, sources, around)
 
 
-@pytest.mark.parametrize("command", ["pack", "unpack", "export", "permute", "prune", "compare"])
+@pytest.mark.parametrize("command", ["pack", "unpack", "export", "export, gguf", "permute", "prune", "compare"])
 def test_what_a_killed_command_left_is_removed(command: str, sources: Path, tmp_path: Path):
     staging = Staging(tmp_path / "out")
     with staging.held():
