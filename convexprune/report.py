@@ -54,6 +54,7 @@ class OperatorReport:
         damping: damping of the layer problem; None without damping.
         weighted_error: `relative_error` with the tokens' weights, the method's objective; None if tokens count alike,
             as in the other errors.
+        weight_growth: largest absolute weight over the dense operator's; None in older reports.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -80,6 +81,7 @@ class OperatorReport:
     dense_zeros: int = 0
     damping: Damping | None = None
     weighted_error: float | None = None
+    weight_growth: float | None = None
 
     @classmethod
     def read(cls, written: dict[str, Any]) -> "OperatorReport":
@@ -249,7 +251,7 @@ class Report:
         """Return a table for a terminal, a line for an operator."""
         table = Table(title=f"Sparsity {self.sparsity:.2%} in {len(self.operators)} operators", box=SIMPLE_HEAD)
         table.add_column("operator", no_wrap=True)
-        for name in ("shape", "zeros", "error", "held-out", "gap", "bound", "solves", "damping", "s"):
+        for name in ("shape", "zeros", "error", "held-out", "growth", "gap", "bound", "solves", "damping", "s"):
             table.add_column(name, justify="right", no_wrap=True)
         for o in self.operators:
             table.add_row(*_cells(o))
@@ -262,6 +264,7 @@ def _cells(o: OperatorReport) -> Iterable[str]:
     yield f"{o.sparsity:.1%}"
     yield f"{o.relative_error:.2e}"
     yield "-" if o.held_out_error is None else f"{o.held_out_error:.2e}"
+    yield "-" if o.weight_growth is None else f"{o.weight_growth:.1f}"
     yield "-" if o.gap is None else f"{o.gap:.0e}"
     yield "-" if o.bound is None else f"{o.bound['ratio']:.2f}"
     yield str(o.solves)

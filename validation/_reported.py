@@ -22,11 +22,15 @@ class ReportedError:
 
     Args:
         error: measured again on the same tokens.
+        held_out: reported error on held-out tokens.
+        growth: largest absolute weight over the dense operator's.
     """
 
     operator: str
     error: float
     reported: float
+    held_out: float | None
+    growth: float
 
     @property
     def fault(self) -> str:
@@ -52,8 +56,9 @@ def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
     own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]
-    said = ((o.name, o.relative_error if o.weighted_error is None else o.weighted_error) for o in own)
-    return [ReportedError(name, error, reported) for name, reported in said]
+    growth = float(achieved.abs().max() / problem.weight.abs().max())
+    said = ((o, o.relative_error if o.weighted_error is None else o.weighted_error) for o in own)
+    return [ReportedError(o.name, error, reported, o.held_out_error, growth) for o, reported in said]
 
 
 def require_same_shapes(dense: HuggingFaceModel, pruned: HuggingFaceModel, reports: Sequence[OperatorReport]) -> None:

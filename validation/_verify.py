@@ -153,10 +153,14 @@ class Verification:
                            f"{b.ratio:.3f}", f"{b.plain_error:.2e}", f"{b.plain_lower:.2e}", f"{b.plain_ratio:.3f}",
                            f"{b.seconds:.1f}")  # fmt: skip
         errors = Table(title="Errors of the run, measured again", box=SIMPLE_HEAD)
-        for name in ("operator", "relative error", "in the report"):
+        for name in ("operator", "relative error", "in the report", "held-out there", "largest weight / dense"):
             errors.add_column(name, justify="left" if name == "operator" else "right", no_wrap=True)
         for e in self.errors:
-            errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}")
+            others = (
+                "-" if e.held_out is None else f"{e.held_out:.3e}",
+                "-" if e.growth is None else f"{e.growth:.2f}",
+            )
+            errors.add_row(e.operator, f"{e.error:.3e}", f"{e.reported:.3e}", *others)
         return [solves, *(table for table in (bounds, errors) if table.row_count)]
 
 

@@ -14,6 +14,7 @@ from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe, Remove
 from convexprune._layerwise.steps.prune import Prune
 from convexprune._layerwise.steps.quantize import Quantize
+from convexprune._layerwise.steps.repair import Repair
 from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.report import OnOperator, OperatorReport
@@ -21,7 +22,7 @@ from convexprune.report import OnOperator, OperatorReport
 
 def stack_steps(on_operator: OnOperator) -> list[AbstractStackStep]:
     """Return the steps on the operators of a layer that was observed."""
-    return [Prune(), Quantize(), Measure(on_operator)]
+    return [Prune(), Repair(), Quantize(), Measure(on_operator)]
 
 
 def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:

@@ -111,6 +111,9 @@ def _errors(report: Report) -> Iterator[Fact]:
             error, largest = max(known, key=lambda pair: pair[0])
             mean = fmean(found for found, _ in known)
             yield Fact(name, f"mean {mean:.1e}, worst {error:.1e}: {largest.name} {_described(largest)}")
+    if grown := [(o.weight_growth, o.name) for o in report.operators if o.weight_growth is not None]:
+        growth, operator = max(grown)
+        yield Fact("largest weight", f"up to {growth:.1f} times the dense operator's largest: {operator}")
 
 
 def _described(o: OperatorReport) -> str:
@@ -172,6 +175,9 @@ def _download(report: Report) -> Iterator[Fact]:
 def _warnings(report: Report) -> Iterator[Fact]:
     if report.short_of_tokens:
         yield Fact("note", f"{len(report.short_of_tokens)} operators of experts got fewer tokens than they have inputs")
+    if repaired := [o.name for o in report.operators if "repairs" in o.facts]:
+        reason = "on held-out tokens the first fit was worse than no operator, so these tokens chose a stronger damping"
+        yield Fact("note", f"{len(repaired)} operators were refitted, first {repaired[0]}: {reason}")
     for warning in report.warnings:
         yield Fact("warning", warning)
 

@@ -10,31 +10,40 @@ from convexprune.core._moments import sampling_noise
 from convexprune.errors import PruningError
 from convexprune.pruners._base import LayerProblem
 
-DEFAULT_DAMPING = 0.06
-"""The damping for a single sample, which has nothing to be compared with."""
 DOMAIN_SHIFT_RANGE, NOISE_GAIN = (0.05, 0.1), 12
-"""What the part of the damping that saturates has for other texts: times the noise, within these limits."""
-RIDGE = 0.003
-"""The part that does not, for directions in which there is next to no energy."""
+"""The saturating part for other texts: times the noise, within these limits."""
+RIDGE_RANGE, RIDGE_GAIN = (0.003, 0.1), 0.12
+"""The ridge, for directions without energy in the sample: times the inputs over the tokens, within these limits."""
+PRIOR_GAIN, PRIOR_TOKENS, LARGEST_PRIOR = 6, 4, 0.2
+"""The prior, in units of a typical energy: times the cube of the noise, and that many over the tokens."""
+LARGEST_NOISE = 0.5
+"""The noise of a single sample, which has no halves, is as measured elsewhere: inputs over tokens, at most this."""
 
 
 def choose_damping(problem: LayerProblem, damping: float | None) -> Damping:
-    """The damping of a problem.
+    """Return the damping that the noise of the tokens asks for, or a ridge of strength `damping`.
 
-    An exact solver fits the noise of the tokens: directions in which the sample has little energy have more in other
-    texts. Half against half, an eigenvalue below the knee is too small by about the same factor whatever its size, and
-    by more the more noise there is. A saturating pull makes up for that, a ridge does not (lab/tried.md has others).
-    What it has beside the noise is for texts of another kind, which differ however long the sample is.
-
-    Args:
-        damping: the strength of a ridge; None is what the sample's noise asks for.
+    An exact solver fits the noise. Half against half, an eigenvalue below the knee is too small by about the same
+    factor whatever its size. A saturating pull makes up for that. A part of it is for texts of another kind, which
+    differ however long the sample is. The ridge is for directions, the prior for inputs, without energy in the sample
+    (lab/tried.md has what else was tried).
     """
     if damping is not None:
         return Damping(damping)
-    if not problem.folds:
-        return Damping(DEFAULT_DAMPING)
-    noise, (least, most) = sampling_noise(problem.folds), DOMAIN_SHIFT_RANGE
-    return Damping(RIDGE, noise + min(max(NOISE_GAIN * noise, least), most))
+    tokens, (least, most) = max(1, problem.moments.tokens), DOMAIN_SHIFT_RANGE
+    shortage = problem.weight.shape[1] / tokens
+    noise = sampling_noise(problem.folds) if problem.folds else min(LARGEST_NOISE, shortage)
+    ridge = min(max(RIDGE_RANGE[0], RIDGE_GAIN * shortage), RIDGE_RANGE[1])
+    prior = min(LARGEST_PRIOR, PRIOR_GAIN * noise**3 + PRIOR_TOKENS / tokens)
+    return Damping(ridge, noise + min(max(NOISE_GAIN * noise, least), most), prior * _typical_energy(problem))
+
+
+def _typical_energy(problem: LayerProblem) -> float:
+    """Return the geometric mean of the energies of live inputs: a massive activation hardly moves that."""
+    energies = problem.quadratic.gram.diagonal()
+    largest = energies.max()
+    ratios = (energies[energies > 0] / largest).log().mean().exp()  # the same bits in units of any power of two
+    return float(ratios * largest) if largest > 0 else 0.0
 
 
 def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
@@ -46,14 +55,17 @@ def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
     quadratic, scale = problem.quadratic, problem.quadratic.scale()
     if damping.strength == 0:
         return quadratic
+    live = ~problem.dead
     if not damping.saturating:
-        return quadratic + Quadratic.damping(problem.weight, damping.ridge * problem.scale.square())
+        strength = damping.ridge * problem.scale.square() + damping.prior * live
+        return quadratic + Quadratic.damping(problem.weight, strength)
     shifted = quadratic.gram / scale / scale[:, None]
     shifted.diagonal().add_(EIGENVALUE_KNEE)
     pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * EIGENVALUE_KNEE)
     pull.diagonal().add_(damping.strength)
     zero = torch.zeros_like(problem.weight)
     pull = pull.mul_(torch.outer(problem.scale, problem.scale))
+    pull.diagonal().add_(live, alpha=damping.prior)
     return quadratic + Quadratic(pull, zero, zero[:, 0], problem.weight, checked=False)
 
 

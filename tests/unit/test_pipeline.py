@@ -21,10 +21,12 @@ from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe
 from convexprune._layerwise.steps.prune import Prune
 from convexprune._layerwise.steps.quantize import Quantize
+from convexprune._layerwise.steps.repair import Repair
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Grid, Quantized, Unstructured
+from convexprune.core._damping import Damping
 from convexprune.errors import PruningError
-from convexprune.pruners import Convex, SparseGPT
+from convexprune.pruners import Convex, LayerProblem, SparseGPT, _search
 from convexprune.report import OperatorReport
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -177,3 +179,41 @@ def test_the_step_that_reports_is_the_last():
 def test_a_step_that_breaks_the_pattern_is_refused():
     with pytest.raises(PruningError, match=r"q_proj: .* entries break the pattern"):
         run(layer_of("llama"), HALF, Prune(), Revive())
+
+
+def loosely(problem: LayerProblem, damping: float | None) -> Damping:
+    """A damping that leaves all noise in: next to nothing pulls."""
+    return Damping(1e-5, 0.0, 1e-3)
+
+
+def few_tokens() -> LayerContext:
+    return context_of(HuggingFaceModel(build_family("llama")), TOKENS[:, :6], held_out=2)
+
+
+def test_weights_that_fitted_noise_are_refitted_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_search, "choose_damping", loosely)
+    settings = replace(HALF, pruner=Convex())
+    loose, repaired = run(few_tokens(), settings, Prune()), run(few_tokens(), settings, Prune(), Repair())
+    worse = {name for name, report in loose.items() if (report.held_out_error or 0) > 1}
+    assert worse and worse <= {name for name, report in repaired.items() if "repairs" in report.facts}
+    for name in worse:
+        before, after = loose[name], repaired[name]
+        assert after.held_out_error is not None and before.held_out_error is not None
+        assert after.held_out_error < before.held_out_error and after.zeros == before.zeros
+        assert after.damping is not None and after.damping.prior > 1e-3 and after.gap is not None
+    assert "repairs" not in repaired["self_attn.q_proj"].facts
+
+
+def test_a_damping_of_the_users_is_not_repaired():
+    settings = replace(HALF, pruner=Convex(damping=1e-5))
+    loose, same = run(few_tokens(), settings, Prune()), run(few_tokens(), settings, Prune(), Repair())
+    assert max(report.held_out_error or 0 for report in loose.values()) > 1
+    assert all(same[name].held_out_error == report.held_out_error for name, report in loose.items())
+
+
+def test_the_growth_is_that_of_the_largest_weight():
+    context, dense = layer_of("llama"), layer_of("llama")
+    reports = run(context, replace(HALF, pruner=Convex()), Prune())
+    for before, after in zip(dense.layer.operators, context.layer.operators, strict=True):
+        growth = float(after.read().abs().max() / before.read().abs().max())
+        assert reports[after.name].weight_growth == pytest.approx(growth)

@@ -40,8 +40,8 @@ class Measure(AbstractStackStep):
         folds, rules, problem = stack.statistics, stack.settings.rules, stack.problem
         errors = minimised = _relative_errors(problem, stored)
         if folds.is_weighted:
-            errors = _errors_elsewhere(problem, folds.unweighted.rows(stack.rows), stored)
-        held_out = _errors_elsewhere(problem, folds.held_out.rows(stack.rows), stored)
+            errors = errors_elsewhere(problem, folds.unweighted.rows(stack.rows), stored)
+        held_out = errors_elsewhere(problem, folds.held_out.rows(stack.rows), stored)
         facts = stack.edit.facts | stack.facts
         counted = _counted(stack, stored)
         each = zip(stack.names, counted, errors, minimised, held_out, bounds, strict=True)
@@ -85,6 +85,7 @@ def _counted(stack: Stack, stored: Tensor) -> list[dict[str, Any]]:
                 "zeros": zeros,
                 "expected_zeros": pattern.zeros(outputs, inputs),
                 "dense_zeros": int((before == 0).sum()),
+                "weight_growth": float(weight.abs().max() / largest) if (largest := before.abs().max()) > 0 else 1.0,
                 "pattern": str(pattern),
             }
         )
@@ -113,7 +114,7 @@ def _relative_errors(problem: LayerProblem, weight: Tensor) -> list[float]:
     return [float(error / energy) if error != 0 else 0.0 for error, energy in parts]
 
 
-def _errors_elsewhere(problem: LayerProblem, held_out: Moments, weight: Tensor) -> list[float] | list[None]:
+def errors_elsewhere(problem: LayerProblem, held_out: Moments, weight: Tensor) -> list[float] | list[None]:
     """Return the relative errors on tokens that were not fitted; None where there are none."""
     unseen = replace(problem, moments=held_out, folds=())
     return _relative_errors(unseen, weight) if held_out.tokens else [None] * len(problem.pattern.parts(len(weight)))
