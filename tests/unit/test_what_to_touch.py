@@ -116,7 +116,7 @@ TOYS: dict[str, Edits] = {
                         operator.write(operator.read() / 2)
             """,
         "convexprune/_layerwise/work.py": (
-            "[Prune(), Quantize(), ",
+            "[Prune(), Repair(), Quantize(), ",
             "[Prune(), __import__('convexprune._layerwise.steps.toy', fromlist='Toy').Toy(), Quantize(), ",
         ),
     },
