@@ -15,7 +15,13 @@ AT_ONCE = 2**24  # numbers in the factors that are computed together
 
 
 def gaps_on_kept(
-    quadratic: Quadratic, penalty: AbstractPenalty, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor
+    quadratic: Quadratic,
+    penalty: AbstractPenalty,
+    weight: Tensor,
+    residual: Tensor,
+    values: Tensor,
+    slack: Tensor,
+    doubt: float = 0.0,
 ) -> Tensor:
     """Bound the duality gap by row without an inverse of H, by inverses of H on kept entries.
 
@@ -33,9 +39,11 @@ def gaps_on_kept(
     the domain make a bound.
 
     Rounding errs upwards: the factor is of H_FF less a margin, and y is off by at most e in the norm of H, which moves
-    the dual point by at most e sqrt(H_jj).
+    the dual point by at most e sqrt(H_jj). In doubt about H by d in the spectral norm, K is off by d |V - A|, and K - y
+    H by d |V - A + y| and by what y is off: the doubt times the norm of H_FF^(-1/2).
 
     Args:
+        doubt: d, see `SumOfSquares.doubt`.
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
         values: q by row [m] at `weight`.
@@ -58,20 +66,24 @@ def gaps_on_kept(
     if len(on) * int(on.sum(1).max()) ** 3 > PRICED:
         return torch.full_like(values, inf)
     kept = on.expand_as(kept)
-    price, step, error = _least_squares(gram, on, (residual - dual).view(len(on), -1, len(gram)))
+    price, step, error, norm = _least_squares(gram, on, (residual - dual).view(len(on), -1, len(gram)), doubt)
     point = torch.addmm(residual, step, gram, alpha=-1)
-    off = torch.where(kept, 0.0, error[:, None] * gram.diagonal().sqrt())
+    moved = quadratic.displacement(weight)
+    before, after = (doubt * torch.linalg.vector_norm(each, dim=1) for each in (moved, moved + step))
+    off = (error + norm * after)[:, None] * (gram.diagonal() + doubt).sqrt() + after[:, None]
+    off = torch.where(kept, 0.0, off)
     point = torch.where(kept, dual, point)
     far = point + torch.copysign(off, point)
     s = penalty.dual_scale(far).clamp_max(1)
     product = torch.linalg.vecdot(point, weight) - torch.linalg.vecdot(off, weight.abs())  # at least that
     rest = slack + penalty.conjugate(s[:, None] * far) - s * product
     rest = rest.mean().expand_as(rest) if penalty.couples_rows else rest
-    cost = (1 - s) * (values + quadratic.rounding).sqrt() + s * price.sqrt()
+    misfit = values + quadratic.rounding + before * torch.linalg.vector_norm(moved, dim=1) / 2
+    cost = (1 - s) * misfit.sqrt() + s * (price.sqrt() + norm * before * 0.5**0.5)
     return (rest.clamp_min(0) + cost.square()).nan_to_num_(nan=inf)
 
 
-def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor, doubt: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the step of rows on kept entries, y = k H_FF^-1 of the gradient k.
 
     Args:
@@ -80,11 +92,10 @@ def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor
         gradient: k [g r n], of r rows in a group.
 
     Returns:
-        A bound on 1/2 y H y' [m = g r], inf where H_FF is not safely positive definite; y [m n]; and a bound on the
-            error
-        of y in the norm of H [m].
+        A bound on 1/2 y H y' [m = g r], inf where H_FF is not safely positive definite; y [m n]; a bound on the error
+        of y in the norm of H [m]; and in doubt a bound on the norm of H_FF^(-1/2) [m].
     """
-    margin, most = rounding_margin(gram), int(kept.sum(1).max())
+    margin, most = rounding_margin(gram) + doubt, int(kept.sum(1).max())
     order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # what is kept comes first
     found = []
     for groups in torch.arange(len(kept), device=kept.device).split(max(1, AT_ONCE // max(1, most) ** 2)):
@@ -96,8 +107,13 @@ def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor) -> tuple[Tensor
         factor, info = torch.linalg.cholesky_ex(safe)
         y = torch.cholesky_solve(k, factor)
         off = torch.linalg.solve_triangular(factor, k - squares @ y, upper=False).square().sum(1).sqrt()
+        norm = torch.zeros_like(off)
+        if doubt:
+            unit = on[:, :, None] * torch.eye(most, dtype=gram.dtype, device=gram.device)
+            inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
+            norm += torch.linalg.matrix_norm(inverse)[:, None]
         price, wrong = (k * y).sum(1) / 2, (info != 0)[:, None]
         step = torch.zeros_like(gradient[groups]).scatter_(2, places, torch.where(wrong[:, None], 0.0, y).mT)
-        found.append((torch.where(wrong, inf, price), step, torch.where(wrong, 0.0, off)))
-    price, step, error = (torch.cat(each).flatten(0, 1) for each in zip(*found, strict=True))
-    return price, step, error
+        found.append((torch.where(wrong, inf, price), step, *(torch.where(wrong, 0.0, each) for each in (off, norm))))
+    price, step, error, norm = (torch.cat(each).flatten(0, 1) for each in zip(*found, strict=True))
+    return price, step, error, norm

@@ -9,6 +9,7 @@ from torch import Tensor
 from convexprune._device.precision import certifies_in_parts
 from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise, require_norm
 from convexprune.core._arrays import Array, as_tensor
+from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._quadratic import Quadratic
@@ -122,7 +123,13 @@ class Certificate(Shown):
 
 
 def row_gaps(
-    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, dear: bool = False
+    problem: Problem,
+    weight: Tensor,
+    residual: Tensor,
+    values: Tensor,
+    slack: Tensor,
+    dear: bool = False,
+    doubt: float = 0.0,
 ) -> Tensor:
     """The duality gap of each row.
 
@@ -144,7 +151,11 @@ def row_gaps(
     What the energy's own rounding hides is added. Where H is not definite, or next to it, the scaling alone is left, or
     all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row.
 
+    In doubt about H, the bounds hold for every sum of squares whose H is off by at most d in the spectral norm. Its K
+    is off by at most d |V - A|, its q by d |V - A|^2 / 2. Only the scaling and the choice on kept entries see that.
+
     Args:
+        doubt: d, see `SumOfSquares.doubt`.
         weight: V [m n].
         residual: K [m n], the residual of q at `weight`.
         values: q of each row [m] at `weight`.
@@ -154,12 +165,12 @@ def row_gaps(
         [m].
     """
     quadratic, penalty = problem.quadratic, problem.penalty
-    overlap = torch.linalg.vecdot(residual, weight)
-    best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
-    s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
-    price = quadratic.scaled_price(values, s)
     least = _least_sum if penalty.couples_rows else torch.minimum
-    gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
+    if doubt:
+        at = weight, residual, values, slack
+        gaps = least(_scaled_gaps(problem, *at, doubt), gaps_on_kept(quadratic, penalty, *at, doubt))
+        return gaps + quadratic.rounding
+    gaps = _scaled_gaps(problem, weight, residual, values, slack)
     dual = penalty.project(residual)
     rest = (slack + penalty.conjugate(dual) - torch.linalg.vecdot(dual, weight)).clamp_min(0)
     gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest)
@@ -175,6 +186,25 @@ def row_gaps(
     if dear and not quadratic.is_well_conditioned:
         gaps = least(gaps, gaps_on_kept(quadratic, penalty, weight, residual, values, slack))
     return gaps + quadratic.rounding
+
+
+def _scaled_gaps(
+    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, doubt: float = 0.0
+) -> Tensor:
+    """Return the gaps [m] by the scaled residual; see `row_gaps`."""
+    quadratic, penalty = problem.quadratic, problem.penalty
+    overlap, far = torch.linalg.vecdot(residual, weight), residual
+    if doubt:
+        length = torch.linalg.vector_norm(quadratic.displacement(weight), dim=1)
+        far = residual + torch.copysign((doubt * length)[:, None], residual)
+        overlap = overlap - doubt * length * torch.linalg.vector_norm(weight, dim=1)
+        values = values + doubt * length.square() / 2
+    best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
+    s = torch.minimum(penalty.dual_scale(far), best.clamp_min(0))
+    if doubt and not isinstance(penalty, Elementwise | GroupLasso):  # where larger entries may be nearer to the domain
+        s = torch.zeros_like(s)
+    rest = (slack + penalty.conjugate(s[:, None] * far) - s * overlap).clamp_min(0)
+    return quadratic.scaled_price(values, s) + rest
 
 
 def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:
@@ -196,7 +226,8 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
         problem: min q + p.
         weight: V [m n].
         precise: compute in float64, in coordinates where the Gram matrix has a diagonal near one, so that units make no
-            difference; else in the problem's own dtype, without the KKT residual.
+            difference; else in the problem's own dtype, without the KKT residual, and for the tensors as they are:
+            with no regard to what rounding hides in a singular Gram matrix.
         residual: the residual of q at `weight` [m n]. It saves a product if the certificate is not precise.
 
     Returns:
@@ -205,13 +236,13 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     Raises:
         ProblemError: `weight` is not shaped like the problem.
     """
-    point, given, consistent = problem.admit(weight), problem.quadratic, None
+    point, given, consistent, ratio = problem.admit(weight), problem.quadratic, None, 1.0
     if precise:
         quadratic, free = given.unit_free
         unit = problem.penalty.units(free)
         if unit is not free:  # the penalty is not known in every unit
             consistent, unit = quadratic.is_sum_of_squares, power_of_two(unit)
-            quadratic = given.double.scaled(unit)
+            quadratic, ratio = given.double.scaled(unit), float((free / unit).square().max())
         point = point.double() * unit
         if certifies_in_parts(given.gram) and not problem.penalty.couples_rows:
             quadratic = _in_parts(quadratic, point)
@@ -226,9 +257,14 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
     convex = problem.penalty.is_convex
     if not bool(primal.isfinite().all()):
         return Certificate(inf, inf, inf, convex=convex)
-    if precise and not (problem.quadratic.is_sum_of_squares if consistent is None else consistent):
+    if consistent is None:
+        consistent = problem.quadratic.is_sum_of_squares if precise else given.is_credible
+    if not consistent:
         return Certificate(float(primal.sum()), inf, inf)
-    gaps = row_gaps(problem, point, residual, values, slack, dear=precise) if convex else torch.full_like(values, inf)
+    definite = not precise or isinstance(problem.quadratic, InParts)
+    doubt = 0.0 if definite else given.unit_free[0].doubt * ratio
+    at = problem, point, residual, values, slack
+    gaps = row_gaps(*at, dear=precise, doubt=doubt) if convex else torch.full_like(values, inf)
     resolution = torch.finfo(given.cross.dtype).eps * given.target_energy
     if not precise:
         return Certificate(float(primal.sum()), float(gaps.sum()), inf, resolution, convex)

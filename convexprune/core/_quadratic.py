@@ -121,6 +121,11 @@ class Quadratic(SumOfSquares):
         tensors = gram, self.cross / scale, self.energy.double(), anchor
         return self._as_precise(*tensors), scale
 
+    @property
+    def is_credible(self) -> bool:
+        """True if the tensors belong to a sum of squares: computed from tokens, or checked at the first question."""
+        return not self._cache.suspect or self.unit_free[0].is_sum_of_squares
+
     def envelope(self, stiffness: float) -> Self:
         """Return the Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V.
 
@@ -144,7 +149,7 @@ class Quadratic(SumOfSquares):
         gram.diagonal(dim1=-2, dim2=-1).add_(stiffness)
         tensors = gram, image.mul_(stiffness), energy.clamp_min(0), self.anchor
         relaxed = type(self)(*tensors, bound=stiffness, checked=False)
-        relaxed._cache.envelope_of = self, stiffness
+        relaxed._cache.envelope_of, relaxed._cache.suspect = (self, stiffness), self._cache.suspect
         return relaxed
 
     def at(self, anchor: Tensor | None, residual: Tensor | None = None) -> Self:
@@ -167,7 +172,7 @@ class Quadratic(SumOfSquares):
     def rows(self, chosen: Tensor | slice) -> Self:
         """The quadratic of the rows `chosen` alone: numbers [k], a mask [m] or a slice."""
         anchor = None if self.anchor is None else self.anchor[chosen]
-        cache = Cache(self.gram, self._cache.precision, self._cache.energy[chosen])
+        cache = Cache(self.gram, self._cache.precision, self._cache.energy[chosen], suspect=self._cache.suspect)
         return type(self)(self.gram, self.cross[chosen], self.energy[chosen], anchor, self.bound, cache, checked=False)
 
     def columns(self, chosen: Tensor) -> Self:
@@ -189,17 +194,22 @@ class Quadratic(SumOfSquares):
 
     def _as_precise(self, gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None) -> Self:
         """Return a quadratic with the rounding errors of this quadratic's given tensors."""
-        cache = Cache(gram, self._cache.precision, self._cache.energy)
+        cache = Cache(gram, self._cache.precision, self._cache.energy, suspect=self._cache.suspect)
         return type(self)(gram, cross, energy, anchor, cache=cache, checked=False)
 
     def __add__(self, other: Self) -> Self:
         other = other.at(self.anchor)
         tensors = self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.anchor
-        return type(self)(*tensors, checked=False)
+        total = type(self)(*tensors, checked=False)
+        total._cache.suspect = self._cache.suspect or other._cache.suspect
+        return total
 
     def __mul__(self, factor: float) -> Self:
         if not factor >= 0:
             raise ProblemError(f"A quadratic times {factor} is not a sum of squares; the factor must be >= 0.")
-        return type(self)(self.gram * factor, self.cross * factor, self.energy * factor, self.anchor, checked=False)
+        tensors = self.gram * factor, self.cross * factor, self.energy * factor, self.anchor
+        scaled = type(self)(*tensors, checked=False)
+        scaled._cache.suspect = self._cache.suspect
+        return scaled
 
     __rmul__ = __mul__

@@ -41,7 +41,8 @@ class SideBySide(Quadratic):
         cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
         anchor = torch.cat([each.anchor for each in quadratics if each.anchor is not None])
         given = torch.cat([each._cache.energy for each in quadratics])
-        cache = Cache(gram, quadratics[0]._cache.precision, given)
+        suspect = any(each._cache.suspect for each in quadratics)
+        cache = Cache(gram, quadratics[0]._cache.precision, given, suspect=suspect)
         return cls(gram, cross, energy, anchor, cache=cache, checked=False)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import add_product, bare_product
 from convexprune.core._arrays import DataFormat, as_tensor
-from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
+from convexprune.core._consistency import fitting, is_sum_of_squares, room_for_rounding, symmetric
 from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._spectrum import largest_eigenvalue
 from convexprune.errors import ProblemError
@@ -32,6 +32,8 @@ class Cache:
         target_energy: see `SumOfSquares.target_energy`; None until computed.
         is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until computed.
         is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until computed.
+        doubt: see `SumOfSquares.doubt`; None until computed.
+        suspect: whether a caller gave the tensors, which may then belong to no sum of squares.
     """
 
     gram: Tensor
@@ -41,6 +43,8 @@ class Cache:
     target_energy: float | None = None
     is_sum_of_squares: bool | None = None
     is_well_conditioned: bool | None = None
+    doubt: float | None = None
+    suspect: bool = False
     factor: Tensor | None = UNKNOWN
     inverse: Any = UNKNOWN
 
@@ -83,7 +87,8 @@ class SumOfSquares:
         if checked:
             object.__setattr__(self, "gram", symmetric(self.gram, self.cross, self.energy, self.anchor))
         if self.cache is None:
-            object.__setattr__(self, "cache", Cache(self.gram, torch.finfo(self.energy.dtype).eps, self.energy))
+            cache = Cache(self.gram, torch.finfo(self.energy.dtype).eps, self.energy, suspect=checked)
+            object.__setattr__(self, "cache", cache)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,6 +189,24 @@ class SumOfSquares:
                 self.gram, self.cross, self.energy, unit, self._cache.precision, self.factor
             )
         return self._cache.is_sum_of_squares
+
+    @property
+    def doubt(self) -> float:
+        """Distance of H, in the spectral norm, from the Gram matrix that was rounded to H; 0 for a definite H.
+
+        Rounding makes a singular Gram matrix indefinite. The least shift that makes H definite, up to a factor of four
+        and at least a rounding error, says by how much. Only for a quadratic whose H has a diagonal near 1, or zero.
+        """
+        if self._cache.doubt is None:
+            shift = 0.0
+            if self.factor is None:
+                shift, room = self._cache.precision, room_for_rounding(self.gram, self._cache.precision)
+                while (
+                    shift < room and cholesky(self.gram + self.gram.new_full((len(self.gram),), shift).diag()) is None
+                ):
+                    shift *= 4
+            self._cache.doubt = shift
+        return self._cache.doubt
 
     @property
     def factor(self) -> Tensor | None:

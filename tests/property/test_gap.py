@@ -165,10 +165,10 @@ def test_nor_where_the_step_is_off_by_as_much_as_it_says(seed, tokens, radius, f
     weight = best + radius * random(seed + 1, *problem.shape)
     exact = on_kept._least_squares
 
-    def off(gram, kept, gradient):
-        price, step, error = exact(gram, kept, gradient)
+    def off(gram, kept, gradient, doubt):
+        price, step, error, norm = exact(gram, kept, gradient, doubt)
         moved = far * random(seed + 2, *step.shape) * kept
-        return price, step + moved, error + torch.linalg.vecdot(moved @ gram, moved).sqrt()
+        return price, step + moved, error + torch.linalg.vecdot(moved @ gram, moved).sqrt(), norm
 
     with patch.object(on_kept, "_least_squares", off):
         gaps, objectives = kept_gaps(problem, weight)
