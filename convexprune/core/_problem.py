@@ -12,11 +12,16 @@ from convexprune.core._arrays import Array, as_tensor
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
+from convexprune.core._penalty import L1, Support
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._shown import Shown
 from convexprune.core._spectrum import power_of_two
 from convexprune.core._sum_of_squares import UNKNOWN
 from convexprune.errors import ProblemError
+
+EVEN = (L1, Support, GroupLasso, ReverseHuber)
+"""Penalties whose conjugate does not fall as the entries of the dual point grow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +157,8 @@ def row_gaps(
     all are loose: `gaps_on_kept` has a choice for there, which takes a factor for each row.
 
     In doubt about H, the bounds hold for every sum of squares whose H is off by at most d in the spectral norm. Its K
-    is off by at most d |V - A|, its q by d |V - A|^2 / 2. Only the scaling and the choice on kept entries see that.
+    is off by at most d |V - A|, its q by d |V - A|^2 / 2. The scaling and the choice on kept entries
+    allow for that where p is even, and p* grows with its entries. Elsewhere S is zero.
 
     Args:
         doubt: d, see `SumOfSquares.doubt`.
@@ -165,12 +171,14 @@ def row_gaps(
         [m].
     """
     quadratic, penalty = problem.quadratic, problem.penalty
-    least = _least_sum if penalty.couples_rows else torch.minimum
     if doubt:
-        at = weight, residual, values, slack
-        gaps = least(_scaled_gaps(problem, *at, doubt), gaps_on_kept(quadratic, penalty, *at, doubt))
-        return gaps + quadratic.rounding
-    gaps = _scaled_gaps(problem, weight, residual, values, slack)
+        return _gaps_in_doubt(problem, weight, residual, values, slack, doubt)
+    least = _least_sum if penalty.couples_rows else torch.minimum
+    overlap = torch.linalg.vecdot(residual, weight)
+    best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
+    s = torch.minimum(penalty.dual_scale(residual), best.clamp_min(0))
+    price = quadratic.scaled_price(values, s)
+    gaps = price + (slack + penalty.conjugate(s[:, None] * residual) - s * overlap).clamp_min(0)
     dual = penalty.project(residual)
     rest = (slack + penalty.conjugate(dual) - torch.linalg.vecdot(dual, weight)).clamp_min(0)
     gaps = least(gaps, quadratic.inverse_form(residual - dual) + rest)
@@ -188,23 +196,24 @@ def row_gaps(
     return gaps + quadratic.rounding
 
 
-def _scaled_gaps(
-    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, doubt: float = 0.0
+def _gaps_in_doubt(
+    problem: Problem, weight: Tensor, residual: Tensor, values: Tensor, slack: Tensor, doubt: float
 ) -> Tensor:
-    """Return the gaps [m] by the scaled residual; see `row_gaps`."""
+    """Return gaps [m] that hold for every sum of squares whose H is off by at most `doubt`; see `row_gaps`."""
     quadratic, penalty = problem.quadratic, problem.penalty
-    overlap, far = torch.linalg.vecdot(residual, weight), residual
-    if doubt:
-        length = torch.linalg.vector_norm(quadratic.displacement(weight), dim=1)
-        far = residual + torch.copysign((doubt * length)[:, None], residual)
-        overlap = overlap - doubt * length * torch.linalg.vector_norm(weight, dim=1)
-        values = values + doubt * length.square() / 2
-    best = torch.where(values > 0, 1 + overlap / (2 * values), 1.0)  # unconstrained best s: <r, y> / <r, r>
-    s = torch.minimum(penalty.dual_scale(far), best.clamp_min(0))
-    if doubt and not isinstance(penalty, Elementwise | GroupLasso):  # where larger entries may be nearer to the domain
-        s = torch.zeros_like(s)
-    rest = (slack + penalty.conjugate(s[:, None] * far) - s * overlap).clamp_min(0)
-    return quadratic.scaled_price(values, s) + rest
+    length = torch.linalg.vector_norm(quadratic.displacement(weight), dim=1)
+    far = residual + torch.copysign((doubt * length)[:, None], residual)
+    overlap = torch.linalg.vecdot(residual, weight) - doubt * length * torch.linalg.vector_norm(weight, dim=1)
+    misfit = values + doubt * length.square() / 2
+    if not isinstance(penalty, EVEN):
+        return quadratic.scaled_price(misfit, torch.zeros_like(misfit)) + slack + quadratic.rounding
+    gaps, largest = gaps_on_kept(quadratic, penalty, weight, residual, values, slack, doubt), penalty.dual_scale(far)
+    best = torch.where(misfit > 0, 1 + overlap / (2 * misfit), 1.0)
+    for s in (torch.minimum(largest, best.clamp_min(0)), largest.clamp_max(1)):
+        rest = (slack + penalty.conjugate(s[:, None] * far) - s * overlap).clamp_min(0)
+        scaled = quadratic.scaled_price(misfit, s) + rest
+        gaps = _least_sum(gaps, scaled) if penalty.couples_rows else torch.minimum(gaps, scaled)
+    return gaps + quadratic.rounding
 
 
 def _least_sum(gaps: Tensor, others: Tensor) -> Tensor:

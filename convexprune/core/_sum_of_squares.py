@@ -192,18 +192,18 @@ class SumOfSquares:
 
     @property
     def doubt(self) -> float:
-        """Distance of H, in the spectral norm, from the Gram matrix that was rounded to H; 0 for a definite H.
+        """Distance of H, in the spectral norm, from the Gram matrix that was rounded to it; 0 for a definite H.
 
-        Rounding makes a singular Gram matrix indefinite. The least shift that makes H definite, up to a factor of four
-        and at least a rounding error, says by how much. Only for a quadratic whose H has a diagonal near 1, or zero.
+        Rounding makes a singular Gram matrix indefinite. The least shift that makes H definite says by how much, up to
+        a factor of four and at least a rounding error. Float64 hides nothing that counts. Only for a quadratic whose H
+        has a diagonal near 1, or zero.
         """
         if self._cache.doubt is None:
             shift = 0.0
-            if self.factor is None:
+            if self._cache.precision > torch.finfo(torch.float64).eps and self.factor is None:
                 shift, room = self._cache.precision, room_for_rounding(self.gram, self._cache.precision)
-                while (
-                    shift < room and cholesky(self.gram + self.gram.new_full((len(self.gram),), shift).diag()) is None
-                ):
+                unit = torch.ones_like(self.gram[0]).diag()
+                while shift < room and cholesky(self.gram + shift * unit) is None:
                     shift *= 4
             self._cache.doubt = shift
         return self._cache.doubt

@@ -15,6 +15,7 @@ import test_bounding
 import test_certificate
 import test_closing
 import test_consistency
+import test_doubt
 import test_fista
 import test_foreign_solvers
 import test_gap
@@ -70,6 +71,7 @@ from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._side_by_side import SideBySide
+from convexprune.core._sum_of_squares import SumOfSquares
 from convexprune.pruners._baselines import osscar
 from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.solvers import Status
@@ -153,8 +155,11 @@ FAULTS = (
           test_gap.test_nor_where_least_squares_on_what_is_kept_leave_the_domain_elsewhere),
     Fault("a dual point whose errors lower its price", on_kept.gaps_on_kept, "(off, weight.abs())", "(0 * off, weight)",
           test_gap.test_nor_where_the_step_is_off_by_as_much_as_it_says),
-    Fault("a dual point at no price", on_kept.gaps_on_kept, "+ s * price.sqrt()", "+ 0 * price",
+    Fault("a dual point at no price", on_kept.gaps_on_kept, "+ s * (price.sqrt()", "+ 0 * (price",
           test_gap.test_a_bound_on_what_is_kept_is_never_too_small),
+    Fault("no doubt about a Gram matrix that rounding made indefinite", SumOfSquares.doubt.fget,  # pyright: ignore[reportArgumentType]
+          "self._cache.doubt = shift", "self._cache.doubt = 0.0",
+          test_doubt.test_a_gap_on_a_support_covers_the_data_and_the_stored_tensors),
     Fault("any tensors are a sum of squares", consistency.is_sum_of_squares, "factor is not None and enough(factor)",
           "True", test_consistency.test_an_indefinite_gram_matrix_has_no_certificate, {"name": "fista"}),
     Fault("a certificate in the units of the inputs", Quadratic.unit_free.func, "power_of_two(self.scale().double())",
