@@ -21,9 +21,9 @@ MARKS = {True: "passed", False: "FAILED", None: ""}
 @app.command(context_settings=also_called(DOCTOR))
 @with_settings(DOCTOR)
 def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Check the answers and the speed of this machine. Covers methods, kernels, masks, copies, and a small run.
+    """Check that this machine computes right. Covers methods, kernels, and a small run, killed and resumed.
 
-    Takes about two minutes on a GPU. Ends with exit status 1 after a failed check.
+    Takes about a minute on a GPU. Ends with exit status 1 after a failed check.
     """
     with stoppable(), following(quiet=quiet):
         from transformers.utils.logging import disable_progress_bar
@@ -46,6 +46,6 @@ def _table(found: "Checkup") -> Table:
     table = Table("check", "of", "", "measured", box=SIMPLE_HEAD, title=f"Doctor on {found.device}")
     before = ""
     for row in found.rows:
-        table.add_row("" if row.check == before else row.check, row.case, MARKS[row.found.passed], row.found.said)
+        table.add_row("" if row.check == before else row.check, row.case, MARKS[row.measured.passed], row.measured.said)
         before = row.check
     return table

@@ -1,7 +1,9 @@
 """`doctor`: every check in turn, and the verdict."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import torch
 
 from convexprune._device.machine import default_device, processor, versions
+from convexprune._device.memory import release_unused
 from convexprune._device.switches import pinned
-from convexprune._doctor import answers, kernels, runs, speeds
-from convexprune._doctor.check import Bed, Case, Row
+from convexprune._doctor.answers import Check, Measurement, Sizes, checks_of_answers
+from convexprune._doctor.runs import checks_of_runs
 from convexprune._progress import begin
 from convexprune._schema.door import documented
 from convexprune._schema.functions import DOCTOR
@@ -19,60 +22,69 @@ from convexprune._schema.measures import CHECKS
 
 
 @dataclass(frozen=True)
-class Checkup:
-    """All finished checks.
+class Row:
+    """A finished check: a measurement, or the error that prevented the measurement."""
 
-    Args:
-        environment: versions, and settings that decide the order of sums.
-    """
+    check: str
+    case: str
+    measured: Measurement
+    seconds: float
+
+    @classmethod
+    def of(cls, check: Check) -> "Row":
+        """Run a check. An error becomes the result, so that the next check still runs."""
+        began = time.perf_counter()
+        try:
+            measured = check.measure()
+        except Exception as error:
+            lines = str(error).splitlines() or [""]
+            measured = Measurement(f"{type(error).__name__}: {lines[0][:300]}", {}, False)
+        release_unused()
+        return cls(check.kind, check.case, measured, time.perf_counter() - began)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"check": self.check, "case": self.case, "seconds": self.seconds} | self.measured._asdict()
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """All finished checks."""
 
     device: str
-    environment: dict[str, str]
+    environment: dict[str, str]  # versions, and settings that decide the order of sums
     rows: list[Row]
 
     @property
     def failed(self) -> list[Row]:
-        """Return the failed checks."""
-        return [row for row in self.rows if row.failed]
+        return [row for row in self.rows if row.measured.passed is False]
 
     def verdict(self) -> Iterator[str]:
-        """Yield sentences: the failures, the remedies, and the fitness of the machine."""
+        """Yield sentences: the environment, the failures, and the fitness of the machine."""
+        yield ", ".join(f"{name} {value}" for name, value in self.environment.items())
         for row in self.failed:
-            advice = f" {row.found.advice}" if row.found.advice else ""
-            yield f"Failed: {row.check}, {row.case}: {row.found.said}.{advice}"
-        judged = sum(row.found.passed is not None for row in self.rows)
-        passed = judged - len(self.failed)
-        yield f"{passed} of {judged} checks passed on {self.device}, in {sum(row.seconds for row in self.rows):.0f} s."
+            yield f"Failed: {row.check}, {row.case}: {row.measured.said}."
+        passed, seconds = len(self.rows) - len(self.failed), sum(row.seconds for row in self.rows)
+        yield f"{passed} of {len(self.rows)} checks passed on {self.device}, in {seconds:.0f} s."
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
         facts = {"device": self.device, "environment": self.environment, "verdict": list(self.verdict())}
         return facts | {"passed": not self.failed, "rows": [row.to_json() for row in self.rows]}
-
-
-def all_cases(bed: Bed, folder: Path) -> Iterator[Case]:
-    """Every check."""
-    yield from kernels.cases(bed)
-    yield from speeds.cases(bed)
-    yield from answers.cases(bed)
-    yield from runs.cases(bed, folder)
 
 
 @pinned()
 @documented(DOCTOR)
 def doctor(**settings: Any) -> Checkup:
-    """Measure the machine and compare with the needs of a run.
-
-    A failure becomes a row. Later checks still run.
-    """
+    """Measure the machine and compare with the needs of a run. A failure becomes a row, and later checks still run."""
     asked, shared = DOCTOR.read(settings)
     device = default_device(shared.get("device", "auto"))
-    bed, rows = Bed.of(device), []
+    sizes, rows = Sizes.on(device), []
     with TemporaryDirectory() as folder:
-        chosen = [each for each in all_cases(bed, Path(folder)) if each.check in (asked.checks or CHECKS)]
+        checks = chain(checks_of_answers(sizes), checks_of_runs(sizes, Path(folder)))
+        chosen = [check for check in checks if check.kind in (asked.checks or CHECKS)]
         step = begin("checking", len(chosen))
-        for case in chosen:
-            rows.append(case.row())
-            step(f"{case.check}, {case.name}")
-    name = torch.cuda.get_device_name(device) if bed.on_gpu else f"cpu, {torch.get_num_threads()} threads"
+        for check in chosen:
+            rows.append(Row.of(check))
+            step(f"{check.kind}, {check.case}")
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     return Checkup(name, versions() | processor(device), rows)

@@ -168,7 +168,7 @@ class Advise(RemoteCode):
     )
 
 
-CHECKS = ("kernels", "products", "iterations", "masks", "copies", "answers", "determinism", "runs")
+CHECKS = ("kernels", "answers", "determinism", "runs")
 
 
 class Doctor(Settings):
