@@ -22,23 +22,15 @@ LOSSLESS = 10.6  # bits of a bfloat16 weight in a pack, whatever it is (docs/pac
 
 @dataclass(frozen=True)
 class Way:
-    """A way to a smaller model, with measurements on a reference model.
-
-    Args:
-        then: the next command: "pack", "export", or empty.
-        disk: bits per operator weight on disk.
-        memory: bits per operator weight in the memory of the runtime.
-        kept: share of the decoder layers' parameters left in the reference model; an estimate for other models.
-        perplexity: on WikiText-2.
-    """
+    """A way to a smaller model, with measurements on a reference model."""
 
     name: str
     arguments: str
-    then: str
-    disk: float
-    memory: float
-    kept: float
-    perplexity: float
+    then: str  # the next command: "pack", "export", or empty
+    disk: float  # bits per operator weight on disk
+    memory: float  # bits per operator weight in the memory of the runtime
+    kept: float  # share of the decoder layers' parameters left in the reference model; an estimate for others
+    perplexity: float  # on WikiText-2
     dense: float
     source: str
 
@@ -50,23 +42,15 @@ class Way:
 
 @dataclass(frozen=True)
 class Advised:
-    """A way for a given model.
-
-    Args:
-        disk: bytes of all files of weights.
-        memory: bytes of all weights in memory.
-        bits: bits on disk per weight of the dense model.
-        faster: tokens per second at batch 1 over dense, if memory decides: bytes read by dense over bytes read.
-        commands: commands to run; none if the model already reaches the target.
-    """
+    """A way for a given model."""
 
     way: Way
-    disk: int
-    memory: int
-    bits: float
-    faster: float
+    disk: int  # bytes of all files of weights
+    memory: int  # bytes of all weights in memory
+    bits: float  # on disk, per weight of the dense model
+    faster: float  # tokens per second at batch 1 over dense, if memory decides: bytes read by dense over bytes read
     reaches: bool
-    commands: tuple[str, ...]
+    commands: tuple[str, ...]  # to run; none if the model already reaches the target
 
 
 @dataclass(frozen=True)
@@ -104,7 +88,6 @@ class Advice:
 
 
 def measured() -> list[Way]:
-    """The ways that were measured."""
     text = (files("convexprune") / "data" / "measured.csv").read_text(encoding="utf-8")
     numbers = ("disk", "memory", "kept", "perplexity", "dense")
     rows: list[dict[str, Any]] = list(csv.DictReader(text.splitlines()))

@@ -138,7 +138,6 @@ def _compared(
     work: Path,
     progress: Progress | None,
 ) -> tuple[Comparison, Clock]:
-    """The variants, pruned layer by layer, and how long that took."""
     clock = Clock()
     settings = allocated(model, tokens, variants, given_settings, batch_size)
     clock.lap("survey for allocations")
@@ -158,11 +157,7 @@ def _write(result: dict[str, Any], staging: Staging, drawing: bool) -> None:
 
 
 def require_resumable(staging: Staging, begun: Path, resume: bool) -> None:
-    """Refuse, before any work, what would be lost: an output, or what was `begun` in its place and is not resumed.
-
-    Raises:
-        OutputError: that is so, or there is nothing to resume.
-    """
+    """Refuse, before any work, to lose an output, or the files `begun` in its place without `resume`."""
     require_empty(staging.output)
     staging.check()
     is_begun = staging.is_ours and begun.exists()
@@ -226,18 +221,14 @@ def _result(comparison: Comparison, variants: Sequence[Variant], card: dict[str,
 
 
 def _texts(sources: Sequence[str]) -> dict[str, str]:
-    """The texts by a short name."""
+    """Return the texts by a short name."""
     if not 0 < len({Path(source).stem for source in sources}) == len(sources):
         raise RecipeError(f"Evaluation texts {', '.join(sources)}: give one or more, no two with the same file name.")
     return {Path(source).stem: text_of(source) for source in sources}
 
 
 def _claim(staging: Staging, card: dict[str, Any], variants: Sequence[Variant], resume: bool) -> Path:
-    """Write down what is compared, or see that it is the same to resume; return the folder to work in.
-
-    Raises:
-        RecipeError: it is another comparison.
-    """
+    """Write down the identity of the comparison, or check the recorded one; return the folder to work in."""
     recipes = {variant.name: variant.recipe().model_dump(mode="json") for variant in variants}
     identity, path = json.loads(json.dumps(card | {"recipes": recipes})), staging.place / IDENTITY
     if not resume:

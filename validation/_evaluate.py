@@ -41,21 +41,13 @@ SENTENCE = "The 3 quick brown foxes (naïve, odd) jumped over 12 lazy dogs."  # 
 
 @dataclass(frozen=True)
 class TextScore:
-    """The fit of a model to a text, by a convention.
-
-    Args:
-        convention: "common" (windows of 2048 tokens, or the model's limit if less), "native" (the model's limit),
-            "common, native" if both agree, or "given".
-        bits_per_byte: bits per token over the mean bytes of a token's text; None without a tokenizer.
-        kl: the mean over the predicted tokens of KL(dense || model) in nats; None without a dense model.
-        dense: the perplexity of the dense model.
-    """
+    """The fit of a model to a text, by a convention."""
 
     text: str
-    convention: str
+    convention: str  # "common" (`COMMON` tokens, or the limit if less), "native" (the limit), both, or "given"
     perplexity: Perplexity
-    bits_per_byte: float | None
-    kl: float | None
+    bits_per_byte: float | None  # bits per token over the mean bytes of a token's text; None without a tokenizer
+    kl: float | None  # mean over the predicted tokens of KL(dense || model) in nats; None without a dense model
     dense: Perplexity | None
 
 
@@ -217,11 +209,7 @@ def _score(
 
 @torch.no_grad()
 def kl(model: HuggingFaceModel, dense: HuggingFaceModel, tokens: Tensor) -> float:
-    """Return the divergence of a model's predictions from the dense model's, with logits of few positions in memory.
-
-    Args:
-        tokens: token ids [windows window].
-    """
+    """Return the divergence of predictions on ids [windows window] from the dense model's; few logits are in memory."""
     step, total = begin("divergence from dense", len(tokens)), 0.0
     for each in (model.model, dense.model):
         each.eval()

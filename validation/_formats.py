@@ -15,12 +15,7 @@ GROUP = 64  # inputs that share a scale, of 4 bits
 
 
 class AbstractProduct(nn.Module, ABC):
-    """y = x W' + b for x [... n] of `dtype`; made from W [m n], which is kept in the class's format.
-
-    Args:
-        weight: W [m n].
-        bias: b [m], or None.
-    """
+    """The product y = x W' + b for x [... n] of `dtype`, with W [m n] kept in the class's format."""
 
     dtype: torch.dtype
 
@@ -31,40 +26,17 @@ class AbstractProduct(nn.Module, ABC):
 
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
-        """Return the reason why the format cannot hold a weight [m n] here; None if it can.
-
-        Args:
-            weight: W [m n].
-        """
+        """Return the reason why the format cannot hold a weight [m n] here; None if it can."""
 
     @abstractmethod
     def keep(self, weight: Tensor) -> None:
-        """Convert W [m n] into the format; its tensors become buffers.
-
-        Args:
-            weight: W [m n].
-        """
+        """Convert W [m n] into the format; its tensors become buffers."""
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """x W' [tokens m] for x [tokens n].
-
-        Args:
-            x: [tokens n].
-
-        Returns:
-            [tokens m].
-        """
+        """Return x W' [tokens m] for x [tokens n]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W' + b.
-
-        Args:
-            x: [... n].
-
-        Returns:
-            [... m].
-        """
         y = self.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

@@ -26,28 +26,18 @@ from convexprune.report import OnOperator, OperatorReport
 
 @dataclass(frozen=True, eq=False)
 class OperatorProblem:
-    """An operator and the problem of its pruner.
-
-    Args:
-        dense: the dense weight [m n].
-        pruned: the pruned weight [m n].
-        correction: share of earlier errors to correct.
-    """
+    """An operator and the problem of its pruner."""
 
     name: str
-    dense: Tensor
-    pruned: Tensor
+    dense: Tensor  # [m n]
+    pruned: Tensor  # [m n]
     moments: Moments
     pattern: Constraint
-    correction: float
+    correction: float  # share of earlier errors to correct
     damping: Damping
 
     def rows(self, count: int | None, generator: torch.Generator) -> tuple[LayerProblem, Tensor]:
-        """The pruning problem of some rows.
-
-        Args:
-            count: how many, drawn at random; None is all.
-        """
+        """Return the pruning problem of `count` random rows, or of all, and their pruned weight."""
         chosen = drawn_rows(len(self.dense), count, generator)
         dense = self.dense[chosen].double()
         moments = self.moments.rows(chosen)
@@ -67,13 +57,9 @@ def operator_problems(
 ) -> None:
     """Visit the problems of selected operators of a dense model, in order of execution.
 
-    x is the input of an operator in the dense layer, x* in the pruned layer. With a dense prefix only layers with a
-    selected operator are pruned. Problems of a single decoder layer are in memory at a time. The model is not changed.
-    An expert without tokens is left out.
-
-    Args:
-        tokens: token ids [samples length].
-        pruned: the pruned model; None prunes a copy of every layer here.
+    x is the input of an operator in the dense layer, x* in the pruned layer; without a `pruned` model a copy of each
+    layer is pruned here. With a dense prefix only layers with a selected operator are pruned. Problems of a single
+    decoder layer are in memory at a time. The model is not changed. An expert without tokens is left out.
     """
     damping = {report.name: report.damping for report in reports}
 

@@ -11,10 +11,7 @@ STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """Peak memory: `total` is the largest number of bytes held inside the block, `more` the growth since the beginning.
-
-    Process memory where the kernel keeps the peak (Linux); GPU memory for a model on a GPU. None where nobody counts.
-    """
+    """The largest number of bytes held inside the block, and its growth; None where nobody counts."""
 
     total: int | None = None
     more: int | None = None

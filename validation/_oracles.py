@@ -16,19 +16,15 @@ NEGLIGIBLE = 1e-9
 
 @dataclass(frozen=True)
 class Solve:
-    """The answer of a solver to a problem.
+    """The answer of a solver to a problem; `difference` and `relative_gap` are relative to the objective.
 
-    Args:
-        objective: q + p at the answer.
-        difference: the objective less the least objective of all solvers, relative to the least.
-        relative_gap: the gap of the certificate, relative to the objective. If the target is fitted all but exactly, as
-            on fewer tokens than inputs, both are relative to 1e-9 of the target's energy.
-        seconds: time of the solve.
+    If the target is fitted all but exactly, as on fewer tokens than inputs, both are relative to `NEGLIGIBLE` of its
+    energy.
     """
 
     solver: str
-    objective: float
-    difference: float
+    objective: float  # q + p at the answer
+    difference: float  # the objective less the least objective of all solvers
     relative_gap: float
     kkt_residual: float
     seconds: float
@@ -36,25 +32,16 @@ class Solve:
 
 @dataclass(frozen=True)
 class SolvedProblem:
-    """A problem of an operator, and the answers of all solvers.
-
-    Args:
-        penalty: "L1" or "support".
-        solves: answers of the production solver at its default tolerance and at a gap of 1e-8, and of the oracles.
-    """
+    """A problem of an operator, and its answers: of production by default and to the end, and of oracles."""
 
     operator: str
-    penalty: str
+    penalty: str  # "L1" or "support"
     rows: int
     columns: int
     solves: tuple[Solve, ...]
 
     def faults(self, tolerance: float, gap: float) -> Iterator[str]:
-        """Yield missed tolerances.
-
-        Args:
-            gap: the largest accepted relative gap of the production solver at its default.
-        """
+        """Yield missed tolerances; `gap` is the largest accepted relative gap of the production solver at its default."""
         for solve in self.solves[1:]:
             if not solve.difference <= tolerance:
                 yield f"{solve.solver}: the objective is {solve.difference:.1e} above the least"
@@ -63,10 +50,7 @@ class SolvedProblem:
 
 
 def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tuple[Quadratic, torch.Tensor]:
-    """Return a pruning problem in which only some columns move and the rest stays dense.
-
-    Columns are drawn singly, or for an n:m pattern in whole groups.
-    """
+    """Return a pruning problem in which only some columns, or groups of an n:m pattern, move, and the rest is dense."""
     n = problem.weight.shape[1]
     width = problem.pattern.block
     groups = torch.randperm(n // width, generator=generator)[: max(1, columns // width)].sort().values
@@ -80,9 +64,6 @@ def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> d
     """Return the two convex problems of a block: reweighted L1 as on the path of `convex`, and the refit on a support.
 
     Both are of the calibration error alone. A pruner's damping would improve the condition.
-
-    Args:
-        kept: mask [rows columns] of the weights that the pruner kept.
     """
     assert q.anchor is not None
     scale = q.scale()
@@ -93,11 +74,7 @@ def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> d
 
 
 def production(penalty: str) -> dict[str, AbstractSolver]:
-    """Return the production solver of a penalty, at its default and run to the end.
-
-    Args:
-        penalty: "L1" or "support".
-    """
+    """Return the production solver of a penalty, "L1" or "support", at its default and run to the end."""
     if penalty == "L1":
         return {"fista": make_solver("fista"), "fista, 1e-8": make_solver("fista", tolerance=EXACT,
                                                                           max_iterations=20_000)}  # fmt: skip
@@ -105,7 +82,7 @@ def production(penalty: str) -> dict[str, AbstractSolver]:
 
 
 def oracles() -> dict[str, AbstractSolver]:
-    """Three foreign solvers, by name."""
+    """Return three foreign solvers, by name."""
     return {
         "cvxpy, Clarabel": make_solver("cvxpy", engine="CLARABEL"),
         "cvxpy, OSQP": make_solver("cvxpy", engine="OSQP"),
@@ -114,11 +91,7 @@ def oracles() -> dict[str, AbstractSolver]:
 
 
 def solve_by_all(name: str, penalty: str, problem: Problem) -> SolvedProblem:
-    """Solve a problem by the production solver and the oracles.
-
-    Args:
-        penalty: "L1" or "support".
-    """
+    """Solve a problem by the production solver of its penalty and by the oracles."""
     solutions = {key: solver.solve(problem) for key, solver in (production(penalty) | oracles()).items()}
     values = {key: solution.certificate.primal for key, solution in solutions.items()}
     least, energy = min(values.values()), problem.quadratic.target_energy

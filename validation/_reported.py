@@ -18,19 +18,13 @@ NOTHING = 1e-9  # an error that is only rounding
 
 @dataclass(frozen=True)
 class ReportedError:
-    """The relative error of an operator, reported and measured.
-
-    Args:
-        error: measured again on the same tokens.
-        held_out: reported error on held-out tokens.
-        growth: largest absolute weight over the dense operator's.
-    """
+    """The relative error of an operator, reported and measured again on the same tokens."""
 
     operator: str
     error: float
     reported: float
-    held_out: float | None
-    growth: float
+    held_out: float | None  # the report's
+    growth: float  # largest absolute weight over the dense operator's
 
     @property
     def fault(self) -> str:
@@ -49,10 +43,7 @@ class ReportedError:
 
 
 def reported_errors(operator: OperatorProblem, reports: Iterable[OperatorReport]) -> list[ReportedError]:
-    """Measure the error of an operator, with its tokens' weights, and pair it with the reported error.
-
-    A report with borrowed tokens has no comparable error.
-    """
+    """Measure an operator's error with its tokens' weights, beside the reported error, unless tokens were borrowed."""
     problem, achieved = operator.rows(None, torch.Generator())
     error = float(problem.squared_error(achieved).sum() / problem.energy.sum())
     own = [o for o in reports if o.name == operator.name and "borrowed_tokens" not in o.facts]

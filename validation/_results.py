@@ -29,7 +29,6 @@ was held while the variant pruned, beyond what was held before."""
 def make_row(
     variant: Variant, records: Sequence[Mapping[str, Any]], texts: Mapping[str, Mapping[str, Likelihood]]
 ) -> Row:
-    """Return the results of a variant."""
     operators = [o for record in records for o in record["operators"]]
     peaks = {key: [r[key] for r in records if r[key] is not None] for key in ("peak_bytes", "more_bytes")}
     gaps = [o["gap"] for o in operators if o["gap"] is not None]
@@ -62,11 +61,9 @@ def make_row(
 
 
 def text_result(found: Likelihood, dense: Likelihood) -> Row:
-    """Perplexity with its excess over dense, and the KL divergence from dense, in all and by window.
+    """Return perplexity with its excess over dense, and KL divergence, in all and by window.
 
-    Returns:
-        The entries by name. `difference_error` is the standard error, over windows, of the mean difference of the
-        negative log-likelihoods.
+    `difference_error` is the standard error, over windows, of the mean difference of the negative log-likelihoods.
     """
     nll, differences = fmean(found.nll), [a - b for a, b in zip(found.nll, dense.nll, strict=True)]
     middle, count = fmean(differences), len(differences)
@@ -83,7 +80,6 @@ def text_result(found: Likelihood, dense: Likelihood) -> Row:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """Return the main columns for a terminal, a line for a variant."""
     header, lines = cells(result)
     columns = [i for i, name in enumerate(header) if name not in ("median", "+", "more MB", "all s")]
     title = f"{result['card']['model']}: {len(result['rows'])} variants on the same tokens"
@@ -91,7 +87,6 @@ def table(result: Mapping[str, Any]) -> Table:
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of a report as text."""
     texts = list(result["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "+", "KL"))]
     header += ["error", "median", "held-out", "median", "layer output"]
@@ -135,7 +130,7 @@ def name_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """A table for a terminal, names to the left and numbers to the right."""
+    """Return a table for a terminal, names to the left and numbers to the right."""
     shown = Table(title=title, box=SIMPLE_HEAD)
     for i, name in enumerate(header):
         shown.add_column(name, justify="left" if i < len(NAMES) else "right", no_wrap=True)
@@ -145,7 +140,7 @@ def terminal_table(title: str, header: Sequence[str], lines: Sequence[Sequence[s
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for a report, names to the left and numbers to the right."""
+    """Return a table for a report, names to the left and numbers to the right."""
     marks = ["---"] * len(NAMES) + ["---:"] * (len(header) - len(NAMES))
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *lines))
 

@@ -139,11 +139,6 @@ def _over_first(pairs: Sequence[Sequence[float | str | None]]) -> dict[str, floa
 
 
 def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as text.
-
-    Args:
-        summary: of `compare_samples`.
-    """
     texts = list(summary["dense"]["texts"])
     header = [*NAMES, *(name for text in texts for name in (text, "KL", "KL / first")), "layer output", "layer / first"]
     lines = []
@@ -156,21 +151,11 @@ def cells(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """Return the table for a terminal, a line for a variant.
-
-    Args:
-        summary: result of `compare_samples`.
-    """
     title = f"{summary['card']['model']}: {len(summary['rows'])} variants on {len(summary['card']['seed'])} samples"
     return terminal_table(title, *cells(summary))
 
 
 def markdown(summary: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """Return the report: table, meaning of the columns, plots, and the command.
-
-    Args:
-        summary: result of `compare_samples`.
-    """
     card = summary["card"]
     parts = [
         f"# {card['model']}: methods side by side on {len(card['seed'])} calibration samples",

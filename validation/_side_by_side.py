@@ -39,15 +39,7 @@ FITTED = "fitted"  # the stream of the calibration batches, and of those held ou
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Token ids: calibration windows to fit, held-out windows to judge by, and texts to evaluate on, by name.
-
-    All are [windows length]; the held-out windows may be none.
-
-    Args:
-        calibration: [windows length].
-        held_out: [windows length], may be none.
-        texts: [windows length] by name.
-    """
+    """Token ids [windows length]: to fit, to judge by (maybe none), and texts to evaluate on, by name."""
 
     calibration: Tensor
     held_out: Tensor
@@ -55,7 +47,6 @@ class Tokens:
 
     @property
     def streams(self) -> dict[str, Tensor]:
-        """Return all windows by purpose."""
         streams = {"calibration": self.calibration, "held-out": self.held_out}
         streams |= {_stream(name): windows for name, windows in self.texts.items()}
         return {name: windows for name, windows in streams.items() if len(windows)}
@@ -216,19 +207,13 @@ class Comparison:
 
 @dataclass
 class Watched(AbstractPruner):
-    """A pruner with a clock and a counter of matrix products.
-
-    Args:
-        seconds: time so far.
-        surplus: products of single operators, in units of whole stacks.
-    """
+    """A pruner with a clock and a counter of matrix products."""
 
     pruner: AbstractPruner
     seconds: float = 0.0
-    surplus: float = 0.0
+    surplus: float = 0.0  # products of single operators, in units of whole stacks
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         began = time.perf_counter()
         pruned = self.pruner.prune(problem)
         if pruned.weight.is_cuda:

@@ -35,28 +35,16 @@ MOVED = ("model", "dataset")  # of a run, which may be elsewhere by now
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The models and the data set of `verify`.
+    """The models and the data set of `verify`."""
 
-    Args:
-        recipe: recipe of the run, or of a pruning to try.
-        dataset: as in the recipe, or at its new place.
-        pruned: the pruned model of a run.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # of the run, or of a pruning to try
     dense: HuggingFaceModel
-    dataset: Any
-    pruned: HuggingFaceModel | None = None
+    dataset: Any  # as in the recipe, or at its new place
+    pruned: HuggingFaceModel | None = None  # of a run
     report: Report | None = None
 
     def tokens(self) -> tuple[Tensor, bool]:
-        """Return the windows to verify on.
-
-        Returns:
-            Token ids [windows window], and True if the run had the same windows. They differ if the model writes
-                another text
-            here than for the run.
-        """
+        """Return the windows to verify on, and True if the run had the same; the model may write another text here."""
         tokens = recipe_windows(self.dataset, self.dense, self.recipe)[0]
         if self.report is None:
             return tokens, False
@@ -70,11 +58,8 @@ class Source:
 def open_source(
     source: str | Path | None, settings: dict[str, Any], device: str, allow_changed: bool = False
 ) -> Source:
-    """Open a model, to be pruned as the settings of a recipe say, or a finished run; see `verify`.
-
-    Args:
-        source: a model, or the folder of a run; None is the bundled model.
-        settings: of the recipe; of a run, where its model and data set are now.
+    """Open a model, to be pruned by the settings of a recipe, or a finished run, whose settings are places; see
+    `verify`.
     """
     folder = None if source is None else named(source)
     if folder is not None and RunFolder(folder).is_unfinished:

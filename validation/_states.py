@@ -25,11 +25,7 @@ class Store:
         self._device = device
 
     def write_states(self, network: str, layer: int, stream: str, batches: Iterable[Tensor]) -> None:
-        """Keep hidden states before a decoder layer.
-
-        Args:
-            batches: the hidden states [batch tokens hidden].
-        """
+        """Keep hidden states [batch tokens hidden] before a decoder layer, by batch."""
         path = self._states(network, layer, stream)
         temporary = path.with_suffix(".part")
         with writing(path):
@@ -48,15 +44,12 @@ class Store:
         return found
 
     def drop_states(self, network: str, layer: int) -> None:
-        """Forget the states before a decoder layer."""
         shutil.rmtree(self._states(network, layer, "").parent, ignore_errors=True)
 
     def record(self, network: str, layer: int, facts: Any) -> None:
-        """Write down that a decoder layer is done for a network."""
         write_json(self._record(network, layer), facts)
 
     def recorded(self, network: str, layer: int) -> Any:
-        """Return the facts of `record`; None without a record."""
         return read_json(self._record(network, layer))
 
     def _states(self, network: str, layer: int, stream: str) -> Path:

@@ -17,12 +17,7 @@ from convexprune.errors import DependencyError, ModelError, RecipeError, install
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task.
-
-    Args:
-        error: the standard error; None if the metric has none.
-        dense: the value of the dense model, or None.
-    """
+    """A metric of a task, with its standard error if it has one, and the values of the dense model, if any."""
 
     task: str
     metric: str
@@ -56,7 +51,6 @@ def require_tasks(names: Sequence[str], folder: Path | None) -> None:
 
 
 def evaluate_tasks(model: HuggingFaceModel, own: Evaluate) -> tuple[TaskScore, ...]:
-    """The scores of a model."""
     if model.tokenizer is None:
         raise ModelError(f"{model.name} has no tokenizer, so it reads no task.")
     harness, models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")

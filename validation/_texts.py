@@ -16,7 +16,6 @@ LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
 def text_of(source: str) -> str:
-    """The text that a path or a name stands for."""
     if source in TEXTS:
         return TEXTS[source]()
     if source.endswith(TEXT_FILES):
@@ -26,11 +25,7 @@ def text_of(source: str) -> str:
 
 @cache
 def python_docs() -> str:
-    """Return the docstrings of Python's standard library, by module in the order of paths.
-
-    The words of programmers. They change with the version of Python, so a report states the version and the text's
-    hash.
-    """
+    """Return the docstrings of Python's standard library by module; they change with the version of Python."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     files = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
@@ -39,10 +34,7 @@ def python_docs() -> str:
 
 @cache
 def licences() -> str:
-    """Return the licences of the installed packages in the order of names, without repeated paragraphs.
-
-    The words of lawyers. They change with the installed packages, so a report states the text's hash.
-    """
+    """Return the licences of the installed packages, without repeated paragraphs; they change with the packages."""
     paragraphs: dict[str, None] = {}
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"].lower()):
         for file in sorted(distribution.files or [], key=str):

@@ -15,26 +15,17 @@ LATE = 3  # times the seconds: then one round is enough
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of a format: the median of the rounds.
+    """The time of a format: the median of the rounds."""
 
-    Args:
-        what: the shape of a weight [m n], or "prefill" or "decode" of the whole model.
-        milliseconds: the median.
-        over_dense: the median of time over the dense format's time in the same round.
-        nbytes: bytes to read.
-        rounds: number of rounds; of two rounds or less the quartiles say little.
-        tokens_per_second: speed of the whole model; None for a single weight.
-    """
-
-    what: str
+    what: str  # the shape of a weight [m n], or "prefill" or "decode" of the whole model
     batch: int
     format: str
     milliseconds: float
-    over_dense: float
+    over_dense: float  # the median of time over the dense format's time in the same round
     middle_half: tuple[float, float]
-    nbytes: int
-    rounds: int
-    tokens_per_second: float | None = None
+    nbytes: int  # to read
+    rounds: int  # of two or less the quartiles say little
+    tokens_per_second: float | None = None  # of the whole model; None for a single weight
 
     @property
     def verdict(self) -> str:
@@ -47,7 +38,7 @@ class Timing:
 
 
 def once(made: object) -> int:
-    """Return 1: a run does the timed work once, whatever its result."""
+    """Return 1: a run does the timed work once."""
     return 1
 
 
@@ -58,17 +49,10 @@ def time_in_turns(
     often: Callable[[Any], int] = once,
     least: int = LEAST,
 ) -> dict[str, list[float]]:
-    """Return seconds of every run, by round.
+    """Return seconds of every run, divided by `often` of its result, an entry for a round.
 
     The first round prepares. It counts only if it takes all the seconds: preparation is little beside so long a round.
-
-    Args:
-        seconds: no further round begins after so many seconds if enough rounds count; after three times as many with a
-            single round.
-        often: number of repeats of the timed work in a run, by the run's result.
-
-    Returns:
-        Seconds of a single repeat by format, an entry for a round.
+    No further round begins after so many seconds if enough rounds count; after three times as many with a single round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
@@ -96,12 +80,7 @@ def timing(
     what: str, batch: int, name: str, times: Mapping[str, Sequence[float]], dense: str, nbytes: int,
     tokens: int | None = None,
 ) -> Timing:  # fmt: skip
-    """Summarise the rounds' times by median and quartiles.
-
-    Args:
-        nbytes: see `Timing`.
-        tokens: tokens per run; None without tokens.
-    """
+    """Summarise the rounds' times by median and quartiles; `tokens` are those of a run."""
     ratios = [t / d for t, d in zip(times[name], times[dense], strict=True)]
     lower, middle, upper = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     seconds = median(times[name])

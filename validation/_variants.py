@@ -56,17 +56,13 @@ QUOTAS = ("matrix", "own", "row")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with a pattern under a convention.
-
-    Args:
-        quota: of an unstructured pattern: "matrix" or "row".
-    """
+    """A method with a pattern under a convention."""
 
     method: str
     pattern: str
     sparsity: float | None
     convention: str
-    quota: str = "matrix"
+    quota: str = "matrix"  # of an unstructured pattern: "matrix" or "row"
     allocation: str = "uniform"
 
     @property
@@ -84,11 +80,9 @@ class Variant:
 
     @property
     def zeros(self) -> float:
-        """The share of zeros that is asked for."""
         return parse_pattern(self.pattern, self.sparsity).sparsity
 
     def recipe(self) -> Recipe:
-        """Return the recipe of the method, pattern and convention."""
         prefix, correction, target = CONVENTIONS[self.convention]
         return make_recipe(
             model="",
@@ -103,7 +97,6 @@ class Variant:
         )
 
     def layer_settings(self) -> LayerSettings:
-        """Return the settings of a layer."""
         return self.recipe().layer_settings()
 
 
@@ -121,11 +114,9 @@ def make_variants(
     """Return every method x pattern x sparsity x convention once; an N:M pattern fixes its sparsity.
 
     A method is a name of `convexprune.pruners`, a solver's for the convex method with that solver, or a quantizer's
-    (`QUANTIZED`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". The convention "own" is the
-    convention of the method's paper. Allocations are the rules of `_layerwise.allocation`, or "own", the recipe's
-    default. The quota "own" of an unstructured pattern is by row for Wanda, as published (unless rows compete), and by
-    matrix for all other methods. A method may name its convention, allocation and quota:
-    "fista:convention=pruned-layer:allocation=half-curve".
+    (`QUANTIZED`), with optional settings: "sparsegpt:damping=0.1", "gptq:quantize=int4". It may name its convention,
+    allocation and quota: "fista:convention=pruned-layer:allocation=half-curve". "own" is the convention of the method's
+    paper, the recipe's default allocation, and the quota by row for Wanda, as published (unless rows compete).
     """
     for name, values in zip(_LISTS, (methods, sparsities, patterns, conventions, allocations), strict=True):
         twice = [value for i, value in enumerate(values) if value in values[:i]]
@@ -169,7 +160,7 @@ def _variant(
 
 
 def _method(text: str) -> dict[str, Any]:
-    """The recipe's settings of a method named as in `make_variants`."""
+    """Return the recipe's settings of a method named as in `make_variants`."""
     name, *pairs = text.split(":")
     if name not in (*METHODS, *SOLVERS, *QUANTIZED):
         raise RecipeError(no_method(name, (*SOLVERS, *QUANTIZED)))
@@ -205,7 +196,6 @@ def _without_own(text: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _known_convention(name: str, method: str) -> str:
-    """The convention of that name, of a method."""
     if name not in ("own", *CONVENTIONS):
         raise RecipeError(unknown("convention", name, ["own", *CONVENTIONS]))
     return _own(method) if name == "own" else name

@@ -226,15 +226,13 @@ def verify(
 
 
 def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerSettings:
-    """Return the recipe's layer settings with the patterns of the run's reports."""
     return recipe.layer_settings(patterns={o.name: parse_pattern(o.pattern) for o in reports})
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
     """Bound rows of an operator from below, with the pruner's damping and without.
 
-    Args:
-        rows: number of rows, drawn at random; more for whole columns (`rows_to_bound`). None means all rows.
+    `rows` are drawn at random, more for whole columns (`rows_to_bound`); None means all.
     """
     began = time.perf_counter()
     pattern = operator.pattern

@@ -21,27 +21,17 @@ LEAST = 0.1  # of a row's part in the loss, over the mean row's: what moves noth
 
 @dataclass(frozen=True)
 class ModelAllocation:
-    """The requested share of zeros by operator, "layer.operator"; empty if all operators have the same share.
-
-    `row_weights` decide how the rows [m] of an operator compete for non-zeros; empty without weights. `columns` is the
-    loss's need of column blocks, if the loss chooses columns. For a rule with curves, `cost` is the predicted loss, and
-    `gap` a bound on the advantage of any allocation, by the curves.
-
-    Args:
-        cost: the predicted loss, in nats per token.
-        gap: bound on the possible decrease of the cost.
-        row_weights: [m] by operator.
-        columns: [blocks] by operator.
-    """
+    """The requested share of zeros by operator, "layer.operator"; empty if all operators have the same share."""
 
     shares: dict[str, float]
-    cost: float | None = None
-    gap: float | None = None
+    cost: float | None = None  # the predicted loss, in nats per token, of a rule with curves
+    gap: float | None = None  # bound on the possible decrease of the cost, by the curves
+    # [m] by operator, in the competition for non-zeros
     row_weights: dict[str, list[float]] = field(default_factory=dict)
+    # the loss's need of column blocks by operator, if the loss chooses columns
     columns: dict[str, list[float]] = field(default_factory=dict)
 
     def patterns(self, pattern: Constraint) -> dict[str, Constraint]:
-        """Return the operators' patterns, of the kind of `pattern`."""
         return {name: pattern.with_share(share) for name, share in self.shares.items()}
 
     def apply_to(self, settings: LayerSettings, pattern: Constraint) -> LayerSettings:
@@ -55,43 +45,25 @@ class ModelAllocation:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """An operator, "layer.operator", of `size` weights; `costs` are the costs of pruning by surveyed pattern.
-
-    `outliers` is the share of outlying scores |W_ij| |x_j| (Wanda's), `skewness` the skewness of |W_ij|, in the whole
-    layer.
-
-    Args:
-        costs: by pattern that fits the operator, in nats per token.
-        outliers: the share of outlying scores of the layer.
-    """
+    """An operator, "layer.operator", of `size` weights, and the costs of pruning, in nats per token."""
 
     name: str
     size: int
-    costs: Mapping[Constraint, float]
-    outliers: float
-    skewness: float
+    costs: Mapping[Constraint, float]  # by surveyed pattern that fits the operator
+    outliers: float  # the share of outlying scores |W_ij| |x_j| (Wanda's) in the whole layer
+    skewness: float  # of |W_ij| in the whole layer
 
 
 def candidates(pattern: Constraint) -> list[Constraint]:
-    """Return the possible patterns of an operator, the sparsest last.
-
-    Returns:
-        For a sparsity, sparsities around it; for N:M, every N of the M.
-    """
+    """Return the possible patterns of an operator, the sparsest last: sparsities around one, or every N of the M."""
     return pattern.ladder(REACH, STEP)
 
 
 def row_weights(fisher: Tensor) -> Tensor:
-    """Return the weights of rows in their competition: sqrt(f_i / mean f).
+    """Return the weights [m] of rows in their competition: sqrt(f_i / mean f), with f_i = mean (d loss / d y_i)^2.
 
-    With f_i the error of an operator would be `survey`'s estimate of the loss. The root goes half of the way from equal
-    rows, for the reasons of "half-curve": measured, the root is better (lab/tried.md).
-
-    Args:
-        fisher: f_i = mean (d loss / d y_i)^2 of the outputs [m].
-
-    Returns:
-        [m].
+    With f_i the error of an operator would be `survey`'s estimate of the loss. The root goes half of the way from
+    equal rows, for the reasons of "half-curve": measured, the root is better (lab/tried.md).
     """
     middle = fisher.mean()
     return (fisher / middle).clamp_min(LEAST).sqrt() if middle > 0 else torch.ones_like(fisher)
@@ -129,15 +101,12 @@ def allocate_by_rule(
 ) -> ModelAllocation:
     """Allocate the zeros of `pattern` to operators and their rows, by a rule.
 
-    "rows" requests an equal share of every operator, whose rows compete by `row_weights` of `fisher` (the f_i of
+    "rows" requests an equal share of every operator, whose rows compete by `row_weights` of `fisher` (the f_i [m] of
     `survey`); rows compete in the same way under the next two rules. "curve" minimises the surveyed costs
-    (`core._allocation`); "half-curve" goes half of the way from uniform shares, because the costs are of a single text
-    and count the errors of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer with
-    more outlying scores less sparsity, "skewness" a layer with more skewed weights: AutoPrune's allocation (arXiv
-    2511.15390) as far as it could be reconstructed.
-
-    Args:
-        fisher: f [m] by operator, for rules that weigh rows.
+    (`core._allocation`); "half-curve" goes half of the way from uniform shares, because the costs are of a single
+    text and count the errors of operators as independent (lab/benchmarks.md). "owl" (arXiv 2310.05175) gives a layer
+    with more outlying scores less sparsity, "skewness" a layer with more skewed weights: AutoPrune's allocation
+    (arXiv 2511.15390) as far as it could be reconstructed.
     """
     check_rule(rule, pattern)
     if rule == "uniform":

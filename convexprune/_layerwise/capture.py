@@ -20,22 +20,12 @@ ErrorTarget = Literal["residual_stream", "operator"]
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """Outputs of the dense decoder layer by batch, and inputs of token-aligned groups, on the CPU.
+    """Outputs and inputs of the dense decoder layer, recorded by batch on the CPU."""
 
-    `cached` are submodules that later passes may skip; `last_branch` is the group that closes the layer, if requested
-    (see `is_last_branch`).
-
-    Args:
-        outputs: by batch [batch tokens hidden].
-        inputs: by token-aligned group [samples tokens n], in batches.
-        cached: submodules that later passes may skip.
-        last_branch: the group that closes the layer, if requested.
-    """
-
-    outputs: Recorded
-    inputs: Mapping[Group, Recorded]
-    cached: Mapping[Group, CachedSubmodule] = field(default_factory=dict)
-    last_branch: Group | None = None
+    outputs: Recorded  # [batch tokens hidden]
+    inputs: Mapping[Group, Recorded]  # of token-aligned groups [samples tokens n]
+    cached: Mapping[Group, CachedSubmodule] = field(default_factory=dict)  # submodules that later passes may skip
+    last_branch: Group | None = None  # the group that closes the layer, on request
 
     def read_for(self, group: Group) -> Sequence[Tensor]:
         """The recorded tensors that a `group` is compared with, if any."""
@@ -51,14 +41,10 @@ def observe(
     record: Callable[[], Recorded] = list,
     error_targets: Collection[ErrorTarget] = ("operator",),
 ) -> Observed:
-    """Run the dense layer over all batches.
+    """Run the dense layer over all batches [batch tokens hidden]; the first also shows the shortcuts.
 
-    The record takes tokens times the widths of the stages. The first batch also shows the shortcuts.
-
-    Args:
-        batches: inputs of the layer [batch tokens hidden].
-        error_targets: later requests (`LayerSettings.error_target`): for "residual_stream" alone, the inputs of the
-            closing group are not kept.
+    The record takes tokens times the widths of the stages. For the error target "residual_stream" alone, the inputs
+    of the closing group are not kept.
     """
     last_branch = next(
         (
@@ -100,11 +86,9 @@ def put_away(tensor: Tensor, place: Recorded) -> None:
 def is_last_branch(layer: DecoderLayer, group: Group, calls: Calls, batches: Sequence[Tensor]) -> bool:
     """Return True if the layer's output is the output of `group`, alone in the last stage, added to the rest.
 
-    No architecture is assumed: with zeros in place of the group's output the layer has to give a rest that adds up with
-    the output to the layer's output, bit for bit. False if a norm follows the group (Gemma 2).
-
-    Args:
-        batches: inputs of the layer [batch tokens hidden]; the first is tried.
+    No architecture is assumed: with zeros in place of the group's output the layer has to give a rest that adds up
+    with the output to the layer's output, bit for bit, on the first batch. False if a norm follows the group (Gemma
+    2).
     """
     if layer.stages[-1] != (group,) or len(group.operators) > 1 or not group.token_aligned or not batches:
         return False
@@ -119,14 +103,7 @@ def through(
     batches: Sequence[Tensor],
     known: Mapping[CachedSubmodule, Recorded] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the outputs of the layer in its current state.
-
-    Args:
-        batches: inputs of the layer [batch tokens hidden].
-
-    Yields:
-        The outputs [batch tokens hidden].
-    """
+    """Yield the outputs [batch tokens hidden] of the layer in its current state, by batch."""
     for i, batch in enumerate(batches):
         with replaying({cached_submodule: x[i].to(batch.device) for cached_submodule, x in (known or {}).items()}):
             output = calls(batch)(layer.module, batch)
@@ -134,16 +111,11 @@ def through(
 
 
 class LastBranch(NamedTuple):
-    """Inputs of the last group [samples tokens n], its outputs, and the layer's output without the group.
+    """Inputs and outputs of the last group, and the layer's output without the group."""
 
-    Args:
-        x: inputs of the group [samples tokens n].
-        residual: the layer's output without the group [batch tokens hidden].
-    """
-
-    x: Tensor
+    x: Tensor  # [samples tokens n]
     branch: Tensor
-    residual: Tensor
+    residual: Tensor  # [batch tokens hidden]
 
     @property
     def output(self) -> Tensor:
@@ -152,11 +124,7 @@ class LastBranch(NamedTuple):
 
 
 def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tensor) -> LastBranch:
-    """Run the layer with zeros in place of the last group's output.
-
-    Args:
-        batch: inputs of the layer [batch tokens hidden].
-    """
+    """Run the layer with zeros in place of the last group's output."""
     seen, made = list[Tensor](), list[Tensor]()
 
     def zero_branch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -169,13 +137,9 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """Return the inputs of a stage's groups; the layer stops there.
+    """Return the inputs [samples tokens n] of a stage's groups with tokens; the layer stops there.
 
-    Args:
-        batch: inputs of the layer [batch tokens hidden].
-
-    Returns:
-        [samples tokens n] by group with tokens. Without token alignment, all tokens are a single sample.
+    Without token alignment, all tokens are a single sample.
     """
     seen: dict[Group, Tensor] = {}
     if not stage:

@@ -21,44 +21,28 @@ from convexprune.pruners import LayerEdit
 
 @dataclass(eq=False)
 class LayerContext:
-    """One decoder layer, whose weights are in memory, as the walk hands it to a step, and what steps find out.
-
-    Args:
-        model: the model.
-        number: of the layer.
-        layer: the layer.
-        calls: how the model calls it, for hidden states of each shape.
-        inputs: the batches [batch tokens hidden] that enter it, of each stream; of a process group this rank's share.
-        states: keep what is between the layers.
-        held_out: how many batches, the last ones, judge and never fit.
-        ranks: the processes that work on the layer together.
-        record: makes a place to keep tensors in, which is gone after the step unless it is handed on.
-        observed: what a pass of the dense layer has shown.
-        first: the statistics of the first stage, if they are known: with a dense prefix nothing changes them.
-        is_dense: whether no step has moved a weight yet.
-        seen: inputs x* of groups, as the stages before them are by now.
-        dense: the dense weights of operators, if steps move them and later ones compare with them.
-        edits: the last edit of each stack, by the names of its operators, without its weight.
-        seconds: spent on each stack by earlier passes.
-        blocks: of operators, by name, the bytes of what a step has put on block grids (`LayerEdit.blocks`).
-    """
+    """A decoder layer in memory, its inputs, and the results of steps for later steps."""
 
     model: AbstractModel
     number: int
     layer: DecoderLayer
-    calls: Calls
-    inputs: Mapping[Stream, Sequence[Tensor]]
-    states: AbstractStates
-    held_out: int = 0
+    calls: Calls  # by hidden states of any shape
+    inputs: Mapping[Stream, Sequence[Tensor]]  # batches [batch tokens hidden]; of a process group this rank's share
+    states: AbstractStates  # between the layers
+    held_out: int = 0  # the number of batches, the last, that judge and never fit
     ranks: ProcessGroup = ALONE
-    record: Callable[[], Recorded] = list
-    observed: Observed = field(default_factory=lambda: Observed([], {}))
+    record: Callable[[], Recorded] = list  # makes a place for tensors, gone after the step unless handed on
+    observed: Observed = field(default_factory=lambda: Observed([], {}))  # in the pass of the dense layer
+    # statistics of the first stage, if known: with a dense prefix nothing changes them
     first: Mapping[Group, CalibrationStatistics] = field(default_factory=dict)
-    is_dense: bool = field(default=True, init=False)
-    seen: dict[Group, Recorded] = field(default_factory=dict, init=False)
+    is_dense: bool = field(default=True, init=False)  # no step has moved a weight yet
+    seen: dict[Group, Recorded] = field(default_factory=dict, init=False)  # inputs x* after the present earlier stages
+    # dense weights, if steps move them and later steps compare
     dense: dict[AbstractOperator, Tensor] = field(default_factory=dict, init=False)
+    # the last edit by stack, without its weight
     edits: dict[tuple[str, ...], LayerEdit] = field(default_factory=dict, init=False)
-    seconds: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)
+    seconds: dict[tuple[str, ...], float] = field(default_factory=dict, init=False)  # by stack, of earlier passes
+    # bytes of operators on block grids (`LayerEdit.blocks`)
     blocks: dict[str, Tensor | None] = field(default_factory=dict, init=False)
 
     def observe(self, error_targets: Collection[ErrorTarget] = ("operator",)) -> Observed:
@@ -106,11 +90,7 @@ class LayerContext:
                 operator.write(weight)
 
     def begin_pass(self, prefix: Stream, edits: bool) -> None:
-        """Forget inputs x* of earlier passes.
-
-        With a dense prefix the inputs of the dense pass are known: of the first stage, and before any edit of all
-        stages.
-        """
+        """Forget inputs x* of earlier passes, unless they stay: in the first stage, or before any edit."""
         same = chain(*self.layer.stages[: None if self.is_dense and not edits else 1]) if prefix == "dense" else ()
         self.seen = {group: self.observed.inputs[group] for group in same if group in self.observed.inputs}
         self.is_dense = self.is_dense and not edits

@@ -36,10 +36,6 @@ class FolderStore(AbstractStore):
 
     A lock that vanishes with its process claims a layer, so a killed worker's layer is free at once. Files appear
     whole. A JSON file beside a file has the checksum and is written last: a named file exists.
-
-    Args:
-        count: number of decoder layers.
-        room: room for records on the device; none by default.
     """
 
     def __init__(self, folder: Path, count: int, device: torch.device | str = "cpu", room: Room | None = None) -> None:
@@ -131,7 +127,6 @@ class FolderStore(AbstractStore):
         return load_file(path)
 
     def layer(self, number: int) -> Mapping[str, Tensor]:
-        """The tensors of the finished layer of that `number`, by name."""
         return {name: entry.read() for name, entry in self.entries(number).items()}
 
     def entries(self, number: int) -> dict[str, Entry]:
@@ -160,7 +155,6 @@ class FolderStore(AbstractStore):
         self._let_go(number)
 
     def reports(self, number: int) -> list[OperatorReport]:
-        """The reports of the finished layer of that `number`."""
         return [OperatorReport.read(o) for o in read_notes(self._notes("layers", f"{number:05d}"))["operators"]]
 
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:
@@ -232,9 +226,6 @@ class RankStore(FolderStore):
     """A shared folder for ranks that prune a layer together: a rank keeps the hidden states of its batches.
 
     The first rank chooses the next layer, and writes the layers.
-
-    Args:
-        count: number of decoder layers.
     """
 
     def __init__(

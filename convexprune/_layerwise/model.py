@@ -14,12 +14,9 @@ from convexprune._device.products import widened
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A model's call of a decoder layer: every argument except the hidden states, recorded and replayed.
+    """A model's call of a decoder layer: every argument after the hidden states, recorded and replayed.
 
     Arguments have no names here, because names change between releases of transformers.
-
-    Args:
-        args: the positional arguments after the hidden states.
     """
 
     args: tuple[Any, ...] = ()
@@ -92,9 +89,8 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 class Group:
     """Operators with a common input: a Gram matrix, a stacked problem.
 
-    Args:
-        token_aligned: True if the dense and the pruned layer send the same tokens here, so that an operator can correct
-            earlier errors by token. False behind a router.
+    Token-aligned: the dense and the pruned layer send the same tokens here, so that an operator can correct earlier
+    errors by token. False behind a router.
     """
 
     operators: tuple[AbstractOperator, ...]
@@ -116,12 +112,10 @@ class DecoderLayer:
 
     @property
     def groups(self) -> list[Group]:
-        """All groups in the order of execution."""
         return [group for stage in self.stages for group in stage]
 
     @property
     def operators(self) -> list[AbstractOperator]:
-        """All operators in the order of execution."""
         return [operator for group in self.groups for operator in group.operators]
 
 
@@ -143,9 +137,8 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """Hold the weights of a layer in memory.
-
-        A streamed model then has the dense weights, and changes are forgotten at the end.
+        """Hold the weights of a layer in memory; a streamed model's are then dense, and changes are forgotten at the
+        end.
         """
 
     @abstractmethod

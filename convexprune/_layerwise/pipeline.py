@@ -45,9 +45,9 @@ class AbstractStackStep(ABC):
 class Pipeline:
     """The steps of a decoder layer, in order.
 
-    A pass over the stages gathers statistics of a stage after the present earlier stages. Consecutive steps on stacks
-    share a pass, which holds statistics of a single stage. A step on the whole layer may move any weight, so the next
-    pass gathers new statistics.
+    A pass over the stages gathers statistics of a stage after the present earlier stages. Consecutive steps on
+    stacks share a pass, which holds statistics of a single stage. A step on the whole layer may move any weight, so
+    the next pass gathers new statistics.
     """
 
     settings: LayerSettings
@@ -59,12 +59,7 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, context: LayerContext) -> None:
-        """Run all steps.
-
-        Raises:
-            ModelError: an activation is not finite; the message names the operator.
-            PruningError: a pruned weight breaks the request; the message names the operator.
-        """
+        """Run all steps."""
         left = list(self.steps)
         while left:
             together = [s for s in takewhile(_is_on_stacks, left) if isinstance(s, AbstractStackStep)]

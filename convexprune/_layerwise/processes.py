@@ -54,7 +54,6 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     def local_slice(self, count: int) -> slice:
-        """Return this rank's slice of `count` items."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -75,7 +74,6 @@ class ProcessGroup:
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """The `tensor` of the first rank."""
         return tensor if self.size == 1 else self.all_reduce(torch.zeros_like(tensor) if self.rank else tensor.clone())
 
 
@@ -90,22 +88,18 @@ class SamePruned(AbstractPruner):
     broadcast: Callable[[Tensor], Tensor]
 
     def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`: it can take what `pruner` can."""
         self.pruner.require(pattern)
 
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         return self._same(self.pruner.prune(problem))
 
     @property
     def side_by_side(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True if the pruner solves side by side."""
         return self.pruner.side_by_side
 
     @torch.no_grad()
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        """See `AbstractPruner.prune_all`."""
         return [self._same(pruned) for pruned in self.pruner.prune_all(problems)]
 
     def _same(self, pruned: LayerEdit) -> LayerEdit:
@@ -123,16 +117,13 @@ class SameQuantized(AbstractQuantizer):
 
     @property
     def input_errors(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See `AbstractQuantizer`."""
         return self.quantizer.input_errors
 
     @property
     def corrects_last(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See `AbstractQuantizer`."""
         return self.quantizer.corrects_last
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`."""
         found = self.quantizer.on_grid(problem, pruned, grid)
         return OnGrid(grid, found.scales.map(self.broadcast), self.broadcast(found.codes))
 

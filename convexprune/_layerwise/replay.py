@@ -24,11 +24,7 @@ class CachedSubmodule:
 
     @contextmanager
     def replayed(self, x: Tensor) -> Iterator[None]:
-        """Run only the linear map, with its current weight, on x [... n] during the context.
-
-        Args:
-            x: inputs of the linear map [samples tokens n].
-        """
+        """Run only the linear map, with its current weight, on its inputs x [samples tokens n] during the context."""
 
         def forward(*_: Any, **__: Any) -> Any:
             y = self.linear(x)
@@ -49,8 +45,7 @@ def replaying(cached: Mapping[CachedSubmodule, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group, CachedSubmodule]) -> Iterator[None]:
-    """Find cached submodules during a pass of the dense layer with `samples` windows; `found` has the results
-    afterwards.
+    """Find cached submodules during a pass of the dense layer with `samples` windows, and fill `found` afterwards.
 
     No architecture is assumed: the output of the module has to be the output of the linear map, as an object and
     unwritten, and both have to be called once. The outermost such module is taken.

@@ -22,49 +22,32 @@ class LayerSettings:
     """Settings for the layers of a run: pruner, pattern, inputs and targets.
 
     `prefix` names the network that feeds a decoder layer with x*: "dense", so that layers are independent
-    (FISTAPruner), or "pruned", the earlier layers in their current state (SparseGPT, Wanda, ALPS). The target is W x* +
-    a d with a = `correction`, where d = W (x - x*) is the operator's missing output, with x the input in the dense
-    network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not "operator", d is the missing
-    output of the decoder layer, for the operator of its last residual branch (`capture.is_last_branch`): errors on all
-    ways count. `patterns` and `pruners` hold operators that differ, `rules` the rule of the recipe. `bound_rows` of
-    every operator are compared with a lower bound; they change no weight. `row_weights` weigh the outputs [m] of
-    operators; `columns` is the loss's need of column blocks, if the loss chooses columns; `token_weights` weigh the
-    calibration tokens of operators.
-
-    Args:
-        pattern: pattern of every operator.
-        correction: a, the share of the error to correct, 0 to 1.
-        patterns: by operator that differs.
-        bound_rows: rows per operator to bound.
-        row_weights: [m] by operator.
-        columns: [blocks] by operator.
-        token_weights: [windows length] by operator, for the calibration windows.
-        pruners: by operator that differs.
-        rules: numbers, from 1, of the recipe's rules, by operator.
-        gram_precision: the format of second moments, see `_device.precision`.
-        solve_precision: the format of products in solves.
-        quantizer: puts kept values on the grids of the patterns.
-        emptied: returns a layer's parameters with zeros in place of removed parts, by layer name and parameters; None:
-            nothing is removed.
+    (FISTAPruner), or "pruned", the earlier layers in their current state (SparseGPT, Wanda, ALPS). The target is W
+    x* + a d with a = `correction`, where d = W (x - x*) is the operator's missing output, with x the input in the
+    dense network (arXiv 2408.03728, section 3.3). If `error_target` is "residual_stream", not "operator", d is the
+    missing output of the decoder layer, for the operator of its last residual branch (`capture.is_last_branch`):
+    errors on all ways count.
     """
 
     pruner: AbstractPruner
     pattern: Constraint
-    correction: float = 1.0
+    correction: float = 1.0  # a, the share of the error to correct, 0 to 1
     prefix: Stream = "dense"
     error_target: ErrorTarget = "operator"
-    patterns: Mapping[str, Constraint] = field(default_factory=dict)
-    bound_rows: int = 0
-    row_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    patterns: Mapping[str, Constraint] = field(default_factory=dict)  # by operator that differs
+    bound_rows: int = 0  # per operator, compared with a lower bound; they change no weight
+    row_weights: Mapping[str, Tensor] = field(default_factory=dict)  # weights of the outputs [m] by operator
+    # the loss's need of column blocks by operator, if the loss chooses
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    # [windows length] by operator, of the calibration windows
     token_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)
-    rules: Mapping[str, int] = field(default_factory=dict)
-    gram_precision: Format = "auto"
+    pruners: Mapping[str, AbstractPruner] = field(default_factory=dict)  # by operator that differs
+    rules: Mapping[str, int] = field(default_factory=dict)  # numbers, from 1, of the recipe's rules, by operator
+    gram_precision: Format = "auto"  # of second moments, see `_device.precision`
     solve_precision: Format = "auto"
     certificate_precision: CertificateFormat = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
-    emptied: Emptied | None = None
+    emptied: Emptied | None = None  # returns a layer's parameters with zeros in place of removed parts
 
     def __post_init__(self) -> None:
         self.pruner.require(self.pattern)
@@ -72,16 +55,13 @@ class LayerSettings:
             self.pruner_of(name).require(self.pattern_of(name))
 
     def pruner_of(self, operator: str) -> AbstractPruner:
-        """Return the pruner of the operator "layer.operator"."""
         return self.pruners.get(operator, self.pruner)
 
     def pattern_of(self, operator: str) -> Constraint:
-        """Return the pattern of the operator "layer.operator"."""
         return self.patterns.get(operator, self.pattern)
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """The networks whose hidden states a run needs."""
         return ("dense",) if self.prefix == "dense" else ("dense", "pruned")
 
     def row_factors(self, operators: Sequence[str]) -> Tensor | None:

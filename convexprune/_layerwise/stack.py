@@ -21,43 +21,34 @@ from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 
 @dataclass(eq=False)
 class Stack:
-    """Operators of a group with a common pruner: weights [m n], below each other.
-
-    `rows` are the operators' rows among all rows on the input. `statistics` are the input's, after the present earlier
-    stages.
-    """
+    """Operators of a group with a common pruner: weights [m n], below each other."""
 
     context: LayerContext
     settings: LayerSettings
     group: Group
-    rows: slice
-    statistics: CalibrationStatistics
+    rows: slice  # of the operators among all rows on the input
+    statistics: CalibrationStatistics  # of the input, after the present earlier stages
     closes: bool
     began: float = 0.0
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of the operators in the model."""
         return tuple(f"{self.context.layer.name}.{operator.name}" for operator in self.group.operators)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n)."""
         return height(self.group), width(self.group)
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
         return self.group.operators[0].read().device
 
     @property
     def pruner(self) -> AbstractPruner:
-        """The pruner of all operators."""
         return self.settings.pruner_of(self.names[0])
 
     @property
     def patterns(self) -> tuple[Constraint, ...]:
-        """The patterns by operator."""
         return tuple(self.settings.pattern_of(name) for name in self.names)
 
     @property
@@ -82,7 +73,6 @@ class Stack:
 
     @cached_property
     def problem(self) -> LayerProblem:
-        """The problem of the stack."""
         pattern = Stacked(self.patterns, tuple(operator.shape[0] for operator in self.group.operators))
         halves = self.statistics.halves if all(half.tokens for half in self.statistics.halves) else ()
         moments = self.statistics.total.rows(self.rows)

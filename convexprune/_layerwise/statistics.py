@@ -28,13 +28,9 @@ Counted = tuple[Tensor, Tensor | None, Tensor | None]  # x* [tokens n], what it 
 class CalibrationStatistics:
     """Moments of `width` inputs: calibration windows dealt to two halves, and held-out windows.
 
-    Error moments are of all calibration windows together: the halves have only x* x*'. With `outputs` errors are in
-    output space (see `ErrorMoments`). With weights of tokens there are further moments in which all calibration tokens
-    count alike; held-out tokens always do.
-
-    Args:
-        outputs: m, if errors are counted in output space.
-        weights: weights of the calibration tokens [windows length], in order of counting; None: all count alike.
+    Error moments are of all calibration windows together: the halves have only x* x*'. With `outputs` errors are of
+    the m outputs (see `ErrorMoments`). With `weights` of the calibration tokens [windows length], in order, there
+    are further moments in which all calibration tokens count alike; held-out tokens always do.
     """
 
     def __init__(
@@ -52,21 +48,13 @@ class CalibrationStatistics:
 
     @staticmethod
     def bytes(width: int) -> int:
-        """The memory of three Gram matrices, in bytes.
-
-        Returns:
-            The bytes.
-        """
+        """Return the bytes of three Gram matrices."""
         return 3 * 4 * width * width
 
     def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count inputs; a sample goes whole to the half with fewer tokens.
+        """Count inputs x* [samples tokens n], and errors: x - x*, or of outputs [samples tokens m].
 
-        Samples of less than `FEW` tokens wait for more.
-
-        Args:
-            x: x* [samples tokens n].
-            lacking: the error to correct, if any: x - x*, or of outputs [samples tokens m].
+        A sample goes whole to the half with fewer tokens. Samples of less than `FEW` tokens wait for more.
         """
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
@@ -113,13 +101,11 @@ class CalibrationStatistics:
 
     @property
     def halves(self) -> tuple[Moments, Moments]:
-        """Moments of the two halves of the calibration windows."""
         self._count_all()
         return self._halves
 
     @property
     def held_out(self) -> Moments:
-        """Moments of the held-out windows."""
         self._count_all()
         return self._held_out
 
@@ -178,7 +164,6 @@ class CalibrationStatistics:
 
     @property
     def is_weighted(self) -> bool:
-        """True if the calibration tokens have weights."""
         return self._unweighted is not None
 
     @property
@@ -188,7 +173,6 @@ class CalibrationStatistics:
         return self.total if self._unweighted is None else self._unweighted
 
     def is_finite(self) -> bool:
-        """Return True if all inputs were finite."""
         return all(part.is_finite() for part in (*self.halves, self.held_out, self._change) if part is not None)
 
 
@@ -204,9 +188,8 @@ def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
 
 
 def at_once(shape: tuple[int, int], pruner: AbstractPruner, device: torch.device) -> int:
-    """Return the number of problems to solve side by side.
-
-    1 on a CPU, where a step of many small problems takes as long as its parts, and for methods that solve in turn.
+    """Return the number of problems to solve side by side: 1 for methods in turn, and on a CPU, where it saves
+    nothing.
     """
     return many_at_once(*shape) if pruner.side_by_side and not is_host(device) else 1
 

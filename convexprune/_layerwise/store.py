@@ -25,7 +25,7 @@ class AbstractStates(ABC):
 
     @abstractmethod
     def is_finished(self, number: int) -> bool:
-        """Return True if the layer `number` is finished."""
+        """Return True if the layer is finished."""
 
     @abstractmethod
     def scratch(self, number: int) -> AbstractContextManager[Callable[[], Recorded]]:
@@ -33,19 +33,11 @@ class AbstractStates(ABC):
 
     @abstractmethod
     def hidden(self, number: int, stream: Stream) -> Recorded | None:
-        """Return the batches that enter a layer.
-
-        Returns:
-            The hidden states [batch tokens hidden] by batch; None if missing or damaged.
-        """
+        """Return the batches [batch tokens hidden] that enter a layer; None if missing or damaged."""
 
     @abstractmethod
     def put_hidden(self, number: int, stream: Stream, batches: Recorded) -> None:
-        """Keep the inputs of a layer until the layer is finished.
-
-        Args:
-            batches: the hidden states [batch tokens hidden].
-        """
+        """Keep the inputs [batch tokens hidden] of a layer, by batch, until the layer is finished."""
 
     @abstractmethod
     def load(self, model: AbstractModel, number: int, stream: Stream) -> None:

@@ -14,12 +14,10 @@ from convexprune.core._error_moments import ErrorMoments
 
 
 class CorrectionTargets:
-    """Errors that the `groups` of a stage have to correct, by batch (see `LayerSettings.error_target`).
+    """Errors that `groups` of a stage, whose inputs the pruned layer changes, have to correct, by batch.
 
-    `observed` has the observations of the dense `layer`, in which these groups still have dense weights.
-
-    Args:
-        groups: groups whose inputs the pruned layer changes.
+    `observed` has the observations of the dense `layer`, in which these groups still have dense weights. See
+    `LayerSettings.error_target`.
     """
 
     def __init__(
@@ -43,14 +41,10 @@ class CorrectionTargets:
         return self._last_branch is not None and self._last_branch in stage
 
     def of(self, group: Group, i: int, x: Tensor, output: Tensor | None) -> Tensor | None:
-        """Return the error at x* [samples tokens n] of batch i, if there is any; `output` is the layer's with x* and W.
+        """Return the error [samples tokens n], or [samples tokens m] in output space, at x* of batch i, if there is
+        any.
 
-        Args:
-            x: x* [samples tokens n].
-            output: output of the current layer, if the group is its last residual branch.
-
-        Returns:
-            The error [samples tokens n], or [samples tokens m] in output space; None without a correction.
+        `output` is the layer's with x* and W, if the group is its last residual branch.
         """
         if group is self._last_branch:
             assert output is not None

@@ -46,9 +46,7 @@ def loss_weights(squares: Tensor, share: float) -> Tensor:
 
 
 def sink_weights(windows: int, length: int, share: float) -> Tensor:
-    """Return weights [windows length], 1 on average, that give the first `SINK` tokens of a window a `share` of the
-    sum.
-    """
+    """Return weights [windows length], 1 on average, that give the first `SINK` tokens a `share` of the sum."""
     weights = torch.ones(length)
     if length > SINK:
         weights[:SINK] = share * length / SINK

@@ -34,12 +34,9 @@ LayerStep = Callable[[LayerContext], None]
 class LayerWalk:
     """Hand decoder layers to a step, in turn, with weights in memory and inputs.
 
-    Args:
-        windows: token ids [batch tokens]; the model turns them into inputs of the first layer.
-        states: choose the next layer, and keep hidden states between layers.
-        streams: networks whose hidden states a step needs.
-        on_layer: takes the name of a finished layer.
-        calls: calls of the layers, if known.
+    The model turns `windows` of token ids [batch tokens] into inputs of the first layer. `states` choose the next
+    layer, and keep hidden states of the requested `streams` between layers. `on_layer` takes the name of a finished
+    layer.
     """
 
     def __init__(
@@ -65,10 +62,8 @@ class LayerWalk:
 
     @torch.no_grad()
     def visit(self, number: int, step: LayerStep) -> None:
-        """Call the step with a layer.
-
-        If the inputs are damaged and a lower layer is still to come, nothing is done: the lower layer restores the
-        inputs.
+        """Call the step with a layer, unless its inputs are damaged and a lower layer is still to come and restore
+        them.
         """
         inputs = dict[Stream, Sequence[Tensor]]()
         for stream in self._streams:

@@ -33,15 +33,7 @@ def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[Abstra
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Windows [samples length] to fit and to judge by, settings, and processes.
-
-    Args:
-        tokens: windows to fit on [samples length].
-        held_out: windows to judge by [samples length].
-        batch_size: windows in a forward pass.
-        settings: settings of the layers.
-        ranks: the processes that prune a layer together.
-    """
+    """Windows [samples length] to fit and to judge by, settings, and the processes that prune a layer together."""
 
     tokens: Tensor
     held_out: Tensor
@@ -76,7 +68,6 @@ class Work:
 
     @property
     def batches(self) -> list[Tensor]:
-        """All batches [batch length]."""
         return [*self.tokens.split(self.batch_size), *self.validation_batches]
 
 
@@ -92,12 +83,7 @@ class PruneLayer:
     on_operator: OnOperator
 
     def __call__(self, context: LayerContext) -> None:
-        """Prune the layer of the context.
-
-        Raises:
-            ModelError, PruningError: see `Pipeline`.
-            OutputError: the disk is full or fails.
-        """
+        """Prune the layer of the context."""
         settings, reports = self.work.settings, list[OperatorReport]()
 
         def report(operator: OperatorReport) -> None:

@@ -33,14 +33,7 @@ def rows_to_bound(pattern: Constraint, rows: int) -> int:
 
 
 def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tensor:
-    """Draw rows at random.
-
-    Args:
-        rows: number of rows; None means all.
-
-    Returns:
-        Numbers of rows; in order if all are taken.
-    """
+    """Draw numbers of rows at random, or all in order if `rows` is None."""
     if rows is None or rows >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[:rows]
@@ -49,17 +42,10 @@ def drawn_rows(count: int, rows: int | None, generator: torch.Generator) -> Tens
 def sampled_bounds(
     problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
 ) -> list[dict[str, float] | None]:
-    """Return the quick bound for some rows of every operator of a pruned stack, the same rows in every run.
+    """Return quick bounds by operator for `rows` rows of a pruned stack [m n], the same rows in every run.
 
-    The error is the pruner's objective: mean |V x* - target|^2, plus the damping (see `OperatorReport`).
-
-    Args:
-        weight: the pruned weight [m n].
-        rows: rows per operator; more are drawn for whole columns (`rows_to_bound`).
-        factors: factors of the rows [m], if rows are weighed.
-
-    Returns:
-        Bounds by operator; None without a request, without pruning, or for wide operators.
+    The error is the pruner's objective: mean |V x* - target|^2, plus the damping (see `OperatorReport`). More rows
+    are drawn for whole columns (`rows_to_bound`). None without a request, without pruning, or for wide operators.
     """
     return sampled_bounds_of_all([(problem, weight, damping, factors)], rows)[0]
 

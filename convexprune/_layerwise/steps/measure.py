@@ -64,11 +64,7 @@ class Measure(AbstractStackStep):
 
 
 def _counted(stack: Stack, stored: Tensor) -> list[dict[str, Any]]:
-    """Return the shapes and zeros for the operators' reports.
-
-    Raises:
-        PruningError: a stored weight breaks its pattern.
-    """
+    """Return shapes and zeros for the operators' reports, or refuse a stored weight that breaks its pattern."""
     heights, counted = [operator.shape[0] for operator in stack.group.operators], []
     weights = zip(stored.split(heights), stack.weight.split(heights), strict=True)
     for operator, name, pattern, (weight, before) in zip(

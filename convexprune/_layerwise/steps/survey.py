@@ -42,16 +42,11 @@ def survey(
 ) -> list[Unit]:
     """Prune every operator of the dense model to every pattern, write nothing, and return the costs.
 
-    A single decoder layer is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2, the Gauss-Newton estimate of the
-    loss with a diagonal metric, in nats per token, comparable across layers. The error is on held-out windows, or on
-    all without held-out windows. The cost of bits alone is forecast from all windows
-    (`convexprune.quantizers._forecast`).
-
-    Args:
-        windows: token ids [batch length].
-        fisher: f_i = mean (d loss / d y_i)^2 of operators' outputs [m].
-        pruner: pruner of the weights; None is SparseGPT, which is quick, and only the shape of a curve matters. Rows
-            compete by `row_weights` of f.
+    A single decoder layer is in memory. A cost is 1/2 sum_i f_i mean (delta y_i)^2 with the `fisher` f_i [m] of
+    outputs, the Gauss-Newton estimate of the loss with a diagonal metric, in nats per token, comparable across
+    layers. The error is on held-out windows, or on all without held-out windows. The cost of bits alone is forecast
+    from all windows (`convexprune.quantizers._forecast`). The default pruner is SparseGPT: quick, and only the shape
+    of a curve matters.
     """
     pruner, units = pruner or SparseGPT(), list[Unit]()
     settings = LayerSettings(pruner, Unstructured(0.0), correction=0)
