@@ -45,12 +45,8 @@ def allocate_each(
     """Return an allocation for every requested rule and run, from windows [windows length].
 
     The dense model is surveyed once for all, on the first 16 windows of `calibration` and all of `held_out`, with
-    SparseGPT's weights, so that an allocation does not depend on the method. Only the rules with curves prune for the
-    survey; curves, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
-
-    Args:
-        calibration: windows [samples length].
-        held_out: windows [samples length].
+    SparseGPT's weights, so that an allocation does not depend on the method. Only the rules with curves prune for
+    the survey; curves, "rows" and "columns" need gradients, on the first windows. Both go layer by layer.
     """
     if all(rule == "uniform" for rule, _ in asked):
         return [ModelAllocation({}) for _ in asked]
@@ -101,12 +97,7 @@ def allocate(
     batch_size: int,
     store: FolderStore | None,
 ) -> ModelAllocation:
-    """Return the allocation of a run, computed once for all processes that share the store and for resumed runs.
-
-    Args:
-        calibration: windows [samples length].
-        held_out: windows [samples length].
-    """
+    """Return the allocation of a run, computed once for all processes that share the store and for resumed runs."""
 
     def find(record: Callable[[], Recorded]) -> ModelAllocation:
         return allocate_each(model, calibration, held_out, [asked], batch_size, record)[0]

@@ -30,14 +30,10 @@ TOGETHER = 32768  # tokens whose inputs of all layers lie on the disk while a mo
 class Fisher:
     """The effect of operators, "layer.operator", on the loss: means over tokens.
 
-    The squared gradients of an expert are summed over the tokens routed to the expert and divided by the number of all
-    tokens, so that rare experts count less.
-
-    Args:
-        outputs: (d loss / d y_i)^2 of the outputs [m]: twice the cost of an error of size 1 in y_i.
-        inputs: (sum_{j in b} x_j d loss / d x_j)^2 of blocks b of inputs [n / block]: twice the cost of not reading the
-            block; by operator, on request.
-        tokens: |d loss / d y|^2 by token [windows length], of operators that all tokens reach; on request.
+    The squared gradients of an expert are summed over the tokens routed to the expert and divided by the number of
+    all tokens, so that rare experts count less. `outputs` [m] are (d loss / d y_i)^2: twice the cost of an error of
+    size 1 in y_i. `inputs` [n / block] are (sum_{j in b} x_j d loss / d x_j)^2 of blocks b: twice the cost of not
+    reading a block. `tokens` [windows length] are |d loss / d y|^2 of operators that all tokens reach.
     """
 
     outputs: dict[str, Tensor]
@@ -53,19 +49,11 @@ def loss_fisher(
     blocks: Collection[tuple[str, int]] = (),
     by_token: bool = False,
 ) -> Fisher:
-    """Return the empirical Fisher information of operators.
+    """Return the empirical Fisher information of operators on ids [windows length]; `blocks` and tokens on request.
 
     The loss is the summed negative log-likelihood of a window (the labels are the text's). It is differentiated by
     layer, from the last to the first, so that a streamed model has a single decoder layer in memory; the inputs of
     layers are recorded meanwhile.
-
-    Args:
-        tokens: token ids [windows length].
-        blocks: operators whose inputs are requested, and the number of consecutive inputs in a block.
-        by_token: True if parts by token are requested.
-
-    Returns:
-        The estimates for the outputs of all operators, and for the inputs of some.
     """
     squares = _Squares(model, blocks, by_token)
     batches = list(tokens.split(batch_size))
@@ -137,9 +125,7 @@ class _Squares:
         return any(name.startswith(f"{pile}.") for name in self._blocks)
 
     def add(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
-        """Count the gradient [... m] at the outputs of some tokens, and with their inputs x [... n] the gradient
-        there.
-        """
+        """Count the gradient [... m] at some tokens' outputs, and with their inputs x [... n] the gradient there."""
         gradient = gradient.float().flatten(0, -2)
         self.sums[name] += gradient.square().sum(0, dtype=torch.float64).to(self.sums[name].device)
         if name in self.tokens:
@@ -169,7 +155,6 @@ class _Squares:
             self.add(name, self._seen.pop(name, None), product.inputs)
 
     def require_all(self) -> None:
-        """Raise a RuntimeError if a watched module's outputs got no gradient."""
         if self._waiting:
             raise RuntimeError(f"no gradient reaches the outputs of {min(self._waiting)}.")
 

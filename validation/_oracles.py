@@ -41,7 +41,7 @@ class SolvedProblem:
     solves: tuple[Solve, ...]
 
     def faults(self, tolerance: float, gap: float) -> Iterator[str]:
-        """Yield missed tolerances; `gap` is the largest accepted relative gap of the production solver at its default."""
+        """Yield missed tolerances; `gap` is the largest accepted gap of the production solver at its default."""
         for solve in self.solves[1:]:
             if not solve.difference <= tolerance:
                 yield f"{solve.solver}: the objective is {solve.difference:.1e} above the least"

@@ -117,11 +117,7 @@ class Channels:
 
 
 def close(expected: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
-    """Return True if two tensors are equal up to the rounding of sums.
-
-    Args:
-        dtype: dtype of the sums.
-    """
+    """Return True if two tensors are equal up to the rounding of sums in `dtype`."""
     tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)
     return bool((found - expected).float().norm() <= tolerance * expected.float().norm())
 
@@ -138,12 +134,11 @@ def rows(operator: AbstractOperator, start: int, block: int = 1) -> list[Axis]:
 
 
 def columns(operator: AbstractOperator, start: int = 0) -> Axis:
-    """The axis of an operator's inputs."""
+    """Return the axis of an operator's inputs."""
     assert isinstance(operator, ParameterOperator)
     return Axis(operator.place.path, int(not operator.place.transposed), start, operator.place.index)
 
 
 def canonical_name_of(layer: DecoderLayer, operator: AbstractOperator) -> tuple[str, str]:
-    """An operator's `canonical_name`."""
     assert isinstance(operator, ParameterOperator)
     return canonical_name(layer.module, operator.place)

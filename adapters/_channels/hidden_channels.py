@@ -53,9 +53,7 @@ def _outside(model: HuggingFaceModel) -> dict[str, nn.Parameter]:
 
 
 def _through(layer: DecoderLayer, call: Call, hidden: Tensor) -> Channels:
-    """Return the axes of the hidden states in a layer; of its vectors either all of equal length, or those of its
-    norms.
-    """
+    """Return the axes of the hidden states in a layer: all its vectors of equal length, or else those of its norms."""
     size = hidden.shape[-1]
     known = {axis.parameter for operator in layer.operators for axis in (*rows(operator, 0), columns(operator, 0))}
     others = {n: p for n, p in layer.module.named_parameters() if n not in known and p.shape[-1] == size}
@@ -71,8 +69,8 @@ def _with_vectors(layer: DecoderLayer, call: Call, hidden: Tensor, vectors: Sequ
     """Return the axes found by stage, with hidden states and known parts of the layer in a new order.
 
     If a group's inputs then have the new order, its columns get the new order; if they are unchanged, its rows do if
-    there are as many, because its outputs are added to the hidden states. None in all further cases, or if the layer's
-    function changes.
+    there are as many, because its outputs are added to the hidden states. None in all further cases, or if the
+    layer's function changes.
     """
     size = hidden.shape[-1]
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(hidden.device)

@@ -26,8 +26,8 @@ Source = tuple[AbstractOperator, int, int]
 
 @torch.no_grad()
 def inner_channels(model: HuggingFaceModel) -> list[Channels]:
-    """Return the channels inside decoder layers: for every operator whose inputs come singly from outputs of
-    operators.
+    """Return the channels inside decoder layers, for operators whose inputs come singly from other operators'
+    outputs.
     """
     head = head_size(model.model.config)
     found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
@@ -122,9 +122,7 @@ def _channels(group: Group, size: int, reached: tuple[int, ...], sources: Sequen
 def _reached(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], size: int, call: Call, hidden: Tensor
 ) -> tuple[int, ...]:
-    """Return the blocks of the group's inputs that these outputs reach singly: doubling half of the outputs changes
-    them.
-    """
+    """Return the blocks of inputs that change singly after doubling half of the outputs."""
     chosen = half(size, axes[0].start)
     changed = changed_inputs(layer, group, axes, chosen, call, hidden).view(-1, size)
     spread = bool((changed & ~chosen).any())
@@ -132,11 +130,7 @@ def _reached(
 
 
 def half(size: int, seed: int) -> Tensor:
-    """Choose about half of the entries, the first among them and, of several, not the last.
-
-    Returns:
-        [size], True for chosen entries.
-    """
+    """Choose about half of the entries [size], the first among them and, of several, not the last."""
     chosen = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
     chosen[-1], chosen[0] = False, True
     return chosen
@@ -145,15 +139,8 @@ def half(size: int, seed: int) -> Tensor:
 def changed_inputs(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], chosen: Tensor, call: Call, hidden: Tensor
 ) -> Tensor:
-    """Return the inputs of a group that change if entries of earlier parameters are doubled.
-
-    Args:
-        axes: the entries of as many channels, from the starts of the axes on.
-        chosen: [channels], True for doubled channels.
-        hidden: hidden states [1 tokens n] for the trial.
-
-    Returns:
-        [inputs], True for changed inputs.
+    """Return True [inputs] for the group's inputs that change if the `chosen` [channels] from the axes' starts are
+    doubled.
     """
     before = _inputs(layer, group, call, hidden)
     with _doubled(layer.module, axes, chosen):
@@ -181,11 +168,7 @@ def _doubled(module: nn.Module, axes: Sequence[Axis], chosen: Tensor) -> Iterato
 def same_in_another_order(
     layer: DecoderLayer, group: Group, found: Sequence[Channels], call: Call, hidden: Tensor
 ) -> bool:
-    """Return True if a group's outputs stay the same with all of some channels in a new order.
-
-    Args:
-        hidden: hidden states [1 tokens n] for the trial.
-    """
+    """Return True if a group's outputs stay the same with all of some channels in a new order."""
 
     def outputs() -> Tensor:
         x = _inputs(layer, group, call, hidden).float()

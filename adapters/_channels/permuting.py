@@ -184,9 +184,8 @@ def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Ten
 
 
 def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
-    """Return scores [rows size] of all operators of the layer that read the channels, from every `step`-th row.
-
-    `squares` are the mean squares [n] of an operator's inputs.
+    """Return scores [rows size] of the operators that read the channels, with mean `squares` [n], by every `step`-th
+    row.
     """
     seen = {_columns(layer, operator): operator for operator in squares}
     parts = []
@@ -205,7 +204,6 @@ class _Squares:
         self._sum, self._count = torch.zeros(inputs, device=device), 0
 
     def add(self, x: Tensor) -> None:
-        """Count the tokens of x [... n]."""
         self._sum += x.float().square().flatten(0, -2).sum(0)
         self._count += x.numel() // x.shape[-1]
 
@@ -231,7 +229,6 @@ def _logits(model: HuggingFaceModel, probe: Tensor, permuted: Sequence[Permuted]
 
 @contextmanager
 def _ordered(model: nn.Module, permuted: Sequence[Permuted], part: Callable[[Channels], Channels]) -> Iterator[None]:
-    """Reorder a part of the channels during a context."""
     with ExitStack() as stack:
         for one in permuted:
             stack.enter_context(part(one.channels).ordered(model, torch.tensor(one.order)))

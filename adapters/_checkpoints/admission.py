@@ -33,10 +33,8 @@ def refuse_quantized(config: PretrainedConfig) -> None:
 
 
 def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
-    """Refuse a model without logits of the next token where logits are needed.
-
-    Args:
-        needs: by purpose the remedy; empty if there is none.
+    """Refuse a model without logits of the next token for `needs`, which have by purpose the remedy, or an empty
+    text.
     """
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
@@ -61,11 +59,7 @@ def refuse_non_finite(module: nn.Module, prefix: str = "") -> None:
 
 
 def refuse_other_codes(codes: Mapping[str, str]) -> None:
-    """Refuse a checkpoint whose weights are not stored as floating-point numbers, because scales might belong to them.
-
-    Args:
-        codes: stored types by name of the weight, in the words of safetensors.
-    """
+    """Refuse weights stored (`codes`) as other than floating-point numbers, because scales might belong to them."""
     accepted = [CODES[dtype] for dtype in WEIGHT_DTYPES]
     for name, code in codes.items():
         if code not in accepted:

@@ -22,18 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def result_name(name: str) -> str:
-    """Return the name, in the result, of a file of the base folder.
-
-    Returns:
-        The name; a card gets the suffix "-base", because README.md is the result's, and cards of several bases stand
-            side
-        by side.
+    """Return the name of a file in the result: a base's card gets the suffix "-base", because README.md is the
+    result's.
     """
     return f"{name.removesuffix('.md')}-base.md" if CARD.fullmatch(name) else name
 
 
 def documents(folder: Path) -> list[Path]:
-    """The cards and the licence in a model folder."""
+    """Return the cards and the licence in a model folder."""
     with reading(folder):
         found = [path for path in sorted(folder.iterdir()) if CARD.fullmatch(path.name) or LICENCE.match(path.name)]
         found = [path for path in found if path.is_file() and path.suffix != ".py"]
@@ -43,11 +39,7 @@ def documents(folder: Path) -> list[Path]:
 
 
 def said_of_base(folder: Path | None) -> dict[str, Any]:
-    """Return licence and language of the base model's card, and the names of the documents.
-
-    Returns:
-        Metadata by name on the hub, and "files": names in the result. Empty without a folder.
-    """
+    """Return licence and language of the base model's card by name on the hub, and the "files" of the result."""
     found = [] if folder is None else documents(folder)
     cards = sorted((path for path in found if CARD.fullmatch(path.name)), key=lambda path: len(path.name))
     metadata = _metadata(cards[0]) if cards else {}

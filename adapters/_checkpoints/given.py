@@ -34,10 +34,10 @@ def used_alone(model: nn.Module) -> Iterator[None]:
 
 
 class OriginalState:
-    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, layers before they
-    changed. Compiled modules run as they are written until then, because compiled ones call no hooks.
+    """The state of a `model` before a run: modes of modules, parameters that ask for gradients, changed `layers`.
 
-    `layers` are copies in the memory of the CPU, by name.
+    Compiled modules run as they are written until then, because compiled ones call no hooks. Layers are copied to
+    the CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,7 +49,6 @@ class OriginalState:
             module._compiled_call_impl = None
 
     def keep(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a layer, unless copied before."""
         if name not in self.layers:
             self.layers[name] = {key: tensor.to("cpu", copy=True) for key, tensor in state.items()}
 

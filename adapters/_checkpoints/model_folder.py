@@ -58,7 +58,6 @@ def check_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def refuse_packed(folder: Path) -> None:
-    """Refuse a folder with packed tensors."""
     if holds_pack(folder):
         raise ModelError(
             f"{folder} is a pack. Unpack it first: convexprune unpack {folder} DIR; only convexprune.load reads packs."
@@ -77,7 +76,6 @@ def check_layers(folder: Path, config: PretrainedConfig, stored: int | None = No
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of the shards of a folder."""
     path = folder / INDEX
     with reading(path):
         text = path.read_bytes()
@@ -144,7 +142,7 @@ def place_of(name: str) -> dict[str, Any]:
 
 
 def local_folder(source: str, revision: str, local_files_only: bool = False) -> Path:
-    """The folder of a model, downloaded if need be."""
+    """Return the folder of a model, downloaded if need be."""
     if Path(source).is_dir():
         return Path(source)
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", *DOCUMENTS]

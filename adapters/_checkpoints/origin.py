@@ -22,15 +22,10 @@ OF_LAST_CALL = {"padding", "truncation", "is_local", "local_files_only"}
 
 
 class Origin(NamedTuple):
-    """The source of a model.
+    """The source of a model."""
 
-    Args:
-        checksums: by name: of files; for a loaded model, of tensors, settings and tokenizer.
-        stamps: stamps of the files of a streamed model.
-    """
-
-    checksums: Mapping[str, str]
-    stamps: Mapping[str, Stamp]
+    checksums: Mapping[str, str]  # by name: of files; for a loaded model, of tensors, settings and tokenizer
+    stamps: Mapping[str, Stamp]  # of the files of a streamed model
 
 
 def origin_of_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Origin:

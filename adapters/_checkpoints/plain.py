@@ -17,10 +17,8 @@ REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral
 
 
 def require_plain(model: nn.Module, loaded: bool = True) -> None:
-    """Refuse a model with a weight that is computed from others, or is no plain tensor of floating-point numbers.
-
-    Args:
-        loaded: the weights have to be in memory, or where accelerate has offloaded them.
+    """Refuse a model with a weight that is computed from others, is no plain tensor of floats, or, if `loaded`, is
+    nowhere.
     """
     for path, module in model.named_modules():
         if fault := _computed(module):

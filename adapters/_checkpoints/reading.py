@@ -55,11 +55,7 @@ def given_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase | None:
 
 
 def read_tokenizer(source: str, place: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model's folder, .gguf file or name on the hub.
-
-    Returns:
-        The tokenizer; None of a folder that has none.
-    """
+    """Return the tokenizer of a model's folder, .gguf file or name on the hub; None of a folder that has none."""
     folder = Path(place["pretrained_model_name_or_path"])
     if "gguf_file" not in place and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None

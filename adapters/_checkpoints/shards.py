@@ -1,6 +1,4 @@
-"""A checkpoint that is never whole in memory: weights of a single decoder layer, and assembly of the pruned
-checkpoint.
-"""
+"""A checkpoint that is never whole in memory: weights of one decoder layer, and assembly of the pruned checkpoint."""
 
 import json
 import logging
@@ -39,9 +37,7 @@ Renamed = Callable[[str], str | None]
 class Shards:
     """The safetensors shards of a folder, and a model on the meta device whose parameters they fill on demand.
 
-    Args:
-        inside: path of the decoder layers.
-        trusted: True if code that comes with the checkpoint is copied to the result.
+    `inside` is the path of the decoder layers. Code of a `trusted` checkpoint is copied to the result.
     """
 
     def __init__(
@@ -65,11 +61,7 @@ class Shards:
         self._fill_fixed(model, inside)
 
     def origin(self) -> Origin:
-        """Return the sha256 of every file that decides the result, by name; reads all files.
-
-        Returns:
-            Checksums and stamps.
-        """
+        """Return the sha256 and the stamp of every file that decides the result, by name; reads all files."""
         found = {CONFIG: str(sha256(self.folder / CONFIG))}
         found |= {self._name(path): scanned(path, self._weights) for path in self.files}
         found |= {self._name(path): str(sha256(path)) for path in companions(self.folder, self.trusted)}
@@ -85,11 +77,7 @@ class Shards:
         self.require_unchanged()
 
     def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
-        """Check that files have not been written to or replaced since they were opened.
-
-        Args:
-            paths: the files; None means all.
-        """
+        """Check that some or all files have not been written to or replaced since they were opened."""
         require_unchanged(self._stamps if paths is None else {path: self._stamps[path] for path in paths})
 
     @contextmanager
@@ -111,20 +99,14 @@ class Shards:
         return self._stored[self._names[name]] if name in self._names else None
 
     def prefetch(self, layer: DecoderLayer) -> None:
-        """Have the disk read the weights of `layer` while something else is computed."""
         for name in layer.module.state_dict():
             self._stored[self._names[f"{layer.name}.{name}"]].prefetch()
 
     def assemble(
         self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict, renamed: Renamed = str
     ) -> None:
-        """Write the checkpoint with some tensors replaced, tensor by tensor; config.json comes last.
-
-        All remaining tensors are copied, in the dtype of the model.
-
-        Args:
-            configured: returns the result's config.json from the model's.
-            renamed: names of tensors in the result, by name in the model.
+        """Write the checkpoint in the model's dtype with some tensors replaced, tensor by tensor; config.json comes
+        last.
         """
         self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
@@ -143,11 +125,7 @@ class Shards:
         write_settings(target / CONFIG, config)
 
     def require_assembled(self, folder: Path, pruned: Mapping[str, Entry], renamed: Renamed = str) -> None:
-        """Check that `assemble` has written the requested tensors, bit for bit.
-
-        Args:
-            renamed: names of tensors in the result, by name in the model.
-        """
+        """Check that `assemble` has written the requested tensors, bit for bit."""
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
         places = self._places(renamed)

@@ -115,7 +115,7 @@ def calibration_and_held_out(
 def _mixed(
     parts: Sequence[Part], model: HuggingFaceModel, num_samples: int | None, spare: int, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """Windows to calibrate on and windows held out, of each part by its share."""
+    """Return windows to calibrate on and windows held out, of each part by its share."""
     if num_samples is None:
         raise CalibrationError("A data set of several parts: say how many samples, num_samples=128 for example.")
     counts, spares = apportioned(num_samples, parts), apportioned(spare, parts)
@@ -206,7 +206,7 @@ def _windows(
     length: int,
     split: Split,
 ) -> Tensor:
-    """All windows of a data set, or as many as are sure to be enough."""
+    """Return all windows of a data set, or as many as are sure to be enough."""
     dataset = ids_as_tensor(dataset) if hasattr(dataset, "__array__") else dataset  # NumPy's
     match dataset:
         case str() | Path():
@@ -237,7 +237,7 @@ def _check_request(num_samples: int | None, length: int | None, model: HuggingFa
 
 
 def _tokenise(documents: Documents, model: HuggingFaceModel) -> Tensor:
-    """All token ids [tokens] of a text, begun as the tokenizer begins any text; of conversations as their template."""
+    """Return all ids [tokens] of a text, begun as the tokenizer begins any text; of conversations as their template."""
     if model.tokenizer is None:
         raise CalibrationError(f"{model.name} has no tokenizer, so it reads no text. Give a tokenizer, or token ids.")
     text, special = documents.text(model.tokenizer)
@@ -248,7 +248,6 @@ def _tokenise(documents: Documents, model: HuggingFaceModel) -> Tensor:
 
 
 def _cut(tokens: Tensor, length: int) -> Tensor:
-    """Disjoint windows [windows length] of token ids [tokens]."""
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 

@@ -11,13 +11,9 @@ FIELDS = ("role", "content")
 
 
 class Documents(NamedTuple):
-    """The rows of a data set, all texts or all conversations, and what stands between texts.
+    """The rows of a data set, all texts or all conversations, and the text between texts."""
 
-    Args:
-        rows: texts, or lists of messages {"role": ..., "content": ...}.
-    """
-
-    rows: Sequence[Any]
+    rows: Sequence[Any]  # texts, or lists of messages {"role": ..., "content": ...}
     separator: str = "\n\n"
 
     def text(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, bool]:

@@ -13,22 +13,15 @@ Split = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of a data set on the hub, fixed by a commit so that a run can be repeated.
-
-    Args:
-        revision: the commit, or a branch where there is only that.
-        calibration: path of the file to calibrate on.
-        evaluation: path of the file to evaluate on.
-        rows: how many texts each file must have, where the revision is only a branch.
-    """
+    """Files of a data set on the hub, fixed by a commit so that a run can be repeated."""
 
     repository: str
-    revision: str
-    calibration: str
-    evaluation: str
+    revision: str  # the commit, or a branch where there is only that
+    calibration: str  # path of the file to calibrate on
+    evaluation: str  # path of the file to evaluate on
     column: str
     separator: str
-    rows: Mapping[Split, int] = field(default_factory=dict)
+    rows: Mapping[Split, int] = field(default_factory=dict)  # texts in a file, where the revision is only a branch
 
     def file(self, split: Split) -> str:
         """The path in the repository for a `split`: no file is both calibrated and evaluated on."""
@@ -74,13 +67,9 @@ def hub_text(name: str, split: Split, characters: int | None) -> str:
 def hub_documents(
     name: str, split: Split, characters: int | None, column: str | None = None, revision: str | None = None
 ) -> Documents:
-    """Return the first rows of a data set on the hub, in order.
+    """Return the first rows of a data set on the hub, in order: about so many characters, or all.
 
-    Args:
-        name: a key of `CORPORA`, or the name of any data set ("organisation/name").
-        characters: approximate number of characters; None means all.
-        column: of texts or conversations. None: "text", else the first column of text, else "messages".
-        revision: a branch, a tag or a commit; None means the newest.
+    The default column is "text", else the first column of text, else "messages".
     """
     datasets = datasets_package()
     corpus = CORPORA.get(name)
@@ -112,7 +101,6 @@ def hub_documents(
 
 
 def datasets_package() -> Any:
-    """The package that reads data sets of the hub."""
     try:
         import datasets
     except ImportError as cause:

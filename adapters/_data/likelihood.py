@@ -11,30 +11,19 @@ from .._huggingface import HuggingFaceModel
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The fit of a network to the windows of a text.
+    """The fit of a network to the windows of a text: means over all tokens after a window's first, in nats."""
 
-    Means are over the predicted tokens: tokens after the first, predicted from earlier tokens of the window.
-
-    Args:
-        nll: mean negative log-likelihood by window, in nats.
-        kl: mean divergence from the dense model by window, mean sum_v p_dense(v) (ln p_dense(v) - ln p(v)), in nats.
-    """
-
-    nll: tuple[float, ...]
-    kl: tuple[float, ...]
+    nll: tuple[float, ...]  # negative log-likelihood by window
+    kl: tuple[float, ...]  # divergence from the dense model by window, sum_v p_dense(v) (ln p_dense(v) - ln p(v))
 
 
 @torch.no_grad()
 def likelihoods(
     model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """Return the likelihood of windows for the dense model and for further networks.
+    """Return the likelihood of windows for the dense model and for further networks, by their final hidden states.
 
     Logits of few positions are in memory, and the dense model's probabilities are computed once, for all networks.
-
-    Args:
-        batches: token ids [batch tokens] of the windows.
-        dense: final hidden states [batch tokens hidden] of the dense model, by batch.
     """
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
     for i, batch in enumerate(batches):
@@ -63,14 +52,7 @@ def _window(model: HuggingFaceModel, ids: Tensor, states: Mapping[str, Tensor]) 
 
 
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
-    """Return the divergence of predictions from the dense model's.
-
-    Args:
-        dense: logits [... vocabulary] of the dense model.
-
-    Returns:
-        sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats.
-    """
+    """Return sum_v p_dense(v) (ln p_dense(v) - ln p(v)) [...], in nats, of logits [... vocabulary]."""
     probabilities = dense.softmax(-1)
     return _cross_entropy(probabilities, other) - _cross_entropy(probabilities, dense)
 

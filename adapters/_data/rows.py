@@ -19,14 +19,8 @@ ACCEPTED = (
 
 
 def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> Tensor:
-    """Read token ids in rows.
-
-    Args:
-        limit: largest number of rows, because a loader may be endless; None means all.
-        length: tokens of a row; None means any common length.
-
-    Returns:
-        Token ids [windows length].
+    """Read ids [windows length] in rows, `limit` at most, because a loader may be endless; None is all, or any
+    length.
     """
     rows: list[Tensor] = []
     for item in dataset:

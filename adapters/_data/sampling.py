@@ -21,14 +21,11 @@ BATCH_TOKENS = (
 
 
 def sampled_windows(model: HuggingFaceModel, *, num_samples: int, length: int, seed: int, split: SampleSplit) -> Tensor:
-    """Draw windows from the model's distribution.
+    """Draw windows [num_samples length] from the model's distribution.
 
     Plain ancestral sampling: temperature 1, nothing cut off, and the end of a text is an ordinary token, after which
     the model goes on as in training. Reproducible for a seed on a machine; the splits never share random numbers,
     whatever their seeds.
-
-    Returns:
-        Token ids [num_samples length], int64, on the CPU.
     """
     if length < 2:
         raise CalibrationError(f"A sampled window starts from one given token, so it needs 2 or more; got {length}.")
@@ -50,7 +47,6 @@ class _ProgressReport(StoppingCriteria):
         self._step = step
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """See `StoppingCriteria.__call__`."""
         self._step("")
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -81,10 +77,7 @@ def _sample(model: HuggingFaceModel, start: int, rows: int, length: int, step: S
 
 
 def _first_token(model: HuggingFaceModel) -> int:
-    """Return the token that starts a text, else the token that ends a text, else a random token.
-
-    A model needs some first token; without a special token any is as good, and the seed decides.
-    """
+    """Return the token that starts a text, else the token that ends a text, else a random token, by the seed."""
     for token in (model.model.config.bos_token_id, model.model.config.eos_token_id):
         if isinstance(token, list):
             token = token[0]

@@ -12,11 +12,7 @@ MIN_DIFFERENT_RUNS = 8  # different runs; fewer are one sentence at most
 
 
 def refuse_uninformative(windows: Tensor) -> None:
-    """Refuse windows of the same few tokens, repeated: a word, a character, padding.
-
-    Args:
-        windows: token ids [windows length].
-    """
+    """Refuse windows of the same few tokens, repeated: a word, a character, padding."""
     different, runs = _runs(windows)
     tokens = windows.unique().numel()
     if tokens == 1 or (different < MIN_DIFFERENT_RUNS and runs >= MIN_DIFFERENT_RUNS * different):
@@ -27,13 +23,8 @@ def refuse_uninformative(windows: Tensor) -> None:
 
 
 def shortage(windows: Tensor, widest: int) -> str | None:
-    """Warn about fewer calibration tokens than inputs of an operator; repeated tokens do not count.
-
-    Args:
-        windows: token ids [windows length].
-
-    Returns:
-        The warning; None if there are enough tokens.
+    """Return a warning about fewer calibration tokens, without repetitions, than inputs of an operator; None if
+    enough.
     """
     different, runs = _runs(windows)
     tokens, part = windows.numel(), different / max(1, runs)

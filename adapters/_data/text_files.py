@@ -38,8 +38,7 @@ def check_text(path: Path) -> None:
 def read_documents(path: Path, field: str | None = None) -> Documents:
     """Return a .txt file as a text, or of every line of a .jsonl file its text or its conversation.
 
-    Args:
-        field: the field of a line that holds one or the other. None: "text", or "messages" where there is none.
+    The default field of a line is "text", or "messages" where there is none.
     """
     check_text(path)
     try:

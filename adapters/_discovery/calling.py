@@ -16,11 +16,7 @@ class _Reached(Exception):
 
 
 def entering(layer: DecoderLayer, forward: Callable[[], object]) -> Tensor:
-    """The hidden states that enter a layer.
-
-    Returns:
-        [batch tokens hidden].
-    """
+    """Return the hidden states [batch tokens hidden] that enter a layer."""
     reached: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -33,13 +29,10 @@ def entering(layer: DecoderLayer, forward: Callable[[], object]) -> Tensor:
 
 
 class CallRecorder:
-    """Record the calls of a model's decoder layers.
+    """Record the calls of a model's decoder layers, of which the first is in memory.
 
     Only the first layer computes; later layers pass their input on, in the form of the first layer's output, so that
     their weights are not needed.
-
-    Args:
-        layers: the decoder layers; the first is in memory.
     """
 
     def __init__(self, model: str, layers: Sequence[DecoderLayer]) -> None:
@@ -49,7 +42,6 @@ class CallRecorder:
         self._beside: tuple[Any, ...] | None = None  # what a layer returns beside the hidden states, if it is a tuple
 
     def record(self, forward: Callable[[], object]) -> list[Call]:
-        """Return the calls by layer."""
         first = self._layers[0].module.register_forward_hook(self._watch, with_kwargs=True)
         with first, standing_in(self._layers[1:], self._hand_on):
             forward()
@@ -82,7 +74,7 @@ class CallRecorder:
 
 @contextmanager
 def standing_in(layers: Sequence[DecoderLayer], forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the layers compute something else."""
+    """Let layers compute something else during the context."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(computing(layer.module, forward))

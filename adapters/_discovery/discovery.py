@@ -20,16 +20,12 @@ from .watching import Seen, place_of, watch
 
 @torch.no_grad()
 def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
-    """Return the layout of a layer, from a few forward passes.
+    """Return the layout of a layer, from a few forward passes on inputs [batch tokens n].
 
-    1.  Record the called linear maps: number of calls, order, input tensor. 2.  Experts are alike: an expert without
-    tokens is laid out like its siblings. An expert gets some tokens only, so its
-        group is not token-aligned. A map beside experts that is as narrow as their number is a router.
-    3.  Change the outputs of a group and watch the inputs of all groups. The groups of an expert family are tried
-    together.
-
-    Args:
-        hidden: inputs of the layer [batch tokens n].
+    1. Record the called linear maps: number of calls, order, input tensor. 2. Experts are alike: an expert without
+    tokens is laid out like its siblings. An expert gets some tokens only, so its group is not token-aligned. A map
+    beside experts that is as narrow as their number is a router. 3. Change the outputs of a group and watch the
+    inputs of all groups. The groups of an expert family are tried together.
     """
     seen = watch(layer, call, hidden)
 
@@ -45,8 +41,7 @@ def lay_out(
 ) -> Layout:
     """Return the layout of a layer from the calls of a forward pass.
 
-    Args:
-        moved_by: for an expert family: returns True for a group whose inputs depend on the family's outputs.
+    `moved_by` returns, for an expert family, True for a group whose inputs depend on the family's outputs.
     """
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
@@ -167,7 +162,7 @@ def _without(family: ExpertFamily, reasons: Mapping[str, str]) -> ExpertFamily:
 def _stages(
     families: list[ExpertFamily], seen: Seen, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
 ) -> tuple[ExpertFamily, ...]:
-    """As few stages as the dependencies allow."""
+    """Return as few stages as the dependencies allow."""
     nothing = moved_by(())
     if any(nothing(spec) for family in families for spec in family):
         return tuple(families)  # no pass is like another, so differences show nothing: one after the other, as called

@@ -45,11 +45,7 @@ class FusedExperts:
 
     @contextmanager
     def hooked(self, hook: MatmulHook, expert: ExpertIndex | None = None) -> Iterator[None]:
-        """Call `hook` with the products in this context.
-
-        Args:
-            expert: the expert whose products count; None means all.
-        """
+        """Call `hook` with the products of an expert, or of all, in this context."""
         with ExitStack() as cleaning:
             if not self.hooks:
                 self._watch(cleaning)
@@ -80,11 +76,8 @@ class FusedExperts:
 
     @contextmanager
     def hooked_backward(self, hook: Callable[[Product], None]) -> Iterator[None]:
-        """Call `hook` with the products of a backward pass in this context; the forward pass has to be `looped`.
-
-        Args:
-            hook: takes the products. The inputs [tokens m] of a product are the gradients at the forward product's
-                outputs.
+        """Call `hook` with the products of a `looped` module's backward pass: inputs [tokens m] are gradients of
+        outputs.
         """
         with _Products(FusedExperts(self.module, {None: [hook]})):
             yield
@@ -95,7 +88,6 @@ class FusedExperts:
         self._run_inside(_Products, cleaning)
 
     def _run_inside(self, mode: Callable[["FusedExperts"], AbstractContextManager[Any]], cleaning: ExitStack) -> None:
-        """Run every forward pass of the module inside a separate `mode`."""
         modes: list[AbstractContextManager[Any]] = []
 
         def enter(*_: Any) -> None:
@@ -118,21 +110,16 @@ class ExpertInput:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose forward pass is observed."""
         return self.experts.module
 
     @contextmanager
     def __call__(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
-        """Call `heard` with the inputs [tokens n] of the expert during the context."""
         with self.experts.hooked(lambda product: heard(product.inputs), self.slice):
             yield
 
 
 class _OneByOne(TorchFunctionMode):
-    """Multiply experts in turn on their tokens, where Llama 4 calls `torch.bmm` for all.
-
-    There every expert gets all tokens, with zeros in place of tokens of further experts.
-    """
+    """Multiply experts in turn on their tokens; Llama 4 calls `torch.bmm` for all, with zeros for others' tokens."""
 
     def __init__(self, experts: FusedExperts) -> None:
         super().__init__()

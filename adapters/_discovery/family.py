@@ -42,8 +42,8 @@ whatever the layers of another decoder do is found in the same way, by watching 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the list of decoder layers of a language model, or of the language model inside a wrapper.
 
-    The list of modules with linear maps that is not inside such a list, belongs to transformers' decoder, and has the
-    length that the configuration declares.
+    The list of modules with linear maps that is not inside such a list, belongs to transformers' decoder, and has
+    the length that the configuration declares.
     """
     _refuse_encoders(model)
     decoder = model.get_decoder()

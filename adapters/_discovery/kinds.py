@@ -32,13 +32,9 @@ class ProbedModel(AbstractModel):
 
 
 def of_each_kind(model: ProbedModel, find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
-    """Determine a fact for every decoder layer; of layers with equal structure, on the first.
+    """Return by decoder layer the result of `find`, called with the first layer in memory of each structure.
 
-    Args:
-        find: takes a layer in memory, its call, and a few hidden states [1 tokens n].
-
-    Returns:
-        By layer the result of `find`, with the names of the tried layer.
+    `find` takes the layer, its call, and a few hidden states [1 tokens n].
     """
     tokens, kinds, found = model.probe_tokens(), [signature(layer.module) for layer in model.layers], {}
     hidden = model.first_inputs(tokens)

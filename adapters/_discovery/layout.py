@@ -25,22 +25,16 @@ ExpertFamily = tuple[GroupSpec, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a kind of decoder layer, shared by all layers of equal structure.
-
-    Args:
-        left_alone: reasons by matrix that is no operator.
-    """
+    """The layout of a kind of decoder layer, shared by all layers of equal structure."""
 
     stages: tuple[tuple[GroupSpec, ...], ...]
-    left_alone: Mapping[str, str]
+    left_alone: Mapping[str, str]  # reasons by matrix that is no operator
 
     @property
     def places(self) -> list[Place]:
-        """All places in the order of execution."""
         return [place for stage in self.stages for spec in stage for place in spec.places]
 
     def bind(self, name: str, module: nn.Module, wanted: Callable[[Place], bool]) -> DecoderLayer:
-        """Return a decoder layer with some of its operators."""
         watched = {path: FusedExperts(inner) for path, inner in module.named_modules() if fused_parameters(inner)}
 
         def group(spec: GroupSpec, kept: tuple[Place, ...]) -> Group:

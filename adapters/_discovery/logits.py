@@ -16,13 +16,8 @@ NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
 
 
 def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
-    """Return the positions that predict a token, all but the last, in pieces.
-
-    Args:
-        ids: token ids [windows window].
-
-    Returns:
-        The positions by piece; a single piece if the model cannot skip positions.
+    """Return the positions of ids [windows window] that predict a token, all but the last, in pieces if some can be
+    skipped.
     """
     every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
     if not _leaves_out(model):
@@ -32,15 +27,7 @@ def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Return the logits of a batch at some positions.
-
-    Args:
-        ids: token ids [windows window].
-        positions: requested positions; None means all.
-
-    Returns:
-        [windows positions vocabulary].
-    """
+    """Return the logits [windows positions vocabulary] of ids [windows window] at some positions, or all."""
     asked: dict[str, Any] = {} if positions is None or not _leaves_out(model) else {"logits_to_keep": positions}
     with widened(ids.device, model.dtype):
         logits = model(input_ids=ids, use_cache=False, **asked).logits
@@ -48,15 +35,10 @@ def logits_at(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = No
 
 
 def logits_in_pieces(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the logits of a batch by piece, while the model's decoder runs only once.
+    """Yield the logits of ids [windows window] by piece of `pieces`, while the model's decoder runs only once.
 
-    The decoder's output is replayed for later pieces. If the output does not cover all positions, the model runs again.
-
-    Args:
-        ids: token ids [windows window].
-
-    Yields:
-        The logits [windows positions vocabulary] by piece of `pieces`.
+    The decoder's output is replayed for later pieces. If the output does not cover all positions, the model runs
+    again.
     """
     first, *others = pieces(model, ids)
     named = (model.get_decoder(), model.base_model, *model.children())  # some families name none, or the whole model

@@ -37,24 +37,18 @@ class Place:
 
     @property
     def path(self) -> str:
-        """The name of the parameter, relative to the layer."""
         return f"{self.module}.{self.parameter}".removeprefix(".")
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterOperator(AbstractOperator):
-    """The operator at a place of a decoder layer, without a reference to a tensor, so that weights may come and go.
-
-    Args:
-        module: the submodule that holds the weight.
-    """
+    """The operator at a place of a submodule, without a reference to a tensor, so that weights may come and go."""
 
     module: nn.Module
     place: Place
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The name of the place, relative to the layer."""
         return self.place.name
 
     @property
@@ -67,7 +61,6 @@ class ParameterOperator(AbstractOperator):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """See `AbstractOperator.write`."""
         whole = held(self.module, self.place.parameter)
         view = self._view(whole)
         view.copy_(weight)

@@ -37,11 +37,7 @@ def refuse_other_replays(model: ProbedModel) -> None:
 
 
 def _refuse_other_shapes(batch: Tensor, hidden: Tensor) -> None:
-    """Refuse hidden states that are not a single vector per token; Gemma 3n has four.
-
-    Args:
-        batch: token ids [batch tokens].
-    """
+    """Refuse hidden states that are not a single vector per token; Gemma 3n has four."""
     if hidden.shape[:-1] != batch.shape:
         raise ModelError(
             f"The decoder layers are called with hidden states {list(hidden.shape)} for {list(batch.shape)} tokens; "
@@ -67,13 +63,9 @@ def refuse_looking_ahead(model: ProbedModel) -> None:
 
 @torch.no_grad()
 def replay_error(model: ProbedModel, batch: Tensor) -> float:
-    """Return the relative difference between the model and its decoder layers, called in turn.
+    """Return the relative difference between the model and its decoder layers, called in turn, as by another batch.
 
-    The layers are replayed with the calls of a second batch. The error is zero if nothing happens between the layers,
-    and calls depend on the shape of a batch only.
-
-    Args:
-        batch: token ids [batch tokens].
+    The error is zero if nothing happens between the layers, and calls depend on the shape of a batch only.
     """
     own: list[Tensor] = []
 

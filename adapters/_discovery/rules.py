@@ -24,11 +24,7 @@ def with_rules(settings: LayerSettings, recipe: Recipe, layers: Sequence[Decoder
 
 
 def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[str, int]:
-    """Return the number of the first matching rule, by operator.
-
-    Returns:
-        Numbers from 0 by "layer.operator".
-    """
+    """Return the number, from 0, of the first matching rule, by "layer.operator"."""
     names = {f"{layer.name}.{o.name}": tuple(_names(layer.name, o.name)) for layer in layers for o in layer.operators}
     found: dict[str, int] = {}
     for number, rule in enumerate(rules):
@@ -44,7 +40,6 @@ def rule_of(rules: Sequence[Rule], layers: Sequence[DecoderLayer]) -> Mapping[st
 
 
 def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The operators that a target names."""
     matches = matcher(target)
     if matched := [whole for whole, aliases in names.items() if any(map(matches, aliases))]:
         return matched
@@ -52,14 +47,11 @@ def _matched(target: str, names: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 def _short(names: Mapping[str, tuple[str, ...]]) -> set[str]:
-    """Return the names without the layer."""
     return {alias for _, *short in names.values() for alias in short}
 
 
 def _names(layer: str, operator: str) -> Iterator[str]:
-    """Yield the names of an operator, the whole name first, as `selection.left_alone` without classes other than
-    Linear.
-    """
+    """Yield the names of an operator, the whole name first, as `selection.left_alone`, without other classes."""
     yield f"{layer}.{operator}"
     yield operator
     path, _, last = operator.rpartition(".")

@@ -73,9 +73,7 @@ def left_alone(
 
 
 def shared_weights(left: Iterable[tuple[str, str]], layers: Iterable[DecoderLayer]) -> str | None:
-    """Warn about operators of decoder layers that are left alone because they share weights; None without such
-    operators.
-    """
+    """Return a warning about operators of decoder layers that are left alone because they share weights, if any."""
     inside = tuple(f"{layer.name}." for layer in layers)
     tied = [(name, reason) for name, reason in left if name.startswith(inside) and reason.startswith(TIED)]
     if not tied:
@@ -123,7 +121,6 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _span(parameter: Tensor) -> tuple[str, int, int]:
-    """Return the beginning and the end of a parameter in memory."""
     if parameter.is_meta:
         return f"nowhere {id(parameter)}", 0, 1
     last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
@@ -146,13 +143,10 @@ def _matches(patterns: Sequence[str], names: dict[str, tuple[str, ...]]) -> set[
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A test whether a name fits a pattern.
+    """Return a test whether a name fits a pattern: equal, or "re:" and an expression for the beginning of a name.
 
-    Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches, which
-    can, and stops after `PATIENCE` seconds in all.
-
-    Args:
-        pattern: a name, or "re:" and a regular expression that matches the beginning of a name.
+    Patterns may come from someone else's recipe, and `re` cannot be interrupted: so the package `regex` matches,
+    which can, and stops after `PATIENCE` seconds in all.
     """
     if not pattern.startswith("re:"):
         return pattern.__eq__

@@ -19,25 +19,16 @@ from .operators import LINEAR_MODULES, ParameterOperator, Place, held
 
 @dataclass
 class Seen:
-    """The calls of a forward pass, in order.
-
-    Args:
-        tensors: input tensor by place.
-        times: number of calls by place.
-        other: places whose output was not W x + b.
-    """
+    """The calls of a forward pass, in order."""
 
     inputs: dict[Place, Tensor] = field(default_factory=dict)
+    # the input tensor of a call, identified in memory
     tensors: dict[Place, tuple[object, ...]] = field(default_factory=dict)
     times: Counter[Place] = field(default_factory=Counter)
-    other: set[Place] = field(default_factory=set)
+    other: set[Place] = field(default_factory=set)  # places whose output was not W x + b
 
     def add(self, place: Place, x: Tensor) -> None:
-        """Count a call. Inputs are kept, so that no two tensors of the pass lie in the same memory.
-
-        Args:
-            x: inputs of the call [... n].
-        """
+        """Count a call on x [... n]. Inputs are kept, so that no two tensors of the pass lie in the same memory."""
         if x.numel():  # an expert that is called without a token is not called
             self.inputs.setdefault(place, x)
             self.tensors[place] = place.index is None, x.data_ptr(), x.numel(), x.shape[-1], x.stride(-1), x._version
@@ -45,11 +36,7 @@ class Seen:
 
 
 def watch(layer: nn.Module, call: Call, hidden: Tensor, changed: frozenset[Place] = frozenset()) -> Seen:
-    """Observe a forward pass of a layer.
-
-    Args:
-        hidden: inputs of the layer [batch tokens n].
-    """
+    """Observe a forward pass of a layer on hidden states [batch tokens n], with other outputs at `changed` places."""
     seen = Seen()
     with ExitStack() as hooks:
         for path, module in layer.named_modules():
@@ -100,5 +87,4 @@ def _other(output: Tensor) -> Tensor:
 
 
 def place_of(path: str, module: nn.Module) -> Place:
-    """Return the place of a module that is a linear map."""
     return Place(path, transposed=not isinstance(module, nn.Linear))

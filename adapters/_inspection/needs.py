@@ -52,5 +52,5 @@ def what_needs_less(source: str | Path, recipe: Recipe, trust_remote_code: bool 
 
 
 def gib(size: float) -> str:
-    """Bytes for a reader."""
+    """Return bytes for a reader."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"

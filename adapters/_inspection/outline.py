@@ -26,22 +26,15 @@ from .random_weights import RandomModel
 
 @dataclass(frozen=True)
 class Outline:
-    """Facts on a model without its weights.
-
-    Args:
-        layers: decoder layers with operators.
-        left_alone: reasons by name of untouched matrix.
-        positions: largest number of tokens in a window.
-        notes: unknown quantities, and their consequences.
-    """
+    """Facts on a model without its weights."""
 
     name: str
     layers: Sequence[DecoderLayer]
-    left_alone: Mapping[str, str]
+    left_alone: Mapping[str, str]  # reasons by name of untouched matrix
     size: ModelSize
     dtype: torch.dtype
-    positions: int
-    notes: tuple[str, ...]
+    positions: int  # largest number of tokens in a window
+    notes: tuple[str, ...]  # unknown quantities, and their consequences
 
 
 def read_outline(source: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> Outline:

@@ -23,10 +23,8 @@ PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 
 
 class RandomModel(HuggingFaceModel):
-    """A model with parameters on the meta device; weights of a decoder layer are random while resident.
-
-    Args:
-        model: parameters are on the meta device, buffers are not.
+    """A model with parameters, not buffers, on the meta device; weights of a decoder layer are random while
+    resident.
     """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
@@ -42,7 +40,6 @@ class RandomModel(HuggingFaceModel):
 
     @contextmanager
     def resident(self, layer: DecoderLayer) -> Iterator[None]:
-        """See `AbstractModel.resident`."""
         away = layer.module.state_dict()
         layer.module.load_state_dict(_random(away), assign=True)
         try:

@@ -152,7 +152,6 @@ def _move(model: PreTrainedModel, device: str | torch.device, dtype: torch.dtype
 def _whole(
     name: str, place: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device, allow_pickle: bool
 ) -> PreTrainedModel:
-    """Load a model with all its weights in memory."""
     model = read_model(name, place, dtype, allow_pickle)
     if "gguf_file" in place:
         logger.warning("%s: its blocks were unpacked to %s; what is saved is an ordinary folder.", name, model.dtype)
@@ -199,11 +198,7 @@ def place_at(source: str | Path, allow_pickle: bool) -> dict[str, Any]:
 
 
 def read_model(source: str, place: dict[str, Any], dtype: torch.dtype | None, allow_pickle: bool) -> PreTrainedModel:
-    """Read a model by transformers, with private memory for its weights.
-
-    Args:
-        dtype: dtype of the weights; None means the checkpoint's.
-    """
+    """Read a model by transformers in a dtype, or the checkpoint's, with private memory for its weights."""
     config = ask(source, lambda: AutoConfig.from_pretrained(**place))
     refuse_quantized(config)
     folder = Path(place["pretrained_model_name_or_path"])

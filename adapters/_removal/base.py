@@ -53,11 +53,7 @@ class AbstractReduced(ABC):
         return name
 
     def stand_ins(self, model: HuggingFaceModel) -> Mapping[str, Callable[..., Any]]:
-        """Return replacements for modules of a dense model in which zeros differ from absence.
-
-        Returns:
-            By module name a forward pass that computes as the smaller model if the removed parts are zero.
-        """
+        """Return forward passes, by module of a dense model, where zeros of removed parts differ from their absence."""
         return {}
 
     def stand_in(self, model: HuggingFaceModel) -> None:
@@ -72,7 +68,6 @@ class AbstractReduced(ABC):
         return self.cuts[name].shape(shape) if name in self.cuts else shape
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings describe the smaller model."""
         whole = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         named = ((self.renamed(name), self.shape(name, shape)) for name, shape in whole.items())
         require_shapes(model.model, settings, {n: s for n, s in named if n is not None and s is not None})
@@ -95,10 +90,8 @@ class AbstractReduced(ABC):
 
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        """Give a `dense` model the weights of the `narrower` model: the function is then the narrower model's.
-
-        Args:
-            dense: the model before the removal; both models are whole in memory.
+        """Give a `dense` model the weights of the `narrower` model, both in memory: the function is then the
+        narrower's.
         """
         cuts, small = self.cuts, narrower.model.state_dict()
         for name, tensor in dense.model.state_dict().items():
@@ -114,7 +107,7 @@ class AbstractReduced(ABC):
         return {name: CutEntry.without(whole[name], cuts[name]) if name in cuts else whole[name] for name in left}
 
     def model(self, model: HuggingFaceModel) -> PreTrainedModel:
-        """The smaller model, with the weights of a `model` that is whole in memory."""
+        """Return the smaller model, with the weights of a `model` that is whole in memory."""
         inner = model.model
         smaller = built(inner, self.configured(inner.config.to_dict()))
         smaller.load_state_dict(self.state(inner.state_dict()), assign=True)
@@ -163,11 +156,7 @@ class AbstractRemoval(ABC):
         return False
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
-        """Decide the removed parts.
-
-        Args:
-            windows: token ids [samples length] for the judgement.
-        """
+        """Decide the removed parts, judged on ids [samples length]."""
         raise NotImplementedError("the pruned weights say what is removed")
 
     def narrowed(self, read: Callable[[str], Tensor]) -> AbstractReduced:

@@ -27,7 +27,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def settings_of(model: HuggingFaceModel) -> dict[str, Any]:
-    """The settings of a model."""
     if model.shards is None:
         return model.model.config.to_dict()
     return json.loads((model.shards.folder / CONFIG).read_bytes())
@@ -45,7 +44,6 @@ def candidates(config: PretrainedConfig, size: int) -> Iterator[Place]:
 
 
 def set_at(settings: dict[str, Any], place: Place, value: Any) -> None:
-    """Change a setting."""
     *inside, name = place
     for each in inside:
         settings = settings.setdefault(each, {})
@@ -59,7 +57,7 @@ def built(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedMode
 
 
 def shapes_of(model: PreTrainedModel, settings: Mapping[str, Any]) -> Shapes:
-    """Return the parameters' shapes of a model with new settings."""
+    """Return the parameters' shapes of a model with new settings; none if there is no such model."""
     try:
         return {name: tuple(p.shape) for name, p in built(model, settings).named_parameters()}
     except REFUSALS:

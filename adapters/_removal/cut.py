@@ -12,17 +12,12 @@ from convexprune.errors import ModelError
 
 @dataclass(frozen=True)
 class Cut:
-    """The removal along a dimension of a parameter, or of every expert inside.
+    """The removal along a dimension of a parameter, or of every expert inside."""
 
-    Args:
-        dim: the dimension, of the parameter or of an expert's matrix.
-        removed: removed positions, by the number of the expert; None is the parameter itself.
-        reads: True if the channels are inputs: removed entries are zero.
-    """
-
-    dim: int
+    dim: int  # of the parameter or of an expert's matrix
+    # positions, by the number of the expert; None is the parameter itself
     removed: Mapping[int | None, tuple[int, ...]]
-    reads: bool
+    reads: bool  # True if the channels are inputs: removed entries are zero
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the remaining shape of a parameter."""
@@ -41,11 +36,7 @@ class Cut:
         return torch.stack(list(parts))
 
     def back(self, small: Tensor, dense: Tensor) -> Tensor:
-        """Put a remaining part back to its places.
-
-        Args:
-            dense: tensor of the whole shape; supplies the removed entries, unless they are inputs.
-        """
+        """Put a remaining part back to its places; a `dense` tensor has the removed entries, unless they are inputs."""
         whole = torch.zeros_like(dense) if self.reads else dense.clone()
         for index in self.removed:
             part, values = (whole, small) if index is None else (whole[index], small[index])
@@ -67,7 +58,6 @@ class CutEntry(Entry):
 
     @classmethod
     def without(cls, whole: Entry, cut: Cut) -> "CutEntry":
-        """Return the remaining part of an entry."""
         shape = cut.shape(whole.spec.shape)
         before, after = torch.Size(whole.spec.shape).numel(), torch.Size(shape).numel()
         spec = Spec(whole.spec.code, shape, whole.spec.nbytes // before * after)

@@ -25,13 +25,11 @@ LEAST = 8  # layers that a round tries, if there are as many
 def layers_to_remove(
     model: HuggingFaceModel, windows: Tensor, score: Score, allowed: Iterable[int], count: int, record: Making
 ) -> list[int]:
-    """Return the numbers of the layers to remove.
+    """Return the numbers of the layers to remove, judged on ids [samples length].
 
-    Args:
-        windows: token ids [samples length] for the judgement.
-        score: "divergence": in turn, remove the layer without which the predictions are nearest to the dense
-            predictions, given earlier removals; first all layers are tried, then the better half of the last trial.
-            "influence": remove layers with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
+    "divergence": in turn, remove the layer without which the predictions are nearest to the dense predictions, given
+    earlier removals; first all layers are tried, then the better half of the last trial. "influence": remove layers
+    with the least 1 - mean cos(h, h'), which is ShortGPT (arXiv 2403.03853).
     """
     if score == "influence":
         found = influences(model, windows, record)
@@ -51,11 +49,8 @@ def layers_to_remove(
 def influences(model: HuggingFaceModel, windows: Tensor, record: Making) -> list[float]:
     """Return the block influence of every layer: 1 - mean cos(h, h').
 
-    The output of the last layer is taken after the final norm, as in the code of ShortGPT: transformers' list of hidden
-    states ends there.
-
-    Args:
-        windows: token ids [samples length].
+    The output of the last layer is taken after the final norm, as in the code of ShortGPT: transformers' list of
+    hidden states ends there.
     """
     found, batches = list[float](), windows.split(1)
 
@@ -83,14 +78,9 @@ def divergences(
     tried: Iterable[int],
     record: Making,
 ) -> dict[int, float]:
-    """Return the divergence of predictions without some layers and one more; a single walk serves all trials.
+    """Return, by one more layer left out, the mean KL(dense || without) in nats; a single walk serves all trials.
 
-    Args:
-        windows: token ids [samples length].
-        dense: the hidden states [1 length hidden] after the last layer of the dense model, by window.
-
-    Returns:
-        By the number of the layer the mean over the tokens of KL(dense || without), in nats.
+    `dense` are the hidden states [1 length hidden] after the last layer of the dense model, by window.
     """
     states: dict[str, Sequence[Tensor]] = {}  # of what differs from what is left of the model by now
 

@@ -27,11 +27,7 @@ Inputs = Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
 
 
 class Judged:
-    """The block of a mixture, and its inputs.
-
-    Args:
-        small: the block of a model with the remaining number of experts; see `Mixture.graft`.
-    """
+    """The block of a mixture, a `small` block with the remaining number of experts (`Mixture.graft`), and inputs."""
 
     def __init__(self, mixture: Mixture, block: nn.Module, small: nn.Module, inputs: Inputs) -> None:
         self.mixture, self.block, self.small, self.inputs = mixture, block, small, inputs
@@ -43,13 +39,10 @@ class Judged:
         return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in zip(found, self.dense, strict=True))
 
     def reap(self, number: int) -> float:
-        """Return the mean of g |f(x)| over the tokens x of an expert (arXiv 2510.13999, equation 9).
+        """Return the mean of g |f(x)| over the tokens x of an expert (arXiv 2510.13999, equation 9), or 0.
 
         The expert's output f, times the router's weight g, equals the block's loss if the expert's weights are zero:
         the router does not read these weights, and chooses the same.
-
-        Returns:
-            The score; 0 without tokens.
         """
         own = [self.mixture.of_expert(n, t, number) for n, t in self.mixture.tensors(self.block).items()]
         held = [(part, part.clone()) for part in own if part is not None]
@@ -82,13 +75,11 @@ def experts_to_remove(
     count: int,
     record: Making,
 ) -> dict[str, list[int]]:
-    """Return the numbers of the experts to remove by mixture, judged on inputs in the dense model.
+    """Return the numbers of the experts to remove by mixture, judged on ids [samples length] in the dense model.
 
-    Args:
-        windows: token ids [samples length] for the judgement.
-        score: "reap": the lowest scores of REAP. "output": starting from these, removed and remaining experts are
-            exchanged as long as the error of the block's output falls.
-        mixtures: the experts of layers with a mixture, and blocks with the remaining number of experts.
+    "reap": the lowest scores of REAP. "output": starting from these, removed and remaining experts are exchanged as
+    long as the error of the block's output falls. Beside a mixture stands its block with the remaining number of
+    experts.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     here = {mixture.layer: (mixture, small) for mixture, small in mixtures}
@@ -111,7 +102,6 @@ def experts_to_remove(
 
 
 def chosen(judged: Judged, score: Score, count: int) -> list[int]:
-    """The numbers of the experts that a block does best without."""
     scores = [judged.reap(number) for number in range(judged.mixture.size)]
     order = sorted(range(judged.mixture.size), key=scores.__getitem__)
     gone = order[:count]
@@ -133,7 +123,7 @@ def chosen(judged: Judged, score: Score, count: int) -> list[int]:
 
 @contextmanager
 def recording(block: nn.Module) -> Iterator[Inputs]:
-    """Inside, the arguments of all calls of a block are kept."""
+    """Keep the arguments of all calls of a block during the context."""
     kept = list[tuple[tuple[Any, ...], Mapping[str, Any]]]()
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True)
     with handle:

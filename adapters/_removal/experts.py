@@ -30,12 +30,7 @@ from .mixtures import Mixture, find_mixtures
 
 @dataclass(frozen=True, eq=False)
 class ExpertRemoval(AbstractRemoval):
-    """The removable experts of mixtures, and the number to remove.
-
-    Args:
-        mixtures: by layer with a mixture.
-        place: place of the setting with the number of experts.
-    """
+    """The removable experts of mixtures, the number to remove, and the place of the setting with their number."""
 
     mixtures: tuple[Mixture, ...]
     count: int
@@ -43,12 +38,10 @@ class ExpertRemoval(AbstractRemoval):
 
     @property
     def patterns(self) -> Mapping[str, Constraint]:
-        """Return a pattern for all operators."""
         return {}
 
     @property
     def size(self) -> int:
-        """Number of experts of a mixture."""
         return self.mixtures[0].size
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
@@ -67,7 +60,6 @@ class ExpertRemoval(AbstractRemoval):
 
     @property
     def chosen_first(self) -> bool:
-        """True."""
         return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> dict[str, list[int]]:
@@ -88,14 +80,10 @@ class ExpertRemoval(AbstractRemoval):
 
 @dataclass(frozen=True, eq=False)
 class FewerExperts(AbstractReduced):
-    """A model without some experts.
-
-    Args:
-        numbers: of the experts that are, by the name of the layer.
-    """
+    """A model without some experts."""
 
     removal: ExpertRemoval
-    numbers: Mapping[str, list[int]]
+    numbers: Mapping[str, list[int]]  # of the removed experts, by the name of the layer
 
     @property
     def removed(self) -> dict[str, list[int]]:
@@ -178,7 +166,6 @@ def _numbers(model: HuggingFaceModel) -> list[int]:
 
 
 def with_experts(settings: Mapping[str, Any], place: Place, number: int) -> dict[str, Any]:
-    """Return the settings of a model with a new number of experts."""
     changed = deepcopy(dict(settings))
     set_at(changed, place, number)
     return changed
@@ -205,11 +192,7 @@ def _said_by(model: HuggingFaceModel, place: Place, size: int) -> list[Mixture]:
 
 
 def small_blocks(model: HuggingFaceModel, place: Place, mixtures: Sequence[Mixture], number: int) -> list[nn.Module]:
-    """Return the blocks of a model with a new number of experts, without memory for the experts.
-
-    Returns:
-        Blocks by mixture; parts independent of the number are the model's.
-    """
+    """Return blocks by mixture with a new number of experts without memory; further parts are the model's."""
     small = built(model.model, with_experts(model.model.config.to_dict(), place, number)).eval().requires_grad_(False)
     blocks = list[nn.Module]()
     for mixture in mixtures:

@@ -34,23 +34,15 @@ DIM = "head_dim"
 
 @dataclass(frozen=True)
 class _Values:
-    """Facts on a model's heads that follow from the way of their values.
+    """Facts on a model's heads that follow from the way of their values."""
 
-    Args:
-        readers: names of the operators that read the values.
-        touched: names of parameters that certainly belong to the heads.
-        groups: number of KV groups by reader.
-        operator: name, in its layer, of the first reader.
-        layers: prefixes of parameters in the layers of the readers.
-    """
-
-    readers: frozenset[str]
-    touched: frozenset[str]
-    groups: int
+    readers: frozenset[str]  # names of the operators that read the values
+    touched: frozenset[str]  # names of parameters that certainly belong to the heads
+    groups: int  # number of KV groups by reader
     heads: int
     width: int
-    operator: str
-    layers: tuple[str, ...]
+    operator: str  # name, in its layer, of the first reader
+    layers: tuple[str, ...]  # prefixes of parameters in the layers of the readers
 
     def are_all_of(self, dims: Mapping[str, int]) -> bool:
         """Return True if the shrunk parameters belong to these heads: all certain ones, and none in further layers."""
@@ -59,7 +51,7 @@ class _Values:
 
 @torch.no_grad()
 def find_heads(model: HuggingFaceModel, pattern: Constraint) -> Narrowing:
-    """The KV groups of heads of a dense model that a pattern removes."""
+    """Find the KV groups of heads of a dense model that a pattern removes."""
     values = _values(model)
     pattern.check(1, values.groups)
     found, dims = _said(model, values, pattern.width(values.groups))
@@ -112,9 +104,7 @@ def _said(model: HuggingFaceModel, values: _Values, left: int) -> tuple[Narrowin
 
 
 def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator[Narrowing]:
-    """Yield settings that may declare the remaining groups: as many as possible of the settings with the present
-    numbers.
-    """
+    """Yield settings that may declare the remaining groups: as many as possible of those with the present numbers."""
     config, text = model.model.config, model.model.config.get_text_config()
     places: dict[Place, int] = {
         place: number
@@ -130,9 +120,7 @@ def _candidates(model: HuggingFaceModel, values: _Values, left: int) -> Iterator
 
 
 def _width(config: PretrainedConfig, heads: int) -> int:
-    """Return the setting for the width of heads, or the value that keeps the width independent of the number of
-    heads.
-    """
+    """Return the width of heads by its setting, or by the hidden size and the present number of heads."""
     return getattr(config, DIM, None) or config.hidden_size // heads
 
 
@@ -152,7 +140,6 @@ def _smaller(shapes: Shapes, built: Shapes, groups: int, left: int) -> dict[str,
 def _of_layer(
     layer: DecoderLayer, call: Call, hidden: Tensor, dims: Mapping[str, int], values: _Values, head: int
 ) -> Channels | None:
-    """The KV groups of a layer."""
     read = {f"{layer.name}.{o.name}": (group, o) for group in layer.groups for o in group.operators}
     (group, operator) = next((read[name] for name in read if name in values.readers), (None, None))
     if group is None or operator is None:
@@ -184,9 +171,7 @@ def _of_layer(
 def _groups(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], starts: range, call: Call, hidden: Tensor, width: int
 ) -> list[int]:
-    """Return the KV group of every block of entries, by the changes after doubling half of the blocks; -1: not a single
-    group.
-    """
+    """Return the KV group of every block of entries, after doubling half of the blocks; -1: not a single group."""
     found = list[int]()
     for start in starts:
         each = [replace(axis, start=start) for axis in axes]
@@ -248,5 +233,4 @@ class _With(nn.Module):
         self._run = partial(functional_call, module, buffers | own)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module with the replaced tensors."""
         return self._run(args, kwargs)

@@ -18,21 +18,14 @@ STACKED = 3  # dimensions of a tensor that has a matrix for each expert
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """The experts of a decoder layer.
-
-    Args:
-        block: name of the smallest module with all experts and their router.
-        dims: by name of a tensor, the dimension that counts experts: of expert weights, or of the router's.
-        stacked: tensors among them with weights and biases of experts.
-        lists: names of lists of modules, a module for an expert.
-    """
+    """The experts of a decoder layer."""
 
     layer: str
-    block: str
+    block: str  # name of the smallest module with all experts and their router
     size: int
-    dims: Mapping[str, int]
-    stacked: tuple[str, ...]
-    lists: tuple[str, ...]
+    dims: Mapping[str, int]  # by name of an expert's or router's tensor, the dimension that counts experts
+    stacked: tuple[str, ...]  # tensors among them with weights and biases of experts
+    lists: tuple[str, ...]  # names of lists of modules, a module for an expert
 
     def cuts(self, numbers: Collection[int]) -> dict[str, Cut]:
         """Return the cuts of tensors that count experts, without experts of these `numbers`."""
@@ -46,7 +39,6 @@ class Mixture:
         return None if number in numbers else f"{path}.{number - sum(gone < number for gone in numbers)}.{rest}"
 
     def tensors(self, block: nn.Module) -> Tensors:
-        """Return the present tensors of the `block`."""
         held = dict[str, Tensor](block.named_parameters()) | dict(block.named_buffers())
         return {f"{self.block}.{name}": tensor for name, tensor in held.items()}
 
@@ -62,10 +54,8 @@ class Mixture:
         return not any(bool(each.any()) for each in own if each is not None)
 
     def graft(self, small: nn.Module, whole: nn.Module) -> None:
-        """Give a block with fewer experts all submodules of the whole block that do not depend on the number of
+        """Give a block with fewer experts all submodules, with their hooks, that do not depend on the number of
         experts.
-
-        Hooks on these submodules then see both blocks.
         """
         changed = (*self.dims, *(f"{path}." for path in self.lists))
 
@@ -80,11 +70,8 @@ class Mixture:
         descend(small, whole, self.block)
 
     def without(self, small: nn.Module, whole: nn.Module, numbers: Collection[int]) -> Callable[..., Any]:
-        """Return a forward pass without some experts: the smaller model's block with its part of the weights.
-
-        Args:
-            small: the block of a model that was built with fewer experts; see `graft`.
-            whole: the block with all experts, in memory at the call.
+        """Return a forward pass without some experts: a grafted `small` block with its part of the whole block's
+        weights.
         """
         cuts, start = self.cuts(numbers), len(self.block) + 1
 

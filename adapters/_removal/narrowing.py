@@ -22,18 +22,11 @@ from .cut import Cut
 
 @dataclass(frozen=True, eq=False)
 class Narrowing(AbstractRemoval):
-    """The removable channels of a model, and the number to remove; a KV group of heads counts as a channel of many
-    rows.
+    """The removable channels of a model, or KV groups of heads as channels of many rows, and the number to remove."""
 
-    Args:
-        sets: sets of channels, named after the operator whose inputs they are.
-        widths: numbers before and after, by the setting that declares them.
-        said: further settings, with their values, that must not follow from the numbers.
-    """
-
-    sets: tuple[Channels, ...]
-    widths: Mapping[Place, tuple[int, int]]
-    said: Mapping[Place, int] = field(default_factory=dict)
+    sets: tuple[Channels, ...]  # named after the operator whose inputs they are
+    widths: Mapping[Place, tuple[int, int]]  # numbers before and after, by the setting that declares them
+    said: Mapping[Place, int] = field(default_factory=dict)  # further settings that must not follow from the numbers
 
     @property
     def patterns(self) -> Mapping[str, Columns]:
@@ -50,7 +43,7 @@ class Narrowing(AbstractRemoval):
         return tuple(inside)
 
     def narrowed(self, read: Callable[[str], Tensor]) -> "Narrowed":
-        """See `AbstractRemoval.narrowed`: without the channels that the pruned operators do not read."""
+        """Return the model without the channels that the pruned operators do not read."""
         removed = dict[str, list[int]]()
         for one in self.sets:
             (axis,) = one.consumers
@@ -59,7 +52,7 @@ class Narrowing(AbstractRemoval):
         return self.without(removed)
 
     def without(self, removed: Mapping[str, Sequence[int]]) -> "Narrowed":
-        """See `AbstractRemoval.without`: the numbers of channels, by the name of the set."""
+        """Return the model without the numbers of channels, by the name of the set."""
         for one in self.sets:
             found, count = set(removed.get(one.name, ())), self.count(one.size)
             if len(found) != count or not found <= set(range(one.size)):
@@ -67,14 +60,12 @@ class Narrowing(AbstractRemoval):
         return Narrowed(self, {one.name: sorted(removed[one.name]) for one in self.sets})
 
     def configured(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The `settings` of the model, with the new widths."""
         changed = deepcopy(dict(settings))
         for path, value in {**self.said, **{path: after for path, (_, after) in self.widths.items()}}.items():
             set_at(changed, path, value)
         return changed
 
     def require_configured(self, model: HuggingFaceModel, settings: Mapping[str, Any]) -> None:
-        """Check that settings describe the smaller model."""
         shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
         require_shapes(model.model, settings, _expected(shapes, self.sets, self.widths))
 
@@ -85,14 +76,10 @@ class Narrowing(AbstractRemoval):
 
 @dataclass(frozen=True, eq=False)
 class Narrowed(AbstractReduced):
-    """A model without some channels.
-
-    Args:
-        channels: numbers of the removed channels, by the operator whose inputs they are.
-    """
+    """A model without some channels."""
 
     narrowing: Narrowing
-    channels: Mapping[str, list[int]]
+    channels: Mapping[str, list[int]]  # numbers of the removed, by the operator whose inputs they are
 
     @property
     def removed(self) -> dict[str, list[int]]:
@@ -110,7 +97,6 @@ class Narrowed(AbstractReduced):
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
-        """Return the cut of every parameter that shrinks, by name."""
         return _cuts(self.narrowing.sets, self.channels)
 
 

@@ -27,24 +27,16 @@ OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs betw
 
 @dataclass(frozen=True, eq=False)
 class Shortening(AbstractRemoval):
-    """The removable decoder layers of a model, and the number to remove.
+    """The removable decoder layers of a model, and the number to remove."""
 
-    Args:
-        layers: names of all layers.
-        place: place of the setting with the number of layers.
-        lists: settings with an entry per layer, or with numbers of layers, by name.
-        allowed: numbers of the removable layers.
-    """
-
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # names of all layers
     count: int
-    place: Place
-    lists: Mapping[str, Sequence[Any]]
-    allowed: tuple[int, ...] = ()
+    place: Place  # of the setting with the number of layers
+    lists: Mapping[str, Sequence[Any]]  # settings with an entry per layer, or with numbers of layers
+    allowed: tuple[int, ...] = ()  # numbers of the removable layers
 
     @property
     def patterns(self) -> Mapping[str, Constraint]:
-        """Return a pattern for all layers."""
         return {}
 
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
@@ -53,14 +45,12 @@ class Shortening(AbstractRemoval):
 
     @property
     def chosen_first(self) -> bool:
-        """True."""
         return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
         return layers_to_remove(model, windows, score, self.allowed, self.count, record)
 
     def without(self, removed: Collection[int]) -> "Shortened":
-        """See `AbstractRemoval.without`: the numbers of layers."""
         if len(set(removed)) != self.count or not set(removed) <= set(self.allowed):
             raise ModelError(f"Layers {sorted(removed)} cannot go: {self.count} of {list(self.allowed)} have to.")
         return Shortened(self, tuple(sorted(set(removed))))
@@ -118,9 +108,7 @@ class Shortened(AbstractReduced):
             raise ModelError(f"{model.name}: config.json is not that of the model without these layers: {why}.")
 
     def why_not(self, model: PreTrainedModel, settings: Mapping[str, Any]) -> str | None:
-        """Return the fault of settings whose model is not the dense model without these layers; None without a
-        fault.
-        """
+        """Return why settings do not describe the dense model without these layers; None if they do."""
         try:
             shorter = built(model, settings)
         except REFUSALS as error:

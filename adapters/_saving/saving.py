@@ -50,10 +50,7 @@ def save(model: HuggingFaceModel, folder: str | Path) -> None:
 
 @contextmanager
 def _valid_generation(model: Any, name: str) -> Iterator[None]:
-    """Repair settings of generation that cannot be saved, during the context.
-
-    Old LLaMA checkpoints have a temperature without sampling. The weights must not be lost to that.
-    """
+    """Repair generation settings that cannot be saved, such as a temperature without sampling, during the context."""
     own = model.generation_config
     if own is not None:
         try:
@@ -69,11 +66,7 @@ def _valid_generation(model: Any, name: str) -> Iterator[None]:
 
 
 def save_new(model: HuggingFaceModel, folder: Path, changed: Mapping[str, Entry], notes: Mapping[str, Any]) -> None:
-    """Write a model as a folder that appears whole or not at all.
-
-    Args:
-        changed: tensors that differ from the model's, by name; only for a streamed model.
-    """
+    """Write a model as a folder that appears whole or not at all; tensors of a streamed model may be `changed`."""
     with Staging(folder).whole() as whole:
         if model.shards is None:
             save(model, whole)

@@ -100,9 +100,7 @@ def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
 
 
 def _place(model: PreTrainedModel, parameter: Tensor) -> int:
-    """Return an address that tied tensors share; for offloaded tensors the configuration tells that the head is
-    tied.
-    """
+    """Return an address that tied tensors share; the configuration tells that an offloaded head is tied."""
     if not parameter.is_meta:
         return parameter.untyped_storage().data_ptr()
     head: Any = model.get_output_embeddings()
@@ -112,7 +110,7 @@ def _place(model: PreTrainedModel, parameter: Tensor) -> int:
 
 
 def _summary(tensor: Tensor | Entry) -> tuple[Spec, int]:
-    """Type, shape and zeros."""
+    """Return type, shape and zeros."""
     if isinstance(tensor, Entry):
         return tensor.spec, _zeros(tensor.read())
     return Spec.of(tensor), _zeros(tensor)
