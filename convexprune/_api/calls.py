@@ -118,7 +118,6 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
 
 
 def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:
-    """Return the settings that a recipe, possibly a file, chose."""
     return (recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())).chosen
 
 

@@ -138,7 +138,6 @@ class InFolder(Request):
         return unfinished
 
     def _write(self, loaded: HuggingFaceModel, store: FolderStore, windows: Windows, report: Report) -> None:
-        """Assemble the result from the finished layers."""
         begin("checking the finished layers")
         store.require_whole()
         report.operators = [o for number in range(store.count) for o in store.reports(number)]

@@ -13,8 +13,6 @@ from convexprune.report import OperatorReport
 
 
 class InMemory(Request):
-    """A request that changes a model in memory."""
-
     def run(self) -> PruneResult:
         """Prune the loaded model in place. After a failure the model is unchanged."""
         begin("loading the model")

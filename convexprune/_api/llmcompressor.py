@@ -31,20 +31,13 @@ DAMPING = ("dampening_frac", "percdamp")
 
 @dataclass(frozen=True)
 class Modifier:
-    """A pruning modifier in terms of a recipe.
-
-    Args:
-        targets: as in a recipe.
-    """
-
     name: str
-    targets: list[str]
+    targets: list[str]  # as in a recipe
     ignore: list[str]
     settings: dict[str, Any]
 
 
 def from_llmcompressor(file: Path) -> dict[str, Any]:
-    """The settings of our recipe that prunes as a recipe of llm-compressor does."""
     modifiers = [_translated(name, given or {}) for name, given in _modifiers(_read(file))]
     if not modifiers:
         raise RecipeError(f"{file} has no pruning modifier. Known: {', '.join(METHODS)}.")
@@ -69,7 +62,6 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every modifier of a recipe with its class name, in order."""
     for name, value in recipe.items():
         path = f"{place}{name}"
         if str(name).endswith("Modifier"):
@@ -86,7 +78,6 @@ def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str
 
 
 def _translated(name: str, given: Any) -> Modifier:
-    """A modifier in our words."""
     if name not in METHODS:
         raise RecipeError(f"{name} cannot be translated: it is none of {', '.join(METHODS)}.")
     if not isinstance(given, dict):
@@ -139,7 +130,6 @@ def _allocation(left: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _arguments(left: dict[str, Any], method: str) -> dict[str, Any]:
-    """Return the arguments of the method."""
     if method != "sparsegpt":
         return {}
     dampings = [left.pop(name, None) for name in DAMPING]
@@ -165,7 +155,6 @@ def _name(name: str) -> str:
 
 
 def _rule(modifier: Modifier, first: Modifier) -> dict[str, Any]:
-    """Return a modifier after the first as a rule."""
     settings, name = dict(modifier.settings), modifier.name
     if modifier.targets == first.targets:
         raise RecipeError(

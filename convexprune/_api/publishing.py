@@ -22,11 +22,7 @@ from convexprune.report import Report
 
 
 def check_hub(name: str, token: str | bool | None = None) -> None:
-    """Refuse, before any work, a name that the hub rejects, and an impossible upload.
-
-    Args:
-        token: token of the hub; None means the stored login.
-    """
+    """Refuse, before any work, a name that the hub rejects, and an impossible upload."""
     try:
         validate_repo_id(name)
     except HFValidationError as cause:
@@ -44,14 +40,6 @@ def check_hub(name: str, token: str | bool | None = None) -> None:
 def upload(
     folder: Path, report: Report, name: str, *, kept: str, private: bool | None, token: str | bool | None, **commit: Any
 ) -> str:
-    """Upload the files of a result.
-
-    Args:
-        report: the run's report; files that it does not name are not uploaded.
-        kept: sentence on the place of the result after a failure.
-        private: visibility; None means the owner's default, mostly public.
-        token: token of the hub; None means the stored login.
-    """
     check_hub(name, token)
     packs = (packed_name(Path(file)).as_posix() for file in report.files)
     own = {*report.files, *packs, *report.documents, REPORT, PAGE} if report.files else {"*"}

@@ -111,7 +111,6 @@ class Request:
         return what_needs_less(self.source, self.recipe, self.call.trust_remote_code)
 
     def _check(self, loaded: HuggingFaceModel) -> None:
-        """Refuse, before any work, requests that the model does not allow."""
         pattern = self.recipe.build_pattern()
         if pattern.removes:
             self._narrow(loaded, pattern)
@@ -204,7 +203,6 @@ class Request:
         return self.progress(operators) if self.progress is not None else lambda _: None
 
     def _end(self, report: Report) -> None:
-        """Record time and memory of a finished run."""
         report.seconds, report.memory = self.clock.laps, peak_memory(self.device, self.executor.spawns)
 
     def _evaluate(self, report: Report, name: str, loaded: HuggingFaceModel, windows: Windows) -> None:
@@ -232,7 +230,6 @@ def _require_read(recipe: Recipe) -> None:
 
 
 def _require_solver(solver: Any) -> AbstractSolver:
-    """Check a solver of the user."""
     if isinstance(solver, AbstractSolver):
         return solver
     found = f"the class {solver.__name__}" if isinstance(solver, type) else f"a {type(solver).__name__}"
@@ -254,7 +251,6 @@ def name_of(source: Any) -> str:
 
 
 def _environment(model: HuggingFaceModel) -> dict[str, Any]:
-    """Return conditions of the result beside the recipe."""
     return versions() | {
         "machine": platform.machine(),
         "device": str(model.device),

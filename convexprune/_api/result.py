@@ -16,8 +16,6 @@ from convexprune.report import Report
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Result:
-    """A changed model and its folder, if any."""
-
     output_dir: Path | None
     _model: Callable[[], PreTrainedModel]
 

@@ -30,14 +30,10 @@ EVALUATION_SAMPLES = 32  # of text that the model samples itself
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """A data set for calibration, and a text for evaluation.
-
-    Args:
-        evaluation: as the caller gave it; None without an evaluation.
-    """
+    """A data set for calibration, and a text for evaluation."""
 
     dataset: Any
-    evaluation: Any
+    evaluation: Any  # as the caller gave it; None without an evaluation
 
     def check(self) -> None:
         """Refuse, before any work, names and paths that lead nowhere, and data without a perplexity."""
@@ -57,7 +53,6 @@ class Sources:
 
     @property
     def has_sampled(self) -> bool:
-        """Return True if the model is to write text."""
         return any(map(needs_sampling, self._by_use.values()))
 
     def draw(
@@ -90,7 +85,6 @@ class Sources:
 
     @property
     def _is_file(self) -> bool:
-        """Return True if the evaluation text is a file."""
         text = self.evaluation
         return text is not None and not (isinstance(text, str) and text in ("self", HELD_OUT))
 
@@ -100,7 +94,6 @@ class Sources:
 
 
 def _require_some(windows: Tensor) -> Tensor:
-    """Windows to evaluate on [windows window]."""
     if not len(windows):
         raise CalibrationError(
             f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another text to "

@@ -13,7 +13,6 @@ from convexprune.recipe import Recipe
 
 
 def executor_for(call: Call, recipe: Recipe, source: Any, device: str) -> AbstractExecutor:
-    """The executor that a call names."""
     name, workers = call.executor, call.workers
     if workers is not None and name in ("serial", "ranks"):
         why = "prunes in this process" if name == "serial" else "has as many as the launcher started"
@@ -40,7 +39,6 @@ def team_size(recipe: Recipe, executor: AbstractExecutor) -> int:
 
 
 def _check_spread(call: Call, recipe: Recipe, source: Any) -> None:
-    """Refuse runs that cannot be spread over processes."""
     name = call.executor
     if call.output_dir is None:
         raise RecipeError(f"executor={name!r}: the workers meet in the output folder. Give output_dir.")

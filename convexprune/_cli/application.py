@@ -14,7 +14,6 @@ from typer.core import TyperCommand
 
 
 def dashed(name: str) -> str:
-    """Return the `name` of an option or a command with dashes in place of underscores."""
     return name.replace("_", "-")
 
 
@@ -37,15 +36,12 @@ BESIDE = 26  # characters that names of options have to the left of their text
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """Return the lines of an option. A long name takes a line alone."""
     head, margin = f"  {name}", " " * BESIDE
     lines = wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
     return [head + lines[0][len(head) :], *lines[1:]] if len(head) < BESIDE - 1 and lines else [head, *lines]
 
 
 class _Application(typer.Typer):
-    """An application whose commands are of the class above."""
-
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, **{"cls": Command, **settings})
 

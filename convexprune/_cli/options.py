@@ -96,7 +96,6 @@ def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> insp
 
 
 def _long(door: Door[Any], name: str) -> list[str]:
-    """Return the further long options of a setting."""
     return [option for option in door.options_of(name) if option.startswith("--")]
 
 

@@ -86,7 +86,6 @@ class Bar:
         self._progress = progress
 
     def __call__(self, phase: str, steps: int | None = None) -> Step:
-        """Begin a phase."""
         task = self._progress.add_task(phase, total=steps)
         self._show(task)
 
@@ -101,7 +100,6 @@ class Bar:
             self._progress.update(each, visible=each == task)
 
     def operators(self, total: int) -> "OnOperator":
-        """Begin to prune `total` operators; the returned function takes the report of every operator."""
         step = self("pruning", total)
         return lambda report: step(f"{report.name}  error {report.relative_error:.1e}")
 
@@ -114,7 +112,6 @@ class Lines:
         self._last = time.monotonic()
 
     def __call__(self, phase: str, steps: int | None = None) -> Step:
-        """Begin a phase."""
         began, done = time.monotonic(), 0
         self._say(phase)
 
@@ -127,7 +124,6 @@ class Lines:
         return step
 
     def operators(self, total: int) -> "OnOperator":
-        """Begin to prune `total` operators; the returned function takes the report of every operator."""
         began, done, layer = time.monotonic(), 0, list["OperatorReport"]()
         self._say(f"pruning: {total} operators")
 

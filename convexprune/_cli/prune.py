@@ -70,7 +70,6 @@ def prune(
 
 
 def _show(result: "PruneResult", as_json: bool, verbose: bool, uploaded: str | None) -> None:
-    """Print the result of a run."""
     assert result.output_dir is not None
     folder = result.output_dir.resolve()
     if as_json:

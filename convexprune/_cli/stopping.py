@@ -15,8 +15,6 @@ from convexprune._storage.staging import kept
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came that asks the process to end."""
-
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number

@@ -11,7 +11,6 @@ WIDTH = 80
 
 
 def summary(report: "Report") -> Table:
-    """Return the facts and the costs of a run, a row for a fact."""
     from convexprune._rendering.facts import costs, facts
 
     table = Table.grid(padding=(0, 2))

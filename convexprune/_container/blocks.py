@@ -18,14 +18,7 @@ def blocks(entry: Entry, layout: Layout | None = None) -> Iterator[bytes]:
 
 
 def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
-    """Yield the bytes of a tensor's blocks.
-
-    Args:
-        layout: layout of the scales, if quantized: a block is then whole rows of a matrix.
-
-    Yields:
-        The bytes by block, in the order of the file; their sum is the tensor's.
-    """
+    """Yield the sizes of a tensor's blocks in bytes. With a layout a block is whole rows of a matrix."""
     whole, most = spec.nbytes, BLOCK
     if layout is not None:
         row = layout.row_bytes(spec)
@@ -36,7 +29,6 @@ def sizes(spec: Spec, layout: Layout | None = None) -> Iterator[int]:
 
 @contextmanager
 def opened(entry: Entry) -> Iterator["Source"]:
-    """Open a tensor's place in its file for reading."""
     with reading(entry.path), entry.path.open("rb") as file:
         file.seek(entry.begin)
         yield Source(file, entry)
@@ -53,14 +45,6 @@ class Source:
         self._file, self._path, self.left = file, entry.path, entry.spec.nbytes
 
     def read(self, nbytes: int) -> bytes:
-        """The next bytes of the tensor.
-
-        Args:
-            nbytes: how many.
-
-        Returns:
-            That many bytes.
-        """
         data = self._file.read(min(nbytes, self.left))
         self.left -= len(data)
         if len(data) != nbytes:

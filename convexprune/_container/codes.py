@@ -37,7 +37,6 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, group: int, spec: Spec) -> "Layout":
-        """Return the layout of a tensor."""
         if spec.code not in FLOATS or len(spec.shape) < 2 or group not in KINDS or not spec.nbytes:
             raise ValueError(f"a tensor of type {spec.code} and shape {list(spec.shape)} in groups of {group}")
         layout = cls(group, spec.shape[-1])
@@ -46,7 +45,6 @@ class Layout(NamedTuple):
         return layout
 
     def row_bytes(self, spec: Spec) -> int:
-        """Bytes of a row of the tensor."""
         return self.columns * (spec.nbytes // math.prod(spec.shape))
 
     @property
@@ -60,32 +58,19 @@ class Layout(NamedTuple):
         return -self.group if self.group < COLUMN else 1
 
     def grid(self) -> Grid:
-        """The grid of the result of `lines`."""
         return Grid(8, ROW if self.group in (ROW, COLUMN) else abs(self.group))
 
     def lines(self, values: Tensor) -> Tensor:
-        """Order entries so that entries with a common scale stand side by side.
-
-        Args:
-            values: entries of whole rows [rows * columns].
-
-        Returns:
-            [rows columns], or [columns rows].
-        """
+        """Order whole rows so that entries with a common scale stand side by side: [rows columns], or transposed."""
         rows = values.view(-1, self.columns)
         return rows.T.contiguous() if self.transposed else rows
 
     def entries(self, lines: Tensor) -> Tensor:
-        """The opposite of `lines`."""
         return (lines.T if self.transposed else lines).reshape(-1)
 
 
 def layout_of(begin: Bytes, spec: Spec) -> Layout | None:
-    """Return the layout of a quantized tensor; None if its first groups are on no grid.
-
-    Args:
-        begin: the tensor's first bytes, some whole entries.
-    """
+    """Return the layout of a quantized tensor; None if its first groups are on no grid."""
     try:
         layouts = [Layout.of(kind, spec) for kind in KINDS]
     except ValueError:
@@ -107,11 +92,7 @@ def _fits(layout: Layout, values: Tensor) -> bool:
 
 
 def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
-    """Code a block of quantized weights; None if the block is not on a grid, bit for bit.
-
-    Args:
-        block: bytes of the block.
-    """
+    """Code a block of quantized weights; None if the block is not on a grid, bit for bit."""
     lines = layout.lines(_values(block, code))
     if lines.shape[1] % layout.grid().width(lines.shape[1]):
         return None
@@ -125,12 +106,7 @@ def encode_codes(block: Bytes, code: str, layout: Layout) -> bytes | None:
 
 
 def decode_codes(coded: Bytes, nbytes: int, code: str, size: int, layout: Layout) -> bytes:
-    """Decode a block; nothing larger than the block is ever in memory.
-
-    Args:
-        nbytes: bytes of the block.
-        size: bytes of an entry.
-    """
+    """Decode a block; nothing larger than the block is ever in memory."""
     count = nbytes // size
     lines = (
         (layout.columns, count // layout.columns) if layout.transposed else (count // layout.columns, layout.columns)
@@ -161,7 +137,6 @@ def _together(numbers: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[
 
 
 def _apart(streams: Streams, total: int) -> NDArray[Any]:
-    """Return `total` numbers from the next two streams."""
     count = streams.byte()
     if count not in BASES:
         raise ValueError(f"{count} numbers to a byte")

@@ -36,19 +36,6 @@ def export(source: str | Path, output_dir: str | Path, allow_changed: bool = Fal
     """Write a folder of codes and scales, for transformers (with the package compressed-tensors) and vLLM.
 
     They compute with the weights that the run has stored, bit for bit.
-
-    Args:
-        source: the folder of a run with `quantize`.
-        output_dir: where to write to; must be empty or not there. It is there whole or not at all.
-        allow_changed: take a result whose files are not those that the run wrote.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ModelError: the folder is no result of a quantized run, or some of its quantized operators are no Linear
-            modules, which is all that the layout knows.
-        OutputError: the output folder holds something, or the disk is full.
     """
     staging = Staging.of_new(output_dir, source)
     folder, files = source_files(source)
@@ -93,7 +80,6 @@ def _require_settings(folder: Path, files: Iterable[Path]) -> None:
 
 
 def _strangers(places: dict[str, Any], index: Path, files: Iterable[Path]) -> list[Any]:
-    """Return the places in an index that are no file of the model."""
     known = {path.as_posix() for path in files}
     names = {place: (index.parent / str(place)).as_posix() for place in map(str, places.values())}
     return [place for place in places.values() if not isinstance(place, str) or names[place] not in known]
@@ -107,14 +93,7 @@ def _refuse_stacked(folder: Path, names: Iterable[str], left_alone: Iterable[str
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes one after another, the lowest bit first, in whole words for each row.
-
-    Args:
-        codes: [m n], from -2^(bits - 1) to 2^(bits - 1) - 1.
-
-    Returns:
-        int32 [m ceil(n bits / 32)].
-    """
+    """Pack signed codes [m n], the lowest bit first, into whole words for each row: int32 [m ceil(n bits / 32)]."""
     positive = (codes.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)
     rows = np.unpackbits(positive[..., None], axis=2, count=bits, bitorder="little").reshape(len(positive), -1)
     rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32)))

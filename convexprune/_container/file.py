@@ -23,7 +23,6 @@ NOTES, CHECKSUM, VERSION = "convexprune.pack", "convexprune.pack.sha256", 2
 
 
 def is_packed(path: Path) -> bool:
-    """Return True if the file at `path` is named like a packed file."""
     return path.name.endswith(PACKED)
 
 
@@ -33,7 +32,6 @@ def packed_name(path: Path) -> Path:
 
 
 def pack_file(path: Path, target: Path) -> None:
-    """Pack a safetensors file, block by block."""
     found, text = entries(path)[0], read_header(path).decode()
     specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
     wider = {name: _wider(entry.spec) for name, entry in found.items()}
@@ -84,11 +82,7 @@ def contents(path: Path) -> Contents:
 
 
 def _write_coded(entry: Entry, out: BinaryIO) -> tuple[int | None, str, int | None]:
-    """Write a tensor coded, or unchanged if that is not longer.
-
-    Returns:
-        The number of coded bytes, or None; the sha256; the number of weights with a common scale, if quantized.
-    """
+    """Write a tensor coded, or unchanged (None bytes) if that is not longer; also return its sha256 and its group."""
     begin, digest = out.tell(), hashlib.sha256()
     layout = layout_of(next(blocks(entry), b""), entry.spec)
     for block in blocks(entry, layout):
@@ -118,7 +112,6 @@ def _coded(block: bytes, code: str, layout: Layout | None) -> bytes:
 def _header(
     text: str, specs: Mapping[str, Spec], checksums: Mapping[str, str], coded: list[str], groups: Mapping[str, int]
 ) -> bytes:
-    """The header of a packed file."""
     told = {"version": VERSION, "header": text, "checksums": checksums, "coded": coded, "groups": groups}
     notes = json.dumps(told)
     header: dict[str, Any] = {"__metadata__": {NOTES: notes, CHECKSUM: hashlib.sha256(notes.encode()).hexdigest()}}
@@ -148,7 +141,6 @@ class _Part(NamedTuple):
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
-    """The bytes of the file that was packed to `path`, a block at a time."""
     header, parts = _parts(path)
     yield header
     for part in parts.values():
@@ -156,7 +148,6 @@ def _unpacked(path: Path) -> Iterator[bytes]:
 
 
 def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
-    """Return the header of the file that was packed to `path`, with its length, and its tensors by name."""
     found, metadata = entries(path)
     try:
         notes = _notes(metadata)
@@ -178,7 +169,6 @@ def _parts(path: Path) -> tuple[bytes, dict[str, _Part]]:
 
 
 def _notes(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the notes of `pack_file`."""
     if NOTES not in metadata:
         raise ValueError("it was not packed by convexprune")
     text = metadata[NOTES]
@@ -201,7 +191,6 @@ def _tensor(part: _Part) -> Iterator[bytes]:
 
 
 def _decoded(part: _Part) -> Iterator[bytes]:
-    """Yield the bytes of a coded tensor by block."""
     code, path = part.spec.code, part.entry.path
     with opened(part.entry) as source:
         for nbytes in sizes(part.spec, part.layout):
@@ -219,7 +208,6 @@ def _decoded(part: _Part) -> Iterator[bytes]:
 
 
 def _block(coded: bytes, nbytes: int, code: str, layout: Layout | None) -> bytes:
-    """Decode a block of `_coded`."""
     size = width(BITS[code])
     if layout is None:
         return decode(coded, nbytes, code, size)

@@ -166,10 +166,6 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterabl
     """Replace the safetensors files of a run's result by their packs, each once it is seen to unpack to the same.
 
     Whenever this stops, each file is there, plain or packed.
-
-    Args:
-        checksums: the sha256 of its files, by their names.
-        operators: the names of those that were pruned.
     """
     for path in (folder / name for name in checksums):
         if path.suffix == SUFFIX:
@@ -185,17 +181,11 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterabl
 
 
 def holds_pack(folder: Path) -> bool:
-    """Return True if `folder` is a pack."""
     return any(path.name.endswith(PACKED) for path in paths_in(folder))
 
 
 def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
-    """Return the folder of a model, and the names of its files with their stamps.
-
-    Raises:
-        ModelError: it is no folder, or holds what is no file of a model.
-        OutputError: it is the folder of an unfinished run.
-    """
+    """Return the folder of a model, and the names of its files with their stamps."""
     folder = named(source)
     if not folder.is_dir():
         if RunFolder(folder).is_unfinished:
@@ -229,18 +219,6 @@ def write_folder(
     needed: int = 0,
     require: Callable[[Path], None] = lambda _: None,
 ) -> Path:
-    """Write files to another folder, in which all are or nothing is.
-
-    Args:
-        doing: the activity, for progress.
-        folder: that the files are in.
-        files: all of them, with the stamps that they have to have in the end, too.
-        names: for each file its new name, in the order of writing.
-        converts: writes a file to a path in its own way; all others are copied.
-        staging: where the other folder is made.
-        needed: bytes that it takes.
-        require: refuses what was written.
-    """
     target = staging.output
     there = next(path for path in target.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(there).free):
@@ -258,5 +236,4 @@ def write_folder(
 
 
 def _changed(names: Mapping[Path, Path], convert: Convert) -> dict[Path, Convert]:
-    """Return the converter of every file whose name changes."""
     return {path: convert for path, name in names.items() if name != path}

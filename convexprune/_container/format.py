@@ -39,12 +39,6 @@ def longest(nbytes: int) -> int:
 
 
 def encode(block: Bytes, code: str, size: int) -> bytes:
-    """Code a block of entries.
-
-    Args:
-        block: bytes of the entries.
-        size: bytes of an entry, as `width` says.
-    """
     entries = np.frombuffer(block, _unsigned(size))
     kept = np.flatnonzero(entries)
     streams = [np.packbits(entries != 0), *_split(entries.take(kept), code)]
@@ -52,26 +46,13 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
 
 def compressed(streams: Iterable[NDArray[Any]]) -> bytes:
-    """Compress streams separately.
-
-    Args:
-        streams: bytes [length] by stream.
-
-    Returns:
-        Length and frame of every stream in order, as `Streams` reads them.
-    """
+    """Compress streams separately."""
     compress = zstandard.ZstdCompressor(compression_params=FAST).compress
     frames = (compress(stream.tobytes()) if stream.size else b"" for stream in streams)
     return b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)
 
 
 def decode(coded: Bytes, nbytes: int, code: str, size: int) -> bytes:
-    """Decode a block; nothing larger than the block is ever in memory.
-
-    Args:
-        nbytes: bytes of the block.
-        size: bytes of an entry, as `width` says.
-    """
     streams = Streams(coded)
     count = nbytes // size
     kept = np.flatnonzero(np.unpackbits(streams.next(-(-count // 8)), count=count))
@@ -97,7 +78,6 @@ def _split(values: NDArray[Any], code: str) -> Iterator[NDArray[Any]]:
 
 
 def _joined(streams: "Streams", count: int, code: str, size: int) -> NDArray[Any]:
-    """Join the next planes into `count` values."""
     first = list(_unfolded(streams, count)) if code in FOLDED else []
     planes = first + [streams.next(count) for _ in range(size - len(first))]
     values = np.stack(planes[::-1], axis=1).reshape(-1).view(_unsigned(size))
@@ -118,7 +98,6 @@ def _folded(top: NDArray[Any], second: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def _unfolded(streams: "Streams", count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The planes that `_folded` was given."""
     frequent, coded, pairs = streams.next(ESCAPE), streams.next(count), streams.next(-(-count // 2))
     rest = np.flatnonzero(coded >> 4 == ESCAPE)
     top = np.append(frequent, np.uint8(0)).take(coded >> 4)
@@ -134,14 +113,6 @@ class Streams:
         self._left = memoryview(coded)
 
     def next(self, nbytes: int) -> NDArray[Any]:
-        """Decompress the next stream.
-
-        Args:
-            nbytes: bytes of the stream.
-
-        Returns:
-            The bytes [nbytes].
-        """
         length = int.from_bytes(self._left[:4], "little")
         frame, self._left = self._left[4 : 4 + length], self._left[4 + length :]
         if len(frame) != length:
@@ -156,7 +127,6 @@ class Streams:
         return value
 
     def end(self) -> None:
-        """See that there are no more."""
         if self._left:
             raise ValueError(f"{len(self._left):,} bytes more than a block has")
 

@@ -25,10 +25,7 @@ AS_IT_IS = "Put back what was written, or take it as it is with allow_changed=Tr
 def unchanged(folder: Path, allow_changed: bool, name: str | None = None) -> Iterator[None]:
     """Refuse a model of which a file changes inside the block, and a result that is not what its run wrote.
 
-    Args:
-        folder: the folder of the model.
-        allow_changed: take a result as it is.
-        name: the only file that is read, if the model is in a single file.
+    A `name` is that of a model in a single file, the only one that is read.
     """
     with reading(folder):
         paths = [*folder.iterdir(), *folder.rglob(f"*{SUFFIX}")] if name is None else [folder / name]
@@ -54,14 +51,7 @@ def require_as_written(folder: Path, allow_changed: bool = False) -> None:
 
 
 def plain_checksum(folder: Path, name: str) -> str | None:
-    """Compute the sha256 of a file, packed or not.
-
-    Args:
-        name: of the file when it is not packed; others may have chosen it.
-
-    Returns:
-        The sha256 of the file when it is not packed; None if there is no such file inside the folder.
-    """
+    """Compute the sha256 of a file, packed or not."""
     packed = str(packed_name(Path(name)))
     if packed != name and checksum_inside(folder, packed) is not None:
         return packed_checksum(folder / packed)

@@ -24,9 +24,6 @@ def fused(function: Function) -> Function:
     Memory-bound work then reads and writes a tensor once. torch makes a Triton kernel of the function; no kernel is
     written by hand (tests/unit/test_triton.py). Results differ by rounding only. If the compiler fails (Triton without
     a C compiler, say) and op by op works, a warning appears once, and all later calls run op by op.
-
-    Args:
-        function: of tensors; the first tensor decides the device. Numbers come as `number_like`.
     """
 
     @wraps(function)
@@ -60,11 +57,7 @@ def are_fused(device: torch.device) -> bool:
 
 
 def eager_because(device: torch.device | str) -> str | None:
-    """Why a GPU works op by op, for whoever reads a report; something small is compiled to know.
-
-    Returns:
-        A sentence; None on a CPU, and where kernels are compiled.
-    """
+    """Why a GPU works op by op, for whoever reads a report; something small is compiled to know."""
     device = torch.device(device)
     if device.type != "cuda":
         return None

@@ -66,7 +66,6 @@ def default_workers(device: str, threads: int | None) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on, and of Python."""
     return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
@@ -103,11 +102,7 @@ def installation(device: torch.device | str) -> dict[str, str]:
 
 
 def code(package: Traversable | None = None) -> str:
-    """Return the sha256 of this package's code, without files that only show results (`SHOWING`).
-
-    Args:
-        package: folder of the package, possibly in a zip file; None means this package.
-    """
+    """Return the sha256 of this package's code, without files that only show results (`SHOWING`)."""
     total = hashlib.sha256()
     for name, file in sorted(_modules(files("convexprune") if package is None else package)):
         total.update(name.encode() + file.read_bytes())
@@ -146,8 +141,6 @@ def peak_memory(device: torch.device | str, has_workers: bool = False) -> dict[s
 
 
 class Clock:
-    """The seconds of a run by phase."""
-
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter()

@@ -19,9 +19,7 @@ class Holder(Protocol):
     """Owner of GPU tensors that can be moved to the host."""
 
     @property
-    def held(self) -> int:
-        """Bytes of these tensors."""
-        ...
+    def held(self) -> int: ...
 
 
 class Room:
@@ -31,11 +29,7 @@ class Room:
         self._limit, self._holders = limit, WeakSet[Holder]()
 
     def has(self, nbytes: int, holder: Holder) -> bool:
-        """Return True if `nbytes` more fit into the holder's share.
-
-        Args:
-            nbytes: number of bytes.
-        """
+        """Return True if `nbytes` more fit into the holder's share."""
         if sum(each.held for each in self._holders | {holder}) + nbytes >= self._limit:
             return False
         self._holders.add(holder)
@@ -43,14 +37,7 @@ class Room:
 
 
 def room_on(device: torch.device | str, needed: int) -> Room:
-    """Return the GPU memory that a run leaves free by its formula.
-
-    Args:
-        needed: bytes of GPU memory that the run needs.
-
-    Returns:
-        The room: none on a CPU, where the operating system keeps files in memory.
-    """
+    """Return the GPU memory that a run leaves free by its formula; none on a CPU, where the system caches files."""
     device = torch.device(device)
     if is_host(device):
         return Room()
@@ -74,11 +61,7 @@ def release_unused() -> None:
 
 @contextmanager
 def within_memory(advice: Callable[[], str] = str) -> Iterator[None]:
-    """Turn all failures by lack of memory into a single error with advice.
-
-    Args:
-        advice: returns the needs of the run and settings that need less; errors inside are dropped.
-    """
+    """Turn all failures by lack of memory into a single error with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as cause:

@@ -18,24 +18,14 @@ LINES = 2**12
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A matrix, scale * (sum of parts_p 2^(-6 p) + rest), with every rest at most 2^(-6 count) / 2.
+    """A matrix, scale * (sum of parts_p 2^(-6 p) + rest), with every rest at most 2^(-6 count) / 2."""
 
-    Args:
-        parts: integers of at most 64 in bfloat16 [m n], the largest first.
-        scale: powers of two, [m 1] or [1 n].
-    """
-
-    parts: tuple[Tensor, ...]
-    scale: Tensor
+    parts: tuple[Tensor, ...]  # integers of at most 64 in bfloat16 [m n], the largest first
+    scale: Tensor  # powers of two, [m 1] or [1 n]
 
     @classmethod
     def of(cls, matrix: Tensor, count: int, dim: int) -> "Parts":
-        """Cut a matrix into parts.
-
-        Args:
-            matrix: [m n], float64.
-            dim: axis of the sum in a product: 1 on the left, 0 on the right.
-        """
+        """Cut a float64 matrix [m n] into parts; `dim` is the axis of the sum in a product: 1 left, 0 right."""
         largest = matrix.abs().amax(dim, keepdim=True)
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)  # above the largest entry
         rest, parts = matrix / scale, list[Tensor]()
@@ -47,16 +37,7 @@ class Parts:
 
 
 def product_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
-    """Return a product a b from `count` parts of both factors.
-
-    Args:
-        a: [m n].
-        b: [n k].
-        count: number of parts; products of parts below the last part are left out.
-
-    Returns:
-        [m k], float64; see `error_of_parts`.
-    """
+    """Return a product a b [m k] in float64, without products of parts below the last of `count`."""
     n = a.parts[0].shape[1]
     total = torch.zeros(len(a.parts[0]), b.parts[0].shape[1], dtype=torch.float64, device=a.scale.device)
     for order in range(count - 1, -1, -1):  # the small ones first
@@ -71,14 +52,7 @@ def error_of_parts(a: Parts, b: Parts, count: int) -> Tensor:
     """Bound the error of every entry in a row of `product_of_parts`.
 
     A term of the sum over n loses at most 2^(-6 count) (3 + count) / 4, in units of both scales. Sums of float64 have a
-    rounding error per term.
-
-    Args:
-        a: [m n].
-        b: [n k].
-
-    Returns:
-        [m 1].
+    rounding error per term. The bound is [m 1].
     """
     n = a.parts[0].shape[1]
     sums = count * (count + 1) // 2 * -(-n // LINES)

@@ -71,16 +71,7 @@ def certifies_in_parts(like: Tensor) -> bool:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """total + alpha a b, in the format of solves.
-
-    Args:
-        total: [m k].
-        a: [m n].
-        b: [n k], or several, see `product`.
-
-    Returns:
-        [m k].
-    """
+    """Return total [m k] + alpha a b in the format of solves; see `product`."""
     if _chosen(_solving.get(), a) != "float32":
         return torch.add(total, product(a, b), alpha=alpha, out=out)
     if b.ndim == 2:
@@ -89,28 +80,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, out: Te
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a product a b [m k] in the format of solves.
-
-    Args:
-        a: [m n].
-        b: [n k]; or several matrices [e n k], where a matrix multiplies the next m/e rows.
-
-    Returns:
-        [m k].
-    """
+    """Return a product a b [m k] in the format of solves; of several matrices b [e n k] each has the next m/e rows."""
     return _by_rows(_multiplied(_by_matrix(a, b), b, _chosen(_solving.get(), a)))
 
 
 def bare_product(a: Tensor, b: Tensor) -> Tensor:
-    """A product a b in the dtype that both have.
-
-    Args:
-        a: [m n].
-        b: [n k], or several, see `product`.
-
-    Returns:
-        [m k].
-    """
+    """Return a product a b [m k] in the dtype of both; see `product`."""
     return _by_rows(_by_matrix(a, b) @ b)
 
 
@@ -120,19 +95,13 @@ def _by_matrix(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _by_rows(a: Tensor) -> Tensor:
-    """All rows [m k] again."""
     return a if a.ndim == 2 else a.flatten(0, 1)
 
 
 def add_gram(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a' b to a total in place, in the format of second moments.
+    """Add a' b to a total [n k] in place, in the format of second moments.
 
     Inputs in 16 bits have exact products in float32: on a GPU with float32 sums only the sums are rounded.
-
-    Args:
-        total: [n k].
-        a: [tokens n], in the dtype of the total or in 16 bits.
-        b: [tokens k], likewise.
     """
     if a.dtype == b.dtype != total.dtype and _summing.get() == "auto" and has_wide_sums(a.device):
         total.add_(torch.mm(a.T, b, out_dtype=torch.float32))  # pyright: ignore[reportCallIssue]
@@ -181,15 +150,7 @@ def _split(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a product of bfloat16 with sums in float32. Products of two entries are exact.
-
-    Args:
-        a: [m n], or several matrices.
-        b: [n k], or as many matrices.
-
-    Returns:
-        [m k], float32.
-    """
+    """Return a product of bfloat16 matrices, or stacks, with sums in float32. Products of two entries are exact."""
     if is_host(a.device) or not has_wide_sums(a.device):
         return a.float() @ b.float()
     multiply = torch.mm if a.ndim == 2 else torch.bmm

@@ -20,14 +20,7 @@ def kth_smallest(lines: Tensor, k: int) -> Tensor:
     """Return the k-th smallest entry of every line.
 
     On a GPU `kthvalue` has a block of threads per line, and no deterministic way. So few entries are sorted, and among
-    many the value is computed digit by digit, by counting.
-
-    Args:
-        lines: [m n], not negative.
-        k: from 1 to n.
-
-    Returns:
-        [m 1], the same on every device.
+    many the value is computed digit by digit, by counting. Entries are not negative, and k begins at 1.
     """
     if is_host(lines.device):
         return lines.kthvalue(k, dim=1, keepdim=True).values
@@ -40,15 +33,8 @@ def kth_by_counts(lines: Tensor, k: int, digit: int | None = None) -> Tensor:
     """Return the k-th smallest entry of every line, with a pass over the lines for a digit of the number.
 
     Numbers that are not negative have the order of their bits as integers. The answer is the largest integer with less
-    than k entries below. A pass counts the entries below all values of a digit at once.
-
-    Args:
-        lines: [m n], not negative.
-        k: from 1 to n.
-        digit: bits of a digit. None: 4 if a pass is a single kernel, else 1, because a value then takes a pass.
-
-    Returns:
-        [m 1].
+    than k entries below. A pass counts the entries below all values of a digit at once: of 4 bits if a pass is a single
+    kernel, else of 1, because a value then takes a pass.
     """
     bits = lines.view(INTEGERS[lines.dtype.itemsize])
     digit = digit or (DIGIT if are_fused(lines.device) else 1)
@@ -71,14 +57,7 @@ def _with_digit(bits: Tensor, found: Tensor, values: Tensor, rank: Tensor) -> Te
 
 
 def largest_of_groups(groups: Tensor, kept: int) -> Tensor:
-    """Mark the largest entries of every group. Of equal entries the earlier wins, and NaN is larger than all.
-
-    Args:
-        groups: [... M].
-
-    Returns:
-        [... M], True for the largest.
-    """
+    """Mark the largest entries of every group [... M]. Of equal entries the earlier wins, and NaN beats all."""
     if groups.shape[-1] > WIDEST:
         order = groups.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
         return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
@@ -98,15 +77,7 @@ def _ranks(groups: Tensor) -> Tensor:
 
 
 def middle_of_groups(groups: Tensor, kept: int) -> Tensor:
-    """Return the mean of the N-th and the next largest size of every group.
-
-    Args:
-        groups: [... M].
-        kept: N, from 1 to M - 1.
-
-    Returns:
-        [... 1].
-    """
+    """Return the mean [... 1] of the `kept`-th and the next largest size of every group [... M]."""
     if groups.shape[-1] > WIDEST:
         ordered = groups.abs().sort(dim=-1, descending=True).values
         return (ordered[..., kept - 1, None] + ordered[..., kept, None]) / 2

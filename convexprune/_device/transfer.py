@@ -27,28 +27,18 @@ class Lane:
         return tensor
 
     def to_host(self, tensor: Tensor, take: Take) -> None:
-        """Hand a tensor over on the host."""
         take(tensor)
 
 
 @dataclass
 class Slot:
-    """A pinned buffer with the event of its last copy.
+    """A pinned buffer with the event of its last copy."""
 
-    Args:
-        buffer: the bytes; grows on demand.
-        done: event of the last copy; None before the first copy.
-    """
-
-    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    done: Any = None
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))  # grows on demand
+    done: Any = None  # event of the last copy; None before the first copy
 
     def view(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> Tensor:
-        """The beginning of the buffer as a tensor; the last copy has to be done.
-
-        Args:
-            nbytes: of the tensor.
-        """
+        """The beginning of the buffer as a tensor; the last copy has to be done."""
         if len(self.buffer) < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         return self.buffer[:nbytes].view(dtype).view(shape)

@@ -31,8 +31,6 @@ class Measurement(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A check to make."""
-
     kind: str
     case: str
     measure: Callable[[], Measurement]
@@ -40,8 +38,6 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Device and sizes of the checks."""
-
     device: str
     group: tuple[int, int] = (48, 192)  # shape [m n] of the problem that every method solves
     hidden: int = 64  # width of the two-layer LLaMA
@@ -99,7 +95,6 @@ def checks_of_answers(sizes: Sizes) -> Iterator[Check]:
 
 
 def compiler(device: str) -> Measurement:
-    """Check that torch can compile kernels."""
     why = eager_because(device)
     return Measurement(why or "kernels are compiled", {}, why is None)
 

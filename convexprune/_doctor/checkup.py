@@ -23,8 +23,6 @@ from convexprune._schema.measures import CHECKS
 
 @dataclass(frozen=True)
 class Row:
-    """A finished check: a measurement, or the error that prevented the measurement."""
-
     check: str
     case: str
     measured: Measurement
@@ -48,8 +46,6 @@ class Row:
 
 @dataclass(frozen=True)
 class Checkup:
-    """All finished checks."""
-
     device: str
     environment: dict[str, str]  # versions, and settings that decide the order of sums
     rows: list[Row]

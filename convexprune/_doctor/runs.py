@@ -23,8 +23,6 @@ MEMORY = (0.5, 1.2)  # measured bytes over the formula's, where that is more tha
 
 
 class TwoLayers:
-    """The folder of a two-layer LLaMA, and its runs."""
-
     def __init__(self, sizes: Sizes, folder: Path) -> None:
         self.sizes, self.folder = sizes, folder
 
@@ -69,7 +67,6 @@ class TwoLayers:
         return Measurement(said, {"differ": len(names)}, bool(first) and not names)
 
     def after_a_kill(self) -> Measurement:
-        """Kill a run in the second layer, resume, and compare the bits."""
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=_prune_and_die, args=(self.settings, self.folder / "killed"))
         process.start()

@@ -44,13 +44,11 @@ def sparsity_settings(report: Report) -> dict[str, Any]:
 
 
 def mark_sparse(model: PreTrainedModel, report: Report) -> None:
-    """Add the sparsity entry to the configuration of a pruned model."""
     for name, value in sparsity_settings(report).items():
         setattr(model.config, name, value)
 
 
 def write_card(report: Report, folder: Path, layout: str | None = None) -> Path:
-    """Write the model card beside a result, or beside an export in a layout."""
     with atomic_write(folder / CARD) as file:
         write(file, card(report, layout).encode())
     return folder / CARD
@@ -83,24 +81,20 @@ def card(report: Report, layout: str | None = None) -> str:
 
 
 def _grid(report: Report) -> str | None:
-    """Name the grid of a quantized run."""
     bits = report.recipe.get("bits")
     return report.recipe.get("quantize") or (None if bits is None else f"{bits} bits a weight")
 
 
 def _kind(report: Report, layout: str | None) -> list[str]:
-    """Name the grid and the layout of an export."""
     return [str(report.recipe["quantize"]), layout] if layout else []
 
 
 def _removed(pattern: str) -> str:
-    """Name the removed parts of a pattern."""
     kind = re.split("[: ]", pattern)[0]
     return {"layers": "decoder layers", "heads": "attention heads"}.get(kind, kind)
 
 
 def metadata(report: Report, layout: str | None = None) -> ModelCardData:
-    """Return the metadata of the hub."""
     base, pattern = hub_name(report.recipe.get("model")), str(report.recipe.get("pattern"))
     dataset = hub_dataset(report)
     zeros: dict[str, Any] = {"sparsity": round(report.sparsity, 6)} if report.asks_for_zeros else {}
@@ -160,7 +154,6 @@ def _results(report: Report) -> list[EvalResult]:
 
 
 def _licence(report: Report) -> str:
-    """Describe the licence of the base model."""
     base = report.base
     named = base.get("license_name") or base.get("license")
     said = f"that of the base model: {named if isinstance(named, str) else ', '.join(named)}" if named else ""

@@ -10,8 +10,6 @@ STEPS = (1, 2, 5)  # of an axis that covers less than two powers of ten
 
 @dataclass(frozen=True)
 class Mark:
-    """A point, a bar or a tick."""
-
     x: float
     y: float
     height: float
@@ -20,16 +18,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """Marks, and the ticks of the axes.
-
-    Args:
-        bar: the width of a bar; 0 of points.
-    """
-
     marks: Sequence[Mark]
     across: Sequence[Mark]
     up: Sequence[Mark]
-    bar: float = 0.0
+    bar: float = 0.0  # the width of a bar; 0 of points
 
 
 def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
@@ -54,15 +46,7 @@ def pairs(values: Sequence[tuple[float, float, str]]) -> Chart | None:
 
 
 def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
-    """Count values by size.
-
-    Args:
-        bins: number of intervals between the least and the largest value, or between 0 and 1.
-        log: use logarithmic intervals from the least to the largest value; else intervals from 0 to 1.
-
-    Returns:
-        The chart; None without values.
-    """
+    """Count values in intervals of a logarithmic axis, or of one that begins at 0; None without values."""
     known = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)]
     if not known:
         return None
@@ -87,12 +71,10 @@ def histogram(values: Sequence[float], bins: int, log: bool) -> Chart | None:
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
     return f"{100 * value:#.2g}".rstrip(".") if 0 < value < 1 else f"{100 * value:.0f}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two powers of ten."""
     steps = STEPS if high - low < 2 else (1,)
     every = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
     return [v for v in every if low <= math.log10(v) <= high]

@@ -15,14 +15,7 @@ from .facts import short
 
 
 def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | None:
-    """Return the command line that repeats a run.
-
-    Args:
-        whole_paths: write files with their whole paths; else with the last part only.
-
-    Returns:
-        The command; None if the model or the tokens were objects in memory.
-    """
+    """Return the command line that repeats a run; None if the model or the tokens were objects in memory."""
     chosen = _chosen(report.recipe)
     texts = [value for value in chosen.values() if isinstance(value, str)]
     if any(text.endswith(GIVEN) for text in texts) or chosen.get("solver", "fista") not in solver_names():
@@ -35,7 +28,6 @@ def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | 
 
 
 def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that differ from the defaults."""
     kept = {name: value for name, value in recipe.items() if name not in RENAMED}
     for name in list(kept):
         rest = {key: value for key, value in kept.items() if key != name}

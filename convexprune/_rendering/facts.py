@@ -14,28 +14,18 @@ from convexprune.report import OperatorReport, Report
 
 @dataclass(frozen=True)
 class Fact:
-    """A statement about a result: a title and a text."""
-
     name: str
     text: str
 
 
 def facts(report: Report, stored: str = "their products") -> list[Fact]:
-    """Return statements about a result, the same for a resumed run.
-
-    Args:
-        stored: form of quantized values in the files.
-
-    Returns:
-        Zeros, kept values, errors with the worst operators, perplexity, certificates, size of the download, warnings.
-    """
+    """Return statements about a result, the same for a resumed run."""
     values = partial(_quantized, stored=stored)
     parts = (_zeros, values, _removed, _calibration, _errors, _perplexity, _certificates, _warnings, _download)
     return [fact for part in parts for fact in part(report)]
 
 
 def costs(report: Report) -> list[Fact]:
-    """Return time and memory of a run."""
     size = "" if report.bytes is None else f"; {bytes_text(report.bytes)} on disk"
     found = [Fact("time, size" if size else "time", f"{sum(report.seconds.values()):.0f} s{size}")]
     if report.memory:
@@ -46,14 +36,6 @@ def costs(report: Report) -> list[Fact]:
 
 
 def bytes_text(size: float) -> str:
-    """A number of bytes, to be read.
-
-    Args:
-        size: in bytes.
-
-    Returns:
-        A text, as "12.3 MB" or "1.23 GB".
-    """
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
@@ -100,7 +82,6 @@ def _calibration(report: Report) -> Iterator[Fact]:
 
 
 def _errors(report: Report) -> Iterator[Fact]:
-    """Yield relative errors on calibration and on held-out tokens."""
     kinds: dict[str, Callable[[OperatorReport], float | None]] = {
         "error": lambda o: o.relative_error,
         "held-out error": lambda o: o.held_out_error,
@@ -117,7 +98,6 @@ def _errors(report: Report) -> Iterator[Fact]:
 
 
 def _described(o: OperatorReport) -> str:
-    """Guess the reason of an operator's large error."""
     found = [f"{o.outputs}x{o.inputs}", f"{o.sparsity:.0%} zeros", f"{o.tokens:,} tokens"]
     if o.damping is not None:
         found.append(f"damping {o.damping.strength:.2f}")
@@ -127,7 +107,6 @@ def _described(o: OperatorReport) -> str:
 
 
 def text_of_evaluation(report: Report) -> str:
-    """Name the text of the perplexity."""
     text = str(report.recipe.get("evaluation"))
     if text == "self":
         return "text that the dense model wrote itself, which flatters"
@@ -183,7 +162,6 @@ def _warnings(report: Report) -> Iterator[Fact]:
 
 
 def next_steps(report: Report, folder: str) -> list[Fact]:
-    """Suggest commands for a result."""
     place, pretrained = shlex.quote(folder), shlex.quote(f"pretrained={folder}")
     window = next((f" --window {p['window']}" for p in report.perplexity.values()), "")
     if report.packed is not None:

@@ -16,44 +16,27 @@ Value = Callable[[OperatorReport], float | None]
 
 @dataclass(frozen=True)
 class Cell:
-    """The operators of a place in a layer: a single operator, or all experts.
-
-    Args:
-        shade: from 0 for the least value of the table to `SHADES` - 1; None for a value that is not finite.
-    """
+    """The operators of a place in a layer: a single operator, or all experts."""
 
     value: float
     text: str
-    shade: int | None
+    shade: int | None  # from 0 for the least value of the table to `SHADES` - 1; None for a value that is not finite
     name: str
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The table.
-
-    Args:
-        columns: places in a layer, in the order of pruning.
-        rows: the name of a layer, and a cell or None for every column.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+    columns: Sequence[str]  # places in a layer, in the order of pruning
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]  # the name of a layer, and a cell or None for every column
     least: str
     most: str
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells with operators."""
         return [cell for _, row in self.rows for cell in row if cell is not None]
 
 
 def grid(operators: Sequence[OperatorReport], value: Value, text: Callable[[float], str], log: bool) -> Grid:
-    """Arrange operators in a table.
-
-    Args:
-        value: returns the value of an operator; None leaves the operator out.
-    """
     found = defaultdict[tuple[str, str], list[float]](list)
     for o in operators:
         if (v := value(o)) is not None:
@@ -74,7 +57,6 @@ def place(name: str) -> tuple[str, str]:
 
 
 def _shortened(kinds: Sequence[str]) -> list[str]:
-    """Return the last parts of names, if the last parts are distinct."""
     last = [kind.rpartition(".")[2] for kind in kinds]
     return last if len(set(last)) == len(last) else list(kinds)
 

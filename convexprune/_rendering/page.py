@@ -27,8 +27,6 @@ SPREAD = 0.005  # shares of zeros that differ by less are shown as one
 
 
 class Tile(NamedTuple):
-    """A number of the headline."""
-
     name: str
     value: str
     note: str
@@ -53,11 +51,6 @@ def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
 
 
 def page(report: Report, folder: str | None = None) -> str:
-    """Return the page.
-
-    Args:
-        folder: folder of the result in commands; None means the folder of the run.
-    """
     folder = folder or str(report.environment.get("folder", "DIR"))
     held_out = all(o.held_out_error is not None for o in report.operators)
     return text_of(
@@ -107,7 +100,6 @@ def _tiles(report: Report) -> Iterator[Tile]:
 
 
 def _measures(report: Report) -> dict[str, dict[str, float]]:
-    """Return perplexity and KL divergence by model."""
     kinds = {"value": "perplexity", "kl": "KL from dense"}
     found = {
         name: {model: float(p[key]) for model, p in report.perplexity.items() if p.get(key) is not None}
@@ -143,8 +135,6 @@ def _zeros(report: Report) -> Grid | None:
 
 
 def _pairs(report: Report) -> charts.Chart | None:
-    """Return the chart of calibration against held-out errors."""
-
     def by_place(error: str) -> dict[str, float]:
         table = grid(report.operators, lambda o: getattr(o, error), charts.percent, log=True)
         return {cell.name: cell.value for cell in table.cells}

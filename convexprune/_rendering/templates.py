@@ -13,16 +13,10 @@ MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
 
 
 def text_of(template: str, **values: Any) -> str:
-    """Return a filled template.
-
-    Args:
-        template: file name in this folder. A template of HTML escapes all values, other templates by named filters.
-    """
     return visible(_compiled(template).render(values))
 
 
 def markdown(value: object) -> str:
-    """Escape text for Markdown."""
     return MARKDOWN.sub(r"\\\1", _line(value))
 
 

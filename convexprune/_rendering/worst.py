@@ -13,17 +13,11 @@ UNLIKE = 2.0  # times the median of operators of the same name, from which the l
 
 
 def worst(report: Report, count: int) -> list[OperatorReport]:
-    """The operators with the largest errors."""
     return sorted(report.operators, key=_judged, reverse=True)[:count]
 
 
 def reason(o: OperatorReport, report: Report) -> str:
-    """Return the likely reason of an operator's large error.
-
-    Returns:
-        The first that applies of: failed solve, few tokens, fit to the sample, many zeros, bound near the error; else a
-        comparison with the same operator in other layers.
-    """
+    """Return the likely reason of an operator's large error, the first that applies."""
     if o.status not in (None, "SOLVED"):
         return f"its last solve ended as {o.status}"
     if o.tokens < o.inputs:

@@ -20,24 +20,16 @@ JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and mor
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes by part. On a GPU all parts but the host's are there; on a CPU all parts share a memory.
+    """Peak bytes by part. On a GPU all parts but the host's are there; on a CPU all parts share a memory."""
 
-    Args:
-        fixed: parameters outside the decoder layers.
-        batch: hidden states of a batch, and activations of a pass.
-        host: main memory beside a GPU.
-        disk: hidden states between the layers.
-        beside: further problems that a GPU solves at the same time.
-    """
-
-    fixed: int
+    fixed: int  # parameters outside the decoder layers
     layer: int
     moments: int
     method: int
-    batch: int
-    host: int
-    disk: int
-    beside: int = 0
+    batch: int  # hidden states of a batch, and activations of a pass
+    host: int  # main memory beside a GPU
+    disk: int  # hidden states between the layers
+    beside: int = 0  # further problems that a GPU solves at the same time
 
     @property
     def device(self) -> int:
@@ -52,19 +44,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a run.
-
-    Args:
-        judge: operations for reported errors.
-        products: number of matrix products [m n] x [n n].
-    """
-
     forward: float
     gram: float
     solve: float
-    judge: float
+    judge: float  # operations for reported errors
     problems: int
-    products: float
+    products: float  # number of matrix products [m n] x [n n]
 
 
 def moments_bytes(stack: Stack, corrected: bool, of_inputs: bool = False) -> int:

@@ -41,7 +41,6 @@ class AbstractExecutor(ABC):
 
     @property
     def processes(self) -> int:
-        """Number of processes that share the threads of this process."""
         return 1
 
     @property
@@ -119,7 +118,6 @@ class Pool(AbstractExecutor):
         return len(self.devices)
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
-        """See `AbstractExecutor.run`."""
         watch = _Watch(store, on_operator)
         release_unused()  # a worker may compute on the GPU that this process has used
         workers, lost = [Worker(job, device) for device in self.devices], 0
@@ -176,7 +174,6 @@ EXECUTORS = ("serial", "pool", "ranks", "ray")
 
 
 def make_executor(name: str, workers: int, device: str) -> AbstractExecutor:
-    """The executor of that name."""
     match name:
         case "serial":
             return Serial()

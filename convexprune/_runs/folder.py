@@ -87,7 +87,6 @@ class RunFolder:
             )
 
     def restart(self) -> None:
-        """Discard the unfinished run, if there is one."""
         if self.staging.is_ours:
             with self.staging.held() as is_free:
                 if not is_free:
@@ -96,13 +95,7 @@ class RunFolder:
 
     @contextmanager
     def opened(self, identity: Mapping[str, Any], tokens: Mapping[str, Tensor], rank: int | None) -> Iterator[None]:
-        """Begin the run, or go on with it if it is the same. Meanwhile no other process can.
-
-        Args:
-            identity: all that the result depends on, as JSON can hold it.
-            tokens: the windows of token ids by use.
-            rank: the process's number if several open the folder on purpose: the first begins, the others wait for it.
-        """
+        """Begin the run, or go on with it if it is the same. Of several ranks the first begins, the others wait."""
         identity = json.loads(json.dumps(identity))
         try:
             while not self.is_finished:
@@ -126,7 +119,6 @@ class RunFolder:
         return {}
 
     def report(self) -> Report:
-        """Return the report of the finished run."""
         return Report.from_json(read_text(self.folder / REPORT, LONGEST_REPORT), str(self.folder / REPORT))
 
     def require_whole(
@@ -226,5 +218,4 @@ class RunFolder:
 
 
 def _fault(name: str, known: str, found: str | None) -> str:
-    """Return what is wrong with a file of the result; nothing if it is as it was written."""
     return "" if found == known else f"{name} is {'missing' if found is None else 'damaged'}"

@@ -22,11 +22,7 @@ def identity(
     installed: Mapping[str, str],
     **numerics: Any,
 ) -> dict[str, Any]:
-    """Return everything that decides the bits of a result: a run is resumed only if all is the same.
-
-    Args:
-        weights: checksums by name.
-    """
+    """Return everything that decides the bits of a result: a run is resumed only if all is the same."""
     installed = dict(installed)
     plain = {name: value for name, value in recipe.items() if name not in UNSEEN}
     pruner = re.sub(r" at 0x[0-9a-f]+", "", repr(settings.pruner))  # a user's solver may show its address
@@ -40,16 +36,11 @@ def identity(
 
 
 def checksum(tensor: Tensor) -> str:
-    """The sha256 of the bytes of a `tensor`."""
     return hashlib.sha256(raw(tensor)).hexdigest()
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:
-    """List the differences between two structures of JSON.
-
-    Returns:
-        A line "name: then, now" for a difference; for checksums only the name.
-    """
+    """List the differences between two structures of JSON, as "name: then, now"; for checksums only the name."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [*then, *(key for key in now if key not in then)]
         parts = (differences(then.get(k), now.get(k), f"{name}.{k}" if name else k) for k in keys)

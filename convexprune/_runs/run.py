@@ -24,18 +24,13 @@ def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> N
 
 
 def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) -> None:
-    """Prune every decoder layer of a model in memory."""
     prune_claimed(model, MemoryStore(range(len(model.layers))), work, on_operator)
 
 
 def prune_in_folder(
     executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
 ) -> None:
-    """Prune every decoder layer that is missing in a store.
-
-    Args:
-        on_operator: takes the report of every operator, first of layers that the store has.
-    """
+    """Prune every decoder layer that is missing in a store."""
     store.discard_damaged()
     for number in range(store.count):
         if store.is_finished(number):

@@ -45,7 +45,6 @@ REFIT = Method(8.3, 29.2, 60, 2, 3.0)
 
 
 def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
-    """The needs of a method."""
     own = METHODS[name]
     own = own._replace(rectangles=own.rectangles + SCALED * weighed)
     if not refit:
@@ -61,17 +60,13 @@ def method_cost(name: str, refit: bool, weighed: bool = False) -> Method:
 
 @dataclass(frozen=True)
 class Stack:
-    """Operators with a common input: a problem [m n].
-
-    Args:
-        share: the fraction of the tokens that reaches the operators.
-    """
+    """Operators with a common input: a problem [m n]."""
 
     names: tuple[str, ...]
     heights: tuple[int, ...]
     inputs: int
     token_aligned: bool = True
-    share: float = 1.0
+    share: float = 1.0  # the fraction of the tokens that reaches the operators
 
     @property
     def outputs(self) -> int:
@@ -81,81 +76,51 @@ class Stack:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Decoder layers of equal structure.
-
-    Args:
-        largest: parameters of the largest tensor.
-        count: number of such layers.
-    """
-
     stages: tuple[tuple[Stack, ...], ...]
     parameters: int
-    largest: int
-    count: int
+    largest: int  # parameters of the largest tensor
+    count: int  # number of such layers
 
     @property
     def stacks(self) -> list[Stack]:
-        """All stacks in the order of execution."""
         return list(chain.from_iterable(self.stages))
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes of a model.
-
-    Args:
-        largest_fixed: parameters of the largest tensor outside the decoder layers.
-        hidden: width of the hidden states.
-        itemsize: bytes of a parameter.
-    """
-
     layers: tuple[LayerSize, ...]
     fixed: int
-    largest_fixed: int
-    hidden: int
-    itemsize: int
+    largest_fixed: int  # parameters of the largest tensor outside the decoder layers
+    hidden: int  # width of the hidden states
+    itemsize: int  # bytes of a parameter
     whole: bool = False
 
     @property
     def bytes(self) -> int:
-        """Bytes of the checkpoint."""
         return self.itemsize * (self.fixed + sum(layer.count * layer.parameters for layer in self.layers))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that decide the cost.
-
-    Args:
-        correction: True if errors of earlier operators are corrected.
-        dense_prefix: True if layers get the hidden states of the dense network.
-        gradients: number of windows for gradients.
-        side_by_side: True if a GPU solves problems of equal shape together.
-        input_errors: True if the errors of all inputs are counted (`AbstractQuantizer`).
-    """
-
     samples: int
     held_out: int
     length: int
     batch: int
     method: Method
-    correction: bool = True
-    dense_prefix: bool = True
+    correction: bool = True  # True if errors of earlier operators are corrected
+    dense_prefix: bool = True  # True if layers get the hidden states of the dense network
     bound: bool = False
-    gradients: int = 0
-    side_by_side: bool = False
-    input_errors: bool = False
+    gradients: int = 0  # number of windows for gradients
+    side_by_side: bool = False  # True if a GPU solves problems of equal shape together
+    input_errors: bool = False  # True if the errors of all inputs are counted (`AbstractQuantizer`)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that go through a layer."""
         return (self.samples + self.held_out) * self.length
 
     def corrects(self, stage: int, stack: Stack) -> bool:
-        """Return True if a stack corrects errors of earlier operators."""
         return self.correction and stack.token_aligned and (stage > 0 or not self.dense_prefix)
 
     def together(self, stack: Stack, stage: Iterable[Stack]) -> int:
-        """Return the number of problems that a GPU solves side by side."""
         alike = sum((s.outputs, s.inputs) == (stack.outputs, stack.inputs) for s in stage)
         return min(many_at_once(stack.outputs, stack.inputs), alike) if self.side_by_side else 1

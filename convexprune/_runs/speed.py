@@ -19,13 +19,7 @@ WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to b
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second of matrix products.
-
-    Args:
-        single: in float32.
-    """
-
-    single: float
+    single: float  # in float32
     forward: float
 
 
@@ -53,7 +47,6 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Seconds of the quickest of all repeats."""
     best = inf
     for number in range(TIMES):
         time.sleep(PAUSE if number else 0)

@@ -24,20 +24,12 @@ from convexprune.errors import ConvexpruneError, PruningError
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The data that a process needs to work on a run.
-
-    Args:
-        open_model: opens the model on a device.
-        installed: result of `machine.installation` at the beginning of the run.
-        needed: bytes of GPU memory that the run needs.
-    """
-
     folder: Path
     work: Work
     open_model: Callable[..., AbstractModel]  # with the keyword "device"
     threads: int
-    installed: Mapping[str, str]
-    needed: int = 0
+    installed: Mapping[str, str]  # result of `machine.installation` at the beginning of the run
+    needed: int = 0  # bytes of GPU memory that the run needs
 
     @pinned()  # a worker imports the user's script, which may have set switches
     def do(self, device: str) -> None:
@@ -69,7 +61,6 @@ class Worker:
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code of the process; None during work."""
         return self._process.exitcode
 
     def is_lost(self) -> bool:
@@ -82,7 +73,6 @@ class Worker:
             return True
 
     def stop(self) -> None:
-        """End the process."""
         self._process.terminate()
         self._process.join()
 

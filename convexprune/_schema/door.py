@@ -30,17 +30,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Door(Generic[Own]):
-    """The settings of a function.
-
-    Args:
-        own: the group of settings outside the recipe.
-        shared: names of settings of the recipe.
-        defaults: defaults that differ from the recipe's.
-    """
-
-    own: type[Own]
-    shared: tuple[str, ...]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    own: type[Own]  # the group of settings outside the recipe
+    shared: tuple[str, ...]  # names of settings of the recipe
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults that differ from the recipe's
 
     @cached_property
     def fields(self) -> dict[str, FieldInfo]:
@@ -53,24 +45,19 @@ class Door(Generic[Own]):
         return shared | dict(self.own.model_fields)
 
     def group_of(self, name: str) -> str:
-        """The group that a setting belongs to."""
         kinds = [kind for kind in reversed(self.own.__mro__) if issubclass(kind, Settings)]
         return next(kind.group for kind in (*kinds, *GROUPS) if name in kind.model_fields)
 
     def options_of(self, name: str) -> list[str]:
-        """Return the aliases of a setting on the command line."""
         return _extra(self.fields[name])["options"]
 
     def comes_first(self, name: str) -> bool:
-        """Return True if the setting `name` heads the help of a command."""
         return _extra(self.fields[name])["first"]
 
     def is_named(self, name: str) -> bool:
-        """Return True if the command line takes a name for the setting `name`, while Python also takes an object."""
         return _extra(self.fields[name])["named"]
 
     def choices_of(self, name: str) -> tuple[str, ...]:
-        """All that a setting may be, if that is a closed list of names."""
         info = self.fields[name]
         kinds = get_args(info.annotation) if get_origin(info.annotation) in (Union, UnionType) else (info.annotation,)
         named = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
@@ -87,11 +74,6 @@ class Door(Generic[Own]):
         return found
 
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
-        """Split keyword arguments.
-
-        Returns:
-            The checked settings outside the recipe, and the settings of the recipe with the function's defaults.
-        """
         settings = renamed(self._by_their_names({name: v for name, v in given.items() if v is not UNSET}))
         for name in settings:
             if name not in self.fields:
@@ -102,7 +84,6 @@ class Door(Generic[Own]):
 
 
 def _extra(info: FieldInfo) -> dict[str, Any]:
-    """Return the entries of a setting that pydantic does not know."""
     extra: Any = info.json_schema_extra
     return extra
 

@@ -13,8 +13,6 @@ from convexprune.errors import OutputError, RecipeError
 
 
 class Opening(Reading):
-    """Settings for opening a model."""
-
     group = "model"
     allow_pickle: bool = setting(False, "Read pickled checkpoints, which can run code.")
     tokenizer: Any = setting(
@@ -23,8 +21,6 @@ class Opening(Reading):
 
 
 class Output(Settings):
-    """Settings for the place of the result."""
-
     group = "run"
     output_dir: Path | None = setting(
         None,
@@ -44,8 +40,6 @@ class Output(Settings):
 
 
 class Progress(Settings):
-    """Settings for progress callbacks."""
-
     group = "run"
     progress: Any = setting(None, "Called with the number of steps, returns what is called with each as it is done.")
 
@@ -61,8 +55,6 @@ class Progress(Settings):
 
 
 class Call(Progress, Output, Opening):
-    """Settings of `prune` outside the recipe."""
-
     group = "run"
     resume: bool = setting(
         False,
@@ -124,15 +116,11 @@ class Call(Progress, Output, Opening):
 
 
 class Permute(Progress, Output, Opening):
-    """Settings of `permute` outside model and tokens."""
-
     group = "target"
     pattern: str = setting("2:4", "N:M for N non-zeros in every M inputs, which is to prune less.")
 
 
 class Inspect(RemoteCode):
-    """Memory limits for `inspect`."""
-
     group = "device"
     device_memory: ByteSize | None = setting(None, "What has to be enough, as 24GiB; or a number of bytes.")
 

@@ -25,21 +25,12 @@ class Settings(BaseModel):
 def setting(
     default: Any,
     help: str,
-    *options: str,
-    choices: tuple[str, ...] = (),
-    first: bool = False,
-    named: bool = False,
+    *options: str,  # aliases on the command line, and, without dashes, in Python
+    choices: tuple[str, ...] = (),  # all accepted values, if the type does not say so
+    first: bool = False,  # heads the help of a command
+    named: bool = False,  # the command line takes a name while Python also takes an object
     **limits: Any,
 ) -> Any:
-    """Return the default and the help text of a setting.
-
-    Args:
-        default: the value without a request; `...` if a request is required.
-        options: aliases on the command line, and, without dashes, in Python.
-        choices: all accepted values, if the list is closed and the type does not say so.
-        first: True if the setting heads the help of a command.
-        named: True if the command line takes a name while Python also takes an object.
-    """
     known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
     return Field(default, description=help, json_schema_extra=known, **limits)
 

@@ -12,8 +12,6 @@ from convexprune.errors import RecipeError, unknown
 
 
 class Compare(Settings):
-    """Variants and texts of a comparison."""
-
     group = "comparison"
     methods: Annotated[tuple[str, ...], LISTED] = setting(
         ("fista", "sparsegpt", "wanda", "magnitude"),
@@ -60,8 +58,6 @@ class Compare(Settings):
 
 
 class CompareSamples(Compare):
-    """Variants and samples of a comparison."""
-
     group = "comparison"
     seeds: Annotated[tuple[int, ...], LISTED] = setting(
         (0,), "Of the choice of samples. Of several (0,1,2) each is compared, and the report has the means.", "--seed"
@@ -69,8 +65,6 @@ class CompareSamples(Compare):
 
 
 class Verify(Settings):
-    """Scope and precision of a verification."""
-
     group = "verification"
     model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
     operators: tuple[str, ...] = setting(
@@ -94,8 +88,6 @@ class Verify(Settings):
 
 
 class Evaluate(Reading):
-    """Texts and tasks of an evaluation."""
-
     group = "data"
     text: tuple[str, ...] = setting(
         (),
@@ -133,8 +125,6 @@ class Evaluate(Reading):
 
 
 class Bench(Reading):
-    """Formats and durations of a benchmark."""
-
     group = "timing"
     batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
         (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
@@ -154,8 +144,6 @@ MEASURED_ON = "SmolLM2-135M, a 4-bit file (which flatters int4)"
 
 
 class Advise(RemoteCode):
-    """The goal: a size, a number of bits, or a speed."""
-
     group = "target"
     target: ByteSize | None = setting(None, "All weights in so many bytes, as 4GiB, on disk.", first=True)
     memory: bool = setting(False, "Of the target: in memory, not on disk.", first=True)
@@ -172,8 +160,6 @@ CHECKS = ("kernels", "answers", "determinism", "runs")
 
 
 class Doctor(Settings):
-    """The choice of checks."""
-
     group = "device"
     checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
 

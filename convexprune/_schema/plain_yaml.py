@@ -33,5 +33,4 @@ _PlainLoader.add_implicit_resolver(
 
 
 def load(text: str) -> Any:
-    """Parse a `text` of YAML."""
     return yaml.load(text, _PlainLoader)

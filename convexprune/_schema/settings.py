@@ -18,8 +18,6 @@ ONE_OF = "a sparsity, a pattern or a method"
 
 
 class ModelSettings(Settings):
-    """The model."""
-
     group = "model"
     model: str = setting(BUNDLED, "Folder, or name on the hub. Left out: the small OPT model that is bundled.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
@@ -29,13 +27,10 @@ class ModelSettings(Settings):
     @field_validator("dtype", mode="before")
     @classmethod
     def _name_of_dtype(cls, value: Any) -> Any:
-        """Return the name of a torch dtype."""
         return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
 
 
 class DataSettings(Settings):
-    """Tokens for calibration and evaluation."""
-
     group = "data"
     dataset: str = setting(
         "self",
@@ -83,8 +78,6 @@ class Rule(Settings):
 
 
 class TargetSettings(Settings):
-    """Sparsity and pattern of operators."""
-
     group = "target"
     sparsity: float | None = setting(
         None,
@@ -162,8 +155,6 @@ METHODS = ("convex", "admm", "alps", "fistapruner", "magnitude", "sparsegpt", "w
 
 
 class MethodSettings(Settings):
-    """Pruning method, and targets of an operator."""
-
     group = "method"
     method: str = setting(
         "convex",
@@ -235,8 +226,6 @@ class MethodSettings(Settings):
 
 
 class RunSettings(Settings):
-    """Measurements of a run."""
-
     group = "run"
     bound_rows: int = setting(
         2,
@@ -255,8 +244,6 @@ class RunSettings(Settings):
 
 
 class DeviceSettings(Settings):
-    """Device and number formats."""
-
     group = "device"
     device: str = setting("auto", "auto (the GPU if there is one), cpu, cuda, cuda:1, ...", first=True)
     gram_precision: Literal["auto", "float32", "tf32", "bf16x3"] = setting(
@@ -282,7 +269,6 @@ class DeviceSettings(Settings):
     @field_validator("device", mode="before")
     @classmethod
     def _name_of_device(cls, value: Any) -> Any:
-        """Return the name of a torch device."""
         return str(value) if type(value).__name__ == "device" else value
 
 

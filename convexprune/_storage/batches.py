@@ -91,7 +91,6 @@ class Batches(Sequence[Tensor]):
 
     @property
     def held(self) -> int:
-        """Bytes on the device."""
         return sum(tensor.nbytes for tensor in self._resident)
 
     def hold(self, batch: Tensor) -> bool:
@@ -106,11 +105,9 @@ class Batches(Sequence[Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Expected length of the file."""
         return self._ends[-1]
 
     def append(self, batch: Tensor) -> None:
-        """Record a batch."""
         self._note(batch)
         with writing(self.path), self.path.open("ab") as file:
             write(file, raw(batch))

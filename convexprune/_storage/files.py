@@ -83,7 +83,6 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        """Return the stamp of a file as it is now."""
         with reading(path):
             found = path.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -99,7 +98,6 @@ def require_unchanged(stamps: Mapping[Path, Stamp]) -> None:
 
 
 def has_changed(path: Path) -> ModelError:
-    """Return the error for a file of a model that is not what it was when the model was opened."""
     return ModelError(f"{path} has changed since it was opened. Put it back as it was, and start again.")
 
 
@@ -123,7 +121,6 @@ def sha256(path: Path) -> str | None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Compute the sha256 of every file below a `folder`, by its name there."""
     files = (path for path in paths_in(folder) if path.is_file())
     return {path.relative_to(folder).as_posix(): str(sha256(path)) for path in files}
 

@@ -23,7 +23,6 @@ def write_settings(path: Path, value: Any) -> None:
 
 
 def read_text(path: Path, longest: int) -> str:
-    """Return the text of a file."""
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OutputError(f"{path}: there is no such file. Is it the right folder?")

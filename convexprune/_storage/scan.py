@@ -15,11 +15,7 @@ CHUNK = 1 << 24  # bytes, whole numbers of any type
 
 
 def scanned(path: Path, weights: Container[str]) -> str:
-    """Return the sha256 of a safetensors file, never whole in memory, and check tensors on the way.
-
-    Returns:
-        The checksum in hexadecimal.
-    """
+    """Return the sha256 of a safetensors file, never whole in memory, and check tensors on the way."""
     found, digest = entries(path)[0], hashlib.sha256()
     start = min((entry.begin for entry in found.values()), default=path.stat().st_size)
     with reading(path), path.open("rb") as file:
@@ -38,7 +34,6 @@ def scanned(path: Path, weights: Container[str]) -> str:
 
 
 def not_finite(name: str, broken: int, count: int) -> ModelError:
-    """The error for a weight that is NaN or infinite."""
     return ModelError(
         f"{name} holds {broken:,} of {count:,} values that are NaN or infinite. Repair or download the checkpoint "
         "again; float16 checkpoints may overflow, bfloat16 ones do not."

@@ -23,13 +23,7 @@ LONGEST = 1 << 12  # bytes of a marker
 def output_folder(given: str | Path, source: Any = None, *, is_staged: bool = True) -> Path:
     """Return the folder for a result, its links followed, after all checks that need no work.
 
-    Args:
-        given: the folder that was asked for.
-        source: the model that is worked on, as the caller gave it.
-        is_staged: the result is made beside the folder, and put in its place as a whole.
-
-    Returns:
-        The folder, which need not be there.
+    Unless `is_staged`, the result is written into the folder itself.
     """
     try:
         folder = Path(given).expanduser()
@@ -86,7 +80,6 @@ def kept(given: Path, command: str) -> Path | None:
 
 
 def require_empty(folder: Path) -> None:
-    """Refuse a folder that holds something."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Give another output folder.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -219,7 +212,6 @@ class Staging:
         shutil.rmtree(gone, ignore_errors=True)
 
     def in_use(self) -> OutputError:
-        """Return the error for an output that another process makes."""
         holder = (self.place / LOCK).read_text().strip() or "a rank of a launcher"
         return OutputError(f"Another process works on {self.output} ({holder}). Wait for it, or give another folder.")
 

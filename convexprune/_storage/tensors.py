@@ -29,38 +29,22 @@ LONGEST_HEADER = 100_000_000  # bytes; that of the library
 
 
 class Spec(NamedTuple):
-    """The header entry of a tensor in a safetensors file.
-
-    Args:
-        code: name of the type in the format.
-        nbytes: bytes of the tensor.
-    """
-
-    code: str
+    code: str  # of the type
     shape: tuple[int, ...]
     nbytes: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Spec":
-        """Return the spec of a `tensor` as stored."""
         return cls(CODES[tensor.dtype], tuple(tensor.shape), tensor.nbytes)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file.
-
-    Args:
-        spec: type, shape and bytes.
-        begin: offset of the first byte in the file.
-    """
-
     path: Path
     spec: Spec
-    begin: int
+    begin: int  # offset of the first byte in the file
 
     def read(self) -> Tensor:
-        """Return a copy of the tensor."""
         if self.spec.code not in DTYPES:
             raise ModelError(f"{self.path}: a tensor of type {self.spec.code}; known: {', '.join(DTYPES)}.")
         dtype, data = DTYPES[self.spec.code], self.read_bytes()
@@ -72,11 +56,6 @@ class Entry:
         read_ahead(self.path, self.begin, self.spec.nbytes)
 
     def read_bytes(self) -> bytearray:
-        """The bytes of the tensor.
-
-        Returns:
-            The bytes.
-        """
         data = bytearray(self.spec.nbytes)
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             file.seek(self.begin)
@@ -92,9 +71,6 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file; only the header is read.
 
     Files that the library safetensors refuses are refused here.
-
-    Returns:
-        The tensors by name, in the order of their bytes, and the metadata.
     """
     size, text = Stamp.of(path).size, read_header(path)
     try:
@@ -154,7 +130,6 @@ def _refused(text: str) -> Any:
 
 
 def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
-    """Return a checked header entry of a tensor."""
     code, shape = value["dtype"], value["shape"]
     if value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has {', '.join(value)}")
@@ -168,11 +143,6 @@ def _spec(name: str, value: dict[str, Any], nbytes: int) -> Spec:
 def write_tensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], Tensor | bytearray], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, tensor by tensor.
-
-    Args:
-        read: returns a tensor, or its bytes, by name; called once per tensor.
-    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, spec in specs.items():
@@ -188,13 +158,11 @@ def write_tensors(
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a `tensor`."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def damaged(path: Path, cause: object = "it ends too early") -> ModelError:
-    """Return the error for a damaged file."""
     return ModelError(f"{path}: damaged or cut short ({cause}). Copy or download it again.")
 
 
