@@ -10,7 +10,7 @@ from pydantic import model_validator
 from convexprune._layerwise.allocation import check_rule
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.token_weights import TokenWeighting
-from convexprune._schema.group import checked, renamed
+from convexprune._schema.group import checked
 from convexprune._schema.settings import (
     DataSettings,
     DeviceSettings,
@@ -46,7 +46,6 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: dict[str, Any]) -> dict[str, Any]:
-        given = renamed(given)
         return given | {name: value for name, value in _following(given).items() if given.get(name) is None}
 
     @model_validator(mode="after")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -54,7 +54,7 @@ class OperatorReport:
         damping: damping of the layer problem; None without damping.
         weighted_error: `relative_error` with the tokens' weights, the method's objective; None if tokens count alike,
             as in the other errors.
-        weight_growth: largest absolute weight over the dense operator's; None in older reports.
+        weight_growth: largest absolute weight over the dense operator's.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -88,7 +88,7 @@ class OperatorReport:
         """Make a record from a dictionary of `asdict`.
 
         Args:
-            written: values by field, also of an older report.
+            written: values by field.
 
         Returns:
             The record.
@@ -104,21 +104,7 @@ class OperatorReport:
         return self.zeros / (self.outputs * self.inputs)
 
 
-def _with_typed_damping(operator: Any) -> Any:
-    """Move the damping of older records out of the facts."""
-    facts = operator.get("facts") if isinstance(operator, dict) else None
-    if not isinstance(facts, dict) or "damping" in operator:
-        return operator
-    name = next((name for name in ("damping", "refit_damping") if name in facts), None)
-    if name is None:
-        return operator
-    saturating = facts.get(f"{name}_saturating", 0.0)
-    rest = {key: value for key, value in facts.items() if "damping" not in key}
-    return operator | {"facts": rest, "damping": {"ridge": facts[name] - saturating, "saturating": saturating}}
-
-
-_Written = Annotated[OperatorReport, BeforeValidator(_with_typed_damping)]
-_reader = cache(lambda: TypeAdapter(_Written))
+_reader = cache(lambda: TypeAdapter(OperatorReport))
 OnOperator = Callable[[OperatorReport], None]  # called with the report of each operator as it is done
 
 
@@ -155,7 +141,7 @@ class Report:
     recipe: dict[str, Any]
     left_alone: dict[str, str]
     environment: dict[str, Any]
-    operators: list[_Written] = field(default_factory=list)
+    operators: list[OperatorReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, dict[str, Number]] = field(default_factory=dict)
     allocation: dict[str, Number | None] = field(default_factory=dict)

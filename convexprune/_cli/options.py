@@ -13,7 +13,6 @@ from pydantic_core import PydanticUndefined
 
 from convexprune._cli.application import dashed
 from convexprune._schema.door import LISTED, Door
-from convexprune._schema.group import RENAMED
 from convexprune.errors import RecipeError
 
 PRINTED = "what is printed"
@@ -43,8 +42,7 @@ def with_settings(
         parameters = inspect.signature(command).parameters.values()
         own = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters if each.name != "settings"]
         options = [_option(door, name, name == argument, defaults.get(name)) for name in door.fields]
-        old = [_old(name) for name, (new, _) in RENAMED.items() if new in door.fields]
-        every = [*filter(None, options), *own, *old, *([] if argument is None else [_named_argument(argument)])]
+        every = [*filter(None, options), *own, *([] if argument is None else [_named_argument(argument)])]
 
         def run(**given: Any) -> None:
             mine = {each.name: given.pop(each.name) for each in own}
@@ -102,10 +100,6 @@ def _long(door: Door[Any], name: str) -> list[str]:
 def _named_argument(name: str) -> inspect.Parameter:
     """Return an option with the name of the leading argument, as in other tools."""
     return _parameter(f"{name}_", str | None, typer.Option(f"--{name}", hidden=True))
-
-
-def _old(name: str) -> inspect.Parameter:
-    return _parameter(name, str | None, typer.Option(f"--{name}", hidden=True))
 
 
 def _parameter(name: str, kind: Any, place: Any, required: bool = False) -> inspect.Parameter:

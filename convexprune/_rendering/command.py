@@ -5,7 +5,6 @@ import shlex
 from typing import Any
 
 from convexprune._recipe_file import GIVEN
-from convexprune._schema.group import RENAMED
 from convexprune.errors import ConvexpruneError
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
@@ -28,8 +27,8 @@ def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | 
 
 
 def _chosen(recipe: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in recipe.items() if name not in RENAMED}
-    for name in list(kept):
+    kept = recipe
+    for name in recipe:
         rest = {key: value for key, value in kept.items() if key != name}
         if _same(rest, recipe):
             kept = rest

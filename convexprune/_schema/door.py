@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from convexprune._schema.group import Settings, checked, renamed
+from convexprune._schema.group import Settings, checked
 from convexprune._schema.settings import GROUPS
 from convexprune.errors import RecipeError, unknown
 
@@ -74,7 +74,7 @@ class Door(Generic[Own]):
         return found
 
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
-        settings = renamed(self._by_their_names({name: v for name, v in given.items() if v is not UNSET}))
+        settings = self._by_their_names({name: v for name, v in given.items() if v is not UNSET})
         for name in settings:
             if name not in self.fields:
                 raise RecipeError(unknown("setting", name, self.fields))

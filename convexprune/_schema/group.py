@@ -1,8 +1,6 @@
-"""Groups of settings: declaration, checks, and former names."""
+"""Groups of settings: declaration and checks."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from sys import _getframe
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
 
 FAULTS = 5  # that one error tells
-RENAMED = {"correct": ("error_target", {"layer": "residual_stream"})}  # old name: the new one, and values of new names
 
 Made = TypeVar("Made", bound="Settings")
 
@@ -78,27 +75,3 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
     if fault["type"].startswith("byte_size"):
         return f"{name}={shown(fault['input'])} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
-
-
-def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace former names of settings, with a warning, for one more release."""
-    found = dict(settings)
-    for old, (new, values) in RENAMED.items():
-        if (value := found.pop(old, None)) is None:
-            continue
-        if found.get(new) is not None:
-            raise RecipeError(f"{old} is the old name of {new}. Leave {old} out.")
-        found[new] = values.get(value, value) if isinstance(value, str) else value
-        told = f"{old}={value!r} is now {new}={found[new]!r}: the next release does not know the old name."
-        warnings.warn(told, DeprecationWarning, stacklevel=_depth_of_caller())
-    return found
-
-
-def _depth_of_caller() -> int:
-    """Count the frames between `renamed` and the caller's script: Python shows warnings of scripts only."""
-    depth = 1
-    while (frame := _getframe(depth)).f_back and frame.f_globals.get("__name__", "").startswith(
-        ("convexprune.", "pydantic", "contextlib")
-    ):
-        depth += 1
-    return depth

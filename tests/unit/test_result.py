@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import convexprune
 from convexprune import errors
 from convexprune.adapters._checkpoints.shards import Shards
 from convexprune.adapters._saving import saving
-from convexprune.core._damping import Damping
 from convexprune.report import OperatorReport, Report
 
 
@@ -154,17 +152,6 @@ def test_a_report_comes_back_as_it_was_written():
     assert again.to_json() == REPORT.to_json()
     assert again.operators[0].gap == float("inf") and again.operators[0].facts == OPERATOR.facts
     assert repr(again) == repr(REPORT)  # NaN, and what is an integer
-
-
-@pytest.mark.parametrize("name", ["damping", "refit_damping"])
-def test_the_damping_of_an_older_report_becomes_its_field(name: str):
-    whole = {key: value for key, value in json.loads(REPORT.to_json()).items() if key != "checksum"}
-    (operator,) = whole["operators"]
-    del operator["damping"]
-    operator["facts"] |= {name: 0.75, f"{name}_saturating": 0.5}
-    (read,) = Report.from_json(_signed(whole)).operators
-    assert read.damping == Damping(0.25, 0.5) and read.facts == OPERATOR.facts
-    assert repr(OperatorReport.read(asdict(read))) == repr(read)  # NaN equals nothing
 
 
 @pytest.mark.parametrize(

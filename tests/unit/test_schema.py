@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from door import TOKENS
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import convexprune
 from convexprune import _cli as cli
@@ -24,7 +22,6 @@ from convexprune._schema import functions as doors
 from convexprune._schema import plain_yaml
 from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.settings import GROUPS
-from convexprune.adapters import HuggingFaceModel
 from convexprune.pruners import METHODS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
 
@@ -141,14 +138,6 @@ def test_plain_yaml_reads_values_as_they_are_written(text: str, value: Any):
     assert plain_yaml.load(f"a: {text}") == {"a": value}
 
 
-def test_a_recipe_of_the_release_before_is_read(tmp_path: Path):
-    old = "model: a\nmethod: sparsegpt\nallocation: uniform\nerror_correction: 1.0\ncorrect: layer\ndtype: null\n"
-    (tmp_path / "recipe.yaml").write_text(old)
-    with pytest.warns(DeprecationWarning, match="correct='layer' is now error_target='residual_stream'"):
-        recipe = read_recipe(tmp_path)
-    assert recipe == make_recipe(model="a", method="sparsegpt")
-
-
 def test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own(build, tmp_path: Path):
     settings: dict[str, Any] = {"dataset": TOKENS, "method": "wanda", "num_calibration_samples": 4, "bound_rows": 0}
     first = convexprune.prune(build("llama"), **settings, sparsity=0.3, output_dir=tmp_path / "out")
@@ -183,30 +172,3 @@ def test_a_recipe_trusts_no_code(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("model: a\ntrust_remote_code: true\n")
     with pytest.raises(errors.RecipeError, match="Unknown setting 'trust_remote_code'"):
         convexprune.prune(recipe=tmp_path)
-
-
-# ---- old names
-
-
-def test_an_old_name_is_taken_with_a_warning_where_it_was_written(tiny_llama: HuggingFaceModel):
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        with pytest.raises(errors.RecipeError, match="Did you mean 'wanda'"):
-            convexprune.prune(tiny_llama.model, method="wando", correct="operator")
-    (warning,) = told
-    assert warning.category is DeprecationWarning and warning.filename == __file__
-    with pytest.raises(errors.RecipeError, match="correct is the old name of error_target"):
-        make_recipe(correct="layer", error_target="operator")
-
-
-def test_an_old_option_is_taken_and_told_in_a_line(monkeypatch: pytest.MonkeyPatch):
-    with pytest.warns(DeprecationWarning, match="is now error_target='operator'") as told:
-        result = CliRunner().invoke(cli.app, ["prune", "nowhere", "--method", "wando", "--correct", "operator"])
-    assert "Did you mean 'wanda'" in str(result.exception)
-    assert "--correct" not in CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "200"}).output
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(cli, "_run", lambda: None)
-    with warnings.catch_warnings():
-        cli.main()
-    line = warnings.formatwarning(told[0].message, told[0].category, "core.py", 1)
-    assert line.startswith("DeprecationWarning: correct='operator' is now") and line.count("\n") == 1
