@@ -1,4 +1,4 @@
-"""The command line: a file for a command, thin over the Python function of the same name."""
+"""The command line: every command is thin over the Python function of the same name."""
 
 import sys
 import warnings
@@ -6,45 +6,12 @@ import warnings
 from rich.console import Console
 from rich.text import Text
 
-from convexprune._cli import (
-    advise,
-    bench,
-    compare,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    pack,
-    permute,
-    prune,
-    recipe,
-    report,
-    unpack,
-    verify,
-)
+from convexprune._cli import export, folders, measuring, pruning  # each file adds its commands to the application
 from convexprune._cli.application import app
 from convexprune._cli.stopping import listen, status
 from convexprune.errors import ConvexpruneError
 
-# Each file adds its commands to the application.
-__all__ = [
-    "advise",
-    "app",
-    "bench",
-    "compare",
-    "doctor",
-    "evaluate",
-    "export",
-    "inspect",
-    "main",
-    "pack",
-    "permute",
-    "prune",
-    "recipe",
-    "report",
-    "unpack",
-    "verify",
-]
+__all__ = ["app", "export", "folders", "main", "measuring", "pruning"]
 
 
 def main() -> None:

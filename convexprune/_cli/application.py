@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 
 def dashed(name: str) -> str:
@@ -41,12 +41,18 @@ def _entry(name: str, text: str, width: int) -> list[str]:
     return [head + lines[0][len(head) :], *lines[1:]] if len(head) < BESIDE - 1 and lines else [head, *lines]
 
 
+class _Sorted(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands)
+
+
 class _Application(typer.Typer):
     def command(self, name: str | None = None, **settings: Any) -> Any:
         return super().command(name, **{"cls": Command, **settings})
 
 
 app = _Application(
+    cls=_Sorted,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text, with room for it
     pretty_exceptions_enable=False,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,12 +24,23 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from convexprune._cli.stopping import stoppable
 from convexprune._progress import Step, followed_by
 
 if TYPE_CHECKING:
     from convexprune.report import OnOperator, OperatorReport
 
 QUIET = 60.0  # seconds after which a line says that a long phase goes on
+
+
+@contextmanager
+def working(quiet: bool, output: Path | None = None, command: str = "") -> Iterator["Bar | Lines"]:
+    """Show progress, let a stopped `command` say how to go on, and hide the bars of transformers."""
+    with stoppable(output, command), following(quiet=quiet) as shown:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        yield shown
 
 
 @contextmanager

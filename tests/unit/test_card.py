@@ -20,7 +20,7 @@ import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
 from convexprune._api import calls
-from convexprune._cli.summary import summary
+from convexprune._cli.pruning import summary
 from convexprune._rendering.card import card, hub_name, sparsity_settings
 from convexprune._rendering.command import command_of
 from convexprune._rendering.facts import facts

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import convexprune
 from convexprune._cli import app
-from convexprune._cli.summary import summary
+from convexprune._cli.pruning import summary
 from convexprune._container import file as packing
 from convexprune._container.file import pack_file
 from convexprune._runs.folder import RunFolder

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import convexprune._api.calls
 from convexprune import _cli as cli
 from convexprune._cli import progress
+from convexprune._cli.pruning import summary
 from convexprune._cli.stopping import Stopped, listen
-from convexprune._cli.summary import summary
 from convexprune._progress import begin, followed_by
 from convexprune._rendering.facts import facts
 from convexprune._storage.staging import Staging

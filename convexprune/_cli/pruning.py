@@ -1,0 +1,203 @@
+"""The commands that change a model, and what they need to know: prune, permute, inspect, list."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from convexprune._cli.application import app, console, print_json, show
+from convexprune._cli.options import PRINTED, AsJson, Quiet, also_called, with_settings
+from convexprune._cli.progress import working
+from convexprune._schema.functions import INSPECT, PERMUTE, PRUNE
+
+if TYPE_CHECKING:
+    from convexprune._api.result import PruneResult
+    from convexprune.adapters._channels.permuting import Permutation, Permuted
+    from convexprune.adapters._inspection.inspection import Inspection
+    from convexprune.report import Report
+
+WIDTH = 80  # columns of a terminal
+
+
+@app.command(context_settings=also_called(PRUNE))
+@with_settings(PRUNE, "model", output_dir=Path("pruned"))
+def prune(
+    settings: dict[str, Any],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="A recipe.yaml, or the folder of a run: prune as it says, but for what other options say.",
+            rich_help_panel="run",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Measure perplexity before and after, and KL from dense: on the held-out samples, or on --eval-text.",
+            rich_help_panel="run",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, say what would be done, and do nothing.", rich_help_panel="run"
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print a line for each operator as well.", rich_help_panel=PRINTED)
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model and write it as an ordinary Hugging Face folder."""
+    if evaluate:
+        settings = {"evaluation": "held-out"} | settings
+    if recipe is None and settings.get("dataset", "self") == "self":
+        settings = {"evaluation": "self"} | settings
+    with working(quiet, settings["output_dir"], "prune") as shown:
+        from convexprune._api import calls as api
+
+        plan = api.plan(**settings, recipe=recipe) if dry_run else None
+        result = None if dry_run else api.prune(**settings, recipe=recipe, progress=shown.operators)
+    if plan is not None:
+        show_inspection(plan, as_json)
+        return
+    assert result is not None
+    _show(result, as_json, verbose, settings.get("push_to_hub"))
+
+
+def _show(result: "PruneResult", as_json: bool, verbose: bool, uploaded: str | None) -> None:
+    assert result.output_dir is not None
+    folder = result.output_dir.resolve()
+    if as_json:
+        print_json({"output_dir": str(folder), "report": json.loads(result.report.to_json())})
+        return
+    if verbose:
+        show(result.report.table())
+    console.print(summary(result.report))
+    console.print(f"pruned model: {folder}  (a page of it: report.html)", soft_wrap=True)
+    if uploaded is not None:
+        console.print(f"uploaded: https://huggingface.co/{uploaded}", soft_wrap=True)
+
+
+def summary(report: "Report") -> Table:
+    """Return the facts and the costs of a run, a row for a fact; report.json has the rest."""
+    from convexprune._rendering.facts import costs, facts
+
+    table = Table.grid(padding=(0, 2))
+    table.width = WIDTH
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for fact in (*facts(report), *costs(report)):
+        table.add_row(fact.name, fact.text)
+    return table
+
+
+@app.command(context_settings=also_called(PERMUTE))
+@with_settings(PERMUTE, "model", output_dir=Path("permuted"))
+def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Order the channels of a dense model so that N:M costs less. The model computes the same as before."""
+    with working(quiet) as shown:
+        from convexprune._api import calls as api
+
+        def follow(total: int) -> "Callable[[Permuted], None]":
+            step = shown("permuting", total)
+            return lambda one: step(f"{one.channels.name}  {one.before:.4f} -> {one.after:.4f}")
+
+        result = api.permute(**settings, progress=follow)
+    done, folder = result.permutation, result.output_dir
+    assert folder is not None
+    if as_json:
+        print_json(done.to_dict() | {"output_dir": str(folder.resolve())})
+        return
+    show(_table_of_permutation(done))
+    for name, why in done.left.items():
+        console.print(f"left in their order: {name}: {why}", soft_wrap=True)
+    console.print(f"permuted model: {folder.resolve()}", soft_wrap=True)
+
+
+def _table_of_permutation(done: "Permutation") -> Table:
+    table = Table("channels of", "sets", "each", "pruned share", "permuted", box=SIMPLE_HEAD)
+    table.caption = "The share of W_ij^2 mean x_j^2 that the pattern prunes, before and after: less is better."
+    kinds: dict[tuple[str, int], list[Permuted]] = defaultdict(list)
+    for one in done.permuted:
+        kinds[one.kind, one.channels.size].append(one)
+    for (kind, size), alike in kinds.items():
+        shares = [sum(each) / len(alike) for each in zip(*((one.before, one.after) for one in alike), strict=True)]
+        table.add_row(kind, str(len(alike)), str(size), *(f"{share:.4f}" for share in shares))
+    return table
+
+
+@app.command(context_settings=also_called(INSPECT))
+@with_settings(INSPECT, "model")
+def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Predict the work of pruning a model, from its config alone. Shows operators, memory, an estimate of the time.
+
+    Ends with exit status 1 if the device memory is not enough.
+    """
+    with working(quiet):
+        from convexprune.adapters._inspection.inspection import inspect as inspect_model
+
+        found = inspect_model(settings.pop("model", None), **settings)
+    show_inspection(found, as_json)
+
+
+def show_inspection(found: "Inspection", as_json: bool) -> None:
+    """Print an inspection. Exit status 1 if the memory is not enough."""
+    if as_json:
+        print(found.to_json())
+    else:
+        for table in found.tables():
+            console.print(table)
+        for line in (*found.notes, *found.verdict()):
+            console.print(line, highlight=False, soft_wrap=True)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def names(as_json: AsJson = False) -> None:
+    """Families, solvers, methods, presets and patterns that there are."""
+    from convexprune.adapters import TESTED
+    from convexprune.pruners import METHODS
+    from convexprune.quantizers import QUANTIZERS
+    from convexprune.recipe import PRESETS, SOLVERS
+    from convexprune.solvers import make_solver, solver_names
+
+    if as_json:
+        print_json(
+            {
+                "families": list(TESTED.values()),
+                "solvers": {name: [p.__name__ for p in make_solver(name).penalties] for name in solver_names()},
+                "methods": sorted(METHODS),
+                "presets": list(PRESETS),
+                "patterns": ["unstructured", "N:M", "columns", "channels", "heads", "layers", "experts"],
+                "quantizers": sorted(QUANTIZERS),
+            }
+        )
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    families = "; ".join(TESTED.values())  # some names have commas
+    table.add_row("families", f"tested: {families}. Others are found out by watching them run, or refused")
+    for number, name in enumerate(solver_names()):
+        takes = ", ".join(_PENALTIES.get(each, each) for each in (p.__name__ for p in make_solver(name).penalties))
+        use = "prune --solver" if name in SOLVERS else "refits, not prune --solver"
+        table.add_row("" if number else "solvers", f"{name}, for {use}; takes {takes}")
+    table.add_row("methods", ", ".join(sorted(METHODS)))
+    table.add_row("presets", ", ".join(PRESETS))
+    table.add_row(
+        "patterns",
+        "unstructured (quota: matrix, row), N:M (N non-zeros in every M inputs, as 2:4), columns, channels, "
+        "heads, layers, experts",
+    )
+    table.add_row("quantizers", f"{', '.join(sorted(QUANTIZERS))}, for --quantize and --bits")
+    console.print(table)
+
+
+_PENALTIES = {"AbstractPenalty": "any penalty", "Support": "a fixed support", "GroupLasso": "group LASSO"}
