@@ -21,8 +21,7 @@ from convexprune._schema.settings import (
     TargetSettings,
 )
 from convexprune._setting_types import make
-from convexprune.constraints import Coded, Constraint, Quantized, parse_pattern
-from convexprune.constraints._grids import make_grid
+from convexprune.constraints import Coded, Constraint, Quantized, make_grid, parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._base import WHOLE

@@ -12,8 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from convexprune.core._damping import Damping
 from convexprune.errors import OutputError
+from convexprune.pruners import Damping
 
 Number = int | float  # infinity and NaN are text in JSON
 DERIVED = ("sparsity", "largest_gap", "median_bound_ratio", "short_of_tokens")  # written for readers, and not read

@@ -19,8 +19,7 @@ from convexprune._layerwise.walk import LayerWalk
 from convexprune._layerwise.work import stack_steps
 from convexprune.constraints import Constraint
 from convexprune.core import Moments
-from convexprune.core._damping import NO_DAMPING, Damping
-from convexprune.pruners import LayerProblem
+from convexprune.pruners import Damping, LayerProblem
 from convexprune.report import OnOperator, OperatorReport
 
 
@@ -137,7 +136,7 @@ def _watch(
                 name = f"{dense.name}.{w.name}"
                 if name in wanted and total.tokens:
                     weights = w.read().cpu(), sparse_operators[w.name].read().cpu()
-                    asked = settings.pattern_of(name), settings.correction, damping.get(name) or NO_DAMPING
+                    asked = settings.pattern_of(name), settings.correction, damping.get(name) or Damping(0.0)
                     yield OperatorProblem(name, *weights, total.rows(rows), *asked)
 
 

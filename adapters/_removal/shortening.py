@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import Call, DecoderLayer
 from convexprune.constraints import Constraint
-from convexprune.constraints._share import check_some
+from convexprune.constraints._budget import check_some
 from convexprune.errors import ModelError
 from convexprune.pruners._base import Score
 

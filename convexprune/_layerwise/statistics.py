@@ -10,7 +10,7 @@ from torch import Tensor
 from convexprune._device.capabilities import is_host
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune.core import Moments
-from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import ErrorMoments
 from convexprune.errors import PruningError
 from convexprune.pruners import AbstractPruner
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from convexprune._layerwise.capture import Observed
 from convexprune._layerwise.model import DecoderLayer, Group
 from convexprune._layerwise.settings import LayerSettings
-from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import ErrorMoments
 
 
 class CorrectionTargets:

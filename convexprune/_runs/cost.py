@@ -7,7 +7,7 @@ from itertools import chain
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
 from convexprune._layerwise.steps.bounds import WIDE, WIDEST
 from convexprune._runs.sizes import SCALED, LayerSize, Method, ModelSize, Setting, Stack, method_cost
-from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import ErrorMoments
 
 FLOAT = 4  # bytes: moments and problems are float32 whatever the model is
 LIBRARIES = 520 << 20  # bytes of Python, torch, transformers and a tokenizer in use (measured, Linux, CPU)

@@ -1,23 +1,30 @@
-"""Constraints by name. To add a kind: a file here and a line in `KINDS`; a grid has its line in `GRIDS`."""
+"""Constraints and grids by name. To add one: a file here, and a line in `KINDS` or `GRIDS`."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from convexprune.constraints._base import Constraint, Mask, Quota
 from convexprune.constraints._budget import Budget
-from convexprune.constraints._channels import Channels
+from convexprune.constraints._codebook import Codebook
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._columns import Columns
-from convexprune.constraints._grid import Grid
-from convexprune.constraints._grids import GRIDS, read_grid
-from convexprune.constraints._heads import Heads
-from convexprune.constraints._quantized import Quantized
-from convexprune.constraints._semi_structured import SemiStructured
-from convexprune.constraints._stacked import Stacked
-from convexprune.constraints._unstructured import Unstructured
-from convexprune.constraints._whole import Experts, Layers
-from convexprune.errors import PatternError
+from convexprune.constraints._combined import Quantized, Stacked
+from convexprune.constraints._entries import SemiStructured, Unstructured
+from convexprune.constraints._ggml import BLOCKS
+from convexprune.constraints._grid import FP4, MXFP4, NF4, ROW, Grid
+from convexprune.constraints._removed import Channels, Experts, Heads, Layers
+from convexprune.errors import PatternError, unknown
 
 KINDS: tuple[type[Constraint], ...] = (Unstructured, SemiStructured, Columns, Channels, Heads, Layers, Experts)
+
+GRIDS: dict[str, Callable[[int], Codebook]] = {
+    **{f"int{bits}": partial(Grid, bits) for bits in (8, 7, 6, 5, 4, 3)},
+    "nf4": NF4,
+    "fp4": FP4,
+    **{grid.name: lambda group, grid=grid: grid() for grid in (MXFP4, *BLOCKS)},
+}
+"""Make the grid of a name for a number of columns that share a scale."""
 
 
 def parse_pattern(pattern: str, sparsity: float | None = None, quota: Quota = "matrix") -> Constraint:
@@ -56,7 +63,7 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
         parts = [(parse_pattern(match[2]), int(match[1])) for match in stack if match]
         return Stacked(tuple(own for own, _ in parts), tuple(height for _, height in parts))
     support, _, values = text.rpartition(", ")
-    if support and (grid := read_grid(values)) is not None:
+    if support and (grid := _read_grid(values)) is not None:
         return Quantized(parse_pattern(support), grid)
     for kind in KINDS:
         found = kind.parse(text, sparsity, quota)
@@ -65,7 +72,33 @@ def _parsed(text: str, sparsity: float | None, quota: Quota) -> Constraint | Non
     return None
 
 
+def make_grid(name: str, group: int) -> Codebook:
+    """Return the grid of a name.
+
+    Args:
+        name: a key of `GRIDS`.
+        group: columns that share a scale.
+
+    Returns:
+        The grid.
+
+    Raises:
+        PatternError: there is no such grid.
+    """
+    if name not in GRIDS:
+        raise PatternError(unknown("grid", name, tuple(GRIDS)))
+    return GRIDS[name](group)
+
+
+def _read_grid(text: str) -> Codebook | None:
+    """Return the grid that a description (its `str`) names; None for another text."""
+    if match := re.fullmatch(r"(\S+) bits a weight", text):
+        return Coded(float(match[1]))
+    match = re.fullmatch(r"(\w+)( in groups of (\d+)| per output channel)?", text)
+    return make_grid(match[1], int(match[3] or ROW)) if match and match[1] in GRIDS else None
+
+
 __all__ = [
     "GRIDS", "KINDS", "Budget", "Channels", "Coded", "Columns", "Constraint", "Experts", "Grid", "Heads", "Layers",
-    "Mask", "Quantized", "SemiStructured", "Stacked", "Unstructured", "parse_pattern",
+    "Mask", "Quantized", "SemiStructured", "Stacked", "Unstructured", "make_grid", "parse_pattern",
 ]  # fmt: skip

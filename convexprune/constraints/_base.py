@@ -7,9 +7,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from convexprune._device.capabilities import is_host
-from convexprune._device.select import kth_smallest
-from convexprune.constraints._budget import Budget
+from convexprune.constraints._budget import Budget, sizes
 from convexprune.constraints._codebook import Codebook
 from convexprune.errors import PatternError
 
@@ -249,37 +247,3 @@ class Mask(Constraint):
         assert budget is not None, "a mask that has no lines counts for itself"
         counts = budget.sums(weight != 0).count_nonzero(1)
         return budget.block * int((counts - budget.kept).clamp_min(0).sum())
-
-
-def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Return the square root of the cost, in a metric, of zeroing an entry.
-
-    Args:
-        weight: V [m n].
-        metric: h [n]; None: ones.
-
-    Returns:
-        |V_ij| sqrt(h_j) [m n].
-    """
-    return weight.abs() if metric is None else weight.abs() * metric.sqrt()
-
-
-def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Mark the largest entries of every row; of equal scores the earlier.
-
-    Args:
-        scores: [m n].
-
-    Returns:
-        [m n], True for the largest.
-    """
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    least = kth_smallest(scores, scores.shape[1] - count + 1)
-    kept = scores >= least
-    if is_host(scores.device) and int(kept.sum()) == count * len(scores):  # elsewhere the host would wait
-        return kept
-    above = scores > least
-    missing = count - above.sum(1, keepdim=True)
-    ties = kept ^ above
-    return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= missing))

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from convexprune._device.select import kth_smallest
-from convexprune.constraints._base import Constraint, Mask, Quota, keep_largest
-from convexprune.constraints._budget import Budget
-from convexprune.constraints._share import check_share, check_some, percent, share_of, shares_around
+from convexprune.constraints._base import Constraint, Mask, Quota
+from convexprune.constraints._budget import (
+    Budget,
+    check_share,
+    check_some,
+    column_norms,
+    keep_largest,
+    percent,
+    share_of,
+    shares_around,
+)
 from convexprune.errors import PatternError
 
 
@@ -105,18 +113,3 @@ class Columns(Mask):
 
     def _removed(self, columns: int) -> int:
         return self.block * round(self.sparsity * (columns // self.block))
-
-
-def column_norms(weight: Tensor, block: int = 1) -> Tensor:
-    """Return the norm of a column, or of its block.
-
-    Args:
-        weight: V [m n].
-
-    Returns:
-        |V_:b| [n], b the block of the column.
-    """
-    norms = torch.linalg.vector_norm(weight, dim=0)
-    if block == 1:
-        return norms
-    return torch.linalg.vector_norm(norms.view(-1, block), dim=1).repeat_interleave(block)

@@ -10,9 +10,8 @@ from torch import Tensor
 from convexprune._setting_types import between
 from convexprune.constraints import Budget, Constraint
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._relaxation import Relaxed, relax
+from convexprune.core._relaxation import Relaxed, first_split, fit_split, relax, safe_split
 from convexprune.core._side_by_side import SideBySide
-from convexprune.core._split import first_split, fit_split, safe_split
 from convexprune.errors import ProblemError
 
 

@@ -7,11 +7,10 @@ entries, |H_jk| <= sqrt(H_jj H_kk) and |G_ij| <= sqrt(e_i H_jj); the full check 
 import torch
 from torch import Tensor
 
-from convexprune.core._arrays import Array, as_tensor
-from convexprune.core._factor import cholesky
+from convexprune.core._arrays import DTYPES, Array, as_tensor
+from convexprune.core._symmetric import cholesky
 from convexprune.errors import ProblemError
 
-DTYPES = (torch.float32, torch.float64)
 LOOSE = torch.finfo(torch.float32).eps ** 0.5  # also of float64: most moments were counted in float32
 ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
 

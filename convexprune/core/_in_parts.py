@@ -17,8 +17,8 @@ from torch import Tensor
 
 from convexprune._device.parts import Parts, error_of_parts, product_of_parts
 from convexprune.core._consistency import room_for_rounding
-from convexprune.core._factor import cholesky, rounding_margin
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._symmetric import cholesky, rounding_margin
 
 OF_RESIDUAL, OF_PRICE = 6, 4
 """Parts of six bits: what they leave out is 3e-11 and 1e-7 of the factors, times the number of inputs."""

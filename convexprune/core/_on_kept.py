@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise
-from convexprune.core._factor import rounding_margin
 from convexprune.core._quadratic import Quadratic
+from convexprune.core._symmetric import rounding_margin
 
 PRICED = 1e11
 """Operations, those of a factor for each row, that a gap may take: some ten seconds of a core."""

@@ -1,6 +1,7 @@
 """The abstract layer-wise problem, and the certificate of any answer."""
 
 from dataclasses import dataclass
+from html import escape
 from math import inf, isfinite
 
 import torch
@@ -15,13 +16,29 @@ from convexprune.core._on_kept import gaps_on_kept
 from convexprune.core._penalty import L1, Support
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
-from convexprune.core._shown import Shown
-from convexprune.core._spectrum import power_of_two
 from convexprune.core._sum_of_squares import UNKNOWN
+from convexprune.core._symmetric import power_of_two
 from convexprune.errors import ProblemError
 
 EVEN = (L1, Support, GroupLasso, ReverseHuber)
 """Penalties whose conjugate does not fall as the entries of the dual point grow."""
+
+
+class Shown:
+    """A result that prints its facts."""
+
+    def facts(self) -> dict[str, str]:
+        """Return the name and the text of each fact."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "\n".join(f"{name:{width}}  {text}" for name, text in facts.items())
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.facts().items())
+        return f"<table>{''.join(rows)}</table>"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import product
-from convexprune.core._arrays import Array
-from convexprune.core._regression import second_moments
-from convexprune.core._spectrum import power_of_two
+from convexprune.core._arrays import Array, second_moments
 from convexprune.core._sum_of_squares import Cache, SumOfSquares
+from convexprune.core._symmetric import power_of_two
 from convexprune.errors import ProblemError
 
 

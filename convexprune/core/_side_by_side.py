@@ -11,11 +11,10 @@ from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
 from convexprune.core._consistency import room_for_rounding
-from convexprune.core._factor import cholesky
 from convexprune.core._problem import Certificate, Problem, certify, kkt_residual, proximal_steps, row_gaps
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._spectrum import power_of_two
 from convexprune.core._sum_of_squares import UNKNOWN, Cache
+from convexprune.core._symmetric import cholesky, power_of_two
 
 
 @dataclass(frozen=True, eq=False)

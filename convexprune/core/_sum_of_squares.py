@@ -13,8 +13,7 @@ from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import add_product, bare_product
 from convexprune.core._arrays import DataFormat, as_tensor
 from convexprune.core._consistency import fitting, is_sum_of_squares, room_for_rounding, symmetric
-from convexprune.core._factor import cholesky, rounding_margin
-from convexprune.core._spectrum import largest_eigenvalue
+from convexprune.core._symmetric import cholesky, largest_eigenvalue, rounding_margin
 from convexprune.errors import ProblemError
 
 UNKNOWN: Any = object()  # of what was not tried: None says that there is none

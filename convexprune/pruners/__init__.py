@@ -6,16 +6,12 @@ from typing import Any
 
 from convexprune.errors import unknown
 from convexprune.pruners._admm import ADMM
-from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem
+from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem
 from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
-from convexprune.pruners._baselines.magnitude import Magnitude
 from convexprune.pruners._baselines.osscar import OSSCAR
-from convexprune.pruners._baselines.reap import REAP
-from convexprune.pruners._baselines.shortgpt import ShortGPT
+from convexprune.pruners._baselines.scores import REAP, Magnitude, ShortGPT, Wanda, WandaSP
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
-from convexprune.pruners._baselines.wanda import Wanda
-from convexprune.pruners._baselines.wanda_sp import WandaSP
 from convexprune.pruners._convex import Convex
 from convexprune.pruners._refit import Refitted
 
@@ -66,6 +62,7 @@ __all__ = [
     "REAP",
     "AbstractPruner",
     "Convex",
+    "Damping",
     "FISTAPruner",
     "LayerEdit",
     "LayerProblem",

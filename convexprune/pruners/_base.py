@@ -11,9 +11,8 @@ from torch import Tensor
 
 from convexprune._setting_types import check_settings
 from convexprune.constraints import Constraint
-from convexprune.constraints._base import sizes
+from convexprune.constraints._budget import sizes
 from convexprune.core import Moments, Quadratic
-from convexprune.core._damping import Damping
 from convexprune.errors import PatternError
 from convexprune.solvers import Solution
 
@@ -138,6 +137,30 @@ class LayerProblem:
         """Share the Gram matrix with a problem on the same inputs."""
         vars(other)["gram"] = self.gram
         return other
+
+
+@dataclass(frozen=True)
+class Damping:
+    """A pull towards the dense weight,  1/2 sum_i (V - W)_i (S (ridge I + saturating P) S + prior I) (V - W)_i'.
+
+    S = sqrt(diag H). P = I - k (C + k I)^-1, with the correlations C = S^-1 H S^-1 and k = `EIGENVALUE_KNEE`, is small
+    in directions where the sample has little energy. The prior is on energies: it pulls at a rare input as if the
+    input had that much more energy.
+
+    Args:
+        ridge: the pull in all directions.
+        saturating: the pull in directions of much energy, beside the ridge.
+        prior: in units of H.
+    """
+
+    ridge: float
+    saturating: float = 0.0
+    prior: float = 0.0
+
+    @property
+    def strength(self) -> float:
+        """The pull in directions of much energy, without the prior."""
+        return self.ridge + self.saturating
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from torch import Tensor
 from convexprune._device.kernels import fused, number_like
 from convexprune._setting_types import Count, Ends, NotNegative, Whole, between
 from convexprune.constraints import Constraint
-from convexprune.constraints._columns import column_norms
+from convexprune.constraints._budget import column_norms
 from convexprune.core import L1, GroupLasso, Problem, Quadratic
 from convexprune.errors import RecipeError
 from convexprune.pruners._base import LayerProblem, Score
-from convexprune.pruners._every_choice import best_choice, choices
+from convexprune.pruners._refit import best_choice, choices
 from convexprune.pruners._search import AbstractSearch, Found
 from convexprune.solvers import AbstractSolver, Solution, make_solver
 from convexprune.solvers._base import require_penalty

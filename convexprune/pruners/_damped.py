@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from convexprune.core import Quadratic
-from convexprune.core._damping import EIGENVALUE_KNEE, Damping
-from convexprune.core._factor import cholesky
 from convexprune.core._moments import sampling_noise
+from convexprune.core._symmetric import cholesky
 from convexprune.errors import PruningError
-from convexprune.pruners._base import LayerProblem
+from convexprune.pruners._base import Damping, LayerProblem
 
+EIGENVALUE_KNEE = 0.1
+"""Eigenvalues of the correlations, 1 in the mean, below which the sample's are too small by much the same factor."""
 DOMAIN_SHIFT_RANGE, NOISE_GAIN = (0.05, 0.1), 12
 """The saturating part for other texts: times the noise, within these limits."""
 RIDGE_RANGE, RIDGE_GAIN = (0.003, 0.1), 0.12

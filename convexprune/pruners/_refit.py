@@ -1,7 +1,9 @@
-"""The refit: least squares on a support."""
+"""Least squares on a support, and on every choice of whole columns where choices are few."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
+from math import comb
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint
 from convexprune.core import Problem, Quadratic, Support
-from convexprune.core._factor import cholesky
+from convexprune.core._symmetric import cholesky
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, Score
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.solvers import AbstractSolver, Solution
@@ -107,3 +109,43 @@ def on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
     weight = start.clone()
     weight[:, kept] += torch.cholesky_solve(quadratic.residual(start)[:, kept].T, factor).T  # a small step rounds less
     return weight
+
+
+def choices(pattern: Constraint, shape: tuple[int, int]) -> int | None:
+    """Count the choices of a pattern; None if it does not choose whole columns, alike in all rows."""
+    if not pattern.by_column or len(pattern.parts(shape[0])) > 1:
+        return None
+    return comb(*_blocks(pattern, shape))
+
+
+def _blocks(pattern: Constraint, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the number of blocks of columns, and the number that a pattern removes."""
+    rows, columns = shape
+    return columns // pattern.block, pattern.zeros(rows, columns) // (rows * pattern.block)
+
+
+def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
+    """Return the choice of whole columns with the least error, with its best values.
+
+    The values belong to the choice: a column that is compensated best may be the one that is missed most without
+    compensation.
+
+    Args:
+        quadratic: the error as a quadratic of V [m n], about the dense weight.
+
+    Returns:
+        The weight [m n], zero in removed columns.
+    """
+    dense = quadratic.anchor
+    assert dense is not None
+    blocks, removed = _blocks(pattern, quadratic.shape)
+
+    def without(gone: tuple[int, ...]) -> Tensor:
+        kept = torch.ones(blocks, dtype=torch.bool, device=dense.device)
+        kept[list(gone)] = False
+        kept = kept.repeat_interleave(pattern.block)
+        return on_columns(quadratic, kept, dense * kept)
+
+    return min(
+        map(without, combinations(range(blocks), removed)), key=lambda weight: float(quadratic.values(weight).sum())
+    )

@@ -10,10 +10,10 @@ from torch import Tensor
 from convexprune._setting_types import NotNegative
 from convexprune.constraints import Constraint, Stacked
 from convexprune.core import Quadratic, Support
-from convexprune.core._damping import Damping
 from convexprune.core._side_by_side import SideBySide
 from convexprune.pruners._base import (
     AbstractPruner,
+    Damping,
     LayerEdit,
     LayerProblem,
     dead_inputs_first,

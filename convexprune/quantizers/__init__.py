@@ -2,8 +2,7 @@
 
 from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._descent import Descent
-from convexprune.quantizers._gptq import GPTAQ, GPTQ, QEP
-from convexprune.quantizers._nearest import Nearest
+from convexprune.quantizers._published import GPTAQ, GPTQ, QEP, Nearest
 
 QUANTIZERS: dict[str, type[AbstractQuantizer]] = {
     "descent": Descent,

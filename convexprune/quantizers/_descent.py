@@ -12,8 +12,7 @@ from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._base import AbstractQuantizer, OnGrid
-from convexprune.quantizers._exchange import exchanged
-from convexprune.quantizers._sweep import Sweep, minimizer
+from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none
 ROOM = 2**26  # entries of these equations, of some rows at a time

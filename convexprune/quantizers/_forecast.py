@@ -11,7 +11,7 @@ from convexprune.constraints._coded import entropy
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers._base import OnGrid
-from convexprune.quantizers._sweep import Sweep
+from convexprune.quantizers._passes import Sweep
 
 ROWS = 64  # that are swept, at least
 

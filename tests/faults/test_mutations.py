@@ -39,7 +39,7 @@ from convexprune._layerwise import capture as passes
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.targets import CorrectionTargets
 from convexprune.adapters._channels import inner_channels
-from convexprune.constraints import Stacked, _base
+from convexprune.constraints import Stacked, _budget
 from convexprune.core import (
     _bound as bound,
 )
@@ -61,19 +61,15 @@ from convexprune.core import (
 from convexprune.core import (
     _relaxation as relaxation,
 )
-from convexprune.core import (
-    _split as split,
-)
-from convexprune.core._error_moments import ErrorMoments
 from convexprune.core._group_lasso import GroupLasso
-from convexprune.core._moments import Moments
+from convexprune.core._moments import ErrorMoments, Moments
 from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._reverse_huber import ReverseHuber
 from convexprune.core._side_by_side import SideBySide
 from convexprune.core._sum_of_squares import SumOfSquares
 from convexprune.pruners._baselines import osscar
-from convexprune.pruners._baselines.wanda import Wanda
+from convexprune.pruners._baselines.scores import Wanda
 from convexprune.solvers import Status
 from convexprune.solvers import _cg as cg
 from convexprune.solvers import _fista as fista
@@ -187,9 +183,9 @@ FAULTS = (
           "(posed, patterns[:1] * len(patterns),",
           test_bounding.test_operators_that_share_an_input_have_the_bounds_that_each_has_alone,
           {"patterns": tuple(constraints.SemiStructured(kept, 4) for kept in (3, 1, 2)), "rows": 2}),
-    Fault("a mask off by one", _base.keep_largest, "missing = count", "missing = count + 1",
+    Fault("a mask off by one", _budget.keep_largest, "missing = count", "missing = count + 1",
           test_pattern.test_a_mask_has_exactly_the_promised_zeros),
-    Fault("a mask of the smallest", _base.keep_largest, "above = scores > least", "above = scores < least",
+    Fault("a mask of the smallest", _budget.keep_largest, "above = scores > least", "above = scores < least",
           test_pattern.test_the_largest_of_the_matrix_are_kept_and_of_equals_the_first),
     Fault("a group that keeps one too few", constraints.SemiStructured.mask, "self.kept)", "self.kept - 1)",
           test_pattern.test_the_largest_of_every_group_are_kept_and_of_equals_the_first),
@@ -227,7 +223,8 @@ FAULTS = (
           test_bound.test_no_pruning_is_better_than_the_bound),
     Fault("a bound that is twice the truth", bound.lower_bound, "bound if bound > 0", "2 * bound if bound > 0",
           test_bound.test_no_pruning_is_better_than_the_bound),
-    Fault("a split that is not below the Gram matrix", split.safe_split, "not is_below(gram, row * shrink)", "False",
+    Fault("a split that is not below the Gram matrix", relaxation.safe_split,
+          "not is_below(gram, row * shrink)", "False",
           test_bound.test_a_split_that_is_too_large_is_shrunk_until_it_gives_a_bound),
     Fault("a price whose slope is that of all scores", relaxation._nearer, "(level == limited)", "1",
           test_bound.test_at_the_price_as_much_is_kept_as_may_be),

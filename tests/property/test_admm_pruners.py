@@ -11,10 +11,9 @@ from strategies import seeds
 
 from convexprune._setting_types import Count
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
-from convexprune.core._damping import Damping
 from convexprune.core._penalty import L1
 from convexprune.errors import RecipeError, UnsupportedError
-from convexprune.pruners import ADMM, ALPS, PRUNERS, LayerProblem, Refitted, SparseGPT, Wanda
+from convexprune.pruners import ADMM, ALPS, PRUNERS, Damping, LayerProblem, Refitted, SparseGPT, Wanda
 from convexprune.pruners._damped import saliency_coordinates
 from convexprune.solvers import AbstractSolver, make_solver
 

@@ -13,8 +13,7 @@ from strategies import KINDS, make_chain, make_layer, random, seeds
 from convexprune.constraints import Columns, SemiStructured, Stacked, Unstructured
 from convexprune.core._bound import LowerBound, budget_of, lower_bound, without_dead_inputs
 from convexprune.core._quadratic import Quadratic
-from convexprune.core._relaxation import Relaxed, _price, fractions, relax
-from convexprune.core._split import first_split, safe_split
+from convexprune.core._relaxation import Relaxed, _price, first_split, fractions, relax, safe_split
 from convexprune.errors import ProblemError
 from convexprune.pruners import Convex, Wanda
 from convexprune.validation import best_pruning

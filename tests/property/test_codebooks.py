@@ -8,9 +8,8 @@ from pruning_cases import correlated, layer_problem
 from strategies import random, seeds
 from torch import Tensor
 
-from convexprune.constraints import GRIDS, Quantized, Unstructured, parse_pattern
+from convexprune.constraints import GRIDS, Quantized, Unstructured, make_grid, parse_pattern
 from convexprune.constraints._codebook import Codebook
-from convexprune.constraints._grids import make_grid
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.quantizers import QUANTIZERS, Descent

@@ -15,14 +15,13 @@ from strategies import Layer, random, seeds
 from convexprune.constraints import Coded, Constraint, Quantized, SemiStructured, Stacked, Unstructured, parse_pattern
 from convexprune.constraints._codebook import Scales
 from convexprune.constraints._coded import code_lengths, entropy
-from convexprune.core._damping import Damping
 from convexprune.errors import PatternError
-from convexprune.pruners import LayerEdit, LayerProblem, Wanda
+from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import QUANTIZERS, Descent
 from convexprune.quantizers._base import OnGrid
-from convexprune.quantizers._exchange import exchanged
 from convexprune.quantizers._forecast import Forecast
+from convexprune.quantizers._passes import exchanged
 
 DENSE = Unstructured(0.0)
 

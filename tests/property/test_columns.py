@@ -14,13 +14,12 @@ from torch import Tensor
 
 from convexprune._setting_types import make
 from convexprune.constraints import Columns, Stacked, parse_pattern
-from convexprune.core._damping import Damping
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._quadratic import Quadratic
 from convexprune.errors import PatternError, UnsupportedError
-from convexprune.pruners import METHODS, PRUNERS, Convex, LayerProblem, Refitted
+from convexprune.pruners import METHODS, PRUNERS, Convex, Damping, LayerProblem, Refitted
 from convexprune.pruners._damped import damped
 from convexprune.pruners._search import COLUMNS
 from convexprune.solvers import Status, make_solver

@@ -12,7 +12,7 @@ from strategies import random, seeds
 
 from convexprune._device import select
 from convexprune._device.select import kth_by_counts, largest_of_groups, middle_of_groups
-from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured, _base
+from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured, _budget
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1
 from convexprune.core._problem import Problem
@@ -28,7 +28,7 @@ M, N = 12, 16
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Select as on a GPU, where all lines are long."""
-    for room in (select, _base):
+    for room in (select, _budget):
         monkeypatch.setattr(room, "is_host", lambda device: False)
     monkeypatch.setattr(select, "SHORT", 0)
     yield

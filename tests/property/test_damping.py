@@ -6,11 +6,11 @@ from pruning_cases import correlated, layer_problem
 from strategies import Layer, make_chain, random
 
 from convexprune.constraints import Unstructured
-from convexprune.core._damping import EIGENVALUE_KNEE, Damping
 from convexprune.core._moments import Moments, sampling_noise
-from convexprune.pruners import Convex, LayerProblem, SparseGPT
+from convexprune.pruners import Convex, Damping, LayerProblem, SparseGPT
 from convexprune.pruners._damped import (
     DOMAIN_SHIFT_RANGE,
+    EIGENVALUE_KNEE,
     LARGEST_PRIOR,
     NOISE_GAIN,
     PRIOR_GAIN,

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
-from convexprune.core._damping import Damping
 from convexprune.core._moments import Moments
-from convexprune.pruners import PRUNERS, Convex, LayerProblem, Refitted, SparseGPT
+from convexprune.pruners import PRUNERS, Convex, Damping, LayerProblem, Refitted, SparseGPT
 
 ROWS, INPUTS = 16, 40
 LOOKING = sorted(PRUNERS.keys() - {"magnitude"})  # which does not look at the inputs

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convexprune.core import _factor as factor
-from convexprune.core._factor import cholesky
-from convexprune.core._split import rounding
+from convexprune.core import _symmetric as factor
+from convexprune.core._relaxation import rounding
+from convexprune.core._symmetric import cholesky
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.statistics import FEW, CalibrationStatistics
-from convexprune.core._error_moments import ErrorMoments
-from convexprune.core._moments import Moments
+from convexprune.core._moments import ErrorMoments, Moments
 
 WIDTH, WINDOWS, LENGTH = 6, 50, 32
 X, LACKING = torch.randn(2, WINDOWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).unbind(0)

@@ -17,7 +17,7 @@ from convexprune._device import precision as room
 from convexprune._device.precision import add_gram, add_product, product, solving_in, summing_in
 from convexprune._doctor.answers import deterministic
 from convexprune.constraints import Unstructured
-from convexprune.core import _triangle as triangle
+from convexprune.core import _symmetric as triangle
 from convexprune.core._moments import Moments
 from convexprune.core._problem import Problem, certify
 from convexprune.pruners import Convex

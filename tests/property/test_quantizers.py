@@ -13,13 +13,12 @@ from torch import Tensor
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._codebook import Scales, spread
 from convexprune.constraints._grid import ROW
-from convexprune.core._damping import Damping
-from convexprune.pruners import LayerEdit, LayerProblem, Wanda
+from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
 from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._descent import fitted_scales
-from convexprune.quantizers._sweep import Sweep, minimizer
+from convexprune.quantizers._passes import Sweep, minimizer
 
 GRID, HALF = Grid(4, 32), Unstructured(0.5)
 supports = st.sampled_from((Unstructured(0.0), Unstructured(0.5), SemiStructured(2, 4), Unstructured(0.25, "row")))

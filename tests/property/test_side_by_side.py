@@ -18,14 +18,13 @@ from convexprune._layerwise.statistics import SOLVED, at_once, many_at_once
 from convexprune._layerwise.steps.bounds import sampled_bounds, sampled_bounds_of_all
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._coded import Coded
-from convexprune.constraints._quantized import Quantized
-from convexprune.core._damping import Damping
+from convexprune.constraints._combined import Quantized
 from convexprune.core._moments import Moments
 from convexprune.core._penalty import L1, AbstractPenalty, Support
 from convexprune.core._problem import Problem, certify
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._side_by_side import SideBySide, certify_each
-from convexprune.pruners import ADMM, AbstractPruner, Convex, LayerProblem, SparseGPT
+from convexprune.pruners import ADMM, AbstractPruner, Convex, Damping, LayerProblem, SparseGPT
 from convexprune.pruners._search import Found
 from convexprune.solvers._base import Status
 from convexprune.solvers._cg import ConjugateGradient

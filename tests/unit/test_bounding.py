@@ -14,9 +14,8 @@ import convexprune
 from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
-from convexprune.core._damping import NO_DAMPING, Damping
 from convexprune.core._moments import Moments
-from convexprune.pruners import ADMM, Convex, LayerProblem, Refitted, Wanda
+from convexprune.pruners import ADMM, Convex, Damping, LayerProblem, Refitted, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.report import Report
 from convexprune.validation import best_pruning
@@ -47,7 +46,7 @@ def test_the_damping_of_the_problem_is_what_the_pruner_said():
     problem = layer_problem(make_layer("full rank", 3, 8, 0), Unstructured(0.5))
     for pruner, damping in ((Convex(damping=0.2), 0.2), (ADMM(damping=0.3), 0.3), (Wanda(), 0.0),
                             (Refitted(Wanda(), damping=0.1), 0.1)):  # fmt: skip
-        assert (pruner.prune(problem).damping or NO_DAMPING) == Damping(damping)
+        assert (pruner.prune(problem).damping or Damping(0.0)) == Damping(damping)
 
 
 def test_a_damping_that_saturates_is_bounded():

@@ -29,7 +29,7 @@ from convexprune._runs.speed import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
 from convexprune.adapters._inspection import inspection
 from convexprune.constraints import Columns, Unstructured
-from convexprune.core._error_moments import ErrorMoments
+from convexprune.core._moments import ErrorMoments
 from convexprune.errors import RecipeError
 from convexprune.pruners import (
     ADMM,

@@ -46,11 +46,11 @@ PUBLIC = {
         ElasticNet MCP NuclearNorm RowGroups SCAD TotalVariation""",
     "convexprune.constraints": """
         GRIDS KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
-        Stacked Unstructured parse_pattern""",
+        Stacked Unstructured make_grid parse_pattern""",
     "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
     "convexprune.pruners": """
-        ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex FISTAPruner LayerEdit LayerProblem Magnitude Refitted
-        REAP ShortGPT SparseGPT Wanda WandaSP no_method""",
+        ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex Damping FISTAPruner LayerEdit LayerProblem Magnitude
+        REAP Refitted ShortGPT SparseGPT Wanda WandaSP no_method""",
     "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
     "convexprune.problems": """
         Named Result check load names PenaltyCheck check_penalty""",

@@ -24,9 +24,8 @@ from convexprune._layerwise.steps.quantize import Quantize
 from convexprune._layerwise.steps.repair import Repair
 from convexprune.adapters import HuggingFaceModel
 from convexprune.constraints import Grid, Quantized, Unstructured
-from convexprune.core._damping import Damping
 from convexprune.errors import PruningError
-from convexprune.pruners import Convex, LayerProblem, SparseGPT, _search
+from convexprune.pruners import Convex, Damping, LayerProblem, SparseGPT, _search
 from convexprune.report import OperatorReport
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (6, 24), generator=torch.Generator().manual_seed(0))

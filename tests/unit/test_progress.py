@@ -21,7 +21,7 @@ from convexprune._cli.stopping import Stopped, listen
 from convexprune._progress import begin, followed_by
 from convexprune._rendering.facts import facts
 from convexprune._storage.staging import Staging
-from convexprune.core._damping import Damping
+from convexprune.pruners import Damping
 from convexprune.report import OperatorReport, Report
 
 

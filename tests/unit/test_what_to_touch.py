@@ -18,7 +18,7 @@ Edits = dict[str, tuple[str, str] | str]  # by path: the text of a new file, or 
 TOYS: dict[str, Edits] = {
     "a constraint": {
         "convexprune/constraints/_toy.py": """
-            from convexprune.constraints._unstructured import Unstructured
+            from convexprune.constraints._entries import Unstructured
 
             class Toy(Unstructured):
                 def describe(self):
@@ -44,7 +44,7 @@ TOYS: dict[str, Edits] = {
                 name = "toy"
                 values = (-1.0, -0.5, 0.0, 0.5, 1.0)
             """,
-        "convexprune/constraints/_grids.py": (
+        "convexprune/constraints/__init__.py": (
             "GRIDS: dict[str, Callable[[int], Codebook]] = {",
             "from convexprune.constraints._toys import Toy\nGRIDS = {'toy': Toy, ",
         ),
@@ -81,7 +81,7 @@ TOYS: dict[str, Edits] = {
     },
     "a pruner": {
         "convexprune/pruners/_toy.py": """
-            from convexprune.pruners._baselines.magnitude import Magnitude
+            from convexprune.pruners._baselines.scores import Magnitude
 
             class Toy(Magnitude):
                 pass
@@ -95,7 +95,7 @@ TOYS: dict[str, Edits] = {
     },
     "a quantizer": {
         "convexprune/quantizers/_toy.py": """
-            from convexprune.quantizers._nearest import Nearest
+            from convexprune.quantizers._published import Nearest
 
             class Toy(Nearest):
                 pass

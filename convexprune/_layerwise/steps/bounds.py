@@ -9,8 +9,7 @@ from torch import Tensor
 from convexprune.constraints import Constraint
 from convexprune.core import Quadratic
 from convexprune.core._bound import LowerBound, PruningBound
-from convexprune.core._damping import Damping
-from convexprune.pruners import LayerProblem
+from convexprune.pruners import Damping, LayerProblem
 from convexprune.pruners._damped import damped
 
 QUICK = LowerBound(rounds=2, iterations=10, last_iterations=20, barriers=(1.0, 0.1), per_row=False)

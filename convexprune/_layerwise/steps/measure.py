@@ -11,9 +11,8 @@ from convexprune._layerwise.stack import Stack
 from convexprune._layerwise.steps.bounds import sampled_bounds_of_all
 from convexprune._layerwise.targets import stack_of
 from convexprune.core import Moments
-from convexprune.core._damping import NO_DAMPING
 from convexprune.errors import PruningError
-from convexprune.pruners import LayerEdit, LayerProblem
+from convexprune.pruners import Damping, LayerEdit, LayerProblem
 from convexprune.report import OnOperator, OperatorReport
 
 
@@ -28,7 +27,7 @@ class Measure(AbstractStackStep):
     def __call__(self, stacks: Sequence[Stack]) -> None:
         stored = [stack_of(stack.group) for stack in stacks]
         posed = [
-            (s.problem, weight, s.edit.damping or NO_DAMPING, s.settings.row_factors(s.names))
+            (s.problem, weight, s.edit.damping or Damping(0.0), s.settings.row_factors(s.names))
             for s, weight in zip(stacks, stored, strict=True)
         ]
         bounds = sampled_bounds_of_all(posed, stacks[0].settings.bound_rows)

@@ -9,8 +9,8 @@ from torch import Tensor
 from convexprune._setting_types import Count, NotNegative, Positive
 from convexprune.core import L1, Problem
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
+from convexprune.pruners._baselines.scores import Wanda
 from convexprune.pruners._baselines.sparsegpt import SparseGPT
-from convexprune.pruners._baselines.wanda import Wanda
 from convexprune.solvers import Solution
 from convexprune.solvers._fista import FISTA
 

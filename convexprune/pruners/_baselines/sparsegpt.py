@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
-from convexprune.core._factor import cholesky
+from convexprune.core._symmetric import cholesky
 from convexprune.errors import PruningError
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 

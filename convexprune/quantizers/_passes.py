@@ -1,13 +1,13 @@
-"""A sweep over the columns: a column is rounded, and its error is pushed to later columns."""
+"""Passes over the columns: a sweep that pushes errors on, and an exchange of codes in turn."""
 
 import torch
 from torch import Tensor
 
 from convexprune.constraints._codebook import divisible
-from convexprune.core._factor import definite_factor
+from convexprune.core._symmetric import definite_factor
 from convexprune.quantizers._base import OnGrid
 
-BLOCK = 128  # columns between two products
+SWEPT, EXCHANGED = 128, 64  # columns between two products
 
 
 def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class Sweep:
         divisors, left, upper = divisible(scales), weight.T[order], self._upper
         pulls = None if cross is None else (cross[order][:, order] @ upper.T).triu_(1) @ upper
         codes = torch.empty_like(left)
-        for first in range(0, columns, BLOCK):
-            last = min(first + BLOCK, columns)
+        for first in range(0, columns, SWEPT):
+            last = min(first + SWEPT, columns)
             part, u = left[first:last], upper[first:last, first:last]
             errors = torch.empty_like(part)
             for j in range(last - first):
@@ -82,3 +82,34 @@ class Sweep:
             if pulls is not None:
                 left[last:] += pulls[first:last, last:].T @ part  # rounded by now
         return OnGrid(grid.grid, grid.scales, torch.empty_like(codes).index_copy_(0, self._order, codes).T.contiguous())
+
+
+def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price: float) -> tuple[OnGrid, Tensor]:
+    """Pass over the columns once: each code becomes the best one while all others stay as they are.
+
+    That is the nearest one to t_ij = (V_ij + K_ij / H_jj + offset) / step (QuantEase, arXiv 2309.01885), but for what
+    codes cost (`Codebook.chooser`). Columns are rows of what is transposed, so that they lie together in memory.
+
+    Args:
+        gram: H [n n], positive definite.
+        residual: K [m n] there; it is overwritten.
+        mask: which entries are kept [m n].
+        price: of a bit, in units of q.
+    """
+    grid = found.grid
+    scales = found.scales.spread(len(gram))[0].T.contiguous()
+    codes, kept, diagonal = found.codes.T.contiguous(), mask.T.contiguous(), gram.diagonal()[:, None]
+    pulls, choose = divisible(scales) * diagonal, grid.chooser(found.codes, price)
+    for first in range(0, len(gram), EXCHANGED):
+        last = min(first + EXCHANGED, len(gram))
+        ahead = residual[:, first:last].T.contiguous()
+        steps = torch.empty_like(ahead)
+        for j in range(first, last):
+            best = codes[j] + ahead[j - first] / pulls[j]
+            code = choose(best, pulls[j] * scales[j])
+            code *= kept[j]
+            steps[j - first] = step = (code - codes[j]) * scales[j]
+            codes[j] = code
+            ahead[j - first :] -= gram[j, j:last, None] * step
+        residual.addmm_(steps.T, gram[first:last], alpha=-1)
+    return OnGrid(grid, found.scales, codes.T.contiguous()), residual
