@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convexprune._device.memory import lacks_memory
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.model import DecoderLayer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune._layerwise.model import Call, DecoderLayer
 
 from ._checkpoints.admission import (

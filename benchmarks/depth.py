@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convexprune._layerwise.work import Work
-from convexprune._runs.run import prune_in_place
+from convexprune._runs.executors import prune_in_place
 from convexprune.adapters import HuggingFaceModel, load, text_windows
 from convexprune.adapters._removal.depth import layers_to_remove
 from convexprune.adapters._removal.shortening import find_shortening

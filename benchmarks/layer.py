@@ -21,7 +21,7 @@ from convexprune._layerwise.pipeline import Pipeline
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls
 from convexprune._layerwise.work import layer_steps
-from convexprune._runs.speed import measured_speed
+from convexprune._runs.cost import measured_speed
 from convexprune.adapters import HuggingFaceModel
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport

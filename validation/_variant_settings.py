@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.token_weights import TokenWeighting
-from convexprune._runs.run import check_patterns
+from convexprune._runs.executors import check_patterns
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._allocating import allocate_each
 from convexprune.adapters._removal.find import find_removal

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune._progress import Step, begin
 from convexprune.errors import CalibrationError
 

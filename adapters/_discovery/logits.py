@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune._layerwise.model import computing
 
 POSITIONS = 128  # of each window, at most

@@ -16,8 +16,8 @@ from convexprune._device.switches import pinned
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._runs import cost, sizes
-from convexprune._runs.run import check_patterns
-from convexprune._runs.speed import load, measured_speed, seconds
+from convexprune._runs.cost import load, measured_speed, seconds
+from convexprune._runs.executors import check_patterns
 from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
 from convexprune.errors import CalibrationError, RecipeError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk

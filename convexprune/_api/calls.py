@@ -22,7 +22,7 @@ from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._recipe_file import GIVEN, read_recipe
-from convexprune._runs.run import check_patterns
+from convexprune._runs.executors import check_patterns
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._storage.failures import working

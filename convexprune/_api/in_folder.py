@@ -22,9 +22,9 @@ from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import mark_sparse, sparsity_settings, write_card
 from convexprune._rendering.page import write_page
+from convexprune._runs.executors import prune_in_folder
 from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
-from convexprune._runs.run import prune_in_folder
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
 from convexprune._storage.files import checksums, sha256

@@ -7,7 +7,7 @@ from convexprune._api.result import PruneResult
 from convexprune._device.machine import threads as use_threads
 from convexprune._progress import begin
 from convexprune._rendering.card import mark_sparse
-from convexprune._runs.run import prune_in_place
+from convexprune._runs.executors import prune_in_place
 from convexprune.adapters import HuggingFaceModel
 from convexprune.report import OperatorReport
 

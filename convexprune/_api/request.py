@@ -32,7 +32,7 @@ from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._layerwise.work import Work
 from convexprune._progress import begin
 from convexprune._recipe_file import given
-from convexprune._runs.run import check_patterns
+from convexprune._runs.executors import check_patterns
 from convexprune._schema.functions import Call
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
 from convexprune.adapters._allocating import allocate

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ is not of concurrent.futures, which gives up a whole pool when a worker dies; he
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import ClassVar
@@ -17,11 +17,13 @@ import torch
 from convexprune._device.machine import threads
 from convexprune._device.memory import release_unused
 from convexprune._layerwise.folder_store import FolderStore, RankStore
-from convexprune._layerwise.model import AbstractModel
+from convexprune._layerwise.model import AbstractModel, DecoderLayer
 from convexprune._layerwise.processes import ProcessGroup
-from convexprune._layerwise.work import prune_claimed
+from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.store import MemoryStore
+from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.worker import Job, Worker
-from convexprune.errors import DependencyError, PruningError, RecipeError, install_hint, unknown
+from convexprune.errors import DependencyError, PatternError, PruningError, RecipeError, install_hint, unknown
 from convexprune.report import OnOperator
 
 RETRIES = 3  # workers started again, for each that there is, before a run is given up
@@ -33,20 +35,9 @@ class AbstractExecutor(ABC):
     """An executor finishes all layers of a run; `spawns` says whether in child processes of this process."""
 
     spawns: ClassVar[bool] = False
-
-    @property
-    def rank(self) -> int | None:
-        """The number of this process, if several processes open the run's folder on purpose; else None."""
-        return None
-
-    @property
-    def processes(self) -> int:
-        return 1
-
-    @property
-    def together(self) -> int:
-        """Number of workers that can share a layer."""
-        return 1
+    rank: int | None = None  # the number of this process, if several processes open the run's folder on purpose
+    processes: int = 1  # that share the threads of this process
+    together: int = 1  # workers that can share a layer
 
     @abstractmethod
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
@@ -69,8 +60,8 @@ class Ranks(AbstractExecutor):
     divide the threads.
     """
 
-    number: int
-    size: int
+    rank: int  # pyright: ignore[reportIncompatibleVariableOverride]
+    together: int
 
     @classmethod
     def here(cls) -> "Ranks":
@@ -88,20 +79,12 @@ class Ranks(AbstractExecutor):
             "executor='ranks' is for processes that torchrun or srun starts: RANK or SLURM_PROCID is not set."
         )
 
-    @property
-    def rank(self) -> int | None:
-        return self.number
-
-    @property
-    def together(self) -> int:
-        return self.size
-
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         with threads(job.threads):
             if job.work.settings.prefix == "dense":
                 prune_claimed(model, store, job.work, on_operator)
                 return
-            with ProcessGroup.connected(self.number, self.size) as ranks:
+            with ProcessGroup.connected(self.rank, self.together) as ranks:
                 ours = RankStore(store.folder, store.count, model.device, ranks, store.room)
                 prune_claimed(model, ours, job.work.of_rank(ranks), (lambda _: None) if ranks.rank else on_operator)
 
@@ -114,7 +97,7 @@ class Pool(AbstractExecutor):
     devices: Sequence[str]
 
     @property
-    def processes(self) -> int:
+    def processes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return len(self.devices)
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
@@ -142,11 +125,7 @@ class Pool(AbstractExecutor):
 class OnRay(AbstractExecutor):
     """Tasks of a Ray cluster whose nodes all see the run's folder; Ray restarts lost tasks."""
 
-    workers: int
-
-    @property
-    def processes(self) -> int:
-        return self.workers
+    processes: int
 
     def run(self, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator) -> None:
         import ray  # pyright: ignore[reportMissingImports]
@@ -155,9 +134,9 @@ class OnRay(AbstractExecutor):
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         on_gpu = model.device.type == "cuda"
-        task = ray.remote(num_cpus=job.threads, num_gpus=int(on_gpu), max_retries=RETRIES)(_do)
+        task = ray.remote(num_cpus=job.threads, num_gpus=int(on_gpu), max_retries=RETRIES)(Job.do)
         watch = _Watch(store, on_operator)
-        waiting = [task.remote(job, "cuda" if on_gpu else "cpu") for _ in range(self.workers)]
+        waiting = [task.remote(job, "cuda" if on_gpu else "cpu") for _ in range(self.processes)]
         try:
             while waiting:
                 done, waiting = ray.wait(waiting, timeout=POLL)
@@ -166,8 +145,8 @@ class OnRay(AbstractExecutor):
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None
         finally:
-            for one in waiting:
-                ray.cancel(one, force=True)
+            for task in waiting:
+                ray.cancel(task, force=True)
 
 
 EXECUTORS = ("serial", "pool", "ranks", "ray")
@@ -205,5 +184,27 @@ class _Watch:
         return len(self._reported) == self._store.count
 
 
-def _do(job: Job, device: str) -> None:
-    job.do(device)
+def check_patterns(layers: Iterable[DecoderLayer], settings: LayerSettings) -> None:
+    """Refuse, before any work, a pattern that some operator does not fit."""
+    for layer in layers:
+        for operator in layer.operators:
+            try:
+                settings.pattern_of(f"{layer.name}.{operator.name}").check(*operator.shape)
+            except PatternError as error:
+                raise PatternError(f"{layer.name}.{operator.name}: {error}") from error
+
+
+def prune_in_place(model: AbstractModel, work: Work, on_operator: OnOperator) -> None:
+    prune_claimed(model, MemoryStore(range(len(model.layers))), work, on_operator)
+
+
+def prune_in_folder(
+    executor: AbstractExecutor, job: Job, model: AbstractModel, store: FolderStore, on_operator: OnOperator
+) -> None:
+    """Prune every decoder layer that is missing in a store."""
+    store.discard_damaged()
+    for number in range(store.count):
+        if store.is_finished(number):
+            for report in store.reports(number):
+                on_operator(report)
+    executor.run(job, model, store, on_operator)

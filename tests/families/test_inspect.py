@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from convexprune import _cli as cli
 from convexprune._layerwise.model import DecoderLayer, Group
-from convexprune._runs.speed import Speed
+from convexprune._runs.cost import Speed
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
 from convexprune.adapters._discovery.experts import fused_parameters
 from convexprune.adapters._inspection import inspection

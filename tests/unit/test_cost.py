@@ -25,7 +25,7 @@ from convexprune._layerwise.steps import bounds as bounding
 from convexprune._layerwise.steps.bounds import WIDE
 from convexprune._layerwise.work import stack_steps
 from convexprune._runs import cost, sizes
-from convexprune._runs.speed import Speed, seconds
+from convexprune._runs.cost import Speed, seconds
 from convexprune._schema.functions import ADVISE, INSPECT
 from convexprune.adapters._inspection import inspection
 from convexprune.constraints import Columns, Unstructured

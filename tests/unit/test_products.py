@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convexprune import prune
 from convexprune._device.capabilities import MKLDNN_CHECKS
-from convexprune._device.products import widened
+from convexprune._device.precision import widened
 from convexprune.adapters import HuggingFaceModel
 
 CPU = torch.device("cpu")
