@@ -32,7 +32,7 @@ class Constraint(ABC):
 
     @property
     def share(self) -> float:
-        """The quantity that an allocation distributes: the share of zeros, or the saved share of 16 bits per weight."""
+        """Return the quantity that an allocation distributes: the share of zeros, or of 16 bits that are saved."""
         return self.sparsity
 
     @property
@@ -106,15 +106,14 @@ class Constraint(ABC):
         return None
 
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a weight that the constraint does not fit: all entries would be zero, or none although zeros are
-        requested.
+        """Refuse a weight [rows columns] that the constraint does not fit.
 
         Args:
             rows: m.
             columns: n.
 
         Raises:
-            PatternError: the constraint does not fit a weight [rows columns].
+            PatternError: all entries would be zero, or none although zeros are requested.
         """
         zeros = self.zeros(rows, columns)
         if zeros >= rows * columns or (zeros == 0 and self.sparsity > 0):

@@ -41,14 +41,7 @@ def from_percent(text: str) -> float:
 
 
 def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: str) -> float | None:
-    """The share of zeros of a pattern that has a name and nothing else.
-
-    Args:
-        sparsity: the share that is given beside a name; None: a half.
-
-    Returns:
-        The share; None if the text is of another kind.
-    """
+    """Return the share of zeros of a pattern that has a name and nothing else; None if the text is of another kind."""
     match = re.fullmatch(rf"{kind}(?: ([\d.]+)%)?", text)
     if match is None:
         return None
@@ -112,27 +105,12 @@ class Budget:
 
 
 def sizes(weight: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Return the square root of the cost, in a metric, of zeroing an entry.
-
-    Args:
-        weight: V [m n].
-        metric: h [n]; None: ones.
-
-    Returns:
-        |V_ij| sqrt(h_j) [m n].
-    """
+    """Return |V_ij| sqrt(h_j) [m n], the square root of the cost of zeroing an entry in a metric h [n]; None: ones."""
     return weight.abs() if metric is None else weight.abs() * metric.sqrt()
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Mark the largest entries of every row; of equal scores the earlier.
-
-    Args:
-        scores: [m n].
-
-    Returns:
-        [m n], True for the largest.
-    """
+    """Mark the largest entries of every row; of equal scores the earlier."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     least = kth_smallest(scores, scores.shape[1] - count + 1)
@@ -146,14 +124,7 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
 
 def column_norms(weight: Tensor, block: int = 1) -> Tensor:
-    """Return the norm of a column, or of its block.
-
-    Args:
-        weight: V [m n].
-
-    Returns:
-        |V_:b| [n], b the block of the column.
-    """
+    """Return the norm of a column, or of its block [n]."""
     norms = torch.linalg.vector_norm(weight, dim=0)
     if block == 1:
         return norms

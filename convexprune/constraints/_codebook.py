@@ -18,14 +18,10 @@ class OnSomeGrid(Protocol):
     """A weight on a grid."""
 
     @property
-    def codes(self) -> Tensor:
-        """Multiples of the scales [m n]."""
-        ...
+    def codes(self) -> Tensor: ...
 
     @property
-    def weight(self) -> Tensor:
-        """The weight [m n]."""
-        ...
+    def weight(self) -> Tensor: ...
 
 
 Made = TypeVar("Made", bound=OnSomeGrid)
@@ -33,17 +29,11 @@ Made = TypeVar("Made", bound=OnSomeGrid)
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """Scales of a weight V [m n] that is `codes * step - offset`.
+    """Scales of a weight V [m n] that is `codes * step - offset`."""
 
-    Args:
-        step: [m n/group], or [1 n] where columns have scales.
-        offset: of the same shape; None: zero.
-        units: numbers [m blocks] whose whole multiples the steps, and the offsets, are in a file; empty: none.
-    """
-
-    step: Tensor
-    offset: Tensor | None = None
-    units: tuple[Tensor, ...] = ()
+    step: Tensor  # [m n/group], or [1 n] where columns have scales
+    offset: Tensor | None = None  # of the same shape; None: zero
+    units: tuple[Tensor, ...] = ()  # numbers [m blocks] whose whole multiples the steps and offsets are in a file
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -121,15 +111,7 @@ class Codebook(ABC):
 
     @abstractmethod
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a shape that the grid does not fit.
-
-        Args:
-            rows: m.
-            columns: n.
-
-        Raises:
-            PatternError: the shape does not fit.
-        """
+        """Refuse a shape that the grid does not fit."""
 
     def nearest(self, multiples: Tensor) -> Tensor:
         """Return the nearest values; `multiples` may be overwritten."""
@@ -137,23 +119,16 @@ class Codebook(ABC):
         return values[torch.bucketize(multiples, middles)]
 
     def chooser(self, codes: Tensor, price: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return a function that chooses the codes of a column [m], each at least cost.
+        """Return a function that chooses a column's codes [m] by the best multiples and the curvature of the error.
 
-        Args:
-            codes: [m n], from which the costs of codes in bits follow, where codes have any.
-            price: of a bit.
-
-        Returns:
-            A function of the best multiples [m], and of the curvature of the error there.
+        A bit has a price; the cost of codes in bits follows from `codes` [m n], where codes have any.
         """
         return lambda best, curvature: self.nearest(best)
 
     def price(self, scales: Scales, shape: Callable[[], Tensor]) -> float:
-        """Return what a bit costs, in units of the error; 0 where all codes take the same bits.
+        """Return the price of a bit, in units of the error; 0 where all codes take the same bits.
 
-        Args:
-            scales: of the weight.
-            shape: gives the errors of columns [n] that cost the same.
+        `shape` gives the errors of columns [n] that cost the same.
         """
         return 0.0
 
@@ -182,12 +157,9 @@ class Codebook(ABC):
         return Scales(self.round_step(scales.step))
 
     def settled(self, scales: Scales, square: Tensor, slope: Tensor) -> Scales:
-        """Return rounded scales after a descent on their error, where they have units to be multiples of.
+        """Return rounded scales after a descent on their error, where scales are multiples of units.
 
-        Args:
-            scales: the rounded ones.
-            square: Q [m k k] of the error, a quadratic of `Scales.flat`.
-            slope: its residual [m k] there.
+        The error is a quadratic of `Scales.flat`, with Q [m k k] and the residual `slope` [m k] there.
         """
         return scales
 
@@ -198,28 +170,18 @@ class Codebook(ABC):
         fit: "Callable[[Codebook], Scales]",
         attempt: Callable[[slice, Scales], Made],
     ) -> Made:
-        """Put a weight on the grid with the scales that fit best, or the least that a number of bits allows.
+        """Put a weight [m n] on the grid with the scales that fit best, or the least that a number of bits allows.
 
-        Args:
-            weight: V [m n].
-            shape: gives the scales of columns [n] relative to each other, where columns have scales.
-            fit: gives the scales of groups, where groups have scales.
-            attempt: makes of some rows, and scales, a weight with these scales.
-
-        Returns:
-            What `attempt` has made of all rows.
+        Columns have scales relative to each other by `shape` [n], groups those of `fit`. An `attempt` makes of some
+        rows, and scales, a weight with these scales; that of all rows is returned.
         """
         return attempt(slice(None), fit(self))
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
         """Return scales of least squared error, of some candidates, when each entry is rounded to its nearest code.
 
-        Args:
-            weight: V [m n]; zeros need no code and do not count, where the grid has a zero.
-            metric: h [n], not negative: the error is sum_j h_j (V_j' - V_j)^2; None: ones.
-
-        Returns:
-            Scales that a file can have.
+        The error is sum_j h_j (V_j' - V_j)^2 in a metric h [n]. Zeros do not count where the grid has a zero. A file
+        can have these scales.
         """
         width = self.width(weight.shape[1])
         groups = weight.unflatten(1, (-1, width))
@@ -232,12 +194,9 @@ class Codebook(ABC):
         return self.best(groups, clips, lambda off: off.square_().mul_(counts))
 
     def best(self, groups: Tensor, candidates: Iterable[Tensor], cost: Callable[[Tensor], Tensor]) -> Scales:
-        """Return the candidate of least cost for each group.
+        """Return the candidate steps [m n/group] of least cost for each group [m n/group group].
 
-        Args:
-            groups: [m n/group group].
-            candidates: steps [m n/group].
-            cost: of deviations [m n/group group]; it may overwrite them.
+        The cost is of deviations, which may be overwritten.
         """
         best = torch.ones_like(groups[..., 0])
         least = torch.full_like(best, torch.inf)
@@ -250,12 +209,7 @@ class Codebook(ABC):
         return Scales(best)
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """Return the nearest weight [m n] on the grid, as near as `fit` finds it.
-
-        Args:
-            weight: V [m n].
-            metric: as of `fit`.
-        """
+        """Return the nearest weight [m n] on the grid, as near as `fit` finds it."""
         scales = self.fit(weight, metric)
         return self.weight(self.codes(weight, scales), scales)
 

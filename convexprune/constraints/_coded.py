@@ -54,7 +54,6 @@ class Coded(Codebook):
 
     @property
     def share(self) -> float:
-        """See `Codebook.share`."""
         return 1 - self.bits / WHOLE
 
     def with_share(self, share: float) -> "Coded":
@@ -71,7 +70,7 @@ class Coded(Codebook):
         return multiples.round_().clamp_(self.values[0], self.values[-1])
 
     def check(self, rows: int, columns: int) -> None:
-        """See `Codebook.check`: the scales alone do not take half of the bits."""
+        """Refuse so few rows that the scales alone take half of the bits."""
         if SCALE / rows > self.bits / 2:
             raise PatternError(
                 f"{self.bits:g} bits a weight of {rows} rows: the scales of the columns alone take {SCALE / rows:.2g}. "
@@ -79,18 +78,11 @@ class Coded(Codebook):
             )
 
     def rate(self, codes: Tensor) -> float:
-        """The bits that a weight takes.
-
-        Args:
-            codes: [m n].
-
-        Returns:
-            The left side of the inequality above.
-        """
+        """Return the bits that a weight of these `codes` [m n] takes: the left side of the inequality above."""
         return entropy(codes) + SCALE / len(codes)
 
     def scales(self, step: float, shape: Tensor, weight: Tensor) -> Scales:
-        """Return the scales of columns: `step` times the shape, and so large that 127 reaches the largest weight.
+        """Return bfloat16 scales of columns [1 n]: `step` times the shape, or what the largest weight needs.
 
         A few inputs of a language model are a thousand times as large as others. Their columns would have scales so
         small that no code reached their weights, where an error costs the most. Others hardly occur in the sample, and
@@ -102,13 +94,13 @@ class Coded(Codebook):
             weight: V [m n].
 
         Returns:
-            Steps [1 n], bfloat16 numbers in the dtype of `shape`.
+            The scales.
         """
         rounded = shape.clamp_max(WIDEST * shape.median()).log2().mul_(OCTAVE).round_().div_(OCTAVE).exp2_()
         return Scales(rounded_scale(torch.maximum(step * rounded, weight.abs().amax(0) / self.values[-1]))[None])
 
     def step(self, weight: Tensor, shape: Tensor) -> float:
-        """The smallest step with which the nearest codes of a weight take no more than `bits`, found by halving.
+        """Return the smallest step with which the nearest codes of a weight take no more than `bits`, found by halving.
 
         Args:
             weight: V [m n].
@@ -134,7 +126,7 @@ class Coded(Codebook):
         fit: Callable[[Codebook], Scales],
         attempt: Callable[[slice, Scales], Made],
     ) -> Made:
-        """See `Codebook.search`: the smallest step, or nearly, of which the codes take no more bits than there are.
+        """Take the smallest step, or nearly, of which the codes take no more bits than there are.
 
         By a step that is twice as long codes take a bit less, as if weights had a density (Gish and Pierce, 1968). So
         each step follows from what the one before has come to, at first of a sample of rows.
@@ -156,14 +148,14 @@ class Coded(Codebook):
             step *= 2 ** (max(over, NEAR) * 1.5 if over > 0 else over + NEAR / 2)
 
     def price(self, scales: Scales, shape: Callable[[], Tensor]) -> float:
-        """See `Codebook.price`: by the step of most columns, not of those whose largest weight needs a larger one."""
+        """Return the price by the step of most columns, not of those whose largest weight needs a larger one."""
         return PRICE * float((scales.step / shape()).quantile(0.5)) ** 2
 
     def chooser(self, codes: Tensor, price: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `Codebook.chooser`.
+        """Choose codes c that cost `price` times their length l_c besides.
 
-        A code c costs `price` times its length l_c besides. With the curvature h and the best multiple t that is
-        h (c - t)^2 / 2 + price * l_c, so c is better than c - 1 for |t| > c - 1/2 + price (l_c - l_{c-1}) / h.
+        With the curvature h and the best multiple t that is h (c - t)^2 / 2 + price * l_c, so c is better than c - 1
+        for |t| > c - 1/2 + price (l_c - l_{c-1}) / h.
         """
         if not price:
             return super().chooser(codes, price)
@@ -177,19 +169,12 @@ class Coded(Codebook):
         return choose
 
     def found(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the codes of a weight as it is stored.
-
-        Args:
-            weight: V [m n], of any dtype.
-
-        Returns:
-            Codes [m n] in int8, and which columns are on the grid [n]; of others the codes mean nothing.
-        """
+        """Return int8 codes [m n] of a stored `weight`, and the columns on the grid [n]; others mean nothing."""
         _, codes, on = STORED.find(weight.T.contiguous())
         return codes.T, on[:, 0]
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `Codebook.project`: in a metric h the steps are as 1 / sqrt(h), which spreads the error evenly."""
+        """Take steps as 1 / sqrt(h) in a metric h, which spreads the error evenly."""
         if self.violation(weight) == 0:
             return weight
         shape = _shape(weight, metric)
@@ -202,7 +187,6 @@ class Coded(Codebook):
             step *= 1.02
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
-        """See `Codebook.fit`: the smallest with which there are bits enough."""
         shape = _shape(weight, metric)
         return self.scales(self.step(weight, shape), shape, weight)
 

@@ -58,17 +58,14 @@ class Columns(Mask):
 
     @property
     def continuous(self) -> bool:
-        """True, up to a column or a block."""
         return True
 
     @property
     def by_column(self) -> bool:
-        """True."""
         return True
 
     @property
     def by_row(self) -> bool:
-        """All rows choose together."""
         return False
 
     def check(self, rows: int, columns: int) -> None:
@@ -103,9 +100,7 @@ class Columns(Mask):
         return kept.expand(scores.shape).clone()
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return thresholds by entry: a score is to its threshold as the norm of its block is to the threshold of
-        norms.
-        """
+        """Return thresholds by entry: a score is to its own as the norm of its block is to the threshold of norms."""
         norms = column_norms(scores, self.block)[None]
         each, removed = norms[:, :: self.block], self._removed(norms.shape[1]) // self.block
         between = kth_smallest(each, min(removed + 1, each.shape[1]))

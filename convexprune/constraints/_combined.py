@@ -50,22 +50,18 @@ class Quantized(Constraint):
 
     @property
     def continuous(self) -> bool:
-        """As the support, or as any number of bits can be had."""
         return self.support.continuous if self.values.share is None else True
 
     @property
     def by_column(self) -> bool:
-        """As the support."""
         return self.support.by_column
 
     @property
     def by_row(self) -> bool:
-        """As the support."""
         return self.support.by_row
 
     @property
     def block(self) -> int:
-        """As the support."""
         return self.support.block
 
     def check(self, rows: int, columns: int) -> None:
@@ -73,7 +69,7 @@ class Quantized(Constraint):
         self.values.check(rows, columns)
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `Constraint.project`: the support first, then what is kept."""
+        """Project on the support first, then put what is kept on the grid."""
         return self.values.project(self.support.project(weight, metric), metric)
 
     def violation(self, weight: Tensor) -> int:
@@ -87,7 +83,6 @@ class Quantized(Constraint):
 
     @property
     def share(self) -> float:
-        """The share of bits, if the grid takes any number of bits; else the support's share of zeros."""
         saved = self.values.share
         return self.support.share if saved is None else saved
 
@@ -149,22 +144,19 @@ class Stacked(Constraint):
 
     @property
     def by_column(self) -> bool:
-        """True if all operators choose whole columns, separately."""
         return all(each.by_column for each in self.constraints)
 
     @property
     def by_row(self) -> bool:
-        """True if rows compete in no operator."""
         return all(each.by_row for each in self.constraints)
 
     @property
     def compensates(self) -> bool:
-        """True if any operator compensates."""
         return any(each.compensates for each in self.constraints)
 
     @property
     def block(self) -> int:
-        """Number of columns after which a block of every operator ends."""
+        """Return the number of columns after which a block of every operator ends."""
         return lcm(*(each.block for each in self.constraints))
 
     def describe(self) -> str:

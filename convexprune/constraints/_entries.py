@@ -66,12 +66,10 @@ class Unstructured(Mask):
 
     @property
     def continuous(self) -> bool:
-        """True, up to an entry."""
         return True
 
     @property
     def by_row(self) -> bool:
-        """True with quota="row"."""
         return self.quota == "row"
 
     def with_share(self, share: float) -> "Unstructured":
@@ -103,7 +101,6 @@ class Unstructured(Mask):
         return keep_largest(lines, lines.shape[1] - zeros // (len(lines) // count)).view_as(scores)
 
     def _lines(self, scores: Tensor) -> Tensor:
-        """Return the units with a quota: rows, or whole weights."""
         return scores.flatten(0, 1) if self.by_row else scores.flatten(1)
 
 
@@ -139,12 +136,11 @@ class SemiStructured(Mask):
 
     @property
     def sparsity(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The share of zeros."""
+        """Return the share of zeros."""
         return 1 - self.kept / self.group
 
     @property
     def block(self) -> int:
-        """A group is chosen as a whole."""
         return self.group
 
     def describe(self) -> str:
@@ -180,7 +176,6 @@ class SemiStructured(Mask):
         return SemiStructured(round((1 - share) * self.group), self.group)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        """Every N of that M."""
         return [SemiStructured(kept, self.group) for kept in range(self.group - 1, 0, -1)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:

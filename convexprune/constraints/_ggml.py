@@ -35,7 +35,6 @@ class Block(Codebook):
         return self.group
 
     def check(self, rows: int, columns: int) -> None:
-        """See `Codebook.check`: a row is a whole number of blocks."""
         if columns % self.block:
             raise PatternError(
                 f"{columns} columns are no whole number of blocks of {self.block}, which {self.name} needs. "
@@ -47,7 +46,7 @@ class Block(Codebook):
         return torch.where(half == 0, SMALLEST, half)
 
     def fit(self, weight: Tensor, metric: Tensor | None = None) -> Scales:
-        """See `Codebook.fit`: of candidate ranges, with the step and the offset by least squares for their codes."""
+        """Fit candidate ranges, with the step and the offset by least squares for their codes."""
         x = weight.unflatten(1, (-1, self.group))
         h = torch.ones_like(x) if metric is None else metric.view(1, -1, self.group).expand_as(x)
         best, least = (torch.zeros_like(x[..., :1]),) * 2, torch.full_like(x[..., :1], torch.inf)
@@ -79,7 +78,6 @@ class Block(Codebook):
         )
 
     def _places(self, codes: Tensor) -> Tensor:
-        """Return the places of codes among the values."""
         return torch.bucketize(codes, torch.tensor(self.values, dtype=codes.dtype))
 
     @abstractmethod
@@ -138,7 +136,7 @@ class Super(Block):
     """Sweeps over the scales of a row."""
 
     def round_step(self, step: Tensor) -> Tensor:
-        """See `Codebook.round_step`: rounding takes all scales of a block (`rounded`)."""
+        """Leave a step as it is: rounding takes all scales of a block (`rounded`)."""
         return divisible(step)
 
     def rounded(self, scales: Scales) -> Scales:
@@ -232,7 +230,7 @@ class WithMinima(Super):
         return super()._in_units(step.clamp_min(0))
 
     def violation(self, weight: Tensor) -> int:
-        """See `Codebook.violation`: groups are counted that have more values than there are codes."""
+        """Count the groups that have more values than there are codes."""
         ordered = weight.unflatten(1, (-1, self.group)).sort(2).values
         different = 1 + (ordered.diff(dim=2) != 0).sum(2)
         return self.group * int((different > len(self.values)).sum())

@@ -32,7 +32,6 @@ class Grouped(Codebook):
         return columns if self.group == ROW else self.group
 
     def check(self, rows: int, columns: int) -> None:
-        """See `Codebook.check`: a row is a whole number of groups."""
         if columns % self.width(columns):
             fits = [str(size) for size in GROUPS if columns % size == 0]
             ways = f"Take group_size {' or '.join([*fits, '-1'])} (-1: one scale for a row)"
@@ -69,19 +68,19 @@ class Grid(Grouped):
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The name of the numbers, as in `quantize`."""
+        """Return the name of the numbers, as in `quantize`."""
         return f"int{self.bits}"
 
     @cached_property
     def values(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The codes."""
+        """Return the codes."""
         return tuple(map(float, range(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1))))
 
     def nearest(self, multiples: Tensor) -> Tensor:
         return multiples.round_().clamp_(self.values[0], self.values[-1])
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        """See `Codebook.project`; groups that are on the grid stay as they are."""
+        """Leave groups that are on the grid as they are."""
         step, _, on = self.find(weight)
         scales = Scales(torch.where(on, step.to(weight), self.fit(weight, metric).step))
         return self.weight(self.codes(weight, scales), scales)

@@ -102,7 +102,6 @@ class Heads(Columns):
         check_some(self.sparsity, columns, "KV groups of heads")
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        """All layers keep as many."""
         return [self]
 
 
@@ -132,11 +131,9 @@ class _Whole(Mask):
 
     @property
     def compensates(self) -> bool:
-        """True."""
         return True
 
     def width(self, columns: int) -> int:
-        """Return the number of remaining parts."""
         return columns - round(self.sparsity * columns)
 
     def check(self, rows: int, columns: int) -> None:
@@ -152,7 +149,6 @@ class _Whole(Mask):
         return torch.ones_like(scores, dtype=torch.bool)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Nothing is too small to be kept."""
         return scores.new_zeros(len(scores), 1)
 
 

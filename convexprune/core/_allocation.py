@@ -16,16 +16,11 @@ OUTLIER = 5  # times the mean score; OWL's M
 
 @dataclass(frozen=True)
 class Curve:
-    """The cost of pruning a unit at several sparsities.
-
-    Args:
-        costs: a cost for every sparsity, in units that add up over units of the model: errors times their effect on the
-            loss.
-    """
+    """The cost of pruning a unit at several sparsities."""
 
     size: int
     sparsities: tuple[float, ...]
-    costs: tuple[float, ...]
+    costs: tuple[float, ...]  # that add up over units of the model: errors times their effect on the loss
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in pairwise(self.sparsities))
@@ -37,7 +32,7 @@ class Curve:
 
     @property
     def envelope(self) -> "Curve":
-        """Return the largest convex function below the points, by its corners (Andrew's monotone chain)."""
+        """Return the largest convex function below the points, by corners (Andrew's monotone chain)."""
         hull: list[tuple[float, float]] = []
         for x, y in zip(self.sparsities, self.costs, strict=True):
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (x, y)):
@@ -46,11 +41,7 @@ class Curve:
         return Curve(self.size, tuple(x for x, _ in hull), tuple(y for _, y in hull))
 
     def refined(self, times: int) -> "Curve":
-        """Add points, so that costs between two points are exponentials of the share.
-
-        Returns:
-            The curve; at a cost of zero the points are added on a line.
-        """
+        """Add points, so that costs between two points are exponentials of the share; on a line at a cost of zero."""
         xs, ys = list(self.sparsities[:1]), list(self.costs[:1])
         points = list(zip(self.sparsities, self.costs, strict=True))
         for (x, a), (y, b) in pairwise(points):
@@ -72,15 +63,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class SparsityAllocation:
-    """A sparsity for every unit.
-
-    Args:
-        gap: cost - gap is a lower bound for any allocation.
-    """
-
     sparsities: tuple[float, ...]
     cost: float
-    gap: float
+    gap: float  # cost - gap is a lower bound for any allocation
 
 
 def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> SparsityAllocation:
@@ -94,9 +79,8 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
 
         min >= sum_u min_s (c_u(s) - l size_u s) + l zeros
 
-    Args:
-        whole: take whole pieces only, so that every unit is at a corner of its envelope (for N:M patterns). The
-            sparsity is then at least the requested sparsity, and the gap is measured at the resulting sparsity.
+    With `whole` every unit is at a corner of its envelope (for N:M patterns); the sparsity is then at least the
+    requested sparsity, and the gap is measured there.
     """
     envelopes = [curve.envelope for curve in curves]
     found = [curve.sparsities[0] for curve in envelopes]
@@ -168,36 +152,18 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
 
 
 def share_of_outliers(scores: Tensor) -> float:
-    """Return OWL's statistic of a layer: the share of scores above `OUTLIER` times their mean.
-
-    Args:
-        scores: |W_ij| |x_j| of all its weights [weights].
-    """
+    """Return OWL's statistic of a layer: the share of scores |W_ij| |x_j| above `OUTLIER` times their mean."""
     return float((scores > OUTLIER * scores.mean()).float().mean())
 
 
 def sums_of_powers(weight: Tensor) -> Tensor:
-    """Return sums of powers for `skewness`, to be added up over the weights of a layer.
-
-    Args:
-        weight: W [m n].
-
-    Returns:
-        sum |W_ij|^k, k = 0 to 3 [4], float64.
-    """
+    """Return sum |W_ij|^k, k = 0 to 3 [4], for `skewness`, to be added up over the weights of a layer."""
     sizes = weight.abs().double()
     return torch.stack([sizes.pow(k).sum() for k in range(4)]).cpu()
 
 
 def skewness(powers: Tensor) -> float:
-    """The skewness of a layer's absolute weights: the third central moment over the variance to the power of 3/2.
-
-    Args:
-        powers: see `sums_of_powers` [4].
-
-    Returns:
-        The skewness; 0 if all are alike.
-    """
+    """Return the third central moment of absolute weights over the variance to the power of 3/2; 0 if all are alike."""
     count, first, second, third = powers.tolist()
     first, second, third = first / count, second / count, third / count
     variance = second - first**2

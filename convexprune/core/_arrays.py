@@ -31,21 +31,14 @@ def as_floats(name: str, value: object) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DataFormat:
-    """The form in which a problem was stated, so that its answer has the same.
+    """The form in which a problem was stated, so that its answer has the same."""
 
-    Args:
-        numpy: NumPy, SciPy or pandas, not torch.
-        flat: one response, without an axis for the rows.
-        means: of the inputs [n] and of the targets [m], if both were centred for an intercept.
-    """
-
-    numpy: bool = False
-    flat: bool = False
-    means: tuple[Tensor, Tensor] | None = None
+    numpy: bool = False  # NumPy, SciPy or pandas, not torch
+    flat: bool = False  # one response, without an axis for the rows
+    means: tuple[Tensor, Tensor] | None = None  # of inputs [n] and targets [m] that were centred for an intercept
 
     @classmethod
     def of(cls, targets: object, means: tuple[Tensor, Tensor] | None = None) -> "DataFormat":
-        """Return the form of the `targets`."""
         if isinstance(targets, Tensor) and targets.ndim == 2 and means is None:
             return TENSORS
         return cls(not isinstance(targets, Tensor), np.ndim(targets) == 1, means)  # pyright: ignore[reportArgumentType]

@@ -17,15 +17,10 @@ from convexprune.errors import ProblemError
 
 @dataclass(frozen=True)
 class PruningBound:
-    """A lower bound on the error of any weight in a pattern.
+    """A lower bound on the error of any weight in a pattern."""
 
-    Args:
-        error: the squared error mean |V x* - target|^2, summed over rows, of the pruned weight.
-        lower: no weight in the pattern with equally many non-zeros has a lower error on these rows.
-    """
-
-    error: float
-    lower: float
+    error: float  # mean |V x* - target|^2 of the pruned weight, summed over rows
+    lower: float  # no weight in the pattern with equally many non-zeros has a lower error on these rows
     rows: int
 
     @property
@@ -51,29 +46,19 @@ class LowerBound:
         max_B  <c, B> + barrier log det(H - B),     c_j = V_j^2 (1 / z_j - 1) / 2
 
     where c is the derivative of the relaxed value, concave in B.
-
-    Args:
-        last_iterations: iterations of ADMM after the last round.
-        barriers: the first and the last barrier, in units of <c, B> / n; barriers fall geometrically.
-        per_row: give every row a separate split, which is tighter and costs four factorisations [n n] a row and round;
-            else all rows share a split.
     """
 
     rounds: int = 12
     iterations: int = 20
-    last_iterations: int = 100
-    barriers: tuple[float, float] = (1.0, 1e-2)
-    per_row: bool = True
+    last_iterations: int = 100  # after the last round
+    barriers: tuple[float, float] = (1.0, 1e-2)  # first and last, in units of <c, B> / n; they fall geometrically
+    per_row: bool = True  # a split for every row: tighter, at four factorisations [n n] a row and round
 
     @torch.no_grad()
     def of(self, quadratic: Quadratic, pattern: Constraint, weight: Tensor) -> PruningBound:
-        """Bound the error of a pruned weight, whose rows may be a sample of an operator's rows.
+        """Bound the error of a pruned weight [m n], whose rows may be a sample of an operator's rows.
 
         A quota of the whole matrix then means the number of non-zeros that the weight has in these rows.
-
-        Args:
-            quadratic: the error as a quadratic of weights [m n].
-            weight: the pruned weight [m n].
         """
         return self.of_each(quadratic, [pattern], [weight])[0]
 
@@ -81,11 +66,7 @@ class LowerBound:
     def of_each(
         self, quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]
     ) -> list[PruningBound]:
-        """Bound operators that share their inputs.
-
-        Args:
-            quadratic: the error of all operators; its rows are the operators' rows in order.
-        """
+        """Bound operators that share their inputs; the rows of the quadratic are the operators' rows in order."""
         return [self._alone(operator) for operator in _posed(quadratic, patterns, weights)]
 
     @torch.no_grad()
@@ -135,14 +116,10 @@ class LowerBound:
 
 @dataclass(frozen=True, eq=False)
 class _Operator:
-    """An operator to bound, in coordinates in which H has a unit diagonal.
-
-    Args:
-        first: the inverse of H, and the first split; None if H is singular.
-    """
+    """An operator to bound, in coordinates in which H has a unit diagonal."""
 
     quadratic: Quadratic
-    first: tuple[Tensor, Tensor] | None
+    first: tuple[Tensor, Tensor] | None  # the inverse of H, and the first split; None if H is singular
     weight: Tensor
     budget: Budget
     kept: Tensor
@@ -161,7 +138,6 @@ class _Operator:
 
 
 def _posed(quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]) -> list[_Operator]:
-    """Return operators that share their inputs, see `LowerBound.of_each`."""
     weight = torch.cat(list(weights))
     if tuple(weight.shape) != quadratic.shape:
         raise ProblemError(f"The weight is {list(weight.shape)}; this quadratic needs {list(quadratic.shape)}.")
@@ -185,14 +161,7 @@ def _fitted(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor
 
 
 def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
-    """Return the budget of a weight.
-
-    Args:
-        weight: [m n].
-
-    Returns:
-        The budget, and the number of non-zero units allowed per line [lines 1].
-    """
+    """Return the budget of a weight, and the number of non-zero units allowed per line [lines 1]."""
     budget = pattern.budget(weight.shape)
     if budget is None:
         raise ProblemError(f"A bound needs a pattern of one operator that counts its zeros; this is {pattern}.")
@@ -207,11 +176,7 @@ def budget_of(pattern: Constraint, weight: Tensor) -> tuple[Budget, Tensor]:
 
 
 def without_dead_inputs(q: Quadratic) -> Quadratic:
-    """Add 1/2 |V|^2 on the inputs that are always zero: the best pruning has zeros there.
-
-    Returns:
-        The sum; `q` itself if no input is always zero.
-    """
+    """Add 1/2 |V|^2 on the inputs that are always zero: the best pruning has zeros there."""
     dead = q.gram.diagonal() == 0
     if not bool(dead.any()):
         return q
@@ -220,17 +185,12 @@ def without_dead_inputs(q: Quadratic) -> Quadratic:
 
 
 def lower_bound(q: Quadratic, split: Tensor, weight: Tensor, budget: Budget, kept: Tensor) -> float:
-    """A bound below q(V), summed over rows, for every V in the pattern.
+    """Return a bound below q(V), summed over rows, for every V in the pattern, from any weight V0 [m n].
 
         q(V0) + sum_ij (K V0 + 1/2 B V0^2)_ij - (the `kept` largest of each line, of the units' sums of
                                                   (K + B V0)^2 / 2 B)
 
-    A bound on the rounding of all that (float64) is subtracted.
-
-    Args:
-        q: the quadratic of weights [m n].
-        split: B [m n], each row proven to be below H.
-        weight: V0 [m n], any weight.
+    Each row of the split B [m n] is proven to be below H. A bound on the rounding of all that (float64) is subtracted.
     """
     residual = q.residual(weight)
     values = q.values(weight, residual)

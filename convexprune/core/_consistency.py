@@ -16,17 +16,7 @@ ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens hav
 
 
 def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> tuple[Tensor | None, ...]:
-    """Return the parts of a quadratic as tensors of a common dtype and device.
-
-    Args:
-        gram: H [n n].
-        cross: G [m n].
-        energy: e [m].
-        anchor: A [m n], or None.
-
-    Returns:
-        The four tensors; None for an anchor that is None.
-    """
+    """Return gram [n n], cross [m n], energy [m] and anchor [m n] as tensors of a common dtype and device."""
     target = as_tensor("cross", cross)
     if target.ndim != 2 or 0 in target.shape:
         raise ProblemError(f"`cross` is {list(target.shape)}; it must be [outputs inputs], one of each at least.")
@@ -57,15 +47,6 @@ def symmetric(gram: Tensor, cross: Tensor, energy: Tensor, anchor: Tensor | None
 
     Differences of up to 3e-4, the root of float32's precision, count as rounding: of targets, in units of the anchor's
     outputs.
-
-    Args:
-        gram: H [n n].
-        cross: G [m n].
-        energy: e [m].
-        anchor: A [m n], or None.
-
-    Returns:
-        H, or (H + H') / 2 if H is symmetric only up to rounding.
     """
     for name, tensor in {"gram": gram, "cross": cross, "energy": energy, "anchor": anchor}.items():
         if tensor is not None and not bool(tensor.isfinite().all()):
@@ -111,12 +92,7 @@ def _symmetric_part(gram: Tensor) -> Tensor:
 
 
 def room_for_rounding(gram: Tensor, precision: float) -> float:
-    """Bound the rounding error of sums, in units of the energy.
-
-    Args:
-        gram: H [n n].
-        precision: the rounding error of the given tensors' dtype.
-    """
+    """Bound the rounding error of sums, in units of the energy, by the precision of the given tensors' dtype."""
     return ROOM * (len(gram) + 64) * precision
 
 
@@ -125,13 +101,7 @@ def is_sum_of_squares(
 ) -> bool:
     """Return True if H is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
 
-    Args:
-        gram: H [n n], with a diagonal near 1, or zero.
-        cross: G [m n].
-        energy: e [m].
-        unit: the energies [m] in whose units rounding is measured.
-        precision: the rounding error of the given tensors' dtype.
-        factor: the Cholesky factor of H [n n], or None.
+    H has a diagonal near 1, or zero; rounding is measured in `unit` [m], energies.
     """
     room = room_for_rounding(gram, precision)
     least = energy + room * unit

@@ -26,24 +26,15 @@ OF_RESIDUAL, OF_PRICE = 6, 4
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """Factor and least eigenvalue of H [n n], computed once.
-
-    Args:
-        lower: F [n n], float32.
-        least: l; except for dead inputs H has no eigenvalue below.
-    """
+    """Factor and least eigenvalue of H [n n], computed once."""
 
     parts: Parts
-    lower: Tensor
-    least: float
+    lower: Tensor  # F [n n], float32
+    least: float  # l; except for dead inputs H has no eigenvalue below
 
     @classmethod
     def of(cls, quadratic: Quadratic) -> "Inverse | None":
-        """Return the inverse of a quadratic; None if H is not definite beyond the rounding of float32.
-
-        Args:
-            quadratic: with a diagonal of H near 1, or zero, and entries of float32.
-        """
+        """Return the inverse of a quadratic in units of a diagonal near 1; None if H is not definite in float32."""
         gram = quadratic.gram.float()
         least = rounding_margin(gram)
         factor = cholesky(gram + torch.where(quadratic.dead, 1.0, -2 * least).to(gram).diag())
@@ -52,27 +43,15 @@ class Inverse:
 
 @dataclass(frozen=True, eq=False)
 class InParts(Quadratic):
-    """A quadratic, to be certified at a single weight V [m n].
-
-    Args:
-        error: e [m 1], of the residual at V.
-        known: the residual at V [m n].
-        moved: |V - A| summed over rows [m].
-    """
+    """A quadratic, to be certified at a single weight V [m n]."""
 
     inverse: Inverse | None = None
-    error: Tensor | None = None
-    known: Tensor | None = None
-    moved: Tensor | None = None
+    error: Tensor | None = None  # e [m 1], of the residual at V
+    known: Tensor | None = None  # the residual at V [m n]
+    moved: Tensor | None = None  # |V - A| summed over rows [m]
 
     @classmethod
     def about(cls, quadratic: Quadratic, weight: Tensor, inverse: Inverse) -> "InParts":
-        """The quadratic, about a weight.
-
-        Args:
-            quadratic: in float64.
-            weight: V [m n].
-        """
         displacement = quadratic.displacement(weight)
         left = Parts.of(displacement, OF_RESIDUAL, 1)
         residual = quadratic.cross - product_of_parts(left, inverse.parts, OF_RESIDUAL)
@@ -81,7 +60,6 @@ class InParts(Quadratic):
         return cls(*tensors, False, inverse, error, residual, displacement.abs().sum(1))
 
     def residual(self, weight: Tensor) -> Tensor:
-        """Return K [m n] at V."""
         assert self.known is not None
         return self.known
 
@@ -96,18 +74,16 @@ class InParts(Quadratic):
 
     @property
     def factor(self) -> Tensor | None:
-        """The factor of float32."""
         assert self.inverse is not None
         return self.inverse.lower
 
     @property
     def is_well_conditioned(self) -> bool:
-        """True: an ill-conditioned quadratic is not certified in parts."""
         return True
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """True if every energy is large enough for its cross term, up to rounding; H is definite."""
+        """Return True if every energy is large enough for its cross term, up to rounding; H is definite."""
         unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
         least = self.energy + room_for_rounding(self.gram, self._cache.precision) * unit
         return bool((2 * self._price(self.cross) <= least).all())
@@ -117,7 +93,7 @@ class InParts(Quadratic):
         return (self._price(gradient).sqrt() + self._blur).square()
 
     def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
-        """See `SumOfSquares.scaled_price`: s K is off by s E."""
+        """Return the cost of the dual point s K, where s K is off by s E."""
         root = (1 - scale).abs() * (values + self.rounding).sqrt()
         return (root + scale * self._blur).square()
 

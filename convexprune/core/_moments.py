@@ -23,10 +23,6 @@ class ErrorMoments:
     Of inputs, d = x - x* [n], they are sum d x*' and sum d d' [n n], and serve any weight. Of outputs, d [m] is the
     error of the outputs of one weight W [m n], W (x - x*) or the error of the residual stream: sum d x*' [m n] and sum
     d^2 [m]. The second kind needs less memory, and less work if 4 m < 3 n.
-
-    Args:
-        cross: sum d x*' [n n] or [m n].
-        change: sum d d' [n n] or sum d^2 [m].
     """
 
     def __init__(self, cross: Tensor, change: Tensor) -> None:
@@ -34,22 +30,13 @@ class ErrorMoments:
 
     @classmethod
     def zeros(cls, gram: Tensor, outputs: int | None = None) -> "ErrorMoments":
-        """Return the moments of no token.
-
-        Args:
-            gram: the second moments [n n] of the inputs, for shape, dtype and device.
-        """
+        """Return the moments of no token, for inputs with the second moments `gram` [n n]."""
         if outputs is None:
             return cls(torch.zeros_like(gram), torch.zeros_like(gram))
         return cls(gram.new_zeros(outputs, len(gram)), gram.new_zeros(outputs))
 
     @staticmethod
     def cheaper_in_output_space(outputs: int, inputs: int) -> bool:
-        """Return True if moments of the outputs' errors cost less than moments of the inputs' errors.
-
-        Returns:
-            True if 4 m < 3 n.
-        """
         return 4 * outputs < 3 * inputs
 
     def add(self, x: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
@@ -62,25 +49,16 @@ class ErrorMoments:
         add_gram(self.cross, error, x)
 
     def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the moments in the output space of a weight.
-
-        Args:
-            weight: W [m n]. For errors of outputs only its dtype and device count.
-
-        Returns:
-            sum (W d) x*' [m n] and sum (W d)^2 [m].
-        """
+        """Return sum (W d) x*' [m n] and sum (W d)^2 [m]; of errors of outputs, in the dtype of the weight."""
         if self.change.ndim == 1:
             return self.cross.to(weight), self.change.to(weight)
         weight = weight.to(self.cross)
         return weight @ self.cross, quadratic_forms(weight, from_upper(self.change))
 
     def is_finite(self) -> bool:
-        """Return True if all errors were finite."""
         return bool((self.change if self.change.ndim == 1 else self.change.diagonal()).isfinite().all())
 
     def rows(self, chosen: Tensor | slice) -> "ErrorMoments":
-        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
         return self if self.change.ndim == 2 else ErrorMoments(self.cross[chosen], self.change[chosen])
 
     def scaled(self, factors: Tensor) -> "ErrorMoments":
@@ -316,7 +294,7 @@ class Moments:
 
 
 def sampling_noise(folds: Sequence[Moments]) -> float:
-    """Estimate the share of sampling noise in the correlations of the inputs.
+    """Estimate the share of sampling noise in the correlations of the inputs, in [0, 1).
 
     With C_A, C_B the Gram matrices of two disjoint halves of the tokens and C their mean, all in coordinates where C
     has a unit diagonal,
@@ -325,9 +303,6 @@ def sampling_noise(folds: Sequence[Moments]) -> float:
 
     estimates the intensity with which shrinking C towards the identity minimises the expected error (Ledoit and Wolf
     2004, with the variance taken from the halves because tokens are not independent).
-
-    Returns:
-        The noise in [0, 1).
     """
     if len(folds) != 2:
         raise ProblemError(f"Sampling noise needs two folds; {len(folds)} given.")

@@ -23,7 +23,7 @@ def gaps_on_kept(
     slack: Tensor,
     doubt: float = 0.0,
 ) -> Tensor:
-    """Bound the duality gap by row without an inverse of H, by inverses of H on kept entries.
+    """Bound the duality gap by row [m] without an inverse of H, by inverses of H on kept entries.
 
     For a penalty that couples rows, the bound is of all rows together: they keep the same entries, and share a factor.
 
@@ -36,21 +36,11 @@ def gaps_on_kept(
 
     the last term by the triangle inequality, in outputs: sqrt(q) is the length of V's misfit, and y moves the outputs.
     Near the optimum s is 1, and the gap is y's gain, which falls with the square of the distance. Any F and any S in
-    the domain make a bound.
+    the domain make a bound. It is inf where H_FF is singular, or beyond `PRICED` operations.
 
     Rounding errs upwards: the factor is of H_FF less a margin, and y is off by at most e in the norm of H, which moves
     the dual point by at most e sqrt(H_jj). In doubt about H by d in the spectral norm, K is off by d |V - A|, and K - y
     H by d |V - A + y| and by what y is off: the doubt times the norm of H_FF^(-1/2).
-
-    Args:
-        doubt: d, see `SumOfSquares.doubt`.
-        weight: V [m n].
-        residual: K [m n], the residual of q at `weight`.
-        values: q by row [m] at `weight`.
-        slack: p by row [m] at `weight`.
-
-    Returns:
-        [m], of which the sum counts if rows are coupled; inf where H_FF is singular, or beyond `PRICED` operations.
     """
     gram = quadratic.gram
     scale = penalty.units(quadratic.scale())
@@ -84,16 +74,10 @@ def gaps_on_kept(
 
 
 def _least_squares(gram: Tensor, kept: Tensor, gradient: Tensor, doubt: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the step of rows on kept entries, y = k H_FF^-1 of the gradient k.
+    """Return the step y = k H_FF^-1 of gradients k [g r n], of g groups of r rows that keep the same entries F [g n].
 
-    Args:
-        gram: H [n n].
-        kept: F [g n], of groups of rows with equal entries.
-        gradient: k [g r n], of r rows in a group.
-
-    Returns:
-        A bound on 1/2 y H y' [m = g r], inf where H_FF is not safely positive definite; y [m n]; a bound on the error
-        of y in the norm of H [m]; and in doubt a bound on the norm of H_FF^(-1/2) [m].
+    First a bound on 1/2 y H y' [m = g r], inf where H_FF is not safely positive definite; then y [m n], a bound on its
+    error in the norm of H [m], and in doubt a bound on the norm of H_FF^(-1/2) [m].
     """
     margin, most = rounding_margin(gram) + doubt, int(kept.sum(1).max())
     order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # what is kept comes first

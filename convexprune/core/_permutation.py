@@ -10,20 +10,13 @@ ASSIGNED = 256  # groups at once: an assignment costs the third power of them, a
 
 
 def pruned_fraction(scores: Tensor, pattern: Constraint) -> float:
-    """The part of the sum of all scores that lies on pruned entries.
-
-    Args:
-        scores: [m n], not negative.
-
-    Returns:
-        In [0, 1]; 0 where all scores are 0.
-    """
+    """Return the part of the sum of all scores [m n] that lies on pruned entries; 0 where all scores are 0."""
     kept, whole = (float(part.sum(dtype=torch.float64)) for part in (scores.where(pattern.mask(scores), 0), scores))
     return 1 - kept / whole if whole > 0 else 0.0
 
 
 def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int = 0) -> Tensor:
-    """Return an order of the columns in which N:M prunes less.
+    """Return an order [n] of the columns of scores [m n] in which N:M prunes less.
 
         min over orders of  sum of the scores [:, order] of the entries that are pruned
 
@@ -36,12 +29,6 @@ def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int 
     whose first two terms are equal for all assignments: the sum of the distances |b - s|_1 is maximised. Permuting
     channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity (NeurIPS 2021), the linear assignment from
     RIA (Zhang et al., Plug-and-Play, ICLR 2024).
-
-    Args:
-        scores: [m n], not negative.
-
-    Returns:
-        The order [n].
     """
     pattern.check(*scores.shape)
     size, generator = pattern.block, torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ EVEN = (L1, Support, GroupLasso, ReverseHuber)
 
 
 class Shown:
-    """A result that prints its facts."""
+    """A result that prints its facts, as text and as HTML."""
 
     def facts(self) -> dict[str, str]:
         """Return the name and the text of each fact."""
@@ -153,7 +153,7 @@ def row_gaps(
     dear: bool = False,
     doubt: float = 0.0,
 ) -> Tensor:
-    """The duality gap of each row.
+    """Return the duality gap of each row [m], at a weight V [m n] with residual K, values q [m] and slack p [m].
 
     By Fenchel-Young, for any dual point S where p* is finite, with c(S) the price of S not being K:
 
@@ -176,16 +176,6 @@ def row_gaps(
     In doubt about H, the bounds hold for every sum of squares whose H is off by at most d in the spectral norm. Its K
     is off by at most d |V - A|, its q by d |V - A|^2 / 2. The scaling and the choice on kept entries
     allow for that where p is even, and p* grows with its entries. Elsewhere S is zero.
-
-    Args:
-        doubt: d, see `SumOfSquares.doubt`.
-        weight: V [m n].
-        residual: K [m n], the residual of q at `weight`.
-        values: q of each row [m] at `weight`.
-        slack: p of each row [m] at `weight`.
-
-    Returns:
-        [m].
     """
     quadratic, penalty = problem.quadratic, problem.penalty
     if doubt:
@@ -312,17 +302,10 @@ def _in_parts(quadratic: Quadratic, weight: Tensor) -> Quadratic:
 
 
 def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    """Return the sizes of proximal gradient steps of length 1, |U - prox_p(U + K)|, in coordinates U = V * scale.
+    """Return |U - prox_p(U + K)| [m n] of proximal gradient steps of length 1, in coordinates U = V * scale.
 
-    Without convexity the length is that of a step that goes down, and the size is over the length.
-
-    Args:
-        point: V [m n].
-        residual: K [m n], the residual of q there.
-        scale: [n], or by row [m n].
-
-    Returns:
-        [m n].
+    The scale is [n], or by row [m n]. Without convexity the length is that of a step that goes down, and the size is
+    over the length.
     """
     length = 1.0 if problem.penalty.is_convex else 1 / problem.quadratic.scaled(scale).lipschitz
     point = point * scale
@@ -330,5 +313,5 @@ def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
 
 
 def kkt_residual(step: float, energy: float) -> float:
-    """The largest proximal step, free of units."""
+    """Return the largest proximal step, free of units."""
     return 0.0 if step == 0 else step / energy**0.5 if energy > 0 else inf

@@ -21,13 +21,9 @@ STEP = 0.25  # the longest
 
 
 def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The inverse of H, and a split to begin with: 1 / [H^-1]_jj, shrunk until H - B is positive semidefinite.
+    """Return the inverse of H [n n], and a split to begin with: 1 / [H^-1]_jj, shrunk until H - B is semidefinite.
 
-    Args:
-        gram: H [n n].
-
-    Returns:
-        H^-1 [n n] and B [n]; None if H is not positive definite by more than rounding.
+    None if H is not positive definite by more than rounding.
     """
     factor = cholesky(_less(gram, torch.full_like(gram[0], rounding(gram))))
     if factor is None:
@@ -45,15 +41,7 @@ def first_split(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def safe_split(gram: Tensor, split: Tensor) -> Tensor:
-    """A split shrunk, row by row, until a Cholesky factorisation proves H - B positive semidefinite.
-
-    Args:
-        gram: H [n n].
-        split: B [m n], not negative.
-
-    Returns:
-        The split [m n].
-    """
+    """Return a split B [m n] shrunk, row by row, until a Cholesky factorisation proves H - B positive semidefinite."""
     distinct = split[:1] if split.stride(0) == 0 else split
     rows = []
     for row in distinct:
@@ -65,15 +53,9 @@ def safe_split(gram: Tensor, split: Tensor) -> Tensor:
 
 
 def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tensor:
-    """A Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B)  from a feasible split.
+    """Return B after a Newton step on  <gain, B> + barrier (log det(H - B) + 1/10 sum log B).
 
-    Args:
-        gram: H [n n].
-        split: B [n].
-        gain: the derivative of the relaxed value by B [n].
-
-    Returns:
-        The split [n]; as it was if no step is feasible.
+    The gain [n] is the derivative of the relaxed value by B. The split stays if no step is feasible.
     """
     factor = cholesky(_less(gram, split))
     if factor is None:
@@ -97,28 +79,13 @@ def fit_split(gram: Tensor, split: Tensor, gain: Tensor, barrier: float) -> Tens
 
 
 def rounding(gram: Tensor) -> float:
-    """A bound on the error of a Cholesky factorisation of H, as a multiple of the identity (Higham 2002, theorem 10.3).
-
-    Args:
-        gram: H [n n].
-
-    Returns:
-        n (n + 2) rounding errors of the largest diagonal entry.
-    """
+    """Bound the error of a Cholesky factorisation of H, as a multiple of the identity (Higham 2002, theorem 10.3)."""
     n = len(gram)
     return n * (n + 2) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
 
 
 def is_below(gram: Tensor, split: Tensor) -> bool:
-    """Return True if a Cholesky factorisation proves H - B positive semidefinite.
-
-    Args:
-        gram: H [n n].
-        split: B [n].
-
-    Returns:
-        True with a proof.
-    """
+    """Return True if a Cholesky factorisation proves H - B positive semidefinite."""
     return cholesky(_less(gram, split + rounding(gram))) is not None
 
 
@@ -131,44 +98,31 @@ def _less(gram: Tensor, diagonal: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """An iterate of `relax`.
+    """An iterate of `relax`."""
 
-    Args:
-        point: V [m n], near the minimum.
-        weight: the copy of V on which the perspective acts.
-        fraction: z [m n] in [0, 1].
-        dual: the sum of the differences between point and weight [m n].
-        price: the logarithm of the price of a non-zero unit [lines 1]; None before the first iteration.
-    """
-
-    point: Tensor
-    weight: Tensor
-    fraction: Tensor
-    dual: Tensor
-    price: Tensor | None = None
+    point: Tensor  # V [m n], near the minimum
+    weight: Tensor  # the copy of V on which the perspective acts
+    fraction: Tensor  # z [m n] in [0, 1]
+    dual: Tensor  # the sum of the differences between point and weight [m n]
+    price: Tensor | None = None  # the logarithm of the price of a non-zero unit [lines 1]
 
     @classmethod
     def at(cls, weight: Tensor) -> "Relaxed":
-        """The first iterate, at a `weight` [m n]."""
         return cls(weight, weight, torch.ones_like(weight), torch.zeros_like(weight))
 
     def moved(self, before: Tensor, split: Tensor) -> "Relaxed":
-        """Return the iterate for a new split: B * dual stays.
-
-        Args:
-            before: the split B so far [m n].
-        """
+        """Return the iterate for a new split: B * dual stays."""
         return Relaxed(self.point, self.weight, self.fraction, self.dual * before / split, self.price)
 
     @property
     def cost(self) -> Tensor:
-        """The price of a non-zero [lines 1]; known from the first iteration on."""
+        """Return the price of a non-zero [lines 1]; known from the first iteration on."""
         assert self.price is not None
         return self.price.exp()
 
     @property
     def gain(self) -> Tensor:
-        """V^2 (1 / z - 1) / 2 [m n]: the derivative of the relaxed value by the split."""
+        """Return V^2 (1 / z - 1) / 2 [m n]: the derivative of the relaxed value by the split."""
         return torch.where(self.fraction > 0, self.weight.square() * (1 / self.fraction.clamp_min(1e-9) - 1) / 2, 0.0)
 
 
@@ -178,16 +132,10 @@ def relax(
     """Minimise  q(V) + 1/2 sum_ij B_ij V_ij^2 (1 / z_u(ij) - 1)  over V and 0 <= z <= 1, in a line sum z_u <= kept.
 
     u(ij) is the unit of an entry: the entry, or the columns chosen with it (`Budget`). ADMM between q - 1/2 B V^2 and
-    the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H serves every split of every
-    row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty iterations reach as far as three
-    thousand of accelerated proximal gradient (lab/tried.md). The price of a non-zero is computed inside the prox, by
-    Newton's method.
-
-    Args:
-        q: the quadratic of weights [m n].
-        inverse: H^-1 [n n], or for quadratics side by side [e n n].
-        split: B [m n].
-        kept: the number of non-zero units allowed per line [lines 1].
+    the perspective 1/2 B V^2 / z, in the metric B: as (H - B) + B = H, the inverse of H, [n n] or side by side [e n n],
+    serves every split of every row. B is near the metric of Optimal Brain Surgeon, 1 / [H^-1]_jj, in which thirty
+    iterations reach as far as three thousand of accelerated proximal gradient (lab/tried.md). The price of a non-zero
+    is computed inside the prox, by Newton's method.
     """
     weight, dual, price, point, fraction = start.weight, start.dual, start.price, start.point, start.fraction
     root = (split / 2).sqrt()
@@ -204,7 +152,6 @@ def relax(
 
 @fused
 def _gradient(residual: Tensor, split: Tensor, weight: Tensor) -> Tensor:
-    """K + B V."""
     return residual + split * weight
 
 
@@ -224,14 +171,9 @@ def _parted(target: Tensor, fraction: Tensor) -> tuple[Tensor, Tensor]:
 
 @fused
 def fractions(scores: Tensor, price: Tensor) -> Tensor:
-    """Return the fraction z in [0, 1] of every unit at a price.
+    """Return the fraction z in [0, 1] of every unit [lines width] at the logarithm of a price [lines 1].
 
-    Args:
-        scores: the norm of V sqrt(B / 2) over the unit [lines width].
-        price: the logarithm of the price [lines 1].
-
-    Returns:
-        z [lines width].
+    Scores are the norm of V sqrt(B / 2) over the unit [lines width].
     """
     return (scores * (price / -2).exp() - 1).clamp_(0, 1)
 

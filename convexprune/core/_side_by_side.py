@@ -31,11 +31,7 @@ class SideBySide(Quadratic):
 
     @classmethod
     def of(cls, quadratics: Sequence[Quadratic]) -> Self:
-        """Join quadratics.
-
-        Args:
-            quadratics: of weights of equal shape, written about anchors, with tensors of a common dtype.
-        """
+        """Join quadratics of weights of equal shape, written about anchors, with tensors of a common dtype."""
         gram = torch.stack([each.gram for each in quadratics])
         cross, energy = (torch.cat([getattr(each, name) for each in quadratics]) for name in ("cross", "energy"))
         anchor = torch.cat([each.anchor for each in quadratics if each.anchor is not None])
@@ -46,7 +42,7 @@ class SideBySide(Quadratic):
 
     @property
     def parts(self) -> list[slice]:
-        """The rows of every weight."""
+        """Return the rows of every weight."""
         height = len(self.cross) // len(self.gram)
         return [slice(first, first + height) for first in range(0, len(self.cross), height)]
 
@@ -79,11 +75,9 @@ class SideBySide(Quadratic):
 
     @property
     def norm(self) -> Tensor:
-        """Return |H|_F of the row's problem [e m, 1]."""
         return self.for_rows(super().norm)[:, None]
 
     def scale(self) -> Tensor:
-        """Return `SumOfSquares.scale` by row [e m, n]."""
         return self.for_rows(_positive(self._diagonal).sqrt())
 
     @cached_property
@@ -92,12 +86,10 @@ class SideBySide(Quadratic):
         return self.totals(2 * self.values(torch.zeros_like(self.cross)))
 
     def scaled(self, scale: Tensor) -> Self:
-        """Scale as `Quadratic.scaled`; the scale is by row [e m, n]."""
         return self._in_units(self.gram, self.by_block(scale)[:, 0])
 
     @cached_property
     def unit_free(self) -> tuple[Self, Tensor]:
-        """Scale as `Quadratic.unit_free`; the scale is by row [e m, n]."""
         unit = power_of_two(_positive(self._diagonal).sqrt().double())
         return self._in_units(self.gram.double(), unit), self.for_rows(unit)
 
@@ -114,7 +106,6 @@ class SideBySide(Quadratic):
 
     @property
     def dead(self) -> Tensor:
-        """`SumOfSquares.dead` by row [e m, n]."""
         return self.for_rows(self._dead)
 
     @property
@@ -123,7 +114,6 @@ class SideBySide(Quadratic):
 
     @property
     def factor(self) -> Tensor | None:
-        """`SumOfSquares.factor`: [e n n], or None if a problem is not safely positive definite."""
         if self._cache.factor is UNKNOWN:
             margin = self.gram.shape[1] * torch.finfo(self.gram.dtype).eps * self._diagonal.amax(1, keepdim=True)
             self._cache.factor = cholesky(self.gram + torch.where(self._dead, 1.0, -margin).diag_embed())
@@ -131,20 +121,18 @@ class SideBySide(Quadratic):
 
     @property
     def is_well_conditioned(self) -> bool:
-        """True if all problems are, see `SumOfSquares.is_well_conditioned`."""
         least = self.gram.shape[1] * torch.finfo(torch.float32).eps * self._diagonal.amax(1)
         factor = self.factor
         return factor is not None and bool((factor.diagonal(dim1=1, dim2=2).amin(1).square() > least).all())
 
     @property
     def is_sum_of_squares(self) -> bool:
-        """True if all problems are, because H is definite; see `SumOfSquares.is_sum_of_squares`."""
+        """Return True if all problems are sums of squares because H is definite."""
         unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
         least = self.energy + room_for_rounding(self.gram[0], self._cache.precision) * unit
         return self.factor is not None and bool((2 * self.inverse_form(self.cross) <= least).all())
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
-        """See `SumOfSquares.inverse_form`."""
         if self._cache.envelope_of is not None:
             return super().inverse_form(gradient)
         if self.factor is None:
@@ -167,9 +155,6 @@ def certify_each(
 
     Regular problems are certified together. If a problem is irregular (a value that is not finite, a singular H,
     certificates without float64), problems are certified singly.
-
-    Args:
-        weight: V [m n], of all problems.
     """
     given = problem.quadratic
     if not isinstance(given, SideBySide):
@@ -186,7 +171,7 @@ def certify_each(
 def _certified(
     problem: Problem, given: SideBySide, point: Tensor, precise: bool, residual: Tensor | None
 ) -> list[Certificate] | None:
-    """See `certify_each`; None where a problem is not regular."""
+    """Certify problems together; None where a problem is not regular."""
     quadratic = given
     if precise:
         quadratic, unit = given.unit_free

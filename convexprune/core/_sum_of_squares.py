@@ -23,33 +23,23 @@ UNKNOWN: Any = object()  # of what was not tried: None says that there is none
 class Cache:
     """Values that do not depend on the anchor, computed at most once for all quadratics that differ only in the anchor.
 
-    Args:
-        gram: H [n n].
-        precision: the rounding error of the given tensors' dtype.
-        energy: the given energy [m].
-        envelope_of: the quadratic and the stiffness of a Moreau envelope; None for a quadratic that is no envelope.
-        target_energy: see `SumOfSquares.target_energy`; None until computed.
-        is_sum_of_squares: see `SumOfSquares.is_sum_of_squares`; None until computed.
-        is_well_conditioned: see `SumOfSquares.is_well_conditioned`; None until computed.
-        doubt: see `SumOfSquares.doubt`; None until computed.
-        suspect: whether a caller gave the tensors, which may then belong to no sum of squares.
+    None is not computed yet; `UNKNOWN` where None is a value.
     """
 
     gram: Tensor
-    precision: float
-    energy: Tensor
-    envelope_of: "tuple[SumOfSquares, float] | None" = None
+    precision: float  # the rounding error of the given tensors' dtype
+    energy: Tensor  # the given one [m]
+    envelope_of: "tuple[SumOfSquares, float] | None" = None  # with the stiffness of a Moreau envelope
     target_energy: float | None = None
     is_sum_of_squares: bool | None = None
     is_well_conditioned: bool | None = None
     doubt: float | None = None
-    suspect: bool = False
+    suspect: bool = False  # a caller gave the tensors, which may then belong to no sum of squares
     factor: Tensor | None = UNKNOWN
     inverse: Any = UNKNOWN
 
     @cached_property
     def largest_eigenvalue(self) -> float:
-        """An upper estimate of the largest eigenvalue of H."""
         return largest_eigenvalue(self.gram)
 
     @cached_property
@@ -91,7 +81,7 @@ class SumOfSquares:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): outputs and inputs of the operator."""
+        """Return (m, n): outputs and inputs of the operator."""
         return self.cross.shape[0], self.cross.shape[1]
 
     def totals(self, rows: Tensor) -> list[float]:
@@ -108,30 +98,20 @@ class SumOfSquares:
 
     @property
     def norm(self) -> Tensor:
-        """|H|_F []."""
         return torch.linalg.matrix_norm(self.gram)
 
     def displacement(self, weight: Tensor) -> Tensor:
-        """V - A [m n] for V = `weight` [m n]."""
         return weight if self.anchor is None else weight - self.anchor
 
     def residual(self, weight: Tensor) -> Tensor:
-        """The negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
+        """Return the negative gradient of q, K = G - D H [m n], at `weight` [m n]."""
         return add_product(self.cross, self.displacement(weight), self.gram, alpha=-1)
 
     def residual_after(self, residual: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Return the residual after a small step on the way to an answer.
+        """Return K - (V - V_0) H [m n] after a small step from V_0, where the residual is K, to V.
 
         The product is in bfloat16 if the device has such products (`has_bfloat16`). Its error is at most 2^-8 of the
         change, small for a small step. Certificates and reports use `residual`.
-
-        Args:
-            residual: K [m n] before the step.
-            before: V_0 [m n].
-            after: V [m n].
-
-        Returns:
-            K - (V - V_0) H [m n].
         """
         gram = self._cache.gram_of_steps
         step = torch.sub(after, before, out=torch.empty_like(after, dtype=gram.dtype))  # rounded as it is written
@@ -139,15 +119,7 @@ class SumOfSquares:
         return torch.sub(residual, change, out=change if change.dtype == residual.dtype else None)
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return q by row.
-
-        Args:
-            weight: V [m n].
-            residual: the residual at `weight` [m n]; if known, no product is needed.
-
-        Returns:
-            [m], not negative.
-        """
+        """Return q by row [m], not negative, at a weight [m n]; no product is needed if its residual is known."""
         residual = self.residual(weight) if residual is None else residual
         values = self.energy - torch.linalg.vecdot(self.displacement(weight), self.cross + residual)
         return values.clamp_min(0) / 2  # a sum of squares; rounding may say otherwise
@@ -160,13 +132,13 @@ class SumOfSquares:
         return self._cache.largest_eigenvalue
 
     def scale(self) -> Tensor:
-        """sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale the Gram matrix has a unit diagonal."""
+        """Return sqrt(H_jj) [n], and 1 for a dead input: in coordinates V * scale, H has a unit diagonal."""
         diagonal = self.gram.diagonal()
         return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
 
     @property
     def target_energy(self) -> float:
-        """The sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
+        """Return the sum of squares at V = 0: the energy of the whole target, a unit for residuals."""
         if self._cache.target_energy is None:
             self._cache.target_energy = float(2 * self.values(torch.zeros_like(self.cross)).sum())
         return self._cache.target_energy
@@ -234,20 +206,14 @@ class SumOfSquares:
 
     @property
     def dead(self) -> Tensor:
-        """Mask [n] of inputs that are always zero. Their weights do not change the objective."""
+        """Mask the inputs [n] that are always zero. Their weights do not change the objective."""
         return (self.gram.diagonal() == 0) & (self.cross == 0).all(0)
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
-        """Return an upper bound on 1/2 k H^-1 k' by row k.
+        """Return an upper bound on 1/2 k H^-1 k' by row k; inf where H is not safely positive definite.
 
         The conjugate of an envelope is the conjugate of the relaxed function plus |k|^2 / (2 stiffness), so that a
         single factorisation serves all envelopes.
-
-        Args:
-            gradient: the rows k [m n].
-
-        Returns:
-            [m]; inf where H is not safely positive definite.
         """
         if self._cache.envelope_of is not None:
             inner, stiffness = self._cache.envelope_of
@@ -258,23 +224,11 @@ class SumOfSquares:
         return torch.where(((gradient != 0) & self.dead).any(1), inf, solved.square_().sum(0) / 2)
 
     def scaled_price(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Return the cost of the dual point s K: (1 - s)^2 q by row.
-
-        Args:
-            values: q [m] where the residual is K.
-            scale: s [m].
-
-        Returns:
-            [m].
-        """
+        """Return the cost of the dual point s K: (1 - s)^2 q by row [m]."""
         return (1 - scale).square() * (values + self.rounding)
 
     def shifted_inverse(self, shift: float) -> Tensor:
-        """The inverse of H + shift I, by a Cholesky factor.
-
-        Returns:
-            (H + shift I)^-1 [n n].
-        """
+        """Return (H + shift I)^-1, by a Cholesky factor."""
         shifted = self.gram.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor = cholesky(shifted)

@@ -16,11 +16,9 @@ MARGIN = 1.01  # the power method approaches the largest eigenvalue from below
 
 
 def add_square(total: Tensor, x: Tensor) -> None:
-    """Add X' X on and above the diagonal; the rest is symmetric, and would cost as much again.
+    """Add X' X on and above the diagonal of a sum [n n]; the rest is symmetric, and would cost as much again.
 
-    Args:
-        total: the sum [n n], in place.
-        x: X [tokens n], in the dtype of the sum or in 16 bits.
+    X [tokens n] has the dtype of the sum, or 16 bits.
     """
     if not has_wide_sums(x.device):
         x = x.to(total)
@@ -30,20 +28,12 @@ def add_square(total: Tensor, x: Tensor) -> None:
 
 
 def from_upper(triangle: Tensor) -> Tensor:
-    """The symmetric matrix [n n] with the upper triangle of `triangle`."""
+    """Return the symmetric matrix [n n] with the upper triangle of `triangle`."""
     return triangle.triu() + triangle.triu(1).T
 
 
 def quadratic_forms(weight: Tensor, matrix: Tensor) -> Tensor:
-    """Return w_i M w_i' by row.
-
-    Args:
-        weight: W [m n].
-        matrix: M [n n], symmetric.
-
-    Returns:
-        [m], in the dtype of `matrix`.
-    """
+    """Return w_i M w_i' by row [m] of a weight, in the dtype of a symmetric M."""
     weight = weight.to(matrix)
     return ((weight @ matrix) * weight).sum(1)
 
@@ -52,24 +42,15 @@ def rounding_margin(gram: Tensor) -> float:
     """Return the reduction of the diagonal before a factorisation, so that F F' does not exceed H by rounding.
 
     More than observed errors, and less than the n (n + 2) rounding errors that are proven (Higham 2002, theorem 10.3).
-
-    Args:
-        gram: H [n n].
     """
     return len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().max())
 
 
 def cholesky(gram: Tensor) -> Tensor | None:
-    """Return the Cholesky factor of a symmetric matrix.
+    """Return the lower triangular F with F F' = H [n n], or of several [e n n]; None if an H is not positive definite.
 
     Blocks are the same sums in a different order: bounds on the rounding hold for both (Higham 2002, theorem 10.3).
     Like torch's, the factor lies column by column in memory, as LAPACK wants.
-
-    Args:
-        gram: H [n n], or several [e n n].
-
-    Returns:
-        The lower triangular F with F F' = H, shaped like H; None if an H is not positive definite.
     """
     if len(gram) < WIDE or gram.device.type != "cpu" or gram.ndim == 3:
         factor, info = torch.linalg.cholesky_ex(gram)
@@ -89,11 +70,7 @@ def cholesky(gram: Tensor) -> Tensor | None:
 
 
 def definite_factor(gram: Tensor) -> Tensor:
-    """The Cholesky factor of a matrix that has to be positive definite.
-
-    Args:
-        gram: H [n n].
-    """
+    """Return the Cholesky factor of a matrix that has to be positive definite."""
     factor = cholesky(gram)
     if factor is None:
         raise PruningError("The Gram matrix is not positive definite: raise the damping, or calibrate on more tokens.")
@@ -101,11 +78,7 @@ def definite_factor(gram: Tensor) -> Tensor:
 
 
 def largest_eigenvalue(gram: Tensor) -> float:
-    """An upper estimate of the largest eigenvalue, by the power method with a margin of 1 %.
-
-    Args:
-        gram: H [n n].
-    """
+    """Return an upper estimate of the largest eigenvalue, by the power method with a margin of 1 %."""
     generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought
     vectors = torch.randn(STARTS, len(gram), generator=generator).to(gram)
     unit = power_of_two(gram.diagonal().amax())  # or the squares of a norm overflow

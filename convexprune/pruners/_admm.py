@@ -74,6 +74,5 @@ def _scores(kept: Tensor, slope: Tensor, dual: Tensor, reach: Tensor, rest: Tens
 
 @fused
 def _parts(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """D and U, where S = D + U."""
     kept = scores * mask
     return kept, scores - kept

@@ -70,8 +70,7 @@ class LayerProblem:
         return self.moments.sum.diagonal() == 0
 
     def with_dead_inputs_filled(self) -> "LayerProblem":
-        """Return a problem in which dead inputs have the energy of a mean input, and weights of zero, which cost
-        nothing.
+        """Return a problem in which dead inputs have the energy of a mean input, and weights of zero at no cost.
 
         This is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
 
@@ -192,11 +191,7 @@ class LayerEdit:
 
 
 def projected(problem: LayerProblem, metric: Tensor | None = None) -> LayerEdit:
-    """Return the dense weight projected on the pattern.
-
-    Args:
-        metric: [n], see `Constraint.project`; None means ones.
-    """
+    """Return the dense weight projected on the pattern, in a metric [n]."""
     mask = problem.pattern.mask(sizes(problem.weight, metric))
     return LayerEdit(problem.weight * mask, mask)
 

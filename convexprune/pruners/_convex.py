@@ -100,7 +100,6 @@ class Convex(AbstractSearch):
         return make_solver(name, check_every=10, scale=False, precise=False, **early)
 
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
-        """See `AbstractSearch.search`: the scores at the end of the path."""
         assert quadratic.anchor is not None
         few = choices(pattern, quadratic.shape)
         if few is not None and few <= self.choices:
@@ -136,11 +135,6 @@ class Convex(AbstractSearch):
         return super()._is_batched(problem) and self.solver in (None, Convex.solver_for("fista"))  # one step each
 
     def require(self, pattern: Constraint) -> None:
-        """See `AbstractPruner.require`.
-
-        Raises:
-            UnsupportedError: the solver does not take the penalty of whole columns.
-        """
         super().require(pattern)
         if pattern.by_column:
             require_penalty(self._solver, GroupLasso)

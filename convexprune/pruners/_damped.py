@@ -48,11 +48,7 @@ def _typical_energy(problem: LayerProblem) -> float:
 
 
 def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
-    """The reconstruction error plus the damping, a quadratic about the dense weight; nothing pulls at dead inputs.
-
-    Returns:
-        The quadratic of V [m n].
-    """
+    """Return the reconstruction error plus the damping, about the dense weight; nothing pulls at dead inputs."""
     quadratic, scale = problem.quadratic, problem.quadratic.scale()
     if damping.strength == 0:
         return quadratic
@@ -71,14 +67,11 @@ def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
 
 
 def saliency_coordinates(problem: LayerProblem, damping: Damping) -> tuple[Quadratic, Tensor]:
-    """The damped quadratic in coordinates U = V * scale where [H^-1]_jj is constant.
+    """Return the damped quadratic in coordinates U = V * scale where [H^-1]_jj is constant, and the scale [n].
 
     There |U_ij| is the saliency of Optimal Brain Surgeon, |V_ij| / sqrt([H^-1]_jj): the square root of the error that
     removing the entry costs once all others have adapted. The scale is that of a unit diagonal, sqrt(H_jj), times
     factors with a mean square of 1, so that a stiffness means the same for every operator.
-
-    Returns:
-        The quadratic of U [m n], and the scale [n].
     """
     quadratic = damped(problem, damping).scaled(problem.scale)
     metric = _inverse(quadratic.gram, problem, damping).diagonal().rsqrt()

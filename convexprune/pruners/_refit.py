@@ -43,24 +43,14 @@ class Refitted(AbstractPruner):
 
     @property
     def scores(self) -> Mapping[str, Score]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The scores of the pruner."""
+        """Return the scores of the pruner."""
         return self.pruner.scores
 
     def require(self, pattern: Constraint) -> None:
-        """Refuse patterns that the pruner cannot take.
-
-        Raises:
-            ConvexpruneError: see `AbstractPruner.require`.
-        """
         self.pruner.require(pattern)
 
     @torch.no_grad()
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`.
-
-        Raises:
-            PruningError: the pruner's, or the Gram matrix is not positive semi-definite.
-        """
         pruned = self.pruner.prune(problem)
         damping = choose_damping(problem, self.damping)
         weight, refits = refitted(damped(problem, damping), pruned.mask, pruned.weight, self.refit)
@@ -70,18 +60,9 @@ class Refitted(AbstractPruner):
 def refitted(
     quadratic: Quadratic, mask: Tensor, start: Tensor, refit: AbstractSolver | None
 ) -> tuple[Tensor, tuple[Solution, ...]]:
-    """Return the best values on a support.
+    """Return the best values on a support [m n], and the solution, if any; without a solver those of `start` stay.
 
     If all rows have the same support, a single factorisation serves all rows, and the solver certifies.
-
-    Args:
-        quadratic: the error as a quadratic of V [m n].
-        mask: the support [m n].
-        start: the first weight [m n].
-        refit: the solver; None keeps the values of `start`.
-
-    Returns:
-        The weight [m n], and the solution, if any.
     """
     start = start * mask
     if refit is None:
@@ -93,16 +74,7 @@ def refitted(
 
 
 def on_columns(quadratic: Quadratic, kept: Tensor, start: Tensor) -> Tensor:
-    """Return the best weights on some columns; `start` if the columns leave the weights open.
-
-    Args:
-        quadratic: the error as a quadratic of V [m n].
-        kept: mask of the columns [n].
-        start: zero in the rest [m n].
-
-    Returns:
-        The weight [m n].
-    """
+    """Return the best weights on some columns, from zeros elsewhere; `start` if the columns leave the weights open."""
     factor = cholesky(quadratic.gram[kept][:, kept])
     if factor is None:
         return start
@@ -129,12 +101,6 @@ def best_choice(quadratic: Quadratic, pattern: Constraint) -> Tensor:
 
     The values belong to the choice: a column that is compensated best may be the one that is missed most without
     compensation.
-
-    Args:
-        quadratic: the error as a quadratic of V [m n], about the dense weight.
-
-    Returns:
-        The weight [m n], zero in removed columns.
     """
     dense = quadratic.anchor
     assert dense is not None

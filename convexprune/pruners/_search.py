@@ -32,16 +32,9 @@ COLUMNS = Damping(0.3)
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The end of a search.
-
-    Args:
-        scores: [m n].
-        products: matrix products [m n] x [n n] outside the solves.
-    """
-
     scores: Tensor
     solutions: tuple[Solution, ...] = ()
-    products: int = 0
+    products: int = 0  # [m n] x [n n], outside the solves
 
 
 @dataclass(frozen=True)
@@ -65,15 +58,10 @@ class AbstractSearch(AbstractPruner):
 
     @abstractmethod
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
-        """Return scores whose largest are worth keeping: a weight near the optimum, in the coordinates of the search.
-
-        Returns:
-            The scores [m n].
-        """
+        """Return scores whose largest are worth keeping: a weight near the optimum, in the search's coordinates."""
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         damping = choose_damping(problem, self.damping)
         kept = _known_support(problem)
         if kept is not None:  # the values are all there is to find
@@ -104,7 +92,6 @@ class AbstractSearch(AbstractPruner):
 
     @torch.no_grad()
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        """See `AbstractPruner.prune_all`."""
         if len(problems) < 2 or not all(map(self._is_batched, problems)):
             return super().prune_all(problems)
         alive = [filled(problem) for problem in problems]
@@ -129,9 +116,7 @@ class AbstractSearch(AbstractPruner):
 
 
 def _known_support(problem: LayerProblem) -> Tensor | None:
-    """Return the support [m n] where nothing has to be searched: everything, or the columns that the loss needs
-    most.
-    """
+    """Return the support [m n] where nothing has to be searched: all, or the columns that the loss needs most."""
     if problem.pattern.zeros(*problem.weight.shape) == 0:
         return torch.ones_like(problem.weight, dtype=torch.bool)
     return None if problem.importance is None else problem.pattern.mask(problem.importance.sqrt())

@@ -23,17 +23,10 @@ class OnGrid:
 
     @classmethod
     def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
-        """Return the nearest weight with these scales.
-
-        Args:
-            weight: V [m n].
-            scales: scales of the grid.
-        """
         return cls(grid, scales, grid.codes(weight, scales))
 
     @property
     def weight(self) -> Tensor:
-        """The weight [m n]."""
         return self.grid.weight(self.codes, self.scales)
 
 

@@ -45,11 +45,6 @@ class Descent(AbstractQuantizer):
     damping: NotNegative | None = None
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
         damping = choose_damping(problem, self.damping) if self.damping is not None else pruned.damping
         quadratic = damped(problem, damping or choose_damping(problem, None))
         assert quadratic.anchor is not None
@@ -87,15 +82,11 @@ def _rescaled(quadratic: Quadratic, found: OnGrid, residual: Tensor) -> tuple[On
 
 
 def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
-    """Return the scales of least error for given codes, rounded as a file has them.
+    """Return the scales of least error for given codes, where the residual is K, rounded as a file has them.
 
     Of row i, with C_g the row's codes of group g and zero elsewhere, q is a quadratic of its scales s: its Gram matrix
     is C_g H C_h', and its residual K C_g'. Offsets have -1 in place of the codes. Scales that are multiples of units
     then descend: each becomes the best multiple while all others stay.
-
-    Args:
-        gram: H [n n], positive definite.
-        residual: K [m n] there.
     """
     start, grid = found.scales, found.grid
     count, kinds = start.step.shape[1], 1 if start.offset is None else 2
@@ -114,5 +105,4 @@ def fitted_scales(gram: Tensor, found: OnGrid, residual: Tensor) -> Scales:
 
 
 def _times(square: Tensor, change: Tensor) -> Tensor:
-    """Return the product of matrices [m k k] and vectors [m k]."""
     return (square @ change[..., None]).squeeze(2)

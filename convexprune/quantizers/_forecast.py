@@ -23,9 +23,6 @@ class Forecast:
     errors of earlier columns. At many bits these weights are spread like the dense weights; few bits spread them
     further. So some rows are swept to measure the growth of the error and of the bits: a bit more divides the error by
     four. The descent after the sweep lowers the error by about the same factor for every operator.
-
-    Args:
-        problem: with the damping of its sample.
     """
 
     def __init__(self, problem: LayerProblem) -> None:
@@ -36,11 +33,7 @@ class Forecast:
         self._metric = self._sweep.shape.square().reciprocal()
 
     def errors(self, constraint: Constraint) -> Tensor:
-        """Estimate the squared error by row.
-
-        Returns:
-            mean |V x - W x|^2 [m].
-        """
+        """Estimate the squared error mean |V x - W x|^2 by row [m]."""
         parts = constraint.parts(len(self._weight))
         return torch.cat([self._of(self._weight[rows], own.grid) for rows, own in parts if own.grid is not None])
 

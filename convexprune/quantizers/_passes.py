@@ -11,16 +11,7 @@ SWEPT, EXCHANGED = 128, 64  # columns between two products
 
 
 def minimizer(cross: Tensor, gram: Tensor, anchor: Tensor) -> Tensor:
-    """Return the weight of least error without zeros or grid.
-
-    Args:
-        cross: G [m n] of a quadratic.
-        gram: H [n n], positive definite.
-        anchor: A [m n].
-
-    Returns:
-        A + G H^-1 [m n].
-    """
+    """Return A + G H^-1 [m n], the weight of least error without zeros or grid."""
     return anchor + torch.cholesky_solve(cross.T, definite_factor(gram)).T
 
 
@@ -30,9 +21,6 @@ class Sweep:
     With U the upper Cholesky factor of H^-1, a column's error (W_j - V_j) / U_jj is subtracted along U_j from the
     columns after it: the best that these can do, as long as they are free. So an error e of column j costs
     e^2 / U_jj^2.
-
-    Args:
-        gram: H [n n], positive definite.
     """
 
     def __init__(self, gram: Tensor) -> None:
@@ -43,20 +31,16 @@ class Sweep:
 
     @property
     def shape(self) -> Tensor:
-        """U_jj [n]: errors of columns that cost the same."""
+        """Return U_jj [n]: errors of columns that cost the same."""
         return torch.empty_like(self._upper[0]).index_copy_(0, self._order, self._upper.diagonal())
 
     def onto(self, weight: Tensor, grid: OnGrid, mask: Tensor, cross: Tensor | None = None) -> OnGrid:
-        """Return the weight on the grid after a sweep over all columns.
+        """Return the weight [m n], the minimizer of the error, on the grid after a sweep over all columns.
 
-        With C = `cross`, P = triu(C U', 1) U: once column j is rounded, W_j P_j: is added to the columns after it, so
-        that they make up for what column j lacks (GPTAQ). Blocks further on get V_j P_j:, as in the authors' code.
-
-        Args:
-            weight: W [m n], the minimizer of the error.
-            mask: which entries are kept [m n]; the others become zero, and their error is pushed on like that of
-                rounding.
-            cross: C [n n], alpha * mean (x - x*) x*'; None: nothing is made up for.
+        Entries outside the mask become zero, and their error is pushed on like that of rounding. With C = `cross` [n
+        n], alpha * mean (x - x*) x*', and P = triu(C U', 1) U: once column j is rounded, W_j P_j: is added to the
+        columns after it, so that they make up for what column j lacks (GPTAQ). Blocks further on get V_j P_j:, as in
+        the authors' code.
         """
         # Columns are rows of what is transposed, so that they lie together in memory.
         order, columns = self._order, weight.shape[1]
@@ -88,13 +72,8 @@ def exchanged(gram: Tensor, found: OnGrid, residual: Tensor, mask: Tensor, price
     """Pass over the columns once: each code becomes the best one while all others stay as they are.
 
     That is the nearest one to t_ij = (V_ij + K_ij / H_jj + offset) / step (QuantEase, arXiv 2309.01885), but for what
-    codes cost (`Codebook.chooser`). Columns are rows of what is transposed, so that they lie together in memory.
-
-    Args:
-        gram: H [n n], positive definite.
-        residual: K [m n] there; it is overwritten.
-        mask: which entries are kept [m n].
-        price: of a bit, in units of q.
+    codes cost (`Codebook.chooser`), at the `price` of a bit in units of q. The residual K [m n] there is overwritten.
+    Columns are rows of what is transposed, so that they lie together in memory.
     """
     grid = found.grid
     scales = found.scales.spread(len(gram))[0].T.contiguous()

@@ -22,8 +22,6 @@ class Nearest(AbstractQuantizer):
     """
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`; columns have the same scale, where they have one."""
-
         def attempt(rows: slice, scales: Scales) -> OnGrid:
             return OnGrid.nearest(grid, pruned.weight[rows], scales)
 
@@ -51,7 +49,6 @@ class GPTQ(AbstractQuantizer):
     damping: NotNegative = 0.01
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`."""
         gram = ridged(problem.gram, self.damping)
         return self._swept(gram, minimizer(problem.quadratic.cross, gram, problem.weight), pruned, grid)
 
@@ -80,7 +77,6 @@ class GPTAQ(GPTQ):
     input_errors: ClassVar[bool] = True
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`."""
         cross = problem.moments.cross
         cross = None if cross is None else problem.correction * cross
         return self._swept(ridged(problem.gram, self.damping), problem.weight, pruned, grid, cross)
@@ -102,7 +98,6 @@ class QEP(GPTQ):
     correction_damping: NotNegative = 1.0
 
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """See `AbstractQuantizer.on_grid`."""
         gram = ridged(problem.gram, self.correction_damping)
         weight = minimizer(problem.quadratic.cross, gram, problem.weight)
         corrected = replace(problem, weight=weight, moments=problem.moments.with_errors(None))

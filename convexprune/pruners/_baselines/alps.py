@@ -52,7 +52,6 @@ class ALPS(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         gram = problem.quadratic.gram
         ridge = self.damping * gram.diagonal().mean().expand(len(gram))
         whole = problem.quadratic + Quadratic.damping(problem.weight, ridge)
@@ -72,7 +71,7 @@ class ALPS(AbstractPruner):
     def _admm(
         self, quadratic: Quadratic, eigenvalues: Tensor, vectors: Tensor, pattern: Constraint
     ) -> tuple[Tensor, int]:
-        """The last B [m n], and the number of iterations."""
+        """Return the last B [m n], and the number of iterations."""
 
         def inverse(rho: float) -> Tensor:
             return ((vectors / (eigenvalues + rho)) @ vectors.T).to(dense.dtype)

@@ -51,11 +51,6 @@ class FISTAPruner(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`.
-
-        Raises:
-            PruningError: the Gram matrix that SparseGPT damps is not positive definite.
-        """
         parts = [self._prune(operator) for operator in problem.operators()]
         solutions = tuple(s for part in parts for s in part.solutions)
         weight, mask = torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts])

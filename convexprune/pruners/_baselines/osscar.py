@@ -41,11 +41,6 @@ class OSSCAR(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
         gram = problem.quadratic.gram.to(torch.float64, copy=True)
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         target = (problem.weight.double() @ gram).add_(problem.quadratic.cross)
@@ -71,15 +66,7 @@ class OSSCAR(AbstractPruner):
 
 
 def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor:
-    """Remove blocks of columns in turn.
-
-    Args:
-        gram: H [n n].
-        target: G [m n]; V = G H^-1 is the minimiser.
-
-    Returns:
-        Mask of kept columns [n].
-    """
+    """Return the mask of columns [n] that are kept when blocks are removed in turn, from the minimiser V = G H^-1."""
     inverse = torch.cholesky_inverse(definite_factor(gram))
     weight = target @ inverse
     kept = torch.ones(len(gram) // block, dtype=torch.bool, device=gram.device)
@@ -95,16 +82,7 @@ def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor
 
 
 def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int = 1) -> Tensor:
-    """Drop the cheapest blocks, and take in as many with the largest gain.
-
-    Args:
-        gram: H [n n].
-        target: G [m n].
-        kept: mask of kept columns [n].
-
-    Returns:
-        The new mask of kept columns [n].
-    """
+    """Drop the cheapest blocks of the kept columns [n], and take in as many with the largest gain."""
     weight, left = best(gram, target, kept), kept[::block].clone()
     on = left.nonzero().flatten()
     inverse = torch.cholesky_inverse(definite_factor(gram[kept][:, kept]))
@@ -122,28 +100,13 @@ def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int =
 
 
 def diagonal_blocks(matrix: Tensor, block: int) -> Tensor:
-    """The blocks on the diagonal of a matrix.
-
-    Args:
-        matrix: [n n].
-
-    Returns:
-        [n/b b b].
-    """
+    """Return the blocks [n/b b b] on the diagonal of a matrix [n n]."""
     parts = matrix.unflatten(0, (-1, block)).unflatten(2, (-1, block))
     return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def forms(columns: Tensor, blocks: Tensor) -> Tensor:
-    """tr(C_k B_k^-1 C_k') of every block of columns.
-
-    Args:
-        columns: C [m k*b].
-        blocks: B [k b b], symmetric.
-
-    Returns:
-        [k]; infinite where B is not positive definite.
-    """
+    """Return tr(C_k B_k^-1 C_k') of every block of columns C [m k*b]; infinite where B is not positive definite."""
     factors, failed = torch.linalg.cholesky_ex(blocks)
     sides = columns.unflatten(1, blocks.shape[:2]).permute(1, 2, 0)
     solved = sides / factors if blocks.shape[1] == 1 else torch.linalg.solve_triangular(factors, sides, upper=False)
@@ -151,27 +114,12 @@ def forms(columns: Tensor, blocks: Tensor) -> Tensor:
 
 
 def best(gram: Tensor, target: Tensor, kept: Tensor) -> Tensor:
-    """The weights of least squares on some columns.
-
-    Args:
-        gram: H [n n].
-        target: G [m n].
-        kept: the columns [n].
-
-    Returns:
-        V [m n], zero elsewhere.
-    """
+    """Return the weights of least squares on some columns [n], zero elsewhere."""
     weight = torch.zeros_like(target)
     weight[:, kept] = torch.cholesky_solve(target[:, kept].T, definite_factor(gram[kept][:, kept])).T
     return weight
 
 
 def explained(gram: Tensor, target: Tensor, kept: Tensor) -> float:
-    """Return the decrease of the error from zero weights: tr(V G') / 2 of the best V on some columns.
-
-    Args:
-        gram: H [n n].
-        target: G [m n].
-        kept: mask of the columns [n].
-    """
+    """Return the decrease of the error from zero weights: tr(V G') / 2 of the best V on some columns."""
     return float((best(gram, target, kept) * target).sum()) / 2

@@ -18,7 +18,6 @@ class Magnitude(AbstractPruner):
     """
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         return projected(problem)
 
 
@@ -34,7 +33,6 @@ class Wanda(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         return projected(problem, problem.quadratic.gram.diagonal())
 
 
@@ -51,7 +49,6 @@ class WandaSP(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`."""
         scores = problem.weight.abs() * problem.scale
         parts = [_added_up(scores[rows], own.block) for rows, own in problem.pattern.parts(len(scores))]
         mask = problem.pattern.mask(torch.cat(parts))
@@ -76,7 +73,6 @@ class REAP(AbstractPruner):
     scores: ClassVar[Mapping[str, Score]] = {"experts": "reap"}
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`: the dense weight."""
         return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
 
 
@@ -92,5 +88,4 @@ class ShortGPT(AbstractPruner):
     scores: ClassVar[Mapping[str, Score]] = {"layers": "influence"}
 
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`: the dense weight."""
         return LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))

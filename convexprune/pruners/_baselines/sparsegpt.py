@@ -38,11 +38,6 @@ class SparseGPT(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """See `AbstractPruner.prune`.
-
-        Raises:
-            PruningError: the damped Gram matrix is not positive definite.
-        """
         gram = problem.quadratic.gram.clone()
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         factor = cholesky(gram.flip(0, 1))  # H = R R' with an upper triangular R, so that U = R^-1 has U' U = H^-1
