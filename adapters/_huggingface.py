@@ -15,19 +15,17 @@ from convexprune._layerwise.model import Call, DecoderLayer
 from ._checkpoints.admission import (
     refuse_non_finite,
     refuse_quantized,
+    require_plain,
+    told_if_mixed,
 )
-from ._checkpoints.given import OriginalState, used_alone
-from ._checkpoints.origin import Origin, origin_of_loaded
-from ._checkpoints.plain import require_plain, told_if_mixed
+from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_alone
 from ._checkpoints.shards import Shards
-from ._discovery.calling import CallRecorder, entering, standing_in
 from ._discovery.discovery import discover
 from ._discovery.family import decoder_layers, positions
-from ._discovery.kinds import ProbedModel, of_each_kind
 from ._discovery.layout import Layout
-from ._discovery.logits import logits_at, pieces
 from ._discovery.operators import computes_on, put, tensor_of
-from ._discovery.replay import refuse_looking_ahead, refuse_other_replays
+from ._discovery.passes import CallRecorder, entering, logits_at, pieces, standing_in
+from ._discovery.probing import ProbedModel, of_each_kind, refuse_looking_ahead, refuse_other_replays
 from ._discovery.selection import left_alone
 
 PROBE_TOKENS = 16

@@ -21,8 +21,7 @@ from torch import Tensor
 from convexprune._layerwise.work import Work
 from convexprune._runs.executors import prune_in_place
 from convexprune.adapters import HuggingFaceModel, load, text_windows
-from convexprune.adapters._removal.depth import layers_to_remove
-from convexprune.adapters._removal.shortening import find_shortening
+from convexprune.adapters._removal.shortening import find_shortening, layers_to_remove
 from convexprune.constraints import Layers
 from convexprune.pruners import Convex, ShortGPT
 from convexprune.recipe import make_recipe

@@ -20,8 +20,8 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 
 import convexprune
 from convexprune.adapters import HuggingFaceModel, load
-from convexprune.adapters._removal.expert_choice import Judged, chosen, recording
 from convexprune.adapters._removal.experts import find_experts, small_blocks
+from convexprune.adapters._removal.mixtures import Judged, chosen, recording
 from convexprune.constraints import Experts
 
 WINDOW, CALIBRATION, JUDGING, EVALUATION = 128, 72, 32, 64  # tokens, and windows

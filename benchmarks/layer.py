@@ -25,7 +25,7 @@ from convexprune._runs.cost import measured_speed
 from convexprune.adapters import HuggingFaceModel
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
-from convexprune.validation._memory import peak_memory
+from convexprune.validation._timing import peak_memory
 
 SHAPES = {  # hidden size, intermediate size, heads, key and value heads: OPT-125M's, LLaMA 3.2 1B's, LLaMA 2's
     "125M": (768, 3072, 12, 12),

@@ -15,7 +15,7 @@ from phases import medians, phases, report
 
 import convexprune
 from convexprune.adapters._inspection.inspection import inspect
-from convexprune.validation._memory import peak_memory
+from convexprune.validation._timing import peak_memory
 
 
 def main() -> None:

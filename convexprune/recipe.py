@@ -8,8 +8,7 @@ import torch
 from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
-from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.token_weights import TokenWeighting
+from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._schema.group import checked
 from convexprune._schema.settings import (
     DataSettings,

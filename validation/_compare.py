@@ -32,7 +32,7 @@ from convexprune.adapters import (
     recipe_windows,
     text_windows,
 )
-from convexprune.adapters._data.sufficiency import shortage
+from convexprune.adapters._data.rows import shortage
 from convexprune.errors import OutputError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import finite
@@ -42,8 +42,7 @@ from ._results import make_row, markdown, text_result
 from ._side_by_side import DENSE, Comparison, Tokens
 from ._states import Store
 from ._texts import text_of
-from ._variant_settings import allocated, layer_settings
-from ._variants import Variant, make_variants
+from ._variants import Variant, allocated, layer_settings, make_variants
 
 logger = logging.getLogger(__name__)
 IDENTITY = Path("work", "identity.json")

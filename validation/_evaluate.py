@@ -24,7 +24,7 @@ from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_w
 from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
 from convexprune.adapters._data.likelihood import divergence
 from convexprune.adapters._data.text_files import TEXT_FILES, check_text
-from convexprune.adapters._discovery.logits import logits_in_pieces
+from convexprune.adapters._discovery.passes import logits_in_pieces
 from convexprune.errors import CalibrationError, ModelError, RecipeError, unknown
 from convexprune.report import finite
 

@@ -18,7 +18,7 @@ from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._data.likelihood import likelihoods
-from convexprune.adapters._discovery.logits import logits_in_pieces
+from convexprune.adapters._discovery.passes import logits_in_pieces
 from convexprune.errors import CalibrationError
 
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convexprune._layerwise.capture import Recorded, through
+from convexprune._layerwise.capture import CachedSubmodule, Recorded, through
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._layerwise.pipeline import Pipeline
-from convexprune._layerwise.replay import CachedSubmodule
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.stages import Statistics, stage_statistics
 from convexprune._layerwise.store import MemoryStore
@@ -30,8 +29,8 @@ from convexprune.adapters._data.likelihood import Likelihood, likelihoods
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.report import OperatorReport
 
-from ._memory import peak_memory
 from ._states import Store
+from ._timing import peak_memory
 
 DENSE = "dense"
 FITTED = "fitted"  # the stream of the calibration batches, and of those held out after them

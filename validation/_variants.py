@@ -1,17 +1,24 @@
-"""The variants of a comparison: method, sparsity, pattern and convention, by name."""
+"""The variants of a comparison by name, and their layer settings: method, sparsity, pattern, convention, allocation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
-from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.settings import LayerSettings, TokenWeighting
+from convexprune._runs.executors import check_patterns
+from convexprune.adapters import HuggingFaceModel
+from convexprune.adapters._allocating import allocate_each
+from convexprune.adapters._removal import find_removal
+from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import parse_pattern
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, no_method
 from convexprune.recipe import SOLVERS, Recipe, make_recipe
+
+from ._side_by_side import Tokens
 
 OWN_BENCHMARKS = {"layers": "benchmarks/depth.py", "experts": "benchmarks/experts.py"}
 CONVENTIONS: dict[str, tuple[str, float, str]] = {
@@ -210,3 +217,51 @@ def _own(method: str) -> str:
     recipe = make_recipe(model="")
     default = recipe.prefix, recipe.error_correction, recipe.error_target
     return next(name for name, value in CONVENTIONS.items() if value == default)
+
+
+def layer_settings(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
+    """Return layer settings by variant. After a removal only operators that read the removed parts are pruned."""
+    settings = _narrowed(model, variants)
+    _check(model, settings.values())
+    return settings
+
+
+def _narrowed(model: HuggingFaceModel, variants: Sequence[Variant]) -> dict[str, LayerSettings]:
+    asked = {variant.name: variant.recipe().build_pattern() for variant in variants}
+    narrows = [pattern for pattern in asked.values() if pattern.removes]
+    if not narrows:
+        return {variant.name: variant.layer_settings() for variant in variants}
+    if len({pattern.removes for pattern in asked.values()}) > 1:
+        raise RecipeError(f"Pattern {str(narrows[0])!r} has its own operators: compare it with no other pattern.")
+    found = {pattern: find_removal(model, pattern) for pattern in dict.fromkeys(narrows)}
+    next(iter(found.values())).choose(model)
+    pairs = zip(variants, narrows, strict=True)
+    return {v.name: replace(v.layer_settings(), patterns=found[pattern].patterns) for v, pattern in pairs}
+
+
+def allocated(
+    model: HuggingFaceModel,
+    tokens: Tokens,
+    variants: Sequence[Variant],
+    given_settings: Mapping[str, LayerSettings],
+    batch_size: int,
+) -> dict[str, LayerSettings]:
+    """Return layer settings by variant, with zeros or bits spread by the variant's allocation."""
+    asked = [(variant.allocation, given_settings[variant.name]) for variant in variants]
+    found = allocate_each(model, tokens.calibration, tokens.held_out, asked, batch_size)
+    weightings = {v.name: TokenWeighting.parse(v.recipe().token_weights) for v in variants}
+    weights = {each: token_weights(model, each, tokens.calibration, batch_size) for each in set(weightings.values())}
+    settings = {
+        variant.name: replace(
+            allocation.apply_to(given, variant.recipe().build_pattern()),
+            token_weights=weights[weightings[variant.name]],
+        )
+        for variant, allocation, (_, given) in zip(variants, found, asked, strict=True)
+    }
+    _check(model, settings.values())
+    return settings
+
+
+def _check(model: HuggingFaceModel, settings: Iterable[LayerSettings]) -> None:
+    for each in settings:
+        check_patterns(model.layers, each)

@@ -14,9 +14,8 @@ from rich.table import Table
 
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
-from convexprune._layerwise.settings import LayerSettings
+from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._layerwise.steps.bounds import rows_to_bound
-from convexprune._layerwise.token_weights import TokenWeighting
 from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
 from convexprune.adapters import HuggingFaceModel
@@ -32,8 +31,7 @@ from convexprune.report import OperatorReport
 
 from ._layer_problems import OperatorProblem, operator_problems
 from ._oracles import SolvedProblem, block, block_problems, oracles, solve_by_all
-from ._reported import ReportedError, reported_errors, require_same_shapes
-from ._source import open_source
+from ._source import ReportedError, open_source, reported_errors, require_same_shapes
 
 WIDE = 1024  # above, a split for every row costs too much: rows share one
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convexprune._layerwise.capture import stage_inputs
 from convexprune._layerwise.model import Call, DecoderLayer, Group
 
-from .._discovery.kinds import of_each_kind
+from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .channels import HIDDEN, Axis, Channels, NotPermutable, canonical_name_of, close, columns, rows
 

@@ -16,7 +16,7 @@ from convexprune._layerwise.capture import stage_inputs
 from convexprune._layerwise.model import AbstractOperator, Call, DecoderLayer, Group
 
 from .._discovery.family import head_size
-from .._discovery.kinds import of_each_kind
+from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .channels import Axis, Channels, canonical_name_of, close, columns, rows
 

@@ -1,17 +1,107 @@
 """Refuse unsuitable models before any work, with reasons."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PretrainedConfig, PreTrainedModel
 
+from convexprune._device.memory import lacks_memory
 from convexprune._storage.scan import not_finite
 from convexprune._storage.tensors import CODES
 from convexprune.errors import ModelError
 
-from .._discovery.operators import held, offloaded
-from .plain import WEIGHT_DTYPES
+from .._discovery.operators import LINEAR_MODULES, held, offloaded
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+
+
+def require_plain(model: nn.Module, loaded: bool = True) -> None:
+    """Refuse a model with a weight that is computed from others, is no plain tensor of floats, or, if `loaded`, is
+    nowhere.
+    """
+    for path, module in model.named_modules():
+        if fault := _computed(module):
+            raise ModelError(f"{path or 'The model'} {fault}")
+        for name, parameter in module.named_parameters(recurse=False):
+            absent = loaded and parameter.is_meta and offloaded(module) is None
+            if fault := ABSENT if absent else _unusual(parameter, isinstance(module, LINEAR_MODULES)):
+                raise ModelError(f"{path}.{name} {fault}")
+
+
+ABSENT = (
+    "is on the meta device and was never loaded, so there is nothing to prune. Load the model with its weights "
+    "(from_pretrained, not from_config)."
+)
+
+
+def _computed(module: nn.Module) -> str | None:
+    """Return why a module's weight is computed from other tensors, and the remedy; None for a plain module."""
+    kind = type(module).__name__
+    if type(module).__module__.split(".")[0] == "peft":
+        return (
+            f"is a {kind} of peft. Merge the adapter first (model = model.merge_and_unload()), prune the result, and "
+            "train a new adapter on it."
+        )
+    if parametrize.is_parametrized(module):
+        (name, *_) = getattr(module, "parametrizations", {"weight": None})
+        return (
+            f"computes its {name} by a parametrization, which would undo the zeros. Make it plain first: "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})."
+        )
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")
+            remover = REMOVERS.get(type(hook).__name__, "prune.remove")
+            return (
+                f"computes its {name} by {type(hook).__name__}, which would undo the zeros. Make it plain first: "
+                f"torch.nn.utils.{remover}(module, {name!r})."
+            )
+    if isinstance(module, LINEAR_MODULES) and not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return f"is a {kind} whose weight is no parameter. Make it one: module.weight = torch.nn.Parameter(weight)."
+    return None
+
+
+def _unusual(parameter: nn.Parameter, multiplies: bool) -> str | None:
+    """Return the fault of a parameter, and the remedy; None for a plain tensor.
+
+    Integers pass unless the module `multiplies` by the parameter: models count in integers.
+    """
+    if parameter.is_inference():
+        return (
+            "was made inside torch.inference_mode(): pruning has to see which tensors change, and to differentiate. "
+            "Load the model outside of it."
+        )
+    numbers = parameter.is_floating_point() or parameter.is_complex() or multiplies
+    if numbers and parameter.dtype not in WEIGHT_DTYPES:
+        accepted = ", ".join(map(str, WEIGHT_DTYPES))
+        return f"is of type {parameter.dtype}; accepted: {accepted}. Load the unquantized checkpoint."
+    if type(parameter) is not nn.Parameter:
+        return f"is a {type(parameter).__name__}, no plain torch.nn.Parameter. Load the model without such weights."
+    if parameter.layout != torch.strided:
+        return f"is stored as {parameter.layout}. Make it dense first: torch.nn.Parameter(weight.to_dense())."
+    if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        return "repeats its entries in memory (expand). Give each its own: torch.nn.Parameter(weight.clone())."
+    return None
+
+
+@contextmanager
+def told_if_mixed(model: nn.Module) -> Iterator[None]:
+    """Explain a failure of the first forward passes by the dtypes of the parameters, if there are several."""
+    try:
+        yield
+    except RuntimeError as error:
+        dtypes = {str(p.dtype): name for name, p in model.named_parameters() if p.is_floating_point()}
+        if len(dtypes) == 1 or lacks_memory(error):
+            raise
+        named = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
+        raise ModelError(
+            f"The model fails on a batch of tokens: {error}. Its parameters are of several types: {named}. Give dtype, "
+            "or bring them to one type: model.to(torch.bfloat16)."
+        ) from error
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:

@@ -12,14 +12,11 @@ from convexprune.errors import CalibrationError
 from convexprune.recipe import Recipe
 
 from .._huggingface import HuggingFaceModel
-from .conversations import Documents
 from .corpora import Split
-from .mixture import Part, apportioned, interleaved, parts_of
-from .rows import ACCEPTED, ids_as_tensor, read_rows
+from .rows import ACCEPTED, ids_as_tensor, read_rows, refuse_uninformative
 from .sampling import sampled_windows
-from .sources import documents_of
-from .sufficiency import refuse_uninformative
-from .text_files import TEXT_FILES, read_documents
+from .sources import Part, apportioned, documents_of, interleaved, parts_of
+from .text_files import TEXT_FILES, Documents, read_documents
 
 DEFAULT_LENGTH = 2048
 EVALUATION_WINDOW = 1024

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from convexprune.errors import CalibrationError, DependencyError, install_hint, unknown
 
-from .conversations import Documents, is_conversation
+from .text_files import Documents, is_conversation
 
 Split = Literal["calibration", "evaluation"]
 

@@ -23,11 +23,10 @@ from convexprune._schema.functions import INSPECT
 from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 
-from .._data.mixture import needs_sampling
-from .._discovery.rules import with_rules
+from .._data.sources import needs_sampling
+from .._discovery.selection import with_rules
 from .._loading.loading import bundled_if_none
-from .needs import gib, setting_of
-from .outline import read_outline
+from .outline import gib, read_outline, setting_of
 
 SURVEY = "The look at the dense model that comes before, for the allocation of the zeros, is not counted."
 NO_GPU = "The time is an estimate by the rate of products. It was never compared with a run on a GPU."

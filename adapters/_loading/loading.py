@@ -18,8 +18,7 @@ from convexprune._storage.files import named
 from convexprune._storage.tensors import entries
 from convexprune.errors import ModelError
 
-from .._checkpoints.admission import refuse_other_codes, refuse_quantized
-from .._checkpoints.building import parameters_on_meta
+from .._checkpoints.admission import refuse_other_codes, refuse_quantized, require_plain
 from .._checkpoints.model_folder import (
     NotStreamable,
     check_folder,
@@ -30,8 +29,7 @@ from .._checkpoints.model_folder import (
     stored_dtype,
 )
 from .._checkpoints.origin import Origin
-from .._checkpoints.plain import require_plain
-from .._checkpoints.reading import ask, model_class, read_tokenizer
+from .._checkpoints.reading import ask, model_class, parameters_on_meta, read_tokenizer
 from .._checkpoints.shards import Shards
 from .._discovery.family import decoder_layers
 from .._discovery.operators import computes_on

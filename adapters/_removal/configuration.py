@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune.errors import ModelError
 
-from .._checkpoints.building import parameters_on_meta
 from .._checkpoints.model_folder import CONFIG
+from .._checkpoints.reading import parameters_on_meta
 from .._huggingface import HuggingFaceModel
 
 UNSET = ("inner", "intermediate", "ffn")  # parts of names: such a setting that is None follows from the hidden size

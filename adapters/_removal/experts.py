@@ -18,14 +18,12 @@ from convexprune.pruners._base import Score
 
 from .._channels.channels import close
 from .._discovery.experts import fused_parameters
-from .._discovery.kinds import of_each_kind
 from .._discovery.layout import signature
+from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import AbstractReduced, AbstractRemoval, Making
+from .base import AbstractReduced, AbstractRemoval, Cut, Making
 from .configuration import REFUSALS, Place, built, candidates, set_at, settings_of
-from .cut import Cut
-from .expert_choice import experts_to_remove
-from .mixtures import Mixture, find_mixtures
+from .mixtures import Mixture, experts_to_remove, find_mixtures
 
 
 @dataclass(frozen=True, eq=False)

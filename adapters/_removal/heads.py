@@ -23,7 +23,7 @@ from convexprune.errors import ModelError
 from .._channels.channels import Axis, Channels, close, columns
 from .._channels.inner_channels import changed_inputs, half, inner_channels, same_in_another_order
 from .._discovery.family import decoder_layers, head_size
-from .._discovery.kinds import of_each_kind
+from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
 from .configuration import Place, Shapes, built, candidates, settings_of, shapes_of
 from .narrowing import Narrowing

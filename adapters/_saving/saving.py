@@ -1,13 +1,16 @@
-"""Write a model as a folder for transformers: tensor by tensor if streamed, else whole."""
+"""Write a model as a folder for transformers: tensor by tensor if streamed, else whole; pruned, or reordered."""
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import FolderStore
@@ -15,10 +18,11 @@ from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file
 from convexprune._storage.notes import write_json, write_settings
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import Entry
+from convexprune._storage.tensors import DTYPES, Entry
 
-from .._checkpoints.documents import documents, result_name
-from .._checkpoints.model_folder import CONFIG
+from .._channels.channels import Axis
+from .._channels.permuting import Permutation
+from .._checkpoints.model_folder import CONFIG, documents, result_name
 from .._discovery.operators import offloaded, tensor_of
 from .._huggingface import HuggingFaceModel
 from .._removal.base import AbstractReduced
@@ -128,3 +132,38 @@ def pruned_entries(
 
 def _is_offloaded(model: PreTrainedModel) -> bool:
     return any(offloaded(module) is not None for module in model.modules())
+
+
+@dataclass(frozen=True)
+class _PermutedEntry(Entry):
+    """A tensor in a file, with reordered entries along some axes."""
+
+    orders: tuple[tuple[Axis, list[int]], ...] = ()
+
+    def read_bytes(self) -> bytearray:
+        data = super().read_bytes()
+        tensor = torch.frombuffer(data, dtype=DTYPES[self.spec.code]).reshape(self.spec.shape)
+        for axis, order in self.orders:
+            axis.order(tensor, torch.tensor(order))
+        return data
+
+
+def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
+    """Write a model in its new order, and `permutation.json`, as a folder that appears whole or not at all.
+
+    A streamed model is written tensor by tensor; the channels of a model in memory are reordered.
+    """
+    changed = {}
+    if model.shards is None:
+        found.apply(model.model)
+    else:
+        orders = defaultdict[str, list[tuple[Axis, list[int]]]](list)
+        for one in found.permuted:
+            for axis in (*one.channels.axes, *one.channels.consumers):
+                orders[axis.parameter].append((axis, one.order))
+        named = dict[int, str]()  # a tensor that is tied to another may be stored twice
+        for name, parameter in model.model.named_parameters(remove_duplicate=False):
+            own, entry = named.setdefault(id(parameter), name), model.shards.entry(name)
+            if own in orders and entry is not None:
+                changed[name] = _PermutedEntry(entry.path, entry.spec, entry.begin, tuple(orders[own]))
+    save_new(model, folder, changed, {"permutation.json": found.to_dict()})

@@ -30,9 +30,9 @@ from convexprune._storage.staging import Staging
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
 from convexprune.adapters._channels.permuting import Permuted, find_permutation
 from convexprune.adapters._checkpoints.admission import refuse_headless
-from convexprune.adapters._data.mixture import needs_sampling
+from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._inspection.inspection import Inspection
-from convexprune.adapters._saving.permuted import save_permuted
+from convexprune.adapters._saving.saving import save_permuted
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 from convexprune.report import OnOperator

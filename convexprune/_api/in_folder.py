@@ -32,7 +32,7 @@ from convexprune._storage.notes import write_json
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
 from convexprune.adapters._inspection.inspection import Inspection, inspect
-from convexprune.adapters._inspection.needs import device_bytes
+from convexprune.adapters._inspection.outline import device_bytes
 from convexprune.adapters._loading.packed import load as load_packed
 from convexprune.adapters._saving.saving import pruned_entries
 from convexprune.adapters._saving.written import require_written

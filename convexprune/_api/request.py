@@ -28,7 +28,7 @@ from convexprune._device.machine import (
 from convexprune._device.memory import use_gpu
 from convexprune._layerwise.allocation import WEIGHED
 from convexprune._layerwise.folder_store import FolderStore
-from convexprune._layerwise.token_weights import TokenWeighting
+from convexprune._layerwise.settings import TokenWeighting
 from convexprune._layerwise.work import Work
 from convexprune._progress import begin
 from convexprune._recipe_file import given
@@ -37,12 +37,12 @@ from convexprune._schema.functions import Call
 from convexprune.adapters import BUNDLED, EMBEDDED, HuggingFaceModel, given_tokenizer, load
 from convexprune.adapters._allocating import allocate
 from convexprune.adapters._checkpoints.admission import refuse_headless
-from convexprune.adapters._checkpoints.documents import said_of_base
-from convexprune.adapters._data.mixture import needs_sampling
-from convexprune.adapters._discovery.rules import with_rules
-from convexprune.adapters._inspection.needs import what_needs_less
+from convexprune.adapters._checkpoints.model_folder import said_of_base
+from convexprune.adapters._data.sources import needs_sampling
+from convexprune.adapters._discovery.selection import with_rules
+from convexprune.adapters._inspection.outline import what_needs_less
+from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
-from convexprune.adapters._removal.find import find_removal
 from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from convexprune._api.windows import Windows
 from convexprune._device.kernels import eager_because
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._data.sufficiency import shortage
+from convexprune.adapters._data.rows import shortage
 from convexprune.adapters._discovery.selection import shared_weights, unknown_maps
 from convexprune.recipe import Recipe
 

@@ -8,10 +8,18 @@ from itertools import chain
 from torch import Tensor
 
 from convexprune._device.transfer import sending
-from convexprune._layerwise.capture import Calls, ErrorTarget, Observed, Recorded, observe, put_away, through
+from convexprune._layerwise.capture import (
+    CachedSubmodule,
+    Calls,
+    ErrorTarget,
+    Observed,
+    Recorded,
+    observe,
+    put_away,
+    through,
+)
 from convexprune._layerwise.model import AbstractModel, AbstractOperator, DecoderLayer, Group
 from convexprune._layerwise.processes import ALONE, ProcessGroup
-from convexprune._layerwise.replay import CachedSubmodule
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.store import AbstractStates

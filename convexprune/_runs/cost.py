@@ -119,7 +119,7 @@ def work(model: ModelSize, setting: Setting) -> Operations:
     """Count the operations: passes (the dense layer once, then up to every stage; for gradients twice, and back), Gram
     matrices, products.
 
-    Passes after the stage that ends attention begin there (`_layerwise.replay`). The stage is known only once a layer
+    Passes after the stage that ends attention begin there (`_layerwise.capture`). The stage is known only once a layer
     runs; the count assumes the first stage with a single operator as high as the hidden states are wide. This is too
     low for families without a shortcut (eager attention that returns its weights).
     """

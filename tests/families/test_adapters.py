@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from convexprune.adapters._discovery.logits import logits_at
+from convexprune.adapters._discovery.passes import logits_at
 
 BATCH = torch.arange(3, 45).reshape(2, 21) * 31 % 4096
 

@@ -15,8 +15,7 @@ import convexprune
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters import _allocating as allocating
 from convexprune.adapters._gradients import Fisher, loss_fisher
-from convexprune.adapters._removal.base import AbstractReduced
-from convexprune.adapters._removal.cut import Cut
+from convexprune.adapters._removal.base import AbstractReduced, Cut
 from convexprune.adapters._removal.narrowing import Narrowing, find_narrowing
 from convexprune.adapters._saving.written import require_written
 from convexprune.constraints import Channels, Constraint

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import convexprune
 from convexprune._api.calls import plan
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._removal.expert_choice import Judged, chosen, recording
 from convexprune.adapters._removal.experts import FewerExperts, find_experts, small_blocks
+from convexprune.adapters._removal.mixtures import Judged, chosen, recording
 from convexprune.constraints import Experts
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
 from convexprune.validation import compare, verify

@@ -15,8 +15,8 @@ from torch import nn
 import convexprune
 from convexprune.adapters import TESTED, HuggingFaceModel
 from convexprune.adapters._discovery.family import decoder_layers
-from convexprune.adapters._discovery.logits import logits_in_pieces
-from convexprune.adapters._discovery.replay import replay_error
+from convexprune.adapters._discovery.passes import logits_in_pieces
+from convexprune.adapters._discovery.probing import replay_error
 
 PATTERNS = {"50 %": {"sparsity": 0.5, "allocation": "rows"}, "2:4": {"pattern": "2:4"}}
 
@@ -99,7 +99,7 @@ def test_the_logits_of_a_family_are_the_same_in_pieces(family: str, monkeypatch:
     model, runs = build_family(family), list[int]()
     with torch.no_grad():
         whole = model(TOKENS).logits[:, :-1]
-        monkeypatch.setattr("convexprune.adapters._discovery.logits.POSITIONS", 7)
+        monkeypatch.setattr("convexprune.adapters._discovery.passes.POSITIONS", 7)
         with decoder_layers(model)[1][0].register_forward_hook(lambda *_: runs.append(1)):
             pieces = list(logits_in_pieces(model, TOKENS))
     assert torch.equal(torch.cat(pieces, 1), whole)

@@ -19,7 +19,7 @@ from convexprune.adapters._inspection.inspection import SURVEY, inspect
 from convexprune.adapters._inspection.outline import read_outline
 from convexprune.errors import CalibrationError, ModelError, PatternError, RecipeError
 from convexprune.recipe import make_recipe
-from convexprune.validation._memory import peak_memory
+from convexprune.validation._timing import peak_memory
 
 LLAMA_2_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,

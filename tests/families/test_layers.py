@@ -23,9 +23,14 @@ from transformers import (
 import convexprune
 from convexprune._api.calls import plan
 from convexprune.adapters import HuggingFaceModel, load
-from convexprune.adapters._checkpoints.stored_names import stored_as
-from convexprune.adapters._removal.depth import divergences, influences, layers_to_remove
-from convexprune.adapters._removal.shortening import Shortened, find_shortening
+from convexprune.adapters._checkpoints.shards import stored_as
+from convexprune.adapters._removal.shortening import (
+    Shortened,
+    divergences,
+    find_shortening,
+    influences,
+    layers_to_remove,
+)
 from convexprune.constraints import Layers
 from convexprune.errors import ModelError, OutputError, PatternError, RecipeError
 from convexprune.validation import compare, verify

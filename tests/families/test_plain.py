@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from transformers import PreTrainedModel
 
 import convexprune
-from convexprune.adapters._checkpoints.given import used_alone
+from convexprune.adapters._checkpoints.origin import used_alone
 from convexprune.errors import ModelError
 
 Build = Callable[[str], PreTrainedModel]

@@ -18,7 +18,7 @@ import convexprune
 from convexprune._layerwise import pipeline as room
 from convexprune._storage.tensors import entries
 from convexprune.adapters import HuggingFaceModel, load
-from convexprune.adapters._discovery.logits import logits_at
+from convexprune.adapters._discovery.passes import logits_at
 from convexprune.errors import ModelError
 
 TOKENS = torch.randint(2, 4000, (6, 24), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ import convexprune
 from convexprune._device.machine import steps
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._checkpoints.admission import refuse_non_finite
-from convexprune.adapters._discovery.replay import replay_error
+from convexprune.adapters._discovery.probing import replay_error
 from convexprune.errors import ModelError
 
 

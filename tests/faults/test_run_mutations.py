@@ -23,7 +23,7 @@ from convexprune._runs import executors, worker
 from convexprune._storage import failures, files
 from convexprune._storage.batches import Batches
 from convexprune.adapters import _gradients as gradients
-from convexprune.adapters._checkpoints import reading, stored_names
+from convexprune.adapters._checkpoints import reading, shards
 from convexprune.adapters._checkpoints.shards import Shards
 from convexprune.adapters._loading import loading
 from convexprune.pruners._search import AbstractSearch
@@ -75,7 +75,7 @@ FAULTS = (
           test_hostile.test_weights_that_change_while_the_result_is_written_make_no_model, {}, {"folder": "spoilt"}),
     Fault("another model in a worker", Shards.require_same, "!= origin.checksums.get(name)", "is None",
           test_hostile.test_a_worker_takes_the_same_weights_only, {"stream": True}, {"folder": "spoilt"}),
-    Fault("names that have to have the prefix of the head", stored_names.stored_names,
+    Fault("names that have to have the prefix of the head", shards.stored_names,
           "(name, name.removeprefix(prefix), prefix + name)", "(name,)",
           test_streaming.test_a_checkpoint_without_the_prefix_of_the_head_keeps_its_names),
     # Surveys, gradients, and columns.

@@ -96,7 +96,7 @@ def test_gradients_need_the_logits_of_few_positions_at_a_time(
     def keeping(input_ids: Tensor, use_cache: bool, logits_to_keep: Tensor) -> Any:
         return watched(input_ids, use_cache, logits_to_keep=logits_to_keep)
 
-    monkeypatch.setattr("convexprune.adapters._discovery.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._discovery.passes.POSITIONS", 5)
     monkeypatch.setattr(tiny_llama.model, "forward", keeping if keeps else watched)
     found = loss_fisher(tiny_llama, TOKENS[:2], 2).outputs
     assert sizes == ([5, 5, 5, 5, 3] if keeps else [24])

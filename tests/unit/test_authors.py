@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load
-from convexprune.adapters._removal.depth import influences
-from convexprune.adapters._removal.expert_choice import Judged
 from convexprune.adapters._removal.experts import find_experts
+from convexprune.adapters._removal.mixtures import Judged
+from convexprune.adapters._removal.shortening import influences
 from convexprune.constraints import (
     Columns,
     Constraint,

@@ -12,7 +12,7 @@ from runs import require_resumed
 import convexprune
 from convexprune._api.windows import name_of_text
 from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, check_dataset
-from convexprune.adapters._data.mixture import apportioned, interleaved, needs_sampling, parts_of
+from convexprune.adapters._data.sources import apportioned, interleaved, needs_sampling, parts_of
 from convexprune.errors import CalibrationError
 from convexprune.validation import verify
 

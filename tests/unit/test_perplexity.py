@@ -153,7 +153,7 @@ def test_the_logits_of_a_whole_window_are_never_in_memory(
     """And what is measured is the same, but for how a product of fewer rows rounds: some CPUs have a kernel for it."""
     with Largest() as whole:
         expected = measure(tiny_llama, tmp_path)
-    monkeypatch.setattr("convexprune.adapters._discovery.logits.NUMBERS", 20 * 4096)
+    monkeypatch.setattr("convexprune.adapters._discovery.passes.NUMBERS", 20 * 4096)
     with Largest() as pieces:
         found = measure(tiny_llama, tmp_path)
     for one, other in zip(measured(found), measured(expected), strict=True):
@@ -162,7 +162,7 @@ def test_the_logits_of_a_whole_window_are_never_in_memory(
 
 
 def test_the_decoder_runs_once_a_window(tiny_llama: HuggingFaceModel, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("convexprune.adapters._discovery.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._discovery.passes.POSITIONS", 5)
     runs = list[int]()
     with tiny_llama.layers[0].module.register_forward_hook(lambda *_: runs.append(1)):
         perplexity(tiny_llama.model, LONG)
@@ -172,7 +172,7 @@ def test_the_decoder_runs_once_a_window(tiny_llama: HuggingFaceModel, monkeypatc
 def test_a_decoder_whose_output_cannot_be_replayed_runs_again(tiny_llama: HuggingFaceModel, monkeypatch):
     """It is not where transformers says, or what it gives is not of all positions."""
     expected = perplexity(tiny_llama.model, LONG)
-    monkeypatch.setattr("convexprune.adapters._discovery.logits.POSITIONS", 5)
+    monkeypatch.setattr("convexprune.adapters._discovery.passes.POSITIONS", 5)
     for other in (None, tiny_llama.model, tiny_llama.model.get_input_embeddings()):
         monkeypatch.setattr(tiny_llama.model, "get_decoder", lambda other=other: other)
         assert perplexity(tiny_llama.model, LONG).nll == pytest.approx(expected.nll, rel=1e-6)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from convexprune._layerwise.capture import stage_inputs, through
 from convexprune._layerwise.context import LayerContext
-from convexprune._layerwise.pipeline import AbstractLayerStep, AbstractStackStep, Pipeline
+from convexprune._layerwise.pipeline import AbstractLayerStep, AbstractStackStep, Pipeline, Stack
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.stack import Stack
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe

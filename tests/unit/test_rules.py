@@ -15,7 +15,7 @@ from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.work import Work
 from convexprune._recipe_file import read_recipe
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._discovery.rules import with_rules
+from convexprune.adapters._discovery.selection import with_rules
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport, Report
 

@@ -13,7 +13,7 @@ import convexprune
 from convexprune import errors
 from convexprune._api.run_warnings import run_warnings
 from convexprune.adapters import calibration_tokens
-from convexprune.adapters._data.sufficiency import refuse_uninformative, shortage
+from convexprune.adapters._data.rows import refuse_uninformative, shortage
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
 

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from convexprune._layerwise.pipeline import AbstractStackStep
-from convexprune._layerwise.stack import Stack
+from convexprune._layerwise.pipeline import AbstractStackStep, Stack
+from convexprune._layerwise.stages import stack_of
 from convexprune._layerwise.steps.bounds import sampled_bounds_of_all
-from convexprune._layerwise.targets import stack_of
 from convexprune.core import Moments
 from convexprune.errors import PruningError
 from convexprune.pruners import Damping, LayerEdit, LayerProblem

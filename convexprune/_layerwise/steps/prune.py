@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import certifying_in, solving_in
-from convexprune._layerwise.pipeline import AbstractStackStep
-from convexprune._layerwise.stack import Stack
+from convexprune._layerwise.pipeline import AbstractStackStep, Stack
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 
 

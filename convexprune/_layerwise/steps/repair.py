@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from convexprune._device.precision import certifying_in, solving_in
-from convexprune._layerwise.pipeline import AbstractStackStep
-from convexprune._layerwise.stack import Stack
+from convexprune._layerwise.pipeline import AbstractStackStep, Stack
 from convexprune._layerwise.steps.measure import errors_elsewhere
 from convexprune.pruners._damped import damped
 from convexprune.pruners._refit import refitted

@@ -12,9 +12,8 @@ from convexprune._layerwise.allocation import Unit, row_weights
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractModel
-from convexprune._layerwise.pipeline import AbstractStackStep, Pipeline
+from convexprune._layerwise.pipeline import AbstractStackStep, Pipeline, Stack
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._layerwise.stack import Stack
 from convexprune._layerwise.steps.observe import Observe
 from convexprune._layerwise.steps.prune import solved
 from convexprune._layerwise.store import MemoryStore

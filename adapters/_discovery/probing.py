@@ -1,20 +1,55 @@
-"""Check that a model equals its layers, called singly, and that no token sees later tokens."""
+"""Experiments with a model: facts on kinds of layers, layers that equal the model, tokens that see no later ones."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
-from convexprune._layerwise.context import propagate
-from convexprune._layerwise.model import Call
+from convexprune._layerwise.context import LayerContext, propagate
+from convexprune._layerwise.model import AbstractModel, Call, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerCalls, LayerWalk
 from convexprune.errors import ModelError
 
-from .kinds import ProbedModel
+from .layout import signature
+
+T = TypeVar("T")
+
+
+class ProbedModel(AbstractModel):
+    """A model of transformers with a few tokens for experiments."""
+
+    model: PreTrainedModel
+
+    @abstractmethod
+    def probe_tokens(self) -> Tensor:
+        """Return token ids [1 tokens], all different."""
+
+    @abstractmethod
+    def forward(self, batch: Tensor) -> Tensor:
+        """Send token ids [batch tokens] through the decoder."""
+
+
+def of_each_kind(model: ProbedModel, find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
+    """Return by decoder layer the result of `find`, called with the first layer in memory of each structure.
+
+    `find` takes the layer, its call, and a few hidden states [1 tokens n].
+    """
+    tokens, kinds, found = model.probe_tokens(), [signature(layer.module) for layer in model.layers], {}
+    hidden = model.first_inputs(tokens)
+
+    def look(context: LayerContext) -> None:
+        found[kinds[context.number]] = find(context.layer, context.calls(hidden), hidden)
+
+    first = MemoryStore(sorted(kinds.index(kind) for kind in set(kinds)))
+    LayerWalk(model, [tokens], first, streams=()).run(look)
+    return [found[kind] for kind in kinds]
+
 
 TOLERANCE = 1e-3
 """Relative; replays are bit for bit the same where the kernels are, so this only has to tell noise from nonsense."""
