@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
-    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, solve, solver_names
+    from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, path, solve, solver_names
     from convexprune.validation import (
         Evaluation,
         Verification,
@@ -58,8 +58,8 @@ __all__ = [
     "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "RowGroups", "SemiStructured",
     "Solution", "Status", "Support", "TotalVariation", "Unstructured", "Verification", "advise", "certify", "compare",
     "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver", "pack",
-    "parse_pattern", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names", "solvers",
-    "unpack", "verify",
+    "parse_pattern", "path", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names",
+    "solvers", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -91,7 +91,7 @@ _NAMES = {
     ),
     "recipe": ("Recipe",),
     "report": ("OperatorReport", "Report"),
-    "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"),
+    "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solver_names"),
     "validation": (
         "Evaluation",
         "Verification",

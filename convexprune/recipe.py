@@ -29,7 +29,7 @@ from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
 
 PRESETS = ("fistapruner",)
-SOLVERS = tuple(name for name in solver_names() if name != "cg")  # conjugate gradients take a fixed support only
+SOLVERS = ("admm", "cvxpy", "fista", "scipy")  # those for weights of which half is zero
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
 ALPHAS = {"gptaq": 0.25, "qep": 0.5}  # the corrections of quantizers that are published with one
 

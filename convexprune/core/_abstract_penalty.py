@@ -27,6 +27,8 @@ class AbstractPenalty(ABC):
     """Whether it is no sum over rows: its values [m] then only add up to it."""
     is_convex = True
     """Without convexity no certificate exists, and solvers stop where the weight is stationary."""
+    priced: tuple[str, ...] = ()
+    """The names of the fields that are multiplied for a multiple of the penalty."""
 
     @abstractmethod
     def values(self, weight: Tensor) -> Tensor:
@@ -136,6 +138,22 @@ class AbstractPenalty(ABC):
         """
         return Scaled(self, float(scale.flatten()[0]))
 
+    def times(self, factor: float) -> "AbstractPenalty":
+        """Return the penalty factor p.
+
+        Args:
+            factor: positive.
+
+        Returns:
+            The penalty of V.
+        """
+        if not self.priced:
+            return Scaled(self, 1.0, factor)
+        other = copy(self)
+        for name in self.priced:
+            object.__setattr__(other, name, getattr(self, name) * factor)
+        return other
+
     def to(self, dtype: torch.dtype) -> Self:
         """Return the penalty for weights of a new `dtype`."""
         return self._with(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
@@ -191,10 +209,11 @@ class Elementwise(AbstractPenalty):
 
 @dataclass(frozen=True, eq=False)
 class Scaled(AbstractPenalty):
-    """The penalty p(U / scale) of U, for one number."""
+    """The penalty factor p(U / scale) of U, for two numbers."""
 
     penalty: AbstractPenalty
     scale: float
+    factor: float = 1.0
 
     @property
     def couples_rows(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -205,29 +224,33 @@ class Scaled(AbstractPenalty):
         return self.penalty.is_convex
 
     def values(self, weight: Tensor) -> Tensor:
-        return self.penalty.values(weight / self.scale)
+        return self.factor * self.penalty.values(weight / self.scale)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
-        return self.penalty.prox(weight / self.scale, step / self.scale**2) * self.scale
+        return self.penalty.prox(weight / self.scale, self.factor * step / self.scale**2) * self.scale
 
     def dual_scale(self, dual: Tensor) -> Tensor:
-        return self.penalty.dual_scale(dual * self.scale)
+        return self.penalty.dual_scale(dual * self._unit)
 
     def conjugate(self, dual: Tensor) -> Tensor:
-        return self.penalty.conjugate(dual * self.scale)
+        return self.factor * self.penalty.conjugate(dual * self._unit)
 
     def project(self, dual: Tensor) -> Tensor:
-        return self.penalty.project(dual * self.scale) / self.scale
+        return self.penalty.project(dual * self._unit) / self._unit
 
     def subgradient(self, weight: Tensor, dual: Tensor) -> Tensor | None:
-        found = self.penalty.subgradient(weight / self.scale, dual * self.scale)
-        return None if found is None else found / self.scale
+        found = self.penalty.subgradient(weight / self.scale, dual * self._unit)
+        return None if found is None else found / self._unit
 
     def to(self, dtype: torch.dtype) -> Self:
-        return type(self)(self.penalty.to(dtype), self.scale)
+        return type(self)(self.penalty.to(dtype), self.scale, self.factor)
 
     def rows(self, chosen: slice | Tensor) -> Self:
-        return type(self)(self.penalty.rows(chosen), self.scale)
+        return type(self)(self.penalty.rows(chosen), self.scale, self.factor)
+
+    @property
+    def _unit(self) -> float:
+        return self.scale / self.factor
 
 
 def checked_strength(strength: float | Array, wrong: str, most: float = inf) -> float | Tensor:

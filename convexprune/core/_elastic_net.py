@@ -28,6 +28,8 @@ class ElasticNet(Elementwise):
         ProblemError: a number is out of range.
     """
 
+    priced = ("strength", "ridge")
+
     strength: float | Tensor = 0.0
     ridge: float | Tensor = 0.0
     lower: float | Tensor = -inf

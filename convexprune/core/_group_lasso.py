@@ -32,6 +32,7 @@ class GroupLasso(AbstractPenalty):
     """
 
     couples_rows = True
+    priced = ("strength",)
 
     strength: float | Tensor
     checked: InitVar[bool] = True
@@ -113,6 +114,8 @@ class RowGroups(AbstractPenalty):
     Raises:
         ProblemError: a strength is negative or not finite, or the groups are no whole numbers from 0.
     """
+
+    priced = ("strength", "l1")
 
     groups: Tensor
     strength: float | Tensor

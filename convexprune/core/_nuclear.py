@@ -24,6 +24,7 @@ class NuclearNorm(AbstractPenalty):
     """
 
     couples_rows = True
+    priced = ("strength",)
 
     strength: float
 
@@ -108,6 +109,9 @@ class Blocks(AbstractPenalty):
     def scaled(self, scale: Tensor) -> "Blocks":
         scales = self._split(scale)
         return Blocks(tuple((p.scaled(s), width) for (p, width), s in zip(self.parts, scales, strict=True)))
+
+    def times(self, factor: float) -> "Blocks":
+        return Blocks(tuple((p.times(factor), width) for p, width in self.parts))
 
     def to(self, dtype: torch.dtype) -> "Blocks":  # pyright: ignore[reportIncompatibleMethodOverride]
         return Blocks(tuple((p.to(dtype), width) for p, width in self.parts))

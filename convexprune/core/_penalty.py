@@ -28,6 +28,8 @@ class L1(Elementwise):
         ProblemError: a strength is negative or NaN.
     """
 
+    priced = ("strength",)
+
     strength: float | Tensor
     checked: InitVar[bool] = True
 
@@ -125,4 +127,7 @@ class Support(Elementwise):
         return torch.where(inside, 0.0, inf).to(dual.dtype)
 
     def scaled(self, scale: Tensor) -> "Support":
+        return self
+
+    def times(self, factor: float) -> "Support":
         return self

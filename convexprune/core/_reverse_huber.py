@@ -24,6 +24,8 @@ class ReverseHuber(Elementwise):
         ProblemError: a curvature is not positive, a price is negative, or a value is not finite.
     """
 
+    priced = ("curvature", "price")
+
     curvature: Tensor
     price: Tensor
 

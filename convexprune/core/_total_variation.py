@@ -27,6 +27,8 @@ class TotalVariation(AbstractPenalty):
         ProblemError: a strength is negative or not finite.
     """
 
+    priced = ("strength", "l1")
+
     strength: float | Tensor
     l1: float | Tensor = 0.0
 

@@ -1,21 +1,26 @@
 """Solvers by name. To add a solver: a file here, a line in `_PLACES`, a line in tests/property/test_solvers.py."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import import_module
+from math import inf
 from typing import Any
 
+from convexprune._progress import begin
 from convexprune._setting_types import make
 from convexprune.core import Problem
 from convexprune.core._arrays import TENSORS, Array
-from convexprune.errors import DependencyError, RecipeError, install_hint, unknown
+from convexprune.errors import DependencyError, ProblemError, RecipeError, install_hint, unknown
 from convexprune.solvers._base import AbstractSolver, Solution, Status, run
 
 _PLACES = {
     "admm": ("_admm", "ADMM"),
+    "auto": ("_auto", "Auto"),
     "cg": ("_cg", "ConjugateGradient"),
     "cvxpy": ("_cvxpy", "CVXPY"),
     "fista": ("_fista", "FISTA"),
     "scipy": ("_scipy", "SciPy"),
+    "working-set": ("_working_set", "WorkingSet"),
 }
 
 
@@ -51,7 +56,7 @@ def make_solver(name: str, **settings: Any) -> AbstractSolver:
 
 
 def solve(
-    problem: Problem, solver: str | AbstractSolver = "fista", start: Array | None = None, **settings: Any
+    problem: Problem, solver: str | AbstractSolver = "auto", start: Array | None = None, **settings: Any
 ) -> Solution:
     """Solve a problem, and answer in the kind of arrays in which the problem was stated.
 
@@ -81,4 +86,33 @@ def solve(
     )
 
 
-__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "solve", "solver_names"]
+def path(
+    problem: Problem, strengths: Iterable[float], solver: str | AbstractSolver = "auto", **settings: Any
+) -> list[Solution]:
+    """Solve a problem at many strengths of its penalty, from the largest on, each from the answer before.
+
+    Args:
+        problem: min q + p. Strengths are those of `L1(1.0)`, for example.
+        strengths: factors of p, positive.
+        solver: see `solve`.
+        settings: of the solver, see `solve`.
+
+    Returns:
+        The certified solution at each strength, in the given order.
+
+    Raises:
+        ProblemError: a strength is not positive.
+    """
+    factors = [float(strength) for strength in strengths]
+    if not all(0 < factor < inf for factor in factors):
+        raise ProblemError(f"The strengths of a path are positive numbers; the least is {min(factors)}.")
+    found: dict[float, Solution] = {}
+    start, done = None, begin("path", len(factors))
+    for factor in sorted(set(factors), reverse=True):
+        found[factor] = solve(Problem(problem.quadratic, problem.penalty.times(factor)), solver, start, **settings)
+        start = found[factor].weight
+        done(f"strength {factor:.3g}")
+    return [found[factor] for factor in factors]
+
+
+__all__ = ["AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solver_names"]

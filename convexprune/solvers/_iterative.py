@@ -45,7 +45,7 @@ class AbstractIterative(AbstractSolver):
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""
         require_penalty(self, type(problem.penalty))
-        return self._solved(problem, initial(problem, start))
+        return self._solved(problem, initial(problem, start), tested=start is not None)
 
     @torch.no_grad()
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
@@ -59,10 +59,12 @@ class AbstractIterative(AbstractSolver):
         weight, _, _, products = self._from(problem, start, residual)
         return StepResult(weight, problem.quadratic.residual_after(residual, start, weight), products + 1)
 
-    def _solved(self, problem: Problem, start: Tensor, residual: Tensor | None = None) -> Solution:
+    def _solved(
+        self, problem: Problem, start: Tensor, residual: Tensor | None = None, tested: bool = False
+    ) -> Solution:
         """Return the solution; the `residual` at the start may be inexact: it steers the way, not the certificate."""
         began = time.perf_counter()
-        weight, status, iterations, products = self._from(problem, start, residual)
+        weight, status, iterations, products = self._from(problem, start, residual, tested)
         with solving_in("float32"):
             residual = None if self.precise else problem.quadratic.residual(weight)
             certificates = certify_each(problem, weight, self.precise, residual)
@@ -76,14 +78,16 @@ class AbstractIterative(AbstractSolver):
         return Solution.together(each, weight, residual)
 
     def _from(
-        self, problem: Problem, weight: Tensor, residual: Tensor | None = None
+        self, problem: Problem, weight: Tensor, residual: Tensor | None = None, tested: bool = False
     ) -> tuple[Tensor, Status, int, int]:
-        """The loop from `weight`, in the coordinates that are asked for."""
+        """The loop from `weight`, in the coordinates that are asked for; a `tested` weight may be good enough."""
         if not self.scale:
             return self._iterate(problem, weight, residual)
         scale = problem.penalty.units(problem.quadratic.scale())
         inner = Problem(problem.quadratic.scaled(scale), problem.penalty.scaled(scale))
         residual = None if residual is None else residual / scale
+        if tested and self._status(inner, weight * scale, 0) is Status.SOLVED:
+            return weight, Status.SOLVED, 0, 1
         weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
         return weight / scale, status, iterations, products
 

@@ -102,7 +102,7 @@ def _(penalty: Blocks, weight: Any, constraints: Constraints) -> Any:
 
 @stated.register
 def _(penalty: Scaled, weight: Any, constraints: Constraints) -> Any:
-    return stated(penalty.penalty, weight / penalty.scale, constraints)
+    return penalty.factor * stated(penalty.penalty, weight / penalty.scale, constraints)
 
 
 def _like(value: Any, weight: Any) -> np.ndarray:

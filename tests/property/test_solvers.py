@@ -18,6 +18,8 @@ L1S = PENALTIES[:3]
 TABLE = {
     "fista": ({"tolerance": 1e-8, "max_iterations": 20_000}, L1S),
     "admm": ({"tolerance": 1e-8, "max_iterations": 20_000}, L1S),
+    "auto": ({"tolerance": 1e-8}, PENALTIES),
+    "working-set": ({"tolerance": 1e-10}, L1S),
     "cvxpy": ({"engine": "CLARABEL"}, PENALTIES),
     "scipy": ({}, PENALTIES),
     "cg": ({"tolerance": 1e-10, "max_iterations": 200}, ("Support",)),

@@ -38,7 +38,7 @@ PUBLIC = {
         L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport
         Packed PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution
         Status Support GroupLasso Unstructured Verification advise certify compare compare_samples errors
-        evaluate export inspect keep_zeros load make_solver pack parse_pattern permute perplexity problems prune
+        evaluate export inspect keep_zeros load make_solver pack parse_pattern path permute perplexity problems prune
         pruners solve solver_names solvers unpack verify Blocks ElasticNet MCP NuclearNorm RowGroups SCAD
         TotalVariation""",
     "convexprune.core": """
@@ -47,7 +47,7 @@ PUBLIC = {
     "convexprune.constraints": """
         GRIDS KINDS Budget Channels Coded Columns Constraint Experts Grid Heads Layers Mask Quantized SemiStructured
         Stacked Unstructured make_grid parse_pattern""",
-    "convexprune.solvers": "AbstractSolver Solution Status make_solver solve solver_names",
+    "convexprune.solvers": "AbstractSolver Solution Status make_solver path solve solver_names",
     "convexprune.pruners": """
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex Damping FISTAPruner LayerEdit LayerProblem Magnitude
         REAP Refitted ShortGPT SparseGPT Wanda WandaSP no_method""",

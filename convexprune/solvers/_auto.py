@@ -1,0 +1,58 @@
+"""The solver of `solve` by default: the fastest for the penalty and the number of weights that are not zero."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from convexprune._setting_types import Count, NotNegative
+from convexprune.core import AbstractPenalty, Problem, Support
+from convexprune.solvers._admm import ADMM
+from convexprune.solvers._base import AbstractSolver, Solution, Status
+from convexprune.solvers._cg import ConjugateGradient
+from convexprune.solvers._fista import FISTA
+from convexprune.solvers._working_set import WorkingSet
+
+
+@dataclass(frozen=True)
+class Auto(AbstractSolver):
+    """A choice among the solvers; `solution.solver` names the choice and the reason.
+
+    Working sets win while the mean set has at most n^1.5 / 200 of the n inputs, more if there are few rows; then ADMM
+    goes on from their weight. Measured: sets of 17, 65 and 250 inputs at n = 256, 576 and 1,536. Other convex penalties
+    are for ADMM: FISTA was at most 1.9 times as fast, and up to 3 times slower.
+
+    Args:
+        tolerance: the requested relative gap.
+        max_iterations: the largest number of iterations of the chosen solver.
+    """
+
+    tolerance: NotNegative = 1e-4
+    max_iterations: Count = 5000
+
+    @property
+    def penalties(self) -> tuple[type[AbstractPenalty], ...]:
+        """Every penalty has a solver."""
+        return (AbstractPenalty,)
+
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
+        """See `AbstractSolver.solve`."""
+        penalty, limits = problem.penalty, (self.tolerance, self.max_iterations)
+        if isinstance(penalty, Support):
+            return _because(ConjugateGradient(*limits), "cg: the support is fixed", problem, start)
+        if not penalty.is_convex:
+            return _because(FISTA(*limits), "fista: every step goes down", problem, start)
+        if isinstance(penalty, WorkingSet().penalties):
+            m, n = problem.shape
+            sets = WorkingSet(
+                self.tolerance, min(self.max_iterations, 100), largest=max(16.0, n**1.5 / 200 * (1 + 4 / m))
+            )
+            first = _because(sets, "working-set: few weights are not zero", problem, start)
+            if first.status not in (Status.ITERATION_LIMIT, Status.UNCONFIRMED):
+                return first
+            second = _because(ADMM(*limits), "admm: many weights are not zero", problem, first.weight)
+            return min(second, first, key=lambda each: each.certificate.relative_gap)
+        return _because(ADMM(*limits), f"admm: the penalty is {type(penalty).__name__}", problem, start)
+
+
+def _because(solver: AbstractSolver, reason: str, problem: Problem, start: Tensor | None) -> Solution:
+    return replace(solver.solve(problem, start), solver=reason)

@@ -1,0 +1,115 @@
+"""Working sets, the choice of a solver, and paths: the answers are those of the slower solvers."""
+
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, make_layer, random, seeds
+
+from convexprune import (
+    L1,
+    MCP,
+    AbstractPenalty,
+    ElasticNet,
+    GroupLasso,
+    Problem,
+    Quadratic,
+    Status,
+    Support,
+    make_solver,
+    path,
+    solve,
+)
+from convexprune.errors import ProblemError
+from convexprune.problems import check_penalty
+
+EXACT = make_solver("admm", tolerance=1e-10, max_iterations=50_000)
+
+
+def drawn(kind: str, seed: int, m: int = 5, n: int = 8) -> tuple[Quadratic, float]:
+    quadratic = make_layer(kind, m, n, seed).quadratic().at(None)
+    return quadratic, float((quadratic.cross / quadratic.scale()).abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds, share=st.sampled_from((0.3, 0.03, 0.003)), form=st.sampled_from(("free", "box", "signs", "closed")))
+def test_every_form_of_price_is_solved_to_ten_digits(kind, seed, share, form):
+    quadratic, largest = drawn(kind, seed)
+    scale = quadratic.scale()
+    strength = share * largest * scale
+    penalty = {
+        "free": L1(strength * (random(seed, 8) > -1)) if kind == "full rank" else L1(strength),
+        "box": ElasticNet(strength, 0.1 * scale**2, -0.3 * largest / scale, 0.1 * largest / scale),
+        "signs": ElasticNet(strength, lower=0.0),
+        "closed": L1(strength.where(random(seed, 8) > 0, inf)),
+    }[form]
+    problem = Problem(quadratic, penalty)
+    ours = make_solver("working-set", tolerance=1e-10).solve(problem)
+    slow = EXACT.solve(problem)
+    assert ours.status is Status.SOLVED
+    assert ours.certificate.primal <= slow.certificate.primal * (1 + 1e-9) + 1e-14 * float(quadratic.energy.sum())
+
+
+def test_a_start_is_used_and_finished_rows_leave():
+    quadratic, largest = drawn("full rank", 1, 20, 60)
+    problem = Problem(quadratic, L1(0.05 * largest * quadratic.scale()))
+    for name, least, share in (("fista", 20, 1.0), ("admm", 10, 0.8), ("working-set", 2, 0.5)):
+        solver = make_solver(name, tolerance=1e-8, **({} if name == "working-set" else {"max_iterations": 10_000}))
+        cold = solver.solve(problem)
+        assert cold.iterations > least
+        assert solver.solve(problem, cold.weight).iterations == 0
+        nearby = Problem(quadratic, problem.penalty.times(0.9))
+        assert solver.solve(nearby, cold.weight).iterations < share * solver.solve(nearby).iterations
+
+
+def test_the_choice_is_by_penalty_and_by_zeros_and_says_why():
+    quadratic, largest = drawn("full rank", 2, 40, 60)
+    scale = quadratic.scale()
+    chosen = {
+        "working-set: few": L1(0.3 * largest * scale),
+        "admm: many": L1(1e-4 * largest * scale),
+        "admm: the penalty is GroupLasso": GroupLasso(0.3 * largest),
+        "cg": Support(random(0, 40, 60) > 0),
+        "fista": MCP(0.9 * largest * scale),
+    }
+    for reason, penalty in chosen.items():
+        solution = solve(Problem(quadratic, penalty))
+        assert solution.solver.startswith(reason)
+        assert solution.status in (Status.SOLVED, Status.STATIONARY)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds)
+def test_a_path_is_the_solves_one_by_one(seed: int):
+    quadratic, largest = drawn("full rank", seed)
+    strengths = [0.1 * largest, largest, 0.01 * largest, 0.1 * largest]
+    solutions = path(Problem(quadratic, L1(quadratic.scale())), strengths, tolerance=1e-8)
+    for strength, solution in zip(strengths, solutions, strict=True):
+        alone = solve(Problem(quadratic, L1(strength * quadratic.scale())), tolerance=1e-8)
+        assert solution.certificate.relative_gap <= 1e-8
+        assert solution.certificate.primal == pytest.approx(alone.certificate.primal, rel=3e-8)
+    with pytest.raises(ProblemError, match="positive numbers; the least is 0"):
+        path(Problem(quadratic, L1(1.0)), [1.0, 0.0])
+
+
+def test_a_multiple_of_a_penalty_is_a_penalty():
+    class Lengths(AbstractPenalty):
+        """Without fields that are prices."""
+
+        def values(self, weight):
+            return weight.norm(dim=1)
+
+        def prox(self, weight, step):
+            return weight * (1 - step / weight.norm(dim=1, keepdim=True)).clamp_min(0)
+
+        def dual_scale(self, dual):
+            return 1 / dual.norm(dim=1)
+
+    weight = random(1, 3, 12)
+    for penalty in (Lengths(), L1(0.3), ElasticNet(0.3, 0.2, lower=-1), GroupLasso(0.3)):
+        multiple = penalty.times(2.5)
+        torch.testing.assert_close(multiple.values(weight), 2.5 * penalty.values(weight))
+        assert all(result.passed for result in check_penalty(multiple))
