@@ -71,6 +71,7 @@ class WorkingSet(AbstractSolver):
 
     def _rounds(self, rows: "Rows", gram: Tensor, weight: Tensor) -> tuple[Status, int, int]:
         """Write the rows' answers into `weight` [m n], and return status, rounds and products."""
+        number = 0
         for number in range(self.max_iterations + 1):
             done = rows.done(self.tolerance)
             weight[rows.places] = rows.weight * rows.size
