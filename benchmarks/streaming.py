@@ -26,7 +26,7 @@ LAYERS_A_SHARD = 30
 
 
 def make(folder: Path, layers: int) -> None:
-    from convexprune._storage.notes import write_json
+    from convexprune._storage.files import write_json
     from convexprune._storage.tensors import Spec, write_tensors
     from convexprune.adapters._checkpoints.reading import parameters_on_meta
 

@@ -6,8 +6,7 @@ import yaml
 
 from convexprune._schema import plain_yaml
 from convexprune._schema.settings import GROUPS
-from convexprune._storage.files import atomic_write, write
-from convexprune._storage.notes import read_text
+from convexprune._storage.files import read_text, write_text
 from convexprune.errors import RecipeError
 from convexprune.recipe import Recipe, make_recipe
 
@@ -22,8 +21,7 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
     for group in GROUPS:
         settings = {name: values[name] for name in group.model_fields}
         parts.append(f"# {group.group}\n{yaml.safe_dump(settings, sort_keys=False)}")
-    with atomic_write(folder / RECIPE) as file:
-        write(file, "\n".join(parts).encode())
+    write_text(folder / RECIPE, "\n".join(parts))
     return folder / RECIPE
 
 

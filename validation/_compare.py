@@ -20,7 +20,7 @@ from convexprune._runs.identity import checksum
 from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
 from convexprune._storage.failures import working
-from convexprune._storage.notes import write_json
+from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder, require_empty
 from convexprune._storage.tensors import raw
 from convexprune.adapters import (

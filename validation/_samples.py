@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from convexprune._storage.failures import working
-from convexprune._storage.notes import write_json
+from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder
 from convexprune.errors import RecipeError
 from convexprune.report import finite

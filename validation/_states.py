@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
-from convexprune._storage.notes import read_json, write_json
+from convexprune._storage.files import read_json, write_json
 from convexprune.errors import OutputError
 
 

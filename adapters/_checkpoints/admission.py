@@ -9,8 +9,7 @@ from torch.nn.utils import parametrize
 from transformers import PretrainedConfig, PreTrainedModel
 
 from convexprune._device.memory import lacks_memory
-from convexprune._storage.scan import not_finite
-from convexprune._storage.tensors import CODES
+from convexprune._storage.tensors import CODES, not_finite
 from convexprune.errors import ModelError
 
 from .._discovery.operators import LINEAR_MODULES, held, offloaded

@@ -14,8 +14,7 @@ from transformers import PretrainedConfig
 from convexprune._container.folder import holds_pack
 from convexprune._runs.folder import OWN
 from convexprune._storage.failures import reading
-from convexprune._storage.files import PARTS, Stamp, refuse_foreign
-from convexprune._storage.notes import read_text
+from convexprune._storage.files import PARTS, Stamp, read_text, refuse_foreign
 from convexprune._storage.tensors import DTYPES, entries
 from convexprune.errors import ModelError, OutputError, shown
 

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel
 
 from convexprune._layerwise.model import DecoderLayer
 from convexprune._storage.failures import reading
-from convexprune._storage.files import Stamp, copy_file, has_changed, require_unchanged, sha256
-from convexprune._storage.notes import write_settings
-from convexprune._storage.scan import scanned
-from convexprune._storage.tensors import Entry, cast, entries, raw, write_tensors
+from convexprune._storage.files import Stamp, copy_file, has_changed, require_unchanged, sha256, write_settings
+from convexprune._storage.tensors import Entry, cast, entries, raw, scanned, write_tensors
 from convexprune.errors import ModelError
 
 from .admission import refuse_non_finite, refuse_other_codes

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._storage.failures import writing
-from convexprune._storage.files import copy_file
-from convexprune._storage.notes import write_json, write_settings
+from convexprune._storage.files import copy_file, write_json, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import DTYPES, Entry
 

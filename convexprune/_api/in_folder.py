@@ -27,8 +27,7 @@ from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
-from convexprune._storage.files import checksums, sha256
-from convexprune._storage.notes import write_json
+from convexprune._storage.files import checksums, sha256, write_json
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store
 from convexprune.adapters._inspection.inspection import Inspection, inspect

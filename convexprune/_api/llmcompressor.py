@@ -13,7 +13,7 @@ import yaml
 
 from convexprune._recipe_file import LONGEST
 from convexprune._schema import plain_yaml
-from convexprune._storage.notes import read_text
+from convexprune._storage.files import read_text
 from convexprune.core._allocation import OUTLIER, OWL_REACH
 from convexprune.errors import RecipeError, shown
 from convexprune.recipe import make_recipe

@@ -15,7 +15,7 @@ from convexprune._rendering.card import write_card
 from convexprune._rendering.facts import name_of_model
 from convexprune._rendering.page import write_page
 from convexprune._runs.folder import PAGE, REPORT
-from convexprune._storage.files import atomic_write, write
+from convexprune._storage.files import write_text
 from convexprune.errors import OutputError, RecipeError, shown
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
@@ -67,5 +67,4 @@ def write_result(
     write_recipe(make_recipe(**report.recipe), folder)
     write_card(report, folder)
     write_page(report, folder / PAGE)
-    with atomic_write(folder / REPORT) as file:
-        write(file, report.to_json().encode())
+    write_text(folder / REPORT, report.to_json())

@@ -6,7 +6,7 @@ from pathlib import Path
 from convexprune._recipe_file import RECIPE, read_recipe, write_recipe
 from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._schema.functions import Call
-from convexprune._storage.files import atomic_write, write
+from convexprune._storage.files import write_text
 from convexprune._storage.staging import output_folder
 from convexprune.errors import ConvexpruneError, OutputError
 from convexprune.recipe import make_recipe
@@ -30,8 +30,7 @@ def write_copies(report: Report, call: Call) -> None:
         return
     folder = output_folder(call.report_dir, is_staged=False)
     _require_copies(folder)
-    with atomic_write(folder / REPORT) as file:
-        write(file, report.to_json().encode())
+    write_text(folder / REPORT, report.to_json())
     write_recipe(make_recipe(**report.recipe), folder)
 
 

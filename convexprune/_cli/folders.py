@@ -110,12 +110,11 @@ def from_llmcompressor(
     import yaml
 
     from convexprune._api.llmcompressor import from_llmcompressor as translated
-    from convexprune._storage.files import atomic_write, write
+    from convexprune._storage.files import write_text
 
     text = f"# from {file.name}, of llm-compressor\n{yaml.safe_dump(translated(file), sort_keys=False)}"
     if output is None:
         print(text, end="")
         return
-    with atomic_write(output) as to:
-        write(to, text.encode())
+    write_text(output, text)
     print(f"recipe: {output.resolve()}")

@@ -15,7 +15,7 @@ from convexprune._container.file import SUFFIX, is_packed
 from convexprune._container.folder import Convert, source_files, write_folder
 from convexprune._container.provenance import require_as_written
 from convexprune._runs.folder import CARD, PAGE, REPORT, RunFolder
-from convexprune._storage.notes import read_json, read_text, write_settings
+from convexprune._storage.files import copy_file, read_json, read_text, write_settings
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import CODES, DTYPES, Entry, Spec, entries, write_tensors
 from convexprune.constraints import Grid, parse_pattern
@@ -64,7 +64,8 @@ def export(source: str | Path, output_dir: str | Path, allow_changed: bool = Fal
     converts |= {path: partial(_convert_index, quantized=quantized) for path in files if path.name.endswith(INDEX)}
     converts[Path(CONFIG)] = partial(_convert_config, grid=grid, left=sorted(left))
     kept = sorted(set(files) - {Path(name) for name in OF_RUN}, key=lambda path: (path not in tensors, path))
-    return write_folder("exporting", folder, files, {path: path for path in kept}, converts, staging)
+    writes = {path: (path, converts.get(path, copy_file)) for path in kept}
+    return write_folder("exporting", folder, files, writes, staging)
 
 
 def _require_settings(folder: Path, files: Iterable[Path]) -> None:

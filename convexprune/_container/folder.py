@@ -51,36 +51,24 @@ class Packed:
     bits: float
     operator_bits: float | None = None
 
-    @classmethod
-    def of(cls, folder: Path, names: Iterable[Path], operators: Iterable[str] = ()) -> "Packed":
-        """Read the outcome from the headers of a pack.
-
-        Args:
-            folder: the pack.
-            names: its files.
-            operators: names of those that were pruned or quantized.
-
-        Returns:
-            Sizes before and after.
-
-        Raises:
-            ModelError: one of its files is damaged or leads elsewhere.
-        """
-        files = [folder / name for name in names]
-        packs = {path: contents(path) for path in files if is_packed(path)}
-        sizes = {path: Stamp.of(path).size for path in files}
-        before = sum(packs[path].before if path in packs else size for path, size in sizes.items())
-        tensors = {name: size for each in packs.values() for name, size in each.tensors.items()}
-        bits = 8 * sum(sizes[path] for path in packs) / max(1, sum(count for count, _ in tensors.values()))
-        pruned = [tensors[f"{name}.weight"] for name in operators if f"{name}.weight" in tensors]
-        own = 8 * sum(size for _, size in pruned) / sum(count for count, _ in pruned) if pruned else None
-        return cls(folder, before, sum(sizes.values()), bits, own)
-
     @property
     def bits_text(self) -> str:
         """Bits a weight of the operators, if they are known, and of all that is packed."""
         own = "" if self.operator_bits is None else f"{self.operator_bits:.2f} of the operators, "
         return f"bits a weight: {own}{self.bits:.2f} of all"
+
+
+def measured(folder: Path, names: Iterable[Path], operators: Iterable[str] = ()) -> Packed:
+    """Read the sizes of a pack from the headers of its files. The `operators` are those that were pruned."""
+    files = [folder / name for name in names]
+    packs = {path: contents(path) for path in files if is_packed(path)}
+    sizes = {path: Stamp.of(path).size for path in files}
+    before = sum(packs[path].before if path in packs else size for path, size in sizes.items())
+    tensors = {name: size for each in packs.values() for name, size in each.tensors.items()}
+    bits = 8 * sum(sizes[path] for path in packs) / max(1, sum(count for count, _ in tensors.values()))
+    pruned = [tensors[f"{name}.weight"] for name in operators if f"{name}.weight" in tensors]
+    own = 8 * sum(size for _, size in pruned) / sum(count for count, _ in pruned) if pruned else None
+    return Packed(folder, before, sum(sizes.values()), bits, own)
 
 
 def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = False) -> Packed:
@@ -110,10 +98,14 @@ def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = Fa
         raise ModelError(f"{folder} holds no safetensors file: there is nothing to pack. Save the model as such first.")
     if left_out := [path for path in files if path.name.endswith(OTHER_WEIGHTS)]:
         logger.warning("left out, weights in another format: %s", ", ".join(map(str, left_out)))
-    names = {path: packed_name(path) for path in files if path not in left_out}
+    writes = {
+        path: (packed_name(path), pack_file if path.suffix == SUFFIX else copy_file)
+        for path in files
+        if path not in left_out
+    }
     require_as_written(folder, allow_changed)
-    target = write_folder("packing", folder, files, names, _changed(names, pack_file), staging)
-    return Packed.of(target, names.values(), _operators(folder))
+    target = write_folder("packing", folder, files, writes, staging)
+    return measured(target, (name for name, _ in writes.values()), _operators(folder))
 
 
 def _operators(folder: Path) -> list[str]:
@@ -152,14 +144,21 @@ def unpack(
     }
     if len(set(names.values())) < len(names):
         raise ModelError(f"{folder} holds a file and its pack as well. Remove the one that is not to be read.")
-    sizes = Packed.of(folder, files)
+    sizes = measured(folder, files)
     if sizes.before > ROOM + RATIO * sizes.after and not allow_large:
         raise ModelError(
             f"{folder} has {sizes.after:,} bytes and unpacks to {sizes.before:,}, nearly all zero. Accepted: {RATIO} "
             f"times as many, and {ROOM:,} more. Take it as it is with allow_large=True (--allow-large)."
         )
+    there = next(path for path in staging.output.absolute().parents if path.exists())
+    if sizes.before > (free := shutil.disk_usage(there).free):
+        raise OutputError(
+            f"{staging.output}: {sizes.before:,} bytes are needed, and {free:,} are free. Make room, or give another "
+            "folder."
+        )
+    writes = {path: (name, copy_file if name == path else unpack_file) for path, name in names.items()}
     require = partial(require_as_written, allow_changed=allow_changed)
-    return write_folder("unpacking", folder, files, names, _changed(names, unpack_file), staging, sizes.before, require)
+    return write_folder("unpacking", folder, files, writes, staging, require)
 
 
 def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterable[str]) -> Packed:
@@ -177,7 +176,7 @@ def pack_in_place(folder: Path, checksums: Mapping[str, str], operators: Iterabl
                     f"{packed}: this is not {path.name}. Mend the disk, then go on with resume=True (--resume)."
                 )
             path.unlink()
-    return Packed.of(folder, map(packed_name, map(Path, checksums)), operators)
+    return measured(folder, map(packed_name, map(Path, checksums)), operators)
 
 
 def holds_pack(folder: Path) -> bool:
@@ -212,28 +211,17 @@ def _files(folder: Path) -> dict[Path, Stamp]:
 def write_folder(
     doing: str,
     folder: Path,
-    files: Mapping[Path, Stamp],
-    names: Mapping[Path, Path],
-    converts: Mapping[Path, Convert],
+    files: Mapping[Path, Stamp],  # of the folder, as they have to be in the end, too
+    writes: Mapping[Path, tuple[Path, Convert]],  # by file its new name, and what writes it
     staging: Staging,
-    needed: int = 0,
     require: Callable[[Path], None] = lambda _: None,
 ) -> Path:
-    target = staging.output
-    there = next(path for path in target.absolute().parents if path.exists())
-    if needed > (free := shutil.disk_usage(there).free):
-        raise OutputError(
-            f"{target}: {needed:,} bytes are needed, and {free:,} are free. Make room, or give another folder."
-        )
-    step = begin(doing, len(names))
+    """Write files of a folder to another folder, in which all are or nothing is."""
+    step = begin(doing, len(writes))
     with staging.whole() as whole:
-        for source, name in names.items():
-            converts.get(source, copy_file)(folder / source, whole / name)
+        for source, (name, convert) in writes.items():
+            convert(folder / source, whole / name)
             step(str(source))
         require_unchanged({folder / name: stamp for name, stamp in files.items()})
         require(whole)
-    return target
-
-
-def _changed(names: Mapping[Path, Path], convert: Convert) -> dict[Path, Convert]:
-    return {path: convert for path, name in names.items() if name != path}
+    return staging.output

@@ -19,8 +19,7 @@ from convexprune._container.gguf_tokenizer import write_tokenizer
 from convexprune._container.provenance import unchanged
 from convexprune._progress import begin
 from convexprune._runs.folder import BLOCKS, RunFolder
-from convexprune._storage.files import named
-from convexprune._storage.notes import read_text
+from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
 from convexprune.constraints import Grid, parse_pattern

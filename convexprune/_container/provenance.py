@@ -7,8 +7,7 @@ from pathlib import Path
 from convexprune._container.file import SUFFIX, is_packed, packed_checksum, packed_name
 from convexprune._runs.folder import PAGE, REPORT, RunFolder
 from convexprune._storage.failures import reading, writing
-from convexprune._storage.files import Stamp, checksum_inside, paths_in, require_unchanged, sha256
-from convexprune._storage.notes import read_json
+from convexprune._storage.files import Stamp, checksum_inside, paths_in, read_json, require_unchanged, sha256
 from convexprune.errors import ModelError, OutputError
 
 GENERATOR = b'<meta name="generator" content="convexprune">'

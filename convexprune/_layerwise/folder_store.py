@@ -21,9 +21,8 @@ from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._storage.batches import Batches
 from convexprune._storage.failures import writing
-from convexprune._storage.files import sha256
+from convexprune._storage.files import read_notes, sha256, write_notes
 from convexprune._storage.locks import locked
-from convexprune._storage.notes import read_notes, write_notes
 from convexprune._storage.tensors import Entry, Spec, entries, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import OperatorReport

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from convexprune._recipe_file import GIVEN
 from convexprune._runs.folder import CARD
 from convexprune._schema.settings import BUNDLED
-from convexprune._storage.files import atomic_write, write
+from convexprune._storage.files import write_text
 from convexprune.adapters._data.corpora import CORPORA
 from convexprune.report import Report
 
@@ -49,8 +49,7 @@ def mark_sparse(model: PreTrainedModel, report: Report) -> None:
 
 
 def write_card(report: Report, folder: Path, layout: str | None = None) -> Path:
-    with atomic_write(folder / CARD) as file:
-        write(file, card(report, layout).encode())
+    write_text(folder / CARD, card(report, layout))
     return folder / CARD
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from convexprune._container.provenance import is_page
 from convexprune._storage.failures import writing
-from convexprune._storage.files import atomic_write, write
+from convexprune._storage.files import write_text
 from convexprune._storage.staging import followed
 from convexprune.errors import OutputError
 from convexprune.report import Report
@@ -45,8 +45,7 @@ def check_page(path: Path) -> Path:
 
 def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
     """Write the page of a run, whose result is in `folder` if it was moved, and return its path."""
-    with atomic_write(path) as file:
-        write(file, page(report, folder).encode())
+    write_text(path, page(report, folder))
     return path
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from convexprune._runs.identity import differences
 from convexprune._storage.failures import writing
-from convexprune._storage.files import atomic_write, checksum_inside, sha256, write
+from convexprune._storage.files import checksum_inside, read_notes, read_text, sha256, write_notes, write_text
 from convexprune._storage.locks import locked
-from convexprune._storage.notes import read_notes, read_text, write_notes
 from convexprune._storage.staging import Staging, require_empty
 from convexprune._storage.tensors import Spec, write_tensors
 from convexprune.errors import OutputError
@@ -133,8 +132,7 @@ class RunFolder:
 
     def finish(self, report: Report) -> None:
         """Write the report beside the result, which is whole in `staging.new`, and put it into the folder."""
-        with atomic_write(self.staging.new / REPORT) as file:
-            write(file, report.to_json().encode())
+        write_text(self.staging.new / REPORT, report.to_json())
         self.staging.publish(self.replaces)
         self.replaces = None  # from here on the run is finished
         self._run.unlink()

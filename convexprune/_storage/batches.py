@@ -12,8 +12,7 @@ from torch import Tensor
 from convexprune._device.memory import Room
 from convexprune._device.transfer import lane_to, sending
 from convexprune._storage.failures import naming, writing
-from convexprune._storage.files import publish, read_ahead, sha256, write
-from convexprune._storage.notes import read_notes, write_notes
+from convexprune._storage.files import publish, read_ahead, read_notes, sha256, write, write_notes
 from convexprune._storage.tensors import CODES, DTYPES, raw
 
 

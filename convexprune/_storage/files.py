@@ -1,16 +1,17 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files that appear whole or not at all, and their checksums; notes are JSON with a checksum."""
 
 import hashlib
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from convexprune._storage.failures import naming, reading, writing
-from convexprune.errors import ModelError
+from convexprune.errors import ModelError, OutputError
 
 PARTS = f".{'[0-9a-f]' * 16}.part"  # files that are being written, or were when their process was killed
 CHUNK = 1 << 20  # bytes that are read at once
@@ -65,6 +66,11 @@ def _not_listed(error: OSError) -> NoReturn:
 def write(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     """Write bytes: every byte of a run goes through here."""
     file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        write(file, text.encode())
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -159,3 +165,54 @@ def refuse_foreign(path: Path, folder: Path) -> None:
             f"{path} is a link to {target}, outside of the model's folder, and would be copied to the result. Put "
             "the file itself into the folder, or remove the link."
         )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; NaN and infinity are kept, as Python reads them back."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_settings(path: Path, value: Any) -> None:
+    """Write a file of settings as transformers does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_text(path: Path, longest: int) -> str:
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OutputError(f"{path}: there is no such file. Is it the right folder?")
+        if path.stat().st_size > longest:
+            raise OutputError(f"{path} has {path.stat().st_size:,} bytes, and at most {longest:,} are read.")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as cause:
+        raise OutputError(f"{path} is damaged: it is no text.") from cause
+    except OutputError:
+        raise
+    except OSError as cause:
+        raise OutputError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of the JSON file at `path`; None if it is missing or is not JSON."""
+    try:
+        with naming(path):
+            return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def write_notes(path: Path, value: Any) -> None:
+    """Write a value as `write_json` does, with its checksum."""
+    write_json(path, {"checksum": _checksum(value), "notes": value})
+
+
+def read_notes(path: Path) -> Any:
+    """Return the value that `write_notes` wrote to `path`; None if it is missing or is not what was written."""
+    match read_json(path):
+        case {"checksum": checksum, "notes": value} if checksum == _checksum(value):
+            return value
+    return None
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

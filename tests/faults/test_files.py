@@ -12,12 +12,12 @@ import torch
 from runs import killed
 from safetensors.torch import save_file
 
-from convexprune._storage import files, scan
+from convexprune._storage import files
+from convexprune._storage import tensors as room
 from convexprune._storage.files import atomic_write, checksums, copy_file, flush, make_folder, paths_in
 from convexprune._storage.locks import locked, overwrite
-from convexprune._storage.scan import scanned
 from convexprune._storage.staging import Staging
-from convexprune._storage.tensors import DTYPES
+from convexprune._storage.tensors import DTYPES, scanned
 from convexprune.errors import ModelError, OutputError
 
 
@@ -124,7 +124,7 @@ def test_a_copied_file_is_flushed_and_renamed_and_so_are_new_folders(tmp_path: P
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32", "F64"])
 @pytest.mark.parametrize("broken", [[], [(7, math.nan)], [(0, math.inf), (129, -math.inf), (2999, math.nan)]])
 def test_one_pass_finds_the_checksum_and_what_is_not_finite(tmp_path: Path, code: str, broken, monkeypatch):
-    monkeypatch.setattr(scan, "CHUNK", 1024)
+    monkeypatch.setattr(room, "CHUNK", 1024)
     tensors = {
         "beside": torch.full((5,), math.nan),
         "codes": torch.full((99,), -1, dtype=torch.int64),

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import convexprune
 from convexprune import _cli as cli
-from convexprune._storage.notes import write_notes
+from convexprune._storage.files import write_notes
 from convexprune._storage.staging import MARKER, Staging
 from convexprune.errors import ConvexpruneError, OutputError
 

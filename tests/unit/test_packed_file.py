@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from convexprune._container import blocks as packing
+from convexprune._container import file as packing
 from convexprune._container.file import contents, pack_file, packed_checksum, unpack_file
 from convexprune._container.format import decode, encode, longest, width
 from convexprune._storage.files import sha256
