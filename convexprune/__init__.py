@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from convexprune.recipe import Recipe
     from convexprune.report import OperatorReport, Report
     from convexprune.solvers import AbstractSolver, Solution, Status, make_solver, path, solve, solver_names
+    from convexprune.solvers._from_cvxpy import from_cvxpy, to_cvxpy
     from convexprune.validation import (
         Evaluation,
         Verification,
@@ -57,9 +58,9 @@ __all__ = [
     "GroupLasso", "Inspection", "KeepZeros", "Moments", "NuclearNorm", "OperatorReport", "Packed", "PermuteResult",
     "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "RowGroups", "SemiStructured",
     "Solution", "Status", "Support", "TotalVariation", "Unstructured", "Verification", "advise", "certify", "compare",
-    "compare_samples", "errors", "evaluate", "export", "inspect", "keep_zeros", "load", "make_solver", "pack",
-    "parse_pattern", "path", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names",
-    "solvers", "unpack", "verify",
+    "compare_samples", "errors", "evaluate", "export", "from_cvxpy", "inspect", "keep_zeros", "load", "make_solver",
+    "pack", "parse_pattern", "path", "permute", "perplexity", "problems", "prune", "pruners", "solve", "solver_names",
+    "solvers", "to_cvxpy", "unpack", "verify",
 ]  # fmt: skip
 
 _NAMES = {
@@ -91,6 +92,7 @@ _NAMES = {
     ),
     "recipe": ("Recipe",),
     "report": ("OperatorReport", "Report"),
+    "solvers._from_cvxpy": ("from_cvxpy", "to_cvxpy"),
     "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solver_names"),
     "validation": (
         "Evaluation",

@@ -38,9 +38,9 @@ PUBLIC = {
         L1 AbstractPenalty AbstractSolver Certificate Evaluation Inspection KeepZeros Moments OperatorReport
         Packed PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution
         Status Support GroupLasso Unstructured Verification advise certify compare compare_samples errors
-        evaluate export inspect keep_zeros load make_solver pack parse_pattern path permute perplexity problems prune
-        pruners solve solver_names solvers unpack verify Blocks ElasticNet MCP NuclearNorm RowGroups SCAD
-        TotalVariation""",
+        evaluate export from_cvxpy inspect keep_zeros load make_solver pack parse_pattern path permute perplexity
+        problems prune pruners solve solver_names solvers to_cvxpy unpack verify Blocks ElasticNet MCP NuclearNorm
+        RowGroups SCAD TotalVariation""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify Blocks
         ElasticNet MCP NuclearNorm RowGroups SCAD TotalVariation""",
