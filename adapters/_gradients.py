@@ -33,12 +33,14 @@ class Fisher:
     The squared gradients of an expert are summed over the tokens routed to the expert and divided by the number of
     all tokens, so that rare experts count less. `outputs` [m] are (d loss / d y_i)^2: twice the cost of an error of
     size 1 in y_i. `inputs` [n / block] are (sum_{j in b} x_j d loss / d x_j)^2 of blocks b: twice the cost of not
-    reading a block. `tokens` [windows length] are |d loss / d y|^2 of operators that all tokens reach.
+    reading a block. `tokens` [windows length] are |d loss / d y|^2 of operators that all tokens reach. `embedding` [n]
+    is (d loss / d x_i)^2 of the inputs of the first layer.
     """
 
     outputs: dict[str, Tensor]
     inputs: dict[tuple[str, int], Tensor]
     tokens: dict[str, Tensor]
+    embedding: Tensor
 
 
 def loss_fisher(
@@ -60,7 +62,7 @@ def loss_fisher(
     calls = LayerCalls(model, batches)
     together = max(1, TOGETHER // (batch_size * tokens.shape[1])) if model.streams else 1  # which reads layers again
     parts = [batches[first : first + together] for first in range(0, len(batches), together)]
-    count = len(model.layers)
+    count, embedding = len(model.layers), torch.zeros((), dtype=torch.float64)
     on_layer = begin("gradients", 2 * len(parts) * count)
     for part in parts:
         states = MemoryStore(range(count), record, keep=True)
@@ -69,6 +71,7 @@ def loss_fisher(
             gradients = [_loss_gradient(model, ids, x) for ids, x in zip(part, states.take(count), strict=True)]
         backward = _Backward(gradients, squares)
         LayerWalk(model, part, states.backward(), on_layer=on_layer, calls=calls).run(backward)
+        embedding = embedding + sum(each.double().square().sum((0, 1)).cpu() for each in backward.gradients)
     for name, total in reversed(squares.sums.items()):  # it is not finite from there back
         if not bool(total.isfinite().all()):
             raise ModelError(
@@ -78,7 +81,8 @@ def loss_fisher(
     count = tokens.numel()
     outputs = {name: (total / count).float() for name, total in squares.sums.items()}
     inputs = {key: (total / count).float() for key, total in squares.inputs.items()}
-    return Fisher(outputs, inputs, {name: torch.cat(each).view(tokens.shape) for name, each in squares.tokens.items()})
+    each_token = {name: torch.cat(each).view(tokens.shape) for name, each in squares.tokens.items()}
+    return Fisher(outputs, inputs, each_token, (embedding / count).float())
 
 
 @contextmanager
@@ -166,16 +170,16 @@ class _Backward:
     """
 
     def __init__(self, gradients: list[Tensor], squares: _Squares) -> None:
-        self._gradients, self._squares = gradients, squares
+        self.gradients, self._squares = gradients, squares
 
     @torch.enable_grad()
     def __call__(self, context: LayerContext) -> None:
         layer = context.layer
-        leaving = self._gradients[0]
+        leaving = self.gradients[0]
         with _differentiable(layer.name), widened(leaving.device, leaving.dtype), ExitStack() as hooks:
             experts = self._watch(layer, hooks)
             before = list[Tensor]()
-            for entering, gradient in zip(context.inputs["dense"], self._gradients, strict=True):
+            for entering, gradient in zip(context.inputs["dense"], self.gradients, strict=True):
                 hidden = entering.detach().requires_grad_()
                 output = context.calls(hidden)(layer.module, hidden)
                 with ExitStack() as heard:
@@ -183,7 +187,7 @@ class _Backward:
                         heard.enter_context(pile.hooked_backward(partial(self._squares.hear, name)))
                     before.append(torch.autograd.grad(output, hidden, gradient)[0])
                 self._squares.require_all()
-        self._gradients = before
+        self.gradients = before
 
     def _watch(self, layer: DecoderLayer, hooks: ExitStack) -> dict[str, FusedExperts]:
         """Hook the modules that are operators; fused experts are returned, by "layer.path"."""

@@ -21,6 +21,8 @@ from convexprune._schema.settings import (
 )
 from convexprune._setting_types import make
 from convexprune.constraints import Coded, Constraint, Quantized, make_grid, parse_pattern
+from convexprune.constraints._ggml import AnyBlock
+from convexprune.constraints._grid import Grouped
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._base import WHOLE
@@ -28,6 +30,7 @@ from convexprune.pruners._search import AbstractSearch
 from convexprune.quantizers import QUANTIZERS
 from convexprune.solvers import AbstractSolver, solver_names
 
+GGUF = "gguf"  # in place of a grid: one of GGUF's for each operator
 PRESETS = ("fistapruner",)
 SOLVERS = ("admm", "cvxpy", "fista", "scipy")  # those for weights of which half is zero
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
@@ -66,6 +69,8 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         TokenWeighting.parse(self.token_weights)
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
+        if self.quantize == GGUF and self.allocation != "curve":
+            raise RecipeError("quantize='gguf' chooses types by the loss (allocation='curve'). Leave allocation out.")
         if self.allocation == "columns" and not issubclass(METHODS[self.preset or self.method], AbstractSearch):
             raise RecipeError(
                 f"Allocation 'columns' chooses columns by the loss, and {self.method!r} has scores of its own. Leave "
@@ -105,11 +110,27 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
 
     def _on_grid(self, support: Constraint) -> Constraint:
+        if self.quantize == GGUF:
+            if (self.target is None) == (self.bits is None):
+                raise RecipeError(
+                    "quantize='gguf' chooses types for a size: give target (900MB, say) or bits, one of them."
+                )
+            return Quantized(support, AnyBlock())
+        if self.target is not None:
+            raise RecipeError(f"target is the size of a GGUF file, and quantize is {self.quantize!r}. Take 'gguf'.")
         if self.bits is not None and self.quantize is not None:
             raise RecipeError(f"bits={self.bits} is in place of quantize={self.quantize!r}: leave one of them out.")
         if self.bits is not None:
             return Quantized(support, Coded(self.bits))
-        return support if self.quantize is None else Quantized(support, make_grid(self.quantize, self.group_size))
+        if self.quantize is None:
+            return support
+        grid = make_grid(self.quantize, self.group_size)
+        if self.group_size != type(self).model_fields["group_size"].default and not isinstance(grid, Grouped):
+            raise RecipeError(
+                f"group_size={self.group_size} beside quantize={self.quantize!r}, whose groups are fixed. Leave "
+                "group_size out, or take int8 to int3, nf4 or fp4."
+            )
+        return Quantized(support, grid)
 
     def layer_settings(
         self,
@@ -253,12 +274,14 @@ def _following(given: Mapping[str, Any]) -> dict[str, Any]:
     channels = str(given.get("pattern")).startswith("channels")
     spread = "uniform" if not searches else "columns" if channels else "rows" if whole else "uniform"
     codes = given.get("quantize") is not None and given.get("quantizer", "descent") == "descent"
+    mixed = given.get("target") is not None or given.get("quantize") == GGUF
     return {
+        **({"quantize": GGUF, "sparsity": 0.0} if mixed else {}),
         "token_weights": "attention_sink" if codes and ours and not published else "none",
         "prefix": prefix,
         "error_correction": alpha or (0.5 if (given.get("prefix") or prefix) == "pruned" else 1.0),
         "error_target": "operator" if published or alpha else "residual_stream",
-        "allocation": spread if given.get("bits") is None else "curve",
+        "allocation": "curve" if mixed or given.get("bits") is not None else spread,
     }
 
 

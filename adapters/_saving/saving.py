@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from convexprune._layerwise.folder_store import FolderStore
+from convexprune._layerwise.folder_store import ENDS, FolderStore
+from convexprune._layerwise.store import BLOCKS
 from convexprune._storage.failures import writing
 from convexprune._storage.files import copy_file, write_json, write_settings
 from convexprune._storage.staging import Staging
@@ -102,7 +103,10 @@ def save_from_store(
     Raises:
         OutputError: the disk is full or fails.
     """
+    ends = {name: entry for name, entry in store.kept(ENDS).items() if not name.startswith(BLOCKS)}
     if model.shards is None:
+        for name, entry in ends.items():
+            model.model.get_parameter(name).data.copy_(entry.read())
         with writing(folder):
             save(model if narrowed is None else narrowed.apply_to(model), folder)
         write_settings(folder / CONFIG, json.loads((folder / CONFIG).read_bytes()) | dict(settings))
@@ -114,7 +118,7 @@ def save_from_store(
         return (dict(config) if narrowed is None else narrowed.configured(config)) | dict(settings)
 
     renamed = str if narrowed is None else narrowed.renamed
-    model.shards.assemble(folder, pruned_entries(model, store, narrowed), configured, renamed)
+    model.shards.assemble(folder, pruned_entries(model, store, narrowed) | ends, configured, renamed)
     if tokenizer is not None:
         with writing(folder):
             tokenizer.save_pretrained(folder)

@@ -16,6 +16,7 @@ from convexprune._api.report_copies import check_copies
 from convexprune._api.run_warnings import run_warnings
 from convexprune._api.windows import Sources, Windows, name_of_text
 from convexprune._api.workers import executor_for, team_size
+from convexprune._container.layouts import imported
 from convexprune._device.machine import (
     Clock,
     check_threads,
@@ -40,13 +41,14 @@ from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._checkpoints.model_folder import said_of_base
 from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._discovery.selection import with_rules
+from convexprune.adapters._gguf import TypeChoice, on_grid
 from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._token_weights import token_weights
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
-from convexprune.recipe import Recipe, make_recipe
+from convexprune.recipe import GGUF, Recipe, make_recipe
 from convexprune.report import OnOperator, Report
 from convexprune.solvers import AbstractSolver, solver_names
 from convexprune.validation import final_states, mean_kl, perplexity
@@ -101,6 +103,8 @@ class Request:
                 f"Pattern {recipe.pattern!r} makes a smaller model, and a loaded one is pruned in place. Save it "
                 "(save_pretrained), and give its folder."
             )
+        self.size: Any = None  # of a GGUF file (`_container.gguf_size.Size`), and the bytes that it may have
+        self.target = 0
         self.removal: AbstractRemoval | None = None
         self.reduced: AbstractReduced | None = None
         self.clock = Clock()
@@ -116,6 +120,8 @@ class Request:
             self._narrow(loaded, pattern)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
+        if self.recipe.quantize == GGUF:
+            self._measure(loaded)
         weighting = TokenWeighting.parse(self.recipe.token_weights)
         needs = {
             f"allocation={self.recipe.allocation!r}": (self.recipe.allocation in WEIGHED, "take allocation='uniform'"),
@@ -124,6 +130,38 @@ class Request:
             "the perplexity": (self.sources.evaluation is not None, "leave evaluation out"),
         }
         refuse_headless(loaded.model, {what: instead for what, (needed, instead) in needs.items() if needed})
+
+    def _measure(self, loaded: HuggingFaceModel) -> None:
+        """Find the size of the file by types, and refuse targets that no types meet."""
+        given = isinstance(self.source, PreTrainedModel) or self.given_tokenizer is not None
+        if given or loaded.folder is None or self.call.output_dir is None:
+            raise RecipeError(
+                "quantize='gguf' counts the bytes of a file. It takes the folder of a model with its tokenizer, no "
+                "loaded one, and needs output_dir."
+            )
+        names = [f"{layer.name}.{operator.name}" for layer in loaded.layers for operator in layer.operators]
+        self.size = imported("gguf_size", GGUF).measure(loaded.folder, names, loaded.model.dtype)
+        bits = self.recipe.bits
+        self.target = self.recipe.target or int(self.size.weights * (bits or 0.0) / 8)
+        self.size.require(self.target)
+
+    def _choose_types(self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore) -> None:
+        """Choose the type of every operator, and of embedding and head, which are quantized now."""
+        size, room = self.size, self.target - self.size.fixed
+        choice = TypeChoice(
+            loaded, windows["calibration"], self.recipe.batch_size, size.units, size.ends, room, self.layers.quantizer
+        )
+        found = choice.types(store)
+        choice.tensors(store)
+        patterns = {name: on_grid(kind) for name, kind in found["types"].items() if name not in size.ends}
+        self.layers = replace(self.layers, patterns=patterns)
+        report.allocation = {"cost": found["cost"], "gap": found["gap"]}
+        report.gguf = size.record(found["types"], self.target)
+        for name in size.ends:
+            report.left_alone.pop(name, None)
+        if "evaluation" in windows:
+            end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
+            self._warn(report, f"{' and '.join(size.ends)} are quantized too, and {end} {self.call.output_dir}")
 
     def _narrow(self, loaded: HuggingFaceModel, pattern: Constraint) -> None:
         """Restrict the pruned operators to the operators that the removal concerns."""
@@ -163,7 +201,11 @@ class Request:
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None
     ) -> None:
         """Spread the zeros by the recipe, or as at the beginning of the run in the store."""
-        if self.recipe.allocation != "uniform":
+        if self.recipe.quantize == GGUF:
+            assert store is not None
+            self._choose_types(loaded, windows, report, store)
+            self.clock.lap("types")
+        elif self.recipe.allocation != "uniform":
             asked = self.recipe.allocation, self.layers
             found = allocate(loaded, windows["calibration"], windows["held_out"], asked, self.recipe.batch_size, store)
             self.layers = found.apply_to(self.layers, self.recipe.build_pattern())

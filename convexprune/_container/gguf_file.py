@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,13 @@ from convexprune._runs.folder import BLOCKS, RunFolder
 from convexprune._storage.files import named, read_text
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import Entry, entries
-from convexprune.constraints import Grid, parse_pattern
+from convexprune.constraints import Grid, make_grid, parse_pattern
 from convexprune.constraints._codebook import Codebook, Scales
 from convexprune.constraints._ggml import Q4_0, Q8_0
 from convexprune.errors import ModelError, OutputError
+from convexprune.report import Report
 
+GROUP = 32  # the blocks have their own
 LONGEST = 1 << 28  # bytes of config.json
 ROWS = 1 << 24  # weights that are compared at once
 TYPES = {kind.name.lower(): kind for kind in gguf.GGMLQuantizationType}
@@ -107,21 +109,31 @@ def export(source: str | Path, output: str | Path, allow_changed: bool = False) 
         raise OutputError(f"{target} is there already. Give another name.")
     with unchanged(folder, allow_changed):
         plain = {n: e for path in files if path.suffix == SUFFIX for n, e in entries(folder / path)[0].items()}
-        config = json.loads(read_text(folder / "config.json", LONGEST))
-        model = GGUFModel(config, folder)
-        tensors = _places(model, plain, folder)
+        model = GGUFModel(json.loads(read_text(folder / "config.json", LONGEST)), folder)
+        run = RunFolder(folder)
+        report = run.report() if run.is_finished else None
+        quantized = {} if report is None else _quantized(model, folder, report)
+        tensors = places(model, plain, quantized)
+        if quantized:
+            raise ModelError(f"{folder} stores no {min(quantized)[0]}, which the run has quantized.")
+        chosen = report and report.gguf
+        metadata = gguf.Metadata(**chosen["metadata"]) if chosen else metadata_of(folder, tensors)
         with (
             Staging(target).whole(is_file=True) as path,
             closing(gguf.GGUFWriter(path, model.architecture.name)) as writer,
         ):
-            _describe(writer, model, folder, [part for parts in tensors.values() for part in parts])
+            describe(writer, model, folder, tensors, metadata)
+            add_infos(writer, model, tensors)
             _write(writer, model, tensors)
     return target
 
 
-def _places(model: GGUFModel, plain: Mapping[str, Entry], folder: Path) -> dict[str, list[Part]]:
-    """Return the parts of each tensor of the file: one, or all experts in their order."""
-    quantized, places = _quantized(model, folder), defaultdict[str, dict[int | None, Part]](dict)
+Place = tuple[str, int | None]
+
+
+def places(model: GGUFModel, plain: Mapping[str, Entry], quantized: dict[Place, Quantized]) -> dict[str, list[Part]]:
+    """Return the parts of each tensor of the file: one, or all experts in their order; take the `quantized` ones."""
+    places = defaultdict[str, dict[int | None, Part]](dict)
     for name, entry in plain.items():
         is_copy = name == "lm_head.weight" and model.config.get("tie_word_embeddings")
         if not is_copy and not name.endswith(".rotary_emb.inv_freq"):
@@ -129,24 +141,26 @@ def _places(model: GGUFModel, plain: Mapping[str, Entry], folder: Path) -> dict[
             own = quantized.pop((new, number), None)
             kind = _type(entry, new) if own is None else own.type
             places[new][number] = Part(name, entry, kind, own)
-    if quantized:
-        raise ModelError(f"{folder} stores no {min(quantized)[0]}, which the run has quantized.")
     return {new: [parts[number] for number in sorted(parts, key=lambda n: n or 0)] for new, parts in places.items()}
 
 
-def _quantized(model: GGUFModel, folder: Path) -> dict[tuple[str, int | None], Quantized]:
+def _quantized(model: GGUFModel, folder: Path, report: Report) -> dict[Place, Quantized]:
     """Return what a run has quantized such that a file can have it, by its places in the file."""
-    run, quantized = RunFolder(folder), dict[tuple[str, int | None], Quantized]()
+    quantized = dict[Place, Quantized]()
     blocks = entries(folder / BLOCKS)[0] if (folder / BLOCKS).is_file() else {}
-    for report in run.report().operators if run.is_finished else ():
-        grid = parse_pattern(report.pattern).grid
+    grids = {operator.name: parse_pattern(operator.pattern).grid for operator in report.operators}
+    tensors: Mapping[str, list[Any]] = report.gguf["tensors"] if report.gguf else {}
+    grids |= {
+        name: make_grid(kind, GROUP) for name, (kind, _) in tensors.items() if ", " not in name
+    }  # embedding and head
+    for name, grid in grids.items():
         if grid is None or "gguf" not in grid.layouts:
             continue
-        if not isinstance(grid, Grid) and report.name not in blocks:
-            raise ModelError(f"{folder}: {BLOCKS} has no {report.name}. Copy or prune the model again.")
-        places = model.operator(report.name)
-        for number, place in enumerate(places):
-            quantized[place] = Quantized(grid, blocks.get(report.name), number, len(places))
+        if not isinstance(grid, Grid) and name not in blocks:
+            raise ModelError(f"{folder}: {BLOCKS} has no {name}. Copy or prune the model again.")
+        found = model.operator(name)
+        for number, place in enumerate(found):
+            quantized[place] = Quantized(grid, blocks.get(name), number, len(found))
     return quantized
 
 
@@ -157,16 +171,32 @@ def _type(entry: Entry, new: str) -> gguf.GGMLQuantizationType:
     return TYPES[entry.spec.code.lower()] if entry.spec.code in ("F16", "BF16") else TYPES["f32"]
 
 
-def _describe(writer: gguf.GGUFWriter, model: GGUFModel, folder: Path, parts: list[Part]) -> None:
-    """Write the keys of the file."""
-    weights = sum(torch.Size(part.entry.spec.shape).numel() for part in parts)
+def count_weights(tensors: Mapping[str, list[Part]]) -> int:
+    """Return the number of weights of all tensors."""
+    return sum(torch.Size(part.entry.spec.shape).numel() for parts in tensors.values() for part in parts)
+
+
+def metadata_of(folder: Path, tensors: Mapping[str, list[Part]]) -> gguf.Metadata:
+    """Return what a folder's card, settings and name say of its model."""
+    weights = count_weights(tensors)
     metadata = gguf.Metadata.load(None, folder, None, weights)
     metadata.size_label = metadata.size_label or gguf.size_label(weights, weights, 0, 0)
+    return metadata
+
+
+def describe(
+    writer: gguf.GGUFWriter,
+    model: GGUFModel,
+    folder: Path,
+    tensors: Mapping[str, list[Part]],
+    metadata: gguf.Metadata,
+) -> None:
+    """Give a writer the keys of the file."""
     metadata.set_gguf_meta_model(writer)
     writer.add_type(gguf.GGUFType.MODEL)
     sizes = defaultdict[str, int](int)
-    for part in parts:
-        sizes[part.type.name] += part.entry.spec.nbytes
+    for part in (part for parts in tensors.values() for part in parts):
+        sizes[part.type.name] += torch.Size(part.entry.spec.shape).numel()
     kind = max(sizes, key=lambda name: sizes[name])
     names = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_S", "ALL_F32")
     writer.add_file_type(next(gguf.LlamaFileType[name] for name in names if name in gguf.LlamaFileType.__members__))
@@ -175,23 +205,32 @@ def _describe(writer: gguf.GGUFWriter, model: GGUFModel, folder: Path, parts: li
     write_tokenizer(writer, folder, int(model.config["vocab_size"]))
 
 
-def _write(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, list[Part]]) -> None:
-    """Write all tensors, one after another."""
-    extra = model.extra()
-    for name, tensor in extra.items():
+def stored_bytes(parts: Sequence[Part], kind: str | None = None) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a tensor of the file, and its bytes in a type, or in its own."""
+    shape = (len(parts), *parts[0].entry.spec.shape) if len(parts) > 1 else parts[0].entry.spec.shape
+    count, size = gguf.GGML_QUANT_SIZES[parts[0].type if kind is None else TYPES[kind]]
+    return shape, torch.Size(shape).numel() // count * size
+
+
+def add_infos(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, list[Part]]) -> None:
+    """Write what comes before the tensors."""
+    for name, tensor in model.extra().items():
         writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
     for name, parts in tensors.items():
-        shape = (len(parts), *parts[0].entry.spec.shape) if len(parts) > 1 else parts[0].entry.spec.shape
-        size, count = gguf.GGML_QUANT_SIZES[parts[0].type][::-1]
-        nbytes = torch.Size(shape).numel() // count * size
-        stored = gguf.quant_shape_to_byte_shape(shape, parts[0].type) if count > 1 else shape
-        kind: Any = torch.empty(0, dtype=torch.uint8 if count > 1 else torch.float32).numpy().dtype
-        writer.add_tensor_info(name, stored, kind, nbytes, raw_dtype=parts[0].type)
+        (shape, nbytes), own = stored_bytes(parts), parts[0].type
+        is_blocks = gguf.GGML_QUANT_SIZES[own][0] > 1
+        stored = gguf.quant_shape_to_byte_shape(shape, own) if is_blocks else shape
+        kind: Any = torch.empty(0, dtype=torch.uint8 if is_blocks else torch.float32).numpy().dtype
+        writer.add_tensor_info(name, stored, kind, nbytes, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+def _write(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, list[Part]]) -> None:
+    """Write all tensors, one after another."""
     step = begin("exporting", len(tensors))
-    for tensor in extra.values():
+    for tensor in model.extra().values():
         writer.write_tensor_data(tensor.numpy())
     for name, parts in tensors.items():
         writer.write_tensor_data(torch.cat([model.rows(part.name, part.read()) for part in parts]).numpy())

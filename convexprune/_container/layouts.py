@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from convexprune.errors import DependencyError, RecipeError, install_hint, unknown
 
@@ -16,8 +17,13 @@ def export(
     """Write the result of a run as other engines load the model, without a card."""
     if format not in LAYOUTS:
         raise RecipeError(unknown("format", format, LAYOUTS))
+    write: Callable[[str | Path, str | Path, bool], Path] = imported(LAYOUTS[format], format).export
+    return write(source, output, allow_changed)
+
+
+def imported(module: str, format: str) -> Any:
+    """Return a module of this package that needs the packages of a format."""
     try:
-        write: Callable[[str | Path, str | Path, bool], Path] = import_module(f"{__package__}.{LAYOUTS[format]}").export
+        return import_module(f"{__package__}.{module}")
     except ImportError as cause:
         raise DependencyError(f"format={format!r} needs: {install_hint(format)}") from cause
-    return write(source, output, allow_changed)

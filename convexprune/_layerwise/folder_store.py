@@ -27,6 +27,7 @@ from convexprune._storage.tensors import Entry, Spec, entries, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import OperatorReport
 
+ENDS = "ends"  # embedding and head, if they are quantized
 POLL = 0.05  # seconds between two looks at what the other workers have published
 
 
@@ -137,10 +138,17 @@ class FolderStore(AbstractStore):
         found = entries(self._shard(number))[0].items()
         return {name.removeprefix(BLOCKS): entry for name, entry in found if name.startswith(BLOCKS)}
 
+    def kept(self, name: str) -> dict[str, Entry]:
+        """Return the places of tensors that `tensors_once` has kept; none if there are none."""
+        path = self.folder / f"{name}.safetensors"
+        return entries(path)[0] if path.is_file() else {}
+
     def write_blocks(self, path: Path, layers: Sequence[str]) -> None:
-        """Write the bytes of all operators on block grids to a file, if there are any, by their names in the model."""
+        """Write the bytes of all that is on block grids to a file, if there is any, by names in the model."""
         every = enumerate(layers)
         found = {f"{layer}.{name}": entry for i, layer in every for name, entry in self.blocks(i).items()}
+        ends = self.kept(ENDS).items()
+        found |= {name.removeprefix(BLOCKS): entry for name, entry in ends if name.startswith(BLOCKS)}
         if found:
             specs = {name: entry.spec for name, entry in found.items()}
             write_tensors(path, specs, lambda name: found[name].read_bytes(), {})

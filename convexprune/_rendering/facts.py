@@ -1,6 +1,7 @@
 """The result of a run in words, for the terminal, the model card and the page."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,8 +59,12 @@ def _zeros(report: Report) -> Iterator[Fact]:
 
 def _quantized(report: Report, stored: str) -> Iterator[Fact]:
     bits, by = report.recipe.get("bits"), report.recipe.get("quantizer")
-    if bits is not None:
+    if bits is not None and report.gguf is None:
         yield Fact("values", f"{bits} bits a weight once packed: numbers times a scale for each column, by {by}")
+    elif report.gguf is not None:
+        kinds = Counter(kind for kind, _ in report.gguf["tensors"].values()).most_common()
+        yield Fact("values", f"{', '.join(f'{count} {kind}' for kind, count in kinds)}, by {by}; stored as {stored}")
+        yield Fact("file as GGUF", f"{report.gguf['bytes']:,} bytes, {report.gguf['bits']:.2f} bits a weight of all")
     elif report.recipe.get("quantize") is not None:
         grids = sorted({operator.pattern.rpartition(", ")[2] for operator in report.operators})
         yield Fact("values", f"{', '.join(grids)}, by {by}; stored as {stored}")

@@ -92,9 +92,10 @@ class Quantized(Constraint):
         return replace(self, values=self.values.with_share(share))
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        if self.values.share is None:
+        grids = self.values.ladder()
+        if grids == [self.values]:
             return [replace(self, support=each) for each in self.support.ladder(reach, step)]
-        return [replace(self, values=each) for each in self.values.ladder()]
+        return [replace(self, values=each) for each in grids]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         return self.support.mask(scores, first)

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import LinearConstraint, milp
 from torch import Tensor
 
 from convexprune.errors import PatternError
@@ -108,6 +111,49 @@ def allocate(curves: Sequence[Curve], sparsity: float, whole: bool = False) -> S
         min(cost - multiplier * c.size * s for s, cost in zip(c.sparsities, c.costs, strict=True)) for c in envelopes
     )
     return SparsityAllocation(tuple(found), cost, max(0.0, cost - bound))
+
+
+Option = tuple[int, float]
+"""A size, and a cost."""
+
+
+def choose(units: Sequence[Sequence[Option]], budget: int) -> tuple[list[int], float]:
+    """Choose an option for every unit: the least total cost within a budget of size.
+
+    The multiple-choice knapsack problem, by branch and bound (HiGHS). No other option of a single unit is cheaper and
+    still fits, so that what is left of the budget is less than the smallest step.
+
+    Returns:
+        The number of every unit's option, and a lower bound on the cost of any choice.
+    """
+    owners = np.repeat(np.arange(len(units)), [len(options) for options in units])
+    sizes, costs = np.array([option for options in units for option in options]).T
+    scale, limit = float(costs.max()) or 1.0, budget
+    one_each = LinearConstraint((owners == np.arange(len(units))[:, None]).astype(float), 1, 1)
+    while True:
+        within = LinearConstraint(sizes[None], ub=limit)
+        found: Any = milp(costs / scale, integrality=1, bounds=(0, 1), constraints=[one_each, within])
+        if found.x is None:
+            raise PatternError(f"No choice of sizes comes to {budget:,} or less.")
+        chosen = [int(found.x[owners == unit].argmax()) for unit in range(len(units))]
+        left = budget - sum(options[k][0] for options, k in zip(units, chosen, strict=True))
+        if left >= 0:  # the solver's sums are floating point
+            return _filled(units, chosen, left), found.mip_dual_bound * scale
+        limit += left
+
+
+def _filled(units: Sequence[Sequence[Option]], chosen: list[int], left: int) -> list[int]:
+    """Take better options for single units, the best first, as long as what is `left` of the budget allows."""
+    while True:
+        better = [
+            (options[k][1] - options[chosen[unit]][1], unit, k, options[k][0] - options[chosen[unit]][0])
+            for unit, options in enumerate(units)
+            for k in range(len(options))
+        ]
+        cost, unit, k, size = min((each for each in better if each[3] <= left), default=(0.0, 0, 0, 0))
+        if cost >= 0:
+            return chosen
+        chosen[unit], left = k, left - size
 
 
 def allocate_by_outliers(

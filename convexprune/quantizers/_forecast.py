@@ -38,10 +38,23 @@ class Forecast:
         return torch.cat([self._of(self._weight[rows], own.grid) for rows, own in parts if own.grid is not None])
 
     def _of(self, weight: Tensor, grid: Codebook) -> Tensor:
+        some = slice(None, None, max(1, len(weight) // ROWS))
+        if grid.by_row:
+            return self._like_sample(weight, some, grid)
         near = OnGrid.nearest(grid, weight, grid.fit(weight, self._metric))
         errors = (near.weight - weight).square() @ self._metric
-        some = slice(None, None, max(1, len(weight) // ROWS))
-        swept = self._sweep.onto(weight[some], near, torch.ones_like(weight[some]))
-        off = swept.weight - weight[some]
-        growth = (off @ self._gram * off).sum() / errors[some].sum().clamp_min(torch.finfo(off.dtype).tiny)
+        swept, error = self._swept(weight[some], near)
+        growth = error / errors[some].sum().clamp_min(torch.finfo(errors.dtype).tiny)
         return errors * growth * 4 ** (entropy(swept.codes) - entropy(near.codes[some]))
+
+    def _like_sample(self, weight: Tensor, some: slice, grid: Codebook) -> Tensor:
+        """Return the errors of rows that share nothing: relative to their energy, those of some rows."""
+        energy, rows = weight.square() @ self._metric, weight[some]
+        _, error = self._swept(rows, OnGrid.nearest(grid, rows, grid.fit(rows, self._metric)))
+        return energy * (error / energy[some].sum().clamp_min(torch.finfo(energy.dtype).tiny))
+
+    def _swept(self, weight: Tensor, near: OnGrid) -> tuple[OnGrid, Tensor]:
+        """Return the weight after a sweep, and its damped error."""
+        swept = self._sweep.onto(weight, near, torch.ones_like(weight))
+        off = swept.weight - weight
+        return swept, (off @ self._gram * off).sum()

@@ -1,7 +1,6 @@
 """Survey the cost of pruning parts of a model to several patterns, in a single pass over the dense model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from typing import ClassVar
 
@@ -80,12 +79,15 @@ class Survey(AbstractStackStep):
             costs = {name: dict[Constraint, float]() for name in stack.names}
             forecast = cache(partial(Forecast, LayerProblem(weight, moments, Unstructured(0.0), 0.0)))
             for pattern in self._patterns:
+                sized = zip(stack.names, heights, strict=True)
+                fits = {name for name, height in sized if _fits(pattern, height, weight.shape[1])}
+                if not fits:
+                    continue
                 alike = Stacked.alike(pattern, heights)
-                bits_alone = pattern.share > pattern.sparsity == 0
+                bits_alone = pattern.grid is not None and pattern.sparsity == 0
                 errors = (forecast().errors(alike) if bits_alone else self._errors(stack, alike)).double()
                 for name, error in zip(stack.names, errors.split(heights), strict=True):
-                    with suppress(PatternError):  # few rows have no room for the scales of few bits
-                        pattern.check(len(error), weight.shape[1])
+                    if name in fits:
                         costs[name][pattern] = float(error @ self._fisher[name].to(error)) / 2
             sizes = [height * weight.shape[1] for height in heights]
             self._costs |= {name: (size, costs[name]) for name, size in zip(stack.names, sizes, strict=True)}
@@ -107,3 +109,12 @@ class Survey(AbstractStackStep):
             return []
         outliers, skewed = share_of_outliers(torch.cat(self._scores)), skewness(self._powers)
         return [Unit(name, size, costs, outliers, skewed) for name, (size, costs) in self._costs.items()]
+
+
+def _fits(pattern: Constraint, rows: int, columns: int) -> bool:
+    """Return True if an operator can have a pattern: few rows have no room for scales."""
+    try:
+        pattern.check(rows, columns)
+    except PatternError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""A GGUF file of a size: types for operators, embedding and head by forecast loss, in as many bytes or few less."""
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_cpp import LlamaCpp
+from safetensors.torch import load_file
+from test_gguf import RUN, as_float32, built, exported, quantized, read
+from transformers import AutoModelForCausalLM
+
+import convexprune
+from convexprune._container.gguf_size import Size, measure
+from convexprune.core._allocation import choose
+from convexprune.errors import PatternError, RecipeError
+
+options = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 1000).map(float)), min_size=1, max_size=4)
+
+
+@given(st.lists(options, min_size=1, max_size=4), st.integers(1, 200))
+def test_no_choice_within_the_budget_is_cheaper(units: list[list[tuple[int, float]]], budget: int):
+    every = list(product(*units))
+    costs = [sum(cost for _, cost in each) for each in every if sum(size for size, _ in each) <= budget]
+    if not costs:
+        with pytest.raises(PatternError, match="No choice of sizes"):
+            choose(units, budget)
+        return
+    chosen, bound = choose(units, budget)
+    taken = [unit[k] for unit, k in zip(units, chosen, strict=True)]
+    assert sum(size for size, _ in taken) <= budget
+    assert sum(cost for _, cost in taken) == pytest.approx(min(costs), abs=1e-3)
+    assert bound <= min(costs) + 1e-3
+
+
+def size_of(source: Path, dtype: torch.dtype = torch.bfloat16) -> Size:
+    names = [name for name in load_file(source / "model.safetensors") if "_proj" in name and name.endswith("weight")]
+    return measure(source, [name.removesuffix(".weight") for name in names], dtype)
+
+
+def bounds(size: Size) -> tuple[int, int]:
+    return (
+        size.fixed + sum(min(each.values()) for each in size.units.values()),
+        size.fixed + sum(max(each.values()) for each in size.units.values()),
+    )
+
+
+def record_of(run: Path) -> Any:
+    return convexprune.Report.from_json((run / "report.json").read_text()).gguf
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_file_has_the_bytes_that_were_asked_for_or_few_less(family: str, tmp_path: Path):
+    source = built(family, tmp_path / "dense", torch.bfloat16)
+    size, (least, most) = size_of(source), bounds(size_of(source))
+    weights = sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
+    target = (3 * least + 2 * most) // 5 if family == "llama" else int(weights * 5.25 / 8)
+    asked: Any = {"target": target} if family == "llama" else {"quantize": "gguf", "bits": 5.25}
+    run = quantized(source, tmp_path / "run", sparsity=None, **asked)
+    path, record = exported(run, tmp_path / "a-name-that-is-longer.gguf"), record_of(run)
+    assert path.stat().st_size == record["bytes"] <= record["target"] == target
+    assert record["bits"] == pytest.approx(8 * path.stat().st_size / weights, abs=1e-4)
+    steps = [
+        other - nbytes for name, (_, nbytes) in record["tensors"].items() for other in size.units[(name,)].values()
+    ]
+    assert target - path.stat().st_size < min(step for step in steps if step > 0)
+    types = {tensor.name: tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors}
+    there, here = read(path), load_file(run / "model.safetensors")
+    assert types["blk.1.ffn_down.weight"] == record["tensors"]["model.layers.1.mlp.down_proj"][0]
+    assert types["token_embd.weight"] == record["tensors"]["model.embed_tokens"][0] != "bf16"
+    assert torch.equal(there["token_embd.weight"].bfloat16(), here["model.embed_tokens.weight"])
+    assert ("output.weight" in types) == (family == "qwen2") == ("lm_head" in record["tensors"])
+    if family == "qwen2":
+        assert torch.equal(there["output.weight"].bfloat16(), here["lm_head.weight"])
+    moved = run.rename(tmp_path / "another-folder-name")
+    assert exported(moved, tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def refused(source: Path, **settings: Any) -> str:
+    with pytest.raises((PatternError, RecipeError)) as caught:
+        convexprune.prune(source, output_dir=source.with_name("none"), **RUN | settings)
+    assert not source.with_name("none").exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
+    source = built("llama", tmp_path / "dense", torch.bfloat16)
+    least, most = bounds(size_of(source))
+    for target in (least - 1, most + 1):
+        told = refused(source, target=target)
+        assert (
+            f"A file of {target:,} bytes was asked for. Accepted: {least:,} " in told and f"to {most:,} bytes" in told
+        )
+    assert "Take 'gguf'" in refused(source, quantize="q4_k", target="1MB")
+    assert "give target (900MB, say)" in refused(source, quantize="gguf")
+    assert "has no zero" in refused(source, target="1MB", sparsity=0.5)
+    assert "Leave allocation out" in refused(source, target="1MB", allocation="uniform")
+    assert re.search("group_size=32 beside quantize='q4_k'.*Leave", refused(source, quantize="q4_k", group_size=32))
+    with pytest.raises(RecipeError, match="needs output_dir"):
+        convexprune.prune(source, **RUN | {"target": most, "sparsity": None})
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3moe"])
+def test_llama_cpp_opens_a_file_of_a_size(family: str, tmp_path: Path):
+    source = built(family, tmp_path / "dense", torch.bfloat16)
+    run = quantized(source, tmp_path / "run", quantize="gguf", bits=4.75, sparsity=None)
+    path, record = exported(run, tmp_path / "model.gguf"), record_of(run)
+    assert path.stat().st_size == record["bytes"] <= record["target"] < 1.01 * record["bytes"]
+    window = torch.arange(3, 60)
+    with torch.no_grad():
+        here = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)(window[None]).logits[0]
+    there = LlamaCpp(as_float32(path, tmp_path / "float32.gguf"), 64).logits(window)
+    assert float((there - here).norm() / (here - here.mean(-1, keepdim=True)).norm()) < 0.02  # bfloat16 weights here
+    assert LlamaCpp(path, 64).logits(window).isfinite().all()
