@@ -62,12 +62,13 @@ def prune(folder: Path, output: Path, method: str, samples: int, length: int) ->
     baseline = peak()
     ends = [time.process_time()]  # of this process: others on the machine do not count
 
-    def progress(_: int):
-        return lambda o: ends.append(time.process_time()) if o.name.endswith("down_proj") else None
+    def on_progress(event: convexprune.Event) -> None:
+        if event.report is not None and event.report.name.endswith("down_proj"):
+            ends.append(time.process_time())
 
     result = convexprune.prune(
         folder, method=method, dataset=tokens, num_calibration_samples=samples, threads=1, output_dir=output,
-        progress=progress,
+        on_progress=on_progress,
     )  # fmt: skip
     laps = [after - before for before, after in pairwise(ends[1:])]
     quarter = len(laps) // 4

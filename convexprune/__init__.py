@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convexprune._api.calls import PermuteResult, PruneResult, permute, prune
     from convexprune._api.exporting import export
     from convexprune._container import Packed, pack, unpack
+    from convexprune._progress import Event
     from convexprune.adapters._inspection.inspection import Inspection, inspect
     from convexprune.adapters._loading.packed import load
     from convexprune.adapters._training import KeepZeros, keep_zeros
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "L1", "MCP", "SCAD", "AbstractPenalty", "AbstractSolver", "Blocks", "Certificate", "ElasticNet", "Evaluation",
-    "GroupLasso", "Inspection", "KeepZeros", "Moments", "NuclearNorm", "OperatorReport", "Packed", "PermuteResult",
+    "Event", "GroupLasso", "Inspection", "KeepZeros", "Moments", "NuclearNorm", "OperatorReport", "Packed",
+    "PermuteResult",
     "Problem", "PruneResult", "Quadratic", "Recipe", "Report", "ReverseHuber", "RowGroups", "SemiStructured",
     "Solution", "Status", "Support", "TotalVariation", "Unstructured", "Verification", "advise", "certify", "compare",
     "compare_samples", "errors", "evaluate", "export", "from_cvxpy", "inspect", "keep_zeros", "load", "make_solver",
@@ -70,6 +72,7 @@ _NAMES = {
     "_api.calls": ("PermuteResult", "PruneResult", "permute", "prune"),
     "_api.exporting": ("export",),
     "_container": ("Packed", "pack", "unpack"),
+    "_progress": ("Event",),
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
     "core": (
         "L1",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import convexprune
+from convexprune._progress import Event, OnProgress
 from convexprune.report import OperatorReport
 
 LAYERS = 4
@@ -31,16 +32,19 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
 
-def stop_after(number: int) -> Callable[[int], Callable[[OperatorReport], None]]:
-    """A `progress` that interrupts the run like Ctrl-C once `number` layers are finished and the next one is begun."""
-    told = []
+def on_reports(take: Callable[[OperatorReport], object]) -> OnProgress:
+    """An `on_progress` that hands on the report of every operator."""
+    return lambda event: None if event.report is None else (take(event.report), None)[1]
 
-    def on_operator(report: OperatorReport) -> None:
-        told.append(report)
-        if len(told) == 7 * number + 1:
+
+def stop_after(number: int) -> OnProgress:
+    """An `on_progress` that stops the run like Ctrl-C once `number` layers are finished and the next one is begun."""
+
+    def on_progress(event: Event) -> None:
+        if event.report is not None and event.done == 7 * number + 1:
             raise KeyboardInterrupt
 
-    return lambda _: on_operator
+    return on_progress
 
 
 def require_resumed(source: Path, folder: Path, **settings: Any) -> None:
@@ -51,7 +55,7 @@ def require_resumed(source: Path, folder: Path, **settings: Any) -> None:
 
     whole = convexprune.prune(source, **settings, output_dir=folder / "whole")
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, **settings, output_dir=folder / "again", progress=lambda _: stop)
+        convexprune.prune(source, **settings, output_dir=folder / "again", on_progress=on_reports(stop))
     again = convexprune.prune(source, **settings, output_dir=folder / "again", resume=True)
     names = [name for name in whole.report.files if name != "recipe.yaml"]
     assert names and [again.report.files[name] for name in names] == [whole.report.files[name] for name in names]

@@ -134,7 +134,7 @@ def interrupted(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was interrupted in its third layer, to be copied."""
     folder = tmp_path_factory.mktemp("interrupted") / "out"
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, output_dir=folder, progress=stop_after(2), **SETTINGS)
+        convexprune.prune(dense, output_dir=folder, on_progress=stop_after(2), **SETTINGS)
     return folder
 
 

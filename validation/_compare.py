@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from convexprune._device.machine import PACKAGES, Clock, default_device, installation, versions
 from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings
-from convexprune._progress import begin
+from convexprune._progress import OnProgress, begin
+from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
 from convexprune._runs.identity import checksum
 from convexprune._schema.door import UNSET, documented
@@ -46,10 +47,10 @@ from ._variants import Variant, allocated, layer_settings, make_variants
 
 logger = logging.getLogger(__name__)
 IDENTITY = Path("work", "identity.json")
-Progress = Callable[[int], Callable[[str], None]]
 """Called with the number of steps, returns what is called with a description of each step done."""
 
 
+@visible
 @pinned()
 @documented(COMPARE)
 def compare(
@@ -61,7 +62,7 @@ def compare(
     output: str | Path = UNSET,
     *,
     command: str = "",
-    progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compare methods on the same tokens, and write the result as `compare.json` into `output`.
@@ -70,7 +71,7 @@ def compare(
 
     Args:
         command: the command line to state in the report.
-        progress: called with the number of steps; returns a function that takes a description of a finished step.
+        on_progress: takes a `convexprune.Event` as a phase begins and as a step is done.
         settings: by name:
         {settings}
 
@@ -101,7 +102,7 @@ def compare(
         if not is_free:
             raise staging.in_use()
         work = _claim(staging, card, variants, asked.resume)
-        comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work, progress)
+        comparison, clock = _compared(loaded, tokens, variants, given_settings, recipe.batch_size, work)
         result = _result(comparison, variants, card | {"command": command, "machine": _machine(loaded)}, clock)
         _write(result, staging, drawing)
     return result
@@ -135,13 +136,12 @@ def _compared(
     given_settings: Mapping[str, LayerSettings],
     batch_size: int,
     work: Path,
-    progress: Progress | None,
 ) -> tuple[Comparison, Clock]:
     clock = Clock()
     settings = allocated(model, tokens, variants, given_settings, batch_size)
     clock.lap("survey for allocations")
     comparison = Comparison(model, tokens, settings, Store(work, model.device), batch_size)
-    comparison.run(progress(comparison.units) if progress is not None else lambda _: None)
+    comparison.run(begin("comparing", comparison.units))
     clock.lap("layers")
     return comparison, clock
 

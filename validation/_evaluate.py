@@ -17,6 +17,7 @@ from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
 from convexprune._progress import begin
+from convexprune._progress.shown import visible
 from convexprune._schema.door import documented
 from convexprune._schema.functions import EVALUATE
 from convexprune._schema.measures import Evaluate
@@ -97,6 +98,7 @@ class Evaluation:
         return table
 
 
+@visible
 @pinned()
 @documented(EVALUATE)
 def evaluate(model: str | Path | PreTrainedModel | None = None, **settings: Any) -> Evaluation:

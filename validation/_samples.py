@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from convexprune._progress.shown import visible
 from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder
@@ -29,6 +30,7 @@ same pattern and share, on the same sample: geometric mean, and the standard err
 from so few samples that they are not known well, is no difference."""
 
 
+@visible
 def compare_samples(
     model: str | Path | None,
     seeds: Sequence[int],

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -16,6 +16,8 @@ from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._layerwise.steps.bounds import rows_to_bound
+from convexprune._progress import OnProgress, begin
+from convexprune._progress.shown import visible
 from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
 from convexprune.adapters import HuggingFaceModel
@@ -162,11 +164,10 @@ class Verification:
         return [solves, *(table for table in (bounds, errors) if table.row_count)]
 
 
+@visible
 @pinned()
 @documented(VERIFY)
-def verify(
-    source: str | Path | None = None, *, on_operator: Callable[[str], None] = lambda _: None, **settings: Any
-) -> Verification:
+def verify(source: str | Path | None = None, *, on_progress: OnProgress | None = None, **settings: Any) -> Verification:
     """Solve layer problems of a real model by the production solvers and by oracles, and bound the pruning from below.
 
     Settings are those of a fresh model with the allocation "uniform": to judge a different allocation, prune, and
@@ -176,7 +177,7 @@ def verify(
         source: a model (folder or hub name), pruned in memory by the settings; or the folder of a finished run, whose
             recipe names the dense model, the tokens and the pattern. The run's files are checked by the checksums in
             the report, its zeros and errors by the report's entries. None: the bundled model.
-        on_operator: takes the name of a finished operator.
+        on_progress: takes a `convexprune.Event` as a phase begins and as a step is done.
         settings: by name:
         {settings}
 
@@ -216,8 +217,9 @@ def verify(
             result.bounds.append(bound(operator, asked.bound_rows, generator))
         if same:
             result.errors.extend(reported_errors(operator, reports))
-        on_operator(operator.name)
+        step(operator.name)
 
+    step = begin("verifying", len(names))
     operator_problems(dense, tokens, layer, names, judge, pruned, recipe.batch_size, reports)
     result.seconds = time.perf_counter() - began
     return result

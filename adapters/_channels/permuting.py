@@ -14,6 +14,7 @@ from convexprune._layerwise.context import LayerContext, propagate
 from convexprune._layerwise.model import AbstractOperator, DecoderLayer
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
+from convexprune._progress import begin
 from convexprune.constraints import Constraint
 from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import ModelError
@@ -80,7 +81,6 @@ def find_permutation(
     pattern: Constraint,
     batch_size: int = 1,
     seed: int = 0,
-    progress: Callable[[int], Callable[[Permuted], None]] | None = None,
 ) -> Permutation:
     """Find an order of a dense model's channels in which an N:M pattern prunes less; the model is not changed.
 
@@ -90,7 +90,6 @@ def find_permutation(
 
     Args:
         tokens: token ids [windows length].
-        progress: called with the number of sets; returns a function that takes every set.
     """
     if not model.streams and any(parameter.is_meta for parameter in model.model.parameters()):
         raise ModelError(f"{model.name} is offloaded: permute its folder (output_dir=), or load it on one device.")
@@ -100,12 +99,13 @@ def find_permutation(
         hidden = _fitting([hidden_channels(model)], pattern, done)
     except NotPermutable as cause:
         done.left[HIDDEN] = str(cause)
-    on_permuted = progress(len(inner) + len(hidden)) if progress else lambda _: None
+    step = begin("permuting", len(inner) + len(hidden))
 
     def find(channels: Channels, scores: Tensor) -> Permuted:
         order = permutation(scores, pattern, seed=seed)
         shares = (pruned_fraction(each, pattern) for each in (scores, scores[:, order]))
-        on_permuted(found := Permuted(channels, order.tolist(), *shares))
+        found = Permuted(channels, order.tolist(), *shares)
+        step(f"{channels.name}  {found.before:.4f} -> {found.after:.4f}")
         return found
 
     found = _found(model, tokens.split(batch_size), inner, hidden, find)

@@ -121,7 +121,9 @@ def input_changes(name: str) -> None:
         told.append(report)
 
     try:
-        convexprune.prune("in", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
+        convexprune.prune(
+            "in", output_dir="out", method="wanda", on_progress=lambda e: e.report and on_operator(e.report), **TINY
+        )
     except ConvexpruneError:
         return
     convexprune.prune("m/llama", output_dir="peace", method="wanda", **TINY)
@@ -144,7 +146,13 @@ def stopped(model: str = "m/llama", **settings: Any) -> None:
             raise KeyboardInterrupt
 
     try:
-        convexprune.prune(model, output_dir="out", method="wanda", progress=lambda _: on_operator, **(TINY | settings))
+        convexprune.prune(
+            model,
+            output_dir="out",
+            method="wanda",
+            on_progress=lambda e: e.report and on_operator(e.report),
+            **(TINY | settings),
+        )
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was not stopped")

@@ -143,7 +143,13 @@ def folder_vanishes(path: str) -> None:
         done.append(path)
 
     try:
-        convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
+        convexprune.prune(
+            "m/llama",
+            output_dir="out",
+            method="wanda",
+            on_progress=lambda e: e.report and on_operator(e.report),
+            **TINY,
+        )
     except ConvexpruneError:
         return
 
@@ -156,7 +162,9 @@ def folder_in_use() -> None:
         if not said:
             said.append(ran(WANDA.replace(RUN, f"{RUN} --threads 1"))[1])
 
-    convexprune.prune("m/llama", output_dir="out", method="wanda", progress=lambda _: on_operator, **TINY)
+    convexprune.prune(
+        "m/llama", output_dir="out", method="wanda", on_progress=lambda e: e.report and on_operator(e.report), **TINY
+    )
     assert re.search("(?i)process", said[0]), said[0][-160:]
 
 

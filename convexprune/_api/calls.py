@@ -1,6 +1,6 @@
 """The public functions `prune`, `plan` and `permute`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from convexprune._api.windows import name_of_text
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
-from convexprune._progress import begin
+from convexprune._progress import OnProgress, begin
+from convexprune._progress.shown import visible
 from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.executors import check_patterns
 from convexprune._schema.door import UNSET, documented
@@ -28,20 +29,20 @@ from convexprune._schema.functions import PERMUTE, PRUNE, Call
 from convexprune._storage.failures import working
 from convexprune._storage.staging import Staging
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows
-from convexprune.adapters._channels.permuting import Permuted, find_permutation
+from convexprune.adapters._channels.permuting import find_permutation
 from convexprune.adapters._checkpoints.admission import refuse_headless
 from convexprune.adapters._data.sources import needs_sampling
 from convexprune.adapters._inspection.inspection import Inspection
 from convexprune.adapters._saving.saving import save_permuted
 from convexprune.errors import PatternError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
-from convexprune.report import OnOperator
 from convexprune.solvers import AbstractSolver
 
 EXCLUDES = {"bits": ("quantize", "group_size"), "quantize": ("bits",)}
 """Settings of a recipe that make room for one that is given beside it, because both together mean nothing."""
 
 
+@visible
 @pinned()
 @documented(PRUNE)
 def prune(
@@ -57,7 +58,7 @@ def prune(
     device: str | torch.device = UNSET,
     output_dir: str | Path | None = None,
     resume: bool = UNSET,
-    progress: Callable[[int], OnOperator] | None = None,
+    on_progress: OnProgress | None = None,
     **settings: Any,
 ) -> PruneResult:
     """Prune a language model; the report has the certificate of every operator's convex solve.
@@ -128,6 +129,7 @@ def _require_named(settings: Mapping[str, Any]) -> None:
             raise RecipeError(f"The {name} of this recipe was a {text}. Name one: {name}=... (--{name}).")
 
 
+@visible
 @pinned()
 @documented(PERMUTE)
 def permute(
@@ -135,7 +137,7 @@ def permute(
     pattern: str = UNSET,
     *,
     dataset: Any = UNSET,
-    progress: Callable[[int], Callable[[Permuted], None]] | None = None,
+    on_progress: OnProgress | None = None,
     **settings: Any,
 ) -> PermuteResult:
     """Order the channels of a dense model so that an N:M pattern prunes less; the function stays the same.
@@ -156,7 +158,7 @@ def permute(
     Raises:
         ConvexpruneError: see `convexprune.errors`; bad input is refused before any work.
     """
-    given = {"model": model, "pattern": pattern, "dataset": dataset, "progress": progress}
+    given = {"model": model, "pattern": pattern, "dataset": dataset, "on_progress": on_progress}
     call, asked = PERMUTE.read(given | settings)
     asked = bundled_if_none(asked)
     source: Any = asked["model"]
@@ -191,7 +193,7 @@ def permute(
         sampler = opened(source) if loaded.streams and needs_sampling(dataset) else loaded
         tokens, _ = recipe_windows(dataset, sampler, recipe)
         del sampler
-        found = find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed, call.progress)
+        found = find_permutation(loaded, tokens, order_of, recipe.batch_size, recipe.seed)
         if folder is None:
             found.apply(loaded.model)
         else:

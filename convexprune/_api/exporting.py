@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from convexprune._container import layouts
+from convexprune._progress.shown import visible
 from convexprune._rendering.card import write_card
 from convexprune._runs.folder import RunFolder
 from convexprune._storage.files import named
 
 
+@visible
 def export(
     source: str | Path, output: str | Path, format: str = "compressed-tensors", *, allow_changed: bool = False
 ) -> Path:

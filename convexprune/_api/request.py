@@ -78,7 +78,7 @@ class Request:
         check_threads(recipe.threads)
         self.sources.check()
         check_copies(call)
-        self.call, self.progress = call, call.progress
+        self.call = call
         self.executor = executor_for(call, recipe, self.source, self.device)
         self.team_size = team_size(recipe, self.executor)
         if self.executor.rank is not None and self.device == "cuda":
@@ -242,7 +242,8 @@ class Request:
 
     def _on_operator(self, loaded: HuggingFaceModel) -> OnOperator:
         operators = sum(len(layer.operators) for layer in loaded.layers)
-        return self.progress(operators) if self.progress is not None else lambda _: None
+        step = begin("pruning", operators)
+        return lambda report: step(f"{report.name}  error {report.relative_error:.1e}", report)
 
     def _end(self, report: Report) -> None:
         report.seconds, report.memory = self.clock.laps, peak_memory(self.device, self.executor.spawns)

@@ -7,8 +7,8 @@ import typer
 
 from convexprune._cli.application import app, console, print_json
 from convexprune._cli.options import AllowChanged, AsJson, Quiet
-from convexprune._cli.progress import following
 from convexprune._cli.stopping import stoppable
+from convexprune._progress.shown import following
 
 
 @app.command()

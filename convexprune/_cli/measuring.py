@@ -11,7 +11,7 @@ from rich.text import Text
 
 from convexprune._cli.application import app, console, print_json, show
 from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
-from convexprune._cli.progress import working
+from convexprune._cli.stopping import working
 from convexprune._schema.functions import ADVISE, BENCH, COMPARE_SAMPLES, DOCTOR, EVALUATE, VERIFY
 from convexprune.errors import install_hint
 
@@ -88,7 +88,7 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     seeds, output, model = asked.seeds, asked.output, settings.pop("model", None)
     settings.pop("seeds", None)
     settings["command"] = shlex.join(["convexprune", *sys.argv[1:]])
-    with working(quiet, output, "compare") as shown:
+    with working(quiet, output, "compare"):
         from convexprune._storage.staging import output_folder
         from convexprune.validation import _results as results
         from convexprune.validation import _samples as samples
@@ -97,7 +97,7 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
         from convexprune.validation._plots import will_draw
 
         output = output_folder(output, model)
-        settings |= {"model": model, "output": output, "progress": lambda total: shown("comparing", total)}
+        settings |= {"model": model, "output": output}
         if len(seeds) == 1:
             result, table = compare_sample(**settings, seed=seeds[0]), results.table
         else:
@@ -174,13 +174,10 @@ def verify(
     A model is pruned as the settings say. A run has a recipe; --model and --dataset give new places. Ends with exit
     status 1 if a tolerance is missed.
     """
-    with working(quiet) as shown:
+    with working(quiet):
         from convexprune import validation
 
-        def verified(name: str) -> None:
-            shown(f"verified {name}")
-
-        result = validation.verify(source, on_operator=verified, **settings)
+        result = validation.verify(source, **settings)
     if as_json:
         print(result.to_json())
     else:

@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from convexprune._cli.application import app, console, print_json, show
 from convexprune._cli.options import PRINTED, AsJson, Quiet, also_called, with_settings
-from convexprune._cli.progress import working
+from convexprune._cli.stopping import working
 from convexprune._schema.functions import INSPECT, PERMUTE, PRUNE
 
 if TYPE_CHECKING:
@@ -60,11 +59,11 @@ def prune(
         settings = {"evaluation": "held-out"} | settings
     if recipe is None and settings.get("dataset", "self") == "self":
         settings = {"evaluation": "self"} | settings
-    with working(quiet, settings["output_dir"], "prune") as shown:
+    with working(quiet, settings["output_dir"], "prune"):
         from convexprune._api import calls as api
 
         plan = api.plan(**settings, recipe=recipe) if dry_run else None
-        result = None if dry_run else api.prune(**settings, recipe=recipe, progress=shown.operators)
+        result = None if dry_run else api.prune(**settings, recipe=recipe)
     if plan is not None:
         show_inspection(plan, as_json)
         return
@@ -103,14 +102,10 @@ def summary(report: "Report") -> Table:
 @with_settings(PERMUTE, "model", output_dir=Path("permuted"))
 def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Order the channels of a dense model so that N:M costs less. The model computes the same as before."""
-    with working(quiet) as shown:
+    with working(quiet):
         from convexprune._api import calls as api
 
-        def follow(total: int) -> "Callable[[Permuted], None]":
-            step = shown("permuting", total)
-            return lambda one: step(f"{one.channels.name}  {one.before:.4f} -> {one.after:.4f}")
-
-        result = api.permute(**settings, progress=follow)
+        result = api.permute(**settings)
     done, folder = result.permutation, result.output_dir
     assert folder is not None
     if as_json:

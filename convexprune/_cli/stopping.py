@@ -1,4 +1,4 @@
-"""The end of a stopped command: by Ctrl-C, or by a signal."""
+"""A command at work: with progress, and stopped by Ctrl-C or by a signal."""
 
 import shlex
 import signal
@@ -11,6 +11,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 
+from convexprune._progress.shown import following
 from convexprune._storage.staging import kept
 
 
@@ -35,6 +36,16 @@ def _stop(number: int, _: FrameType | None) -> None:
 def status(stop: KeyboardInterrupt) -> int:
     """The exit status of a process that was stopped: 128 and the signal's number."""
     return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
+
+
+@contextmanager
+def working(quiet: bool, output: Path | None = None, command: str = "") -> Iterator[None]:
+    """Show progress, let a stopped `command` say how to go on, and hide the bars of transformers."""
+    with stoppable(output, command), following(quiet=quiet):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        yield
 
 
 @contextmanager

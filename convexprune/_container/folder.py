@@ -19,6 +19,7 @@ from convexprune._container.file import (
 )
 from convexprune._container.provenance import require_as_written
 from convexprune._progress import begin
+from convexprune._progress.shown import visible
 from convexprune._runs.folder import REPORT, RunFolder
 from convexprune._storage.failures import reading
 from convexprune._storage.files import PARTS, Stamp, copy_file, named, paths_in, refuse_foreign, require_unchanged
@@ -71,6 +72,7 @@ def measured(folder: Path, names: Iterable[Path], operators: Iterable[str] = ())
     return Packed(folder, before, sum(sizes.values()), bits, own)
 
 
+@visible
 def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = False) -> Packed:
     """Write a model folder as a smaller one, from which `unpack` makes the same files again, byte for byte.
 
@@ -116,6 +118,7 @@ def _operators(folder: Path) -> list[str]:
         return []
 
 
+@visible
 def unpack(
     source: str | Path, output_dir: str | Path, *, allow_changed: bool = False, allow_large: bool = False
 ) -> Path:

@@ -13,8 +13,9 @@ import torch
 
 from convexprune._api.calls import prune
 from convexprune._doctor.answers import LARGEST_GAP, Check, Measurement, Sizes
+from convexprune._progress import Event
 from convexprune.adapters._inspection.inspection import inspect
-from convexprune.report import OperatorReport, Report
+from convexprune.report import Report
 
 OPERATORS = 7  # of a layer
 SAMPLES = 4
@@ -106,11 +107,9 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 def _prune_and_die(settings: dict[str, Any], folder: Path) -> None:
     """Prune, and be killed once the second layer is begun."""
-    reports: list[OperatorReport] = []
 
-    def on_operator(report: OperatorReport) -> None:
-        reports.append(report)
-        if len(reports) > OPERATORS:
+    def on_progress(event: Event) -> None:
+        if event.report is not None and event.done > OPERATORS:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    prune(**settings, output_dir=folder, progress=lambda _: on_operator)
+    prune(**settings, output_dir=folder, on_progress=on_progress)

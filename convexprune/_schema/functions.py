@@ -41,17 +41,15 @@ class Output(Settings):
 
 class Progress(Settings):
     group = "run"
-    progress: Any = setting(None, "Called with the number of steps, returns what is called with each as it is done.")
+    on_progress: Any = setting(None, "Takes a `convexprune.Event` as a phase begins and as a step is done.")
 
-    @field_validator("progress")
+    @field_validator("on_progress")
     @classmethod
-    def _callable(cls, progress: Any) -> Any:
-        if progress is not None and not callable(progress):
-            raise RecipeError(
-                f"progress is a {type(progress).__name__}. Accepted: a function that gets a number of steps and "
-                "returns one that is called with each."
-            )
-        return progress
+    def _callable(cls, on_progress: Any) -> Any:
+        if on_progress is not None and not callable(on_progress):
+            kind = type(on_progress).__name__
+            raise RecipeError(f"on_progress is a {kind}. Accepted: a function that takes a convexprune.Event.")
+        return on_progress
 
 
 class Call(Progress, Output, Opening):

@@ -21,7 +21,7 @@ import pytest
 import torch
 from crash import Memory, failing, forks, stratified, watched
 from disk import POLICIES, Disk, put
-from runs import SETTINGS
+from runs import SETTINGS, on_reports
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import convexprune
@@ -144,7 +144,7 @@ def test_a_pool_that_loses_a_worker_tells_of_every_operator(small: Path, tmp_pat
             os.kill(os.getpid(), signal.SIGKILL)
 
     settings: dict[str, Any] = (
-        QUICK | MODES["pool"] | {"output_dir": folder, "progress": lambda _: lambda o: told.append(o.name)}
+        QUICK | MODES["pool"] | {"output_dir": folder, "on_progress": on_reports(lambda o: told.append(o.name))}
     )
     with forks(lambda: watched([folder.parent], deadly)) as workers:
         assert _raised(lambda: convexprune.prune(small, **settings)) is None

@@ -43,7 +43,7 @@ def test_without_what_a_run_began_with_nothing_is_done_and_nothing_is_lost(dense
 def sampled(dense: Path, tmp_path: Path) -> Path:
     """The folder of a run on text that the model wrote, interrupted in its second layer."""
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, output_dir=tmp_path / "out", evaluation="self", progress=stop_after(1), **SAMPLED)
+        convexprune.prune(dense, output_dir=tmp_path / "out", evaluation="self", on_progress=stop_after(1), **SAMPLED)
     return tmp_path / "out"
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_the_model_that_goes_into_the_result_is_part_of_the_run(dense:
     model, out = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "out"
     (model / "tokenizer_config.json").write_text("{}")
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(model, output_dir=out, progress=stop_after(1), **SETTINGS)
+        convexprune.prune(model, output_dir=out, on_progress=stop_after(1), **SETTINGS)
     (model / "generation_config.json").unlink()
     (model / "tokenizer_config.json").write_text("{ }")
     names = r"weights\.generation_config\.json \(missing now\); weights\.tokenizer_config\.json\. Go on"

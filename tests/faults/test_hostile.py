@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, checksums, flip
+from runs import SETTINGS, checksums, flip, on_reports
 from transformers import AutoModelForCausalLM
 
 import convexprune
@@ -114,11 +114,8 @@ def test_a_run_whose_weights_are_replaced_goes_on_once_they_are_back(folder: Pat
     out, path = tmp_path / "out", max(folder.glob("*.safetensors"))
     content = path.read_bytes()
 
-    def progress(_: int) -> Callable[[Any], None]:
-        return lambda _: _overwrite(path)
-
     with pytest.raises(ModelError, match=rf"{path.name} has changed.*start again"):
-        convexprune.prune(folder, output_dir=out, progress=progress, **SETTINGS)
+        convexprune.prune(folder, output_dir=out, on_progress=on_reports(lambda _: _overwrite(path)), **SETTINGS)
     assert not checksums(out) and not (out / "report.json").exists()
     with pytest.raises(OutputError, match="differs in weights"):
         convexprune.prune(folder, output_dir=out, resume=True, **SETTINGS)

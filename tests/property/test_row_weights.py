@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import on_reports
 from torch import Tensor
 
 import convexprune
@@ -148,7 +149,7 @@ def test_rows_need_no_survey_and_a_run_goes_on_with_its_weights(tiny_llama: Hugg
     whole = convexprune.prune(dense, allocation="rows", output_dir=tmp_path / "whole", **SETTINGS)
     settings: dict[str, Any] = {"allocation": "rows", "output_dir": tmp_path / "out", **SETTINGS}
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, progress=lambda _: stop, **settings)
+        convexprune.prune(dense, on_progress=on_reports(stop), **settings)
     monkeypatch.setattr(allocating, "loss_fisher", stop)
     convexprune.prune(dense, resume=True, **settings)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))

@@ -192,7 +192,7 @@ def test_text_needs_a_tokenizer(build):
 
 def test_a_text_is_a_phase_of_its_own(tiny_opt):
     heard = []
-    with followed_by(lambda phase, steps: heard.append(phase) or (lambda _: None)):
+    with followed_by(lambda event: heard.append(event.phase)):
         text_windows(PROSE, tiny_opt, 16)
     assert heard == [f"reading {len(PROSE):,} characters of text"]
 

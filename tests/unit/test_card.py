@@ -243,7 +243,7 @@ def test_the_command_is_that_of_the_run(settings: dict[str, Any], monkeypatch: p
     assert command is not None
     given: dict[str, Any] = {}
 
-    def prune(recipe: None, progress: Any, output_dir: Path, **settings: Any) -> None:
+    def prune(recipe: None, output_dir: Path, **settings: Any) -> None:
         given.update(settings)
         raise KeyboardInterrupt
 

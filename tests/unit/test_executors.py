@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from crash import forks
-from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed, place_of
+from runs import LAYERS, SETTINGS, TOKENS, checksums, forked, killed, on_reports, place_of
 from transformers import AutoModelForCausalLM
 
 import convexprune
@@ -47,9 +46,8 @@ def test_a_pool_gives_the_same_bits_even_if_it_loses_a_worker(dense: Path, tmp_p
     monkeypatch.setattr(worker.Worker, "is_lost", killing)
     told = []
     with forks():
-        result = convexprune.prune(
-            dense, output_dir=tmp_path / "out", executor="pool", workers=2, progress=lambda _: told.append, **SETTINGS
-        )
+        pool = SETTINGS | {"executor": "pool", "workers": 2}
+        result = convexprune.prune(dense, output_dir=tmp_path / "out", on_progress=on_reports(told.append), **pool)
     assert lost and len(workers) == 3
     assert checksums(tmp_path / "out") == expected
     assert sorted(o.name for o in told) == sorted(o.name for o in result.report.operators)
@@ -182,15 +180,16 @@ def test_a_lost_rank_is_made_up_for(dense: Path, tmp_path: Path, expected, monke
     out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    killed(lambda: convexprune.prune(dense, output_dir=out, executor="ranks", progress=_die, **SETTINGS))
+    killed(lambda: convexprune.prune(dense, output_dir=out, executor="ranks", on_progress=on_reports(_die), **SETTINGS))
     assert (place_of(out) / "run.json").exists()
     monkeypatch.setenv("RANK", "1")
     convexprune.prune(dense, output_dir=out, executor="ranks", **SETTINGS)
     assert checksums(out) == expected
 
 
-def _die(_: int) -> Callable[[OperatorReport], None]:
-    return lambda report: os.kill(os.getpid(), signal.SIGKILL) if ".layers.1." in report.name else None
+def _die(report: OperatorReport) -> None:
+    if ".layers.1." in report.name:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

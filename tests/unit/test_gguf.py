@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from llama_cpp import LlamaCpp
-from runs import SETTINGS
+from runs import SETTINGS, on_reports
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -187,7 +187,7 @@ def test_a_run_that_was_interrupted_has_the_same_blocks(tmp_path: Path):
 
     settings: dict[str, Any] = RUN | {"quantize": "q4_k", "prefix": "pruned"}
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(source, output_dir=tmp_path / "run", progress=lambda _: stop, **settings)
+        convexprune.prune(source, output_dir=tmp_path / "run", on_progress=on_reports(stop), **settings)
     convexprune.prune(source, output_dir=tmp_path / "run", resume=True, **settings)
     assert (tmp_path / "run" / "blocks.ggml").read_bytes() == (run / "blocks.ggml").read_bytes()
 

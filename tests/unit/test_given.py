@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from door import SMALL, TOKENS
+from runs import on_reports
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -109,7 +110,7 @@ def test_a_run_that_fails_in_the_middle_leaves_the_model_as_it_was(build, error:
     solver = Failing(7 * 2 + 1, error)  # the second stage of the second layer has begun
     settings = SMALL | {"method_args": {"rounds": 2}, "prefix": prefix}
     with pytest.raises(type(error)):
-        convexprune.prune(model, solver=solver, progress=lambda _: pruned.append, **settings)
+        convexprune.prune(model, solver=solver, on_progress=on_reports(pruned.append), **settings)
     assert len(pruned) > 7
     assert same(model, before) and ways(model) == expected
 

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 import convexprune._api.calls
 from convexprune import _cli as cli
-from convexprune._cli import progress
 from convexprune._cli.pruning import summary
 from convexprune._cli.stopping import Stopped, listen
-from convexprune._progress import begin, followed_by
+from convexprune._progress import Event, begin, followed_by, shown
 from convexprune._rendering.facts import facts
 from convexprune._storage.staging import Staging
 from convexprune.pruners import Damping
@@ -34,11 +33,10 @@ def report(name: str, error: float = 0.01, damping: float = 0.1, **facts: float)
 
 def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
     terminal = Console(file=StringIO(), width=80, force_terminal=True)
-    with progress.following(terminal) as bar:
-        assert "starting" in _screen(bar)
-        on_operator = bar.operators(210)
+    with shown._bar(terminal) as bar, followed_by(bar):
+        step = begin("pruning", 210)
         for number in range(27):
-            on_operator(report(f"model.decoder.layers.{number}.self_attn.out_proj"))
+            step(f"model.decoder.layers.{number}.self_attn.out_proj  error 1.0e-02", report("a"))
         line = next(line for line in _screen(bar).splitlines() if "pruning" in line)
         assert "…" in line and " 27/210 " in line and "0:00:0" in line and line.rstrip().endswith("left")
         step = begin("perplexity", 3)
@@ -48,38 +46,38 @@ def test_counter_and_clocks_are_whole_on_a_narrow_terminal():
 
 
 def _screen(bar: object) -> str:
-    assert isinstance(bar, progress.Bar)
-    shown = StringIO()
-    Console(file=shown, width=80).print(bar._progress.get_renderable())
-    return shown.getvalue()
+    assert isinstance(bar, shown.Bar)
+    screen = StringIO()
+    Console(file=screen, width=80).print(bar._progress.get_renderable())
+    return screen.getvalue()
 
 
 def test_quiet_hides_warnings_and_the_bars_of_others_and_no_error(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(ValueError, match="told"), progress.following(quiet=True) as lines:
-        lines("phase", 2)("step")
+    with pytest.raises(ValueError, match="told"), shown.following(quiet=True):
+        begin("phase", 2)("step")
         print("a bar", file=sys.stderr)
         logging.getLogger("other").warning("a warning")
         warnings.warn("another", stacklevel=1)
         raise ValueError("told")
     logging.getLogger("other").error("an error afterwards")
-    assert "a bar" not in (shown := capsys.readouterr().err) and "warning" not in shown and "another" not in shown
+    assert not any(said in (err := capsys.readouterr().err) for said in ("a bar", "warning", "another", "phase")), err
     assert not logging.root.manager.disable
     print("seen again", file=sys.stderr)
     assert "seen again" in capsys.readouterr().err
 
 
 def test_without_a_terminal_there_is_a_line_for_each_phase_and_each_layer(monkeypatch: pytest.MonkeyPatch):
-    shown = StringIO()
-    with progress.following(Console(file=shown, width=40)) as lines:
-        on_operator = lines.operators(4)
+    screen = StringIO()
+    with shown.following(Console(file=screen, width=40)):
+        step = begin("pruning", 4)
         for name in ("a.layers.0.q", "a.layers.0.fc1.1", "a.layers.1.q", "a.layers.1.fc1.1"):
-            on_operator(report(name, error=0.5 if name.endswith("1") else 0.01))
-        monkeypatch.setattr(progress, "QUIET", 0.0)
+            step("", report(name, error=0.5 if name.endswith("1") else 0.01))
+        monkeypatch.setattr(shown, "QUIET", 0.0)
         begin("gradients", 2)("a.layers.1")
-    first, *rest = shown.getvalue().splitlines()
+    first, *rest = screen.getvalue().splitlines()
     assert first == "starting"
     assert rest == [
-        "pruning: 4 operators",
+        "pruning",
         "pruned 2/4, about 0:00:00 left  a.layers.0: error at most 5.0e-01, gap 1e-05",
         "pruned 4/4  a.layers.1: error at most 5.0e-01, gap 1e-05",
         "gradients",
@@ -87,13 +85,30 @@ def test_without_a_terminal_there_is_a_line_for_each_phase_and_each_layer(monkey
     ]
 
 
-def test_nobody_has_to_follow_and_who_does_hears_no_more_afterwards():
-    heard = []
-    begin("alone", 1)("step")
-    with followed_by(lambda phase, steps: lambda what: heard.append((phase, steps, what))):
+def test_nobody_has_to_follow_and_who_does_hears_no_more_afterwards(caplog: pytest.LogCaptureFixture):
+    heard: list[Event] = []
+    with caplog.at_level(logging.INFO, "convexprune"):
+        begin("alone", 2)("step")
+    assert [record.getMessage() for record in caplog.records] == ["alone", "alone 1/2 step"]
+    with followed_by(heard.append), followed_by(None):
         begin("one", 2)("first")
     begin("two")("second")
-    assert heard == [("one", 2, "first")]
+    assert heard == [Event("one", 0, 2), Event("one", 1, 2, "first")]
+
+
+def test_python_shows_a_bar_where_somebody_looks_and_calls_back(monkeypatch: pytest.MonkeyPatch):
+    screen, heard = StringIO(), list[Event]()
+
+    @shown.visible
+    def work(on_progress: object = None) -> str:
+        begin("working", 1)("done")
+        return "result"
+
+    for terminal in (False, True):
+        console = Console(file=screen, force_terminal=terminal, width=60)
+        monkeypatch.setattr(shown, "Console", lambda console=console, **_: console)
+        assert work(on_progress=heard.append) == "result" and ("working" in screen.getvalue()) == terminal
+    assert heard == 2 * [Event("working", 0, 1), Event("working", 1, 1, "done")]
 
 
 def test_the_summary_fits_80_columns_and_says_what_flatters():

@@ -138,7 +138,7 @@ def test_a_coded_run_goes_on_where_it_stopped_and_is_verified_and_packed(build, 
     whole = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "whole", **settings)
 
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "again", progress=stop_after(1), **settings)
+        convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "again", on_progress=stop_after(1), **settings)
     again = convexprune.prune(tmp_path / "dense", output_dir=tmp_path / "again", resume=True, **settings)
     weights = [name for name in whole.report.files if name.endswith(".safetensors")]
     assert weights and all(again.report.files[name] == whole.report.files[name] for name in weights)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, place_of, stop_after
+from runs import LAYERS, SETTINGS, TOKENS, checksums, cut, empty, flip, on_reports, place_of, stop_after
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +23,6 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune._runs import executors
 from convexprune._runs.folder import RunFolder
 from convexprune._runs.identity import differences
-from convexprune.report import OperatorReport
 
 
 def test_a_finished_folder_is_an_ordinary_one(dense: Path, tmp_path: Path):
@@ -44,7 +43,7 @@ def test_an_unfinished_run_is_never_overwritten_and_goes_on_when_asked(dense, st
     pruned, told = [], []
     call = pipeline.Pipeline.__call__
     monkeypatch.setattr(pipeline.Pipeline, "__call__", lambda s, c: (pruned.append(c.layer.name), call(s, c)))
-    result = convexprune.prune(dense, output_dir=stopped, resume=True, progress=lambda _: told.append, **SETTINGS)
+    result = convexprune.prune(dense, output_dir=stopped, resume=True, on_progress=on_reports(told.append), **SETTINGS)
     assert set(pruned) == {"model.layers.2", "model.layers.3"}  # what was finished is not redone
     assert told == result.report.operators and len(told) == 7 * LAYERS
     assert checksums(stopped) == expected
@@ -64,7 +63,7 @@ def test_the_text_to_evaluate_on_may_change_while_a_run_is_interrupted(dense: Pa
     settings: dict[str, Any] = SETTINGS | {"dataset": "self", "max_seq_length": 16}
     whole = convexprune.prune(dense, output_dir=tmp_path / "whole", evaluation="self", **settings)
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, output_dir=tmp_path / "out", evaluation=TOKENS, progress=stop_after(1), **settings)
+        convexprune.prune(dense, output_dir=tmp_path / "out", evaluation=TOKENS, on_progress=stop_after(1), **settings)
     place_of(tmp_path / "out").rename(tmp_path / "stopped")
     for evaluation, expected in (("self", whole.report.perplexity), (None, {})):
         shutil.copytree(tmp_path / "stopped", place_of(tmp_path / "out"))
@@ -210,7 +209,7 @@ def test_a_loaded_model_with_other_settings_or_another_tokenizer_is_another_run(
     tokenizer = deepcopy(tokenizer)  # the other tests have the same
     settings: dict[str, Any] = SETTINGS | {"output_dir": tmp_path / "out", "resume": True}
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(build("llama"), tokenizer=tokenizer, progress=stop_after(1), **settings)
+        convexprune.prune(build("llama"), tokenizer=tokenizer, on_progress=stop_after(1), **settings)
     other = build("llama")
     assert other.generation_config is not None
     other.generation_config.max_new_tokens = 7
@@ -243,7 +242,7 @@ def test_a_loaded_model_is_resumed_too_and_given_back_pruned(dense: Path, tmp_pa
     whole = convexprune.prune(fresh(), output_dir=tmp_path / "peace", **SETTINGS)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(fresh(), output_dir=out, progress=stop_after(2), **SETTINGS)
+        convexprune.prune(fresh(), output_dir=out, on_progress=stop_after(2), **SETTINGS)
     flip(place_of(out) / "work" / "hidden" / "00002.dense.bin")
     model = fresh()
     result = convexprune.prune(model, output_dir=out, resume=True, **SETTINGS)
@@ -263,7 +262,7 @@ def test_a_pruned_prefix_is_resumed_bit_for_bit(dense: Path, tmp_path: Path, fil
     convexprune.prune(dense, output_dir=tmp_path / "peace", **settings)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, output_dir=out, progress=stop_after(2), **settings)
+        convexprune.prune(dense, output_dir=out, on_progress=stop_after(2), **settings)
     for path in sorted((place_of(out) / "work").glob(file)):
         flip(path)
     convexprune.prune(dense, output_dir=out, resume=True, **settings)
@@ -275,15 +274,8 @@ def test_text_that_the_model_samples_is_not_sampled_again(tmp_path: Path, monkey
         "method": "magnitude", "num_calibration_samples": 2, "max_seq_length": 16, "evaluation": "self", "threads": 1,
     }  # fmt: skip
     monkeypatch.setattr("convexprune._api.windows.EVALUATION_SAMPLES", 1)
-    told = []
-
-    def on_operator(report: OperatorReport) -> None:
-        told.append(report)
-        if len(told) == 8:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(output_dir=tmp_path / "out", progress=lambda _: on_operator, **settings)
+        convexprune.prune(output_dir=tmp_path / "out", on_progress=stop_after(1), **settings)
     sampler = "convexprune.adapters._data.calibration.sampled_windows"
     monkeypatch.setattr(sampler, lambda *_, **__: pytest.fail("sampled"))
     result = convexprune.prune(output_dir=tmp_path / "out", resume=True, **settings)

@@ -53,7 +53,7 @@ def test_a_command_has_an_option_for_each_setting(name: str):
     command: Any = get_command(cli.app)
     options = {each.name: each for each in command.commands[name].params}
     for setting, info in COMMANDS[name].fields.items():
-        if setting in ("tokenizer", "progress"):  # objects
+        if setting in ("tokenizer", "on_progress"):  # objects
             assert setting not in options
         else:
             assert options[setting].default is None

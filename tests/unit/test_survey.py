@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from layer_contexts import context_of, pruned
+from runs import on_reports
 
 import convexprune
 from convexprune._layerwise.allocation import SURVEYED, Unit, allocate_by_rule, candidates
@@ -219,7 +220,7 @@ def test_a_run_goes_on_with_the_allocation_that_it_began_with(tiny_llama: Huggin
 
     settings: dict[str, Any] = {"allocation": "owl", "output_dir": tmp_path / "out", **SETTINGS}
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, progress=lambda _: stop, **settings)
+        convexprune.prune(dense, on_progress=on_reports(stop), **settings)
     began = json.loads((tmp_path / ".out.part" / "work" / "allocation.json").read_text())["notes"]["shares"]
     with pytest.raises(OutputError, match="differs in recipe"):
         convexprune.prune(dense, resume=True, **{**settings, "allocation": "skewness"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTINGS, TOKENS, checksums, forked, place_of
+from runs import SETTINGS, TOKENS, checksums, forked, on_reports, place_of
 from tiny_families import build_family
 
 import convexprune
@@ -135,9 +135,9 @@ def test_a_team_that_loses_a_rank_says_so_and_goes_on_with_the_same_bits(dense: 
     out = tmp_path / "out"
 
     def dying(number: int) -> None:
-        progress = _dies if number == 0 else None
+        on_progress = on_reports(_dies) if number == 0 else None
         with pytest.raises(errors.PruningError, match="Another rank of this run was lost"):
-            convexprune.prune(dense, output_dir=out, executor="ranks", progress=progress, **SEQUENTIAL)
+            convexprune.prune(dense, output_dir=out, executor="ranks", on_progress=on_progress, **SEQUENTIAL)
 
     assert ended(launched(2, dying)) == [-signal.SIGKILL, 0]
     assert len(list((place_of(out) / "work" / "layers").glob("*.json"))) == 1
@@ -148,8 +148,9 @@ def test_a_team_that_loses_a_rank_says_so_and_goes_on_with_the_same_bits(dense: 
     assert checksums(out) == checksums(tmp_path / "peace")
 
 
-def _dies(_: int) -> Callable[[OperatorReport], None]:
-    return lambda report: os.kill(os.getpid(), signal.SIGKILL) if ".layers.1." in report.name else None
+def _dies(report: OperatorReport) -> None:
+    if ".layers.1." in report.name:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def test_workers_and_a_resumed_run_give_the_same_bits(dense: Path, tmp_path: Pat
     asked = []
     monkeypatch.setattr(adapter, "loss_fisher", lambda *args, **named: asked.append(1) or loss_fisher(*args, **named))
     with pytest.raises(KeyboardInterrupt):
-        convexprune.prune(dense, output_dir=tmp_path / "damaged", progress=stop_after(1), **weighted)
+        convexprune.prune(dense, output_dir=tmp_path / "damaged", on_progress=stop_after(1), **weighted)
     flip(place_of(tmp_path / "damaged") / "work" / "token_weights.safetensors")
     asked.clear()
     convexprune.prune(dense, output_dir=tmp_path / "damaged", resume=True, **weighted)

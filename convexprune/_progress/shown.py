@@ -1,0 +1,165 @@
+"""Progress on stderr: a bar on a terminal or in a notebook; plain lines elsewhere, a line for a phase or a layer."""
+
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import replace
+from datetime import timedelta
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+from convexprune._progress import Event, followed_by, is_followed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+QUIET = 60.0  # seconds after which a line says that a long phase goes on
+
+
+@contextmanager
+def following(console: Console | None = None, quiet: bool = False) -> Iterator[None]:
+    """Show every phase that begins, first the start of Python. A quiet command shows no warnings either."""
+    if quiet:
+        with _without_warnings(), followed_by(lambda _: None):
+            yield
+        return
+    console = console or Console(stderr=True, markup=False)
+    with _bar(console) if console.is_terminal else nullcontext(Lines(console)) as shown, followed_by(shown):
+        shown(Event("starting"))
+        yield
+
+
+def visible(function: Callable[P, R]) -> Callable[P, R]:
+    """Show a bar while a function runs, on a terminal or in a notebook, unless somebody follows already.
+
+    Events go to the argument `on_progress`, too, if there is one.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **settings: P.kwargs) -> R:
+        console, asked = Console(stderr=True, markup=False), cast(Any, settings.get("on_progress"))
+        seen = (console.is_terminal or console.is_jupyter) and not is_followed()
+        with _bar(console) if seen else nullcontext() as shown, followed_by(shown, asked):
+            return function(*args, **settings)
+
+    return call
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator["Bar"]:
+    with Progress(*_columns(), console=console, transient=True, expand=True) as progress:
+        yield Bar(progress)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide warnings and the bars of packages. Errors that end a command still appear."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _columns() -> Sequence[ProgressColumn]:
+    """The description gives way where the terminal is narrow; counter and clocks never do."""
+    words = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False, table_column=words),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7, justify="right")),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        left,
+        TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+    )
+
+
+class Bar:
+    """A progress bar for the current phase, with the result of the last step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks = dict[str, TaskID]()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        if not event.done:
+            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total)
+        shown = self._tasks[event.phase]
+        words = f"{event.phase}  {event.step}" if event.step else event.phase
+        self._progress.update(shown, completed=event.done, description=words)
+        for task in self._progress.task_ids:
+            self._progress.update(task, visible=task == shown)
+
+
+class Lines:
+    """A line as a phase begins, as a layer is pruned, and now and then while a phase goes on."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = time.monotonic()
+        self._began = dict[str, float]()
+        self._layer = list[Any]()  # reports of the operators of a layer
+
+    def __call__(self, event: Event) -> None:
+        """Show an event, or keep it for the line of its layer."""
+        if not event.done:
+            self._began[event.phase] = time.monotonic()
+            self._say(event.phase)
+        elif event.report is not None:
+            self._operator(event)
+        elif time.monotonic() - self._last >= QUIET:
+            self._say(f"{event.phase} {self._count(event)}  {event.step}".rstrip())
+
+    def _operator(self, event: Event) -> None:
+        if self._layer and _layer(self._layer[0]) != _layer(event.report):
+            self._say(f"pruned {self._count(replace(event, done=event.done - 1))}  {_summary(self._layer)}")
+            self._layer.clear()
+        self._layer.append(event.report)
+        if event.done == event.total:
+            self._say(f"pruned {self._count(event)}  {_summary(self._layer)}")
+            self._layer.clear()
+
+    def _count(self, event: Event) -> str:
+        if event.total is None:
+            return f"{event.done}"
+        seconds = time.monotonic() - self._began[event.phase]
+        left = timedelta(seconds=round(seconds / event.done * (event.total - event.done)))
+        return f"{event.done}/{event.total}" + (f", about {left} left" if event.done < event.total else "")
+
+    def _say(self, line: str) -> None:
+        self._last = time.monotonic()
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _layer(report: Any) -> str:
+    """The name of the decoder layer: up to the first number."""
+    match = re.match(r".*?\.\d+(?=\.)", report.name)
+    return match[0] if match else report.name
+
+
+def _summary(layer: Sequence[Any]) -> str:
+    worst = max(layer, key=lambda report: report.relative_error)
+    gaps = [report.gap for report in layer if report.gap is not None]
+    gap = f", gap {max(gaps):.0e}" if gaps else ""
+    return f"{_layer(worst)}: error at most {worst.relative_error:.1e}{gap}"
