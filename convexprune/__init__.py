@@ -75,39 +75,17 @@ _NAMES = {
     "_progress": ("Event",),
     "constraints": ("SemiStructured", "Unstructured", "parse_pattern"),
     "core": (
-        "L1",
-        "MCP",
-        "SCAD",
-        "AbstractPenalty",
-        "Blocks",
-        "Certificate",
-        "ElasticNet",
-        "GroupLasso",
-        "Moments",
-        "NuclearNorm",
-        "Problem",
-        "Quadratic",
-        "ReverseHuber",
-        "RowGroups",
-        "Support",
-        "TotalVariation",
-        "certify",
+        "L1", "MCP", "SCAD", "AbstractPenalty", "Blocks", "Certificate", "ElasticNet", "GroupLasso", "Moments",
+        "NuclearNorm", "Problem", "Quadratic", "ReverseHuber", "RowGroups", "Support", "TotalVariation", "certify",
     ),
     "recipe": ("Recipe",),
     "report": ("OperatorReport", "Report"),
     "solvers._from_cvxpy": ("from_cvxpy", "to_cvxpy"),
     "solvers": ("AbstractSolver", "Solution", "Status", "make_solver", "path", "solve", "solver_names"),
     "validation": (
-        "Evaluation",
-        "Verification",
-        "advise",
-        "compare",
-        "compare_samples",
-        "evaluate",
-        "perplexity",
-        "verify",
+        "Evaluation", "Verification", "advise", "compare", "compare_samples", "evaluate", "perplexity", "verify",
     ),
-}
+}  # fmt: skip
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 

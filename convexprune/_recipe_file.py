@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from convexprune._schema import plain_yaml
+from convexprune._schema.group import load_yaml
 from convexprune._schema.settings import GROUPS
 from convexprune._storage.files import read_text, write_text
 from convexprune.errors import RecipeError
@@ -34,7 +34,7 @@ def read_recipe(place: Path) -> Recipe:
     """Return the recipe of a file or of a run's folder. The folder may be a stranger's."""
     path = place if place.is_file() else place / RECIPE
     try:
-        given = plain_yaml.load(read_text(path, LONGEST))
+        given = load_yaml(read_text(path, LONGEST))
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         raise RecipeError(f"{path} is damaged, or no recipe: {' '.join(str(cause).split())[:200]}.") from cause
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):

@@ -99,14 +99,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
         return {name: value for name, value in given.items() if name not in follows or value != follows[name]}
 
     def build_pattern(self) -> Constraint:
-        """Return the pattern of `sparsity`, `pattern`, `quota`, `quantize`, `group_size` and `bits`.
-
-        Returns:
-            The constraint.
-
-        Raises:
-            PatternError: the settings describe no pattern.
-        """
+        """Return the constraint of `sparsity`, `pattern`, `quota`, `quantize`, `group_size` and `bits`."""
         return self._on_grid(parse_pattern(self.pattern, self.sparsity, self.quota))
 
     def _on_grid(self, support: Constraint) -> Constraint:
@@ -178,15 +171,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             )
 
     def build_rules(self) -> list[tuple[Constraint, AbstractPruner | None]]:
-        """Return pattern and pruner of every rule. Settings without a value in the rule are the recipe's.
-
-        Returns:
-            Pairs in the order of the rules; the pruner is None if the rule has no method.
-
-        Raises:
-            PatternError: sparsity and pattern of a rule describe no pattern.
-            RecipeError: the method of a rule does not exist, or does not take the recipe's damping or refit.
-        """
+        """Return pattern and pruner (None without a method) of every rule, where the recipe has the defaults."""
         return [(self._pattern_of(rule), self._pruner_of(rule)) for rule in self.rules]
 
     def _pattern_of(self, rule: Rule) -> Constraint:
@@ -305,16 +290,5 @@ def spare_samples(num_calibration_samples: int, held_out_samples: int | None) ->
 
 
 def make_recipe(**settings: Any) -> Recipe:
-    """A recipe from keyword settings, with one readable error for all that is wrong.
-
-    Args:
-        settings: by name.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        RecipeError: a setting is unknown or out of range.
-        PatternError: sparsity and pattern name no pattern.
-    """
+    """Return the recipe of `settings`, or raise a RecipeError or a PatternError that tells all that is wrong."""
     return checked(Recipe, settings)

@@ -85,17 +85,7 @@ class OperatorReport:
 
     @classmethod
     def read(cls, written: dict[str, Any]) -> "OperatorReport":
-        """Make a record from a dictionary of `asdict`.
-
-        Args:
-            written: values by field.
-
-        Returns:
-            The record.
-
-        Raises:
-            pydantic.ValidationError: a field is missing or malformed.
-        """
+        """Make a record of what `asdict` has `written`; pydantic refuses a field that is missing or malformed."""
         return _reader().validate_python(written)
 
     @property

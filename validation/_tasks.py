@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convexprune._progress import begin
-from convexprune._schema.measures import Evaluate
+from convexprune._schema.functions import Evaluate
 from convexprune.adapters import HuggingFaceModel
 from convexprune.errors import DependencyError, ModelError, RecipeError, install_hint
 

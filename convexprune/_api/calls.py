@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from convexprune._api.checks import write_copies
 from convexprune._api.in_folder import InFolder
 from convexprune._api.in_memory import InMemory
-from convexprune._api.publishing import check_hub
-from convexprune._api.report_copies import write_copies
 from convexprune._api.request import name_of
-from convexprune._api.result import PermuteResult, PruneResult
+from convexprune._api.result import PermuteResult, PruneResult, check_hub
 from convexprune._api.windows import name_of_text
 from convexprune._device.machine import default_device
 from convexprune._device.memory import within_memory

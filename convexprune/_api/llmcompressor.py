@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from convexprune._recipe_file import LONGEST
-from convexprune._schema import plain_yaml
+from convexprune._schema.group import load_yaml
 from convexprune._storage.files import read_text
 from convexprune.core._allocation import OUTLIER, OWL_REACH
 from convexprune.errors import RecipeError, shown
@@ -53,7 +53,7 @@ def from_llmcompressor(file: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        found = plain_yaml.load(read_text(file.expanduser(), LONGEST))
+        found = load_yaml(read_text(file.expanduser(), LONGEST))
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         raise RecipeError(f"{file} is no recipe: {' '.join(str(cause).split())[:200]}.") from cause
     if not isinstance(found, dict):

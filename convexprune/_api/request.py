@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from convexprune._api.report_copies import check_copies
-from convexprune._api.run_warnings import run_warnings
+from convexprune._api.checks import check_copies, executor_for, run_warnings, team_size
 from convexprune._api.windows import Sources, Windows, name_of_text
-from convexprune._api.workers import executor_for, team_size
 from convexprune._container.layouts import imported
 from convexprune._device.machine import (
     Clock,

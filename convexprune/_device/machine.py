@@ -6,9 +6,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -17,7 +15,7 @@ import torch
 
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.kernels import eager_because
-from convexprune._device.switches import recorded
+from convexprune._device.switches import recorded, restored
 from convexprune.errors import RecipeError
 
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
@@ -151,12 +149,5 @@ class Clock:
         self._last = now
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Let torch compute on a number of threads: sums have the same bits only on equally many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+threads = partial(restored, torch.get_num_threads, torch.set_num_threads)
+"""Let torch compute on a number of threads: sums have the same bits only on equally many threads."""

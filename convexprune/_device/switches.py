@@ -22,6 +22,17 @@ _runs = 0
 
 
 @contextmanager
+def restored(read: Callable[[], R], write: Callable[[R], object], value: R) -> Iterator[None]:
+    """Set a switch of torch inside the block."""
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+@contextmanager
 def pinned() -> Iterator[None]:
     """Compute as in a fresh process: float32 products in float32, no autocast, tensors of float32 on the CPU.
 
@@ -42,7 +53,7 @@ def _pinned_in_process() -> Iterator[None]:
     with _lock:
         _runs += 1
         if _runs == 1:
-            _pins.enter_context(_default_dtype())
+            _pins.enter_context(restored(torch.get_default_dtype, torch.set_default_dtype, torch.float32))
             _pins.enter_context(_full_float32())
     try:
         yield
@@ -51,16 +62,6 @@ def _pinned_in_process() -> Iterator[None]:
             _runs -= 1
             if not _runs:
                 _pins.close()
-
-
-@contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Solve one problem by every method on the device, and compare with float64 on the CPU."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from convexprune._device.kernels import eager_because
 from convexprune._device.parts import Parts, error_of_parts, product_of_parts
+from convexprune._device.switches import restored
 from convexprune.constraints import Columns, Constraint, SemiStructured, Unstructured
 from convexprune.core import Moments
 from convexprune.core._in_parts import OF_RESIDUAL
@@ -153,12 +153,5 @@ def determined(group: Group, pattern: Constraint) -> Measurement:
     return Measurement(f"{differ} of {first.numel():,} entries differ", {"differ": differ}, differ == 0)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let torch refuse operations whose bits can change from run to run."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+deterministic = partial(restored, torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
+"""Let torch refuse operations whose bits can change from run to run."""

@@ -17,8 +17,7 @@ from convexprune._doctor.answers import Check, Measurement, Sizes, checks_of_ans
 from convexprune._doctor.runs import checks_of_runs
 from convexprune._progress import begin
 from convexprune._schema.door import documented
-from convexprune._schema.functions import DOCTOR
-from convexprune._schema.measures import CHECKS
+from convexprune._schema.functions import CHECKS, DOCTOR
 
 
 @dataclass(frozen=True)

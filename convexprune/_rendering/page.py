@@ -15,11 +15,10 @@ from convexprune.errors import OutputError
 from convexprune.report import Report
 
 from . import charts
+from .charts import SHADES, Grid, grid
 from .command import command_of
-from .facts import bytes_text, costs, facts, name_of_model, next_steps
-from .grid import SHADES, Grid, grid
+from .facts import bytes_text, costs, facts, name_of_model, next_steps, reason, worst
 from .templates import text_of
-from .worst import reason, worst
 
 WORST = 8
 LISTED = 2000  # operators; of more, the page has the worst only

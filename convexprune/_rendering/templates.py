@@ -4,16 +4,15 @@ import re
 import shlex
 from collections.abc import Callable
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 MARKDOWN = re.compile(r"([\\`*_\[\]<>#|&~$])")
 
 
 def text_of(template: str, **values: Any) -> str:
-    return visible(_compiled(template).render(values))
+    return visible(_environment().get_template(template).render(values))
 
 
 def markdown(value: object) -> str:
@@ -43,15 +42,10 @@ def _line(value: object) -> str:
 
 
 @cache
-def _compiled(template: str) -> Template:
-    source = files("convexprune._rendering").joinpath(template).read_text(encoding="utf-8")
-    return _environment(".html" in template).from_string(source)
-
-
-@cache
-def _environment(escapes: bool) -> Environment:
+def _environment() -> Environment:
     made = Environment(
-        autoescape=escapes,
+        loader=PackageLoader("convexprune", "_rendering"),
+        autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,15 +1,175 @@
 """The settings of every public function and command."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ByteSize, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
-from convexprune._schema.door import RECIPE, Door
+from convexprune._schema.door import LISTED, RECIPE, Door
 from convexprune._schema.group import Settings, setting
-from convexprune._schema.measures import Advise, Bench, Compare, CompareSamples, Doctor, Evaluate, Verify
-from convexprune._schema.settings import Reading, RemoteCode
-from convexprune.errors import OutputError, RecipeError
+from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Reading, RemoteCode
+from convexprune.errors import OutputError, RecipeError, unknown
+
+
+class Compare(Settings):
+    group = "comparison"
+    methods: Annotated[tuple[str, ...], LISTED] = setting(
+        ("fista", "sparsegpt", "wanda", "magnitude"),
+        "Methods, or solvers of the method convex; with settings of their own as in sparsegpt:damping=0.1 or "
+        "fista:convention=pruned-layer.",
+        first=True,
+    )
+    sparsities: Annotated[tuple[float, ...], LISTED] = setting(
+        (0.5,), "Shares of zeros, for unstructured.", "--sparsity", "-s", first=True
+    )
+    patterns: Annotated[tuple[str, ...], LISTED] = setting(
+        ("unstructured",), "unstructured, N:M, columns, channels, heads; as in prune.", "--pattern", first=True
+    )
+    conventions: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "Which network feeds a decoder layer, and which of earlier errors are corrected: own, what each method's paper "
+        "has, or one for all: dense, dense-half, dense-none, dense-layer, pruned-own, pruned-quarter, pruned-half, "
+        "pruned-dense, pruned-layer (docs/compare.md).",
+        "--convention",
+    )
+    allocations: Annotated[tuple[str, ...], LISTED] = setting(
+        ("own",),
+        "own (what prune takes if it is left out), or one for all: uniform, columns, rows, curve, half-curve, owl, "
+        "skewness.",
+        "--allocation",
+    )
+    quota: str = setting(
+        "own",
+        "Where the share of zeros holds: own (of wanda each row, else the matrix), matrix or row.",
+        choices=("own", "matrix", "row"),
+    )
+    output: Path = setting(Path("compared"), "Folder for the result; must be empty or not there.", "-o", first=True)
+    eval_texts: tuple[str, ...] = setting(
+        ("python-docs", "licences"),
+        "Texts to evaluate on: .txt or .jsonl files, python-docs or licences; repeat it for more.",
+        "--eval-text",
+        first=True,
+    )
+    eval_window: int | None = setting(None, "Tokens of a window. Left out: 1024, or the model's limit if less.", ge=2)
+    eval_windows: int | None = setting(20, "The first so many windows of each text; 0: all.", ge=0)
+    resume: bool = setting(False, "Go on with an interrupted comparison; its settings must be the same.")
+    allow_changed: bool = setting(False, ALLOW_CHANGED)
+    plots: bool | None = setting(None, "Draw the results. Left out: if matplotlib is installed.")
+
+
+class CompareSamples(Compare):
+    group = "comparison"
+    seeds: Annotated[tuple[int, ...], LISTED] = setting(
+        (0,), "Of the choice of samples. Of several (0,1,2) each is compared, and the report has the means.", "--seed"
+    )
+
+
+class Verify(Settings):
+    group = "verification"
+    model: str | None = setting(None, "Of the folder of a run: where its dense model is now, if it was moved.")
+    operators: tuple[str, ...] = setting(
+        (), "Operators to verify, names or re:REGEX that matches the beginning of some; repeat it for more."
+    )
+    sample: int | None = setting(3, "Operators drawn if none is named; 0: all.", ge=0)
+    rows: int = setting(4, "Rows of the blocks that oracles solve.", ge=1)
+    columns: int = setting(32, "Columns of the blocks that oracles solve; the others stay dense.", ge=1)
+    bound_rows: int = setting(
+        4, "Rows of an operator that the lower bound is for, drawn at random; 64 times as many for whole columns.", ge=1
+    )
+    tolerance: float = setting(1e-6, "Largest relative difference of objectives.", ge=0)
+    gap: float = setting(1e-4, "Largest relative duality gap of a production solver at its default settings.", ge=0)
+    allow_changed: bool = setting(False, ALLOW_CHANGED)
+    seed: int = setting(0, "Of what is drawn.", ge=0, le=LARGEST_SEED)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_of_model(cls, model: Any) -> Any:
+        return str(model) if isinstance(model, Path) else model
+
+
+class Evaluate(Reading):
+    group = "data"
+    text: tuple[str, ...] = setting(
+        (),
+        "Texts to measure perplexity on: .txt or .jsonl files; wikitext2, c4, ptb (from the hub); python-docs, "
+        "licences (of this installation); repeat it for more.",
+        first=True,
+    )
+    against: Any = setting(
+        None,
+        "The dense model, a folder or a name on the hub: how far the predictions are from its own is measured, too.",
+        first=True,
+        named=True,
+    )
+    tasks: Annotated[tuple[str, ...], LISTED] = setting(
+        (), "Tasks of lm-eval to measure accuracy on, as hellaswag,arc_easy (needs lm-eval).", first=True
+    )
+    tasks_dir: Path | None = setting(None, "Folder with task files of your own, as lm-eval reads them.", first=True)
+    window: int | None = setting(
+        None,
+        "Tokens of a window; they do not overlap. Left out: the common convention, 2048 or the model's limit if less, "
+        "and beside it the model's limit.",
+        ge=2,
+    )
+    max_windows: int | None = setting(
+        None, "Only the first so many windows of each text. Left out: all; of c4 256, as published.", ge=1
+    )
+    num_fewshot: int | None = setting(None, "Examples before each item of a task. Left out: as the task has it.", ge=0)
+    limit: int | None = setting(None, "Only the first so many items of each task, to try it out.", ge=1)
+    task_batch: int = setting(8, "Items of a task in one forward pass.", "--batch-size", ge=1)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _listed(cls, texts: Any) -> Any:
+        return [str(each) for each in ([texts] if isinstance(texts, str | Path) else texts)]
+
+
+class Bench(Reading):
+    group = "timing"
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = setting(
+        (1, 8, 64), "Sequences that are generated at once; repeat it for more.", "--batch", min_length=1
+    )
+    prompt: int = setting(512, "Tokens of a prompt; fewer if the model cannot see as many.", ge=1)
+    new_tokens: int = setting(8, "Tokens to generate in each round; fewer of what takes long.", ge=1)
+    seconds: float = setting(
+        15.0,
+        "Seconds to share out among what is timed; less than a round takes is a round. More make it less noisy.",
+        gt=0,
+        le=86_400,  # a day
+    )
+
+
+MEASURED_ON = "SmolLM2-135M, a 4-bit file (which flatters int4)"
+"""The model of the table that `advise` reads."""
+
+
+class Advise(RemoteCode):
+    group = "target"
+    target: ByteSize | None = setting(None, "All weights in so many bytes, as 4GiB, on disk.", first=True)
+    memory: bool = setting(False, "Of the target: in memory, not on disk.", first=True)
+    bits: float | None = setting(None, "So many bits a weight on disk, over all weights.", gt=0, first=True)
+    speed: float | None = setting(
+        None,
+        "So many times the tokens a second at batch 1, where the bytes that are read decide it.",
+        gt=1,
+        first=True,
+    )
+
+
+CHECKS = ("kernels", "answers", "determinism", "runs")
+
+
+class Doctor(Settings):
+    group = "device"
+    checks: Annotated[tuple[str, ...], LISTED] = setting((), f"Which checks: {', '.join(CHECKS)}. Left out: all.")
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, checks: tuple[str, ...]) -> tuple[str, ...]:
+        for name in checks:
+            if name not in CHECKS:
+                raise RecipeError(unknown("check", name, CHECKS))
+        return checks
 
 
 class Opening(Reading):
@@ -97,12 +257,10 @@ class Call(Progress, Output, Opening):
 
     @model_validator(mode="after")
     def _has_folder(self) -> "Call":
-        if self.resume and self.output_dir is None:
-            raise RecipeError("resume=True goes on with a run in a folder. Give output_dir, or leave resume out.")
-        if self.overwrite and self.output_dir is None:
-            raise RecipeError("overwrite=True replaces the run in a folder. Give output_dir, or leave overwrite out.")
-        if self.pack and self.output_dir is None:
-            raise RecipeError("pack=True packs the result in a folder. Give output_dir, or leave pack out.")
+        does = {"resume": "goes on with a run", "overwrite": "replaces the run", "pack": "packs the result"}
+        for name, what in does.items():
+            if getattr(self, name) and self.output_dir is None:
+                raise RecipeError(f"{name}=True {what} in a folder. Give output_dir, or leave {name} out.")
         if self.push_to_hub is not None and self.output_dir is None:
             raise RecipeError(
                 "push_to_hub uploads a folder, which stays if that fails. Give output_dir, or call push_to_hub of the "
@@ -125,9 +283,8 @@ class Inspect(RemoteCode):
 
 SAMPLED = ("model", "dtype", "dataset", "num_calibration_samples", "max_seq_length", "batch_size", "seed", "device")
 COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
-OF_VERIFY = ("model", "seed", "bound_rows")  # it has its own
-UNUSED = ("held_out_samples", "evaluation", "threads", "rules")  # what a run does besides, or how
-VERIFIED = tuple(name for name in RECIPE if name not in (*OF_VERIFY, *UNUSED))
+NOT_VERIFIED = ("held_out_samples", "evaluation", "threads", "rules", "model", "seed", "bound_rows")  # or its own
+VERIFIED = tuple(name for name in RECIPE if name not in NOT_VERIFIED)
 
 PRUNE = Door(Call, tuple(RECIPE))
 PERMUTE = Door(Permute, SAMPLED, {"num_calibration_samples": 16})

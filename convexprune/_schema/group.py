@@ -1,8 +1,10 @@
 """Groups of settings: declaration and checks."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from convexprune.errors import ConvexpruneError, RecipeError, shown, unknown
@@ -54,13 +56,9 @@ def from_yaml(value: Any) -> Any:
     """Parse YAML text from the command line; any other `value` is returned unchanged."""
     if not isinstance(value, str):
         return value
-    from yaml import YAMLError
-
-    from convexprune._schema import plain_yaml
-
     try:
-        return plain_yaml.load(value)
-    except YAMLError:
+        return load_yaml(value)
+    except yaml.YAMLError:
         return value
 
 
@@ -75,3 +73,34 @@ def _told(fault: Mapping[str, Any], kind: type[Settings]) -> str:
     if fault["type"].startswith("byte_size"):
         return f"{name}={shown(fault['input'])} is no amount of bytes. Write it as 24GiB, 80GB or 512MiB."
     return f"{name}={shown(fault['input'])}: {fault['msg']}."
+
+
+INTEGER, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """A YAML loader without aliases, which can turn a few lines into gigabytes, and without numbers in base 60.
+
+    In YAML 1.1, 2:4 is the number 124.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name)")
+        return super().compose_node(parent, index)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (INTEGER, FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(INTEGER, re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    FLOAT,
+    re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(text: str) -> Any:
+    return yaml.load(text, _PlainLoader)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import convexprune
 from convexprune._doctor.checkup import doctor
-from convexprune._schema.measures import CHECKS
+from convexprune._schema.functions import CHECKS
 from convexprune.constraints import SemiStructured
 from convexprune.pruners import PRUNERS, Convex, LayerProblem
 from convexprune.validation._formats import FORMATS

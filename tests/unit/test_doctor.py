@@ -17,7 +17,7 @@ from convexprune._device import kernels as room
 from convexprune._doctor import answers, runs
 from convexprune._doctor.answers import Sizes
 from convexprune._doctor.checkup import doctor
-from convexprune._schema.measures import CHECKS
+from convexprune._schema.functions import CHECKS
 from convexprune.pruners import METHODS, Wanda
 
 TINY = Sizes("cpu", hidden=32, length=32)

@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
-from convexprune._rendering.charts import histogram, pairs, percent
+from convexprune._rendering.charts import SHADES, grid, histogram, pairs, percent, place
 from convexprune._rendering.facts import costs, facts
-from convexprune._rendering.grid import SHADES, grid, place
 from convexprune._rendering.page import page
 from convexprune.report import OperatorReport, Report
 

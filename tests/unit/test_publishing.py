@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import convexprune
 from convexprune import _cli as cli
 from convexprune import errors
-from convexprune._api import publishing
+from convexprune._api import result as publishing
 
 QUICK: dict[str, Any] = SETTINGS | {"method": "magnitude"}
 

@@ -19,8 +19,8 @@ from convexprune._api import calls
 from convexprune._layerwise.allocation import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
-from convexprune._schema import plain_yaml
 from convexprune._schema.door import RECIPE, Door
+from convexprune._schema.group import load_yaml
 from convexprune._schema.settings import GROUPS
 from convexprune.pruners import METHODS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
@@ -135,7 +135,7 @@ def test_a_recipe_that_is_written_is_read_as_it_was(settings: dict[str, Any], tm
      ("1.0e-06", 1e-6), ("5.", 5.0), ("-.5", -0.5), ("12ab", "12ab"), ("1_000", "1_000")],
 )  # fmt: skip
 def test_plain_yaml_reads_values_as_they_are_written(text: str, value: Any):
-    assert plain_yaml.load(f"a: {text}") == {"a": value}
+    assert load_yaml(f"a: {text}") == {"a": value}
 
 
 def test_a_recipe_prunes_as_it_did_and_what_is_given_besides_replaces_its_own(build, tmp_path: Path):
