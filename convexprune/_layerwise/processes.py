@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.constraints._codebook import Codebook
+from convexprune.constraints._codebook import Codebook, OnGrid
 from convexprune.errors import PruningError, RecipeError
 from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
 from convexprune.quantizers import AbstractQuantizer
-from convexprune.quantizers._base import OnGrid
 
 PATIENCE = timedelta(hours=6)  # one rank may have to compute again what enters a layer; the others wait
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")

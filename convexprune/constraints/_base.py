@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor
 
 from convexprune.constraints._budget import Budget, sizes
@@ -19,51 +18,30 @@ class Constraint(ABC):
     """A set of weights [m n]: masks, grids. Ties go to the lower index.
 
     A kind of constraint is a file: a frozen dataclass with the abstract methods, and a line in
-    `convexprune.constraints.KINDS`. The properties tell pruners, allocations and bounds what the kind can do.
+    `convexprune.constraints.KINDS`. The attributes tell pruners, allocations and bounds what the kind can do.
     """
 
     sparsity: float
     """The share of zeros that is asked for."""
-
-    @property
-    def grid(self) -> Codebook | None:
-        """The grid of kept values; None: any value."""
-        return None
+    grid: Codebook | None = None
+    """The grid of kept values; None: any value."""
+    continuous: bool = False
+    """True if `with_share` takes any share."""
+    by_row: bool = True
+    """True if a row has a separate budget, so that rows do not compete."""
+    by_column: bool = False
+    """True if whole columns are chosen."""
+    removes: Removed | None = None
+    """The removed parts of the model, `width` of which are left; None: nothing is removed."""
+    compensates: bool = False
+    """True if weights without requested zeros are solved for, because they compensate for removals elsewhere."""
+    block: int = 1
+    """Number of consecutive columns that are chosen together."""
 
     @property
     def share(self) -> float:
         """Return the quantity that an allocation distributes: the share of zeros, or of 16 bits that are saved."""
         return self.sparsity
-
-    @property
-    def continuous(self) -> bool:
-        """True if `with_share` takes any share."""
-        return False
-
-    @property
-    def by_row(self) -> bool:
-        """True if a row has a separate budget, so that rows do not compete."""
-        return True
-
-    @property
-    def by_column(self) -> bool:
-        """True if whole columns are chosen."""
-        return False
-
-    @property
-    def removes(self) -> Removed | None:
-        """The removed parts of the model, `width` of which are left; None: nothing is removed."""
-        return None
-
-    @property
-    def compensates(self) -> bool:
-        """True if weights without requested zeros are solved for, because they compensate for removals elsewhere."""
-        return False
-
-    @property
-    def block(self) -> int:
-        """Number of consecutive columns that are chosen together."""
-        return 1
 
     @abstractmethod
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
@@ -106,7 +84,7 @@ class Constraint(ABC):
         return None
 
     def check(self, rows: int, columns: int) -> None:
-        """Refuse a weight [rows columns] that the constraint does not fit.
+        """Refuse a weight that the constraint does not fit.
 
         Args:
             rows: m.
@@ -124,7 +102,7 @@ class Constraint(ABC):
         return None
 
     def zeros(self, rows: int, columns: int) -> int:
-        """The exact number of zeros that are asked of a weight.
+        """Return the exact number of zeros that are asked of a weight.
 
         Args:
             rows: m.
@@ -136,14 +114,7 @@ class Constraint(ABC):
         return 0
 
     def width(self, columns: int) -> int:
-        """Return the number of parts that a model keeps of the kind that the constraint `removes`.
-
-        Args:
-            columns: n, the number of parts.
-
-        Returns:
-            The number.
-        """
+        """Return the number of parts, of `columns`, that a model keeps of the kind that the constraint removes."""
         return columns
 
     def parts(self, rows: int) -> list[tuple[slice, "Constraint"]]:
@@ -180,12 +151,12 @@ class Constraint(ABC):
         """Mark the kept entries: the largest scores.
 
         Args:
-            scores: [m n], not negative.
+            scores: [m n], or of several weights [k m n]; not negative.
             first: first column, for a weight that is decided in blocks of columns; the blocks' counts add up to the
                 exact count of the whole.
 
         Returns:
-            [m n], True for kept entries.
+            True for kept entries, of the same shape.
 
         Raises:
             PatternError: the constraint does not fit scores of this shape, or chooses no entries.
@@ -199,40 +170,23 @@ class Constraint(ABC):
         the entries.
 
         Args:
-            scores: [m n].
+            scores: as of `mask`.
 
         Returns:
-            A tensor that broadcasts to [m n].
+            A tensor that broadcasts to the scores.
 
         Raises:
             PatternError: see `mask`.
         """
         raise PatternError(f"Pattern {self} is no choice of entries: it has no threshold.")
 
-    def masks(self, scores: Tensor) -> Tensor:
-        """Apply `mask` to several scores of equal shape.
-
-        Args:
-            scores: [k m n].
-
-        Returns:
-            [k m n].
-        """
-        return torch.stack([self.mask(each) for each in scores])
-
-    def thresholds(self, scores: Tensor) -> Tensor:
-        """Apply `threshold` to several scores of equal shape.
-
-        Args:
-            scores: [k m n].
-
-        Returns:
-            A tensor with three axes that broadcasts to [k m n].
-        """
-        return torch.stack([self.threshold(each) for each in scores])
-
     def __str__(self) -> str:
         return self.describe()
+
+    def _derive(self, **values: Any) -> None:
+        """Set attributes that follow from the fields of a frozen dataclass."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 class Mask(Constraint):

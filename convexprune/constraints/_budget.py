@@ -40,14 +40,17 @@ def from_percent(text: str) -> float:
     return float(Decimal(text) / 100)
 
 
-def share_of(kind: str, text: str, sparsity: float | None, quota: str, removed: str) -> float | None:
-    """Return the share of zeros of a pattern that has a name and nothing else; None if the text is of another kind."""
-    match = re.fullmatch(rf"{kind}(?: ([\d.]+)%)?", text)
-    if match is None:
-        return None
+def read_share(
+    kind: str, text: str, sparsity: float | None, quota: str, removed: str, numbered: bool = False
+) -> tuple[float | None, int | None]:
+    """Return the share of "heads 25%", None for a text of another kind, and the number of "columns:64 25%", if any."""
+    match = re.fullmatch(rf"{kind}(?::(\d{{1,9}}))?(?: ([\d.]+)%)?", text)
+    if match is None or (match[1] and not numbered):
+        return None, None
     if quota != "matrix":
         raise PatternError(f"Pattern {kind!r} removes {removed}. Leave quota out.")
-    return from_percent(match[1]) if match[1] else 0.5 if sparsity is None else sparsity
+    share = from_percent(match[2]) if match[2] else 0.5 if sparsity is None else sparsity
+    return share, int(match[1]) if match[1] else None
 
 
 def shares_around(share: float, reach: float, step: float) -> list[float]:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,19 +12,6 @@ from torch import Tensor
 CLIPS = 16  # candidates for each scale
 NARROWEST, WIDEST = 0.45, 1.05  # of them: what the outermost value stands for, over the group's largest weight
 ROUNDING = 3  # roundings between a value times its scale, and the same as it is stored
-
-
-class OnSomeGrid(Protocol):
-    """A weight on a grid."""
-
-    @property
-    def codes(self) -> Tensor: ...
-
-    @property
-    def weight(self) -> Tensor: ...
-
-
-Made = TypeVar("Made", bound=OnSomeGrid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +155,8 @@ class Codebook(ABC):
         weight: Tensor,
         shape: Callable[[], Tensor],
         fit: "Callable[[Codebook], Scales]",
-        attempt: Callable[[slice, Scales], Made],
-    ) -> Made:
+        attempt: "Callable[[slice, Scales], OnGrid]",
+    ) -> "OnGrid":
         """Put a weight [m n] on the grid with the scales that fit best, or the least that a number of bits allows.
 
         Columns have scales relative to each other by `shape` [n], groups those of `fit`. An `attempt` makes of some
@@ -223,6 +210,30 @@ class Codebook(ABC):
             scale = divisible(largest / value)
             on |= ((self.nearest(groups / scale) * scale - groups).abs() <= slack).all(2, keepdim=True)
         return groups.shape[2] * int((~on).sum())
+
+
+class WholeNumbers(Codebook):
+    """A grid whose codes are all whole numbers of a range."""
+
+    def nearest(self, multiples: Tensor) -> Tensor:
+        return multiples.round_().clamp_(self.values[0], self.values[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid:
+    """A weight [m n] on a grid: codes [m n], multiples of scales."""
+
+    grid: Codebook
+    scales: Scales
+    codes: Tensor
+
+    @classmethod
+    def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
+        return cls(grid, scales, grid.codes(weight, scales))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.grid.weight(self.codes, self.scales)
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import Codebook, Made, Scales, rounded_scale
+from convexprune.constraints._codebook import Codebook, OnGrid, Scales, WholeNumbers, rounded_scale
 from convexprune.constraints._grid import ROW, Grid
 from convexprune.errors import PatternError
 
@@ -27,7 +27,7 @@ STORED = Grid(8, ROW)  # of the transposed weight: a row of it is a column
 
 
 @dataclass(frozen=True)
-class Coded(Codebook):
+class Coded(WholeNumbers):
     """Weights that are a scale, of a column, times a whole number from -127 to 127, of `bits` bits by their entropy.
 
     Of a weight [m n] whose codes take the value c with the frequency p_c, that is
@@ -65,9 +65,6 @@ class Coded(Codebook):
 
     def width(self, columns: int) -> int:
         return 1
-
-    def nearest(self, multiples: Tensor) -> Tensor:
-        return multiples.round_().clamp_(self.values[0], self.values[-1])
 
     def check(self, rows: int, columns: int) -> None:
         """Refuse so few rows that the scales alone take half of the bits."""
@@ -124,15 +121,15 @@ class Coded(Codebook):
         weight: Tensor,
         shape: Callable[[], Tensor],
         fit: Callable[[Codebook], Scales],
-        attempt: Callable[[slice, Scales], Made],
-    ) -> Made:
+        attempt: Callable[[slice, Scales], OnGrid],
+    ) -> OnGrid:
         """Take the smallest step, or nearly, of which the codes take no more bits than there are.
 
         By a step that is twice as long codes take a bit less, as if weights had a density (Gish and Pierce, 1968). So
         each step follows from what the one before has come to, at first of a sample of rows.
         """
         sizes = shape()
-        step, kept = self.step(weight, sizes), list[tuple[float, Made]]()
+        step, kept = self.step(weight, sizes), list[tuple[float, OnGrid]]()
         every = slice(None, None, max(1, min(8, len(weight) // ROWS)))
         sample = attempt(every, self.scales(step, sizes, weight))
         step *= 2 ** (entropy(sample.codes) + SCALE / len(weight) - self.bits + NEAR / 2)

@@ -1,9 +1,8 @@
 """Whole input channels, singly or in blocks: the same columns are zero in all rows of an operator."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from convexprune.constraints._budget import (
     column_norms,
     keep_largest,
     percent,
-    share_of,
+    read_share,
     shares_around,
 )
 from convexprune.errors import PatternError
@@ -37,8 +36,14 @@ class Columns(Mask):
         PatternError: `sparsity` outside [0, 1), or a block below 1.
     """
 
+    kind: ClassVar[str] = "columns"
+    what: ClassVar[str] = "columns from all rows"
+    continuous = True  # up to a column or a block
+    by_column = True
+    by_row = False
+
     sparsity: float
-    block: int = field(default=1, kw_only=True)  # pyright: ignore[reportIncompatibleMethodOverride]
+    block: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_share(self.sparsity)
@@ -46,27 +51,12 @@ class Columns(Mask):
             raise PatternError(f"columns:{self.block} is no block. Accepted: columns:64, columns:128, ...")
 
     def describe(self) -> str:
-        return f"columns{'' if self.block == 1 else f':{self.block}'} {percent(self.sparsity)}"
+        return f"{self.kind}{'' if self.block == 1 else f':{self.block}'} {percent(self.sparsity)}"
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(r"columns(?::(\d{1,9}))?( .*)?", text)
-        if match is None:
-            return None
-        share = share_of("columns", f"columns{match[2] or ''}", sparsity, quota, "columns from all rows")
-        return None if share is None else cls(share, block=int(match[1] or 1))
-
-    @property
-    def continuous(self) -> bool:
-        return True
-
-    @property
-    def by_column(self) -> bool:
-        return True
-
-    @property
-    def by_row(self) -> bool:
-        return False
+        share, block = read_share(cls.kind, text, sparsity, quota, cls.what, numbered=True)
+        return None if share is None else cls(share, block=1 if block is None else block)
 
     def check(self, rows: int, columns: int) -> None:
         if columns % self.block:
@@ -90,9 +80,11 @@ class Columns(Mask):
         return replace(self, sparsity=share)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_share(each) for each in shares_around(self.sparsity, reach, step)]
+        return [self.with_share(share) for share in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
+        if scores.ndim == 3:
+            return torch.stack([self.mask(weight, first) for weight in scores])
         columns = scores.shape[1]
         removed = self._removed(first + columns) - self._removed(first)
         norms = column_norms(scores, self.block)[None, :: self.block]
@@ -101,9 +93,11 @@ class Columns(Mask):
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return thresholds by entry: a score is to its own as the norm of its block is to the threshold of norms."""
+        if scores.ndim == 3:
+            return torch.stack([self.threshold(weight) for weight in scores])
         norms = column_norms(scores, self.block)[None]
-        each, removed = norms[:, :: self.block], self._removed(norms.shape[1]) // self.block
-        between = kth_smallest(each, min(removed + 1, each.shape[1]))
+        blocks, removed = norms[:, :: self.block], self._removed(norms.shape[1]) // self.block
+        between = kth_smallest(blocks, min(removed + 1, blocks.shape[1]))
         return scores.abs() * (between / norms.clamp_min(torch.finfo(scores.dtype).tiny))
 
     def _removed(self, columns: int) -> int:

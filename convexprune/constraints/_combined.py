@@ -33,36 +33,18 @@ class Quantized(Constraint):
     sparsity: float = field(init=False)
 
     def __post_init__(self) -> None:
-        if removed := self.support.removes:
+        support, grid = self.support, self.values
+        if removed := support.removes:
             raise PatternError(
                 f"{removed.capitalize()} are removed before a model is quantized: prune twice, the smaller model last."
             )
-        if self.support.sparsity and not self.values.has_zero:
-            raise PatternError(f"{self.values} has no zero, so nothing can be pruned there. Take a sparsity of 0.")
-        object.__setattr__(self, "sparsity", self.support.sparsity)
+        if support.sparsity and not grid.has_zero:
+            raise PatternError(f"{grid} has no zero, so nothing can be pruned there. Take a sparsity of 0.")
+        self._derive(grid=grid, continuous=support.continuous or grid.share is not None)
+        self._derive(**{name: getattr(support, name) for name in ("sparsity", "by_row", "by_column", "block")})
 
     def describe(self) -> str:
         return f"{self.support}, {self.values}"
-
-    @property
-    def grid(self) -> Codebook:
-        return self.values
-
-    @property
-    def continuous(self) -> bool:
-        return self.support.continuous if self.values.share is None else True
-
-    @property
-    def by_column(self) -> bool:
-        return self.support.by_column
-
-    @property
-    def by_row(self) -> bool:
-        return self.support.by_row
-
-    @property
-    def block(self) -> int:
-        return self.support.block
 
     def check(self, rows: int, columns: int) -> None:
         self.support.check(rows, columns)
@@ -83,8 +65,7 @@ class Quantized(Constraint):
 
     @property
     def share(self) -> float:
-        saved = self.values.share
-        return self.support.share if saved is None else saved
+        return self.support.share if self.values.share is None else self.values.share
 
     def with_share(self, share: float) -> "Quantized":
         if self.values.share is None:
@@ -94,20 +75,14 @@ class Quantized(Constraint):
     def ladder(self, reach: float, step: float) -> list[Constraint]:
         grids = self.values.ladder()
         if grids == [self.values]:
-            return [replace(self, support=each) for each in self.support.ladder(reach, step)]
-        return [replace(self, values=each) for each in grids]
+            return [replace(self, support=support) for support in self.support.ladder(reach, step)]
+        return [replace(self, values=grid) for grid in grids]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         return self.support.mask(scores, first)
 
     def threshold(self, scores: Tensor) -> Tensor:
         return self.support.threshold(scores)
-
-    def masks(self, scores: Tensor) -> Tensor:
-        return self.support.masks(scores)
-
-    def thresholds(self, scores: Tensor) -> Tensor:
-        return self.support.thresholds(scores)
 
 
 @dataclass(frozen=True)
@@ -116,6 +91,15 @@ class Stacked(Constraint):
 
     constraints: tuple[Constraint, ...]
     heights: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        kinds = self.constraints
+        self._derive(
+            by_column=all(kind.by_column for kind in kinds),
+            by_row=all(kind.by_row for kind in kinds),
+            compensates=any(kind.compensates for kind in kinds),
+            block=lcm(*(kind.block for kind in kinds)),
+        )
 
     @classmethod
     def alike(cls, constraint: Constraint, heights: tuple[int, ...]) -> "Stacked":
@@ -132,71 +116,45 @@ class Stacked(Constraint):
 
     @classmethod
     def of(cls, stacks: Sequence[tuple[Constraint, int]]) -> "Stacked":
-        """Join stacks.
-
-        Args:
-            stacks: constraint and rows by stack.
-
-        Returns:
-            A stack of all operators.
-        """
+        """Join `stacks`, given by constraint and rows, to a stack of all operators."""
         parts = [part for constraint, rows in stacks for part in constraint.parts(rows)]
         return cls(tuple(own for _, own in parts), tuple(rows.stop - rows.start for rows, _ in parts))
 
-    @property
-    def by_column(self) -> bool:
-        return all(each.by_column for each in self.constraints)
-
-    @property
-    def by_row(self) -> bool:
-        return all(each.by_row for each in self.constraints)
-
-    @property
-    def compensates(self) -> bool:
-        return any(each.compensates for each in self.constraints)
-
-    @property
-    def block(self) -> int:
-        """Return the number of columns after which a block of every operator ends."""
-        return lcm(*(each.block for each in self.constraints))
-
     def describe(self) -> str:
-        return "; ".join(f"{height} rows {each.describe()}" for each, height in self._pairs())
+        return "; ".join(f"{height} rows {kind.describe()}" for kind, height in self._pairs())
 
     def check(self, rows: int, columns: int) -> None:
         assert rows == sum(self.heights), f"a stack of {self.heights} rows got {rows}"
-        for each, height in self._pairs():
-            each.check(height, columns)
+        for kind, height in self._pairs():
+            kind.check(height, columns)
 
     def zeros(self, rows: int, columns: int) -> int:
-        return sum(each.zeros(height, columns) for each, height in self._pairs())
+        return sum(kind.zeros(height, columns) for kind, height in self._pairs())
 
     def parts(self, rows: int) -> list[tuple[slice, Constraint]]:
         ends = pairwise(accumulate(self.heights, initial=0))
-        return [(slice(*pair), each) for pair, each in zip(ends, self.constraints, strict=True)]
+        return [(slice(*pair), kind) for pair, kind in zip(ends, self.constraints, strict=True)]
 
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
-        return torch.cat([each.project(part, metric) for each, part in self._split(weight)])
+        return torch.cat([kind.project(part, metric) for kind, part in self._split(weight)])
 
     def violation(self, weight: Tensor) -> int:
-        return sum(each.violation(part) for each, part in self._split(weight))
+        return sum(kind.violation(part) for kind, part in self._split(weight))
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        if first:
-            return torch.cat([each.mask(part, first) for each, part in self._split(scores)])
-        return torch.cat([each.masks(parts).flatten(0, 1) for each, parts in self._runs(scores)])
+        return torch.cat([kind.mask(parts, first).flatten(0, 1) for kind, parts in self._runs(scores)])
 
     def threshold(self, scores: Tensor) -> Tensor:
-        runs = [(parts.shape, each.thresholds(parts)) for each, parts in self._runs(scores)]
+        runs = [(parts.shape, kind.threshold(parts)) for kind, parts in self._runs(scores)]
         width = max(level.shape[2] for _, level in runs)  # 1, where each row has one
         return torch.cat([level.expand(count, height, width).flatten(0, 1) for (count, height, _), level in runs])
 
     def _runs(self, scores: Tensor) -> Iterator[tuple[Constraint, Tensor]]:
         """Yield runs of equal neighbouring operators: a constraint, and the scores [k m n] of k operators."""
-        runs = [(each, height, len(list(alike))) for (each, height), alike in groupby(self._pairs())]
+        runs = [(kind, height, len(list(alike))) for (kind, height), alike in groupby(self._pairs())]
         parts = scores.split([height * count for _, height, count in runs])
-        for (each, height, count), part in zip(runs, parts, strict=True):
-            yield each, part.unflatten(0, (count, height))
+        for (kind, height, count), part in zip(runs, parts, strict=True):
+            yield kind, part.unflatten(0, (count, height))
 
     def _pairs(self) -> Iterator[tuple[Constraint, int]]:
         return zip(self.constraints, self.heights, strict=True)

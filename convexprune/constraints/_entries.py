@@ -33,6 +33,8 @@ class Unstructured(Mask):
         PatternError: `sparsity` outside [0, 1), or an unknown `quota`.
     """
 
+    continuous = True  # up to an entry
+
     sparsity: float
     quota: Quota = "matrix"
 
@@ -40,6 +42,7 @@ class Unstructured(Mask):
         check_share(self.sparsity)
         if self.quota not in ("matrix", "row"):
             raise PatternError(f"Unknown quota {self.quota!r}. Known: matrix, row.")
+        self._derive(by_row=self.quota == "row")
 
     def describe(self) -> str:
         return f"unstructured {percent(self.sparsity)} per {self.quota}"
@@ -64,44 +67,28 @@ class Unstructured(Mask):
         width = columns if self.by_row else rows * columns
         return Budget(width, width - self.zeros(1 if self.by_row else rows, columns))
 
-    @property
-    def continuous(self) -> bool:
-        return True
-
-    @property
-    def by_row(self) -> bool:
-        return self.quota == "row"
-
     def with_share(self, share: float) -> "Unstructured":
         return replace(self, sparsity=share)
 
     def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self.with_share(each) for each in shares_around(self.sparsity, reach, step)]
+        return [self.with_share(share) for share in shares_around(self.sparsity, reach, step)]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
-        return self._masks(scores[None], first)[0]
-
-    def masks(self, scores: Tensor) -> Tensor:
-        return self._masks(scores, 0)
+        rows, columns = scores.shape[-2:]
+        zeros = self.zeros(rows, first + columns) - self.zeros(rows, first)
+        lines = self._lines(scores)
+        return keep_largest(lines, lines.shape[1] - zeros // (rows if self.by_row else 1)).view_as(scores)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        return self.thresholds(scores[None])[0]
-
-    def thresholds(self, scores: Tensor) -> Tensor:
-        _, rows, columns = scores.shape
+        rows, columns = scores.shape[-2:]
         lines = self._lines(scores)
         sample = lines[:, :: _sample_step(lines.shape[1], columns)]
         zeros = round(self.zeros(rows, columns) / (rows * columns) * sample.shape[1])
-        return kth_smallest(sample.abs(), min(zeros + 1, sample.shape[1])).view(len(scores), -1, 1)
-
-    def _masks(self, scores: Tensor, first: int) -> Tensor:
-        count, rows, columns = scores.shape
-        zeros = self.zeros(rows, first + columns) - self.zeros(rows, first)
-        lines = self._lines(scores)
-        return keep_largest(lines, lines.shape[1] - zeros // (len(lines) // count)).view_as(scores)
+        return kth_smallest(sample.abs(), min(zeros + 1, sample.shape[1])).view(*scores.shape[:-2], -1, 1)
 
     def _lines(self, scores: Tensor) -> Tensor:
-        return scores.flatten(0, 1) if self.by_row else scores.flatten(1)
+        rows, columns = scores.shape[-2:]
+        return scores.reshape(-1, columns if self.by_row else rows * columns)
 
 
 def _sample_step(length: int, columns: int) -> int:
@@ -133,15 +120,7 @@ class SemiStructured(Mask):
             raise PatternError(
                 f"Pattern {self} is no pattern: N:M keeps N of every M inputs, whole numbers with 1 <= N < M."
             )
-
-    @property
-    def sparsity(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the share of zeros."""
-        return 1 - self.kept / self.group
-
-    @property
-    def block(self) -> int:
-        return self.group
+        self._derive(sparsity=1 - self.kept / self.group, block=self.group)
 
     def describe(self) -> str:
         return f"{self.kept}:{self.group}"
@@ -186,12 +165,6 @@ class SemiStructured(Mask):
         middle = middle_of_groups(groups, self.kept)  # in so few, it matters that it is the middle
         return middle.expand_as(groups).reshape(scores.shape)
 
-    def masks(self, scores: Tensor) -> Tensor:
-        return self.mask(scores.flatten(0, 1)).view_as(scores)
-
-    def thresholds(self, scores: Tensor) -> Tensor:
-        return self.threshold(scores.flatten(0, 1)).view_as(scores)
-
     def _groups(self, scores: Tensor) -> Tensor:
-        self.check(*scores.shape)
-        return scores.reshape(scores.shape[0], -1, self.group)
+        self.check(*scores.shape[-2:])
+        return scores.reshape(-1, scores.shape[-1] // self.group, self.group)

@@ -3,7 +3,6 @@
 The bytes are those of ggml-common.h, and `weight` computes what `gguf.quants.dequantize` does, in float32, bit for bit.
 """
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import CLIPS, NARROWEST, WIDEST, Codebook, Scales, divisible, spread
+from convexprune.constraints._codebook import (
+    CLIPS,
+    NARROWEST,
+    WIDEST,
+    Codebook,
+    Scales,
+    WholeNumbers,
+    divisible,
+    spread,
+)
 from convexprune.errors import PatternError
 
 SUPER = 256  # weights of a block with scales of scales
@@ -80,25 +88,19 @@ class Block(Codebook):
     def _places(self, codes: Tensor) -> Tensor:
         return torch.bucketize(codes, torch.tensor(self.values, dtype=codes.dtype))
 
-    @abstractmethod
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
         """Return the bytes of each field of blocks, from the places of codes among the values [blocks block]."""
+        return [halves(scales.step), fields(places, 2, 16)]
 
     def __str__(self) -> str:
         return self.name
 
 
-class Q4_0(Block):
+class Q4_0(WholeNumbers, Block):
     """Whole numbers of four bits."""
 
     name, bits = "q4_0", 4.5
     values = tuple(map(float, range(-8, 8)))
-
-    def nearest(self, multiples: Tensor) -> Tensor:
-        return multiples.round_().clamp_(self.values[0], self.values[-1])
-
-    def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        return [halves(scales.step), fields(places, 2, 16)]
 
 
 class Q8_0(Q4_0):
@@ -121,9 +123,6 @@ class IQ4_NL(Block):
     values = (
         -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
     )  # fmt: skip
-
-    def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        return [halves(scales.step), fields(places, 2, 16)]
 
 
 class Super(Block):
@@ -171,13 +170,12 @@ class Super(Block):
         return (whole - self.multiples[0]).to(torch.uint8).reshape(-1, self.block // self.group)
 
 
-class Q3_K(Super):
+class Q3_K(WholeNumbers, Super):
     """Whole numbers of three bits in groups of 16."""
 
     name, bits, group = "q3_k", 3.4375, 16
     values = tuple(map(float, range(-4, 4)))
     multiples = (-32, 31)
-    nearest = Q4_0.nearest
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
         own = self._multiples(scales.step, scales.units[0])
@@ -185,13 +183,12 @@ class Q3_K(Super):
         return [fields(places >> 2, 8, 32), fields(places & 3, 4, 32), packed, halves(scales.units[0])]
 
 
-class Q6_K(Super):
+class Q6_K(WholeNumbers, Super):
     """Whole numbers of six bits in groups of 16."""
 
     name, bits, group = "q6_k", 6.5625, 16
     values = tuple(map(float, range(-32, 32)))
     multiples = (-128, 127)
-    nearest = Q4_0.nearest
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
         own = self._multiples(scales.step, scales.units[0]) - 128  # wraps around as int8 does
@@ -210,11 +207,10 @@ class IQ4_XS(Super):
         return [halves(scales.units[0]), fields(own >> 4, 4, 1), fields(own & 15, 2, 1), fields(places, 2, 16)]
 
 
-class WithMinima(Super):
+class WithMinima(WholeNumbers, Super):
     """Positive whole numbers times a step, less an offset; both are multiples of units."""
 
     has_offsets = True
-    nearest = Q4_0.nearest
 
     def _ranges(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         low, high = x.amin(2, keepdim=True).clamp_max(0), x.amax(2, keepdim=True).clamp_min(0)

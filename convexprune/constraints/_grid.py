@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.constraints._codebook import Codebook, Scales, WholeNumbers
 from convexprune.errors import PatternError
 
 GROUPS = (32, 64, 128)
@@ -42,7 +42,7 @@ class Grouped(Codebook):
 
 
 @dataclass(frozen=True)
-class Grid(Grouped):
+class Grid(WholeNumbers, Grouped):
     """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns or for a row.
 
     The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1. A scale is a bfloat16 number, negative
@@ -76,9 +76,6 @@ class Grid(Grouped):
         """Return the codes."""
         return tuple(map(float, range(-(2 ** (self.bits - 1)), 2 ** (self.bits - 1))))
 
-    def nearest(self, multiples: Tensor) -> Tensor:
-        return multiples.round_().clamp_(self.values[0], self.values[-1])
-
     def project(self, weight: Tensor, metric: Tensor | None = None) -> Tensor:
         """Leave groups that are on the grid as they are."""
         step, _, on = self.find(weight)
@@ -90,21 +87,11 @@ class Grid(Grouped):
         return weight.numel() // on.numel() * int((~on).sum())
 
     def find(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the scales and codes of a weight as it is stored, in any dtype.
-
-        Where a group is on the grid with several scales, the largest is taken.
-
-        Args:
-            weight: [... n].
-
-        Returns:
-            Scales [... n/group] in float32, codes [... n] in int8, and which groups are on the grid [... n/group]; of
-            others the scale and the codes mean nothing.
-        """
+        """Find float32 scales and int8 codes of a stored `weight` [... n], and its groups [... n/group] on the grid."""
         groups = weight.reshape(-1, self.width(weight.shape[-1]))
         largest = groups.float().abs().amax(1)
         scales, left = torch.zeros_like(largest), largest.nonzero().squeeze(1)
-        for candidates in self._candidates(largest).tensor_split(PARTS):
+        for candidates in self._candidates(largest).tensor_split(PARTS):  # of several scales the largest is taken
             scales[left] = self._first(groups[left], candidates[:, left])
             left = left[scales[left] == 0]
             if not len(left):

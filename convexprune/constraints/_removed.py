@@ -1,14 +1,13 @@
 """Parts of a model that are removed for good: channels, attention heads, decoder layers, experts."""
 
-import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from convexprune.constraints._base import Constraint, Mask, Quota
-from convexprune.constraints._budget import check_share, check_some, from_percent, percent, share_of
+from convexprune.constraints._budget import check_share, check_some, percent, read_share
 from convexprune.constraints._columns import Columns
 from convexprune.errors import PatternError
 
@@ -20,6 +19,8 @@ class Channels(Columns):
     Raises:
         PatternError: `sparsity` outside [0, 1), or a multiple below 1.
     """
+
+    kind = removes = "channels"
 
     multiple: int = 64
 
@@ -33,17 +34,8 @@ class Channels(Columns):
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        match = re.fullmatch(r"channels(?::(\d{1,9}))?(?: ([\d.]+)%)?", text)
-        if match is None:
-            return None
-        if quota != "matrix":
-            raise PatternError("Pattern 'channels' removes columns from all rows. Leave quota out.")
-        share = from_percent(match[2]) if match[2] else 0.5 if sparsity is None else sparsity
-        return cls(share, int(match[1] or cls.multiple))
-
-    @property
-    def removes(self) -> Literal["channels"]:
-        return "channels"
+        share, multiple = read_share(cls.kind, text, sparsity, quota, cls.what, numbered=True)
+        return None if share is None else cls(share, cls.multiple if multiple is None else multiple)
 
     def width(self, columns: int) -> int:
         return self.multiple * round((1 - self.sparsity) * columns / self.multiple)
@@ -81,17 +73,13 @@ class Heads(Columns):
         PatternError: `sparsity` outside [0, 1).
     """
 
-    def describe(self) -> str:
-        return f"heads {percent(self.sparsity)}"
+    kind = removes = "heads"
+    what = "whole attention heads"
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        share = share_of("heads", text, sparsity, quota, "whole attention heads")
+        share, _ = read_share(cls.kind, text, sparsity, quota, cls.what)
         return None if share is None else cls(share)
-
-    @property
-    def removes(self) -> Literal["heads"]:
-        return "heads"
 
     def width(self, columns: int) -> int:
         return columns - self._removed(columns)
@@ -109,8 +97,8 @@ class Heads(Columns):
 class _Whole(Mask):
     """round(sparsity * n) of n parts are removed; weights of remaining parts are free."""
 
-    kind: ClassVar[Literal["layers", "experts"]]
     what: ClassVar[str]
+    compensates = True
 
     sparsity: float
 
@@ -118,38 +106,27 @@ class _Whole(Mask):
         check_share(self.sparsity)
 
     def describe(self) -> str:
-        return f"{self.kind} {percent(self.sparsity)}"
+        return f"{self.removes} {percent(self.sparsity)}"
 
     @classmethod
     def parse(cls, text: str, sparsity: float | None, quota: Quota) -> Self | None:
-        share = share_of(cls.kind, text, sparsity, quota, cls.what)
+        share, _ = read_share(str(cls.removes), text, sparsity, quota, cls.what)
         return None if share is None else cls(share)
-
-    @property
-    def removes(self) -> Literal["layers", "experts"]:
-        return self.kind
-
-    @property
-    def compensates(self) -> bool:
-        return True
 
     def width(self, columns: int) -> int:
         return columns - round(self.sparsity * columns)
 
     def check(self, rows: int, columns: int) -> None:
-        """Every weight fits."""
+        """Take every weight."""
 
     def violation(self, weight: Tensor) -> int:
         return 0
-
-    def ladder(self, reach: float, step: float) -> list[Constraint]:
-        return [self]
 
     def mask(self, scores: Tensor, first: int = 0) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        return scores.new_zeros(len(scores), 1)
+        return scores.new_zeros(*scores.shape[:-1], 1)
 
 
 @dataclass(frozen=True)
@@ -160,7 +137,7 @@ class Layers(_Whole):
         PatternError: `sparsity` outside [0, 1).
     """
 
-    kind = "layers"
+    removes = "layers"
     what = "whole decoder layers"
 
 
@@ -172,5 +149,5 @@ class Experts(_Whole):
         PatternError: `sparsity` outside [0, 1).
     """
 
-    kind = "experts"
+    removes = "experts"
     what = "whole experts"

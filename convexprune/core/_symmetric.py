@@ -77,6 +77,23 @@ def definite_factor(gram: Tensor) -> Tensor:
     return factor
 
 
+def definite_inverse(gram: Tensor) -> Tensor:
+    return torch.cholesky_inverse(definite_factor(gram))
+
+
+def upper_factor(gram: Tensor) -> Tensor:
+    """Return the upper triangular U with U' U = H^-1: R^-1 where H = R R' with an upper triangular R."""
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(definite_factor(gram.flip(0, 1)), unit, upper=False).flip(0, 1)
+
+
+def ridged(gram: Tensor, damping: float) -> Tensor:
+    """Return H + damping mean(diag H) I [n n]."""
+    ridged = gram.clone()
+    ridged.diagonal().add_(damping * gram.diagonal().mean())
+    return ridged
+
+
 def largest_eigenvalue(gram: Tensor) -> float:
     """Return an upper estimate of the largest eigenvalue, by the power method with a margin of 1 %."""
     generator = torch.Generator().manual_seed(0)  # several random starts: none may be orthogonal to what is sought

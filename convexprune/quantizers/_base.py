@@ -2,32 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from convexprune._setting_types import check_settings
-from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.constraints._codebook import Codebook, OnGrid
 from convexprune.pruners import LayerEdit, LayerProblem
-
-
-@dataclass(frozen=True, eq=False)
-class OnGrid:
-    """A weight [m n] on a grid: codes [m n], multiples of scales."""
-
-    grid: Codebook
-    scales: Scales
-    codes: Tensor
-
-    @classmethod
-    def nearest(cls, grid: Codebook, weight: Tensor, scales: Scales) -> "OnGrid":
-        return cls(grid, scales, grid.codes(weight, scales))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.grid.weight(self.codes, self.scales)
 
 
 class AbstractQuantizer(ABC):
@@ -83,7 +66,7 @@ class AbstractQuantizer(ABC):
 
     @abstractmethod
     def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        """The weight of rows that share a grid.
+        """Return the weight of rows that share a grid; zero where the pruner's mask is.
 
         Args:
             problem: of these rows, in which every input has energy.
@@ -91,7 +74,7 @@ class AbstractQuantizer(ABC):
             grid: of all of them.
 
         Returns:
-            A weight that is zero where the pruner's mask is.
+            The weight.
 
         Raises:
             PruningError: the damped Gram matrix is not positive definite.

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative, Whole
-from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.constraints._codebook import Codebook, OnGrid, Scales
 from convexprune.core import Quadratic
 from convexprune.pruners import LayerEdit, LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
-from convexprune.quantizers._base import AbstractQuantizer, OnGrid
+from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, exchanged, minimizer
 
 RIDGE = 1e-4  # of the equations of scales, relative: groups whose codes are all zero have none

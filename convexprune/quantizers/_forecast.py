@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from convexprune.constraints import Constraint
-from convexprune.constraints._codebook import Codebook
+from convexprune.constraints._codebook import Codebook, OnGrid
 from convexprune.constraints._coded import entropy
 from convexprune.pruners import LayerProblem
 from convexprune.pruners._damped import choose_damping, damped
-from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._passes import Sweep
 
 ROWS = 64  # that are swept, at least

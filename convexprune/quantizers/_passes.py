@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from convexprune.constraints._codebook import divisible
-from convexprune.core._symmetric import definite_factor
-from convexprune.quantizers._base import OnGrid
+from convexprune.constraints._codebook import OnGrid, divisible
+from convexprune.core._symmetric import definite_factor, upper_factor
 
 SWEPT, EXCHANGED = 128, 64  # columns between two products
 
@@ -25,9 +24,7 @@ class Sweep:
 
     def __init__(self, gram: Tensor) -> None:
         self._order = order = gram.diagonal().argsort(descending=True)
-        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor = definite_factor(gram[order][:, order].flip(0, 1))
-        self._upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+        self._upper = upper_factor(gram[order][:, order])
 
     @property
     def shape(self) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.constraints._codebook import Codebook, Scales
+from convexprune.constraints._codebook import Codebook, OnGrid, Scales
+from convexprune.core._symmetric import ridged
 from convexprune.pruners import LayerEdit, LayerProblem
-from convexprune.quantizers._base import AbstractQuantizer, OnGrid
+from convexprune.quantizers._base import AbstractQuantizer
 from convexprune.quantizers._passes import Sweep, minimizer
 
 
@@ -102,13 +103,6 @@ class QEP(GPTQ):
         weight = minimizer(problem.quadratic.cross, gram, problem.weight)
         corrected = replace(problem, weight=weight, moments=problem.moments.with_errors(None))
         return super().on_grid(corrected, replace(pruned, weight=weight * pruned.mask), grid)
-
-
-def ridged(gram: Tensor, damping: float) -> Tensor:
-    """Return H + damping mean(diag H) I [n n]."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(damping * gram.diagonal().mean())
-    return ridged
 
 
 def _searched(grid: Codebook, weight: Tensor) -> Scales:

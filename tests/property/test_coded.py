@@ -13,13 +13,12 @@ from pruning_cases import correlated, layer_problem
 from strategies import Layer, random, seeds
 
 from convexprune.constraints import Coded, Constraint, Quantized, SemiStructured, Stacked, Unstructured, parse_pattern
-from convexprune.constraints._codebook import Scales
+from convexprune.constraints._codebook import OnGrid, Scales
 from convexprune.constraints._coded import code_lengths, entropy
 from convexprune.errors import PatternError
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import QUANTIZERS, Descent
-from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._forecast import Forecast
 from convexprune.quantizers._passes import exchanged
 

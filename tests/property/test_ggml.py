@@ -12,13 +12,12 @@ from strategies import random, seeds
 from torch import Tensor
 
 from convexprune.constraints import Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._codebook import Scales, spread
+from convexprune.constraints._codebook import OnGrid, Scales, spread
 from convexprune.constraints._ggml import BLOCKS, Q4_K, Q8_0, Block, Super, WithMinima
 from convexprune.errors import PatternError
 from convexprune.pruners import LayerEdit
 from convexprune.pruners._damped import choose_damping, damped
 from convexprune.quantizers import Descent
-from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._descent import fitted_scales
 
 blocks = st.sampled_from([grid() for grid in BLOCKS])

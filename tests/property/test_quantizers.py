@@ -11,12 +11,11 @@ from strategies import Layer, seeds
 from torch import Tensor
 
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Stacked, Unstructured
-from convexprune.constraints._codebook import Scales, spread
+from convexprune.constraints._codebook import OnGrid, Scales, spread
 from convexprune.constraints._grid import ROW
 from convexprune.pruners import Damping, LayerEdit, LayerProblem, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.quantizers import GPTQ, QUANTIZERS, Descent, Nearest
-from convexprune.quantizers._base import OnGrid
 from convexprune.quantizers._descent import fitted_scales
 from convexprune.quantizers._passes import Sweep, minimizer
 

@@ -15,10 +15,10 @@ from convexprune._layerwise.steps.survey import survey
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._gradients import loss_fisher
 from convexprune.constraints import Coded, Quantized, Unstructured, parse_pattern
+from convexprune.constraints._codebook import OnGrid
 from convexprune.errors import ConvexpruneError, RecipeError
 from convexprune.pruners import LayerProblem
 from convexprune.quantizers import GPTAQ, GPTQ, QEP, QUANTIZERS
-from convexprune.quantizers._base import OnGrid
 from convexprune.recipe import make_recipe
 
 
