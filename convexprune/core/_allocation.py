@@ -57,11 +57,7 @@ class Curve:
 
     def cost(self, sparsity: float) -> float:
         """The cost at a `sparsity`, linear between two points."""
-        points = list(zip(self.sparsities, self.costs, strict=True))
-        for a, b in pairwise(points):
-            if sparsity <= b[0]:
-                return a[1] + _slope(a, b) * (sparsity - a[0])
-        return points[-1][1]
+        return float(np.interp(sparsity, self.sparsities, self.costs))
 
 
 @dataclass(frozen=True)

@@ -60,20 +60,13 @@ class LowerBound:
 
         A quota of the whole matrix then means the number of non-zeros that the weight has in these rows.
         """
-        return self.of_each(quadratic, [pattern], [weight])[0]
-
-    @torch.no_grad()
-    def of_each(
-        self, quadratic: Quadratic, patterns: Sequence[Constraint], weights: Sequence[Tensor]
-    ) -> list[PruningBound]:
-        """Bound operators that share their inputs; the rows of the quadratic are the operators' rows in order."""
-        return [self._alone(operator) for operator in _posed(quadratic, patterns, weights)]
+        return self.of_all([(quadratic, [pattern], [weight])])[0][0]
 
     @torch.no_grad()
     def of_all(
         self, stacks: Sequence[tuple[Quadratic, Sequence[Constraint], Sequence[Tensor]]]
     ) -> list[list[PruningBound]]:
-        """Bound several stacks; operators of equal shape are bounded side by side."""
+        """Bound stacks of operators, whose rows a quadratic has in order; those of equal shape side by side."""
         posed = [_posed(*stack) for stack in stacks]
         every = [operator for stack in posed for operator in stack]
         if self.per_row or len(stacks) < 2 or len({operator.kind for operator in every}) > 1 or every[0].first is None:

@@ -130,11 +130,11 @@ class Moments:
 
     @torch.no_grad()
     def add_errors(self, x: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
-        """Count the errors of tokens whose inputs were counted before.
+        """Count the errors d [tokens n] or [tokens m] of tokens x* [tokens n] that were counted before.
 
         Args:
-            x: the inputs x* [tokens n].
-            error: d, [tokens n] or [tokens m].
+            x: the inputs x*.
+            error: d.
             weights: w [tokens]; None means ones.
         """
         self.errors = self.errors or ErrorMoments.zeros(self.sum, self.outputs)
@@ -169,17 +169,14 @@ class Moments:
         return own and (self.errors is None or self.errors.is_finite())
 
     def energy(self, weight: Tensor, gram: Tensor | None = None) -> Tensor:
-        """Return the energy of the target by row, the unit of relative errors.
+        """Return mean |W x|^2 by row [m], or with errors of outputs mean |W x* + d|^2: the unit of relative errors.
 
         Args:
             weight: W [m n].
             gram: `gram`, if at hand.
 
         Returns:
-            mean |W x|^2 [m], or with errors of outputs mean |W x* + d|^2.
-
-        Raises:
-            ProblemError: no token was seen.
+            The energy.
         """
         energy = quadratic_forms(weight, self.gram if gram is None else gram)
         if self.errors is not None:
@@ -220,7 +217,7 @@ class Moments:
         return Quadratic(gram, cross * factor, change * (alpha * factor), weight, checked=False)
 
     def rows(self, chosen: Tensor | slice) -> "Moments":
-        """The moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
+        """Return the moments for the rows `chosen` of the weight: numbers [k], a mask [m] or a slice."""
         return self._with(self.tokens, self.sum, None if self.errors is None else self.errors.rows(chosen))
 
     def scaled(self, factors: Tensor) -> "Moments":
@@ -228,35 +225,16 @@ class Moments:
         return self.with_errors(None if self.errors is None else self.errors.scaled(factors))
 
     def with_dead_inputs_filled(self, weight: Tensor) -> "Moments":
-        """Return moments in which inputs that are always zero have the mean energy of live inputs, and no correlations.
-
-        Contributions of the weight's columns at these inputs to the dense network's outputs are still compensated,
-        whatever these columns are by then.
-
-        Args:
-            weight: W [m n].
-
-        Returns:
-            The moments.
-        """
+        """Give inputs that are always zero the mean energy of live inputs; a `weight` there is still compensated."""
         diagonal = self.sum.diagonal()
         dead = diagonal == 0
         energy = diagonal[~dead].mean() if bool(diagonal.any()) else self.tokens
+        # The errors of the weight's dense outputs stay, whatever its columns at these inputs are by then.
         errors = None if self.errors is None else ErrorMoments(*self.errors.project(weight))
         return self._with(self.tokens, self.sum + (dead * energy).diag(), errors)
 
     def counted_as(self, tokens: float) -> "Moments":
-        """Return the mean of x* x*' without errors, with a new count of tokens as weight in a sum.
-
-        Args:
-            tokens: the count.
-
-        Returns:
-            The moments.
-
-        Raises:
-            ProblemError: no token was seen.
-        """
+        """Return the mean of x* x*' without errors, with a new count of `tokens` as weight in a sum."""
         self._require_tokens()
         return self._with(tokens, tokens / self.tokens * self.sum, None)
 

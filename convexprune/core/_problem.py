@@ -77,13 +77,13 @@ class Problem:
         return float((self.quadratic.values(point) + self.penalty.values(point)).sum())
 
     def admit(self, weight: Array) -> Tensor:
-        """A weight as a tensor on the problem's device.
+        """Return a weight as a tensor [m n] on the problem's device, in the weight's dtype.
 
         Args:
             weight: a tensor or an array [m n], or [n] of one row.
 
         Returns:
-            The tensor [m n], in its own dtype.
+            The tensor.
 
         Raises:
             ProblemError: `weight` is not [m n], or no floating-point numbers.

@@ -46,14 +46,14 @@ class Quadratic(SumOfSquares):
 
     @classmethod
     def least_squares(cls, inputs: Any, targets: Any, anchor: Array | None = None, intercept: bool = False) -> Self:
-        """The mean squared error 1/2 mean_t |targets_t - V inputs_t|^2 of a linear map V.
+        """Return the mean squared error 1/2 mean_t |targets_t - V inputs_t|^2 of a linear map V.
 
         Args:
-            inputs: [tokens n], of torch, NumPy, pandas or scipy.sparse. Only its moments [n n] are kept.
+            inputs: [tokens n], of torch, NumPy, pandas or scipy.sparse. Only moments [n n] are kept.
             targets: [tokens m]; or [tokens], and then `convexprune.solve` returns a weight [n].
             anchor: a good guess [m n] where the fit is nearly exact. In float32 an error of less than 1e-7 of the
                 targets' energy is lost otherwise, and no certificate is small.
-            intercept: whether a constant is added to V inputs_t, without a penalty.
+            intercept: add a constant to V inputs_t, without a penalty.
 
         Returns:
             The quadratic of V [m n].
@@ -66,14 +66,14 @@ class Quadratic(SumOfSquares):
 
     @classmethod
     def damping(cls, anchor: Tensor, strength: Tensor) -> Self:
-        """Return a pull towards the anchor: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
+        """Return a pull towards the anchor, to be added to a quadratic: 1/2 sum_ij strength_j (V_ij - A_ij)^2.
 
         Args:
             anchor: A [m n].
             strength: [n], not negative.
 
         Returns:
-            The quadratic, to be added to a quadratic.
+            The quadratic.
 
         Raises:
             ProblemError: a strength is negative.
@@ -84,14 +84,7 @@ class Quadratic(SumOfSquares):
         return cls(torch.diag(strength), zero, zero[:, 0], anchor, checked=False)
 
     def scaled(self, scale: Tensor) -> Self:
-        """Return the quadratic as a function of U = V * scale.
-
-        Args:
-            scale: [n], positive.
-
-        Returns:
-            The quadratic of U [m n].
-        """
+        """Return the quadratic as a function of U = V * `scale` [n], positive."""
         if bool((scale == 1).all()):
             return self  # and what is cached stays
         anchor = None if self.anchor is None else self.anchor * scale
@@ -109,8 +102,7 @@ class Quadratic(SumOfSquares):
 
     @cached_property
     def unit_free(self) -> tuple[Self, Tensor]:
-        """Return the quadratic in float64 as a function of U = V * scale, and the scale [n]: sqrt(H_jj) up to a power
-        of two.
+        """Return the quadratic in float64 as a function of U = V * scale, and the scale [n], 2^k near sqrt(H_jj).
 
         Nothing is rounded on the way, and units of inputs and weights do not change the computation.
         """
@@ -180,14 +172,7 @@ class Quadratic(SumOfSquares):
         return self._as_precise(self.gram[chosen][:, chosen], self.cross[:, chosen], self.energy, anchor)
 
     def repeated(self, times: int) -> Self:
-        """The quadratic of weights side by side [V_1 V_2 ...], [m, times n], as a function of their sum.
-
-        Args:
-            times: how many weights are added.
-
-        Returns:
-            The quadratic, about zero.
-        """
+        """Return the quadratic of `times` weights side by side [V_1 V_2 ...], a function of their sum, about zero."""
         at = self.at(None)
         return self._as_precise(at.gram.repeat(times, times), at.cross.repeat(1, times), at.energy, None)
 

@@ -54,26 +54,9 @@ def no_method(name: str, others: Iterable[str] = ()) -> str:
 
 
 __all__ = [
-    "ADMM",
-    "ALPS",
-    "METHODS",
-    "OSSCAR",
-    "PRUNERS",
-    "REAP",
-    "AbstractPruner",
-    "Convex",
-    "Damping",
-    "FISTAPruner",
-    "LayerEdit",
-    "LayerProblem",
-    "Magnitude",
-    "Refitted",
-    "ShortGPT",
-    "SparseGPT",
-    "Wanda",
-    "WandaSP",
-    "no_method",
-]
+    "ADMM", "ALPS", "METHODS", "OSSCAR", "PRUNERS", "REAP", "AbstractPruner", "Convex", "Damping", "FISTAPruner",
+    "LayerEdit", "LayerProblem", "Magnitude", "Refitted", "ShortGPT", "SparseGPT", "Wanda", "WandaSP", "no_method",
+]  # fmt: skip
 
 _RENAMED = {"PruningProblem": LayerProblem, "Pruned": LayerEdit}
 

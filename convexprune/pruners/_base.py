@@ -49,14 +49,7 @@ class LayerProblem:
         return self.moments.energy(self.weight, self.gram)
 
     def squared_error(self, weight: Tensor) -> Tensor:
-        """Return the squared error by row; divided by `energy`, the relative error.
-
-        Args:
-            weight: V [m n].
-
-        Returns:
-            mean |V x* - target|^2 [m].
-        """
+        """Return mean |V x* - target|^2 by row [m] of a `weight` V; divided by `energy`, the relative error."""
         return 2 * self.quadratic.values(weight)
 
     @cached_property
@@ -70,13 +63,7 @@ class LayerProblem:
         return self.moments.sum.diagonal() == 0
 
     def with_dead_inputs_filled(self) -> "LayerProblem":
-        """Return a problem in which dead inputs have the energy of a mean input, and weights of zero at no cost.
-
-        This is the convention of SparseGPT's and ALPS's code, in units that follow the inputs'.
-
-        Returns:
-            The problem.
-        """
+        """Return the problem in which dead inputs have a mean input's energy, and weights of zero (SparseGPT)."""
         moments = self.moments.with_dead_inputs_filled(self.weight)
         return replace(self, weight=self.weight.masked_fill(self.dead, 0), moments=moments)
 
@@ -87,15 +74,14 @@ class LayerProblem:
     def scaled(self, factors: Tensor | None) -> "LayerProblem":
         """Return the problem in which an output's error counts times the square of the output's factor.
 
-        Its weights are this problem's rows times the factors, so that rows compete differently under a quota of the
-        whole matrix. A row's best weights on a support stay the same; so does everything where rows, or groups of N:M,
-        have separate quotas.
+        Rows then compete differently under a quota of the whole matrix. A row's best weights on a support stay the
+        same; so does everything where rows, or groups of N:M, have separate quotas.
 
         Args:
             factors: [m]; None means ones.
 
         Returns:
-            The scaled problem.
+            The problem.
         """
         if factors is None:
             return self
@@ -123,7 +109,7 @@ class LayerProblem:
 
         Args:
             chosen: numbers [k], a mask [m] or a slice.
-            pattern: pattern of these rows.
+            pattern: of these rows.
 
         Returns:
             The problem.
@@ -287,15 +273,8 @@ class AbstractPruner(ABC):
 
     @abstractmethod
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        """A weight in the pattern, of a `problem`."""
+        """Return a weight in the pattern of a `problem`."""
 
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        """Prune problems of equal shape: in turn, or side by side if the method can.
-
-        Args:
-            problems: the problems; the device has memory for all of them.
-
-        Returns:
-            The answers of `prune`, up to rounding.
-        """
+        """Prune `problems` of equal shape, in turn or side by side, with the answers of `prune` up to rounding."""
         return [self.prune(problem) for problem in problems]

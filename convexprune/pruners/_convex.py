@@ -83,17 +83,7 @@ class Convex(AbstractSearch):
 
     @staticmethod
     def solver_for(name: str) -> AbstractSolver:
-        """The solver of that name, set for the path: ours stop early, an oracle cannot.
-
-        Args:
-            name: of the solver.
-
-        Returns:
-            The solver.
-
-        Raises:
-            RecipeError: unknown name.
-        """
+        """Return the solver of that `name`, set for the path: ours stop early, an oracle cannot."""
         if name not in ("fista", "admm"):
             return make_solver(name)
         early = {"fista": {"max_iterations": 1, "restart": False}, "admm": {"max_iterations": 2, "rho": 1.0}}[name]

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from convexprune.core import Quadratic
 from convexprune.core._moments import sampling_noise
-from convexprune.core._symmetric import cholesky
-from convexprune.errors import PruningError
+from convexprune.core._symmetric import definite_inverse
 from convexprune.pruners._base import Damping, LayerProblem
 
 EIGENVALUE_KNEE = 0.1
@@ -58,7 +57,7 @@ def damped(problem: LayerProblem, damping: Damping) -> Quadratic:
         return quadratic + Quadratic.damping(problem.weight, strength)
     shifted = quadratic.gram / scale / scale[:, None]
     shifted.diagonal().add_(EIGENVALUE_KNEE)
-    pull = _inverse(shifted, problem, damping).mul_(-damping.saturating * EIGENVALUE_KNEE)
+    pull = definite_inverse(shifted).mul_(-damping.saturating * EIGENVALUE_KNEE)
     pull.diagonal().add_(damping.strength)
     zero = torch.zeros_like(problem.weight)
     pull = pull.mul_(torch.outer(problem.scale, problem.scale))
@@ -74,16 +73,6 @@ def saliency_coordinates(problem: LayerProblem, damping: Damping) -> tuple[Quadr
     factors with a mean square of 1, so that a stiffness means the same for every operator.
     """
     quadratic = damped(problem, damping).scaled(problem.scale)
-    metric = _inverse(quadratic.gram, problem, damping).diagonal().rsqrt()
+    metric = definite_inverse(quadratic.gram).diagonal().rsqrt()
     metric = metric / metric.square().mean().sqrt()
     return quadratic.scaled(metric), problem.scale * metric
-
-
-def _inverse(gram: Tensor, problem: LayerProblem, damping: Damping) -> Tensor:
-    factor = cholesky(gram)
-    if factor is None:
-        raise PruningError(
-            f"The Gram matrix is not positive definite with damping {damping.strength:.3g}: raise the damping, or "
-            f"calibrate on more tokens than the {problem.moments.tokens} seen."
-        )
-    return torch.cholesky_inverse(factor)

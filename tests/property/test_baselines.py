@@ -56,12 +56,10 @@ def test_sparsegpt_keeps_a_group_together_whatever_the_block(block):
     torch.testing.assert_close(first, second, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize(
-    ("pruner", "words"), [(SparseGPT(damping=0.0), "SparseGPT"), (Convex(damping=0.0), "positive definite")]
-)
-def test_a_singular_gram_without_damping_is_refused_with_advice(pruner, words):
+@pytest.mark.parametrize("pruner", [SparseGPT(damping=0.0), Convex(damping=0.0)])
+def test_a_singular_gram_without_damping_is_refused_with_advice(pruner):
     layer = correlated(0, tokens=6)
-    with pytest.raises(PruningError, match=f"{words}.*raise the damping"):
+    with pytest.raises(PruningError, match=r"positive definite.*raise the damping"):
         pruner.prune(layer_problem(layer, Unstructured(0.5)))
 
 

@@ -68,7 +68,7 @@ def sampled_bounds_of_all(stacks: Sequence[Stack], rows: int) -> list[list[dict[
 def _drawn(
     problem: LayerProblem, weight: Tensor, damping: Damping, factors: Tensor | None, rows: int
 ) -> tuple[tuple[Quadratic, list[Constraint], Sequence[Tensor]] | None, list[bool]]:
-    """Return the arguments of `LowerBound.of_each` for a stack, and the bounded operators; None without any."""
+    """Return a stack as `LowerBound.of_all` takes it, and the bounded operators; None without any."""
     parts, n = problem.operators(), weight.shape[1]
     wanted = [_is_bounded(part) for part in parts]
     if rows == 0 or n > WIDEST or not any(wanted):

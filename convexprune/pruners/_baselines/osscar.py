@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.core._symmetric import definite_factor
+from convexprune.core._symmetric import definite_factor, definite_inverse, ridged
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 LEAST = 1e-9  # relative: what an exchange has to gain, beyond rounding
@@ -41,8 +41,7 @@ class OSSCAR(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        gram = problem.quadratic.gram.to(torch.float64, copy=True)
-        gram.diagonal().add_(self.damping * gram.diagonal().mean())
+        gram = ridged(problem.quadratic.gram.double(), self.damping)
         target = (problem.weight.double() @ gram).add_(problem.quadratic.cross)
         weights, masks = list[Tensor](), list[Tensor]()
         for rows, pattern in problem.pattern.parts(len(target)):
@@ -67,7 +66,7 @@ class OSSCAR(AbstractPruner):
 
 def backward(gram: Tensor, target: Tensor, count: int, block: int = 1) -> Tensor:
     """Return the mask of columns [n] that are kept when blocks are removed in turn, from the minimiser V = G H^-1."""
-    inverse = torch.cholesky_inverse(definite_factor(gram))
+    inverse = definite_inverse(gram)
     weight = target @ inverse
     kept = torch.ones(len(gram) // block, dtype=torch.bool, device=gram.device)
     for _ in range(count):
@@ -85,7 +84,7 @@ def exchange(gram: Tensor, target: Tensor, kept: Tensor, size: int, block: int =
     """Drop the cheapest blocks of the kept columns [n], and take in as many with the largest gain."""
     weight, left = best(gram, target, kept), kept[::block].clone()
     on = left.nonzero().flatten()
-    inverse = torch.cholesky_inverse(definite_factor(gram[kept][:, kept]))
+    inverse = definite_inverse(gram[kept][:, kept])
     costs = forms(weight[:, kept], diagonal_blocks(inverse, block))
     left[on[costs.topk(size, largest=False).indices]] = False
     columns = left.repeat_interleave(block)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from convexprune._setting_types import Count, NotNegative
 from convexprune.constraints import Constraint
-from convexprune.core._symmetric import cholesky
-from convexprune.errors import PruningError
+from convexprune.core._symmetric import ridged, upper_factor
 from convexprune.pruners._base import AbstractPruner, LayerEdit, LayerProblem, dead_inputs_first
 
 
@@ -38,16 +37,8 @@ class SparseGPT(AbstractPruner):
 
     @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        gram = problem.quadratic.gram.clone()
-        gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        factor = cholesky(gram.flip(0, 1))  # H = R R' with an upper triangular R, so that U = R^-1 has U' U = H^-1
-        if factor is None:
-            raise PruningError(
-                f"SparseGPT: the Gram matrix is not positive definite with damping {self.damping}: raise the damping, "
-                f"or calibrate on more tokens than the {problem.moments.tokens} seen."
-            )
-        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        upper = torch.linalg.solve_triangular(factor, unit, upper=False).flip(0, 1)
+        gram = ridged(problem.quadratic.gram, self.damping)
+        upper = upper_factor(gram)
         weight = problem.weight + problem.quadratic.cross @ upper.T @ upper
         width, group = weight.shape[1], problem.pattern.block
         block = max(group, self.block // group * group)  # a block ends where a group ends
