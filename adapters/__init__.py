@@ -5,7 +5,6 @@ from convexprune._schema.settings import BUNDLED
 from ._checkpoints.reading import given_tokenizer
 from ._data.calibration import (
     calibration_and_held_out,
-    calibration_tokens,
     recipe_windows,
     text_windows,
     window_length,
@@ -24,7 +23,6 @@ __all__ = [
     "HuggingFaceModel",
     "bundled_if_none",
     "calibration_and_held_out",
-    "calibration_tokens",
     "check_dataset",
     "given_tokenizer",
     "load",

@@ -142,7 +142,6 @@ class _Squares:
         self._waiting.discard(name)
 
     def watch(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A forward hook of the module that is the operator."""
         self._waiting.add(name)
         output.register_hook(partial(self.add, name, inputs[0].detach() if name in self._blocks else None))
 
@@ -164,10 +163,7 @@ class _Squares:
 
 
 class _Backward:
-    """The step of a walk from the last layer to the first: add squared gradients of a layer's operators.
-
-    `gradients` are those at the layer's outputs, by batch; afterwards those at its inputs.
-    """
+    """The step of a walk back: add squared gradients of operators; `gradients` at outputs become those at inputs."""
 
     def __init__(self, gradients: list[Tensor], squares: _Squares) -> None:
         self.gradients, self._squares = gradients, squares

@@ -166,15 +166,7 @@ class HuggingFaceModel(ProbedModel):
         return positions(self.model.config)
 
     def origin(self) -> Origin:
-        """Return checksums of the model's present sources: files if streamed, else tensors in memory.
-
-        Returns:
-            The checksums.
-
-        Raises:
-            ModelError: a weight of a file is NaN or infinite, a file has changed since it was opened, or the tokenizer
-                cannot be saved.
-        """
+        """Return checksums of the model's present sources: files if streamed, else tensors in memory."""
         return origin_of_loaded(self.model, self.tokenizer) if self.shards is None else self.shards.origin()
 
     @property
@@ -182,11 +174,9 @@ class HuggingFaceModel(ProbedModel):
         return self.shards is not None
 
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """See `AbstractModel.resident`; of a loaded model everything always is."""
         return nullcontext() if self.shards is None else self.shards.resident(layer)
 
     def prefetch(self, layer: DecoderLayer) -> None:
-        """See `AbstractModel.prefetch`: of a streamed model, the shards are read into the system's cache."""
         if self.shards is not None:
             self.shards.prefetch(layer)
 
@@ -195,7 +185,6 @@ class HuggingFaceModel(ProbedModel):
         return {name: tensor_of(layer.module, name) for name in layer.module.state_dict()}
 
     def load_state(self, layer: DecoderLayer, state: Mapping[str, Tensor]) -> None:
-        """See `AbstractModel.load_state`."""
         self.keep(layer)
         for name, value in state.items():
             path, _, last = name.rpartition(".")
@@ -222,16 +211,11 @@ class HuggingFaceModel(ProbedModel):
             return self._recorder.record(lambda: self.forward(batch))
 
     def probe_tokens(self) -> Tensor:
-        """Token ids [1 tokens], all different."""
         length = min(PROBE_TOKENS, self.max_positions)
         return torch.linspace(0, self.vocab_size - 1, length, device=self.device).long()[None]
 
     def probe(self) -> tuple[Tensor, list[Call]]:
-        """A small input for experiments.
-
-        Returns:
-            Hidden states [1 tokens n] that enter the first decoder layer, and how every layer is called.
-        """
+        """Return a few hidden states [1 tokens n] that enter the first layer, and the calls of all layers."""
         batch = self.probe_tokens()
         return self.first_inputs(batch), self.calls(batch)
 
@@ -241,14 +225,7 @@ class HuggingFaceModel(ProbedModel):
         return {layer.name: layout for layer, layout in zip(self.layers, found, strict=True)}
 
     def pieces(self, batch: Tensor) -> tuple[Tensor, ...]:
-        """Return the positions that predict a token, in pieces of the size at which logits are computed.
-
-        Args:
-            batch: token ids [batch tokens].
-
-        Returns:
-            The positions by piece.
-        """
+        """Return the positions that predict a token of `batch` [batch tokens], in pieces for logits."""
         return pieces(self.model, batch)
 
     def logits(self, batch: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -267,13 +244,8 @@ class HuggingFaceModel(ProbedModel):
             return logits_at(self.model, batch.to(self.device), positions)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Send a batch through the decoder.
-
-        Args:
-            batch: token ids [batch tokens].
-
-        Returns:
-            The hidden states [batch tokens hidden] that the head gets.
+        """Send `batch` [batch tokens] through the decoder; return the hidden states [batch tokens hidden] for the
+        head.
         """
         # Without a cache: a recorded one would grow at each replay. Without the head: nobody reads the logits.
         with widened(self.device, self.model.dtype):

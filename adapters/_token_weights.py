@@ -23,10 +23,7 @@ def token_weights(
     batch_size: int = 1,
     store: FolderStore | None = None,
 ) -> Mapping[str, Tensor]:
-    """Return weights [windows length] of the `calibration` tokens by "layer.operator"; the others count all alike.
-
-    Those of "loss" are found once for all processes that share the `store` and for whoever goes on with its run.
-    """
+    """Return weights [windows length] of the `calibration` tokens by "layer.operator"; the others count all alike."""
     if asked.kind == "attention_sink":
         weights = sink_weights(len(calibration), calibration.shape[1], asked.share)
         return {name: weights for name in read_by_other_tokens(model)}

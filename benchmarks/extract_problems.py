@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from convexprune.adapters import EMBEDDED, calibration_tokens, load
+from convexprune.adapters import EMBEDDED, calibration_and_held_out, load
 from convexprune.core._penalty import L1, Support
 from convexprune.core._problem import certify
 from convexprune.recipe import make_recipe
@@ -28,7 +28,7 @@ ROWS, COLUMNS = 4, 40
 def main(folder: Path) -> None:
     recipe = make_recipe(model=str(EMBEDDED), sparsity=0.5)
     model = load(EMBEDDED, device="cpu", dtype=torch.float32)
-    tokens = calibration_tokens("self", model, num_samples=32, max_seq_length=256, seed=0)
+    tokens = calibration_and_held_out("self", model, num_samples=32, max_seq_length=256, seed=0)[0]
     settings = recipe.layer_settings()
     found = dict[str, OperatorProblem]()
     operator_problems(model, tokens, settings, NAMES.values(), lambda p: found.update({p.name: p}))

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from brute_force import excess
 from solver import watch
 from torch import Tensor
 
@@ -38,7 +39,6 @@ from convexprune.pruners import (
     Wanda,
 )
 from convexprune.solvers import make_solver
-from convexprune.validation import excess
 
 OPERATORS = (
     "model.layers.1.self_attn.q_proj,model.layers.15.self_attn.q_proj,model.layers.29.self_attn.q_proj,"

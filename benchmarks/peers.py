@@ -54,10 +54,10 @@ def main() -> None:
 
 
 def tokens(model: str, dataset: str, samples: int, length: int) -> torch.Tensor:
-    from convexprune.adapters import calibration_tokens, load
+    from convexprune.adapters import calibration_and_held_out, load
 
     loaded = load(model, device="cpu")
-    return calibration_tokens(dataset, loaded, num_samples=samples, max_seq_length=length, seed=0)
+    return calibration_and_held_out(dataset, loaded, num_samples=samples, max_seq_length=length, seed=0)[0]
 
 
 def convexprune(model: str, folder: Path) -> dict[str, float]:

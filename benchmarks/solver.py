@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convexprune import L1, Moments, Problem, Quadratic
-from convexprune.adapters import HuggingFaceModel, calibration_tokens, load
+from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, load
 from convexprune.solvers._fista import FISTA
 
 SOLVERS = {
@@ -43,7 +43,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model = load(args.model, device="cpu", dtype=torch.float32)
     names = args.operators.split(",")
-    tokens = calibration_tokens(args.dataset, model, num_samples=args.samples, max_seq_length=args.length, seed=0)
+    tokens = calibration_and_held_out(
+        args.dataset, model, num_samples=args.samples, max_seq_length=args.length, seed=0
+    )[0]
     weights = {name: model.model.get_parameter(f"{name}.weight") for name in names}
     problems = {name: (weights[name], moments) for name, moments in watch(model, weights, tokens).items()}
     rows = []

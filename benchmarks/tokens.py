@@ -19,7 +19,7 @@ from solver import watch
 from torch import Tensor
 
 from convexprune import Moments, parse_pattern
-from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_tokens, load, text_windows
+from convexprune.adapters import EMBEDDED, HuggingFaceModel, calibration_and_held_out, load, text_windows
 from convexprune.pruners import AbstractPruner, Convex, LayerProblem, SparseGPT
 from convexprune.validation._evaluate import kl
 
@@ -43,7 +43,7 @@ def main() -> None:
     weights = weights_of(model, args.layers)
     counts = [int(each) for each in args.tokens.split(",")]
     asked = {"num_samples": max(counts) // args.length, "max_seq_length": args.length, "seed": 0}
-    windows = calibration_tokens(args.dataset, model, **asked)
+    windows = calibration_and_held_out(args.dataset, model, **asked)[0]
     texts = {Path(text).stem: text_windows(text, model, args.length)[: args.windows] for text in args.held_out}
     unseen = {name: watch(dense, weights, tokens, torch.float32) for name, tokens in texts.items()}
     rows = []

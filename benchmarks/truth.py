@@ -7,15 +7,15 @@ import argparse
 import math
 
 import torch
+from brute_force import best_pruning
 
 from convexprune._layerwise.settings import LayerSettings
-from convexprune.adapters import EMBEDDED, calibration_tokens, load
+from convexprune.adapters import EMBEDDED, calibration_and_held_out, load
 from convexprune.constraints import parse_pattern
 from convexprune.core._bound import LowerBound
 from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, PRUNERS, Convex, LayerProblem
 from convexprune.recipe import make_recipe
-from convexprune.validation import best_pruning
 from convexprune.validation._layer_problems import OperatorProblem, operator_problems
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe = make_recipe(model=str(EMBEDDED), method="magnitude", sparsity=0.5, error_correction=0)
     model = load(EMBEDDED, device="cpu", dtype=torch.float32)
-    tokens = calibration_tokens("self", model, num_samples=args.samples, max_seq_length=256, seed=0)
+    tokens = calibration_and_held_out("self", model, num_samples=args.samples, max_seq_length=256, seed=0)[0]
     settings = LayerSettings(recipe.build_pruner(), recipe.build_pattern(), 0)
     layer = model.layers[1]
     names = [f"{layer.name}.{operator.name}" for operator in layer.operators]

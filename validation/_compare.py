@@ -121,7 +121,6 @@ def _load(model: str | Path | None, device: str, recipe: Recipe, allow_changed: 
 
 
 def _tokens(model: HuggingFaceModel, dataset: Any, recipe: Recipe, texts: Mapping[str, str], asked: Any) -> Tokens:
-    """Return the windows for pruning and for measuring, with a warning about short texts."""
     some = slice(asked.eval_windows or None)
     windows = {name: text_windows(text, model, asked.eval_window, name)[some] for name, text in texts.items()}
     tokens = Tokens(*recipe_windows(dataset, model, recipe), windows)

@@ -61,9 +61,8 @@ def block(problem: LayerProblem, columns: int, generator: torch.Generator) -> tu
 
 
 def block_problems(q: Quadratic, problem: LayerProblem, kept: torch.Tensor) -> dict[str, Problem]:
-    """Return the two convex problems of a block: reweighted L1 as on the path of `convex`, and the refit on a support.
-
-    Both are of the calibration error alone. A pruner's damping would improve the condition.
+    """Return the convex problems of a block without damping: reweighted L1 as of `convex`, and the refit on a
+    support.
     """
     assert q.anchor is not None
     scale = q.scale()

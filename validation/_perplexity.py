@@ -108,25 +108,6 @@ def perplexity_of(logits: Callable[[Tensor], Iterable[Tensor]], tokens: Tensor, 
 
 
 @torch.no_grad()
-def streamed_perplexity(
-    model: HuggingFaceModel, tokens: Tensor, store: FolderStore, pruned: FolderStore | None
-) -> Perplexity:
-    """Compute the perplexity of a model with a single decoder layer in memory at a time.
-
-    Args:
-        model: the model.
-        tokens: token ids [windows window].
-        store: place for hidden states between layers.
-        pruned: store with pruned layers; None means the dense layers.
-
-    Returns:
-        The perplexity.
-    """
-    with store.scratch(store.count) as record:
-        return _of_states(model, tokens, _last_states(model, tokens, record, store.count, pruned))
-
-
-@torch.no_grad()
 def streamed_evaluation(model: HuggingFaceModel, tokens: Tensor, store: FolderStore) -> dict[str, dict[str, float]]:
     """Compute the perplexity of a model before and after pruning, with a single decoder layer in memory at a time.
 

@@ -61,10 +61,7 @@ def make_row(
 
 
 def text_result(found: Likelihood, dense: Likelihood) -> Row:
-    """Return perplexity with its excess over dense, and KL divergence, in all and by window.
-
-    `difference_error` is the standard error, over windows, of the mean difference of the negative log-likelihoods.
-    """
+    """Return perplexity, excess and KL, in all and by window, with the standard error of the differences in nll."""
     nll, differences = fmean(found.nll), [a - b for a, b in zip(found.nll, dense.nll, strict=True)]
     middle, count = fmean(differences), len(differences)
     spread = (sum((d - middle) ** 2 for d in differences) / (count - 1)) ** 0.5 if count > 1 else None
@@ -121,7 +118,6 @@ def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
 
 
 def name_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return the cells under `NAMES`, which identify the variant of a `row`."""
     target, pattern = f"{row['sparsity']:.1%}", row["pattern"]
     if pattern != "unstructured":
         target = f"{pattern} {target}" if parse_pattern(pattern).continuous else pattern

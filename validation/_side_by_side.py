@@ -121,11 +121,10 @@ class Comparison:
         return found
 
     def records(self, network: str) -> list[dict[str, Any]]:
-        """Return the records of a network, by decoder layer."""
         return [self._store.recorded(network, number + 1) for number in range(len(self._model.layers))]
 
     def _layer(self, context: LayerContext, todo: Sequence[str], on_layer: Callable[[str], None]) -> None:
-        """Whatever is to do on one decoder layer. The dense pass is needed for any of it."""
+        """Do the dense pass of a decoder layer, which all need, and the variants."""
         number, layer, began = context.number, context.layer, time.perf_counter()
         hidden = self._states(DENSE, number, FITTED)
         context = replace(context, inputs={"dense": hidden}, held_out=self._held_out)
@@ -223,10 +222,7 @@ class Watched(AbstractPruner):
         return pruned
 
     def products(self, layer: DecoderLayer, reports: Iterable[OperatorReport]) -> float:
-        """Return products [m n] x [n n] of whole stacks, as a mean over the layer's groups.
-
-        Reports of a group repeat the group's products. A product of a single operator is a fraction of a stack's.
-        """
+        """Return products [m n] x [n n] of whole stacks, which all reports of a group repeat, as a mean over groups."""
         leaders = {f"{layer.name}.{group.operators[0].name}" for group in layer.groups}
         return (sum(r.products for r in reports if r.name in leaders) - self.surplus) / max(1, len(leaders))
 

@@ -63,9 +63,7 @@ class Source:
 def open_source(
     source: str | Path | None, settings: dict[str, Any], device: str, allow_changed: bool = False
 ) -> Source:
-    """Open a model, to be pruned by the settings of a recipe, or a finished run, whose settings are places; see
-    `verify`.
-    """
+    """Open a model, to be pruned by settings of a recipe, or a finished run, whose settings are places."""
     folder = None if source is None else named(source)
     if folder is not None and RunFolder(folder).is_unfinished:
         raise OutputError(f"The run of {folder} is unfinished. Finish it with resume=True (--resume), then verify it.")
@@ -173,7 +171,7 @@ class ReportedError:
 
     @property
     def fault(self) -> str:
-        """Return the disagreement in words; empty if the errors agree."""
+        """Return the disagreement in words, if any."""
         return (
             ""
             if self.agrees

@@ -15,10 +15,7 @@ from convexprune.errors import OutputError
 
 
 class Store:
-    """Hidden states and records by network (the dense network and every variant).
-
-    Files appear whole. Hidden states before decoder layer k are kept until all readers have a record.
-    """
+    """Files, which appear whole, of hidden states, until all readers have a record, and of records, by network."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder = folder
@@ -60,5 +57,4 @@ class Store:
 
 
 def _safe(network: str) -> str:
-    """A folder's name for a network's."""
     return "".join(c if c.isalnum() or c in ".=-" else "_" for c in network)

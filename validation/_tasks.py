@@ -28,7 +28,6 @@ class TaskScore:
     dense_error: float | None = None
 
     def beside(self, dense: "TaskScore") -> "TaskScore":
-        """Return the score with the score of the `dense` model."""
         return replace(self, dense=dense.value, dense_error=dense.error)
 
     def shown(self, both: bool) -> list[str]:

@@ -111,7 +111,6 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the memory of the block."""
     peak, cuda = Peak(), device.type == "cuda"
     countable = cuda or os.access(REFERENCES, os.W_OK)
     before = 0

@@ -209,7 +209,7 @@ def _known_convention(name: str, method: str) -> str:
 
 
 def _own(method: str) -> str:
-    """The convention of the method's paper; for ours, of the recipe's defaults."""
+    """Return the convention of the method's paper; for ours, of the recipe's defaults."""
     name = method.partition(":")[0]
     own = OWN.get(name) or QUANTIZED.get(name, "own")
     if own != "own":

@@ -230,10 +230,7 @@ def _layer_settings(recipe: Recipe, reports: Sequence[OperatorReport]) -> LayerS
 
 
 def bound(operator: OperatorProblem, rows: int | None, generator: torch.Generator) -> BoundReport:
-    """Bound rows of an operator from below, with the pruner's damping and without.
-
-    `rows` are drawn at random, more for whole columns (`rows_to_bound`); None means all.
-    """
+    """Bound random rows of an operator, or all, with the pruner's damping and without; more rows for whole columns."""
     began = time.perf_counter()
     pattern = operator.pattern
     problem, achieved = operator.rows(None if rows is None else rows_to_bound(pattern, rows), generator)

@@ -26,9 +26,7 @@ Source = tuple[AbstractOperator, int, int]
 
 @torch.no_grad()
 def inner_channels(model: HuggingFaceModel) -> list[Channels]:
-    """Return the channels inside decoder layers, for operators whose inputs come singly from other operators'
-    outputs.
-    """
+    """Return the channels inside decoder layers, for operators whose inputs come singly from earlier outputs."""
     head = head_size(model.model.config)
     found = of_each_kind(model, lambda layer, call, hidden: list(_inside(layer, call, hidden, head)))
     each = zip(model.layers, found, strict=True)
@@ -139,9 +137,7 @@ def half(size: int, seed: int) -> Tensor:
 def changed_inputs(
     layer: DecoderLayer, group: Group, axes: Sequence[Axis], chosen: Tensor, call: Call, hidden: Tensor
 ) -> Tensor:
-    """Return True [inputs] for the group's inputs that change if the `chosen` [channels] from the axes' starts are
-    doubled.
-    """
+    """Return the mask [inputs] of a group's inputs that change if the `chosen` [channels] of the axes are doubled."""
     before = _inputs(layer, group, call, hidden)
     with _doubled(layer.module, axes, chosen):
         after = _inputs(layer, group, call, hidden)

@@ -166,14 +166,14 @@ def _fitting(sets: Sequence[Channels], pattern: Constraint, done: Permutation) -
 
 
 def _stride(model: nn.Module, sets: Sequence[Channels]) -> int:
-    """Every so manieth row of all that see the channels leaves no more than there are to be."""
+    """Return the stride of rows that leaves about `ROWS` of all that read the channels."""
     axes = [axis for one in sets for axis in one.consumers]
     rows = sum(axis.of(model.get_parameter(axis.parameter)).shape[1 - axis.dim] for axis in axes)
     return max(1, -(-rows // ROWS))
 
 
 def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Tensor]:
-    """The scores [rows size] of all operators of a layer that see a set of channels, after a pass of the layer."""
+    """Run the layer, and return a function for the scores [rows size] of its operators on a set of channels."""
     groups, device = context.layer.groups, context.model.device
     seen = {group: _Squares(group.operators[0].shape[1], device) for group in groups}
     with ExitStack() as hooks:
@@ -184,7 +184,7 @@ def _propagate_and_score(context: LayerContext) -> Callable[[Channels, int], Ten
 
 
 def _scores(layer: DecoderLayer, squares: Mapping[AbstractOperator, Tensor], channels: Channels, step: int) -> Tensor:
-    """Return scores [rows size] of the operators that read the channels, with mean `squares` [n], by every `step`-th
+    """Return scores [rows size] of the operators that read the channels, by mean `squares` [n] and every `step`-th
     row.
     """
     seen = {_columns(layer, operator): operator for operator in squares}

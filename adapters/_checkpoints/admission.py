@@ -19,9 +19,7 @@ REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral
 
 
 def require_plain(model: nn.Module, loaded: bool = True) -> None:
-    """Refuse a model with a weight that is computed from others, is no plain tensor of floats, or, if `loaded`, is
-    nowhere.
-    """
+    """Refuse a weight that is computed from others, is no plain tensor of floats, or, if `loaded`, is not there."""
     for path, module in model.named_modules():
         if fault := _computed(module):
             raise ModelError(f"{path or 'The model'} {fault}")
@@ -65,10 +63,7 @@ def _computed(module: nn.Module) -> str | None:
 
 
 def _unusual(parameter: nn.Parameter, multiplies: bool) -> str | None:
-    """Return the fault of a parameter, and the remedy; None for a plain tensor.
-
-    Integers pass unless the module `multiplies` by the parameter: models count in integers.
-    """
+    """Return the fault of a parameter, and the remedy; integers pass unless the module `multiplies` by them."""
     if parameter.is_inference():
         return (
             "was made inside torch.inference_mode(): pruning has to see which tensors change, and to differentiate. "
@@ -104,10 +99,7 @@ def told_if_mixed(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_quantized(config: PretrainedConfig) -> None:
-    """Refuse a quantized checkpoint: its weights are codes, and a code of zero is not a weight of zero.
-
-    GGUF passes, because transformers converts the weights into ordinary floats.
-    """
+    """Refuse a quantized checkpoint, whose codes are no weights; transformers makes ordinary floats of a GGUF file."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -122,9 +114,7 @@ def refuse_quantized(config: PretrainedConfig) -> None:
 
 
 def refuse_headless(model: PreTrainedModel, needs: Mapping[str, str]) -> None:
-    """Refuse a model without logits of the next token for `needs`, which have by purpose the remedy, or an empty
-    text.
-    """
+    """Refuse a model without logits of the next token for `needs`, by purpose the remedy, or an empty text."""
     if needs and model.get_output_embeddings() is None:
         what, instead = next(iter(needs.items()))
         raise ModelError(

@@ -155,7 +155,7 @@ def local_folder(source: str, revision: str, local_files_only: bool = False) -> 
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the first floating-point tensor, for a config that names none."""
+    """Return the type of the first floating-point tensor, for a config that names none."""
     found = (DTYPES.get(e.spec.code) for path in shard_files(folder) for e in entries(path)[0].values())
     dtype = next((d for d in found if d is not None and d.is_floating_point), None)
     if dtype is None:
@@ -172,9 +172,7 @@ logger = logging.getLogger(__name__)
 
 
 def result_name(name: str) -> str:
-    """Return the name of a file in the result: a base's card gets the suffix "-base", because README.md is the
-    result's.
-    """
+    """Return the name of a file in the result: a base's card gets "-base", because README.md is the result's."""
     return f"{name.removesuffix('.md')}-base.md" if CARD.fullmatch(name) else name
 
 

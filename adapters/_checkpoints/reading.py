@@ -108,10 +108,7 @@ DRAWS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"}  # by name:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Give modules that are built in the context parameters without memory; buffers are computed as always.
-
-    Buffers without a place in checkpoints, such as the tables of rotary embeddings, are right in this way.
-    """
+    """Give modules built in the context parameters without memory; buffers, as of rotary embeddings, are computed."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

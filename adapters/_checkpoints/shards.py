@@ -31,10 +31,7 @@ Renamed = Callable[[str], str | None]
 
 
 class Shards:
-    """The safetensors shards of a folder, and a model on the meta device whose parameters they fill on demand.
-
-    `inside` is the path of the decoder layers. Code of a `trusted` checkpoint is copied to the result.
-    """
+    """The safetensors shards of a folder, and a model on the meta device whose parameters they fill on demand."""
 
     def __init__(
         self, folder: Path, model: PreTrainedModel, device: torch.device | str, inside: str, trusted: bool = False
@@ -101,9 +98,7 @@ class Shards:
     def assemble(
         self, target: Path, pruned: Mapping[str, Entry], configured: Configured = dict, renamed: Renamed = str
     ) -> None:
-        """Write the checkpoint in the model's dtype with some tensors replaced, tensor by tensor; config.json comes
-        last.
-        """
+        """Write the checkpoint in the model's dtype, tensor by tensor, with some replaced; config.json comes last."""
         self.require_unchanged()
         replaced = {self._names[name]: entry for name, entry in pruned.items()}
         places = self._places(renamed)
@@ -234,9 +229,8 @@ def _renamed(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 
 def stored_names(model: PreTrainedModel, stored: Mapping[str, Entry], inside: str) -> dict[str, str]:
-    """Return the stored name of every tensor of the model without tied tensors.
-
-    Checkpoints of a model without its head lack the prefix of the tensors.
+    """Return stored names by the model's, without tied tensors, and with the prefix that a headless checkpoint
+    lacks.
     """
     prefix, renamed = f"{model.base_model_prefix}.", _renamed(model, stored)
     parameters = dict(model.named_parameters(remove_duplicate=False))

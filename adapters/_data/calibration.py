@@ -24,16 +24,17 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint8)
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer makes of prose, so a large corpus is read only as far as needed
 
 
-def calibration_tokens(
+def calibration_and_held_out(
     dataset: Any,
     model: HuggingFaceModel,
     *,
     num_samples: int | None,
     max_seq_length: int | None,
     seed: int,
+    spare: int = 0,
     split: Split = "calibration",
-) -> Tensor:
-    """Return token ids for calibration or evaluation.
+) -> tuple[Tensor, Tensor]:
+    """Return token ids for calibration or evaluation, and disjoint windows from the rest of the data set.
 
     Text is joined, tokenised once and cut into disjoint windows; a rest shorter than a window is dropped. If there are
     more windows than requested, a permutation drawn from the seed chooses: the two splits choose from its two ends, so
@@ -47,46 +48,15 @@ def calibration_tokens(
         max_seq_length: tokens of a window. None means the rows' length, or for text the shorter of 2048 and the model's
             limit.
         seed: seed of the choice of windows, and of sampled text.
+        spare: largest number of windows to hold out.
         split: "calibration" or "evaluation".
 
     Returns:
-        Token ids [num_samples length], int64, on the CPU.
+        Token ids [num_samples length] and [up to spare, length], int64, on the CPU.
 
     Raises:
         CalibrationError: the data set is of no accepted kind, missing, too small, padded, or not in the model's
             vocabulary; or the windows are longer than the model's limit.
-        DependencyError: a data set of the hub needs a package that is missing.
-    """
-    settings = {"max_seq_length": max_seq_length, "seed": seed, "split": split}
-    return calibration_and_held_out(dataset, model, num_samples=num_samples, spare=0, **settings)[0]
-
-
-def calibration_and_held_out(
-    dataset: Any,
-    model: HuggingFaceModel,
-    *,
-    num_samples: int | None,
-    spare: int,
-    max_seq_length: int | None,
-    seed: int,
-    split: Split = "calibration",
-) -> tuple[Tensor, Tensor]:
-    """Return token ids for calibration, and disjoint windows from the rest of the data set.
-
-    Args:
-        dataset: see `calibration_tokens`.
-        model: see `calibration_tokens`.
-        num_samples: see `calibration_tokens`.
-        spare: largest number of windows to hold out.
-        max_seq_length: see `calibration_tokens`.
-        seed: see `calibration_tokens`.
-        split: see `calibration_tokens`.
-
-    Returns:
-        Token ids [num_samples length] and [up to spare, length].
-
-    Raises:
-        CalibrationError: the data set cannot calibrate this model (see `calibration_tokens`).
         DependencyError: a data set of the hub needs a package that is missing.
     """
     _check_request(num_samples, max_seq_length, model)
@@ -142,8 +112,8 @@ def recipe_windows(dataset: Any, model: HuggingFaceModel, recipe: Recipe) -> tup
     """The windows that a recipe asks for.
 
     Args:
-        dataset: see `calibration_tokens`.
-        model: see `calibration_tokens`.
+        dataset: see `calibration_and_held_out`.
+        model: see `calibration_and_held_out`.
         recipe: of the run.
 
     Returns:

@@ -60,17 +60,13 @@ CORPORA = {
 
 
 def hub_text(name: str, split: Split, characters: int | None) -> str:
-    """Return the beginning of a data set on the hub that holds text, in order; see `hub_documents`."""
     return hub_documents(name, split, characters).text(None)[0]
 
 
 def hub_documents(
     name: str, split: Split, characters: int | None, column: str | None = None, revision: str | None = None
 ) -> Documents:
-    """Return the first rows of a data set on the hub, in order: about so many characters, or all.
-
-    The default column is "text", else the first column of text, else "messages".
-    """
+    """Return the first rows of a data set on the hub, in order: about so many characters, or all."""
     datasets = datasets_package()
     corpus = CORPORA.get(name)
     try:

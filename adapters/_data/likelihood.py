@@ -21,10 +21,7 @@ class Likelihood:
 def likelihoods(
     model: HuggingFaceModel, batches: Sequence[Tensor], dense: Sequence[Tensor], others: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Likelihood]:
-    """Return the likelihood of windows for the dense model and for further networks, by their final hidden states.
-
-    Logits of few positions are in memory, and the dense model's probabilities are computed once, for all networks.
-    """
+    """Return the likelihoods of the dense model and of others, by final states; the dense softmax is computed once."""
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("dense", *others)}
     for i, batch in enumerate(batches):
         states = {"dense": dense[i], **{name: other[i] for name, other in others.items()}}

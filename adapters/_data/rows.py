@@ -20,9 +20,7 @@ ACCEPTED = (
 
 
 def read_rows(dataset: Iterable[Any], limit: int | None, length: int | None) -> Tensor:
-    """Read ids [windows length] in rows, `limit` at most, because a loader may be endless; None is all, or any
-    length.
-    """
+    """Read ids [windows length] in rows, `limit` at most, because a loader may be endless."""
     rows: list[Tensor] = []
     for item in dataset:
         ids = _ids(item)
@@ -60,7 +58,7 @@ def _ids(item: Any) -> Tensor:
 
 
 def ids_as_tensor(ids: Any) -> Any:
-    """Token ids of NumPy or in a list as a tensor."""
+    """Return token ids of NumPy or in a list as a tensor."""
     if not hasattr(ids, "__array__") and not (isinstance(ids, list) and ids and isinstance(ids[0], int | list)):
         return ids
     try:
@@ -85,9 +83,7 @@ def refuse_uninformative(windows: Tensor) -> None:
 
 
 def shortage(windows: Tensor, widest: int) -> str | None:
-    """Return a warning about fewer calibration tokens, without repetitions, than inputs of an operator; None if
-    enough.
-    """
+    """Return a warning about fewer calibration tokens, without repetitions, than inputs of an operator, if any."""
     different, runs = _runs(windows)
     tokens, part = windows.numel(), different / max(1, runs)
     if tokens * part >= widest:

@@ -20,10 +20,7 @@ Part = tuple[Any, float]
 
 
 def parts_of(dataset: Any) -> list[Part]:
-    """Split "a.txt:0.5,self:0.5" into data sets and shares that add up to 1; whatever is no such text is one part.
-
-    Without shares, as in "a.txt,b.txt", all parts have the same.
-    """
+    """Split "a.txt:0.5,self:0.5" into data sets and shares of the whole, equal by default; any other is one part."""
     if not isinstance(dataset, str) or not {",", ":"} & set(dataset) or len(dataset) > LONGEST or _exists(dataset):
         return [(dataset, 1.0)]
     pairs = [_named(part.strip()) for part in dataset.split(",")]

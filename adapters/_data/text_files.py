@@ -76,10 +76,7 @@ def check_text(path: Path) -> None:
 
 
 def read_documents(path: Path, field: str | None = None) -> Documents:
-    """Return a .txt file as a text, or of every line of a .jsonl file its text or its conversation.
-
-    The default field of a line is "text", or "messages" where there is none.
-    """
+    """Return a .txt file as a text, or a .jsonl file's lines as texts ("text") or conversations ("messages")."""
     check_text(path)
     try:
         content = path.expanduser().read_text(encoding="utf-8")

@@ -39,10 +39,7 @@ def discover(layer: nn.Module, call: Call, hidden: Tensor) -> Layout:
 def lay_out(
     layer: nn.Module, seen: Seen, tokens: int, moved_by: Callable[[ExpertFamily], Callable[[GroupSpec], bool]]
 ) -> Layout:
-    """Return the layout of a layer from the calls of a forward pass.
-
-    `moved_by` returns, for an expert family, True for a group whose inputs depend on the family's outputs.
-    """
+    """Return the layout by a pass's calls; `moved_by` tells by expert family if it moves a group's inputs."""
     every = _every_place(layer, seen)
     reasons = {p.name: f"called {n} times in one pass of its layer" for p, n in seen.times.items() if n > 1}
     reasons |= {p.name: f"in a {type(layer.get_submodule(p.module)).__name__}, {UNKNOWN}" for p in seen.other}

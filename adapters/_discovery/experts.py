@@ -76,14 +76,11 @@ class FusedExperts:
 
     @contextmanager
     def hooked_backward(self, hook: Callable[[Product], None]) -> Iterator[None]:
-        """Call `hook` with the products of a `looped` module's backward pass: inputs [tokens m] are gradients of
-        outputs.
-        """
+        """Call `hook` with the products of a `looped` backward pass: inputs [tokens m] are gradients of outputs."""
         with _Products(FusedExperts(self.module, {None: [hook]})):
             yield
 
     def _watch(self, cleaning: ExitStack) -> None:
-        """Turn every forward pass of the module into a plain loop over experts, and watch the products."""
         cleaning.enter_context(self.looped())
         self._run_inside(_Products, cleaning)
 

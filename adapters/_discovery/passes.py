@@ -96,9 +96,7 @@ NUMBERS = 1 << 23  # in a piece, at most: 32 MiB in float32
 
 
 def pieces(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
-    """Return the positions of ids [windows window] that predict a token, all but the last, in pieces if some can be
-    skipped.
-    """
+    """Return the positions of ids [windows window] that predict a token, all but the last, in pieces if possible."""
     every = torch.arange(ids.shape[1] - 1)  # on the CPU: wherever accelerate has put the head, it can be indexed so
     if not _leaves_out(model):
         return (every,)

@@ -36,9 +36,8 @@ class ProbedModel(AbstractModel):
 
 
 def of_each_kind(model: ProbedModel, find: Callable[[DecoderLayer, Call, Tensor], T]) -> list[T]:
-    """Return by decoder layer the result of `find`, called with the first layer in memory of each structure.
-
-    `find` takes the layer, its call, and a few hidden states [1 tokens n].
+    """Return by layer the result of `find` (layer, call, hidden states [1 tokens n]) on the first of equal
+    structure.
     """
     tokens, kinds, found = model.probe_tokens(), [signature(layer.module) for layer in model.layers], {}
     hidden = model.first_inputs(tokens)
@@ -98,10 +97,7 @@ def refuse_looking_ahead(model: ProbedModel) -> None:
 
 @torch.no_grad()
 def replay_error(model: ProbedModel, batch: Tensor) -> float:
-    """Return the relative difference between the model and its decoder layers, called in turn, as by another batch.
-
-    The error is zero if nothing happens between the layers, and calls depend on the shape of a batch only.
-    """
+    """Return the relative difference between the model and its layers in turn, with the calls of another batch."""
     own: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:

@@ -23,9 +23,7 @@ PRODUCTS = (ADDED, torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 
 
 class RandomModel(HuggingFaceModel):
-    """A model with parameters, not buffers, on the meta device; weights of a decoder layer are random while
-    resident.
-    """
+    """A model with parameters on the meta device; weights of a decoder layer are random while resident."""
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         inside, _ = decoder_layers(model)
@@ -50,10 +48,7 @@ class RandomModel(HuggingFaceModel):
 
 
 class _QuickProducts(TorchDispatchMode):
-    """Replace products with random weights: an output has a private weight and a common weight for all inputs.
-
-    The output still depends on every input, as discovery requires.
-    """
+    """Replace products with random weights by a sum that depends on every input, as discovery requires."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in PRODUCTS or not _overlaps(args[-1]):

@@ -44,14 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def bundled_if_none(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a call; without a model, those of the bundled model, as trained.
-
-    Args:
-        settings: by the names of `convexprune._schema.settings`.
-
-    Returns:
-        Settings with a model, a dtype and a length of windows.
-    """
+    """Return the `settings` of a call; without a model, those of the bundled model, as trained."""
     if settings.get("model") is not None:
         return dict(settings)
     plain = {"dtype": "float32", "max_seq_length": EMBEDDED_WINDOW}

@@ -153,9 +153,7 @@ class AbstractReduced(ABC):
 
     @torch.no_grad()
     def widen(self, narrower: HuggingFaceModel, dense: HuggingFaceModel) -> None:
-        """Give a `dense` model the weights of the `narrower` model, both in memory: the function is then the
-        narrower's.
-        """
+        """Give a `dense` model the weights, and so the function, of the `narrower` model; both are in memory."""
         cuts, small = self.cuts, narrower.model.state_dict()
         for name, tensor in dense.model.state_dict().items():
             if (renamed := self.renamed(name)) is None:

@@ -182,9 +182,8 @@ def _groups(
 
 
 def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
-    """Return the beginnings and lengths of runs of blocks, a run for every group in turn; None without such runs.
-
-    Of fused q, k and v there are three: query heads of all groups, then keys, then values.
+    """Return begin and length of runs of blocks, one for every KV group in turn: of fused q, k and v there are
+    three.
     """
     runs, at = list[tuple[int, int]](), 0
     while at < len(found):
@@ -199,9 +198,8 @@ def _runs(found: Sequence[int], count: int) -> list[tuple[int, int]] | None:
 
 
 def _require_same(model: HuggingFaceModel, found: Narrowing) -> None:
-    """Check that layers of the smaller model compute the dense layers' function with zeros in place of some heads.
-
-    Settings may decide more than shapes: the divisor of attention scores, say.
+    """Check that smaller layers compute the dense function with zeros for some heads: settings decide more than
+    shapes.
     """
     narrowed = found.without({one.name: range(found.count(one.size)) for one in found.sets})
     smaller = built(model.model, found.configured(model.model.config.to_dict())).eval()

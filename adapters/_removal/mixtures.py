@@ -63,9 +63,7 @@ class Mixture:
         return not any(bool(each.any()) for each in own if each is not None)
 
     def graft(self, small: nn.Module, whole: nn.Module) -> None:
-        """Give a block with fewer experts all submodules, with their hooks, that do not depend on the number of
-        experts.
-        """
+        """Give a block with fewer experts all submodules, with hooks, that do not depend on the number of experts."""
         changed = (*self.dims, *(f"{path}." for path in self.lists))
 
         def descend(few: nn.Module, all_: nn.Module, path: str) -> None:
@@ -79,9 +77,7 @@ class Mixture:
         descend(small, whole, self.block)
 
     def without(self, small: nn.Module, whole: nn.Module, numbers: Collection[int]) -> Callable[..., Any]:
-        """Return a forward pass without some experts: a grafted `small` block with its part of the whole block's
-        weights.
-        """
+        """Return a forward pass of a grafted `small` block with its part of the whole block's weights."""
         cuts, start = self.cuts(numbers), len(self.block) + 1
 
         def forward(*args: Any, **kwargs: Any) -> Any:

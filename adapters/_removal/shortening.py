@@ -89,10 +89,7 @@ def divergences(
     tried: Iterable[int],
     record: Making,
 ) -> dict[int, float]:
-    """Return, by one more layer left out, the mean KL(dense || without) in nats; a single walk serves all trials.
-
-    `dense` are the hidden states [1 length hidden] after the last layer of the dense model, by window.
-    """
+    """Return the mean KL(dense || without) in nats by one more layer left out; a single walk serves all."""
     states: dict[str, Sequence[Tensor]] = {}  # of what differs from what is left of the model by now
 
     def step(context: LayerContext) -> None:

@@ -152,10 +152,7 @@ class _PermutedEntry(Entry):
 
 
 def save_permuted(model: HuggingFaceModel, found: Permutation, folder: Path) -> None:
-    """Write a model in its new order, and `permutation.json`, as a folder that appears whole or not at all.
-
-    A streamed model is written tensor by tensor; the channels of a model in memory are reordered.
-    """
+    """Write a model in its new order, and `permutation.json`; a streamed model is written tensor by tensor."""
     changed = {}
     if model.shards is None:
         found.apply(model.model)

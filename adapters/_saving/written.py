@@ -31,10 +31,7 @@ def require_written(
     store: FolderStore | None = None,
     narrowed: AbstractReduced | None = None,
 ) -> None:
-    """Check that the pruned model is in a folder: names, shapes, dtypes, and the zeros that the reports count.
-
-    Of a smaller model, whose zeros are gone, every tensor is compared bit for bit.
-    """
+    """Check names, shapes, dtypes and reported zeros of the result; of a smaller model, every bit."""
     try:
         if narrowed is not None:
             assert store is not None
@@ -79,10 +76,7 @@ def miscounted(model: HuggingFaceModel, reports: Sequence[OperatorReport]) -> di
 
 
 def _require_equal(model: HuggingFaceModel, folder: Path) -> None:
-    """Compare the tensors of a folder with memory; tensors under new names are compared as a set.
-
-    transformers may split fused experts on saving. Tied tensors are stored once.
-    """
+    """Compare the tensors of a folder with memory; those under new names, as of split experts, as a set."""
     found = {name: entry for path in shard_files(folder) for name, entry in entries(path)[0].items()}
     names = model.model.state_dict().keys()
     for name in found.keys() & names:

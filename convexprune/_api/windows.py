@@ -10,7 +10,7 @@ from torch import Tensor
 from convexprune._recipe_file import given
 from convexprune.adapters import (
     HuggingFaceModel,
-    calibration_tokens,
+    calibration_and_held_out,
     check_dataset,
     recipe_windows,
     text_windows,
@@ -79,7 +79,7 @@ class Sources:
             return self.evaluation
         if self.evaluation == "self":
             settings = {"num_samples": EVALUATION_SAMPLES, "max_seq_length": window, "seed": recipe.seed}
-            return calibration_tokens("self", model, split="evaluation", **settings)
+            return calibration_and_held_out("self", model, split="evaluation", **settings)[0]
         return text_windows(Path(self.evaluation), model, window)
 
     @property

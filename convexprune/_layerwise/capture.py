@@ -16,10 +16,7 @@ from convexprune._storage.batches import Batches
 
 @dataclass(frozen=True, eq=False)
 class CachedSubmodule:
-    """`module` returns the very tensor that `linear` inside returns, alone or in a tuple with `beside` after it.
-
-    So later operators do not run attention again, once the inputs of its output projection are known.
-    """
+    """A `module` that returns the very output of `linear` inside, so that later passes can skip all before the map."""
 
     module: nn.Module
     linear: nn.Module
@@ -66,10 +63,7 @@ def find_cached_submodules(layer: DecoderLayer, samples: int, found: dict[Group,
 
 
 def _candidates(layer: DecoderLayer) -> Iterator[tuple[Group, nn.Module, list[nn.Module]]]:
-    """Yield groups that are a linear map of all tokens, the map, and the modules around it, the outermost first.
-
-    Modules with the hook of a later stage's group are left out: a shortcut would skip the hook.
-    """
+    """Yield groups that are one map of all tokens, the map, and the modules around it without later stages' hooks."""
     parts = {module: set(module.modules()) for module in layer.module.modules()}
     for number, stage in enumerate(layer.stages[:-1]):
         later = {group.input_hook.module for after in layer.stages[number + 1 :] for group in after}
@@ -108,7 +102,7 @@ class _Look:
             self.ends[module] = tuple(None for _ in others) if type(output) is tuple else None
 
     def cached(self) -> list[CachedSubmodule]:
-        """All that there are, the outermost first."""
+        """Return all cached submodules, the outermost first."""
         once = [m for m in self.around if m in self.ends and self.times[m] == self.times[self.linear] == 1]
         return [CachedSubmodule(module, self.linear, self.ends[module]) for module in once]
 
@@ -128,7 +122,7 @@ class Observed:
     last_branch: Group | None = None  # the group that closes the layer, on request
 
     def read_for(self, group: Group) -> Sequence[Tensor]:
-        """The recorded tensors that a `group` is compared with, if any."""
+        """Return the recorded tensors that a `group` is compared with, if any."""
         return self.inputs.get(group, self.outputs if group is self.last_branch else ())
 
 
@@ -237,9 +231,8 @@ def split_last_branch(layer: DecoderLayer, group: Group, call: Call, batch: Tens
 
 
 def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch: Tensor) -> dict[Group, Tensor]:
-    """Return the inputs [samples tokens n] of a stage's groups with tokens; the layer stops there.
-
-    Without token alignment, all tokens are a single sample.
+    """Return inputs [samples tokens n] of a stage's groups with tokens, one sample if not aligned; the layer stops
+    there.
     """
     seen: dict[Group, Tensor] = {}
     if not stage:

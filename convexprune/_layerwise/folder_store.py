@@ -78,7 +78,7 @@ class FolderStore(AbstractStore):
 
     @contextmanager
     def scratch_folder(self, number: int) -> Iterator[Path]:
-        """An empty folder for whoever has claimed a layer; gone afterwards."""
+        """Make an empty folder for the worker of a layer; gone afterwards."""
         place = self.folder / "scratch" / f"{number:05d}{self._mine}"
         shutil.rmtree(place, ignore_errors=True)  # of a worker that was killed
         with writing(place):
@@ -174,7 +174,6 @@ class FolderStore(AbstractStore):
             model.load_state(model.layers[number], self.layer(number))
 
     def restore(self, model: AbstractModel) -> None:
-        """Load finished layers into a `model` in memory."""
         for number in set(range(self.count)) - self.pruned_here:
             model.load_state(model.layers[number], self.layer(number))
 
@@ -213,9 +212,8 @@ class FolderStore(AbstractStore):
         return self.folder / kind / f"{name}.json"
 
     def _is_used_up(self, number: int) -> bool:
-        """Return True if the hidden states that enter layer `number` can be deleted.
-
-        The layer reads them as inputs, the layer before as its target, so both must be finished.
+        """Return True if the hidden states before layer `number` can be deleted: it, and the layer before, are
+        finished.
         """
         return self.is_finished(number) and (number == 0 or self.is_finished(number - 1))
 
@@ -230,9 +228,8 @@ class FolderStore(AbstractStore):
 
 
 class RankStore(FolderStore):
-    """A shared folder for ranks that prune a layer together: a rank keeps the hidden states of its batches.
-
-    The first rank chooses the next layer, and writes the layers.
+    """A shared folder for ranks that prune a layer together: the first chooses and writes layers, all keep their
+    states.
     """
 
     def __init__(

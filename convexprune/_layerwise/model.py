@@ -14,9 +14,8 @@ from convexprune._device.precision import widened
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A model's call of a decoder layer: every argument after the hidden states, recorded and replayed.
-
-    Arguments have no names here, because names change between releases of transformers.
+    """Arguments of a decoder layer after the hidden states, recorded and replayed, without names, which releases
+    change.
     """
 
     args: tuple[Any, ...] = ()
@@ -137,9 +136,7 @@ class AbstractModel(ABC):
 
     @abstractmethod
     def resident(self, layer: DecoderLayer) -> AbstractContextManager[None]:
-        """Hold the weights of a layer in memory; a streamed model's are then dense, and changes are forgotten at the
-        end.
-        """
+        """Hold a layer's weights in memory, dense if streamed; changes are then forgotten at the end."""
 
     @abstractmethod
     def prefetch(self, layer: DecoderLayer) -> None:

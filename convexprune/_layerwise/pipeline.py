@@ -56,7 +56,6 @@ class Stack:
 
     @property
     def facts(self) -> dict[str, float]:
-        """Numbers for the reports of all operators, by name."""
         borrowed = self.statistics.borrowed
         return ({"corrects_layer": 1.0} if self.closes else {}) | ({"borrowed_tokens": borrowed} if borrowed else {})
 
@@ -70,7 +69,7 @@ class Stack:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The dense weights [m n], in float32."""
+        """Return the dense weights [m n], in float32."""
         with self.context.with_dense([self.group]):
             return stack_of(self.group)
 
@@ -91,16 +90,15 @@ class Stack:
 
     @cached_property
     def edit(self) -> LayerEdit:
-        """The weights of the last step; for a step in an earlier pass, the model's current weights."""
+        """Return the last step's edit; after a step in an earlier pass, with the model's current weights."""
         weight, before = stack_of(self.group), self.context.edits.get(self.names)
         if before is None:
             return LayerEdit(weight, (weight != 0) | (weight == self.weight))
         return replace(before, weight=weight)
 
     def put(self, edit: LayerEdit) -> None:
-        """Store an edit in the model.
-
-        A kept weight that the model's dtype would round to zero is stored as the smallest number: counts stay exact.
+        """Store an edit in the model; a kept weight that rounds to zero becomes the smallest number, so that counts
+        stay exact.
         """
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")
@@ -173,7 +171,6 @@ class Pipeline:
 
     @torch.no_grad()
     def __call__(self, context: LayerContext) -> None:
-        """Run all steps."""
         left = list(self.steps)
         while left:
             together = [s for s in takewhile(_is_on_stacks, left) if isinstance(s, AbstractStackStep)]

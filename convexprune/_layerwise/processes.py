@@ -31,10 +31,7 @@ def require_rendezvous() -> None:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Rank `rank` of `size` ranks in lockstep; for a single rank a sum over ranks changes nothing.
-
-    All communication is `all_reduce`, which every rank has to call equally often.
-    """
+    """Rank `rank` of `size` ranks in lockstep: all have to call `all_reduce` equally often."""
 
     rank: int = 0
     size: int = 1
@@ -78,10 +75,7 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class SamePruned(AbstractPruner):
-    """`pruner`, run by every rank; all take the first rank's answer by `broadcast`, so weights are equal.
-
-    All pose the same problem, but different processors may round the solution differently.
-    """
+    """`pruner`, run by every rank, with the first rank's answer by `broadcast`: processors may round differently."""
 
     pruner: AbstractPruner
     broadcast: Callable[[Tensor], Tensor]
@@ -109,7 +103,7 @@ class SamePruned(AbstractPruner):
 
 @dataclass(frozen=True)
 class SameQuantized(AbstractQuantizer):
-    """`quantizer`, asked by every rank; all take the codes and scales of the first, by `broadcast`, as `SamePruned`."""
+    """`quantizer`, run by every rank, with the first rank's codes and scales, as `SamePruned`."""
 
     quantizer: AbstractQuantizer
     broadcast: Callable[[Tensor], Tensor]

@@ -124,9 +124,8 @@ def _gather(
     shared: Mapping[int, CalibrationStatistics],
     kept: Mapping[Group, Recorded],
 ) -> Statistics:
-    """Run the layer up to a part of a stage, and add up the inputs of its groups.
-
-    `shared` are the statistics, by width, of all experts of the stage together, if this pass is to count them.
+    """Run the layer up to a part of a stage; add up its inputs, and in `shared` by width those of all experts, if
+    any.
     """
     layer, calls, inputs, observed = context.layer, context.calls, context.seen, context.observed
     batches = context.inputs[settings.prefix]

@@ -48,13 +48,11 @@ class CalibrationStatistics:
 
     @staticmethod
     def bytes(width: int) -> int:
-        """Return the bytes of three Gram matrices."""
         return 3 * 4 * width * width
 
     def add(self, x: Tensor, lacking: Tensor | None, held_out: bool) -> None:
-        """Count inputs x* [samples tokens n], and errors: x - x*, or of outputs [samples tokens m].
-
-        A sample goes whole to the half with fewer tokens. Samples of less than `FEW` tokens wait for more.
+        """Count inputs x* [samples tokens n] and errors, by sample to the half with fewer tokens; short samples
+        wait.
         """
         for i in range(len(x)):
             half = int(self._dealt[0] > self._dealt[1])
@@ -127,7 +125,6 @@ class CalibrationStatistics:
         )
 
     def add_up(self, ranks: ProcessGroup) -> None:
-        """Add the counts of all ranks."""
         self._count_all()
         if ranks.size == 1:
             return
@@ -188,9 +185,7 @@ def _added_up(correction: ErrorMoments, ranks: ProcessGroup) -> ErrorMoments:
 
 
 def at_once(shape: tuple[int, int], pruner: AbstractPruner, device: torch.device) -> int:
-    """Return the number of problems to solve side by side: 1 for methods in turn, and on a CPU, where it saves
-    nothing.
-    """
+    """Return the number of problems to solve side by side: 1 for methods in turn, and on a CPU."""
     return many_at_once(*shape) if pruner.side_by_side and not is_host(device) else 1
 
 
@@ -203,9 +198,7 @@ class Paired(Protocol):
     """An item with an input, token-aligned or not (see `Group`)."""
 
     @property
-    def token_aligned(self) -> bool:
-        """True if the input is token-aligned."""
-        ...
+    def token_aligned(self) -> bool: ...
 
 
 Item = TypeVar("Item", bound=Paired)

@@ -53,9 +53,8 @@ class AbstractStore(AbstractStates):
 
 
 class MemoryStore(AbstractStore):
-    """The store of a single worker that takes the layers in the order of `numbers`; pruned weights are in the model.
-
-    Hidden states are where `record` makes a place, until used; with `keep`, for a way back, too.
+    """The store of a worker that takes the layers in order; hidden states stay until used, or with `keep` for a way
+    back.
     """
 
     def __init__(self, numbers: Iterable[int], record: Callable[[], Recorded] = list, keep: bool = False) -> None:

@@ -52,7 +52,6 @@ class LayerWalk:
         self._on_layer, self._calls = on_layer, calls or LayerCalls(model, windows)
 
     def run(self, step: LayerStep) -> None:
-        """Call the step with every layer, until the states have none left."""
         finished = False
         while not finished:
             with self._states.claim() as number:
@@ -62,9 +61,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def visit(self, number: int, step: LayerStep) -> None:
-        """Call the step with a layer, unless its inputs are damaged and a lower layer is still to come and restore
-        them.
-        """
+        """Call the step with a layer, unless its inputs are damaged and a lower layer is to restore them."""
         inputs = dict[Stream, Sequence[Tensor]]()
         for stream in self._streams:
             if (found := self._inputs(number, stream)) is None:

@@ -26,7 +26,6 @@ def stack_steps(on_operator: OnOperator) -> list[AbstractStackStep]:
 
 
 def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
-    """Return all steps of a run, in order."""
     removal = [] if settings.emptied is None else [Remove(settings.emptied)]
     return [Observe(settings.error_target), *removal, *stack_steps(on_operator)]
 
@@ -63,7 +62,6 @@ class Work:
 
     @property
     def validation_batches(self) -> list[Tensor]:
-        """The batches at the end, which are never fitted."""
         return list(self.held_out.split(self.batch_size)) if len(self.held_out) else []
 
     @property
@@ -73,17 +71,13 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class PruneLayer:
-    """Prune a layer, and put the layer and the next layer's inputs away in the `store`.
-
-    The model and the store are its only inputs, and the store its only output: a repeated call leaves the same.
-    """
+    """Prune a layer, and put it and the next layer's inputs away in the `store`: a repeated call leaves the same."""
 
     store: AbstractStore
     work: Work
     on_operator: OnOperator
 
     def __call__(self, context: LayerContext) -> None:
-        """Prune the layer of the context."""
         settings, reports = self.work.settings, list[OperatorReport]()
 
         def report(operator: OperatorReport) -> None:

@@ -5,6 +5,7 @@ from itertools import combinations
 import cvxpy as cp
 import pytest
 import torch
+from brute_force import best_pruning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning_cases import layer_problem
@@ -16,7 +17,6 @@ from convexprune.core._quadratic import Quadratic
 from convexprune.core._relaxation import Relaxed, _price, first_split, fractions, relax, safe_split
 from convexprune.errors import ProblemError
 from convexprune.pruners import Convex, Wanda
-from convexprune.validation import best_pruning
 
 PATTERNS = {
     "matrix": Unstructured(0.5),

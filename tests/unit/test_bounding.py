@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from brute_force import best_pruning
 from door import SMALL, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, Convex, Damping, LayerProblem, Refitted, Wanda
 from convexprune.pruners._damped import damped
 from convexprune.report import Report
-from convexprune.validation import best_pruning
 
 PATTERNS = (Unstructured(0.5), Unstructured(0.5, "row"), SemiStructured(2, 4))
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from convexprune._progress import followed_by
-from convexprune.adapters import HuggingFaceModel, calibration_tokens, text_windows
+from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, text_windows
 from convexprune.adapters._data.corpora import CORPORA
 from convexprune.adapters._data.text_files import read_text
 from convexprune.errors import CalibrationError, DependencyError
@@ -22,9 +22,9 @@ PROSE = "It is a truth universally acknowledged, that a single man must be in wa
 
 
 def calibrate(dataset, model, num_samples: int | None = 4, max_seq_length: int | None = 16, seed=0, **options):
-    return calibration_tokens(
+    return calibration_and_held_out(
         dataset, model, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed, **options
-    )
+    )[0]
 
 
 # ---- windows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import convexprune
-from convexprune.adapters import HuggingFaceModel, calibration_tokens, check_dataset
+from convexprune.adapters import HuggingFaceModel, calibration_and_held_out, check_dataset
 from convexprune.adapters._data.text_files import read_documents, read_text
 from convexprune.errors import CalibrationError
 from convexprune.validation import verify
@@ -46,7 +46,7 @@ def test_messages_go_through_the_chat_template(chat: HuggingFaceModel, file: Pat
     text = "".join(f"<{message['role']}>{message['content']}\n" for conversation in CHATS for message in conversation)
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     for dataset in (str(file), file, f"{file}#old", [{"messages": conversation} for conversation in CHATS]):
-        windows = calibration_tokens(dataset, chat, **ALL)
+        windows = calibration_and_held_out(dataset, chat, **ALL)[0]
         assert windows.flatten().tolist() == ids[: windows.numel()] and len(ids) - windows.numel() < 16
 
 
@@ -60,7 +60,7 @@ def test_without_a_template_they_are_refused_with_what_to_do(
     ):
         tiny_llama.tokenizer.chat_template = template
         with pytest.raises(CalibrationError, match=message):
-            calibration_tokens(file, tiny_llama, **ALL)
+            calibration_and_held_out(file, tiny_llama, **ALL)[0]
 
 
 @pytest.mark.parametrize(

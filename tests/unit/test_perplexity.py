@@ -13,7 +13,8 @@ from convexprune._layerwise.folder_store import FolderStore
 from convexprune.adapters import EMBEDDED, HuggingFaceModel, load, save, text_windows
 from convexprune.adapters._data.likelihood import likelihoods
 from convexprune.errors import CalibrationError
-from convexprune.validation import Perplexity, perplexity, streamed_perplexity
+from convexprune.validation import Perplexity, perplexity
+from convexprune.validation._perplexity import _last_states, _of_states
 
 WINDOWS = torch.arange(5 * 32).reshape(5, 32) * 37 % 4096
 LONG = torch.arange(2 * 64).reshape(2, 64) * 37 % 4096
@@ -128,7 +129,9 @@ def in_memory(model: HuggingFaceModel, _: Path) -> Perplexity:
 def streamed(model: HuggingFaceModel, folder: Path) -> Perplexity:
     save(model, folder / "model")
     opened = load(folder / "model", device="cpu", stream=True)
-    return streamed_perplexity(opened, LONG, FolderStore(folder, len(opened.layers), "cpu"), None)
+    store = FolderStore(folder, len(opened.layers), "cpu")
+    with store.scratch(store.count) as record:
+        return _of_states(opened, LONG, _last_states(opened, LONG, record, store.count, None))
 
 
 def compared(model: HuggingFaceModel, _: Path) -> Any:

@@ -1,12 +1,12 @@
 import torch
 
-from convexprune.adapters import calibration_tokens
+from convexprune.adapters import calibration_and_held_out
 
 
 def sample(model, num_samples=4, max_seq_length=16, seed=0, **options):
-    return calibration_tokens(
+    return calibration_and_held_out(
         "self", model, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed, **options
-    )
+    )[0]
 
 
 def test_sampled_text_is_the_same_for_a_seed_and_other_for_another(tiny_opt):

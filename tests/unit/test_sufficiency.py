@@ -12,7 +12,7 @@ from torch import nn
 import convexprune
 from convexprune import errors
 from convexprune._api.checks import run_warnings
-from convexprune.adapters import calibration_tokens
+from convexprune.adapters import calibration_and_held_out
 from convexprune.adapters._data.rows import refuse_uninformative, shortage
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
@@ -36,14 +36,14 @@ def test_tokens_that_say_nothing_are_refused(build, case: str):
 @pytest.mark.parametrize("text", ["hello " * 2000, "\n" * 5000, "aaaaaaa" * 3000])
 def test_text_that_says_nothing_is_refused(tiny_opt, text: str):
     with pytest.raises(errors.CalibrationError, match="over and over"):
-        calibration_tokens([text], tiny_opt, num_samples=4, max_seq_length=16, seed=0)
+        calibration_and_held_out([text], tiny_opt, num_samples=4, max_seq_length=16, seed=0)[0]
 
 
 def test_a_file_with_nul_bytes_is_no_text(tiny_opt, tmp_path: Path):
     for name, content in {"zeros": b"\0" * 5000, "utf16": "In a hole in the ground".encode("utf-16-le")}.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
         with pytest.raises(errors.CalibrationError, match=rf"{name}\.txt: holds NUL bytes"):
-            calibration_tokens(tmp_path / f"{name}.txt", tiny_opt, num_samples=1, max_seq_length=4, seed=0)
+            calibration_and_held_out(tmp_path / f"{name}.txt", tiny_opt, num_samples=1, max_seq_length=4, seed=0)[0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from brute_force import best_pruning
 from safetensors.torch import load_file, save_file
 from test_cli import folder, run
 
@@ -18,7 +19,7 @@ from convexprune.report import Report
 from convexprune.solvers import Status
 from convexprune.solvers._cg import ConjugateGradient
 from convexprune.solvers._fista import FISTA
-from convexprune.validation import Verification, best_pruning, verify
+from convexprune.validation import Verification, verify
 from convexprune.validation._oracles import block, block_problems, solve_by_all
 
 __all__ = ["folder"]  # a fixture of test_cli

@@ -72,10 +72,7 @@ def _choices(first: int, width: int, kept: int) -> Tensor:
 
 
 def _best(q: Quadratic, supports: Tensor, together: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the best weight [m n] of every row on the `supports` [count kept], and its value [m].
-
-    With `together` all rows have a common support, and the value is the sum over rows.
-    """
+    """Return every row's, or all rows' `together`, best weight [m n] on `supports` [count kept], and its value [m]."""
     q = q.at(None)
     best = q.energy / 2 if supports.shape[1] == 0 else torch.full_like(q.energy, float("inf"))
     weight = torch.zeros_like(q.cross)
