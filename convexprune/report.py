@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from io import StringIO
 from statistics import median
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from convexprune.errors import OutputError
@@ -225,6 +227,16 @@ class Report:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
             reason = f"{type(cause).__name__}: {cause}"
         raise OutputError(f"{name} is damaged, or of another release of convexprune ({reason[:200]}).")
+
+    def _repr_html_(self) -> str:
+        console = Console(record=True, file=StringIO(), width=160)
+        console.print(self.table())
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON Schema of `report.json`, but for its checksum and the values that follow from others."""
+        return _whole_reader().json_schema()
 
     def table(self) -> Table:
         """Return a table for a terminal, a line for an operator."""

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convexprune._container.file import packed_name
 from convexprune._recipe_file import write_recipe
 from convexprune._rendering.card import write_card
-from convexprune._rendering.facts import name_of_model
+from convexprune._rendering.facts import facts, name_of_model
 from convexprune._rendering.page import write_page
 from convexprune._runs.folder import PAGE, REPORT
+from convexprune._storage.failures import working
 from convexprune._storage.files import write_text
+from convexprune._storage.staging import Staging
 from convexprune.adapters._channels.permuting import Permutation
+from convexprune.core._problem import Shown
 from convexprune.errors import OutputError, RecipeError, shown
 from convexprune.recipe import make_recipe
 from convexprune.report import Report
@@ -91,7 +94,7 @@ class _Result:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PruneResult(_Result):
+class PruneResult(Shown, _Result):
     """A pruned model and its report; see also `output_dir` and `model`.
 
     Args:
@@ -104,6 +107,33 @@ class PruneResult(_Result):
 
     def __repr__(self) -> str:
         return self._shown(self.report)
+
+    def facts(self) -> dict[str, str]:
+        """Return the statements of the model card by title."""
+        return {fact.name: fact.text for fact in facts(self.report)}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a model that was pruned in memory, with its tokenizer, card, page, recipe and report.
+
+        Args:
+            folder: new or empty folder. It is written whole, or not at all.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OutputError: the folder holds something, or the result lies in a folder already.
+        """
+        if self.output_dir is not None:
+            raise OutputError(f"The result lies in {self.output_dir} already: copy that folder.")
+        staging = Staging.of_new(folder)
+        with working(staging.output), staging.held() as is_free:
+            if not is_free:
+                raise staging.in_use()
+            write_result(self.model, self.tokenizer, self.report, staging.begin())
+            staging.publish()
+            staging.discard()
+        return staging.output
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any

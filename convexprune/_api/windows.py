@@ -96,7 +96,7 @@ def _require_some(windows: Tensor) -> Tensor:
     if not len(windows):
         raise CalibrationError(
             f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another text to "
-            "evaluate on (--eval-text)."
+            "evaluate on (--evaluation)."
         )
     return windows
 

@@ -31,6 +31,11 @@ class Command(TyperCommand):
             if lines:
                 formatter.write("\n".join(["", f"{name}:", *lines, ""]))
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples."""
+        lines = (f"  convexprune {example}" for example in EXAMPLES.get(ctx.info_name, ()))
+        formatter.write("\n".join(["", "Examples:", *lines, ""]))
+
 
 BESIDE = 26  # characters that names of options have to the left of their text
 
@@ -41,9 +46,32 @@ def _entry(name: str, text: str, width: int) -> list[str]:
     return [head + lines[0][len(head) :], *lines[1:]] if len(head) < BESIDE - 1 and lines else [head, *lines]
 
 
-class _Sorted(TyperGroup):
+EXAMPLES = {
+    "inspect": ("inspect Qwen/Qwen3-4B --pattern 2:4",),
+    "advise": ("advise Qwen/Qwen3-4B --target 2GiB",),
+    "prune": (
+        "prune MODEL --dataset text.txt --sparsity 0.5 -o DIR",
+        "prune MODEL --dataset text.txt --sparsity 0 --bits 3.3 -o DIR",
+    ),
+    "permute": ("permute MODEL --pattern 2:4 --dataset text.txt -o DIR",),
+    "report": ("report DIR --output page.html",),
+    "verify": ("verify DIR",),
+    "eval": ("eval DIR --against MODEL --text held-out.txt",),
+    "compare": ("compare MODEL --methods fista,sparsegpt --output DIR",),
+    "pack": ("pack DIR PACK",),
+    "unpack": ("unpack PACK DIR",),
+    "export": ("export DIR model.gguf --format gguf",),
+    "bench": ("bench DIR",),
+    "doctor": ("doctor",),
+    "list": ("list",),
+    "recipe": ("recipe from-llmcompressor recipe.yaml",),
+}
+"""Commands in the order of a job, with examples."""
+
+
+class _InOrder(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands)
+        return sorted(self.commands, key=list(EXAMPLES).index)
 
 
 class _Application(typer.Typer):
@@ -52,7 +80,7 @@ class _Application(typer.Typer):
 
 
 app = _Application(
-    cls=_Sorted,
+    cls=_InOrder,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text, with room for it
     pretty_exceptions_enable=False,

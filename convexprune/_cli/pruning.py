@@ -34,14 +34,6 @@ def prune(
             rich_help_panel="run",
         ),
     ] = None,
-    evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--evaluate",
-            help="Measure perplexity before and after, and KL from dense: on the held-out samples, or on --eval-text.",
-            rich_help_panel="run",
-        ),
-    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -55,8 +47,6 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Prune a model and write it as an ordinary Hugging Face folder."""
-    if evaluate:
-        settings = {"evaluation": "held-out"} | settings
     if recipe is None and settings.get("dataset", "self") == "self":
         settings = {"evaluation": "self"} | settings
     with working(quiet, settings["output_dir"], "prune"):

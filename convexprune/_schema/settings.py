@@ -243,7 +243,6 @@ class RunSettings(Settings):
         "Text to measure perplexity on, before and after, and the KL divergence from the dense model: held-out (the "
         "held-out samples), self (sampled from the dense model, apart from the calibration samples), or a .txt or "
         ".jsonl file. Left out: none; on the command line self, if the dataset is.",
-        "--eval-text",
         first=True,
     )
 

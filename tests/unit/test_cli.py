@@ -1,5 +1,6 @@
 """The command line says what it did, and what is wrong."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from convexprune import _cli as cli
@@ -46,7 +48,7 @@ def test_list_names_all_that_can_be_chosen():
 def test_prune_prints_the_table_and_where_the_model_lies(folder: Path):
     options = ["--pattern", "2:4", "--nsamples", 8, "--seqlen", 32, "--output", folder / "out"]
     text = folder / "text.txt"
-    result = run("prune", folder / "model", "--dataset", text, "--eval-text", text, *options)
+    result = run("prune", folder / "model", "--dataset", text, "--evaluation", text, *options)
     assert result.exit_code == 0, result.output
     assert "50.00% of " in result.stdout and "12 operators" in result.stdout
     words = " ".join(result.stdout.split())
@@ -134,3 +136,11 @@ def test_threads_are_left_as_the_user_set_them(folder: Path):
     given = ("--method", "magnitude", "--nsamples", 2, "--seqlen", 8, "--output", folder / "out")
     result = run("prune", folder / "model", *given, "--threads", threads + 1)
     assert result.exit_code == 0 and torch.get_num_threads() == threads
+
+
+def test_every_command_has_examples_that_its_options_admit():
+    commands = get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(application.EXAMPLES) == set(commands)
+    for name, examples in application.EXAMPLES.items():
+        for example in examples:
+            commands[name].make_context(name, shlex.split(example)[1:])

@@ -102,8 +102,7 @@ def rules() -> None:
 def evaluation() -> None:
     own, _ = doors.EVALUATE.read({"tasks": "hellaswag,arc_easy", "text": ["wikitext2"], "against": "X"})
     assert own.tasks == ("hellaswag", "arc_easy") and own.text == ("wikitext2",)
-    assert asked("--evaluate")["evaluation"] == "held-out"
-    assert asked("--evaluate", "--eval-text", "a.txt")["evaluation"] == "a.txt"
+    assert asked("--evaluation", "a.txt")["evaluation"] == "a.txt"
 
 
 def several_sparsities() -> None:
@@ -158,7 +157,7 @@ def closed_lists() -> None:
 def the_first_ten() -> None:
     first = shown_help("prune", width=200)["Options"]
     assert len([line for line in first if re.match(r"  (-\w, )?--", line)]) == 11  # and --help
-    assert list(shown_help("prune", width=200)) == ["Arguments", "Options", *GROUPS]
+    assert list(shown_help("prune", width=200)) == ["Arguments", "Options", *GROUPS, "Examples"]
 
 
 GROUPS = ("model", "data", "target", "method", "run", "device", "what is printed")

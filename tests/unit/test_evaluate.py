@@ -138,8 +138,19 @@ def test_held_out_samples_are_evaluated_before_and_after(build):
 
 
 def test_the_command_evaluates_on_what_is_held_out(folder: Path):
-    options = ["--method", "magnitude", "--nsamples", 8, "--seqlen", 32, "--output", folder / "out", "--evaluate"]
-    done = run("prune", folder / "model", "--dataset", folder / "text.txt", *options)
+    options = [
+        "--method",
+        "magnitude",
+        "--nsamples",
+        8,
+        "--seqlen",
+        32,
+        "--output",
+        folder / "out",
+        "--evaluation",
+        "held-out",
+    ]
+    done = run("prune", folder / "model", "--dataset", folder / "text.txt", "--output", folder / "out", *options)
     words = " ".join(done.stdout.split())
     assert "tokens of the held-out samples" in words and "nats a token on the same text" in words, done.output
 
