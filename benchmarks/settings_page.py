@@ -9,10 +9,16 @@ from typing import Any
 
 from convexprune._cli.application import dashed
 from convexprune._schema.functions import PRUNE
-from convexprune._schema.settings import GROUPS
 
 PLACE = "<!-- settings -->"
-TITLES = {kind.group: (kind.__doc__ or "").rstrip(".") for kind in GROUPS}
+TITLES = {
+    "model": "The model",
+    "data": "Tokens for calibration and evaluation",
+    "target": "Sparsity and pattern of operators",
+    "method": "Pruning method, and targets of an operator",
+    "run": "Measurements of a run",
+    "device": "Device and number formats",
+}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -29,7 +35,7 @@ def tables() -> Iterator[str]:
 
 def row(name: str) -> str:
     info = PRUNE.fields[name]
-    others = "".join(f"<br>`{option}`" for option in PRUNE.options_of(name) if dashed(name) != option[2:])
+    others = "".join(f"<br>`{option}`" for option in PRUNE.hint(name).options if dashed(name) != option[2:])
     default = info.default if isinstance(info.default, str | bool | int) else ", ".join(info.default or ())
     words = re.sub(r"docs/([\w-]+\.md)", r"[\1](\1)", info.description or "")
     return f"| `{name}`{others} | {f'`{default}`' if default != '' else ''} | {words} |"

@@ -15,7 +15,7 @@ from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._schema import functions as doors
-from convexprune._schema.door import documented
+from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load
 from convexprune.adapters._discovery.operators import LINEAR_MODULES, ParameterOperator
 from convexprune.errors import ModelError

@@ -18,8 +18,8 @@ from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import given
 from convexprune._runs.identity import checksum
-from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import COMPARE
+from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.files import write_json
 from convexprune._storage.staging import Staging, output_folder, require_empty

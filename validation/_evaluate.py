@@ -18,8 +18,8 @@ from convexprune._device.memory import within_memory
 from convexprune._device.switches import pinned
 from convexprune._progress import begin
 from convexprune._progress.shown import visible
-from convexprune._schema.door import documented
 from convexprune._schema.functions import EVALUATE, Evaluate
+from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel, bundled_if_none, load, text_windows
 from convexprune.adapters._data.corpora import CORPORA, datasets_package, hub_text
 from convexprune.adapters._data.likelihood import divergence

@@ -18,8 +18,8 @@ from convexprune._layerwise.settings import LayerSettings, TokenWeighting
 from convexprune._layerwise.steps.bounds import rows_to_bound
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
-from convexprune._schema.door import documented
 from convexprune._schema.functions import VERIFY
+from convexprune._schema.parameters import documented
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.selection import matcher
 from convexprune.adapters._saving.written import miscounted

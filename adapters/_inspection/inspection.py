@@ -18,8 +18,8 @@ from convexprune._layerwise.settings import LayerSettings
 from convexprune._runs import cost, sizes
 from convexprune._runs.cost import load, measured_speed, seconds
 from convexprune._runs.executors import check_patterns
-from convexprune._schema.door import documented
 from convexprune._schema.functions import INSPECT
+from convexprune._schema.parameters import documented
 from convexprune.errors import CalibrationError, RecipeError
 from convexprune.recipe import Recipe, make_recipe
 

@@ -23,8 +23,8 @@ from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._recipe_file import GIVEN, read_recipe
 from convexprune._runs.executors import check_patterns
-from convexprune._schema.door import UNSET, documented
 from convexprune._schema.functions import PERMUTE, PRUNE, Call
+from convexprune._schema.parameters import UNSET, documented
 from convexprune._storage.failures import working
 from convexprune._storage.staging import Staging
 from convexprune.adapters import bundled_if_none, check_dataset, given_tokenizer, load, recipe_windows

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from convexprune._cli.application import app, console, print_json, show
-from convexprune._cli.options import AsJson, Quiet, also_called, with_settings
+from convexprune._cli.application import console, print_json, show
+from convexprune._cli.options import AsJson, Quiet, command
 from convexprune._cli.stopping import working
 from convexprune._schema.functions import ADVISE, BENCH, COMPARE_SAMPLES, DOCTOR, EVALUATE, VERIFY
 from convexprune.errors import install_hint
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 MARKS = {True: "passed", False: "FAILED", None: ""}
 
 
-@app.command(context_settings=also_called(ADVISE))
-@with_settings(ADVISE, "model")
+@command(ADVISE, "model")
 def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Say which ways to a smaller or faster model reach a target. Shows measured costs, and the commands."""
     with working(quiet):
@@ -50,8 +49,7 @@ def _table_of_advice(found: "Advice") -> Table:
     return table
 
 
-@app.command(context_settings=also_called(BENCH))
-@with_settings(BENCH, "model")
+@command(BENCH, "model")
 def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Time a model on this machine: dense, 8 and 4 bits, sparse. Covers the largest layers and generation."""
     with working(quiet):
@@ -80,8 +78,7 @@ def _table_of_timings(found: "Bench", title: str, whole: bool) -> Table:
     return table
 
 
-@app.command(context_settings=also_called(COMPARE_SAMPLES))
-@with_settings(COMPARE_SAMPLES, "model")
+@command(COMPARE_SAMPLES, "model")
 def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Compare methods on the same tokens. Errors, perplexity, KL to the dense model, seconds, products, memory."""
     asked, _ = COMPARE_SAMPLES.read(settings)
@@ -111,8 +108,7 @@ def compare(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     console.print(f"The results, report.md first: {output.resolve()}", soft_wrap=True)
 
 
-@app.command(context_settings=also_called(DOCTOR))
-@with_settings(DOCTOR)
+@command(DOCTOR)
 def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Check that this machine computes right. Covers methods, kernels, and a small run, killed and resumed.
 
@@ -141,8 +137,7 @@ def _table_of_checkup(found: "Checkup") -> Table:
     return table
 
 
-@app.command("eval", context_settings=also_called(EVALUATE))
-@with_settings(EVALUATE, "model")
+@command(EVALUATE, "model", name="eval")
 def evaluate(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Measure a model: perplexity, KL to the dense model, tasks.
 
@@ -161,8 +156,7 @@ def evaluate(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = F
         console.print(f"not measured: {line}", soft_wrap=True, highlight=False)
 
 
-@app.command(context_settings=also_called(VERIFY))
-@with_settings(VERIFY)
+@command(VERIFY)
 def verify(
     settings: dict[str, Any],
     source: Annotated[str | None, typer.Argument(help="Model, or folder of a run. Left out: the bundled OPT.")] = None,

@@ -11,8 +11,8 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from convexprune._cli.application import dashed
-from convexprune._schema.door import LISTED, Door
+from convexprune._cli.application import app, dashed
+from convexprune._schema.parameters import LISTED, Parameters
 from convexprune.errors import RecipeError
 
 PRINTED = "what is printed"
@@ -25,81 +25,72 @@ Quiet = Annotated[
 AllowChanged = Annotated[
     bool, typer.Option("--allow-changed", help="Take a result whose files are not those that its run wrote.")
 ]
-Command = Callable[..., None]
 READ_AS = {bool: bool, int: int, float: float, Path: Path, str: str, Literal: str, dict: str, ByteSize: str}
 
 
-def with_settings(
-    door: Door[Any], argument: str | None = None, **defaults: Any
-) -> Callable[[Any], Callable[..., None]]:
-    """Replace a command's parameter `settings` by an option for every setting of a door.
+def command(
+    parameters: Parameters[Any], argument: str | None = None, *, name: str | None = None, **defaults: Any
+) -> Any:
+    """Add a function as a command, with an option for every setting of its parameter `settings`.
 
-    The command gets the settings that the user gave, and the `defaults` of the command line. The setting `argument` has
-    no option: its value comes first on the line.
+    The function gets the settings that the user gave, and the `defaults` of the command line. The setting `argument`
+    comes first on the line; an option of its name is taken too, as in other tools.
     """
+    aliases = {option[2:]: dashed(field) for field in parameters.fields for option in _long(parameters, field)}
 
-    def decorate(command: Command) -> Command:
-        parameters = inspect.signature(command).parameters.values()
-        own = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters if each.name != "settings"]
-        options = [_option(door, name, name == argument, defaults.get(name)) for name in door.fields]
-        every = [*filter(None, options), *own, *([] if argument is None else [_named_argument(argument)])]
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        others = [p for p in inspect.signature(function).parameters.values() if p.name != "settings"]
+        options = [_option(parameters, field, field == argument, defaults.get(field)) for field in parameters.fields]
+        named = f"{argument}_"
+        hidden = [] if argument is None else [_parameter(named, str | None, typer.Option(f"--{argument}", hidden=True))]
 
         def run(**given: Any) -> None:
-            mine = {each.name: given.pop(each.name) for each in own}
-            if argument is not None and (named := given.pop(f"{argument}_")) is not None:
+            rest = {other.name: given.pop(other.name) for other in others}
+            if argument is not None and (value := given.pop(named)) is not None:
                 if given[argument] is not None:
-                    raise RecipeError(f"The {argument} came twice: {given[argument]!r} and --{argument} {named!r}.")
-                given[argument] = named
-            chosen = {name: value for name, value in given.items() if value is not None and value != []}
-            command(settings={**defaults, **chosen}, **mine)
+                    raise RecipeError(f"The {argument} came twice: {given[argument]!r} and --{argument} {value!r}.")
+                given[argument] = value
+            chosen = {field: value for field, value in given.items() if value is not None and value != []}
+            function(settings={**defaults, **chosen}, **rest)
 
+        every = [*filter(None, options), *(other.replace(kind=other.KEYWORD_ONLY) for other in others), *hidden]
         run.__dict__["__signature__"] = inspect.Signature(sorted(every, key=lambda each: each.name != argument))
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        # An alias may be written with underscores or dashes.
+        app.command(
+            name, context_settings={"token_normalize_func": lambda word: aliases.get(dashed(word), dashed(word))}
+        )(run)
+        return function
 
     return decorate
 
 
-def also_called(door: Door[Any]) -> dict[str, Any]:
-    """Return the entries that a command needs to accept all names of a door's options, with underscores or dashes."""
-    names = {option[2:]: dashed(name) for name in door.fields for option in _long(door, name)}
-    return {"token_normalize_func": lambda word: names.get(dashed(word), dashed(word))}
-
-
-def _option(door: Door[Any], name: str, is_argument: bool, default: Any) -> inspect.Parameter | None:
-    info = door.fields[name]
-    kind = str if door.is_named(name) else _kind(info)
+def _option(parameters: Parameters[Any], name: str, is_argument: bool, default: Any) -> inspect.Parameter | None:
+    info, hint, others = parameters.fields[name], parameters.hint(name), _long(parameters, name)
+    kind = str if hint.named else _kind(info)
     if kind is None:  # what no text can say
         return None
     required = info.default is PydanticUndefined
-    others, choices = _long(door, name), door.choices_of(name)
-    names = [f"--{dashed(name)}", *(each for each in door.options_of(name) if each not in others)]
+    if is_argument:
+        place = typer.Argument(help=info.description, show_default=False)
+        return _parameter(name, kind if required else kind | None, place, required)
+    names = [f"--{dashed(name)}", *(option for option in hint.options if option not in others)]
     if kind is bool:
         names[0] += f"/--no-{names[0][2:]}"
     help = f"{info.description}{_default(info.default if default is None else default)}"
-    help += f" Also {', '.join(others)}." if others else ""
-    place = (
-        typer.Argument(help=info.description, show_default=False)
-        if is_argument
-        else typer.Option(
-            *names,
-            help=help,
-            show_default=False,
-            metavar=f"[{'|'.join(choices)}]" if choices else None,
-            autocompletion=(lambda: list(choices)) if choices else None,
-            rich_help_panel=None if door.comes_first(name) else door.group_of(name),
-        )
+    place = typer.Option(
+        *names,
+        help=help + (f" Also {', '.join(others)}." if others else ""),
+        show_default=False,
+        metavar=f"[{'|'.join(hint.choices)}]" if hint.choices else None,
+        autocompletion=(lambda: list(hint.choices)) if hint.choices else None,
+        rich_help_panel=None if hint.first else parameters.group_of(name),
     )
     return _parameter(name, kind if required else kind | None, place, required)
 
 
-def _long(door: Door[Any], name: str) -> list[str]:
-    return [option for option in door.options_of(name) if option.startswith("--")]
-
-
-def _named_argument(name: str) -> inspect.Parameter:
-    """Return an option with the name of the leading argument, as in other tools."""
-    return _parameter(f"{name}_", str | None, typer.Option(f"--{name}", hidden=True))
+def _long(parameters: Parameters[Any], name: str) -> list[str]:
+    return [option for option in parameters.hint(name).options if option.startswith("--")]
 
 
 def _parameter(name: str, kind: Any, place: Any, required: bool = False) -> inspect.Parameter:

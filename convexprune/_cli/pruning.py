@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from convexprune._cli.application import app, console, print_json, show
-from convexprune._cli.options import PRINTED, AsJson, Quiet, also_called, with_settings
+from convexprune._cli.options import PRINTED, AsJson, Quiet, command
 from convexprune._cli.stopping import working
 from convexprune._schema.functions import INSPECT, PERMUTE, PRUNE
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 WIDTH = 80  # columns of a terminal
 
 
-@app.command(context_settings=also_called(PRUNE))
-@with_settings(PRUNE, "model", output_dir=Path("pruned"))
+@command(PRUNE, "model", output_dir=Path("pruned"))
 def prune(
     settings: dict[str, Any],
     recipe: Annotated[
@@ -88,8 +87,7 @@ def summary(report: "Report") -> Table:
     return table
 
 
-@app.command(context_settings=also_called(PERMUTE))
-@with_settings(PERMUTE, "model", output_dir=Path("permuted"))
+@command(PERMUTE, "model", output_dir=Path("permuted"))
 def permute(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Order the channels of a dense model so that N:M costs less. The model computes the same as before."""
     with working(quiet):
@@ -119,8 +117,7 @@ def _table_of_permutation(done: "Permutation") -> Table:
     return table
 
 
-@app.command(context_settings=also_called(INSPECT))
-@with_settings(INSPECT, "model")
+@command(INSPECT, "model")
 def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Predict the work of pruning a model, from its config alone. Shows operators, memory, an estimate of the time.
 

@@ -16,8 +16,8 @@ from convexprune._device.switches import pinned
 from convexprune._doctor.answers import Check, Measurement, Sizes, checks_of_answers
 from convexprune._doctor.runs import checks_of_runs
 from convexprune._progress import begin
-from convexprune._schema.door import documented
 from convexprune._schema.functions import CHECKS, DOCTOR
+from convexprune._schema.parameters import documented
 
 
 @dataclass(frozen=True)

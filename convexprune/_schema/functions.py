@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from convexprune._schema.door import LISTED, RECIPE, Door
 from convexprune._schema.group import Settings, setting
+from convexprune._schema.parameters import LISTED, RECIPE, Parameters
 from convexprune._schema.settings import ALLOW_CHANGED, LARGEST_SEED, Reading, RemoteCode
 from convexprune.errors import OutputError, RecipeError, unknown
 
@@ -286,13 +286,13 @@ COMPARED = (*SAMPLED, "held_out_samples", "targets", "ignore")
 NOT_VERIFIED = ("held_out_samples", "evaluation", "threads", "rules", "model", "seed", "bound_rows")  # or its own
 VERIFIED = tuple(name for name in RECIPE if name not in NOT_VERIFIED)
 
-PRUNE = Door(Call, tuple(RECIPE))
-PERMUTE = Door(Permute, SAMPLED, {"num_calibration_samples": 16})
-COMPARE = Door(Compare, COMPARED, {"num_calibration_samples": 64, "dtype": "float32"})
-COMPARE_SAMPLES = Door(CompareSamples, tuple(name for name in COMPARED if name != "seed"), COMPARE.defaults)
-INSPECT = Door(Inspect, tuple(RECIPE))
-VERIFY = Door(Verify, VERIFIED)
-EVALUATE = Door(Evaluate, ("model", "dtype", "device"))
-BENCH = Door(Bench, ("model", "device"))
-ADVISE = Door(Advise, ("model",))
-DOCTOR = Door(Doctor, ("device",))
+PRUNE = Parameters(Call, tuple(RECIPE))
+PERMUTE = Parameters(Permute, SAMPLED, {"num_calibration_samples": 16})
+COMPARE = Parameters(Compare, COMPARED, {"num_calibration_samples": 64, "dtype": "float32"})
+COMPARE_SAMPLES = Parameters(CompareSamples, tuple(name for name in COMPARED if name != "seed"), COMPARE.defaults)
+INSPECT = Parameters(Inspect, tuple(RECIPE))
+VERIFY = Parameters(Verify, VERIFIED)
+EVALUATE = Parameters(Evaluate, ("model", "dtype", "device"))
+BENCH = Parameters(Bench, ("model", "device"))
+ADVISE = Parameters(Advise, ("model",))
+DOCTOR = Parameters(Doctor, ("device",))

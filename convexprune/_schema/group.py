@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,17 +21,20 @@ class Settings(BaseModel):
     group: ClassVar[str] = ""
 
 
+class Hint(NamedTuple):
+    """Facts of a setting that pydantic does not know."""
+
+    options: tuple[str, ...]  # aliases on the command line, and, without dashes, in Python
+    choices: tuple[str, ...]  # all accepted values, if the list is closed
+    first: bool  # heads the help of a command
+    named: bool  # the command line takes a name while Python also takes an object
+
+
 def setting(
-    default: Any,
-    help: str,
-    *options: str,  # aliases on the command line, and, without dashes, in Python
-    choices: tuple[str, ...] = (),  # all accepted values, if the type does not say so
-    first: bool = False,  # heads the help of a command
-    named: bool = False,  # the command line takes a name while Python also takes an object
-    **limits: Any,
+    default: Any, help: str, *options: str, choices: Any = (), first: bool = False, named: bool = False, **limits: Any
 ) -> Any:
-    known: Any = {"options": list(options), "choices": list(choices), "first": first, "named": named}
-    return Field(default, description=help, json_schema_extra=known, **limits)
+    hint: Any = {"hint": Hint(options, choices, first, named)}
+    return Field(default, description=help, json_schema_extra=hint, **limits)
 
 
 def checked(kind: type[Made], settings: Mapping[str, Any]) -> Made:

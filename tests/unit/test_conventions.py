@@ -149,7 +149,7 @@ def torchs_objects() -> None:
 def closed_lists() -> None:
     shown = CliRunner().invoke(cli.app, ["prune", "--help"], env={"COLUMNS": "400"}).output
     for name in ("quota", "method", "solver", "allocation", "executor", "dtype"):
-        assert f"[{'|'.join(doors.PRUNE.choices_of(name))}]" in shown
+        assert f"[{'|'.join(doors.PRUNE.hint(name).choices)}]" in shown
     with pytest.raises(errors.RecipeError, match="'matrix' or 'row'"):
         make_recipe(quota="rows")
 

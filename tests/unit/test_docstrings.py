@@ -34,7 +34,7 @@ import convexprune
 PACKAGE = Path(convexprune.__file__).parent
 ERRORS = {node.name for node in ast.parse((PACKAGE / "errors.py").read_text()).body if isinstance(node, ast.ClassDef)}
 BY_SCHEMA = frozenset({"convexprune._api.calls", "convexprune.validation._compare"})
-"""Modules whose functions take settings: the schema writes their Args when they are imported (`_schema.door`)."""
+"""Modules whose functions take settings: the schema writes their Args when they are imported (`_schema.parameters`)."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -19,13 +19,13 @@ from convexprune._api import calls
 from convexprune._layerwise.allocation import RULES
 from convexprune._recipe_file import read_recipe, write_recipe
 from convexprune._schema import functions as doors
-from convexprune._schema.door import RECIPE, Door
 from convexprune._schema.group import load_yaml
+from convexprune._schema.parameters import RECIPE, Parameters
 from convexprune._schema.settings import GROUPS
 from convexprune.pruners import METHODS
 from convexprune.recipe import PRESETS, SOLVERS, Recipe, make_recipe
 
-FUNCTIONS: dict[str, tuple[Any, Door[Any]]] = {
+FUNCTIONS: dict[str, tuple[Any, Parameters[Any]]] = {
     "prune": (convexprune.prune, doors.PRUNE),
     "permute": (convexprune.permute, doors.PERMUTE),
     "compare": (convexprune.compare, doors.COMPARE),

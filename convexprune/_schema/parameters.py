@@ -12,7 +12,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from convexprune._schema.group import Settings, checked
+from convexprune._schema.group import Hint, Settings, checked
 from convexprune._schema.settings import GROUPS
 from convexprune.errors import RecipeError, unknown
 
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Door(Generic[Own]):
+class Parameters(Generic[Own]):
     own: type[Own]  # the group of settings outside the recipe
     shared: tuple[str, ...]  # names of settings of the recipe
     defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults that differ from the recipe's
@@ -48,24 +48,17 @@ class Door(Generic[Own]):
         kinds = [kind for kind in reversed(self.own.__mro__) if issubclass(kind, Settings)]
         return next(kind.group for kind in (*kinds, *GROUPS) if name in kind.model_fields)
 
-    def options_of(self, name: str) -> list[str]:
-        return _extra(self.fields[name])["options"]
-
-    def comes_first(self, name: str) -> bool:
-        return _extra(self.fields[name])["first"]
-
-    def is_named(self, name: str) -> bool:
-        return _extra(self.fields[name])["named"]
-
-    def choices_of(self, name: str) -> tuple[str, ...]:
-        info = self.fields[name]
+    def hint(self, name: str) -> Hint:
+        """Return the hint of a setting, with the choices that its type tells."""
+        info: Any = self.fields[name]
         kinds = get_args(info.annotation) if get_origin(info.annotation) in (Union, UnionType) else (info.annotation,)
-        named = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
-        return next(named, tuple(_extra(info)["choices"]))
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+        hint: Hint = info.json_schema_extra["hint"]
+        return hint if choices is None else hint._replace(choices=choices)
 
     def _by_their_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Replace aliases such as `nsamples` by the names of settings."""
-        others = {option[2:].replace("-", "_"): name for name in self.fields for option in self.options_of(name)}
+        others = {option[2:].replace("-", "_"): name for name in self.fields for option in self.hint(name).options}
         found = dict(given)
         for other in [name for name in given if name in others and name not in self.fields]:
             if found.get(others[other]) is not None:
@@ -83,12 +76,7 @@ class Door(Generic[Own]):
         return checked(self.own, own), {**self.defaults, **shared}
 
 
-def _extra(info: FieldInfo) -> dict[str, Any]:
-    extra: Any = info.json_schema_extra
-    return extra
-
-
-def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give a function with `**settings` a signature and a docstring: `PLACE` is replaced by descriptions of the
     settings.
     """
@@ -96,31 +84,27 @@ def documented(door: Door[Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = dict(inspect.signature(function).parameters)
         del parameters["settings"]
-        for name, info in door.fields.items():
+        for name, info in settings.fields.items():
             default = None if info.default is PydanticUndefined else info.default
             plain = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=info.annotation)
             parameters[name] = parameters.get(name, plain).replace(default=default)
         function.__dict__["__signature__"] = inspect.Signature(list(parameters.values()))
         words = function.__doc__ or ""
-        function.__doc__ = words.replace(PLACE, _described(door, words))
+        function.__doc__ = words.replace(PLACE, _described(settings, words))
         return function
 
     return decorate
 
 
-def _described(door: Door[Any], words: str) -> str:
+def _described(settings: Parameters[Any], words: str) -> str:
     """Return the Args section of the settings without entries that the docstring already has."""
     indent = " " * 8
+    whole: Any = {"break_on_hyphens": False, "break_long_words": False}
     lines = [
         textwrap.fill(
-            f"{name}: {info.description}",
-            112,
-            initial_indent=indent,
-            subsequent_indent=indent + "    ",
-            break_on_hyphens=False,
-            break_long_words=False,
+            f"{name}: {info.description}", 112, initial_indent=indent, subsequent_indent=indent + "    ", **whole
         )
-        for name, info in door.fields.items()
+        for name, info in settings.fields.items()
         if f"\n        {name}: " not in words
     ]
     return "\n".join(lines).lstrip()
