@@ -29,22 +29,15 @@ from ._huggingface import HuggingFaceModel
 BLOCK = 32  # block grids have their own groups
 AT_ONCE = 2**24  # weights of an embedding that are quantized together
 DENSE = Unstructured(0.0)
-Units = Mapping[tuple[str, ...], Mapping[str, int]]
-"""Bytes by type, of operators that have a common type."""
 
 
 @dataclass(frozen=True, eq=False)
 class End:
-    """The embedding or the head [words n], or both if tied. A row counts as often as its word is predicted.
-
-    Args:
-        moments: of the head's inputs; those of the embedding have the squared gradients at its outputs.
-        frequency: mean probability of words [words].
-    """
+    """The embedding or the head [words n], or both if tied. A row counts as often as its word is predicted."""
 
     weight: Tensor
-    moments: Moments
-    frequency: Tensor
+    moments: Moments  # of the head's inputs; those of the embedding have the squared gradients at its outputs
+    frequency: Tensor  # mean probability of words [words]
 
     def _problems(self, pattern: Constraint) -> Iterator[LayerProblem]:
         """Yield the layer problems of some rows at a time."""
@@ -72,20 +65,14 @@ class End:
 
 @dataclass(frozen=True)
 class TypeChoice:
-    """The choice of types for a model, made once for all processes that share a store.
-
-    Args:
-        units: what is chosen for; embedding and head are the last.
-        ends: names of embedding and head, or of both if tied.
-        room: bytes for all units.
-    """
+    """The choice of types for a model, made once for all processes that share a store."""
 
     model: HuggingFaceModel
     calibration: Tensor
     batch_size: int
-    units: Units
-    ends: Sequence[str]
-    room: int
+    units: Mapping[tuple[str, ...], Mapping[str, int]]  # bytes by type, of operators that have a common type
+    ends: Sequence[str]  # names of embedding and head
+    room: int  # bytes for all units
     quantizer: AbstractQuantizer
 
     def types(self, store: FolderStore) -> dict[str, Any]:

@@ -35,20 +35,13 @@ ENDS = ("token_embd.weight", "output.weight")
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a file.
+    """Bytes of a file: fixed ones, and those of operators, embedding and head (`ends`) by their types."""
 
-    Args:
-        fixed: bytes of header, tokenizer, padding, and tensors that keep their type.
-        units: bytes by type, of operators (by name) that have a common type; embedding and head are such units too.
-        weights: number of weights of all tensors.
-        metadata: the file's `gguf.Metadata`, which have a part in the bytes of the header.
-    """
-
-    fixed: int
-    units: Mapping[tuple[str, ...], Mapping[str, int]]
+    fixed: int  # header, tokenizer, padding, and tensors that keep their type
+    units: Mapping[tuple[str, ...], Mapping[str, int]]  # of operators that have a common type, by their names
     ends: tuple[str, ...]
-    weights: int
-    metadata: Mapping[str, Any]
+    weights: int  # of all tensors
+    metadata: Mapping[str, Any]  # of `gguf.Metadata`: they have a part in the bytes of the header
 
     def require(self, target: int) -> None:
         """Refuse a target that no choice of types meets, or that is larger than all of them."""
@@ -70,16 +63,7 @@ class Size:
 
 
 def measure(source: Path, operators: Iterable[str], dtype: torch.dtype) -> Size:
-    """Return the size of the file of a model.
-
-    Args:
-        source: the folder of the model as it is.
-        operators: those that will be on block grids, by their names in reports.
-        dtype: of the other tensors.
-
-    Raises:
-        ModelError: llama.cpp has no such architecture, or its tensors lie in other files than safetensors.
-    """
+    """Return the size of the file of a model, whose operators will be on block grids; other matrices have a dtype."""
     folder, files = source_files(source)
     stored = {n: e for path in files if path.suffix == SUFFIX for n, e in entries(folder / path)[0].items()}
     plain = {name: replace(entry, spec=cast(entry, dtype)[0]) for name, entry in stored.items()}
@@ -89,8 +73,8 @@ def measure(source: Path, operators: Iterable[str], dtype: torch.dtype) -> Size:
     tensors, units = places(model, plain, {}), defaultdict[tuple[str, ...], list[str]](list)
     for name in operators:
         units[tuple(sorted({place for place, _ in model.operator(name)}))].append(name)
-    ends = {(place,): [tensors[place][0].name.removesuffix(".weight")] for place in ENDS if place in tensors}
-    units |= ends
+    ends = [place for place in ENDS if place in tensors and _sizes([tensors[place]])]
+    units |= {(place,): [tensors[place][0].name.removesuffix(".weight")] for place in ends}
     metadata, chosen = metadata_of(folder, tensors), {place for unit in units for place in unit}
     fixed = _header(model, folder, tensors, metadata) + sum(_padded(t.nbytes) for t in model.extra().values())
     fixed += sum(_padded(stored_bytes(each)[1]) for place, each in tensors.items() if place not in chosen)
@@ -98,7 +82,7 @@ def measure(source: Path, operators: Iterable[str], dtype: torch.dtype) -> Size:
     return Size(
         fixed,
         sizes,
-        tuple(name for (name,) in ends.values()),
+        tuple(units[place,][0] for place in ends),
         count_weights(tensors),
         {key: value for key, value in asdict(metadata).items() if value is not None},
     )

@@ -117,10 +117,7 @@ def choose(units: Sequence[Sequence[Option]], budget: int) -> tuple[list[int], f
     """Choose an option for every unit: the least total cost within a budget of size.
 
     The multiple-choice knapsack problem, by branch and bound (HiGHS). No other option of a single unit is cheaper and
-    still fits, so that what is left of the budget is less than the smallest step.
-
-    Returns:
-        The number of every unit's option, and a lower bound on the cost of any choice.
+    still fits. Beside the number of every unit's option, a lower bound on the cost of any choice is returned.
     """
     owners = np.repeat(np.arange(len(units)), [len(options) for options in units])
     sizes, costs = np.array([option for options in units for option in options]).T
