@@ -32,7 +32,8 @@ from convexprune.solvers import AbstractSolver, solver_names
 
 GGUF = "gguf"  # in place of a grid: one of GGUF's for each operator
 PRESETS = ("fistapruner",)
-SOLVERS = ("admm", "cvxpy", "fista", "scipy")  # those for weights of which half is zero
+OTHERS = ("auto", "cg", "working-set")  # of a fixed support, or of few weights that are not zero
+SOLVERS = tuple(name for name in solver_names() if name not in OTHERS)
 PUBLISHED = {"prefix": "dense", "error_correction": 1.0, "error_target": "operator"}  # of the preset
 ALPHAS = {"gptaq": 0.25, "qep": 0.5}  # the corrections of quantizers that are published with one
 

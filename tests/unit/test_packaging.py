@@ -52,13 +52,15 @@ PUBLIC = {
         ADMM ALPS METHODS OSSCAR PRUNERS AbstractPruner Convex Damping FISTAPruner LayerEdit LayerProblem Magnitude
         REAP Refitted ShortGPT SparseGPT Wanda WandaSP no_method""",
     "convexprune.quantizers": "GPTAQ GPTQ QEP QUANTIZERS AbstractQuantizer Descent Nearest",
+    "convexprune.estimators": """
+        ElasticNet ElasticNetCV GroupLasso GroupLassoCV Lasso LassoCV MultiTaskLasso MultiTaskLassoCV""",
     "convexprune.problems": """
         Named Result check load names PenaltyCheck check_penalty""",
 }
 
 
 MODULES = {
-    "adapters", "constraints", "core", "errors", "problems", "pruners", "quantizers", "recipe", "report",
+    "adapters", "constraints", "core", "errors", "estimators", "problems", "pruners", "quantizers", "recipe", "report",
     "solvers", "validation",
 }  # fmt: skip
 
