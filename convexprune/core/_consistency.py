@@ -12,7 +12,6 @@ from convexprune.core._symmetric import cholesky
 from convexprune.errors import ProblemError
 
 LOOSE = torch.finfo(torch.float32).eps ** 0.5  # also of float64: most moments were counted in float32
-ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
 
 
 def fitting(gram: Array, cross: Array, energy: Array, anchor: Array | None) -> tuple[Tensor | None, ...]:
@@ -91,20 +90,11 @@ def _symmetric_part(gram: Tensor) -> Tensor:
     return gram
 
 
-def room_for_rounding(gram: Tensor, precision: float) -> float:
-    """Bound the rounding error of sums, in units of the energy, by the precision of the given tensors' dtype."""
-    return ROOM * (len(gram) + 64) * precision
+def is_sum_of_squares(gram: Tensor, cross: Tensor, least: Tensor, room: float, factor: Tensor | None) -> bool:
+    """Return True if H + `room` I is positive semidefinite and e_i >= G_i H^+ G_i' for every row, up to rounding.
 
-
-def is_sum_of_squares(
-    gram: Tensor, cross: Tensor, energy: Tensor, unit: Tensor, precision: float, factor: Tensor | None
-) -> bool:
-    """Return True if H is positive semidefinite and e_i >= G_i H^+ G_i' for every row, both up to rounding.
-
-    H has a diagonal near 1, or zero; rounding is measured in `unit` [m], energies.
+    H has a diagonal near 1, or zero. The energies in `least` [m] have what rounding may hide of them.
     """
-    room = room_for_rounding(gram, precision)
-    least = energy + room * unit
 
     def enough(lower: Tensor) -> bool:
         return bool((torch.linalg.solve_triangular(lower, cross.T, upper=False).square_().sum(0) <= least).all())

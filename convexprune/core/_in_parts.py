@@ -9,14 +9,13 @@ so that the factor's rounding decides how tight the bound is, not whether it hol
 distance in the norm of H^-1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import torch
 from torch import Tensor
 
 from convexprune._device.parts import Parts, error_of_parts, product_of_parts
-from convexprune.core._consistency import room_for_rounding
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._symmetric import cholesky, rounding_margin
 
@@ -45,36 +44,34 @@ class Inverse:
 class InParts(Quadratic):
     """A quadratic, to be certified at a single weight V [m n]."""
 
-    inverse: Inverse | None = None
-    error: Tensor | None = None  # e [m 1], of the residual at V
-    known: Tensor | None = None  # the residual at V [m n]
-    moved: Tensor | None = None  # |V - A| summed over rows [m]
+    inverse: Inverse = field(kw_only=True)
+    error: Tensor = field(kw_only=True)  # e [m], of the residual at V
+    known: Tensor = field(kw_only=True)  # the residual at V [m n]
+    moved: Tensor = field(kw_only=True)  # |V - A| summed over rows [m]
 
     @classmethod
     def about(cls, quadratic: Quadratic, weight: Tensor, inverse: Inverse) -> "InParts":
         displacement = quadratic.displacement(weight)
         left = Parts.of(displacement, OF_RESIDUAL, 1)
-        residual = quadratic.cross - product_of_parts(left, inverse.parts, OF_RESIDUAL)
-        error = error_of_parts(left, inverse.parts, OF_RESIDUAL)
+        known = quadratic.cross - product_of_parts(left, inverse.parts, OF_RESIDUAL)
+        error, moved = error_of_parts(left, inverse.parts, OF_RESIDUAL)[:, 0], displacement.abs().sum(1)
         tensors = quadratic.gram, quadratic.cross, quadratic.energy, quadratic.anchor, quadratic.bound, quadratic.cache
-        return cls(*tensors, False, inverse, error, residual, displacement.abs().sum(1))
+        return cls(*tensors, False, inverse=inverse, error=error, known=known, moved=moved)
 
     def residual(self, weight: Tensor) -> Tensor:
-        assert self.known is not None
         return self.known
 
     def values(self, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return a lower bound of q by row [m] at V."""
-        return super().values(weight, self.known) + self._of_values / 2
+        return super().values(weight, self.known) + self.error * self.moved / 2
 
     @property
     def rounding(self) -> Tensor:
         """Return the resolution of q [m], including the error of the residual."""
-        return super().rounding + self._of_values
+        return super().rounding + self.error * self.moved
 
     @property
     def factor(self) -> Tensor | None:
-        assert self.inverse is not None
         return self.inverse.lower
 
     @property
@@ -84,9 +81,7 @@ class InParts(Quadratic):
     @property
     def is_sum_of_squares(self) -> bool:
         """Return True if every energy is large enough for its cross term, up to rounding; H is definite."""
-        unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
-        least = self.energy + room_for_rounding(self.gram, self._cache.precision) * unit
-        return bool((2 * self._price(self.cross) <= least).all())
+        return bool((2 * self._price(self.cross) <= self.energy_and_rounding).all())
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
         """Bound 1/2 k H^-1 k' from above by row k, with the error of the residual."""
@@ -98,19 +93,12 @@ class InParts(Quadratic):
         return (root + scale * self._blur).square()
 
     @property
-    def _of_values(self) -> Tensor:
-        assert self.error is not None and self.moved is not None
-        return self.error[:, 0] * self.moved
-
-    @property
     def _blur(self) -> Tensor:
         """Bound sqrt(1/2 E H^-1 E') from above by row [m]."""
-        assert self.error is not None and self.inverse is not None
-        return self.error[:, 0] * (len(self.gram) / (2 * self.inverse.least)) ** 0.5
+        return self.error * (len(self.gram) / (2 * self.inverse.least)) ** 0.5
 
     def _price(self, gradient: Tensor) -> Tensor:
         """Bound 1/2 k H^-1 k' from above by row k [m]."""
-        assert self.inverse is not None
         about = torch.cholesky_solve(gradient.float().T, self.inverse.lower).T.double()
         left = Parts.of(about, OF_PRICE, 1)
         rest = gradient - product_of_parts(left, self.inverse.parts, OF_PRICE)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
-from convexprune.core._consistency import room_for_rounding
 from convexprune.core._problem import Certificate, Problem, certify, kkt_residual, proximal_steps, row_gaps
 from convexprune.core._quadratic import Quadratic
 from convexprune.core._sum_of_squares import UNKNOWN, Cache
@@ -128,9 +127,7 @@ class SideBySide(Quadratic):
     @property
     def is_sum_of_squares(self) -> bool:
         """Return True if all problems are sums of squares because H is definite."""
-        unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
-        least = self.energy + room_for_rounding(self.gram[0], self._cache.precision) * unit
-        return self.factor is not None and bool((2 * self.inverse_form(self.cross) <= least).all())
+        return self.factor is not None and bool((2 * self.inverse_form(self.cross) <= self.energy_and_rounding).all())
 
     def inverse_form(self, gradient: Tensor) -> Tensor:
         if self._cache.envelope_of is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from convexprune._device.capabilities import has_bfloat16
 from convexprune._device.precision import add_product, bare_product
 from convexprune.core._arrays import DataFormat, as_tensor
-from convexprune.core._consistency import fitting, is_sum_of_squares, room_for_rounding, symmetric
+from convexprune.core._consistency import fitting, is_sum_of_squares, symmetric
 from convexprune.core._symmetric import cholesky, largest_eigenvalue, rounding_margin
 from convexprune.errors import ProblemError
 
+ROOM = 16  # rounding errors for each of n + 64 terms: sums over many tokens have more than one a term
 UNKNOWN: Any = object()  # of what was not tried: None says that there is none
 
 
@@ -155,11 +156,20 @@ class SumOfSquares:
         Only for a quadratic whose H has a diagonal near 1, or zero (`unit_free`).
         """
         if self._cache.is_sum_of_squares is None:
-            unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
-            self._cache.is_sum_of_squares = is_sum_of_squares(
-                self.gram, self.cross, self.energy, unit, self._cache.precision, self.factor
-            )
+            least = self.energy_and_rounding
+            self._cache.is_sum_of_squares = is_sum_of_squares(self.gram, self.cross, least, self._room, self.factor)
         return self._cache.is_sum_of_squares
+
+    @property
+    def energy_and_rounding(self) -> Tensor:
+        """Return the energies [m], and what rounding may hide of them in units of the anchor's outputs."""
+        unit = self.energy if self.anchor is None else self.energy + self.anchor.square().sum(1)
+        return self.energy + self._room * unit
+
+    @property
+    def _room(self) -> float:
+        """Bound the rounding error of sums, in units of the energy."""
+        return ROOM * (self.shape[1] + 64) * self._cache.precision
 
     @property
     def doubt(self) -> float:
@@ -172,9 +182,8 @@ class SumOfSquares:
         if self._cache.doubt is None:
             shift = 0.0
             if self._cache.precision > torch.finfo(torch.float64).eps and self.factor is None:
-                shift, room = self._cache.precision, room_for_rounding(self.gram, self._cache.precision)
-                unit = torch.ones_like(self.gram[0]).diag()
-                while shift < room and cholesky(self.gram + shift * unit) is None:
+                shift, unit = self._cache.precision, torch.ones_like(self.gram[0]).diag()
+                while shift < self._room and cholesky(self.gram + shift * unit) is None:
                     shift *= 4
             self._cache.doubt = shift
         return self._cache.doubt
