@@ -34,11 +34,8 @@ class Coded(WholeNumbers):
 
         - sum_c p_c log2 p_c + 16 / m <= bits,
 
-    the length of an ideal entropy code of the codes, and a bfloat16 scale for each column (Cover and Thomas, Elements
-    of Information Theory, theorem 5.4.1). The smaller the scales, the larger and the more diverse are the codes.
-
-    Args:
-        bits: a weight takes on average, 1 to 6.
+    the length of an ideal entropy code of the codes, and a bfloat16 scale for each column (Cover and Thomas, theorem
+    5.4.1). The smaller the scales, the larger and the more diverse are the codes. There are 1 to 6 bits.
 
     Raises:
         PatternError: another number of bits.
@@ -81,9 +78,9 @@ class Coded(WholeNumbers):
     def scales(self, step: float, shape: Tensor, weight: Tensor) -> Scales:
         """Return bfloat16 scales of columns [1 n]: `step` times the shape, or what the largest weight needs.
 
-        A few inputs of a language model are a thousand times as large as others. Their columns would have scales so
-        small that no code reached their weights, where an error costs the most. Others hardly occur in the sample, and
-        may in other texts: no scale is more than `WIDEST` times that of the middle column.
+        A few inputs of a language model are a thousand times as large as others: their scales would be so small that no
+        code reached their weights. Others hardly occur in the sample, and may in other texts: no scale is more than
+        `WIDEST` times that of the middle column.
 
         Args:
             step: of all.

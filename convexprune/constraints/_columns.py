@@ -26,11 +26,8 @@ from convexprune.errors import PatternError
 class Columns(Mask):
     """round(sparsity * n / block) blocks of columns of a weight [m n] are zero in all rows: the blocks of least energy.
 
-    The energy of a block is the sum of S_ij^2 over all rows and its columns.
-
-    Args:
-        sparsity: the share of the blocks.
-        block: consecutive columns that are chosen together; 1: single columns.
+    The energy of a `block`, of so many consecutive columns, is the sum of S_ij^2 over all rows and its columns.
+    `sparsity` is the share of the blocks.
 
     Raises:
         PatternError: `sparsity` outside [0, 1), or a block below 1.

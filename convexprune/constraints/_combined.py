@@ -16,13 +16,9 @@ from convexprune.errors import PatternError
 
 @dataclass(frozen=True)
 class Quantized(Constraint):
-    """Weights in `support` whose `values` are on a grid. A kept value may round to zero: there may be more zeros.
+    """Weights in `support` whose kept `values` are on a grid. One may round to zero: there may be more zeros.
 
     `sparsity` is the support's.
-
-    Args:
-        support: which entries may be kept.
-        values: the grid of what is kept.
 
     Raises:
         PatternError: the support removes columns for good, or has zeros that the grid does not have.

@@ -101,11 +101,7 @@ def _sample_step(length: int, columns: int) -> int:
 
 @dataclass(frozen=True)
 class SemiStructured(Mask):
-    """N non-zeros in every group of M consecutive inputs of a row (NVIDIA's convention; 2:4 keeps two of four).
-
-    Args:
-        kept: N.
-        group: M.
+    """N = `kept` non-zeros in every `group` of M inputs of a row (NVIDIA's convention; 2:4 keeps two of four).
 
     Raises:
         PatternError: not 1 <= kept < group.

@@ -45,13 +45,10 @@ class Grouped(Codebook):
 class Grid(WholeNumbers, Grouped):
     """Weights that are a scale times a whole number of `bits` bits, with one scale for `group` columns or for a row.
 
-    The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1. A scale is a bfloat16 number, negative
-    where the largest weight of its group is positive and takes the code -2^(bits - 1), which has no opposite. That is
-    what the layout `pack-quantized` of compressed-tensors can say with symmetric groups.
-
-    Args:
-        bits: of a code, 3 to 8.
-        group: columns that share a scale: 32, 64 or 128; -1 for all of a row, which is an output channel.
+    The numbers, or codes, are those from -2^(bits - 1) to 2^(bits - 1) - 1, with 3 to 8 bits. A scale is a bfloat16
+    number, negative where the largest weight of its group is positive and takes the code -2^(bits - 1), which has no
+    opposite. That is what the layout `pack-quantized` of compressed-tensors can say with symmetric groups, of 32, 64 or
+    128 columns; -1 is all of a row, which is an output channel.
 
     Raises:
         PatternError: another number of bits or columns.

@@ -171,10 +171,9 @@ def allocate_by_skewness(statistics: Sequence[float], sizes: Sequence[int], spar
 
         kept_l = min(1, c exp(statistic_l)),   c such that sum_l size_l kept_l = (1 - sparsity) sum_l size_l
 
-    A reconstruction of the Skew-aware Dynamic Sparsity Allocation of AutoPrune (Kang et al., arXiv 2511.15390), whose
-    statistic is the skewness of a layer's absolute weights. Summaries say of the formula only that a softmax reweighs
-    the sparsities so that skewed layers are protected. The proportional kept fractions, the temperature of 1, the
-    weighing by size and the limit of 1 are ours.
+    A reconstruction of AutoPrune's allocation (Kang et al., arXiv 2511.15390), whose statistic is the skewness of a
+    layer's absolute weights: summaries say only that a softmax protects skewed layers. The proportional kept fractions,
+    the temperature of 1, the weighing by size and the limit of 1 are ours.
     """
     largest = max(statistics)
     weights = [exp(statistic - largest) for statistic in statistics]

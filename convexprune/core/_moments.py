@@ -77,14 +77,12 @@ class Moments:
 
     x [n] is the operator's input in the dense network, x* its input after earlier operators are pruned. A single pass,
     any split into batches; the tokens are not kept. With x - x* in place of x, error correction never subtracts two
-    nearly equal matrices.
-
-    `tokens` is the sum of the tokens' weights: the number of tokens without weights.
+    nearly equal matrices. `tokens` is the sum of the tokens' weights: the number of tokens without weights.
 
     Args:
         width: n.
-        dtype: dtype of accumulation, float32 or float64.
-        device: device of accumulation.
+        dtype: of accumulation, float32 or float64.
+        device: of accumulation.
         outputs: m, if errors are of the outputs of a weight [m n] (see `ErrorMoments`).
 
     Raises:

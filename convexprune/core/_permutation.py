@@ -16,9 +16,7 @@ def pruned_fraction(scores: Tensor, pattern: Constraint) -> float:
 
 
 def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int = 0) -> Tensor:
-    """Return an order [n] of the columns of scores [m n] in which N:M prunes less.
-
-        min over orders of  sum of the scores [:, order] of the entries that are pruned
+    """Return an order [n] of the columns of scores [m n] in which N:M prunes less of their sum.
 
     A step takes a column, drawn at random, out of every group of M, and puts every column back into the group with the
     least total cost: a linear assignment problem, solved exactly (SciPy), so no step raises the sum. With b the (M -
@@ -27,8 +25,7 @@ def permutation(scores: Tensor, pattern: Constraint, sweeps: int = 4, seed: int 
         sum_i min(b_i, s_i) = sum_i (b_i + s_i - |b_i - s_i|) / 2
 
     whose first two terms are equal for all assignments: the sum of the distances |b - s|_1 is maximised. Permuting
-    channels for N:M is from Pool & Yu, Channel Permutations for N:M Sparsity (NeurIPS 2021), the linear assignment from
-    RIA (Zhang et al., Plug-and-Play, ICLR 2024).
+    channels for N:M is from Pool & Yu (NeurIPS 2021), the linear assignment from RIA (Zhang et al., ICLR 2024).
     """
     pattern.check(*scores.shape)
     size, generator = pattern.block, torch.Generator().manual_seed(seed)

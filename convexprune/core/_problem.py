@@ -109,8 +109,8 @@ class Certificate(Shown):
         primal: the objective at the weight.
         gap: the duality gap.
         kkt_residual: the largest violation of the optimality conditions, free of units (see `certify`).
-        resolution: resolution of the data: the epsilon of their dtype times the energy of the target.
-        convex: whether the penalty is. If not, nothing bounds the least value, and the gap is inf.
+        resolution: of the data: the epsilon of their dtype times the energy of the target.
+        convex: the penalty is. If not, nothing bounds the least value, and the gap is inf.
     """
 
     primal: float
@@ -244,13 +244,10 @@ def certify(problem: Problem, weight: Array, precise: bool = True, residual: Ten
         precise: compute in float64, in coordinates where the Gram matrix has a diagonal near one, so that units make no
             difference; else in the problem's own dtype, without the KKT residual, and for the tensors as they are:
             with no regard to what rounding hides in a singular Gram matrix.
-        residual: the residual of q at `weight` [m n]. It saves a product if the certificate is not precise.
+        residual: of q at `weight` [m n]. It saves a product if the certificate is not precise.
 
     Returns:
         The certificate.
-
-    Raises:
-        ProblemError: `weight` is not shaped like the problem.
     """
     point, given, consistent, ratio = problem.admit(weight), problem.quadratic, None, 1.0
     if precise:

@@ -26,18 +26,15 @@ class Quadratic(SumOfSquares):
     H is what SparseGPT and GPTQ call the Hessian, up to a factor. Everything is computed from the small D, so that
     nothing cancels. Quadratics are closed under addition and non-negative scaling.
 
-    The tensors, or NumPy arrays, are float32 or float64, all alike.
-
     Args:
-        gram: H [n n].
+        gram: H [n n]; all tensors, or NumPy arrays, are float32, or all are float64.
         cross: G [m n], or [n] of one row.
         energy: e [m], or a number.
         anchor: A [m n], the point near which the solution is expected (the dense weight); None is zero.
         bound: an upper bound on H's eigenvalues, if one is known.
-        cache: what has been computed of the function, for all quadratics that write it about other anchors.
-        checked: whether to check cheaply that the tensors can be those of a sum of squares (`core._consistency`);
-            a certificate checks it in full. False is for what was computed from tokens or from another quadratic,
-            because the check stops a GPU.
+        cache: results that are shared with quadratics that write the function about other anchors.
+        checked: check cheaply that the tensors can be those of a sum of squares; a certificate checks it in full. False
+            is for tensors that were computed from tokens or from a quadratic, because the check stops a GPU.
         data: the kind of arrays that `convexprune.solve` answers in; None is that of `cross`.
 
     Raises:
@@ -118,7 +115,7 @@ class Quadratic(SumOfSquares):
         return not self._cache.suspect or self.unit_free[0].is_sum_of_squares
 
     def envelope(self, stiffness: float) -> Self:
-        """Return the Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V.
+        """Return the Moreau envelope  min_U q(U) + stiffness/2 |U - V|^2, again a quadratic of V [m n].
 
         With R = (H + stiffness I)^-1:  gram s - s^2 R,  cross s G R,  energy e - diag(G R G').  Its eigenvalues lie
         below both H's and `stiffness`, so few iterations solve the problem; the inner U is V + residual(V) / stiffness.
@@ -128,10 +125,7 @@ class Quadratic(SumOfSquares):
             stiffness: positive.
 
         Returns:
-            The quadratic of V [m n].
-
-        Raises:
-            ProblemError: H + stiffness I is not positive definite.
+            The quadratic.
         """
         inverse = self.shifted_inverse(stiffness)
         image = product(self.cross, inverse)
@@ -144,11 +138,11 @@ class Quadratic(SumOfSquares):
         return relaxed
 
     def at(self, anchor: Tensor | None, residual: Tensor | None = None) -> Self:
-        """Write the function about a new anchor.
+        """Write the function about a new anchor; no product is needed if the residual there is known.
 
         Args:
             anchor: [m n]; None means zero.
-            residual: the residual at `anchor` [m n]; if known, no product is needed.
+            residual: at `anchor` [m n].
 
         Returns:
             The quadratic, with a shared cache.

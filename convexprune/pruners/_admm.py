@@ -26,8 +26,8 @@ class ADMM(AbstractSearch):
     B is P after a step 1 / rho along the negative gradient K of q's Moreau envelope of stiffness rho, so that
     S = D + (1 - a) U + a K / rho. Between two values of rho, K follows the change of P (`Quadratic.residual_after`).
 
-    The constraint is not convex: there is no certificate for the support, only for the refit on it. What is ours,
-    against Boza (arXiv 2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
+    The constraint is not convex: only the refit on the support has a certificate. What is ours, against Boza (arXiv
+    2401.02938) and ALPS: the coordinates, the schedule, the relaxation, the shared Cholesky factor.
 
     Args:
         iterations: how many.

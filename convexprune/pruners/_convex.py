@@ -33,13 +33,11 @@ class Convex(AbstractSearch):
     is solved from the extrapolation of the last two rounds, P = V + (V - V_before). The scores S are P after a long
     gradient step, P + reach K / stiffness, and t is the pattern's threshold on |S|, so clearly kept entries are hardly
     penalised. The strength c and the stiffness of the envelope grow geometrically. A problem majorises a bounded
-    concave penalty: a single iteration of FISTA per problem is enough. The residual is affine, so P's residual is known
-    from earlier rounds: a round costs a single product. Where a single operator chooses whole columns the penalty is
-    the group LASSO's, sum_j c t exp(-(|S_:j| / t)^2) |V_:j|, with the threshold of the lengths of columns, or of whole
-    blocks of columns. The last problem of every envelope is certified, earlier problems are steps on the way.
-
-    A pattern with few choices of whole columns, such as the heads of a layer, needs no path: all choices are tried, and
-    the best after the refit is taken.
+    concave penalty: a single iteration of FISTA per problem is enough. The residual is affine, so P's is known from
+    earlier rounds: a round costs a single product. Where a single operator chooses whole columns the penalty is the
+    group LASSO's, with |S_:j| in place of |S_ij|, or the length of a whole block. The last problem of every envelope is
+    certified, earlier problems are steps on the way. A pattern with few choices of whole columns, such as the heads of
+    a layer, needs no path: the best choice after the refit is taken.
 
     The constants were chosen on layer problems of SmolLM2-135M at 50 %, 70 % and 2:4 (lab/tried.md) and checked on
     further problems (lab/benchmarks.md).

@@ -26,21 +26,13 @@ class ALPS(AbstractPruner):
     0.5 % of the kept entries, or at all (entries that came and that went both count). It ends when the support has not
     changed, or, after `settled` iterations, in less than 0.03 %, or after `iterations`. As long as rho has never grown,
     a change too small to count divides rho by 5 instead and starts anew. One eigendecomposition serves every rho. The
-    refit is ten steps of conjugate gradients on the largest of the last B.
+    refit is ten steps of conjugate gradients on the largest of the last B; without `refit` the last B stays.
 
     Differences to the authors' code: exact ties; B is written as a difference from the dense weight (the same
-    iteration, without cancellation); the scale is sqrt(diag) without the 1e-8; the progress report's products are left
-    out; with error correction the target is that of the problem (correction=0 is the published method); each operator
-    of a stack has its own penalty schedule. The paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag
-    H. The code's conjugate gradients take all ten steps: their stop looks at entries that are zero, too.
-
-    Args:
-        iterations: the most.
-        rho: the first penalty.
-        every: rho is looked at every so many iterations.
-        settled: iterations after which a small change ends it.
-        damping: the ridge, in units of the mean diagonal of H.
-        refit: the solver of the values; None keeps the last B on the support.
+    iteration, without cancellation); the scale is sqrt(diag) without the 1e-8; with error correction the target is that
+    of the problem (correction=0 is the published method); each operator of a stack has its own penalty schedule. The
+    paper's text has a ridge of 0.01 tr H, the code and this 0.01 mean diag H, `damping`. The code's conjugate gradients
+    take all ten steps: their stop looks at entries that are zero, too. `rho` is the first penalty.
     """
 
     iterations: Count = 300

@@ -21,24 +21,16 @@ WARM_STARTS: dict[str, AbstractPruner] = {"sparsegpt": SparseGPT(), "wanda": Wan
 class FISTAPruner(AbstractPruner):
     """Zhao et al., arXiv 2408.03728, Algorithm 1: a few FISTA steps on the LASSO, rounding, bisection on the strength.
 
-    From the best rounded weight so far, `iterations` steps of plain FISTA (no scaling, no restart, Eq. 4), then the
-    smallest magnitudes are set to zero (section 3.2). With E = |V_rounded X* - W X|_F and E_round = E - |V X* - W X|_F,
-    the strength is raised if E_round / E > `ratio`, else lowered, by bisection of [0, `largest_strength`] (Eq. 8).
-    Strengths are in units of the sum over tokens, as in the paper. No damping, no refit.
+    From the best rounded weight so far, at first that of `warm_start`, `iterations` steps of plain FISTA (no scaling,
+    no restart, Eq. 4), then the smallest magnitudes are set to zero (section 3.2). With E = |V_rounded X* - W X|_F and
+    E_round = E - |V X* - W X|_F, the `strength` is raised if E_round / E > `ratio`, else lowered, by bisection of
+    [0, `largest_strength`] (Eq. 8). It ends after `patience` rounds in which E has not decreased by a share of
+    `improvement`. Strengths are in units of the sum over tokens, as in the paper. No damping, no refit.
 
     The defaults are the paper's settings for OPT. For LLaMA it has improvement=1e-3 and warm_start="wanda", which take
     a tenth of the products and end with a higher error. Differences: the authors published no code; the initial
     strength, the interval, `improvement` and the exact form of E_round are reconstructed from reviews; the stop on a
     small step inside the 20 is left out; each operator of a stack has its own bisection, as in the paper.
-
-    Args:
-        warm_start: the pruner whose weight it starts from.
-        iterations: of FISTA in a round.
-        ratio: see above.
-        patience: rounds without improvement after which it ends.
-        improvement: the relative decrease of E that counts as one.
-        strength: the first.
-        largest_strength: see above.
     """
 
     warm_start: Literal["sparsegpt", "wanda"] = "sparsegpt"
