@@ -1,6 +1,8 @@
 """A GGUF file of a size: types for operators, embedding and head by forecast loss, in as many bytes or few less."""
 
+import json
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from safetensors.torch import load_file
 from test_gguf import RUN, as_float32, built, exported, quantized, read
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import convexprune
+from convexprune._cli import app
 from convexprune._container.gguf_size import Size, measure
+from convexprune.adapters import EMBEDDED
 from convexprune.core._allocation import choose
 from convexprune.errors import PatternError, RecipeError
 
@@ -118,3 +123,34 @@ def test_llama_cpp_opens_a_file_of_a_size(family: str, tmp_path: Path):
     there = LlamaCpp(as_float32(path, tmp_path / "float32.gguf"), 64).logits(window)
     assert float((there - here).norm() / (here - here.mean(-1, keepdim=True)).norm()) < 0.02  # bfloat16 weights here
     assert LlamaCpp(path, 64).logits(window).isfinite().all()
+
+
+@pytest.mark.llamacpp
+def test_the_commands_from_an_instruct_model_to_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = Path(__file__).parents[2] / "docs" / "quantize.md"
+    block = page.read_text().split("### From an instruct model to a chat")[1].split("```")[1]
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("convexprune")]
+    monkeypatch.chdir(tmp_path)
+    source, tokenizer = built("llama", Path("MODEL"), torch.bfloat16), AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(source)
+    chats = [[{"role": "user", "content": f"What is a {word}?"}] for word in ("whale", "ship", "sail", "sea") * 20]
+    Path("chat.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    Path("test.txt").write_text("The whale and the ship. " * 40)
+    for words in commands:
+        small = ["--nsamples", "4", "--seqlen", "32", "--held-out-samples", "0"] if words[0] == "prune" else []
+        result = CliRunner().invoke(app, [word.replace("100MB", "2MB") for word in words] + small)
+        assert result.exit_code == 0, result.output
+    path = Path("model.gguf")
+    assert len(commands) == 5 and 1_950_000 < path.stat().st_size <= 2_000_000
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    prompt = tokenizer.apply_chat_template(chats[0], tokenize=False)
+    file, ids = LlamaCpp(as_float32(path, Path("float32.gguf")), 64), tokenizer(prompt).input_ids
+    assert file.tokens(prompt) == ids
+    model = AutoModelForCausalLM.from_pretrained("DIR", dtype=torch.float32)
+    for _ in range(4):  # a reply, word by word
+        with torch.no_grad():
+            here = model(torch.tensor([ids])).logits[0, -1]
+        assert int(file.logits(torch.tensor(ids))[-1].argmax()) == int(here.argmax())
+        ids = [*ids, int(here.argmax())]
