@@ -111,14 +111,11 @@ def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[C
     if recipe is not None:
         given = {name: value for name, value in given.items() if value is not UNSET}
         gone = {other for name, others in EXCLUDES.items() if given.get(name) is not None for other in others}
-        given = {name: value for name, value in _settings_of(recipe).items() if name not in gone} | given
+        read = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())
+        given = {name: value for name, value in read.chosen.items() if name not in gone} | given
     call, asked = PRUNE.read(given)
     _require_named(asked)
     return call, bundled_if_none(asked)
-
-
-def _settings_of(recipe: Recipe | str | Path) -> dict[str, Any]:
-    return (recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe).expanduser())).chosen
 
 
 def _require_named(settings: Mapping[str, Any]) -> None:

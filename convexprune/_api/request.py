@@ -44,7 +44,6 @@ from convexprune.adapters._inspection.outline import what_needs_less
 from convexprune.adapters._removal import find_removal
 from convexprune.adapters._removal.base import AbstractReduced, AbstractRemoval
 from convexprune.adapters._token_weights import token_weights
-from convexprune.constraints import Constraint
 from convexprune.errors import ModelError, RecipeError
 from convexprune.recipe import GGUF, Recipe, make_recipe
 from convexprune.report import OnOperator, Report
@@ -115,7 +114,10 @@ class Request:
     def _check(self, loaded: HuggingFaceModel) -> None:
         pattern = self.recipe.build_pattern()
         if pattern.removes:
-            self._narrow(loaded, pattern)
+            begin(f"looking for {pattern.removes}")
+            self.removal = find_removal(loaded, pattern)
+            self.open = partial(self.open, targets=self.removal.choose(loaded))
+            self.layers = replace(self.layers, patterns=self.removal.patterns)
         self.layers = with_rules(self.layers, self.recipe, loaded.layers)
         check_patterns(loaded.layers, self.layers)
         if self.recipe.quantize == GGUF:
@@ -160,13 +162,6 @@ class Request:
         if "evaluation" in windows:
             end = "the perplexity here is with embedding and head as they were. For that of all: convexprune eval"
             self._warn(report, f"{' and '.join(size.ends)} are quantized too, and {end} {self.call.output_dir}")
-
-    def _narrow(self, loaded: HuggingFaceModel, pattern: Constraint) -> None:
-        """Restrict the pruned operators to the operators that the removal concerns."""
-        begin(f"looking for {pattern.removes}")
-        self.removal = find_removal(loaded, pattern)
-        self.open = partial(self.open, targets=self.removal.choose(loaded))
-        self.layers = replace(self.layers, patterns=self.removal.patterns)
 
     def _choose(
         self, loaded: HuggingFaceModel, windows: Windows, report: Report, store: FolderStore | None = None

@@ -69,7 +69,12 @@ class Sources:
         if "calibration" not in windows:
             windows["calibration"], windows["held_out"] = recipe_windows(self.dataset, sampler, recipe)
         if isinstance(self.evaluation, str) and self.evaluation == HELD_OUT:
-            windows["evaluation"] = _require_some(windows["held_out"])
+            if not len(windows["held_out"]):
+                raise CalibrationError(
+                    f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another "
+                    "text to evaluate on (--eval-text)."
+                )
+            windows["evaluation"] = windows["held_out"]
         if self.evaluation is not None and "evaluation" not in windows:
             windows["evaluation"] = self._to_evaluate(sampler, windows["calibration"].shape[1], recipe)
         return windows
@@ -90,15 +95,6 @@ class Sources:
     @property
     def _by_use(self) -> dict[str, Any]:
         return dict.fromkeys(OF_DATASET, self.dataset) | {"evaluation": self.evaluation}
-
-
-def _require_some(windows: Tensor) -> Tensor:
-    if not len(windows):
-        raise CalibrationError(
-            f"evaluation={HELD_OUT!r}: no sample is held out. Give more text, held_out_samples, or another text to "
-            "evaluate on (--evaluation)."
-        )
-    return windows
 
 
 def name_of_text(text: Any) -> str:

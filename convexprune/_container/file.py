@@ -78,7 +78,8 @@ def packed_name(path: Path) -> Path:
 def pack_file(path: Path, target: Path) -> None:
     found, text = entries(path)[0], read_header(path).decode()
     specs, checksums, coded, groups = dict[str, Spec](), dict[str, str](), list[str](), dict[str, int]()
-    wider = {name: _wider(entry.spec) for name, entry in found.items()}
+    # A header with these has room for that of the pack, whatever is coded.
+    wider = {n: Spec(e.spec.code, (*e.spec.shape, e.spec.nbytes), e.spec.nbytes) for n, e in found.items()}
     room = len(_header(text, wider, dict.fromkeys(found, "0" * 64), [*found], dict.fromkeys(found, 999)))
     if room > LONGEST_HEADER:
         raise ModelError(f"{path}: its header has {len(text):,} characters, too many to be packed.")
@@ -164,11 +165,6 @@ def _header(
         begin, end = end, end + spec.nbytes
         header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": [begin, end]}
     return json.dumps(header, separators=(",", ":")).encode()
-
-
-def _wider(spec: Spec) -> Spec:
-    """Return a spec that needs more room in a header than the tensor's, coded or not."""
-    return Spec(spec.code, (*spec.shape, spec.nbytes), spec.nbytes)
 
 
 # ---- unpacking

@@ -187,7 +187,7 @@ def holds_pack(folder: Path) -> bool:
 
 
 def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
-    """Return the folder of a model, and the names of its files with their stamps."""
+    """Return the folder of a model, and its files by name, but for hidden folders (.git) and unfinished files."""
     folder = named(source)
     if not folder.is_dir():
         if RunFolder(folder).is_unfinished:
@@ -195,20 +195,15 @@ def source_files(source: str | Path) -> tuple[Path, dict[Path, Stamp]]:
         raise ModelError(
             f"{source}: no such folder. Give the folder of a model; one on the hub has to be downloaded first."
         )
-    return folder, _files(folder)
-
-
-def _files(folder: Path) -> dict[Path, Stamp]:
-    """Return the names of the files in a folder, but for those in hidden folders (.git, .cache) and unfinished ones."""
-    found = dict[Path, Stamp]()
+    stamps = dict[Path, Stamp]()
     with reading(folder):
         for path in paths_in(folder):
             name = path.relative_to(folder)
             hidden = any(part.startswith(".") for part in name.parts[:-1])
             if not hidden and not path.match(PARTS) and (path.is_symlink() or not path.is_dir()):
                 refuse_foreign(path, folder)
-                found[name] = Stamp.of(path)
-    return found
+                stamps[name] = Stamp.of(path)
+    return folder, stamps
 
 
 def write_folder(

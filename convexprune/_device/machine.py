@@ -106,10 +106,7 @@ def code(package: Traversable | None = None) -> str:
     return total.hexdigest()
 
 
-@cache
-def _own_code() -> str:
-    """Return the checksum of the code in this process. Files that changed since the start do not count."""
-    return code()
+_own_code = cache(code)  # files that changed since the process began do not count
 
 
 def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:

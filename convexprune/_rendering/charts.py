@@ -146,7 +146,7 @@ def _shortened(kinds: Sequence[str]) -> list[str]:
 
 
 def _shades(values: Sequence[float], log: bool) -> Callable[[float], int | None]:
-    scale = _logarithm if log else float
+    scale: Callable[[float], float] = math.log10 if log else float
     known = [scale(v) for v in values if not (log and v <= 0)]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
 
@@ -158,7 +158,3 @@ def _shades(values: Sequence[float], log: bool) -> Callable[[float], int | None]
         return min(SHADES - 1, int(SHADES * (scale(value) - low) / (high - low)))
 
     return shade
-
-
-def _logarithm(value: float) -> float:
-    return math.log10(value)

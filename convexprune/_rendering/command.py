@@ -19,7 +19,7 @@ def command_of(report: Report, folder: str, whole_paths: bool = False) -> str | 
     texts = [value for value in chosen.values() if isinstance(value, str)]
     if any(text.endswith(GIVEN) for text in texts) or chosen.get("solver", "fista") not in solver_names():
         return None
-    named = {name: value if whole_paths else _shortened(value) for name, value in chosen.items()}
+    named = {n: short(value) if isinstance(value, str) and not whole_paths else value for n, value in chosen.items()}
     model = [named.pop("model")] if "model" in named else []
     options = [part for name, value in named.items() for part in _option(name, value)]
     packed = [] if report.packed is None else ["--pack"]
@@ -40,10 +40,6 @@ def _same(settings: dict[str, Any], recipe: dict[str, Any]) -> bool:
         return make_recipe(**settings).model_dump(mode="json") == recipe
     except ConvexpruneError:
         return False
-
-
-def _shortened(value: Any) -> Any:
-    return short(value) if isinstance(value, str) else value
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from convexprune._container.provenance import is_page
 from convexprune._storage.failures import writing
@@ -25,10 +26,7 @@ LISTED = 2000  # operators; of more, the page has the worst only
 SPREAD = 0.005  # shares of zeros that differ by less are shown as one
 
 
-class Tile(NamedTuple):
-    name: str
-    value: str
-    note: str
+Tile = namedtuple("Tile", "name value note")
 
 
 def check_page(path: Path) -> Path:

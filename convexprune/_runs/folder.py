@@ -125,8 +125,10 @@ class RunFolder:
     ) -> None:
         """Refuse a result of which a file is missing or damaged, by its `checksum` in a folder."""
         files = self.report().files
-        faults = (_fault(name, known, checksum(self.folder, name)) for name, known in files.items())
-        if wrong := [fault for fault in faults if fault]:
+        now = {name: checksum(self.folder, name) for name in files}
+        if wrong := [
+            f"{name} is {'missing' if now[name] is None else 'damaged'}" for name in files if now[name] != files[name]
+        ]:
             more = f" and {len(wrong) - 5} more" if wrong[5:] else ""
             raise OutputError(f"{self.folder}: {', '.join(wrong[:5])}{more}, by the checksums in {REPORT}. {advice}")
 
@@ -213,7 +215,3 @@ class RunFolder:
                 f"{self.folder} holds another run; it differs in {'; '.join(differing)}. Go on with what it began "
                 "with, or give another output folder."
             )
-
-
-def _fault(name: str, known: str, found: str | None) -> str:
-    return "" if found == known else f"{name} is {'missing' if found is None else 'damaged'}"
