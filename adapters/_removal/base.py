@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor
@@ -202,19 +202,17 @@ class AbstractReduced(ABC):
 class AbstractRemoval(ABC):
     """The removable parts of a dense model, and the number to remove."""
 
+    chosen_first: ClassVar[bool] = False
+    """True if `choose_by` decides before pruning; False if the pruned weights decide."""
+
     @property
-    @abstractmethod
     def patterns(self) -> Mapping[str, Constraint]:
         """Return the patterns of operators that differ, by name."""
+        return {}
 
     @abstractmethod
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
         """Let a `model` prune only operators that the removal may concern; return the targets that name them."""
-
-    @property
-    def chosen_first(self) -> bool:
-        """True if `choose_by` decides before pruning; False if the pruned weights decide."""
-        return False
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> Any:
         """Decide the removed parts, judged on ids [samples length]."""

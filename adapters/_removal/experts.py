@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,10 @@ from .mixtures import Mixture, experts_to_remove, find_mixtures
 class ExpertRemoval(AbstractRemoval):
     """The removable experts of mixtures, the number to remove, and the place of the setting with their number."""
 
+    chosen_first: ClassVar[bool] = True
     mixtures: tuple[Mixture, ...]
     count: int
     place: Place
-
-    @property
-    def patterns(self) -> Mapping[str, Constraint]:
-        return {}
 
     @property
     def size(self) -> int:
@@ -55,10 +52,6 @@ class ExpertRemoval(AbstractRemoval):
         )
         model.choose(names, because="an expert's, or no mixture is before it")
         return names
-
-    @property
-    def chosen_first(self) -> bool:
-        return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> dict[str, list[int]]:
         blocks = small_blocks(model, self.place, self.mixtures, self.size - self.count)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -127,23 +127,16 @@ OWN = ("layer_idx", "layer_id", "layer_number", "training")  # what differs betw
 class Shortening(AbstractRemoval):
     """The removable decoder layers of a model, and the number to remove."""
 
+    chosen_first: ClassVar[bool] = True
     layers: tuple[str, ...]  # names of all layers
     count: int
     place: Place  # of the setting with the number of layers
     lists: Mapping[str, Sequence[Any]]  # settings with an entry per layer, or with numbers of layers
     allowed: tuple[int, ...] = ()  # numbers of the removable layers
 
-    @property
-    def patterns(self) -> Mapping[str, Constraint]:
-        return {}
-
     def choose(self, model: HuggingFaceModel) -> tuple[str, ...]:
         model.choose(("Linear",))
         return ("Linear",)
-
-    @property
-    def chosen_first(self) -> bool:
-        return True
 
     def choose_by(self, score: Score, model: HuggingFaceModel, windows: Tensor, record: Making) -> list[int]:
         return layers_to_remove(model, windows, score, self.allowed, self.count, record)

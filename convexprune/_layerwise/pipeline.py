@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import Group
+from convexprune._layerwise.processes import of_first_rank
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.stages import Statistics, height, stack_of, stage_statistics, width
 from convexprune._layerwise.statistics import CalibrationStatistics, at_once
@@ -97,9 +98,8 @@ class Stack:
         return replace(before, weight=weight)
 
     def put(self, edit: LayerEdit) -> None:
-        """Store an edit in the model; a kept weight that rounds to zero becomes the smallest number, so that counts
-        stay exact.
-        """
+        """Store the first rank's edit; a kept weight that rounds to zero becomes the smallest number, for counts."""
+        edit = of_first_rank(edit, self.context.ranks)
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")
         heights, blocks = [operator.shape[0] for operator in self.group.operators], edit.blocks or repeat(None)

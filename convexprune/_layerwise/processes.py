@@ -1,6 +1,6 @@
 """Ranks that prune a decoder layer together: a rank sends its samples through the layer, and all ranks solve."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -10,11 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from convexprune.constraints import Constraint
-from convexprune.constraints._codebook import Codebook, OnGrid
 from convexprune.errors import PruningError, RecipeError
-from convexprune.pruners import AbstractPruner, LayerEdit, LayerProblem
-from convexprune.quantizers import AbstractQuantizer
+from convexprune.pruners import LayerEdit
 
 PATIENCE = timedelta(hours=6)  # one rank may have to compute again what enters a layer; the others wait
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
@@ -73,52 +70,12 @@ class ProcessGroup:
         return tensor if self.size == 1 else self.all_reduce(torch.zeros_like(tensor) if self.rank else tensor.clone())
 
 
-@dataclass(frozen=True)
-class SamePruned(AbstractPruner):
-    """`pruner`, run by every rank, with the first rank's answer by `broadcast`: processors may round differently."""
-
-    pruner: AbstractPruner
-    broadcast: Callable[[Tensor], Tensor]
-
-    def require(self, pattern: Constraint) -> None:
-        self.pruner.require(pattern)
-
-    @torch.no_grad()
-    def prune(self, problem: LayerProblem) -> LayerEdit:
-        return self._same(self.pruner.prune(problem))
-
-    @property
-    def side_by_side(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.pruner.side_by_side
-
-    @torch.no_grad()
-    def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        return [self._same(pruned) for pruned in self.pruner.prune_all(problems)]
-
-    def _same(self, pruned: LayerEdit) -> LayerEdit:
-        weight = self.broadcast(pruned.weight)
-        mask = self.broadcast(pruned.mask.to(torch.uint8)).bool()
-        return replace(pruned, weight=weight, mask=mask)
-
-
-@dataclass(frozen=True)
-class SameQuantized(AbstractQuantizer):
-    """`quantizer`, run by every rank, with the first rank's codes and scales, as `SamePruned`."""
-
-    quantizer: AbstractQuantizer
-    broadcast: Callable[[Tensor], Tensor]
-
-    @property
-    def input_errors(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.quantizer.input_errors
-
-    @property
-    def corrects_last(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.quantizer.corrects_last
-
-    def on_grid(self, problem: LayerProblem, pruned: LayerEdit, grid: Codebook) -> OnGrid:
-        found = self.quantizer.on_grid(problem, pruned, grid)
-        return OnGrid(grid, found.scales.map(self.broadcast), self.broadcast(found.codes))
-
-
 ALONE = ProcessGroup()
+
+
+def of_first_rank(edit: LayerEdit, ranks: ProcessGroup) -> LayerEdit:
+    """Return the first rank's edit: all ranks pose the same problem, but their processors may round differently."""
+    if ranks.size == 1:
+        return edit
+    mask = ranks.broadcast(edit.mask.to(torch.uint8)).bool()
+    return replace(edit, weight=ranks.broadcast(edit.weight), mask=mask)

@@ -8,7 +8,7 @@ from torch import Tensor
 from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.pipeline import AbstractLayerStep, AbstractStackStep, Pipeline
-from convexprune._layerwise.processes import ALONE, ProcessGroup, SamePruned, SameQuantized
+from convexprune._layerwise.processes import ALONE, ProcessGroup
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe, Remove
@@ -47,14 +47,9 @@ class Work:
             batches = windows.split(self.batch_size)
             return torch.cat([windows[:0], *batches[ranks.local_slice(len(batches))]])
 
-        alike = {id(each): SamePruned(each, ranks.broadcast) for each in self.settings.pruners.values()}
-        own = {name: alike[id(each)] for name, each in self.settings.pruners.items()}  # one rule is still one pruner
         shared = {id(each): local(each) for each in self.settings.token_weights.values()}
         settings = replace(
             self.settings,
-            pruner=SamePruned(self.settings.pruner, ranks.broadcast),
-            pruners=own,
-            quantizer=SameQuantized(self.settings.quantizer, ranks.broadcast),
             bound_rows=0 if ranks.rank else self.settings.bound_rows,
             token_weights={name: shared[id(weights)] for name, weights in self.settings.token_weights.items()},
         )

@@ -13,7 +13,6 @@ from strategies import random, seeds
 from torch import Tensor
 
 from convexprune._device.precision import FORMATS, Format, add_product, bare_product, product, solving_in
-from convexprune._layerwise.processes import SamePruned
 from convexprune._layerwise.statistics import SOLVED, at_once, many_at_once
 from convexprune._layerwise.steps.bounds import sampled_bounds, sampled_bounds_of_all
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured
@@ -275,15 +274,6 @@ def test_whole_columns_and_nothing_at_all_are_pruned_one_by_one(pattern: Constra
     for problem, edit in zip(problems, Convex().prune_all(problems), strict=True):
         assert torch.equal(edit.weight, Convex().prune(problem).weight)
     assert Convex().prune_all([]) == []
-
-
-def test_ranks_take_the_answers_of_the_first():
-    asked = list[torch.Size]()
-    same = SamePruned(Convex(), lambda tensor: asked.append(tensor.shape) or tensor)
-    problems = [posed(i, Unstructured(0.5)) for i in range(2)]
-    for edit, expected in zip(same.prune_all(problems), Convex().prune_all(problems), strict=True):
-        assert torch.equal(edit.weight, expected.weight) and torch.equal(edit.mask, expected.mask)
-    assert same.side_by_side and len(asked) == 4
 
 
 def test_problems_are_side_by_side_on_a_gpu_only():

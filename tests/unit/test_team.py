@@ -15,7 +15,7 @@ from strategies import seeds
 from torch import Tensor
 
 from convexprune import errors
-from convexprune._layerwise.processes import ProcessGroup, SamePruned
+from convexprune._layerwise.processes import ProcessGroup, of_first_rank
 from convexprune._layerwise.statistics import CalibrationStatistics
 from convexprune.constraints import Unstructured
 from convexprune.pruners import Convex, LayerEdit
@@ -62,7 +62,7 @@ def test_all_ranks_take_the_answer_of_the_first(seed: int, size: int):
 
     def pruned_by(ranks: ProcessGroup) -> LayerEdit:
         own = replace(problem, weight=problem.weight * (1 + 1e-3 * ranks.rank))
-        return SamePruned(pruner, ranks.broadcast).prune(own)
+        return of_first_rank(pruner.prune(own), ranks)
 
     alone = pruner.prune(problem)
     for pruned in in_a_group(size, pruned_by):

@@ -37,7 +37,7 @@ def _repair(stack: Stack) -> None:
         damping = replace(damping, prior=STRONGER * damping.prior)
         quadratic, mask = damped(stack.problem, damping), stack.edit.mask
         weight, solutions = refitted(quadratic, mask, stack.weight, ConjugateGradient())
-        weight, facts = stack.context.ranks.broadcast(weight), stack.edit.facts | {"repairs": attempt}
+        facts = stack.edit.facts | {"repairs": attempt}
         stack.put(replace(stack.edit, weight=weight, damping=damping, facts=facts, solutions=solutions))
         if (error := _worst(stack)) < least:
             best, least = stack.edit, error
