@@ -78,6 +78,8 @@ class InFolder(Request):
             alike = whole if self.removal.chosen_first else {"pattern": "columns"}
             settings |= alike | {"targets": self.open.keywords["targets"], "prefix": self.recipe.prefix}
         found = inspect(self.source, trust_remote_code=self.call.trust_remote_code, **settings)
+        if self.size is not None:
+            found = replace(found, notes=(*found.notes, self.size.require(self.target)))
         return replace(found, zeros=0) if self.removal is not None and self.removal.chosen_first else found
 
     def _pruned(self, loaded: HuggingFaceModel) -> PruneResult:

@@ -43,15 +43,17 @@ class Size:
     weights: int  # of all tensors
     metadata: Mapping[str, Any]  # of `gguf.Metadata`: they have a part in the bytes of the header
 
-    def require(self, target: int) -> None:
-        """Refuse a target that no choice of types meets, or that is larger than all of them."""
+    def require(self, target: int) -> str:
+        """Return what can be had, in words; refuse a target that no choice of types meets, or larger than all."""
         least, most = (self.fixed + sum(pick(each.values()) for each in self.units.values()) for pick in (min, max))
+        told = (
+            f"A file of {target:,} bytes was asked for. Accepted: {least:,} (the smallest blocks everywhere) to "
+            f"{most:,} bytes (the largest), of {self.weights:,} weights. {self.fixed:,} bytes are the header, the "
+            "tokenizer and tensors that are not quantized."
+        )
         if not least <= target <= most:
-            raise PatternError(
-                f"A file of {target:,} bytes was asked for. Accepted: {least:,} (the smallest blocks everywhere) to "
-                f"{most:,} bytes (the largest), of {self.weights:,} weights. {self.fixed:,} bytes are the header, "
-                "the tokenizer and tensors that are not quantized."
-            )
+            raise PatternError(told)
+        return told
 
     def record(self, types: Mapping[str, str], target: int) -> dict[str, Any]:
         """Return what a report says of the file, for a choice of types by operator."""

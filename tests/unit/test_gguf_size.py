@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import convexprune
+from convexprune._api.calls import plan
 from convexprune._cli import app
 from convexprune._container.gguf_size import Size, measure
 from convexprune.adapters import EMBEDDED
@@ -106,6 +107,9 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path):
     assert "has no zero" in refused(source, target="1MB", sparsity=0.5)
     assert "Leave allocation out" in refused(source, target="1MB", allocation="uniform")
     assert re.search("group_size=32 beside quantize='q4_k'.*Leave", refused(source, quantize="q4_k", group_size=32))
+    asked: Any = RUN | {"target": (least + most) // 2, "sparsity": None}
+    told = " ".join(plan(model=source, output_dir=tmp_path / "none", **asked).notes)
+    assert f"{(least + most) // 2:,} bytes was asked for. Accepted: {least:,} " in told
     with pytest.raises(RecipeError, match="needs output_dir"):
         convexprune.prune(source, **RUN | {"target": most, "sparsity": None})
 
