@@ -8,7 +8,7 @@ import torch
 from pydantic import model_validator
 
 from convexprune._layerwise.allocation import check_rule
-from convexprune._layerwise.settings import LayerSettings, TokenWeighting
+from convexprune._layerwise.settings import LayerSettings, Refinement, TokenWeighting
 from convexprune._schema.group import checked
 from convexprune._schema.settings import (
     DataSettings,
@@ -22,7 +22,7 @@ from convexprune._schema.settings import (
 from convexprune._setting_types import make
 from convexprune.constraints import Coded, Constraint, Quantized, make_grid, parse_pattern
 from convexprune.constraints._ggml import AnyBlock
-from convexprune.constraints._grid import Grouped
+from convexprune.constraints._grid import Grid, Grouped
 from convexprune.errors import RecipeError, unknown
 from convexprune.pruners import METHODS, AbstractPruner, Convex, Refitted, no_method
 from convexprune.pruners._base import WHOLE
@@ -68,6 +68,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
                     f"{getattr(self, name)!r}. Leave {name} out, or take method={self.preset!r}, which has it as asked."
                 )
         TokenWeighting.parse(self.token_weights)
+        self._check_refinement()
         pattern = self.build_pattern()
         check_rule(self.allocation, pattern)
         if self.quantize == GGUF and self.allocation != "curve":
@@ -91,6 +92,14 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             )
         self._check_rules(pattern)
         return self
+
+    def _check_refinement(self) -> None:
+        grid = self.build_pattern().grid
+        if Refinement.parse(self.refine) is not None and grid is not None and not isinstance(grid, Grid):
+            raise RecipeError(
+                f"refine={self.refine!r} moves the scales of whole numbers, int8 to int3, and {grid} is another grid. "
+                "Leave refine out."
+            )
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -154,6 +163,7 @@ class Recipe(DeviceSettings, RunSettings, MethodSettings, TargetSettings, DataSe
             solve_precision=self.solve_precision,
             certificate_precision=self.certificate_precision,
             quantizer=make(QUANTIZERS[self.quantizer], self.quantizer, {}),
+            refinement=Refinement.parse(self.refine),
         )
 
     def _check_rules(self, pattern: Constraint) -> None:

@@ -30,5 +30,5 @@ def pruned(context: LayerContext, settings: LayerSettings) -> list[OperatorRepor
     reports = list[OperatorReport]()
     if not context.observed.outputs:
         context.observe((settings.error_target,))
-    Pipeline(settings, stack_steps(reports.append))(context)
+    Pipeline(settings, stack_steps(settings, reports.append))(context)
     return reports

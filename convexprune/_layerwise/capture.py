@@ -243,15 +243,15 @@ def stage_inputs(layer: DecoderLayer, stage: Sequence[Group], call: Call, batch:
             def keep(x: Tensor, group: Group = group) -> None:
                 seen[group] = _by_sample(x, len(batch) if group.token_aligned else 1)
                 if len(seen) == len(stage):
-                    raise _Reached
+                    raise Reached
 
             hooks.enter_context(group.input_hook(keep))
-        with suppress(_Reached):
+        with suppress(Reached):
             call(layer.module, batch)
     return seen
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward pass."""
 
 

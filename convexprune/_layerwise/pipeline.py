@@ -98,7 +98,7 @@ class Stack:
         return replace(before, weight=weight)
 
     def put(self, edit: LayerEdit) -> None:
-        """Store the first rank's edit; a kept weight that rounds to zero becomes the smallest number, for counts."""
+        """Store the first rank's edit in the model."""
         edit = of_first_rank(edit, self.context.ranks)
         if not bool(edit.weight.isfinite().all()):
             raise PruningError(f"{self.names[0]}: the pruned weight is not finite. Raise the damping.")
@@ -106,13 +106,20 @@ class Stack:
         parts = zip(edit.weight.split(heights), edit.mask.split(heights), self.weight.split(heights), strict=True)
         for operator, own, (weight, mask, before) in zip(self.group.operators, blocks, parts):  # noqa: B905
             self.context.blocks[operator.name] = own
-            dtype = operator.read().dtype
-            rounded = weight.to(dtype)
-            smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-            vanished = mask & (rounded == 0) & (before != 0) if own is None else torch.zeros_like(mask)
-            rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
-            operator.write(rounded.masked_fill(~mask, 0))  # no negative zeros in the file
+            stay = before if own is None else torch.zeros_like(before)
+            operator.write(in_dtype(weight, mask, stay, operator.read().dtype))
         self.edit = edit
+
+
+def in_dtype(weight: Tensor, mask: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a weight to a dtype, and mask entries.
+
+    A kept entry that rounds to zero becomes the smallest number, unless it was zero `before`: counts stay exact.
+    """
+    rounded, smallest = weight.to(dtype), torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    vanished = mask & (rounded == 0) & (before != 0)
+    rounded = torch.where(vanished, torch.copysign(torch.full_like(rounded, smallest), before), rounded)
+    return rounded.masked_fill(~mask, 0)  # no negative zeros in the file
 
 
 def stacks_of(

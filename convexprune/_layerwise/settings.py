@@ -18,6 +18,29 @@ Stream = Literal["dense", "pruned"]
 Emptied = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
+REFINED, WAYS = ("none", "layer", "half-layer"), ("adam", "gauss-newton")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The setting `refine`: the values that move together, all of a layer or first those of its attention; the way."""
+
+    halves: bool
+    way: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Refinement | None":
+        """Read "none", "layer", "half-layer" or "layer:gauss-newton"."""
+        kind, colon, way = text.partition(":")
+        if kind not in REFINED:
+            raise RecipeError(unknown("refinement", kind, REFINED))
+        if kind == "none" and not colon:
+            return None
+        if kind == "none" or (colon and way not in WAYS):
+            raise RecipeError(f"refine={text!r}. Write none, layer or half-layer; or layer:{' or layer:'.join(WAYS)}.")
+        return cls(kind == "half-layer", way or WAYS[0])
+
+
 @dataclass(frozen=True, eq=False)
 class LayerSettings:
     """Settings for the layers of a run: pruner, pattern, inputs and targets.
@@ -48,6 +71,7 @@ class LayerSettings:
     solve_precision: Format = "auto"
     certificate_precision: CertificateFormat = "auto"
     quantizer: AbstractQuantizer = field(default_factory=Descent)
+    refinement: Refinement | None = None  # after pruning
     emptied: Emptied | None = None  # returns a layer's parameters with zeros in place of removed parts
 
     def __post_init__(self) -> None:

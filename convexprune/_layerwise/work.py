@@ -14,20 +14,22 @@ from convexprune._layerwise.steps.measure import Measure
 from convexprune._layerwise.steps.observe import Observe, Remove
 from convexprune._layerwise.steps.prune import Prune
 from convexprune._layerwise.steps.quantize import Quantize
+from convexprune._layerwise.steps.refine import Refine
 from convexprune._layerwise.steps.repair import Repair
 from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.report import OnOperator, OperatorReport
 
 
-def stack_steps(on_operator: OnOperator) -> list[AbstractStackStep]:
-    """Return the steps on the operators of a layer that was observed."""
-    return [Prune(), Repair(), Quantize(), Measure(on_operator)]
+def stack_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
+    """Return the steps on a layer that was observed."""
+    refined = [] if settings.refinement is None else [Refine(settings, settings.refinement)]
+    return [Prune(), Repair(), Quantize(), *refined, Measure(on_operator)]
 
 
 def layer_steps(settings: LayerSettings, on_operator: OnOperator) -> list[AbstractLayerStep | AbstractStackStep]:
     removal = [] if settings.emptied is None else [Remove(settings.emptied)]
-    return [Observe(settings.error_target), *removal, *stack_steps(on_operator)]
+    return [Observe(settings.error_target), *removal, *stack_steps(settings, on_operator)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -210,6 +210,12 @@ class MethodSettings(Settings):
         "attention_sink:0.5) for the first four of each sample, where outputs are keys and values; loss, half by "
         "squared gradients. Left out: attention_sink with quantize and our quantizer, else none.",
     )
+    refine: str = setting(
+        "none",
+        "After pruning, move the kept values of a decoder layer, or the scales of quantize, to lower the error of its "
+        "outputs: none; layer, all at once; half-layer, those of attention first. In two ways: layer:adam and "
+        "layer:gauss-newton. Held-out samples decide whether values move.",
+    )
     quantizer: Literal["descent", "gptaq", "gptq", "qep", "rtn"] = setting(
         "descent",
         "What finds the codes of quantize: descent, ours; or a baseline: gptq (with prefix pruned and error_correction "

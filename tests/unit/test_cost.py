@@ -143,7 +143,7 @@ def pruning(layer: DecoderLayer, settings: LayerSettings, folds: Folds) -> Calla
     """Prune a layer of one stage, whose statistics are known, so that nothing is run."""
     nowhere: dict[str, Any] = {"model": None, "number": 0, "calls": None, "states": None}
     context = LayerContext(layer=layer, inputs={"dense": ()}, first=folds, **nowhere)
-    return lambda: Pipeline(settings, stack_steps(lambda _: None))(context)
+    return lambda: Pipeline(settings, stack_steps(settings, lambda _: None))(context)
 
 
 @pytest.mark.parametrize("bound", [False, True])

@@ -1,0 +1,241 @@
+"""The squared error of a decoder layer's outputs, as a function of the values that may move."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from convexprune._layerwise.capture import Calls, Reached
+from convexprune._layerwise.model import AbstractOperator
+from convexprune._layerwise.pipeline import in_dtype
+from convexprune._layerwise.processes import ALONE, ProcessGroup
+from convexprune.constraints._codebook import Scales
+from convexprune.constraints._grid import Grid
+from convexprune.errors import ModelError
+
+Values = dict[str, Tensor]  # by operator
+
+
+class AbstractMovable(ABC):
+    """The movable values of an operator, relative to their size: zero is the weight from before."""
+
+    @abstractmethod
+    def zero(self) -> Tensor:
+        """Return the values of the weight from before."""
+
+    @abstractmethod
+    def weight(self, x: Tensor) -> Tensor:
+        """Return the weight [m n] in float32, differentiable."""
+
+    @abstractmethod
+    def stored(self, x: Tensor) -> Tensor:
+        """Return the weight [m n] as the model stores it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept(AbstractMovable):
+    """The non-zero entries of a weight [m n]."""
+
+    before: Tensor
+
+    @cached_property
+    def _size(self) -> Tensor:
+        kept = (self.before != 0).float()
+        return kept * (self.before.float().square().sum() / kept.sum().clamp_min(1)).sqrt()
+
+    def zero(self) -> Tensor:
+        return torch.zeros_like(self._size)
+
+    def weight(self, x: Tensor) -> Tensor:
+        return self.before.float() + self._size * x
+
+    def stored(self, x: Tensor) -> Tensor:
+        return in_dtype(self.weight(x), self.before != 0, self.before, self.before.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid(AbstractMovable):
+    """The scales of a weight [m n] on a grid; codes stay."""
+
+    before: Tensor
+    grid: Grid
+
+    @cached_property
+    def _scales_and_codes(self) -> tuple[Tensor, Tensor]:
+        scales, codes, _ = self.grid.find(self.before)
+        return scales, codes.float()
+
+    def zero(self) -> Tensor:
+        return torch.zeros_like(self._scales_and_codes[0])
+
+    def weight(self, x: Tensor) -> Tensor:
+        scales, codes = self._scales_and_codes
+        return self.grid.weight(codes, Scales(scales * (1 + x)))
+
+    def stored(self, x: Tensor) -> Tensor:
+        scales, codes = self._scales_and_codes
+        moved = self.grid.weight(codes, self.grid.rounded(Scales(scales * (1 + x)))).to(self.before.dtype)
+        return torch.where((moved == 0) == (codes == 0), moved, self.before)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerError:
+    """The sum of |f(x) - y|^2 over tokens: f is the layer, or the submodule `end`; y are the dense outputs.
+
+    Computed in float32, whatever the model's dtype is, and summed over all ranks.
+    """
+
+    module: nn.Module
+    calls: Calls
+    operators: Mapping[str, AbstractOperator]
+    movable: Mapping[str, AbstractMovable]
+    inputs: Sequence[Tensor]
+    target: Callable[[int], Tensor]  # y [batch tokens hidden] of a batch
+    energy: Callable[[int], Tensor]  # what errors are relative to, likewise
+    weights: Callable[[int], Tensor | None] = lambda _: None  # [batch tokens]
+    known: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()  # inside, submodules are replayed
+    end: nn.Module | None = None
+    ranks: ProcessGroup = ALONE
+
+    def __post_init__(self) -> None:
+        assert len(self._places) + len(self._state)  # inside of a derivative parameters are not where they are
+
+    def zero(self) -> Values:
+        """Return the values of the weights from before."""
+        return {name: each.zero() for name, each in self.movable.items()}
+
+    def stored(self, x: Values) -> Values:
+        """Return the weights as the model stores them."""
+        return {name: each.stored(x[name]) for name, each in self.movable.items()}
+
+    def relative(self, x: Values, numbers: Sequence[int]) -> float:
+        """Return the error of stored weights on some batches, over the energy of what the dense layer adds."""
+        weights, sums = {name: each.float() for name, each in self.stored(x).items()}, [0.0, 0.0]
+        for i in numbers:
+            sums[0] += float(self._weighted(self._outputs(weights, i) - self.target(i), i).square().sum())
+            sums[1] += float(self._weighted(self.energy(i), i).square().sum())
+        error, energy = self.ranks.all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+        return error / energy if energy > 0 else 0.0
+
+    def tokens(self, numbers: Sequence[int]) -> int:
+        """Return the number of tokens in some batches of all ranks."""
+        return int(self.ranks.all_reduce(torch.tensor(sum(self.inputs[i].shape[:2].numel() for i in numbers))))
+
+    def gradient(self, x: Values, numbers: Sequence[int]) -> tuple[Values, float]:
+        """Return the gradient of half of the sum on some batches, and this half."""
+        total, half = self.zero(), torch.zeros((), dtype=torch.float64)
+        for i in numbers:
+            found, value = grad_and_value(lambda x, i=i: self._residual(x, i).square().sum() / 2)(x)
+            _add(total, found)
+            half += value.double().cpu()
+        return self._summed(total), float(self.ranks.all_reduce(half))
+
+    def product(self, x: Values, direction: Values, numbers: Sequence[int]) -> Values:
+        """Return J' J d on some batches, with the derivative J of the outputs at x."""
+        total = self.zero()
+        for i in numbers:
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+                outputs, pull = self._linearised(x, i)
+                image = vjp(pull, torch.zeros_like(outputs))[1](direction)[0]
+                _add(total, pull(image))
+        return self._summed(total)
+
+    def squared_slopes(self, x: Values, numbers: Sequence[int]) -> Values:
+        """Estimate the diagonal of J' J, by random signs at the outputs (Hutchinson 1989)."""
+        total, generator = self.zero(), torch.Generator().manual_seed(0)
+        for i in numbers:
+            outputs, pull = self._linearised(x, i)
+            signs = torch.randint(2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+            _add(total, {name: each.square() for name, each in pull(signs).items()})
+        return self._summed(total)
+
+    def _linearised(self, x: Values, i: int) -> tuple[Tensor, Callable[[Tensor], Values]]:
+        """Return sqrt(w) (f(x) - y) of a batch, and the product of J' with such a tensor."""
+        found = vjp(lambda x: self._residual(x, i), x)
+        return found[0], lambda outputs: found[1](outputs)[0]
+
+    def _residual(self, x: Values, i: int) -> Tensor:
+        weights = {name: each.weight(x[name]) for name, each in self.movable.items()}
+        return self._weighted(self._outputs(weights, i) - self.target(i), i)
+
+    def _weighted(self, outputs: Tensor, i: int) -> Tensor:
+        weights = self.weights(i)
+        return outputs if weights is None else outputs * weights.to(outputs).sqrt()[..., None]
+
+    def _outputs(self, weights: Values, i: int) -> Tensor:
+        hidden, state, seen = self.inputs[i], dict(self._state), list[Tensor]()
+        call = tree_map(wide, (self.calls(hidden).args, dict(self.calls(hidden).kwargs)))
+        for name, weight in weights.items():
+            place = self._places[name]
+            state[place.name] = place.put(state[place.name], weight)
+
+        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            seen.append(output if isinstance(output, Tensor) else output[0])
+            raise Reached
+
+        with self.known(i), ExitStack() as hooks, suppress(Reached):
+            if self.end is not None:
+                hooks.callback(self.end.register_forward_hook(keep).remove)
+            output = functional_call(self.module, state, (wide(hidden.to(self._device)), *call[0]), call[1])
+            seen.append(output if isinstance(output, Tensor) else output[0])
+        return seen[0].reshape(hidden.shape)
+
+    @cached_property
+    def _state(self) -> Values:
+        both = chain(self.module.named_parameters(), self.module.named_buffers())
+        return {name: wide(each.detach()) for name, each in both}
+
+    @cached_property
+    def _places(self) -> "dict[str, Place]":
+        return {name: Place.of(operator, self.module) for name, operator in self.operators.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.operators.values())).read().device
+
+    def _summed(self, total: Values) -> Values:
+        return {name: self.ranks.all_reduce(each) for name, each in total.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a parameter that is an operator's weight: all, its transpose, or a slice of a stack."""
+
+    name: str
+    view: tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides and offset
+
+    @classmethod
+    def of(cls, operator: AbstractOperator, module: nn.Module) -> "Place":
+        view = operator.read()
+        for name, parameter in module.named_parameters():
+            offset = (view.data_ptr() - parameter.data_ptr()) // view.itemsize
+            if parameter.device == view.device and 0 <= offset < parameter.numel() and parameter.is_contiguous():
+                return cls(name, (tuple(view.shape), view.stride(), offset))
+        raise ModelError(
+            f"{operator.name} is no part of a parameter in memory, so refine has nothing to move. Load the model onto "
+            "one device, or take refine='none'."
+        )
+
+    def put(self, whole: Tensor, weight: Tensor) -> Tensor:
+        """Return the parameter with another weight in its place."""
+        is_whole = self.view[:2] == (whole.shape, whole.stride())
+        return weight if is_whole else whole.as_strided_scatter(weight, *self.view)
+
+
+def wide(each: Any) -> Any:
+    """Return a tensor of real numbers in float32, and all else as it is."""
+    return each.float() if isinstance(each, Tensor) and each.is_floating_point() else each
+
+
+def _add(total: Values, found: Values) -> None:
+    for name, each in found.items():
+        total[name] += each
