@@ -49,7 +49,7 @@ class ElasticNet(Elementwise):
         strength, ridge, lower, upper = self._like(weight)
         room = 1 + SLACK * torch.finfo(weight.dtype).eps
         outside = ((weight < room * lower) | (weight > room * upper)).any(1)
-        price = (strength * weight.abs() + ridge / 2 * weight.square()).sum(1)
+        price = ((strength + ridge / 2 * weight.abs()) * weight.abs()).sum(1)  # squares of float32 overflow
         return torch.where(outside, inf, price)
 
     def prox(self, weight: Tensor, step: float) -> Tensor:
@@ -65,7 +65,7 @@ class ElasticNet(Elementwise):
         dual = self.project(dual)  # rounding may leave the domain
         soft = dual - dual.clamp(-strength, strength)
         best = torch.where(soft == 0, 0.0, (soft / ridge).clamp(lower, upper))
-        return torch.where(soft == 0, 0.0, best.abs() * soft.abs() - ridge / 2 * best.square()).sum(1)
+        return torch.where(soft == 0, 0.0, best.abs() * (soft.abs() - ridge / 2 * best.abs())).sum(1)
 
     def project(self, dual: Tensor) -> Tensor:
         return dual.clamp(*self._domain(dual))
@@ -94,5 +94,16 @@ class ElasticNet(Elementwise):
         return low, torch.where((ridge > 0) | (upper < inf), inf, strength)
 
     def _like(self, tensor: Tensor) -> list[Tensor]:
-        numbers = self.strength, self.ridge, self.lower, self.upper
-        return [torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device) for each in numbers]
+        prices = [
+            torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device) for each in (self.strength, self.ridge)
+        ]
+        return [*prices, _inside(self.lower, tensor), _inside(self.upper, tensor)]
+
+
+def _inside(bound: float | Tensor, tensor: Tensor) -> Tensor:
+    """Return the bound in the dtype of the tensor, rounded towards zero."""
+    exact = torch.as_tensor(
+        bound, dtype=torch.float64 if isinstance(bound, float | int) else None, device=tensor.device
+    )
+    near = exact.to(tensor.dtype)
+    return near if near.dtype == exact.dtype else torch.where(near.abs() > exact.abs(), near.nextafter(0 * near), near)

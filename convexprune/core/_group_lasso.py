@@ -197,7 +197,8 @@ class RowGroups(AbstractPenalty):
     def _norms(self, weight: Tensor) -> Tensor:
         """Return |V_ig| [m groups]."""
         sums = weight.new_zeros(len(weight), int(self.groups.max()) + 1)
-        return sums.scatter_add_(1, self._labels(weight), weight.square()).sqrt()
+        top = weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)  # squares leave float32
+        return sums.scatter_add_(1, self._labels(weight), (weight / top).square()).sqrt() * top
 
     def _spread(self, values: Tensor, weight: Tensor) -> Tensor:
         """Return a value of each group [m groups] for each entry [m n]."""

@@ -304,7 +304,7 @@ def proximal_steps(problem: Problem, point: Tensor, residual: Tensor, scale: Ten
     The scale is [n], or by row [m n]. Without convexity the length is that of a step that goes down, and the size is
     over the length.
     """
-    length = 1.0 if problem.penalty.is_convex else 1 / problem.quadratic.scaled(scale).lipschitz
+    length = 1.0 if problem.penalty.is_convex else 1 / (problem.quadratic.scaled(scale).lipschitz or 1.0)
     point = point * scale
     return (point - problem.penalty.scaled(scale).forward_backward(point, residual / scale, length)).abs() / length
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convexprune._device.precision import solving_in
 from convexprune._setting_types import Count, NotNegative
-from convexprune.core import AbstractPenalty, Problem
+from convexprune.core import AbstractPenalty, ElasticNet, Problem
 from convexprune.core._problem import proximal_steps, row_gaps
 from convexprune.core._side_by_side import certify_each
 from convexprune.solvers._base import AbstractSolver, Solution, Status, StepResult, initial, require_penalty
@@ -89,7 +89,10 @@ class AbstractIterative(AbstractSolver):
         if tested and self._status(inner, weight * scale, 0) is Status.SOLVED:
             return weight, Status.SOLVED, 0, 1
         weight, status, iterations, products = self._iterate(inner, weight * scale, residual)
-        return weight / scale, status, iterations, products
+        weight = weight / scale
+        if isinstance(problem.penalty, ElasticNet):
+            weight = problem.penalty.prox(weight, 0.0)  # the units have rounded the bounds
+        return weight, status, iterations, products
 
     @abstractmethod
     def _iterate(

@@ -19,6 +19,7 @@ AT_ONCE = 250_000  # numbers in the Gram matrices of working sets that are treat
 NEWTON_STEPS = 20  # in a round
 HALVINGS = 4  # of a step that does not go down
 FREE = 1e-6  # of a row's largest strength: a smaller strength is no reason to begin with larger strengths
+LARGEST = 1e10  # weight, of a unit diagonal and energy
 EPSILON = 1e-15  # of a gain, of a unit energy
 SLIGHT = 1e-11  # of a unit diagonal and energy: rounding
 SHIFT = 1e-12  # of the unit diagonal of a singular Gram matrix
@@ -63,7 +64,7 @@ class WorkingSet(AbstractSolver):
         if bool(quadratic.cross.isfinite().all()) and bool(quadratic.gram.isfinite().all()):
             rows = Rows.of(problem, weight)
             status, rounds, products = self._rounds(rows, quadratic.gram, weight)
-        weight = (weight / unit).to(problem.quadratic.cross)
+        weight = problem.penalty.prox((weight / unit).to(problem.quadratic.cross), 0.0)
         certificate = certify(problem, weight)
         status = Status.of(status, certificate, self.tolerance)
         seconds = time.perf_counter() - began
@@ -85,6 +86,8 @@ class WorkingSet(AbstractSolver):
             for size, chunk in _alike(sizes):
                 inside = order[chunk].topk(size, sorted=False).indices
                 answers[chunk] = answers[chunk].scatter_(1, inside, rows.on(gram, chunk, inside, level, self.tolerance))
+            if not bool((answers.abs() < LARGEST).all()):  # H is indefinite, by rounding, where strengths are zero
+                break
             residual = torch.addmm(rows.cross, answers, gram, alpha=-1)
             rows = rows._replace(weight=answers, residual=residual, level=level)
         return Status.ITERATION_LIMIT, number, number
