@@ -1,13 +1,12 @@
 """The needs of a run: memory, disk and arithmetic from sizes alone, and time by the rate of products on a device."""
 
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import inf
 
 import torch
+from torch.utils.benchmark import Timer
 
 from convexprune._device.precision import widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
@@ -22,8 +21,7 @@ BOUND = {WIDE: 15.4, WIDEST: 12.3}
 """Matrices [n n] that the bound of a report needs, in float32 though it is computed in float64, by the widest input."""
 HELD = 4.3  # matrices [m n] that are alive meanwhile
 JUDGING, CORRECTING = 4, 8  # products for the errors that are reported, and more of them with correction (counted)
-SECONDS = 0.1  # that a matrix product is timed for, each time
-TIMES, PAUSE = 4, 0.1  # in each of two dtypes, with so many seconds between, in which whoever else works may pause
+SECONDS = 0.4  # that a matrix product is timed for, in each of two dtypes
 WIDTH, WIDTH_ON_GPU = 1024, 8192  # of the product that is timed, which has to be long beside what begins it
 
 
@@ -217,22 +215,9 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
     """Return the best rate of all repeats, the nearest to the rate of an idle device."""
     width = WIDTH if torch.device(device).type == "cpu" else WIDTH_ON_GPU
     a = torch.full((width, width), 0.5, dtype=dtype, device=device)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     with widened(a.device, dtype):  # as a model's are
-        return 2 * width**3 / _best(lambda: float((a @ a)[0, 0]))  # which waits for the device
-
-
-def _best(run: Callable[[], object]) -> float:
-    best = inf
-    for number in range(TIMES):
-        time.sleep(PAUSE if number else 0)
-        end = time.perf_counter() + SECONDS
-        while True:
-            began = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - began)
-            if time.perf_counter() >= end:
-                break
-    return best
+        return 2 * width**3 / min(timer.blocked_autorange(min_run_time=SECONDS).times)
 
 
 def load() -> str:
