@@ -16,7 +16,6 @@ from convexprune._container.folder import holds_pack, pack_in_place
 from convexprune._container.provenance import plain_checksum, require_only_result
 from convexprune._device.capabilities import is_host
 from convexprune._device.machine import threads as use_threads
-from convexprune._device.memory import room_on
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._progress import begin
 from convexprune._recipe_file import write_recipe
@@ -27,6 +26,7 @@ from convexprune._runs.folder import BLOCKS, CARD, PAGE, REMOVED, RunFolder
 from convexprune._runs.identity import identity
 from convexprune._runs.worker import Job
 from convexprune._schema.functions import Call
+from convexprune._storage.batches import room_on
 from convexprune._storage.files import checksums, sha256, write_json
 from convexprune._storage.staging import output_folder
 from convexprune.adapters import HuggingFaceModel, reopen, save_from_store

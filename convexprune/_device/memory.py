@@ -1,48 +1,14 @@
-"""The memory of a GPU: owners of tensors, room, release, and the advice after a failed allocation."""
+"""The memory of a GPU: release, and the advice after a failed allocation."""
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
-from weakref import WeakSet
 
 import torch
 
-from convexprune._device.capabilities import is_host
 from convexprune.errors import ConvexpruneError, PruningError
 
 MOST_SAID = 200  # characters of what torch says
-USABLE = 0.9  # of what is free: memory is given out in pieces that do not fit together
-
-
-class Holder(Protocol):
-    """Owner of GPU tensors that can be moved to the host."""
-
-    @property
-    def held(self) -> int: ...
-
-
-class Room:
-    """GPU memory that a run does not need, for tensors that would go to the disk, as long as their owner lives."""
-
-    def __init__(self, limit: int = 0) -> None:
-        self._limit, self._holders = limit, WeakSet[Holder]()
-
-    def has(self, nbytes: int, holder: Holder) -> bool:
-        """Return True if `nbytes` more fit into the holder's share."""
-        if sum(each.held for each in self._holders | {holder}) + nbytes >= self._limit:
-            return False
-        self._holders.add(holder)
-        return True
-
-
-def room_on(device: torch.device | str, needed: int) -> Room:
-    """Return the GPU memory that a run leaves free by its formula; none on a CPU, where the system caches files."""
-    device = torch.device(device)
-    if is_host(device):
-        return Room()
-    release_unused()
-    return Room(int(USABLE * torch.cuda.mem_get_info(device)[0]) - needed)
 
 
 def use_gpu(device: str) -> None:

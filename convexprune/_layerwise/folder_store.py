@@ -13,13 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convexprune._device.memory import Room
 from convexprune._layerwise.capture import Recorded
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import BLOCKS, AbstractStore
-from convexprune._storage.batches import Batches
+from convexprune._storage.batches import Batches, Room
 from convexprune._storage.failures import writing
 from convexprune._storage.files import read_notes, sha256, write_notes
 from convexprune._storage.locks import locked

@@ -12,12 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from convexprune._device.machine import installation, threads
-from convexprune._device.memory import room_on, use_gpu, within_memory
+from convexprune._device.memory import use_gpu, within_memory
 from convexprune._device.switches import pinned
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.model import AbstractModel
 from convexprune._layerwise.work import Work, prune_claimed
 from convexprune._runs.identity import differences
+from convexprune._storage.batches import room_on
 from convexprune._storage.failures import working
 from convexprune.errors import ConvexpruneError, PruningError
 

@@ -5,15 +5,42 @@ from math import prod
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
 from typing import overload
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from convexprune._device.memory import Room
+from convexprune._device.capabilities import is_host
+from convexprune._device.memory import release_unused
 from convexprune._device.transfer import lane_to, sending
 from convexprune._storage.failures import naming, writing
 from convexprune._storage.files import publish, read_ahead, read_notes, sha256, write, write_notes
 from convexprune._storage.tensors import CODES, DTYPES, raw
+
+USABLE = 0.9  # of free GPU memory, which is given out in pieces that do not fit together
+
+
+class Room:
+    """GPU memory that a run does not need, for tensors that would go to the disk, as long as their owner lives."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit, self._owners = limit, WeakSet["Batches"]()
+
+    def has(self, nbytes: int, batches: "Batches") -> bool:
+        """Return True if `nbytes` more fit into the room beside those of all batches."""
+        if sum(owner.held for owner in self._owners | {batches}) + nbytes >= self._limit:
+            return False
+        self._owners.add(batches)
+        return True
+
+
+def room_on(device: torch.device | str, needed: int) -> Room:
+    """Return the GPU memory that a run leaves free by its formula; none on a CPU, where the system caches files."""
+    device = torch.device(device)
+    if is_host(device):
+        return Room()
+    release_unused()
+    return Room(int(USABLE * torch.cuda.mem_get_info(device)[0]) - needed)
 
 
 class Batches(Sequence[Tensor]):

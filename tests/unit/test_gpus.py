@@ -22,6 +22,7 @@ from convexprune._layerwise.context import recorded
 from convexprune._layerwise.folder_store import FolderStore
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._runs import executors
+from convexprune._storage import batches
 from convexprune._storage.batches import Batches
 
 
@@ -167,7 +168,7 @@ def test_what_fits_stays_on_the_gpu_and_gives_the_same_bits(
 
     for way in seen:
         monkeypatch.setattr(lane, way, counting(way))
-    monkeypatch.setattr(in_folder, "room_on", lambda *_: memory.Room(limit))
+    monkeypatch.setattr(in_folder, "room_on", lambda *_: batches.Room(limit))
     convexprune.prune(dense, output_dir=tmp_path / "out", **SETTINGS)
     assert checksums(tmp_path / "out") == expected
     assert seen == {"to_host": sent, "to_device": read}  # with room for all: what a killed run goes on from, once
@@ -175,7 +176,7 @@ def test_what_fits_stays_on_the_gpu_and_gives_the_same_bits(
 
 @pytest.mark.usefixtures("lane")
 def test_what_stays_on_the_gpu_is_in_the_folder_as_well(tmp_path: Path):
-    store = FolderStore(tmp_path, 2, room=memory.Room(3 * 24 + 1))
+    store = FolderStore(tmp_path, 2, room=batches.Room(3 * 24 + 1))
     with store.scratch(0) as record:
         place = recorded(iter(numbers(5)), record())
         store.put_hidden(1, "dense", place)
@@ -196,10 +197,12 @@ class Holding:
 
 def test_room_is_what_a_run_leaves_free_by_its_formula(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    room, one, other = memory.room_on("cuda", 500), Holding(300), Holding(0)
+    one: Any
+    other: Any
+    room, one, other = batches.room_on("cuda", 500), Holding(300), Holding(0)
     assert room.has(50, one) and room.has(50, other) and not room.has(200, other)
     del one
-    assert room.has(200, other) and not memory.room_on("cpu", 0).has(0, other)
+    assert room.has(200, other) and not batches.room_on("cpu", 0).has(0, other)
 
 
 def test_after_an_error_nothing_more_is_taken(lane: GpuLane):
