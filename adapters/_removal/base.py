@@ -15,7 +15,7 @@ from convexprune._layerwise.capture import Recorded
 from convexprune._storage.tensors import Entry, Spec, raw
 from convexprune.constraints import Constraint
 from convexprune.errors import ModelError
-from convexprune.pruners._base import Score
+from convexprune.pruners import Score
 
 from .._huggingface import HuggingFaceModel
 from .configuration import built, require_shapes

@@ -14,7 +14,7 @@ from convexprune._layerwise.model import Call, DecoderLayer, computing
 from convexprune.constraints import Constraint
 from convexprune.constraints._budget import check_some
 from convexprune.errors import ModelError, PatternError
-from convexprune.pruners._base import Score
+from convexprune.pruners import Score
 
 from .._channels.channels import close
 from .._discovery.experts import fused_parameters

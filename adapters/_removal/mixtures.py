@@ -15,7 +15,7 @@ from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._progress import begin
-from convexprune.pruners._base import Score
+from convexprune.pruners import Score
 
 from .._huggingface import HuggingFaceModel
 from .base import Cut, Making

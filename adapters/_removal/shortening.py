@@ -19,7 +19,7 @@ from convexprune._progress import begin
 from convexprune.constraints import Constraint
 from convexprune.constraints._budget import check_some
 from convexprune.errors import ModelError
-from convexprune.pruners._base import Score
+from convexprune.pruners import Score
 
 from .._data.likelihood import likelihoods
 from .._discovery.family import decoder_layers

@@ -36,7 +36,7 @@ METHODS = {
     "osscar": Method(6.4, 8.0, 5, 8, 8.0),
     "reap": Method(5.0, 7.9, 0, 0, 1.0),
     "shortgpt": Method(5.0, 7.9, 0, 0, 1.0),
-    "sparsegpt": Method(5.0, 7.9, 1, 2, 8.0),
+    "sparsegpt": Method(4.5, 7.9, 1, 2, 8.0),
     "wanda": Method(5.0, 7.9, 0, 0, 1.0),
     "wanda-sp": Method(5.0, 7.9, 0, 0, 1.0),
 }

@@ -22,7 +22,6 @@ from convexprune.constraints._codebook import (
 )
 from convexprune.errors import PatternError
 
-SUPER = 256  # weights of a block with scales of scales
 REACH = 9  # values that may be clipped
 SMALLEST = 2.0**-24  # of float16, in place of a scale of zero
 SHRINK = 0.7, 1.1  # candidates of a range, over that of the weights
@@ -97,15 +96,11 @@ class Block(Codebook):
 
 
 class Q4_0(WholeNumbers, Block):
-    """Whole numbers of four bits."""
-
     name, bits = "q4_0", 4.5
     values = tuple(map(float, range(-8, 8)))
 
 
 class Q8_0(Q4_0):
-    """Whole numbers of eight bits."""
-
     name, bits = "q8_0", 8.5
     values = tuple(map(float, range(-127, 128)))
 
@@ -128,7 +123,7 @@ class IQ4_NL(Block):
 class Super(Block):
     """Weights in blocks of 256: float16 numbers, of which the scales of groups are whole multiples of few bits."""
 
-    block = SUPER
+    block = 256
     multiples: ClassVar[tuple[int, int]]
     """The smallest and the largest of these multiples."""
     sweeps: ClassVar[int] = 2
@@ -171,40 +166,39 @@ class Super(Block):
 
 
 class Q3_K(WholeNumbers, Super):
-    """Whole numbers of three bits in groups of 16."""
-
     name, bits, group = "q3_k", 3.4375, 16
     values = tuple(map(float, range(-4, 4)))
     multiples = (-32, 31)
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        own = self._multiples(scales.step, scales.units[0])
-        packed = torch.cat([fields(own & 15, 2, 8), fields(own >> 4, 4, 4)], dim=1)
+        multiples = self._multiples(scales.step, scales.units[0])
+        packed = torch.cat([fields(multiples & 15, 2, 8), fields(multiples >> 4, 4, 4)], dim=1)
         return [fields(places >> 2, 8, 32), fields(places & 3, 4, 32), packed, halves(scales.units[0])]
 
 
 class Q6_K(WholeNumbers, Super):
-    """Whole numbers of six bits in groups of 16."""
-
     name, bits, group = "q6_k", 6.5625, 16
     values = tuple(map(float, range(-32, 32)))
     multiples = (-128, 127)
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        own = self._multiples(scales.step, scales.units[0]) - 128  # wraps around as int8 does
-        return [fields(places & 15, 2, 64), fields(places >> 4, 4, 32), own, halves(scales.units[0])]
+        multiples = self._multiples(scales.step, scales.units[0]) - 128  # wraps around as int8 does
+        return [fields(places & 15, 2, 64), fields(places >> 4, 4, 32), multiples, halves(scales.units[0])]
 
 
 class IQ4_XS(Super):
-    """The numbers of IQ4_NL in groups of 32."""
-
     name, bits = "iq4_xs", 4.25
     values = IQ4_NL.values
     multiples = (-32, 31)
 
     def _fields(self, places: Tensor, scales: Scales) -> list[Tensor]:
-        own = self._multiples(scales.step, scales.units[0])
-        return [halves(scales.units[0]), fields(own >> 4, 4, 1), fields(own & 15, 2, 1), fields(places, 2, 16)]
+        multiples = self._multiples(scales.step, scales.units[0])
+        return [
+            halves(scales.units[0]),
+            fields(multiples >> 4, 4, 1),
+            fields(multiples & 15, 2, 1),
+            fields(places, 2, 16),
+        ]
 
 
 class WithMinima(WholeNumbers, Super):
@@ -240,8 +234,6 @@ class WithMinima(WholeNumbers, Super):
 
 
 class Q2_K(WithMinima):
-    """Whole numbers of two bits in groups of 16."""
-
     name, bits, group = "q2_k", 2.625, 16
     values = tuple(map(float, range(4)))
     multiples = (0, 15)
@@ -252,8 +244,6 @@ class Q2_K(WithMinima):
 
 
 class Q4_K(WithMinima):
-    """Whole numbers of four bits in groups of 32."""
-
     name, bits = "q4_k", 4.5
     values = tuple(map(float, range(16)))
     multiples = (0, 63)
@@ -268,8 +258,6 @@ class Q4_K(WithMinima):
 
 
 class Q5_K(Q4_K):
-    """Whole numbers of five bits in groups of 32."""
-
     name, bits = "q5_k", 5.5
     values = tuple(map(float, range(32)))
 
@@ -292,7 +280,6 @@ class AnyBlock(Codebook):
         return Block.group
 
     def check(self, rows: int, columns: int) -> None:
-        """See `Codebook.check`: the smallest block fits."""
         IQ4_NL().check(rows, columns)
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
-"""The arrays that users bring, as tensors and as second moments, and tensors as the arrays that they brought."""
+"""The arrays that users bring, as tensors and second moments, and the form of what they get: arrays, text, HTML."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -99,3 +100,20 @@ def second_moments(
         middle = middle if about is None else middle + about @ mean
         data = DataFormat(data.numpy, data.flat, (mean, middle))
     return (gram + gram.T) / 2, cross, y.square().sum(0) / len(y), about, data
+
+
+class Shown:
+    """A result that prints its facts, as text and as HTML."""
+
+    def facts(self) -> dict[str, str]:
+        """Return the name and the text of each fact."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "\n".join(f"{name:{width}}  {text}" for name, text in facts.items())
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.facts().items())
+        return f"<table>{''.join(rows)}</table>"

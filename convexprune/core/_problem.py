@@ -1,7 +1,6 @@
 """The abstract layer-wise problem, and the certificate of any answer."""
 
 from dataclasses import dataclass
-from html import escape
 from math import inf, isfinite
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from convexprune._device.precision import certifies_in_parts
 from convexprune.core._abstract_penalty import AbstractPenalty, Elementwise, require_norm
-from convexprune.core._arrays import Array, as_tensor
+from convexprune.core._arrays import Array, Shown, as_tensor
 from convexprune.core._group_lasso import GroupLasso
 from convexprune.core._in_parts import InParts, Inverse
 from convexprune.core._on_kept import gaps_on_kept
@@ -22,23 +21,6 @@ from convexprune.errors import ProblemError
 
 EVEN = (L1, Support, GroupLasso, ReverseHuber)
 """Penalties whose conjugate does not fall as the entries of the dual point grow."""
-
-
-class Shown:
-    """A result that prints its facts, as text and as HTML."""
-
-    def facts(self) -> dict[str, str]:
-        """Return the name and the text of each fact."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        facts = self.facts()
-        width = max(map(len, facts))
-        return "\n".join(f"{name:{width}}  {text}" for name, text in facts.items())
-
-    def _repr_html_(self) -> str:
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.facts().items())
-        return f"<table>{''.join(rows)}</table>"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from convexprune.errors import unknown
 from convexprune.pruners._admm import ADMM
-from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem
+from convexprune.pruners._base import AbstractPruner, Damping, LayerEdit, LayerProblem, Score
 from convexprune.pruners._baselines.alps import ALPS
 from convexprune.pruners._baselines.fistapruner import FISTAPruner
 from convexprune.pruners._baselines.osscar import OSSCAR
@@ -55,7 +55,8 @@ def no_method(name: str, others: Iterable[str] = ()) -> str:
 
 __all__ = [
     "ADMM", "ALPS", "METHODS", "OSSCAR", "PRUNERS", "REAP", "AbstractPruner", "Convex", "Damping", "FISTAPruner",
-    "LayerEdit", "LayerProblem", "Magnitude", "Refitted", "ShortGPT", "SparseGPT", "Wanda", "WandaSP", "no_method",
+    "LayerEdit", "LayerProblem", "Magnitude", "Refitted", "Score", "ShortGPT", "SparseGPT", "Wanda", "WandaSP",
+    "no_method",
 ]  # fmt: skip
 
 _RENAMED = {"PruningProblem": LayerProblem, "Pruned": LayerEdit}
