@@ -87,7 +87,7 @@ def _pruned(context: LayerContext, settings: LayerSettings, on_operator: OnOpera
     """Return a copy of the layer, pruned as a run prunes it."""
     copied = replace(context, layer=deepcopy(context.layer))
     copied.observe((settings.error_target,))
-    Pipeline(settings, stack_steps(on_operator))(copied)
+    Pipeline(settings, stack_steps(settings, on_operator))(copied)
     return copied.layer
 
 

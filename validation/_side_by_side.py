@@ -162,10 +162,11 @@ class Comparison:
         if settings.prefix == "pruned":
             inputs, first = {**inputs, "pruned": self._states(name, number, FITTED)}, {}
         watched, reports = Watched(settings.pruner), []
+        settings = replace(settings, pruner=watched)
         began = time.perf_counter()
         with peak_memory(self._device) as peak:
             own = replace(context, inputs=inputs, first=first)
-            Pipeline(replace(settings, pruner=watched), stack_steps(reports.append))(own)
+            Pipeline(settings, stack_steps(settings, reports.append))(own)
         seconds = time.perf_counter() - began
         record = {
             "operators": [asdict(report) for report in reports],

@@ -53,7 +53,7 @@ QUANTIZED = {
     "rtn": "dense-none",
 }
 """The convention of each quantizer's paper; what they quantize is ours, if it has zeros at all."""
-OF_RECIPE = ("refit", "quantize", "bits", "group_size", "token_weights")
+OF_RECIPE = ("refit", "quantize", "bits", "group_size", "token_weights", "refine")
 """Settings of the recipe that a method may name beside its own."""
 
 BY_ROW = ("wanda",)
