@@ -1,6 +1,6 @@
 """Types of a GGUF file by forecast loss: for operators, embedding and head, within the bytes of the whole file."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,25 +39,23 @@ class End:
     moments: Moments  # of the head's inputs; those of the embedding have the squared gradients at its outputs
     frequency: Tensor  # mean probability of words [words]
 
-    def _problems(self, pattern: Constraint) -> Iterator[LayerProblem]:
-        """Yield the layer problems of some rows at a time."""
-        for rows in self.weight.split(max(1, AT_ONCE // self.weight.shape[1])):
-            yield LayerProblem(rows.float(), self.moments, pattern, 0.0)
+    @property
+    def _at_once(self) -> int:
+        return min(len(self.weight), max(1, AT_ONCE // self.weight.shape[1]))
 
     def costs(self, names: Iterable[str]) -> dict[str, float]:
-        """Forecast the loss by the name of a grid, in nats per token, as `survey` does."""
-        costs, forecasts = dict[str, float](), [Forecast(problem) for problem in self._problems(DENSE)]
-        for name in names:
-            errors = torch.cat([forecast.errors(on_grid(name)) for forecast in forecasts])
-            costs[name] = float(errors.double() @ self.frequency.to(errors).double()) / 2
-        return costs
+        """Forecast the loss by the name of a grid, in nats per token, as `survey` does, from the frequent words."""
+        frequency, words = self.frequency.topk(self._at_once)
+        forecast = Forecast(LayerProblem(self.weight[words].float(), self.moments, DENSE, 0.0))
+        errors = {name: forecast.errors(on_grid(name)).cpu().double() for name in names}
+        return {name: float(error @ frequency / frequency.sum()) / 2 for name, error in errors.items()}
 
     def quantized(self, name: str, quantizer: AbstractQuantizer) -> tuple[Tensor, Tensor]:
         """Return the weight on a grid, as it is stored, and its bytes in a file."""
         weights, blocks = list[Tensor](), list[Tensor]()
-        for problem in self._problems(on_grid(name)):
-            whole = LayerEdit(problem.weight, torch.ones_like(problem.weight, dtype=torch.bool))
-            edit = quantizer.quantize(problem, whole)
+        for rows in self.weight.split(self._at_once):
+            problem = LayerProblem(rows.float(), self.moments, on_grid(name), 0.0)
+            edit = quantizer.quantize(problem, LayerEdit(problem.weight, torch.ones_like(rows, dtype=torch.bool)))
             weights.append(edit.weight.to(self.weight.dtype).cpu())
             blocks += [block.cpu() for block in edit.blocks if block is not None]
         return torch.cat(weights), torch.cat(blocks)

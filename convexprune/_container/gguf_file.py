@@ -70,11 +70,7 @@ class Part:
     quantized: Quantized | None
 
     def read(self) -> Tensor:
-        """Return the bytes [m ...] of the tensor in the file, its rows in their order here.
-
-        Raises:
-            ModelError: the stored weight is not what the blocks say.
-        """
+        """Return the bytes [m ...] of the tensor in the file, its rows in their order here."""
         tensor = self.entry.read()
         if self.quantized is None:
             return tensor.to(DTYPES[self.type]).reshape(len(tensor), -1).contiguous().view(torch.uint8)
@@ -88,18 +84,6 @@ def export(source: str | Path, output: str | Path, allow_changed: bool = False) 
 
     Operators that a run has put on block grids (`quantize`: q8_0, q6_k, ..., q2_k) are written as their bytes; int4 and
     int8 as Q4_0 and Q8_0, with the same values. All else has the type in which it is stored; vectors are float32.
-
-    Args:
-        source: the folder of a model.
-        output: the file, which must not be there. It is there whole or not at all.
-        allow_changed: take a result whose files are not those that the run wrote.
-
-    Returns:
-        The file.
-
-    Raises:
-        ModelError: llama.cpp has no such architecture, or the folder holds other weights than the run has quantized.
-        OutputError: the file is there, or the disk is full.
     """
     folder, files = source_files(source)
     if any(map(is_packed, files)):
@@ -239,11 +223,7 @@ def _write(writer: gguf.GGUFWriter, model: GGUFModel, tensors: Mapping[str, list
 
 
 def require_same(name: str, data: Tensor, kind: gguf.GGMLQuantizationType, stored: Tensor) -> None:
-    """Refuse bytes of a file that are not the stored weight, once they are rounded to its type.
-
-    Raises:
-        ModelError: the weight is another one.
-    """
+    """Refuse bytes of a file that are not the stored weight, once they are rounded to its type."""
     rows = max(1, ROWS // stored.shape[1])
     for some, weight in zip(data.split(rows), stored.split(rows), strict=True):
         values = torch.from_numpy(gguf.quants.dequantize(some.numpy(), kind))

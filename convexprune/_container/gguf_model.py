@@ -113,11 +113,7 @@ class GGUFModel:
         return {"rope_freqs.weight": torch.where(turns > high, 1.0, factors)}
 
     def place(self, name: str) -> tuple[str, int | None]:
-        """Return the name in the file of a stored tensor, and its number if it is one expert of several.
-
-        Raises:
-            ModelError: the file has no such tensor.
-        """
+        """Return the name in the file of a stored tensor, and its number if it is one expert of several."""
         found = EXPERT.fullmatch(name)
         stored = name if found is None else f"{found[1]}.{found[3]}.weight"
         new = self._names.get_name(stored, try_suffixes=(".weight", ".bias"))

@@ -20,14 +20,7 @@ SPACE = "▁"
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, folder: Path, words: int) -> None:
-    """Write the tokenizer of a folder; without one, the file says that it has none.
-
-    Args:
-        words: rows of the embedding, of which the tokenizer may have fewer.
-
-    Raises:
-        ModelError: llama.cpp splits text in no such way.
-    """
+    """Write the tokenizer of a folder, which may have fewer `words` than the embedding, or say that there is none."""
     path = folder / FILE
     if not path.is_file():
         logger.warning("%s has no %s: the file is written without a tokenizer", folder, FILE)
