@@ -1,6 +1,7 @@
 """Kept values that move after pruning: masks, codes and counts stay, and held-out outputs are never further away."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from layer_contexts import context_of, pruned
 from runs import SETTINGS, require_resumed
+from test_team import in_a_group
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
 from convexprune._layerwise import refining
 from convexprune._layerwise.layer_error import Kept, LayerError
 from convexprune._layerwise.model import Call
+from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.refining import GaussNewton
 from convexprune._layerwise.settings import LayerSettings, Refinement
 from convexprune.adapters import HuggingFaceModel
@@ -23,6 +26,7 @@ from convexprune.errors import RecipeError
 from convexprune.pruners import SparseGPT
 from convexprune.recipe import make_recipe
 from convexprune.report import OperatorReport
+from convexprune.validation._variants import make_variants
 
 TOKENS = torch.randint(2, VOCABULARY - 2, (12, 24), generator=torch.Generator().manual_seed(0))
 HALF = Unstructured(0.5)
@@ -125,6 +129,21 @@ def toy_error() -> LayerError:
     )
 
 
+def test_sums_over_ranks_are_those_of_one():
+    generator = torch.Generator().manual_seed(1)
+    x = {name: torch.randn(each.shape, generator=generator) / 9 for name, each in toy_error().zero().items()}
+
+    def sums(ranks: ProcessGroup) -> tuple[Any, ...]:
+        error, numbers = replace(toy_error(), ranks=ranks), range(3)[ranks.local_slice(3)]
+        return (
+            error.relative(x, numbers), error.tokens(numbers), error.gradient(x, numbers), error.product(x, x, numbers),
+        )  # fmt: skip
+
+    (one,), several = in_a_group(1, sums), in_a_group(2, sums)
+    for each in several:
+        torch.testing.assert_close(each, one)
+
+
 @pytest.mark.parametrize("iterations", [3, 100])
 def test_a_convex_step_is_least_squares_on_the_support(iterations: int):
     error, numbers = toy_error(), range(3)
@@ -153,6 +172,11 @@ def test_a_convex_step_is_least_squares_on_the_support(iterations: int):
         torch.testing.assert_close(x, exact, rtol=1e-3, atol=1e-4)
     else:
         assert gap > 1e-4 * objective(exact)
+
+
+def test_a_variant_of_a_comparison_may_be_refined():
+    (variant,) = make_variants(["sparsegpt:refine=half-layer"], [0.5], ["unstructured"], ["own"])
+    assert variant.layer_settings().refinement == Refinement(True, "adam")
 
 
 def test_a_resumed_run_has_the_same_bits(dense: Path, tmp_path: Path):
