@@ -106,7 +106,6 @@ def plan(*, recipe: Recipe | str | Path | None = None, **settings: Any) -> Inspe
 
 
 def _asked(given: dict[str, Any], recipe: Recipe | str | Path | None) -> tuple[Call, dict[str, Any]]:
-    """Split the settings of a call: settings outside the recipe, and settings of the recipe."""
     given = {name: value for name, value in given.items() if not (name == "model" and value is None)}
     if recipe is not None:
         given = {name: value for name, value in given.items() if value is not UNSET}

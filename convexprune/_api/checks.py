@@ -107,7 +107,6 @@ def check_copies(call: Call) -> None:
 
 
 def write_copies(report: Report, call: Call) -> None:
-    """Write report.json and recipe.yaml where the call wants them, unless they lie there."""
     if call.report_dir is None or is_result(call):
         return
     folder = output_folder(call.report_dir, is_staged=False)

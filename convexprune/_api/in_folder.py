@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 
 class InFolder(Request):
-    """A request whose `call` names a folder, possibly with a run to resume."""
-
     def __init__(self, settings: dict[str, Any], call: Call) -> None:
         super().__init__(settings, call)
         assert call.output_dir is not None
@@ -51,7 +49,6 @@ class InFolder(Request):
         self.folder = RunFolder(place, require_only_result if call.overwrite else None)
 
     def run(self) -> PruneResult:
-        """Prune the unfinished layers and return the result in the folder."""
         self.folder.check(self.call.resume or self.executor.rank is not None)
         if self.call.overwrite and not self.call.resume:
             self.folder.restart()

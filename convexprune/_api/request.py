@@ -108,7 +108,6 @@ class Request:
         self.dense_states: list[Tensor] | None = None
 
     def what_needs_less(self) -> str:
-        """Return the memory needs of this run, and settings that need less, for an error."""
         return what_needs_less(self.source, self.recipe, self.call.trust_remote_code)
 
     def _check(self, loaded: HuggingFaceModel) -> None:

@@ -32,7 +32,6 @@ class Command(TyperCommand):
                 formatter.write("\n".join(["", f"{name}:", *lines, ""]))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples."""
         lines = (f"  convexprune {example}" for example in EXAMPLES.get(ctx.info_name, ()))
         formatter.write("\n".join(["", "Examples:", *lines, ""]))
 

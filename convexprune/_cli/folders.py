@@ -1,4 +1,4 @@
-"""The commands on folders and files that are there: pack, unpack, report, recipe."""
+"""The commands on folders and files that are there: pack, unpack, export, report, recipe."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +57,26 @@ def unpack(
         from convexprune import _container as container
 
         folder = container.unpack(source, output, allow_changed=allow_changed, allow_large=allow_large)
+    if as_json:
+        print_json({"output_dir": str(folder.resolve())})
+        return
+    console.print(f"model: {folder.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Folder that `prune` has written.")],
+    output: Annotated[Path, typer.Argument(help="Folder, or file, for the export; must be empty or not there.")],
+    format: Annotated[str, typer.Option("--format", help="compressed-tensors or gguf.")] = "compressed-tensors",
+    allow_changed: AllowChanged = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model as other engines load it. vLLM takes the format compressed-tensors, llama.cpp takes gguf."""
+    with stoppable(), following(quiet=quiet):
+        from convexprune._api.exporting import export as write
+
+        folder = write(source, output, format, allow_changed=allow_changed)
     if as_json:
         print_json({"output_dir": str(folder.resolve())})
         return

@@ -94,7 +94,6 @@ def _long(parameters: Parameters[Any], name: str) -> list[str]:
 
 
 def _parameter(name: str, kind: Any, place: Any, required: bool = False) -> inspect.Parameter:
-    """Return the parameter of an option for typer; None means that the user gave no value."""
     default = inspect.Parameter.empty if required else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, place])
 

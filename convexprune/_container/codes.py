@@ -30,8 +30,6 @@ BASES = {1: 256, 2: 16, 3: 6}  # of so many numbers to a byte: how many values e
 
 
 class Layout(NamedTuple):
-    """The way in which numbers of a tensor share scales."""
-
     group: int
     columns: int
 

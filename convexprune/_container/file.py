@@ -95,14 +95,12 @@ def pack_file(path: Path, target: Path) -> None:
 
 
 def unpack_file(path: Path, target: Path) -> None:
-    """Restore the original file byte for byte, block by block."""
     with atomic_write(target) as out:
         for data in _unpacked(path):
             write(out, data)
 
 
 def packed_checksum(path: Path) -> str:
-    """Return the sha256 of the original file, without writing."""
     digest = hashlib.sha256()
     for data in _unpacked(path):
         digest.update(data)
@@ -117,7 +115,6 @@ class Contents(NamedTuple):
 
 
 def contents(path: Path) -> Contents:
-    """Read the content of a packed file from its header."""
     header, parts = _parts(path)
     tensors = {n: (8 * p.spec.nbytes // BITS[p.spec.code], p.entry.spec.nbytes) for n, p in parts.items()}
     return Contents(len(header) + sum(part.spec.nbytes for part in parts.values()), tensors)

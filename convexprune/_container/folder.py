@@ -111,7 +111,6 @@ def pack(source: str | Path, output_dir: str | Path, *, allow_changed: bool = Fa
 
 
 def _operators(folder: Path) -> list[str]:
-    """Return the names of the operators of which a report in the folder tells."""
     try:
         return [o.name for o in RunFolder(folder).report().operators] if (folder / REPORT).is_file() else []
     except ConvexpruneError:

@@ -46,7 +46,6 @@ def encode(block: Bytes, code: str, size: int) -> bytes:
 
 
 def compressed(streams: Iterable[NDArray[Any]]) -> bytes:
-    """Compress streams separately."""
     compress = zstandard.ZstdCompressor(compression_params=FAST).compress
     frames = (compress(stream.tobytes()) if stream.size else b"" for stream in streams)
     return b"".join(len(frame).to_bytes(4, "little") + frame for frame in frames)

@@ -70,7 +70,6 @@ def require_only_result(folder: Path) -> None:
 
 
 def is_page(path: Path) -> bool:
-    """Return True if the file at `path` is a page of this program."""
     with path.open("rb") as file:
         return GENERATOR in file.read(HEAD)
 

@@ -52,7 +52,6 @@ def _said(error: Exception) -> str:
 
 
 def are_fused(device: torch.device) -> bool:
-    """Return True if `fused` functions are kernels on a device."""
     return has_kernels(device) and not _failures
 
 

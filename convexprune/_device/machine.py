@@ -110,7 +110,6 @@ _own_code = cache(code)  # files that changed since the process began do not cou
 
 
 def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:
-    """Return the Python files that compute, with paths inside the package."""
     found = []
     for child in folder.iterdir():
         name = inside + child.name
@@ -140,7 +139,6 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap to the phase `name`."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now

@@ -19,7 +19,6 @@ def use_gpu(device: str) -> None:
 
 
 def release_unused() -> None:
-    """Return cached GPU memory of torch to other processes."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -23,7 +23,6 @@ class Lane:
     """
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device."""
         return tensor
 
     def to_host(self, tensor: Tensor, take: Take) -> None:
@@ -90,7 +89,6 @@ class GpuLane(Lane):
             self._take_first()
 
     def drop(self) -> None:
-        """Forget sent tensors that nobody took."""
         for slot, _, _ in self._sent:
             slot.done.synchronize()
             self._free[True].append(slot)

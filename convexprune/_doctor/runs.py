@@ -59,7 +59,6 @@ class TwoLayers:
         return prune(**self.settings, output_dir=self.folder / "first").report
 
     def again(self, name: str, **more: Any) -> Measurement:
-        """Prune once more, and compare the files of weights with the first run's."""
         _ = self.report
         prune(**self.settings, output_dir=self.folder / name, **more)
         first, second = (_checksums(self.folder / run) for run in ("first", name))
@@ -82,7 +81,6 @@ class TwoLayers:
         return Measurement(said, {"gap": largest or 0.0}, largest is not None and largest <= LARGEST_GAP)
 
     def memory(self) -> Measurement:
-        """Compare the peak of GPU memory with the forecast of `inspect`."""
         asked = {k: v for k, v in self.settings.items() if k not in ("model", "dataset", "threads")}
         predicted = inspect(self.saved, max_seq_length=self.sizes.length, held_out_samples=1, **asked).needed
         peak = self.report.memory["gpu"]
@@ -106,7 +104,6 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _prune_and_die(settings: dict[str, Any], folder: Path) -> None:
-    """Prune, and be killed once the second layer is begun."""
 
     def on_progress(event: Event) -> None:
         if event.report is not None and event.done > OPERATORS:

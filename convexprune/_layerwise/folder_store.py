@@ -20,8 +20,7 @@ from convexprune._layerwise.settings import Stream
 from convexprune._layerwise.store import BLOCKS, AbstractStore
 from convexprune._storage.batches import Batches, Room
 from convexprune._storage.failures import writing
-from convexprune._storage.files import read_notes, sha256, write_notes
-from convexprune._storage.locks import locked
+from convexprune._storage.files import locked, read_notes, sha256, write_notes
 from convexprune._storage.tensors import Entry, Spec, entries, write_tensors
 from convexprune.errors import OutputError
 from convexprune.report import OperatorReport

@@ -30,7 +30,6 @@ Tile = namedtuple("Tile", "name value note")
 
 
 def check_page(path: Path) -> Path:
-    """Return the place of a page that may be written, its links followed."""
     place = followed(path) if path.is_symlink() else path
     with writing(place):
         if not place.parent.is_dir():
@@ -41,7 +40,6 @@ def check_page(path: Path) -> Path:
 
 
 def write_page(report: Report, path: Path, folder: str | None = None) -> Path:
-    """Write the page of a run, whose result is in `folder` if it was moved, and return its path."""
     write_text(path, page(report, folder))
     return path
 

@@ -40,7 +40,6 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Bytes on the GPU."""
         return self.fixed + self.layer + self.moments + self.method + self.batch + self.beside
 
     @property
@@ -67,7 +66,6 @@ def moments_bytes(stack: Stack, corrected: bool, of_inputs: bool = False) -> int
 
 
 def correcting(stack: Stack) -> float:
-    """Operations a token for the moments of a correction."""
     m, n = float(stack.outputs), float(stack.inputs)
     return 4 * m * n if ErrorMoments.cheaper_in_output_space(stack.outputs, stack.inputs) else 3 * n * n
 
@@ -221,7 +219,6 @@ def _rate(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def load() -> str:
-    """Describe the present load of this machine."""
     if not hasattr(os, "getloadavg"):  # on Windows
         return "at its present load"
     return f"at its present load ({os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)"

@@ -65,7 +65,6 @@ class Ranks(AbstractExecutor):
 
     @classmethod
     def here(cls) -> "Ranks":
-        """Return the rank that the launcher has given this process."""
         for rank, size in RANKS:
             if rank in os.environ and size in os.environ:
                 number, count = (os.environ[name] for name in (rank, size))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from convexprune._runs.identity import differences
 from convexprune._storage.failures import writing
-from convexprune._storage.files import checksum_inside, read_notes, read_text, sha256, write_notes, write_text
-from convexprune._storage.locks import locked
+from convexprune._storage.files import checksum_inside, locked, read_notes, read_text, sha256, write_notes, write_text
 from convexprune._storage.staging import Staging, require_empty
 from convexprune._storage.tensors import Spec, write_tensors
 from convexprune.errors import OutputError

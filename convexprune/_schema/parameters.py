@@ -36,7 +36,6 @@ class Parameters(Generic[Own]):
 
     @cached_property
     def fields(self) -> dict[str, FieldInfo]:
-        """All settings by name, the recipe's first."""
         shared = {name: RECIPE[name] for name in self.shared}
         for name, default in self.defaults.items():
             shared[name] = info = shared[name]._copy()
@@ -97,7 +96,6 @@ def documented(settings: Parameters[Any]) -> Callable[[Callable[P, R]], Callable
 
 
 def _described(settings: Parameters[Any], words: str) -> str:
-    """Return the Args section of the settings without entries that the docstring already has."""
     indent = " " * 8
     whole: Any = {"break_on_hyphens": False, "break_long_words": False}
     lines = [

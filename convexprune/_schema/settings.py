@@ -296,7 +296,5 @@ ALLOW_CHANGED = "Take a result whose files are not those that its run wrote."
 
 
 class Reading(RemoteCode):
-    """Trust in the files of a model."""
-
     group = "model"
     allow_changed: bool = setting(False, ALLOW_CHANGED)

@@ -11,8 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from convexprune._storage.failures import writing
-from convexprune._storage.files import flush, make_folder, publish, read_notes, write_notes
-from convexprune._storage.locks import locked, overwrite
+from convexprune._storage.files import flush, locked, make_folder, overwrite, publish, read_notes, write_notes
 from convexprune.errors import OutputError
 
 MARKER, LOCK = "marker.json", "lock"

@@ -53,7 +53,6 @@ class Entry:
         return flat.reshape(self.spec.shape)
 
     def prefetch(self) -> None:
-        """Have the disk read while something else is computed."""
         read_ahead(self.path, self.begin, self.spec.nbytes)
 
     def read_bytes(self) -> bytearray:
@@ -206,7 +205,6 @@ def not_finite(name: str, broken: int, count: int) -> ModelError:
 
 
 def _chunks(path: Path, file: BinaryIO, length: int) -> Iterator[memoryview]:
-    """Yield the next `length` bytes of a file, in a reused buffer."""
     buffer = memoryview(bytearray(min(length, CHUNK)))
     for begin in range(0, length, CHUNK):
         part = buffer[: length - begin]

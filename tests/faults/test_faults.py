@@ -16,8 +16,7 @@ import convexprune
 from convexprune import errors
 from convexprune._runs import folder as output
 from convexprune._storage import files
-from convexprune._storage.files import read_notes
-from convexprune._storage.locks import locked
+from convexprune._storage.files import locked, read_notes
 from convexprune.report import Report
 
 

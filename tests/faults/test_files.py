@@ -14,8 +14,16 @@ from safetensors.torch import save_file
 
 from convexprune._storage import files
 from convexprune._storage import tensors as room
-from convexprune._storage.files import atomic_write, checksums, copy_file, flush, make_folder, paths_in
-from convexprune._storage.locks import locked, overwrite
+from convexprune._storage.files import (
+    atomic_write,
+    checksums,
+    copy_file,
+    flush,
+    locked,
+    make_folder,
+    overwrite,
+    paths_in,
+)
 from convexprune._storage.staging import Staging
 from convexprune._storage.tensors import DTYPES, scanned
 from convexprune.errors import ModelError, OutputError

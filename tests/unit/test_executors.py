@@ -22,7 +22,7 @@ from convexprune import errors
 from convexprune._api import request
 from convexprune._device import machine
 from convexprune._runs import executors, worker
-from convexprune._storage.locks import locked
+from convexprune._storage.files import locked
 from convexprune.report import OperatorReport
 
 
