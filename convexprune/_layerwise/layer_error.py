@@ -1,16 +1,15 @@
 """The squared error of a decoder layer's outputs, as a function of the values that may move."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vjp
+from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -25,25 +24,9 @@ from convexprune.errors import ModelError
 Values = dict[str, Tensor]  # by operator
 
 
-class AbstractMovable(ABC):
-    """The movable values of an operator, relative to their size: zero is the weight from before."""
-
-    @abstractmethod
-    def zero(self) -> Tensor:
-        """Return the values of the weight from before."""
-
-    @abstractmethod
-    def weight(self, x: Tensor) -> Tensor:
-        """Return the weight [m n] in float32, differentiable."""
-
-    @abstractmethod
-    def stored(self, x: Tensor) -> Tensor:
-        """Return the weight [m n] as the model stores it."""
-
-
 @dataclass(frozen=True, eq=False)
-class Kept(AbstractMovable):
-    """The non-zero entries of a weight [m n]."""
+class Kept:
+    """The non-zero entries of a weight [m n]: values x relative to their size, zero for the weight from before."""
 
     before: Tensor
 
@@ -56,33 +39,34 @@ class Kept(AbstractMovable):
         return torch.zeros_like(self._size)
 
     def weight(self, x: Tensor) -> Tensor:
+        """Return the weight [m n] in float32, differentiable."""
         return self.before.float() + self._size * x
 
     def stored(self, x: Tensor) -> Tensor:
+        """Return the weight [m n] as the model stores it."""
         return in_dtype(self.weight(x), self.before != 0, self.before, self.before.dtype)
 
 
 @dataclass(frozen=True, eq=False)
-class OnGrid(AbstractMovable):
-    """The scales of a weight [m n] on a grid; codes stay."""
+class OnGrid(Kept):
+    """The scales of a weight [m n] on a grid, likewise; codes stay."""
 
-    before: Tensor
     grid: Grid
 
     @cached_property
-    def _scales_and_codes(self) -> tuple[Tensor, Tensor]:
+    def _found(self) -> tuple[Tensor, Tensor]:
         scales, codes, _ = self.grid.find(self.before)
         return scales, codes.float()
 
     def zero(self) -> Tensor:
-        return torch.zeros_like(self._scales_and_codes[0])
+        return torch.zeros_like(self._found[0])
 
     def weight(self, x: Tensor) -> Tensor:
-        scales, codes = self._scales_and_codes
+        scales, codes = self._found
         return self.grid.weight(codes, Scales(scales * (1 + x)))
 
     def stored(self, x: Tensor) -> Tensor:
-        scales, codes = self._scales_and_codes
+        scales, codes = self._found
         moved = self.grid.weight(codes, self.grid.rounded(Scales(scales * (1 + x)))).to(self.before.dtype)
         return torch.where((moved == 0) == (codes == 0), moved, self.before)
 
@@ -97,7 +81,7 @@ class LayerError:
     module: nn.Module
     calls: Calls
     operators: Mapping[str, AbstractOperator]
-    movable: Mapping[str, AbstractMovable]
+    movable: Mapping[str, Kept]
     inputs: Sequence[Tensor]
     target: Callable[[int], Tensor]  # y [batch tokens hidden] of a batch
     energy: Callable[[int], Tensor]  # what errors are relative to, likewise
@@ -108,6 +92,11 @@ class LayerError:
 
     def __post_init__(self) -> None:
         assert len(self._places) + len(self._state)  # inside of a derivative parameters are not where they are
+
+    def of(self, movable: Mapping[AbstractOperator, Kept]) -> "LayerError":
+        """Return the error as a function of the values of some operators."""
+        named = {operator.name: operator for operator in movable}
+        return replace(self, operators=named, movable={o.name: each for o, each in movable.items()})
 
     def zero(self) -> Values:
         """Return the values of the weights from before."""
@@ -132,31 +121,42 @@ class LayerError:
 
     def gradient(self, x: Values, numbers: Sequence[int]) -> tuple[Values, float]:
         """Return the gradient of half of the sum on some batches, and this half."""
-        total, half = self.zero(), torch.zeros((), dtype=torch.float64)
-        for i in numbers:
-            found, value = grad_and_value(lambda x, i=i: self._residual(x, i).square().sum() / 2)(x)
-            _add(total, found)
-            half += value.double().cpu()
-        return self._summed(total), float(self.ranks.all_reduce(half))
+        half = torch.zeros((), dtype=torch.float64)
+
+        def of_batch(i: int) -> Values:
+            outputs, pull = self._linearised(x, i)
+            half.add_(outputs.square().sum().double().cpu() / 2)
+            return pull(outputs)
+
+        return self._sum(of_batch, numbers), float(self.ranks.all_reduce(half))
 
     def product(self, x: Values, direction: Values, numbers: Sequence[int]) -> Values:
         """Return J' J d on some batches, with the derivative J of the outputs at x."""
-        total = self.zero()
-        for i in numbers:
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-                outputs, pull = self._linearised(x, i)
-                image = vjp(pull, torch.zeros_like(outputs))[1](direction)[0]
-                _add(total, pull(image))
-        return self._summed(total)
+
+        def of_batch(i: int) -> Values:
+            outputs, pull = self._linearised(x, i)
+            return pull(vjp(pull, torch.zeros_like(outputs))[1](direction)[0])
+
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            return self._sum(of_batch, numbers)
 
     def squared_slopes(self, x: Values, numbers: Sequence[int]) -> Values:
         """Estimate the diagonal of J' J, by random signs at the outputs (Hutchinson 1989)."""
-        total, generator = self.zero(), torch.Generator().manual_seed(0)
-        for i in numbers:
+        generator = torch.Generator().manual_seed(0)
+
+        def of_batch(i: int) -> Values:
             outputs, pull = self._linearised(x, i)
             signs = torch.randint(2, outputs.shape, generator=generator).to(outputs) * 2 - 1
-            _add(total, {name: each.square() for name, each in pull(signs).items()})
-        return self._summed(total)
+            return {name: each.square() for name, each in pull(signs).items()}
+
+        return self._sum(of_batch, numbers)
+
+    def _sum(self, of_batch: Callable[[int], Values], numbers: Sequence[int]) -> Values:
+        total = self.zero()
+        for i in numbers:
+            for name, each in of_batch(i).items():
+                total[name] += each
+        return {name: self.ranks.all_reduce(each) for name, each in total.items()}
 
     def _linearised(self, x: Values, i: int) -> tuple[Tensor, Callable[[Tensor], Values]]:
         """Return sqrt(w) (f(x) - y) of a batch, and the product of J' with such a tensor."""
@@ -202,9 +202,6 @@ class LayerError:
     def _device(self) -> torch.device:
         return next(iter(self.operators.values())).read().device
 
-    def _summed(self, total: Values) -> Values:
-        return {name: self.ranks.all_reduce(each) for name, each in total.items()}
-
 
 @dataclass(frozen=True)
 class Place:
@@ -234,8 +231,3 @@ class Place:
 def wide(each: Any) -> Any:
     """Return a tensor of real numbers in float32, and all else as it is."""
     return each.float() if isinstance(each, Tensor) and each.is_floating_point() else each
-
-
-def _add(total: Values, found: Values) -> None:
-    for name, each in found.items():
-        total[name] += each

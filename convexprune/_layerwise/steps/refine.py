@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convexprune._layerwise.capture import CachedSubmodule, Recorded, replaying, stage_inputs
 from convexprune._layerwise.context import LayerContext, recorded
-from convexprune._layerwise.layer_error import AbstractMovable, Kept, LayerError, OnGrid
+from convexprune._layerwise.layer_error import Kept, LayerError, OnGrid
 from convexprune._layerwise.model import AbstractOperator, Call, Group
 from convexprune._layerwise.pipeline import AbstractLayerStep
 from convexprune._layerwise.refining import WAYS
@@ -29,20 +29,9 @@ class Refine(AbstractLayerStep):
     refinement: Refinement
 
     def __call__(self, context: LayerContext) -> None:
-        for part in _parts(context, self.refinement.halves):
-            movable = dict(self._movable(context, part.operators))
-            if movable:
-                self._refine(context, part.error(context, self.settings, movable))
-
-    def _movable(
-        self, context: LayerContext, operators: Sequence[AbstractOperator]
-    ) -> Iterator[tuple[AbstractOperator, AbstractMovable]]:
-        for operator in operators:
-            pattern, before = self.settings.pattern_of(f"{context.layer.name}.{operator.name}"), operator.read().clone()
-            if isinstance(pattern.grid, Grid):
-                yield operator, OnGrid(before, pattern.grid)
-            elif pattern.grid is None and pattern.zeros(*operator.shape):
-                yield operator, Kept(before)
+        for error in _errors(context, self.settings, self.refinement.halves):
+            if error.operators:
+                self._refine(context, error)
 
     def _refine(self, context: LayerContext, error: LayerError) -> None:
         """Fit, take the best on the windows that judge, and note facts for the reports."""
@@ -65,52 +54,41 @@ class Refine(AbstractLayerStep):
                 context.edits[names] = replace(edit, facts=edit.facts | facts)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Operators whose values move together: all; those inside of a submodule, which their group closes; the rest."""
-
-    operators: Sequence[AbstractOperator]
-    group: Group | None = None
-    submodule: CachedSubmodule | None = None
-    is_inside: bool = False
-
-    def error(
-        self, context: LayerContext, settings: LayerSettings, movable: dict[AbstractOperator, AbstractMovable]
-    ) -> LayerError:
-        """Return the error of the layer, or of the submodule, whose outputs are then the target."""
-        inputs, dense = context.inputs[settings.prefix], context.inputs["dense"]
-        outputs, last = context.observed.outputs, context.layer.operators[-1].name
-        weights = settings.token_weights.get(f"{context.layer.name}.{last}")
-        batches = () if weights is None or not inputs else weights.split(len(inputs[0]))
-        whole = LayerError(
-            context.layer.module,
-            context.calls,
-            {operator.name: operator for operator in movable},
-            {operator.name: each for operator, each in movable.items()},
-            inputs,
-            lambda i: outputs[i].to(context.model.device).float(),
-            lambda i: outputs[i].float() - dense[i].float(),
-            lambda i: batches[i] if i < len(batches) else None,
-            ranks=context.ranks,
-        )
-        if self.group is None or self.submodule is None:
-            return whole
-        if self.is_inside:
-            y = _dense_outputs(context, self.group, self.submodule)
-            return replace(whole, target=y, energy=y, weights=lambda _: None, end=self.submodule.module)
-        seen, submodule = _inputs(context, inputs, self.group), self.submodule
-        return replace(whole, known=lambda i: replaying({submodule: seen[i].to(context.model.device).float()}))
-
-
-def _parts(context: LayerContext, halves: bool) -> list[_Part]:
-    """Return the layer as one part; or in halves, if a submodule can be replayed: attention, as a rule."""
-    operators = context.layer.operators
+def _errors(context: LayerContext, settings: LayerSettings, halves: bool) -> Iterator[LayerError]:
+    """Yield the error of all values; or by half, if a submodule can be replayed, attention as a rule: of the
+    submodule's outputs, and then of the layer's by the rest.
+    """
+    inputs, dense, outputs = context.inputs[settings.prefix], context.inputs["dense"], context.observed.outputs
+    operators, device = dict(_movable(context, settings)), context.model.device
+    last = context.layer.operators[-1].name if operators else ""
+    weights = settings.token_weights.get(f"{context.layer.name}.{last}")
+    batches = () if weights is None or not inputs else weights.split(len(inputs[0]))
+    whole = LayerError(
+        context.layer.module, context.calls, {}, {}, inputs,
+        lambda i: outputs[i].to(device).float(),
+        lambda i: outputs[i].to(device).float() - dense[i].to(device).float(),
+        lambda i: batches[i] if i < len(batches) else None,
+        ranks=context.ranks,
+    )  # fmt: skip
     for group, submodule in islice(context.observed.cached.items(), 1 if halves else 0):
         own = {parameter.data_ptr() for parameter in submodule.module.parameters()}
-        inside = [operator for operator in operators if operator.read().data_ptr() in own]
-        rest = [operator for operator in operators if operator not in inside]
-        return [_Part(inside, group, submodule, is_inside=True), _Part(rest, group, submodule)]
-    return [_Part(operators)]
+        inside = {operator: each for operator, each in operators.items() if operator.read().data_ptr() in own}
+        operators = {operator: each for operator, each in operators.items() if operator not in inside}
+        y = _dense_outputs(context, group, submodule)
+        part = replace(whole, target=y, energy=y, weights=lambda _: None, end=submodule.module)
+        yield part.of(inside)
+        seen = _inputs(context, inputs, group)
+        whole = replace(whole, known=lambda i: replaying({submodule: seen[i].to(device).float()}))  # noqa: B023
+    yield whole.of(operators)
+
+
+def _movable(context: LayerContext, settings: LayerSettings) -> Iterator[tuple[AbstractOperator, Kept]]:
+    for operator in context.layer.operators:
+        pattern, before = settings.pattern_of(f"{context.layer.name}.{operator.name}"), operator.read().clone()
+        if isinstance(pattern.grid, Grid):
+            yield operator, OnGrid(before, pattern.grid)
+        elif pattern.grid is None and pattern.zeros(*operator.shape):
+            yield operator, Kept(before)
 
 
 def _dense_outputs(context: LayerContext, group: Group, submodule: CachedSubmodule) -> Callable[[int], Tensor]:
