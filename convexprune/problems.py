@@ -91,9 +91,8 @@ def load(name: str) -> Named:
     if name not in names():
         raise ProblemError(unknown("problem", name, names()))
     data = load_file(FOLDER / f"{name}.safetensors")
-    quadratic = Quadratic(data["gram"], data["cross"], data["energy"], data["anchor"])
     penalty = L1(data["strength"]) if "strength" in data else Support(data["mask"])
-    problem = Problem(quadratic, penalty)
+    problem = Problem(Quadratic(data["gram"], data["cross"], data["energy"], data["anchor"]), penalty)
     return Named(name, problem, float(data["value"]), data["solution"], "a block of the bundled OPT, certified")
 
 
@@ -144,8 +143,6 @@ class PenaltyCheck:
 
 def check_penalty(penalty: AbstractPenalty, shape: tuple[int, int] = (3, 12), seed: int = 0) -> Iterator[PenaltyCheck]:
     """Try a penalty's methods on random weights, in float64.
-
-    A certificate is as right as `values`, `prox`, `dual_scale` and `conjugate` are.
 
     Args:
         penalty: to check.
@@ -221,22 +218,20 @@ def _difference(first: Tensor, second: Tensor) -> float:
 def _orthogonal_design() -> Named:
     """H = c I: the soft threshold of the target, entry by entry."""
     inputs = torch.linalg.qr(_normal(0, 40, 8)).Q * 3.0  # X'X = 9 I, mean over 40 tokens
-    targets = _normal(1, 40, 3)
-    quadratic, strength = Quadratic.least_squares(inputs, targets), 0.02
-    curvature = 9 / 40
-    solution = _soft(quadratic.cross / curvature, torch.tensor(strength / curvature, dtype=torch.float64))
-    value = float((targets - inputs @ solution.T).square().sum() / 80 + strength * solution.abs().sum())
-    return Named("orthogonal-design", Problem(quadratic, L1(strength)), value, solution, "soft threshold")
+    return _thresholded("orthogonal-design", inputs, _normal(1, 40, 3), 0.02)
 
 
 def _single_column() -> Named:
     """Return the soft threshold of a scalar regression."""
-    x, y, strength = _normal(2, 30, 1), _normal(3, 30, 4), 0.05
-    quadratic = Quadratic.least_squares(x, y)
-    second = x.square().mean()
-    solution = _soft(quadratic.cross / second, strength / second)
-    value = float((y - x @ solution.T).square().sum() / 60 + strength * solution.abs().sum())
-    return Named("single-column", Problem(quadratic, L1(strength)), value, solution, "soft threshold")
+    return _thresholded("single-column", _normal(2, 30, 1), _normal(3, 30, 4), 0.05)
+
+
+def _thresholded(name: str, x: Tensor, y: Tensor, strength: float) -> Named:
+    """Return a regression on orthogonal inputs of equal size."""
+    quadratic, curvature = Quadratic.least_squares(x, y), x[:, 0].square().mean()
+    solution = _soft(quadratic.cross / curvature, strength / curvature)
+    value = float((y - x @ solution.T).square().sum() / (2 * len(x)) + strength * solution.abs().sum())
+    return Named(name, Problem(quadratic, L1(strength)), value, solution, "soft threshold")
 
 
 def _diagonal_gram() -> Named:

@@ -1,6 +1,5 @@
 """The interface of every solver: a convex problem in, a certified solution out."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -190,21 +189,6 @@ class AbstractSolver(ABC):
             UnsupportedError: the penalty is not one of `penalties`.
             ProblemError: `start` is not shaped like the problem.
         """
-
-    def advance(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
-        """The old name of `step`.
-
-        Args:
-            problem: see `step`.
-            start: see `step`.
-            residual: see `step`.
-            certified: see `step`.
-
-        Returns:
-            See `step`.
-        """
-        warnings.warn("`advance` is now called `step`.", DeprecationWarning, stacklevel=2)
-        return self.step(problem, start, residual, certified)
 
     def step(self, problem: Problem, start: Tensor, residual: Tensor, certified: bool = True) -> StepResult:
         """Go some way towards the minimum; the next problem is posed from the answer.

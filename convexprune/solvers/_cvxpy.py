@@ -12,20 +12,8 @@ import torch
 from torch import Tensor
 
 from convexprune._setting_types import NotNegative
-from convexprune.core import (
-    L1,
-    AbstractPenalty,
-    Blocks,
-    ElasticNet,
-    GroupLasso,
-    NuclearNorm,
-    Problem,
-    ReverseHuber,
-    RowGroups,
-    Support,
-    TotalVariation,
-    certify,
-)
+from convexprune.core import L1, AbstractPenalty, ElasticNet, Problem, Support, certify
+from convexprune.core._abstract_penalty import Scaled
 from convexprune.solvers._base import AbstractSolver, Solution, Status, initial, require_penalty, square_root
 from convexprune.solvers._statements import Constraints, stated
 
@@ -63,7 +51,7 @@ class CVXPY(AbstractSolver):
     @property
     def penalties(self) -> tuple[type[AbstractPenalty], ...]:
         """The penalties that `_statements` knows in CVXPY's atoms."""
-        return (L1, Blocks, ElasticNet, GroupLasso, NuclearNorm, ReverseHuber, RowGroups, Support, TotalVariation)
+        return tuple(kind for kind in stated.registry if kind not in (object, AbstractPenalty, Scaled))
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Solution:
         """See `AbstractSolver.solve`."""

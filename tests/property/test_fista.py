@@ -285,12 +285,3 @@ def test_data_that_is_not_finite_is_a_status(tensor, value, check_every):
         Problem(Quadratic(**tensors, checked=False), L1(0.1))
     )
     assert solution.status is Status.NON_FINITE
-
-
-def test_the_old_name_of_step_still_works():
-    _, problem = make_problem("full rank", "L1", 3, 6, 3, 0.1, 0.3)
-    start = torch.zeros(3, 6, dtype=torch.float64)
-    residual = problem.quadratic.residual(start)
-    with pytest.warns(DeprecationWarning, match="step"):
-        old = FISTA().advance(problem, start, residual)
-    torch.testing.assert_close(old.weight, FISTA().step(problem, start, residual).weight)
