@@ -53,12 +53,12 @@ def from_llmcompressor(file: Path) -> dict[str, Any]:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        found = load_yaml(read_text(file.expanduser(), LONGEST))
+        recipe = load_yaml(read_text(file.expanduser(), LONGEST))
     except (yaml.YAMLError, ValueError, RecursionError) as cause:
         raise RecipeError(f"{file} is no recipe: {' '.join(str(cause).split())[:200]}.") from cause
-    if not isinstance(found, dict):
+    if not isinstance(recipe, dict):
         raise RecipeError(f"{file} is no recipe of llm-compressor: it has no stages.")
-    return found
+    return recipe
 
 
 def _modifiers(recipe: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

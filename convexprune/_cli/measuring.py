@@ -29,20 +29,20 @@ def advise(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fal
     with working(quiet):
         from convexprune.validation._advice import advise as advised
 
-        found = advised(**settings)
+        advice = advised(**settings)
     if as_json:
-        print_json(found.to_json())
+        print_json(advice.to_json())
         return
-    show(_table_of_advice(found))
-    for line in found.verdict():
+    show(_table_of_advice(advice))
+    for line in advice.verdict():
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _table_of_advice(found: "Advice") -> Table:
+def _table_of_advice(advice: "Advice") -> Table:
     heads = ("", "all files", "bits of operators", "of all", "in memory", "perplexity over dense", "from")
     table = Table(*heads, box=SIMPLE_HEAD)
-    table.title = f"{found.model}: {found.nbytes / 1e6:,.0f} MB in 16 bits. Target: {found.target}"
-    for each in found.ways:
+    table.title = f"{advice.model}: {advice.nbytes / 1e6:,.0f} MB in 16 bits. Target: {advice.target}"
+    for each in advice.ways:
         way, style = each.way, None if each.reaches else "dim"
         sizes = (f"{each.disk / 1e6:,.0f} MB", f"{way.disk:.2f}", f"{each.bits:.2f}", f"{each.memory / 1e6:,.0f} MB")
         table.add_row(way.name, *sizes, f"{way.times:.2f}", way.source, style=style)
@@ -55,21 +55,21 @@ def bench(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fals
     with working(quiet):
         from convexprune.validation._bench import bench as timed
 
-        found = timed(**settings)
+        timings = timed(**settings)
     if as_json:
-        print_json(found.to_json())
+        print_json(timings.to_json())
         return
     for title, decoded in (("One weight", False), ("The whole model", True)):
-        show(_table_of_timings(found, title, decoded))
-    for line in (*found.verdict(), found.line):
+        show(_table_of_timings(timings, title, decoded))
+    for line in (*timings.verdict(), timings.line):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _table_of_timings(found: "Bench", title: str, whole: bool) -> Table:
+def _table_of_timings(bench: "Bench", title: str, whole: bool) -> Table:
     what = "tokens/s" if whole else "ms"
     table = Table("", "batch", "format", what, "time over dense", "middle half", "rounds", "MB read", box=SIMPLE_HEAD)
-    table.title = f"{title} of {found.model} ({found.zeros:.0%} zeros) on {found.device}"
-    for t in found.timings:
+    table.title = f"{title} of {bench.model} ({bench.zeros:.0%} zeros) on {bench.device}"
+    for t in bench.timings:
         if (t.tokens_per_second is not None) == whole:
             number = f"{t.tokens_per_second:,.1f}" if t.tokens_per_second is not None else f"{t.milliseconds:.3f}"
             lower, upper = t.middle_half
@@ -117,21 +117,21 @@ def doctor(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fal
     with working(quiet):
         from convexprune._doctor.checkup import doctor as checked
 
-        found = checked(**settings)
+        checkup = checked(**settings)
     if as_json:
-        print_json(found.to_json())
+        print_json(checkup.to_json())
     else:
-        show(_table_of_checkup(found))
-        for line in found.verdict():
+        show(_table_of_checkup(checkup))
+        for line in checkup.verdict():
             console.print(line, highlight=False, soft_wrap=True)
-    if found.failed:
+    if checkup.failed:
         raise typer.Exit(1)
 
 
-def _table_of_checkup(found: "Checkup") -> Table:
-    table = Table("check", "of", "", "measured", box=SIMPLE_HEAD, title=f"Doctor on {found.device}")
+def _table_of_checkup(checkup: "Checkup") -> Table:
+    table = Table("check", "of", "", "measured", box=SIMPLE_HEAD, title=f"Doctor on {checkup.device}")
     before = ""
-    for row in found.rows:
+    for row in checkup.rows:
         table.add_row("" if row.check == before else row.check, row.case, MARKS[row.measured.passed], row.measured.said)
         before = row.check
     return table
@@ -146,13 +146,13 @@ def evaluate(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = F
     with working(quiet):
         from convexprune.validation import evaluate as measured
 
-        found = measured(**settings)
+        evaluation = measured(**settings)
     if as_json:
-        print(found.to_json())
+        print(evaluation.to_json())
         return
-    for table in found.tables():
+    for table in evaluation.tables():
         show(table)
-    for line in found.left_out:
+    for line in evaluation.left_out:
         console.print(f"not measured: {line}", soft_wrap=True, highlight=False)
 
 

@@ -126,20 +126,20 @@ def inspect(settings: dict[str, Any], as_json: AsJson = False, quiet: Quiet = Fa
     with working(quiet):
         from convexprune.adapters._inspection.inspection import inspect as inspect_model
 
-        found = inspect_model(settings.pop("model", None), **settings)
-    show_inspection(found, as_json)
+        inspection = inspect_model(settings.pop("model", None), **settings)
+    show_inspection(inspection, as_json)
 
 
-def show_inspection(found: "Inspection", as_json: bool) -> None:
+def show_inspection(inspection: "Inspection", as_json: bool) -> None:
     """Print an inspection. Exit status 1 if the memory is not enough."""
     if as_json:
-        print(found.to_json())
+        print(inspection.to_json())
     else:
-        for table in found.tables():
+        for table in inspection.tables():
             console.print(table)
-        for line in (*found.notes, *found.verdict()):
+        for line in (*inspection.notes, *inspection.verdict()):
             console.print(line, highlight=False, soft_wrap=True)
-    if not found.fits:
+    if not inspection.fits:
         raise typer.Exit(1)
 
 

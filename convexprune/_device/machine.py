@@ -110,14 +110,14 @@ _own_code = cache(code)  # files that changed since the process began do not cou
 
 
 def _modules(folder: Traversable, inside: str = "") -> list[tuple[str, Traversable]]:
-    found = []
+    modules = []
     for child in folder.iterdir():
         name = inside + child.name
         if name not in SHOWING and child.is_dir():
-            found += _modules(child, f"{name}/")
+            modules += _modules(child, f"{name}/")
         elif name not in SHOWING and name.endswith(".py"):
-            found.append((name, child))
-    return found
+            modules.append((name, child))
+    return modules
 
 
 def peak_memory(device: torch.device | str, has_workers: bool = False) -> dict[str, int]:

@@ -39,21 +39,21 @@ def kth_by_counts(lines: Tensor, k: int, digit: int | None = None) -> Tensor:
     bits = lines.view(INTEGERS[lines.dtype.itemsize])
     digit = digit or (DIGIT if are_fused(lines.device) else 1)
     values = torch.arange(1, 2**digit, dtype=bits.dtype, device=bits.device)
-    found, place = bits.new_zeros(len(bits), 1), 8 * lines.dtype.itemsize - 1  # without the sign
+    answers, place = bits.new_zeros(len(bits), 1), 8 * lines.dtype.itemsize - 1  # without the sign
     rank = bits.new_full((), k)
     while place:
         few = place % digit or digit
         place -= few
-        found = _with_digit(bits, found, values[: 2**few - 1] << place, rank)
-    return found.view(lines.dtype)
+        answers = _with_digit(bits, answers, values[: 2**few - 1] << place, rank)
+    return answers.view(lines.dtype)
 
 
 @fused
-def _with_digit(bits: Tensor, found: Tensor, values: Tensor, rank: Tensor) -> Tensor:
-    """Add to the answers `found` [m 1] the largest of the `values` with less than `rank` entries below."""
-    limits = found + values
+def _with_digit(bits: Tensor, answers: Tensor, values: Tensor, rank: Tensor) -> Tensor:
+    """Add to the `answers` [m 1] the largest of the `values` with less than `rank` entries below."""
+    limits = answers + values
     below = torch.stack([(bits < limit[:, None]).sum(1, dtype=torch.int32) for limit in limits.unbind(1)], 1)
-    return torch.where(below < rank, limits, found).amax(1, keepdim=True)
+    return torch.where(below < rank, limits, answers).amax(1, keepdim=True)
 
 
 def largest_of_groups(groups: Tensor, kept: int) -> Tensor:

@@ -58,12 +58,12 @@ class Parameters(Generic[Own]):
     def _by_their_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Replace aliases such as `nsamples` by the names of settings."""
         others = {option[2:].replace("-", "_"): name for name in self.fields for option in self.hint(name).options}
-        found = dict(given)
+        settings = dict(given)
         for other in [name for name in given if name in others and name not in self.fields]:
-            if found.get(others[other]) is not None:
+            if settings.get(others[other]) is not None:
                 raise RecipeError(f"{other} is another name of {others[other]}. Leave one of them out.")
-            found[others[other]] = found.pop(other)
-        return found
+            settings[others[other]] = settings.pop(other)
+        return settings
 
     def read(self, given: Mapping[str, Any]) -> tuple[Own, dict[str, Any]]:
         settings = self._by_their_names({name: v for name, v in given.items() if v is not UNSET})

@@ -80,11 +80,11 @@ def entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise ValueError(f"{size:,} bytes, its header tells of {told:,}")
     except ValueError as cause:
         raise damaged(path, cause) from cause
-    found = {}
+    tensors = {}
     for name, spec in specs.items():
-        found[name] = Entry(path, spec, start)
+        tensors[name] = Entry(path, spec, start)
         start += spec.nbytes
-    return found, metadata
+    return tensors, metadata
 
 
 def read_header(path: Path) -> bytes:
@@ -100,23 +100,23 @@ def parse_header(text: bytes) -> tuple[dict[str, Spec], dict[str, str]]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=_once, parse_int=_count, parse_constant=_refused)
         metadata = header.pop("__metadata__", {})
-        found, last = {}, 0
+        specs, last = {}, 0
         for begin, end, name in sorted((*value["data_offsets"], name) for name, value in header.items()):
             if begin != last:
                 raise ValueError(f"{name} begins at byte {begin:,}, what is before it ends at {last:,}")
-            found[name] = _spec(name, header[name], end - begin)
+            specs[name] = _spec(name, header[name], end - begin)
             last = end
-        "".join((*found, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
+        "".join((*specs, *metadata, *metadata.values())).encode()  # all are text, without halves of characters
     except (KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise ValueError(str(cause)) from cause
-    return found, metadata
+    return specs, metadata
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise ValueError("a name that comes twice")
-    return found
+    return members
 
 
 def _count(digits: str) -> int:
