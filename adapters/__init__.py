@@ -3,12 +3,7 @@
 from convexprune._schema.settings import BUNDLED
 
 from ._checkpoints.reading import given_tokenizer
-from ._data.calibration import (
-    calibration_and_held_out,
-    recipe_windows,
-    text_windows,
-    window_length,
-)
+from ._data.calibration import calibration_and_held_out, recipe_windows, text_windows, window_length
 from ._data.sources import check_dataset
 from ._discovery.family import TESTED
 from ._huggingface import HuggingFaceModel

@@ -12,12 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from convexprune._device.precision import widened
 from convexprune._layerwise.model import Call, DecoderLayer
 
-from ._checkpoints.admission import (
-    refuse_non_finite,
-    refuse_quantized,
-    require_plain,
-    told_if_mixed,
-)
+from ._checkpoints.admission import refuse_non_finite, refuse_quantized, require_plain, told_if_mixed
 from ._checkpoints.origin import Origin, OriginalState, origin_of_loaded, used_alone
 from ._checkpoints.shards import Shards
 from ._discovery.discovery import discover

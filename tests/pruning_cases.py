@@ -4,13 +4,16 @@ from dataclasses import dataclass, field
 
 import torch
 from strategies import Layer, make_layer
+from torch import Tensor
 
+from convexprune._layerwise.steps.measure import sampled_bounds_of_all
 from convexprune.constraints import Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.core._problem import Problem
 from convexprune.pruners import (
     AbstractPruner,
     Convex,
+    Damping,
     LayerProblem,
 )
 from convexprune.solvers import AbstractSolver, Solution
@@ -61,3 +64,10 @@ class Recorder(AbstractSolver):
         solution = self.solver.solve(problem, start)
         self.calls.append((problem, start, solution))
         return solution
+
+
+def sampled_bounds(
+    problem: LayerProblem, weight: Tensor, rows: int, damping: Damping, factors: Tensor | None = None
+) -> list[dict[str, float] | None]:
+    """The bounds of the operators of one stack."""
+    return sampled_bounds_of_all([(problem, weight, damping, factors)], rows)[0]

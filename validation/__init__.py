@@ -3,14 +3,7 @@
 from ._advice import Advice, advise
 from ._compare import compare
 from ._evaluate import Evaluation, evaluate
-from ._perplexity import (
-    Perplexity,
-    final_states,
-    mean_kl,
-    perplexity,
-    perplexity_of,
-    streamed_evaluation,
-)
+from ._perplexity import Perplexity, final_states, mean_kl, perplexity, perplexity_of, streamed_evaluation
 from ._samples import compare_samples
 from ._verify import BoundReport, Verification, verify
 

@@ -140,11 +140,7 @@ def _why_not(made: type[AbstractProduct], weights: Iterable[Tensor]) -> str | No
 
 
 def _layers(
-    weights: Sequence[Tensor],
-    formats: Mapping[str, type[AbstractProduct]],
-    dense: str,
-    asked: doors.Bench,
-    device: str,
+    weights: Sequence[Tensor], formats: Mapping[str, type[AbstractProduct]], dense: str, asked: doors.Bench, device: str
 ) -> list[Timing]:
     """Time products with weights of the largest shapes, in turn as in the model, so that no cache helps."""
     shapes = sorted({tuple(w.shape) for w in weights}, key=lambda shape: -shape[0] * shape[1])[:SHAPES]

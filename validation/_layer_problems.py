@@ -13,7 +13,7 @@ from convexprune._layerwise.model import AbstractModel, DecoderLayer, Group
 from convexprune._layerwise.pipeline import Pipeline
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.stages import CorrectionTargets, height, weighted_parts, width
-from convexprune._layerwise.steps.bounds import drawn_rows
+from convexprune._layerwise.steps.measure import drawn_rows
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune._layerwise.work import stack_steps

@@ -168,11 +168,7 @@ def mean_kl(model: HuggingFaceModel, tokens: Tensor, dense: Sequence[Tensor], ot
 
 
 def _last_states(
-    model: HuggingFaceModel,
-    tokens: Tensor,
-    record: Callable[[], Recorded],
-    count: int,
-    pruned: FolderStore | None,
+    model: HuggingFaceModel, tokens: Tensor, record: Callable[[], Recorded], count: int, pruned: FolderStore | None
 ) -> Recorded:
     """Return the hidden states after the last of `count` layers, the pruned layers if `pruned` is a store."""
 

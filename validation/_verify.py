@@ -15,7 +15,7 @@ from rich.table import Table
 from convexprune._device.machine import default_device
 from convexprune._device.switches import pinned
 from convexprune._layerwise.settings import LayerSettings, TokenWeighting
-from convexprune._layerwise.steps.bounds import rows_to_bound
+from convexprune._layerwise.steps.measure import rows_to_bound
 from convexprune._progress import OnProgress, begin
 from convexprune._progress.shown import visible
 from convexprune._schema.functions import VERIFY

@@ -20,8 +20,7 @@ from convexprune.core._permutation import permutation, pruned_fraction
 from convexprune.errors import ModelError
 
 from .._huggingface import HuggingFaceModel
-from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns
-from .hidden_channels import hidden_channels
+from .channels import HIDDEN, Axis, Channels, NotPermutable, close, columns, hidden_channels
 from .inner_channels import inner_channels
 
 ROWS = 2**15  # of scores tell one order from another; they are taken evenly from all operators
@@ -76,11 +75,7 @@ class Permutation:
 
 @torch.no_grad()
 def find_permutation(
-    model: HuggingFaceModel,
-    tokens: Tensor,
-    pattern: Constraint,
-    batch_size: int = 1,
-    seed: int = 0,
+    model: HuggingFaceModel, tokens: Tensor, pattern: Constraint, batch_size: int = 1, seed: int = 0
 ) -> Permutation:
     """Find an order of a dense model's channels in which an N:M pattern prunes less; the model is not changed.
 

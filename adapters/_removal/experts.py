@@ -21,8 +21,7 @@ from .._discovery.experts import fused_parameters
 from .._discovery.layout import signature
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import AbstractReduced, AbstractRemoval, Cut, Making
-from .configuration import REFUSALS, Place, built, candidates, set_at, settings_of
+from .base import REFUSALS, AbstractReduced, AbstractRemoval, Cut, Making, Place, built, candidates, set_at, settings_of
 from .mixtures import Mixture, experts_to_remove, find_mixtures
 
 

@@ -25,7 +25,7 @@ from .._channels.inner_channels import changed_inputs, half, inner_channels, sam
 from .._discovery.family import decoder_layers, head_size
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .configuration import Place, Shapes, built, candidates, settings_of, shapes_of
+from .base import Place, Shapes, built, candidates, settings_of, shapes_of
 from .narrowing import Narrowing
 
 DIM = "head_dim"

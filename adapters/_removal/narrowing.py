@@ -15,8 +15,18 @@ from convexprune.errors import ModelError
 from .._channels.channels import Channels
 from .._channels.inner_channels import inner_channels
 from .._huggingface import HuggingFaceModel
-from .base import AbstractReduced, AbstractRemoval, Cut
-from .configuration import Place, Shapes, candidates, require_shapes, set_at, settings_of, shapes_of
+from .base import (
+    AbstractReduced,
+    AbstractRemoval,
+    Cut,
+    Place,
+    Shapes,
+    candidates,
+    require_shapes,
+    set_at,
+    settings_of,
+    shapes_of,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,7 @@ from .._data.likelihood import likelihoods
 from .._discovery.family import decoder_layers
 from .._discovery.probing import of_each_kind
 from .._huggingface import HuggingFaceModel
-from .base import AbstractReduced, AbstractRemoval, Making
-from .configuration import REFUSALS, Place, built, candidates, set_at, settings_of
+from .base import REFUSALS, AbstractReduced, AbstractRemoval, Making, Place, built, candidates, set_at, settings_of
 
 TOKENS = 2048  # that predictions are compared on
 LEAST = 8  # layers that a round tries, if there are as many

@@ -21,8 +21,7 @@ from convexprune.errors import RecipeError
 PACKAGES = ("convexprune", "torch", "transformers", "numpy", "scipy", "cvxpy")
 SHOWING = (
     "_cli", "_container", "_doctor", "_rendering", "errors.py", "_progress", "report.py", "_runs/cost.py",
-    "_runs/sizes.py", "adapters/_training.py",
-    "adapters/_inspection/inspection.py", "adapters/_inspection/outline.py", "adapters/_inspection/random_weights.py",
+    "_runs/sizes.py", "adapters/_training.py", "adapters/_inspection/inspection.py", "adapters/_inspection/outline.py",
     "validation/_bench.py", "validation/_evaluate.py", "validation/_formats.py", "validation/_oracles.py",
     "validation/_plots.py", "validation/_source.py", "validation/_tasks.py", "validation/_timing.py",
     "validation/_verify.py",

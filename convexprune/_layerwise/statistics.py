@@ -119,10 +119,7 @@ class CalibrationStatistics:
         first, second = self.halves
         shared = others.total
         self.borrowed = lacking
-        self._halves = (
-            first + shared.counted_as(lacking - lacking // 2),
-            second + shared.counted_as(lacking // 2),
-        )
+        self._halves = (first + shared.counted_as(lacking - lacking // 2), second + shared.counted_as(lacking // 2))
 
     def add_up(self, ranks: ProcessGroup) -> None:
         self._count_all()

@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 
 from convexprune._device.precision import widened
 from convexprune._layerwise.statistics import CalibrationStatistics, in_parts
-from convexprune._layerwise.steps.bounds import WIDE, WIDEST
+from convexprune._layerwise.steps.measure import WIDE, WIDEST
 from convexprune._runs.sizes import SCALED, LayerSize, Method, ModelSize, Setting, Stack, method_cost
 from convexprune.core._moments import ErrorMoments
 

@@ -18,11 +18,10 @@ from convexprune._layerwise.context import LayerContext
 from convexprune._layerwise.store import MemoryStore
 from convexprune._layerwise.walk import LayerWalk
 from convexprune.adapters import HuggingFaceModel
-from convexprune.adapters._channels import hidden_channels as hidden
+from convexprune.adapters._channels import channels as hidden
 from convexprune.adapters._channels import inner_channels as inner
 from convexprune.adapters._channels import permuting
-from convexprune.adapters._channels.channels import HIDDEN, Axis, Channels
-from convexprune.adapters._channels.hidden_channels import hidden_channels
+from convexprune.adapters._channels.channels import HIDDEN, Axis, Channels, hidden_channels
 from convexprune.adapters._channels.inner_channels import inner_channels
 from convexprune.adapters._channels.permuting import Permutation, find_permutation
 from convexprune.constraints import SemiStructured

@@ -37,7 +37,7 @@ from hypothesis import Phase, settings
 from convexprune import constraints
 from convexprune._layerwise import capture as passes
 from convexprune._layerwise.stages import CorrectionTargets
-from convexprune._layerwise.steps import bounds as bounding
+from convexprune._layerwise.steps import measure as bounding
 from convexprune.adapters._channels import inner_channels
 from convexprune.constraints import Stacked, _budget
 from convexprune.core import (

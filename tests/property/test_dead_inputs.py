@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from pruning_cases import layer_problem
+from pruning_cases import layer_problem, sampled_bounds
 from strategies import Layer, make_chain, random
 from torch import Tensor
 
-from convexprune._layerwise.steps.bounds import sampled_bounds
 from convexprune.constraints import Constraint, SemiStructured, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.pruners import PRUNERS, Convex, Damping, LayerProblem, Refitted, SparseGPT

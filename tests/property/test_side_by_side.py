@@ -8,13 +8,13 @@ import torch
 from counting import counted, each
 from hypothesis import given
 from hypothesis import strategies as st
-from pruning_cases import correlated
+from pruning_cases import correlated, sampled_bounds
 from strategies import random, seeds
 from torch import Tensor
 
 from convexprune._device.precision import FORMATS, Format, add_product, bare_product, product, solving_in
 from convexprune._layerwise.statistics import SOLVED, at_once, many_at_once
-from convexprune._layerwise.steps.bounds import sampled_bounds, sampled_bounds_of_all
+from convexprune._layerwise.steps.measure import sampled_bounds_of_all
 from convexprune.constraints import Columns, Constraint, SemiStructured, Stacked, Unstructured
 from convexprune.constraints._coded import Coded
 from convexprune.constraints._combined import Quantized

@@ -8,12 +8,11 @@ from brute_force import best_pruning
 from door import SMALL, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import layer_problem
+from pruning_cases import layer_problem, sampled_bounds
 from strategies import make_layer, seeds
 
 import convexprune
-from convexprune._layerwise.steps import bounds as bounding
-from convexprune._layerwise.steps.bounds import sampled_bounds
+from convexprune._layerwise.steps import measure as bounding
 from convexprune.constraints import SemiStructured, Stacked, Unstructured
 from convexprune.core._moments import Moments
 from convexprune.pruners import ADMM, Convex, Damping, LayerProblem, Refitted, Wanda

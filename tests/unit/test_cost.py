@@ -21,8 +21,8 @@ from convexprune._layerwise.model import AbstractOperator, DecoderLayer, Group, 
 from convexprune._layerwise.pipeline import Pipeline
 from convexprune._layerwise.settings import LayerSettings
 from convexprune._layerwise.statistics import ROOM, CalibrationStatistics, in_parts
-from convexprune._layerwise.steps import bounds as bounding
-from convexprune._layerwise.steps.bounds import WIDE
+from convexprune._layerwise.steps import measure as bounding
+from convexprune._layerwise.steps.measure import WIDE
 from convexprune._layerwise.work import stack_steps
 from convexprune._runs import cost, sizes
 from convexprune._runs.cost import Speed, seconds
