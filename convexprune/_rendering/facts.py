@@ -164,6 +164,14 @@ def _warnings(report: Report) -> Iterator[Fact]:
     if repaired := [o.name for o in report.operators if "repairs" in o.facts]:
         reason = "on held-out tokens the first fit was worse than no operator, so these tokens chose a stronger damping"
         yield Fact("note", f"{len(repaired)} operators were refitted, first {repaired[0]}: {reason}")
+    if refined := [o.facts for o in report.operators if "refine_held_out" in o.facts]:
+        left = median(f["refine_held_out"] / (f["refine_held_out_before"] or 1) for f in refined)
+        stayed = sum("refine_steps" not in f for f in refined)
+        yield Fact(
+            "refined",
+            f"the output error of a layer on held-out tokens is {left:.3f} of what it was (median); "
+            f"{stayed} operators kept their values, because no others were better",
+        )
     for warning in report.warnings:
         yield Fact("warning", warning)
 

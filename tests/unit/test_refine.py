@@ -13,12 +13,14 @@ from test_team import in_a_group
 from tiny_families import VOCABULARY, build_family
 from torch import Tensor, nn
 
+import convexprune
 from convexprune._layerwise import refining
 from convexprune._layerwise.layer_error import Kept, LayerError
 from convexprune._layerwise.model import Call
 from convexprune._layerwise.processes import ProcessGroup
 from convexprune._layerwise.refining import GaussNewton
 from convexprune._layerwise.settings import LayerSettings, Refinement
+from convexprune._rendering.facts import facts
 from convexprune.adapters import HuggingFaceModel
 from convexprune.adapters._discovery.operators import ParameterOperator, Place
 from convexprune.constraints import Constraint, Grid, Quantized, SemiStructured, Unstructured
@@ -177,6 +179,12 @@ def test_a_convex_step_is_least_squares_on_the_support(iterations: int):
 def test_a_variant_of_a_comparison_may_be_refined():
     (variant,) = make_variants(["sparsegpt:refine=half-layer"], [0.5], ["unstructured"], ["own"])
     assert variant.layer_settings().refinement == Refinement(True, "adam")
+
+
+def test_the_summary_says_what_it_brought(dense: Path):
+    report = convexprune.prune(dense, **SETTINGS, refine="layer").report
+    (fact,) = [fact for fact in facts(report) if fact.name == "refined"]
+    assert "of what it was" in fact.text and "operators kept their values" in fact.text
 
 
 def test_a_resumed_run_has_the_same_bits(dense: Path, tmp_path: Path):
