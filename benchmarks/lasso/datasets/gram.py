@@ -15,7 +15,7 @@ class Dataset(BaseDataset):
 
     def get_data(self):
         model = adapters.load(str(adapters.EMBEDDED), device="cpu", dtype=torch.float32)
-        tokens = adapters.calibration_tokens("self", model, num_samples=16, max_seq_length=256, seed=0)
+        tokens = adapters.calibration_and_held_out("self", model, num_samples=16, max_seq_length=256, seed=0)[0]
         module = model.model.get_submodule(f"model.decoder.layers.1.{self.operator}")
         moments = Moments(module.weight.shape[1], torch.float64)
         hook = module.register_forward_pre_hook(lambda _, given: moments.add(given[0].flatten(0, -2).double()))
