@@ -52,7 +52,7 @@ class Way:
         if any(map(_holds, values)):
             where = (place, code.co_qualname)
             self.stops.setdefault(where, len(self.stops))
-        if code.co_name == "prox":
+        if code.co_name in ("prox", "forward_backward"):
             depth, at = 0, frame
             while at is not None:
                 depth += str(Path(at.f_code.co_filename).resolve()).startswith(OURS)

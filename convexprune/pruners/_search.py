@@ -16,7 +16,6 @@ from convexprune.pruners._base import (
     Damping,
     LayerEdit,
     LayerProblem,
-    dead_inputs_first,
     filled,
     with_dead_weights,
 )
@@ -60,53 +59,62 @@ class AbstractSearch(AbstractPruner):
     def search(self, quadratic: Quadratic, pattern: Constraint) -> Found:
         """Return scores whose largest are worth keeping: a weight near the optimum, in the search's coordinates."""
 
-    @dead_inputs_first
     def prune(self, problem: LayerProblem) -> LayerEdit:
-        damping = choose_damping(problem, self.damping)
-        kept = _known_support(problem)
-        if kept is not None:  # the values are all there is to find
-            quadratic = damped(problem, damping)
-            scale = quadratic.scale()  # without, it may have no float32 factor to tell a gap by
-            weight, refits = refitted(quadratic.scaled(scale), kept, problem.weight * scale, self.refit)
-            return LayerEdit(weight / scale, kept, refits, damping)
-        if problem.pattern.by_column and self.damping is None:
-            searched, scale = saliency_coordinates(problem, COLUMNS)
-            unit = scale.new_full(scale.shape, (1 + COLUMNS.strength) ** 0.5)  # the diagonal is 1 with the pull, too
-            searched, scale = searched.scaled(unit), scale * unit
-            quadratic = damped(problem, damping).scaled(scale)
-        else:
-            searched, scale = saliency_coordinates(problem, damping)
-            quadratic = searched
-        weight, mask, (solutions,), products = self._search_and_refit(searched, quadratic, problem.pattern)
-        return LayerEdit(weight / scale, mask, solutions, damping, other_products=products)
-
-    def _search_and_refit(
-        self, searched: Quadratic, quadratic: Quadratic, pattern: Constraint
-    ) -> tuple[Tensor, Tensor, list[tuple[Solution, ...]], int]:
-        """Return the refitted weight [m n], its support, the solves by problem, and the products outside the solves."""
-        found = self.search(searched, pattern)
-        mask = pattern.mask(found.scores.abs())
-        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
-        each = zip(*(solution.each for solution in found.solutions + refits), strict=True)
-        return weight, mask, list(each) or [()], found.products
+        return self.prune_all([problem])[0]
 
     @torch.no_grad()
     def prune_all(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
-        if len(problems) < 2 or not all(map(self._is_batched, problems)):
-            return super().prune_all(problems)
+        if len(problems) > 1 and all(map(self._is_batched, problems)):
+            return self._pruned(problems)
+        edits = list[LayerEdit]()
+        for problem in problems:
+            edits += self._pruned([problem])
+        return edits
+
+    def _pruned(self, problems: Sequence[LayerProblem]) -> list[LayerEdit]:
+        """Prune a problem, or several side by side."""
         alive = [filled(problem) for problem in problems]
         dampings = [choose_damping(problem, self.damping) for problem in alive]
-        posed = [saliency_coordinates(*each) for each in zip(alive, dampings, strict=True)]
-        together = SideBySide.of([quadratic for quadratic, _ in posed])
-        pattern = Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
-        scales = [scale for _, scale in posed]
-        del posed  # `together` has their tensors
-        weight, mask, solutions, products = self._search_and_refit(together, together, pattern)
+        alone, heights = len(alive) == 1, [len(problem.weight) for problem in alive]
+        mask = _known_support(alive[0]) if alone else None
+        searched, quadratic, scales = self._posed(alive, dampings, mask is not None)
+        if mask is None:
+            pattern = (
+                alive[0].pattern if alone else Stacked.of([(problem.pattern, len(problem.weight)) for problem in alive])
+            )
+            found = self.search(searched, pattern)
+            mask = pattern.mask(found.scores.abs())
+        else:  # the values are all there is to find
+            found = Found(alive[0].weight * scales[0])
+        weight, refits = refitted(quadratic, mask, found.scores, self.refit)
+        solved = list(zip(*(solution.each for solution in found.solutions + refits), strict=True)) or [()] * len(alive)
         edits = []
-        for i, rows in enumerate(together.parts):
-            edit = LayerEdit(weight[rows] / scales[i], mask[rows], solutions[i], dampings[i], other_products=products)
-            edits.append(edit if alive[i] is problems[i] else with_dead_weights(problems[i], edit))
+        parts = zip(weight.split(heights), mask.split(heights), scales, solved, dampings, strict=True)
+        for problem, filled_in, (values, kept, scale, solutions, damping) in zip(problems, alive, parts, strict=True):
+            edit = LayerEdit(values / scale, kept, solutions, damping, other_products=found.products)
+            edits.append(edit if filled_in is problem else with_dead_weights(problem, edit))
         return edits
+
+    def _posed(
+        self, problems: Sequence[LayerProblem], dampings: Sequence[Damping], is_known: bool
+    ) -> tuple[Quadratic, Quadratic, list[Tensor]]:
+        """Return the quadratics of the search and of the refit in units of scales, and the scales by problem."""
+        if len(problems) > 1:
+            posed = [saliency_coordinates(*each) for each in zip(problems, dampings, strict=True)]
+            together = SideBySide.of([quadratic for quadratic, _ in posed])
+            return together, together, [scale for _, scale in posed]
+        problem, damping = problems[0], dampings[0]
+        if is_known:
+            quadratic = damped(problem, damping)
+            scale = quadratic.scale()  # without, it may have no float32 factor to tell a gap by
+            return quadratic, quadratic.scaled(scale), [scale]
+        if problem.pattern.by_column and self.damping is None:
+            searched, scale = saliency_coordinates(problem, COLUMNS)
+            unit = scale.new_full(scale.shape, (1 + COLUMNS.strength) ** 0.5)  # the diagonal is 1 with the pull, too
+            scale = scale * unit
+            return searched.scaled(unit), damped(problem, damping).scaled(scale), [scale]
+        searched, scale = saliency_coordinates(problem, damping)
+        return searched, searched, [scale]
 
     def _is_batched(self, problem: LayerProblem) -> bool:
         """Return True if search and refit treat many problems as they treat one; a subclass has to declare this."""

@@ -79,7 +79,7 @@ FAULTS = (
           "(name, name.removeprefix(prefix), prefix + name)", "(name,)",
           test_streaming.test_a_checkpoint_without_the_prefix_of_the_head_keeps_its_names),
     # Surveys, gradients, and columns.
-    Fault("columns chosen with the damping of the refit", AbstractSearch.prune, "self.damping is None", "False",
+    Fault("columns chosen with the damping of the refit", AbstractSearch._posed, "self.damping is None", "False",
           test_columns.test_what_others_make_up_for_in_the_sample_alone_is_kept),
     Fault("columns that count by their gradient alone", gradients._Squares.add, ".mul_(x.float().flatten(0, -2))", "",
           test_gradients.test_what_an_operator_reads_counts_by_the_derivative_of_the_loss_by_its_size,
