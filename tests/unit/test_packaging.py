@@ -39,7 +39,7 @@ PUBLIC = {
         Packed PermuteResult Problem PruneResult Quadratic Recipe Report ReverseHuber SemiStructured Solution
         Status Support GroupLasso Unstructured Verification advise certify compare compare_samples errors
         evaluate export from_cvxpy inspect keep_zeros load make_solver pack parse_pattern path permute perplexity
-        problems prune pruners solve solver_names solvers to_cvxpy unpack verify Blocks ElasticNet MCP NuclearNorm
+        problems prune pruners solve solver_names solvers to_cvxpy unpack verify Blocks ElasticNet Event MCP NuclearNorm
         RowGroups SCAD TotalVariation""",
     "convexprune.core": """
         L1 AbstractPenalty Certificate GroupLasso Moments Problem Quadratic ReverseHuber Support certify Blocks
